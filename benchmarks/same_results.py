@@ -38,12 +38,13 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PLUGINS = ("llama", "vicuna", "chatglm")
 PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{name}": f"plugins/{name}" for name in PLUGINS}}
 """Package → its folder in a checkout."""
-OPTIONS = ("length", "compensate", "allocation", "normalize", "unit_ratio", "layers", "round_to", "reduction", "seed",
+OPTIONS = ("length", "compensate", "allocation", "unit_ratio", "layers", "round_to", "reduction", "seed",
            "target_params")  # fmt: skip
 SPELLINGS = {
     "llmpruner/recipes/pipeline.py": {
         **{f"--set prune.{name}=": f"--{name.replace('_', '-')} " for name in OPTIONS},
         "--set taylor.variant=": "--variant ",
+        "--set global.normalize=": "--normalize ",
         **{f"models/{name} ": f"models/{name} --no-tokenizer " for name in ("dense", "chatglm", "fused", "experts")},
     },
     "llmpruner/api.py": {"--family auto ": ""},
@@ -51,7 +52,7 @@ SPELLINGS = {
 """A file by which a version is recognised → words of the jobs below, and what stands for them in that version."""
 
 TEXT, BLOCK = "--samples 8 --set prune.length=32", "--kinds attention,mlp"
-GLOBAL = "--set prune.allocation=global --set prune.normalize"
+GLOBAL = "--set prune.allocation=global --set global.normalize"
 ON_DEMO = {"best": "--ratio 0.2 --samples 16 --set prune.length=128", "llm-pruner": "--method llm-pruner --ratio 0.2"}
 ON_TINY = {
     "l2": "--importance l2 --ratio 0.2",
@@ -67,7 +68,6 @@ ON_TINY = {
     "expert": f"--importance taylor --kinds expert --ratio 0.2 {TEXT}",
     "layer": f"--kinds layer --ratio 0.4 {TEXT}",
     "global": f"--importance l2 {BLOCK} {GLOBAL}=cost --ratio 0.2",
-    "search": f"--set prune.allocation=search --ratio 0.2 {TEXT}",
     "bytes": f"--importance l2 {BLOCK} --budget bytes --ratio 0.1",
     "macs": f"--importance l2 {BLOCK} --budget macs {GLOBAL}=cost --ratio 0.1",
     "kv-cache": "--importance l2 --kinds attention --budget kv-cache --ratio 0.25",

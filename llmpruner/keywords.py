@@ -34,7 +34,6 @@ class PruneKeywords(TypedDict, total=False):
     importance: str | None
     reduction: Literal["sum", "mean", "max", "prod", "last"]
     allocation: str
-    normalize: Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
     steps: int
     compensate: str | None
     calibration: str | Path

@@ -32,8 +32,7 @@ from .models.opening import reopened
 from .models.surgery import cut as cut_model
 from .models.weights import CutWeights
 from .progress import QUIET, Progress
-from .pruning.budgets.base import BudgetSubject
-from .pruning.budgets.open import open_budget
+from .pruning.budgets.base import BudgetSubject, saving_units
 from .pruning.checks import check_job, without_weights
 from .pruning.choice import Choice, waiting_chooser
 from .pruning.compensation.base import Fit, RepairTask, fits_record
@@ -51,7 +50,7 @@ from .structure.plan import PruningPlan, cuts_of
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .pruning.budgets.costs import Cost
+    from .pruning.budgets.base import Cost
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -200,16 +199,16 @@ def select(
         made = PruningPlan.model_validate(earlier)
         return made, recorded_cost(model, made, job.budget), journal.load("scores") or {}
     scope = scope_of(job, model)
-    subject = BudgetSubject(
-        model.model, model.graph, scope.groups(model.graph), model.family, execution.progress
-    )  # fmt: skip
+    groups = scope.groups(model.graph)
     with execution.stages.stage("budget"):
-        measured, cost = open_budget(job.budget, subject, scope, execution.ranks)
+        cost = job.budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, execution.progress))
+        # Refuses groups whose units save nothing, before text is read.
+        saving_units(cost, groups, {group.name: scope.allowed_units(group) for group in groups})
     choice = Choice(model, job, cost, text, execution)
     kept = choice.units(ranked=chooser is None)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    made = plan_of(model, job, kept, text, measured)
+    made = plan_of(model, job, kept, text)
     if journal is not None:
         journal.store("scores", choice.spreads)
         journal.store("plan", made.model_dump(mode="json"))

@@ -31,7 +31,6 @@ from .values import (
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "prod", "last"]
-Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
 LossOn = Literal["all", "answers"]
 Shape = Literal["uniform", "free"]
 Meet = Literal["nearest", "above", "below"]
@@ -170,9 +169,8 @@ class PruneSettings(Settings):
         str,
         Field(
             description="What --ratio is a share of: decoder (its parameters), parameters (all of them), bytes (of all "
-            "weights), macs (multiply-accumulate operations per token), kv-cache (its bytes per token) or latency (per "
-            "decoded token, measured on this machine). Units of all --kinds are compared by it; those that save none "
-            "of it are kept."
+            "weights), macs (multiply-accumulate operations per token) or kv-cache (its bytes per token). Units of all "
+            "--kinds are compared by it; those that save none of it are kept."
         ),
         Option(_WHAT),
     ] = "decoder"
@@ -258,21 +256,12 @@ class PruneSettings(Settings):
     allocation: Annotated[
         str,
         Field(
-            description="uniform: equal shares per layer and kind; global: one ranking over all units; sensitivity: by "
-            "the divergence from the dense model that cuts of each group cause alone; curve: the same, from a file of "
-            "`llmpruner sensitivity` (--set curve.file=FILE); search: equal shares, moved to where cuts in combination "
-            "raise the divergence least (minutes more)."
+            description="uniform: equal shares per layer and kind; global: one ranking over all units, whose scores "
+            "--set global.normalize=… makes comparable; sensitivity: by the divergence from the dense model that cuts "
+            "of each group cause alone."
         ),
         Option(advanced=True),
     ] = "uniform"
-    normalize: Annotated[
-        Normalization,
-        Field(
-            description="How scores of different groups are normalized for --allocation global: none, mean, max, sum, "
-            "zscore, parameters (per parameter removed), cost (per amount of the --budget removed)."
-        ),
-        Option(advanced=True),
-    ] = "none"
     steps: Annotated[
         int,
         Field(ge=1, le=1000, description="Remove in this many steps, with new scores after each."),

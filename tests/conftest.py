@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph
 from llmpruner.models.model import Model
-from llmpruner.pruning.methods.base import Method
+from llmpruner.pruning.methods import Method
 from llmpruner.testing import processes
 
 processes.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import re
+import sys
 from types import ModuleType
 from typing import Any, get_args
 
@@ -15,10 +15,10 @@ from llmpruner import Catalog
 from llmpruner.component import Component
 from llmpruner.engine.signals import Signal
 from llmpruner.plugins.catalog import Registry
-from llmpruner.pruning.allocation import normalize
+from llmpruner.pruning.allocation import Normalization, normalized
 from llmpruner.pruning.compensation import least_squares, repair
-from llmpruner.pruning.criteria import obs, reductions, removal
 from llmpruner.pruning.criteria.base import ImportanceCriterion
+from llmpruner.pruning.criteria.estimate import reduce_spans
 from llmpruner.settings import PruneSettings, Reduction
 
 CATALOG = Catalog(own_manager())
@@ -28,7 +28,7 @@ KINDS = (
     ("reductions", "Reductions", "`--reduction` makes one score of the scores of a unit's spans."),
     ("budgets", "Budgets", "`--budget` says what `--ratio` is a share of."),
     ("allocations", "Allocations", "`--allocation` decides how many units each group loses."),
-    ("normalizations", "Normalizations", "`--normalize` makes scores of different groups comparable."),
+    ("normalizations", "Normalizations", "`--set global.normalize=…` makes scores of different groups comparable."),
     ("compensations", "Compensations", "`--compensate` adapts the weights that consume removed units."),
     ("sources", "Calibration sources", "`--calibration` names the text that is measured and fitted on."),
     ("strategies", "Recovery strategies", "`recover --strategy` chooses what is trained."),
@@ -42,7 +42,7 @@ def criteria() -> dict[ModuleType, list[type[ImportanceCriterion]]]:
     """The built-in criteria by the module that explains their symbols."""
     found: dict[ModuleType, list[type[ImportanceCriterion]]] = {}
     for cls in _own(CATALOG.criteria):
-        found.setdefault(inspect.getmodule(cls) or reductions, []).append(cls)
+        found.setdefault(sys.modules[cls.__module__], []).append(cls)
     return found
 
 
@@ -108,7 +108,7 @@ def _amount(defaults: Any) -> str:
 def _criteria() -> list[str]:
     lines: list[str] = []
     for module, classes in criteria().items():
-        lines += _module(EXPLAINED.get(module, module))
+        lines += _module(module)
         for cls in classes:
             lines += [line.replace("### ", "#### ", 1) for line in _component(cls, _facts(cls))]
     return lines
@@ -128,20 +128,18 @@ def _facts(cls: type[ImportanceCriterion]) -> str:
 
 
 def _reductions() -> list[str]:
-    return [markdown(document(reductions)), "", f"{_names(get_args(Reduction))}.", ""]
+    return [markdown(document(reduce_spans)), "", f"{_names(get_args(Reduction))}.", ""]
 
 
 def _normalizations() -> list[str]:
-    return [markdown(document(normalize)), "", markdown(document(normalize.normalize)), ""]
+    return [markdown(document(normalized)), ""]
 
 
 def _compensations() -> list[str]:
     return [*_components(CATALOG.compensations), *_module(repair), *_module(least_squares)]
 
 
-EXPLAINED = {obs: removal}
-"""Module of a criterion → the one that has its equations, where they are elsewhere."""
-LISTED = {"reductions": get_args(Reduction), "normalizations": normalize.NORMALIZATIONS}
+LISTED = {"reductions": get_args(Reduction), "normalizations": get_args(Normalization)}
 SPECIAL = {
     "methods": _methods,
     "criteria": _criteria,

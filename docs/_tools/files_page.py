@@ -9,7 +9,6 @@ from docstrings import document, markdown
 from pydantic import BaseModel
 from settings_table import table
 
-from llmpruner.pruning.budgets.latency_cost import LatencyTable
 from llmpruner.structure import plan
 from llmpruner.structure.plan import PruningPlan
 
@@ -38,9 +37,7 @@ FITS = {
     "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; for a stack the median; null where no "
     "fit was "
     "better than the old weights.",
-    "mix": "The share of the difference of the hidden states in the targets, where the fit chose it "
-    "(`refit.target`); for a stack the median; null elsewhere.",
-    "before": "Squared error of the outputs on held-out tokens (with `refit.held_out=sources`, on the other source) "
+    "before": "Squared error of the outputs on held-out tokens "
     "with the old weights of the inputs that stay, as "
     "a share of "
     "the targets' mean square; for a stack, averaged over tokens; null where it was not computed.",
@@ -103,17 +100,6 @@ LOCAL = {
 
 def render() -> str:
     lines = ["# Files", "", INTRODUCTION, "", "## The plan", "", *_paragraph(plan), *_models(PruningPlan, 3)]
-    lines += [
-        "",
-        "### Recorded latencies",
-        "",
-        LATENCY,
-        "",
-        *_paragraph(LatencyTable),
-        *table(LatencyTable, "field", links=True),
-    ]
-    for model in _inside(LatencyTable):
-        lines += _model(model, 4)
     lines += ["", "## llmpruner.json", "", RECORD_TEXT, "", *_keys(RECORD)]
     lines += ["", "### work", "", WORK_TEXT, "", "Each of the `fits`:", "", *_keys(FITS)]
     lines += ["", "Each of the `scores`, by the name of the group:", "", *_keys(SCORES)]
@@ -127,10 +113,6 @@ INTRODUCTION = (
     "Two files hold how a model was pruned: the plan, which `llmpruner plan -o` writes and `prune --plan` follows, and "
     "`llmpruner.json` in every checkpoint that llmpruner saves. Both are JSON in UTF-8. Numbers of units and of "
     "layers are written as text, in runs: `0-4,7`. A plan with an unknown field, or of another version, is refused."
-)
-LATENCY = (
-    "Under `--budget latency`, `measured` of the [target](#target) is a table of times. A plan with such a table is "
-    "followed, or made again, without measuring."
 )
 WORK_TEXT = (
     "What compensation and selection did, for [reports](../how-to/report.md). `scores` is empty where units "

@@ -16,10 +16,15 @@ from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS
-from llmpruner.pruning.allocation.allocate import take_if_it_fits, target_of, top_up
-from llmpruner.pruning.allocation.base import AllocationTask, AllocationUse, Demand, Meter
-from llmpruner.pruning.budgets.base import BudgetSubject
-from llmpruner.pruning.budgets.costs import Cost
+from llmpruner.pruning.allocation import (
+    AllocationTask,
+    Demand,
+    Meter,
+    take_if_it_fits,
+    target_of,
+    top_up,
+)
+from llmpruner.pruning.budgets.base import BudgetSubject, Cost
 from llmpruner.pruning.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
@@ -27,7 +32,7 @@ from llmpruner.report.base import Costs, Evidence, Measurements, ReportSubject
 from llmpruner.structure.queues import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {
-    "allocation": (AllocationTask, Demand, Meter, Queue, AllocationUse),
+    "allocation": (AllocationTask, Demand, Meter, Queue),
     "budget": (BudgetSubject, Cost),
     "compensation": (RepairTask, Repaired, Fit),
     "calibration source": (SampleTask,),

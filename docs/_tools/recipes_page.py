@@ -9,7 +9,7 @@ from installed import own_manager
 from settings_table import cell
 
 from llmpruner import Catalog
-from llmpruner.pruning.methods.shipped import Shipped
+from llmpruner.recipes.named import Shipped
 from llmpruner.recipes.recipe import COMMANDS, MEASURES
 from llmpruner.settings import RecipeSettings, Settings, StepSettings
 

@@ -141,7 +141,7 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
         _row("Weights", outcome.bytes_before, outcome.bytes_after, size),
     ]
     if budget := outcome.budget:
-        texts: Mapping[str, Any] = {"macs": count, "kv-cache": "{:,.0f} bytes".format, "latency": "{:,.3f} ms".format}
+        texts: Mapping[str, Any] = {"macs": count, "kv-cache": "{:,.0f} bytes".format}
         sums.append(_row(budget.label, budget.before, budget.after, texts.get(budget.name, "{:,.4g}".format)))
     table("Result", ("", "Before", "After", "Removed"), sums)
     _say_what_was_met(made, outcome)

@@ -10,7 +10,7 @@ too.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
@@ -161,18 +161,10 @@ def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> No
         drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
 
 
-def cut_copy(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    kept: Kept,
-    family: Follows,
-    instead: Mapping[str, nn.Parameter] | None = None,
-) -> PreTrainedModel:
+def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:
     """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
-    ones. ``instead``: parameters, by name, that replace the model's own before the cut."""
-    shared = {id(p): p for p in model.parameters()}
-    shared |= {id(model.get_parameter(name)): parameter for name, parameter in (instead or {}).items()}
-    copied = copy.deepcopy(model, shared)
+    ones."""
+    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     cut(copied, graph, kept, family)
     return copied
 

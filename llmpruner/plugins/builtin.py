@@ -13,12 +13,12 @@ if TYPE_CHECKING:
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime
     from ..exporters import Exporter
-    from ..pruning.allocation.base import Allocation
+    from ..pruning.allocation import Allocation
     from ..pruning.budgets.base import Budget
     from ..pruning.compensation.base import Compensation
     from ..pruning.criteria.base import ImportanceCriterion
-    from ..pruning.methods.base import Method
-    from ..pruning.methods.recipe import NamedRecipe
+    from ..pruning.methods import Method
+    from ..recipes.named import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
 
@@ -33,12 +33,11 @@ def llmpruner_model_families() -> list[type[ModelFamily]]:
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     from ..pruning.criteria.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
-    from ..pruning.criteria.depth import AngularBlock, AngularDistance, BlockInfluence
     from ..pruning.criteria.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
-    from ..pruning.criteria.fisher import Fisher
+    from ..pruning.criteria.layers import AngularBlock, AngularDistance, BlockInfluence
     from ..pruning.criteria.magnitude import L1, L2, Random
     from ..pruning.criteria.obs import OptimalBrainSurgeon
-    from ..pruning.criteria.taylor import Taylor
+    from ..pruning.criteria.taylor import Fisher, Taylor
 
     weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
@@ -58,29 +57,21 @@ def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
 
 @hookimpl
 def llmpruner_allocations() -> list[type[Allocation]]:
-    from ..pruning.allocation.ranking import GlobalRanking
-    from ..pruning.allocation.search import Search
-    from ..pruning.allocation.sensitivity import Sensitivity
-    from ..pruning.allocation.uniform import Uniform
+    from ..pruning.allocation import GlobalRanking, Sensitivity, Uniform
 
-    return [Uniform, GlobalRanking, Sensitivity, Search]
+    return [Uniform, GlobalRanking, Sensitivity]
 
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Budget]]:
-    from ..pruning.budgets.kv_cache import KvCache
-    from ..pruning.budgets.latency import Latency
-    from ..pruning.budgets.macs import Macs
-    from ..pruning.budgets.weights import AllParameters, DecoderParameters, WeightBytes
+    from ..pruning.budgets.sizes import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
 
-    return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache, Latency]
+    return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 
 
 @hookimpl
 def llmpruner_compensations() -> list[type[Compensation]]:
-    from ..pruning.compensation.bias import BiasShift
-    from ..pruning.compensation.none import NoCompensation
-    from ..pruning.compensation.refit import Refit
+    from ..pruning.compensation.builtin import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 
@@ -131,13 +122,13 @@ def llmpruner_report_sections() -> list[type[ReportSection]]:
 
 @hookimpl
 def llmpruner_methods() -> list[type[Method]]:
-    from ..pruning.methods.presets import Best, Fast, LlmPruner
+    from ..pruning.methods import Best, Fast, LlmPruner
 
     return [Best, Fast, LlmPruner]
 
 
 @hookimpl
 def llmpruner_recipes() -> list[type[NamedRecipe]]:
-    from ..pruning.methods.shipped import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
+    from ..recipes.named import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
 
     return [PaperRecipe, QualityRecipe, ExpertsRecipe, DemoRecipe]

@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from ..evaluation.runtime import Runtime
     from ..exporters import Exporter
     from ..models.reference import CheckpointReader
-    from ..pruning.allocation.base import Allocation
+    from ..pruning.allocation import Allocation
     from ..pruning.budgets.base import Budget
     from ..pruning.compensation.base import Compensation
     from ..pruning.criteria.base import ImportanceCriterion
-    from ..pruning.methods.base import Method
-    from ..pruning.methods.recipe import NamedRecipe
+    from ..pruning.methods import Method
+    from ..recipes.named import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
 

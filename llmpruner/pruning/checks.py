@@ -11,13 +11,11 @@ from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
 from ..models.meta import meta_model
 from ..models.surgery import cut
 from ..structure.queues import build_queue
-from .allocation.alike import allocate_alike
-from .allocation.base import AllocationTask, Meter
-from .allocation.uniform import Uniform
-from .budgets.base import BudgetSubject
-from .budgets.costs import saving_units
+from .allocation import AllocationTask, Meter, Uniform
+from .budgets.base import BudgetSubject, saving_units
 from .criteria.estimate import check_accepted
 from .job import CalibrationJob, PruneJob, ReplayJob
+from .selection import allocate_alike
 from .targets import demand, scope_of, widths_of
 
 if TYPE_CHECKING:
@@ -39,15 +37,11 @@ def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: boo
     else:
         groups = list(scope_of(job, structure).groups(graph))
         check_accepted(job.criterion, groups, graph)
-        job.allocation.check(groups)
     job.compensation.check(graph, groups)
     if job.calibration is not None:
         _check_calibration(job.calibration, structure, tokenizer=tokenizer)
-    if isinstance(job, PruneJob):
-        job.budget.check(structure.config)
-        job.budget.check_kinds(tuple(dict.fromkeys(group.kind for group in groups)))
-        if job.budget.from_shapes:
-            _check_amount(job, structure)
+    if isinstance(job, PruneJob) and job.budget.from_shapes:
+        _check_amount(job, structure)
 
 
 def check_unquantised(structure: Structure) -> None:
@@ -86,7 +80,7 @@ def _check_amount(job: PruneJob, structure: Structure) -> None:
     """Raise `SelectionError` for an amount that is less than a unit, or more than there is."""
     graph, scope, widths = structure.graph, scope_of(job, structure), widths_of(job, structure)
     groups = scope.groups(graph)
-    cost = job.budget.cost(BudgetSubject(without_weights(structure), graph, groups, structure.family), None)
+    cost = job.budget.cost(BudgetSubject(without_weights(structure), graph, groups, structure.family))
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if job.by != "units":
         allowed = saving_units(cost, groups, allowed, widths.alike(groups))

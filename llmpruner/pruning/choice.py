@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,17 +17,14 @@ from ..models.surgery import cut
 from ..structure.coupling import LAYER
 from ..structure.kept import compose, layer_numbers
 from ..structure.scope import Scope
-from .allocation.base import Demand
-from .allocation.normalize import normalize
-from .allocation.select import select
-from .allocation.uniform import Uniform
-from .budgets.costs import Cost, CutCost
+from .allocation import Demand, Uniform
+from .budgets.base import Cost, CutCost
 from .compensation.choose import Chooser, can_wait
-from .compensation.trials import Trials
 from .criteria.estimate import Removal, Scores, estimate
-from .criteria.spread import Spread, spread
 from .job import PruneJob
+from .selection import Spread, select, spread
 from .targets import demand, lost, part_of, scope_of, widths_of
+from .trials import trial_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,8 +59,8 @@ def waiting_chooser(job: PruneJob, model: Model) -> Chooser | None:
 @dataclass
 class _Current:
     """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
-    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``losses``: kept
-    units of all groups that lose any → what a trial measured."""
+    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``loss``: of
+    trial cuts, once an allocation measures."""
 
     network: PreTrainedModel
     graph: CouplingGraph
@@ -71,7 +68,7 @@ class _Current:
     widths: Widths
     cost: Cost
     ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    losses: dict[tuple[tuple[str, tuple[int, ...]], ...], float] = field(default_factory=dict)
+    loss: Callable[[Kept], float] | None = None
 
     @cached_property
     def groups(self) -> tuple[CoupledGroup, ...]:
@@ -101,8 +98,7 @@ class Choice:
         """Group name → kept units. ``ranked``: by scores; otherwise only their numbers are right."""
         job, text, stages = self.job, scored_on(self.text, self.job), self.execution.stages
         # A group of layers alone loses as many as the amounts of all steps so far come to.
-        decided_once = job.allocation.equal_shares or job.allocation.shares_once
-        once = job.steps > 1 and decided_once and set(job.kinds) != {LAYER}
+        once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
         numbers: dict[str, float] = {}
         for step in range(1, job.steps + 1):
             now, last = self.now, step == job.steps
@@ -152,7 +148,7 @@ class Choice:
             execution=execution, removal=removal,
         )  # fmt: skip
         alike = now.widths.alike(now.groups)
-        now.ranked = normalize(now.graph, now.graph.by_name, scores.by_group, job.normalization, now.cost, alike)
+        now.ranked = job.allocation.comparable(scores.by_group, now.graph, now.cost, alike)
 
     def _select(self, wanted: Demand, *, decided: bool = False) -> Kept:
         """By the job's allocation. ``decided``: ``wanted`` has the number of units of each group."""
@@ -187,30 +183,12 @@ class Choice:
         return Removal(removed, now.scope.allowed_units(groups[0]))
 
     def _loss(self) -> Callable[[Kept], float] | None:
-        """The loss for an allocation that measures; None for others. No cut is measured twice."""
-        now, text, refit = self.now, self.text, self.job.compensation.ranks_again
-        if not self.job.allocation.measures or text is None:
-            return None
-
-        @cache
-        def trials() -> Trials:
-            return Trials(
-                now.network,
-                now.graph,
-                now.groups,
-                self.model.family,
-                text,
-                refit=refit,
-                progress=self.execution.progress,
-            )
-
-        def loss(kept: Kept) -> float:
-            key = tuple(sorted((name, tuple(units)) for name, units in kept.items()))
-            if key not in now.losses:
-                now.losses[key] = trials().loss(kept)
-            return now.losses[key]
-
-        return loss
+        """The loss for an allocation that measures; None for others."""
+        now = self.now
+        if now.loss is None and self.job.allocation.measures and self.text is not None:
+            kinds = {group.kind for group in now.groups}
+            now.loss = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
+        return now.loss
 
 
 def _equal_scores(groups: Sequence[CoupledGroup]) -> Scores:

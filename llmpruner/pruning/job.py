@@ -14,18 +14,18 @@ from ..engine.signals import Signal
 from ..errors import PluginError, SettingsError
 from ..models.positions import positions_of
 from ..settings import PruneSettings, Shape, settings_from
-from .methods.presets import ByHand
+from .methods import ByHand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from ..plugins.catalog import Catalog
     from ..structure.plan import PruningPlan
-    from .allocation.base import Allocation
+    from .allocation import Allocation
     from .budgets.base import Budget
     from .compensation.base import Compensation
     from .criteria.base import ImportanceCriterion
-    from .methods.base import Method
+    from .methods import Method
 
 _AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
     "ratio": "ratio",
@@ -66,7 +66,6 @@ class PruneJob:
     criterion: ImportanceCriterion
     reduction: str
     allocation: Allocation
-    normalization: str
     steps: int
     compensation: Compensation
     calibration: CalibrationJob | None
@@ -129,8 +128,6 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     if criterion.signals - {Signal.WEIGHT} or allocation.measures or compensation.reads_text:
         text.order(settings.samples)  # refuses samples that are fewer than the sources
         calibration = CalibrationJob(text, settings.samples, settings.length, "length" in explicit)
-        if allocation.measures and compensation.ranks_again and settings.samples == 1:
-            raise SettingsError("--samples 1 leaves none to fit weights on after cuts are measured; give 2 or more")
     return PruneJob(
         by=_AMOUNTS[amount],
         amount=float(getattr(settings, amount)),
@@ -142,7 +139,6 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         criterion=criterion,
         reduction=settings.reduction,
         allocation=allocation,
-        normalization=settings.normalize,
         steps=settings.steps,
         compensation=compensation,
         calibration=calibration,

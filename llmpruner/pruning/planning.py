@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..models.numbers import stored_dtype
@@ -18,33 +17,25 @@ from ..structure.plan import (
     cuts_of,
     structure_of,
 )
-from .budgets.base import BudgetSubject
-from .budgets.sizes import counts
-from .budgets.weights import byte_cost
+from .budgets.base import BudgetSubject, counts
+from .budgets.sizes import byte_cost
 from .targets import scope_of, widths_of
 
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
     from ..models.model import Model
     from ..structure.kept import Kept
-    from .budgets.base import Budget
-    from .budgets.costs import Cost
+    from .budgets.base import Budget, Cost
     from .job import PruneJob
 
 
-def plan_of(
-    model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None, measured: Mapping[str, Any] | None
-) -> PruningPlan:
-    """The plan that keeps ``kept``. ``measured``: what the budget measured; None where it did not."""
+def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
+    """The plan that keeps ``kept``."""
     scored = text if job.scores_read_text else None
     sources = job.calibration.text.record() if job.calibration else {}
     target = Target(by=job.by, amount=job.amount)
     if job.by == "ratio":
-        recorded = None if measured is None else dict(measured)
-        budget = job.budget
-        target = Target(
-            by="ratio", amount=job.amount, budget=budget.name, settings=budget.record(), measured=recorded
-        )  # fmt: skip
+        target = Target(by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record())
     return PruningPlan(
         base=BaseRef(
             model=model.ref,
@@ -65,7 +56,6 @@ def plan_of(
             layers=scope_of(job, model).layers,
             allocation=job.allocation.name,
             settings=job.allocation.record(),
-            normalization=job.normalization,
             steps=job.steps,
             shape=job.shape,
             round_to=widths_of(job, model).round_to,
@@ -103,7 +93,7 @@ def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
     weights = byte_cost(model.model, graph, [graph.by_name[name] for name in plan.cuts])
     budget = None
     if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
-        whole, after = cost.value(cost.remaining()), cost.value(cost.remaining(*left))
+        whole, after = cost.remaining(), cost.remaining(*left)
         budget = BudgetOutcome(target.budget, cost.label, whole, after)
     before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
     # The budget of bytes, by which the plan was made, counts those in memory.
@@ -115,6 +105,6 @@ def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
 
 
 def recorded_cost(model: Model, plan: PruningPlan, budget: Budget) -> Cost:
-    """The cost of a plan's budget, with the measurement in the plan."""
+    """The cost of a plan's budget, in the model before the cut."""
     groups = [model.graph.by_name[name] for name in plan.cuts]
-    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family), plan.target.measured)
+    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family))

@@ -12,13 +12,13 @@ from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, like, widths_for
 from ..values import layer_numbers as numbers_of
-from .allocation.base import Demand
+from .allocation import Demand
 
 if TYPE_CHECKING:
     from ..models.model import Structure
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
-    from .budgets.costs import Cost
+    from .budgets.base import Cost
     from .job import PruneJob
 
 

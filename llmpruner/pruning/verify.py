@@ -242,7 +242,7 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
                 raise _NotComparable(f"{compensation.label()} may have changed any weight")
             changed |= {
                 span.parameter.rpartition(".")[0]
-                for name in compensation.changed_groups(graph, plan.kept)
+                for name in plan.kept
                 for span in graph.by_name[name].spans_with(Role.CONSUMES)
             }
         changed = {path for old in changed if (path := _path_after(old, graph, plan)) is not None}

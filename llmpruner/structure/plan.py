@@ -1,7 +1,7 @@
 """PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
 
-A cut needs nothing else but the model. A plan contains no timestamps, and of the machine only the path of a local model
-and what a budget measured, so that the same command gives the same bytes.
+A cut needs nothing else but the model. A plan contains no timestamps, and of the machine only the path of a local
+model, so that the same command gives the same bytes.
 """
 
 from __future__ import annotations
@@ -82,27 +82,25 @@ class Target(Frozen):
     to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
     in scope to remove, as LLM-Pruner counts.
 
-    ``settings``: of the budget. ``measured``: what the budget measured on the machine that made the plan, from which
-    the cost before and after the cut is computed wherever the plan is replayed, without measuring again.
+    ``settings``: of the budget.
     """
 
     by: Literal["ratio", "parameters", "units"]
     amount: float
     budget: str = "decoder"
     settings: dict[str, Any] = {}
-    measured: dict[str, Any] | None = None
 
     @property
     def counted_in(self) -> str:
         """The name of the budget that costs are counted by: ``budget`` for a ratio, ``parameters`` for a number of
-        parameters, ``decoder`` for a share of units (where the cost is used by ``--normalize cost`` alone)."""
+        parameters, ``decoder`` for a share of units (for allocations that divide scores by it)."""
         return {"ratio": self.budget, "parameters": "parameters", "units": "decoder"}[self.by]
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = serialize(self)
-        unused = {name for name in ("settings", "measured") if not values[name]}
-        return {n: v for n, v in values.items() if n not in unused and (self.by == "ratio" or n != "budget")}
+        unused = ({"settings"} if not self.settings else set()) | ({"budget"} if self.by != "ratio" else set())
+        return {name: value for name, value in values.items() if name not in unused}
 
 
 class EstimationRecord(Frozen):
@@ -126,7 +124,6 @@ class SelectionRecord(Frozen):
     layers: Units
     allocation: str
     settings: dict[str, Any] = {}
-    normalization: str = "none"
     steps: int = 1
     shape: Literal["uniform", "free"] = "free"
     round_to: int = 1

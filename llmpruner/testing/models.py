@@ -21,9 +21,9 @@ from ..models.model import Model
 from ..pipeline import make_plan, prune_model
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
-from ..pruning.allocation.uniform import Uniform
-from ..pruning.budgets.weights import DecoderParameters
-from ..pruning.compensation.none import NoCompensation
+from ..pruning.allocation import Uniform
+from ..pruning.budgets.sizes import DecoderParameters
+from ..pruning.compensation.builtin import NoCompensation
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.magnitude import L1
 from ..pruning.job import CalibrationJob, PruneJob, job_of
@@ -118,7 +118,6 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
         "criterion": criterion or L1(),
         "reduction": "sum",
         "allocation": Uniform(),
-        "normalization": "none",
         "steps": 1,
         "compensation": NoCompensation(),
         "calibration": CalibrationJob(text, samples=1, length=4, fixed_length=True),

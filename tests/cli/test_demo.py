@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmpruner.cli import run as commands
-from llmpruner.pruning.methods.shipped import DemoRecipe
+from llmpruner.recipes.named import DemoRecipe
 
 
 @pytest.fixture

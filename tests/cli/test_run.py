@@ -18,7 +18,7 @@ from llmpruner import LoadSettings, OutputError, SettingsError, api
 from llmpruner.engine import journal
 from llmpruner.folders import alone_in
 from llmpruner.progress import Progress
-from llmpruner.pruning.methods.presets import Fast
+from llmpruner.pruning.methods import Fast
 from llmpruner.structure.outcome import Outcome
 from llmpruner.structure.plan import PruningPlan
 

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 import llmpruner
 from llmpruner.evaluation.metrics import PerplexityMetric, TasksMetric
-from llmpruner.pruning.budgets.macs import Macs
+from llmpruner.pruning.budgets.sizes import Macs
 from llmpruner.recovery.lora import LoraStrategy
 from llmpruner.settings import EvaluateSettings, PruneSettings, RecoverSettings, option_of
 

@@ -19,7 +19,7 @@ from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.files import write_text
 from llmpruner.progress import Progress
-from llmpruner.pruning.methods.presets import Best
+from llmpruner.pruning.methods import Best
 from llmpruner.recovery.work_dir import check_work_dir
 from llmpruner.settings import RunSettings
 

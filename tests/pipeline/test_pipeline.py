@@ -19,7 +19,7 @@ from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pipeline import make_plan
-from llmpruner.pruning.compensation.refit import Refit
+from llmpruner.pruning.compensation.builtin import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.targets import inner_layers
 from llmpruner.structure.kept import parameters_after

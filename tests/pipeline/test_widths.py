@@ -12,18 +12,13 @@ from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.pipeline import make_plan
-from llmpruner.pruning.allocation.base import Demand
-from llmpruner.pruning.allocation.normalize import normalize
-from llmpruner.pruning.allocation.ranking import GlobalRanking
-from llmpruner.pruning.allocation.search import Search
-from llmpruner.pruning.allocation.select import select
-from llmpruner.pruning.allocation.sensitivity import Sensitivity
-from llmpruner.pruning.allocation.uniform import Uniform
-from llmpruner.pruning.budgets.costs import Cost
-from llmpruner.pruning.budgets.weights import parameter_cost
+from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform, normalized
+from llmpruner.pruning.budgets.base import Cost
+from llmpruner.pruning.budgets.sizes import parameter_cost
+from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.pruning.planning import plan_of
-from llmpruner.recipes.checks import check_prune
+from llmpruner.pruning.selection import select
 from llmpruner.recipes.saving import save
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units
@@ -99,7 +94,7 @@ def test_an_allocation_that_measures_cuts_all_layers_of_a_kind_together(gqa):
     assert any(found.keys() == {"attention"} for found in seen)
 
 
-@pytest.mark.parametrize("allocation", [Uniform, GlobalRanking, Search], ids=lambda cls: cls.name)
+@pytest.mark.parametrize("allocation", [Uniform, GlobalRanking, Sensitivity], ids=lambda cls: cls.name)
 def test_a_share_of_units_counts_every_group_that_is_cut(gqa, allocation):
     """One queue stands for the channels of four layers, another for the hidden channels alone."""
     graph = gqa.graph
@@ -143,14 +138,14 @@ def test_scores_per_cost_of_layers_that_are_cut_together_share_what_a_step_saves
     groups = {g.name: g for g in graph.of_kinds(["mlp"])}
     scores = {name: torch.full((g.units,), 1.0 + (g.layer or 0), dtype=torch.float64) for name, g in groups.items()}
     names = sorted(groups)
-    apart = normalize(graph, groups, scores, "cost", FirstLayers())
+    apart = normalized(scores, "cost", graph, FirstLayers())
     assert [float(apart[name][0]) for name in names] == [1.0, 2.0, 3.0, 4.0]
-    together = normalize(graph, groups, scores, "cost", FirstLayers(), UNIFORM.alike(groups.values()))
+    together = normalized(scores, "cost", graph, FirstLayers(), UNIFORM.alike(groups.values()))
     # A step of all four layers saves one unit in two of them.
     assert [float(together[name][0]) for name in names] == [2.0, 4.0, 6.0, 8.0]
     own = parameter_cost(graph, list(groups.values()), decoder=True)
-    alike = normalize(graph, groups, scores, "cost", own, UNIFORM.alike(groups.values()))
-    assert all(torch.equal(values, normalize(graph, groups, scores, "cost", own)[n]) for n, values in alike.items())
+    alike = normalized(scores, "cost", graph, own, UNIFORM.alike(groups.values()))
+    assert all(torch.equal(values, normalized(scores, "cost", graph, own)[n]) for n, values in alike.items())
 
 
 def test_groups_of_different_sizes_need_not_agree():
@@ -237,12 +232,10 @@ def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_
 
 def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
     with pytest.raises(SelectionError, match=r"less than one unit .* in all layers at once, .* or for --shape free"):
-        check_prune(small_job(shape="uniform", amount=0.005), gqa, tokenizer=False)
+        check_job(small_job(shape="uniform", amount=0.005), gqa, tokenizer=False)
     with pytest.raises(SettingsError, match="--allocation global has no effect: with --shape uniform"):
-        check_prune(small_job(shape="uniform", allocation=GlobalRanking()), gqa, tokenizer=False)
-    check_prune(
-        small_job(shape="uniform", allocation=GlobalRanking(), kinds=("mlp", "attention")), gqa, tokenizer=False
-    )
+        check_job(small_job(shape="uniform", allocation=GlobalRanking()), gqa, tokenizer=False)
+    check_job(small_job(shape="uniform", allocation=GlobalRanking(), kinds=("mlp", "attention")), gqa, tokenizer=False)
 
 
 @pytest.mark.parametrize(
@@ -257,4 +250,4 @@ def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
 def test_an_allocation_without_groups_to_divide_between_is_refused(gqa, changes, group):
     """Of layers and hidden channels, the line said to give --shape free, which is refused, or as useless."""
     with pytest.raises(SettingsError, match=f"global has no effect: nothing but '{group}' may be cut; leave it out"):
-        check_prune(small_job(allocation=GlobalRanking(), **changes), gqa, tokenizer=False)
+        check_job(small_job(allocation=GlobalRanking(), **changes), gqa, tokenizer=False)

@@ -33,11 +33,11 @@ from llmpruner.evaluation.runtime import Runtime
 from llmpruner.exporters import Exporter
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.plugins.manager import HOOKS, plugin_manager
-from llmpruner.pruning.allocation.base import Allocation
+from llmpruner.pruning.allocation import Allocation
 from llmpruner.pruning.budgets.base import Budget
 from llmpruner.pruning.compensation.base import Compensation
-from llmpruner.pruning.methods.base import Method
-from llmpruner.pruning.methods.recipe import NamedRecipe
+from llmpruner.pruning.methods import Method
+from llmpruner.recipes.named import NamedRecipe
 from llmpruner.report.base import ReportSection
 
 METRICS = "llmpruner_metrics"

@@ -14,8 +14,8 @@ import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.costs import size
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.budgets.cached_bytes import bytes_per_token
-from llmpruner.pruning.criteria.spread import spread
+from llmpruner.pruning.budgets.kv_cache import bytes_per_token
+from llmpruner.pruning.selection import spread
 from llmpruner.report.measured import Answer, calibration_of, side_by_side
 from llmpruner.report.summary import Pair, _change
 from llmpruner.structure.plan import PruningPlan

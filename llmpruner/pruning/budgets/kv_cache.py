@@ -1,31 +1,146 @@
-"""The budget of key/value cache. Imports no torch."""
+"""Bytes of key/value cache: how many each layer adds per token, and how many of them each unit saves.
+
+Shapes of weights do not determine what an architecture caches (heads, one shared head, or a latent vector). So the
+bytes of the tensors in the cache are counted after processing a few tokens, for the whole model and with one step of
+each group cut. An uneven cut without one layer checks that they are proportional to the units kept.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import TYPE_CHECKING
 
-from ...errors import SelectionError
-from ...structure.coupling import EXPERT, MLP
-from .base import Budget, BudgetSubject
-from .costs import Cost
+import torch
+from transformers import cache_utils
+
+from ...discovery.rules import with_rules
+from ...errors import UnsupportedModelError
+from ...models.generation import CachedModel, sample_tokens
+from ...models.surgery import cut_copy
+from ...structure.coupling import LAYER, CouplingGraph
+from ...structure.queues import Queue, build_queue
+from .base import BudgetSubject, Cost, counts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ...structure.architecture import Follows
+
+_FEW, _MORE, _MOST = 2, 3, 6
+"""Numbers of tokens for which the cache is measured; smaller than any sliding window."""
 
 
-class KvCache(Budget):
-    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
-    with units of each group removed. The same on every machine, so they are not recorded in plans."""
+class CacheCost(Cost):
+    """Bytes that the key/value cache grows by with every token.
 
-    name = "kv-cache"
-    summary = "bytes of key/value cache per token"
+    ``layers``: bytes of each decoder layer while nothing is cut. ``per_unit``: (group name, layer) → bytes of that
+    layer that are saved with each unit of the group. ``units``: group name → its number of units.
+    """
 
-    def check_kinds(self, kinds: Collection[str]) -> None:
-        if kinds and set(kinds) <= {MLP, EXPERT}:
-            raise SelectionError(
-                f"{', '.join(kinds)} units save nothing of the KV cache per token; give --kinds attention, or layer"
-            )
+    label, unit = "KV cache per token", "bytes of KV cache per token"
 
-    def cost(self, subject: BudgetSubject, measured: Mapping[str, Any] | None) -> Cost:
-        del measured
-        from .cached_bytes import measure_cache
+    def __init__(
+        self,
+        layers: Sequence[int],
+        per_unit: Mapping[tuple[str, int], Fraction],
+        units: Mapping[str, int],
+    ) -> None:
+        self._layers, self._per_unit, self._units = layers, per_unit, units
 
-        return measure_cache(subject)
+    def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
+        kept = kept or {}
+        lost = sum(
+            rate * (self._units[name] - kept[name])
+            for (name, layer), rate in self._per_unit.items()
+            if name in kept and layer not in gone
+        )
+        return round(sum(size for layer, size in enumerate(self._layers) if layer not in gone) - lost)
+
+
+def measure_cache(subject: BudgetSubject) -> CacheCost:
+    """Bytes per token in the cache of the model, and the bytes that a unit of each group saves.
+
+    Raises `UnsupportedModelError` where the cache does not grow with every token or is not proportional to the units.
+    """
+    model, graph, groups = subject.model, subject.graph, subject.groups
+    family = with_rules(subject.family, model, {g.kind for g in groups})
+    dense = bytes_per_token(model, graph)
+    if not sum(dense):
+        raise _unknown(model, "does not grow with the tokens")
+    queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
+    per_unit: dict[tuple[str, int], Fraction] = {}
+    for together in subject.progress.track(_rounds(queues), "key/value cache"):
+        cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)
+        after = bytes_per_token(cut, graph)
+        for queue in together:
+            layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
+            for layer in layers:
+                if after[layer] != dense[layer]:
+                    saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
+                    per_unit[queue.group.name, layer] = saved
+    cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
+    _check(subject, family, queues, cost)
+    return cost
+
+
+def _rounds(queues: Sequence[Queue]) -> Sequence[list[Queue]]:
+    """Queues for each trial cut: of one kind, one per layer, so that the change in a layer is that of one group."""
+    seen: Counter[tuple[str, int | None]] = Counter()
+    rounds: dict[tuple[str, int, bool], list[Queue]] = {}
+    for queue in queues:
+        place = queue.group.kind, queue.group.layer
+        rounds.setdefault((queue.group.kind, seen[place], queue.group.layer is None), []).append(queue)
+        seen[place] += 1
+    return list(rounds.values())
+
+
+def _check(subject: BudgetSubject, family: Follows, queues: Sequence[Queue], cost: CacheCost) -> None:
+    """Raise `UnsupportedModelError` unless ``cost`` of an uneven cut equals the measured bytes of the cut model."""
+    model, graph = subject.model, subject.graph
+    kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
+    whole = next((g for g in subject.groups if g.kind == LAYER), None)
+    if whole is not None and whole.units > 1:
+        kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
+    if not kept:
+        return
+    cut = cut_copy(model, graph, kept, family)
+    if sum(bytes_per_token(cut, graph)) != cost.remaining(*counts(graph, kept)):
+        raise _unknown(model, "is not proportional to the units that are kept")
+
+
+def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
+    """Bytes that the cache of each decoder layer grows by with every token, before sliding windows are full."""
+    few, more, most = (_cached(model, count) for count in (_FEW, _MORE, _MOST))
+    if len(most) > graph.num_layers:
+        raise _unknown(model, "has more parts than the decoder has layers")
+    grown = [b - a for a, b in zip(few, more, strict=True)]
+    if any(c - a != (_MOST - _FEW) * g for a, c, g in zip(few, most, grown, strict=True)):
+        raise _unknown(model, "does not grow by the same amount with every token")
+    return grown + [0] * (graph.num_layers - len(grown))
+
+
+def _cached(model: PreTrainedModel, count: int) -> list[int]:
+    cached = CachedModel(model)
+    cached.process(sample_tokens(model, count))
+    for layer in cached.cache.layers:
+        # A class outside transformers' cache module may compress, which a few tokens would not show.
+        if type(layer).__module__ != cache_utils.__name__:
+            raise _unknown(model, f"is a {type(layer).__name__}, which may not grow with every token")
+    return [sum(t.nbytes for t in _tensors(vars(layer))) for layer in cached.cache.layers]
+
+
+def _tensors(value: object) -> Iterator[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (dict, list, tuple)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(item)
+
+
+def _unknown(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the key/value cache of this {model.config.model_type} model {why}, so it cannot be a budget; choose another "
+        "--budget"
+    )

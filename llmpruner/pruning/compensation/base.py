@@ -1,13 +1,17 @@
-"""Compensation: adapts the weights that read removed units before the cut, without training. Imports no torch."""
+"""Compensation: changes the weights that read removed units before the cut, in closed form, without training.
+
+`Compensation` is the contract; `compensation.builtin` has ``none``, ``bias`` and ``refit``. Imports no torch.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...component import Component
+from ...errors import UnsupportedModelError
 from ...progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -23,12 +27,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Fit:
-    """How one weight was fitted. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
+    """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
     number of tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal
     of the Gram matrix XᵀX; None: weights are unchanged. ``before``, ``after``: squared error of the outputs on tokens
     that are held out, as a share of the mean square of the targets, with the old weights of the inputs that stay and
-    with fitted ones; None where it was not computed. ``mix``: the share of the difference of the hidden states in the
-    targets, from 0 to 1, where the fit chose it."""
+    with fitted ones; None where it was not computed."""
 
     parameter: str
     slot: int | None
@@ -36,33 +39,31 @@ class Fit:
     ridge: float | None
     before: float | None = None
     after: float | None = None
-    mix: float | None = None
 
 
 def fits_record(fits: Sequence[Fit]) -> list[dict[str, Any]]:
     """The fits as JSON values, one for each parameter, as ``llmpruner.json`` keeps them: for a stack of matrices the
-    median of the ridges and of the mixes, and errors averaged over the tokens."""
-    found: dict[str, list[Fit]] = {}
+    median of the ridges, and errors averaged over the tokens."""
+    by_parameter: dict[str, list[Fit]] = {}
     for fit in fits:
-        found.setdefault(fit.parameter, []).append(fit)
-    return [_fit_record(name, of_one) for name, of_one in found.items()]
-
-
-def _fit_record(parameter: str, fits: Sequence[Fit]) -> dict[str, Any]:
-    ridges = [fit.ridge for fit in fits if fit.ridge is not None]
-    mixes = [fit.mix for fit in fits if fit.mix is not None]
-    known = [(fit.rows, fit.before, fit.after) for fit in fits if fit.before is not None and fit.after is not None]
-    rows = sum(count for count, _, _ in known)
-    return {
-        "parameter": parameter,
-        "matrices": len(fits),
-        "fitted": len(ridges),
-        "rows": sum(fit.rows for fit in fits),
-        "ridge": median(ridges) if ridges else None,
-        "mix": median(mixes) if mixes else None,
-        "before": sum(count * before for count, before, _ in known) / rows if rows else None,
-        "after": sum(count * after for count, _, after in known) / rows if rows else None,
-    }
+        by_parameter.setdefault(fit.parameter, []).append(fit)
+    records = []
+    for parameter, own in by_parameter.items():
+        ridges = [fit.ridge for fit in own if fit.ridge is not None]
+        errors = [(fit.rows, fit.before, fit.after) for fit in own if fit.before is not None and fit.after is not None]
+        rows = sum(count for count, _, _ in errors)
+        records.append(
+            {
+                "parameter": parameter,
+                "matrices": len(own),
+                "fitted": len(ridges),
+                "rows": sum(fit.rows for fit in own),
+                "ridge": median(ridges) if ridges else None,
+                "before": sum(count * before for count, before, _ in errors) / rows if rows else None,
+                "after": sum(count * after for count, _, after in errors) / rows if rows else None,
+            }
+        )
+    return records
 
 
 @dataclass(frozen=True)
@@ -110,30 +111,9 @@ class Compensation(Component):
     """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
     compare all other weights with the dense model's."""
 
-    @property
-    def weighs_tokens(self) -> bool:
-        """Whether it first runs the dense model and a cut one to weigh tokens, which forecasts count."""
-        return False
-
-    @property
-    def chooses_target(self) -> bool:
-        """Whether each fit chooses its target, which forecasts count."""
-        return False
-
-    @property
-    def holds_out_sources(self) -> bool:
-        """Whether fits are judged on one half of the sources of the text in turn, which forecasts count."""
-        return False
-
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
         """Raise `UnsupportedModelError` where it cannot change the weights that read units of ``groups``, which may
         lose some. Called before text is read; by default nothing is refused."""
-
-    def changed_groups(self, graph: CouplingGraph, kept: Kept) -> Collection[str]:
-        """Names of the groups whose readers may change, where ``changes_readers_alone``: those of ``kept``, which lose
-        units, unless a compensation changes others too."""
-        del graph
-        return tuple(kept)
 
     def repair(self, task: RepairTask) -> Repaired:
         """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the
@@ -143,3 +123,8 @@ class Compensation(Component):
         that are not finite.
         """
         raise NotImplementedError
+
+
+def no_bias(parameter: str) -> UnsupportedModelError:
+    """The error for a weight without a bias to change."""
+    return UnsupportedModelError(f"'{parameter}' has no bias to compensate with; use --compensate refit or none")

@@ -19,7 +19,7 @@ from ...structure.queues import build_queue
 from ...structure.widths import ANY, Widths
 from ..criteria.base import ImportanceCriterion
 from ..criteria.estimate import Scores, estimate, estimate_from
-from ..criteria.spread import Spread, spread
+from ..selection import Spread, spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

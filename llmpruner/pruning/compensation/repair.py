@@ -14,9 +14,6 @@ channels of the residual stream is y_dense. Where a norm inside the layer is com
 norms over all heads), removed units are silenced where they are produced; then y is the output of a layer that still
 produces them.
 
-Matrices that lose no inputs may be fitted too, once the hidden states differ: their targets are the same, or where the
-layer's output is not such a sum, y + mix · (y_dense − y).
-
 Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
 
 With several processes, each runs its own micro-batches. The first one finds c, the order of the matrices and the units
@@ -25,7 +22,7 @@ of a chooser; sums are reduced, and all have the same weights afterwards (`write
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import astuple, replace
 from functools import partial
 
@@ -35,35 +32,30 @@ from ...engine.boundaries import States
 from ...engine.execution import Execution
 from ...engine.products import WatchProducts
 from ...engine.statistics import InputSums
-from ...engine.walk import Batch, ForwardWalk
+from ...engine.walk import ForwardWalk
 from ...structure.kept import removed_layers
 from .base import Fit, Repaired, RepairTask
-from .consumers import Consumer, consumers_of, intact_readers, stream_writers, zero_inputs
-from .fitters import BiasFitter, WeightFitter
-from .layer_order import names_in_layer, order_of_use, stream_factor
-from .rows import CalibrationRows
-from .silencing import Originals, ProducerRows, removed_channels
-from .stages import LayerStates, Stage, StageFits
-from .token_weights import token_weights
+from .layer_fit import LayerFit, Stage, order_of_use, stream_factor
+from .least_squares import Fitter
+from .readers import (
+    Originals,
+    ProducerRows,
+    Reader,
+    names_in_layer,
+    readers_of,
+    removed_channels,
+    stream_writers,
+    zero_inputs,
+)
 
 
 @torch.no_grad()
-def repair(
-    task: RepairTask,
-    fitter: type[WeightFitter | BiasFitter],
-    *,
-    mix: float | None = 0.0,
-    changed: Collection[str] = (),
-    weighted: bool = False,
-    holds_out_sources: bool = False,
-) -> Repaired:
+def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> Repaired:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
     experts are not silenced.
 
-    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module; None: chosen by each fit.
-    ``changed``: names of groups whose readers are fitted where they lost no inputs, too. ``weighted``: tokens have the
-    weights of `token_weights`. ``holds_out_sources``: sources of the text are held out in turn, not tokens. With
-    ``task.chooser``, the units to keep are chosen again in each layer, in the numbers of ``task.kept``.
+    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. With ``task.chooser``, the units
+    to keep are chosen again in each layer, in the numbers of ``task.kept``.
 
     Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
     cannot fit.
@@ -71,45 +63,30 @@ def repair(
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     if execution.weights.streamed and task.journal is None:
-        raise ValueError(
-            "changed weights of a model that is read layer by layer are kept in a journal, and there is none"
-        )
-    weights = token_weights(task, execution) if weighted else None
-    text = task.calibration if holds_out_sources else replace(task.calibration, parts=())
-    rows = CalibrationRows(task.model, text, weights)
-    return _Repair(task, ForwardWalk.over(execution, task.calibration), fitter, mix, changed, rows).run()
+        raise ValueError("changed weights of a streamed model are kept in a journal, and there is none")
+    return _Repair(task, ForwardWalk.over(execution, task.calibration), fitter, mix).run()
 
 
 class _Repair:
     """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor per batch; ``pruned`` is None as long as
     no unit was removed, when both are the same."""
 
-    def __init__(
-        self,
-        task: RepairTask,
-        walk: ForwardWalk,
-        fitter: type[WeightFitter | BiasFitter],
-        mix: float | None,
-        changed: Collection[str],
-        rows: CalibrationRows,
-    ) -> None:
+    def __init__(self, task: RepairTask, walk: ForwardWalk, fitter: type[Fitter], mix: float) -> None:
         self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
-        self.walk, self.changed, self.progress = walk, changed, task.progress
+        self.walk, self.fitter, self.mix, self.progress = walk, fitter, mix, task.progress
         self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, task.journal
+        self.channels = removed_channels(self.graph, self.kept)
         self.dense = walk.embedded
-        channels = removed_channels(self.graph, self.kept)
-        self.stage_fits = StageFits(walk, self.graph, fitter, mix, rows, channels)
         self.pruned: States | None = None
-        if len(channels):
-            self.pruned = self._copied(self.dense)
+        if len(self.channels):
+            self._keep_apart()
         self.fits: list[Fit] = []
 
     def run(self) -> Repaired:
         removed = removed_layers(self.graph, self.kept)
         layers = range(self.graph.num_layers)
-        consumers = [consumers_of(self.graph, self.kept, number) for number in layers]
-        intact = [intact_readers(self.graph, self.kept, number, self.changed) for number in layers]
-        count = max((number + 1 for number in layers if consumers[number] or intact[number]), default=0)
+        readers = [readers_of(self.graph, self.kept, number) for number in layers]
+        count = max((number + 1 for number in layers if readers[number]), default=0)
         done = self._resume()
         for number in self.progress.track(range(count), "Compensating"):
             if number < done:
@@ -118,9 +95,8 @@ class _Repair:
                 if number in removed:
                     self._keep_apart()
                     self.walk.advance(number, self.dense)
-                elif consumers[number] or (intact[number] and self.pruned is not None):
-                    # As long as nothing is removed, the inputs of all weights are those of the dense model.
-                    self._layer(number, consumers[number], {} if self.pruned is None else intact[number])
+                elif readers[number]:
+                    self._fit_layer(number, readers[number])
                 else:
                     ProducerRows(self.model, self.graph, self.kept, number).zero()
                     self.walk.advance(number, self.dense)
@@ -131,10 +107,10 @@ class _Repair:
 
     def _resume(self) -> int:
         """The number of layers that an interrupted run finished, whose results are used."""
-        found = None if self.journal is None else self.journal.resume(self.weights)
-        if found is None:
+        earlier = None if self.journal is None else self.journal.resume(self.weights)
+        if earlier is None:
             return 0
-        state, states = found
+        state, states = earlier
         self.kept = {name: tuple(units) for name, units in state["kept"].items()}
         self.fits = [Fit(*values) for values in state["fits"]]
         if self.chooser is not None:
@@ -155,63 +131,39 @@ class _Repair:
             states = {"dense": self.dense} if self.pruned is None else {"dense": self.dense, "pruned": self.pruned}
             self.journal.layer_done(state, states)
 
-    def _copied(self, states: States) -> States:
-        copy = states.beside()
-        for hidden in states:
-            copy.append(self.stage_fits.silenced(hidden))
-        return copy
-
     def _keep_apart(self) -> States:
-        """``pruned``, with hidden states of its own from now on."""
+        """``pruned``, with hidden states of its own from now on, zero in removed channels of the residual stream."""
         if self.pruned is None:
-            self.pruned = self._copied(self.dense)
+            self.pruned = self.dense.beside()
+            for hidden in self.dense:
+                self.pruned.append(hidden.index_fill(-1, self.channels.to(hidden.device), 0.0))
         return self.pruned
 
-    def _dense_after(self, number: int, consumers: Mapping[str, Consumer], *, in_place: bool) -> States:
-        """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
-        units by the inputs of ``consumers``."""
-        after = self.dense if in_place else self.dense.beside(continued=True)
-        sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
-        with WatchProducts(self.model, consumers if self.chooser else (), sums.add):
-            for position, (batch, hidden) in enumerate(self._with(self.dense)):
-                found = self.walk.run(number, batch, hidden, after.passed)
-                if in_place:
-                    after[position] = found
-                else:
-                    after.append(found)
-        if self.chooser is not None and consumers:
-            inputs = sums.statistics(self.walk.tokens, self.ranks)
-            choose = partial(self.chooser.choose, self.model, self.graph, self.kept, number, inputs)
-            self.kept |= self.ranks.from_first(choose)
-        return after
-
-    def _with(self, states: States) -> Iterator[tuple[Batch, torch.Tensor]]:
-        return zip(self.walk.batches, states, strict=True)
-
-    def _layer(self, number: int, cut: Mapping[str, Consumer], intact: Mapping[str, Consumer]) -> None:
-        """Fit the weights of one layer, and move h and ĥ to after it. ``cut``: those that lose inputs; ``intact``:
-        others."""
-        consumers = {**cut, **intact}
+    def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
+        """Fit the weights of one layer, and move h and ĥ to after it."""
         pruned = self._keep_apart()
-        stages, biases = self._stages(number, consumers, pruned)
+        stages, biases = self._stages(number, readers, pruned)
         needs_dense = any(stage.needs_dense for stage in stages)
-        after = self._dense_after(number, cut, in_place=not needs_dense)
+        after = self._dense_after(number, readers, in_place=not needs_dense)
         # The chooser may have changed which inputs are kept.
-        consumers = {**consumers_of(self.graph, self.kept, number), **intact}
+        readers = readers_of(self.graph, self.kept, number)
         producers = ProducerRows(self.model, self.graph, self.kept, number)
-        changed = [*(self.model.get_parameter(name) for name in consumers), *biases, *producers.parameters]
+        changed = [*(self.model.get_parameter(name) for name in readers), *biases, *producers.parameters]
         original = Originals(changed if needs_dense else [])
         producers.zero()
-        states, moved = LayerStates(self.dense, after, pruned), False
+        layer = LayerFit(
+            self.walk, self.graph, number, self.fitter, self.mix, self.channels,
+            self.dense, after, pruned, producers, original,
+        )  # fmt: skip
+        moved = False
         for stage in stages:
-            current = replace(stage, consumers={name: consumers[name] for name in stage.consumers})
-            fits, moved = self.stage_fits.fit(current, states, producers, original)
+            fits, moved = layer.fit(replace(stage, readers={name: readers[name] for name in stage.readers}))
             self.fits += fits
-        for consumer in consumers.values():
+        for reader in readers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
-            zero_inputs(self.model, consumer)
+            zero_inputs(self.model, reader)
         fitted = {fit.parameter for fit in self.fits}
-        self.fits += [Fit(name, None, 0, None) for name in consumers if name not in fitted]
+        self.fits += [Fit(name, None, 0, None) for name in readers if name not in fitted]
         if not moved:
             self.walk.advance(number, pruned)
         self.dense = after
@@ -219,19 +171,36 @@ class _Repair:
             self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
 
     def _stages(
-        self, number: int, consumers: Mapping[str, Consumer], pruned: States
+        self, number: int, readers: Mapping[str, Reader], pruned: States
     ) -> tuple[list[Stage], list[torch.nn.Parameter]]:
-        """The stages of a layer in the order of their use, and the biases of ``consumers``."""
+        """The stages of a layer in the order of their use, and the biases of ``readers``."""
         factor = self.ranks.from_first(lambda: stream_factor(self.walk, self.graph, number, self.dense))
-        order = self.ranks.from_first(lambda: order_of_use(self.walk, self.graph, number, pruned, consumers))
+        order = self.ranks.from_first(lambda: order_of_use(self.walk, self.graph, number, pruned, readers))
         writers = set(stream_writers(self.graph, number))
         stages = [
             Stage(
-                number,
-                {name: consumers[name] for name in names},
+                {name: readers[name] for name in names},
                 factor if writers.issuperset(names) else None,
                 last=order.last in names,
             )
             for names in order.stages
         ]
         return stages, [self.model.get_parameter(name) for name in order.biases]
+
+    def _dense_after(self, number: int, readers: Mapping[str, Reader], *, in_place: bool) -> States:
+        """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
+        units by the inputs of ``readers``."""
+        after = self.dense if in_place else self.dense.beside(continued=True)
+        sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
+        with WatchProducts(self.model, readers if self.chooser else (), sums.add):
+            for position, (batch, hidden) in enumerate(zip(self.walk.batches, self.dense, strict=True)):
+                moved = self.walk.run(number, batch, hidden, after.passed)
+                if in_place:
+                    after[position] = moved
+                else:
+                    after.append(moved)
+        if self.chooser is not None and readers:
+            inputs = sums.statistics(self.walk.tokens, self.ranks)
+            choose = partial(self.chooser.choose, self.model, self.graph, self.kept, number, inputs)
+            self.kept |= self.ranks.from_first(choose)
+        return after

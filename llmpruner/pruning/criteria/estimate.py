@@ -21,7 +21,6 @@ from ...errors import ModelError, SelectionError
 from ...progress import QUIET, Progress
 from ...structure.coupling import CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
-from .reductions import reduce_spans
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -245,3 +244,19 @@ def _reduce(
         for module in group.modules
     ]
     return torch.cat([reduce_spans(torch.stack(values), reduction) for values in of_module])
+
+
+def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Scores (S, U) reduced over the first axis to (U,) by ``sum``, ``mean``, ``max``, ``prod`` (geometric mean), or
+    ``last``: those of the last span, an option of LLM-Pruner's code.
+
+    The geometric mean has the order of the product, as LLM-Pruner multiplies, and the scale of one span: the product of
+    hundreds of spans (a hidden channel has some in every layer) would be zero or infinite."""
+    if reduction == "last":
+        return scores_SU[-1]
+    if reduction == "max":
+        return scores_SU.amax(0)
+    if reduction == "prod":
+        return scores_SU.abs().log().mean(0).exp() * scores_SU.sign().prod(0)
+    values: torch.Tensor = getattr(scores_SU, reduction)(0)
+    return values

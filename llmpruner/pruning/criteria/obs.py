@@ -1,4 +1,14 @@
-"""The criterion of Optimal Brain Surgeon. Imports no torch."""
+"""Optimal Brain Surgeon (criterion ``obs``), on the Gram matrix of a weight's inputs.
+
+Units are removed one after another, always the one whose removal increases the error least, and after each the weights
+of the remaining ones are fitted again. With the weight W (d_out, d_in), its inputs x, H = E[xxᵀ] + λI and the columns u
+of a unit, its removal increases the squared error of the output by E_u and changes W and H⁻¹ to
+
+    E_u = tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ),   W ← W − W_u [(H⁻¹)_uu]⁻¹ (H⁻¹)_u:,   H⁻¹ ← H⁻¹ − (H⁻¹)_:u [(H⁻¹)_uu]⁻¹ (H⁻¹)_u:
+
+(Hassibi and Stork, 1993; for structures of language models: SlimGPT, Ling et al., 2024, eq. 5; ZipLM, Kurtic et al.,
+2023, eq. 4).
+"""
 
 from __future__ import annotations
 
@@ -14,11 +24,14 @@ from .base import ImportanceCriterion
 if TYPE_CHECKING:
     import torch
 
+_STEPS = 1024
+"""Maximum evaluations of E_u: with more units, several are removed after each."""
+
 
 class OptimalBrainSurgeon(ImportanceCriterion):
     """Units are removed one after another, each time the one whose removal increases the squared error of the output
     least, with a least-squares update of the other weights. A unit's score is the accumulated error after its removal
-    (`llmpruner.pruning.criteria.removal` has the equations; Hassibi and Stork, 1993; SlimGPT, Ling et al., 2024)."""
+    (see `criteria.obs` for the equations; Hassibi and Stork, 1993; SlimGPT, Ling et al., 2024)."""
 
     name = "obs"
     summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"
@@ -45,6 +58,64 @@ class OptimalBrainSurgeon(ImportanceCriterion):
             return None
         weight = signals.weight if axis.axis == signals.weight.dim() - 1 else signals.weight.mT
         weight, gram = (t if t.dim() == 3 else t[None] for t in (weight, inputs.gram))
-        from .removal import remove_all
-
         return remove_all(weight, gram, index_UK, self.settings.ridge)
+
+
+def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Scores (units,), float64: for each unit, Σ E over the units removed up to and including it.
+
+    ``weight_SOI``: S matrices in a stack; a unit is removed from all of them at once. ``gram_SII``: E[xxᵀ] of their
+    inputs. ``index_UK``: the columns of each unit. ``ridge``: λ as a share of the mean diagonal.
+    """
+    import torch
+
+    weight = weight_SOI.to(torch.float64, copy=True)
+    hessian = gram_SII.to(torch.float64, copy=True)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    diagonal += (ridge * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = torch.linalg.inv(hessian)
+    del hessian, diagonal
+    units, width = index_UK.shape
+    scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
+    remaining = list(range(units))
+    total = 0.0
+    at_once = -(-units // _STEPS)
+    while remaining:
+        index = index_UK[torch.tensor(remaining, device=index_UK.device)]
+        costs = _costs(weight, inverse, index)
+        order = costs.argsort(stable=True)[:at_once].tolist()
+        for place in order:
+            total += max(float(costs[place]), 0.0)
+            scores[remaining[place]] = total
+            _remove(weight, inverse, index[place], width)
+        chosen = set(order)
+        remaining = [unit for place, unit in enumerate(remaining) if place not in chosen]
+    return scores
+
+
+def _costs(weight: torch.Tensor, inverse: torch.Tensor, index_AK: torch.Tensor) -> torch.Tensor:
+    """E_u (A,) of the units whose columns are given (A, K), summed over the stack."""
+    import torch
+
+    if index_AK.shape[1] == 1:
+        column = index_AK[:, 0]
+        diagonal = inverse.diagonal(dim1=-2, dim2=-1)[:, column].clamp_min(1e-300)
+        return (weight[:, :, column].square().sum(1) / diagonal).sum(0)
+    blocks = inverse[:, index_AK[:, :, None], index_AK[:, None, :]]
+    columns = weight[:, :, index_AK].permute(0, 2, 3, 1)
+    repaired: torch.Tensor = torch.linalg.solve(blocks, columns)
+    return (columns * repaired).sum((0, 2, 3))
+
+
+def _remove(weight: torch.Tensor, inverse: torch.Tensor, index_K: torch.Tensor, width: int) -> None:
+    """Remove the columns K of one unit: update W and H⁻¹ in place, with zeros in the rows and columns of the unit."""
+    import torch
+
+    rows = inverse[:, index_K]
+    block = rows[:, :, index_K]
+    step = rows / block.clamp_min(1e-300) if width == 1 else torch.linalg.solve(block, rows)
+    weight -= weight[:, :, index_K] @ step
+    weight[:, :, index_K] = 0
+    inverse -= rows.mT @ step
+    inverse[:, index_K] = 0
+    inverse[:, :, index_K] = 0

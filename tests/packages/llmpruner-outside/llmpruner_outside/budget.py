@@ -8,7 +8,7 @@ class MatrixParameters(Budget):
     summary = "parameters of weight matrices, without norms and biases"
     from_shapes = True
 
-    def cost(self, subject, measured):
+    def cost(self, subject):
         graph = subject.graph
         names = {n: 1 for n, shape in graph.shapes.items() if len(shape) > 1 and n not in graph.ties}
         return WeightCost(SizeModel(graph, subject.groups), names, "matrix parameters", "parameters")

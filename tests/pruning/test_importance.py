@@ -12,9 +12,8 @@ from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.errors import SettingsError
 from llmpruner.pruning.criteria.activation import OutputEnergy
-from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.estimate import estimate, reduce_spans
 from llmpruner.pruning.criteria.magnitude import L1, L2, Random
-from llmpruner.pruning.criteria.reductions import reduce_spans
 from llmpruner.pruning.criteria.taylor import Taylor, Variant
 from llmpruner.settings import Reduction
 

@@ -13,16 +13,14 @@ from llmpruner.discovery.verify import random_plan
 from llmpruner.engine.execution import Execution
 from llmpruner.pipeline import calibrate, make_plan, prune_model, select
 from llmpruner.progress import Progress
-from llmpruner.pruning.allocation.ranking import GlobalRanking
+from llmpruner.pruning.allocation import GlobalRanking
 from llmpruner.pruning.choice import waiting_chooser
 from llmpruner.pruning.compensation.base import RepairTask
-from llmpruner.pruning.compensation.bias import BiasShift
+from llmpruner.pruning.compensation.builtin import BiasShift, NoCompensation, Refit
 from llmpruner.pruning.compensation.choose import Chooser, can_wait
-from llmpruner.pruning.compensation.none import NoCompensation
-from llmpruner.pruning.compensation.refit import Refit
 from llmpruner.pruning.criteria.activation import Fluctuation, OutputEnergy, WandaSp
-from llmpruner.pruning.criteria.depth import BlockInfluence
 from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.layers import BlockInfluence
 from llmpruner.pruning.criteria.magnitude import L1
 from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
 from llmpruner.pruning.criteria.taylor import Taylor

@@ -1,12 +1,34 @@
-"""The recipes that come with llmpruner. Their texts are in ``llmpruner/recipes/shipped``."""
+"""NamedRecipe: a recipe that is found by its name; and those that come with llmpruner, from ``recipes/shipped``."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
-from .recipe import NamedRecipe
+from ..component import Component
 
-_PACKAGE = Path(__file__).parents[2]
+
+class NamedRecipe(Component):
+    """The text of a recipe file, for ``llmpruner run NAME``.
+
+    ::
+
+        class Twice(NamedRecipe):
+            name = "twice"
+            summary = "two rounds of pruning and training"
+
+            def text(self):
+                return "steps: [{rounds: 2, steps: [{prune: {ratio: 0.1}}, {recover: {data: alpaca.jsonl}}]}]"
+    """
+
+    kind: ClassVar[str] = "recipe"
+
+    def text(self) -> str:
+        """The recipe, as YAML. Relative paths in it are relative to the folder in which the user's command runs."""
+        raise NotImplementedError
+
+
+_PACKAGE = Path(__file__).parents[1]
 
 
 class Shipped(NamedRecipe):

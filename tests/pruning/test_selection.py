@@ -7,13 +7,11 @@ import torch
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import SelectionError, UnknownNameError
-from llmpruner.pruning.allocation.base import Demand
-from llmpruner.pruning.allocation.ranking import GlobalRanking
-from llmpruner.pruning.allocation.select import select
-from llmpruner.pruning.allocation.uniform import Uniform
-from llmpruner.pruning.budgets.sizes import counts
-from llmpruner.pruning.budgets.weights import parameter_cost
+from llmpruner.pruning.allocation import Demand, GlobalRanking, Uniform
+from llmpruner.pruning.budgets.base import counts
+from llmpruner.pruning.budgets.sizes import parameter_cost
 from llmpruner.pruning.criteria.estimate import Scores
+from llmpruner.pruning.selection import select
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.queues import build_queue
 from llmpruner.structure.scope import Scope

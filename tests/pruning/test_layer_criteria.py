@@ -15,7 +15,7 @@ from llmpruner.discovery.graph import build_graph
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.criteria.depth import AngularBlock
+from llmpruner.pruning.criteria.layers import AngularBlock
 
 FIRST, SECOND = 2, 3
 """Two layers that undo one another."""

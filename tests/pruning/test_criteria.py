@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import pi
+from typing import get_args
 
 import pytest
 import torch
@@ -12,9 +13,10 @@ from criteria_cases import layers_of, make, tokens
 from llmpruner import Catalog, ModelError
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.engine.signals import InputStats, ParameterSignals, Position, Signal, UnitAxis
-from llmpruner.errors import SelectionError, SettingsError, UnknownNameError
+from llmpruner.errors import SelectionError, SettingsError
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.allocation.normalize import NORMALIZATIONS, normalize
+from llmpruner.pruning.allocation import GlobalRanking, Normalization, normalized
+from llmpruner.pruning.budgets.sizes import parameter_cost
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
 from llmpruner.structure.coupling import Role
@@ -326,30 +328,34 @@ def test_readers_alone_count_where_there_are_any(llama):
     torch.testing.assert_close(ratio[:7], torch.ones(7, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
-def normalized(loaded, scores, how):
-    return normalize(loaded.graph, loaded.graph.by_name, scores, how)
+NORMALIZATIONS = get_args(Normalization)
+
+
+def by(loaded, scores, normalization):
+    cost = parameter_cost(loaded.graph, loaded.graph.groups, decoder=True)
+    return normalized(scores, normalization, loaded.graph, cost)
 
 
 def test_normalization(llama):
     values = {"layers.0.mlp": torch.arange(56.0).double() + 1, "layers.1.attention": torch.tensor([3.0, 1, 2]).double()}
-    by = {how: normalized(llama, values, how)["layers.1.attention"].tolist() for how in NORMALIZATIONS}
+    found = {how: by(llama, values, how)["layers.1.attention"].tolist() for how in NORMALIZATIONS}
     per_unit = 48 * (16 + 8 + 8 + 16)
-    assert by["none"] == [3, 1, 2]
-    assert by["mean"] == [1.5, 0.5, 1]
-    assert by["max"] == pytest.approx([1, 1 / 3, 2 / 3])
-    assert by["sum"] == pytest.approx([0.5, 1 / 6, 1 / 3])
-    assert by["zscore"] == pytest.approx([1.5**0.5, -(1.5**0.5), 0])
-    assert by["parameters"] == pytest.approx([3 / per_unit, 1 / per_unit, 2 / per_unit])
+    assert found["none"] == [3, 1, 2]
+    assert found["mean"] == [1.5, 0.5, 1]
+    assert found["max"] == pytest.approx([1, 1 / 3, 2 / 3])
+    assert found["sum"] == pytest.approx([0.5, 1 / 6, 1 / 3])
+    assert found["zscore"] == pytest.approx([1.5**0.5, -(1.5**0.5), 0])
+    assert found["parameters"] == pytest.approx([3 / per_unit, 1 / per_unit, 2 / per_unit])
 
 
 @pytest.mark.parametrize("how", NORMALIZATIONS)
 @pytest.mark.parametrize("values", [[3.0, 1.0, 2.0], [-3.0, 1.0, -2.0], [0.0, 0.0, 0.0]])
 def test_normalization_keeps_the_order(llama, how, values):
-    result = normalized(llama, {"layers.1.attention": torch.tensor(values).double()}, how)["layers.1.attention"]
+    result = by(llama, {"layers.1.attention": torch.tensor(values).double()}, how)["layers.1.attention"]
     assert bool(result.isfinite().all())
     assert result.argsort(stable=True).tolist() == torch.tensor(values).argsort(stable=True).tolist()
 
 
 def test_an_unknown_normalization_offers_the_known(llama):
-    with pytest.raises(UnknownNameError, match="did you mean zscore"):
-        normalized(llama, {}, "z-score")
+    with pytest.raises(SettingsError, match=r"global: normalize = z-score is refused: expected .*zscore"):
+        GlobalRanking(normalize="z-score")

@@ -12,7 +12,7 @@ from llmpruner.errors import LlmprunerError
 from llmpruner.plugins import builtin
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.job import prune_job
-from llmpruner.pruning.methods.presets import Best, ByHand, Fast, LlmPruner
+from llmpruner.pruning.methods import Best, ByHand, Fast, LlmPruner
 from llmpruner.settings import PruneSettings
 
 MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
@@ -24,8 +24,8 @@ def names(kind):
 
 
 def test_the_built_in_components():
-    assert names("allocations") == ["uniform", "global", "sensitivity", "search", "curve"]
-    assert names("budgets") == ["decoder", "parameters", "bytes", "macs", "kv-cache", "latency"]
+    assert names("allocations") == ["uniform", "global", "sensitivity"]
+    assert names("budgets") == ["decoder", "parameters", "bytes", "macs", "kv-cache"]
     assert names("compensations") == ["refit", "bias", "none"]
     assert names("calibration_sources") == ["self", "text", "chat"]
     assert names("methods") == ["best", "fast", "llm-pruner"]
@@ -93,10 +93,15 @@ def job(monkeypatch):
 
 
 def test_every_setting_of_a_method_is_used_unless_the_user_gives_it(job):
-    mine = {"importance": "l1", "kinds": "mlp,attention", "allocation": "global", "normalize": "mean", "steps": 3,
+    mine = {"importance": "l1", "kinds": "mlp,attention", "allocation": "global", "steps": 3,
+            "settings": {"global": {"normalize": "mean"}},
             "shape": "free", "layers": "all", "round_to": 4, "budget": "bytes", "meet": "above", "seed": 7}  # fmt: skip
     found = job(mine, steps=2)
-    assert (found.criterion.name, found.allocation.name, found.normalization) == ("l1", "global", "mean")
+    assert (found.criterion.name, found.allocation.name, found.allocation.settings.normalize) == (
+        "l1",
+        "global",
+        "mean",
+    )
     assert (found.kinds, found.steps, found.shape, found.round_to) == (("mlp", "attention"), 2, "free", 4)
     assert (found.budget.name, found.meet, found.seed, found.layers) == ("bytes", "above", 7, "all")
 

@@ -1,0 +1,367 @@
+"""Allocation: how many units each coupled group loses. Imports no torch.
+
+`Allocation` is the contract, `target_of`, `take_if_it_fits` and `top_up` help to implement it. Built in are `Uniform`
+(equal shares), `GlobalRanking` (one ranking of all units) and `Sensitivity` (by measured divergence, see `trials`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import BeforeValidator, Field
+
+from ..component import Component, ComponentSettings
+from ..errors import SelectionError
+from ..progress import QUIET, Progress
+from ..settings import Meet
+from ..structure.coupling import LAYER
+from ..structure.queues import Queue
+from ..values import names_of
+from .budgets.base import Cost, savings
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..structure.coupling import CouplingGraph
+
+Taken = dict[str, int]
+"""Group name → number of removal steps taken from the group's queue, in order."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What must be removed: an ``amount`` of a cost, as in `Cost.remaining` (parameters, bytes …); or ``units``: group
+    name → number of units, which need not be whole. ``meet``: how an amount is met that steps do not give exactly:
+    ``nearest`` to it, at least it (``above``) or at most it (``below``). ``whole``: in all but the last of several
+    cuts (``--steps``), the amount that this one and those to come remove together. What this one leaves is added to the
+    amount of the next one, so that a unit that is too large for one cut can be left to a later one."""
+
+    amount: int | None = None
+    units: Mapping[str, float] | None = None
+    meet: Meet = "nearest"
+    whole: int | None = None
+
+
+class Meter:
+    """Computes the amount of a cost that removal steps save."""
+
+    def __init__(self, cost: Cost, queues: Sequence[Queue]) -> None:
+        self.cost, self._queues = cost, queues
+        self._dense = cost.remaining()
+
+    def removed(self, taken: Mapping[str, int]) -> int:
+        """The amount of the cost that ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing
+        groups lose none."""
+        kept: dict[str, int] = {}
+        gone: set[int] = set()
+        for queue in self._queues:
+            steps = taken.get(queue.group.name, 0)
+            if queue.group.kind == LAYER:
+                gone.update(unit for step in queue.steps[:steps] for unit in step)
+            elif steps:
+                kept[queue.group.name] = queue.group.units - queue.removed_after(steps)
+        return self._dense - self.cost.remaining(kept, gone)
+
+
+@dataclass(frozen=True)
+class AllocationTask:
+    """The inputs of an allocation.
+
+    ``queues``: the removal steps of every group in scope, least important first, each with its mean score.
+    ``demand``: what must be removed. ``meter``: computes the removed amount. ``loss``: for allocations that measure,
+    the mean KL divergence per token, in nats, of the cut model from the current one on calibration text; else None.
+    """
+
+    queues: Sequence[Queue]
+    demand: Demand
+    meter: Meter
+    loss: Callable[[Taken], float] | None = None
+    progress: Progress = QUIET
+
+
+class Allocation(Component):
+    """Decides how many removal steps are taken from each group so that the demand is met."""
+
+    kind: ClassVar[str] = "allocation"
+    measures: ClassVar[bool] = False
+    """Whether it calls ``task.loss``, which needs calibration text."""
+    equal_shares: ClassVar[bool] = False
+    """Whether the numbers of units do not depend on scores, but for which group loses the last unit. A compensation may
+    choose the units then, and with ``--steps`` the numbers are decided once, and each step takes a part of them;
+    otherwise `allocate` is called in every step for its amount."""
+
+    def allocate(self, task: AllocationTask) -> Taken:
+        """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""
+        raise NotImplementedError
+
+    def comparable(
+        self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph, cost: Cost, alike: Sequence[Sequence[str]]
+    ) -> Mapping[str, torch.Tensor]:
+        """``scores`` (group name → score of each unit) on a scale on which those of different groups can be compared;
+        by default as they are. ``cost``: of the budget. ``alike``: names of groups that lose units together."""
+        del graph, cost, alike
+        return scores
+
+
+def target_of(task: AllocationTask) -> int:
+    """The requested amount of ``task``, in the units of `Cost.remaining`; 0 where the demand is in units. Raises
+    `SelectionError` when all steps of all queues remove less than it, or than what further cuts are to remove."""
+    target, cost = task.demand.amount or 0, task.meter.cost
+    most = task.meter.removed({queue.group.name: len(queue.steps) for queue in task.queues})
+    whole = max(target, task.demand.whole or 0)
+    if whole > most:
+        raise SelectionError(
+            f"cannot remove {whole:,} {cost.unit}: the selected kinds and layers can give at most {most:,}; select "
+            "more with --kinds or --layers, or ask for less"
+        )
+    return target
+
+
+def take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
+    """Add one step of group ``name`` to ``taken`` if that removes something and no more than ``target`` in all;
+    otherwise leave ``taken`` as it is. Returns whether the step was taken."""
+    before = task.meter.removed(taken)
+    taken[name] += 1
+    if before < task.meter.removed(taken) <= target:
+        return True
+    taken[name] -= 1
+    return False
+
+
+def top_up(task: AllocationTask, taken: Taken) -> Taken:
+    """Add single steps to ``taken`` until the removed amount meets the requested one, as ``task.demand.meet`` says, as
+    nearly as one step allows, and return ``taken``.
+
+    One step of every queue in turn is taken if it fits, until none fits: where a step of large units (a KV head has
+    the parameters of hundreds of MLP channels) would exceed the amount, smaller ones are taken. Finally, one step
+    beyond the amount is taken if that is nearer to it (``nearest``), or if the amount is not reached (``above``).
+
+    Raises `SelectionError` as `target_of` does.
+    """
+    target = target_of(task)
+    moved = True
+    while moved:
+        moved = False
+        for queue in task.queues:
+            name = queue.group.name
+            if taken[name] < len(queue.steps) and take_if_it_fits(task, taken, name, target):
+                moved = True
+    gap = target - task.meter.removed(taken)
+    over = [
+        (task.meter.removed({**taken, q.group.name: taken[q.group.name] + 1}) - target, number, q.group.name)
+        for number, q in enumerate(task.queues)
+        if taken[q.group.name] < len(q.steps)
+    ]
+    limit = {"nearest": gap, "above": float("inf") if gap > 0 else 0, "below": 0}[task.demand.meet]
+    best = min((entry for entry in over if 0 < entry[0] < limit), default=None)
+    if best is not None:
+        taken[best[2]] += 1
+    return taken
+
+
+class Uniform(Allocation):
+    """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023).
+
+    s is the largest share that removes at most the requested amount, found by bisection and rounded to whole steps in
+    each group. The remainder from rounding is filled with the steps between s and the next larger share, lowest score
+    first, and then with any steps (`top_up`).
+    """
+
+    name = "uniform"
+    summary = "the same share of the units of every group"
+    equal_shares = True
+
+    def allocate(self, task: AllocationTask) -> Taken:
+        queues, units, meter = task.queues, task.demand.units, task.meter
+        if units is not None:
+            return {q.group.name: q.steps_for(units[q.group.name]) for q in queues}
+
+        def at(share: float) -> Taken:
+            return {q.group.name: q.steps_for(share * q.group.units) for q in queues}
+
+        target = target_of(task)
+        low, high = 0.0, 1.0
+        for _ in range(50):
+            middle = (low + high) / 2
+            low, high = (middle, high) if meter.removed(at(middle)) <= target else (low, middle)
+        taken, upper = at(low), at(high)
+        pending = [
+            (queue.scores[n], queue.group.name)
+            for queue in queues
+            for n in range(taken[queue.group.name], upper[queue.group.name])
+        ]
+        for _, name in sorted(pending):
+            take_if_it_fits(task, taken, name, target)
+        return top_up(task, taken)
+
+
+Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
+
+
+class GlobalRanking(Allocation):
+    """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
+    requested amount. A group whose next step does not fit loses no more, and the others go on in the same order; the
+    last step is as `top_up` says.
+
+    Where further cuts follow (`Demand.whole`), a step that only the whole amount has room for is not passed over: the
+    cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more or less.
+
+    Where shares of units are asked for, the amount is what equal shares save: a head is not worth one MLP channel.
+    """
+
+    name = "global"
+    summary = "one ranking of the units of all groups, lowest score first"
+
+    class Settings(ComponentSettings):
+        normalize: Normalization = Field(
+            "none",
+            description="What scores of a group are divided by: their mean, max or sum; the parameters of a unit; its "
+            "cost (per amount of the budget). zscore: less their mean, by their deviation, as in FLAP.",
+        )
+
+    settings: Settings
+
+    def comparable(
+        self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph, cost: Cost, alike: Sequence[Sequence[str]]
+    ) -> Mapping[str, torch.Tensor]:
+        return normalized(scores, self.settings.normalize, graph, cost, alike)
+
+    def allocate(self, task: AllocationTask) -> Taken:
+        queues = {queue.group.name: queue for queue in task.queues}
+        order = [n for *_, n in sorted((s, at, q.group.name) for at, q in enumerate(task.queues) for s in q.scores)]
+
+        def first(count: int) -> Taken:
+            counted = Counter(order[:count])
+            return {name: counted[name] for name in queues}
+
+        if task.demand.units is not None:
+            amount = task.meter.removed(Uniform().allocate(task))
+            task = replace(task, demand=Demand(amount=amount, meet=task.demand.meet))
+        target = target_of(task)
+        start, above = 0, len(order) + 1
+        while above - start > 1:
+            middle = (start + above) // 2
+            start, above = (middle, above) if task.meter.removed(first(middle)) <= target else (start, middle)
+        taken, full = first(start), set[str]()
+        for name in order[start:]:
+            if name in full or take_if_it_fits(task, taken, name, target):
+                continue
+            if _waits(task, taken, name, target):
+                return taken
+            full.add(name)
+        return taken if task.demand.whole is not None else top_up(task, taken)
+
+
+def _waits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
+    """Whether a step of group ``name``, which does not fit into this cut, fits into this one and those to come
+    together. Takes it if that is nearer to ``target``."""
+    more = {**taken, name: taken[name] + 1}
+    before, after = task.meter.removed(taken), task.meter.removed(more)
+    if task.demand.whole is None or not before < after <= task.demand.whole:
+        return False
+    if after - target < target - before:
+        taken.update(more)
+    return True
+
+
+def normalized(
+    scores: Mapping[str, torch.Tensor],
+    normalization: Normalization,
+    graph: CouplingGraph,
+    cost: Cost,
+    alike: Sequence[Sequence[str]] = (),
+) -> Mapping[str, torch.Tensor]:
+    """``scores`` (group name → (units,)) divided as the setting ``normalize`` of `GlobalRanking` says.
+
+    ``alike``: names of groups that lose units together. Under ``cost``, where these save different amounts, the mean
+    of them divides the scores of all, so that the mean score of a common step is divided by what it saves. The order
+    within a group does not change, except under ``cost`` for layers of different costs.
+    """
+    if normalization != "cost":
+        return {
+            name: _normalized(values, normalization, graph.parameters_per_unit(graph.by_name[name]))
+            for name, values in scores.items()
+        }
+    saved = {name: savings(cost, graph.by_name[name]) for name in scores}
+    for names in alike:
+        present = [name for name in names if name in saved]
+        if any(saved[name] != saved[present[0]] for name in present):
+            mean = [sum(each) / len(present) for each in zip(*(saved[name] for name in present), strict=True)]
+            saved |= dict.fromkeys(present, mean)
+    # Units that save nothing are not removed; any finite score will do.
+    return {
+        name: values / values.new_tensor([amount if amount > 0 else 1.0 for amount in saved[name]])
+        for name, values in scores.items()
+    }
+
+
+def _normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:
+    tiny = 1e-300
+    match normalization:
+        case "mean":
+            return values / values.abs().mean().clamp_min(tiny)
+        case "max":
+            return values / values.abs().max().clamp_min(tiny)
+        case "sum":
+            return values / values.abs().sum().clamp_min(tiny)
+        case "zscore":
+            return (values - values.mean()) / values.std(correction=0).clamp_min(tiny)
+        case "parameters":
+            return values / max(parameters, 1)
+        case _:
+            return values
+
+
+class Sensitivity(Allocation):
+    """The shares with the smallest sum of the divergences that cuts of each group alone cause.
+
+    The divergence Dᵍ(n) of the model with n steps of group g removed from the current model (KL, nats per token) is
+    measured at a few n and interpolated along the lower convex hull of these points. Steps are then ranked over all
+    groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first. Effects of cuts of several groups in combination
+    are not measured.
+    """
+
+    name = "sensitivity"
+    summary = "shares by the divergence that cuts of each group alone cause"
+    measures = True
+
+    class Settings(ComponentSettings):
+        levels: Annotated[
+            tuple[Annotated[float, Field(gt=0, lt=1)], ...],
+            BeforeValidator(names_of),
+            Field(description="Shares of a group's steps at which the divergence is measured, in addition to 1."),
+        ] = (0.25, 0.5)
+
+    settings: Settings
+
+    def allocate(self, task: AllocationTask) -> Taken:
+        assert task.loss is not None
+        shares, ranked = (*self.settings.levels, 1.0), []
+        for queue in task.progress.track(task.queues, "Measuring groups"):
+            name = queue.group.name
+            levels = sorted({max(1, round(share * len(queue.steps))) for share in shares if queue.steps})
+            points = [(0, 0.0), *((steps, task.loss({name: steps})) for steps in levels)]
+            scores: list[float] = []
+            for (start, low), (stop, high) in pairwise(_lower_hull(points)):
+                saved = task.meter.removed({name: stop}) - task.meter.removed({name: start})
+                scores += [(high - low) / max(saved, 1)] * (stop - start)
+            ranked.append(replace(queue, scores=tuple(scores)))
+        return GlobalRanking().allocate(replace(task, queues=ranked))
+
+
+def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """The lower convex hull of ``points`` in ascending order, so that a ranking takes a group's steps in order."""
+
+    def slope(one: tuple[int, float], other: tuple[int, float]) -> float:
+        return (other[1] - one[1]) / (other[0] - one[0])
+
+    hull: list[tuple[int, float]] = []
+    for point in points:
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-2], point):
+            hull.pop()
+        hull.append(point)
+    return hull

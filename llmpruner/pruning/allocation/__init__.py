@@ -1,1 +1,0 @@
-"""Selection: from scores and an amount to the units to keep."""

@@ -1,0 +1,276 @@
+"""Fitting the weights of one layer: the order of their use, their targets, and the fits.
+
+The targets are those of `llmpruner.pruning.compensation.repair`, which also explains the symbols. A `Stage` has the
+matrices of a layer that read the same inputs and are fitted together; `StageFits` fits them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch.nn import functional
+
+from ...engine.products import WatchedProduct, WatchProducts
+from ...engine.walk import Stop
+from .least_squares import Fitter, Matrix, write_all
+from .readers import Reader, matrix_of, names_in_layer, stream_writers
+
+if TYPE_CHECKING:
+    from ...engine.boundaries import States
+    from ...engine.walk import ForwardWalk
+    from ...structure.coupling import CouplingGraph
+    from .base import Fit
+    from .readers import Originals, ProducerRows
+
+_DIRECT = 2e-2
+"""Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
+outputs."""
+
+
+class Order(NamedTuple):
+    """Names of parameters of one layer. ``stages``: matrices in the order of their use, those that read the same inputs
+    in one list; ``biases``: theirs; ``last``: the last of the `stream_writers` that is used, None without any."""
+
+    stages: list[list[str]]
+    biases: list[str]
+    last: str | None
+
+
+def stream_factor(walk: ForwardWalk, graph: CouplingGraph, number: int, states: States) -> float | None:
+    """c, where the output of layer ``number`` is its input plus c times the outputs of its `stream_writers`; None where
+    it is not. ``states``: hidden states before the layer, of which the first is used.
+
+    c is the least-squares solution, taken if its relative residual is below `_DIRECT`.
+    """
+    outputs: list[torch.Tensor] = []
+
+    def seen(use: WatchedProduct) -> None:
+        # The layer may add to them in place afterwards.
+        outputs.append(use.outputs.to(torch.float32, copy=True))
+
+    batch, hidden = walk.batches[0], states[0]
+    with WatchProducts(walk.execution.model, stream_writers(graph, number), seen):
+        change = (walk.run(number, batch, hidden, states.passed, tried=True) - hidden).flatten(0, -2)
+    if not outputs or any(part.shape != change.shape for part in outputs):
+        return None
+    total = torch.stack(outputs).sum(0)
+    factor = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
+    return factor if float((change - factor * total).norm()) < _DIRECT * float(change.norm()) else None
+
+
+def order_of_use(walk: ForwardWalk, graph: CouplingGraph, number: int, states: States, names: Collection[str]) -> Order:
+    """The order in which layer ``number`` uses the matrices ``names``. ``states``: as in `stream_factor`."""
+    uses: dict[str, WatchedProduct] = {}
+
+    # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
+    # which may have changed by then, are not read.
+    def seen(use: WatchedProduct) -> None:
+        uses.setdefault(use.parameter, use)
+
+    model, writers = walk.execution.model, stream_writers(graph, number)
+    with WatchProducts(model, dict.fromkeys([*names, *writers]), seen):
+        walk.run(number, walk.batches[0], states[0], states.passed, tried=True)
+    last = next((name for name in reversed(uses) if name in writers), None)
+    uses = {name: use for name, use in uses.items() if name in names}
+    together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
+    stages = [[use.parameter for use in same] for _, same in together]
+    biases = [use.bias for use in uses.values() if use.bias is not None]
+    return Order(stages, names_in_layer(model, graph, number, biases), last)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Weights of one layer that read the same inputs. ``factor``: c, None where the layer's output is not such a sum,
+    or where they do not all add to the residual stream. ``last``: whether one of them is the last of the
+    `stream_writers` that is used."""
+
+    readers: Mapping[str, Reader]
+    factor: float | None
+    last: bool
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the stage is one matrix, used last, whose outputs times c are added to the hidden states."""
+        (reader, *others) = self.readers.values()
+        inside = not reader.from_stream and not reader.normed
+        return self.last and self.factor is not None and not others and inside and len(reader.shape) == 2
+
+    @property
+    def is_normed(self) -> bool:
+        """Whether removed units are silenced where they are produced, so that targets need another run."""
+        return any(reader.normed for reader in self.readers.values())
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether targets need the outputs of the matrices in the dense model."""
+        additive = self.factor is not None
+        return (additive and not self.last) or any(reader.from_stream for reader in self.readers.values())
+
+
+@dataclass
+class _Run:
+    """One run of a layer: copies of the products with the weights of a stage, and its output if it ran to the end."""
+
+    uses: list[WatchedProduct] = field(default_factory=list)
+    output: torch.Tensor | None = None
+
+
+@dataclass
+class LayerFit:
+    """Fits the weights of layer ``number`` in place, stage by stage.
+
+    ``fitter``, ``mix``: as in `repair`; ``removed_channels``: of the residual stream, int64. Hidden states are one
+    tensor (samples, length, hidden size) in float32 for each micro-batch: ``dense`` is h before the layer, ``after`` h
+    after it, ``pruned`` ĥ before it, and after it once `fit` returned True. ``producers``: the rows that produce
+    removed units, silenced; ``original``: the values of the layer's weights in the dense model.
+    """
+
+    walk: ForwardWalk
+    graph: CouplingGraph
+    number: int
+    fitter: type[Fitter]
+    mix: float
+    removed_channels: torch.Tensor
+    dense: States
+    after: States
+    pruned: States
+    producers: ProducerRows
+    original: Originals
+
+    def __post_init__(self) -> None:
+        self.model = self.walk.execution.model
+
+    def fit(self, stage: Stage) -> tuple[list[Fit], bool]:
+        """The fits of one stage, and whether ĥ was moved to after the layer, which needs no further run of it where the
+        stage `is_simple`."""
+        fitters: dict[Matrix, Fitter] = {}
+        move = _Move(stage, self.pruned, self._kept_inputs(stage)) if stage.is_simple else None
+        for position in range(len(self.walk.batches)):
+            pruned, uncut, dense = self._observe(stage, position)
+            for use, own in zip(pruned.uses, uncut.uses, strict=True):
+                if stage.readers[use.parameter].from_stream and use.slot is not None:
+                    # Other tokens are routed to the expert in the dense model, so rows do not correspond.
+                    continue
+                key = use.parameter, use.slot
+                target = self._target(stage, position, uncut, own, dense.get(key))
+                if key not in fitters:
+                    fitters[key] = self._fitter(stage, key, use.bias)
+                fitters[key].add(use, target)
+            if move is not None and not move.take(position, pruned):
+                move = None
+        fitters = self._of_all_processes(stage, fitters)
+        fits = write_all(fitters, self.model, self.walk.ranks)
+        self.producers.zero()
+        if move is not None:
+            (fitter,), (reader,) = fitters.values(), stage.readers.values()
+            move.finish(matrix_of(self.model, reader, None), fitter.bias)
+        return fits, move is not None
+
+    def _kept_inputs(self, stage: Stage) -> torch.Tensor:
+        reader = next(iter(stage.readers.values()))
+        return reader.kept.to(self.model.get_parameter(reader.parameter).device)
+
+    def _observe(self, stage: Stage, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
+        """The layer on one micro-batch: its run on ĥ with removed units silenced; its run on ĥ with the products that
+        targets are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
+        pruned = uncut = self._run(stage, position, self.pruned, whole=stage.last)
+        if stage.is_normed:
+            with self.producers.restored():
+                uncut = self._run(stage, position, self.pruned, whole=stage.last, tried=True)
+        if not stage.needs_dense:
+            return pruned, uncut, {}
+        with self.original.swapped_in():
+            dense = self._run(stage, position, self.dense, whole=False, tried=True)
+        return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
+
+    def _run(self, stage: Stage, position: int, states: States, *, whole: bool, tried: bool = False) -> _Run:
+        """Run the layer; without ``whole``, only until all weights of this stage were used. ``tried``: see
+        `ForwardWalk.run`."""
+        run, waiting = _Run(), set(stage.readers)
+
+        def seen(use: WatchedProduct) -> None:
+            run.uses.append(use.copied())
+            waiting.discard(use.parameter)
+            if not whole and not waiting and use.slot is None:
+                raise Stop
+
+        batch, hidden = self.walk.batches[position], states[position]
+        with contextlib.suppress(Stop), WatchProducts(self.model, stage.readers, seen):
+            run.output = self.walk.run(self.number, batch, hidden, states.passed, tried=tried)
+        return run
+
+    def _target(
+        self, stage: Stage, position: int, uncut: _Run, own: WatchedProduct, dense: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The target (tokens, out), float32, see `compensation.repair`. ``own``: the product that y is of; ``dense``:
+        y_dense for the same rows."""
+        outputs = own.outputs.float()
+        if stage.readers[own.parameter].from_stream:
+            assert dense is not None
+            return dense
+        if stage.factor is None:
+            return outputs
+        if stage.last:
+            assert uncut.output is not None
+            difference = self.after[position] - uncut.output
+        else:
+            assert dense is not None
+            before = self.dense[position]
+            difference = before - self.pruned[position] + stage.factor * (dense - outputs).view_as(before)
+        # Differences in removed channels of the residual stream cannot be compensated.
+        difference = difference.index_fill(-1, self.removed_channels.to(difference.device), 0.0)
+        return outputs + self.mix / stage.factor * difference.flatten(0, -2)
+
+    def _fitter(self, stage: Stage, key: Matrix, bias: torch.Tensor | None) -> Fitter:
+        reader = stage.readers[key[0]]
+        return self.fitter(reader, matrix_of(self.model, reader, key[1]), bias)
+
+    def _of_all_processes(self, stage: Stage, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
+        """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
+
+        def bias_of(fitter: Fitter) -> str | None:
+            if fitter.bias is None:
+                return None
+            return next(iter(names_in_layer(self.model, self.graph, self.number, [fitter.bias])), None)
+
+        merged: dict[Matrix, Fitter] = {}
+        for key, name in self.walk.ranks.merged({key: bias_of(fitter) for key, fitter in fitters.items()}).items():
+            if key in fitters:
+                merged[key] = fitters[key]
+            else:
+                bias = None if name is None else self.model.get_parameter(name).data
+                # The bias of one expert is a row of that of all.
+                row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
+                merged[key] = self._fitter(stage, key, row)
+        return merged
+
+
+class _Move:
+    """Moves ĥ of a simple stage to after the layer without running it again: what remains without the outputs of the
+    matrix, and its inputs, kept until its new value is known."""
+
+    def __init__(self, stage: Stage, pruned: States, kept: torch.Tensor) -> None:
+        assert stage.factor is not None
+        self.factor, self.pruned, self.kept, self.inputs = stage.factor, pruned, kept, pruned.beside()
+
+    def take(self, position: int, run: _Run) -> bool:
+        """Take one micro-batch; False, and no change, where the run has not just one product and an output."""
+        if run.output is None or len(run.uses) != 1:
+            return False
+        (use,) = run.uses
+        self.pruned[position] = run.output - self.factor * use.outputs.float().view_as(run.output)
+        self.inputs.append(use.inputs.index_select(1, self.kept))
+        return True
+
+    def finish(self, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Add the outputs of the fitted ``matrix`` (out, in), computed in the dtype of its inputs."""
+        weight = matrix.index_select(1, self.kept)
+        for position, inputs in enumerate(self.inputs):
+            rest, dtype = self.pruned[position], inputs.dtype
+            outputs = functional.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+            self.pruned[position] = rest + self.factor * outputs.view_as(rest)

@@ -1,0 +1,186 @@
+"""The weights of a layer that read removed units, and those that produce them: which they are, and changing them.
+
+What reads a unit is known from the roles of spans: ``CONSUMES`` for a weight that reads it, ``PRODUCES`` for one that
+computes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...structure.coupling import CouplingGraph, Role
+from ...structure.kept import kept_indices
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from ...structure.kept import Kept
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter; ``kept``: its kept indices,
+    int64, ascending. ``from_stream``: whether the inputs are normed channels of the residual stream instead of units
+    inside the layer. ``shape``: of the parameter. ``normed``: whether a norm inside the layer is computed over its
+    units (query and key norms over all heads), so that they are silenced where they are produced."""
+
+    parameter: str
+    axis: int
+    kept: torch.Tensor
+    from_stream: bool
+    shape: tuple[int, ...]
+    normed: bool = False
+
+
+def readers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Reader]:
+    """Parameter → reader, for every weight matrix of ``layer`` that loses inputs."""
+    prefix = f"{graph.layers}.{layer}."
+    stays = kept_indices(graph, kept, prefix)
+    readers: dict[str, Reader] = {}
+    for name in kept:
+        group = graph.by_name[name]
+        for span in group.spans_with(Role.CONSUMES):
+            shape = graph.shapes[span.parameter]
+            summed = span.axis >= len(shape) - 2 and len(shape) >= 2
+            if span.parameter.startswith(prefix) and summed and (span.parameter, span.axis) in stays:
+                index = torch.tensor(stays[span.parameter, span.axis])
+                inside, before = group.layer is not None, readers.get(span.parameter)
+                # Query heads have a norm of their own in some models, and are units beside their key/value heads.
+                normed = (inside and group.is_normalized) or (before is not None and before.normed)
+                from_stream = group.is_normalized and not inside
+                readers[span.parameter] = Reader(span.parameter, span.axis, index, from_stream, shape, normed)
+    return readers
+
+
+def stream_writers(graph: CouplingGraph, layer: int) -> Sequence[str]:
+    """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output
+    projection of attention, down projection of an MLP), unless they produce other ones (the second projection of a
+    latent vector)."""
+    inside = [group for group in graph.groups if group.layer == layer]
+    produce = {span.parameter for group in inside for span in group.spans_with(Role.PRODUCES)}
+    return tuple(
+        dict.fromkeys(
+            span.parameter
+            for group in inside
+            for span in group.spans_with(Role.CONSUMES)
+            if len(graph.shapes[span.parameter]) >= 2 and span.parameter not in produce
+        )
+    )
+
+
+def removed_channels(graph: CouplingGraph, kept: Kept) -> torch.Tensor:
+    """Indices of the channels of the residual stream that are removed, int64, ascending."""
+    gone: set[int] = set()
+    for name, units in kept.items():
+        group = graph.by_name[name]
+        if group.is_normalized and group.layer is None:
+            norm = next(group.spans_with(Role.NORM, Role.LAYER_NORM))
+            gone.update(norm.indices(set(range(group.units)) - set(units)))
+    return torch.tensor(sorted(gone), dtype=torch.long)
+
+
+def matrix_of(model: nn.Module, reader: Reader, slot: int | None) -> torch.Tensor:
+    """The matrix (out, in) of a reader, as a view: of expert ``slot`` where the parameter stacks several."""
+    parameter = model.get_parameter(reader.parameter).data
+    axis = reader.axis
+    if slot is not None:
+        parameter, axis = parameter[slot], axis - 1
+    return parameter if axis == 1 else parameter.T
+
+
+def zero_inputs(model: nn.Module, reader: Reader) -> None:
+    """Set the weights of a reader for removed inputs to zero."""
+    parameter = model.get_parameter(reader.parameter).data
+    gone = torch.ones(parameter.shape[reader.axis], dtype=torch.bool)
+    gone[reader.kept] = False
+    parameter.index_fill_(reader.axis, gone.nonzero().flatten().to(parameter.device), 0.0)
+
+
+def names_in_layer(
+    model: PreTrainedModel, graph: CouplingGraph, number: int, tensors: Sequence[torch.Tensor]
+) -> list[str]:
+    """The names of the parameters of layer ``number`` that ``tensors`` are, or are views of."""
+    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+    prefix = f"{graph.layers}.{number}."
+    layer = model.get_submodule(prefix[:-1])
+    return [prefix + n for n, p in layer.named_parameters() if p.untyped_storage().data_ptr() in storages]
+
+
+@dataclass
+class _Rows:
+    """Indices ``index`` of ``axis`` of a parameter. ``inside``: whether they produce units inside the layer, and not
+    channels of the residual stream. ``values``: those before they were silenced."""
+
+    parameter: torch.Tensor
+    axis: int
+    index: torch.Tensor
+    inside: bool
+    values: torch.Tensor | None = None
+
+
+class ProducerRows:
+    """The rows of one layer's weights that produce removed units over which a norm is computed.
+
+    The norm depends on such units, so they must be silenced where they are produced.
+    """
+
+    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
+        self._rows: list[_Rows] = []
+        for name, units in kept.items():
+            group = graph.by_name[name]
+            gone = sorted(set(range(group.units)) - set(units)) if group.is_normalized else []
+            for span in group.spans_with(Role.PRODUCES):
+                if gone and span.parameter.startswith(f"{graph.layers}.{number}."):
+                    parameter = model.get_parameter(span.parameter)
+                    index = torch.tensor(span.indices(gone), device=parameter.device)
+                    self._rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [rows.parameter for rows in self._rows]
+
+    def zero(self) -> None:
+        # All are read before any is changed: query heads are rows of their key/value heads, too.
+        for rows in self._rows:
+            values = rows.parameter.index_select(rows.axis, rows.index)
+            if rows.inside and bool(values.any()):
+                rows.values = values
+        for rows in self._rows:
+            rows.parameter.index_fill_(rows.axis, rows.index, 0.0)
+
+    @contextlib.contextmanager
+    def restored(self) -> Iterator[None]:
+        """While active, units inside the layer are produced as if they were not removed."""
+        for rows in self._rows:
+            if rows.values is not None:
+                rows.parameter.index_copy_(rows.axis, rows.index, rows.values)
+        try:
+            yield
+        finally:
+            self.zero()
+
+
+class Originals:
+    """Copies of parameters of one layer with their original values."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
+        self._pairs = [(p, p.detach().clone()) for p in {id(p): p for p in parameters}.values()]
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """While active, the parameters have their original values."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for parameter, other in self._pairs:
+            parameter.data, other.data = other.data, parameter.data

@@ -1,1 +1,0 @@
-"""Methods: named sets of settings for pruning."""
