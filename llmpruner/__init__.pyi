@@ -18,7 +18,7 @@ from .calibration.documents import read_text as read_text
 from .calibration.sources import CalibrationSource as CalibrationSource
 from .component import ComponentSettings as ComponentSettings
 from .discovery.family import ModelFamily as ModelFamily
-from .discovery.graph import build_graph as build_graph
+from .discovery.groups import build_graph as build_graph
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Product as Product
 from .engine.signals import Signal as Signal

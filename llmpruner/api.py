@@ -22,7 +22,7 @@ import torch
 from typing_extensions import Unpack
 
 from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
-from .discovery.verify import Verdict
+from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import ModelError, PlanError, SettingsError
 from .evaluation.base import ComparedModel
@@ -82,8 +82,7 @@ from .settings import (
     RunSettings,
     settings_from,
 )
-from .structure.outcome import Outcome
-from .structure.plan import PruningPlan
+from .structure.plan import Outcome, PruningPlan
 
 
 def load(

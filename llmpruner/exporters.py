@@ -211,7 +211,7 @@ def _save_padded(task: ExportTask) -> PreTrainedModel | None:
     """Save the model with all layers as wide as the widest or, for classes that derive the size of a head from their
     number, as in the dense model; None if a stock class can load neither."""
     from .models.surgery import pad
-    from .structure.wider import dense, widest
+    from .structure.widths import dense, widest
 
     source = task.loaded
     for widen in (widest, dense):
@@ -229,7 +229,7 @@ def _save_padded(task: ExportTask) -> PreTrainedModel | None:
 def _dense_without_removed_layers(source: Model) -> tuple[PreTrainedModel, CouplingGraph, Kept]:
     """The dense model, without weights, with the layers that ``source`` still has; its graph; and its remaining
     units."""
-    from .discovery.graph import build_graph
+    from .discovery.groups import build_graph
     from .models.meta import meta_model
     from .models.surgery import cut
     from .structure.coupling import LAYER

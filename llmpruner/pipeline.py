@@ -44,8 +44,7 @@ from .pruning.targets import scope_of
 from .recipes.opening import Opener, Source
 from .recipes.saving import save
 from .settings import PruneSettings, RunSettings
-from .structure.outcome import Outcome
-from .structure.plan import PruningPlan, cuts_of
+from .structure.plan import Outcome, PruningPlan, cuts_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -11,15 +11,14 @@ from docstrings import class_section, document, markdown
 from settings_table import table as settings_table
 
 from llmpruner import api, keywords, settings
-from llmpruner.discovery.verify import Verdict
+from llmpruner.discovery.oracle import Verdict
 from llmpruner.evaluation.bench import BenchCase, BenchResult, Measurement, Rate
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations
 from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.run import RecipeResult, StepResult
-from llmpruner.structure.outcome import BudgetOutcome, Outcome
-from llmpruner.structure.plan import PruningPlan
+from llmpruner.structure.plan import BudgetOutcome, Outcome, PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench,

@@ -29,7 +29,7 @@ from llmpruner.pruning.compensation.base import Fit, Repaired, RepairTask
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
 from llmpruner.report.base import Costs, Evidence, Measurements, ReportSubject
-from llmpruner.structure.queues import Queue
+from llmpruner.structure.scope import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {
     "allocation": (AllocationTask, Demand, Meter, Queue),

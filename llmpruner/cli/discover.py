@@ -21,7 +21,7 @@ from .console import RichProgress, count, note, out, print_json, table, warning_
 from .derive import Json, ModelName, catalog_of, takes
 
 if TYPE_CHECKING:
-    from ..discovery.verify import Verdict
+    from ..discovery.oracle import Verdict
     from ..models.model import Structure
 
 

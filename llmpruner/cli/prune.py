@@ -21,8 +21,7 @@ from .process import is_first
 from .report import write_beside
 
 if TYPE_CHECKING:
-    from ..structure.outcome import Outcome
-    from ..structure.plan import PruningPlan
+    from ..structure.plan import Outcome, PruningPlan
 
 
 def add_commands(app: typer.Typer) -> None:

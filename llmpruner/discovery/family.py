@@ -86,7 +86,7 @@ class ModelFamily(Component):
         exactly in this architecture.
         """
         if self.is_discovered:
-            from .rules import with_rules
+            from .verify import with_rules
 
             with_rules(self, model, {graph.by_name[name].kind for name in kept}).follow(model, graph, kept)
         else:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from ..models.meta import graph_of, meta_model
+from ..errors import UnsupportedModelError
+from ..models.meta import REFUSALS, graph_of, meta_model
 from ..structure.coupling import (
     ATTENTION,
     EXPERT,
@@ -28,7 +30,7 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .depth import counts_layers
+from .family import ModelFamily
 from .ids import Mark
 from .propagate import Policy, Propagation
 from .trace import Trace, trace
@@ -36,6 +38,7 @@ from .units import OwnedAxis, UnitSet, unit_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
 
 LATENT = "latent"
 """Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
@@ -301,3 +304,56 @@ def _aliases(model: PreTrainedModel) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(name)
     return names
+
+
+def counts_layers(model: PreTrainedModel, layers: str) -> str | None:
+    """The name of a parameter outside ``layers`` whose size depends on their number, which a cut of layers does not
+    follow; None where there is none, or the class refuses to be built with a layer less.
+
+    ``model``: without weights. ``layers``: the path of its decoder layers.
+    """
+    try:
+        other = meta_model(_without_the_first(model.config))
+    except (*REFUSALS, UnsupportedModelError):
+        return None
+    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
+    for name, tensor in model.state_dict().items():
+        if not name.startswith(f"{layers}.") and shapes.get(name, tensor.shape) != tensor.shape:
+            return str(name)
+    return None
+
+
+def _without_the_first(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A copy of ``config`` without its first layer; the last one stays, as many configurations set its kind apart."""
+    changed = copy.deepcopy(config)
+    text = changed.get_text_config()
+    count = text.num_hidden_layers
+    values: dict[str, Any] = {
+        name: value[1:] if isinstance(value, list) and len(value) == count else value
+        for name, value in text.to_dict().items()
+    }
+    values["num_hidden_layers"] = count - 1
+    if each := values.get("per_layer_config"):
+        values["per_layer_config"] = {str(int(n) - 1): sizes for n, sizes in each.items() if int(n)}
+    found = type(text).from_dict(values)
+    if text is changed:
+        return found
+    for name, value in list(vars(changed).items()):
+        if value is text:
+            setattr(changed, name, found)
+            return changed
+    raise UnsupportedModelError(f"{type(config).__name__} does not hold its text configuration as an attribute")
+
+
+def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
+    """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
+    Raises `CouplingError` where the family's groups contradict them.
+
+    If the family's groups are discovered, ``blocked`` lists the axes without units that no group owns.
+    """
+    with collect_blocked() as blocked:
+        graph = graph_of(meta_model(config), lambda: family.coupled_groups(config))
+    owned = {(span.parameter, span.axis) for group in graph.groups for span in group.spans}
+    if any(group.modules for group in graph.groups):
+        owned.add((graph.layers, 0))
+    return replace(graph, blocked=tuple(b for b in blocked if (b.parameter, b.axis) not in owned))

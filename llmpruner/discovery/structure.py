@@ -25,7 +25,7 @@ from ..structure.kept import restrict
 from ..structure.plan import PruningPlan
 from ..values import refusal
 from .family import ModelFamily
-from .graph import build_graph
+from .groups import build_graph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

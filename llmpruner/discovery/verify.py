@@ -1,80 +1,38 @@
-"""The oracle: checks on a small random model that cutting units equals silencing them."""
+"""Verdicts of the oracle for every kind of unit: those that `discover --verify` shows, and what must follow a cut."""
 
 from __future__ import annotations
 
-import copy
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
-import torch
-
-from ..errors import LlmprunerError, UnsupportedModelError, first_line
-from ..models.checkpoint import load_pruned
+from ..errors import UnsupportedModelError
 from ..models.config import for_all_layers
-from ..models.messages import quiet_transformers, why_it_stops
 from ..models.meta import graph_of
-from ..models.save import save_checkpoint
-from ..models.surgery import cut
-from ..structure.architecture import declared_groups
-from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph
-from ..structure.kept import Kept
-from .compare import differences
-from .follow import Follower, Rule, candidates, find, tables
+from ..models.shim import stock_config
+from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph, Role, Span, runs
+from ..values import counted
+from .follow import Follower, Rule
 from .groups import discover_groups
-from .silenced import distance, logits, silenced
-from .tiny import HEADS, random_instance, small_config, small_configs
+from .oracle import VERIFIED, Oracle, Verdict
+from .tiny import HEADS, fingerprint, random_instance, small_config, small_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..structure.architecture import Architecture
+    from ..structure.kept import Follows
+    from .family import ModelFamily
 
-
-BATCH, TIME = 3, 13
-NEW_TOKENS = 4
-"""Tokens that are generated with a cache."""
-
-TOLERANCE = 2e-4
-"""Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
-layers stays ten times below it, a wrong index far above."""
-VISIBLE = 1e-3
-"""Smallest change of the dense model's logits by silencing; with less, agreement would not be evidence."""
-
-VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The result of the oracle for one kind of unit.
-
-    ``verdict``: *verified*; *failed* (the cut model runs and its outputs are wrong); *refused* (the cut model cannot
-    run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
-    largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
-    attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
-    ``differences``: for a kind that is not verified, one line for each parameter in which the declared groups differ
-    from the discovered ones.
-    """
-
-    kind: str
-    groups: int
-    units: int
-    verdict: str
-    difference: float
-    where: str = ""
-    reason: str = ""
-    checks: tuple[str, ...] = ()
-    follows: tuple[Rule, ...] = ()
-    skipped: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
+Slot = tuple[str, int]
+"""A parameter (or buffer) and one of its axes."""
+_FOUND: dict[tuple[object, str], Verdict] = {}
+"""Verdicts of this process by architecture and kind. They hold for all sizes of one architecture, which are reduced to
+the same small model."""
 
 
 def verify(
-    source: Architecture | Sequence[CoupledGroup] | None,
+    source: ModelFamily | Sequence[CoupledGroup] | None,
     config: PreTrainedConfig,
     *,
     kinds: Iterable[str] | None = None,
@@ -96,7 +54,7 @@ def verify(
     if source is None:
         graph = graph_of(model, lambda: discover_groups(small))
     elif not isinstance(source, Sequence):
-        graph = graph_of(model, lambda: declared_groups(source, small))
+        graph = graph_of(model, lambda: source.coupled_groups(small))
     else:
         graph = graph_of(model, lambda: source)
     wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]
@@ -146,287 +104,110 @@ def _with_differences(verdicts: Sequence[Verdict], graph: CouplingGraph, config:
     ]
 
 
-@dataclass
-class _Record:
-    """The results so far for one kind of unit, as in the fields of `Verdict`."""
-
-    checks: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    difference: float = 0.0
-    follows: tuple[Rule, ...] = ()
-
-
-class Oracle:
-    """Compares cut with silenced copies of one random model."""
-
-    def __init__(self, config: PreTrainedConfig, graph: CouplingGraph, family: Architecture | None, seed: int) -> None:
-        self.config, self.graph, self.family, self.seed = config, graph, family, seed
-        self.models, self.skipped = _instances(config, seed)
-        generator = torch.Generator().manual_seed(seed + 1)
-        vocabulary = config.get_text_config().vocab_size
-        self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.no_cache = why_no_generation(self.models["eager"], self.tokens)
-        """Why generation cannot be checked; empty when it can."""
-        self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
-
-    def judge(self, kind: str) -> Verdict:
-        every = self.graph.of_kinds([kind])
-        groups = [g for g in every if _choices(g)]
-        record = _Record(skipped=list(self.skipped))
-        if len(groups) < len(every):
-            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
-
-        def verdict(name: str, difference: float, where: str = "", reason: str = "") -> Verdict:
-            return Verdict(
-                kind,
-                len(every),
-                max((g.units for g in every), default=0),
-                name,
-                difference,
-                where,
-                reason,
-                tuple(record.checks),
-                record.follows,
-                tuple(record.skipped),
-            )
-
-        if not groups:
-            return verdict(REFUSED, 0.0, reason="no unit can be removed from any group")
-        try:
-            self._try(kind, groups, record)
-        except Disagreement as found:
-            return verdict(FAILED, found.difference, found.where, str(found))
-        except Exception as error:  # the cut model may raise anything
-            return verdict(REFUSED, 0.0, reason=why_it_stops(error))
-        return verdict(VERIFIED, record.difference)
-
-    def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
-        plans = {
-            "uneven": random_plan(groups, self.seed, uneven=True),
-            "even": random_plan(groups, self.seed + 1, uneven=False),
-        }
-        types = getattr(self.config.get_text_config(), "layer_types", None) or ()
-        if kind == LAYER and len(types) == self.graph.num_layers:
-            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
-        if self.family is None and kind != LAYER:
-            record.follows = self._follows(groups, plans["uneven"])
-        for name, kept in plans.items():
-            for implementation, dense in self.models.items():
-                difference = self._compare(dense, implementation, kept, record.follows, strict=name == "uneven")
-                record.difference = max(record.difference, difference)
-                record.checks.append(f"{name} {implementation}")
-        why_not = self._generate(plans["uneven"], record.follows)
-        if why_not:
-            record.skipped.append(f"cached generation: {why_not}")
-        else:
-            record.checks.append("cached generation")
-        for name, kept in plans.items():
-            model = self._cut(self.models["eager"], kept, record.follows)
-            difference = round_trip_difference(model, self.tokens)
-            if not difference <= TOLERANCE:
-                raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
-        record.checks.append("save and load")
-
-    def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
-        first: list[Exception] = []
-        dense = next(iter(self.models.values()))
-
-        def agrees(chosen: Sequence[Rule]) -> bool:
-            try:
-                for name, model in self.models.items():
-                    self._compare(model, name, kept, chosen, strict=False)
-                self._generate(kept, chosen)
-            except Exception as error:  # a model cut with the wrong rules may raise anything
-                first.append(error)
-                return False
-            return True
-
-        attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
-        found = find(attributes, agrees)
-        if found is None:
-            # Every layer is given the same tables, so one group of the kind shows them.
-            for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], _only_with(table, agrees))
-                if found is not None:
-                    break
-        if found is None:
-            silent = [e for e in first if isinstance(e, Disagreement)]
-            raise silent[0] if silent and isinstance(first[0], Disagreement) else first[0]
-        return found
-
-    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:
-        """Check generation with a cache. Returns why it cannot be checked (the dense or the silenced model does not
-        give the same logits with a cache as without), else an empty string."""
-        if self.no_cache:
-            return f"the dense model {self.no_cache}"
-        dense = self.models["eager"]
-        _, reference, mode = self._reference(dense, kept)
-        with mode:
-            why_not = why_no_generation(reference, self.tokens)
-        if why_not:
-            return f"the model with silenced units {why_not}"
-        difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
-        if not difference <= TOLERANCE:
-            raise Disagreement("generation with a cache differs from generation without", difference, "")
-        return ""
-
-    def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
-        model = copy.deepcopy(dense)
-        cut(model, self.graph, kept, self.family or Follower(follows))
-        return model
-
-    def _compare(
-        self, dense: PreTrainedModel, implementation: str, kept: Kept, follows: Sequence[Rule], *, strict: bool
-    ) -> float:
-        model = self._cut(dense, kept, follows)
-        expected, reference, mode = self._reference(dense, kept)
-        if strict and distance(expected, self.dense[implementation]) < VISIBLE:
-            raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
-        difference = distance(logits(model, self.tokens), expected)
-        if not difference <= TOLERANCE:
-            where = first_difference(model, reference, self.tokens, mode)
-            raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
-        return difference
-
-    def _reference(
-        self, dense: PreTrainedModel, kept: Kept
-    ) -> tuple[torch.Tensor, PreTrainedModel, AbstractContextManager[object]]:
-        """The logits of a silenced copy of ``dense``, that copy, and the context in which it must run."""
-        model = copy.deepcopy(dense)
-        mode = silenced(model, self.graph, kept)
-        with mode:
-            return logits(model, self.tokens), model, mode
+def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> tuple[str, ...]:
+    """One line for each parameter in which a declared group differs from the discovered group of the same name: a span
+    that is missing, one that discovery does not have, or other indices, roles or offsets. A difference that occurs in
+    several layers is reported once, with the number of the others. Groups without a counterpart are not compared."""
+    by_name = {group.name: group for group in discovered}
+    lines: dict[str, list[str]] = {}
+    for group in declared:
+        if group.name in by_name and group.spans:
+            for line in _between(group, by_name[group.name]):
+                in_any_layer = line if group.layer is None else line.replace(f".{group.layer}.", ".*.")
+                lines.setdefault(in_any_layer, []).append(line)
+    return tuple(
+        first + (f" (and alike in {counted(len(others), 'other layer')})" if others else "")
+        for first, *others in lines.values()
+    )
 
 
-def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
-    return lambda chosen: rule in chosen and agrees(chosen)
+def _between(declared: CoupledGroup, found: CoupledGroup) -> list[str]:
+    for what in ("units", "blocks"):
+        ours, theirs = getattr(declared, what), getattr(found, what)
+        if ours != theirs:
+            return [f"group {declared.name}: {ours} {what}, discovery finds {theirs}"]
+    lines = []
+    for spans, others in ((declared.spans, found.spans), (declared.buffers, found.buffers)):
+        ours, theirs = _by_slot(spans), _by_slot(others)
+        for slot in dict.fromkeys((*ours, *theirs)):
+            difference = _of_slot(ours.get(slot, ()), theirs.get(slot, ()), declared.units)
+            if difference:
+                lines.append(f"group {declared.name}: {slot[0]} axis {slot[1]}: {difference}")
+    return lines
 
 
-class Disagreement(LlmprunerError):
-    """The cut model runs, and its outputs are wrong."""
-
-    def __init__(self, message: str, difference: float, where: str) -> None:
-        super().__init__(message)
-        self.difference, self.where = difference, where
-
-
-def _choices(group: CoupledGroup) -> list[int]:
-    """How many units of each block may be kept, a third of them or more; empty where no unit can be removed."""
-    per_block = group.units // group.blocks
-    least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
-    return [n for n in range(least, per_block) if n * group.blocks % group.multiple == 0]
+def _by_slot(spans: Sequence[Span]) -> Mapping[Slot, tuple[Span, ...]]:
+    slots: dict[Slot, tuple[Span, ...]] = {}
+    for span in spans:
+        key = span.parameter, span.axis
+        slots[key] = (*slots.get(key, ()), span)
+    return slots
 
 
-def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
-    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible.
-    Groups of which no unit can be removed are left out."""
-    generator = torch.Generator().manual_seed(seed)
-    kept = {}
-    for group in groups:
-        choices = _choices(group)
-        if not choices:
-            continue
-        per_block = group.units // group.blocks
-        pick = int(torch.randint(len(choices), (1,), generator=generator)) if uneven else len(choices) // 2
-        units: list[int] = []
-        for block in range(group.blocks):
-            order = torch.randperm(per_block, generator=generator)[: choices[pick]]
-            units += sorted(block * per_block + int(i) for i in order)
-        kept[group.name] = units
-    if not kept:
-        raise LlmprunerError("no unit can be removed from any group")
-    return kept
-
-
-def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
-    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
-    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
-    attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
-    if not attention or set(attention) & set(layers):
-        return layers
-    return sorted([*layers[:-1], attention[0]])
-
-
-def first_difference(
-    model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: AbstractContextManager[object]
-) -> str:
-    """The path of the first module, in order of execution, whose output differs between two models; empty where none
-    does. ``mode``: in which ``reference`` runs, see `silenced`."""
-    seen = _outputs(model, tokens)
-    with mode:
-        expected = _outputs(reference, tokens)
-    for path, output in seen.items():
-        other = expected.get(path)
-        if other is not None and other.shape == output.shape and distance(output, other) > TOLERANCE:
-            return path
+def _of_slot(ours: Sequence[Span], theirs: Sequence[Span], units: int) -> str:
+    if not ours:
+        return f"missing; discovery finds {_maps(theirs)}"
+    if not theirs:
+        return f"extra; declared {_maps(ours)}, and discovery finds that no unit owns any of it"
+    for unit in range(units):
+        mine, other = _owned(ours, unit), _owned(theirs, unit)
+        if mine != other:
+            return f"unit {unit} owns {_runs(mine)}; discovery finds {_runs(other)}"
+    for what in ("role", "offset"):
+        mine, other = ({getattr(span, what) for span in spans} for spans in (ours, theirs))
+        if mine != other:
+            return f"{what} {_values(mine)}; discovery finds {_values(other)}"
     return ""
 
 
-def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-    outputs: dict[str, torch.Tensor] = {}
-
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                outputs.setdefault(path, value.detach())
-
-        return hook
-
-    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
-    try:
-        logits(model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return outputs
+def _maps(spans: Sequence[Span]) -> str:
+    return " and ".join(str(span.index) for span in spans)
 
 
-def cached_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """`distance` of logits with a key/value cache from those of full forward passes. Raises what generation raises."""
-    with torch.no_grad(), quiet_transformers():
-        output = model.generate(
-            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
-            do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
-        )  # fmt: skip
-        full = logits(model, output.sequences)
-    cached = torch.stack(output.logits, 1)
-    return distance(cached, full[:, tokens.shape[1] - 1 : -1])
+def _owned(spans: Sequence[Span], unit: int) -> set[int]:
+    return {index for span in spans for index in span.index.of(unit)}
 
 
-def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
-    """Why generation of ``model`` with a cache cannot be compared with generation without; empty when it can."""
-    try:
-        difference = cached_difference(model, tokens)
-    except Exception as error:  # classes without support for generation raise anything
-        return f"cannot generate with a cache ({type(error).__name__}: {first_line(error)[:160]})"
-    return "" if difference <= TOLERANCE else f"gives other logits with a cache ({difference:.0e})"
+def _values(values: Iterable[object]) -> str:
+    return " and ".join(sorted(v.value if isinstance(v, Role) else str(v) for v in values))
 
 
-def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """`distance` of the logits after saving and loading from those before."""
-    expected = logits(model, tokens)
-    with tempfile.TemporaryDirectory() as parent:
-        directory = Path(parent) / "pruned"
-        save_checkpoint(model, directory, record={})
-        loaded = load_pruned(directory, attn_implementation="eager")
-        return distance(logits(loaded, tokens), expected)
+def _runs(indices: set[int]) -> str:
+    """``{0, 1, 2, 7}`` as ``0…2, 7``; after four runs, the total number of indices."""
+    found = runs(sorted(indices))
+    shown = ", ".join(str(first) if first == last else f"{first}…{last}" for first, last in found[:4])
+    return f"{shown}, … ({len(indices)} indices)" if len(found) > 4 else shown
 
 
-def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
-    """One model per implementation: eager, and the fused kernels that the class has; and one line for each
-    implementation that it lacks, with the reason."""
-    models = {"eager": _instance(config, seed, "eager", "eager")}
-    try:
-        return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
-    except LlmprunerError as error:
-        # Where attention has no fused kernel, experts may have one.
-        return {**models, "fused experts": _instance(config, seed, "eager", None)}, [f"sdpa attention: {error}"]
+def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily | None = None) -> tuple[Rule, ...]:
+    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found on a small model at most once
+    in a process for each architecture and kind.
+
+    ``family``: declares the groups; None: they are discovered. Raises `UnsupportedModelError` when a kind cannot be cut
+    exactly, or the small model has no units of it.
+    """
+    wanted = sorted(set(kinds))
+    architecture = type(family), *fingerprint(config)
+    missing = [kind for kind in wanted if (architecture, kind) not in _FOUND]
+    if missing:
+        _FOUND.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
+    found: dict[Rule, None] = {}
+    for kind in wanted:
+        verdict = _FOUND.get((architecture, kind))
+        if verdict is None:
+            raise UnsupportedModelError(
+                f"what must follow a cut of {kind} units cannot be found: a small {config.model_type} model has none"
+            )
+        if verdict.verdict != VERIFIED:
+            raise UnsupportedModelError(
+                f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
+            )
+        found.update(dict.fromkeys(verdict.follows))
+    return tuple(found)
 
 
-def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str | None) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        if experts is not None:
-            part._experts_implementation = experts
-    return random_instance(config, seed, attention)
+def with_rules(family: Follows, model: PreTrainedModel, kinds: Collection[str]) -> Follows:
+    """``family``, or if its rules are discovered, the rules for cuts of ``kinds``."""
+    if not getattr(family, "is_discovered", False):
+        return family
+    return Follower(rules_of(stock_config(model), set(kinds) - {LAYER}, cast("ModelFamily", family)))

@@ -9,8 +9,7 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..structure.outcome import Outcome
-from ..structure.plan import PruningPlan
+from ..structure.plan import Outcome, PruningPlan
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:

@@ -26,7 +26,7 @@ from .stock import same_buffers, stock_model
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..structure.architecture import StatesConfigs
+    from .stock import StatesConfigs
     from .weights import StreamedWeights
 
 

@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -25,8 +25,6 @@ from .modeling_llmpruner import layer_overrides
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..structure.architecture import StatesConfigs
-
 
 Shape = tuple[int, ...]
 Axis = tuple[int, int]
@@ -39,6 +37,13 @@ HEADS = ("num_attention_heads", "num_key_value_heads")
 
 MAX_CANDIDATES = 24
 _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
+
+
+class StatesConfigs(Protocol):
+    """Proposes configurations of other stock classes for a uniformly cut model that its own class cannot represent."""
+
+    def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+        """Candidates for ``config``; the caller verifies them against the real shapes."""
 
 
 def stock_model(

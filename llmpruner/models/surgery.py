@@ -19,15 +19,14 @@ from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph, Role
-from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_modules, restrict
-from ..structure.wider import all_survivors
+from ..structure.kept import Kept, all_survivors, check_kept, kept_indices, layer_numbers, removed_modules, restrict
 from .meta import put_parameters
 from .modeling_llmpruner import drop_layers, follow_shape
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..structure.architecture import Follows
+    from ..structure.kept import Follows
 
 
 _EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")

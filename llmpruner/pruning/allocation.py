@@ -19,7 +19,7 @@ from ..errors import SelectionError
 from ..progress import QUIET, Progress
 from ..settings import Meet
 from ..structure.coupling import LAYER
-from ..structure.queues import Queue
+from ..structure.scope import Queue
 from ..values import names_of
 from .budgets.base import Cost, savings
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.calibration import check_length
-from ..discovery.graph import build_graph
+from ..discovery.groups import build_graph
 from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
 from ..models.meta import meta_model
 from ..models.surgery import cut
-from ..structure.queues import build_queue
+from ..structure.scope import build_queue
 from .allocation import AllocationTask, Meter, Uniform
 from .budgets.base import BudgetSubject, saving_units
 from .criteria.estimate import check_accepted

@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..models.numbers import stored_dtype
 from ..structure.kept import parameters_after
-from ..structure.outcome import BudgetOutcome, Outcome
 from ..structure.plan import (
     BaseRef,
+    BudgetOutcome,
     CompensationRecord,
     EstimationRecord,
+    Outcome,
     PruningPlan,
     SelectionRecord,
     Target,

@@ -11,8 +11,7 @@ from ..errors import SelectionError
 from ..progress import QUIET, Progress
 from ..structure.coupling import CoupledGroup, CouplingGraph
 from ..structure.kept import removed_layers
-from ..structure.queues import Queue, build_queue, kept_units
-from ..structure.scope import Scope
+from ..structure.scope import Queue, Scope, build_queue, kept_units
 from ..structure.widths import ANY, Widths
 from .allocation import Allocation, AllocationTask, Demand, Meter, Taken
 from .budgets.base import Cost, saving_units

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..calibration.calibration import CalibrationSet
-from ..discovery.rules import with_rules
+from ..discovery.verify import with_rules
 from ..engine.statistics import divergence
 from ..engine.walk import check_tokens
 from ..errors import ModelError
@@ -20,8 +20,7 @@ from ..structure.coupling import CouplingGraph
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..structure.architecture import Follows
-    from ..structure.kept import Kept
+    from ..structure.kept import Follows, Kept
 
 TRIED = 2048
 """Number of tokens that predictions are compared on."""

@@ -15,9 +15,8 @@ import psutil
 import torch
 
 from ..discovery.dense import check_named_base, dense_structure, open_dense
-from ..discovery.silenced import distance, logits, silenced
+from ..discovery.oracle import TOLERANCE, distance, logits, silenced
 from ..discovery.structure import load_structure
-from ..discovery.verify import TOLERANCE
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import exists, read_json
 from ..models.checkpoint import adapter_base

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..discovery.graph import build_graph
+from ..discovery.groups import build_graph
 from ..discovery.structure import load_structure
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.base import Row

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import CONFIG_MAPPING
 
 from ..discovery.family import ModelFamily
+from ..discovery.oracle import VERIFIED
 from ..discovery.structure import load_structure
 from ..discovery.tiny import small_config
-from ..discovery.verify import VERIFIED, verify
+from ..discovery.verify import verify
 from ..errors import ModelError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers
 from ..settings import LoadSettings

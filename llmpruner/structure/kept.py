@@ -9,11 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlanError
 from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 Kept = Mapping[str, Sequence[int]]
+
+
+class Follows(Protocol):
+    """Updates module attributes after a cut, such as the number of heads that an attention module stores."""
+
+    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        """``model``: after the cut; changed in place. ``graph``: before the cut. ``kept``: group name → units kept."""
 
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
@@ -268,3 +279,9 @@ def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
         if path == old or path.startswith(old + "."):
             return None if new is None else new + path[len(old) :]
     return path
+
+
+def all_survivors(graph: CouplingGraph, now: Kept) -> dict[str, list[int]]:
+    """Group name → the units that remain, those that went with units of other groups left out."""
+    axes = kept_indices(graph, now)
+    return {group.name: surviving_units(graph, now, group, axes) for group in graph.groups}

@@ -10,9 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..calibration.calibration import CalibrationSet
-from ..discovery.routes import ClosedRoutes
-from ..discovery.silenced import distance, logits
-from ..discovery.verify import TOLERANCE, first_difference
+from ..discovery.oracle import TOLERANCE, ClosedRoutes, distance, first_difference, logits
 from ..engine.signals import InputStats, ParameterSignals, Product, Signal, StreamStats, UnitAxis
 from ..errors import LlmprunerError
 from ..models.surgery import silence

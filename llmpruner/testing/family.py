@@ -12,12 +12,11 @@ import torch
 
 from ..calibration.calibration import CalibrationSet
 from ..calibration.written import self_generated
-from ..discovery.compare import differences
 from ..discovery.family import ModelFamily
-from ..discovery.graph import build_graph
-from ..discovery.groups import discover_groups
+from ..discovery.groups import build_graph, discover_groups
+from ..discovery.oracle import VERIFIED, random_plan
 from ..discovery.tiny import random_instance
-from ..discovery.verify import VERIFIED, random_plan, verify
+from ..discovery.verify import differences, verify
 from ..errors import UnsupportedModelError, near
 from ..models.meta import base_of
 from ..models.model import Model

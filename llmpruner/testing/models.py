@@ -15,7 +15,7 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from ..calibration.calibration import CalibrationText, Part
 from ..calibration.sources import SelfWritten
-from ..discovery.graph import build_graph
+from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..models.model import Model
 from ..pipeline import make_plan, prune_model

@@ -19,8 +19,7 @@ from llmpruner.engine import journal
 from llmpruner.folders import alone_in
 from llmpruner.progress import Progress
 from llmpruner.pruning.methods import Fast
-from llmpruner.structure.outcome import Outcome
-from llmpruner.structure.plan import PruningPlan
+from llmpruner.structure.plan import Outcome, PruningPlan
 
 NAMES = ["1-prune", "2-recover", "table", "4-export"]
 

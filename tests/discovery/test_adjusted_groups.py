@@ -15,9 +15,10 @@ from llmpruner_chatglm import ChatGLMFamily
 from transformers import GPT2Config, PreTrainedConfig
 
 from llmpruner import CoupledGroup, ModelFamily, UnsupportedModelError, build_graph
-from llmpruner.discovery import rules
+from llmpruner.discovery import verify as rules
+from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.discovery.verify import VERIFIED, verify
+from llmpruner.discovery.verify import verify
 from llmpruner.errors import CouplingError, UnknownNameError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.kept import renamed, restrict

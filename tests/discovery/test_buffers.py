@@ -15,9 +15,9 @@ from transformers import FalconH1Config, Glm4MoeConfig, PreTrainedConfig, ZayaCo
 from llmpruner import Blocks, CoupledGroup, ModelFamily
 from llmpruner.discovery.follow import Follower
 from llmpruner.discovery.groups import discover_graph, discover_groups
-from llmpruner.discovery.rules import rules_of
+from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle, verify
+from llmpruner.discovery.verify import rules_of, verify
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import graph_of
 from llmpruner.models.save import save_checkpoint

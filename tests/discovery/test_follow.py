@@ -6,7 +6,7 @@ import torch
 from transformers import CONFIG_MAPPING, MambaConfig
 
 from llmpruner import Catalog, build_graph
-from llmpruner.discovery.silenced import logits
+from llmpruner.discovery.oracle import logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative
 from llmpruner.models.surgery import cut, silence

@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner.discovery.silenced import logits
+from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, with_attention
 from llmpruner.discovery.tiny import random_instance, tiny_config
-from llmpruner.discovery.verify import VERIFIED, cached_difference, verify, with_attention
+from llmpruner.discovery.verify import verify
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers

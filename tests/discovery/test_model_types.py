@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from transformers import CONFIG_MAPPING, FalconConfig
 
+from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.tiny import tiny_config
-from llmpruner.discovery.verify import VERIFIED, verify
+from llmpruner.discovery.verify import verify
 
 REQUIRED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm", "glm4",

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from llmpruner import QUERY, Blocks, CoupledGroup, ModelFamily, Role, Span
 from llmpruner.discovery.groups import discover_graph
-from llmpruner.discovery.verify import FAILED, VERIFIED, Oracle
+from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.structure.coupling import CouplingGraph, Explicit
 
 CONFIG = ComposedConfig(

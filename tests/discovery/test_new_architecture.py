@@ -11,7 +11,8 @@ from composed import ComposedConfig
 
 from llmpruner import Blocks
 from llmpruner.discovery.groups import discover_graph
-from llmpruner.discovery.verify import VERIFIED, verify
+from llmpruner.discovery.oracle import VERIFIED
+from llmpruner.discovery.verify import verify
 
 STRANGE = ComposedConfig(
     qkv="backwards", mlp="swapped", norm="offset", rotary=0.5, parallel=True, qkv_bias=True, mlp_bias=True

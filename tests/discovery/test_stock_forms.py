@@ -11,8 +11,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from llmpruner import UnsupportedModelError, api
 from llmpruner.discovery.groups import discover_graph
+from llmpruner.discovery.oracle import logits
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import logits, representative
+from llmpruner.discovery.verify import representative
 from llmpruner.models.save import save_checkpoint
 from llmpruner.structure.scope import Scope
 

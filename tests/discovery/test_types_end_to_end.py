@@ -14,15 +14,9 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import api, load_pruned
 from llmpruner.discovery.groups import discover_graph
+from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, why_no_generation
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import (
-    VERIFIED,
-    cached_difference,
-    logits,
-    representative,
-    verify,
-    why_no_generation,
-)
+from llmpruner.discovery.verify import representative, verify
 from llmpruner.errors import UnsupportedModelError
 from llmpruner.testing.models import letters
 

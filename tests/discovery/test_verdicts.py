@@ -11,9 +11,9 @@ from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
 from llmpruner.discovery import groups as discovery
-from llmpruner.discovery.compare import differences
 from llmpruner.discovery.groups import discover_groups
-from llmpruner.discovery.verify import REFUSED, VERIFIED, verify
+from llmpruner.discovery.oracle import REFUSED, VERIFIED
+from llmpruner.discovery.verify import differences, verify
 from llmpruner.errors import UnsupportedModelError
 from llmpruner.structure.coupling import Explicit
 

@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 from llmpruner import ModelError, UnsupportedModelError, api
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers

@@ -12,7 +12,7 @@ from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
 from llmpruner import BenchSubject, ModelError, Runtime, Session, SettingsError, Work
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.evaluation.bench import bench, measurement
 from llmpruner.evaluation.transformers_runtime import StaticSession, TorchSession, work_of
 from llmpruner.models.numbers import stored_bytes

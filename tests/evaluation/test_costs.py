@@ -8,7 +8,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import DataError
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.evaluation.costs import size, speed
 from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token

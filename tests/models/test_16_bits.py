@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import api
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.discovery.silenced import distance, logits, silenced
+from llmpruner.discovery.oracle import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.gradients import GradientWalk

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, Role, Span
-from llmpruner.discovery.silenced import silenced
-from llmpruner.discovery.verify import random_plan
+from llmpruner.discovery.oracle import random_plan, silenced
 from llmpruner.errors import PlanError
 from llmpruner.models.surgery import CutValues, cut, silence
 from llmpruner.structure.coupling import CouplingGraph, Explicit

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import ModelError, OutputError, PruningPlan, SettingsError
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut

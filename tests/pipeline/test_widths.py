@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, SettingsError, Span
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model

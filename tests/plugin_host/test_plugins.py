@@ -25,8 +25,6 @@ from llmpruner.calibration.sources import CalibrationSource
 from llmpruner.cli.app import build_app
 from llmpruner.cli.plugins import settings_of, summary_of
 from llmpruner.component import ComponentSettings
-from llmpruner.discovery.graph import build_graph
-from llmpruner.discovery.verify import verify
 from llmpruner.errors import DuplicateNameError, PluginError, SettingsError, UnknownNameError
 from llmpruner.evaluation.base import Metric
 from llmpruner.evaluation.runtime import Runtime
@@ -418,36 +416,6 @@ def raising(error):
         raise error
 
     return method
-
-
-BAD_GROUPS = {
-    "None": (lambda self, config: None, "returned None; expected a list of CoupledGroup"),
-    "a text": (
-        lambda self, config: [*Giraffe().coupled_groups(config), "mlp"],
-        "returned 'mlp' in its list; expected Cou",
-    ),
-    "KeyError": (lambda self, config: {}["n_heads"], "raised KeyError: 'n_heads'"),
-    "later": (lambda self, config: (config.no_such_size for _ in range(2)), "raised AttributeError: 'LlamaConfig' "),
-}
-
-
-@pytest.mark.parametrize("what", BAD_GROUPS)
-def test_groups_that_are_none_name_the_family_and_its_package(what):
-    groups, reason = BAD_GROUPS[what]
-    config = LlamaConfig(hidden_size=16, intermediate_size=8, num_attention_heads=2, num_hidden_layers=1, vocab_size=9)
-    broken = component(ModelFamily, coupled_groups=groups, refresh=lambda self, model, counts: None)()
-    for ask in (build_graph, lambda family, config: verify(family, config, shrink=False)):
-        with pytest.raises(PluginError) as caught:
-            ask(broken, config)
-        message = str(caught.value)
-        assert message.startswith(f"family 'zoo' of package {__name__.split('.')[0]}: coupled_groups {reason}")
-        assert "\n" not in message
-
-
-def test_an_error_of_discovery_is_not_blamed_on_a_plugin(monkeypatch):
-    monkeypatch.setattr("llmpruner.discovery.groups.discover_groups", raising(ZeroDivisionError("ours")))
-    with pytest.raises(ZeroDivisionError):
-        build_graph(component(ModelFamily)(), LlamaConfig(num_hidden_layers=1))
 
 
 def test_of_two_that_extend_one_family_the_message_says_what_an_author_does():

@@ -11,10 +11,10 @@ from transformers import AutoConfig, DynamicCache, LlamaConfig
 
 import llmpruner
 from llmpruner import PruningPlan, UnsupportedModelError
-from llmpruner.discovery.graph import build_graph
-from llmpruner.discovery.rules import with_rules
+from llmpruner.discovery.groups import build_graph
+from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import random_plan
+from llmpruner.discovery.verify import with_rules
 from llmpruner.errors import SelectionError
 from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token

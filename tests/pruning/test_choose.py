@@ -9,7 +9,7 @@ import pytest
 import torch
 from criteria_cases import make, tokens
 
-from llmpruner.discovery.verify import random_plan
+from llmpruner.discovery.oracle import random_plan
 from llmpruner.engine.execution import Execution
 from llmpruner.pipeline import calibrate, make_plan, prune_model, select
 from llmpruner.progress import Progress
@@ -24,7 +24,7 @@ from llmpruner.pruning.criteria.layers import BlockInfluence
 from llmpruner.pruning.criteria.magnitude import L1
 from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
 from llmpruner.pruning.criteria.taylor import Taylor
-from llmpruner.structure.queues import build_queue
+from llmpruner.structure.scope import build_queue
 from llmpruner.testing.models import cut_by, small_job
 
 CALIBRATION = tokens(24, 32, seed=0)

@@ -11,7 +11,7 @@ import torch
 from criteria_cases import layers_of, make, tokens
 
 from llmpruner import UnsupportedModelError
-from llmpruner.discovery.verify import random_plan
+from llmpruner.discovery.oracle import random_plan
 from llmpruner.engine.ranks import SINGLE
 from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut, silence

@@ -13,7 +13,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
 from llmpruner import Catalog, Role
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import plugin_manager

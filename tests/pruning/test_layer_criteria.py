@@ -11,7 +11,7 @@ import torch
 
 import llmpruner
 from llmpruner import Catalog, StreamStats
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import plugin_manager

@@ -13,8 +13,7 @@ from llmpruner.pruning.budgets.sizes import parameter_cost
 from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.pruning.selection import select
 from llmpruner.structure.kept import parameters_after, restrict
-from llmpruner.structure.queues import build_queue
-from llmpruner.structure.scope import Scope
+from llmpruner.structure.scope import Scope, build_queue
 from llmpruner.structure.widths import Widths
 
 ALL = (0, 1, 2, 3)

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import Catalog, ModelFamily
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import plugin_manager

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.cli import main
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.engine.ranks import Ranks
 from llmpruner.recovery.base import RecoveryStrategy
 from llmpruner.recovery.best import BestWeights

@@ -10,8 +10,8 @@ from fresh import run_fresh
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
+from llmpruner.discovery.oracle import TOLERANCE, cached_difference, distance, logits
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import TOLERANCE, cached_difference, distance, logits
 from llmpruner.testing.models import letters
 
 LAYER_TYPES = {"lfm2_moe": ["conv", "conv", "full_attention"] * 8}

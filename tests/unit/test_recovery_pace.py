@@ -12,7 +12,7 @@ import torch
 from test_recovery_validation import EXAMPLES, FAMILY, SETTINGS, run
 
 from llmpruner import SettingsError, UnsupportedModelError
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.recovery import pace, schedule
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.examples import tokenise

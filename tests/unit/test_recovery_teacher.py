@@ -14,7 +14,7 @@ import llmpruner
 from llmpruner import LoadSettings, ModelError, OutputError, fit
 from llmpruner.calibration.chat import TrainingText, Turn
 from llmpruner.discovery.dense import dense_structure, load_dense
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.structure import load_structure
 from llmpruner.errors import SettingsError
 from llmpruner.models.opening import load_model

@@ -21,7 +21,7 @@ from llmpruner import (
     UnsupportedModelError,
 )
 from llmpruner.calibration.chat import TrainingText, Turn
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import PluginError
 from llmpruner.folders import alone_in
 from llmpruner.models.checkpoint import save_adapter

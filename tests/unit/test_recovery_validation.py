@@ -13,7 +13,7 @@ from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import DataError, ModelError, SettingsError
 from llmpruner.calibration.chat import TrainingText, Turn
-from llmpruner.discovery.graph import build_graph
+from llmpruner.discovery.groups import build_graph
 from llmpruner.recovery.base import RecoveryJob, RecoveryStrategy, TrainingResult
 from llmpruner.recovery.distil import DistilStrategy
 from llmpruner.recovery.examples import Examples, split, tokenise

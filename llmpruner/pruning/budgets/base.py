@@ -19,7 +19,7 @@ from ...structure.kept import kept_indices, layer_numbers, renamed, restrict, su
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...structure.architecture import Follows
+    from ...structure.kept import Follows
 
 
 class Cost(ABC):

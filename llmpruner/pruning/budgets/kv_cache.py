@@ -15,18 +15,18 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import cache_utils
 
-from ...discovery.rules import with_rules
+from ...discovery.verify import with_rules
 from ...errors import UnsupportedModelError
 from ...models.generation import CachedModel, sample_tokens
 from ...models.surgery import cut_copy
 from ...structure.coupling import LAYER, CouplingGraph
-from ...structure.queues import Queue, build_queue
+from ...structure.scope import Queue, build_queue
 from .base import BudgetSubject, Cost, counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...structure.architecture import Follows
+    from ...structure.kept import Follows
 
 _FEW, _MORE, _MOST = 2, 3, 6
 """Numbers of tokens for which the cache is measured; smaller than any sliding window."""

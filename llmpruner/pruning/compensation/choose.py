@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from ...engine.signals import InputStats, Signal
 from ...progress import Progress
 from ...structure.coupling import CoupledGroup, CouplingGraph, Role
-from ...structure.queues import build_queue
+from ...structure.scope import build_queue
 from ...structure.widths import ANY, Widths
 from ..criteria.base import ImportanceCriterion
 from ..criteria.estimate import Scores, estimate, estimate_from

@@ -1,0 +1,417 @@
+"""The oracle: on a small random model, the logits of a cut must be those of the model with the units silenced."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import LlmprunerError, first_line
+from ..models.checkpoint import load_pruned
+from ..models.messages import quiet_transformers, why_it_stops
+from ..models.save import save_checkpoint
+from ..models.surgery import cut, silence
+from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph, Role
+from ..structure.kept import Kept, removed_modules
+from .follow import Follower, Rule, candidates, find, tables
+from .tiny import random_instance
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .family import ModelFamily
+
+BATCH, TIME = 3, 13
+NEW_TOKENS = 4
+"""Tokens that are generated with a cache."""
+TOLERANCE = 2e-4
+"""Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
+layers stays ten times below it, a wrong index far above."""
+VISIBLE = 1e-3
+"""Smallest change of the dense model's logits by silencing; with less, agreement would not be evidence."""
+VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result of the oracle for one kind of unit.
+
+    ``verdict``: *verified*; *failed* (the cut model runs and its outputs are wrong); *refused* (the cut model cannot
+    run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
+    largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
+    attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
+    ``differences``: for a kind that is not verified, one line for each parameter in which the declared groups differ
+    from the discovered ones.
+    """
+
+    kind: str
+    groups: int
+    units: int
+    verdict: str
+    difference: float
+    where: str = ""
+    reason: str = ""
+    checks: tuple[str, ...] = ()
+    follows: tuple[Rule, ...] = ()
+    skipped: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
+
+
+@dataclass
+class _Record:
+    """The results so far for one kind of unit, as in the fields of `Verdict`."""
+
+    checks: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    difference: float = 0.0
+    follows: tuple[Rule, ...] = ()
+
+
+class Oracle:
+    """Compares cut with silenced copies of one random model."""
+
+    def __init__(self, config: PreTrainedConfig, graph: CouplingGraph, family: ModelFamily | None, seed: int) -> None:
+        self.config, self.graph, self.family, self.seed = config, graph, family, seed
+        self.models, self.skipped = _instances(config, seed)
+        generator = torch.Generator().manual_seed(seed + 1)
+        vocabulary = config.get_text_config().vocab_size
+        self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
+        self.no_cache = why_no_generation(self.models["eager"], self.tokens)
+        """Why generation cannot be checked; empty when it can."""
+        self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
+
+    def judge(self, kind: str) -> Verdict:
+        every = self.graph.of_kinds([kind])
+        groups = [g for g in every if _choices(g)]
+        record = _Record(skipped=list(self.skipped))
+        if len(groups) < len(every):
+            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
+
+        def verdict(name: str, difference: float, where: str = "", reason: str = "") -> Verdict:
+            return Verdict(
+                kind,
+                len(every),
+                max((g.units for g in every), default=0),
+                name,
+                difference,
+                where,
+                reason,
+                tuple(record.checks),
+                record.follows,
+                tuple(record.skipped),
+            )
+
+        if not groups:
+            return verdict(REFUSED, 0.0, reason="no unit can be removed from any group")
+        try:
+            self._try(kind, groups, record)
+        except Disagreement as found:
+            return verdict(FAILED, found.difference, found.where, str(found))
+        except Exception as error:  # the cut model may raise anything
+            return verdict(REFUSED, 0.0, reason=why_it_stops(error))
+        return verdict(VERIFIED, record.difference)
+
+    def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
+        plans = {
+            "uneven": random_plan(groups, self.seed, uneven=True),
+            "even": random_plan(groups, self.seed + 1, uneven=False),
+        }
+        types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        if kind == LAYER and len(types) == self.graph.num_layers:
+            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
+        if self.family is None and kind != LAYER:
+            record.follows = self._follows(groups, plans["uneven"])
+        for name, kept in plans.items():
+            for implementation, dense in self.models.items():
+                difference = self._compare(dense, implementation, kept, record.follows, strict=name == "uneven")
+                record.difference = max(record.difference, difference)
+                record.checks.append(f"{name} {implementation}")
+        why_not = self._generate(plans["uneven"], record.follows)
+        if why_not:
+            record.skipped.append(f"cached generation: {why_not}")
+        else:
+            record.checks.append("cached generation")
+        for name, kept in plans.items():
+            model = self._cut(self.models["eager"], kept, record.follows)
+            difference = round_trip_difference(model, self.tokens)
+            if not difference <= TOLERANCE:
+                raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
+        record.checks.append("save and load")
+
+    def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
+        first: list[Exception] = []
+        dense = next(iter(self.models.values()))
+
+        def agrees(chosen: Sequence[Rule]) -> bool:
+            try:
+                for name, model in self.models.items():
+                    self._compare(model, name, kept, chosen, strict=False)
+                self._generate(kept, chosen)
+            except Exception as error:  # a model cut with the wrong rules may raise anything
+                first.append(error)
+                return False
+            return True
+
+        attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
+        found = find(attributes, agrees)
+        if found is None:
+            # Every layer is given the same tables, so one group of the kind shows them.
+            for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
+                found = find([table, *attributes], _only_with(table, agrees))
+                if found is not None:
+                    break
+        if found is None:
+            silent = [e for e in first if isinstance(e, Disagreement)]
+            raise silent[0] if silent and isinstance(first[0], Disagreement) else first[0]
+        return found
+
+    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:
+        """Check generation with a cache. Returns why it cannot be checked (the dense or the silenced model does not
+        give the same logits with a cache as without), else an empty string."""
+        if self.no_cache:
+            return f"the dense model {self.no_cache}"
+        dense = self.models["eager"]
+        _, reference, mode = self._reference(dense, kept)
+        with mode:
+            why_not = why_no_generation(reference, self.tokens)
+        if why_not:
+            return f"the model with silenced units {why_not}"
+        difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
+        if not difference <= TOLERANCE:
+            raise Disagreement("generation with a cache differs from generation without", difference, "")
+        return ""
+
+    def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
+        model = copy.deepcopy(dense)
+        cut(model, self.graph, kept, self.family or Follower(follows))
+        return model
+
+    def _compare(
+        self, dense: PreTrainedModel, implementation: str, kept: Kept, follows: Sequence[Rule], *, strict: bool
+    ) -> float:
+        model = self._cut(dense, kept, follows)
+        expected, reference, mode = self._reference(dense, kept)
+        if strict and distance(expected, self.dense[implementation]) < VISIBLE:
+            raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
+        difference = distance(logits(model, self.tokens), expected)
+        if not difference <= TOLERANCE:
+            where = first_difference(model, reference, self.tokens, mode)
+            raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
+        return difference
+
+    def _reference(
+        self, dense: PreTrainedModel, kept: Kept
+    ) -> tuple[torch.Tensor, PreTrainedModel, AbstractContextManager[object]]:
+        """The logits of a silenced copy of ``dense``, that copy, and the context in which it must run."""
+        model = copy.deepcopy(dense)
+        mode = silenced(model, self.graph, kept)
+        with mode:
+            return logits(model, self.tokens), model, mode
+
+
+def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
+    return lambda chosen: rule in chosen and agrees(chosen)
+
+
+class Disagreement(LlmprunerError):
+    """The cut model runs, and its outputs are wrong."""
+
+    def __init__(self, message: str, difference: float, where: str) -> None:
+        super().__init__(message)
+        self.difference, self.where = difference, where
+
+
+def _choices(group: CoupledGroup) -> list[int]:
+    """How many units of each block may be kept, a third of them or more; empty where no unit can be removed."""
+    per_block = group.units // group.blocks
+    least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
+    return [n for n in range(least, per_block) if n * group.blocks % group.multiple == 0]
+
+
+def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
+    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible.
+    Groups of which no unit can be removed are left out."""
+    generator = torch.Generator().manual_seed(seed)
+    kept = {}
+    for group in groups:
+        choices = _choices(group)
+        if not choices:
+            continue
+        per_block = group.units // group.blocks
+        pick = int(torch.randint(len(choices), (1,), generator=generator)) if uneven else len(choices) // 2
+        units: list[int] = []
+        for block in range(group.blocks):
+            order = torch.randperm(per_block, generator=generator)[: choices[pick]]
+            units += sorted(block * per_block + int(i) for i in order)
+        kept[group.name] = units
+    if not kept:
+        raise LlmprunerError("no unit can be removed from any group")
+    return kept
+
+
+def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
+    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
+    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
+    attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
+    if not attention or set(attention) & set(layers):
+        return layers
+    return sorted([*layers[:-1], attention[0]])
+
+
+def first_difference(
+    model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: AbstractContextManager[object]
+) -> str:
+    """The path of the first module, in order of execution, whose output differs between two models; empty where none
+    does. ``mode``: in which ``reference`` runs, see `silenced`."""
+    seen = _outputs(model, tokens)
+    with mode:
+        expected = _outputs(reference, tokens)
+    for path, output in seen.items():
+        other = expected.get(path)
+        if other is not None and other.shape == output.shape and distance(output, other) > TOLERANCE:
+            return path
+    return ""
+
+
+def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+    outputs: dict[str, torch.Tensor] = {}
+
+    def keep(path: str) -> Callable[..., None]:
+        def hook(module: Any, args: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) and output else output
+            if isinstance(value, torch.Tensor) and value.is_floating_point():
+                outputs.setdefault(path, value.detach())
+
+        return hook
+
+    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
+    try:
+        logits(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return outputs
+
+
+def cached_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """`distance` of logits with a key/value cache from those of full forward passes. Raises what generation raises."""
+    with torch.no_grad(), quiet_transformers():
+        output = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
+            do_sample=False, use_cache=True, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+        )  # fmt: skip
+        full = logits(model, output.sequences)
+    cached = torch.stack(output.logits, 1)
+    return distance(cached, full[:, tokens.shape[1] - 1 : -1])
+
+
+def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
+    """Why generation of ``model`` with a cache cannot be compared with generation without; empty when it can."""
+    try:
+        difference = cached_difference(model, tokens)
+    except Exception as error:  # classes without support for generation raise anything
+        return f"cannot generate with a cache ({type(error).__name__}: {first_line(error)[:160]})"
+    return "" if difference <= TOLERANCE else f"gives other logits with a cache ({difference:.0e})"
+
+
+def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
+    """`distance` of the logits after saving and loading from those before."""
+    expected = logits(model, tokens)
+    with tempfile.TemporaryDirectory() as parent:
+        directory = Path(parent) / "pruned"
+        save_checkpoint(model, directory, record={})
+        loaded = load_pruned(directory, attn_implementation="eager")
+        return distance(logits(loaded, tokens), expected)
+
+
+def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
+    """One model per implementation: eager, and the fused kernels that the class has; and one line for each
+    implementation that it lacks, with the reason."""
+    models = {"eager": _instance(config, seed, "eager", "eager")}
+    try:
+        return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
+    except LlmprunerError as error:
+        # Where attention has no fused kernel, experts may have one.
+        return {**models, "fused experts": _instance(config, seed, "eager", None)}, [f"sdpa attention: {error}"]
+
+
+def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str | None) -> PreTrainedModel:
+    config = copy.deepcopy(config)
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+        if experts is not None:
+            part._experts_implementation = experts
+    return random_instance(config, seed, attention)
+
+
+def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:
+    """Silence all units that ``kept`` leaves out of the dense ``model``, in place; it must run inside the result.
+
+    Removed layers return their inputs, removed experts are not selected by routers, and of other units the weights
+    that read them are zero (see `models.surgery.silence`).
+    """
+    for path in removed_modules(graph, kept):
+        model.get_submodule(path).register_forward_hook(_identity_hook, with_kwargs=True)
+    routed = {name: units for name, units in kept.items() if graph.by_name[name].kind == EXPERT}
+    silence(model, graph, {n: u for n, u in kept.items() if n not in routed and not graph.by_name[n].modules})
+    return ClosedRoutes(model, graph, routed) if routed else nullcontext()
+
+
+def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """(B, T, V) for ``tokens`` (B, T), without a cache."""
+    with torch.no_grad():
+        result: torch.Tensor = model(input_ids=tokens, use_cache=False).logits
+    return result
+
+
+def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference relative to the largest expected value; infinite for other shapes or NaN."""
+    if actual.shape != expected.shape or not bool(actual.isfinite().all()):
+        return float("inf")
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
+
+
+def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+    entering = args[0] if args else kwargs["hidden_states"]
+    return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
+
+
+class ClosedRoutes(TorchFunctionMode):
+    """While active, routers do not select the removed experts: their logits are minus infinity, as are their scores in
+    top-k selections, as a sigmoid and a bias may have been applied in between."""
+
+    def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        super().__init__()
+        self.closed: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
+        self.current: tuple[torch.Tensor, int] | None = None
+        for name, units in kept.items():
+            group = graph.by_name[name]
+            removed = [u for u in range(group.units) if u not in set(units)]
+            for span in group.spans_with(Role.PRODUCES):
+                parameter = model.get_parameter(span.parameter)
+                if parameter.ndim == 2 and span.axis == 0:
+                    rows = torch.tensor(span.indices(removed))
+                    self.closed[id(parameter)] = rows, torch.tensor(removed), group.units
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.topk, torch.Tensor.topk) and self.current is not None:
+            experts, number = self.current
+            if args and number in (args[0].shape[-1], args[0].shape[1:].numel()):  # in groups, or not
+                flat = args[0].reshape(-1, number).index_fill(-1, experts, float("-inf"))
+                args = (flat.view(args[0].shape), *args[1:])
+        result = func(*args, **kwargs)
+        if self.closed and func is torch.nn.functional.linear:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            closed = self.closed.get(id(weight))
+            if closed is not None:
+                rows, experts, number = closed
+                result = result.index_fill(-1, rows, float("-inf"))
+                self.current = experts, number
+        return result
