@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from docstrings import class_section, document, markdown
-from settings_table import table as settings_table
 
-from llmpruner import api, keywords, settings
+from llmpruner import api
 from llmpruner.discovery.oracle import Verdict
 from llmpruner.evaluation.bench import BenchCase, BenchResult, Measurement, Rate
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations
@@ -43,17 +42,10 @@ VALUES = (
     RecipeResult,
     StepResult,
 )
-SETTINGS = {
-    name: getattr(settings, name.replace("Keywords", "Settings"))
-    for name in vars(keywords)
-    if name.endswith("Keywords")
-}
-OPTIONS = {"run": settings.RunSettings}
-"""Keyword → the settings that it is an instance of, besides ``load``."""
 _OWN = {
     "progress": "shows what is being done; silent by default",
     "catalog": "the plugins to use; by default everything that is installed",
-    "load": "[LoadSettings](#loadsettings): how a reference is opened; without effect on a loaded model",
+    "load": "`LoadSettings(dtype=…, device=…)`: how a reference is opened; without effect on a loaded model",
 }
 
 
@@ -80,16 +72,6 @@ def render() -> str:
     lines += ["", "## Values"]
     for cls in VALUES:
         lines += class_section(cls)
-    lines += ["", "## Settings", "", SETTINGS_TEXT]
-    for model in (*SETTINGS.values(), *OPTIONS.values()):
-        lines += [
-            "",
-            f"### {model.__name__}",
-            "",
-            markdown(document(model)),
-            "",
-            *map(_as_keywords, settings_table(model, "keyword")),
-        ]
     return "\n".join(lines) + "\n"
 
 
@@ -105,11 +87,6 @@ import llmpruner
 model = llmpruner.load("demo")
 plan = llmpruner.plan(model, ratio=0.2, method="best", settings={"refit": {"mix": 0.3}})
 pruned = llmpruner.prune(model, plan=plan, output="pruned")"""
-SETTINGS_TEXT = (
-    "Fields of the settings models are the keywords above. A setting whose default is empty is left to the method, or "
-    "to the component that it belongs to. `settings` holds settings of chosen components by name, as `--set` does: "
-    '`settings={"taylor": {"variant": "mix"}}`; [Criteria and other components](criteria.md) lists them.'
-)
 
 
 def _shared() -> Iterator[str]:
@@ -122,13 +99,10 @@ def _function(function: Any) -> Iterator[str]:
     signature = inspect.signature(function)
     yield from ("", f"### {name}", "", "```python", _call(name, signature), "```", "", markdown(document(function)))
     for parameter in signature.parameters.values():
-        found = re.search(r"(\w+Keywords)", str(parameter.annotation))
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD and found:
-            model = SETTINGS[found[1]].__name__
-            yield from ("", f"`**{parameter.name}`: the fields of [{model}](#{model.lower()}).")
-        elif parameter.name in OPTIONS and parameter.annotation is not inspect.Parameter.empty:
-            model = OPTIONS[parameter.name].__name__
-            yield from ("", f"`{parameter.name}`: a [`llmpruner.{model}`](#{model.lower()}).")
+        found = re.search(r"(\w+)Keywords", str(parameter.annotation))
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD and found and found[1] != "Load":
+            command = found[1].lower()
+            yield from ("", f"`**{parameter.name}`: the options of [`llmpruner {command}`](cli.md#{command}).")
 
 
 def _call(name: str, signature: inspect.Signature) -> str:
@@ -151,11 +125,6 @@ def _call(name: str, signature: inspect.Signature) -> str:
     return (
         f"llmpruner.{name}(\n" + "".join(f"    {p},\n" for p in inside) + f") -> {_plain(signature.return_annotation)}"
     )
-
-
-def _as_keywords(row: str) -> str:
-    """A row of a table with ``round_to`` where the help of the command line has ``--round-to``."""
-    return re.sub(r"(?<![\w`-])--([a-z][\w-]*)", lambda found: f"`{found[1].replace('-', '_')}`", row)
 
 
 def _plain(annotation: Any) -> str:

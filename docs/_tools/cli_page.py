@@ -120,6 +120,8 @@ def _section(name: str, command: CommandInfo) -> list[str]:
     lines += ["```text", " ".join(usage), "```", ""]
     lines += [f"- `{p.value}`: {_plain(p.help)}" for p in arguments]
     lines += [""] if arguments else []
+    if name == "plan":
+        return [*lines, "The options of [`prune`](#prune); `-o` names the file of the plan.", ""]
     for panel in dict.fromkeys([GENERAL, *(p.panel for p in options)]):
         inside = [p for p in options if p.panel == panel]
         if inside:

@@ -1,0 +1,82 @@
+"""The walk from ``llmpruner prune`` to the saved directory: the functions that the command, the Python API and the
+pipeline call once, in their order. What happens inside a station is the topic of its file.
+
+    python tools/walk.py MODEL [OPTION …]      such as: demo --ratio 0.2 --method fast --samples 8
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+OWN = str(ROOT / "llmpruner") + os.sep
+STORY = ("__main__.py", "cli/", "api.py", "pipeline.py")
+"""Files whose functions the walk goes into."""
+INSIDE = 40
+"""Calls inside this project that a function makes at least, directly and indirectly, to be a station."""
+
+
+class Call:
+    """All calls of one function by one caller."""
+
+    def __init__(self, code: CodeType | None) -> None:
+        self.code, self.count = code, 0
+        self.inside: dict[CodeType, Call] = {}
+
+    def size(self) -> int:
+        return sum(call.count + call.size() for call in self.inside.values())
+
+
+def traced(words: list[str]) -> Call:
+    """The calls of ``llmpruner WORDS`` from its command on."""
+    from llmpruner.__main__ import main as llmpruner
+
+    root = Call(None)
+    stack = [root]
+
+    def profile(frame: FrameType, event: str, _: Any) -> None:
+        code = frame.f_code
+        if event not in ("call", "return") or not code.co_filename.startswith(OWN) or code.co_name == "<module>":
+            return
+        if event == "call":
+            stack.append(stack[-1].inside.setdefault(code, Call(code)))
+            stack[-1].count += 1
+        elif stack[-1].code is code:
+            stack.pop()
+
+    sys.argv = ["llmpruner", *words]
+    sys.setprofile(profile)
+    try:
+        llmpruner()
+    except SystemExit as end:
+        if end.code:
+            raise
+    finally:
+        sys.setprofile(None)
+    return root
+
+
+def walk(call: Call, depth: int = 0) -> Iterator[tuple[int, str, str]]:
+    for code, inner in call.inside.items():
+        file = code.co_filename.removeprefix(OWN)
+        if code.co_name.isidentifier() and inner.count == 1 and inner.size() >= INSIDE:
+            yield depth, code.co_name, file
+            yield from walk(inner, depth + 1) if file.startswith(STORY) else ()
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as work:
+        stations = list(walk(traced(["prune", *sys.argv[1:], "-o", str(Path(work) / "pruned")])))
+    for depth, name, file in stations:
+        print(f"{'  ' * depth}{name}  ({file})")
+    print(f"{len(stations)} functions in {len({file for _, _, file in stations})} files")
+
+
+if __name__ == "__main__":
+    main()
