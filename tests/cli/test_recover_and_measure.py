@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from statistics import stdev
 
 import pytest
 import torch
@@ -130,7 +129,6 @@ def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
         "--set", "perplexity.tokens=128", "--kl", "--json", tmp_path / "report.json",
     )  # fmt: skip
     assert result.code == 0
-    assert "4 windows of 32 tokens, 31 predictions each" in result.err
     rows = json.loads((tmp_path / "report.json").read_text())
     assert [row["name"] for row in rows] == [str(dense), str(pruned)]
     assert [row["size"]["decoder_parameters"] for row in rows] == [30_976, 30_976 - 2 * 12 * 96]
@@ -165,11 +163,6 @@ def test_a_task_of_ones_own(run, dense, pruned, tmp_path, monkeypatch):
     written = json.loads((tmp_path / "report.json").read_text())
     scores = [row["tasks"]["llmpruner_fox"]["acc"] for row in written]
     assert len(scores) == 2 and all(score * 4 == int(score * 4) for score in scores)
-    before, after = (row["task_rows"]["llmpruner_fox"] for row in written)
-    assert [sum(of["scores"]["acc"]) / 4 for of in (before, after)] == scores and before["sha256"] == after["sha256"]
-    differences = [b - a for a, b in zip(before["scores"]["acc"], after["scores"]["acc"], strict=True)]
-    (line,) = (line for line in result.out.splitlines() if "llmpruner_fox acc, difference" in line)
-    assert f"{scores[1] - scores[0]:.4f} ± {stdev(differences) / 2:.4f}" in line
 
 
 def test_generate_as_json_for_several_models(run, dense, pruned):
