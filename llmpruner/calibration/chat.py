@@ -7,6 +7,7 @@ The tokenizer's chat template is used if it has one, unless the family has its o
 from __future__ import annotations
 
 import datetime
+import random
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -272,6 +273,23 @@ def chat_tokens(tokenizer: Any, text: TrainingText) -> list[int]:
     in a recovery."""
     joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
     return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)
+
+
+def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
+    """``samples`` rows of ``length`` tokens, of whole conversations in random order, the last of a row cut. ``source``:
+    for messages. Raises `DataError` where all conversations together are shorter than a row."""
+    if sum(map(len, encoded)) < length:
+        raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --length")
+    rng, left = random.Random(seed), list[int]()
+    rows: list[list[int]] = []
+    while len(rows) < samples:
+        row: list[int] = []
+        while len(row) < length:
+            if not left:
+                left = rng.sample(range(len(encoded)), len(encoded))
+            row += encoded[left.pop()]
+        rows.append(row[:length])
+    return rows
 
 
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:

@@ -3,8 +3,6 @@ Imports no torch."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -107,7 +105,7 @@ class ChatSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         import torch
 
-        from .chat import chat_tokens, training_texts
+        from .chat import chat_tokens, packed, training_texts
 
         if task.tokenizer is None or task.family is None:
             raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
@@ -115,23 +113,6 @@ class ChatSource(CalibrationSource):
         texts = [text for record in examples for text in training_texts(record, task.family, task.tokenizer)]
         encoded = [chat_tokens(task.tokenizer, text) for text in texts]
         return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
-
-
-def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
-    """``samples`` rows of ``length`` tokens, of whole conversations in random order, the last of a row cut. ``source``:
-    for messages. Raises `DataError` where all conversations together are shorter than a row."""
-    if sum(map(len, encoded)) < length:
-        raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --length")
-    rng, left = random.Random(seed), list[int]()
-    rows: list[list[int]] = []
-    while len(rows) < samples:
-        row: list[int] = []
-        while len(row) < length:
-            if not left:
-                left = rng.sample(range(len(encoded)), len(encoded))
-            row += encoded[left.pop()]
-        rows.append(row[:length])
-    return rows
 
 
 class SelfWritten(CalibrationSource):

@@ -18,9 +18,8 @@ from ..models.numbers import with_fast_products
 from ..models.positions import table_of
 from ..models.tokenizer import ids_to_continue, padding_id
 from ..progress import QUIET, Progress
-from .chat import Prompt, chat_frame, chat_prompt, chat_tokens, training_texts
+from .chat import Prompt, chat_frame, chat_prompt, chat_tokens, packed, training_texts
 from .conversations import Instruction
-from .sources import packed
 from .windows import opening_tokens
 
 if TYPE_CHECKING:

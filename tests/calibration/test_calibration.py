@@ -17,7 +17,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from llmpruner import DataError, ModelError, UnsupportedModelError
 from llmpruner.calibration import written
 from llmpruner.calibration.calibration import parse_calibration
-from llmpruner.calibration.sources import CalibrationSource, ChatSource, SelfWritten, TextSource, packed
+from llmpruner.calibration.chat import packed
+from llmpruner.calibration.sources import CalibrationSource, ChatSource, SelfWritten, TextSource
 from llmpruner.calibration.written import _Draw
 from llmpruner.calibration.written import _text_before as _text
 from llmpruner.component import ComponentSettings
