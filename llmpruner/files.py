@@ -8,11 +8,16 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, OutputError, first_line
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 from .values import bytes_text
 
 
@@ -75,6 +80,46 @@ def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
             partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def alone_in(folder: Path, *, anew: bool = False) -> Iterator[None]:
+    """While active, no other process is in this block for the same ``folder``, which is created, and removed at the end
+    if nothing is in it. ``anew``: whether all that is in it is removed first.
+
+    Raises `OutputError` where another process is in such a block. Where directories cannot be locked (Windows, some
+    network file systems), nothing keeps other processes out.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    lock = _lock(folder)
+    try:
+        for path in folder.iterdir() if anew else ():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink()
+        yield
+    finally:
+        with suppress(OSError):  # something is in it, or it is gone
+            folder.rmdir()
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """A file descriptor that holds a lock on ``folder``, which the system releases with the process."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise OutputError(f"another run works in '{folder}'; wait for its end, or choose another output") from None
+    except OSError:  # a file system without locks
+        pass
+    return descriptor
 
 
 def holds_files(folder: Path, *, but: str | None = None) -> bool:

@@ -30,7 +30,6 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .family import ModelFamily
 from .ids import Mark
 from .propagate import Policy, Propagation
 from .trace import Trace, trace
@@ -38,6 +37,8 @@ from .units import OwnedAxis, UnitSet, unit_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .family import ModelFamily
 
 
 LATENT = "latent"

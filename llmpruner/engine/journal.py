@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmprunerError, OutputError, ProcessError
-from ..files import holds_files, remove_tree, write_text, writing
-from ..folders import alone_in
+from ..files import alone_in, holds_files, remove_tree, write_text, writing
 from ..progress import QUIET, Progress
 from .ranks import SINGLE, Ranks
 

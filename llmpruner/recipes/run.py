@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..discovery.structure import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError
 from ..evaluation.evaluate import Evaluations
-from ..files import check_new_directory, json_text, new_directory, read_json, remove_tree, write_text
-from ..folders import alone_in
+from ..files import alone_in, check_new_directory, json_text, new_directory, read_json, remove_tree, write_text
 from ..models.identity import data_identity, folder_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE

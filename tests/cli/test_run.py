@@ -16,7 +16,7 @@ import yaml
 
 from llmpruner import LoadSettings, OutputError, SettingsError, api
 from llmpruner.engine import journal
-from llmpruner.folders import alone_in
+from llmpruner.files import alone_in
 from llmpruner.progress import Progress
 from llmpruner.pruning.methods import Fast
 from llmpruner.structure.plan import Outcome, PruningPlan
