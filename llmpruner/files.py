@@ -13,11 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, OutputError, first_line
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 from .values import bytes_text
 
 
@@ -109,7 +104,9 @@ def alone_in(folder: Path, *, anew: bool = False) -> Iterator[None]:
 
 def _lock(folder: Path) -> int | None:
     """A file descriptor that holds a lock on ``folder``, which the system releases with the process."""
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
