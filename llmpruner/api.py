@@ -22,6 +22,7 @@ import torch
 from typing_extensions import Unpack
 
 from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
+from .discovery.opening import Opener, Source, listed, openers
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import ModelError, PlanError, SettingsError
@@ -54,6 +55,7 @@ from .pipeline import plan as _plan
 from .pipeline import prune as _prune
 from .plugins.catalog import Catalog
 from .progress import QUIET, Progress
+from .pruning.saving import save as _save
 from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.jobs import (
@@ -62,11 +64,10 @@ from .recipes.jobs import (
     export_job,
     page_job,
 )
-from .recipes.opening import Opener, Source, listed, openers
 from .recipes.recipe import Recipe
-from .recipes.recovering import Recovery
 from .recipes.run import RecipeResult, RecipeRun, StepResult
-from .recipes.saving import save as _save
+from .recovery.job import recover_job
+from .recovery.recover import recover as _recover
 from .report.base import ReportSubject
 from .report.evidence import report_place, report_subjects
 from .report.page import Report, comparison_page, facts_of, report_page
@@ -176,8 +177,8 @@ def recover(
     *,
     output: str | Path | None = None,
     work_dir: str | Path | None = None,
+    restart: bool = False,
     load: LoadSettings | None = None,
-    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[RecoverKeywords],
@@ -186,18 +187,12 @@ def recover(
     is passed in is changed in place, and returned.
 
     ``output``: where to save the result. ``work_dir``: for the state of the training, from which the same call resumes
-    after an interruption; by default ``OUTPUT.recovery``. ``record["recovery"]`` of the result lists the trainings.
-    Processes that ``torchrun`` started share every batch, as for `prune`.
+    after an interruption; by default ``OUTPUT.recovery``. ``restart``: start anew instead. ``record["recovery"]`` of
+    the result lists the trainings. Processes that ``torchrun`` started share every batch, as for `prune`.
     """
-    options = settings_from(RecoverSettings, settings)
-    recovery = Recovery(
-        model,
-        options,
-        _path(output),
-        _path(work_dir),
-        run or RunSettings(),
-    )
-    return recovery.do(_opener(load, catalog, progress))
+    opener = _opener(load, catalog, progress)
+    job = recover_job(settings_from(RecoverSettings, settings), opener.catalog)
+    return _recover(model, job, _path(output), _path(work_dir), opener, restart=restart)
 
 
 def evaluate(

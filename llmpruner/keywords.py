@@ -49,29 +49,14 @@ class RecoverKeywords(TypedDict, total=False):
     data: str | Path
     strategy: str | None
     limit: int | None
-    merge: bool
-    rank: int | None
-    alpha: int | None
-    dropout: float | None
-    learning_rate: float
-    schedule: Literal["linear", "cosine", "constant"]
-    warmup_steps: int | None
-    weight_decay: float
+    learning_rate: float | None
     epochs: float
     max_steps: int | None
     minutes: float | None
-    batch_size: int
+    batch_size: int | None
     micro_batch_size: int
     cutoff: int
-    pack: bool
-    loss_on: Literal["all", "answers"]
-    autocast: bool
-    gradient_checkpointing: Literal["auto", "on", "off"]
     validation: float
-    validation_data: str | Path | None
-    eval_steps: int | None
-    patience: int | None
-    report_to: str | Sequence[str] | None
     seed: int
     settings: Mapping[str, Mapping[str, Any]]
 

@@ -20,6 +20,7 @@ import transformers
 
 from . import __version__
 from .calibration.calibration import CalibrationSet
+from .discovery.opening import Opener, Source
 from .engine.execution import Execution
 from .engine.journal import Journal
 from .engine.ranks import Ranks
@@ -40,9 +41,8 @@ from .pruning.compensation.choose import Chooser
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, job_of
 from .pruning.planning import outcome_of, plan_of, recorded_cost
+from .pruning.saving import save
 from .pruning.targets import scope_of
-from .recipes.opening import Opener, Source
-from .recipes.saving import save
 from .settings import PruneSettings, RunSettings
 from .structure.plan import Outcome, PruningPlan, cuts_of
 

@@ -24,7 +24,6 @@ from .values import (
     Size,
     StepName,
     Text,
-    Trackers,
     refusal,
 )
 
@@ -34,12 +33,10 @@ Reduction = Literal["sum", "mean", "max", "prod", "last"]
 LossOn = Literal["all", "answers"]
 Shape = Literal["uniform", "free"]
 Meet = Literal["nearest", "above", "below"]
-Schedule = Literal["linear", "cosine", "constant"]
-Switch = Literal["auto", "on", "off"]
 
 _MACHINE = "Memory and time"
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
-_TRAINING, _CHECKING = "Training", "Validation"
+_TRAINING = "Training"
 """Sections of ``--help``."""
 
 
@@ -143,8 +140,7 @@ class RunSettings(Settings):
             description="Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its "
             "files layer by layer; if need be, hidden states are kept in a file and, where nothing else fits, "
             "micro-batches are smaller, which changes results by rounding. What cannot fit is refused beforehand. By "
-            "default, models larger than half of the free memory are read layer by layer. recover takes it with "
-            "--strategy local alone, run for its prune steps."
+            "default, models larger than half of the free memory are read layer by layer."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None
@@ -309,8 +305,10 @@ class PruneSettings(Settings):
 
 
 class RecoverSettings(Settings):
-    """A training that restores quality after a cut; the learning rate, its schedule, the passes over the data and the
-    settings of adapters are the paper's by default (LLM-Pruner, section 4.1)."""
+    """A training that restores quality after a cut; the passes over the data, the learning rate and the settings of
+    adapters are the paper's by default (LLM-Pruner, section 4.1)."""
+
+    group: ClassVar[str] = "recover"
 
     data: Annotated[
         Text,
@@ -324,49 +322,23 @@ class RecoverSettings(Settings):
     strategy: Annotated[
         str | None,
         Field(
-            description="Recovery strategy; see `llmpruner plugins`. By default distil; lora, as in the paper, where "
-            "the dense model is not found (--data must name a file or a data set then) or the memory does not suffice "
-            "for both, and with --rank, --alpha, --dropout or --no-merge."
+            description="Recovery strategy: distil, lora, full; see `llmpruner plugins`. By default distil, toward the "
+            "dense model's predictions; lora, as in the paper, where the dense model is not found (--data must name a "
+            "file or a data set then) or the memory does not suffice for both."
         ),
     ] = None
     limit: Annotated[int | None, Field(ge=1, description="Number of examples to draw at random; all by default.")] = (
         None
     )
-    merge: Annotated[bool, Field(description="Add the LoRA adapters to the weights, or save them alone.")] = True
-    rank: Annotated[
-        int | None, Field(description="Rank of the LoRA adapters. By default 8."), Option(sets="strategy.rank")
-    ] = None
-    alpha: Annotated[
-        int | None,
-        Field(description="Scale of the adapters: α / rank. By default α is 16."),
-        Option(sets="strategy.alpha"),
-    ] = None
-    dropout: Annotated[
+    learning_rate: Annotated[
         float | None,
-        Field(description="Dropout before the adapters. By default 0.05."),
-        Option(sets="strategy.dropout"),
-    ] = None
-    learning_rate: Annotated[float, Field(gt=0, description="Peak learning rate."), Option(_TRAINING)] = 1e-4
-    schedule: Annotated[
-        Schedule,
         Field(
-            description="The learning rate after the warm-up: linear (down to zero, as in the paper), cosine (down to "
-            "zero), or constant."
-        ),
-        Option(_TRAINING),
-    ] = "linear"
-    warmup_steps: Annotated[
-        int | None,
-        Field(
-            ge=0,
-            description="Steps over which the learning rate rises to its peak. By default 100, or a tenth of all steps "
-            "where that is fewer.",
+            gt=0,
+            description="Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, "
+            "proportionally less.",
         ),
         Option(_TRAINING),
     ] = None
-    weight_decay: Annotated[
-        float, Field(ge=0, description="Weight decay of AdamW; biases and norms have none."), Option(_TRAINING)
-    ] = 0.0
     epochs: Annotated[float, Field(gt=0, le=100_000, description="Passes over the data."), Option(_TRAINING)] = 2.0
     max_steps: Annotated[
         int | None,
@@ -378,95 +350,45 @@ class RecoverSettings(Settings):
         Field(
             gt=0,
             le=1_000_000,
-            description="Time that the training may take, instead of --epochs: the number of steps follows from the "
-            "seconds of a few steps that are timed before. Generating the examples of --data self, "
-            "loading and saving the model come on top.",
+            description="Time that the training may take, instead of --epochs: the learning rate falls with it. "
+            "Generating the examples of --data self, loading and saving the model come on top.",
         ),
         Option(_TRAINING),
     ] = None
     batch_size: Annotated[
-        int,
+        int | None,
         Field(
             ge=1,
             le=2**20,
-            description="Examples per optimizer step. Unless it is given, or --max-steps, it is halved down to 2 while "
-            "the training would have fewer than 200 steps.",
+            description="Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than "
+            "200 steps; with --minutes 4.",
         ),
         Option(_TRAINING),
-    ] = 64
+    ] = None
     micro_batch_size: Annotated[
         int,
         Field(ge=1, description="Examples in memory at once; gradients accumulate up to the batch size."),
-        Option(_TRAINING),
+        Option(advanced=True),
     ] = 4
     cutoff: Annotated[
-        int, Field(ge=2, le=2**20, description="Tokens per example; longer ones are cut."), Option(_TRAINING)
+        int,
+        Field(
+            ge=2,
+            le=2**20,
+            description="Tokens per example; longer instructions and conversations are cut, texts are joined to rows "
+            "of so many.",
+        ),
+        Option(_TRAINING),
     ] = 256
-    pack: Annotated[
-        bool,
-        Field(
-            description="Join examples to rows of --cutoff tokens, so that no time goes into padding; attention "
-            "includes the earlier examples of a row."
-        ),
-        Option(_TRAINING),
-    ] = False
-    loss_on: Annotated[
-        LossOn,
-        Field(description="all: the whole text, as the paper; answers: the answers alone."),
-        Option(_TRAINING),
-    ] = "all"
-    autocast: Annotated[
-        bool,
-        Field(
-            description="Compute in bfloat16 under autocast, as models in bfloat16 do anyway; weights keep their dtype."
-        ),
-        Option(_TRAINING),
-    ] = False
-    gradient_checkpointing: Annotated[
-        Switch,
-        Field(
-            description="Compute the values inside a layer again in the backward pass, instead of keeping them: less "
-            "memory, more time, the same result. auto: where an estimate of what would be kept does not "
-            "fit into the free memory."
-        ),
-        Option(_TRAINING),
-    ] = "auto"
     validation: Annotated[
         ShareOrCount,
         Field(
-            description="Examples that are not trained on, but measured while training: below 1 a share of --data (16 "
-            "to 128 examples, and none where that is more than a fifth), else a number of examples; 0 turns it off. "
-            "The weights with the lowest loss on them are the result."
+            description="Examples that are measured and not trained on: below 1 a share of --data (16 to 128 examples, "
+            "at most a fifth), else a number. The weights with the lowest loss on them, the start's included, are the "
+            "result. With 0, all are trained on, and some of them measured."
         ),
-        Option(_CHECKING),
+        Option(_TRAINING),
     ] = 0.02
-    validation_data: Annotated[
-        Text | None,
-        Field(description="Data for validation, in the forms of --data, instead of a share of it."),
-        Option(_CHECKING, metavar="DATA"),
-    ] = None
-    eval_steps: Annotated[
-        int | None,
-        Field(
-            ge=1,
-            description="Steps from one validation to the next. By default there are up to ten, as many as take about "
-            "a tenth of the time.",
-        ),
-        Option(_CHECKING),
-    ] = None
-    patience: Annotated[
-        int | None,
-        Field(ge=1, description="Stop after this many validations without a lower loss. By default, training goes on."),
-        Option(_CHECKING),
-    ] = None
-    report_to: Annotated[
-        Trackers | None,
-        Field(
-            description="Programs that get the losses while training, comma-separated: tensorboard (into "
-            "OUTPUT.tensorboard), wandb, trackio."
-        ),
-        Option(_CHECKING, metavar="NAMES"),
-    ] = None
     seed: Seed = 0
     settings: Set = {}
 

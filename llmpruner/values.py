@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
@@ -128,7 +128,6 @@ def _written_out(value: Any) -> Any:
 Text = Annotated[str, BeforeValidator(_written_out)]
 """The name of a text or of data: a file, a data set, or a name that a calibration source reads."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
-Trackers = Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_not_empty)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
 Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_numbers)]
 Count = Annotated[float, BeforeValidator(_count)]

@@ -82,20 +82,13 @@ RECOVERY = {
     "examples": "How many examples were trained on.",
     "trainable_parameters": "How many parameters were trained.",
     "losses": "Loss of every optimizer step: mean over its trained tokens, in nats.",
-    "validation_examples": "How many examples were held back for validation.",
-    "validation": "Each validation: `step`, the number of steps taken; `loss`, as above, on the examples held back; "
-    "and `perplexity`, null where the loss is not the cross entropy of the next token.",
-    "best_step": "The number of steps after which the weights were taken, as the validation loss was lowest then; null "
-    "without validation.",
+    "held_out": "Whether the examples of the validations were held back; else some that were trained on.",
+    "validation_examples": "How many examples were validated on.",
+    "validation": "Each validation: `step`, the number of steps taken; `loss`, as above, on these examples.",
+    "best_step": "The number of steps after which the weights were taken, as that loss was lowest then; null where the "
+    "strategy measured none.",
 }
 """Key of an element of ``recovery`` → what it is."""
-LOCAL = {
-    "layers": "With `--strategy local`, for every layer: its number, that of the dense layer whose output is its "
-    "target, its loss over all of the data before and after, whether its former weights were restored "
-    "because the loss did not fall; `losses` are those of the layers' steps, one layer after the other, "
-    "without a unit.",
-}
-"""The same for keys that only the strategy ``local`` writes."""
 
 
 def render() -> str:
@@ -103,7 +96,7 @@ def render() -> str:
     lines += ["", "## llmpruner.json", "", RECORD_TEXT, "", *_keys(RECORD)]
     lines += ["", "### work", "", WORK_TEXT, "", "Each of the `fits`:", "", *_keys(FITS)]
     lines += ["", "Each of the `scores`, by the name of the group:", "", *_keys(SCORES)]
-    lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys({**RECOVERY, **LOCAL})]
+    lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys(RECOVERY)]
     lines += ["", "## llmpruner-files.json", "", ORIGIN_TEXT, "", *_keys(ORIGIN)]
     lines += ["", "## run.json", "", RUN_TEXT, "", *_keys(RUN)]
     return "\n".join(lines) + "\n"
@@ -120,9 +113,9 @@ WORK_TEXT = (
     "several steps, and for a plan that was replayed."
 )
 ORIGIN_TEXT = (
-    "Beside adapters that `recover --no-merge` saved, and what `export --to stock` and `--to nemotron-nas` wrote: "
-    "where they come from, and their hashes, by which [`llmpruner verify`](../how-to/verify.md) and every command that "
-    "loads them find damage. "
+    "Beside adapters that `recover --set lora.merge=false` saved, and what `export --to stock` and "
+    "`--to nemotron-nas` wrote: where they come from, and their hashes, by which "
+    "[`llmpruner verify`](../how-to/verify.md) and every command that loads them find damage. "
     "peft and transformers do not read it."
 )
 RUN_TEXT = (

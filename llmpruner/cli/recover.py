@@ -3,29 +3,31 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
-from ..recovery.losses import loss_text
-from ..settings import LoadSettings, RecoverSettings, RunSettings, settings_from
+from ..report.history import loss_text, no_better
+from ..settings import LoadSettings, RecoverSettings, settings_from
 from ..values import counted
-from .console import RichProgress, done_line, print_json
+from .console import RichProgress, done_line, print_json, warning_line
 from .derive import Json, ModelName, Output, catalog_of, takes
+
+Restart = Annotated[bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")]
 
 
 def add_commands(app: typer.Typer) -> None:
     app.command()(recover)
 
 
-@takes(settings=RecoverSettings, options=LoadSettings, run=RunSettings)
+@takes(settings=RecoverSettings, options=LoadSettings)
 def recover(
     ctx: typer.Context,
     model: ModelName,
     output: Output,
     settings: dict[str, Any],
     options: dict[str, Any],
-    run: dict[str, Any],
+    restart: Restart = False,
     as_json: Json = False,
 ) -> None:
     """Restore quality of a pruned model by a short training: distillation from the dense model, or LoRA.
@@ -36,8 +38,8 @@ def recover(
 
     started = time.monotonic()
     recovered = api.recover(
-        model, output=output, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run),
-        progress=RichProgress(), catalog=catalog_of(ctx), **settings,
+        model, output=output, load=settings_from(LoadSettings, options), restart=restart, progress=RichProgress(),
+        catalog=catalog_of(ctx), **settings,
     )  # fmt: skip
     record = recovered.record["recovery"][-1] if recovered.record else {}
     seconds = round(time.monotonic() - started, 1)
@@ -45,12 +47,10 @@ def recover(
         result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
         print_json({**result, "seconds": seconds})
         return
-    curve = record["losses"]
+    failed = no_better(record)
+    if failed is not None:
+        warning_line(f"{output}: {failed}")
+        return
     losses = f"{text}, " if (text := loss_text(record)) else ""
-    checked = record["validation"]
-    if checked:
-        best = min(checked, key=lambda one: float(one["loss"]))
-        losses += f"validation loss {checked[0]['loss']:.3f} → {best['loss']:.3f}, "
-    done_line(
-        f"{output}: {counted(record['examples'], 'example')}, {counted(len(curve), 'step')}, {losses}{seconds:.0f} s"
-    )
+    steps = counted(len(record["losses"]), "step")
+    done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {losses}{seconds:.0f} s")

@@ -47,12 +47,9 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
 
 @hookimpl
 def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
-    from ..recovery.distil import DistilStrategy
-    from ..recovery.full import FullStrategy
-    from ..recovery.local import LocalStrategy
-    from ..recovery.lora import LoraStrategy
+    from ..recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
 
-    return [LoraStrategy, FullStrategy, DistilStrategy, LocalStrategy]
+    return [LoraStrategy, FullStrategy, DistilStrategy]
 
 
 @hookimpl

@@ -27,10 +27,11 @@ from ..models.reference import resolve
 from ..progress import Progress
 from ..pruning.checks import check_job
 from ..pruning.job import prune_job
-from ..recovery.losses import first_and_last, loss_text
+from ..recovery.job import check_recover, recover_job
+from ..report.history import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
-from .checks import check_metrics, check_recover, check_text
-from .jobs import bench_job, evaluate_job, export_job, recover_job
+from .checks import check_metrics, check_text
+from .jobs import bench_job, evaluate_job, export_job
 from .recipe import DENSE, Recipe, Step
 
 if TYPE_CHECKING:

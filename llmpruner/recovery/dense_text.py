@@ -8,23 +8,18 @@ trained model from the dense one by a constant, in expectation. Imports no torch
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.resources import files
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import chat_prompt, labelled, training_texts
+from ..calibration.chat import chat_prompt
 from ..calibration.conversations import Completion, Example, Instruction
 from ..calibration.mixture import parse_mixture
-from ..errors import DataError, OutputError
-from ..files import is_file, write_text
-from ..folders import Held
+from ..errors import DataError
+from ..files import is_file
 from ..models.tokenizer import ids_to_continue
 from ..progress import QUIET, Progress
 
@@ -33,8 +28,6 @@ if TYPE_CHECKING:
 
     from ..discovery.family import ModelFamily
 
-WRITTEN_FILE = "self-written.jsonl"
-"""In the folder of a job: the rows that are written so far, after a line that identifies them."""
 ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
@@ -51,32 +44,21 @@ _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 
 @dataclass(frozen=True)
 class DenseText:
-    """A source of rows that the dense model writes. ``source``: as it was given; ``answers``, ``texts``: numbers of
-    rows with and without an instruction, at most."""
+    """A source of rows that the dense model writes. ``source``: as the user wrote it; ``answers``, ``texts``: numbers
+    of rows with and without an instruction, at most."""
 
     source: str
     answers: int
     texts: int
 
-    def identity(self, model: str, seed: int) -> dict[str, Any]:
-        """What the rows depend on, as JSON values. ``model``: identifies the dense model."""
-        asked = hashlib.sha256("\n".join(instructions()).encode()).hexdigest()
-        return {
-            "answers": self.answers, "texts": self.texts, "seed": seed, "model": model, "instructions": asked,
-            "tokens": [ANSWER_TOKENS, TEXT_TOKENS],
-        }  # fmt: skip
-
 
 def dense_text_in(data: str) -> DenseText | None:
     """The part of the value of ``--data`` that the dense model writes; None where there is none. Raises `DataError`
     for a number of rows that is none, and for more than one such part."""
-    found = [text for part in parse_mixture(data) if (text := _parsed(part.source)) is not None]
-    if len(found) > 1:
-        raise DataError(
-            f"--data {data}: the dense model writes one part of the data; name 'self' or 'self-text' once, with the "
-            "rows"
-        )
-    return found[0] if found else None
+    parts = [text for part in parse_mixture(data) if (text := _parsed(part.source)) is not None]
+    if len(parts) > 1:
+        raise DataError(f"--data {data}: name 'self' or 'self-text' once, with the number of rows")
+    return parts[0] if parts else None
 
 
 def _parsed(source: str) -> DenseText | None:
@@ -96,19 +78,81 @@ def instructions() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.strip())
 
 
-def fitting_instructions(family: ModelFamily, tokenizer: Any, limit: int | None, source: str) -> list[str]:
-    """The instructions after which a model with a table of ``limit`` positions has room for `LEAST_ANSWER` tokens of an
-    answer and for its end; all without a table. Raises `DataError` where there is none. ``source``: of the data."""
-    if limit is None:
-        return list(instructions())
-    most = limit - LEAST_ANSWER - _ending(family, tokenizer)
-    found = [one for one in instructions() if len(_prompt(family, tokenizer, one)) <= most]
-    if not found:
+def write_examples(
+    text: DenseText,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    family: ModelFamily,
+    seed: int,
+    progress: Progress = QUIET,
+) -> list[Example]:
+    """Let the dense ``model`` write the examples of ``text``. Raises `DataError` where it writes nothing but blanks,
+    or no instruction fits into its positions."""
+    from ..models.positions import table_of
+
+    positions = table_of(model)
+    examples: list[Example] = []
+    if text.answers:
+        examples += _answers(text, model, tokenizer, family, seed, positions, progress)
+    if text.texts:
+        examples += _texts(text.texts, model, tokenizer, seed, positions, progress)
+    if not examples:
+        raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
+    return examples
+
+
+def _answers(
+    text: DenseText,
+    model: PreTrainedModel,
+    tokenizer: Any,
+    family: ModelFamily,
+    seed: int,
+    positions: int | None,
+    progress: Progress,
+) -> list[Example]:
+    from torch.quasirandom import SobolEngine
+
+    from ..calibration.written import answered
+
+    prompts = {one: _prompt(family, tokenizer, one) for one in instructions()}
+    if positions is not None:
+        prompts = {one: ids for one, ids in prompts.items() if len(ids) + LEAST_ANSWER <= positions}
+    if not prompts:
         raise DataError(
-            f"--data {source}: no instruction with an answer fits into the model's {limit:,} positions; give self-text "
-            "or a file"
+            f"--data {text.source}: no instruction with an answer fits into the model's {positions:,} positions; give "
+            "self-text or a file"
         )
-    return found
+    asked = list(prompts)
+    random.Random(seed).shuffle(asked)
+    # In a batch, prompts have the length of the longest.
+    chosen = sorted((asked[n % len(asked)] for n in range(text.answers)), key=lambda one: len(prompts[one]))
+    # Points of a scrambled Sobol sequence, see `calibration.written`.
+    numbers = SobolEngine(ANSWER_TOKENS, scramble=True, seed=seed).draw(len(chosen))  # type: ignore[no-untyped-call]
+    examples: list[Example] = []
+    for first in progress.track(range(0, len(chosen), _BATCH), "The dense model answers instructions"):
+        batch = chosen[first : first + _BATCH]
+        room = ANSWER_TOKENS if positions is None else positions - len(prompts[batch[-1]])
+        tokens = min(ANSWER_TOKENS, room)
+        drawn = numbers[first : first + len(batch), :tokens]
+        for one, ids in zip(batch, answered(model, tokenizer, [prompts[one] for one in batch], drawn), strict=True):
+            answer = _decoded(tokenizer, ids, finished=len(ids) < tokens, stop=family.stop_text)
+            if answer:
+                examples.append(Instruction(one, answer))
+    return examples
+
+
+def _texts(
+    count: int, model: PreTrainedModel, tokenizer: Any, seed: int, positions: int | None, progress: Progress
+) -> list[Example]:
+    from ..calibration.written import self_generated
+
+    tokens = TEXT_TOKENS if positions is None else min(TEXT_TOKENS, positions)
+    ids = self_generated(
+        model, tokenizer, count, tokens, seed, passage=tokens, batch=_BATCH, progress=progress,
+        label="The dense model writes texts",
+    )  # fmt: skip
+    texts = (_decoded(tokenizer, row, finished=False) for row in ids.tolist())
+    return [Completion(text) for text in texts if text]
 
 
 def _prompt(family: ModelFamily, tokenizer: Any, instruction: str) -> list[int]:
@@ -116,141 +160,11 @@ def _prompt(family: ModelFamily, tokenizer: Any, instruction: str) -> list[int]:
     return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
 
 
-def _ending(family: ModelFamily, tokenizer: Any) -> int:
-    """How many tokens the format has after an answer, and one more, of the answer."""
-    asked = instructions()[0]
-    (text,) = training_texts(Instruction(asked, "a"), family, tokenizer)
-    return len(labelled(text, tokenizer, None, "all")["input_ids"]) - len(_prompt(family, tokenizer, asked))
-
-
-class WrittenRows:
-    """The rows of a job in ``file``, which is written after every batch, so that an interrupted job goes on.
-
-    ``held``: the folder of the run that the file is in; None where it is not known. Raises `OutputError` where the file
-    has rows of another job, and before a batch is written where the folder is not that of the run any more.
-    """
-
-    def __init__(self, file: Path, identity: Mapping[str, Any], held: Held | None = None) -> None:
-        self._file, self._identity, self._held = file, dict(identity), held
-        self._batches, self._rows, self.whole = 0, list[dict[str, str]](), False
-        if not file.is_file():
-            return
-        try:
-            # Not splitlines: text may hold other characters that end lines.
-            head, *rows = map(json.loads, file.read_text(encoding="utf-8").rstrip("\n").split("\n"))
-            self._batches, self.whole, self._rows = head.pop("batches"), head.pop("whole"), rows
-        except (ValueError, KeyError, AttributeError):
-            raise OutputError(f"{file} is damaged; delete it, or start anew with --restart") from None
-        if head != self._identity:
-            raise OutputError(
-                f"{file.parent} holds the state of another recovery job (the text that the model writes differs); "
-                "delete it, choose another directory, or start anew with --restart"
-            )
-
-    @property
-    def examples(self) -> list[Example]:
-        """Those with text."""
-        found: list[Example] = []
-        for row in self._rows:
-            if "text" in row:
-                found.append(Completion(row["text"]))
-            else:
-                found.append(Instruction(row["instruction"], row["output"]))
-        return found
-
-    def write(
-        self,
-        text: DenseText,
-        model: PreTrainedModel,
-        tokenizer: Any,
-        family: ModelFamily,
-        seed: int,
-        progress: Progress = QUIET,
-    ) -> None:
-        """Write the rows that are missing. Raises `DataError` for a model that writes nothing but blanks, and as
-        `fitting_instructions`."""
-        writer = _Writer(text, model, tokenizer, family, seed)
-        batches = range(self._batches, len(writer.batches) + bool(text.texts))
-        for number in progress.track(batches, "The dense model writes examples"):
-            self._rows += writer.rows(number)
-            self._batches = number + 1
-            self._save(whole=False)
-        if not self._rows:
-            raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
-        self._save(whole=True)
-
-    def _save(self, *, whole: bool) -> None:
-        if self._held is not None:
-            self._held.check()
-        self.whole = whole
-        head = {**self._identity, "batches": self._batches, "whole": whole}
-        lines = [json.dumps(line, ensure_ascii=False) for line in (head, *self._rows)]
-        try:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            write_text(self._file, "\n".join(lines) + "\n")
-        except OSError as error:
-            raise OutputError(f"{self._file} cannot be written: {error.strerror}") from None
-
-
-class _Writer:
-    """Writes the rows of one batch after the other: answers, in the order of the lengths of their prompts, and last the
-    texts."""
-
-    def __init__(self, text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int) -> None:
-        from ..models.positions import table_of
-
-        self._text, self._model, self._tokenizer, self._seed = text, model, tokenizer, seed
-        self._stop, limit = family.stop_text, table_of(model)
-        self._text_tokens = TEXT_TOKENS if limit is None else min(TEXT_TOKENS, limit)
-        self._most = None if limit is None or not text.answers else limit - _ending(family, tokenizer)
-        asked = fitting_instructions(family, tokenizer, limit, text.source) if text.answers else []
-        random.Random(seed).shuffle(asked)
-        chosen = [asked[number % len(asked)] for number in range(text.answers)]
-        prompts = {one: _prompt(family, tokenizer, one) for one in set(chosen)}
-        pairs = sorted(((one, prompts[one]) for one in chosen), key=lambda pair: len(pair[1]))
-        self.batches = [pairs[first : first + _BATCH] for first in range(0, len(pairs), _BATCH)]
-
-    def rows(self, number: int) -> list[dict[str, str]]:
-        return self._texts() if number == len(self.batches) else self._answers(number)
-
-    def _answers(self, number: int) -> list[dict[str, str]]:
-        from ..calibration.written import answered
-
-        pairs, first = self.batches[number], number * _BATCH
-        # In a batch, prompts have the length of the longest.
-        tokens = ANSWER_TOKENS if self._most is None else min(ANSWER_TOKENS, self._most - len(pairs[-1][1]))
-        numbers = self._numbers[first : first + len(pairs), :tokens]
-        written = answered(self._model, self._tokenizer, [ids for _, ids in pairs], numbers)
-        found = []
-        for (instruction, _), ids in zip(pairs, written, strict=True):
-            answer = self._decoded(ids, finished=len(ids) < tokens, stop=self._stop)
-            if answer:
-                found.append({"instruction": instruction, "output": answer})
-        return found
-
-    def _texts(self) -> list[dict[str, str]]:
-        from ..calibration.written import self_generated
-
-        tokens = self_generated(
-            self._model, self._tokenizer, self._text.texts, self._text_tokens, self._seed, passage=self._text_tokens,
-            batch=_BATCH,
-        )  # fmt: skip
-        found = [self._decoded(ids, finished=False) for ids in tokens.tolist()]
-        return [{"text": one} for one in found if one]
-
-    @cached_property
-    def _numbers(self) -> Any:
-        """(answers, tokens), points of a scrambled Sobol sequence, see `data.written`."""
-        from torch.quasirandom import SobolEngine
-
-        count = sum(map(len, self.batches))
-        return SobolEngine(ANSWER_TOKENS, scramble=True, seed=self._seed).draw(count)  # type: ignore[no-untyped-call]
-
-    def _decoded(self, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
-        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        if stop and stop in text:
-            text, finished = text.partition(stop)[0], True
-        return text.strip() if finished else up_to_sentence(text.strip())
+def _decoded(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    if stop and stop in text:
+        text, finished = text.partition(stop)[0], True
+    return text.strip() if finished else up_to_sentence(text.strip())
 
 
 def up_to_sentence(text: str) -> str:

@@ -1,33 +1,120 @@
-"""The loss of a training before and after, from its record. Imports no torch."""
+"""Losses over next tokens: the cross entropy, and the divergence from the dense model; a few tokens at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from statistics import fmean
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..values import counted
+import torch
+from torch.nn import functional
+
+from ..calibration.chat import IGNORED
+from ..errors import ModelError
+from ..models.tokenizer import predicted_tokens
+from .base import RecoveryJob
+
+Batch = Mapping[str, torch.Tensor]
+"""Padded rows: ``input_ids``, ``attention_mask`` and ``labels``, int64 (examples, tokens), on the model's device."""
+Loss = Callable[[Any, Batch], torch.Tensor]
+"""Of a model and a batch: a scalar with gradients, the mean over the batch's trained tokens."""
+Term = Callable[[torch.Tensor, slice], torch.Tensor]
+"""Of float32 logits (n, V) of the tokens in a slice of all N tokens: their losses, (n,)."""
+
+_ELEMENTS = 1 << 22
+"""Logits of a block, 16 MiB in float32, which stay in the processor's caches."""
 
 
-def first_and_last(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """What the loss is, in words, its first and its last value; None for a training without losses. ``record``: an
-    entry of ``recovery`` in ``llmpruner.json``.
+def distillation_loss(job: RecoveryJob, temperature: float, labels: float) -> Loss:
+    """The divergence from the dense model, as `DistilStrategy` describes, with a share ``labels`` of cross entropy.
 
-    Where layers were trained one after the other, the mean over layers of their losses before and after: those of
-    single steps are of different layers."""
-    if layers := record.get("layers"):
-        before, after = (fmean(layer[key] for layer in layers) for key in ("before", "after"))
-        return f"mean loss of {counted(len(layers), 'layer')}", before, after
-    losses = record.get("losses")
-    return ("loss", losses[0], losses[-1]) if losses else None
+    Raises `ModelError` where the dense model is not known or predicts other tokens.
+    """
+    teacher = job.teacher()
+    sizes = [predicted_tokens(model) for model in (job.model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise ModelError(f"the dense model predicts {sizes[1]:,} tokens, the pruned one {sizes[0]:,}: no distillation")
+
+    def loss(model: Any, batch: Batch) -> torch.Tensor:
+        with torch.no_grad():
+            dense_NV = teacher(**_inputs(batch)).logits.flatten(0, -2)
+        rows, next_tokens = _trained(batch)
+
+        def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
+            log_q = (logits / temperature).log_softmax(-1)
+            log_p = (dense_NV.index_select(0, rows[part]).float() / temperature).log_softmax(-1)
+            value: torch.Tensor = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+            if labels:
+                next_token = functional.cross_entropy(logits, next_tokens[part], reduction="none")
+                value = (1 - labels) * value + labels * next_token
+            return value
+
+        return mean_over_tokens(model(**_inputs(batch)).logits, rows, term)
+
+    return loss
 
 
-def loss_text(record: Mapping[str, Any]) -> str:
-    """``loss 2.500 → 1.250``; empty for a training without losses."""
-    found = first_and_last(record)
-    if found is None:
-        return ""
-    what, before, after = found
-    # Relative errors of layers are small numbers.
-    digits = 4 if record.get("layers") else 3
-    return f"{what} {before:.{digits}f} → {after:.{digits}f}"
+def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """The cross entropy of the next token."""
+    rows, next_tokens = _trained(batch)
+
+    def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        return functional.cross_entropy(logits, next_tokens[part], reduction="none")
+
+    return mean_over_tokens(model(**_inputs(batch)).logits, rows, term)
+
+
+def trained_tokens(batch: Batch) -> int:
+    """How many tokens of a batch are predicted and have a loss."""
+    return int((batch["labels"][:, 1:] != IGNORED).sum())
+
+
+def mean_over_tokens(logits_BTV: torch.Tensor, rows_N: torch.Tensor, term: Term) -> torch.Tensor:
+    """Mean of ``term`` over the tokens at ``rows_N``, numbers of rows of the logits flattened to (B·T, V): a scalar in
+    float32, 0 for no rows.
+
+    The gradient is computed along with the loss, block by block, so that there is only one more tensor of the logits'
+    size; plain autograd would keep several, and take more time than a small model's own computation. Only
+    ``logits_BTV`` gets a gradient, once.
+    """
+    compute: Any = _MeanOverTokens.apply  # torch types it in some versions
+    mean: torch.Tensor = compute(logits_BTV.flatten(0, -2), rows_N, term)
+    return mean
+
+
+class _MeanOverTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, term: Term) -> torch.Tensor:
+        count, needed = len(rows), ctx.needs_input_grad[0]
+        size = max(1, _ELEMENTS // logits.shape[-1])
+        total = torch.zeros((), dtype=torch.float64, device=logits.device)
+        gradient = torch.zeros_like(logits) if needed else None
+        # The precision of the loss is float32 wherever it is called.
+        with torch.autocast(logits.device.type, enabled=False):
+            for first in range(0, count, size):
+                part = slice(first, min(first + size, count))
+                block = logits.index_select(0, rows[part]).float().requires_grad_(needed)
+                with torch.set_grad_enabled(needed):
+                    loss = term(block, part).sum()
+                total += loss.detach()
+                if gradient is not None:
+                    (of_block,) = torch.autograd.grad(loss, block)
+                    gradient.index_copy_(0, rows[part], of_block.div_(count).to(gradient.dtype))
+        ctx.gradient = gradient
+        return (total / max(count, 1)).float()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(upstream[0]), None, None
+
+
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+
+
+def _trained(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where the next token is trained on: rows of logits flattened to (B·T, V), in order, and these next tokens."""
+    labels = batch["labels"]
+    next_tokens = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    (rows,) = torch.nonzero(next_tokens != IGNORED, as_tuple=True)
+    return rows, next_tokens[rows]

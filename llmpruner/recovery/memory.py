@@ -1,80 +1,49 @@
-"""Whether the values that a backward pass needs are kept, or computed again (gradient checkpointing)."""
+"""What a training takes of the memory of its device: an estimate, by which what cannot fit is refused."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from ..engine.ranks import Ranks
-from ..errors import UnsupportedModelError
-from .base import RecoveryJob
-from .schedule import micro_batch
-
 if TYPE_CHECKING:
-    from ..settings import RecoverSettings
+    from transformers import PreTrainedConfig
 
 _BYTES_PER_TOKEN_AND_CHANNEL = 34
-"""Kept in a layer per token and channel of the hidden states, at 16 bits, without the scores of attention, which its
-kernels compute again (Korthikanti et al., 2022, equation 1)."""
-KEPT_VALUES = "values for the backward pass"
-"""Their name in `training_bytes`; with gradient checkpointing, those of one layer at a time."""
-_SHARE = 0.8
-"""Of the free memory that may be used."""
+"""Kept in a layer for the backward pass per token and channel of the hidden states, at 16 bits, without the scores of
+attention, which its kernels compute again (Korthikanti et al., 2022, equation 1)."""
+_FLOAT32 = 4
 
 
-@contextmanager
-def recomputing(model: Any, job: RecoveryJob) -> Iterator[bool]:
-    """A block in which ``model``, which is that of the job or a peft model around it, is trained with gradient
-    checkpointing if the settings say so, or, with ``auto``, if there is no other way. Gives whether it is. Raises
-    `UnsupportedModelError` for a model that cannot be trained so."""
-    wanted = job.settings.gradient_checkpointing
-    able = bool(getattr(model, "supports_gradient_checkpointing", False))
-    if wanted == "on" and not able:
-        kind = type(getattr(model, "base_model", model)).__name__
-        raise UnsupportedModelError(f"{kind} has no gradient checkpointing; give --gradient-checkpointing off")
-    if wanted == "off" or not able or (wanted == "auto" and _fits(model, job)):
-        yield False
-        return
-    # transformers has renamed the methods.
-    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
-    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
-    try:
-        yield True
-    finally:
-        getattr(model, f"{name}_checkpointing_disable")()
+def training_bytes(
+    config: PreTrainedConfig, *, weights: int, trained: int, tokens: int, recompute: bool = False
+) -> int:
+    """About how many bytes a training takes.
 
-
-def _fits(model: Any, job: RecoveryJob) -> bool:
-    return needed(model, job) <= _SHARE * free_bytes(next(model.parameters()).device)
-
-
-def needed(model: Any, job: RecoveryJob) -> int:
-    """Estimated bytes that training takes besides the weights: gradients and Adam's two moments, and
-    `training_bytes`."""
-    vocabulary, channels = job.model.get_input_embeddings().weight.shape
-    item = next(model.parameters()).element_size()
-    beside = training_bytes(job.settings, vocabulary, channels, job.graph.num_layers, item)
-    states = sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    return int(states + sum(beside.values()))
-
-
-def training_bytes(settings: RecoverSettings, vocabulary: int, channels: int, layers: int, item: int) -> dict[str, int]:
-    """Estimated bytes, by what takes them, of the values kept for the backward pass of one micro-batch, and of logits
-    with their gradient in float32. ``item``: bytes of a weight."""
-    tokens = micro_batch(settings, Ranks.current().count) * settings.cutoff
-    width = 2 if settings.autocast else item
-    return {
-        KEPT_VALUES: tokens * channels * layers * _BYTES_PER_TOKEN_AND_CHANNEL * width // 2,
-        "logits": 3 * tokens * vocabulary * 4,
-    }
+    ``weights``: bytes of all models in memory. ``trained``: number of parameters with gradients, which have two moments
+    of AdamW. ``tokens``: of a micro-batch. ``recompute``: with gradient checkpointing, which keeps the values of one
+    layer at a time. Sizes that a configuration calls otherwise are left out.
+    """
+    text: Any = config.get_text_config()
+    channels, layers, vocabulary = (
+        int(getattr(text, name, 0) or 0) for name in ("hidden_size", "num_hidden_layers", "vocab_size")
+    )
+    kept = tokens * channels * _BYTES_PER_TOKEN_AND_CHANNEL * (1 if recompute else layers)
+    # The logits, those of a second model, and their gradient.
+    logits = 3 * tokens * vocabulary * _FLOAT32
+    return weights + 3 * trained * _FLOAT32 + kept + logits
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the memory of a device."""
+    """Free memory of a device."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
+
+
+def device_bytes(device: torch.device) -> int:
+    """Memory of a device, free or not."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)

@@ -1,121 +1,402 @@
-"""The training loop of strategies: without output, seeded, resumable, with the best weights as its result."""
+"""`fit`: transformers' Trainer for a pruned model.
+
+Notable:
+- the loss of a step is a mean over its trained tokens, whatever the micro-batches and the number of processes;
+- weights of 16 bits are in float32 while they are trained;
+- there are ten checkpoints, and the loss on ``job.validation`` is measured before the first step and up to ten times
+  afterwards; the model ends with the weights of the lowest one, which may be those of the start;
+- with ``minutes``, the learning rate follows the time that has passed, and the training stops at its end.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import zipfile
-from collections.abc import Iterator
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
+from safetensors.torch import load_file, save_file
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+
+from ..calibration.chat import IGNORED
 from ..engine.ranks import Ranks
-from ..errors import CheckpointError
+from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
-from ..models.shards import names_in
-from .base import RecoveryJob
-from .best import BestWeights
-from .float32 import in_float32
-from .memory import recomputing
-from .pace import paced
-from .schedule import steps
-from .sharded import make_whole
-from .trackers import tracker_callbacks
-from .trainer import Loss, LossTrainer, arguments, validations
-from .watching import Watch
+from ..models.numbers import autocast_to, computes_bfloat16_fast
+from ..models.tokenizer import with_padding
+from .base import RecoveryJob, Validation
+from .losses import Batch, Loss, next_token_loss, trained_tokens
+from .memory import free_bytes, training_bytes
+
+if TYPE_CHECKING:
+    from ..settings import RecoverSettings
+
+_UNLIMITED = 10**9
+"""Optimizer steps of a training that ends by its time."""
+_WARMUP = 100
+"""Steps over which the learning rate rises, or a tenth of all where that is fewer."""
+_PARTS, _CHECKING_SHARE = 10, 0.1
+"""Checkpoints of a training, and validations at most; and the share of its time that validations may take."""
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
     """Train the parameters of ``model`` that require gradients, in place, and return the loss of every optimizer step.
 
-    ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro batch. Micro
-    batches are weighted by their numbers of trained tokens, so that the loss of a step and its gradients are the mean
-    over all trained tokens of the step, independent of ``micro_batch_size`` and of the number of processes. ``batch``
-    contains tensors on the model's device, dtype int64, of shape (examples, tokens): ``input_ids``,
-    ``attention_mask`` (0 on padding) and ``labels`` (−100 on padding and for tokens that are not trained on); and
-    ``row`` (examples,), the numbers of the examples in ``job.examples``, and after them in ``job.validation``. The
-    logits at position t predict the token at t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at
+    ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro-batch. Micro-
+    batches are weighted by their numbers of trained tokens, so that a step does not depend on ``micro_batch_size`` and
+    on the number of processes. ``batch`` contains tensors on the model's device, int64 (examples, tokens):
+    ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (−100 on padding and for tokens that are not trained
+    on). The logits at position t predict the token at t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at
     ``logits[:, :-1]``. The ``model`` of a loss may be wrapped and is only to be called. By default, the loss is the
-    model's own: the cross entropy of the next token, in nats.
+    cross entropy of the next token, in nats.
 
-    Parameters of 16 bits that require gradients are in float32 meanwhile, and rounded to their dtype once, at the end.
-    A model in bfloat16 computes in bfloat16 under autocast, so that a loss sees logits in that dtype.
+    Parameters of 16 bits that require gradients are in float32 meanwhile, and rounded once, at the end. A model in
+    bfloat16, or on a device that is faster so, computes in bfloat16 under autocast: a loss sees logits in that dtype.
 
-    With ``job.validation``, the same loss is measured on these rows before the first step, every ``eval_steps`` steps
-    and after the last one, without gradients and in evaluation mode; the model has the weights with the lowest one at
-    the end. The number of steps may be smaller than planned with ``patience``.
+    The same loss is measured on ``job.validation``, without gradients and in evaluation mode; the model ends with the
+    weights that had the lowest one, or with those of the start.
 
-    Continues from the newest complete checkpoint in ``job.work_dir``, with the optimizer, schedule, order of the data
-    and random state restored, so that the result is the same as without the interruption. In several processes
-    (``torchrun``), all call this, share every batch, and have the result. Raises `ModelError` when the loss is not
-    finite, with the rows, and `SettingsError` for a time or a warm-up that does not fit the steps.
+    Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption
+    (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
+    `ModelError` when the loss is not finite.
     """
-    return fit_weights(model, job, loss, float32=True)
-
-
-def fit_weights(model: Any, job: RecoveryJob, loss: Loss | None = None, *, float32: bool) -> tuple[float, ...]:
-    """As `fit`, which is part of the hooks. ``float32``: whether parameters of 16 bits are in float32 meanwhile."""
-    best = BestWeights(job.work_dir)
-    with contextlib.ExitStack() as block:
-        block.enter_context(quiet_transformers())
-        block.enter_context(_as_before(model))
-        job = block.enter_context(in_float32(model, job, wanted=float32))
-        block.enter_context(recomputing(model, job))
-        job = paced(model, job, loss)
-        total = steps(job.settings, len(job.examples))
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        watch = Watch(best)
-        args = arguments(job, job.work_dir, total)
-        trainer = LossTrainer(model, job, loss, args, [*tracker_callbacks(job), watch])
-        watch.trainer = trainer
-        trainer.train(resume_from_checkpoint=Ranks.current().from_first(lambda: latest_checkpoint(job.work_dir)))
-        if trainer.sharded:
-            make_whole(model)
-            for name, parameter in model.named_parameters():
-                # Under autocast, accelerate keeps shards in float32.
-                parameter.data = parameter.data.to(dtypes[name])
-    done = validations(trainer.state.log_history)
-    if done:
-        lowest = min(done, key=lambda one: one.loss)
-        if lowest.step < trainer.state.global_step:
-            best.restore(model, lowest.step)
+    use_cache = getattr(model.config, "use_cache", None)
+    try:
+        with quiet_transformers(), _in_float32(model, job) as autocast:
+            trainer = _LossTrainer(model, job, loss or next_token_loss, autocast)
+            trainer.train(resume_from_checkpoint=Ranks.current().from_first(lambda: latest_checkpoint(job.work_dir)))
+    finally:
+        if use_cache is not None:
+            model.config.use_cache = use_cache
+        model.eval()
     return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
 
 
+def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> RecoverSettings:
+    """``settings`` with a batch size and a learning rate for a training on ``rows`` rows, where the user gave none.
+
+    Batches are halved from 64 down to 2 while the training has fewer than 200 steps: many small steps restore more than
+    a few large ones. Of all weights, the first steps of AdamW move every one by about the learning rate, whichever way
+    its noisy gradient points, so that a few steps at 1e-4 raise the loss: below 100 steps, the rate is proportionally
+    lower. Raises `SettingsError` for batches that the processes of a run cannot share.
+    """
+    processes, size = Ranks.current().count, settings.batch_size
+    if size is None:
+        sizes = [size for size in (64, 32, 16, 8, 4, 2) if size % processes == 0] or [processes]
+        if settings.minutes is not None:
+            size = next((size for size in sizes if size <= settings.micro_batch_size), sizes[-1])
+        elif settings.max_steps is not None:
+            size = sizes[0]
+        else:
+            enough = (size for size in sizes if math.ceil(settings.epochs * math.ceil(rows / size)) >= 200)
+            size = next(enough, sizes[-1])
+    if size % processes:
+        raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
+    settings = settings.model_copy(update={"batch_size": size})
+    rate = settings.learning_rate
+    if rate is None:
+        total = planned_steps(settings, rows)
+        rate = 1e-4 if adapters else 1e-4 * min(1.0, total / 100)
+    return settings.model_copy(update={"learning_rate": rate})
+
+
+def planned_steps(settings: RecoverSettings, rows: int) -> int:
+    """Number of optimizer steps at most; the last batch of an epoch may be smaller than the others."""
+    if settings.max_steps is not None:
+        return settings.max_steps
+    if settings.minutes is not None:
+        return _UNLIMITED
+    assert settings.batch_size is not None, "filled in"
+    return math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
+
+
 def latest_checkpoint(work_dir: Path) -> str | None:
-    """Path of the newest complete checkpoint; None when there is none. A checkpoint is complete when
-    ``trainer_state.json``, which is written last, can be read, and no file of tensors is cut off, as it may be after a
-    power failure."""
+    """Path of the newest complete checkpoint, or None. ``trainer_state.json`` is written last, so a checkpoint is
+    complete when it can be read."""
     complete = []
-    for folder in work_dir.glob("checkpoint-*"):
-        state = folder / "trainer_state.json"
-        if state.is_file() and not any(map(_is_cut_off, folder.iterdir())):
-            try:
-                complete.append((int(json.loads(state.read_text())["global_step"]), str(folder)))
-            except (ValueError, KeyError, TypeError):
-                continue
+    for file in work_dir.glob("checkpoint-*/trainer_state.json"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            complete.append((int(json.loads(file.read_text())["global_step"]), str(file.parent)))
     return max(complete)[1] if complete else None
 
 
-def _is_cut_off(file: Path) -> bool:
-    if file.suffix in (".pt", ".pth"):
-        return not zipfile.is_zipfile(file)  # the table is at the end
-    if file.suffix == ".safetensors":
-        try:
-            names_in(file)
-        except CheckpointError:
-            return True
-    return False
-
-
 @contextlib.contextmanager
-def _as_before(model: Any) -> Iterator[None]:
-    """A block after which the model is in evaluation mode and uses its cache as before."""
-    config = model.config
-    use_cache = getattr(config, "use_cache", None)
+def _in_float32(model: Any, job: RecoveryJob) -> Iterator[bool]:
+    """A block in which trained parameters of 16 bits are in float32: a step of a low learning rate is mostly smaller
+    than the distance of two numbers of bfloat16, and would be rounded away. After it they are rounded to their dtype.
+
+    Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so. A
+    model in float16, whose range bfloat16 would replace by less precision, and one whose operators refuse autocast
+    (DBRX adds bfloat16 to float32) are in float32 as a whole.
+    """
+    widened: dict[torch.nn.Parameter, torch.dtype] = {}
+
+    def widen(parameters: Sequence[torch.nn.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.dtype in (torch.bfloat16, torch.float16):
+                widened[parameter] = parameter.dtype
+                parameter.data = parameter.data.float()
+
     try:
-        yield
+        widen([parameter for _, parameter in _trained(model)])
+        narrow = set(widened.values())
+        wanted = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
+        autocast = wanted and _takes_autocast(model, job)
+        if narrow and not autocast:
+            widen(list(model.parameters()))
+        yield autocast
     finally:
-        if use_cache is not None:
-            config.use_cache = use_cache
-        model.eval()
+        for parameter, dtype in widened.items():
+            parameter.grad = None
+            parameter.data = parameter.data.to(dtype)
+
+
+def _takes_autocast(model: Any, job: RecoveryJob) -> bool:
+    """Whether the model runs in bfloat16 under autocast, tried with a few tokens."""
+    ids = torch.tensor([job.examples[0]["input_ids"][:8]], device=job.model.device)
+    model.eval()
+    try:
+        with torch.no_grad(), autocast_to(job.model.device.type, torch.bfloat16):
+            model(input_ids=ids, use_cache=False)
+    except RuntimeError:  # another cause raises again in the training
+        return False
+    return True
+
+
+def _arguments(model: Any, job: RecoveryJob) -> TrainingArguments:
+    """Validations and checkpoints are `_Watch`'s, so that they can follow the time."""
+    settings, processes = job.settings, Ranks.current().count
+    assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
+    part = settings.batch_size // processes
+    micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
+    on_cpu = job.model.device.type == "cpu"
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    needed = training_bytes(job.model.config, weights=0, trained=trained, tokens=micro * settings.cutoff)
+    options: dict[str, Any] = {}
+    if getattr(model, "supports_gradient_checkpointing", False) and needed > free_bytes(job.model.device):
+        # transformers has renamed it.
+        fields = TrainingArguments.__dataclass_fields__
+        name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
+        options = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    return TrainingArguments(
+        output_dir=str(job.work_dir),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=part // micro,
+        learning_rate=settings.learning_rate,
+        max_steps=planned_steps(settings, len(job.examples)),
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
+        optim="adamw_torch_fused",
+        logging_steps=1,
+        # The filter would replace NaN by the mean of earlier losses.
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=_UNLIMITED,
+        save_strategy="steps",
+        save_steps=_UNLIMITED,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=False,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        label_names=["labels"],
+        remove_unused_columns=False,
+        report_to=[],
+        log_level="error",
+        disable_tqdm=True,
+        **options,
+    )
+
+
+class _LossTrainer(Trainer):  # type: ignore[misc]
+    """A Trainer with the loss, the learning rate and the validations of `fit`. Its checkpoints have the parameters that
+    are trained, by name, as those of models whose layers differ in width cannot be saved otherwise."""
+
+    control: Any
+
+    def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool) -> None:
+        self.job, self.loss, self.autocast, self.ranks = job, loss, autocast, Ranks.current()
+        self.began, self.check_seconds = time.monotonic(), 0.0
+        """When this process began to train, less the seconds before an interruption; and of the last validation."""
+        super().__init__(
+            model=model,
+            args=_arguments(model, job),
+            train_dataset=list(job.examples),
+            eval_dataset=list(job.validation),
+            data_collator=DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED),
+            callbacks=[_Watch(self)],
+        )
+        # `compute_loss` divides by the trained tokens of the whole step.
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+
+    def progress(self) -> float:
+        """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
+        share = float(self.state.global_step / max(self.state.max_steps, 1))
+        if self.job.settings.minutes is None:
+            return share
+        limit = 60 * self.job.settings.minutes
+        # Clocks of processes differ. The last validation is part of the time.
+        return max(share, self.ranks.from_first(lambda: (self.seconds() + self.check_seconds) / limit))
+
+    def seconds(self) -> float:
+        return time.monotonic() - self.began
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
+        """Linear: up to the peak, then down to zero at the end of the steps or minutes."""
+        warmup = min(_WARMUP, math.ceil(num_training_steps / 10))
+
+        def factor(step: int) -> float:
+            done = step / num_training_steps if self.job.settings.minutes is None else self.progress()
+            return min(1.0, (step + 1) / warmup) * max(0.0, 1 - done)
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[Any, Any]:
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        (count,) = self.ranks.totals(sum(map(trained_tokens, batches)))
+        return batches, count
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+        del cache_enabled
+        # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
+        return autocast_to(self.job.model.device.type, torch.bfloat16, enabled=self.autocast)
+
+    def compute_loss(
+        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        del return_outputs
+        # The gradients of several processes are averaged.
+        return self.loss(model, inputs) * (trained_tokens(inputs) / num_items_in_batch * self.ranks.count)
+
+    @torch.no_grad()
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss on the validation rows, as a mean over their trained tokens."""
+        began = time.monotonic()
+        self.model.eval()
+        size, total, tokens = self.args.per_device_train_batch_size, 0.0, 0
+        batches = [self.job.validation[n : n + size] for n in range(0, len(self.job.validation), size)]
+        for rows in batches[self.ranks.rank :: self.ranks.count]:
+            batch = self._prepare_inputs(self.data_collator(list(rows)))
+            with self.compute_loss_context_manager():
+                total += float(self.loss(self.model, batch)) * trained_tokens(batch)
+            tokens += trained_tokens(batch)
+        total, count = self.ranks.totals(total, tokens)
+        metrics = {"eval_loss": total / count}
+        self.log(metrics)
+        self.check_seconds = time.monotonic() - began
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Keeps the seconds so far, for a resumed training."""
+        super().log({**logs, "seconds": self.seconds()}, start_time)
+
+    def save_start(self) -> None:
+        """Measure the loss before the first step, and keep these weights: they may stay the best."""
+        self.state.best_metric, self.state.best_global_step = self.evaluate()["eval_loss"], 0
+        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / "checkpoint-0")
+        self._save_checkpoint(self.model, None)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        del _internal_call
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.args.should_save:
+            tensors = {n: p.detach().cpu().contiguous() for n, p in _trained(self.model)}
+            save_file(tensors, folder / "model.safetensors")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        del model
+        tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
+        with torch.no_grad():
+            for name, parameter in _trained(self.model):
+                parameter.copy_(tensors[name])
+
+    def _load_best_model(self) -> None:
+        # No checkpoint is written at the end.
+        if self.state.best_global_step != self.state.global_step:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        # `trainer_state.json`, which says that a checkpoint is complete, is written after the files of all processes.
+        self.ranks.wait()
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Reports losses to the job, and says when to validate, to save and to stop."""
+
+    def __init__(self, trainer: _LossTrainer) -> None:
+        self._trainer, self._before = trainer, 0.0
+        """``_before``: `_LossTrainer.progress` at the step before."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        trainer = self._trainer
+        if not state.log_history:
+            trainer.save_start()
+            return
+        trainer.began = time.monotonic() - state.log_history[-1]["seconds"]
+        self._before = trainer.progress()
+        for entry in state.log_history:
+            if "eval_loss" in entry:
+                self._report(entry)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del state
+        trainer, done = self._trainer, self._trainer.progress()
+        if trainer.job.settings.minutes is None:
+            # Of a step, every example is computed forwards and backwards: three times the work.
+            work = 3 * args.max_steps * trainer.job.settings.batch_size
+            checks = _CHECKING_SHARE * work / len(trainer.job.validation)
+        else:
+            checks = _CHECKING_SHARE * 60 * trainer.job.settings.minutes / max(trainer.check_seconds, 1e-9)
+        ends, checks = done >= 1, max(1, min(_PARTS, int(checks)))
+        control.should_training_stop = ends
+        control.should_evaluate = ends or self._crosses(checks, done)
+        # Nothing is saved at the end, which is the result.
+        control.should_save = not ends and (control.should_evaluate or self._crosses(_PARTS, done))
+        self._before = done
+
+    def _crosses(self, parts: int, done: float) -> bool:
+        """Whether the step that was done is the last in one of equal ``parts`` of the training."""
+        return int(done * parts + 1e-9) > int(self._before * parts + 1e-9)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
+        del args, control
+        loss, job = (logs or {}).get("loss"), self._trainer.job
+        if loss is None:
+            return
+        if not math.isfinite(loss):
+            raise ModelError(f"the loss became {loss} at step {state.global_step}; lower the learning rate")
+        if job.on_step is not None:
+            total = state.max_steps
+            if job.settings.minutes is not None:
+                total = max(state.global_step, round(state.global_step / max(self._trainer.progress(), 1e-9)))
+            job.on_step(state.global_step, total, loss)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
+        self._report(state.log_history[-1])
+
+    def _report(self, entry: dict[str, Any]) -> None:
+        done = Validation(int(entry["step"]), entry["eval_loss"])
+        if not math.isfinite(done.loss):
+            raise ModelError(f"the validation loss became {done.loss} at step {done.step}; lower the learning rate")
+        if self._trainer.job.on_validation is not None:
+            self._trainer.job.on_validation(done)
+
+
+def _trained(model: Any) -> Sequence[tuple[str, torch.nn.Parameter]]:
+    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]

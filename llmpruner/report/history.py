@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import ceil
 from typing import Any
 
-from ..recovery.losses import loss_text
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
 from ..values import bytes_text, counted
 from .base import ReportSection, ReportSubject, bare, rendered
@@ -29,8 +28,7 @@ class RecoverySection(ReportSection):
 
     def render(self, subject: ReportSubject) -> str | None:
         done = [one for one in subject.record.get("recovery") or () if one["losses"]]
-        # The losses of one layer after the other are no curve.
-        trainings = [(one, loss_text(one), None if one.get("layers") else loss_curve(one)) for one in done]
+        trainings = [(one, loss_text(one), loss_curve(one)) for one in done]
         return rendered("recovery.html.j2", trainings=trainings) if done else None
 
 
@@ -148,3 +146,34 @@ def _value(value: Any) -> str:
     if value is None or value == []:
         return "none"
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def first_and_last(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
+    """What was measured, its value before the training, and that of the result: of rows that were not trained on, if
+    there were any; else of the steps. None for a training without losses.
+
+    ``record``: an entry of ``recovery`` in ``llmpruner.json``."""
+    checked = [float(one["loss"]) for one in record.get("validation") or ()]
+    if checked:
+        what = "held-out loss" if record.get("held_out", True) else "loss on examples"
+        return what, checked[0], min(checked)
+    losses = record.get("losses")
+    return ("loss", losses[0], losses[-1]) if losses else None
+
+
+def loss_text(record: Mapping[str, Any]) -> str:
+    """``held-out loss 2.500 → 1.250``; empty for a training without losses."""
+    measured = first_and_last(record)
+    return "" if measured is None else f"{measured[0]} {measured[1]:.3f} → {measured[2]:.3f}"
+
+
+def no_better(record: Mapping[str, Any]) -> str | None:
+    """A line for a training after which no loss was lower than before it; None for others."""
+    if record.get("best_step") != 0 or not record.get("losses"):
+        return None
+    checked = record["validation"]
+    return (
+        f"no better than before: the loss went from {checked[0]['loss']:.3f} to {checked[-1]['loss']:.3f} in "
+        f"{len(record['losses'])} steps, so the weights are those of the start; lower --learning-rate, or give more "
+        "data or steps"
+    )

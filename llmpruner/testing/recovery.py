@@ -11,23 +11,20 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..calibration.chat import TrainingText, Turn
 from ..models.checkpoint import load_pruned
 from ..models.surgery import cut
-from ..recipes.saving import save
+from ..pruning.saving import save
 from ..recovery.base import RecoveryStrategy
-from ..recovery.examples import Examples
-from ..recovery.run import recover
-from ..recovery.training_data import prepare
+from ..recovery.data import prepare
+from ..recovery.job import train
 from ..settings import RecoverSettings
 from .components import check_component
 from .models import first_change, scramble, tiny_llama
 
 if TYPE_CHECKING:
     from ..models.model import Model
-    from ..recovery.result import RecoveryResult
+    from ..recovery.base import TrainingResult
 
-_DATA = "twelve lines of letters"
 _STEPS, _INTERRUPTED_AT = 6, 4
 
 
@@ -44,13 +41,7 @@ class RecoveryConformance:
     def settings(self) -> RecoverSettings:
         """Six steps that clearly change weights. Override it for other needs."""
         return RecoverSettings(
-            data=_DATA,
-            max_steps=_STEPS,
-            batch_size=4,
-            micro_batch_size=2,
-            learning_rate=5e-3,
-            warmup_steps=0,
-            cutoff=32,
+            max_steps=_STEPS, batch_size=4, micro_batch_size=2, learning_rate=1e-3, cutoff=32, validation=0
         )
 
     def loaded(self) -> Model:
@@ -150,12 +141,15 @@ class RecoveryConformance:
         work_dir: Path,
         settings: RecoverSettings,
         on_step: Callable[[int, int, float], None] | None = None,
-    ) -> RecoveryResult:
+    ) -> TrainingResult:
         words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
-        turns = [Turn(f"{words[n % 6]} ", f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}") for n in range(12)]
-        examples = Examples(tuple(TrainingText((turn,)) for turn in turns), settings.data)
-        data = prepare(settings, loaded.family, loaded.tokenizer, examples)
-        return recover(
+        answers = [f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}" for n in range(12)]
+        rows = [{"instruction": words[n % 6], "output": answer} for n, answer in enumerate(answers)]
+        file = work_dir.with_suffix(".jsonl")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        settings = settings.model_copy(update={"data": str(file)})
+        data = prepare(settings, loaded.family, loaded.tokenizer)
+        return train(
             loaded.model, loaded.tokenizer, loaded.graph, data, self.strategy(), settings, work_dir,
             load_teacher=lambda: tiny_llama().model, on_step=on_step,
         )  # fmt: skip

@@ -8,11 +8,12 @@ import tiny_models
 from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, training_texts
+from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
 from llmpruner.calibration.chat import chat_tokens as tokens_of
 from llmpruner.calibration.conversations import Completion, Conversation, Instruction, Message
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.examples import Examples, load_examples, tokenise
+from llmpruner.recovery.data import prepare
+from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
 CHATML = (
@@ -82,9 +83,7 @@ def trained(row, chosen):
 
 
 def rows(example, chosen, loss_on="answers"):
-    return tokenise(
-        Examples(tuple(training_texts(example, FAMILY, chosen)), "here"), chosen, cutoff=512, loss_on=loss_on
-    )
+    return [labelled(text, chosen, 512, loss_on) for text in training_texts(example, FAMILY, chosen)]
 
 
 def rendered(chat):
@@ -178,7 +177,7 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
 
     def read(family):
         texts = tuple(training_texts(example, family, chosen))
-        made = tokenise(Examples(texts, "here"), chosen, cutoff=512, loss_on="answers")
+        made = [labelled(text, chosen, 512, "answers") for text in texts]
         assert [row["input_ids"] for row in made] == [tokens_of(chosen, text) for text in texts]
         return [(chosen.decode(row["input_ids"]), trained(row, chosen)) for row in made]
 
@@ -189,8 +188,6 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
     assert first.replace("<s>Q", "<s> Q") == "<s> Q0: Two rivers? A:! Elbe, Loire.</s>"
     assert second.replace("<s>Q", "<s> Q") == joined.replace(" Elbe.", "! Elbe.")
     assert [a.strip() for a in answers] == ["Elbe.</s>"]
-    both = [Examples(tuple(training_texts(example, family, chosen)), "") for family in (Numbered(), Every())]
-    assert both[0].fingerprint != both[1].fingerprint
 
 
 class Every(Numbered):
@@ -211,16 +208,10 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"messages": plain}, {"messages": system}]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
-        load_examples(str(file), FAMILY, tokenizer(STRICT))
+        prepare(RecoverSettings(data=str(file)), FAMILY, tokenizer(STRICT))
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
 def test_a_template_that_prints_the_date_prints_the_same_every_day(call):
     chosen = tokenizer("{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + CHATML)
     assert chat_prompt(FAMILY, chosen, "x").text.startswith("26 Jul 2024<s>")
-
-
-def test_the_fingerprint_of_rendered_text_differs_from_that_of_plain():
-    turns = (Turn("a", "b"),)
-    plain, rendered = (Examples((TrainingText(turns, special),), "here") for special in (False, True))
-    assert plain.fingerprint != rendered.fingerprint

@@ -10,7 +10,6 @@ import pytest
 from llmpruner.models import opening
 
 ROW = {"instruction": "Name the capital of France.", "output": "Paris."}
-LONG = {"instruction": "Name it. " * 200, "output": "Paris."}
 
 CASES = {
     "no line": ("", (), "a.jsonl holds no records"),
@@ -22,16 +21,12 @@ CASES = {
         "a.jsonl, line 2: there is no answer",
     ),
     "NaN": (json.dumps(ROW) + '\n{"instruction": "a", "output": NaN}\n', (), "'output' must be text, found float"),
-    "answers beyond the cutoff": (
-        json.dumps(LONG) + "\n", ("--loss-on", "answers", "--cutoff", 32), "no example has an answer within the first",
-    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_one_line_before_the_model_is_loaded(refused, tmp_path, monkeypatch, case):
     text, options, message = CASES[case]
-    monkeypatch.setattr("llmpruner.recipes.jobs.find_spec", lambda name: None)
     loads = []
     monkeypatch.setattr(opening, "_read_model", lambda *_: loads.append(1))
     (tmp_path / "a.jsonl").write_text(text)

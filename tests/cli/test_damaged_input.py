@@ -107,7 +107,7 @@ def test_tensors_of_modules_that_the_model_lacks_are_named(run, dense, tmp_path)
 
 @pytest.mark.parametrize("what", ["missing", "unknown"])
 def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
-    options = ("--data", shared / "data.jsonl", "--max-steps", "1", "--batch-size", "2", "--no-merge")
+    options = ("--data", shared / "data.jsonl", "--max-steps", "1", "--batch-size", "2", "--set", "lora.merge=false")
     assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0
     file = tmp_path / "adapter" / "adapter_model.safetensors"
     tensors = load_file(file)

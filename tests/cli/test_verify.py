@@ -269,10 +269,10 @@ def test_a_training_in_memory_before_the_first_cut_changed_the_base(run, shared,
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, shared, cut) -> Path:
-    """Adapters for ``cut``, as ``recover --no-merge`` writes them."""
+    """Adapters for ``cut``, as ``recover --set lora.merge=false`` writes them."""
     folder = tmp_path_factory.mktemp("adapters") / "adapters"
     data = str(shared / "data.jsonl")
-    llmpruner.recover(cut, data=data, merge=False, max_steps=1, batch_size=2, output=folder)
+    llmpruner.recover(cut, data=data, settings={"lora": {"merge": False}}, max_steps=1, batch_size=2, output=folder)
     return folder
 
 

@@ -30,7 +30,7 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))
     assert record.keys() == files_page.RECORD.keys() - {"adapters"}
     assert record["recovery"][0].keys() == files_page.RECOVERY.keys()
-    more = {"merge": False, "max_steps": 1, "batch_size": 2, "output": tmp_path / "adapters"}
+    more = {"settings": {"lora": {"merge": False}}, "max_steps": 1, "batch_size": 2, "output": tmp_path / "adapters"}
     llmpruner.recover(pruned, data=str(data), **more)
     origin = json.loads((tmp_path / "adapters" / "llmpruner-files.json").read_text(encoding="utf-8"))
     assert origin.keys() == files_page.ORIGIN.keys() - {"exported_from", "format"}
@@ -42,5 +42,3 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     llmpruner.export(tmp_path / "narrow", to="nemotron-nas", output=tmp_path / "served")
     origin = json.loads((tmp_path / "served" / "llmpruner-files.json").read_text(encoding="utf-8"))
     assert origin.keys() == files_page.ORIGIN.keys() - {"adapters_of", "recovery"}
-    local = llmpruner.recover(pruned, data=str(data), max_steps=1, strategy="local", output=tmp_path / "local")
-    assert local.record["recovery"][0].keys() == files_page.RECOVERY.keys() | files_page.LOCAL.keys()

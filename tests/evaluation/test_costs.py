@@ -73,7 +73,7 @@ def test_speed_is_measured_with_its_spread():
 
 
 @pytest.mark.parametrize(
-    "module", ["llmpruner.evaluation.metrics", "llmpruner.recovery.base", "llmpruner.recovery.lora"]
+    "module", ["llmpruner.evaluation.metrics", "llmpruner.recovery.base", "llmpruner.recovery.strategies"]
 )
 def test_light_modules_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"

@@ -12,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 import llmpruner
 from llmpruner import api
+from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.dense import dense_structure, load_dense
 from llmpruner.discovery.structure import load_structure
 from llmpruner.errors import ModelError
@@ -19,6 +20,7 @@ from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.opening import load_model
 from llmpruner.models.tokenizer import load_tokenizer
 
+ALONE = {"lora": {"merge": False}}
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)
 
@@ -54,7 +56,7 @@ def one(base, tmp_path) -> Path:
 @pytest.fixture
 def two(one, tmp_path) -> Path:
     """On the first, as `llmpruner.recover` saves it without merging."""
-    api.recover(one, data=data(tmp_path), merge=False, output=tmp_path / "two", strategy="lora", **TRAINING)
+    api.recover(one, data=data(tmp_path), settings=ALONE, output=tmp_path / "two", strategy="lora", **TRAINING)
     return tmp_path / "two"
 
 
@@ -87,8 +89,8 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     llmpruner.prune(one, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
     wrote = []
     monkeypatch.setattr(
-        "llmpruner.recovery.dense_text._Writer._texts",
-        lambda self: wrote.append(logits(self._model)) or [{"text": "The quick brown fox jumps over the dog. " * 4}],
+        "llmpruner.recovery.dense_text._texts",
+        lambda count, model, *_: wrote.append(logits(model)) or [Completion("The quick brown fox jumps over it. " * 4)],
     )
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
     assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog), catalog).model))
@@ -112,7 +114,7 @@ def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path)
     llmpruner.prune(base, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "first")
     one = adapted(tmp_path / "first", tmp_path / "one", 1)
     three = tmp_path / "three"
-    api.recover(one, data=data(tmp_path), merge=False, output=three, strategy="lora", **TRAINING)
+    api.recover(one, data=data(tmp_path), settings=ALONE, output=three, strategy="lora", **TRAINING)
     for adapter, trainings in ((one, 0), (three, 1)):
         out = tmp_path / f"pruned {adapter.name}"
         llmpruner.prune(adapter, ratio=0.2, importance="l1", compensate="none", output=out)
@@ -137,10 +139,10 @@ def test_a_tokenizer_below_two_adapters_is_found(one, catalog, tmp_path):
 
 def test_adapters_are_for_files(base, tmp_path):
     """Those of a model in memory would name files that they do not fit, or that lack an earlier training."""
-    alone = {"data": data(tmp_path), "strategy": "lora", "merge": False, **TRAINING}
+    alone = {"data": data(tmp_path), "strategy": "lora", "settings": ALONE, **TRAINING}
     cut = llmpruner.prune(base, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
     loaded = llmpruner.load(tmp_path / "pruned")
-    trained = api.recover(loaded, work_dir=tmp_path / "work", **{**alone, "merge": True})
+    trained = api.recover(loaded, work_dir=tmp_path / "work", **{**alone, "settings": {}})
     for number, model in enumerate((cut, trained)):
         with pytest.raises(ModelError, match="was pruned or trained in this process"):
             api.recover(model, output=tmp_path / f"refused {number}", **alone)

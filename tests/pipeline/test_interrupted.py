@@ -20,7 +20,6 @@ from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.files import write_text
 from llmpruner.progress import Progress
 from llmpruner.pruning.methods import Best
-from llmpruner.recovery.work_dir import check_work_dir
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
@@ -151,15 +150,13 @@ def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         patch.setattr(Path, "unlink", killed)
-        for name in ("run.json", "job.json"):
-            (tmp_path / name).mkdir()
-            with pytest.raises(Killed):
-                write_text(tmp_path / name / name, "{}")
-    journal, recovery = (tmp_path / name for name in ("run.json", "job.json"))
-    assert all(len(list(folder.iterdir())) == 1 for folder in (journal, recovery))
+        journal = tmp_path / "run.json"
+        journal.mkdir()
+        with pytest.raises(Killed):
+            write_text(journal / "run.json", "{}")
+    assert len(list(journal.iterdir())) == 1
     with Journal(journal, {}).running():
         pass
-    check_work_dir(recovery)
 
 
 def test_a_refused_run_leaves_no_folder(dense, tmp_path):

@@ -278,7 +278,7 @@ def test_a_model_that_was_trained_in_place_has_its_record(tmp_path, monkeypatch)
         def stopped(*_):
             raise KeyboardInterrupt
 
-        patched.setattr("llmpruner.recovery.full.FullStrategy.train", stopped)
+        patched.setattr("llmpruner.recovery.strategies.FullStrategy.train", stopped)
         llmpruner.recover(model, work_dir=tmp_path / "other", **options)
     with pytest.raises(ModelError, match="was left half-changed by a recovery that did not end"):
         llmpruner.recover(model, work_dir=tmp_path / "other", **options)

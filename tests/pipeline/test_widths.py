@@ -18,8 +18,8 @@ from llmpruner.pruning.budgets.sizes import parameter_cost
 from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.criteria.estimate import Scores
 from llmpruner.pruning.planning import plan_of
+from llmpruner.pruning.saving import save
 from llmpruner.pruning.selection import select
-from llmpruner.recipes.saving import save
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope

@@ -72,12 +72,12 @@ def test_rounds_are_steps_of_their_own():
 
 def test_values_on_the_command_line_are_read_as_in_a_file():
     texts = ["prune.ratio=0.3", "prune.kinds=[mlp]", "recover.data=3*a.jsonl,1*b.jsonl", "2.settings.lora.rank=4"]
-    assert values_of([*texts, "recover.pack=true", "recover.limit=null", "1.calibration=*"]) == {
+    assert values_of([*texts, "generate.chat=true", "recover.limit=null", "1.calibration=*"]) == {
         "prune.ratio": 0.3,
         "prune.kinds": ["mlp"],
         "recover.data": "3*a.jsonl,1*b.jsonl",
         "2.settings.lora.rank": 4,
-        "recover.pack": True,
+        "generate.chat": True,
         "recover.limit": None,
         "1.calibration": "*",
     }

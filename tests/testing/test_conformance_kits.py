@@ -28,8 +28,7 @@ from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.magnitude import L1
-from llmpruner.recovery.full import FullStrategy
-from llmpruner.recovery.lora import LoraStrategy
+from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, catalog_with
 from llmpruner.testing.criterion import FIELDS
 

@@ -102,7 +102,7 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     row = {"instruction": "What jumps over the dog?", "output": "The quick brown fox"}
     data.write_text(json.dumps([row] * 8))
     recovered = llmpruner.recover(
-        again, data=str(data), rank=4, learning_rate=1e-2, max_steps=4, batch_size=4, warmup_steps=0,
+        again, data=str(data), settings={"lora": {"rank": 4}}, learning_rate=1e-2, max_steps=4, batch_size=4,
         work_dir=tmp_path / "work",
     )  # fmt: skip
     (training,) = recovered.record["recovery"]

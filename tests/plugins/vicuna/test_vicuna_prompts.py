@@ -21,9 +21,8 @@ from llmpruner_vicuna.conversation import (
 )
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 
-from llmpruner.calibration.chat import chat_prompt, conversation_prompt, training_texts
-from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_sharegpt
-from llmpruner.recovery.examples import Examples, load_examples, tokenise
+from llmpruner.calibration.chat import chat_prompt, conversation_prompt, labelled, training_texts
+from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples, read_sharegpt
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -97,7 +96,7 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
     )
     (text,) = training_texts(chat, family, chosen)
     assert "".join(a + b for a, b in text.closed_turns("</s>")) == expected["full"]
-    (row,) = tokenise(Examples((text,), "here"), chosen, cutoff=512, loss_on="answers")
+    row = labelled(text, chosen, 512, "answers")
     assert row["input_ids"] == chosen(expected["full"])["input_ids"]
     (single,) = training_texts(Instruction(first, said), family, chosen)
     (turn,) = single.closed_turns("</s>")
@@ -115,7 +114,8 @@ def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:
     expected = PROMPTS["one_turn"]["prompts"]["head/vicuna_v1.1"]
     assert chat_prompt(VicunaFamily(), templated, "What is pruning?") == (expected["generation"], False)
     (tmp_path / "data.json").write_text(json.dumps([PROMPTS["one_turn"]]))
-    (text,) = load_examples(str(tmp_path / "data.json"), VicunaFamily(), templated).texts
+    (one,) = read_examples(str(tmp_path / "data.json"))
+    (text,) = training_texts(one, VicunaFamily(), templated)
     assert "".join(a + b for a, b in text.turns) == expected["full"]
     assert not text.has_special_tokens
 
@@ -151,7 +151,8 @@ def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, versi
     (tmp_path / "data.json").write_text(json.dumps([PROMPTS[conversation]]))
     chosen = tokenizer("legacy=True" in version)
     expected = MASKS[conversation][version]
-    examples = load_examples(str(tmp_path / "data.json"), VicunaFamily(), chosen)
+    (one,) = read_examples(str(tmp_path / "data.json"))
+    (text,) = training_texts(one, VicunaFamily(), chosen)
     cutoff = len(expected["input_ids"]) if version.endswith("full-6") else 256
-    (row,) = tokenise(examples, chosen, cutoff=cutoff, loss_on="answers")
+    row = labelled(text, chosen, cutoff, "answers")
     assert row == {"input_ids": expected["input_ids"], "labels": expected["labels"]}

@@ -1,0 +1,157 @@
+"""The rows that a model is trained and validated on, from files, data sets, and text that the dense model writes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Any
+
+from ..calibration.chat import labelled, training_texts
+from ..calibration.conversations import Completion, Example, example
+from ..calibration.documents import EXPECTED_EXAMPLES, check_source, read_records
+from ..calibration.mixture import mixed, parse_mixture
+from ..errors import DataError
+from ..values import counted
+from .base import Row
+from .dense_text import dense_text_in
+
+if TYPE_CHECKING:
+    from ..discovery.family import ModelFamily
+    from ..settings import RecoverSettings
+
+_LEAST, _MOST = 16, 128
+"""Examples for validation where a share of the data is asked for: enough for a loss to compare by, and few enough to
+take little time; at most a fifth of the data."""
+_BLANKS = 8
+"""Tokens that blanks at the end of a text have at most."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised examples, see `Row`."""
+
+    source: str
+    rows: list[Row]
+    validation: list[Row]
+    """With ``held_out``, rows that are not trained on; else some of ``rows``."""
+    held_out: bool
+    in_format: bool
+    """Whether some are instructions or conversations, in a chat format."""
+    notes: tuple[str, ...] = ()
+    """Messages for the user."""
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all rows in their order."""
+        return hashlib.sha256(json.dumps([self.rows, self.validation]).encode()).hexdigest()
+
+
+def check_data(source: str) -> None:
+    """Raise `DataError` for data that is missing or begins malformed; nothing is downloaded."""
+    written = dense_text_in(source)
+    for part in parse_mixture(source):
+        if written is None or part.source != written.source:
+            check_source(part.source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
+
+
+def prepare(
+    settings: RecoverSettings,
+    family: ModelFamily,
+    tokenizer: Any,
+    *,
+    positions: int | None = None,
+    written: Mapping[str, Sequence[Example]] | None = None,
+) -> TrainingData:
+    """Read the data, hold some back for validation, and tokenise it.
+
+    An instruction or a conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to
+    rows of ``cutoff`` tokens. ``positions``: of a model with a table of them, beyond which no row goes. ``written``:
+    examples of sources that are not read. Raises `DataError` for data that cannot be used.
+    """
+    examples = _read(settings, written or {})
+    count = _held_out(settings.validation, len(examples), settings.data)
+    chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
+    cutoff = settings.cutoff if positions is None else min(settings.cutoff, positions)
+    rows, left_out = _tokenised([e for n, e in enumerate(examples) if n not in chosen], family, tokenizer, cutoff)
+    validation, _ = _tokenised([e for n, e in enumerate(examples) if n in chosen], family, tokenizer, cutoff)
+    notes = []
+    if left_out:
+        notes.append(f"{counted(left_out, 'example')} had nothing to train on and {_were(left_out)} left out")
+    if not rows:
+        raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
+    in_format = any(not isinstance(found, Completion) for _, found in examples)
+    return TrainingData(settings.data, rows, validation or rows[:_LEAST], bool(validation), in_format, tuple(notes))
+
+
+def _read(settings: RecoverSettings, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:
+    """The examples of all sources, each with its place, such as ``a.jsonl, line 3``."""
+
+    def of(source: str) -> list[tuple[str, Example]]:
+        if source in written:
+            return [(f"{source}, example {number}", found) for number, found in enumerate(written[source], start=1)]
+        found = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
+        if not found:
+            raise DataError(f"{source} has no examples")
+        return found
+
+    examples = mixed([(part, of(part.source)) for part in parse_mixture(settings.data)], settings.seed)
+    if settings.limit is not None:
+        random.Random(settings.seed).shuffle(examples)
+        examples = examples[: settings.limit]
+    return examples
+
+
+def _held_out(validation: float, examples: int, source: str) -> int:
+    """How many examples are held back for validation. Raises `DataError` where none is left to train on."""
+    if validation >= examples:
+        raise DataError(
+            f"{source} has {counted(examples, 'example')}, and --validation takes {int(validation)} of them; leave "
+            "some to train on"
+        )
+    if validation >= 1 or validation == 0:
+        return int(validation)
+    return min(max(round(validation * examples), _LEAST), _MOST, examples // 5)
+
+
+def _tokenised(
+    examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int
+) -> tuple[list[Row], int]:
+    """Rows of at most ``cutoff`` tokens, and how many had nothing to train on. Raises `DataError`, with its place, for
+    an example that the model's chat format does not support."""
+    rows: list[Row] = []
+    joined: list[int] = []
+    for place, found in examples:
+        try:
+            texts = training_texts(found, family, tokenizer)
+        except DataError as error:
+            raise DataError(f"{place}: {error}") from error
+        if isinstance(found, Completion):
+            for text in texts:
+                ids = labelled(text, tokenizer, None, "all")["input_ids"]
+                joined += ids if _ends(ids, tokenizer) else [*ids, tokenizer.eos_token_id]
+        else:
+            rows += [labelled(text, tokenizer, cutoff, "all") for text in texts]
+    # What fills no row at the end is left out, unless it is all there is.
+    whole = max(len(joined) - len(joined) % cutoff, min(len(joined), cutoff))
+    for start in range(0, whole, cutoff):
+        ids = joined[start : start + cutoff]
+        rows.append({"input_ids": ids, "labels": ids})
+    # The first token of a row is not predicted.
+    kept = [row for row in rows if len(row["input_ids"]) > 1]
+    return kept, len(rows) - len(kept)
+
+
+def _ends(ids: Sequence[int], tokenizer: Any) -> bool:
+    """Whether a text ends with its end of sequence, and maybe blanks, so that the model sees where the next begins."""
+    if tokenizer.eos_token_id is None:
+        return True
+    after = list(takewhile(lambda token: token != tokenizer.eos_token_id, reversed(ids)))
+    return len(after) < min(len(ids), _BLANKS) and not tokenizer.decode(after[::-1]).strip()
+
+
+def _were(count: int) -> str:
+    return "was" if count == 1 else "were"

@@ -1,0 +1,54 @@
+"""Tiny dense and pruned models, data for them, and one function that trains."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import tiny_models
+import torch
+from llmpruner_llama.family import LlamaFamily
+
+from llmpruner import build_graph
+from llmpruner.models.surgery import cut
+from llmpruner.recovery.data import prepare
+from llmpruner.recovery.job import train
+from llmpruner.settings import RecoverSettings
+
+FAMILY = LlamaFamily()
+ROWS = [{"prompt": f"Question {n}:\n", "completion": "It is so. " * (n % 4 + 1)} for n in range(24)]
+SETTINGS = {"batch_size": 4, "micro_batch_size": 2, "max_steps": 6, "learning_rate": 5e-3, "cutoff": 24}
+
+
+def dense_model(dtype=torch.float32):
+    """With weights large enough that its predictions differ clearly from those of its cuts."""
+    model = tiny_models.llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.dim() == 2 else 1)
+    return model.to(dtype)
+
+
+def pruned_model(dtype=torch.float32, tied=False):
+    """A cut of `dense_model`, with layers that differ in heads and in width; and its graph."""
+    model = tiny_models.llama(tied=True) if tied else dense_model()
+    kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 48), "layers.1.attention": [1]}
+    graph = cut(model, build_graph(FAMILY, model.config), kept, FAMILY)
+    return model.to(dtype), graph
+
+
+def write_lines(path, rows=ROWS):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def train_tiny(folder, strategy, pruned=None, rows=ROWS, **changes):
+    """The result of a training in ``folder``; ``changes``: of `SETTINGS`, and keywords of `train`."""
+    folder.mkdir(exist_ok=True)
+    options = {name: changes.pop(name) for name in ("on_step", "on_validation", "load_teacher") if name in changes}
+    settings = RecoverSettings(data=write_lines(folder / "data.jsonl", rows), **{**SETTINGS, **changes})
+    model, graph = pruned or pruned_model()
+    tokenizer = tiny_models.tokenizer()
+    data = prepare(settings, FAMILY, tokenizer)
+    options = {"load_teacher": lambda: copy.deepcopy(dense_model(model.dtype)), **options}
+    return train(model, tokenizer, graph, data, strategy, settings, folder / "work", **options)

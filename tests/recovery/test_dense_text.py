@@ -1,0 +1,180 @@
+"""Examples that the dense model writes: how many, from what, in which format."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from said import Said
+
+from llmpruner import api
+from llmpruner.calibration.written import answered
+from llmpruner.errors import DataError, ModelError, OutputError
+from llmpruner.recovery import dense_text
+from llmpruner.recovery.dense_text import ROWS, DenseText, dense_text_in, instructions, up_to_sentence, write_examples
+
+TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+)
+
+
+def test_the_instructions_are_many_and_distinct():
+    found = instructions()
+    assert 250 <= len(found) <= 400 and len({one.lower() for one in found}) == len(found)
+    assert all(one == one.strip() and 8 < len(one) < 250 for one in found)
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("self", DenseText("self", ROWS // 4, 3 * ROWS // 4)), ("self:40", DenseText("self:40", 10, 30)),
+        ("a.jsonl", None), ("3*a.jsonl,1*self:8", DenseText("self:8", 2, 6)), ("myself", None), ("selfish/data", None),
+        ("self-text", DenseText("self-text", 0, ROWS)), ("a.jsonl,self-text:8", DenseText("self-text:8", 0, 8)),
+        ("self:1", DenseText("self:1", 1, 0)), ("self:3", DenseText("self:3", 1, 2)), ("self-texts", None),
+    ],
+)  # fmt: skip
+def test_the_source_and_its_number_of_rows(data, expected):
+    assert dense_text_in(data) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("self:", "--data self:: expected 'self', or 'self:N'"), ("self:0", "expected 'self', or 'self:N'"),
+        ("self:ten", "expected 'self', or 'self:N'"), ("self,2*self:4", "name 'self' or 'self-text' once"),
+        ("self-text:0", "expected 'self-text', or 'self-text:N'"),
+        ("self,self-text", "name 'self' or 'self-text' once"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_named(data, message):
+    with pytest.raises(DataError, match=message):
+        dense_text_in(data)
+
+
+def test_a_file_of_that_name_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "self").write_text("")
+    assert dense_text_in("self") is None
+
+
+def test_text_ends_with_a_sentence():
+    assert up_to_sentence("One. Two! And th") == "One. Two!"
+    assert up_to_sentence("a list\n- b\n\nand the") == "a list\n- b"
+    assert up_to_sentence("no end") == "no end"
+
+
+def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
+    """The token of a step is where the cumulative probability exceeds the row's number, whatever the padding."""
+    monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
+    tokenizer = tiny_models.tokenizer()
+    prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+    numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    found = answered(random_model, tokenizer, prompts, numbers)
+    for prompt, row, answer in zip(prompts, numbers, found, strict=True):
+        ids = list(prompt)
+        for number in row:
+            with torch.no_grad():
+                upto = random_model(torch.tensor([ids])).logits[0, -1].float().softmax(-1).cumsum(-1)
+            token = int((upto <= float(number) * float(upto[-1])).sum())
+            if token == tokenizer.eos_token_id:
+                break
+            ids.append(token)
+        assert answer == ids[len(prompt) :]
+    assert found == answered(random_model, tokenizer, prompts, numbers)
+
+
+@pytest.fixture(scope="module")
+def random_model():
+    model = tiny_models.llama()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8 if parameter.dim() == 2 else 1)
+    return model
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["family's format", "template"])
+def home(request, tmp_path_factory, random_model):
+    """A folder with a dense and a pruned model, with a chat template or without."""
+    home = tmp_path_factory.mktemp("home")
+    tokenizer = tiny_models.tokenizer()
+    if request.param:
+        tokenizer.chat_template = TEMPLATE
+    random_model.save_pretrained(home / "dense")
+    tokenizer.save_pretrained(home / "dense")
+    api.prune(str(home / "dense"), output=home / "pruned", ratio=0.2, importance="l1", compensate="none")
+    return home
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    monkeypatch.setattr(dense_text, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(dense_text, "TEXT_TOKENS", 6)
+    monkeypatch.setattr(dense_text, "_BATCH", 4)
+
+
+def recover(home, output, data="self:24", **options):
+    values = {"max_steps": 1, "batch_size": 4, "cutoff": 256, "strategy": "lora", **options}
+    return api.recover(str(home / "pruned"), data=data, output=output, **values)
+
+
+def rows_in(folder):
+    (file,) = folder.glob("self-*.jsonl")
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
+
+
+def test_a_model_recovers_without_a_corpus(home, tmp_path):
+    said = Said()
+    made = recover(home, tmp_path / "out", work_dir=tmp_path / "work", progress=said)
+    rows = rows_in(tmp_path / "work")
+    asked = [row["instruction"] for row in rows if "instruction" in row]
+    assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
+    assert 14 <= sum("completion" in row for row in rows) <= 18
+    record = made.record["recovery"][0]
+    assert record["data"] == "self:24" and record["examples"] > len(asked) // 2
+    plain = [line for line in said.lines if "has no chat format: instructions are in" in line]
+    assert len(plain) == (0 if "chat_template" in str(list((home / "dense").iterdir())) else 1)
+
+
+def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypatch):
+    recover(home, tmp_path / "one", work_dir=tmp_path / "work")
+    rows = rows_in(tmp_path / "work")
+    # Nothing is written, and the dense model is not loaded.
+    with monkeypatch.context() as patch:
+        patch.setattr("llmpruner.recovery.recover.open_dense", lambda *_, **__: pytest.fail("loaded"))
+        recover(home, tmp_path / "again", work_dir=tmp_path / "work")
+    with pytest.raises(OutputError, match="state of another recovery"):
+        recover(home, tmp_path / "other", work_dir=tmp_path / "work", seed=3)
+    recover(home, tmp_path / "anew", work_dir=tmp_path / "work", restart=True)
+    assert rows_in(tmp_path / "work") == rows
+
+
+def test_texts_alone(home, tmp_path):
+    recover(home, tmp_path / "out", "self-text:6", work_dir=tmp_path / "work")
+    assert all(row["completion"] for row in rows_in(tmp_path / "work"))
+
+
+def test_a_mixture_and_another_strategy(home, tmp_path):
+    file = tmp_path / "file.jsonl"
+    asked = {"instruction": "Name it.", "output": "Paris."}
+    file.write_text("\n".join(json.dumps(asked) for n in range(12)))
+    made = recover(home, tmp_path / "out", data=f"3*{file},1*self:4", strategy="distil")
+    assert made.record["recovery"][0]["strategy"] == "distil"
+    assert not (tmp_path / "out.recovery").exists()
+
+
+def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
+        api.recover(str(home / "dense"), data="self", output=tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):
+    from llmpruner_llama.family import LlamaFamily
+
+    monkeypatch.setattr(dense_text, "_decoded", lambda *_, **__: "")
+    with pytest.raises(DataError, match="writes nothing but blanks"):
+        write_examples(DenseText("self:4", 1, 3), random_model, tiny_models.tokenizer(), LlamaFamily(), 0)

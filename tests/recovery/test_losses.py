@@ -1,0 +1,89 @@
+"""Losses in blocks: values and gradients of the same loss over all logits at once; distillation by its formula."""
+
+from __future__ import annotations
+
+import pytest
+import tiny_models
+import torch
+from recovery_cases import dense_model, pruned_model
+from torch.nn import functional
+
+from llmpruner import ModelError
+from llmpruner.recovery import losses
+from llmpruner.recovery.base import RecoveryJob
+from llmpruner.recovery.losses import distillation_loss, mean_over_tokens, next_token_loss
+from llmpruner.recovery.strategies import DistilStrategy
+from llmpruner.settings import RecoverSettings
+from llmpruner.testing import RecoveryConformance
+
+ROWS = torch.tensor([0, 2, 3, 7, 8])
+LABELS = torch.tensor([1, 0, 6, 6, 3])
+
+
+class TestConformance(RecoveryConformance):
+    strategy = DistilStrategy
+
+
+def term(logits, part):
+    return functional.cross_entropy(logits, LABELS[part], reduction="none")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("elements", [7, 14, 1000])
+def test_it_is_the_loss_over_all_logits(monkeypatch, dtype, elements):
+    monkeypatch.setattr(losses, "_ELEMENTS", elements)
+    logits = torch.randn(3, 3, 7).to(dtype)
+    one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
+    expected = functional.cross_entropy(one.flatten(0, 1)[ROWS].float(), LABELS)
+    mean = mean_over_tokens(other, ROWS, term)
+    torch.testing.assert_close(mean, expected)
+    (3 * expected).backward()
+    (3 * mean).backward()
+    torch.testing.assert_close(other.grad, one.grad)
+    nothing = mean_over_tokens(other, ROWS[:0], term)
+    assert float(nothing.detach()) == 0
+
+
+def test_it_computes_in_float32_under_autocast():
+    seen = []
+
+    def exact(logits, part):
+        seen.append((logits @ logits.T).dtype)
+        return logits.sum(-1)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        mean_over_tokens(torch.randn(3, 3, 7, dtype=torch.bfloat16), ROWS, exact)
+    assert seen == [torch.float32]
+
+
+@pytest.fixture
+def batch():
+    ids = torch.tensor([[(7 * n + 3 * t) % 60 + 3 for t in range(12)] for n in range(2)])
+    return {"input_ids": ids, "labels": ids.clone().index_fill_(1, torch.arange(3), -100), "attention_mask": ids // ids}
+
+
+def job_of(tmp_path, teacher):
+    model, graph = pruned_model()
+    return RecoveryJob(model, tiny_models.tokenizer(), [], [], graph, RecoverSettings(), tmp_path, lambda: teacher)
+
+
+def test_the_distillation_loss_is_the_formula(tmp_path, batch):
+    dense = dense_model()
+    job = job_of(tmp_path, dense)
+    trained = batch["labels"][:, 1:] != -100
+    with torch.no_grad():
+        p, q = (m(batch["input_ids"]).logits[:, :-1][trained] for m in (dense, job.model))
+        value = distillation_loss(job, 2.0, 0.25)(job.model, batch)
+    divergence = functional.kl_div(
+        (q / 2).log_softmax(-1), (p / 2).log_softmax(-1), reduction="batchmean", log_target=True
+    )
+    next_token = functional.cross_entropy(q, batch["labels"][:, 1:][trained])
+    assert float(value) == pytest.approx(float(0.75 * 4 * divergence + 0.25 * next_token), rel=1e-5)
+    assert float(next_token_loss(job.model, batch).detach()) == pytest.approx(float(next_token), rel=1e-5)
+
+
+def test_models_with_other_tokens_are_refused(tmp_path):
+    dense = dense_model()
+    dense.resize_token_embeddings(dense.config.vocab_size + 8)
+    with pytest.raises(ModelError, match=r"predicts \d+ tokens, the pruned one \d+: no distillation"):
+        distillation_loss(job_of(tmp_path, dense), 1.0, 0.0)

@@ -1,0 +1,165 @@
+"""`llmpruner.recover`: which strategy, from which dense model, into which folder; killed; in two processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from recovery_cases import dense_model, write_lines
+from said import Said
+
+import llmpruner
+from llmpruner import Catalog, ModelError, OutputError, SettingsError
+from llmpruner.files import alone_in
+from llmpruner.recovery.job import recover_job
+from llmpruner.recovery.training import latest_checkpoint
+from llmpruner.settings import RecoverSettings
+
+TRAINING = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 2, "cutoff": 24, "learning_rate": 1e-3}
+
+
+@pytest.fixture
+def home(tmp_path):
+    """A folder with a dense model, a pruned one, and data."""
+    dense_model().save_pretrained(tmp_path / "dense")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "dense")
+    llmpruner.prune(str(tmp_path / "dense"), output=tmp_path / "pruned", ratio=0.2, importance="l1", compensate="none")
+    write_lines(tmp_path / "data.jsonl")
+    return tmp_path
+
+
+def recover(home, **options):
+    """The result, and what was said of the strategy."""
+    said, values = Said(), {"data": str(home / "data.jsonl"), "output": home / "out", **TRAINING, **options}
+    made = llmpruner.recover(str(home / "pruned"), progress=said, **values)
+    return made, next(line for line in said.lines if line.startswith("strategy "))
+
+
+def test_distillation_where_the_dense_model_is_there(home):
+    made, line = recover(home)
+    assert made.record["recovery"][0]["strategy"] == "distil" and line.startswith("strategy distil; about ")
+    assert sorted(path.name for path in home.iterdir()) == ["data.jsonl", "dense", "out", "pruned"]
+    assert {"loss.svg", "run.json", "model.safetensors"} <= {path.name for path in (home / "out").iterdir()}
+    assert len(llmpruner.discover(home / "out").record["recovery"]) == 1
+
+
+def test_adapters_where_it_is_gone(home):
+    (home / "dense").rename(home / "elsewhere")
+    made, line = recover(home)
+    assert made.record["recovery"][0]["strategy"] == "lora"
+    assert line.startswith("strategy lora, as distil needs the dense model: ")
+    with pytest.raises(ModelError, match=r"the dense model that .* cannot be opened"):
+        recover(home, strategy="distil", output=home / "other")
+    with pytest.raises(ModelError, match=r"it would write the examples of --data self: give --data FILE"):
+        recover(home, data="self", output=home / "other")
+
+
+def test_what_does_not_fit_is_refused(home, monkeypatch):
+    needed = {}
+
+    def estimate(config, *, trained, **_):
+        return needed["all" if trained else "adapters"]
+
+    monkeypatch.setattr("llmpruner.recovery.recover.training_bytes", estimate)
+    monkeypatch.setattr("llmpruner.recovery.recover.device_bytes", lambda device: 4 << 30)
+    needed |= {"all": 5 << 30, "adapters": 1 << 30}
+    made, line = recover(home)
+    assert made.record["recovery"][0]["strategy"] == "lora"
+    assert "as distil needs about 5.0 GiB of memory, of 4.0" in line
+    needed["adapters"] = 6 << 30
+    with pytest.raises(SettingsError, match=r"cannot be trained: distil needs about 5.0 GiB .*; lora needs about 6"):
+        recover(home, output=home / "other")
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        ({}, ["distil", "lora"]),
+        ({"strategy": "full"}, ["full"]),
+        ({"settings": {"lora": {"rank": 4}}}, ["lora"]),
+        ({"settings": {"distil": {"labels": 0.5}}}, ["distil"]),
+    ],
+    ids=str,
+)
+def test_what_the_settings_say(settings, names):
+    job = recover_job(RecoverSettings(data="a", **settings), Catalog())
+    assert [strategy.name for strategy in job.strategies] == names
+
+
+def test_settings_of_a_strategy_that_is_not_chosen():
+    with pytest.raises(SettingsError, match=r"--set distil\.….* is not chosen here \(chosen: full\)"):
+        recover_job(RecoverSettings(strategy="full", settings={"distil": {"labels": 0.5}}), Catalog())
+
+
+def test_two_runs_do_not_train_in_one_folder(home):
+    (home / "out.recovery").mkdir()
+    with alone_in(home / "out.recovery"), pytest.raises(OutputError, match="another run works in"):
+        recover(home)
+
+
+def result(folder: Path) -> dict[str, str]:
+    # The times of a run are its own.
+    files = [file for file in sorted(folder.iterdir()) if file.name != "run.json"]
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("strategy", ["lora", "full"])
+def test_a_killed_training_ends_with_the_same_bytes(home, strategy):
+    options = {**TRAINING, "max_steps": 40, "strategy": strategy}
+    recover(home, **options, output=home / "whole")
+    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    command = ["recover", home / "pruned", "--data", home / "data.jsonl", "-o", home / "out", *flags]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    run = subprocess.Popen(
+        [sys.executable, "-m", "llmpruner", *map(str, command)], env=environment, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+    state = home / "out.recovery"
+    while not latest_checkpoint(state) or latest_checkpoint(state).endswith("checkpoint-0"):
+        assert run.poll() is None, run.communicate()[1]
+        time.sleep(0.005)
+    time.sleep(random.Random(1).uniform(0, 0.2))
+    run.send_signal(signal.SIGKILL)
+    run.communicate()
+    assert state.exists() and not (home / "out").exists()
+    again, _ = recover(home, **options)
+    assert len(again.record["recovery"][0]["losses"]) == 40 and not state.exists()
+    assert result(home / "out") == result(home / "whole")
+
+
+@pytest.mark.long
+def test_two_processes_train_as_one(home):
+    """On the command line; the first process writes the result."""
+    flags = [text for name, value in TRAINING.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    records = {}
+    for strategy in ("full", "distil", "lora"):
+        # Dropout draws other numbers in another process.
+        settings = ["--set", "lora.dropout=0"] if strategy == "lora" else []
+        for count in (1, 2):
+            out = home / f"{strategy}-{count}"
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+            command = [
+                *launcher, "-m", "llmpruner", "recover", home / "pruned", "--data", home / "data.jsonl", "-o", out,
+                "--dtype", "float32", "--strategy", strategy, *flags, *settings,
+            ]  # fmt: skip
+            done = subprocess.run(
+                [sys.executable, *map(str, command)], text=True, capture_output=True, timeout=200,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            assert (done.stdout + done.stderr).count("✓") == 1 and not Path(f"{out}.recovery").exists()
+            (records[count],) = json.loads((out / "llmpruner.json").read_text())["recovery"]
+        assert records[1]["losses"] == pytest.approx(records[2]["losses"], rel=1e-2)
+        losses = [[one["loss"] for one in records[count]["validation"]] for count in (1, 2)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -1,0 +1,256 @@
+"""`fit`: what is trained, in which dtype, from which checkpoint, for how long; and what is recorded."""
+
+from __future__ import annotations
+
+import copy
+import json
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from recovery_cases import dense_model, pruned_model
+
+from llmpruner import DataError, ModelError, OutputError, RecoveryStrategy, SettingsError
+from llmpruner.engine.ranks import Ranks
+from llmpruner.errors import PluginError
+from llmpruner.recovery import training
+from llmpruner.recovery.base import TrainingResult
+from llmpruner.recovery.lora import adapter_targets
+from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
+from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
+from llmpruner.settings import RecoverSettings
+
+STRATEGIES = [FullStrategy(), LoraStrategy(dropout=0.1), DistilStrategy(), DistilStrategy(trains="lora")]
+by_name = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.name} {getattr(s.settings, 'trains', '')}")
+
+
+@pytest.fixture(autouse=True)
+def own_precision(monkeypatch):
+    """Models in float32 compute in it on every processor."""
+    monkeypatch.setattr(training, "computes_bfloat16_fast", lambda model: False)
+
+
+@by_name
+def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tiny, strategy):
+    model, graph = pruned_model()
+    kind, before, seen = type(model), copy.deepcopy(model.state_dict()), []
+    result = tiny(strategy, (model, graph), on_step=lambda *step: seen.append(step))
+    after = result.model.state_dict()
+    assert type(result.model) is kind and {n: v.shape for n, v in after.items()} == {
+        n: v.shape for n, v in before.items()
+    }
+    assert seen == [(n, 6, loss) for n, loss in enumerate(result.losses, start=1)]
+    assert result.details["validation"][-1]["loss"] < result.details["validation"][0]["loss"]
+    assert not result.model.training and all(p.requires_grad for p in result.model.parameters())
+    assert result.model.config.use_cache
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    adapted = {f"{target}.weight" for target in adapter_targets(result.model, graph)[0]}
+    assert moved == (adapted if strategy.adapters else set(after))
+
+
+def test_tied_weights_stay_tied(tiny):
+    result = tiny(FullStrategy(), pruned_model(tied=True))
+    assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
+
+
+@by_name
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, tmp_path, strategy):
+    whole = tiny(strategy, name="whole")
+
+    def interrupt(step, *_):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(strategy, name="parts", on_step=interrupt)
+    steps = []
+    resumed = tiny(strategy, name="parts", on_step=lambda step, *_: steps.append(step))
+    assert 1 < steps[0] <= 5 and steps[-1] == 6
+    assert resumed.losses == pytest.approx(whole.losses, abs=1e-6)
+    assert resumed.details["validation"] == whole.details["validation"]
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
+
+
+class Scripted(RecoveryStrategy):
+    """Trains the output head, with validation losses that are given beforehand; keeps the weights at each."""
+
+    name = "scripted"
+    losses = (5.0, 4.0, 2.0, 3.0, 4.0, 5.0, 6.0)
+
+    def train(self, job):
+        model, self.weights, calls = job.model.requires_grad_(False), [], iter(self.losses)
+        head = model.lm_head.weight.requires_grad_(True)
+
+        def loss(model, batch):
+            value = model(input_ids=batch["input_ids"]).logits.square().mean()
+            if torch.is_grad_enabled():
+                return value
+            self.weights.append(head.detach().clone())
+            return value * 0 + next(calls)
+
+        return TrainingResult(model, fit(model, job, loss), head.numel())
+
+
+def test_the_result_has_the_weights_with_the_lowest_loss(tiny, tmp_path):
+    strategy = Scripted()
+    # One micro-batch of rows, so that each validation calls the loss once.
+    result = tiny(strategy, validation=1, batch_size=8)
+    record = result.details
+    assert [one["loss"] for one in record["validation"]] == list(Scripted.losses)
+    assert record["best_step"] == 2 and [one["step"] for one in record["validation"]] == [0, 1, 2, 3, 4, 5, 6]
+    assert torch.equal(result.model.lm_head.weight, strategy.weights[2])
+    kept = {folder.name for folder in (tmp_path / "run" / "work").glob("checkpoint-*")}
+    assert kept == {"checkpoint-2", "checkpoint-5"}, "the best and the newest; none at the end"
+
+
+def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
+    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global'), (14, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if state:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+    assert latest_checkpoint(tmp_path / "none") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_16_bits_are_trained_in_float32(tiny, dtype):
+    seen = []
+
+    class Watching(RecoveryStrategy):
+        name = "watching"
+
+        def train(self, job):
+            def loss(model, batch):
+                logits = model(input_ids=batch["input_ids"]).logits
+                seen.append((logits.dtype, job.model.lm_head.weight.dtype, job.teacher().dtype))
+                return logits.float().square().mean()
+
+            job.teacher()
+            job.model.requires_grad_(True)
+            return TrainingResult(job.model, fit(job.model, job, loss), 0)
+
+    result = tiny(Watching(), pruned_model(dtype))
+    products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+    assert set(seen) == {(products, torch.float32, dtype)}
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+
+
+def test_a_model_in_bfloat16_learns_as_one_in_float32(tiny):
+    """At a rate whose steps bfloat16 would round away."""
+    options = {"max_steps": 20, "learning_rate": 1e-4}
+    wide, narrow = (tiny(FullStrategy(), pruned_model(dtype), name=str(dtype), **options) for dtype in (
+        torch.float32, torch.bfloat16))  # fmt: skip
+    before, after = (wide.details["validation"][place]["loss"] for place in (0, -1))
+    assert narrow.details["validation"][-1]["loss"] == pytest.approx(after, abs=0.1 * (before - after))
+
+
+def test_minutes_end_a_training_with_the_rate_near_zero(tiny, monkeypatch, tmp_path):
+    began = time.monotonic()
+    result = tiny(FullStrategy(), max_steps=None, minutes=0.05, batch_size=None)
+    assert 2 < time.monotonic() - began < 30
+    assert len(result.losses) > 3 and result.details["settings"]["batch_size"] == 2
+    assert result.details["validation"][-1]["step"] == len(result.losses)
+    newest = latest_checkpoint(tmp_path / "run" / "work")
+    history = json.loads((Path(newest) / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    assert max(rates) <= 5e-3 and rates[0] < max(rates)
+
+
+def test_batches_and_steps():
+    of = RecoverSettings(data="a")
+    sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
+    assert sizes == {10: 2, 500: 4, 7000: 64, 50_000: 64}
+    settings = filled_in(of, 500, adapters=True)
+    assert planned_steps(settings, 500) == 250
+    assert filled_in(RecoverSettings(data="a", max_steps=5), 500, adapters=True).batch_size == 64
+    assert filled_in(RecoverSettings(data="a", minutes=5), 500, adapters=True).batch_size == 4
+
+
+def test_processes_share_a_batch(monkeypatch):
+    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
+    with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
+        filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True)
+
+
+def test_another_job_does_not_go_on_in_a_folder(tiny, tmp_path):
+    tiny(LoraStrategy(), max_steps=1)
+    with pytest.raises(OutputError, match=r"another recovery \(settings differ\); start anew with --restart"):
+        tiny(LoraStrategy(), max_steps=2)
+    with pytest.raises(OutputError, match=r"\(strategy, strategy settings differ\)"):
+        tiny(FullStrategy(), max_steps=1)
+    with pytest.raises(OutputError, match=r"\(model differ\)"):
+        tiny(LoraStrategy(), (dense_model(), pruned_model()[1]), max_steps=1)
+    (tmp_path / "run" / "work" / "job.json").write_text("[1]")
+    with pytest.raises(OutputError, match=r"job\.json is damaged"):
+        tiny(LoraStrategy(), max_steps=1)
+
+
+def test_a_training_that_diverges_stops(tiny):
+    model, graph = pruned_model()
+    with torch.no_grad():
+        model.model.norm.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="the validation loss became nan at step 0; lower the learning rate"):
+        tiny(LoraStrategy(), (model, graph))
+
+
+def test_what_a_strategy_returns_is_checked(tiny):
+    class Odd(RecoveryStrategy):
+        name = "odd"
+
+        def train(self, job):
+            return job.model
+
+    with pytest.raises(PluginError, match="'odd' returned LlamaForCausalLM, not a TrainingResult"):
+        tiny(Odd())
+
+
+def test_a_tokenizer_of_another_model_is_named(tiny):
+    model, graph = pruned_model()
+    model.resize_token_embeddings(50)
+    with pytest.raises(DataError, match="it is that of another model"):
+        tiny(FullStrategy(), (model, graph))
+
+
+def test_the_record(tiny):
+    result = tiny(LoraStrategy(rank=4), max_steps=2)
+    record = json.loads(json.dumps(result.details))
+    assert record.pop("settings") == {
+        "learning_rate": 5e-3, "epochs": 2.0, "max_steps": 2, "minutes": None, "batch_size": 4, "micro_batch_size": 2,
+        "cutoff": 24, "validation": 0.02, "seed": 0,
+    }  # fmt: skip
+    assert record["strategy_settings"] == {"rank": 4, "alpha": 16, "dropout": 0.05, "merge": True}
+    assert record["held_out"] and record["best_step"] in (0, 1, 2) and len(record["losses"]) == 2
+    assert record["trainable_parameters"] == result.trainable_parameters > 0
+
+
+def test_training_prints_nothing(tiny, capfd):
+    tiny(LoraStrategy(), max_steps=1)
+    said = capfd.readouterr()
+    assert said.out == "" and said.err == ""
+
+
+def test_the_same_seed_gives_the_same_losses(tiny):
+    losses = [tiny(LoraStrategy(), max_steps=2, name=name, seed=seed).losses for name, seed in (("a", 0), ("b", 0))]
+    assert losses[0] == losses[1] != tiny(LoraStrategy(), max_steps=2, name="c", seed=1).losses
+
+
+def test_gradient_checkpointing_where_memory_is_short(tiny, monkeypatch):
+    plain = tiny(FullStrategy(), name="plain")
+    monkeypatch.setattr(training, "free_bytes", lambda device: 0)
+    assert tiny(FullStrategy(), name="short").losses == pytest.approx(plain.losses, abs=1e-5)
+
+
+def test_padding_that_the_model_cannot_read():
+    """A padding token that was added to the tokenizer alone, or none at all; the tokenizer is saved as it was."""
+    from transformers import DataCollatorForSeq2Seq
+
+    from llmpruner.models.tokenizer import with_padding
+
+    tokenizer = tiny_models.tokenizer()
+    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8], "labels": [8]}]
+    batch = DataCollatorForSeq2Seq(with_padding(tokenizer, tiny_models.llama()), label_pad_token_id=-100)(rows)
+    assert batch["attention_mask"].sum(1).tolist() == [3, 1] and (batch["labels"][1] != -100).sum() == 1
+    assert tokenizer.pad_token is None

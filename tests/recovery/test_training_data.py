@@ -1,0 +1,103 @@
+"""Data for a training: its forms, rows, and what is held back."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+from recovery_cases import write_lines
+
+from llmpruner import DataError, ModelFamily
+from llmpruner.calibration.conversations import Completion
+from llmpruner.discovery.family import alpaca_prompt
+from llmpruner.recovery.data import check_data, prepare
+from llmpruner.settings import RecoverSettings
+
+FAMILY = ModelFamily()
+ASKED = {"instruction": "Name the capital of France.", "input": "", "output": "Paris."}
+
+
+def prepared(source, **options):
+    more = {name: options.pop(name) for name in ("positions", "written") if name in options}
+    settings = RecoverSettings(data=str(source), **{"validation": 0, "cutoff": 400, **options})
+    return prepare(settings, FAMILY, tiny_models.tokenizer(), **more)
+
+
+def texts(rows):
+    return [tiny_models.tokenizer().decode(row["input_ids"]) for row in rows]
+
+
+def test_an_instruction_is_a_row_and_texts_are_joined(tmp_path):
+    rows = [ASKED, {"text": "The fox jumps."}, {"prompt": "The sky is", "completion": " blue."}]
+    data = prepared(write_lines(tmp_path / "a.jsonl", rows))
+    asked, joined = texts(data.rows)
+    assert asked == alpaca_prompt("Name the capital of France.") + "Paris.</s>"
+    assert joined == "The fox jumps.</s>The sky is blue.</s>"
+    assert all(row["labels"] == row["input_ids"] for row in data.rows) and data.in_format
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    listed = prepared(tmp_path / "a.json")
+    assert listed.rows == data.rows and listed.fingerprint == data.fingerprint
+
+
+def test_rows_have_the_length_of_the_cutoff(tmp_path):
+    data = prepared(write_lines(tmp_path / "a.jsonl", [ASKED, *[{"text": "The fox jumps. " * 9}] * 5]), cutoff=16)
+    assert {len(row["input_ids"]) for row in data.rows} == {16} and len(data.rows) > 5
+    short = prepared(tmp_path / "a.jsonl", cutoff=16, positions=8)
+    assert {len(row["input_ids"]) for row in short.rows} == {8}
+
+
+def test_a_share_is_held_back(tmp_path):
+    rows = [{**ASKED, "instruction": f"Question {number}"} for number in range(100)]
+    source = write_lines(tmp_path / "a.jsonl", rows)
+    counts = {}
+    for validation, limit in ((0.02, None), (0.3, None), (0.02, 12), (5, None), (0.02, 4)):
+        data = prepared(source, validation=validation, limit=limit)
+        counts[validation, limit] = len(data.validation) if data.held_out else 0
+        if data.held_out:
+            assert len(data.rows) + len(data.validation) == (limit or 100)
+            assert not set(texts(data.rows)) & set(texts(data.validation))
+    assert counts == {(0.02, None): 16, (0.3, None): 20, (0.02, 12): 2, (5, None): 5, (0.02, 4): 0}
+    none = prepared(source)
+    assert not none.held_out and none.validation == none.rows[:16]
+    with pytest.raises(DataError, match="--validation takes 100 of them; leave some to train on"):
+        prepared(source, validation=100)
+
+
+def test_a_limit_draws_by_seed(tmp_path):
+    source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "output": f"text {n}"} for n in range(50)])
+    one, again, other = (prepared(source, limit=5, seed=seed) for seed in (1, 1, 2))
+    assert len(one.rows) == 5 and one.fingerprint == again.fingerprint != other.fingerprint
+
+
+def test_sources_are_mixed_in_shares(tmp_path):
+    file = write_lines(tmp_path / "a.jsonl", [ASKED] * 12)
+    written = {"self:4": [Completion("The fox jumps over it.")] * 4}
+    data = prepared(f"3*{file},1*self:4", written=written, cutoff=6)
+    assert len([text for text in texts(data.rows) if "fox" in text]) >= 1
+    assert len(data.rows) > 12
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON"),
+        ("a.jsonl", "\n", r"a\.jsonl has no examples"),
+        ("a.jsonl", '{"question": "x"}', r"line 1: expected 'instruction', 'output'.*found 'question'"),
+        ("a.jsonl", '{"instruction": "x", "output": 4}', r"line 1: 'output' must be text, found int"),
+        ("a.csv", "x,y", r"a\.csv: expected 'instruction', 'output'.*; found str"),
+    ],
+)
+def test_malformed_data_is_named_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        prepared(tmp_path / name)
+
+
+def test_data_is_looked_at_before_anything_long(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        check_data(f"self:8,{tmp_path / 'none.jsonl'}")
+    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}')
+    with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
+        check_data(str(tmp_path / "bad.jsonl"))
+    check_data("self")
