@@ -24,13 +24,9 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 METHODS = {
     "best": {"method": "best", "samples": 6, "length": 16},
     "taylor": {"method": "llm-pruner", "samples": 4, "length": 12},
-    "squares": {"importance": "taylor", "variant": "mix", "samples": 3, "length": 8},
+    "squares": {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 3, "length": 8},
     "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
     "weights": {"importance": "l2", "compensate": "none"},
-    "weighted": {
-        "method": "best", "samples": 6, "length": 16, "layers": "0,1", "shape": "free",
-        "settings": {"refit": {"also": "attention", "token_weights": "divergence"}},
-    },
 }  # fmt: skip
 
 
@@ -79,7 +75,7 @@ PAIRS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
-    kinds = {"kinds": "mlp,attention"} if method not in ("obs", "weighted") else {}
+    kinds = {"kinds": "mlp,attention"} if method != "obs" else {}
     settings = {**METHODS[method], **kinds, "calibration": "self"}
     if method == "weights":
         del settings["calibration"]
@@ -136,7 +132,6 @@ def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
     ("settings", "why"),
     [
         ({"steps": 2, "importance": "l2"}, "--steps cuts copies"),
-        ({"allocation": "search", "shape": "free"}, "runs copies of the model"),
         ({"budget": "kv-cache", "kinds": "attention"}, "measures the model"),
     ],
 )
