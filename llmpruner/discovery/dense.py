@@ -107,8 +107,7 @@ def check_named_base(pruned: Structure, named: str, catalog: Catalog, *, trust_r
     options = _options(pruned, named, trust_remote_code).model_copy(update={"revision": None})
     try:
         dense = load_structure(named, catalog, options)
-    except LlmprunerError:
-        # The recorded family may fail on another architecture.
+    except Exception:  # the groups that the recorded family declares, for another architecture
         try:
             dense = load_structure(named, catalog, LoadSettings(trust_remote_code=trust_remote_code))
         except LlmprunerError as error:

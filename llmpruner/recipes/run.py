@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..discovery.structure import load_structure
-from ..errors import LlmprunerError, OutputError, SettingsError
+from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, json_text, new_directory, read_json, remove_tree, write_text
 from ..models.identity import data_identity, folder_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import resolve
+from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job
 from ..pruning.job import prune_job
@@ -137,6 +138,8 @@ class RecipeRun:
         self.jobs = recipe_jobs(recipe, catalog)
         check_device(self.load.device)
         resolve(self.model, catalog, revision=self.load.revision)
+        if not brings_tokenizer(self.model, catalog):
+            raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:
             with _naming(step):
                 _JOBS[step.command][1](self.jobs[step.name])
@@ -260,7 +263,7 @@ class RecipeRun:
 
 def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     limits = RunSettings(**{key: value for key, value in _explicit(run.run).items() if key != "restart"})
-    model = run.call(step, output=output, run=limits, need_tokenizer=True)
+    model = run.call(step, output=output, run=limits)
     outcome = model.outcome
     facts = {
         "checkpoint": model.form,

@@ -77,30 +77,6 @@ def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
     assert result.code == 1 and f"tensor '{UP}' is not that of the base" in result.err
 
 
-def test_what_lost_nothing_may_be_fitted_too(run, shared, tmp_path):
-    """Only of the kinds that the plan names; other weights are still compared."""
-    options = (
-        "--ratio",
-        0.1,
-        "--method",
-        "best",
-        "--samples",
-        4,
-        "--set",
-        "prune.length=16",
-        "--set",
-        "prune.layers=0",
-        "--shape",
-        "free",
-    )
-    more = ("--set", "refit.also=attention", "--set", "refit.token_weights=divergence")
-    assert run("prune", shared / "dense", *options, *more, "-o", tmp_path / "out").code == 0
-    assert states(run("verify", tmp_path / "out", "--json"))["weights"] == "passed"
-    other = "model.layers.1.mlp.down_proj.weight"
-    change(tmp_path / "out", lambda t: t.update({other: t[other] * 1.001}))
-    assert f"tensor '{other}' is not that of the base" in run("verify", tmp_path / "out").err
-
-
 DAMAGE = {
     "a flipped bit": (lambda d: flip(d / "model.safetensors", UP), "SHA-256 differs)"),
     "a truncated file": (
