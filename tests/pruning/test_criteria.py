@@ -357,5 +357,5 @@ def test_normalization_keeps_the_order(llama, how, values):
 
 
 def test_an_unknown_normalization_offers_the_known(llama):
-    with pytest.raises(SettingsError, match=r"global: normalize = z-score is refused: expected .*zscore"):
+    with pytest.raises(SettingsError, match=r"normalize = 'z-score' is refused: .* did you mean zscore"):
         GlobalRanking(normalize="z-score")

@@ -95,7 +95,7 @@ def job(monkeypatch):
 def test_every_setting_of_a_method_is_used_unless_the_user_gives_it(job):
     mine = {"importance": "l1", "kinds": "mlp,attention", "allocation": "global", "steps": 3,
             "settings": {"global": {"normalize": "mean"}},
-            "shape": "free", "layers": "all", "round_to": 4, "budget": "bytes", "meet": "above", "seed": 7}  # fmt: skip
+            "shape": "free", "layers": "all", "round_to": 4, "budget": "bytes", "seed": 7}  # fmt: skip
     found = job(mine, steps=2)
     assert (found.criterion.name, found.allocation.name, found.allocation.settings.normalize) == (
         "l1",
@@ -103,7 +103,7 @@ def test_every_setting_of_a_method_is_used_unless_the_user_gives_it(job):
         "mean",
     )
     assert (found.kinds, found.steps, found.shape, found.round_to) == (("mlp", "attention"), 2, "free", 4)
-    assert (found.budget.name, found.meet, found.seed, found.layers) == ("bytes", "above", 7, "all")
+    assert (found.budget.name, found.seed, found.layers) == ("bytes", 7, "all")
 
 
 def test_what_a_method_leaves_open_is_as_without_one(job):
