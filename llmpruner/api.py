@@ -22,6 +22,7 @@ import torch
 from typing_extensions import Unpack
 
 from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
+from .component import check_chosen
 from .discovery.opening import Opener, Source, listed, openers
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
@@ -29,7 +30,7 @@ from .errors import ModelError, PlanError, SettingsError
 from .evaluation.base import ComparedModel
 from .evaluation.bench import BenchResult
 from .evaluation.bench import bench as _bench
-from .evaluation.evaluate import Evaluations
+from .evaluation.evaluate import Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
@@ -58,17 +59,11 @@ from .progress import QUIET, Progress
 from .pruning.saving import save as _save
 from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
-from .recipes.jobs import (
-    bench_job,
-    evaluate_job,
-    export_job,
-    page_job,
-)
 from .recipes.recipe import Recipe
 from .recipes.run import RecipeResult, RecipeRun, StepResult
 from .recovery.job import recover_job
 from .recovery.recover import recover as _recover
-from .report.base import ReportSubject
+from .report.base import ReportSection, ReportSubject
 from .report.evidence import report_place, report_subjects
 from .report.page import Report, comparison_page, facts_of, report_page
 from .settings import (
@@ -208,14 +203,14 @@ def evaluate(
     all models, or one for each.
     """
     catalog = catalog or Catalog()
-    job = evaluate_job(settings_from(EvaluateSettings, settings), catalog)
+    metrics = chosen_metrics(settings_from(EvaluateSettings, settings), catalog)
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
     opened = [opener.readable(source, "be evaluated") for opener, source in zip(each, sources, strict=True)]
     pairs = list(zip(each, opened, strict=True))
     compared = [ComparedModel(one.ref, one.config, opener.tokenizer(one), one.family) for opener, one in pairs]
     loaders = [partial(opener.weights, one) for opener, one in pairs]
-    return _evaluate(compared, loaders, job.metrics, progress)
+    return _evaluate(compared, loaders, metrics, progress)
 
 
 def bench(
@@ -231,13 +226,14 @@ def bench(
     one for each.
     """
     catalog = catalog or Catalog()
-    job = bench_job(settings_from(BenchSettings, settings), catalog)
+    options = settings_from(BenchSettings, settings)
+    runtime = catalog.create_only(catalog.runtimes, options.runtime, options.settings)
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
-    batch, length = max(job.batches), max(job.prompts) + job.new
+    batch, length = max(options.batch), max(options.prompt) + options.new
     subjects = [_bench_subject(source, opener, batch, length) for source, opener in zip(sources, each, strict=True)]
     return _bench(
-        subjects, job.runtime, batches=job.batches, prompts=job.prompts, new_tokens=job.new, rounds=job.rounds,
+        subjects, runtime, batches=options.batch, prompts=options.prompt, new_tokens=options.new, rounds=options.rounds,
         device=each[0].load.device, progress=progress,
     )  # fmt: skip
 
@@ -317,7 +313,8 @@ def export(
     """
     catalog = catalog or Catalog()
     source = Path(model)
-    exporter = export_job(settings_from(ExportSettings, settings), catalog)
+    options = settings_from(ExportSettings, settings)
+    exporter = catalog.create_only(catalog.exporters, options.to, options.settings)
     directory = check_new_directory(Path(output))
     is_file = source.suffix == ".gguf" and source.is_file()
     if is_file and not exporter.takes_files:
@@ -399,7 +396,7 @@ def write_page(
     its settings.
     """
     catalog = catalog or Catalog()
-    sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
+    sections = _sections(settings, catalog)
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
     page = report_page(subject, sections)
     write_text(check_own_file(Path(path), HTML, "page in HTML"), page.html)
@@ -423,12 +420,19 @@ def write_report(
     catalog = catalog or Catalog()
     places = [Path(place) for place in ([directories] if isinstance(directories, (str, Path)) else directories)]
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
-    sections = page_job(settings_from(PageSettings, {"settings": settings or {}}), catalog)
+    sections = _sections(settings, catalog)
     target = check_own_file(Path(path or default), HTML, "page in HTML")
     subjects = report_subjects([report_place(place) for place in places], list(map(Path, results)), catalog)
     page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
     write_text(target, page.html)
     return Report(target, tuple(facts_of(subject) for subject in subjects), page.warnings)
+
+
+def _sections(settings: Mapping[str, Mapping[str, Any]] | None, catalog: Catalog) -> tuple[ReportSection, ...]:
+    own = settings_from(PageSettings, {"settings": settings or {}}).settings
+    sections = tuple(catalog.create(catalog.sections, name, own.get(name)) for name in catalog.sections)
+    check_chosen(own, sections)
+    return sections
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:

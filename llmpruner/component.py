@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -47,6 +47,15 @@ class Component:
     def record(self) -> dict[str, Any]:
         """The settings as JSON values, as plans and job records keep them."""
         return self.settings.model_dump(mode="json")
+
+
+def check_chosen(own: Mapping[str, Any], components: Iterable[Component]) -> None:
+    """Raise `SettingsError` for ``--set NAME.key`` of a component that is not among those that are used."""
+    chosen = {component.name: component.kind for component in components}
+    for name in own:
+        if name not in chosen:
+            used = ", ".join(f"{kind} {other}" for other, kind in chosen.items() if other)
+            raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {used})")
 
 
 def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: str) -> ComponentSettings:

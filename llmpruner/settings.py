@@ -44,15 +44,12 @@ _TRAINING = "Training"
 class Option:
     """The command-line option of a field. ``flags``: its names, by default derived from the field's. ``panel``: its
     section in ``--help``. ``metavar``: the placeholder of its value. ``advanced``: no option of its own, but
-    ``--set GROUP.field=value`` with the `Settings.group` of the settings. ``sets``: ``field.key`` for a shorthand: it
-    sets ``key`` of the component that ``field`` selects, or of the metric named ``field``; the component declares
-    default and bounds."""
+    ``--set GROUP.field=value`` with the `Settings.group` of the settings."""
 
     panel: str | None = None
     flags: tuple[str, ...] = ()
     metavar: str | None = None
     advanced: bool = False
-    sets: str | None = None
 
 
 class Settings(BaseModel):
@@ -131,16 +128,14 @@ class LoadSettings(Settings):
 
 
 class RunSettings(Settings):
-    """How a long command runs. The result does not depend on it, except where a small ``max_memory`` needs smaller
-    micro-batches: it differs by rounding then."""
+    """How a long command runs. The result does not depend on it."""
 
     max_memory: Annotated[
         Annotated[Size, Field(gt=0)] | None,
         Field(
             description="Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its "
-            "files layer by layer; if need be, hidden states are kept in a file and, where nothing else fits, "
-            "micro-batches are smaller, which changes results by rounding. What cannot fit is refused beforehand. By "
-            "default, models larger than half of the free memory are read layer by layer."
+            "files layer by layer and, if need be, hidden states are kept in a file. What cannot fit is refused "
+            "beforehand. By default, models larger than half of the free memory are read layer by layer."
         ),
         Option(_MACHINE, metavar="SIZE"),
     ] = None
@@ -407,7 +402,6 @@ class EvaluateSettings(Settings):
     window: Annotated[
         int | None,
         Field(description="Tokens per window of the perplexity, by default 512; windows do not overlap."),
-        Option(sets="perplexity.window"),
     ] = None
     kl: Annotated[
         bool,
@@ -415,7 +409,6 @@ class EvaluateSettings(Settings):
             description="Also the KL divergence from the first MODEL on the text of the perplexity, and the share of "
             "tokens with the same most probable prediction (both models are in memory)."
         ),
-        Option(sets="perplexity.kl"),
     ] = False
     tasks: Annotated[
         Names | None,
@@ -424,7 +417,7 @@ class EvaluateSettings(Settings):
             "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa."
         ),
     ] = None
-    limit: Annotated[int | None, Field(description="Rows per task; all by default."), Option(sets="tasks.limit")] = None
+    limit: Annotated[int | None, Field(description="Rows per task; all by default.")] = None
     speed: Annotated[bool, Field(description="Tokens per second and peak memory.")] = False
     metrics: Annotated[
         Names | None,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from ..component import check_chosen
 from ..errors import ModelError, PluginError, SettingsError
 from ..progress import QUIET, Progress
 from ..values import bytes_text, count_text
@@ -21,6 +22,32 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..models.model import Model
+    from ..plugins.catalog import Catalog
+    from ..settings import EvaluateSettings
+
+
+def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
+    """The metrics to measure: always the size, and perplexity on Python's help topics when nothing is named. Raises
+    `SettingsError` (or `UnknownNameError`) for settings that are wrong."""
+    chosen: dict[str, dict[str, Any]] = {"size": {}}
+    of_text = {"text": settings.perplexity, "window": settings.window, "kl": settings.kl or None}
+    if any(value is not None for value in of_text.values()):
+        chosen["perplexity"] = {key: value for key, value in of_text.items() if value is not None}
+    if settings.tasks is not None:
+        limit = {} if settings.limit is None else {"limit": settings.limit}
+        chosen["tasks"] = {"names": settings.tasks, **limit}
+    elif settings.limit is not None:
+        raise SettingsError("--limit is of --tasks; name tasks")
+    if settings.speed:
+        chosen["speed"] = {}
+    for name in settings.metrics or ():
+        chosen.setdefault(name, {})
+    if len(chosen) == 1 and not settings.metrics:
+        chosen["perplexity"] = {}
+    own = settings.settings
+    metrics = tuple(catalog.create(catalog.metrics, name, {**chosen[name], **own.get(name, {})}) for name in chosen)
+    check_chosen(own, metrics)
+    return metrics
 
 
 def evaluate(

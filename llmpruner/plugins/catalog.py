@@ -11,6 +11,7 @@ from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..calibration.sources import CalibrationSource
+from ..component import check_chosen
 from ..discovery.family import AUTO, ModelFamily
 from ..errors import DuplicateNameError, ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric
@@ -139,6 +140,14 @@ class Catalog:
         Raises `UnknownNameError`, `DuplicateNameError`, and `SettingsError` for invalid settings.
         """
         return registry[name](**(values or {}))
+
+    def create_only(self, registry: Registry[T], name: str, own: Mapping[str, Mapping[str, Any]]) -> T:
+        """`create` for a command with one component; ``own``: name → settings. Raises `SettingsError` for settings of
+        another component too."""
+        component: Any = self.create(registry, name, own.get(name))
+        check_chosen(own, [component])
+        created: T = component
+        return created
 
     def register_models(self) -> None:
         """Call `ModelFamily.register_models` of every family."""

@@ -5,13 +5,14 @@ The stages read jobs, not settings. A job does not depend on the model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from ..calibration.calibration import CalibrationText, parse_calibration
+from ..component import check_chosen
 from ..engine.signals import Signal
-from ..errors import PluginError, SettingsError
+from ..errors import SettingsError
 from ..models.positions import positions_of
 from ..settings import PruneSettings, Shape, settings_from
 from .methods import ByHand
@@ -104,13 +105,14 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         )
     (amount,) = amounts
     own = settings.settings
-    method = _method(settings, catalog)
-    writes = parse_calibration(settings.calibration, catalog.sources, own).writes
-    defaults = _defaults(method, settings, writes=writes)
-    of_components: Mapping[str, Mapping[str, Any]] = defaults.pop("settings", {})
+    method: Method = ByHand()
+    if settings.method is not None or settings.importance is None:
+        name = settings.method or "best"
+        method = catalog.create(catalog.methods, name, own.get(name))
+    text = parse_calibration(settings.calibration, catalog.sources, own)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
-    settings = _filled(method, settings, {name: value for name, value in defaults.items() if name not in explicit})
-    assert settings.importance and settings.compensate and settings.samples and settings.length, "given or filled in"
+    settings, of_components = _filled(settings, explicit, method, writes=text.writes)
+    assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
     def of(name: str) -> dict[str, Any]:
         return {**of_components.get(name, {}), **own.get(name, {})}
@@ -122,7 +124,6 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     compensation = catalog.create(catalog.compensations, settings.compensate, of(settings.compensate))
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
-    text = parse_calibration(settings.calibration, catalog.sources, own)
     check_chosen(own, [budget, criterion, allocation, compensation, method, *(part.source for part in text.parts)])
     calibration = None
     if criterion.signals - {Signal.WEIGHT} or allocation.measures or compensation.reads_text:
@@ -146,44 +147,20 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     )
 
 
-def check_chosen(own: Mapping[str, Any], components: list[Any]) -> None:
-    """Raise `SettingsError` for ``--set NAME.key`` of a component that is not among those that are used."""
-    chosen = {component.name: component.kind for component in components}
-    for name in own:
-        if name not in chosen:
-            used = ", ".join(f"{kind} {other}" for other, kind in chosen.items() if other)
-            raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {used})")
-
-
-def _method(settings: PruneSettings, catalog: Catalog) -> Method:
-    """The method that the user named; else `ByHand` if the user named a criterion, else ``best``."""
-    if settings.method is None and settings.importance is not None:
-        return ByHand()
-    name = settings.method or "best"
-    return catalog.create(catalog.methods, name, settings.settings.get(name))
-
-
-def _defaults(method: Method, settings: PruneSettings, *, writes: bool) -> dict[str, Any]:
-    """What ``method`` gives, and what `ByHand` does for what it leaves open."""
-    values = method.defaults(settings, writes=writes)
-    if not isinstance(values, Mapping):
-        raise PluginError(f"method {method.name} gave {type(values).__name__}; expected a mapping of settings")
-    defaults = {**ByHand().defaults(settings, writes=writes), **values}
-    unknown = sorted(defaults.keys() - PruneSettings.model_fields.keys())
-    if unknown:
-        raise SettingsError(f"method {method.name} gives '{unknown[0]}', which is no setting of a prune")
+def _filled(
+    settings: PruneSettings, explicit: Collection[str], method: Method, *, writes: bool
+) -> tuple[PruneSettings, Mapping[str, Mapping[str, Any]]]:
+    """``settings`` with the defaults of ``method``, and of `ByHand` for what it leaves open, where they are not
+    ``explicit``; and the defaults for settings of components. Raises `SettingsError` for a default that is refused."""
+    defaults = {**ByHand().defaults(settings, writes=writes), **method.defaults(settings, writes=writes)}
+    of_components: Mapping[str, Mapping[str, Any]] = defaults.pop("settings", {})
     if settings.importance is None and defaults.get("importance") is None:
         raise SettingsError(f"method {method.name} gives no criterion; choose one with --importance")
-    return defaults
-
-
-def _filled(method: Method, settings: PruneSettings, defaults: Mapping[str, Any]) -> PruneSettings:
-    """``settings`` with ``defaults`` for what they leave open. Raises `SettingsError` for a value that is refused."""
     try:
-        checked = settings_from(PruneSettings, defaults)
+        checked = settings_from(PruneSettings, {n: value for n, value in defaults.items() if n not in explicit})
     except SettingsError as error:
         raise SettingsError(f"method {method.name}: {error}") from error
-    return settings.model_copy(update={name: getattr(checked, name) for name in defaults})
+    return settings.model_copy(update={n: getattr(checked, n) for n in defaults if n not in explicit}), of_components
 
 
 def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:

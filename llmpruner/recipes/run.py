@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..discovery.structure import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
-from ..evaluation.evaluate import Evaluations
+from ..evaluation.evaluate import Evaluations, chosen_metrics
 from ..files import alone_in, check_new_directory, json_text, new_directory, read_json, remove_tree, write_text
 from ..models.identity import data_identity, folder_identity, model_identity
 from ..models.numbers import check_device
@@ -31,8 +31,6 @@ from ..pruning.job import prune_job
 from ..recovery.job import check_recover, recover_job
 from ..report.history import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
-from .checks import check_metrics, check_text
-from .jobs import bench_job, evaluate_job, export_job
 from .recipe import DENSE, Recipe, Step
 
 if TYPE_CHECKING:
@@ -80,13 +78,16 @@ class RecipeResult:
         return {"model": self.model, "output": str(self.output), "steps": [step.as_json() for step in self.steps]}
 
 
-_JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], None]]] = {
-    "prune": (prune_job, check_text),
+_JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], object]]] = {
+    "prune": (prune_job, lambda job: job.calibration is None or job.calibration.text.check()),
     "recover": (recover_job, check_recover),
-    "evaluate": (evaluate_job, check_metrics),
-    "bench": (bench_job, lambda job: None),
+    "evaluate": (chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
+    "bench": (lambda own, catalog: catalog.create_only(catalog.runtimes, own.runtime, own.settings), lambda job: None),
     "generate": (lambda settings, catalog: settings, lambda job: None),
-    "export": (export_job, lambda exporter: exporter.check()),
+    "export": (
+        lambda own, catalog: catalog.create_only(catalog.exporters, own.to, own.settings),
+        lambda job: job.check(),
+    ),
 }
 """Command → what creates its job from settings, and what checks its data."""
 
@@ -97,7 +98,8 @@ def recipe_jobs(recipe: Recipe, catalog: Catalog) -> dict[str, Any]:
     for step in recipe.steps:
         with _naming(step):
             job = jobs[step.name] = _JOBS[step.command][0](step.settings, catalog)
-            compares = next((metric for metric in getattr(job, "metrics", ()) if metric.needs_reference), None)
+            metrics = job if step.command == "evaluate" else ()
+            compares = next((metric for metric in metrics if metric.needs_reference), None)
             if compares is not None and len(step.reads) == 1:
                 raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
     return jobs

@@ -11,14 +11,12 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import BenchSubject, ModelError, Runtime, Session, SettingsError, Work
+from llmpruner import BenchSubject, ModelError, Runtime, Session, Work
 from llmpruner.discovery.groups import build_graph
 from llmpruner.evaluation.bench import bench, measurement
 from llmpruner.evaluation.transformers_runtime import StaticSession, TorchSession, work_of
 from llmpruner.models.numbers import stored_bytes
 from llmpruner.models.surgery import cut
-from llmpruner.recipes.jobs import bench_job
-from llmpruner.settings import BenchSettings, settings_from
 
 FAMILY = LlamaFamily()
 
@@ -166,26 +164,6 @@ def test_median_and_quartiles():
     assert (found.median, found.low, found.high, found.runs) == (3, 1, 5, 5)
     assert (found.lower_quartile, found.upper_quartile) == (2, 4)
     assert measurement([7.0]).lower_quartile == measurement([7.0]).upper_quartile == 7
-
-
-# Settings
-
-
-def test_every_option_changes_what_is_run(catalog):
-    def job(**given):
-        found = bench_job(settings_from(BenchSettings, given), catalog)
-        return {**vars(found), "runtime": (found.runtime.name, found.runtime.record())}
-
-    changes = {
-        "runtime": "vllm", "batch": "2", "prompt": [7, 9], "new": 3, "rounds": 2,
-        "settings": {"vllm": {"eager": True}},
-    }  # fmt: skip
-    assert set(changes) == set(BenchSettings.model_fields)
-    for name, value in changes.items():
-        base = {"runtime": "vllm"} if name == "settings" else {}
-        assert job(**base, **{name: value}) != job(**base)
-    with pytest.raises(SettingsError, match="has no effect: 'vllm' is not chosen"):
-        job(settings=changes["settings"])
 
 
 # Refusals
