@@ -1,7 +1,8 @@
 """The story of a prune: open → discover → calibrate → score → select → compensate → cut → save.
 
-Settings become one frozen job (`pruning.job`), which says what is done; one `Execution` says how it runs. Whatever can
-be refused is refused before weights are read.
+Settings become one frozen job (`pruning.job`), which says what is done; one `Execution` says how it runs: where weights
+come from, what is kept in memory, which processes share the work, and where results of finished steps are kept.
+Whatever can be refused is refused before weights are read. To read the code, begin with `prune`, then `prune_model`.
 """
 
 from __future__ import annotations
@@ -59,11 +60,11 @@ def prune(
     what: PruneSettings | PruningPlan,
     output: Path | None,
     opener: Opener,
-    limits: RunSettings,
-    asked: Mapping[str, Any],
+    run: RunSettings,
+    options: Mapping[str, Any],
 ) -> Model:
     """Prune ``source`` by settings or by a plan, and save the result to ``output`` (None: keep it in memory).
-    ``asked``: the options that the user gave, for ``run.json``. Raises as `llmpruner.prune`."""
+    ``options``: what the user set, for ``run.json``. Raises as `llmpruner.prune`."""
     ranks = Ranks.current()
     opener = opener.of_ranks(ranks)
     job = job_of(what, opener.catalog)
@@ -71,7 +72,7 @@ def prune(
         ranks.from_first(lambda: check_new_directory(output))
     structure = opener.structure(source)
     check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    expected = _expected(job, structure, opener, limits, ranks, saves=True, in_memory=output is None)
+    expected = _expected(job, structure, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
         model = opener.weights(structure)
         execution = _execution(model, expected, ranks, None, opener.progress)
@@ -80,7 +81,7 @@ def prune(
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
     journal = _journal(output, structure, what, job, expected, opener, ranks)
-    with nullcontext() if journal is None else journal.running(opener.progress, anew=limits.restart):
+    with nullcontext() if journal is None else journal.running(opener.progress, anew=run.restart):
         ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         written = 0 if journal is None else tree_bytes(journal.folder)
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
@@ -96,11 +97,11 @@ def prune(
         with execution.stages.stage("saving"):
             form = ranks.from_first(lambda: save(pruned, output))
         if ranks.first:
-            write_run(output, execution.stages, "prune", structure.ref, asked)
+            write_run(output, execution.stages, "prune", structure.ref, options)
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
 
 
-def plan(source: Source, settings: PruneSettings, opener: Opener, limits: RunSettings) -> tuple[PruningPlan, Outcome]:
+def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
     """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
     ranks = Ranks.current()
     opener = opener.of_ranks(ranks)
@@ -108,7 +109,7 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, limits: RunSet
     assert isinstance(job, PruneJob)
     structure = opener.structure(source)
     check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    expected = _expected(job, structure, opener, limits, ranks, saves=False)
+    expected = _expected(job, structure, opener, run, ranks, saves=False)
     ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
     execution = _execution(model, expected, ranks, None, opener.progress)
@@ -124,8 +125,8 @@ def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -
     made, cost, _ = select(model, job, text, chooser, execution)
     if chooser is None or text is None:
         return made, cost
-    chosen = chooser.choose_all(model.model, model.graph, made.kept, text, execution.progress, execution)
-    return made.model_copy(update={"cuts": cuts_of(model.graph, execution.ranks.from_first(lambda: chosen))}), cost
+    kept = chooser.choose_all(model.model, model.graph, made.kept, text, execution)
+    return made.model_copy(update={"cuts": cuts_of(model.graph, execution.ranks.from_first(lambda: kept))}), cost
 
 
 def prune_model(
@@ -148,13 +149,12 @@ def prune_model(
         if made.compensation is not None:
             made, fits = compensate(model, made, job, text, chooser, execution)
         with execution.stages.stage("cut"):
-            outcome = replace(
-                outcome_of(model, made, cost), forecast=None if expected is None else expected.as_json()
-            )  # fmt: skip
+            outcome = outcome_of(model, made, cost)
+            if expected is not None:
+                outcome = replace(outcome, forecast=expected.as_json())
             scores = {**spreads, **({} if chooser is None else chooser.scores)}
             work = {"fits": fits_record(fits), "scores": scores}
-            pruned = cut(replace(model, work=(*model.work, work), outcome=outcome), made)
-            return model.become(pruned)
+            return model.become(cut(replace(model, work=(*model.work, work), outcome=outcome), made))
 
 
 def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> CalibrationSet | None:
@@ -173,18 +173,17 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
         progress=progress, family=model.family,
     )  # fmt: skip
     with execution.stages.stage("calibration text"), model.weights.outside():
-        found = execution.ranks.from_first(sample)
+        calibration = execution.ranks.from_first(sample)
     if isinstance(job, PruneJob):
-        for warning in found.warnings() if execution.ranks.first else ():
+        for warning in calibration.warnings() if execution.ranks.first else ():
             _LOG.warning(warning)
     # Generated text depends on rounding, so that it may differ on another machine.
-    elif not text.writes and job.plan.compensation and found.fingerprint != job.plan.compensation.fingerprint:
+    elif not text.writes and job.plan.compensation and calibration.fingerprint != job.plan.compensation.fingerprint:
         raise DataError(f"'{text.text}' is not the text that this plan was made with; make a new plan")
     if journal is not None:
-        journal.store(
-            "calibration", {"input_ids": found.input_ids.tolist(), "source": found.source, "parts": found.parts}
-        )  # fmt: skip
-    return found
+        ids = calibration.input_ids.tolist()
+        journal.store("calibration", {"input_ids": ids, "source": calibration.source, "parts": calibration.parts})
+    return calibration
 
 
 def select(
@@ -223,9 +222,7 @@ def compensate(
     execution: Execution,
 ) -> tuple[PruningPlan, Sequence[Fit]]:
     """Fit the weights that read removed units, in place; the plan with the units that ``chooser`` chose."""
-    task = RepairTask(
-        model.model, model.graph, made.kept, text, chooser, execution.progress, execution, execution.journal
-    )
+    task = RepairTask(model.model, model.graph, made.kept, text, chooser, execution)
     with execution.stages.stage("compensation"), torch.no_grad():
         repaired = job.compensation.repair(task)
     return made.model_copy(update={"cuts": cuts_of(model.graph, repaired.kept)}), repaired.fits
@@ -249,27 +246,27 @@ def _expected(
     job: PruneJob | ReplayJob,
     structure: Structure,
     opener: Opener,
-    limits: RunSettings,
+    run: RunSettings,
     ranks: Ranks,
     *,
     saves: bool,
     in_memory: bool = False,
 ) -> Forecast:
-    """The forecast, which is shown, of how the run goes: it decides whether weights are read layer by layer."""
-    found = ranks.from_first(
+    """The forecast of the run, which is shown: it decides whether weights are read layer by layer."""
+    expected = ranks.from_first(
         lambda: forecast(
-            job, structure, opener.load, opener.catalog, limits.max_memory,
+            job, structure, opener.load, opener.catalog, run.max_memory,
             saves=saves, in_memory=in_memory, timed=opener.progress is not QUIET,
         )
     )  # fmt: skip
-    opener.progress.status(str(found))
-    return found
+    opener.progress.status(str(expected))
+    return expected
 
 
 def _execution(
     model: Model, expected: Forecast, ranks: Ranks, journal: Journal | None, progress: Progress
 ) -> Execution:
-    return Execution(model.weights, expected.state_memory, expected.divided, ranks, journal, progress)
+    return Execution(model.weights, expected.state_memory, ranks, journal, progress)
 
 
 def _journal(
@@ -292,7 +289,6 @@ def _journal(
         "data": data_identity(named, job),
         "prune": what.model_dump(mode="json"),
         "load": opener.load.model_dump(mode="json"),
-        "micro-batches divided by": expected.divided,
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
     return Journal(output.with_name(output.name + ".pruning"), identity, ranks)

@@ -6,16 +6,26 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Iterator, Mapping, MutableSequence, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, overload
+from typing import IO, Any
 
 import torch
 
 from ..files import writing
 
-GIB = 1 << 30
 DEFAULT_LIMIT = 128 << 20
 """Bytes of hidden states in memory, unless the caller sets another limit."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor is in the file."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
 
 
 class Boundaries:
@@ -37,10 +47,9 @@ class Boundaries:
 
     def states(self, tensors: Sequence[torch.Tensor] = ()) -> States:
         """A new sequence, with ``tensors``."""
-        found = States(self)
-        for tensor in tensors:
-            found.append(tensor)
-        return found
+        states = States(self)
+        states.extend(tensors)
+        return states
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor | _Place:
         """What `States` holds for ``tensor``: itself, or where it is in the file."""
@@ -58,11 +67,11 @@ class Boundaries:
             if self._file is None:
                 if self._folder is not None:
                     self._folder.mkdir(exist_ok=True)
-                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-", buffering=0)  # noqa: SIM115
+                self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-")  # noqa: SIM115
             self._file.seek(offset)
-            _write(self._file, _bytes(tensor.detach().cpu().contiguous()))
+            _write(self._file, tensor)
         self.in_file += size
-        return _Place(offset, tuple(tensor.shape), tensor.dtype, tensor.device)
+        return _Place(offset, tensor.shape, tensor.dtype, tensor.device)
 
     def read(self, kept: torch.Tensor | _Place) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
@@ -75,18 +84,9 @@ class Boundaries:
         if isinstance(kept, torch.Tensor):
             self.in_memory -= kept.nbytes
         else:
-            size = kept.dtype.itemsize * torch.Size(kept.shape).numel()
+            size = kept.dtype.itemsize * kept.shape.numel()
             self.in_file -= size
             self._free.setdefault(size, []).append(kept.offset)
-
-
-class _Place:
-    """Where a tensor is in the file."""
-
-    __slots__ = ("device", "dtype", "offset", "shape")
-
-    def __init__(self, offset: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> None:
-        self.offset, self.shape, self.dtype, self.device = offset, shape, dtype, device
 
 
 class States(MutableSequence[torch.Tensor]):
@@ -101,23 +101,17 @@ class States(MutableSequence[torch.Tensor]):
         self._kept: list[torch.Tensor | _Place] = []
         self.passed: dict[int, dict[str, Any]] = {}
 
-    def beside(self, *, continued: bool = False) -> States:
+    def empty(self, *, continued: bool = False) -> States:
         """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with what
         is passed on to it; else a copy of that, as for a run of another model from here."""
-        found = States(self._boundaries)
-        found.passed = self.passed if continued else {first: copied(own) for first, own in self.passed.items()}
-        return found
+        states = States(self._boundaries)
+        states.passed = self.passed if continued else {first: copied(own) for first, own in self.passed.items()}
+        return states
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    @overload
-    def __getitem__(self, number: int) -> torch.Tensor: ...
-    @overload
-    def __getitem__(self, number: slice) -> States: ...
-    def __getitem__(self, number: Any) -> Any:
-        if isinstance(number, slice):
-            raise TypeError("states are read one by one")
+    def __getitem__(self, number: int) -> torch.Tensor:  # type: ignore[override]
         return self._boundaries.read(self._kept[number])
 
     def __setitem__(self, number: Any, tensor: Any) -> None:
@@ -136,14 +130,14 @@ class States(MutableSequence[torch.Tensor]):
     def dump(self, file: Path) -> None:
         """Write all tensors to ``file``, whole or not at all; `load` reads them."""
         aside = file.with_suffix(".partial")
-        with aside.open("wb", buffering=0) as stream:
+        with aside.open("wb") as stream:
             for tensor in self:
-                _write(stream, _bytes(tensor.detach().cpu().contiguous()))
+                _write(stream, tensor)
         aside.replace(file)
 
     def load(self, file: Path, like: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
         """Append the tensors of `dump`. ``like``: the shape of each."""
-        with file.open("rb", buffering=0) as stream:
+        with file.open("rb") as stream:
             for shape in like:
                 self.append(_read(stream, shape, dtype).to(device))
 
@@ -165,18 +159,12 @@ def _bytes(tensor: torch.Tensor) -> Any:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
-def _read(file: IO[bytes], shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
-    found = torch.empty(tuple(shape), dtype=dtype)
-    view, done = memoryview(_bytes(found)), 0
-    while done < len(view):
-        count = file.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError("the file of hidden states is shorter than it should be")
-        done += count
-    return found
+def _read(file: IO[bytes], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    tensor = torch.empty(shape, dtype=dtype)
+    if file.readinto(_bytes(tensor)) < tensor.nbytes:  # type: ignore[attr-defined]
+        raise EOFError("the file of hidden states is shorter than it should be")
+    return tensor
 
 
-def _write(file: IO[bytes], data: Any) -> None:
-    view, done = memoryview(data), 0
-    while done < len(view):
-        done += file.write(view[done:])
+def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
+    file.write(_bytes(tensor.detach().cpu().contiguous()))

@@ -1,5 +1,5 @@
-"""How a run executes: where weights come from, what is kept in memory, which processes share the work, and what a run
-that is killed needs to go on. It is all that stages take besides their job."""
+"""How a run executes: where weights come from, what is kept in memory, which processes share the work, what a run that
+is killed needs to go on, and who sees its progress. It is all that stages take besides their job."""
 
 from __future__ import annotations
 
@@ -34,8 +34,6 @@ class Execution:
     state_memory: int | None = DEFAULT_LIMIT
     """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in the folder of the journal, or in
     the system's folder of temporary files."""
-    divided: int = 1
-    """Micro-batches are this many times smaller than usual, which changes results by rounding."""
     ranks: Ranks = SINGLE
     """The processes that the calibration text is spread over. What is decided (text, plan) is decided by the first."""
     journal: Journal | None = None
@@ -64,11 +62,11 @@ class Execution:
 
     def rows_forward(self, length: int) -> int:
         """Samples of ``length`` tokens in a micro-batch of a walk forwards."""
-        return max(1, TOKENS_AT_ONCE // self.divided // length)
+        return max(1, TOKENS_AT_ONCE // length)
 
     def rows_backward(self, length: int) -> int:
         """The same in a walk with gradients."""
-        return max(1, TOKENS_WITH_GRADIENTS // self.divided // length)
+        return max(1, TOKENS_WITH_GRADIENTS // length)
 
     def boundaries(self) -> Boundaries:
         return Boundaries(self.state_memory, None if self.journal is None else self.journal.folder)

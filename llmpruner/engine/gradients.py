@@ -7,14 +7,13 @@ parameters. They are those of autograd over the whole model, but gradients and a
 of one layer only.
 
 A model in memory runs as a whole, and what its layers are called with is recorded. Layers may also use keys and values
-of earlier layers (`passed.py`). Weights that are read layer by layer need a decoder that runs layer by layer; this is
+of earlier layers (`Inputs`). Weights that are read layer by layer need a decoder that runs layer by layer; this is
 checked on one sample.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
 from math import isfinite
@@ -43,6 +42,7 @@ from .walk import (
     record,
     replaced_layers,
     shares_keys,
+    with_own_dictionaries,
 )
 
 if TYPE_CHECKING:
@@ -58,29 +58,16 @@ class GradientSums:
     grad: torch.Tensor | None
     grad_sq: torch.Tensor | None
 
-    @classmethod
-    def like(cls, parameter: torch.Tensor, *, summed: bool, squares: bool) -> GradientSums:
-        def zeros() -> torch.Tensor:
-            return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
-
-        return cls(zeros() if summed else None, zeros() if squares else None)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        return [tensor for tensor in (self.grad, self.grad_sq) if tensor is not None]
-
     def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
-        """``share``: of the mean; ``scale``: by which the loss was multiplied."""
-        found, parameter.grad = parameter.grad, None
+        """Add ``parameter.grad``, and free it. ``share``: of the mean; ``scale``: by which the loss was multiplied."""
+        own, parameter.grad = parameter.grad, None
         if self.grad is None:
-            self.grad = torch.zeros_like(parameter) if found is None else found
-            return
-        if found is None:
-            return
-        grad = found.float() if scale == 1 else found.float().div_(scale)
-        self.grad.add_(grad, alpha=share)
-        if self.grad_sq is not None:
-            self.grad_sq.addcmul_(grad, grad, value=share)
+            self.grad = torch.zeros_like(parameter) if own is None else own
+        elif own is not None:
+            grad = own.float() if scale == 1 else own.float().div_(scale)
+            self.grad.add_(grad, alpha=share)
+            if self.grad_sq is not None:
+                self.grad_sq.addcmul_(grad, grad, value=share)
 
 
 @contextlib.contextmanager
@@ -104,12 +91,6 @@ Place = tuple[str | int, ...]
 """Name or number of an argument of a layer; for a dictionary, also the key and the number of the tensor there."""
 
 
-def as_now(call: Call) -> Call:
-    """``call`` with copies of its dictionaries, into which later layers put nothing."""
-    args, kwargs = call
-    return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
-
-
 def tensors_of(call: Call) -> dict[Place, torch.Tensor]:
     """The tensors among the arguments."""
     args, kwargs = call
@@ -118,10 +99,11 @@ def tensors_of(call: Call) -> dict[Place, torch.Tensor]:
 
 
 class Inputs:
-    """``call`` with tensors that collect gradients: those in dictionaries, and those at ``places``."""
+    """``call`` with tensors that collect gradients: those in dictionaries, by which layers pass on keys and values, and
+    those at ``places``."""
 
     def __init__(self, call: Call, places: Collection[Place]) -> None:
-        args, kwargs = as_now(call)
+        args, kwargs = with_own_dictionaries(call)
         self._own = {place: _leaf(tensor) for place, tensor in tensors_of(call).items() if place in places}
         for (name,), leaf in self._own.items():
             if isinstance(name, int):
@@ -129,13 +111,12 @@ class Inputs:
             else:
                 kwargs[name] = leaf
         self.call: Call = args, kwargs
-        for values in _dictionaries(self.call):
-            for key, entry in values.items():
-                if _is_floating(entry):
-                    values[key] = tuple(map(_leaf, entry))
+        for values in kwargs.values():
+            if isinstance(values, MutableMapping):
+                values.update({key: tuple(map(_leaf, entry)) for key, entry in values.items() if _is_floating(entry)})
         self._taken = dict(_entries(self.call))
 
-    def given(self, later: dict[Place, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def outputs(self, later: dict[Place, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """After the layer ran: what is in the dictionaries, with the gradients by ``later`` layers, which are taken out
         of it. Where the layer put nothing there, that is what it took, whose gradients are added to."""
         for place, tensor in _entries(self.call):
@@ -156,22 +137,17 @@ def _is_floating(entry: Any) -> bool:
     return isinstance(entry, tuple) and all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in entry)
 
 
-def _dictionaries(call: Call) -> Iterator[MutableMapping[Any, Any]]:
-    return (value for value in call[1].values() if isinstance(value, MutableMapping))
-
-
 def _entries(call: Call) -> Iterator[tuple[Place, torch.Tensor]]:
     for name, values in call[1].items():
-        if isinstance(values, MutableMapping):
-            for key, entry in values.items():
-                if _is_floating(entry):
-                    yield from (((name, key, number), tensor) for number, tensor in enumerate(entry))
+        for key, entry in values.items() if isinstance(values, MutableMapping) else ():
+            if _is_floating(entry):
+                yield from (((name, key, number), tensor) for number, tensor in enumerate(entry))
 
 
 @dataclass
 class _Batch:
-    """One micro-batch. ``calls``: the arguments of each layer but the hidden states; ``output_rest``: the further
-    outputs of each layer."""
+    """One micro-batch. ``calls``: the arguments of each layer but the hidden states; ``rests``: the further outputs of
+    each layer."""
 
     input_ids: torch.Tensor
     share: float
@@ -179,10 +155,10 @@ class _Batch:
     first: int
     """The number of its first sample."""
     calls: list[Call] = field(default_factory=list)
-    output_rest: list[tuple[Any, ...] | None] = field(default_factory=list)
+    rests: list[tuple[Any, ...] | None] = field(default_factory=list)
     passed: dict[Place, torch.Tensor] = field(default_factory=dict)
     """Gradients of values that layers after the next one took from dictionaries, by their place there."""
-    given: dict[int, dict[Place, torch.Tensor]] = field(default_factory=dict)
+    arguments: dict[int, dict[Place, torch.Tensor]] = field(default_factory=dict)
     """Layer → gradients of the arguments that the model computes from parameters outside the layers."""
 
 
@@ -190,7 +166,7 @@ class GradientWalk:
     """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
     micro-batches, maybe none, and gradients are sums over all of them.
 
-    ``per_sample``: micro-batches of one sample, so that squared gradients are those of single samples. ``outer``: the
+    ``squares``: squared gradients of single samples are summed too, in micro-batches of one sample. ``outer``: the
     parameters outside the layers of which `backward_outer` will be asked. ``exact``: products of layers and of the head
     are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
     (`computes_bfloat16_fast`) and the layers accept it (`LayerCheck.runs_in`), with hidden states, their gradients and
@@ -202,25 +178,25 @@ class GradientWalk:
         execution: Execution,
         calibration: CalibrationSet,
         *,
-        per_sample: bool,
+        squares: bool,
         outer: Collection[str] = (),
         exact: bool = True,
     ) -> None:
         self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
-        self._experts, self._ranks = expert_configs(self.model), execution.ranks
+        self._experts, self._ranks, self._squares = expert_configs(self.model), execution.ranks, squares
         with self.weights.outside():
             ids = check_tokens(self.model, calibration.input_ids)
             # The device of weights that are read when they are needed is known here alone.
             self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
             """Whether layers and head run under autocast."""
-        rows = 1 if per_sample else execution.rows_backward(ids.shape[1])
+        rows = 1 if squares else execution.rows_backward(ids.shape[1])
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
         )
         tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
         self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
         """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
-        self.summed = rows < len(ids) or self._ranks.count > 1 or self._scale != 1
+        self._summed = squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
         """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
         kept = execution.boundaries()
         self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
@@ -251,7 +227,7 @@ class GradientWalk:
             for states in self.hidden:
                 states.clear()
             for batch in self.batches:
-                batch.output_rest = []
+                batch.rests = []
             self._forward_by_layer(check)
 
     def _forward_by_layer(self, check: LayerCheck) -> bool:
@@ -268,10 +244,10 @@ class GradientWalk:
                 if self._mixed and not check.runs_in(torch.bfloat16, number):
                     return False
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
-                    call, batch.calls[number] = batch.calls[number], as_now(batch.calls[number])
+                    call, batch.calls[number] = batch.calls[number], with_own_dictionaries(batch.calls[number])
                     with self._computing():
                         output = call_layer(layer, hidden, call)
-                    batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
+                    batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
         return True
 
@@ -282,7 +258,7 @@ class GradientWalk:
         with self.weights.outside():
             if self._outer and self.batches:
                 with requiring_grad(self._outer):
-                    self._places = [list(found) for found in self._inputs(0)[1]]
+                    self._places = [list(arguments) for arguments in self._inputs(0)[1]]
             for position, batch in enumerate(self.batches):
                 grad, of_batch = self._head(position)
                 self.grads.append(grad)
@@ -293,62 +269,66 @@ class GradientWalk:
         return loss
 
     def backward_layer(
-        self, number: int, wanted: Collection[str], *, squares: bool, reduced: ReduceProducts | None = None
+        self, number: int, wanted: Collection[str], reduced: ReduceProducts | None = None
     ) -> dict[str, GradientSums]:
         """Gradients of those of the ``wanted`` parameters (names in the model) that are in layer ``number``. Must be
-        called for all layers in turn, from the last, while the weights of the layer are in memory.
-
-        ``reduced``: gets the products of this layer, with the gradients of their outputs.
-        """
+        called for all layers in turn, from the last, while the weights of the layer are in memory. ``reduced``: gets
+        the products of this layer, with the gradients of their outputs."""
         layer = self.layers[number]
-        parameters = {n: self.model.get_parameter(n) for n in wanted if self.weights.number(n) == number}
-        sums = {
-            name: GradientSums.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
-        }
-        with requiring_grad(parameters.values()):
+        with self._summing(name for name in wanted if self.weights.number(name) == number) as (sums, add):
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
                 inputs = Inputs(batch.calls[number], self._places[number])
                 with torch.enable_grad(), self._computing(), self._showing(reduced, batch):
                     first = first_output(call_layer(layer, hidden, inputs.call))
                 # Outside of the watch, which would also record products that a criterion computes.
-                outputs, grads = zip((first, self.grads[position]), *inputs.given(batch.passed), strict=True)
+                outputs, grads = zip((first, self.grads[position]), *inputs.outputs(batch.passed), strict=True)
                 torch.autograd.backward(outputs, grads)
                 assert hidden.grad is not None
                 self.grads[position] = hidden.grad
-                inputs.collect(batch.passed, batch.given.setdefault(number, {}))
+                inputs.collect(batch.passed, batch.arguments.setdefault(number, {}))
                 del first, outputs, inputs  # frees its graph before that of the next micro-batch is built
-                for name, parameter in parameters.items():
-                    sums[name].add(parameter, batch.share, self._scale)
+                add(batch)
         if number + 1 < len(self.layers):
             # The head needs those after the last layer again.
             self.hidden[number + 1].clear()
-        self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
         return sums
 
-    def backward_outer(self, wanted: Collection[str], *, squares: bool) -> dict[str, GradientSums]:
+    def backward_outer(self, wanted: Collection[str]) -> dict[str, GradientSums]:
         """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head; for tied embeddings the
         sum of both uses. `backward_layer` must have been called for all layers before, and the weights outside the
         layers be in memory."""
-        parameters = {n: self.model.get_parameter(n) for n in wanted}
-        sums = {
-            name: GradientSums.like(p, summed=self.summed or squares, squares=squares) for name, p in parameters.items()
-        }
-        with requiring_grad(parameters.values()):
+        with self._summing(wanted) as (sums, add):
             for position, batch in enumerate(self.batches):
-                down = self.grads[position]
                 self._head(position)
-                first, given = self._inputs(position)
-                outputs = [(first, down)] if first.requires_grad else []
-                for number, found in enumerate(given):
-                    grads = batch.given.get(number, {})
-                    outputs += [(tensor, grads[place]) for place, tensor in found.items() if place in grads]
+                first, arguments = self._inputs(position)
+                outputs = [(first, self.grads[position])] if first.requires_grad else []
+                for number, tensors in enumerate(arguments):
+                    grads = batch.arguments.get(number, {})
+                    outputs += [(tensor, grads[place]) for place, tensor in tensors.items() if place in grads]
                 if outputs:
                     torch.autograd.backward([tensor for tensor, _ in outputs], [grad for _, grad in outputs])
-                for name, parameter in parameters.items():
-                    sums[name].add(parameter, batch.share, self._scale)
-        self._ranks.sum_(tensor for found in sums.values() for tensor in found.tensors)
+                add(batch)
         return sums
+
+    @contextlib.contextmanager
+    def _summing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, GradientSums], Callable[[_Batch], None]]]:
+        """Sums of the gradients of parameters, and a function that adds those of one micro-batch; summed over all
+        processes at the end."""
+        parameters = {name: self.model.get_parameter(name) for name in names}
+        sums = {
+            name: GradientSums(_zeros(p) if self._summed else None, _zeros(p) if self._squares else None)
+            for name, p in parameters.items()
+        }
+
+        def add(batch: _Batch) -> None:
+            for name, parameter in parameters.items():
+                sums[name].add(parameter, batch.share, self._scale)
+
+        with requiring_grad(parameters.values()):
+            yield sums, add
+        every = [tensor for each in sums.values() for tensor in (each.grad, each.grad_sq)]
+        self._ranks.sum_(tensor for tensor in every if tensor is not None)
 
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
@@ -378,17 +358,14 @@ class GradientWalk:
             if len(batch.calls) == len(self.layers):
                 raise not_walkable(self.model, "they are called more than once")
             self.hidden[len(batch.calls)].append(hidden_of(args, kwargs))
-            batch.calls.append(as_now((args[1:], kwargs)))
-            further = [tensor for rest in batch.output_rest if rest for tensor in rest]
-            if any(
-                tensor.is_floating_point() and _among(tensor, further)
-                for tensor in tensors_of(batch.calls[-1]).values()
-            ):
+            batch.calls.append(with_own_dictionaries((args[1:], kwargs)))
+            further = {id(tensor) for rest in batch.rests if rest for tensor in rest}
+            if any(t.is_floating_point() and id(t) in further for t in tensors_of(batch.calls[-1]).values()):
                 raise not_walkable(self.model, "they are called with further outputs of earlier ones")
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            batch.output_rest.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
-            if len(batch.output_rest) == len(self.layers):
+            batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
+            if len(batch.rests) == len(self.layers):
                 self.hidden[-1].append(first_output(output))
                 # The first batch runs to the end, to see whether layers run again.
                 if batch is not self.batches[0]:
@@ -396,11 +373,8 @@ class GradientWalk:
 
         with contextlib.ExitStack() as stack:
             for layer in self.layers:
-                for handle in (
-                    layer.register_forward_pre_hook(before, with_kwargs=True),
-                    layer.register_forward_hook(after),
-                ):
-                    stack.callback(handle.remove)
+                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
+                stack.callback(layer.register_forward_hook(after).remove)
             with contextlib.suppress(Stop):
                 yield
 
@@ -414,7 +388,9 @@ class GradientWalk:
         with self._stubs(batch, last), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
-                loss = _loss(logits, targets.index_select(1, positions)) / targets.numel()
+                logits = logits.float().flatten(0, 1)
+                chosen = targets.index_select(1, positions).flatten()
+                loss = functional.cross_entropy(logits, chosen, reduction="sum") / targets.numel()
                 torch.autograd.backward(loss * self._scale)
                 total += float(loss.detach())
         assert last.grad is not None
@@ -425,13 +401,13 @@ class GradientWalk:
         their autograd graphs."""
         batch = self.batches[position]
         first: list[torch.Tensor] = []
-        given: list[dict[Place, torch.Tensor]] = []
+        arguments: list[dict[Place, torch.Tensor]] = []
 
         def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             first.append(hidden_of(args, kwargs))
             others = tensors_of((args[1:], {n: v for n, v in kwargs.items() if v is not first[-1]}))
-            given.append({place: tensor for place, tensor in others.items() if tensor.requires_grad})
-            if len(given) == len(self.layers):
+            arguments.append({place: tensor for place, tensor in others.items() if tensor.requires_grad})
+            if len(arguments) == len(self.layers):
                 raise Stop
 
         with contextlib.ExitStack() as stack:
@@ -440,14 +416,14 @@ class GradientWalk:
                 stack.callback(layer.register_forward_pre_hook(catch, with_kwargs=True).remove)
             with torch.enable_grad(), contextlib.suppress(Stop):
                 self.model(input_ids=batch.input_ids, use_cache=False)
-        return first[0], given
+        return first[0], arguments
 
     def _stubs(self, batch: _Batch, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
         """While active, no layer computes: the last one returns ``last``, the others the hidden states before them; all
         return their further outputs of the forward pass."""
 
         def stub(number: int) -> Callable[..., Any]:
-            rest = batch.output_rest[number]
+            rest = batch.rests[number]
 
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
@@ -458,10 +434,5 @@ class GradientWalk:
         return replaced_layers(self.layers, stub)
 
 
-def _among(tensor: torch.Tensor, others: list[Any]) -> bool:
-    return any(tensor is other for other in others)
-
-
-def _loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Sum of the cross entropies of ``targets`` (B, n), in float32."""
-    return functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+def _zeros(parameter: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)

@@ -65,11 +65,8 @@ class Journal:
             self._remove()
 
     def _enter(self, stack: ExitStack, anew: bool) -> None:
+        """Lock the folder. Raises `OutputError` where it is not that of this run."""
         stack.enter_context(alone_in(self.folder, anew=anew))
-        self.check()
-
-    def check(self) -> None:
-        """Raise `OutputError` where the folder is not that of this run."""
         identity = self.folder / _RUN
         if identity.is_file():
             if identity.read_text(encoding="utf-8") != self._own:

@@ -1,12 +1,11 @@
-"""What the machine has, and what one layer of a model takes on it: a short run with random weights, timed.
+"""What one layer of a model takes on this machine: bytes and seconds for each token, from a short run.
 
-The largest layer runs in the dtype, on the device and with the threads of the work to come; nothing is read from the
-checkpoint. The parameters outside the layers are views of one number, which take no memory.
+The largest layer runs with random weights, in the dtype, on the device and with the threads of the work to come.
+Nothing is read from the checkpoint, and parameters outside the layer take no memory.
 """
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,14 +13,14 @@ from functools import partial
 from math import inf, prod
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..models.messages import quiet_transformers
-from ..models.meta import decoder_list, meta_model
+from ..models.meta import decoder_list, meta_model, put_parameters
 from ..models.numbers import computes_bfloat16_fast
 from ..models.positions import computes_some_logits
 from .statistics import add_gram
@@ -32,64 +31,34 @@ if TYPE_CHECKING:
 
     from ..structure.coupling import CouplingGraph
 
-GIB = 1 << 30
-MODULES = 96 << 20
-"""Bytes of modules that are imported during the work, of the tokenizer, and of the allocator's free lists."""
 _FLOPS, _FEW, _MANY = 2e10, 64, 2048
-"""Operations of a timed run, and the tokens of the shorter and at most of the longer one."""
+"""Operations of a timed run, and the tokens of the shorter and at most of the longer run."""
 _WIDTH, _ROWS = 768, 1024
 """Of the matrices whose sums and factors are timed."""
 
 
 @dataclass(frozen=True)
 class LayerSample:
-    """What a layer with ``parameters`` parameters takes: seconds for each run and for each token of it, forwards and
-    with the backward pass, and bytes for each token. Rates of the machine: operations (multiply and add: two) per
-    second of Gram matrices in float32, of ``solve`` in float64, of the ``head``; and bytes per second of ``copy``."""
+    """What a layer with ``parameters`` parameters takes: bytes for each token, forwards and with the backward pass;
+    seconds for each run and for each token of it. Rates of the machine: operations (multiply and add: two) per second
+    of Gram matrices in float32, of ``solve`` in float64, of the ``head``; and bytes per second of ``copy``."""
 
     parameters: int
-    run_seconds: float
-    forward_seconds: float
-    backward_seconds: float
     forward_bytes: float
     backward_bytes: float
-    gram: float
-    solve: float
-    head: float
-    copy: float
-    whole_logits: bool
+    run_seconds: float = 0.0
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    gram: float = inf
+    solve: float = inf
+    head: float = inf
+    copy: float = inf
+    whole_logits: bool = False
     """Whether the model computes the logits of all positions even if it is asked for some."""
 
-
-def machine_memory() -> int:
-    """Bytes of memory of this machine, free or not, with what it swaps to."""
-    return int(psutil.virtual_memory().total + psutil.swap_memory().total)
-
-
-def free_memory() -> int:
-    """Bytes of memory that programs can still take."""
-    return int(psutil.virtual_memory().available)
-
-
-def memory_before(loaded: nn.Module | None) -> int:
-    """Bytes that this process has now, without the weights of a model that is ``loaded``."""
-    gc.collect()
-    resident: int = psutil.Process().memory_info().rss
-    return resident if loaded is None else max(0, resident - sum(p.nbytes for p in loaded.parameters()))
-
-
-def size_text(number: float) -> str:
-    """``1.2 GiB``, ``340 MiB`` or ``1,000 bytes``."""
-    if 0 < number < 1 << 20:
-        return f"{number:,.0f} bytes"
-    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / (1 << 20):.0f} MiB"
-
-
-def duration(seconds: float) -> str:
-    """``40 s``, ``3 min`` or ``2.5 h``."""
-    if seconds < 90:
-        return f"{max(round(seconds), 1)} s"
-    return f"{round(seconds / 60)} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    @property
+    def timed(self) -> bool:
+        return self.forward_seconds > 0
 
 
 def layer_parameters(graph: CouplingGraph) -> list[int]:
@@ -102,6 +71,16 @@ def layer_parameters(graph: CouplingGraph) -> list[int]:
     return counts
 
 
+def guessed_layer(graph: CouplingGraph, hidden: int) -> LayerSample:
+    """For a layer that is not run: float32 values of four times its hidden and its widest size for each token, and
+    three times that for the backward pass."""
+    counts = layer_parameters(graph)
+    number = counts.index(max(counts))
+    widest = max((shape[0] for name, shape in graph.shapes.items() if graph.layer_of(name) == number), default=0)
+    each = 4 * (hidden + widest) * 4
+    return LayerSample(counts[number], each, 3 * each)
+
+
 def sample_layer(
     config: PreTrainedConfig,
     graph: CouplingGraph,
@@ -109,22 +88,24 @@ def sample_layer(
     device: torch.device,
     length: int,
     trained: Sequence[str],
+    backward_tokens: int,
 ) -> LayerSample:
-    """Run the largest layer. ``length``: tokens per sample at most; ``trained``: the parameters that get gradients, of
-    which those of other layers are left out; none: no backward pass. Raises whatever a layer raises that cannot be run
-    on its own."""
+    """Run the largest layer. ``length``: tokens per sample at most; ``trained``: parameters that get gradients, of
+    which those in other layers are left out; ``backward_tokens``: of a micro-batch in the backward pass, 0 without.
+    Raises whatever a layer raises that can't be run outside its model."""
     counts = layer_parameters(graph)
     number = counts.index(max(counts))
+    prefix = f"{graph.layers}.{number}."
     model = meta_model(config, dtype)
-    _fill(model, f"{graph.layers}.{number}.", device)
+    _fill(model, graph.layers, prefix, device)
     layers, experts, mixed = decoder_list(model, graph.layers), expert_configs(model), computes_bfloat16_fast(model)
-    parameters = [model.get_parameter(name) for name in trained if name.startswith(f"{graph.layers}.{number}.")]
+    parameters = [model.get_parameter(name) for name in trained if name.startswith(prefix)]
     vocabulary = model.get_input_embeddings().weight.shape[0]
 
     def prepared(tokens: int) -> Callable[[bool], None]:
-        """A run over so many tokens, with a backward pass or without."""
-        length_of = min(length, tokens)
-        ids = torch.randint(min(vocabulary, 1000), (max(tokens // length_of, 1), length_of), device=device)
+        """A function that runs the layer over ``tokens`` tokens, with a backward pass or without."""
+        samples = max(tokens // length, 1)
+        ids = torch.randint(min(vocabulary, 1000), (samples, tokens // samples), device=device)
         with torch.no_grad(), quiet_transformers():
             batch, hidden = record(model, layers, ids, [None] * len(layers))
         hidden = torch.randn_like(hidden)
@@ -144,22 +125,29 @@ def sample_layer(
 
     many = max(2 * _FEW, min(_MANY, int(_FLOPS / (2 * counts[number]))))
     with eager_experts(experts):
-        few, all_ = prepared(_FEW), prepared(many)
-        short, long = _fastest(partial(few, False)), _fastest(partial(all_, False))
-        with _Living() as forward:
-            all_(False)
-        seconds, bytes_ = long / many, forward.most / many
-        with _Living() as backward:
-            all_(bool(parameters))
-        twice = _fastest(partial(all_, bool(parameters)))
-    slope = max(long - short, 0.5 * long) / (many - _FEW)
-    rates = _rates(torch.bfloat16 if mixed else dtype, device)
+        run_few, run_many = prepared(_FEW), prepared(many)
+        few, forward = _fastest(partial(run_few, False)), _fastest(partial(run_many, False))
+        with _Living() as in_forward:
+            run_many(False)
+        # Gradients of weights take the same time for any number of tokens.
+        tokens = min(many, backward_tokens or many)
+        run_back = partial(prepared(tokens), bool(backward_tokens))
+        with _Living() as in_backward:
+            run_back()
+        backward = _fastest(run_back)
+    slope = min(max(forward - few, 0.5 * forward) / (many - _FEW), forward / many)
     gradients = sum(parameter.nbytes for parameter in parameters)
+    forward_bytes = in_forward.most / many
     return LayerSample(
-        counts[number], max(0.0, short - slope * _FEW), min(slope, seconds), twice / many,
-        bytes_, max(bytes_, (backward.most - gradients) / many), **rates,
-        whole_logits=not computes_some_logits(model),
+        counts[number], forward_bytes, max(forward_bytes, (in_backward.most - gradients) / tokens),
+        max(0.0, few - slope * _FEW), slope, backward / tokens,
+        **_rates(torch.bfloat16 if mixed else dtype, device), whole_logits=not computes_some_logits(model),
     )  # fmt: skip
+
+
+def gram_operations(width: int) -> float:
+    """Operations of `add_gram` for one token: blocks on and below the diagonal, of four by four."""
+    return 2 * width**2 * 10 / 16
 
 
 def _fastest(run: Callable[[], object], least: float = 0.02) -> float:
@@ -174,7 +162,7 @@ def _fastest(run: Callable[[], object], least: float = 0.02) -> float:
     return best
 
 
-def _rates(head: torch.dtype, device: torch.device) -> dict[str, float]:
+def _rates(head: torch.dtype, device: torch.device) -> dict[str, Any]:
     """``head``: dtype of the products of the head."""
     rows, square = torch.randn(_ROWS, _WIDTH, device=device), torch.zeros(_WIDTH, _WIDTH, device=device)
     add_gram(square, rows)
@@ -190,29 +178,22 @@ def _rates(head: torch.dtype, device: torch.device) -> dict[str, float]:
     }
 
 
-def gram_operations(width: int) -> float:
-    """Operations of `add_gram` for one token: blocks on and below the diagonal, of four by four."""
-    return 2 * width**2 * 10 / 16
-
-
-def _fill(model: PreTrainedModel, prefix: str, device: torch.device) -> None:
-    """Give the parameters below ``prefix`` random values, and all others outside the layers views of one number."""
-    layers = prefix.rpartition(".")[0].rpartition(".")[0] + "."
-    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
-        inside = name.startswith(prefix)
-        if not inside and name.startswith(layers):
-            continue
-        if inside:
+def _fill(model: PreTrainedModel, layers: str, prefix: str, device: torch.device) -> None:
+    """Give the parameters of the layer below ``prefix`` random values, and those outside ``layers`` views of one
+    number."""
+    filled: dict[str, nn.Parameter] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name.startswith(prefix):
             values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
             values = values.normal_(0, 0.02) if parameter.dim() > 1 else values.fill_(1)
+        elif name.startswith(f"{layers}."):
+            continue
         else:
-            one = torch.full((1,) * parameter.dim(), 0.02, dtype=parameter.dtype, device=device)
-            values = one.expand(parameter.shape)
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
-    for name, buffer in list(model.named_buffers()):
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._buffers[leaf] = buffer.to(device)
+            values = torch.full((), 0.02, dtype=parameter.dtype, device=device).expand(parameter.shape)
+        filled[name] = nn.Parameter(values, requires_grad=False)
+    put_parameters(model, filled)
+    for module in model.modules():
+        module._buffers.update({leaf: b if b is None else b.to(device) for leaf, b in module._buffers.items()})
 
 
 class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -224,7 +205,7 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        taken = {tensor.untyped_storage()._cdata for tensor in _tensors([args, kwargs or {}])}
+        taken = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
@@ -236,10 +217,4 @@ class _Living(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for part in value:
-            yield from _tensors(part)
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
+    return (leaf for leaf in tree_leaves(value) if isinstance(leaf, torch.Tensor))

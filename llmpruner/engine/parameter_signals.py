@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,18 +13,19 @@ from ..errors import ModelError
 from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts
 from .signals import GRADIENTS, InputStats, ParameterSignals, Position, ProductStats, Signal, positions
-from .statistics import Measured, forward_statistics
+from .statistics import NOTHING, Measured, forward_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
     from ..models.weights import Weights
-    from ..progress import Progress
     from ..structure.coupling import CouplingGraph
     from .execution import Execution
 
 _INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
+Make = Callable[..., Iterator[tuple[str, ParameterSignals]]]
+"""Makes the signals of a parameter from its name, what was measured of it, and its `GradientSums`."""
 
 
 def walk_signals(
@@ -34,7 +35,6 @@ def walk_signals(
     needs: Collection[Signal],
     calibration: CalibrationSet | None,
     seed: int,
-    progress: Progress,
     measure: Measure | None = None,
     *,
     by_matrix: bool = False,
@@ -49,8 +49,18 @@ def walk_signals(
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
     Raises `ModelError` without a calibration set, or for values that are not finite.
     """
-    make = _Signals(execution.model, positions(graph), frozenset(needs), seed, by_matrix)
-    if set(needs) <= {Signal.WEIGHT}:
+    where, needed = positions(graph), frozenset(needs)
+
+    def make(
+        name: str, measured: Measured = NOTHING, sums: GradientSums | None = None
+    ) -> Iterator[tuple[str, ParameterSignals]]:
+        for signals in signals_of(
+            execution.model, name, where[name], needed, seed,
+            by_matrix=by_matrix, sums=sums, inputs=measured.inputs, products=measured.products,
+        ):  # fmt: skip
+            yield name, signals
+
+    if needed <= {Signal.WEIGHT}:
         yield from _of_weights(execution.weights, wanted, make)
         return
     if calibration is None:
@@ -59,41 +69,28 @@ def walk_signals(
 
     def reduce(names: Collection[str]) -> ReduceProducts:
         assert measure is not None, "statistics of products need a function that measures them"
-        gradients = Signal.PRODUCT_GRAD in needs
-        return ReduceProducts(execution.model, names, make.where, measure, number_of_samples, gradients=gradients)
+        gradients = Signal.PRODUCT_GRAD in needed
+        return ReduceProducts(execution.model, names, where, measure, number_of_samples, gradients=gradients)
 
-    forward = _forward(execution, wanted, needs, calibration, progress, reduce)
-    if GRADIENTS.intersection(needs):
-        yield from _of_gradients(execution, graph, wanted, calibration, progress, make, dict(forward), reduce)
+    def forward() -> Iterator[tuple[str, Measured]]:
+        inputs, gram = not needed.isdisjoint(_INPUTS), Signal.GRAM in needed
+        products = reduce if Signal.PRODUCT in needed and Signal.PRODUCT_GRAD not in needed else None
+        if inputs or products:
+            for layer in forward_statistics(execution, wanted, calibration, inputs=inputs, gram=gram, reduce=products):
+                yield from layer.items()
+
+    if needed & GRADIENTS:
+        reduced = reduce if Signal.PRODUCT_GRAD in needed else None
+        yield from _of_gradients(execution, graph, wanted, needed, calibration, dict(forward()), reduced, make)
         return
     rest = set(wanted)
-    for name, found in forward:
+    for name, measured in forward():
         rest.discard(name)
-        yield from make(name, found=found)
+        yield from make(name, measured)
     yield from _of_weights(execution.weights, rest, make)
 
 
-@dataclass(frozen=True)
-class _Signals:
-    """Makes the signals of a parameter from what was measured of it. ``where``: parameter → position in the decoder."""
-
-    model: PreTrainedModel
-    where: Mapping[str, Position]
-    needs: frozenset[Signal]
-    seed: int
-    by_matrix: bool
-
-    def __call__(
-        self, name: str, sums: GradientSums | None = None, found: Measured | None = None
-    ) -> Iterator[tuple[str, ParameterSignals]]:
-        inputs, products = (found.inputs, found.products) if found else (None, None)
-        parts = signals_of(
-            self.model, name, self.where[name], sums, inputs, products, self.needs, self.seed, by_matrix=self.by_matrix
-        )
-        return ((name, part) for part in parts)
-
-
-def _of_weights(weights: Weights, names: Collection[str], make: _Signals) -> Iterator[tuple[str, ParameterSignals]]:
+def _of_weights(weights: Weights, names: Collection[str], make: Make) -> Iterator[tuple[str, ParameterSignals]]:
     """Of parameters of which nothing was measured, layer by layer."""
     by_part: dict[int | None, list[str]] = {}
     for name in sorted(names):
@@ -104,39 +101,18 @@ def _of_weights(weights: Weights, names: Collection[str], make: _Signals) -> Ite
                 yield from make(name)
 
 
-def _forward(
-    execution: Execution,
-    wanted: Collection[str],
-    needs: Collection[Signal],
-    calibration: CalibrationSet,
-    progress: Progress,
-    reduce: Callable[[Collection[str]], ReduceProducts],
-) -> Iterator[tuple[str, Measured]]:
-    """What a forward pass measures of parameters: none, where only gradients are needed."""
-    inputs = bool(_INPUTS.intersection(needs))
-    products = Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
-    if inputs or products:
-        for layer in forward_statistics(
-            execution, wanted, calibration, progress,
-            inputs=inputs, gram=Signal.GRAM in needs, reduce=reduce if products else None,
-        ):  # fmt: skip
-            yield from layer.items()
-
-
 def _of_gradients(
     execution: Execution,
     graph: CouplingGraph,
     wanted: Collection[str],
+    needs: frozenset[Signal],
     calibration: CalibrationSet,
-    progress: Progress,
-    make: _Signals,
     forward: Mapping[str, Measured],
-    reduce: Callable[[Collection[str]], ReduceProducts],
+    reduce: Callable[[Collection[str]], ReduceProducts] | None,
+    make: Make,
 ) -> Iterator[tuple[str, ParameterSignals]]:
     """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
-    of_products = Signal.PRODUCT_GRAD in make.needs
-    squares = Signal.GRAD_SQ in make.needs
-    differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ}.intersection(make.needs) else ()
+    differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ} & needs else ()
     outer = sorted(name for name in wanted if not graph.is_decoder(name))
     by_layer: dict[int, list[str]] = {}
     for name in sorted(wanted):
@@ -146,37 +122,37 @@ def _of_gradients(
     with requiring_grad((), freeze=execution.model):
         walk = GradientWalk(
             execution, calibration,
-            per_sample=squares, outer=outer if differentiated else (), exact=bool(differentiated),
+            squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=bool(differentiated),
         )  # fmt: skip
         walk.forward()
         walk.backward_head()
-        for number in progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
+        for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             names = by_layer.get(number, [])
             with execution.weights.layer(number):
-                reduced = reduce(names) if of_products else None
-                sums = walk.backward_layer(number, differentiated, squares=squares, reduced=reduced)
-                products = reduced.statistics(execution.ranks) if reduced else {}
+                reduced = None if reduce is None else reduce(names)
+                sums = walk.backward_layer(number, differentiated, reduced)
+                products = {} if reduced is None else reduced.statistics(execution.ranks)
                 for name in names:
-                    found = replace(forward.get(name, Measured(None, None)), products=products.get(name))
-                    yield from make(name, sums.pop(name, None), found)
+                    measured = replace(forward.get(name, NOTHING), products=products.get(name))
+                    yield from make(name, measured, sums.pop(name, None))
         if outer:
             with execution.weights.outside():
-                sums = walk.backward_outer(outer, squares=squares) if differentiated else {}
+                sums = walk.backward_outer(outer) if differentiated else {}
                 for name in outer:
-                    yield from make(name, sums.pop(name, None))
+                    yield from make(name, NOTHING, sums.pop(name, None))
 
 
 def signals_of(
     model: PreTrainedModel,
     name: str,
     position: Position,
-    sums: GradientSums | None,
-    inputs: InputStats | None,
-    products: ProductStats | None,
     needs: Collection[Signal],
     seed: int,
     *,
     by_matrix: bool = False,
+    sums: GradientSums | None = None,
+    inputs: InputStats | None = None,
+    products: ProductStats | None = None,
 ) -> Iterator[ParameterSignals]:
     """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, so that one is in float32 at a
     time. Raises `ModelError` when its values are not finite."""
@@ -193,11 +169,11 @@ def signals_of(
         yield ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products, position)
         return
     for number in range(len(parameter)):
-        one = slice(number, number + 1)
+        matrix = slice(number, number + 1)
         yield ParameterSignals(
-            parameter[one].to(dtype),
-            None if grad is None else grad[one].float(),
-            None if grad_sq is None else grad_sq[one],
+            parameter[matrix].to(dtype),
+            None if grad is None else grad[matrix].float(),
+            None if grad_sq is None else grad_sq[matrix],
             generator,
             inputs and inputs.of_matrix(number),
             products and products.of_matrix(number),

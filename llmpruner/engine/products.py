@@ -116,10 +116,10 @@ class WatchProducts(TorchFunctionMode):
         places = _PRODUCTS.get(func)
         if places is not None:
             inputs, weight = (_argument(args, kwargs, place) for place in places)
-            found = self._owner(weight)
-            if found is not None:
+            owner = self._owner(weight)
+            if owner is not None:
                 linear = func is functional.linear
-                for product in _products(*found, weight, inputs, result, _bias(func, args, kwargs), transposed=linear):
+                for product in _products(*owner, weight, inputs, result, _bias(func, args, kwargs), transposed=linear):
                     for seen in self._seen[product.parameter]:
                         seen(product)
         return result
@@ -152,9 +152,11 @@ def _products(
         return
     summed = weight.dim() - 1 if transposed else weight.dim() - 2
     # The view may be a transpose: its stride determines which axis of the parameter is summed over.
-    axis = _axis_with(parameter, weight.stride(summed), weight.shape[summed])
-    if axis is None:
+    like = weight.stride(summed), weight.shape[summed]
+    axes = [a for a in range(parameter.dim()) if (parameter.stride(a), parameter.shape[a]) == like]
+    if not axes:
         return
+    axis = axes[-1]
     first = int((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
     if weight.dim() == 2:
         slot = first if parameter.dim() == 3 else None
@@ -173,11 +175,6 @@ def _bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Ten
         added = _argument(args, kwargs, (0, "input"))
         return added if added.dim() == 1 else None
     return None
-
-
-def _axis_with(parameter: torch.Tensor, stride: int, size: int) -> int | None:
-    axes = [a for a in range(parameter.dim()) if parameter.stride(a) == stride and parameter.shape[a] == size]
-    return axes[-1] if axes else None
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
@@ -216,14 +213,12 @@ class _Call:
         if expert not in self.rows:
             # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
             rank, token = torch.where((self.chosen == expert).T)
-            matches = len(token) == len(inputs) and torch.equal(inputs, self.hidden[token])
-            self.rows[expert] = self._rows(token, rank) if matches else None
+            self.rows[expert] = None
+            if len(token) == len(inputs) and torch.equal(inputs, self.hidden[token]):
+                chosen = self.weights[token].float()
+                gates, total = chosen.gather(1, rank[:, None])[:, 0], chosen.sum(1)
+                self.rows[expert] = Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
         return self.rows[expert]
-
-    def _rows(self, token: torch.Tensor, rank: torch.Tensor) -> Rows:
-        chosen = self.weights[token].float()
-        gates, total = chosen.gather(1, rank[:, None])[:, 0], chosen.sum(1)
-        return Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
 
 
 class Routing:
@@ -260,8 +255,8 @@ class Routing:
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
             return None
-        found = call.rows_of(product.slot, product.inputs)
-        return found if found is not None and len(found.tokens) == len(product.inputs) else None
+        rows = call.rows_of(product.slot, product.inputs)
+        return rows if rows is not None and len(rows.tokens) == len(product.inputs) else None
 
     def _hook(self, path: str) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -320,35 +315,31 @@ class ReduceProducts:
     def statistics(self, ranks: Ranks = SINGLE) -> dict[str, ProductStats]:
         """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
         observed products; all must call this."""
-        self._axes = ranks.merged(self._axes)
-        own = {(name, of): tensor.shape for name, sums in self._sums.items() for of, tensor in sums.items()}
-        shapes = ranks.merged(own)
-        for (name, of), shape in shapes.items():
-            if own.get((name, of), shape) != shape:
-                raise _shapes_differ(of, own[name, of], shape)
+        axes = ranks.merged(self._axes)
+        shapes = ranks.merged({(name, of): t.shape for name, sums in self._sums.items() for of, t in sums.items()})
         # In one order, so that the processes add the same sums to one another.
-        self._sums = {
-            name: {
-                of: self._sums[name][of] if (name, of) in own else self._zeros(name, shape)
-                for (owner, of), shape in shapes.items()
-                if owner == name
-            }
-            for name in self._axes
-        }
-        ranks.sum_(tensor for sums in self._sums.values() for tensor in sums.values())
-        return {name: ProductStats(sums, self._axes[name]) for name, sums in self._sums.items()}
+        every: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
+        for (name, of), shape in shapes.items():
+            own = self._sums.get(name, {}).get(of)
+            if own is None:
+                own = torch.zeros(shape, dtype=torch.float64, device=self._model.get_parameter(name).device)
+            if own.shape != shape:
+                raise _shapes_differ(of, own.shape, shape)
+            every[name][of] = own
+        ranks.sum_(tensor for sums in every.values() for tensor in sums.values())
+        return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
         parameter = self._model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         rows = None if watched.slot is None else self._routing.rows_of(watched)
         tokens = all_tokens(watched, *self._shape) if rows is None else rows.tokens
-        outputs = watched.outputs
+        outputs, bias = watched.outputs, self._expert_bias(watched)
         # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self._gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
-            outputs=self._with_bias(watched, outputs.to(torch.float32, copy=copy)),
+            outputs=outputs.to(torch.float32, copy=copy) if bias is None else outputs.float() + bias.detach().float(),
             weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
             position=self._positions[watched.parameter],
             expert=watched.slot,
@@ -371,14 +362,11 @@ class ReduceProducts:
         else:
             self._sum(parameter_name, axis, slot, product)
 
-    def _with_bias(self, watched: WatchedProduct, outputs: torch.Tensor) -> torch.Tensor:
-        """``outputs`` with the bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds
-        separately."""
+    def _expert_bias(self, watched: WatchedProduct) -> torch.Tensor | None:
+        """The bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds separately."""
         path, _, leaf = watched.parameter.rpartition(".")
         bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
-        if watched.slot is None or not isinstance(bias, torch.Tensor):
-            return outputs
-        return outputs + bias[watched.slot].detach().float()
+        return bias[watched.slot] if watched.slot is not None and isinstance(bias, torch.Tensor) else None
 
     @torch.no_grad()
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:
@@ -392,9 +380,6 @@ class ReduceProducts:
             if total.shape != value.shape:
                 raise _shapes_differ(name, value.shape, total.shape)
             total += value
-
-    def _zeros(self, parameter: str, shape: torch.Size) -> torch.Tensor:
-        return torch.zeros(shape, dtype=torch.float64, device=self._model.get_parameter(parameter).device)
 
 
 def _shapes_differ(name: str, shape: torch.Size, other: torch.Size) -> PluginError:

@@ -127,19 +127,18 @@ class Ranks:
             if whole.data_ptr() != tensor.data_ptr():
                 tensor.copy_(whole)
 
-    def merged(self, found: Mapping[K, T]) -> dict[K, T]:
+    def merged(self, entries: Mapping[K, T]) -> dict[K, T]:
         """The entries of all processes' mappings, in one order for all: those of the first process first. The value of
         a key is that of the first process that has it."""
         if self.count == 1:
-            return dict(found)
+            return dict(entries)
 
-        all_found: list[Any] = [None] * self.count
+        gathered: list[Any] = [None] * self.count
         with _noticing():
-            dist.all_gather_object(all_found, dict(found), group=self._group)
+            dist.all_gather_object(gathered, dict(entries), group=self._group)
         merged: dict[K, T] = {}
-        for each in all_found:
-            for key, value in each.items():
-                merged.setdefault(key, value)
+        for each in gathered:
+            merged.update({key: value for key, value in each.items() if key not in merged})
         return merged
 
     def wait(self) -> None:

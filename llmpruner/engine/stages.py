@@ -12,16 +12,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import psutil
 
 from ..files import write_text
 from ..models.record import RUN_FILE
 
-T = TypeVar("T")
 _LIBRARIES = ("llmpruner", "torch", "transformers")
 
 
@@ -37,52 +38,37 @@ class Stage:
 
 @dataclass
 class Stages:
-    """The stages of one run, in their order. Those that an interrupted run had finished are not among them."""
+    """The stages of one run by name, in their order. Those that an interrupted run had finished are not among them."""
 
-    done: list[Stage] = field(default_factory=list)
+    done: dict[str, Stage] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times what is inside. Stages of one name are added up."""
         began = time.monotonic()
         yield
-        seconds = time.monotonic() - began
-        same = next((n for n, one in enumerate(self.done) if one.name == name), None)
-        if same is None:
-            self.done.append(Stage(name, round(seconds, 2), peak_memory()))
-        else:
-            self.done[same] = Stage(name, round(self.done[same].seconds + seconds, 2), peak_memory())
-
-    def timed(self, name: str, work: Callable[[], T]) -> T:
-        """The result of ``work``, which is a stage."""
-        with self.stage(name):
-            return work()
+        before = self.done.get(name)
+        seconds = time.monotonic() - began + (0 if before is None else before.seconds)
+        self.done[name] = Stage(name, round(seconds, 2), peak_memory())
 
 
 def write_run(directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any]) -> None:
-    """Write ``run.json``. ``command``: ``prune`` or ``recover``; ``settings``: those that were given, as JSON
+    """Write ``run.json``. ``command``: ``prune`` or ``recover``; ``settings``: what the user set, as JSON
     values; ``model``: the reference to the model that was read."""
     value = {
         "command": command,
         "model": model,
         "settings": dict(settings),
-        "stages": [asdict(one) for one in stages.done],
-        "machine": machine(),
-        "versions": versions(),
+        "stages": [asdict(stage) for stage in stages.done.values()],
+        "machine": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "memory": psutil.virtual_memory().total,
+        },
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}},
     }
     write_text(directory / RUN_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def machine() -> dict[str, Any]:
-    """System, processor, number of cores, and bytes of memory."""
-    import psutil
-
-    return {
-        "system": f"{platform.system()} {platform.machine()}",
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "memory": psutil.virtual_memory().total,
-    }
 
 
 def _processor() -> str:
@@ -91,11 +77,6 @@ def _processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
-
-
-def versions() -> dict[str, str]:
-    """Python and the libraries that results depend on most."""
-    return {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}}
 
 
 def peak_memory() -> int | None:

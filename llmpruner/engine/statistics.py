@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
-    from ..progress import Progress
     from .execution import Execution
 
 
@@ -44,11 +43,11 @@ def both_triangles(lower: torch.Tensor) -> torch.Tensor:
     return lower.tril() + lower.tril(-1).mT
 
 
-def divergence(wanted_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
+def divergence(reference_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
     """Sum of KL(wanted ‖ logits) over all positions but the last of each sequence, in nats. Raises `ModelError` for
     different vocabularies."""
-    check_vocabularies(wanted_BTV, logits_BTV)
-    pairs = zip(wanted_BTV, logits_BTV, strict=True)
+    check_vocabularies(reference_BTV, logits_BTV)
+    pairs = zip(reference_BTV, logits_BTV, strict=True)
     return sum(float(divergences(wanted[:-1], logits[:-1]).double().sum()) for wanted, logits in pairs)
 
 
@@ -61,9 +60,9 @@ def check_vocabularies(wanted: torch.Tensor, logits: torch.Tensor) -> None:
         )
 
 
-def divergences(wanted_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
+def divergences(reference_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
     """KL(wanted ‖ logits) at each position (T,), in nats, float32."""
-    log_p, log_q = wanted_TV.float().log_softmax(-1), logits_TV.float().to(wanted_TV.device).log_softmax(-1)
+    log_p, log_q = reference_TV.float().log_softmax(-1), logits_TV.float().to(reference_TV.device).log_softmax(-1)
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
@@ -71,8 +70,11 @@ def divergences(wanted_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tenso
 class Measured:
     """Statistics of one weight from a forward walk; None where they were not requested."""
 
-    inputs: InputStats | None
-    products: ProductStats | None
+    inputs: InputStats | None = None
+    products: ProductStats | None = None
+
+
+NOTHING = Measured()
 
 
 @torch.no_grad()
@@ -80,7 +82,6 @@ def forward_statistics(
     execution: Execution,
     wanted: Collection[str],
     calibration: CalibrationSet,
-    progress: Progress,
     *,
     inputs: bool = True,
     gram: bool = False,
@@ -99,7 +100,7 @@ def forward_statistics(
     model, states, weights = execution.model, walk.embedded, execution.weights
     inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
     count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
-    for number in progress.track(range(count), "Measuring inputs"):
+    for number in execution.progress.track(range(count), "Measuring inputs"):
         names = inside[number]
         with walk.layer(number):
             sums = InputSums(model, gram=gram)
@@ -116,19 +117,6 @@ def forward_statistics(
             yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
 
 
-def input_statistics(
-    execution: Execution,
-    wanted: Collection[str],
-    calibration: CalibrationSet,
-    progress: Progress,
-    *,
-    gram: bool,
-) -> Iterator[dict[str, InputStats]]:
-    """`forward_statistics` of inputs alone."""
-    for found in forward_statistics(execution, wanted, calibration, progress, gram=gram):
-        yield {name: measured.inputs for name, measured in found.items() if measured.inputs is not None}
-
-
 class InputSums:
     """Sums over the inputs of weights; ``gram``: of their outer products too."""
 
@@ -139,48 +127,34 @@ class InputSums:
     def add(self, product: WatchedProduct) -> None:
         name = product.parameter
         if name not in self._sums:
-            self._sums[name] = self._zeros(name, product.axis)
+            self._sums[name] = _Sums(self._model.get_parameter(name), product.axis, self._gram)
         self._sums[name].add(product)
 
     def statistics(self, tokens: int, ranks: Ranks = SINGLE) -> dict[str, InputStats]:
         """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
         products; all must call this."""
-        axes = ranks.merged({name: found.axis for name, found in self._sums.items()})
-        self._sums = {name: self._sums.get(name) or self._zeros(name, axis) for name, axis in axes.items()}
-        ranks.sum_(tensor for found in self._sums.values() for tensor in found.tensors)
-        return {name: found.finish(tokens) for name, found in self._sums.items()}
+        axes = ranks.merged({name: sums.axis for name, sums in self._sums.items()})
+        every = {
+            name: self._sums.get(name) or _Sums(self._model.get_parameter(name), axis, self._gram)
+            for name, axis in axes.items()
+        }
+        tensors = [t for sums in every.values() for t in (sums.total, sums.square, sums.tokens, sums.outer)]
+        ranks.sum_(tensor for tensor in tensors if tensor is not None)
+        return {name: sums.finish(tokens) for name, sums in every.items()}
 
-    def _zeros(self, name: str, axis: int) -> _Sums:
-        return _Sums.like(self._model.get_parameter(name), axis, self._gram)
 
-
-@dataclass
 class _Sums:
     """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares
     (S, d_in), in float64; of outer products (S, d_in, d_in), lower triangles, in float32; and the number of tokens of
-    each matrix (S,).
-    """
+    each matrix (S,)."""
 
-    axis: int
-    dim: int
-    total: torch.Tensor
-    square: torch.Tensor
-    tokens: torch.Tensor
-    outer: torch.Tensor | None
-
-    @classmethod
-    def like(cls, parameter: torch.Tensor, axis: int, gram: bool) -> _Sums:
-        slots = parameter.shape[0] if parameter.dim() == 3 else 1
-        width = parameter.shape[axis]
-        zeros = torch.zeros(slots, width, dtype=torch.float64, device=parameter.device)
-        tokens = torch.zeros(slots, dtype=torch.int64, device=parameter.device)
-        outer = torch.zeros(slots, width, width, device=parameter.device) if gram else None
-        return cls(axis, parameter.dim(), zeros, zeros.clone(), tokens, outer)
-
-    @property
-    def tensors(self) -> list[torch.Tensor]:
-        sums = [self.total, self.square, self.tokens]
-        return sums if self.outer is None else [*sums, self.outer]
+    def __init__(self, parameter: torch.Tensor, axis: int, gram: bool) -> None:
+        self.axis, self.dim = axis, parameter.dim()
+        slots, width, device = parameter.shape[0] if self.dim == 3 else 1, parameter.shape[axis], parameter.device
+        self.total = torch.zeros(slots, width, dtype=torch.float64, device=device)
+        self.square = torch.zeros_like(self.total)
+        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.outer = torch.zeros(slots, width, width, device=device) if gram else None
 
     def add(self, product: WatchedProduct) -> None:
         slot, inputs = product.slot or 0, product.inputs.float()
@@ -209,9 +183,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def stream_statistics(
-    execution: Execution, calibration: CalibrationSet, progress: Progress, *, blocks: bool = False
-) -> StreamStats:
+def stream_statistics(execution: Execution, calibration: CalibrationSet, *, blocks: bool = False) -> StreamStats:
     """Compare the hidden states before and after each layer; with ``blocks``, each block of consecutive layers.
 
     Memory: the hidden states of the whole calibration set in float32, up to the limit of the execution; with ``blocks``
@@ -222,10 +194,10 @@ def stream_statistics(
     lengths = count if blocks else 1
     cosine, angle = torch.full((2, lengths, count), nan, dtype=torch.float64)
     before = [walk.embedded]
-    for number in progress.track(range(count), "Measuring layers"):
+    for number in execution.progress.track(range(count), "Measuring layers"):
         # One value for each token of the calibration set, in order; each process fills in its own.
         cosines = torch.zeros(len(before), walk.tokens, dtype=torch.float64)
-        after = before[-1].beside(continued=True)
+        after = before[-1].empty(continued=True)
         with walk.layer(number):
             for position, batch in enumerate(walk.batches):
                 states = walk.run(number, batch, before[-1][position], after.passed)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from torch import nn
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
-from ..models.positions import last_logits, logits_at
+from ..models.positions import last_logits
 from .boundaries import States, copied
 from .execution import Execution
 
@@ -74,22 +74,15 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
     return layer(hidden, *args, **kwargs)
 
 
-def with_passed(call: Call, passed: dict[str, Any]) -> Call:
-    """``call`` with the dictionaries of ``passed`` in place of its own, of which copies are put there where it has none
-    yet: layers put into them what later ones read."""
+def with_own_dictionaries(call: Call) -> Call:
+    """``call`` with copies of its dictionaries, into which later layers put nothing."""
     args, kwargs = call
-    named = {name: value for name, value in kwargs.items() if _is_filled_by_layers(value)}
-    return args, {**kwargs, **{name: passed.setdefault(name, copy.copy(value)) for name, value in named.items()}}
-
-
-def passes_on(calls: Sequence[Call]) -> bool:
-    """Whether layers may pass on other values than hidden states, by dictionaries that they are called with."""
-    return any(_is_filled_by_layers(value) for _, kwargs in calls for value in kwargs.values())
+    return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
 
 
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that one into which layers
-    put values is still empty."""
+    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that a dictionary into which
+    layers put what later ones read is still empty."""
     return isinstance(value, MutableMapping) and not value
 
 
@@ -162,11 +155,11 @@ def _stop(*_: Any) -> None:
     raise Stop
 
 
-def not_walkable(model: PreTrainedModel, seen: str) -> UnsupportedModelError:
-    """``seen``: what does not work when layers run one by one."""
+def not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    """``reason``: what does not work when layers run one by one."""
     return UnsupportedModelError(
         f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
-        f"run one by one ({seen}); use --importance l1, l2 or random and --compensate none"
+        f"run one by one ({reason}); use --importance l1, l2 or random and --compensate none"
     )
 
 
@@ -247,13 +240,13 @@ class LayerCheck:
             return False
         return True
 
-    def _compare(self, found: torch.Tensor, wanted: torch.Tensor, number: int) -> None:
-        wanted = wanted.float()
-        differences = (found.float() - wanted).norm(dim=-1) / wanted.norm(dim=-1).clamp_min(1e-12)
+    def _compare(self, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
+        expected = expected.float()
+        differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
         typical = float(differences.median())
         if not typical < _TOLERANCE:
-            seen = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
-            raise not_walkable(self.model, seen)
+            reason = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
+            raise not_walkable(self.model, reason)
 
 
 @dataclass
@@ -271,16 +264,13 @@ class ForwardWalk:
     """Hidden states before the first layer, (samples, length, hidden size) in float32, one tensor for each
     micro-batch."""
     products: torch.dtype
-    """The dtype of matrix products; hidden states are in float32, unless they are in 16 bits in layers, see `narrow`.
-    """
+    """The dtype of matrix products."""
     experts: list[PreTrainedConfig]
     """Configurations that select the implementation of experts."""
     tokens: int
     """In the calibration set, of all processes."""
-    tuples: list[int | None] = field(default_factory=list)
-    """How many further values each layer returns, see `record`."""
     narrow: bool = False
-    """Whether layers of a model in 16 bits refuse hidden states in float32, and get them in the model's dtype."""
+    """Whether layers of a model in 16 bits refuse hidden states in float32, and get them in its dtype."""
 
     @property
     def ranks(self) -> Ranks:
@@ -291,57 +281,45 @@ class ForwardWalk:
     def over(cls, execution: Execution, calibration: CalibrationSet) -> ForwardWalk:
         """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
         than hidden states, and `ModelError` for hidden states that are not finite."""
-        ids = calibration.input_ids
-        return cls.over_batches(execution, torch.split(ids, execution.rows_forward(ids.shape[1])))
-
-    @classmethod
-    @torch.no_grad()
-    def over_batches(cls, execution: Execution, batches: Sequence[torch.Tensor]) -> ForwardWalk:
-        """`over` for token ids in micro-batches (samples, length), int64, which may have different lengths."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
-            ids = [check_tokens(model, batch) for batch in batches]
+            ids = check_tokens(model, calibration.input_ids)
             products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
             states, experts = execution.boundaries().states(), expert_configs(model)
-            tokens = sum(map(torch.numel, ids))
-            return cls(execution, layers, [], states, products, experts, tokens)._embed(ids)
+            walk = cls(execution, layers, [], states, products, experts, ids.numel())
+            with eager_experts(experts):
+                walk._embed(torch.split(ids, execution.rows_forward(ids.shape[1])))
+        return walk
 
-    def _embed(self, ids: Sequence[torch.Tensor]) -> ForwardWalk:
+    def _embed(self, ids: Sequence[torch.Tensor]) -> None:
         model, layers = self.execution.model, self.layers
+        # In the model's own precision.
+        check = LayerCheck(model, layers, ids[0])
+        for number in range(len(layers)):
+            with self.layer(number):
+                check.layer(number)
+                if self.products == torch.float32 or self.narrow or check.runs_in(self.products, number):
+                    continue
+                self.narrow = self.products == model.dtype
+                self.products = model.dtype
         firsts = accumulate((len(batch) for batch in ids[:-1]), initial=0)
         shapes: dict[torch.Size, Batch] = {}
-        with eager_experts(self.experts):
-            # In the model's own precision.
-            check = LayerCheck(model, layers, ids[0])
-            for number in range(len(layers)):
-                with self.layer(number):
-                    check.layer(number)
-                    if self.products == torch.float32 or self.narrow or check.runs_in(self.products, number):
-                        continue
-                    self.narrow = self.products == model.dtype
-                    self.products = model.dtype
-            self.tuples = tuples = check.tuples
-            for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
-                batch, hidden = record(model, layers, part, tuples, first)
-                # As a rule they depend on the shape alone, and a long text has many micro-batches.
-                like = shapes.setdefault(part.shape, batch)
-                if _same(like.calls, batch.calls):
-                    batch.calls = like.calls
-                self.batches.append(batch)
-                self.embedded.append(hidden.float())
-        return self
-
-    def states(self) -> States:
-        """An empty sequence for hidden states, beside the others of this walk."""
-        return self.embedded.beside()
+        for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
+            batch, hidden = record(model, layers, part, check.tuples, first)
+            # As a rule they depend on the shape alone, and a long text has many micro-batches.
+            like = shapes.setdefault(part.shape, batch)
+            if _same(like.calls, batch.calls):
+                batch.calls = like.calls
+            self.batches.append(batch)
+            self.embedded.append(hidden.float())
 
     def restored(self, file: Path) -> States:
         """Hidden states that `States.dump` wrote in a walk over the same calibration set."""
-        found = self.states()
+        states = self.embedded.empty()
         if len(self.embedded):
             shapes, first = [hidden.shape for hidden in self.embedded], self.embedded[0]
-            found.load(file, shapes, first.dtype, first.device)
-        return found
+            states.load(file, shapes, first.dtype, first.device)
+        return states
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
         """While active, the weights of a layer are in memory."""
@@ -356,47 +334,22 @@ class ForwardWalk:
         self, number: int, batch: Batch, hidden: torch.Tensor, passed: dict[int, dict[str, Any]], *, tried: bool = False
     ) -> torch.Tensor:
         """Hidden states (samples, length, hidden size) after layer ``number``, in float32. ``passed``: of the `States`
-        that ``hidden`` is one of. ``tried``: leave it as it is, as the layer will run again."""
+        that ``hidden`` is part of. ``tried``: leave it as it is, as the layer will run again."""
         own = passed.setdefault(batch.first, {})
-        call = with_passed(batch.calls[number], copied(own) if tried else own)
-        with self._computing(hidden), eager_experts(self.experts):
-            return first_output(call_layer(self.layers[number], self._given(hidden), call)).float()
-
-    def _computing(self, hidden: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        if tried:
+            own = copied(own)
+        args, kwargs = batch.calls[number]
+        shared = {n: own.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
+        inputs = hidden.to(self.products) if self.narrow else hidden
         mixed = self.products != torch.float32 and not self.narrow
-        return autocast_to(hidden.device.type, self.products, enabled=mixed)
-
-    def _given(self, hidden: torch.Tensor) -> torch.Tensor:
-        return hidden.to(self.products) if self.narrow else hidden
+        with autocast_to(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
+            return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
 
     @property
     def passes_on(self) -> bool:
         """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
-        return any(passes_on(batch.calls) for batch in self.batches)
-
-    def logits(
-        self, batch: Batch, row: int, hidden: torch.Tensor, positions: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """(length, vocabulary) in float32, for sample ``row`` of a micro-batch; with ``positions`` (n,), int64, only
-        those: (n, vocabulary). ``hidden``: (length, hidden size), its hidden states after the last layer. Called while
-        the weights outside the layers are in memory."""
-        last = len(self.layers) - 1
-
-        def stub(number: int) -> Callable[..., Any]:
-            further = self.tuples[number]
-
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                found = self._given(hidden[None]) if number == last else hidden_of(args, kwargs)
-                return found if further is None else (found, *(None for _ in range(further)))
-
-            return forward
-
-        model, ids = self.execution.model, batch.input_ids[row : row + 1]
-        with replaced_layers(self.layers, stub), self._computing(hidden):
-            found: torch.Tensor = (
-                model(input_ids=ids, use_cache=False).logits if positions is None else logits_at(model, ids, positions)
-            )
-        return found[0].float()
+        calls = [kwargs for batch in self.batches for _, kwargs in batch.calls]
+        return any(_is_filled_by_layers(value) for kwargs in calls for value in kwargs.values())
 
 
 def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
@@ -408,16 +361,16 @@ def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     return ids
 
 
-def _same(one: Any, other: Any) -> bool:
+def _same(a: Any, b: Any) -> bool:
     """Whether arguments of layers are equal."""
-    if one is other:
+    if a is b:
         return True
-    if type(one) is not type(other):
+    if type(a) is not type(b):
         return False
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one, other)
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(_same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(_same, one, other))
-    return isinstance(one, bool | int | float | str) and one == other
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return isinstance(a, bool | int | float | str) and a == b

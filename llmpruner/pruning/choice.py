@@ -144,8 +144,7 @@ class Choice:
             execution = execution.of_copy(now.network, now.graph.layers)
         scores = estimate(
             now.network, now.graph, now.groups, job.criterion, text,
-            reduction=job.reduction, seed=job.seed, progress=execution.progress,
-            execution=execution, removal=removal,
+            reduction=job.reduction, seed=job.seed, execution=execution, removal=removal,
         )  # fmt: skip
         alike = now.widths.alike(now.groups)
         now.ranked = job.allocation.comparable(scores.by_group, now.graph, now.cost, alike)

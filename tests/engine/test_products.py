@@ -21,7 +21,6 @@ from llmpruner.engine.signals import Position, positions
 from llmpruner.engine.statistics import forward_statistics
 from llmpruner.errors import PluginError
 from llmpruner.models.meta import decoder_layers
-from llmpruner.progress import Progress
 from llmpruner.pruning.criteria.estimate import estimate
 
 CALIBRATION = tokens(6, 16)
@@ -45,7 +44,7 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     where = defaultdict(Position)
     list(
         forward_statistics(
-            Execution.of(model, path), names, calibration, Progress(), inputs=False,
+            Execution.of(model, path), names, calibration, inputs=False,
             reduce=lambda some: ReduceProducts(model, some, where, measure, len(calibration.input_ids)),
         )
     )  # fmt: skip
@@ -54,7 +53,7 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
 
 def signals_of(loaded, names, measure, *needs, execution=None):
     execution = execution or Execution.of(loaded.model, loaded.graph.layers)
-    walk = walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, Progress(), measure)
+    walk = walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure)
     return dict(walk)
 
 

@@ -15,7 +15,6 @@ from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.parameter_signals import walk_signals
-from llmpruner.progress import Progress
 
 BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
 
@@ -52,7 +51,7 @@ def test_layers_that_use_further_outputs_of_earlier_ones_are_refused(catalog):
         config = small_config(CONFIG_MAPPING[model_type]())
         model, graph = random_instance(config), build_graph(catalog.families["auto"](), config)
         walk = walk_signals(
-            Execution.of(model, graph.layers), graph, stored(graph), BOTH, CalibrationSet(ids, "counted"), 0, Progress()
+            Execution.of(model, graph.layers), graph, stored(graph), BOTH, CalibrationSet(ids, "counted"), 0
         )
         with pytest.raises(UnsupportedModelError, match=message) if refused else contextlib.nullcontext():
             list(walk)
@@ -72,9 +71,7 @@ def assert_autograd(model, graph, calibration):
     model.zero_grad()
 
     seen = set()
-    for name, signals in walk_signals(
-        Execution.of(model, graph.layers), graph, stored(graph), BOTH, calibration, 0, Progress()
-    ):
+    for name, signals in walk_signals(Execution.of(model, graph.layers), graph, stored(graph), BOTH, calibration, 0):
         torch.testing.assert_close(
             signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
         )
@@ -89,7 +86,7 @@ def assert_autograd(model, graph, calibration):
 def test_gradients_of_one_layer_exist_at_a_time(gqa):
     alive: list[tuple[int, weakref.ref]] = []
     walk = walk_signals(
-        Execution.of(gqa.model, gqa.graph.layers), gqa.graph, stored(gqa.graph), BOTH, calibrate(gqa), 0, Progress()
+        Execution.of(gqa.model, gqa.graph.layers), gqa.graph, stored(gqa.graph), BOTH, calibrate(gqa), 0
     )
     for name, signals in walk:
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
@@ -106,7 +103,7 @@ def test_protected_layers_are_not_walked(gqa):
     names = [
         n
         for n, _ in walk_signals(
-            Execution.of(gqa.model, gqa.graph.layers), gqa.graph, wanted, BOTH, calibrate(gqa, 1), 0, Progress()
+            Execution.of(gqa.model, gqa.graph.layers), gqa.graph, wanted, BOTH, calibrate(gqa, 1), 0
         )
     ]
     assert sorted(names) == sorted(wanted)
@@ -126,7 +123,6 @@ def test_damaged_weights_are_named(gqa):
                 BOTH,
                 calibration,
                 0,
-                Progress(),
             )
         )
     with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
@@ -138,6 +134,5 @@ def test_damaged_weights_are_named(gqa):
                 {Signal.WEIGHT},
                 None,
                 0,
-                Progress(),
             )
         )

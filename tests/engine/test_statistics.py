@@ -12,9 +12,8 @@ from transformers import CONFIG_MAPPING
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.statistics import input_statistics, stream_statistics
+from llmpruner.engine.statistics import forward_statistics, stream_statistics
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -23,11 +22,9 @@ CALIBRATION = tokens(6, 16)
 
 def statistics(loaded, wanted, *, gram=True):
     found = {}
-    for layer in input_statistics(
-        Execution.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, Progress(), gram=gram
-    ):
+    for layer in forward_statistics(Execution.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, gram=gram):
         assert not found.keys() & layer.keys()
-        found.update(layer)
+        found.update({name: measured.inputs for name, measured in layer.items()})
     return found
 
 
@@ -112,11 +109,10 @@ def test_gram_matrices_are_made_only_when_asked_for():
 
 def test_layers_after_the_last_wanted_are_not_run():
     loaded = make("llama-gqa")
-    stream = input_statistics(
+    stream = forward_statistics(
         Execution.of(loaded.model, loaded.graph.layers),
         ["model.layers.0.mlp.down_proj.weight"],
         CALIBRATION,
-        Progress(),
         gram=False,
     )
     next(stream)
@@ -129,8 +125,8 @@ def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, m
     monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", at_once)
     loaded = make("llama-gqa")
     states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
-    single = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress())
-    blocks = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION, Progress(), blocks=True)
+    single = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION)
+    blocks = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION, blocks=True)
     assert single.cosine.shape == (1, 3) and blocks.angle.shape == (3, 3)
     torch.testing.assert_close(blocks.cosine[:1], single.cosine)
     torch.testing.assert_close(blocks.angle[:1], single.angle)
@@ -152,7 +148,7 @@ def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
     execution = Execution.of(model, "cpmant.encoder.layers")
     states = ForwardWalk.over(execution, CALIBRATION).embedded[0]
     assert own > 0 and states.shape[1] == own + 16
-    found = stream_statistics(execution, CALIBRATION, Progress())
+    found = stream_statistics(execution, CALIBRATION)
     after = []
     model.cpmant.encoder.layers[0].register_forward_hook(lambda _, __, out: after.append(out[0]))
     with torch.no_grad():

@@ -243,7 +243,7 @@ def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch)
         return torch.zeros_like(x, dtype=torch.float32).index_add_(1, torch.arange(x.shape[1]), out)
 
     monkeypatch.setattr(mlp, "forward", forward)
-    for module in ("engine.walk", "models.precision"):
+    for module in ("engine.walk", "models.numbers"):
         monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: True)
     walk, _ = walked(loaded, tokens(4, 16))
     assert walk.products == torch.float32

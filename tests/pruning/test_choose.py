@@ -12,7 +12,6 @@ from criteria_cases import make, tokens
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.engine.execution import Execution
 from llmpruner.pipeline import calibrate, make_plan, prune_model, select
-from llmpruner.progress import Progress
 from llmpruner.pruning.allocation import GlobalRanking
 from llmpruner.pruning.choice import waiting_chooser
 from llmpruner.pruning.compensation.base import RepairTask
@@ -88,7 +87,7 @@ def test_the_compensation_chooses_what_estimation_would(name, kinds):
         assert found[group.name] == queue.kept_after(queue.steps_for(group.units - len(kept[group.name])))
         assert len(found[group.name]) == len(kept[group.name])
     assert found != kept
-    assert chooser.choose_all(loaded.model, loaded.graph, kept, CALIBRATION, Progress()) == found
+    assert chooser.choose_all(loaded.model, loaded.graph, kept, CALIBRATION) == found
 
 
 @pytest.mark.parametrize("criterion", [OutputEnergy(), OptimalBrainSurgeon()], ids=lambda c: c.name)

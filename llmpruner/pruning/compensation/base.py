@@ -12,14 +12,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...component import Component
 from ...errors import UnsupportedModelError
-from ...progress import QUIET, Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...calibration.calibration import CalibrationSet
     from ...engine.execution import Execution
-    from ...engine.journal import Journal
     from ...structure.coupling import CoupledGroup, CouplingGraph
     from ...structure.kept import Kept
     from .choose import Chooser
@@ -82,8 +80,8 @@ class RepairTask:
     ``model``: the dense model, changed in place; no shape may change. ``graph``: its coupled groups. ``kept``: group
     name → the units that are kept, in ascending order, for groups that lose units. ``calibration``: token ids, int64 of
     shape (samples, length); None for a compensation that reads no text. ``chooser``: ranks the units of each layer
-    again; None when ``kept`` is final. ``execution``: runs the model; None for one in memory. ``journal``: keeps the
-    results of finished layers, for a run that is interrupted.
+    again; None when ``kept`` is final. ``execution``: runs the model, shows progress and keeps the results of finished
+    layers; None for a model in memory.
     """
 
     model: PreTrainedModel
@@ -91,9 +89,7 @@ class RepairTask:
     kept: Kept
     calibration: CalibrationSet | None
     chooser: Chooser | None = None
-    progress: Progress = QUIET
     execution: Execution | None = None
-    journal: Journal | None = None
 
 
 class Compensation(Component):

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ...engine.signals import InputStats, Signal
-from ...progress import Progress
 from ...structure.coupling import CoupledGroup, CouplingGraph, Role
 from ...structure.scope import build_queue
 from ...structure.widths import ANY, Widths
@@ -83,14 +82,13 @@ class Chooser:
         graph: CouplingGraph,
         kept: Kept,
         calibration: CalibrationSet,
-        progress: Progress,
         execution: Execution | None = None,
     ) -> dict[str, tuple[int, ...]]:
         """The results of `choose` for all layers, without a compensation."""
         groups = [graph.by_name[name] for name in kept]
         scores = estimate(
             model, graph, groups, self.criterion, calibration,
-            reduction=self.reduction, seed=self.seed, progress=progress, execution=execution,
+            reduction=self.reduction, seed=self.seed, execution=execution,
         )  # fmt: skip
         return self._keep(groups, kept, scores)
 

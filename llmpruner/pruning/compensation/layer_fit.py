@@ -256,7 +256,7 @@ class _Move:
 
     def __init__(self, stage: Stage, pruned: States, kept: torch.Tensor) -> None:
         assert stage.factor is not None
-        self.factor, self.pruned, self.kept, self.inputs = stage.factor, pruned, kept, pruned.beside()
+        self.factor, self.pruned, self.kept, self.inputs = stage.factor, pruned, kept, pruned.empty()
 
     def take(self, position: int, run: _Run) -> bool:
         """Take one micro-batch; False, and no change, where the run has not just one product and an output."""

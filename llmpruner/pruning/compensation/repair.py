@@ -62,7 +62,7 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> Repai
     """
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
-    if execution.weights.streamed and task.journal is None:
+    if execution.weights.streamed and execution.journal is None:
         raise ValueError("changed weights of a streamed model are kept in a journal, and there is none")
     return _Repair(task, ForwardWalk.over(execution, task.calibration), fitter, mix).run()
 
@@ -73,8 +73,8 @@ class _Repair:
 
     def __init__(self, task: RepairTask, walk: ForwardWalk, fitter: type[Fitter], mix: float) -> None:
         self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
-        self.walk, self.fitter, self.mix, self.progress = walk, fitter, mix, task.progress
-        self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, task.journal
+        self.walk, self.fitter, self.mix, self.execution = walk, fitter, mix, walk.execution
+        self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, walk.execution.journal
         self.channels = removed_channels(self.graph, self.kept)
         self.dense = walk.embedded
         self.pruned: States | None = None
@@ -88,7 +88,7 @@ class _Repair:
         readers = [readers_of(self.graph, self.kept, number) for number in layers]
         count = max((number + 1 for number in layers if readers[number]), default=0)
         done = self._resume()
-        for number in self.progress.track(range(count), "Compensating"):
+        for number in self.execution.progress.track(range(count), "Compensating"):
             if number < done:
                 continue
             with self.walk.layer(number):
@@ -134,7 +134,7 @@ class _Repair:
     def _keep_apart(self) -> States:
         """``pruned``, with hidden states of its own from now on, zero in removed channels of the residual stream."""
         if self.pruned is None:
-            self.pruned = self.dense.beside()
+            self.pruned = self.dense.empty()
             for hidden in self.dense:
                 self.pruned.append(hidden.index_fill(-1, self.channels.to(hidden.device), 0.0))
         return self.pruned
@@ -190,7 +190,7 @@ class _Repair:
     def _dense_after(self, number: int, readers: Mapping[str, Reader], *, in_place: bool) -> States:
         """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
         units by the inputs of ``readers``."""
-        after = self.dense if in_place else self.dense.beside(continued=True)
+        after = self.dense if in_place else self.dense.empty(continued=True)
         sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
         with WatchProducts(self.model, readers if self.chooser else (), sums.add):
             for position, (batch, hidden) in enumerate(zip(self.walk.batches, self.dense, strict=True)):

@@ -18,7 +18,6 @@ from ...engine.parameter_signals import signals_of, walk_signals
 from ...engine.signals import InputStats, ParameterSignals, Signal, UnitAxis, positions
 from ...engine.statistics import stream_statistics
 from ...errors import ModelError, SelectionError
-from ...progress import QUIET, Progress
 from ...structure.coupling import CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
 
@@ -65,7 +64,6 @@ def estimate(
     *,
     reduction: str = "sum",
     seed: int = 0,
-    progress: Progress = QUIET,
     execution: Execution | None = None,
     removal: Removal | None = None,
 ) -> Scores:
@@ -80,11 +78,11 @@ def estimate(
     check_accepted(criterion, groups, graph)
     execution = execution or Execution.of(model, graph.layers)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        return _layers(execution, groups, criterion, calibration, progress, removal)
+        return _layers(execution, groups, criterion, calibration, removal)
     uses = _uses(graph, groups, criterion)
     needs = criterion.signals
     stream = walk_signals(
-        execution, graph, uses, needs, calibration, seed, progress, criterion.measure, by_matrix=criterion.by_matrix
+        execution, graph, uses, needs, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
     )
     return _score(graph, groups, criterion, uses, stream, reduction)
 
@@ -105,9 +103,7 @@ def estimate_from(
     stream = (
         (name, signals)
         for name in uses
-        for signals in signals_of(
-            model, name, where[name], None, inputs.get(name), None, needs, seed, by_matrix=by_matrix
-        )
+        for signals in signals_of(model, name, where[name], needs, seed, by_matrix=by_matrix, inputs=inputs.get(name))
     )
     return _score(graph, groups, criterion, uses, stream, reduction)
 
@@ -165,13 +161,12 @@ def _layers(
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
     calibration: CalibrationSet | None,
-    progress: Progress,
     removal: Removal | None,
 ) -> Scores:
     if calibration is None:
         raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
     blocks = Signal.STREAM_BLOCKS in criterion.signals
-    stream = stream_statistics(execution, calibration, progress, blocks=blocks)
+    stream = stream_statistics(execution, calibration, blocks=blocks)
     if blocks and removal is not None:
         stream = replace(stream, removed=removal.layers, removable=removal.removable)
     values = criterion.score_layers(stream).double().cpu()

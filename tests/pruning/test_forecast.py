@@ -1,0 +1,66 @@
+"""What the forecast says of memory is what a run takes, within a quarter of what the work adds to the process."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmpruner import SettingsError, api
+from llmpruner.settings import RunSettings
+
+SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 2048}
+SETTINGS = {"ratio": 0.2, "importance": "taylor", "samples": 4, "length": 64, "calibration": "self"}
+PROBE = """
+import json, resource, sys
+import psutil
+from llmpruner import api
+from llmpruner.progress import Progress
+from llmpruner.pruning import forecast
+
+forecast.free_memory = lambda: int(sys.argv[3])
+before = psutil.Process().memory_info().rss
+pruned = api.prune(sys.argv[1], output=sys.argv[2], progress=Progress(), **json.loads(sys.argv[4]))
+unit = 1 if sys.platform == "darwin" else 1024
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+print(json.dumps({"before": before, "peak": peak, **pruned.outcome.forecast}))
+"""
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    """128 M parameters in float32, 512 MiB, so that weights are most of what a run adds."""
+    folder = tmp_path_factory.mktemp("dense") / "model"
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig(**SHAPE, num_hidden_layers=7))
+    model = model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.02)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("streamed", [False, True])
+def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, streamed):
+    free = 0 if streamed else 1 << 50
+    arguments = [dense, tmp_path / "out", free, json.dumps(SETTINGS)]
+    run = subprocess.run([sys.executable, "-c", PROBE, *map(str, arguments)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["streamed"] == streamed
+    expected, taken = found["memory"] - found["before"], found["peak"] - found["before"]
+    assert 0.75 * taken <= expected <= 1.25 * taken, found
+    written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
+    assert 0.75 * written <= found["disk"] <= 1.25 * written
+
+
+def test_a_limit_below_what_any_run_takes_is_refused_before_weights_are_read(dense, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(SettingsError, match=r"--max-memory 100.0 MiB: .* needs at least .*; raise it, or take fewer"):
+        api.prune(str(dense), output=tmp_path / "out", run=RunSettings(max_memory=100 << 20), **SETTINGS)
