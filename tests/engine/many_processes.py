@@ -35,12 +35,11 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "channels of the residual stream": ("llama-gqa", BEST | {"kinds": "mlp,hidden"}),
     "biases": ("gpt2", BEST | {"importance": "flap", "compensate": "bias", "allocation": "global", "shape": "free"}),
     "gram": ("llama-gqa", BEST | {"importance": "obs", "kinds": "mlp", "allocation": "sensitivity", "shape": "free"}),
-    "weights of tokens": (
-        "llama-gqa",
-        BEST | {"settings": {"refit": {"also": "attention", "token_weights": "divergence"}}},
-    ),
     "taylor": ("llama-gqa", {"method": "llm-pruner", "length": 32, "steps": 2}),
-    "squares": ("mixtral", {"importance": "taylor", "variant": "mix", "samples": 7, "length": 16}),
+    "squares": (
+        "mixtral",
+        {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 7, "length": 16},
+    ),
     "layers": ("llama-gqa", {"method": "best", "kinds": "layer", "samples": 80, "length": 128, "ratio": 0.35}),
 }
 

@@ -41,7 +41,6 @@ METHODS = {
     "gradients": {"method": "llm-pruner"},
     "refit of weights' choice": {"importance": "l2", "compensate": "refit"},
     "bias": {"importance": "flap", "compensate": "bias"},
-    "weighted": {"method": "best", "settings": {"refit": {"also": "attention", "token_weights": "divergence"}}},
     "obs": {"importance": "obs", "compensate": "refit"},
     "measured": {"method": "best", "allocation": "sensitivity", "shape": "free"},
     "layers": {"importance": "block-influence", "kinds": "layer", "ratio": 0.34, "compensate": "none"},
