@@ -13,7 +13,6 @@ from ..component import Component
 from ..errors import ModelError, SettingsError
 from ..files import exists
 from ..settings import DEMO
-from .gguf import gguf_parsed_once
 from .record import read_any_record
 
 if TYPE_CHECKING:
@@ -83,7 +82,11 @@ class Reference:
     def parsed_once(self, *, keep: bool = False) -> AbstractContextManager[None]:
         """For what reads a GGUF file several times, see `gguf_parsed_once`. ``keep``: its weights are still to be
         loaded."""
-        return gguf_parsed_once(keep=keep) if self.gguf_file else nullcontext()
+        if not self.gguf_file:
+            return nullcontext()
+        from .gguf import gguf_parsed_once
+
+        return gguf_parsed_once(keep=keep)
 
     def weights_reader(self, structure: Structure) -> CheckpointReader | None:
         """The reader of the weights of ``structure``; None for transformers' formats, in one of which llmpruner saves

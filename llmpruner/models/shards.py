@@ -7,8 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from ..errors import CheckpointError, first_line
 from ..files import read_json
 
@@ -31,6 +29,9 @@ def names_in(file: Path) -> list[str]:
 @contextmanager
 def opened(file: Path) -> Iterator[Any]:
     """A safetensors file, mapped. Raises `CheckpointError`, which names it, where it is missing or damaged."""
+    # Imports numpy, which the command line does without until it reads weights.
+    from safetensors import SafetensorError, safe_open
+
     try:
         with safe_open(str(file), framework="pt") as tensors:
             yield tensors
