@@ -53,15 +53,15 @@ LONGEST = [
     "plugins/chatglm/test_chatglm_conformance.py",
     "plugins/llama/test_llama_family.py",
     "discovery/test_model_types.py",
-    "unit/test_remote_code.py",
+    "models/test_remote_code.py",
     "real/test_real_model.py",
     "cli/test_new_plugin.py",
     "docs/test_tutorial_regular.py",
-    "unit/test_budgets.py",
+    "pruning/test_budgets.py",
     "docs/test_tutorial_odd.py",
     "discovery/test_new_architecture.py",
     "docs/test_tutorial_methods.py",
-    "unit/test_compensation.py",
+    "pruning/test_compensation.py",
     "cli/test_bad_input.py",
     "cli/test_prune.py",
     "cli/test_plan_and_discover.py",
@@ -100,7 +100,12 @@ def text_of_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[
             def defaults(self, asked: Any, *, writes: bool) -> dict[str, Any]:
                 return {**super().defaults(asked, writes=writes), "calibration": str(text)}
 
-        monkeypatch.setattr("llmpruner.pruning.job._method", lambda *_: OfPlugin())
+        create = Catalog.create
+
+        def created(catalog: Catalog, registry: Any, name: str, *values: Any) -> Any:
+            return OfPlugin() if registry is catalog.methods else create(catalog, registry, name, *values)
+
+        monkeypatch.setattr(Catalog, "create", created)
         return text
 
     return made

@@ -18,11 +18,10 @@ from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.oracle import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.gradients import GradientWalk
-from llmpruner.engine.walk import ForwardWalk, LayerCheck, call_layer
+from llmpruner.engine.walk import ForwardWalk, call_layer
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.numbers import autocast_to
-from llmpruner.settings import LoadSettings, RunSettings
+from llmpruner.settings import LoadSettings
 
 TYPES = {
     "starcoder2": SMALL,
@@ -62,9 +61,9 @@ def dense(tmp_path_factory):
     return folder
 
 
-def prune(model: Path, output: Path, dtype: str, **how):
-    how = {"ratio": 0.2, "samples": 4, "length": 16, "calibration": "self", **how}
-    return api.prune(str(model), output=output, load=LoadSettings(dtype=dtype), **how)
+def prune(model: Path, output: Path, dtype: str, **settings):
+    settings = {"ratio": 0.2, "samples": 4, "length": 16, "calibration": "self", **settings}
+    return api.prune(str(model), output=output, load=LoadSettings(dtype=dtype), **settings)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,26 +81,24 @@ def test_a_cut_model_equals_the_silenced_one(dense, tmp_path, name, dtype):
     assert distance(found.float(), wanted.float()) < DTYPES[dtype] < distance(before.float(), wanted.float())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("starcoder2", "bfloat16"), ("gpt_neox", "float16"), ("opt", "bfloat16"), ("llama", "float16")]
+)
 def test_a_compensated_model_is_nearer_to_the_dense_one(dense, tmp_path, name, dtype):
     folder, far = dense(name, dtype), {}
     one = logits(api.load(str(folder)).model, TOKENS).float().log_softmax(-1)
     for compensation in ("refit", "none"):
-        how = {"method": "best", "compensate": compensation, "kinds": "mlp", "samples": 32, "length": 32}
-        pruned = prune(folder, tmp_path / compensation, dtype, ratio=0.15, **how)
+        options = {"method": "best", "compensate": compensation, "kinds": "mlp", "samples": 32, "length": 32}
+        pruned = prune(folder, tmp_path / compensation, dtype, ratio=0.15, **options)
         other = logits(load_pruned(tmp_path / compensation), TOKENS)
         assert torch.equal(other, logits(pruned.model, TOKENS))
         far[compensation] = float((one.exp() * (one - other.float().log_softmax(-1))).sum(-1).mean())
     assert far["refit"] < far["none"]
 
 
-@pytest.mark.parametrize(
-    "dtype", [pytest.param(dtype, marks=pytest.mark.long if dtype == "float16" else ()) for dtype in DTYPES]
-)
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs(dense, tmp_path, method, dtype):
-    pruned = prune(dense("gpt_neox", dtype), tmp_path / "pruned", dtype, **METHODS[method])
+def test_every_method_runs(dense, tmp_path, method):
+    pruned = prune(dense("gpt_neox", "bfloat16"), tmp_path / "pruned", "bfloat16", **METHODS[method])
     found = logits(load_pruned(tmp_path / "pruned"), TOKENS)
     assert bool(found.isfinite().all()) and torch.equal(found, logits(pruned.model, TOKENS))
 
@@ -110,35 +107,9 @@ def test_every_method_runs(dense, tmp_path, method, dtype):
 def test_weights_that_are_read_layer_by_layer_give_the_same(dense, tmp_path, monkeypatch, method):
     for streamed in (False, True):
         monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda s=streamed: 0 if s else 1 << 50)
-        run = RunSettings()
-        prune(dense("starcoder2", "bfloat16"), tmp_path / str(streamed), "bfloat16", run=run, **method)
+        prune(dense("starcoder2", "bfloat16"), tmp_path / str(streamed), "bfloat16", **method)
     one, other = (load_pruned(tmp_path / str(streamed)).state_dict() for streamed in (False, True))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
-
-
-def test_a_later_layer_that_refuses_bfloat16_makes_no_difference_to_how_weights_are_held(tmp_path, monkeypatch):
-    """In memory, all layers run in float32 then; read one by one, those before it are not known to until it comes."""
-    tiny_models.llama(layers=3).save_pretrained(tmp_path / "dense")
-    kept, asked, forward = {}, [], GradientWalk.forward
-
-    def runs_in(_check, _products, number):
-        asked.append(number)
-        return number != 2
-
-    def watched(walk):
-        forward(walk)
-        kept[walk.weights.streamed] = [states[0].clone() for states in walk.hidden]
-
-    monkeypatch.setattr("llmpruner.engine.gradients.computes_bfloat16_fast", lambda _: True)
-    monkeypatch.setattr(LayerCheck, "runs_in", runs_in)
-    monkeypatch.setattr(GradientWalk, "_whole_runs_mixed", lambda _: False)
-    monkeypatch.setattr(GradientWalk, "forward", watched)
-    how = {"ratio": 0.2, "importance": "fisher", "samples": 2, "length": 16, "calibration": "self"}
-    for streamed in (False, True):
-        monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda s=streamed: 0 if s else 1 << 50)
-        api.plan(str(tmp_path / "dense"), **how)
-    assert asked[:3] == [0, 1, 2] and len(kept) == 2
-    assert all(map(torch.equal, kept[False], kept[True]))
 
 
 def test_norms_have_weights_in_16_bits_for_inputs_in_another_dtype():

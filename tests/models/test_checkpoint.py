@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +50,6 @@ def test_the_configuration_class_of_a_shim_has_defaults() -> None:
     assert pruned_config(transformers.LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
-def test_refuses_an_existing_directory(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="exists already; choose another"):
-        save_checkpoint(cut_llama("nothing"), tmp_path, record={})
-
-
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_refuses_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
     model = cut_llama("mlp")
@@ -89,12 +82,6 @@ def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(OutputError, match="out cannot be written: no space left on device"):
         save_checkpoint(cut_llama("mlp"), tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
-
-
-def test_parent_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="cannot be written"):
-        save_checkpoint(cut_llama("mlp"), tmp_path / "file" / "out", record={})
 
 
 def test_damaged_checkpoints(shim: Path, tmp_path: Path) -> None:
@@ -166,13 +153,6 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     assert model.config.to_dict() == config
 
 
-def test_quantisation_config_is_dropped(tmp_path: Path) -> None:
-    model = cut_llama("mlp")
-    model.config.quantization_config = {"quant_method": "gguf"}
-    save_checkpoint(model, tmp_path / "out", record={})
-    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-
-
 @pytest.mark.parametrize("name", ["mlp", "depth-mlp", "query"])
 def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     """First to other shapes, with a shim upon a shim; then to uniform ones, which a stock model can state."""
@@ -194,87 +174,6 @@ def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     cut(again, remaining, kept, FAMILY)
     assert save_checkpoint(again, tmp_path / "thrice", record={}, family=FAMILY) == "stock"
     assert torch.equal(logits(load_pruned(tmp_path / "thrice")), logits(again))
-
-
-def test_adapter(shim: Path, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["up_proj", "q_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(load_pruned(shim), config)
-    model.save_pretrained(tmp_path / "adapter")
-    loaded = load_pruned(tmp_path / "adapter")
-    assert torch.equal(logits(loaded), logits(model))
-    assert not torch.equal(logits(loaded), logits(load_pruned(shim)))
-
-
-CUSTOM_MODEL = """
-from transformers import LlamaForCausalLM
-from .custom_configuration import CustomConfig
-
-
-class CustomForCausalLM(LlamaForCausalLM):
-    config_class = CustomConfig
-
-    def forward(self, *args, **kwargs):
-        output = super().forward(*args, **kwargs)
-        output.logits = output.logits * self.config.factor
-        return output
-"""
-CUSTOM_CONFIG = """
-from transformers import LlamaConfig
-
-
-class CustomConfig(LlamaConfig):
-    model_type = "custom"
-    factor: float = 3.0
-"""
-FRESH = """
-import sys, torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
-expected = load_file(sys.argv[2])
-def distance(model):
-    with torch.no_grad():
-        return float((model(expected["ids"]).logits - expected["logits"]).abs().max())
-model.save_pretrained(sys.argv[3])
-again = AutoModelForCausalLM.from_pretrained(sys.argv[3], trust_remote_code=True)
-print(type(model).__name__, distance(model), distance(again), "custom_plugin" in sys.modules)
-"""
-
-
-@pytest.mark.slow
-def test_base_class_outside_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its code is copied too; even a uniform cut of it is no stock checkpoint."""
-    import importlib
-
-    from safetensors.torch import save_file
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    package = tmp_path / "path" / "custom_plugin"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "custom_modeling.py").write_text(CUSTOM_MODEL)
-    (package / "custom_configuration.py").write_text(CUSTOM_CONFIG)
-    monkeypatch.syspath_prepend(package.parent)
-    module = importlib.import_module("custom_plugin.custom_modeling")
-    AutoConfig.register("custom", module.CustomConfig, exist_ok=True)
-    AutoModelForCausalLM.register(module.CustomConfig, module.CustomForCausalLM, exist_ok=True)
-    model = module.CustomForCausalLM(module.CustomConfig(**SIZES, factor=2.5)).eval()
-    kept = {f"layers.{n}.mlp": range(9) for n in range(3)}
-    cut(model, build_graph(FAMILY, model.config), kept, FAMILY)
-    assert save_checkpoint(model, tmp_path / "out", record={}, family=FAMILY) == "shim"
-    assert torch.equal(logits(load_pruned(tmp_path / "out")), logits(model))
-    save_file({"ids": INPUT_IDS, "logits": logits(model)}, tmp_path / "expected")
-    arguments = [str(tmp_path / name) for name in ("out", "expected", "again")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    fresh = subprocess.run(
-        [sys.executable, "-c", FRESH, *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert fresh.stdout.split() == ["PrunedCustomForCausalLM", "0.0", "0.0", "False"], fresh.stderr[-2000:]
 
 
 def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,18 +90,6 @@ ONCE = {"__init__": 1, "get_tensor_name_map": 1, "_OWN_LOAD": 2}
 """transformers looks at the values of the header again when it loads the tensors."""
 
 
-def test_the_file_is_parsed_once(gguf_file, catalog, parses):
-    import gguf
-
-    own = gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint
-    for _ in range(2):
-        load_model(load_structure(str(gguf_file), catalog), catalog)
-        assert parses == ONCE
-        assert own == (gguf.GGUFReader, gguf.get_tensor_name_map, reader.load_gguf_checkpoint)
-        assert parsing._last is None
-        parses.clear()
-
-
 def test_a_command_parses_the_file_once(gguf_file, tmp_path, parses):
     llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
     assert parses == ONCE
@@ -129,26 +117,6 @@ def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
     for one, other in zip(ours.tensors, theirs.tensors, strict=True):
         assert (one.name, one.data_offset, one.tensor_type) == (other.name, other.data_offset, other.tensor_type)
         assert (one.data == other.data).all()
-
-
-def test_work_in_llama_cpp_is_that_of_the_same_model_in_transformers(gguf_file, catalog):
-    from llmpruner_gguf.bench import gguf_work
-
-    from llmpruner.evaluation.transformers_runtime import work_of
-
-    loaded = load_model(load_structure(str(gguf_file), catalog), catalog)
-    (ours, dtype), theirs = gguf_work(gguf_file), work_of(loaded.model, loaded.graph)
-    assert dtype == "f32" and ours.weight_bytes == theirs.weight_bytes
-    assert (ours.body_macs, ours.head_macs, ours.pair_macs) == (theirs.body_macs, theirs.head_macs, theirs.pair_macs)
-    # llama.cpp caches in 16 bits.
-    assert 2 * ours.cache_bytes == theirs.cache_bytes
-
-
-def test_it_runs_in_llama_cpp(gguf_file):
-    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
-    result = llmpruner.bench([gguf_file, gguf_file], runtime="llama-cpp", batch=[1, 2], prompt=8, new=3, rounds=1)
-    assert result.facts["dtypes"] == ["f32", "f32"] and len(result.cases) == 2
-    assert result.cases[1].decode[1].ideal == 1 and result.cases[1].decode[1].tokens_per_second.median > 0
 
 
 def test_progress_bars_are_restored_after_an_error():

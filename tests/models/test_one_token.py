@@ -60,18 +60,6 @@ def test_all_else_is_transformers_own(options):
     assert torch.equal(ours, theirs)
 
 
-def test_transformers_own_is_not_called_for_one_query(monkeypatch):
-    def refused(*_, **__):
-        raise AssertionError
-
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", refused)
-    with fast_one_token_attention():
-        found, _ = ALL_ATTENTION_FUNCTIONS["sdpa"](
-            SimpleNamespace(), torch.ones(1, 2, 1, 4), torch.ones(1, 1, 3, 4), torch.ones(1, 1, 3, 4), None
-        )
-    assert torch.allclose(found, torch.ones(1, 1, 2, 4))
-
-
 def test_it_ends():
     with pytest.raises(RuntimeError), fast_one_token_attention():
         raise RuntimeError

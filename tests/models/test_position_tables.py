@@ -33,14 +33,12 @@ def opt():
     return OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=32))
 
 
-def roberta(padding=1):
+def roberta(padding=5):
     config = RobertaConfig(**ROBERTA, max_position_embeddings=33 + padding, pad_token_id=padding)
     return RobertaForCausalLM(config)
 
 
-MODELS = {
-    "gpt2": tiny_models.gpt2, "mpt": mpt, "opt": opt, "roberta": roberta, "roberta, padding 5": lambda: roberta(5),
-}  # fmt: skip
+MODELS = {"gpt2": tiny_models.gpt2, "mpt": mpt, "opt": opt, "roberta": roberta}
 
 
 @pytest.fixture(params=MODELS)

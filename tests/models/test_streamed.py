@@ -27,7 +27,7 @@ METHODS = {
     "squares": {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 3, "length": 8},
     "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
     "weights": {"importance": "l2", "compensate": "none"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def dense(tmp_path_factory):
 
 
 def prune(model: Path, output: Path, *, streamed: bool, max_memory: int | None = None, **settings):
-    run = RunSettings() if streamed else RunSettings(max_memory=max_memory)
+    run = RunSettings(max_memory=max_memory)
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides.
         patch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)

@@ -62,13 +62,6 @@ def test_a_prompt_that_the_model_cannot_read_is_refused():
     assert generate(model, tokenizer, "z" * 512, max_new_tokens=1) is not None
 
 
-def test_a_text_that_is_too_short_for_one_window_is_refused_after_few_attempts():
-    tokenizer = Recording()
-    with pytest.raises(DataError, match="too short for 1000 samples"):
-        windows(["short"], tokenizer, samples=1000, length=64, seed=0, source="x")
-    assert len(tokenizer.texts) < 300
-
-
 def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_after_a_prompt():
     """As LLaMA's with ``add_eos_token``. A format without an end of sequence (``eos_after`` none) gets none."""
     tokenizer = tiny_models.tokenizer()

@@ -117,30 +117,6 @@ def test_a_folder_of_the_user_is_not_touched(tmp_path):
     assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
 
 
-class States:
-    """``killed``: whether the process ends while they are written."""
-
-    def __init__(self, killed: bool) -> None:
-        self.killed = killed
-
-    def dump(self, file: Path) -> None:
-        file.with_suffix(".partial").write_bytes(b"half of them")
-        if self.killed:
-            raise Killed
-        file.with_suffix(".partial").replace(file)
-
-
-@pytest.mark.parametrize("killed", [True, False], ids=["states", "state"])
-def test_a_folder_with_first_states_alone_is_that_of_an_interrupted_run(tmp_path, monkeypatch, killed):
-    folder = tmp_path / "predictions"
-    monkeypatch.setattr(Journal, "store", lambda *_: (_ for _ in ()).throw(Killed))
-    with pytest.raises(Killed):
-        Journal(folder, {"a": 1}).layer_done({"layers": 1}, {"dense": States(killed)})
-    assert Journal(folder, {"a": 1}).load("state") is None
-    with pytest.raises(OutputError, match="interrupted run with other settings"), Journal(folder, {"a": 2}).running():
-        pass
-
-
 def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
     """The process ends while the file is written by which its folder is known."""
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
-from llmpruner import Blocks, CoupledGroup, Role, SettingsError, Span
+from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
@@ -201,10 +201,10 @@ def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step(catalog):
 
 def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
     first = {"layers": [0, 2, 3], "layers.2.mlp": range(64), "layers.3.mlp": range(32)}
-    pruned = cut_by(gqa, plan_of(gqa, small_job(), first, None, None))
+    pruned = cut_by(gqa, plan_of(gqa, small_job(), first, None))
     second = {"layers": [1, 2], "layers.1.mlp": range(32)}
     left = restrict(pruned.graph, second)
-    plans = (*pruned.plans, plan_of(pruned, small_job(), second, None, None))
+    plans = (*pruned.plans, plan_of(pruned, small_job(), second, None))
     found = dense_units(plans, left)
     assert found == {"layers.0.mlp": 96, "layers.1.mlp": 96}
     widths = widths_for("uniform", None, 512, dense_units(pruned.plans, pruned.graph))
@@ -233,21 +233,3 @@ def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_
 def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
     with pytest.raises(SelectionError, match=r"less than one unit .* in all layers at once, .* or for --shape free"):
         check_job(small_job(shape="uniform", amount=0.005), gqa, tokenizer=False)
-    with pytest.raises(SettingsError, match="--allocation global has no effect: with --shape uniform"):
-        check_job(small_job(shape="uniform", allocation=GlobalRanking()), gqa, tokenizer=False)
-    check_job(small_job(shape="uniform", allocation=GlobalRanking(), kinds=("mlp", "attention")), gqa, tokenizer=False)
-
-
-@pytest.mark.parametrize(
-    ("changes", "group"),
-    [
-        ({"shape": "uniform", "kinds": ("layer",)}, "layers"),
-        ({"shape": "free", "kinds": ("hidden",)}, "hidden"),
-        ({"shape": "free", "layers": "2"}, "layers.2.mlp"),
-    ],
-    ids=["layer", "hidden", "mlp"],
-)
-def test_an_allocation_without_groups_to_divide_between_is_refused(gqa, changes, group):
-    """Of layers and hidden channels, the line said to give --shape free, which is refused, or as useless."""
-    with pytest.raises(SettingsError, match=f"global has no effect: nothing but '{group}' may be cut; leave it out"):
-        check_job(small_job(allocation=GlobalRanking(), **changes), gqa, tokenizer=False)

@@ -207,7 +207,6 @@ def test_fifty_plugins_and_a_broken_one_among_them(install):
 BROKEN = {
     "an exception": ("raise RuntimeError('no such luck')", "RuntimeError: no such luck"),
     "an exit": ("raise SystemExit('bye')", "SystemExit: bye"),
-    "a missing module": ("import no_such_module_at_all", "ModuleNotFoundError: No module named 'no_such"),
     "bad syntax": ("def (:", "SyntaxError: "),
     "a hook that does not exist": ("@hookimpl\ndef llmpruner_metric(): return []", "unknown hook 'llmpruner_metric'"),
     "an argument that the hook lacks": (
@@ -266,12 +265,9 @@ def test_calls_are_traced(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("returned", "problem"),
     [
-        (dict, "it is no subclass of Metric"),
         (3, "it is no subclass of Metric"),
         (component(Metric, ""), "its name is ''; expected lower case"),
         (component(Metric, "Loud"), "its name is 'Loud'"),
-        (component(Metric, "a,b"), "its name is 'a,b'"),
-        (component(Metric, "a=b"), "its name is 'a=b'"),
         (component(ImportanceCriterion), "it is no subclass of Metric"),
     ],
 )
@@ -409,13 +405,6 @@ def test_one_reader_may_recognise_a_path():
     catalog = catalog_with(Zoo())
     assert catalog.reader_for(Path("a.zoo")).name == "zoo"
     assert catalog.reader_for(Path("a.wood")) is None
-
-
-def raising(error):
-    def method(self, *arguments):
-        raise error
-
-    return method
 
 
 def test_of_two_that_extend_one_family_the_message_says_what_an_author_does():

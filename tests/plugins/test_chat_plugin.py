@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import threading
-import time
-
 import pytest
 import tiny_models
 from llmpruner_chat import terminal
@@ -173,65 +170,3 @@ def test_what_is_no_question_is_refused(client):
     assert plain.status_code == 415
     long = client.post("/answer", json={**good, "text": "word " * 600})
     assert long.status_code == 400 and "shorten it" in long.text
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-def test_the_page_in_a_browser(model):
-    """Two models, streaming, stop, second turn, reset."""
-    pytest.importorskip("starlette")
-    webdriver = pytest.importorskip("selenium.webdriver")
-    from shutil import which
-
-    from llmpruner_chat.web import listen, serve
-
-    if which("chromium") is None or which("chromedriver") is None:
-        pytest.skip("no chromium")
-    chats = [chat(model, name="dense", max_new_tokens=20), chat(model, name="pruned", max_new_tokens=480)]
-    where = listen(0)
-    threading.Thread(target=serve, args=(chats, where), daemon=True).start()
-    options = webdriver.ChromeOptions()
-    options.binary_location = which("chromium")
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(which("chromedriver")))
-
-    def until(condition):
-        end = time.monotonic() + 120
-        while not condition():
-            assert time.monotonic() < end, browser.page_source
-            time.sleep(0.01)
-
-    def of(css):
-        return browser.find_elements("css selector", css)
-
-    def answers():
-        return [element.get_property("textContent") for element in of(".answer")]
-
-    def send(text):
-        of("#text")[0].send_keys(text)
-        of("#send")[0].click()
-
-    try:
-        browser.get(f"http://127.0.0.1:{where.getsockname()[1]}/")
-        until(lambda: len(of("section")) == 2)
-        send("Why?")
-        until(lambda: len(answers()) == 2 and answers()[1])
-        first, part = answers()
-        assert first == answer(chats[0], [], "Why?")
-        of("#stop")[0].click()
-        until(of("#send")[0].is_enabled)
-        stopped = answers()[1]
-        whole = answer(chats[1], [], "Why?")
-        assert whole.startswith(stopped) and len(part) <= len(stopped) < len(whole)
-        send("And then?")
-        until(lambda: len(answers()) == 4 and answers()[3])
-        of("#stop")[0].click()
-        until(of("#send")[0].is_enabled)
-        assert answers()[1] == answer(chats[0], [("Why?", first)], "And then?")
-        of("#reset")[0].click()
-        assert answers() == []
-        assert [line for line in browser.get_log("browser") if line["level"] == "SEVERE"] == []
-    finally:
-        browser.quit()

@@ -175,16 +175,6 @@ def test_folders_after_a_share_or_a_source_stay_here(own, published):
     assert push.public_record({"plans": [], "recovery": [{"data": own}]}, None)["recovery"] == [{"data": published}]
 
 
-def test_a_hub_model_keeps_its_name(folders):
-    record = json.loads((folders / "stock" / "llmpruner.json").read_text())
-    del record["base_path"]
-    record["plans"][0]["base"]["model"] = "org/dense"
-    assert card.base_of(record) == "org/dense"
-    assert push.public_record(record, "org/dense")["plans"] == record["plans"]
-    record["plans"][0]["base"]["model"] = "demo"
-    assert card.base_of(record) is None
-
-
 # Sending
 
 

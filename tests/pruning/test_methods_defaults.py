@@ -7,13 +7,13 @@ import sys
 
 import pytest
 
-from llmpruner import Catalog, Method
+from llmpruner import Method
 from llmpruner.errors import LlmprunerError
 from llmpruner.plugins import builtin
-from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.job import prune_job
 from llmpruner.pruning.methods import Best, ByHand, Fast, LlmPruner
 from llmpruner.settings import PruneSettings
+from llmpruner.testing import catalog_with
 
 MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
 KINDS = ("allocations", "budgets", "compensations", "calibration_sources", "methods")
@@ -75,7 +75,7 @@ def test_a_criterion_without_a_method_is_measured_on_ten_samples():
 
 
 @pytest.fixture
-def job(monkeypatch):
+def job():
     """``job(defaults, …)``: what a prune does by a method of a plugin with these defaults, and what the user gives."""
 
     def job(defaults, **asked):
@@ -86,8 +86,7 @@ def job(monkeypatch):
             def defaults(self, asked, *, writes):
                 return defaults
 
-        monkeypatch.setattr("llmpruner.pruning.job._method", lambda *_: Mine())
-        return prune_job(PruneSettings(ratio=0.2, **asked), Catalog(plugin_manager()))
+        return prune_job(PruneSettings(ratio=0.2, method="mine", **asked), catalog_with(Mine, entry_points=True))
 
     return job
 

@@ -15,7 +15,7 @@ from chatglm_tiny import DATA, train_sentencepiece
 from llmpruner_chatglm.readers import ChatGLM6BReader, ChatGLMReader
 from safetensors.torch import load_file, save_file
 
-from llmpruner import CheckpointError, LlmprunerError, ModelError, UnsupportedModelError
+from llmpruner import CheckpointError, LlmprunerError, UnsupportedModelError
 
 READERS = {"chatglm_v1": ChatGLM6BReader(), "chatglm2": ChatGLMReader()}
 
@@ -51,6 +51,7 @@ WRITERS: dict[str, Callable[[Path, dict[str, torch.Tensor]], None]] = {
     "three .bin": lambda d, t: write_shards(d, t, "bin", index=True),
     "three .bin without index": lambda d, t: write_shards(d, t, "bin", index=False),
     "three safetensors": lambda d, t: write_shards(d, t, "safetensors", index=True),
+    "one safetensors": lambda d, t: save_file(t, d / "model.safetensors"),
     "safetensors preferred": lambda d, t: (save_file(t, d / "model.safetensors"), (d / "pytorch_model.bin").touch())[1],
 }
 
@@ -106,39 +107,7 @@ def test_chatglm2_with_long_context_divides_positions(tmp_path: Path) -> None:
         assert (got - long(ids, position_ids=positions).logits).abs().max() > 1e-3
 
 
-def break_it(directory: Path, reader: Any, how: str) -> None:
-    tensors = weights(reader)
-    if how == "no weights":
-        return
-    if how in ("missing shard", "missing shard without index"):
-        write_shards(directory, tensors, "bin", index=how == "missing shard")
-        (directory / "pytorch_model-00002-of-00003.bin").unlink()
-    elif how.startswith("truncated"):
-        name = "model.safetensors" if how == "truncated safetensors" else "pytorch_model.bin"
-        if name.endswith("safetensors"):
-            save_file(tensors, directory / name)
-        else:
-            torch.save(tensors, directory / name, _use_new_zipfile_serialization="old" not in how)
-        content = (directory / name).read_bytes()
-        (directory / name).write_bytes(content[: len(content) // 2])
-    elif how == "code":
-        with (directory / "pytorch_model.bin").open("wb") as file:
-            pickle.dump({"lm_head.weight": Boom(directory / "ran")}, file)
-    elif how == "code in a zip":
-        torch.save({"lm_head.weight": Boom(directory / "ran")}, directory / "pytorch_model.bin")
-    elif how == "no dictionary":
-        torch.save([1, 2], directory / "pytorch_model.bin")
-    elif how == "missing tensor":
-        save_file(dict(list(tensors.items())[1:]), directory / "model.safetensors")
-    elif how == "unknown tensor":
-        save_file({**tensors, "transformer.prefix_encoder.weight": torch.ones(2)}, directory / "model.safetensors")
-    elif how == "misshapen tensor":
-        save_file({k: v[:-1].clone() for k, v in tensors.items()}, directory / "model.safetensors")
-    elif how == "damaged index":
-        (directory / "pytorch_model.bin.index.json").write_text("{")
-
-
-class Boom:
+class Code:
     """Creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
@@ -148,32 +117,60 @@ class Boom:
         return Path.touch, (self.path,)
 
 
-@pytest.mark.parametrize(
-    ("how", "error", "message"),
-    [
-        ("no weights", ModelError, "holds no weights"),
-        (
-            "missing shard",
-            CheckpointError,
-            "1 of 3 weight files are missing, the first is pytorch_model-00002-of-00003",
-        ),
-        ("missing shard without index", CheckpointError, "1 of 3 weight files are missing"),
-        ("truncated safetensors", CheckpointError, r"model\.safetensors is damaged or truncated"),
-        ("truncated bin", CheckpointError, r"pytorch_model\.bin is damaged or truncated"),
-        ("truncated bin of old torch", CheckpointError, r"pytorch_model\.bin is damaged or truncated"),
-        ("code", CheckpointError, "pickled code besides tensors, which is never run"),
-        ("code in a zip", CheckpointError, "pickled code besides tensors, which is never run"),
-        ("no dictionary", CheckpointError, "holds a list; expected named tensors"),
-        ("missing tensor", CheckpointError, "1 of .* parameters are in none of the weight files"),
-        ("unknown tensor", CheckpointError, "the configuration has none of that name"),
-        ("misshapen tensor", CheckpointError, "the configuration has"),
-        ("damaged index", CheckpointError, r"index\.json is damaged"),
-    ],
-)
-def test_damage_is_one_line(checkpoint: tuple[Path, Any], how: str, error: type[LlmprunerError], message: str) -> None:
+Tensors = dict[str, torch.Tensor]
+
+
+def missing_shard(directory: Path, tensors: Tensors) -> None:
+    write_shards(directory, tensors, "bin", index=True)
+    (directory / "pytorch_model-00002-of-00003.bin").unlink()
+
+
+def truncated(directory: Path, tensors: Tensors, name: str) -> None:
+    WRITERS["one .bin" if name.endswith(".bin") else "one safetensors"](directory, tensors)
+    content = (directory / name).read_bytes()
+    (directory / name).write_bytes(content[: len(content) // 2])
+
+
+def save_safe(directory: Path, tensors: Tensors) -> None:
+    save_file(tensors, directory / "model.safetensors")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
+    "no weights": (lambda d, t: None, "holds no weights"),
+    "missing shard": (missing_shard, "1 of 3 weight files are missing, the first is pytorch_model-00002-of-00003"),
+    "truncated safetensors": (
+        lambda d, t: truncated(d, t, "model.safetensors"), r"model\.safetensors is damaged or truncated"
+    ),
+    "truncated bin": (lambda d, t: truncated(d, t, "pytorch_model.bin"), r"model\.bin is damaged or truncated"),
+    "code": (
+        lambda d, t: (d / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Code(d / "ran")})),
+        "pickled code besides tensors, which is never run",
+    ),
+    "code in a zip": (
+        lambda d, t: torch.save({"lm_head.weight": Code(d / "ran")}, d / "pytorch_model.bin"),
+        "pickled code besides tensors, which is never run",
+    ),
+    "no dictionary": (lambda d, t: torch.save([1, 2], d / "pytorch_model.bin"), "holds a list; expected named tensors"),
+    "missing tensor": (
+        lambda d, t: save_safe(d, dict(list(t.items())[1:])), "1 of .* parameters are in none of the weight files"
+    ),
+    "unknown tensor": (
+        lambda d, t: save_safe(d, {**t, "transformer.prefix_encoder.weight": torch.ones(2)}),
+        "the configuration has none of that name",
+    ),
+    "misshapen tensor": (lambda d, t: save_safe(d, {k: v[:-1].clone() for k, v in t.items()}), "the configuration has"),
+    "damaged index": (
+        lambda d, t: (d / "pytorch_model.bin.index.json").write_text("{"), r"index\.json is damaged"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_one_line(checkpoint: tuple[Path, Any], what: str) -> None:
     directory, reader = checkpoint
-    break_it(directory, reader, how)
-    with pytest.raises(error, match=message) as caught:
+    damage, message = DAMAGE[what]
+    damage(directory, weights(reader))
+    with pytest.raises(LlmprunerError, match=message) as caught:
         reader.read_model(directory, None)
     assert "\n" not in str(caught.value)
     assert not (directory / "ran").exists()

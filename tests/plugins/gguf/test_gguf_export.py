@@ -29,7 +29,6 @@ from gguf_reference import GgufFile, gguf_logits
 from llmpruner_gguf import GgufExporter, write
 from llmpruner_gguf import export as steps
 from llmpruner_gguf.export import relative_errors
-from said import Said
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -53,12 +52,6 @@ HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
 HOW = "verified by llama.cpp's logits" if HAS_RUNTIME else "read back; install llama-cpp-python"
 needs_runtime = pytest.mark.skipif(not HAS_RUNTIME, reason="llama-cpp-python is not installed")
 
-READ_BY_TRANSFORMERS = {
-    **{name: lambda name=name: random_model(name) for name in ("llama", "llama-tied-wide-heads", "mistral", "qwen2")},
-    # With the defaults of Gemma 2, which transformers takes, as it does not read caps and the scale of attention.
-    "gemma2": lambda: randomised(AutoModelForCausalLM.from_config(Gemma2Config(**SIZES))),
-}
-"""It does not read the size of heads or experts of the other architectures."""
 FREE = {
     "mlp": {"feed_forward_length": [40, 48, 17]},
     "gqa": {"attention.head_count_kv": [1, 2, 2], "attention.head_count": [2, 4, 4]},
@@ -69,12 +62,12 @@ FREE = {
 """Cuts of a tiny LLaMA → what the file must state."""
 
 
-def exported(model, folder, *, tokenizer=None, progress=None, name="tiny", **settings):
+def exported(model, folder, *, tokenizer=None, name="tiny", **settings):
     """The line, and the file that the export of ``model`` wrote."""
     source = folder / name
     save_checkpoint(model, source, record={}, tokenizer=tokenizer)
     loaded = SimpleNamespace(model=model, tokenizer=tokenizer, family=None, record={})
-    line = export(source, GgufExporter(**settings), folder / "out", lambda: loaded, progress or Said())
+    line = export(source, GgufExporter(**settings), folder / "out", lambda: loaded)
     return line, folder / "out" / f"{name}.gguf"
 
 
@@ -96,9 +89,10 @@ def test_every_architecture(name, tmp_path):
     assert {path.name for path in file.parent.iterdir()} == {"tiny.gguf", "Modelfile"}
 
 
-@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
+# It does not read the size of heads, caps or experts of the other architectures.
+@pytest.mark.parametrize("name", ["llama", "llama-tied-wide-heads", "mistral", "qwen2"])
 def test_transformers_reads_it_as_the_same_model(name, tmp_path):
-    model = READ_BY_TRANSFORMERS[name]()
+    model = random_model(name)
     _, file = exported(model, tmp_path)
     again = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
     assert_same_logits(model, logits(again, prompt(model)))
@@ -176,21 +170,11 @@ def test_auto_is_the_type_of_the_checkpoint(dtype, kind, tmp_path):
     assert f"(llama, {kind}, " in export(tmp_path / "tiny", GgufExporter(), tmp_path / "out", lambda: loaded)
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"),
-    [
-        ("models--me--small-2--b/snapshots/0123456789abcdef", "small-2--b"),
-        ("models--small/snapshots/0123456789abcdef", "small"),
-        ("snapshots/0123456789abcdef", "0123456789abcdef"),
-    ],
-)
-def test_a_snapshot_of_the_hub_has_the_name_of_the_model(folder, name, tmp_path, monkeypatch):
-    """From inside the folder too."""
-    save_checkpoint(random_model("llama"), tmp_path / folder, record=None)
-    monkeypatch.chdir(tmp_path / folder)
-    line = llmpruner.export(".", to="gguf", output=tmp_path / "out")
-    assert line.startswith(f"{name}.gguf (")
-    assert gguf.GGUFReader(tmp_path / "out" / f"{name}.gguf").get_field("general.name").contents() == name
+def test_a_snapshot_of_the_hub_has_the_name_of_the_model(tmp_path):
+    folder = tmp_path / "models--me--small-2--b" / "snapshots" / "0123456789abcdef"
+    save_checkpoint(random_model("llama"), folder, record=None)
+    assert llmpruner.export(folder, to="gguf", output=tmp_path / "out").startswith("small-2--b.gguf (")
+    assert value(tmp_path / "out" / "small-2--b.gguf", "general.name") == "small-2--b"
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path):
@@ -251,10 +235,6 @@ REFUSED = {
     "caps": (_with(Gemma2Config, head_dim=16, attn_logit_softcapping=None), "it always caps attention logits"),
     "output bias of attention": (_with(Qwen3Config, attention_bias=True), r"no bias 'blk\.0\.attn_output\.bias'"),
     # As after the removal of layers: llama.cpp derives which layers have a window from their numbers alone.
-    "windows of gemma2": (
-        _with(Gemma2Config, head_dim=16, sliding_window=8, layer_types=[*WINDOWS_AND_FULL[::-1], "sliding_attention"]),
-        r"llama\.cpp gives all layers but each 2nd a sliding window, which layer 0 of the model does not fit",
-    ),
     "windows of gemma3": (
         _with(
             Gemma3TextConfig,
@@ -264,10 +244,6 @@ REFUSED = {
             layer_types=[*WINDOWS_AND_FULL, "sliding_attention"],
         ),
         r"all layers but each 6th a sliding window, which layer 1 of the model does not fit; .* 6 layers in a row$",
-    ),
-    "no window in gemma2": (
-        _with(Gemma2Config, head_dim=16, layer_types=["full_attention"] * 3),
-        "which layer 0 of the model does not fit",
     ),
     "scale of embeddings": (_other_embedding_scale, "multiplies embeddings by 5.65685, the model by 3"),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -42,11 +41,6 @@ def pruned(tmp_path: Path) -> tuple[Path, Any]:
     return tmp_path / "pruned", model
 
 
-def test_the_plugin_offers_it_by_name() -> None:
-    assert llmpruner_llama.llmpruner_exporters() == [MetaExporter]
-    assert MetaExporter(shards=2).record() == {"shards": 2, "tokenizer": None}
-
-
 def test_what_is_read_back_is_the_pruned_model(pruned: tuple[Path, Any], tmp_path: Path) -> None:
     source, model = pruned
     line = export(source, tmp_path / "meta", shards=2)
@@ -66,18 +60,6 @@ def test_another_rotary_factor_than_that_of_metas_code_is_said(factor: float | N
     assert ("its rotary factor is 32, and Meta's code takes 8" in line) == (factor == 32.0)
     if factor is not None:
         assert MetaReader().read_config(tmp_path / "meta").rope_parameters["factor"] == factor
-
-
-def test_a_context_that_the_format_does_not_keep_is_said(pruned: tuple[Path, Any], tmp_path: Path) -> None:
-    source, model = pruned
-    known = model.config.max_position_embeddings
-    config = json.loads((source / "config.json").read_text())
-    for positions in (known, 16 * known):
-        (source / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}))
-        said = f"its context of {positions} tokens is not stored, and is read back as {known}"
-        line = export(source, tmp_path / f"exported{positions}")
-        assert (said in line) == (positions != known)
-        assert MetaReader().read_config(tmp_path / f"exported{positions}").max_position_embeddings == known
 
 
 def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tuple[Path, Any], tmp_path: Path) -> None:

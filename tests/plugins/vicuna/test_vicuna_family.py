@@ -26,18 +26,14 @@ def family_of(name_or_path: str, **values: object) -> str:
     [
         ("lmsys/vicuna-7b-v1.5", "vicuna"),
         ("lmsys/Vicuna-13B-v1.3", "vicuna"),
-        ("/models/vicuna-7b/", "vicuna"),
         ("hub/models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e", "vicuna"),
         ("lmsys/vicuna-7b-v0", "vicuna-v0"),
-        ("vicuna_v0_7b", "vicuna-v0"),
         ("lmsys/vicuna-7b-v0.1-like", "vicuna-v0"),
         ("lmsys/vicuna-33b-v1.3", "vicuna"),
         ("TheBloke/stable-vicuna-13B-HF", "vicuna-v0"),
         ("models/StableVicuna_13b", "vicuna-v0"),
         ("TheBloke/Wizard-Vicuna-13B-HF", "vicuna"),
         ("NousResearch/gpt4-x-vicuna-13b", "llama"),
-        ("NousResearch/GPT4-x-Vicuna-13b-fp16", "llama"),
-        ("models/gpt4_x_vicuna", "llama"),
         ("meta-llama/Llama-2-7b-hf", "llama"),
         ("/home/vicuna/models/llama-7b", "llama"),
         ("", "llama"),
@@ -81,10 +77,6 @@ def test_by_its_chat_template(template: object, family: str, place: str, tmp_pat
     content = text if place.endswith("jinja") else json.dumps({"chat_template": text})
     (tmp_path / place).write_text(content, encoding="utf-8")
     assert family_of(str(tmp_path)) == family
-
-
-def vicunas() -> list[tuple[str, type]]:
-    return [(n, cls) for n, cls in Catalog(plugin_manager()).families.items() if n.startswith("vicuna")]
 
 
 def test_by_family() -> None:

@@ -6,7 +6,6 @@ import inspect
 
 import pytest
 
-import llmpruner
 from llmpruner import errors
 from llmpruner.errors import LlmprunerError, MissingExtraError, UnknownNameError
 
@@ -38,8 +37,8 @@ def is_own(cls: type) -> bool:
 
 
 @pytest.mark.parametrize("name", sorted(drawn()))
-def test_each_is_public_documented_and_handled_by_the_command_line(name):
-    cls = getattr(llmpruner, name)
+def test_each_is_documented_and_handled_by_the_command_line(name):
+    cls = getattr(errors, name)
     assert issubclass(cls, LlmprunerError)
     assert (cls.__doc__ and cls.__doc__ != LlmprunerError.__doc__) or cls is LlmprunerError
 

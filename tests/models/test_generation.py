@@ -118,11 +118,3 @@ def notes(model, prompt, new):
     found = []
     generate(model, tiny_models.tokenizer(), prompt, max_new_tokens=new, note=found.append)
     return found
-
-
-def test_a_prompt_that_special_tokens_make_too_long_is_refused():
-    model, tokenizer = tiny_models.gpt2(positions=8), tiny_models.with_bos()
-    prompt = tokenizer.decode(tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"][:8])
-    assert len(tokenizer(prompt)["input_ids"]) == 9
-    with pytest.raises(DataError, match=r"the prompt has 9 tokens, and the model reads 8; shorten it"):
-        generate(model, tokenizer, prompt)

@@ -1,4 +1,4 @@
-"""CI runs targets and scripts that exist, on every supported Python."""
+"""pyproject.toml agrees with the packages, and CI runs targets that exist on every supported Python."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / ".github" / "workflows" / "ci.yml"
 
 
@@ -31,3 +31,11 @@ def test_make_targets_exist():
     called = [target for command in commands() for target in re.findall(r"\bmake (\S+)", command)]
     assert {"test", "docs"} <= set(called)
     assert [target for target in called if not re.search(rf"^{re.escape(target)}:", makefile, re.M)] == []
+
+
+def test_every_package_is_shipped():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"([^"]+)"', re.search(r"^packages = \[(.*?)\]", text, re.S | re.M)[1]))
+    core = {str(f.parent.relative_to(ROOT)).replace("/", ".") for f in (ROOT / "llmpruner").rglob("__init__.py")}
+    plugins = {f"llmpruner_{f.parent.name}" for f in (ROOT / "plugins").glob("*/__init__.py")}
+    assert listed == core | plugins
