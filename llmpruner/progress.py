@@ -12,29 +12,31 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows nothing; subclasses override what they show."""
-
-    def track(self, items: Sequence[T], label: str) -> Iterable[T]:
-        """Iterates over ``items`` and shows how many were processed, under ``label``."""
-        del label
-        return items
+    """Shows nothing; a subclass overrides `status` and `bar`."""
 
     def status(self, label: str) -> None:
-        """Shows ``label``, for a stage of unknown length."""
+        """Show ``label``, for a stage of unknown length."""
         del label
-
-    @contextmanager
-    def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
-        """Yields a function ``step(number, total, loss)`` to call after each step; ``number`` counts from 1."""
-        del label
-        yield lambda number, total, loss: None
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
-        """Yields a function ``at(share, label)`` to call with the share of the work that is done, from 0 to 1, and the
-        name of what is being done; shows the time left."""
+        """Yield a function ``at(share, label)`` to call with the share of the work that is done, from 0 to 1, and what
+        is being done."""
         del label
         yield lambda share, now: None
+
+    @contextmanager
+    def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
+        """Yield a function ``step(number, total, loss)`` to call after each step of a training, counted from 1."""
+        with self.bar(label) as at:
+            yield lambda number, total, loss: at(number / total, f"{label}, loss {loss:.3f}")
+
+    def track(self, items: Sequence[T], label: str) -> Iterable[T]:
+        """Iterate over ``items`` and show how many were processed."""
+        with self.bar(label) as at:
+            for number, item in enumerate(items):
+                at(number / len(items), label)
+                yield item
 
 
 QUIET = Progress()

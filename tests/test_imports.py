@@ -35,16 +35,6 @@ def test_nothing_heavy_is_imported(what):
     assert "llmpruner.structure.plan" not in loaded
 
 
-def test_ctrl_c_is_handled_before_anything_that_takes_time_is_imported():
-    code = "import llmpruner.__main__, sys\nprint(*sys.modules)"
-    # Without `site`, which imports what it likes before.
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    loaded = done.stdout.split()
-    assert [name for name in loaded if name.startswith("llmpruner")] == ["llmpruner", "llmpruner.__main__"]
-    assert not {"lazy_loader", "ast"} & {*loaded}
-
-
 def test_a_prune_does_not_import_what_a_training_needs():
     """transformers' Trainer brings datasets, pandas and pyarrow, whose memory would count in every command."""
     code = "import llmpruner.api, llmpruner.cli.prune, json, sys\nprint(json.dumps(sorted(sys.modules)))"

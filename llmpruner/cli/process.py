@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import os
 import signal
 import sys
@@ -26,12 +27,9 @@ _LARGEST, _KEPT = 64 << 20, 256 << 20
 
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MiB of freed memory, and reuse it for tensors of up to 64 MiB. Otherwise every large
-    tensor gets new pages, which the system clears first. No effect elsewhere than on Linux with glibc. Holds for the
-    whole process, so that only programs call it, not libraries."""
+    tensor gets new pages, which the system clears first."""
     if sys.platform != "linux":
         return
-    import ctypes  # takes milliseconds, which help does not need
-
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         mallopt(_MMAP_THRESHOLD, _LARGEST)
@@ -39,26 +37,12 @@ def keep_freed_memory() -> None:
         mallopt(_TOP_PAD, _LARGEST)
 
 
-def end_as_exits() -> list[int]:
-    """Let SIGTERM end the process as an exit does, and SIGINT as Python does, so that temporary files are removed.
-    Returns a list into which the number of the signal is put."""
-    ended_by: list[int] = []
-
-    def terminated(number: int, _: object) -> NoReturn:
-        ended_by.append(number)
-        sys.exit(128 + number)
-
-    def interrupted(number: int, _: object) -> NoReturn:
-        ended_by.append(number)
-        raise KeyboardInterrupt
-
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end the process as an exit does, so that temporary files are removed."""
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, terminated)
+        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         # While the interpreter ends, the exception would only be printed, as a traceback.
         atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, interrupted)
-    return ended_by
 
 
 def shares_work(arguments: Sequence[str]) -> bool:

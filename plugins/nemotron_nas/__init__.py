@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from llmpruner import hookimpl
 
-from .exporter import NemotronNasExporter
-
-__all__ = ["NemotronNasExporter"]
-
 
 @hookimpl
 def llmpruner_exporters() -> list[type]:
+    from .exporter import NemotronNasExporter  # takes torch with it
+
     return [NemotronNasExporter]

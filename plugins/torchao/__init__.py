@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from llmpruner import hookimpl
 
-from .exporter import TorchAoExporter
-
-__all__ = ["TorchAoExporter"]
-
 
 @hookimpl
 def llmpruner_exporters() -> list[type]:
+    from .exporter import TorchAoExporter  # takes torch with it
+
     return [TorchAoExporter]

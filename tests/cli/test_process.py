@@ -102,31 +102,6 @@ def test_a_command_that_is_terminated_while_it_ends_shows_no_traceback(tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
 
 
-INTERRUPTED = """
-import os, signal, sys
-
-class Interrupts:
-    def find_spec(self, name, *_):
-        if name == "typer":
-            os.kill(os.getpid(), signal.SIGINT)
-
-# A shell has commands in its background ignore interrupts.
-signal.signal(signal.SIGINT, signal.default_int_handler)
-sys.meta_path.insert(0, Interrupts())
-from llmpruner.__main__ import main
-main()
-"""
-
-
-def test_an_interrupt_while_the_program_is_imported_shows_no_traceback(tmp_path):
-    done = run_fresh(INTERRUPTED, folder=tmp_path, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
-
-
-def test_version():
-    assert llmpruner("--version").stdout.startswith("llmpruner ")
-
-
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
     """In this process, after whatever tests ran in it, and in a new one with another seed of hashes."""
     options = ("plan", dense, "--ratio", 0.2, "--kinds", "mlp,attention", "--samples", 3, "--set", "prune.length=16")
