@@ -164,9 +164,7 @@ def new_plugin(
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts, kind=kind))
-    types = "".join(f" for model type {model_type}" for model_type in facts.types) if facts else ""
-    if facts and facts.parent:
-        types = f" for models of the family {facts.parent.family}"
+    types = f" for model type {facts.types[0]}" if facts else ""
     lines = [f"{directory}: {adds.title} {name}{types}"]
     if facts and facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")

@@ -83,56 +83,24 @@ class PluginName:
         return "".join(part.capitalize() for part in (*self.word.split("-"), kind))
 
 
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The family that a new one derives from, since models of its type have it only in part, or with its chat format.
-
-    ``family``: its name. ``cls``, ``module``: its class, and where that is imported from. ``requires``: its
-    distribution, None for llmpruner's own. ``known_as``: the name or path by which it recognises the small model; empty
-    where the configuration suffices. ``plain``: the family of a model of the type without that; None where it is
-    ``family``, too.
-    """
-
-    family: str
-    cls: str
-    module: str
-    requires: str | None
-    known_as: str = ""
-    plain: str | None = None
-
-
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for the templates.
-
-    ``types``: model types; empty without a model. ``config_class``, ``config_module``: the configuration class and its
-    module; ``config_values``: the arguments of the small configuration, as JSON values. ``extends``: the installed
-    family that matches the model already. ``package``, ``requires``: the package that registers the architecture, and
-    its distribution. ``kinds``: the kinds of units that can be removed. ``parent``: what the family derives from; None
-    for `ModelFamily`.
-    """
+    """Facts for the templates."""
 
     types: tuple[str, ...] = ()
+    """Model types; empty without a model."""
     config_class: str = ""
     config_module: str = ""
     config_values: Mapping[str, Any] = field(default_factory=dict)
+    """The arguments of the small configuration, as JSON values."""
     extends: str | None = None
+    """The installed family that matches the model already."""
     package: str | None = None
+    """The package that registers the architecture."""
     requires: str | None = None
+    """Its distribution."""
     kinds: tuple[str, ...] = ()
-    parent: Parent | None = None
-
-    @property
-    def distributions(self) -> list[str]:
-        """What the package requires beside llmpruner."""
-        found = (self.requires, self.parent.requires if self.parent else None)
-        return sorted({one for one in found if one})
-
-    @property
-    def untyped(self) -> list[str]:
-        """The packages that are imported and may have no types."""
-        modules = (self.package, self.parent.module if self.parent else None)
-        return sorted({module.partition(".")[0] for module in modules if module})
+    """The kinds of units that can be removed."""
 
 
 def kind_named(word: str) -> Kind:
