@@ -34,7 +34,7 @@ from .evaluation.evaluate import Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
-from .files import HTML, check_new_directory, check_own_file, write_text
+from .files import check_new_directory, check_page, write_text
 from .keywords import (
     BenchKeywords,
     EvaluateKeywords,
@@ -399,7 +399,7 @@ def write_page(
     sections = _sections(settings, catalog)
     subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
     page = report_page(subject, sections)
-    write_text(check_own_file(Path(path), HTML, "page in HTML"), page.html)
+    write_text(check_page(Path(path)), page.html)
     return list(page.warnings)
 
 
@@ -421,7 +421,7 @@ def write_report(
     places = [Path(place) for place in ([directories] if isinstance(directories, (str, Path)) else directories)]
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
     sections = _sections(settings, catalog)
-    target = check_own_file(Path(path or default), HTML, "page in HTML")
+    target = check_page(Path(path or default))
     subjects = report_subjects([report_place(place) for place in places], list(map(Path, results)), catalog)
     page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
     write_text(target, page.html)

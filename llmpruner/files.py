@@ -1,4 +1,4 @@
-"""Writing files and folders completely or not at all, and checking before long work that a place can be written."""
+"""Files and folders: written as a whole or not at all, checked before long work, and locked for one run."""
 
 from __future__ import annotations
 
@@ -30,14 +30,6 @@ def write_text(path: Path, text: str) -> None:
             aside.replace(real)
         finally:
             aside.unlink(missing_ok=True)
-
-
-def json_text(value: Any, *, indent: int, ensure_ascii: bool = False) -> str:
-    """``value`` as JSON with a final newline, where a list of nothing but numbers is on one line. Raises as
-    `json.dumps` does."""
-    text = json.dumps(value, indent=indent, ensure_ascii=ensure_ascii)
-    # The newlines of strings are escaped, so that one after "[" is never in a string.
-    return re.sub(r"\[\n[-+.\deE,\s]+\]", lambda found: re.sub(r"\s", "", found[0]), text) + "\n"
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -147,8 +139,13 @@ def check_new_directory(path: Path) -> Path:
     return path
 
 
-def check_new_file(path: Path) -> Path:
-    """``path``, once it is sure that a file can be written there. Raises `OutputError`."""
+def check_new_file(path: Path, *, replaces: str | None = None, what: str = "") -> Path:
+    """``path``, once it is sure that a file can be written there, and that nothing else is lost. Devices, pipes and
+    empty files are written to. Raises `OutputError`.
+
+    ``replaces``: how earlier results of the same kind begin, in lower case and without spaces, which may be replaced;
+    ``what``: what they are called.
+    """
     with unwritable(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
@@ -156,41 +153,20 @@ def check_new_file(path: Path) -> Path:
             _check_parent(path)
         elif not os.access(path, os.W_OK):
             raise OutputError(f"'{path}' cannot be written: permission denied")
-    return path
-
-
-def check_unused_file(path: Path) -> Path:
-    """As `check_new_file`. Raises `OutputError` for a file that holds something, too; devices, pipes and empty files
-    are written to."""
-    with unwritable(check_new_file(path)):
-        if _holds_something(path):
-            raise OutputError(f"output file '{path}' exists already; choose another or remove it")
-    return path
-
-
-def check_own_file(path: Path, begins: str, what: str) -> Path:
-    """As `check_new_file`, for a result that replaces an earlier one of its kind. Raises `OutputError` for a file that
-    holds anything else (weights, a configuration), which would be lost.
-
-    ``begins``: the first characters of such results, in lower case and without spaces; ``what``: what they are called.
-    """
-    with unwritable(check_new_file(path)):
-        if _holds_something(path):
+        # /dev/stdout may lead to a file that a shell appends to.
+        elif path.is_file() and path.stat().st_size and path.absolute().parts[1:2] != ("dev",):
+            if replaces is None:
+                raise OutputError(f"output file '{path}' exists already; choose another or remove it")
             with path.open("rb") as stream:
                 head = stream.read(256)
-            if not b"".join(head.split()).lower().startswith(begins.encode()):
+            if not b"".join(head.split()).lower().startswith(replaces.encode()):
                 raise OutputError(f"'{path}' exists already and is no {what}; choose another or remove it")
     return path
 
 
-HTML = "<!doctypehtml"
-"""For `check_own_file`: how pages begin."""
-
-
-def _holds_something(path: Path) -> bool:
-    """Whether a file that is not empty is at ``path``, other than a device or pipe: /dev/stdout may lead to a file that
-    a shell appends to."""
-    return path.absolute().parts[1:2] != ("dev",) and path.is_file() and path.stat().st_size > 0
+def check_page(path: Path) -> Path:
+    """`check_new_file`, for a page in HTML."""
+    return check_new_file(path, replaces="<!doctypehtml", what="page in HTML")
 
 
 def _check_parent(path: Path) -> None:

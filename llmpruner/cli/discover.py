@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from ..errors import CouplingError
-from ..files import HTML, check_own_file
+from ..files import check_page
 from ..report.structure import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
@@ -50,7 +50,7 @@ def discover(
     from .. import api
 
     if html is not None:
-        check_own_file(html, HTML, "page in HTML")
+        check_page(html)
     found = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
     if html is not None:
         for warning in api.write_page(found, html, catalog=catalog_of(ctx), **page):

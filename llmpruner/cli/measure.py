@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ..files import check_own_file, json_text, write_text
+from ..files import check_new_file, write_text
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, settings_from
 from ..values import counted
 from .console import RichProgress, note, out, print_json, table
@@ -39,13 +39,13 @@ def evaluate(
     from .. import api
 
     if json_file is not None:
-        check_own_file(json_file, '[{"name"', "result of evaluate --json")
+        check_new_file(json_file, replaces='[{"name"', what="result of evaluate --json")
     results = api.evaluate(
         models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
     )
     show_evaluations(results)
     if json_file is not None:
-        write_text(json_file, json_text(results.as_json(), indent=2))
+        write_text(json_file, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
 
 
 def show_evaluations(results: Evaluations) -> None:
@@ -69,7 +69,7 @@ def bench(
     from .. import api
 
     if json_file is not None:
-        check_own_file(json_file, '{"runtime"', "result of bench --json")
+        check_new_file(json_file, replaces='{"runtime"', what="result of bench --json")
     result = api.bench(
         models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
     )

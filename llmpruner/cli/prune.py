@@ -11,7 +11,7 @@ import typer
 
 from ..engine.stages import peak_memory
 from ..errors import SettingsError
-from ..files import check_unused_file
+from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
@@ -44,7 +44,7 @@ def plan(
     from .. import api
 
     if output is not None:
-        check_unused_file(output)
+        check_new_file(output)
     started = time.monotonic()
     made, outcome = api.plan_with_outcome(
         model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..discovery.structure import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
 from ..evaluation.evaluate import Evaluations, chosen_metrics
-from ..files import alone_in, check_new_directory, json_text, new_directory, read_json, remove_tree, write_text
+from ..files import alone_in, check_new_directory, new_directory, read_json, remove_tree, write_text
 from ..models.identity import data_identity, folder_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
@@ -321,7 +321,7 @@ the value of `StepResult`."""
 
 def _write_results(folder: Path, value: Any) -> None:
     with new_directory(folder) as partial:
-        write_text(partial / RESULTS_FILE, json_text(value, indent=2))
+        write_text(partial / RESULTS_FILE, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
