@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -51,26 +51,27 @@ def discover(
 
     if html is not None:
         check_page(html)
-    found = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
+    structure = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
     if html is not None:
-        for warning in api.write_page(found, html, catalog=catalog_of(ctx), **page):
+        for warning in api.write_page(structure, html, catalog=catalog_of(ctx), **page):
             warning_line(warning)
         note(f"written to {html}")
-    verdicts = api.verify(found, seed=seed, progress=RichProgress()) if verify else []
+    verdicts = api.verify(structure, seed=seed, progress=RichProgress()) if verify else []
     if as_json:
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
-        print_json({"model": model, "family": found.family.name, **_graph_json(found.graph), **proof})
+        print_json({"model": model, "family": structure.family.name, **_graph_json(structure.graph), **proof})
     else:
-        _show(model, found)
-        _show_verdicts(verdicts)
+        _show(model, structure)
+        if verdicts:
+            _show_verdicts(verdicts)
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
 
 
-def _show(model: str, found: Structure) -> None:
-    graph = found.graph
+def _show(model: str, structure: Structure) -> None:
+    graph = structure.graph
     out.print(
-        f"[bold]{escape(model)}[/]: family {found.family.name}, {counted(graph.num_layers, 'layer')}, "
+        f"[bold]{escape(model)}[/]: family {structure.family.name}, {counted(graph.num_layers, 'layer')}, "
         f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
     )
     table("Coupled groups", KIND_COLUMNS, kind_rows(graph))
@@ -79,8 +80,6 @@ def _show(model: str, found: Structure) -> None:
 
 
 def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
-    if not verdicts:
-        return
     rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
     table("On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2)
     for verdict in verdicts:
@@ -95,18 +94,15 @@ def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:
     tree = Tree(f"[bold]{group.name}[/]: {group.units} units{constraint}")
     for what, spans, shapes in (("", group.spans, graph.shapes), (" (buffers)", group.buffers, graph.buffers)):
         for role in dict.fromkeys(span.role for span in spans):
-            _branch(tree, role.value + what, [span for span in spans if span.role == role], shapes)
+            branch = tree.add(f"[cyan]{role.value}{what}[/]")
+            of_role = [span for span in spans if span.role == role]
+            for s in of_role[:8]:
+                branch.add(f"{s.parameter} {list(shapes[s.parameter])} axis {s.axis}: {s.index}", highlight=False)
+            if len(of_role) > 8:
+                branch.add(f"… and {len(of_role) - 8} more")
     if group.modules:
         tree.add(f"{group.modules[0]} … {group.modules[-1]}")
     return tree
-
-
-def _branch(tree: Tree, title: str, spans: Sequence[Span], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    branch = tree.add(f"[cyan]{title}[/]")
-    for span in spans[:8]:
-        branch.add(f"{span.parameter} {list(shapes[span.parameter])} axis {span.axis}: {span.index}", highlight=False)
-    if len(spans) > 8:
-        branch.add(f"… and {len(spans) - 8} more")
 
 
 def _graph_json(graph: CouplingGraph) -> dict[str, Any]:

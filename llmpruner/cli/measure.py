@@ -62,7 +62,7 @@ def bench(
     options: dict[str, Any],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
 ) -> None:
-    """Measure how fast models run, beside the speed-up that their sizes allow.
+    """Measure how fast models run, next to the speed-up that their sizes allow.
 
     The first MODEL, as a rule the dense one, is what the others are compared with. All are in memory, and run in turn.
     """
@@ -123,8 +123,8 @@ def generate(
 
     shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(ctx)}
     load = settings_from(LoadSettings, options)
-    found = [api.discover(model, **shared, **options) for model in models]
-    answers = {each.ref: api.generate(each, prompt, load=load, **shared, **settings) for each in found}
+    structures = [api.discover(model, **shared, **options) for model in models]
+    answers = {each.ref: api.generate(each, prompt, load=load, **shared, **settings) for each in structures}
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
         return

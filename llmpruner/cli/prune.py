@@ -18,7 +18,7 @@ from ..structure.widths import COUNTED, QUANTISED
 from .console import RichProgress, count, done_line, note, out, print_json, size, table
 from .derive import Json, ModelName, Output, catalog_of, takes
 from .process import is_first
-from .report import write_beside
+from .report import write_next_to
 
 if TYPE_CHECKING:
     from ..structure.plan import Outcome, PruningPlan
@@ -94,7 +94,7 @@ def prune(
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)
-    write_beside(ctx, output)
+    write_next_to(ctx, output)
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
         print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})
@@ -105,75 +105,52 @@ def prune(
 
 
 def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    """What the run was expected to take, and what it took: bytes of the process at most, and seconds."""
-    used: dict[str, Any] = {"seconds": round(seconds, 1)}
-    if (memory := peak_memory()) is not None:
-        used["memory"] = memory
+    """The forecast, and what the run took: bytes of the process at most, and seconds."""
+    used = {"seconds": round(seconds, 1), "memory": peak_memory()}
     return {"forecast": None if outcome.forecast is None else {**outcome.forecast, "used": used}}
 
 
 def show_plan(made: PruningPlan, outcome: Outcome) -> None:
     """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
     cuts = made.cuts.values()
-    inner = list(dict.fromkeys(c.kind for c in cuts if c.layer is not None))
-    numbers: dict[int, dict[str, tuple[int, int]]] = {}
-    for cut in cuts:
-        if cut.layer is not None:
-            row = numbers.setdefault(cut.layer, {})
-            units_kept, units = row.get(cut.kind, (0, 0))  # as in the report, groups of one kind and layer are added
-            row[cut.kind] = units_kept + len(cut.kept), units + cut.units
-    kept = {n: {kind: f"{a:,} of {b:,}" for kind, (a, b) in row.items()} for n, row in numbers.items()}
-    rows = [
-        (",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(layers)), *cells)
-        for cells, layers in _alike({n: tuple(row.get(kind, "all") for kind in inner) for n, row in kept.items()})
-    ]
-    if rows:
-        table("Units kept", ("Layers", *inner), rows)
+    kinds = list(dict.fromkeys(cut.kind for cut in cuts if cut.layer is not None))
+    alike: dict[tuple[str, ...], list[int]] = {}  # equal cells → their layers
+    for layer in sorted({cut.layer for cut in cuts if cut.layer is not None}):
+        cells = []
+        for kind in kinds:
+            groups = [cut for cut in cuts if cut.layer == layer and cut.kind == kind]
+            units = sum(cut.units for cut in groups)
+            cells.append(f"{sum(len(cut.kept) for cut in groups):,} of {units:,}" if groups else "all")
+        alike.setdefault(tuple(cells), []).append(layer)
+    if alike:
+        rows = [
+            (",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(layers)), *cells)
+            for cells, layers in alike.items()
+        ]
+        table("Units kept", ("Layers", *kinds), rows)
     for name, group in made.cuts.items():
         if group.layer is None:
             gone = sorted(set(range(group.units)) - set(group.kept))
             detail = f" (gone: {', '.join(map(str, gone))})" if len(gone) <= 40 else ""
             out.print(f"{name}: {len(group.kept):,} of {group.units:,} units kept{detail}", highlight=False)
-    sums = [
-        _row("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count),
-        _row("All parameters", outcome.parameters_before, outcome.parameters_after, count),
-        _row("Weights", outcome.bytes_before, outcome.bytes_after, size),
+    sums: list[tuple[str, float, float, Any]] = [
+        ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count),
+        ("All parameters", outcome.parameters_before, outcome.parameters_after, count),
+        ("Weights", outcome.bytes_before, outcome.bytes_after, size),
     ]
     if budget := outcome.budget:
         texts: Mapping[str, Any] = {"macs": count, "kv-cache": "{:,.0f} bytes".format}
-        sums.append(_row(budget.label, budget.before, budget.after, texts.get(budget.name, "{:,.4g}".format)))
-    table("Result", ("", "Before", "After", "Removed"), sums)
-    _say_what_was_met(made, outcome)
-    _say_what_cannot_be_quantised(made)
-
-
-def _alike(rows: Mapping[int, tuple[str, ...]]) -> list[tuple[tuple[str, ...], list[int]]]:
-    """Equal rows with their layers, in order of the first ones."""
-    found: dict[tuple[str, ...], list[int]] = {}
-    for layer in sorted(rows):
-        found.setdefault(rows[layer], []).append(layer)
-    return list(found.items())
-
-
-def _say_what_was_met(made: PruningPlan, outcome: Outcome) -> None:
-    """Name the asked and the removed share where widths did not allow the asked one."""
+        sums.append((budget.label, budget.before, budget.after, texts.get(budget.name, "{:,.4g}".format)))
+    table("Result", ("", "Before", "After", "Removed"), [(a, f(x), f(y), f"{1 - y / x:.2%}") for a, x, y, f in sums])
     asked, got = made.target.amount, outcome.decoder_removed if outcome.budget is None else outcome.budget.removed
     if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
         shape = "uniform widths give" if made.selection.shape == "uniform" else "whole units give"
         note(f"asked for {asked:.1%}; {shape} {got:.1%}")
-
-
-def _say_what_cannot_be_quantised(made: PruningPlan) -> None:
-    """Name kept widths that formats with few bits refuse, where those of the dense model are none of them."""
-    cuts = [cut for cut in made.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
-    odd = sorted({len(cut.kept) for cut in cuts if len(cut.kept) % QUANTISED})
-    if odd:
+    # Formats with few bits refuse other widths; the dense model's are not.
+    quantisable = [cut for cut in cuts if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
+    if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         note(
             f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; "
             f"--set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
         )
-
-
-def _row(label: str, before: float, after: float, text: Any) -> tuple[str, str, str, str]:
-    return label, text(before), text(after), f"{1 - after / before:.2%}"

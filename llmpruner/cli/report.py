@@ -52,7 +52,7 @@ def report(
     ] = None,
     as_json: Json = False,
 ) -> None:  # fmt: skip
-    """Write an HTML page about a pruned model: size, speed and quality beside the dense model, and what was cut.
+    """Write an HTML page about a pruned model: size, speed and quality next to the dense model, and what was cut.
 
     The page is one file that loads nothing. `prune`, `run` and `demo` write it too. Reads no weights.
     """
@@ -64,14 +64,14 @@ def report(
     if as_json:
         print_json({"output": str(made.path), "models": list(made.facts)})
         return
-    for one in made.facts:
-        out.print(f"[bold]{escape(one['name'])}[/]: {escape(one['sentence'])}", highlight=False, soft_wrap=True)
+    for facts in made.facts:
+        out.print(f"[bold]{escape(facts['name'])}[/]: {escape(facts['sentence'])}", highlight=False, soft_wrap=True)
     done_line(str(made.path))
 
 
-def write_beside(ctx: typer.Context, directory: Path, *, say: bool = False) -> None:
-    """Write ``report.html`` into a checkpoint or the output of a recipe. What keeps it from being written is a warning,
-    as the work itself is done. ``say``: print the sentence of the page."""
+def write_next_to(ctx: typer.Context, directory: Path, *, say: bool = False) -> None:
+    """Write ``report.html`` into a checkpoint or the output of a recipe; a failure is a warning, as the work itself is
+    done. ``say``: print the sentence of the page."""
     from .. import api
 
     if not is_first():

@@ -17,11 +17,9 @@ from .console import RichProgress, count, done_line, out, print_json, table
 from .derive import Json, catalog_of, takes
 from .measure import show_bench, show_evaluations
 from .prune import show_plan
-from .report import NoReport, write_beside
+from .report import NoReport, write_next_to
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
     from ..recipes.run import StepResult
 
 
@@ -36,14 +34,14 @@ def add_commands(app: typer.Typer) -> None:
     app.command()(demo)
 
 
-@takes(options=LoadSettings, how=RunSettings)
+@takes(options=LoadSettings, limits=RunSettings)
 def run(
     ctx: typer.Context,
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `llmpruner recipes` lists.")
     ],
     options: dict[str, Any],
-    how: dict[str, Any],
+    limits: dict[str, Any],
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="The dense model; by default the one that the recipe names."),
@@ -76,19 +74,19 @@ def run(
     started = time.monotonic()
     shared: dict[str, Any] = {
         "model": model, "output": output, "values": values_of(values or []), "progress": RichProgress(),
-        "load": settings_from(LoadSettings, options), "run": settings_from(RunSettings, how),
+        "load": settings_from(LoadSettings, options), "run": settings_from(RunSettings, limits),
         "catalog": catalog_of(ctx),
     }  # fmt: skip
-    found = api.run(recipe, on_step=None if as_json else show_step, **shared)
+    result = api.run(recipe, on_step=None if as_json else show_step, **shared)
     seconds = round(time.monotonic() - started, 1)
-    if not no_report and any(step.command in ("prune", "recover") for step in found.steps):
-        write_beside(ctx, found.output)
+    if not no_report and any(step.command in ("prune", "recover") for step in result.steps):
+        write_next_to(ctx, result.output)
     if as_json:
-        print_json({**found.as_json(), "seconds": seconds})
+        print_json({**result.as_json(), "seconds": seconds})
         return
-    skipped = sum(step.skipped for step in found.steps)
-    done = counted(len(found.steps), "step") + (f", {skipped} of them done before" if skipped else "")
-    done_line(f"{found.output}: {done}; {seconds:.0f} s")
+    skipped = sum(step.skipped for step in result.steps)
+    done = counted(len(result.steps), "step") + (f", {skipped} of them done before" if skipped else "")
+    done_line(f"{result.output}: {done}; {seconds:.0f} s")
 
 
 def recipes(
@@ -100,15 +98,15 @@ def recipes(
     as_json: Json = False,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
-    found = catalog_of(ctx).recipes
+    known = catalog_of(ctx).recipes
     if name is not None:
-        text = found[name]().text()
+        text = known[name]().text()
         if as_json:
-            print_json({"name": name, "package": found.package_of(name), "text": text})
+            print_json({"name": name, "package": known.package_of(name), "text": text})
         else:
             out.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
         return
-    rows = [(key, found.package_of(key), cls.summary) for key, cls in found.items()]
+    rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
     if as_json:
         print_json({"recipes": [dict(zip(("name", "package", "summary"), row, strict=True)) for row in rows]})
     else:
@@ -119,35 +117,24 @@ def show_step(step: StepResult) -> None:
     """Print the results of a step that was done in this run."""
     if step.skipped:
         return
-    detail = ""
-    if step.value is not None:
-        # None where the step was whole when an earlier run was killed.
-        shows: dict[str, Callable[[Any], None]] = {
-            "prune": lambda value: show_plan(*value), "evaluate": show_evaluations, "bench": show_bench,
-        }  # fmt: skip
-        if step.command in shows:
-            shows[step.command](step.value)
-        else:
-            detail = step.value
+    result, details = step.result, []
     if step.command == "prune":
-        detail = f"{step.result['checkpoint']} checkpoint"
+        details = [f"{result['checkpoint']} checkpoint"]
     elif step.command == "recover":
-        detail = recovery_text(step)
+        details = [counted(result[f"{what}s"], what) for what in ("example", "step") if f"{what}s" in result]
+        details += filter(None, [result.get("loss")])
     elif step.command == "generate":
-        show_texts(step.result)
-    done_line(f"{step.directory}: {detail}{', ' if detail else ''}{step.seconds:.0f} s")
-
-
-def recovery_text(step: StepResult) -> str:
-    """``200 examples, 32 steps, loss 2.000 → 1.500``, as far as the record of the training has it."""
-    found = step.result
-    parts = [counted(found[f"{what}s"], what) for what in ("example", "step") if f"{what}s" in found]
-    return ", ".join([*parts, found["loss"]] if found.get("loss") else parts)
-
-
-def show_texts(found: Sequence[dict[str, Any]]) -> None:
-    """A table of what the models wrote."""
-    table(None, ("", f"“{found[0]['prompt']}”"), [(one["name"], one["text"]) for one in found], left=2)
+        table(None, ("", f"“{result[0]['prompt']}”"), [(answer["name"], answer["text"]) for answer in result], left=2)
+    # There is no value where the step was whole when an earlier run was killed.
+    if step.value is not None and step.command == "prune":
+        show_plan(*step.value)
+    elif step.value is not None and step.command == "evaluate":
+        show_evaluations(step.value)
+    elif step.value is not None and step.command == "bench":
+        show_bench(step.value)
+    elif step.value is not None and step.command == "export":
+        details = [step.value]
+    done_line(", ".join([f"{step.directory}: {details[0]}", *details[1:]] if details else [str(step.directory)]))
 
 
 def demo(
@@ -184,7 +171,7 @@ def demo(
     out.rule("2. Pruning and compensation")
     api.run(recipe, output=output, on_step=_show_titled, **shared)
     if not no_report:
-        write_beside(ctx, output, say=True)
+        write_next_to(ctx, output, say=True)
     last = [step.name for step in recipe.steps if step.command in ("prune", "recover")][-1]
     out.print(f"Try it: llmpruner generate {escape(str(output / last))} --chat --prompt …", highlight=False)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")

@@ -33,17 +33,17 @@ def verify(
     """
     from .. import api
 
-    found = api.verify_checkpoint(
+    result = api.verify_checkpoint(
         directory, base=base, trust_remote_code=trust_remote_code, progress=RichProgress(), catalog=catalog_of(ctx)
     )
     if as_json:
-        print_json(found.as_json())
+        print_json(result.as_json())
     else:
-        rows = [(check.name, check.state, check.detail) for check in found.checks]
+        rows = [(check.name, check.state, check.detail) for check in result.checks]
         table(None, ("Check", "Result", ""), rows, left=3)
-        if not found.damage:
+        if not result.damage:
             done_line(f"{directory} is whole")
-    for line in found.damage:
+    for line in result.damage:
         error_line(line)
-    if found.damage:
+    if result.damage:
         raise typer.Exit(1)
