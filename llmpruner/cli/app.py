@@ -9,8 +9,15 @@ import typer.main
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from . import discover, export, measure, plugins, prune, recover, report, run, verify
+from .checkpoint import export, verify
 from .console import show_warnings, warning_line
+from .discover import discover
+from .measure import bench, evaluate, generate
+from .plugins import list_plugins, new_plugin
+from .prune import plan, prune
+from .recover import recover
+from .report import report
+from .run import demo, recipes, run
 
 HELP = """
 Structural pruning of large language models: smaller, faster, still ordinary models.
@@ -18,6 +25,9 @@ Structural pruning of large language models: smaller, faster, still ordinary mod
 The usual order is [bold]discover[/] → [bold]plan[/] → [bold]prune[/] → [bold]recover[/] → [bold]evaluate[/].
 MODEL is a directory, a hub id, a .gguf file, or 'demo'. Try `llmpruner demo` first.
 """
+
+
+COMMANDS = (discover, plan, prune, recover, evaluate, bench, generate, export, verify, run, recipes, demo, report)
 
 
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
@@ -46,17 +56,14 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         ctx.obj = Catalog(manager)
         show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
-        ctx.call_on_close(lambda: _warn(manager))
+        ctx.call_on_close(lambda: [warning_line(line) for line in manager.broken])
 
-    for module in (discover, prune, recover, measure, export, verify, run, report, plugins):
-        module.add_commands(app)
+    for command in COMMANDS:
+        app.command()(command)
+    app.command("plugins")(list_plugins)
+    app.command()(new_plugin)
     _add_plugin_commands(app, manager)
     return app
-
-
-def _warn(manager: PluginManager) -> None:
-    for line in manager.broken:
-        warning_line(line)
 
 
 def _version(value: bool) -> None:

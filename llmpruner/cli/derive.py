@@ -10,12 +10,14 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 
-from ..settings import Settings, flag_of, option_of
+from ..settings import LoadSettings, RunSettings, Settings, flag_of, option_of, settings_from
+from .console import RichProgress
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -40,28 +42,37 @@ def catalog_of(ctx: typer.Context) -> Catalog:
     return catalog
 
 
-def takes(
-    *, omit: Sequence[str] = (), **models: type[Settings]
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that adds the options of settings models to a command. For each name in ``models``, the command gets
-    a dictionary of the values that the user gave. ``omit``: fields without an option."""
+def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A decorator that adds the options of settings models to a command. The command gets ``arguments``: keywords for
+    the function of the Python API, with ``load`` and ``run`` of `LoadSettings` and `RunSettings`, the progress and the
+    catalog. ``omit``: fields without an option."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True).parameters
-        kept = [p for name, p in own.items() if name not in models]
+        kept = [p for name, p in own.items() if name != "arguments"]
         derived = {
-            name: [
+            model: [
                 _parameter(model, f) for f in model.model_fields if f not in omit and not option_of(model, f).advanced
             ]
-            for name, model in models.items()
+            for model in models
         }
-        every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))]
+        context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        every = [
+            context,
+            *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))),
+        ]
         # Python requires parameters without defaults first.
         every.sort(key=lambda p: p.default is not Parameter.empty)
 
         def run(**values: Any) -> None:
-            given = {n: _given(values, [p.name for p in fields], models[n].group) for n, fields in derived.items()}
-            command(**{p.name: values[p.name] for p in kept}, **given)
+            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(values["ctx"])}
+            for model, options in derived.items():
+                explicit = _explicit(values, [p.name for p in options], model.group)
+                if model in (LoadSettings, RunSettings):
+                    arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
+                else:
+                    arguments |= explicit
+            command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {p.name: p.annotation for p in every}
@@ -71,26 +82,28 @@ def takes(
     return decorate
 
 
-def _given(values: Mapping[str, Any], names: list[str], group: str) -> dict[str, Any]:
-    """The values that the user gave; ``--set GROUP.key=value`` is one of ``key``."""
-    given = {name: values[name] for name in names if values[name] is not None and values[name] != []}
-    own = [text for text in given.get("settings", ()) if group and text.startswith(f"{group}.") and "=" in text]
+def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[str, Any]:
+    """The values that the user set; ``--set GROUP.key=value`` is that of ``key``."""
+    explicit = {name: values[name] for name in names if values[name] is not None and values[name] != []}
+    own = [text for text in explicit.get("settings", ()) if group and text.startswith(f"{group}.") and "=" in text]
     if own:
-        given["settings"] = [text for text in given["settings"] if text not in own]
+        explicit["settings"] = [text for text in explicit["settings"] if text not in own]
     for text in own:
         key, _, value = text.removeprefix(f"{group}.").partition("=")
-        given[key] = value
-    return given
+        explicit[key] = value
+    return explicit
 
 
 def _parameter(model: type[Settings], name: str) -> Parameter:
     field, option = model.model_fields[name], option_of(model, name)
     kind = _kind(field.annotation)
     flag = flag_of(model, name)
+    without_option = [other for other in model.model_fields if option_of(model, other).advanced]
+    advanced = f" Of {model.group}: {', '.join(without_option)}." if name == "settings" and without_option else ""
     flags = option.flags or ((f"{flag}/--no-{flag[2:]}",) if field.default is True else (flag,))
     info = typer.Option(
         *flags,
-        help=_help(field) + (_advanced(model) if name == "settings" else ""),
+        help=_help(field) + advanced,
         rich_help_panel=option.panel,
         metavar=None if kind is bool else option.metavar or _METAVARS.get(kind, "TEXT"),
         show_default=False,
@@ -102,12 +115,6 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
 
 
-def _advanced(model: type[Settings]) -> str:
-    """The settings that have no option of their own."""
-    names = [name for name in model.model_fields if option_of(model, name).advanced]
-    return f" Of {model.group}: {', '.join(names)}." if names else ""
-
-
 def _kind(annotation: Any) -> Any:
     """The plain type of a field: ``int`` of ``Annotated[int, …] | None``."""
     origin = get_origin(annotation)
@@ -115,28 +122,37 @@ def _kind(annotation: Any) -> Any:
         return _kind(get_args(annotation)[0])
     if origin is Literal:
         return str
-    if origin in (Union, type(int | str)):
+    if origin in (Union, UnionType):
         return _kind(next(a for a in get_args(annotation) if a is not type(None)))
     return origin or annotation
 
 
 def _help(field: FieldInfo) -> str:
-    facts = [f"{_BOUNDS[key]} {value:g}" for key, value in _bounds(field) if value < _OBVIOUS]
-    default = _shown(field)
-    facts += [f"default {default}"] if default else []
+    value = field.default
+    default = ""
+    if value is True:
+        default = "yes"
+    elif value not in (None, False, {}) and not field.is_required():
+        default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    facts = [*bounds_of(field, below=_OBVIOUS), *([f"default {default}"] if default else [])]
     return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")
 
 
-def _bounds(field: FieldInfo) -> list[tuple[str, float]]:
-    limits = [(key, getattr(m, key, None)) for m in field.metadata for key in _BOUNDS]
-    return [(key, value) for key, value in limits if isinstance(value, int | float)]
+def bounds_of(field: FieldInfo, *, below: float = float("inf")) -> list[str]:
+    """``["above 0", "at most 1"]``; without bounds from ``below`` on."""
+    limits = [(text, getattr(data, key, None)) for data in field.metadata for key, text in _BOUNDS.items()]
+    return [f"{text} {value:g}" for text, value in limits if isinstance(value, int | float) and value < below]
 
 
-def _shown(field: FieldInfo) -> str:
-    """The default for ``--help``; empty for None, False and empty values."""
-    value = field.default
-    if value is None or value is False or field.is_required() or value == {}:
-        return ""
-    if value is True:
-        return "yes"
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+def type_text(annotation: Any) -> str:
+    """``float``, ``int | none``, or the possible values: ``mean | max``."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return type_text(parts[0])
+    if origin is Literal:
+        return " | ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return " | ".join(map(type_text, parts))
+    if origin in (tuple, list):
+        return f"list of {type_text(parts[0])}"
+    return {type(None): "none", str: "text"}.get(annotation) or (origin or annotation).__name__

@@ -17,24 +17,18 @@ from ..report.structure import KIND_COLUMNS, kind_rows
 from ..settings import LoadSettings, PageSettings
 from ..structure.coupling import CoupledGroup, CouplingGraph, Span
 from ..values import counted
-from .console import RichProgress, count, note, out, print_json, table, warning_line
-from .derive import Json, ModelName, catalog_of, takes
+from .console import count, note, out, print_json, table, warning_line
+from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
     from ..discovery.oracle import Verdict
     from ..models.model import Structure
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command()(discover)
-
-
-@takes(options=LoadSettings, page=PageSettings, omit=("dtype", "device"))
+@takes(LoadSettings, PageSettings, omit=("dtype", "device"))
 def discover(
-    ctx: typer.Context,
     model: ModelName,
-    options: dict[str, Any],
-    page: dict[str, Any],
+    arguments: dict[str, Any],
     verify: Annotated[
         bool,
         typer.Option(
@@ -51,12 +45,13 @@ def discover(
 
     if html is not None:
         check_page(html)
-    structure = api.discover(model, progress=RichProgress(), catalog=catalog_of(ctx), **options)
+    progress, catalog = arguments["progress"], arguments["catalog"]
+    structure = api.discover(model, progress=progress, catalog=catalog, **arguments["load"].given())
     if html is not None:
-        for warning in api.write_page(structure, html, catalog=catalog_of(ctx), **page):
+        for warning in api.write_page(structure, html, catalog=catalog, settings=arguments.get("settings")):
             warning_line(warning)
         note(f"written to {html}")
-    verdicts = api.verify(structure, seed=seed, progress=RichProgress()) if verify else []
+    verdicts = api.verify(structure, seed=seed, progress=progress) if verify else []
     if as_json:
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
         print_json({"model": model, "family": structure.family.name, **_graph_json(structure.graph), **proof})

@@ -11,28 +11,20 @@ import typer
 from rich.markup import escape
 
 from ..files import check_new_file, write_text
-from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, settings_from
+from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings
 from ..values import counted
-from .console import RichProgress, note, out, print_json, table
-from .derive import Json, ModelNames, catalog_of, takes
+from .console import note, out, print_json, table
+from .derive import Json, ModelNames, takes
 
 if TYPE_CHECKING:
     from ..evaluation.bench import BenchCase, BenchResult, Rate
     from ..evaluation.evaluate import Evaluations
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command()(evaluate)
-    app.command()(bench)
-    app.command()(generate)
-
-
-@takes(settings=EvaluateSettings, options=LoadSettings)
+@takes(EvaluateSettings, LoadSettings)
 def evaluate(
-    ctx: typer.Context,
     models: ModelNames,
-    settings: dict[str, Any],
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
 ) -> None:
     """Measure models side by side: size, perplexity, lm-eval tasks, speed."""
@@ -40,9 +32,7 @@ def evaluate(
 
     if json_file is not None:
         check_new_file(json_file, replaces='[{"name"', what="result of evaluate --json")
-    results = api.evaluate(
-        models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
-    )
+    results = api.evaluate(models, **arguments)
     show_evaluations(results)
     if json_file is not None:
         write_text(json_file, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
@@ -54,12 +44,10 @@ def show_evaluations(results: Evaluations) -> None:
     table(None, ("", *(result.name for result in results)), rows)
 
 
-@takes(settings=BenchSettings, options=LoadSettings)
+@takes(BenchSettings, LoadSettings)
 def bench(
-    ctx: typer.Context,
     models: ModelNames,
-    settings: dict[str, Any],
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
 ) -> None:
     """Measure how fast models run, next to the speed-up that their sizes allow.
@@ -70,9 +58,7 @@ def bench(
 
     if json_file is not None:
         check_new_file(json_file, replaces='{"runtime"', what="result of bench --json")
-    result = api.bench(
-        models, load=settings_from(LoadSettings, options), progress=RichProgress(), catalog=catalog_of(ctx), **settings
-    )
+    result = api.bench(models, **arguments)
     show_bench(result)
     if json_file is not None:
         write_text(json_file, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
@@ -109,22 +95,19 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
-@takes(settings=GenerateSettings, options=LoadSettings)
+@takes(GenerateSettings, LoadSettings)
 def generate(
-    ctx: typer.Context,
     models: ModelNames,
     prompt: Annotated[str, typer.Option("--prompt", "-p", help="What to continue, or to answer with --chat.")],
-    settings: dict[str, Any],
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     as_json: Json = False,
 ) -> None:
     """Generate the continuation of a prompt by one or several models."""
     from .. import api
 
-    shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(ctx)}
-    load = settings_from(LoadSettings, options)
-    structures = [api.discover(model, **shared, **options) for model in models]
-    answers = {each.ref: api.generate(each, prompt, load=load, **shared, **settings) for each in structures}
+    shared = {"progress": arguments["progress"], "catalog": arguments["catalog"]}
+    structures = [api.discover(model, **shared, **arguments["load"].given()) for model in models]
+    answers = {each.ref: api.generate(each, prompt, **arguments) for each in structures}
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
         return

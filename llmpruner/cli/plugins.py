@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,25 +12,10 @@ from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
 from ..scaffold.package import KINDS, PluginName, kind_named, render, write
 from .console import note, out, print_json, table
-from .derive import Json, catalog_of
+from .derive import Json, bounds_of, catalog_of, type_text
 
 if TYPE_CHECKING:
     from ..component import Component
-
-_TYPES = {"integer": "int", "number": "float", "string": "text", "boolean": "bool", "null": "none", "object": "mapping"}
-_BOUNDS = {
-    "minimum": "≥ {}",
-    "exclusiveMinimum": "> {}",
-    "maximum": "≤ {}",
-    "exclusiveMaximum": "< {}",
-    "minItems": "at least {} values",
-    "maxItems": "at most {} values",
-}
-
-
-def add_commands(app: typer.Typer) -> None:
-    app.command(name="plugins")(list_plugins)
-    app.command()(new_plugin)
 
 
 def list_plugins(
@@ -85,37 +69,17 @@ def summary_of(cls: type[Component]) -> str:
 
 def settings_of(cls: type[Component]) -> list[dict[str, Any]]:
     """The settings of a component, in order of definition: key, type, default, bounds, description."""
-    schema = cls.Settings.model_json_schema(by_alias=False)
-    definitions, defaults = schema.get("$defs", {}), cls.Settings().model_dump(mode="json")
+    defaults = cls.Settings().model_dump(mode="json")
     return [
         {
             "key": key,
-            "type": _type(value, definitions),
+            "type": type_text(field.annotation),
             "default": defaults[key],
-            "bounds": _bounds(value),
-            "description": value.get("description", ""),
+            "bounds": ", ".join(bounds_of(field)),
+            "description": field.description or "",
         }
-        for key, value in schema.get("properties", {}).items()
+        for key, field in cls.Settings.model_fields.items()
     ]
-
-
-def _type(schema: Mapping[str, Any], definitions: Mapping[str, Any]) -> str:
-    """``int``, ``float | none``, or the possible values: ``mean | max``."""
-    if "$ref" in schema:
-        return _type(definitions[schema["$ref"].rpartition("/")[2]], definitions)
-    if "enum" in schema or "const" in schema:
-        return " | ".join(str(value) for value in schema.get("enum", [schema.get("const")]))
-    if "anyOf" in schema:
-        return " | ".join(dict.fromkeys(_type(part, definitions) for part in schema["anyOf"]))
-    if schema.get("type") == "array":
-        return f"list of {_type(schema.get('items', {}), definitions)}"
-    return _TYPES.get(schema.get("type", ""), "any")
-
-
-def _bounds(schema: Mapping[str, Any]) -> str:
-    """``> 0, ≤ 1``, in ``schema`` and in the alternatives of a union, such as those of ``int`` in ``int | None``."""
-    parts = [schema, *schema.get("anyOf", ())]
-    return ", ".join(text.format(part[key]) for part in parts for key, text in _BOUNDS.items() if key in part)
 
 
 def new_plugin(

@@ -10,13 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.stages import peak_memory
-from ..errors import SettingsError
 from ..files import check_new_file
-from ..settings import LoadSettings, PruneSettings, RunSettings, flag_of, settings_from
+from ..settings import LoadSettings, PruneSettings, RunSettings
 from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
-from .console import RichProgress, count, done_line, note, out, print_json, size, table
-from .derive import Json, ModelName, Output, catalog_of, takes
+from .console import count, done_line, note, out, print_json, size, table
+from .derive import Json, ModelName, Output, takes
 from .process import is_first
 from .report import write_next_to
 
@@ -24,18 +23,10 @@ if TYPE_CHECKING:
     from ..structure.plan import Outcome, PruningPlan
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command(name="plan")(plan)
-    app.command(name="prune")(prune)
-
-
-@takes(settings=PruneSettings, options=LoadSettings, run=RunSettings)
+@takes(PruneSettings, LoadSettings, RunSettings)
 def plan(
-    ctx: typer.Context,
     model: ModelName,
-    settings: dict[str, Any],
-    options: dict[str, Any],
-    run: dict[str, Any],
+    arguments: dict[str, Any],
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the plan to this JSON file.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -46,10 +37,7 @@ def plan(
     if output is not None:
         check_new_file(output)
     started = time.monotonic()
-    made, outcome = api.plan_with_outcome(
-        model, load=settings_from(LoadSettings, options), run=settings_from(RunSettings, run), progress=RichProgress(),
-        catalog=catalog_of(ctx), **settings,
-    )  # fmt: skip
+    made, outcome = api.plan_with_outcome(model, **arguments)
     if output is not None and is_first():
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
@@ -60,14 +48,11 @@ def plan(
         show_plan(made, outcome)
 
 
-@takes(settings=PruneSettings, options=LoadSettings, run=RunSettings)
+@takes(PruneSettings, LoadSettings, RunSettings)
 def prune(
-    ctx: typer.Context,
     model: ModelName,
     output: Output,
-    settings: dict[str, Any],
-    options: dict[str, Any],
-    run: dict[str, Any],
+    arguments: dict[str, Any],
     plan_file: Annotated[
         Path | None,
         typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
@@ -83,18 +68,11 @@ def prune(
     from .. import api
 
     started = time.monotonic()
-    if plan_file is not None and settings:
-        raise SettingsError(
-            f"{flag_of(PruneSettings, min(settings))} can't be combined with --plan, which has all settings"
-        )
-    pruned = api.prune(
-        model, plan=plan_file, output=output, load=settings_from(LoadSettings, options),
-        run=settings_from(RunSettings, run), progress=RichProgress(), catalog=catalog_of(ctx), **settings,
-    )  # fmt: skip
+    pruned = api.prune(model, plan=plan_file, output=output, **arguments)
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)
-    write_next_to(ctx, output)
+    write_next_to(output, arguments["catalog"])
     if as_json:
         result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
         print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})

@@ -8,25 +8,19 @@ from typing import Annotated, Any
 import typer
 
 from ..report.history import loss_text, no_better
-from ..settings import LoadSettings, RecoverSettings, settings_from
+from ..settings import LoadSettings, RecoverSettings
 from ..values import counted
-from .console import RichProgress, done_line, print_json, warning_line
-from .derive import Json, ModelName, Output, catalog_of, takes
+from .console import done_line, print_json, warning_line
+from .derive import Json, ModelName, Output, takes
 
 Restart = Annotated[bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")]
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command()(recover)
-
-
-@takes(settings=RecoverSettings, options=LoadSettings)
+@takes(RecoverSettings, LoadSettings)
 def recover(
-    ctx: typer.Context,
     model: ModelName,
     output: Output,
-    settings: dict[str, Any],
-    options: dict[str, Any],
+    arguments: dict[str, Any],
     restart: Restart = False,
     as_json: Json = False,
 ) -> None:
@@ -37,10 +31,7 @@ def recover(
     from .. import api
 
     started = time.monotonic()
-    recovered = api.recover(
-        model, output=output, load=settings_from(LoadSettings, options), restart=restart, progress=RichProgress(),
-        catalog=catalog_of(ctx), **settings,
-    )  # fmt: skip
+    recovered = api.recover(model, output=output, restart=restart, **arguments)
     record = recovered.record["recovery"][-1] if recovered.record else {}
     seconds = round(time.monotonic() - started, 1)
     if as_json:

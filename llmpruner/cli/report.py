@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -11,28 +11,26 @@ from rich.markup import escape
 from ..errors import LlmprunerError
 from ..settings import PageSettings
 from .console import done_line, note, out, print_json, warning_line
-from .derive import Json, catalog_of, takes
+from .derive import Json, takes
 from .process import is_first
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
 
 NoReport = Annotated[
     bool, typer.Option("--no-report", help="Write no report.html; `llmpruner report` can do so later.")
 ]
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command()(report)
-
-
-@takes(page=PageSettings)
+@takes(PageSettings)
 def report(
-    ctx: typer.Context,
     directories: Annotated[
         list[Path],
         typer.Argument(
             metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared."
         ),
     ],
-    page: dict[str, Any],
+    arguments: dict[str, Any],
     output: Annotated[
         Path | None,
         typer.Option(
@@ -58,7 +56,8 @@ def report(
     """
     from .. import api
 
-    made = api.write_report(directories, output, results=results or (), catalog=catalog_of(ctx), **page)
+    catalog, settings = arguments["catalog"], arguments.get("settings")
+    made = api.write_report(directories, output, results=results or (), catalog=catalog, settings=settings)
     for warning in made.warnings:
         warning_line(warning)
     if as_json:
@@ -69,7 +68,7 @@ def report(
     done_line(str(made.path))
 
 
-def write_next_to(ctx: typer.Context, directory: Path, *, say: bool = False) -> None:
+def write_next_to(directory: Path, catalog: Catalog, *, say: bool = False) -> None:
     """Write ``report.html`` into a checkpoint or the output of a recipe; a failure is a warning, as the work itself is
     done. ``say``: print the sentence of the page."""
     from .. import api
@@ -77,7 +76,7 @@ def write_next_to(ctx: typer.Context, directory: Path, *, say: bool = False) -> 
     if not is_first():
         return
     try:
-        made = api.write_report(directory, catalog=catalog_of(ctx))
+        made = api.write_report(directory, catalog=catalog)
     except LlmprunerError as error:
         warning_line(f"no report was written: {error}")
         return

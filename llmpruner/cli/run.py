@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +10,9 @@ import typer
 from rich.markup import escape
 
 from ..files import check_new_directory
-from ..settings import LoadSettings, RunSettings, settings_from
+from ..settings import LoadSettings, RunSettings
 from ..values import counted
-from .console import RichProgress, count, done_line, out, print_json, table
+from .console import RichProgress, done_line, out, print_json, table
 from .derive import Json, catalog_of, takes
 from .measure import show_bench, show_evaluations
 from .prune import show_plan
@@ -24,24 +23,16 @@ if TYPE_CHECKING:
 
 
 DEMO = "demo"
-_AFTER = {"prune": "3. Recovery by distillation from the dense model", "recover": "4. Side by side"}
+_AFTER = {"prune": "2. Recovery by distillation from the dense model", "recover": "3. Side by side"}
 """In the demo: command of a step → the title of what comes after it."""
 
 
-def add_commands(app: typer.Typer) -> None:
-    app.command()(run)
-    app.command()(recipes)
-    app.command()(demo)
-
-
-@takes(options=LoadSettings, limits=RunSettings)
+@takes(LoadSettings, RunSettings)
 def run(
-    ctx: typer.Context,
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `llmpruner recipes` lists.")
     ],
-    options: dict[str, Any],
-    limits: dict[str, Any],
+    arguments: dict[str, Any],
     model: Annotated[
         str | None,
         typer.Option("--model", metavar="MODEL", help="The dense model; by default the one that the recipe names."),
@@ -72,15 +63,11 @@ def run(
     from ..recipes.recipe import values_of
 
     started = time.monotonic()
-    shared: dict[str, Any] = {
-        "model": model, "output": output, "values": values_of(values or []), "progress": RichProgress(),
-        "load": settings_from(LoadSettings, options), "run": settings_from(RunSettings, limits),
-        "catalog": catalog_of(ctx),
-    }  # fmt: skip
-    result = api.run(recipe, on_step=None if as_json else show_step, **shared)
+    on_step = None if as_json else show_step
+    result = api.run(recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments)
     seconds = round(time.monotonic() - started, 1)
     if not no_report and any(step.command in ("prune", "recover") for step in result.steps):
-        write_next_to(ctx, result.output)
+        write_next_to(result.output, arguments["catalog"])
     if as_json:
         print_json({**result.as_json(), "seconds": seconds})
         return
@@ -159,19 +146,11 @@ def demo(
     started = time.monotonic()
     check_new_directory(output)
     catalog = catalog_of(ctx)
-    shared: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog}
     recipe = Recipe.read(DEMO, catalog).with_values({"prune.ratio": ratio, "prune.seed": seed})
-    graph = api.discover(recipe.model or "", **shared).graph
-    kinds = Counter(group.kind for group in graph.groups)
-    out.rule("1. Discovery")
-    out.print(
-        f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} in the decoder; "
-        "coupled groups: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items())
-    )
-    out.rule("2. Pruning and compensation")
-    api.run(recipe, output=output, on_step=_show_titled, **shared)
+    out.rule("1. Pruning and compensation")
+    api.run(recipe, output=output, on_step=_show_titled, progress=RichProgress(), catalog=catalog)
     if not no_report:
-        write_next_to(ctx, output, say=True)
+        write_next_to(output, catalog, say=True)
     last = [step.name for step in recipe.steps if step.command in ("prune", "recover")][-1]
     out.print(f"Try it: llmpruner generate {escape(str(output / last))} --chat --prompt …", highlight=False)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")

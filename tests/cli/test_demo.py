@@ -35,10 +35,9 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     header = next(line for line in shown.out.splitlines() if "┃" in line and "dense" in line).split()
     assert [word for word in header if word.isalpha()] == ["dense", "pruned", "recovered"]
     titles = [
-        "1. Discovery",
-        "2. Pruning",
-        "3. Recovery",
-        "4. Side by side",
+        "1. Pruning",
+        "2. Recovery",
+        "3. Side by side",
         "“Give three",
         "Prefill",
         "Decoding",

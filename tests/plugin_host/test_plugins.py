@@ -324,8 +324,8 @@ def test_the_command_shows_every_setting():
         facts
         == [tuple(setting.values()) for setting in shown["settings"]]
         == [
-            ("power", "float", 1.0, "> 0, ≤ 4", "The power."),
-            ("limit", "int | none", None, "≥ 1", "Rows."),
+            ("power", "float", 1.0, "above 0, at most 4", "The power."),
+            ("limit", "int | none", None, "at least 1", "Rows."),
             ("norm", "mean | max", "mean", "", "How rows are joined."),
             ("layers", "list of int", [], "", ""),
         ]

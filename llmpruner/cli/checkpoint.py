@@ -1,18 +1,15 @@
-"""``llmpruner verify``."""
+"""``llmpruner export`` and ``llmpruner verify``: what becomes of a checkpoint, and whether it is whole."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ..settings import ExportSettings, LoadSettings
 from .console import RichProgress, done_line, error_line, print_json, table
-from .derive import Json, catalog_of
-
-
-def add_commands(app: typer.Typer) -> None:
-    app.command()(verify)
+from .derive import Json, Output, catalog_of, takes
 
 
 def verify(
@@ -47,3 +44,20 @@ def verify(
         error_line(line)
     if result.damage:
         raise typer.Exit(1)
+
+
+@takes(ExportSettings, LoadSettings)
+def export(
+    model: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint that prune, recover or save wrote; for stock, also a .gguf file."
+        ),
+    ],
+    output: Output,
+    arguments: dict[str, Any],
+) -> None:
+    """Write a checkpoint in the format of another runtime, and verify it."""
+    from .. import api
+
+    done_line(f"{output}: {api.export(model, output=output, **arguments)}")
