@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,12 +22,9 @@ from ..models.model import Model
 from ..pipeline import make_plan, prune_model
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
-from ..pruning.allocation import Uniform
-from ..pruning.budgets.sizes import DecoderParameters
-from ..pruning.compensation.builtin import NoCompensation
 from ..pruning.criteria.base import ImportanceCriterion
-from ..pruning.criteria.magnitude import L1
-from ..pruning.job import CalibrationJob, PruneJob, job_of
+from ..pruning.job import CalibrationJob, PruneJob, job_of, prune_job
+from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
 
 if TYPE_CHECKING:
@@ -106,24 +104,11 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
     """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
     by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob` to
     replace."""
+    settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
+    job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
     text = CalibrationText("self", (Part(SelfWritten(), ""),))
-    values: dict[str, Any] = {
-        "by": "ratio",
-        "amount": 0.2,
-        "budget": DecoderParameters(),
-        "kinds": ("mlp",),
-        "layers": None,
-        "shape": "free",
-        "round_to": None,
-        "criterion": criterion or L1(),
-        "reduction": "sum",
-        "allocation": Uniform(),
-        "steps": 1,
-        "compensation": NoCompensation(),
-        "calibration": CalibrationJob(text, samples=1, length=4, fixed_length=True),
-        "seed": 0,
-    }
-    return PruneJob(**{**values, **changes})
+    calibration = CalibrationJob(text, samples=1, length=4, fixed_length=True)
+    return replace(job, **{"criterion": criterion or job.criterion, "calibration": calibration, **changes})
 
 
 def pruned_by(model: Model, job: PruneJob) -> Model:

@@ -74,9 +74,7 @@ def read_by_layer(monkeypatch):
 
 
 @pytest.mark.parametrize("what", WRONG)
-@pytest.mark.parametrize(
-    "command", ["plan", "prune", "prune by layer", "recover", "evaluate", "generate", "export", "bench"]
-)
+@pytest.mark.parametrize("command", ["prune", "prune by layer", "recover", "evaluate", "export"])
 def test_weights_that_would_be_cast_or_left_out_are_refused(run, dense, shared, tmp_path, what, command, monkeypatch):
     change, message = WRONG[what]
     if command == "prune by layer":
@@ -85,47 +83,12 @@ def test_weights_that_would_be_cast_or_left_out_are_refused(run, dense, shared, 
     change(model)
     out = ("-o", tmp_path / "out")
     arguments = {
-        "plan": (model, *L2),
         "prune": (model, *L2, *out),
         "prune by layer": (model, *L2, *out),
         "recover": (model, "--data", shared / "data.jsonl", "--max-steps", "1", *out),
         "evaluate": (model, "--metrics", "size"),
-        "generate": (model, "-p", "x"),
         "export": (model, "--to", "stock", *out),
-        "bench": (model, "--new", "1", "--prompt", "8"),
     }[command]
     done = run(command.split()[0], *arguments)
     assert done.code == 2 and message in done.err.splitlines()[-1], done.err
     assert not (tmp_path / "out").exists()
-
-
-def test_tensors_of_modules_that_the_model_lacks_are_named(run, dense, tmp_path):
-    model = damaged(dense, tmp_path / "model", lambda t: t.update({"model.layers.9.extra.weight": torch.zeros(2)}))
-    done = run("plan", model, *L2)
-    assert done.code == 0 and "1 tensor of" in done.err and "model.layers.9.extra.weight" in done.err
-
-
-@pytest.mark.parametrize("what", ["missing", "unknown"])
-def test_an_incomplete_adapter_is_refused(run, pruned, shared, tmp_path, what):
-    options = ("--data", shared / "data.jsonl", "--max-steps", "1", "--batch-size", "2", "--set", "lora.merge=false")
-    assert run("recover", pruned, *options, "-o", tmp_path / "adapter").code == 0
-    file = tmp_path / "adapter" / "adapter_model.safetensors"
-    tensors = load_file(file)
-    name = sorted(tensors)[0]
-    if what == "missing":
-        del tensors[name]
-    else:
-        tensors[name.replace("layers.0", "layers.77")] = tensors[name].clone()
-    save_file(tensors, file, metadata={"format": "pt"})
-    (tmp_path / "adapter" / "llmpruner-files.json").unlink()  # as adapters of others, which have no hashes
-    done = run(
-        "evaluate",
-        tmp_path / "adapter",
-        "--perplexity",
-        shared / "text.txt",
-        "--set",
-        "perplexity.tokens=64",
-        "--window",
-        "32",
-    )
-    assert done.code == 2 and "does not fit" in done.err

@@ -6,18 +6,13 @@ import json
 import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from transformers import (
-    GPT2Config,
     LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
-CRITERIA = ["random", "l1", "l2", "taylor:element1", "taylor:element2", "taylor:mix", "taylor:vector"]
-REDUCTIONS = ["sum", "mean", "max", "prod", "last"]
 
 
 def test_plugins_names_everything_with_its_package(run):
@@ -74,38 +69,6 @@ def test_unit_ratio_on_chosen_layers(run, dense):
     assert all(kept(cut) and len(kept(cut)) == 36 for cut in cuts.values())
 
 
-@pytest.mark.parametrize(
-    ("kinds", "amount"),
-    [("attention", 0.1), ("query", 0.1), ("hidden", 0.2), ("layer", 0.25), ("mlp,attention", 0.3)],
-)
-def test_kinds(run, dense, kinds, amount):
-    free = () if kinds == "layer" else ("--shape", "free")
-    found = run("plan", dense, "--ratio", amount, "--kinds", kinds, *free, "--importance", "l2", "--json").json()
-    assert {cut["kind"] for cut in found["plan"]["cuts"].values()} == set(kinds.split(","))
-    assert found["plan"]["selection"]["kinds"] == kinds.split(",")
-    assert found["result"]["decoder_removed"] == pytest.approx(amount, abs=0.04)
-
-
-@pytest.mark.parametrize("reduction", REDUCTIONS)
-@pytest.mark.parametrize("power", [1, 2])
-def test_magnitudes_by_hand(run, dense, power, reduction):
-    options = ("--importance", f"l{power}", "--set", f"prune.reduction={reduction}", "--json")
-    cuts = run("plan", dense, "--set", "prune.unit_ratio=0.25", *options).json()["plan"]["cuts"]
-    weights = load_file(dense / "model.safetensors")
-    for layer, cut in enumerate(cuts.values()):
-        path = f"model.layers.{layer}.mlp."
-        parts = torch.stack([
-            weights[path + "gate_proj.weight"].double().abs().pow(power).sum(1),
-            weights[path + "up_proj.weight"].double().abs().pow(power).sum(1),
-            weights[path + "down_proj.weight"].double().abs().pow(power).sum(0),
-        ])  # fmt: skip
-        scores = {
-            "sum": parts.sum(0), "mean": parts.mean(0), "max": parts.amax(0), "prod": parts.prod(0), "last": parts[2]
-        }[reduction]  # fmt: skip
-        gone = scores.argsort()[:12].tolist()
-        assert set(kept(cut)) == set(range(48)) - set(gone)
-
-
 def test_steps_measure_again(run, dense, shared):
     plans = {}
     for steps in (1, 3):
@@ -126,15 +89,6 @@ def test_the_plan_file_is_what_json_shows(run, dense, tmp_path):
     assert shown["plan"]["seed"] == 7
     other = run("plan", dense, "--ratio", 0.2, "--importance", "random", "--set", "prune.seed=8", "--json").json()
     assert other["plan"]["cuts"] != shown["plan"]["cuts"]
-
-
-def test_the_table_agrees_with_json(run, dense):
-    options = ("--set", "prune.unit_ratio=0.25", "--set", "prune.layers=1-2", "--importance", "l1")
-    result = run("plan", dense, *options)
-    assert result.code == 0
-    assert [line.split()[1] for line in result.out.splitlines() if "36 of 48" in line] == ["1-2"]
-    removed = 2 * 12 * MLP_UNIT / DECODER
-    assert f"{removed:.2%}" in next(line for line in result.out.splitlines() if "Decoder parameters" in line)
 
 
 def kept(cut) -> list[int]:
@@ -166,12 +120,6 @@ def test_discover_shows_buffers_like_parameters(run, tmp_path):
     owned = {"buffer": bias, "axis": 0, "role": "produces", "index": "0:8"}
     assert groups["layers.1.experts"]["buffers"] == [owned]
     assert not any(group["buffers"] for group in groups.values() if group["kind"] != "expert")
-
-
-def test_discover_shows_axes_that_it_found_no_units_on(run, tmp_path):
-    GPT2Config(n_embd=32, n_head=4, n_layer=2, vocab_size=64).save_pretrained(tmp_path)
-    blocked = run("discover", tmp_path, "--json").json()["blocked"]
-    assert {"parameter": "transformer.wte.weight", "axis": 0, "reason": "rows are looked up by number"} in blocked
 
 
 @pytest.fixture(scope="module")

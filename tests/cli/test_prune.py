@@ -108,26 +108,6 @@ def test_a_method_is_a_set_of_defaults(run, dense, shared, options, criterion, c
     assert found is None or found["samples"] * found["length"] == tokens
 
 
-def test_a_compensation_changes_the_weights_that_read_cut_units_and_no_others(run, dense, tmp_path):
-    options = (
-        "--ratio",
-        0.2,
-        "--method",
-        "best",
-        "--set",
-        "prune.layers=1-2",
-        "--samples",
-        16,
-        "--set",
-        "prune.length=32",
-    )
-    assert run("prune", dense, *options, "-o", tmp_path / "best").code == 0
-    assert run("prune", dense, *options, "--set", "prune.compensate=none", "-o", tmp_path / "plain").code == 0
-    best, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("best", "plain"))
-    changed = {name for name, tensor in best.items() if not torch.equal(tensor, plain[name])}
-    assert changed and changed <= {f"model.layers.{layer}.mlp.down_proj.weight" for layer in (1, 2)}
-
-
 def test_a_plan_is_compensated_on_its_own_text_only(run, dense, shared, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((shared / "text.txt").read_text())

@@ -90,31 +90,6 @@ def test_recover_as_json(run, pruned, shared, tmp_path):
     assert apart["trainable_parameters"] == said["trainable_parameters"] > 0
 
 
-def test_neither_data_nor_a_strategy_need_be_named(run, pruned, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmpruner.recovery.dense_text.ROWS", 8)
-    result = run("recover", pruned, "--max-steps", 1, "--batch-size", 2, "--cutoff", 32, "-o", tmp_path / "out")
-    assert result.code == 0, result.err
-    assert "strategy distil; about" in result.err
-    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"][0]
-    assert (record["strategy"], record["data"]) == ("distil", "self") and record["examples"] >= 2
-
-
-def test_the_format_of_examples_is_said(run, pruned, shared, tmp_path):
-    line = f"'{pruned}' has no chat format: examples are in Stanford Alpaca's format for instructions"
-    plain = tmp_path / "plain.jsonl"
-    plain.write_text('{"text": "The fox jumps over the dog."}\n' * 4)
-    options = ("--strategy", "lora", "--max-steps", 1, "--batch-size", 2, "--cutoff", 32)
-    for name, data, said in (
-        ("asked", shared / "data.jsonl", True),
-        ("plain", plain, False),
-        ("both", f"{plain},self-text:2", False),
-        ("mixed", f"{shared / 'data.jsonl'},self-text:2", True),
-    ):
-        result = run("recover", pruned, "--data", data, *options, "-o", tmp_path / name)
-        assert result.code == 0, result.err
-        assert " ".join(result.err.split()).count(line) == said, name
-
-
 def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
     result = run(
         "evaluate", dense, pruned, "--perplexity", shared / "text.txt", "--window", 32,

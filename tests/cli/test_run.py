@@ -6,15 +6,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
-from llmpruner import LoadSettings, OutputError, SettingsError, api
+from llmpruner import LoadSettings, OutputError, api
 from llmpruner.engine import journal
 from llmpruner.files import alone_in
 from llmpruner.progress import Progress
@@ -151,19 +149,6 @@ def test_only_what_depends_on_a_change_is_done_again(run, file, out, shared, tmp
     assert skipped(recipe, out, model=shared / "other")[0] is False
 
 
-def test_data_is_known_by_its_content(out, shared, tmp_path):
-    data = tmp_path / "data.jsonl"
-    shutil.copyfile(shared / "data.jsonl", data)
-    recipe = recipe_of(shared)
-    recipe["steps"] = recipe["steps"][:2]
-    recipe["steps"][1]["recover"].update(data=f"2*{data},1*{data}", max_steps=1)
-    assert skipped(recipe, out) == [True, False]
-    data.touch()
-    assert skipped(recipe, out) == [True, True]
-    data.write_text(data.read_text().replace("Paris", "Rome"))
-    assert skipped(recipe, out) == [True, False]
-
-
 def test_the_text_that_a_method_names_is_known_by_its_content(shared, tmp_path, text_of_method):
     """No setting of the step names it."""
     text, out = text_of_method(Fast), tmp_path / "out"
@@ -263,16 +248,6 @@ def test_a_stopped_run_says_that_it_goes_on(stop, shared, tmp_path):
     assert said[-1] == "stopped in 1-prune; the same command goes on there"
 
 
-def test_an_interrupted_step_with_other_settings_begins_anew(shared, out):
-    recipe = recipe_of(shared)
-    recipe["steps"] = recipe["steps"][:2]
-    with pytest.raises(Killed):
-        api.run(recipe, output=out, values={"recover.max_steps": 4}, progress=StopAt("Recovering", 2))
-    assert (out / "2-recover.work" / "result.recovery").is_dir()
-    assert skipped(recipe, out, values={"recover.max_steps": 2}) == [True, False]
-    assert not (out / "2-recover.work").exists()
-
-
 def test_a_kill_while_an_old_result_is_replaced(shared, whole, out, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", no_result)
@@ -281,50 +256,6 @@ def test_a_kill_while_an_old_result_is_replaced(shared, whole, out, monkeypatch)
     assert not (out / "2-recover").exists()
     assert skipped(recipe_of(shared), out) == [True, False, True, True], "the others have the same inputs again"
     assert checksums(out) == checksums(whole)
-
-
-KILLER = """
-import os, signal, sys
-from contextlib import contextmanager
-from llmpruner import api
-from llmpruner.progress import Progress
-from llmpruner.engine import journal
-
-journal.INTERVAL, journal.SHARE = 0.0, 1e9
-
-class Kill(Progress):
-    def __init__(self, bar, at):
-        self.at = bar, at
-
-    def reached(self, *at):
-        if at == self.at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def track(self, items, label):
-        for number, item in enumerate(items):
-            self.reached(label, number)
-            yield item
-
-    @contextmanager
-    def counter(self, label):
-        yield lambda number, total, loss: self.reached(label, number)
-
-for bar, at in (("Compensating", 1), ("Recovering", 2), ("nothing", 0)):
-    child = os.fork()  # spares the imports
-    if child == 0:
-        api.run(sys.argv[1], output=sys.argv[2], progress=Kill(bar, at))
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
-@pytest.mark.long
-def test_kill_minus_nine(file, whole, tmp_path):
-    command = [sys.executable, "-c", KILLER, str(file), str(tmp_path / "out")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
-    assert done.stdout.split() == ["-9", "-9", "0"], done.stderr
-    assert checksums(tmp_path / "out") == checksums(whole)
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == sorted(NAMES)
 
 
 def test_two_runs_on_one_output(shared, out):
@@ -390,16 +321,6 @@ def test_models_by_name_and_texts(shared, whole, out):
     assert skipped(recipe, out) == [True, True, False, True, True]
 
 
-def test_one_load_for_each_model(shared):
-    both = [shared / "dense", shared / "other"]
-    loads = [LoadSettings(dtype="bfloat16"), LoadSettings()]
-    first, second = api.evaluate(both, load=loads, metrics="size")
-    assert first.size.weight_bytes * 2 == api.evaluate(both[0], metrics="size")[0].size.weight_bytes
-    assert second.size.weight_bytes > first.size.weight_bytes
-    with pytest.raises(SettingsError, match="load has 1 settings for 2 models"):
-        api.bench(both, load=loads[:1])
-
-
 def test_the_recipes_that_there_are(run):
     shown = run("recipes").out
     assert all(name in shown for name in ("paper", "quality", "llama-cpp", "experts", "demo"))
@@ -428,11 +349,3 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     monkeypatch.setattr("llmpruner.recovery.job.find_spec", lambda name: None)
     adapters = ("--set", "recover.strategy=lora")
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
-
-
-def test_the_report_is_about_the_last_checkpoint_of_the_recipe(run, file, out):
-    """Not about that which was made last."""
-    shutil.rmtree(out / "1-prune")
-    shown = run("run", file, "-o", out, "--json")
-    assert [step["skipped"] for step in shown.json()["steps"]] == [False, True, True, True]
-    assert "<title>2-recover" in (out / "report.html").read_text(encoding="utf-8")

@@ -60,13 +60,6 @@ def test_a_whole_checkpoint_passes_everything(run, cut):
     assert "the base with the removed units silenced" in result.out
 
 
-def test_query_heads_may_be_cut_after_their_kv_heads(run, shared, tmp_path):
-    options = {"importance": "l1", "compensate": "none", "layers": "all"}
-    llmpruner.prune(shared / "dense", unit_ratio=0.5, kinds="attention", output=tmp_path / "once", **options)
-    llmpruner.prune(tmp_path / "once", unit_ratio=0.5, kinds="query", output=tmp_path / "twice", **options)
-    assert set(states(run("verify", tmp_path / "twice", "--json")).values()) == {"passed"}
-
-
 def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
     options = ("--ratio", 0.2, "--method", "best", "--samples", 4, "--set", "prune.length=16")
     assert run("prune", shared / "dense", *options, "-o", tmp_path / "out").code == 0
@@ -171,25 +164,6 @@ def test_what_is_wrong_with_a_recorded_plan_is_said(refused, copy):
     assert "goes backwards" in refused("discover", copy)
 
 
-def test_large_models_are_loaded_without_reading_them_twice(copy, monkeypatch):
-    monkeypatch.setattr(records, "HASHED", 0)
-    flip(copy / "model.safetensors", UP)
-    llmpruner.load_pruned(copy)
-    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes() + b"x")
-    with pytest.raises(llmpruner.CheckpointError, match=r"model\.safetensors has .* bytes, and had"):
-        llmpruner.load_pruned(copy)
-
-
-def test_swapped_shards_are_named(copy):
-    llmpruner.load_pruned(copy).save_pretrained(copy / "shards", max_shard_size="60KB")
-    shards = sorted((copy / "shards").glob("*.safetensors"))
-    first, second = (shard.read_bytes() for shard in shards[:2])
-    shards[0].write_bytes(second)
-    shards[1].write_bytes(first)
-    with pytest.raises(llmpruner.CheckpointError, match=f"{shards[0].name} (lacks|has)"):
-        llmpruner.load_pruned(copy / "shards")
-
-
 @pytest.mark.parametrize("gone", ["gone", "9" * 5000])
 def test_earlier_records_and_missing_bases_are_said(run, copy, gone):
     """The second is too long for a name of a file."""
@@ -233,16 +207,6 @@ def test_a_training_before_the_first_cut_is_the_bases_own(run, shared, tmp_path,
     assert states(run("verify", "recovered", "--json"))["weights"] == "not checked"
 
 
-def test_a_training_in_memory_before_the_first_cut_changed_the_base(run, shared, tmp_path):
-    model = llmpruner.load(shared / "dense")
-    data = str(shared / "data.jsonl")
-    llmpruner.recover(model, data=data, strategy="lora", max_steps=1, batch_size=2, work_dir=tmp_path / "work")
-    llmpruner.prune(model, ratio=0.2, importance="l1", output=tmp_path / "out")
-    result = run("verify", tmp_path / "out", "--json")
-    assert result.code == 0 and states(result)["weights"] == "not checked"
-    assert len(json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]) == 1
-
-
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory, shared, cut) -> Path:
     """Adapters for ``cut``, as ``recover --set lora.merge=false`` writes them."""
@@ -265,14 +229,6 @@ def test_adapters_have_hashes(run, adapters, cut):
     assert record["files"].keys() == written and "adapter_model.safetensors" in written
 
 
-def test_adapters_remain_those_of_peft(adapters, cut):
-    peft = pytest.importorskip("peft")
-    ids = torch.arange(2, 30).unsqueeze(0)
-    with torch.no_grad():
-        plain = peft.PeftModel.from_pretrained(llmpruner.load_pruned(cut), str(adapters)).eval()(ids).logits
-        assert torch.equal(plain, llmpruner.load_pruned(adapters)(ids).logits)
-
-
 ADAPTER_DAMAGE = {
     "a flipped bit": lambda d: flip(d / "adapter_model.safetensors", first_tensor(d)),
     "a truncated file": lambda d: (d / "adapter_model.safetensors").write_bytes(
@@ -287,7 +243,7 @@ def first_tensor(folder: Path) -> str:
 
 
 @pytest.mark.parametrize("what", ADAPTER_DAMAGE)
-@pytest.mark.parametrize("command", ["generate", "evaluate", "export", "prune", "recover"])
+@pytest.mark.parametrize("command", ["evaluate", "export", "prune"])
 def test_damaged_adapters_are_named(run, refused, adapters, shared, tmp_path, what, command):
     copy = shutil.copytree(adapters, tmp_path / "adapters")
     ADAPTER_DAMAGE[what](copy)
