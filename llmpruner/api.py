@@ -76,6 +76,7 @@ from .settings import (
     PruneSettings,
     RecoverSettings,
     RunSettings,
+    flag_of,
     settings_from,
 )
 from .structure.plan import Outcome, PruningPlan
@@ -156,7 +157,9 @@ def prune(
     ``output``.
     """
     if plan is not None and settings:
-        raise SettingsError(f"'{min(settings)}' can't be combined with a plan, which has all settings")
+        raise SettingsError(
+            f"{flag_of(PruneSettings, min(settings))} can't be combined with a plan, which has all settings"
+        )
     what: PruneSettings | PruningPlan
     if plan is None:
         what = settings_from(PruneSettings, settings)

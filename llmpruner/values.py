@@ -7,7 +7,6 @@ of another type unchanged, so that pydantic refuses them.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +16,11 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 
-from .errors import SettingsError
+from .errors import SettingsError, near
 
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
+_LONGEST = 200
+"""Characters of a value that are shown in a message."""
 
 
 def names_of(value: Any) -> Any:
@@ -99,13 +100,13 @@ def _component_settings(value: Any) -> Any:
     """``["taylor.variant=mix"]``, as the command line gives it, as ``{"taylor": {"variant": "mix"}}``."""
     if isinstance(value, Mapping):
         return value
-    found: dict[str, dict[str, Any]] = {}
+    settings: dict[str, dict[str, Any]] = {}
     for text in value or ():
         match = re.fullmatch(r"([^.=\s]+)\.(\w+)=(.*)", str(text), re.S)
         if match is None:
             raise ValueError("expected NAME.key=value, such as taylor.variant=mix")
-        found.setdefault(match[1], {})[match[2]] = match[3]
-    return found
+        settings.setdefault(match[1], {})[match[2]] = match[3]
+    return settings
 
 
 def _share_or_count(value: float) -> float:
@@ -129,7 +130,6 @@ Text = Annotated[str, BeforeValidator(_written_out)]
 """The name of a text or of data: a file, a data set, or a name that a calibration source reads."""
 Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
-Shares = Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], BeforeValidator(_numbers)]
 Count = Annotated[float, BeforeValidator(_count)]
 Size = Annotated[int, BeforeValidator(_size)]
 """A number of bytes."""
@@ -174,13 +174,16 @@ def path_from(argument: str, value: object, expected: str = "a path") -> Path:
 
 @dataclass(frozen=True)
 class Refusal:
-    """The first thing that is wrong. ``key``: the path of the field, with dots. ``kind``: pydantic's name of the
-    error. ``value``: what was given, as text. ``expected``: half a sentence."""
+    """The first thing that is wrong."""
 
     key: str
+    """The path of the field, with dots."""
     kind: str
+    """Pydantic's name of the error."""
     value: str
+    """As text."""
     expected: str
+    """Half a sentence."""
 
 
 def refusal(error: ValidationError) -> Refusal:
@@ -189,13 +192,17 @@ def refusal(error: ValidationError) -> Refusal:
     key, kind, value = ".".join(map(str, first["loc"])), str(first["type"]), first.get("input")
     context: dict[str, Any] = first.get("ctx", {})
     if kind == "literal_error":
-        expected = _one_of(re.findall(r"'([^']*)'", context["expected"]), str(value))
+        names = re.findall(r"'([^']*)'", context["expected"])
+        expected = f"expected one of {', '.join(names)}{near(str(value), names)}"
     elif kind in _EXPECTED:
         expected = _EXPECTED[kind].format(**{name: _number(bound) for name, bound in context.items()})
     else:
         expected = str(first["msg"]).removeprefix("Value error, ")
-    given = _short(", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
-    return Refusal(key, kind, f"'{given}'" if isinstance(value, (str, list, tuple)) else given, expected)
+    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+    text = " ".join(text.split()) if "\n" in text else text
+    if len(text) > _LONGEST:
+        text = f"{text[:_LONGEST]}… ({len(text):,} characters)"
+    return Refusal(key, kind, f"'{text}'" if isinstance(value, (str, list, tuple)) else text, expected)
 
 
 def _number(bound: Any) -> str:
@@ -203,21 +210,6 @@ def _number(bound: Any) -> str:
     if isinstance(bound, float) and bound.is_integer():
         bound = int(bound)
     return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" if isinstance(bound, float) else str(bound)
-
-
-def _short(text: str) -> str:
-    """What was given, in one line of bearable length."""
-    text = " ".join(text.split()) if "\n" in text else text
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}… ({len(text):,} characters)"
-
-
-_LONGEST = 200
-
-
-def _one_of(names: list[str], value: str) -> str:
-    near = difflib.get_close_matches(value, names, n=2, cutoff=0.5)
-    hint = f"; did you mean {' or '.join(near)}?" if near else ""
-    return f"expected one of {', '.join(names)}{hint}"
 
 
 def count_text(value: float) -> str:

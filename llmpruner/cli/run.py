@@ -121,7 +121,7 @@ def show_step(step: StepResult) -> None:
         show_bench(step.value)
     elif step.value is not None and step.command == "export":
         details = [step.value]
-    done_line(", ".join([f"{step.directory}: {details[0]}", *details[1:]] if details else [str(step.directory)]))
+    done_line(f"{step.directory}: {', '.join([*details, f'{step.seconds:.0f} s'])}")
 
 
 def demo(
