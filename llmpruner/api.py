@@ -211,8 +211,10 @@ def evaluate(
     each = openers(load, sources, catalog, progress)
     opened = [opener.readable(source, "be evaluated") for opener, source in zip(each, sources, strict=True)]
     pairs = list(zip(each, opened, strict=True))
-    compared = [ComparedModel(one.ref, one.config, opener.tokenizer(one), one.family) for opener, one in pairs]
-    loaders = [partial(opener.weights, one) for opener, one in pairs]
+    compared = [
+        ComparedModel(model.ref, model.config, opener.tokenizer(model), model.family) for opener, model in pairs
+    ]
+    loaders = [partial(opener.weights, model) for opener, model in pairs]
     return _evaluate(compared, loaders, metrics, progress)
 
 
@@ -252,8 +254,8 @@ def _bench_subject(source: Source, opener: Opener, batch: int, length: int) -> B
         path = place.directory / (place.gguf_file or "") if place.directory.exists() else None
 
     def find_dtype() -> torch.dtype:
-        found = find()
-        return found.model.dtype if isinstance(found, Model) else dtype_of(found, opener.load)
+        structure = find()
+        return structure.model.dtype if isinstance(structure, Model) else dtype_of(structure, opener.load)
 
     return BenchSubject(ref, path, opener.load.device, batch, length, find, find_dtype, lambda: opener.weights(find()))
 

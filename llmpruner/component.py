@@ -63,8 +63,8 @@ def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: 
     try:
         return model(**values)
     except ValidationError as error:
-        found = refusal(error)
-        if found.kind == "extra_forbidden":
+        refused = refusal(error)
+        if refused.kind == "extra_forbidden":
             known = ", ".join(model.model_fields) or "none"
-            raise SettingsError(f"{owner} has no setting '{found.key}'; it has: {known}") from error
-        raise SettingsError(f"{owner}: {found.key} = {found.value} is refused: {found.expected}") from error
+            raise SettingsError(f"{owner} has no setting '{refused.key}'; it has: {known}") from error
+        raise SettingsError(f"{owner}: {refused.key} = {refused.value} is refused: {refused.expected}") from error

@@ -43,8 +43,8 @@ def reason_of(error: BaseException) -> str:
 
 def near(name: str, known: Iterable[str]) -> str:
     """``; did you mean ratio?`` for the names of ``known`` that are spelled nearly as ``name``; empty if none is."""
-    found = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(found)}?" if found else ""
+    names = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 class LlmprunerError(Exception):

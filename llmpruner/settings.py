@@ -73,19 +73,18 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
     try:
         return model(**values)
     except ValidationError as error:
-        found = refusal(error)
-        name = found.key.partition(".")[0]
-        if found.kind == "extra_forbidden":
+        refused = refusal(error)
+        name = refused.key.partition(".")[0]
+        if refused.kind == "extra_forbidden":
             raise SettingsError(f"unknown setting '{name}'; known: {', '.join(model.model_fields)}") from error
-        if found.kind == "missing":
+        if refused.kind == "missing":
             raise SettingsError(f"{flag_of(model, name)} must be given") from error
-        raise SettingsError(f"{flag_of(model, name)} {found.value}: {found.expected}") from error
+        raise SettingsError(f"{flag_of(model, name)} {refused.value}: {refused.expected}") from error
 
 
 def option_of(model: type[Settings], name: str) -> Option:
     """The `Option` of a field; an empty one where it declares none."""
-    found = (m for m in model.model_fields[name].metadata if isinstance(m, Option))
-    return next(found, Option())
+    return next((data for data in model.model_fields[name].metadata if isinstance(data, Option)), Option())
 
 
 def flag_of(model: type[Settings], name: str) -> str:

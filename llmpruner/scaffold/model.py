@@ -94,13 +94,13 @@ def _import(package: str) -> str:
     except Exception as error:  # third-party code raises anything
         raise ModelError(f"--import {package}: {type(error).__name__}: {first_line(error)}") from error
     top = package.partition(".")[0]
-    found = metadata.packages_distributions().get(top)
-    if not found:
+    distributions = metadata.packages_distributions().get(top)
+    if not distributions:
         raise ModelError(
             f"--import {package}: the package belongs to no installed distribution, so that a plugin cannot "
             "depend on it; give it a pyproject.toml and pip install it"
         )
-    return sorted(set(found))[0]
+    return sorted(set(distributions))[0]
 
 
 def _public_module(cls: type[Any]) -> str:
@@ -117,13 +117,13 @@ def _arguments(small: PreTrainedConfig) -> dict[str, Any]:
     """Arguments that build ``small``, as JSON values: those that differ from the defaults if they suffice, else all."""
     cls, every = type(small), _meaning(small)
     for leave_out in (_defaults(cls), {}):
-        given = {n: v for n, v in sorted(every.items()) if n not in leave_out or leave_out[n] != v}
+        values = {n: v for n, v in sorted(every.items()) if n not in leave_out or leave_out[n] != v}
         try:
-            rebuilt = cls(**given)
+            rebuilt = cls(**values)
         except Exception:  # third-party constructors raise anything
             continue
         if _meaning(rebuilt) == every:
-            return given
+            return values
     raise UnsupportedModelError(f"a small {small.model_type} configuration cannot be rebuilt from its values")
 
 

@@ -117,10 +117,10 @@ class CriterionConformance:
             for loaded in self._models(criterion):
                 together = self._scores(loaded, criterion, scorable(loaded.graph, criterion))
                 for kind in dict.fromkeys(group.kind for group in scorable(loaded.graph, criterion)):
-                    alone = self._scores(loaded, criterion, loaded.graph.of_kinds([kind]))
+                    apart = self._scores(loaded, criterion, loaded.graph.of_kinds([kind]))
                     _check_equal(
-                        {name: together[name] for name in alone},
-                        alone,
+                        {name: together[name] for name in apart},
+                        apart,
                         f"{label(criterion)} scores {kind} units differently when nothing else is scored",
                     )
 
@@ -148,8 +148,8 @@ class CriterionConformance:
     def test_what_it_chooses_can_be_cut(self) -> None:
         """Plan and cut half the units of every kind: the logits equal those of the model with these units silenced."""
         for criterion in self._instances():
-            for number, one in enumerate(self._models(criterion)):
-                for kind in dict.fromkeys(group.kind for group in scorable(one.graph, criterion)):
+            for number, model in enumerate(self._models(criterion)):
+                for kind in dict.fromkeys(group.kind for group in scorable(model.graph, criterion)):
                     self._check_cut(criterion, self._models(criterion)[number], kind)
 
     def _check_cut(self, criterion: ImportanceCriterion, loaded: Model, kind: str) -> None:

@@ -92,8 +92,8 @@ class FamilyConformance:
             discovered = discover_groups(config)
         except UnsupportedModelError as error:
             pytest.skip(f"discovery has nothing to compare with: {error}")
-        found = differences(self.family().coupled_groups(config), discovered)
-        assert not found, "\n".join(found)
+        mismatches = differences(self.family().coupled_groups(config), discovered)
+        assert not mismatches, "\n".join(mismatches)
 
     def test_checkpoints_may_name_its_model_class(self) -> None:
         """A class outside transformers must be in a package that an entry point names."""

@@ -127,10 +127,10 @@ def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.T
     for name in (*before, *after):
         if name not in before or name not in after:
             return f"parameter '{name}' exists only {'after' if name in after else 'before'}"
-        one, other = before[name], after[name]
-        if one.shape != other.shape:
-            return f"parameter '{name}' has shape {tuple(one.shape)} and {tuple(other.shape)}"
-        difference = float((one.double() - other.double()).abs().max())
+        old, new = before[name], after[name]
+        if old.shape != new.shape:
+            return f"parameter '{name}' has shape {tuple(old.shape)} and {tuple(new.shape)}"
+        difference = float((old.double() - new.double()).abs().max())
         if not difference <= atol:
             return f"parameter '{name}' differs by up to {difference:.1e}"
     return ""

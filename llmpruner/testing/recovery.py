@@ -91,8 +91,8 @@ class RecoveryConformance:
         assert not change, f"strategy '{self.strategy.name}': after saving and loading, {change}"
         ids = torch.arange(20, 40)[None]
         with torch.no_grad():
-            expected, found = (model(input_ids=ids).logits for model in (result.model, again))
-        difference = float((found - expected).abs().max())
+            expected, reloaded = (model(input_ids=ids).logits for model in (result.model, again))
+        difference = float((reloaded - expected).abs().max())
         assert difference <= 1e-5, (
             f"strategy '{self.strategy.name}': the logits of the reloaded model differ by up to {difference:.1e}"
         )
