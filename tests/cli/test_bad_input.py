@@ -111,15 +111,6 @@ def test_mistakes(refused, what, shared, tmp_path):
     assert message.format(models=shared, tmp=tmp_path) in refused(*arguments, read=what in KNOWN_LATE)
 
 
-@pytest.mark.parametrize("command", [("generate", "-p", "x"), ("evaluate",), ("bench",)])
-def test_a_folder_of_gguf_files(refused, tmp_path, command):
-    name, *options = command
-    (tmp_path / "one.gguf").write_bytes(b"GGUF")
-    assert f"'{tmp_path}' has no config.json; it holds one.gguf: name that file" in refused(name, tmp_path, *options)
-    (tmp_path / "two.gguf").write_bytes(b"GGUF")
-    assert "it holds one.gguf, two.gguf: name one of these files" in refused(name, tmp_path, *options)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
@@ -289,12 +280,6 @@ def test_disk_full_while_weights_are_written(disk_full, monkeypatch):
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", half_way)
     assert "/out cannot be written: no space left on device" in disk_full()
-
-
-def test_disk_full_while_a_plan_is_written(refused, monkeypatch):
-    monkeypatch.setattr(Path, "replace", full_disk)
-    line = refused("plan", DENSE, *FIFTH, *L1, "-o", "{tmp}/plan.json", read=True)
-    assert "/plan.json: No space left on device" in line
 
 
 def test_demo_without_its_model(refused, monkeypatch, tmp_path):

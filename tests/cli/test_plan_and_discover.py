@@ -7,7 +7,6 @@ import shutil
 
 import pytest
 from transformers import (
-    LlamaForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
@@ -103,25 +102,6 @@ def test_discover_proves_its_groups(run, dense):
     assert verdicts == dict.fromkeys(("attention", "mlp", "query", "hidden", "layer"), "verified")
 
 
-def test_discover_shows_buffers_like_parameters(run, tmp_path):
-    from transformers import Glm4MoeConfig
-
-    from llmpruner.discovery.tiny import small_config
-
-    small_config(Glm4MoeConfig()).save_pretrained(tmp_path / "experts")
-    options = ("discover", tmp_path / "experts", "--family", "auto")
-    shown = run(*options)
-    assert shown.code == 0, shown.err
-    bias = "model.layers.1.mlp.gate.e_score_correction_bias"
-    lines = shown.out.splitlines()
-    (line,) = (n for n, text in enumerate(lines) if bias in text)
-    assert lines[line].endswith(f"{bias} [8] axis 0: 0:8") and "produces (buffers)" in lines[line - 1]
-    groups = {group["name"]: group for group in run(*options, "--json").json()["groups"]}
-    owned = {"buffer": bias, "axis": 0, "role": "produces", "index": "0:8"}
-    assert groups["layers.1.experts"]["buffers"] == [owned]
-    assert not any(group["buffers"] for group in groups.values() if group["kind"] != "expert")
-
-
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory, shared):
     """A type of model without a plugin."""
@@ -153,16 +133,3 @@ def test_discover_draws_a_block(run, dense, tmp_path):
     assert page.count("self_attn<wbr>.q_proj<wbr>.weight") == 1
     assert "attention: consumed along axis 1" in page
     assert "hidden: normalised along axis 0" in page
-
-
-def test_widths_that_cannot_be_quantised_are_named(run, tmp_path):
-    config = LlamaForCausalLM.config_class(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "wide")
-    options = ("--set", "prune.unit_ratio=0.25", "--importance", "l1")
-    said = run("plan", tmp_path / "wide", *options, "--shape", "free").err
-    assert "widths that are no multiple of 32 (48) cannot be quantised to 4 bits; --set prune.round_to=32" in said
-    assert (
-        "quantised" not in run("plan", tmp_path / "wide", *options, "--set", "prune.round_to=32", "--shape", "free").err
-    )

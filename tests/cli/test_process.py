@@ -87,21 +87,6 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-ENDING = """
-import atexit, os, signal
-from llmpruner.cli import app as commands, main
-
-atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
-commands.build_app = lambda: lambda **_: None
-main()
-"""
-
-
-def test_a_command_that_is_terminated_while_it_ends_shows_no_traceback(tmp_path):
-    done = run_fresh(ENDING, folder=tmp_path, timeout=60)
-    assert (done.returncode, done.stderr) == (0, "")
-
-
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
     """In this process, after whatever tests ran in it, and in a new one with another seed of hashes."""
     options = ("plan", dense, "--ratio", 0.2, "--kinds", "mlp,attention", "--samples", 3, "--set", "prune.length=16")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from llmpruner import load_pruned
-from llmpruner.discovery.family import alpaca_prompt
 
 TRAIN = ("--max-steps", 2, "--batch-size", 2, "--micro-batch-size", 1, "--learning-rate", 0.01)
 TASK = """
@@ -140,17 +139,6 @@ def test_generate_as_json_for_several_models(run, dense, pruned):
     ids = tokenizer("The quick", return_tensors="pt").input_ids
     expected = load_pruned(dense).generate(ids, max_new_tokens=6, do_sample=False)[0, ids.shape[1] :]
     assert answers["answers"][str(dense)] == tokenizer.decode(expected, skip_special_tokens=True).strip("\n")
-
-
-def test_chat_is_the_familys_prompt(run, dense):
-    question = "Name the capital of France."
-    plain = run("generate", dense, "-p", alpaca_prompt(question), "--max-new-tokens", 5, "--json").json()
-    chat = run("generate", dense, "--chat", "-p", question, "--max-new-tokens", 5, "--json").json()
-    assert chat["answers"] == plain["answers"]
-    result = run("generate", dense, "--chat", "-p", question, "--max-new-tokens", 5)
-    assert f"'{dense}' has no chat format: the prompt is in Stanford Alpaca's format for instructions" in result.err
-    bare = run("generate", dense, "-p", question, "--max-new-tokens", 5, "--json").json()
-    assert bare["answers"] != chat["answers"]
 
 
 def test_speed_side_by_side(run, dense, pruned, tmp_path):

@@ -231,33 +231,6 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
     assert {folder.name for folder in out.iterdir()} == set(NAMES)
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
-def test_a_stopped_run_says_that_it_goes_on(stop, shared, tmp_path):
-    """Ctrl-C, and SIGTERM, which `main` turns into an exit."""
-    said = []
-
-    class Stops(Progress):
-        def track(self, items, label):
-            raise stop
-
-        def status(self, label):
-            said.append(label)
-
-    with pytest.raises(stop):
-        api.run(recipe_of(shared), output=tmp_path / "out", progress=Stops())
-    assert said[-1] == "stopped in 1-prune; the same command goes on there"
-
-
-def test_a_kill_while_an_old_result_is_replaced(shared, whole, out, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", no_result)
-        with pytest.raises(Killed):
-            api.run(recipe_of(shared), output=out, values={"recover.max_steps": 2})
-    assert not (out / "2-recover").exists()
-    assert skipped(recipe_of(shared), out) == [True, False, True, True], "the others have the same inputs again"
-    assert checksums(out) == checksums(whole)
-
-
 def test_two_runs_on_one_output(shared, out):
     with alone_in(out), pytest.raises(OutputError, match="another run works in"):
         api.run(recipe_of(shared), output=out)
@@ -267,14 +240,6 @@ def test_a_folder_that_no_step_made_is_not_replaced(refused, run, file, out, tmp
     (tmp_path / "mine" / "1-prune").mkdir(parents=True)
     assert "exists already, and no step of a recipe made it" in refused("run", file, "-o", "{tmp}/mine")
     assert "that should hold 'out' does not exist" in refused("run", file, "-o", "{tmp}/none/out")
-
-
-def test_restart_does_every_step_again(run, file, out, whole):
-    (out / "notes.txt").write_text("mine")
-    shown = run("run", file, "-o", out, "--restart", "--json")
-    assert [step["skipped"] for step in shown.json()["steps"]] == [False] * 4
-    assert "again" not in shown.err and (out / "notes.txt").is_file()
-    assert checksums(out) == checksums(whole)
 
 
 BEFORE = {

@@ -157,13 +157,6 @@ def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
     assert message in line and f"{copy}/model.safetensors" in line
 
 
-def test_what_is_wrong_with_a_recorded_plan_is_said(refused, copy):
-    record = json.loads((copy / "llmpruner.json").read_text())
-    next(iter(record["plans"][0]["cuts"].values()))["kept"] = "9-3"
-    (copy / "llmpruner.json").write_text(json.dumps(record))
-    assert "goes backwards" in refused("discover", copy)
-
-
 @pytest.mark.parametrize("gone", ["gone", "9" * 5000])
 def test_earlier_records_and_missing_bases_are_said(run, copy, gone):
     """The second is too long for a name of a file."""
@@ -188,23 +181,6 @@ def test_a_base_can_be_named(run, refused, cut, shared, tmp_path):
     assert f"--base '{gpt2}' is not the model" in refused("verify", cut, "--base", gpt2, read=True)
     message = refused("verify", cut, "--base", "./nope", read=True)
     assert "--base './nope' cannot be opened: model directory './nope' does not exist" in message
-
-
-def test_a_training_before_the_first_cut_is_the_bases_own(run, shared, tmp_path, monkeypatch):
-    """The base is what was trained, found from any folder; the record of the cut has no training."""
-    training = ("--data", shared / "data.jsonl", "--strategy", "lora", "--max-steps", 1, "--batch-size", 2)
-    monkeypatch.chdir(tmp_path)
-    assert run("recover", shared / "dense", *training, "-o", "tuned").code == 0
-    assert run("prune", "tuned", "--ratio", 0.2, "--importance", "l1", "-o", "pruned").code == 0
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    assert set(states(run("verify", "../pruned", "--json")).values()) == {"passed"}
-    record = json.loads((tmp_path / "pruned" / "llmpruner.json").read_text())
-    assert record["base_path"] == str(tmp_path / "tuned") and "recovery" not in record
-    assert run("recover", "../pruned", *training, "-o", "recovered").code == 0
-    record = json.loads(Path("recovered/llmpruner.json").read_text())
-    assert record["base_path"] == str(tmp_path / "tuned") and len(record["recovery"]) == 1
-    assert states(run("verify", "recovered", "--json"))["weights"] == "not checked"
 
 
 @pytest.fixture(scope="module")
@@ -260,17 +236,6 @@ def test_damaged_adapters_are_named(run, refused, adapters, shared, tmp_path, wh
     assert result.code == 1 and f"{copy}/adapter_model.safetensors" in result.err and "Traceback" not in result.err
 
 
-def test_adapters_of_others_have_no_record(run, adapters, tmp_path):
-    copy = shutil.copytree(adapters, tmp_path / "adapters")
-    (copy / "llmpruner-files.json").unlink()
-    result = run("verify", copy, "--json")
-    assert result.code == 0 and states(result)["files"] == "not checked"
-    assert run("generate", copy, "-p", "x", "--max-new-tokens", 2).code == 0
-    (copy / "llmpruner-files.json").write_text("{")
-    result = run("verify", copy)
-    assert result.code == 1 and "llmpruner-files.json cannot be read" in result.err
-
-
 @pytest.fixture(scope="module")
 def padded(tmp_path_factory, shared) -> Path:
     """A stock checkpoint whose layers were padded to one width."""
@@ -295,17 +260,6 @@ def test_a_padded_export_is_a_dense_model(run, padded, tmp_path):
     assert llmpruner.discover(padded).plans == ()
     assert run("prune", padded, "--ratio", 0.2, "--importance", "l1", "-o", tmp_path / "out").code == 0
     assert not (tmp_path / "out" / "llmpruner-files.json").exists()
-
-
-@pytest.mark.parametrize("command", ["generate", "prune", "export"])
-def test_a_damaged_export_is_named(run, refused, padded, tmp_path, command):
-    copy = shutil.copytree(padded, tmp_path / "stock")
-    flip(copy / "model.safetensors", UP)
-    out = ("-o", "{tmp}/out")
-    prune = ("--ratio", 0.2, "--importance", "l1", *out)
-    arguments = {"generate": ("-p", "x"), "prune": prune, "export": ("--to", "stock", *out)}[command]
-    assert f"{copy}/model.safetensors has another content" in refused(command, copy, *arguments, read=True)
-    assert run("verify", copy).code == 1
 
 
 def test_what_is_no_checkpoint(refused, shared, tmp_path):
