@@ -56,7 +56,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         ctx.obj = Catalog(manager)
         show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
-        ctx.call_on_close(lambda: [warning_line(line) for line in manager.broken])
+        ctx.call_on_close(lambda: _warn(manager))
 
     for command in COMMANDS:
         app.command()(command)
@@ -64,6 +64,11 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
     app.command()(new_plugin)
     _add_plugin_commands(app, manager)
     return app
+
+
+def _warn(manager: PluginManager) -> None:
+    for line in manager.broken:
+        warning_line(line)
 
 
 def _version(value: bool) -> None:

@@ -104,7 +104,8 @@ def show_step(step: StepResult) -> None:
     """Print the results of a step that was done in this run."""
     if step.skipped:
         return
-    result, details = step.result, []
+    result = step.result
+    details: list[str] = []
     if step.command == "prune":
         details = [f"{result['checkpoint']} checkpoint"]
     elif step.command == "recover":

@@ -108,7 +108,8 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
     job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
     text = CalibrationText("self", (Part(SelfWritten(), ""),))
     calibration = CalibrationJob(text, samples=1, length=4, fixed_length=True)
-    return replace(job, **{"criterion": criterion or job.criterion, "calibration": calibration, **changes})
+    values: dict[str, Any] = {"criterion": criterion or job.criterion, "calibration": calibration, **changes}
+    return replace(job, **values)
 
 
 def pruned_by(model: Model, job: PruneJob) -> Model:
