@@ -79,7 +79,7 @@ def _layers(value: Any) -> Any:
 
 
 def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
-    """The layer numbers that ``--layers`` selects in a model of ``count`` layers; None for None.
+    """The layer numbers that ``prune.layers`` selects in a model of ``count`` layers; None for None.
 
     Raises `SettingsError` for a layer that the model does not have.
     """
@@ -91,7 +91,7 @@ def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
     for part in text.split(","):
         first, _, last = part.partition("-")
         if int(last or first) >= count:
-            raise SettingsError(f"--layers {text}: the model has the layers 0-{count - 1}")
+            raise SettingsError(f"prune.layers {text}: the model has the layers 0-{count - 1}")
         numbers.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(numbers))
 

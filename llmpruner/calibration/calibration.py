@@ -49,7 +49,9 @@ class CalibrationSet:
         samples, length = self.input_ids.shape
         tokens = self.input_ids.numel()
         if tokens < FEW_TOKENS:
-            return [f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --length"]
+            return [
+                f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --set prune.length"
+            ]
         if (repeated := self._repeated_share()) > 0.5:
             return [
                 f"about {(1 - repeated) * tokens:,.0f} of {tokens:,} tokens of calibration text are not repeated: "
@@ -156,7 +158,9 @@ def check_length(config: PreTrainedConfig, length: int) -> None:
     """Raise `DataError` for samples of more tokens than the model has positions for."""
     limit = positions_of(config)
     if limit is not None and length > limit:
-        raise DataError(f"calibration length {length} is beyond the model's {limit} positions; lower --length")
+        raise DataError(
+            f"calibration length {length} is beyond the model's {limit} positions; lower --set prune.length"
+        )
 
 
 def _checked(ids: torch.Tensor, task: SampleTask, source: CalibrationSource) -> torch.Tensor:

@@ -279,7 +279,7 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
     """``samples`` rows of ``length`` tokens, of whole conversations in random order, the last of a row cut. ``source``:
     for messages. Raises `DataError` where all conversations together are shorter than a row."""
     if sum(map(len, encoded)) < length:
-        raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --length")
+        raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --set prune.length")
     rng, left = random.Random(seed), list[int]()
     rows: list[list[int]] = []
     while len(rows) < samples:

@@ -43,7 +43,7 @@ def windows(
     if length < 1:
         raise DataError(
             f"a sample of {whole} tokens has no room for text after the {len(opening)} that the tokenizer puts first; "
-            "raise --length"
+            "raise --set prune.length"
         )
     rng = random.Random(seed)
     text = "\n\n".join(rng.sample(documents, len(documents)))
@@ -59,7 +59,9 @@ def windows(
     rows = [row for later in rounds for row in later][:samples]
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
-        raise DataError(f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --length")
+        raise DataError(
+            f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --set prune.length"
+        )
     return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
 
 

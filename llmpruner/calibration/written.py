@@ -159,7 +159,7 @@ def written_chats(
     if 2 * around >= length:
         raise DataError(
             f"conversations need samples of more than {2 * around} tokens, as {around} are of the chat format; raise "
-            "--length, or leave self.chats out"
+            "--set prune.length, or leave self.chats out"
         )
     points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     end, chats = frame.after.strip(), list[list[int]]()

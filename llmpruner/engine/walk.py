@@ -159,7 +159,7 @@ def not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     """``reason``: what does not work when layers run one by one."""
     return UnsupportedModelError(
         f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
-        f"run one by one ({reason}); use --importance l1, l2 or random and --compensate none"
+        f"run one by one ({reason}); use --importance l1, l2 or random and --set prune.compensate=none"
     )
 
 

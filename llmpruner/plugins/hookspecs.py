@@ -62,7 +62,7 @@ def llmpruner_importance_criteria() -> Sequence[type[ImportanceCriterion]]:
 
 @hookspec
 def llmpruner_allocations() -> Sequence[type[Allocation]]:
-    """Allocations for ``--allocation``: how many units each group loses."""
+    """Allocations for ``--set prune.allocation=…``: how many units each group loses."""
     raise NotImplementedError
 
 
@@ -74,7 +74,7 @@ def llmpruner_budgets() -> Sequence[type[Budget]]:
 
 @hookspec
 def llmpruner_compensations() -> Sequence[type[Compensation]]:
-    """Compensations for ``--compensate``: how weights that read removed units are adapted before the cut."""
+    """Compensations for ``--set prune.compensate=…``: how weights that read removed units are adapted before the cut."""
     raise NotImplementedError
 
 

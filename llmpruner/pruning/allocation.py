@@ -116,7 +116,7 @@ def target_of(task: AllocationTask) -> int:
     if whole > most:
         raise SelectionError(
             f"cannot remove {whole:,} {cost.unit}: the selected kinds and layers can give at most {most:,}; select "
-            "more with --kinds or --layers, or ask for less"
+            "more with --kinds or --set prune.layers, or ask for less"
         )
     return target
 

@@ -66,7 +66,7 @@ def demand(
     else:
         gone = dense - round(job.amount)
         if gone <= 0:
-            raise SelectionError(f"--target-params {job.amount:,.0f} is not below the model's {dense:,} parameters")
+            raise SelectionError(f"prune.target_params {job.amount:,.0f} is not below the model's {dense:,} parameters")
         after = [dense - ceil(gone * (n / job.steps)) for n in (step, job.steps)]
     return Demand(amount=left - after[0], whole=None if step == job.steps else left - after[1])
 

@@ -38,7 +38,7 @@ class Scope:
         inside = set(self.layers)
         found = tuple(g for g in graph.of_kinds(self.kinds) if g.layer is None or g.layer in inside)
         if not found:
-            raise SelectionError("no coupled group is left to prune: select more with --kinds or --layers")
+            raise SelectionError("no coupled group is left to prune: select more with --kinds or --set prune.layers")
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:

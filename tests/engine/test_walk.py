@@ -185,7 +185,7 @@ def test_layers_that_keep_count_of_one_another_are_refused():
     for layer in layers_of(loaded):
         layer.register_forward_hook(later_is_louder)
     with pytest.raises(
-        UnsupportedModelError, match=r"LlamaForCausalLM pass other values than hidden.*--compensate none"
+        UnsupportedModelError, match=r"LlamaForCausalLM pass other values than hidden.*prune.compensate=none"
     ):
         ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 

@@ -299,7 +299,7 @@ def test_bias_compensation_moves_the_mean():
 
 def test_bias_compensation_needs_a_bias():
     loaded = make("llama-gqa")
-    with pytest.raises(UnsupportedModelError, match=r"down_proj.weight' has no bias.*--compensate refit or none"):
+    with pytest.raises(UnsupportedModelError, match=r"down_proj.weight' has no bias.*prune.compensate=refit or none"):
         repaired(loaded, {"layers.0.mlp": list(range(30))}, BiasShift)
 
 

@@ -123,4 +123,6 @@ class Compensation(Component):
 
 def no_bias(parameter: str) -> UnsupportedModelError:
     """The error for a weight without a bias to change."""
-    return UnsupportedModelError(f"'{parameter}' has no bias to compensate with; use --compensate refit or none")
+    return UnsupportedModelError(
+        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
+    )

@@ -299,6 +299,6 @@ def _say_unsolvable(fitters: Mapping[Matrix, Fitter], errors: Mapping[Matrix, Se
     for name in unsolvable:
         _LOG.warning(
             "'%s' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
-            "activations; raise --samples or --length",
+            "activations; raise --samples or --set prune.length",
             name,
         )

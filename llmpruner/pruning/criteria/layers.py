@@ -63,6 +63,6 @@ class AngularBlock(ImportanceCriterion):
         if not found:
             raise SelectionError(
                 f"criterion {self.name} removes a block of layers, and no {n} successive layers may be removed; choose "
-                "fewer layers, or more with --layers"
+                "fewer layers, or more with --set prune.layers"
             )
         return scores
