@@ -50,7 +50,7 @@ class CalibrationSet:
         tokens = self.input_ids.numel()
         if tokens < FEW_TOKENS:
             return [
-                f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or --set prune.length"
+                f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or prune.length"
             ]
         if (repeated := self._repeated_share()) > 0.5:
             return [

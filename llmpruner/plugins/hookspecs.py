@@ -74,7 +74,7 @@ def llmpruner_budgets() -> Sequence[type[Budget]]:
 
 @hookspec
 def llmpruner_compensations() -> Sequence[type[Compensation]]:
-    """Compensations for ``--set prune.compensate=…``: how weights that read removed units are adapted before the cut."""
+    """Compensations for ``--set prune.compensate=…``: how weights that read removed units are adapted."""
     raise NotImplementedError
 
 

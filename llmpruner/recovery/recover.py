@@ -139,8 +139,8 @@ def _strategy(job: RecoverJob, opened: Structure, opener: Opener, own: DenseText
     if missing is not None and len(job.strategies) == 1:
         raise missing
     raise SettingsError(
-        f"'{opened.ref}' cannot be trained: {'; '.join(reasons)}; --strategy lora, --set recover.micro_batch_size=1, --cutoff and "
-        "--dtype bfloat16 take less"
+        f"'{opened.ref}' cannot be trained: {'; '.join(reasons)}; --strategy lora, "
+        "--set recover.micro_batch_size=1, --cutoff and --dtype bfloat16 take less"
     )
 
 

@@ -116,6 +116,6 @@ def _check(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> int:
     if len(widths) != 1:
         raise UnsupportedModelError(
             f"{_REFUSED}: there all MLPs have the same width, here they have {min(widths)} to {max(widths)}; prune "
-            "every MLP by the same share (--set prune.unit_ratio=… with prune.layers=all), or whole layers (--kinds layer)"
+            "every MLP by the same share (--set prune.unit_ratio=…, prune.layers=all), or whole layers (--kinds layer)"
         )
     return widths.pop()

@@ -88,7 +88,7 @@ class TorchAoExporter(Exporter):
         if wrong:
             raise UnsupportedModelError(
                 f"int4 in groups of {group} needs input widths that are multiples of {group}, and '{wrong[0][0]}' has "
-                f"{wrong[0][1]:,}; give a smaller torchao.group, prune with --set prune.round_to={group}, or export to int8"
+                f"{wrong[0][1]:,}; give a smaller torchao.group, prune with prune.round_to={group}, or export to int8"
             )
         if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
             raise SettingsError(

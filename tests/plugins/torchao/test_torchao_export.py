@@ -94,7 +94,7 @@ def test_without_torchao(tmp_path, monkeypatch):
         # Hidden states have 32 channels, and MLPs 64.
         (
             64,
-            r"multiples of 64, and '.*q_proj' has 32; give a smaller torchao.group, prune with --set prune.round_to=64, or",
+            r"multiples of 64, and '.*q_proj' has 32; give a smaller torchao.group, prune with prune.round_to=64, or",
         ),
         (32, r"only on NVIDIA GPUs of compute capability 8.0 or newer; give --device cuda, or"),
     ],
