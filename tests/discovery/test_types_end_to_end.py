@@ -84,7 +84,7 @@ def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path
     how = {"ratio": LESS.get(name, 0.2), "kinds": "mlp,attention", "output": tmp_path / "pruned", **how}
     if name in REPEATED:
         with pytest.raises(
-            UnsupportedModelError, match="use --importance l1, l2 or random and --set prune.compensate=none"
+            UnsupportedModelError, match=r"use --importance l1, l2 or random and --set prune\.compensate=none"
         ):
             api.prune(str(tmp_path / "dense"), **how)
         how = {**how, "importance": "l1", "compensate": "none"}

@@ -70,7 +70,7 @@ def test_more_is_refused_before_weights_are_read(model, tmp_path):
     data = tmp_path / "data.jsonl"
     data.write_text(json.dumps({"text": tiny_models.TEXT}) + "\n")
     with pytest.raises(
-        DataError, match="calibration length 33 is beyond the model's 32 positions; lower --set prune.length"
+        DataError, match=r"calibration length 33 is beyond the model's 32 positions; lower --set prune\.length"
     ):
         llmpruner.prune(folder, ratio=0.2, importance="l1", compensate="refit", samples=4, length=33, output=out)
     with pytest.raises(DataError, match=r"windows of 33 tokens are beyond the 32 positions of '.*model'; lower --win"):
