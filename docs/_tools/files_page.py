@@ -76,7 +76,7 @@ ORIGIN = {
 RECOVERY = {
     "strategy": "Name of the recovery strategy.",
     "strategy_settings": "Its settings, as in `--set`.",
-    "settings": "Those settings of [RecoverSettings](api.md#recoversettings) that all strategies share.",
+    "settings": "Those settings of [`recover`](cli.md#recover) that all strategies share.",
     "data": "The instruction data, as the user named it.",
     "fingerprint": "SHA-256 of the data.",
     "examples": "How many examples were trained on.",

@@ -85,12 +85,11 @@ INPUTS = (
 
 
 def _commands() -> Iterator[str]:
-    for name, settings in COMMANDS.items():
-        model = settings.__name__
+    for name in COMMANDS:
         reads = "the newest checkpoint, or the dense model"
         if name in MEASURES:
             reads = "the dense model and all checkpoints so far, or those under `models`"
-        yield f"| `{name}` | [{model}](api.md#{model.lower()}) | {reads} | {FOLDERS[name]} |"
+        yield f"| `{name}` | the options of [`{name}`](cli.md#{name}) | {reads} | {FOLDERS[name]} |"
 
 
 def _fields(model: type[Settings]) -> Iterator[tuple[str, str]]:

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from llmpruner import load_pruned
 
-TRAIN = ("--max-steps", 2, "--batch-size", 2, "--micro-batch-size", 1, "--learning-rate", 0.01)
+TRAIN = ("--max-steps", 2, "--batch-size", 2, "--set", "recover.micro_batch_size=1", "--learning-rate", 0.01)
 TASK = """
 task: llmpruner_fox
 dataset_path: json
