@@ -6,9 +6,7 @@ import copy
 import gc
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -20,7 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph
 from llmpruner.models.model import Model
-from llmpruner.pruning.methods import Method
 from llmpruner.testing import processes
 
 processes.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
@@ -83,32 +80,6 @@ def pytest_collection_finish() -> None:
     # collects, and would take a quarter of a second longer.
     gc.collect()
     gc.freeze()
-
-
-@pytest.fixture
-def text_of_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[type[Method]], Path]:
-    """``text_of_method(Best)``: a text that this method, as one of a plugin, names as calibration text, and no setting
-    does; every job has the method."""
-
-    def made(base: type[Method]) -> Path:
-        text = tmp_path / "text.txt"
-        text.write_text("The quick brown fox jumps. " * 40, encoding="utf-8")
-
-        class OfPlugin(base):  # type: ignore[misc, valid-type]
-            name = "of-plugin"
-
-            def defaults(self, asked: Any, *, writes: bool) -> dict[str, Any]:
-                return {**super().defaults(asked, writes=writes), "calibration": str(text)}
-
-        create = Catalog.create
-
-        def created(catalog: Catalog, registry: Any, name: str, *values: Any) -> Any:
-            return OfPlugin() if registry is catalog.methods else create(catalog, registry, name, *values)
-
-        monkeypatch.setattr(Catalog, "create", created)
-        return text
-
-    return made
 
 
 @pytest.fixture(autouse=True)

@@ -76,6 +76,7 @@ class Recipe:
     load: LoadSettings = field(default_factory=LoadSettings)
     source: str = "recipe"
     _value: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    _changes: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def read(cls, reference: str | Path, catalog: Catalog | None = None) -> Recipe:
@@ -104,13 +105,13 @@ class Recipe:
         for key in changes or {}:
             if key.partition(".")[0] not in known:
                 raise SettingsError(f"{key}: {UnknownNameError('step', key.partition('.')[0], known)}")
-        return cls(tuple(steps), top.model, top.output, top.load, source, value)
+        return cls(tuple(steps), top.model, top.output, top.load, source, value, changes or {})
 
     def with_values(self, values: Mapping[str, Any]) -> Recipe:
         """The same recipe with other settings: ``{"prune.ratio": 0.3}``. Before the dot: a command (all its steps), the
         name of a step, or its number; after it a setting, or ``settings.NAME.key`` for one of a component. Raises
         `SettingsError`."""
-        return Recipe.of(self._value, self.source, values)
+        return Recipe.of(self._value, self.source, {**self._changes, **values})
 
 
 def values_of(texts: Sequence[str]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ from ..models.tokenizer import check_ids
 from ..settings import RecoverSettings
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult, Validation
 from .data import TrainingData, check_data
-from .training import filled_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -80,6 +79,8 @@ def train(
     have, and `ModelError` when the training diverges.
     """
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in data.rows)]), model)
+    from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
+
     settings = filled_in(settings, len(data.rows), adapters=strategy.adapters)
     identity = {
         "strategy": strategy.name,

@@ -375,7 +375,7 @@ def test_a_share_of_the_samples_is_conversations_that_the_model_writes(chatty):
         (
             "short samples",
             DataError,
-            r"need samples of more than \d+ tokens, as \d+ are of the chat format; raise --len",
+            r"need samples of more than \d+ tokens, as \d+ are of the chat format; raise --set prune.len",
         ),
         ("few samples", DataError, "self.chats: 0.125 of 3 samples is none; raise it, or --samples"),
     ],

@@ -11,7 +11,7 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import BenchSubject, ModelError, Runtime, Session, Work
+from llmpruner import BenchSubject, LlmprunerError, ModelError, Runtime, Session, Work
 from llmpruner.discovery.groups import build_graph
 from llmpruner.evaluation.bench import bench, measurement
 from llmpruner.evaluation.transformers_runtime import StaticSession, TorchSession, work_of
@@ -193,7 +193,7 @@ def dense(tmp_path) -> Path:
     ],
 )
 def test_what_a_runtime_cannot_run(dense, runtime, options, message):
-    with pytest.raises(ModelError, match=message):
+    with pytest.raises(LlmprunerError, match=message):
         llmpruner.bench(dense, runtime=runtime, **options)
 
 

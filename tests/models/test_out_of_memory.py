@@ -48,12 +48,12 @@ def test_a_rebuilt_model_is_not_called_different_for_want_of_memory(gqa, monkeyp
 
 @pytest.mark.parametrize("error", [MemoryError(), LACK])
 def test_a_command_that_lacks_memory_ends_with_one_line(error, monkeypatch, capsys):
-    def app():
+    def build_app():
         raise error
 
-    monkeypatch.setattr(cli, "_app", app)
+    monkeypatch.setattr(cli.app, "build_app", build_app)
     monkeypatch.setattr("sys.argv", ["llmpruner", "plan", "demo"])
     with pytest.raises(SystemExit) as ended:
         cli.main()
     printed = capsys.readouterr().err
-    assert ended.value.code == 2 and "memory is too small for this run (" in printed and "Traceback" not in printed
+    assert ended.value.code == 2 and "out of memory (" in printed and "Traceback" not in printed

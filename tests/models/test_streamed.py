@@ -136,7 +136,7 @@ def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
     ],
 )
 def test_what_needs_the_whole_model_is_refused_beforehand(settings, why, dense, tmp_path):
-    with pytest.raises(SettingsError, match=f"--max-memory 1,000 bytes: .* needs at least .*{why}"):
+    with pytest.raises(SettingsError, match=f"--max-memory 0.0 MiB: .* needs at least .*{why}"):
         api.prune(
             str(dense("llama-gqa")), output=tmp_path / "out", run=RunSettings(max_memory=1000),
             **{"ratio": 0.2, **settings},

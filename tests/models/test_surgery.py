@@ -51,7 +51,8 @@ def test_a_cut_equals_silencing(loaded, kinds, attention):
     with torch.no_grad():
         expected, actual = silenced(ids).logits, smaller(ids).logits
         dense = loaded.model(ids).logits
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    # Sums of other lengths round differently: up to 1.05e-5 on one processor, of logits of some tens.
+    torch.testing.assert_close(actual, expected, atol=2e-5, rtol=1e-5)
     assert (expected - dense).abs().max() > 0.1, "the cut must be visible, or equality proves nothing"
 
 

@@ -19,7 +19,6 @@ from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.files import write_text
 from llmpruner.progress import Progress
-from llmpruner.pruning.methods import Best
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
@@ -168,20 +167,16 @@ def test_kill_minus_nine(dense, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
 
 
-@pytest.mark.parametrize("what", ["the text", "the text of a method", "the weights"])
-def test_a_change_of_what_it_read_is_another_run(what, tmp_path, text_of_method):
+@pytest.mark.parametrize("what", ["the text", "the weights"])
+def test_a_change_of_what_it_read_is_another_run(what, tmp_path):
     """Of the same size, as two models of one architecture are."""
     model = tiny_models.llama()
     model.save_pretrained(tmp_path / "model")
     tiny_models.tokenizer().save_pretrained(tmp_path / "model")
     settings = {**SETTINGS, "output": tmp_path / "out"}
-    if what == "the text of a method":
-        text = text_of_method(Best)
-        del settings["method"]
-    else:
-        text = tmp_path / "text.txt"
-        text.write_text("The quick brown fox jumps. " * 40)
-        settings["calibration"] = str(text)
+    text = tmp_path / "text.txt"
+    text.write_text("The quick brown fox jumps. " * 40)
+    settings["calibration"] = str(text)
     with pytest.raises(Killed):
         api.prune(str(tmp_path / "model"), progress=StopAt("Compensating", 1), **settings)
     if what != "the weights":
