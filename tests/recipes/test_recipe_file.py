@@ -43,7 +43,7 @@ def test_a_file_means_what_the_commands_mean(tmp_path, catalog):
     prune, recover, evaluate, export = recipe_jobs(recipe, catalog).values()
     assert (prune.kinds, prune.layers, prune.amount) == (("mlp", "attention"), "3", 0.2)
     assert recover.settings.learning_rate == 2e-4 and recover.strategies[0].name == "distil"
-    assert [metric.name for metric in evaluate.metrics] == ["size", "perplexity"]
+    assert [metric.name for metric in evaluate] == ["size", "perplexity"]
     assert export.name == "gguf"
     assert [step.reads for step in recipe.steps] == [
         ("dense",),
