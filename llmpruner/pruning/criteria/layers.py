@@ -41,8 +41,8 @@ class AngularBlock(ImportanceCriterion):
     input (Gromov et al., 2024, algorithm 1). `AngularDistance` scores each layer alone, and may remove layers that
     change little by themselves and much together.
 
-    Blocks are of layers that may be removed. Memory: hidden states before every layer, up to ``--boundary-memory``,
-    then on disk.
+    Blocks are of layers that may be removed. Hidden states before every layer are kept, in memory up to a
+    limit, then on disk.
     """
 
     name = "angular-block"
