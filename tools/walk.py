@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN = str(ROOT / "llmpruner") + os.sep
 STORY = ("__main__.py", "cli/", "api.py", "pipeline.py")
 """Files whose functions the walk goes into."""
-INSIDE = 40
+INSIDE = 100
 """Calls inside this project that a function makes at least, directly and indirectly, to be a station."""
 
 
@@ -35,7 +35,7 @@ class Call:
 
 def traced(words: list[str]) -> Call:
     """The calls of ``llmpruner WORDS`` from its command on."""
-    from llmpruner.__main__ import main as llmpruner
+    from llmpruner.cli import main as llmpruner
 
     root = Call(None)
     stack = [root]
