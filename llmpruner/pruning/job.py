@@ -112,6 +112,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     text = parse_calibration(settings.calibration, catalog.sources, own)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
     settings, of_components = _filled(settings, explicit, method, writes=text.writes)
+    text = parse_calibration(settings.calibration, catalog.sources, own)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
     def of(name: str) -> dict[str, Any]:
