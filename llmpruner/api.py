@@ -232,7 +232,7 @@ def bench(
     """
     catalog = catalog or Catalog()
     options = settings_from(BenchSettings, settings)
-    runtime = catalog.create_only(catalog.runtimes, options.runtime, options.settings)
+    runtime = catalog.runtimes.create_only(options.runtime, options.settings)
     sources = listed(models)
     each = openers(load, sources, catalog, progress)
     batch, length = max(options.batch), max(options.prompt) + options.new
@@ -319,7 +319,7 @@ def export(
     catalog = catalog or Catalog()
     source = Path(model)
     options = settings_from(ExportSettings, settings)
-    exporter = catalog.create_only(catalog.exporters, options.to, options.settings)
+    exporter = catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
     is_file = source.suffix == ".gguf" and source.is_file()
     if is_file and not exporter.takes_files:
@@ -435,7 +435,7 @@ def write_report(
 
 def _sections(settings: Mapping[str, Mapping[str, Any]] | None, catalog: Catalog) -> tuple[ReportSection, ...]:
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
-    sections = tuple(catalog.create(catalog.sections, name, own.get(name)) for name in catalog.sections)
+    sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
     check_chosen(own, sections)
     return sections
 

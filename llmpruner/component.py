@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from .errors import SettingsError
-from .values import refusal
+from .values import validated
 
 
 class ComponentSettings(BaseModel):
@@ -56,15 +56,3 @@ def check_chosen(own: Mapping[str, Any], components: Iterable[Component]) -> Non
         if name not in chosen:
             used = ", ".join(f"{kind} {other}" for other, kind in chosen.items() if other)
             raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {used})")
-
-
-def validated(model: type[ComponentSettings], values: Mapping[str, Any], owner: str) -> ComponentSettings:
-    """An instance of ``model``. ``owner``: the component, for messages. Raises `SettingsError`."""
-    try:
-        return model(**values)
-    except ValidationError as error:
-        refused = refusal(error)
-        if refused.kind == "extra_forbidden":
-            known = ", ".join(model.model_fields) or "none"
-            raise SettingsError(f"{owner} has no setting '{refused.key}'; it has: {known}") from error
-        raise SettingsError(f"{owner}: {refused.key} = {refused.value} is refused: {refused.expected}") from error

@@ -2,7 +2,6 @@
 
 LlmprunerError                  the message is one line; the CLI prints it and exits with code 2
 ├── PluginError                 a plugin is broken, or breaks the rules of a hook
-│   ├── DuplicateNameError      two plugins use one name
 │   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
 ├── ModelError                  a model cannot be found, read or used
 │   └── UnsupportedModelError   it is readable, but not understood, or not representable in the output format
@@ -35,12 +34,6 @@ def first_line(error: BaseException) -> str:
     return (shown if len(shown) <= 400 else f"{shown[:400]}…").rstrip(":")
 
 
-def reason_of(error: BaseException) -> str:
-    """`first_line`, for a reason that stands without the class of the exception: a `KeyError` has a name alone."""
-    line = first_line(error)
-    return f"there is no {line}" if isinstance(error, KeyError) and len(line.split()) == 1 else line
-
-
 def near(name: str, known: Iterable[str]) -> str:
     """``; did you mean ratio?`` for the names of ``known`` that are spelled nearly as ``name``; empty if none is."""
     names = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
@@ -53,10 +46,6 @@ class LlmprunerError(Exception):
 
 class PluginError(LlmprunerError):
     """A plugin is broken, or what it registers breaks the rules of its hook."""
-
-
-class DuplicateNameError(PluginError):
-    """Two plugins register the same name; the message names both."""
 
 
 class UnknownNameError(PluginError):

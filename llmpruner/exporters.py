@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from .component import Component
 from .errors import CheckpointError, PluginError, UnsupportedModelError
-from .files import model_name, new_directory
+from .files import new_directory
 from .progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class ExportTask:
 
     @property
     def name(self) -> str:
-        """Of the model: of its folder or, for a snapshot in the hub's cache, of its repository."""
-        return model_name(self.source)
+        """The name of the model's folder."""
+        return self.source.resolve().name
 
     @cached_property
     def loaded(self) -> Model:

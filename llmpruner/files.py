@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,7 +18,7 @@ from .values import bytes_text
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, under a temporary name that is renamed: a failure leaves the old content. A symbolic
     link keeps its target; a device or pipe is written to. Raises `OutputError`."""
-    with unwritable(path):
+    with writing(path):
         real = path.resolve()
         if real.exists() and not real.is_file():
             real.write_text(text, encoding="utf-8")
@@ -111,12 +110,6 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def holds_files(folder: Path, *, but: str | None = None) -> bool:
-    """Whether anything is in a folder, other than the file ``but`` and what killed processes had begun to write."""
-    names = (file.name for file in folder.iterdir())
-    return any(name != but and not (name.startswith(".") and name.endswith(".partial")) for name in names)
-
-
 def exists(path: str | Path) -> bool:
     """As `Path.exists`; False for what no file system takes as a name, such as one of 300 characters."""
     try:
@@ -132,41 +125,31 @@ def is_file(name: str) -> bool:
 
 def check_new_directory(path: Path) -> Path:
     """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
-    with unwritable(path):
+    with writing(path):
         if path.exists() or path.is_symlink():
             raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
         _check_parent(path)
     return path
 
 
-def check_new_file(path: Path, *, replaces: str | None = None, what: str = "") -> Path:
-    """``path``, once it is sure that a file can be written there, and that nothing else is lost. Devices, pipes and
-    empty files are written to. Raises `OutputError`.
-
-    ``replaces``: how earlier results of the same kind begin, in lower case and without spaces, which may be replaced;
-    ``what``: what they are called.
-    """
-    with unwritable(path):
+def check_new_file(path: Path) -> Path:
+    """``path``, once it is sure that a file can be written there. Raises `OutputError` where that would replace another
+    one; devices, pipes and empty files are written to."""
+    with writing(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
+        if path.is_file() and path.stat().st_size:
+            raise OutputError(f"output file '{path}' exists already; choose another or remove it")
         if not path.exists():
             _check_parent(path)
-        elif not os.access(path, os.W_OK):
-            raise OutputError(f"'{path}' cannot be written: permission denied")
-        # /dev/stdout may lead to a file that a shell appends to.
-        elif path.is_file() and path.stat().st_size and path.absolute().parts[1:2] != ("dev",):
-            if replaces is None:
-                raise OutputError(f"output file '{path}' exists already; choose another or remove it")
-            with path.open("rb") as stream:
-                head = stream.read(256)
-            if not b"".join(head.split()).lower().startswith(replaces.encode()):
-                raise OutputError(f"'{path}' exists already and is no {what}; choose another or remove it")
     return path
 
 
 def check_page(path: Path) -> Path:
-    """`check_new_file`, for a page in HTML."""
-    return check_new_file(path, replaces="<!doctypehtml", what="page in HTML")
+    """`check_new_file`, for an HTML page, which may replace another page."""
+    if path.is_file() and path.read_bytes()[:100].lower().startswith(b"<!doctype html"):
+        return path
+    return check_new_file(path)
 
 
 def _check_parent(path: Path) -> None:
@@ -181,71 +164,33 @@ def _check_parent(path: Path) -> None:
 
 
 @contextmanager
-def unwritable(path: Path) -> Iterator[None]:
-    """What the system refuses about ``path``, a name that is too long as well, as an `OutputError`."""
-    try:
-        yield
-    except (OSError, RuntimeError) as error:  # RuntimeError: a link to itself, before Python 3.13
-        raise OutputError(f"'{path}' cannot be written: {getattr(error, 'strerror', None) or error}") from error
-
-
-@contextmanager
 def writing(what: Path | str) -> Iterator[None]:
     """Errors of writing ``what`` as an `OutputError`: every `OSError`, and those of safetensors and torch."""
     try:
         yield
     except Exception as error:
-        reason = write_failure(error)
-        if reason is None and not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+        reason = write_failure(error) or (first_line(error) if isinstance(error, OSError) else None)
+        if reason is None:
             raise
-        raise OutputError(f"{what} cannot be written: {reason or first_line(error)}") from error
+        raise OutputError(f"{what} cannot be written: {reason}") from error
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Why the system did not take what was written, in plain words; None for an error that is something else.
-
-    Libraries have errors of their own for it: safetensors gives the system's number, torch the name of its writer.
-    """
-    text = str(error)
-    number = error.errno if isinstance(error, OSError) else None
-    if number is None and type(error).__name__ == "SafetensorError" and (code := re.search(r"os error (\d+)", text)):
-        number = int(code[1])
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO):
-        return os.strerror(number).lower()
-    written_by_torch = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in text or "inline_container" in text)
-    return f"no space left on device, or it fails ({first_line(error)})" if written_by_torch else None
+    """Why the disk did not take what was written; None for other errors."""
+    if isinstance(error, OSError):
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+        return os.strerror(error.errno).lower() if failed and error.errno else None
+    line = first_line(error)
+    by_safetensors = type(error).__name__ == "SafetensorError" and "os error" in line
+    return line if by_safetensors or "PytorchStreamWriter" in line else None
 
 
 def check_space(path: Path, size: float, what: str) -> None:
     """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free. ``what``: which
     bytes these are."""
-    with unwritable(path):
-        free = shutil.disk_usage(path.resolve().parent).free
+    free = shutil.disk_usage(path.resolve().parent).free
     if size > free:
         raise OutputError(
             f"'{path}' needs about {bytes_text(size)} of disk for {what}, and {bytes_text(free)} are free there; free "
             "some, or choose another place"
         )
-
-
-def model_name(folder: Path) -> str:
-    """The name of a model's folder; of a snapshot in the cache of the hub, which is named by its commit, that of the
-    model."""
-    real = folder.resolve()
-    repository = real.parent.parent.name
-    if real.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.split("--", 2)[-1]
-    return real.name
-
-
-def tree_bytes(folder: Path) -> int:
-    """Bytes of all files in ``folder``; 0 where it does not exist."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def remove_tree(folder: Path) -> None:
-    """Remove a folder with all that is in it; of a symbolic link, the folder that it leads to as well. What is not
-    there, or cannot be removed, is left."""
-    shutil.rmtree(folder.resolve(), ignore_errors=True)
-    if folder.is_symlink():
-        folder.unlink()

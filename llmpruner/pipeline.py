@@ -27,7 +27,7 @@ from .engine.journal import Journal
 from .engine.ranks import Ranks
 from .engine.stages import write_run
 from .errors import DataError, SelectionError
-from .files import check_new_directory, check_space, tree_bytes
+from .files import check_new_directory, check_space
 from .models.identity import data_identity, model_identity
 from .models.model import Model, Structure
 from .models.opening import reopened
@@ -83,7 +83,7 @@ def prune(
     journal = _journal(output, structure, what, job, expected, opener, ranks)
     with nullcontext() if journal is None else journal.running(opener.progress, anew=run.restart):
         ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
-        written = 0 if journal is None else tree_bytes(journal.folder)
+        written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
         if journal is not None:
             # The bytes of a result depend on it, and when a run goes on, more or less memory may be free.

@@ -1,48 +1,33 @@
-"""Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``4GiB``, ``taylor.variant=mix``; what is
-refused of them, in plain words; and numbers in texts.
+"""Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``taylor.variant=mix``; messages about
+those that pydantic refuses; and numbers in texts.
 
-The types are for fields of settings: pydantic hands a value to the function in `BeforeValidator`, which returns values
-of another type unchanged, so that pydantic refuses them.
+The functions in `BeforeValidator` return values of another type unchanged, so that pydantic refuses them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
 from .errors import SettingsError, near
 
+M = TypeVar("M", bound=BaseModel)
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 _LONGEST = 200
 """Characters of a value that are shown in a message."""
 
 
 def names_of(value: Any) -> Any:
-    """``"mlp, attention"`` as ``("mlp", "attention")``, without blanks and repetitions."""
+    """``"mlp, attention"`` as ``("mlp", "attention")``, without blanks and repetitions; a number as a tuple."""
+    if isinstance(value, (int, float)):
+        return (value,)
     if not isinstance(value, str):
         return value
     return tuple(dict.fromkeys(name.strip() for name in value.split(",") if name.strip()))
-
-
-def _not_empty(value: Any) -> Any:
-    names = names_of(value)
-    if isinstance(names, tuple) and not names:
-        raise ValueError("expected at least one name")
-    return names
-
-
-def _numbers(value: Any) -> Any:
-    """``"1,4"`` as ``("1", "4")``, and a single number as a tuple."""
-    numbers = (value,) if isinstance(value, (int, float)) else names_of(value)
-    if not numbers:
-        raise ValueError("expected at least one number")
-    return numbers
 
 
 def _count(value: Any) -> Any:
@@ -51,17 +36,6 @@ def _count(value: Any) -> Any:
     if isinstance(value, str) and match is None:
         raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000")
     return float(match[1]) * _UNITS[match[2]] if match else value
-
-
-def _size(value: Any) -> Any:
-    """``4GiB``, ``500MB`` or a number of bytes."""
-    if isinstance(value, str):
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?\s*", value, re.I)
-        if match is None or len(match[1]) > 30:
-            raise ValueError("expected a size such as 4GiB, 500MB or a number of bytes")
-        base = 1024 if match[3] else 1000
-        return int(float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0))
-    return value
 
 
 def _layers(value: Any) -> Any:
@@ -109,107 +83,48 @@ def _component_settings(value: Any) -> Any:
     return settings
 
 
-def _share_or_count(value: float) -> float:
-    if value >= 1 and value != int(value):
-        raise ValueError("expected a share below 1, or a whole number of examples")
-    return value
-
-
-def _step_name(value: Any) -> Any:
-    if isinstance(value, str) and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", value):
-        raise ValueError("expected a name of letters, digits, - and _, which begins with a letter or a digit")
-    return value
-
-
-def _written_out(value: Any) -> Any:
-    """A path as text."""
+def _path_text(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-Text = Annotated[str, BeforeValidator(_written_out)]
+Text = Annotated[str, BeforeValidator(_path_text)]
 """The name of a text or of data: a file, a data set, or a name that a calibration source reads."""
-Names = Annotated[tuple[str, ...], BeforeValidator(_not_empty)]
-Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(_numbers)]
+Names = Annotated[tuple[str, ...], BeforeValidator(names_of), Field(min_length=1)]
+Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(names_of), Field(min_length=1)]
 Count = Annotated[float, BeforeValidator(_count)]
-Size = Annotated[int, BeforeValidator(_size)]
-"""A number of bytes."""
 Layers = Annotated[str, BeforeValidator(_layers)]
 """Numbers of layers, which `layer_numbers` reads."""
-ShareOrCount = Annotated[float, Field(ge=0), AfterValidator(_share_or_count)]
-"""A share of the examples below 1, else a number of examples."""
-StepName = Annotated[str, BeforeValidator(_step_name)]
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 """Settings of components, by the component's name."""
 
 
-_EXPECTED = {
-    "int_parsing": "expected a whole number",
-    "int_parsing_size": "expected a smaller whole number",
-    "int_type": "expected a whole number",
-    "int_from_float": "expected a whole number",
-    "float_parsing": "expected a number",
-    "float_type": "expected a number",
-    "finite_number": "expected a finite number",
-    "bool_parsing": "expected true or false",
-    "bool_type": "expected true or false",
-    "string_type": "expected text",
-    "greater_than": "expected a number above {gt}",
-    "greater_than_equal": "expected at least {ge}",
-    "less_than": "expected a number below {lt}",
-    "less_than_equal": "expected at most {le}",
-}
+def validated(model: type[M], values: Mapping[str, Any], place: str = "", label: Callable[[str], str] = str) -> M:
+    """An instance of ``model``. Raises `SettingsError` in one line, which begins with ``place``, and names a field by
+    ``label``."""
+    try:
+        return model(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = str(first["loc"][0])
+        if first["type"] == "extra_forbidden":
+            known = ", ".join(model.model_fields) or "none"
+            reason = f"unknown setting '{key}'{near(key, model.model_fields) or '.'} Known: {known}"
+        elif first["type"] == "missing":
+            reason = f"{label(key)} must be given"
+        else:
+            reason = refusal(error, label)
+        raise SettingsError(f"{place}: {reason}" if place else reason) from error
 
 
-def check_type(argument: str, value: object, types: type | tuple[type, ...], expected: str) -> None:
-    """Raise `SettingsError` for an argument of a function that is of none of ``types``."""
-    if not isinstance(value, types):
-        raise SettingsError(f"{argument}: expected {expected}, got {type(value).__name__}")
-
-
-def path_from(argument: str, value: object, expected: str = "a path") -> Path:
-    """``value`` as a path. Raises as `check_type`."""
-    check_type(argument, value, (str, PathLike), expected)
-    return Path(value)  # type: ignore[arg-type]
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """The first thing that is wrong."""
-
-    key: str
-    """The path of the field, with dots."""
-    kind: str
-    """Pydantic's name of the error."""
-    value: str
-    """As text."""
-    expected: str
-    """Half a sentence."""
-
-
-def refusal(error: ValidationError) -> Refusal:
-    """The first of the errors that pydantic found."""
+def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
+    """The first error that pydantic reports, in one line: ``--ratio '0': input should be greater than 0``."""
     first = error.errors()[0]
-    key, kind, value = ".".join(map(str, first["loc"])), str(first["type"]), first.get("input")
-    context: dict[str, Any] = first.get("ctx", {})
-    if kind == "literal_error":
-        names = re.findall(r"'([^']*)'", context["expected"])
-        expected = f"expected one of {', '.join(names)}{near(str(value), names)}"
-    elif kind in _EXPECTED:
-        expected = _EXPECTED[kind].format(**{name: _number(bound) for name, bound in context.items()})
-    else:
-        expected = str(first["msg"]).removeprefix("Value error, ")
-    text = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-    text = " ".join(text.split()) if "\n" in text else text
-    if len(text) > _LONGEST:
-        text = f"{text[:_LONGEST]}… ({len(text):,} characters)"
-    return Refusal(key, kind, f"'{text}'" if isinstance(value, (str, list, tuple)) else text, expected)
-
-
-def _number(bound: Any) -> str:
-    """A bound as people write it: ``1,048,576``, not ``1.04858e+06``."""
-    if isinstance(bound, float) and bound.is_integer():
-        bound = int(bound)
-    return f"{bound:,}" if isinstance(bound, int) else f"{bound:g}" if isinstance(bound, float) else str(bound)
+    value = repr(first["input"])
+    if len(value) > _LONGEST:
+        value = f"{value[:_LONGEST]}…"
+    key = ".".join(map(str, (label(str(first["loc"][0])), *first["loc"][1:]))) if first["loc"] else "value"
+    message = first["msg"].removeprefix("Value error, ")
+    return f"{key} {value}: {message[0].lower()}{message[1:]}"
 
 
 def count_text(value: float) -> str:

@@ -43,11 +43,6 @@ def test_each_is_documented_and_handled_by_the_command_line(name):
     assert (cls.__doc__ and cls.__doc__ != LlmprunerError.__doc__) or cls is LlmprunerError
 
 
-def test_the_reason_that_a_key_error_is():
-    assert errors.reason_of(KeyError("scores")) == "there is no 'scores'"
-    assert errors.reason_of(ValueError("scores")) == "scores"
-
-
 def test_an_unknown_name_offers_near_misses_and_lists_all():
     error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
     assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."

@@ -46,7 +46,7 @@ def criteria() -> dict[ModuleType, list[type[ImportanceCriterion]]]:
     return found
 
 
-_NAMES = {cls.__name__: name for registry in CATALOG.registries for name, cls in registry.items()}
+_NAMES = {cls.__name__: name for registry in CATALOG.registries.values() for name, cls in registry.items()}
 """Class → name, for docstrings that refer to other components."""
 
 

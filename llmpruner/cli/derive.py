@@ -52,7 +52,9 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
         kept = [p for name, p in own.items() if name != "arguments"]
         derived = {
             model: [
-                _parameter(model, f) for f in model.model_fields if f not in omit and not option_of(model, f).advanced
+                _parameter(model, f)
+                for f in model.model_fields
+                if f not in omit and not option_of(model, f)["advanced"]
             ]
             for model in models
         }
@@ -98,14 +100,14 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     field, option = model.model_fields[name], option_of(model, name)
     kind = _kind(field.annotation)
     flag = flag_of(model, name)
-    without_option = [other for other in model.model_fields if option_of(model, other).advanced]
+    without_option = [other for other in model.model_fields if option_of(model, other)["advanced"]]
     advanced = f" Of {model.group}: {', '.join(without_option)}." if name == "settings" and without_option else ""
-    flags = option.flags or ((f"{flag}/--no-{flag[2:]}",) if field.default is True else (flag,))
+    flags = f"{flag}/--no-{flag[2:]}" if field.default is True else flag
     info = typer.Option(
-        *flags,
+        flags,
         help=_help(field) + advanced,
-        rich_help_panel=option.panel,
-        metavar=None if kind is bool else option.metavar or _METAVARS.get(kind, "TEXT"),
+        rich_help_panel=option["panel"],
+        metavar=None if kind is bool else option["metavar"] or _METAVARS.get(kind, "TEXT"),
         show_default=False,
     )
     annotation: Any = bool if kind is bool else list[str] if kind is dict else str

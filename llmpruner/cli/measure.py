@@ -31,7 +31,7 @@ def evaluate(
     from .. import api
 
     if json_file is not None:
-        check_new_file(json_file, replaces='[{"name"', what="result of evaluate --json")
+        check_new_file(json_file)
     results = api.evaluate(models, **arguments)
     show_evaluations(results)
     if json_file is not None:
@@ -57,7 +57,7 @@ def bench(
     from .. import api
 
     if json_file is not None:
-        check_new_file(json_file, replaces='{"runtime"', what="result of bench --json")
+        check_new_file(json_file)
     result = api.bench(models, **arguments)
     show_bench(result)
     if json_file is not None:

@@ -29,7 +29,7 @@ def list_plugins(
     catalog = catalog_of(ctx)
     rows: list[dict[str, Any]] = [
         {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": summary_of(cls)}
-        for registry in catalog.registries
+        for registry in catalog.registries.values()
         for key, cls in registry.items()
     ]
     if name is None:
@@ -42,7 +42,7 @@ def list_plugins(
         {**row, "module": cls.__module__, "settings": settings_of(cls)}
         for row in rows
         if row["name"] == name
-        for cls in [catalog.registry(row["kind"])[name]]
+        for cls in [catalog.registries[row["kind"]][name]]
     ]
     if not named:
         raise UnknownNameError("component", name, {row["name"] for row in rows})
@@ -110,12 +110,10 @@ def new_plugin(
 ) -> None:
     """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
     strategy."""
-    from ..plugins.catalog import KINDS as CATALOG
-
     catalog = catalog_of(ctx)
     plugin = PluginName(name)
     adds = kind_named(kind)
-    registry = catalog.registry(next(known.name for known in CATALOG.values() if known.hook == adds.hook))
+    registry = catalog.registries[adds.name]
     if name in registry:
         raise LlmprunerError(
             f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"
@@ -129,7 +127,7 @@ def new_plugin(
         facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts, kind=kind))
     types = f" for model type {facts.types[0]}" if facts else ""
-    lines = [f"{directory}: {adds.title} {name}{types}"]
+    lines = [f"{directory}: {adds.name} {name}{types}"]
     if facts and facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")
     lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")

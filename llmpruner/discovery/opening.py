@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,7 +16,6 @@ from ..models.opening import load_model, open_streamed
 from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings
-from ..values import check_type
 from .family import AUTO
 from .structure import load_structure
 
@@ -40,7 +38,6 @@ class Opener:
     @classmethod
     def of(cls, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
         """``load``: None for the defaults."""
-        check_type("load", load, (LoadSettings, NoneType), "LoadSettings")
         return cls(catalog, load or LoadSettings(), progress)
 
     def of_ranks(self, ranks: Ranks) -> Opener:
@@ -116,7 +113,6 @@ def openers(
     """One for each source. Raises `SettingsError` for another number of settings."""
     if load is None or isinstance(load, LoadSettings):
         return [Opener.of(load, catalog, progress)] * len(sources)
-    check_type("load", load, Sequence, "LoadSettings, or one for each model")
     if len(load) != len(sources):
         raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
     return [Opener.of(one, catalog, progress) for one in load]

@@ -71,9 +71,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
     except LlmprunerError:
         raise
     except ValidationError as error:
-        wrong = refusal(error)
-        reason = f"{wrong.key} of a plan {wrong.value}: {wrong.expected}"
-        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged: plan: {refusal(error)}") from error
     except Exception as error:
         # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"

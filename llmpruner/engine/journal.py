@@ -8,6 +8,7 @@ the time; the layers after the last state are done again, with the same results.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LlmprunerError, OutputError, ProcessError
-from ..files import alone_in, holds_files, remove_tree, write_text, writing
+from ..files import alone_in, write_text, writing
 from ..progress import QUIET, Progress
 from .ranks import SINGLE, Ranks
 
@@ -74,7 +75,7 @@ class Journal:
                     f"'{self.folder}' has the results of an interrupted run with other settings; continue that one "
                     "with its own command, or start anew with --restart, which removes them"
                 )
-        elif self.folder.exists() and holds_files(self.folder):
+        elif any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
             raise OutputError(f"'{self.folder}' is not the folder of an interrupted run; move it away")
 
     @property
@@ -148,7 +149,7 @@ class Journal:
     def _remove(self) -> None:
         """Remove the folder, once the results of the run are saved."""
         if self._ranks.first:
-            remove_tree(self.folder)
+            shutil.rmtree(self.folder, ignore_errors=True)
             return
         for file in self.folder.glob(f"*-{self._ranks.rank}-*.states"):
             file.unlink(missing_ok=True)

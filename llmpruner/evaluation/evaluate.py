@@ -45,7 +45,7 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
     if len(chosen) == 1 and not settings.metrics:
         chosen["perplexity"] = {}
     own = settings.settings
-    metrics = tuple(catalog.create(catalog.metrics, name, {**chosen[name], **own.get(name, {})}) for name in chosen)
+    metrics = tuple(catalog.metrics.create(name, {**chosen[name], **own.get(name, {})}) for name in chosen)
     check_chosen(own, metrics)
     return metrics
 

@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, MissingExtraError, first_line
 from ..files import exists, new_directory, read_json
-from ..values import path_from
 from .messages import quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model
 from .record import check_weights, write_origin
@@ -142,7 +141,7 @@ def load_pruned(
     Raises `CheckpointError` when a file is missing or damaged (see `manifest.check_weights`), or a tensor is missing,
     unknown or of another shape.
     """
-    base = adapter_base(path_from("path", path, "a path or a hub id"))
+    base = adapter_base(Path(path))
     if base is not None:
         check_weights(Path(path))
         model = load_pruned(

@@ -16,7 +16,6 @@ from ..errors import (
     MissingExtraError,
     ModelError,
     first_line,
-    reason_of,
 )
 from ..settings import LoadSettings
 from ..values import counted
@@ -50,7 +49,7 @@ def in_one_line(ref: Reference) -> Iterator[None]:
         known = ref.directory.exists()
         what = "" if known else ": no such directory or .gguf file, and the hub has no such model, or can't be reached"
         local = not ref.gguf_file and ref.reader is None
-        named = (_damaged_weights(ref.directory) if local else None) or reason_of(error)
+        named = (_damaged_weights(ref.directory) if local else None) or first_line(error)
         raise ModelError(f"cannot load model '{ref.text}'{what} ({named})") from error
 
 

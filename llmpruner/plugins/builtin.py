@@ -3,35 +3,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from .hookspecs import hookimpl
 
-if TYPE_CHECKING:
-    from ..calibration.sources import CalibrationSource
-    from ..discovery.family import ModelFamily
-    from ..evaluation.base import Metric
-    from ..evaluation.runtime import Runtime
-    from ..exporters import Exporter
-    from ..pruning.allocation import Allocation
-    from ..pruning.budgets.base import Budget
-    from ..pruning.compensation.base import Compensation
-    from ..pruning.criteria.base import ImportanceCriterion
-    from ..pruning.methods import Method
-    from ..recipes.named import NamedRecipe
-    from ..recovery.base import RecoveryStrategy
-    from ..report.base import ReportSection
-
 
 @hookimpl
-def llmpruner_model_families() -> list[type[ModelFamily]]:
+def llmpruner_model_families() -> list[type[Any]]:
     from ..discovery.family import AutoFamily
 
     return [AutoFamily]
 
 
 @hookimpl
-def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
+def llmpruner_importance_criteria() -> list[type[Any]]:
     from ..pruning.criteria.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
     from ..pruning.criteria.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
     from ..pruning.criteria.layers import AngularBlock, AngularDistance, BlockInfluence
@@ -39,49 +24,49 @@ def llmpruner_importance_criteria() -> list[type[ImportanceCriterion]]:
     from ..pruning.criteria.obs import OptimalBrainSurgeon
     from ..pruning.criteria.taylor import Fisher, Taylor
 
-    weights: list[type[ImportanceCriterion]] = [Random, L1, L2]
+    weights = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
     experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
     return [*weights, Taylor, Fisher, *forward, *experts, BlockInfluence, AngularDistance, AngularBlock]
 
 
 @hookimpl
-def llmpruner_recovery_strategies() -> list[type[RecoveryStrategy]]:
+def llmpruner_recovery_strategies() -> list[type[Any]]:
     from ..recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
 
     return [LoraStrategy, FullStrategy, DistilStrategy]
 
 
 @hookimpl
-def llmpruner_allocations() -> list[type[Allocation]]:
+def llmpruner_allocations() -> list[type[Any]]:
     from ..pruning.allocation import GlobalRanking, Sensitivity, Uniform
 
     return [Uniform, GlobalRanking, Sensitivity]
 
 
 @hookimpl
-def llmpruner_budgets() -> list[type[Budget]]:
+def llmpruner_budgets() -> list[type[Any]]:
     from ..pruning.budgets.sizes import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 
 
 @hookimpl
-def llmpruner_compensations() -> list[type[Compensation]]:
+def llmpruner_compensations() -> list[type[Any]]:
     from ..pruning.compensation.builtin import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 
 
 @hookimpl
-def llmpruner_calibration_sources() -> list[type[CalibrationSource]]:
+def llmpruner_calibration_sources() -> list[type[Any]]:
     from ..calibration.sources import ChatSource, SelfWritten, TextSource
 
     return [SelfWritten, TextSource, ChatSource]
 
 
 @hookimpl
-def llmpruner_metrics() -> list[type[Metric]]:
+def llmpruner_metrics() -> list[type[Any]]:
     from ..evaluation.answers import AnswersMetric
     from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
 
@@ -89,21 +74,21 @@ def llmpruner_metrics() -> list[type[Metric]]:
 
 
 @hookimpl
-def llmpruner_exporters() -> list[type[Exporter]]:
+def llmpruner_exporters() -> list[type[Any]]:
     from ..exporters import StockExporter
 
     return [StockExporter]
 
 
 @hookimpl
-def llmpruner_runtimes() -> list[type[Runtime]]:
+def llmpruner_runtimes() -> list[type[Any]]:
     from ..evaluation.transformers_runtime import StaticRuntime, TransformersRuntime
 
     return [TransformersRuntime, StaticRuntime]
 
 
 @hookimpl
-def llmpruner_report_sections() -> list[type[ReportSection]]:
+def llmpruner_report_sections() -> list[type[Any]]:
     from ..report.comparison import ComparisonSection
     from ..report.cuts import CompensationSection, PlanSection
     from ..report.history import OriginSection, RecoverySection
@@ -118,14 +103,14 @@ def llmpruner_report_sections() -> list[type[ReportSection]]:
 
 
 @hookimpl
-def llmpruner_methods() -> list[type[Method]]:
+def llmpruner_methods() -> list[type[Any]]:
     from ..pruning.methods import Best, Fast, LlmPruner
 
     return [Best, Fast, LlmPruner]
 
 
 @hookimpl
-def llmpruner_recipes() -> list[type[NamedRecipe]]:
+def llmpruner_recipes() -> list[type[Any]]:
     from ..recipes.named import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
 
     return [PaperRecipe, QualityRecipe, ExpertsRecipe, DemoRecipe]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ..calibration.sources import CalibrationSource
 from ..component import check_chosen
 from ..discovery.family import AUTO, ModelFamily
-from ..errors import DuplicateNameError, ModelError, UnknownNameError, UnsupportedModelError
+from ..errors import ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric
 from ..evaluation.runtime import Runtime
 from ..exporters import Exporter
@@ -34,44 +34,41 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-class Registry(Mapping[str, type[T]], Generic[T]):
-    """The classes of one kind by name, in the order of their names.
-
-    Looking up an unknown name raises `UnknownNameError`. A name of two classes is ``in`` the registry but left out of
-    iteration; looking it up raises `DuplicateNameError`.
-    """
+class Registry(dict[str, type[T]]):
+    """The classes of one kind by name, in the order of their names. Looking up an unknown name raises
+    `UnknownNameError`."""
 
     def __init__(self, manager: PluginManager, kind: Kind[T]) -> None:
-        self.kind, self.base, self._manager = kind.name, kind.base, manager
-        self._classes: dict[str, list[type[T]]] = {}
+        self.kind, self._manager = kind.name, manager
+        classes: dict[str, type[T]] = {}
         for cls in chain.from_iterable(manager.call(kind.hook)):
-            if problem := problem_of(cls, kind.base):
+            problem = problem_of(cls, kind.base)
+            if problem is None and classes.setdefault(cls.name, cls) is not cls:
+                other = classes[cls.name]
+                problem = f"{other.__name__} of {manager.package_of(other)} has the name '{cls.name}' already"
+            if problem is not None:
                 manager.broken.append(f"{kind.hook}: {short_repr(cls)} was skipped: {problem}")
-            elif cls not in (classes := self._classes.setdefault(cls.name, [])):
-                classes.append(cls)
+        super().__init__(sorted(classes.items()))
+
+    def __missing__(self, name: str) -> type[T]:
+        raise UnknownNameError(self.kind, name, self)
 
     def package_of(self, name: str) -> str:
         """The distribution of the class ``name``."""
         return self._manager.package_of(self[name])
 
-    def __getitem__(self, name: str) -> type[T]:
-        if name not in self._classes:
-            raise UnknownNameError(self.kind, name, self)
-        if len(self._classes[name]) > 1:
-            places = " and ".join(f"{c.__name__} of {self._manager.package_of(c)}" for c in self._classes[name])
-            raise DuplicateNameError(
-                f"several {self.kind} classes are named '{name}': {places}; leave a plugin out with LLMPRUNER_BLOCK"
-            )
-        return self._classes[name][0]
+    def create(self, name: str, values: Mapping[str, Any] | None = None) -> T:
+        """The component ``name`` with the settings ``values``. Raises `UnknownNameError`, and `SettingsError` for
+        invalid settings."""
+        return self[name](**(values or {}))
 
-    def __contains__(self, name: object) -> bool:
-        return name in self._classes
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name, classes in sorted(self._classes.items()) if len(classes) == 1)
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
+    def create_only(self, name: str, own: Mapping[str, Mapping[str, Any]]) -> T:
+        """`create` for a command with one component; ``own``: name → settings. Raises `SettingsError` for settings of
+        another component too."""
+        component: Any = self.create(name, own.get(name))
+        check_chosen(own, [component])
+        created: T = component
+        return created
 
 
 def problem_of(cls: Any, base: type) -> str | None:
@@ -123,31 +120,9 @@ class Catalog:
         self.manager = manager or plugin_manager()
 
     @property
-    def registries(self) -> tuple[Registry[Any], ...]:
-        """The registries of all kinds."""
-        return tuple(getattr(self, kind.attrname) for kind in KINDS.values())
-
-    def registry(self, kind: str) -> Registry[Any]:
-        """The registry of a kind by name, such as ``budget``. Raises `UnknownNameError`."""
-        if kind not in KINDS:
-            raise UnknownNameError("kind", kind, KINDS)
-        registry: Registry[Any] = getattr(self, KINDS[kind].attrname)
-        return registry
-
-    def create(self, registry: Registry[T], name: str, values: Mapping[str, Any] | None = None) -> T:
-        """The component ``name`` with the settings ``values``.
-
-        Raises `UnknownNameError`, `DuplicateNameError`, and `SettingsError` for invalid settings.
-        """
-        return registry[name](**(values or {}))
-
-    def create_only(self, registry: Registry[T], name: str, own: Mapping[str, Mapping[str, Any]]) -> T:
-        """`create` for a command with one component; ``own``: name → settings. Raises `SettingsError` for settings of
-        another component too."""
-        component: Any = self.create(registry, name, own.get(name))
-        check_chosen(own, [component])
-        created: T = component
-        return created
+    def registries(self) -> dict[str, Registry[Any]]:
+        """The registries by kind, such as ``budget``."""
+        return {name: getattr(self, kind.attrname) for name, kind in KINDS.items()}
 
     def register_models(self) -> None:
         """Call `ModelFamily.register_models` of every family."""
@@ -166,8 +141,12 @@ class Catalog:
         """
         if name is not None:
             return self.families[name]()
-        matches = self.matching(config)
-        extended = {ancestor for family in matches for ancestor in self._ancestors(family)}
+        matches, extended = self.matching(config), set[str]()
+        for family in matches:
+            parent = family.extends
+            while parent is not None and parent not in extended:
+                extended.add(parent)
+                parent = self.families[parent].extends if parent in self.families else None
         left = [family for family in matches if family.name not in extended]
         if len(left) > 1:
             names = ", ".join(f"{family.name} ({self.families.package_of(family.name)})" for family in left)
@@ -176,15 +155,6 @@ class Catalog:
                 "name the family that is specialised with 'extends', or let 'matches' leave out other models"
             )
         return left[0] if left else self.families[AUTO]()
-
-    def _ancestors(self, family: ModelFamily) -> set[str]:
-        """The names of the families that ``family`` extends, directly or indirectly."""
-        names: set[str] = set()
-        parent = family.extends
-        while parent is not None and parent not in names:
-            names.add(parent)
-            parent = self.families[parent].extends if parent in self.families else None
-        return names - {family.name}
 
     def reader_for(self, path: Path) -> CheckpointReader | None:
         """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""

@@ -13,6 +13,8 @@ Packages whose model classes a pruned checkpoint may import, in addition to tran
 entry points in the group ``llmpruner.models``; such a package is imported only when a checkpoint needs it.
 """
 
+# mypy: disable-error-code="empty-body"
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -51,31 +53,26 @@ def llmpruner_model_families() -> Sequence[type[ModelFamily]]:
     error that asks for ``--family``, and without any the structure is discovered. Groups that contradict the model's
     parameters stop the command with `CouplingError`.
     """
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_importance_criteria() -> Sequence[type[ImportanceCriterion]]:
     """Importance criteria for ``--importance``. Scores that are not finite stop the command with `ModelError`."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_allocations() -> Sequence[type[Allocation]]:
     """Allocations for ``--set prune.allocation=…``: how many units each group loses."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_budgets() -> Sequence[type[Budget]]:
     """Budgets for ``--budget``: the costs that ``--ratio`` can be a share of."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_compensations() -> Sequence[type[Compensation]]:
     """Compensations for ``--set prune.compensate=…``: how weights that read removed units are adapted."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -86,33 +83,28 @@ def llmpruner_calibration_sources() -> Sequence[type[CalibrationSource]]:
     it; anything else is a file or a data set. Tokens of another shape or dtype than int64 (samples, length) stop the
     command with `PluginError`.
     """
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_recovery_strategies() -> Sequence[type[RecoveryStrategy]]:
     """Recovery strategies for ``recover --strategy``. Settings that all strategies share are in the job; when one
     raises, files in the job's ``work_dir`` are kept."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_metrics() -> Sequence[type[Metric]]:
     """Metrics for ``evaluate --metrics``. A result that is no mapping of JSON values stops the command with
     `PluginError`."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_exporters() -> Sequence[type[Exporter]]:
     """Exporters for ``llmpruner export --to``. The output of one that raises is removed."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_runtimes() -> Sequence[type[Runtime]]:
     """Programs that run models, for ``llmpruner bench --runtime``."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -122,26 +114,22 @@ def llmpruner_checkpoint_readers() -> Sequence[type[CheckpointReader]]:
     ``recognises`` of every reader is called with the path of each model that is opened; two that recognise it are an
     error that names both.
     """
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_report_sections() -> Sequence[type[ReportSection]]:
     """Sections of HTML pages (``report``, and ``discover --html``). One that raises is left out of the page, with a
     warning."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_methods() -> Sequence[type[Method]]:
     """Methods for ``--method``: named sets of settings for pruning."""
-    raise NotImplementedError
 
 
 @hookspec
 def llmpruner_recipes() -> Sequence[type[NamedRecipe]]:
     """Recipes for ``llmpruner run NAME``: sequences of steps with their settings."""
-    raise NotImplementedError
 
 
 @hookspec
@@ -152,4 +140,3 @@ def llmpruner_commands(app: typer.Typer) -> None:
     with a warning. Raise `llmpruner.LlmprunerError` inside a command for a mistake of the user's: it becomes one line
     and exit code 2.
     """
-    raise NotImplementedError

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from importlib import metadata
 from typing import Any
 
@@ -36,18 +35,16 @@ class PluginManager(pluggy.PluginManager):
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
         """What all implementations of a hook return. Raises `PluginError` where one raises."""
-        try:
-            return list(getattr(self.hook, hook)(**arguments))
-        except Exception as error:
-            place, frames = "", error.__traceback__
-            while frames is not None:
-                if frames.tb_frame.f_code.co_name == hook:
-                    place = f" of {frames.tb_frame.f_globals['__name__']}"
-                frames = frames.tb_next
-            raise PluginError(
-                f"{hook}{place} failed: {type(error).__name__}: {first_line(error)}; LLMPRUNER_BLOCK=NAME leaves a "
-                "plugin out"
-            ) from error
+        results = []
+        for implementation in getattr(self.hook, hook).get_hookimpls():
+            try:
+                results.append(implementation.function(**arguments))
+            except Exception as error:
+                name, reason = implementation.plugin_name, f"{type(error).__name__}: {first_line(error)}"
+                raise PluginError(
+                    f"{hook} of plugin '{name}' failed: {reason}; LLMPRUNER_BLOCK={name} leaves it out"
+                ) from error
+        return results
 
     def load(self, entry: metadata.EntryPoint) -> None:
         """Register the plugin of an entry point; one that is broken is left out, with a line in ``broken``."""
@@ -71,19 +68,15 @@ def plugin_manager(*, entry_points: bool = True) -> PluginManager:
     """A new manager with the built-ins and, unless switched off, every installed plugin.
 
     ``LLMPRUNER_BLOCK`` (comma-separated plugin names) leaves plugins out, the built-ins too (``builtin``).
-    ``LLMPRUNER_TRACE=1`` prints every hook call with its result to standard error.
     """
     manager = PluginManager()
-    if os.environ.get("LLMPRUNER_TRACE"):
-        manager.trace.root.setwriter(sys.stderr.write)
-        manager.enable_tracing()
     for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
         manager.set_blocked(name.strip())
     manager.register(builtin, "builtin")
     if entry_points:
         # The same distribution may be on the path twice.
-        found = {(entry.name, entry.value): entry for entry in metadata.entry_points(group=hookspecs.PROJECT)}
-        for _, entry in sorted(found.items()):
+        entries = {(entry.name, entry.value): entry for entry in metadata.entry_points(group=hookspecs.PROJECT)}
+        for _, entry in sorted(entries.items()):
             if not manager.is_blocked(entry.name):
                 manager.load(entry)
     return manager

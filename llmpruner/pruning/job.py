@@ -108,7 +108,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     method: Method = ByHand()
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
-        method = catalog.create(catalog.methods, name, own.get(name))
+        method = catalog.methods.create(name, own.get(name))
     text = parse_calibration(settings.calibration, catalog.sources, own)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
     settings, of_components = _filled(settings, explicit, method, writes=text.writes)
@@ -119,10 +119,10 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         return {**of_components.get(name, {}), **own.get(name, {})}
 
     counted = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
-    budget = catalog.create(catalog.budgets, counted, of(counted))
-    criterion = catalog.create(catalog.criteria, settings.importance, of(settings.importance))
-    allocation = catalog.create(catalog.allocations, settings.allocation, of(settings.allocation))
-    compensation = catalog.create(catalog.compensations, settings.compensate, of(settings.compensate))
+    budget = catalog.budgets.create(counted, of(counted))
+    criterion = catalog.criteria.create(settings.importance, of(settings.importance))
+    allocation = catalog.allocations.create(settings.allocation, of(settings.allocation))
+    compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     check_chosen(own, [budget, criterion, allocation, compensation, method, *(part.source for part in text.parts)])
@@ -165,11 +165,11 @@ def _filled(
 
 
 def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:
-    budget = catalog.create(catalog.budgets, plan.target.counted_in, plan.target.settings)
+    budget = catalog.budgets.create(plan.target.counted_in, plan.target.settings)
     record = plan.compensation
     if record is None:
-        return ReplayJob(plan, budget, catalog.create(catalog.compensations, "none"), None, plan.seed)
-    compensation = catalog.create(catalog.compensations, record.name, record.settings)
+        return ReplayJob(plan, budget, catalog.compensations.create("none"), None, plan.seed)
+    compensation = catalog.compensations.create(record.name, record.settings)
     calibration = None
     if record.calibration is not None and record.samples and record.length:
         text = parse_calibration(record.calibration, catalog.sources, record.source_settings)

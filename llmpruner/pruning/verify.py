@@ -236,7 +236,7 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
     for plan in plans:
         if plan.compensation is not None:
             record = plan.compensation
-            compensation = catalog.create(catalog.compensations, record.name, record.settings)
+            compensation = catalog.compensations.create(record.name, record.settings)
             if not compensation.changes_readers_alone:
                 raise _NotComparable(f"{compensation.label()} may have changed any weight")
             changed |= {

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import yaml
-from pydantic import ValidationError
 
 from ..errors import SettingsError, UnknownNameError, first_line, near
 from ..plugins.catalog import Catalog
@@ -29,7 +28,7 @@ from ..settings import (
     Settings,
     StepSettings,
 )
-from ..values import refusal
+from ..values import validated
 
 S = TypeVar("S", bound=Settings)
 DENSE: Final = "dense"
@@ -208,14 +207,4 @@ def _settings(model: type[S], values: Any, place: str) -> S:
     """An instance of ``model``; an empty value counts as not given. Raises `SettingsError`."""
     if not isinstance(values, Mapping):
         raise SettingsError(f"{place}: expected a mapping of settings, got '{values}'")
-    try:
-        return model(**{str(key): value for key, value in values.items() if value is not None})
-    except ValidationError as error:
-        refused = refusal(error)
-        if refused.kind == "extra_forbidden":
-            known = ", ".join(model.model_fields)
-            hint = near(refused.key, model.model_fields) or "."
-            raise SettingsError(f"{place}: no setting '{refused.key}'{hint} Known: {known}") from error
-        if refused.kind == "missing":
-            raise SettingsError(f"{place}: '{refused.key}' is missing") from error
-        raise SettingsError(f"{place}: {refused.key}: {refused.value}: {refused.expected}") from error
+    return validated(model, {str(key): value for key, value in values.items() if value is not None}, place)

@@ -8,6 +8,7 @@ interruption. Nothing else is kept.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from ..discovery.structure import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
 from ..evaluation.evaluate import Evaluations, chosen_metrics
-from ..files import alone_in, check_new_directory, new_directory, read_json, remove_tree, write_text
+from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
 from ..models.identity import data_identity, folder_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
@@ -82,10 +83,10 @@ _JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], object]
     "prune": (prune_job, lambda job: job.calibration is None or job.calibration.text.check()),
     "recover": (recover_job, check_recover),
     "evaluate": (chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
-    "bench": (lambda own, catalog: catalog.create_only(catalog.runtimes, own.runtime, own.settings), lambda job: None),
+    "bench": (lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings), lambda job: None),
     "generate": (lambda settings, catalog: settings, lambda job: None),
     "export": (
-        lambda own, catalog: catalog.create_only(catalog.exporters, own.to, own.settings),
+        lambda own, catalog: catalog.exporters.create_only(own.to, own.settings),
         lambda job: job.check(),
     ),
 }
@@ -221,7 +222,7 @@ class RecipeRun:
             return self._finished(step, before, skipped=True)
         again = f", again: {_changes(before['inputs'], inputs)}" if before and not self.run.restart else ""
         if self.run.restart or not begun or begun["inputs"] != inputs:
-            remove_tree(work)
+            shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             _write_record(work, {"inputs": inputs})
         else:
@@ -233,12 +234,12 @@ class RecipeRun:
         if folder.exists():
             folder.rename(work / "before")
         (work / "result").rename(folder)
-        remove_tree(work)
+        shutil.rmtree(work, ignore_errors=True)
         return self._finished(step, read_json(folder / STEP_FILE), value=value)
 
     def _work(self, step: Step, result: Path, inputs: Mapping[str, Any]) -> Any:
         """Run the command of a step into the folder ``result``; returns its value."""
-        remove_tree(result)
+        shutil.rmtree(result, ignore_errors=True)
         started = time.monotonic()
         try:
             with _naming(step):
@@ -248,7 +249,7 @@ class RecipeRun:
             raise
         except LlmprunerError:
             if [file.name for file in result.parent.iterdir()] == [STEP_FILE]:
-                remove_tree(result.parent)  # refused before anything was done
+                shutil.rmtree(result.parent, ignore_errors=True)  # refused before anything was done
             raise
         record = {"number": step.number, "name": step.name, "command": step.command, "inputs": inputs}
         _write_record(result, {**record, "seconds": round(time.monotonic() - started, 1), "result": facts})

@@ -45,7 +45,7 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     for name in own:
         if name not in names:
             raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {', '.join(names)})")
-    return RecoverJob(settings, tuple(catalog.create(catalog.strategies, name, own.get(name, {})) for name in names))
+    return RecoverJob(settings, tuple(catalog.strategies.create(name, own.get(name, {})) for name in names))
 
 
 def check_recover(job: RecoverJob) -> None:

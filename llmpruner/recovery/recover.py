@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from ..discovery.opening import Opener, Source, check_source
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
 from ..errors import LlmprunerError, ModelError, SettingsError, no_tokenizer
-from ..files import alone_in, check_new_directory, check_space, remove_tree, write_text
+from ..files import alone_in, check_new_directory, check_space, write_text
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import reopened
@@ -94,7 +95,7 @@ def recover(
             write_run(output, stages, "recover", opened.ref, settings.given())
         loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=opener.load.trust_remote_code))
         if work_dir is None and ranks.first:
-            remove_tree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         return loaded
 
 

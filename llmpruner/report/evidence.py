@@ -163,7 +163,7 @@ def _evaluation(model: Mapping[str, Any], catalog: Catalog) -> Evaluation:
     rows: list[Row] = []
     for key, value in results.items():
         if key in catalog.metrics:
-            rows += catalog.create(catalog.metrics, key).rows(value)
+            rows += catalog.metrics.create(key).rows(value)
         else:
             rows += [Row(f"{key} {name}", number) for name, number in value.items() if isinstance(number, float)]
     return Evaluation(model["name"], results, tuple(rows))

@@ -8,11 +8,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import new_directory
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Kind
 
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",
@@ -27,29 +30,11 @@ FILES = {
 """Path in the package → template, both with placeholders for the names of the module and of the kind."""
 
 
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """What a package adds. ``title``: name in texts; ``base``: its base class; ``hook``: the hook that returns it."""
+KINDS = {"family": "families", "criterion": "criteria", "strategy": "strategies"}
+"""What a package can add → the attribute of `Catalog` with the components of that kind."""
 
-    word: str
-    title: str
-    base: str
-    hook: str
-
-
-KINDS = {
-    kind.word: kind
-    for kind in (
-        Kind("family", "model family", "ModelFamily", "llmpruner_model_families"),
-        Kind("criterion", "importance criterion", "ImportanceCriterion", "llmpruner_importance_criteria"),
-        Kind("strategy", "recovery strategy", "RecoveryStrategy", "llmpruner_recovery_strategies"),
-    )
-}
-
-_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 PREFIX = "llmpruner-"
-LONGEST = 30
-"""Maximum length of a name, so that no line of the package is longer than its formatter allows."""
+_NAME = re.compile(rf"(?!{PREFIX})[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,16 +44,11 @@ class PluginName:
     word: str
 
     def __post_init__(self) -> None:
-        if self.word.startswith(PREFIX):
-            short = self.word.removeprefix(PREFIX)
-            raise LlmprunerError(f"'{self.word}': leave '{PREFIX}' out, it is added to the name; write '{short}'")
         if not _NAME.fullmatch(self.word):
             raise LlmprunerError(
-                f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, "
-                "a letter first, as in 'my-model'"
+                f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, a letter "
+                f"first, as in 'my-model'; '{PREFIX}' is added"
             )
-        if len(self.word) > LONGEST:
-            raise LlmprunerError(f"'{self.word}' is too long for a plugin; expected at most {LONGEST} characters")
 
     @property
     def distribution(self) -> str:
@@ -103,11 +83,14 @@ class ModelFacts:
     """The kinds of units that can be removed."""
 
 
-def kind_named(word: str) -> Kind:
-    """One of `KINDS`. Raises `UnknownNameError`."""
+def kind_named(word: str) -> Kind[Any]:
+    """The kind of component that ``word`` of `KINDS` names. Raises `UnknownNameError`."""
+    from ..plugins.catalog import Catalog
+
     if word not in KINDS:
         raise UnknownNameError("kind of plugin", word, KINDS)
-    return KINDS[word]
+    kind: Kind[Any] = getattr(Catalog, KINDS[word])
+    return kind
 
 
 def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
@@ -125,7 +108,14 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
     )
     folder = resources.files("llmpruner.scaffold") / "templates"
-    values = {"name": name, "model": model, "version": __version__, "kind": adds, "cls": name.class_of(kind)}
+    values = {
+        "name": name,
+        "model": model,
+        "version": __version__,
+        "word": kind,
+        "kind": adds,
+        "cls": name.class_of(kind),
+    }
     files = {
         path.format(module=name.module, kind=kind): environment.from_string(
             (folder / template.format(kind=kind)).read_text(encoding="utf-8")

@@ -47,7 +47,7 @@ def check_component(kind: str, cls: type[Component]) -> None:
     problem = problem_of(cls, KINDS[kind].base)
     assert problem is None, f"{kind} {cls.__name__}: {problem}"
     name, catalog = cls.name, Catalog()
-    registry = catalog.registry(kind)
+    registry = catalog.registries[kind]
     broken = "".join(f"; {line}" for line in catalog.manager.broken)
     assert name in registry, (
         f"no installed plugin has the {kind} '{name}': expected an entry point in the group 'llmpruner' that names a "

@@ -564,7 +564,7 @@ def test_settings_reach_their_source_and_are_recorded(gqa):
     assert text.record() == {"counting": {"start": 2}} and not text.writes
     assert text.sample(gqa.model, None, samples=2, length=3, seed=0).input_ids.tolist() == [[7, 8, 9], [2, 3, 4]]
     assert parse_calibration("self,a.txt", SOURCES).writes
-    with pytest.raises(SettingsError, match="calibration source counting has no setting 'end'; it has: start"):
+    with pytest.raises(SettingsError, match=r"calibration source counting: unknown setting 'end'\. Known: start"):
         parse_calibration("counting", SOURCES, {"counting": {"end": 2}})
 
 

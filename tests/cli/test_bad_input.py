@@ -29,14 +29,14 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "criterion": (("plan", DENSE, *FIFTH, "--importance", "telor"), "'telor'; did you mean taylor"),
     "family": (("discover", DENSE, "--family", "lama"), "family 'lama'; did you mean llama"),
     "kind": (("plan", DENSE, *FIFTH, *L1, "--kinds", "mlp,hiden"), "'hiden'; did you mean hidden"),
-    "dtype": (("plan", DENSE, *FIFTH, "--dtype", "float23"), "did you mean float32"),
+    "dtype": (("plan", DENSE, *FIFTH, "--dtype", "float23"), "--dtype 'float23': input should be 'auto', 'float32'"),
     "device": (("plan", DENSE, *FIFTH, "--device", "warp"), "device 'warp' cannot be used"),
     "strategy": (
         ("recover", DENSE, "--data", "{models}/data.jsonl", "--strategy", "laro", *OUT),
         "recovery strategy 'laro'; did you mean lora",
     ),
-    "ratio 0": (("plan", DENSE, "--ratio", 0), "--ratio '0': expected a number above 0"),
-    "ratio: words": (("plan", DENSE, "--ratio", "much"), "--ratio 'much': expected a number"),
+    "ratio 0": (("plan", DENSE, "--ratio", 0), "--ratio '0': input should be greater than 0"),
+    "ratio: words": (("plan", DENSE, "--ratio", "much"), "--ratio 'much': input should be a valid number"),
     "unreachable": (("prune", DENSE, "--ratio", 0.9, *L1, *OUT), "the selected kinds and layers can give"),
     "less than a unit": (("plan", DENSE, "--ratio", 0.0001, *L1), "less than one unit"),
     "two amounts": (("prune", DENSE, *FIFTH, "--set", "prune.unit_ratio=0.2", *OUT), "with one of --ratio"),
@@ -68,7 +68,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     ),
     "evaluation without a tokenizer": (("evaluate", "{models}/bare"), "model '{models}/bare' brings no tokenizer"),
     "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
-    "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch 'x': expected a whole number"),
+    "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch.1 'x': input should be a valid integer"),
     "bench: beyond the positions": (("bench", DENSE, "--prompt", 512), "reads at most 512 tokens, and 544 are asked"),
     "an empty prompt": (("generate", DENSE, "-p", ""), "the prompt is empty"),
     "evaluation: short text": (
@@ -125,9 +125,8 @@ def test_mistakes(refused, what, shared, tmp_path):
 )
 def test_a_file_of_another_kind_is_not_replaced(refused, pruned, tmp_path, command):
     command = [one.replace("{pruned}", str(pruned)) for one in command]
-    for name, content in (("config.json", '{"model_type": "llama"}'), ("model.safetensors", b"\x40\xff")):
-        write(tmp_path / name, content)
-        assert f"{tmp_path}/{name}' exists already and is no " in refused(*command, tmp_path / name)
+    write(tmp_path / "config.json", '{"model_type": "llama"}')
+    assert f"{tmp_path}/config.json' exists already; choose" in refused(*command, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("command", ["prune", "recover"])

@@ -235,7 +235,7 @@ BEFORE = {
     "layers": (("--set", "prune.layers=9"), "step 1 (prune): prune.layers 9: the model has the layers 0-3"),
     "a criterion": (("--set", "prune.importance=tailor"), "step 1 (prune): unknown criterion 'tailor'"),
     "an exporter": (("--set", "export.to=ggu"), "step 4 (export): unknown exporter 'ggu'; did you mean gguf?"),
-    "a key": (("--set", "prune.ratoi=0.2"), "step 1 (prune): no setting 'ratoi'; did you mean ratio"),
+    "a key": (("--set", "prune.ratoi=0.2"), "step 1 (prune): unknown setting 'ratoi'; did you mean ratio"),
     "a model": (("--model", "./none"), "model directory './none' does not exist"),
     "no tokenizer": (("--model", "{models}/bare"), "bare' brings no tokenizer, so the pruned model could read no text"),
     "a device": (("--device", "cud"), "device 'cud' cannot be used"),

@@ -165,10 +165,10 @@ def test_a_metric_whose_result_is_no_json_object_is_named(result, message):
 @pytest.mark.parametrize(
     ("metric", "values", "message"),
     [
-        (PerplexityMetric, {"window": 1}, "metric perplexity: window = 1 is refused: expected at least 2"),
-        (PerplexityMetric, {"width": 1}, "metric perplexity has no setting 'width'; it has: text, window"),
-        (TasksMetric, {"names": ""}, "metric tasks: names .* at least one name"),
-        (SpeedMetric, {"runs": 0}, "metric speed: runs = 0 is refused: expected at least 1"),
+        (PerplexityMetric, {"window": 1}, "metric perplexity: window 1: input should be greater than or equal to 2"),
+        (PerplexityMetric, {"width": 1}, "metric perplexity: unknown setting 'width'; did you mean window"),
+        (TasksMetric, {"names": ""}, "metric tasks: names .* at least 1 item"),
+        (SpeedMetric, {"runs": 0}, "metric speed: runs 0: input should be greater"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(metric, values, message):

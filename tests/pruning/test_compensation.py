@@ -316,7 +316,7 @@ def test_mix_moves_the_target_towards_the_dense_hidden_states():
 
 
 def test_mix_is_a_share():
-    with pytest.raises(SettingsError, match=r"compensation refit: mix = 1\.5 is refused: expected at most 1"):
+    with pytest.raises(SettingsError, match=r"compensation refit: mix 1\.5: input should be less"):
         Refit(mix=1.5)
 
 

@@ -129,7 +129,7 @@ def test_random_is_reproducible_and_seeded(gqa):
 
 
 def test_a_variant_that_does_not_exist_is_refused():
-    with pytest.raises(SettingsError, match=r"variant = 'element' is refused: expected one of element1, element2"):
+    with pytest.raises(SettingsError, match=r"variant 'element': input should be 'element1', 'element2'"):
         Taylor(variant="element")
 
 

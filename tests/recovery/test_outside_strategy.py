@@ -55,9 +55,7 @@ def test_the_teacher_is_loaded_once_and_only_on_request(tiny):
 
 def test_settings_are_checked(distil):
     catalog = catalog_with(distil)
-    with pytest.raises(
-        SettingsError, match="strategy imitation: temperature = 0 is refused: expected a number above 0"
-    ):
+    with pytest.raises(SettingsError, match="strategy imitation: temperature 0: input should be greater than 0"):
         catalog.strategies["imitation"](temperature=0)
-    with pytest.raises(SettingsError, match="recovery strategy full has no setting 'rank'; it has: none"):
+    with pytest.raises(SettingsError, match=r"recovery strategy full: unknown setting 'rank'\. Known: none"):
         catalog.strategies["full"](rank=4)

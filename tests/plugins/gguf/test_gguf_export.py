@@ -170,13 +170,6 @@ def test_auto_is_the_type_of_the_checkpoint(dtype, kind, tmp_path):
     assert f"(llama, {kind}, " in export(tmp_path / "tiny", GgufExporter(), tmp_path / "out", lambda: loaded)
 
 
-def test_a_snapshot_of_the_hub_has_the_name_of_the_model(tmp_path):
-    folder = tmp_path / "models--me--small-2--b" / "snapshots" / "0123456789abcdef"
-    save_checkpoint(random_model("llama"), folder, record=None)
-    assert llmpruner.export(folder, to="gguf", output=tmp_path / "out").startswith("small-2--b.gguf (")
-    assert value(tmp_path / "out" / "small-2--b.gguf", "general.name") == "small-2--b"
-
-
 def test_values_too_large_for_float16_are_refused(tmp_path):
     model = random_model("llama")
     with torch.no_grad():
