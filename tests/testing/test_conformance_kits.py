@@ -30,7 +30,6 @@ from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.magnitude import L1
 from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, catalog_with
-from llmpruner.testing.criterion import FIELDS
 
 BUILT_IN = Catalog(plugin_manager(entry_points=False)).criteria
 
@@ -59,10 +58,6 @@ class TestFull(RecoveryConformance):
 
 def run(kit: type, attribute: str, cls: type, check: str, *arguments: Any) -> None:
     getattr(type("Case", (kit,), {attribute: cls})(), check)(*arguments)
-
-
-def test_every_signal_is_watched():
-    assert set(FIELDS) == set(Signal)
 
 
 class Good(ImportanceCriterion):
@@ -127,29 +122,25 @@ def with_nan(signals: ParameterSignals) -> torch.Tensor:
     return value
 
 
-SALIENCY, NEEDS = "test_every_saliency_is_a_finite_tensor", "test_it_reads_what_it_needs"
+SALIENCY = "test_every_saliency_is_a_finite_tensor"
 KEPT, ALONE, APART = "test_it_leaves_the_model_as_it_was", "test_a_unit_scores_alike_alone", "test_it_tells_units_apart"
 NAMED, SEEDED = "test_it_is_a_component_that_an_entry_point_registers", "test_the_same_seed_gives_the_same_scores"
 BROKEN_CRITERIA = [
-    (NAMED, Good, r"no installed plugin has the criterion 'good'.* returns Good"),
-    (NAMED, broken(name="l1"), r"'l1' is L1 of llmpruner, not Broken of test_conf"),
+    (NAMED, Good, r"no installed plugin has this criterion 'good'.* returns Good"),
+    (NAMED, broken(name="l1"), r"no installed plugin has this criterion 'l1'"),
     (NAMED, broken(name="Good Idea"), "its name is 'Good Idea'; expected lower case"),
-    (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency of '[\w.]+' has shape \(.*\), expected \(.*\)"),
+    (SALIENCY, saliency(lambda s: s.weight.abs().sum(0)), r"saliency has shape \(.*\), expected \(.*\)"),
     (SALIENCY, saliency(lambda s: s.weight.numpy()), "is ndarray, not a tensor"),
     (SALIENCY, saliency(lambda s: s.weight > 0), "is torch.bool, not a tensor of floating-point"),
     (SALIENCY, saliency(lambda s: s.weight.abs().requires_grad_()), "still carries a graph"),
     (SALIENCY, broken(signed=True), "is signed, but none of its saliencies is negative"),
-    (NEEDS, saliency(lambda s: s.weight * s.grad), r"saliency of '[\w.]+' raises TypeError.*not ask for are None"),
-    (NEEDS, saliency(lambda s: s.weight.abs(), Signal.WEIGHT, Signal.GRAD_SQ), "asks for grad_sq, and reads it of no"),
-    (NEEDS, of_products(Signal.PRODUCT_GRAD), "asks for output_grads, and reads it of no"),
-    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.output_grads.sum(0)), "of a product in layer 0 raises Attr"),
-    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.inputs.sum(0) / 0), "measure of a product in layer 0, 'it' is "),
+    (SALIENCY, of_products(Signal.PRODUCT, lambda p: p.inputs.sum(0) / 0), "measure, 'it' is "),
     (KEPT, saliency(lambda s: s.weight.abs_()), r"changes the model: parameter '[\w.]+'"),
     (SEEDED, saliency(lambda s: torch.rand(s.weight.shape)), r"other scores when run again: group '.*', unit 0 scores"),
     (SEEDED, Counting, r"other scores when run again: group '.*', unit \d+ scores"),
     (ALONE, Fresh, r"scores \w+ units differently when nothing else is scored: group '.*', unit \d+ scores"),
     (APART, saliency(lambda s: torch.ones_like(s.weight)), "gives all 3 units of group 'layers.0"),
-    (SALIENCY, broken(score_units=lambda self, signals, axis, index: index), "score_units of .* is torch.int64, not a"),
+    (SALIENCY, broken(score_units=lambda self, signals, axis, index: index), "score_units is torch.int64, not a"),
     (SALIENCY, broken(score_units=lambda self, signals, axis, index: torch.ones(2)), r"shape \(2,\), expected \(48,"),
     ("test_what_it_chooses_can_be_cut", saliency(with_nan), "score that is not a finite number"),
 ]  # fmt: skip
@@ -179,9 +170,9 @@ BROKEN_CRITERIA += [
         on_stacks(over_the_stack, by_matrix=True),
         r"by_matrix, but a stack scores otherwise when it is whole: gr",
     ),
-    (SALIENCY, on_stacks(nan_in_the_last), r"experts.\w+' is nan at \(6, 0, 0\)|group .* not a finite"),
-    (SALIENCY, on_stacks(lambda w: w.sum(0)), r"saliency of '[\w.]*experts[\w.]*' has shape \(.*\), expected \(7, "),
-    (SALIENCY, on_stacks(lambda w: w.sum(0), by_matrix=True), r"experts.*' has shape \(.*\), expected \(1, "),
+    (SALIENCY, on_stacks(nan_in_the_last), r"saliency is nan at \(6, 0, 0\)"),
+    (SALIENCY, on_stacks(lambda w: w.sum(0)), r"saliency has shape \(.*\), expected \(7, "),
+    (SALIENCY, on_stacks(lambda w: w.sum(0), by_matrix=True), r"saliency has shape \(.*\), expected \(1, "),
     (SEEDED, on_stacks(lambda w: torch.rand(w.shape)), r"other scores when run again: group '.*', unit 0 scores"),
     ("test_what_it_chooses_can_be_cut", on_stacks(nan_in_the_last), "score that is not a finite number"),
 ]
@@ -293,8 +284,8 @@ def swallow(self: Any, job: Any, step: int) -> None:
 TRAINS, ORDINARY = "test_it_trains", "test_it_leaves_an_ordinary_checkpoint"
 AGAIN, RESUMES = "test_the_same_seed_gives_the_same_model", "test_an_interrupted_run_ends_as_an_uninterrupted_one"
 WRONG_STRATEGIES = [
-    (NAMED, Steady, r"no installed plugin has the recovery strategy 'steady'.*Steady"),
-    (TRAINS, wrong(step=lambda self, job: None), "after one step every parameter is what it was"),
+    (NAMED, Steady, r"no installed plugin has this recovery strategy 'steady'.*Steady"),
+    (TRAINS, wrong(step=lambda self, job: None), "one step changes no parameter"),
     (TRAINS, wrong(step=widen), "must keep names and shapes; it changes those of 'lm_head.weight'"),
     (TRAINS, wrong(step=infinite), "not finite in parameter 'lm_head.weight'"),
     (TRAINS, wrong(report=lambda *_: None), r"must call job.on_step\(1, 1, 1\) after its only step; it called \[\]"),
@@ -404,7 +395,6 @@ SETTINGS = [
     (broken(summary=""), "'good' has the summary ''; expected one line"),
     (broken(Settings=Undescribed), "setting 'power' has no description"),
     (broken(Settings=Required), "setting 'power' has no default"),
-    (broken(__init__=lambda self, **values: setattr(self, "settings", None)), "accepts a setting that it does"),
     (broken(kinds=frozenset({"vocabulary"})), "scores no unit of the model that it is tested on"),
     (broken(needs={"weight"}), r"needs \{'weight'\}; expected a frozenset of Signal"),
     (broken(signed=1), "signed must be True or False"),
