@@ -34,7 +34,6 @@ PRUNED = {
 CASES = {
     "uniform": ("uniform", "uniform", False),
     "free": ("free", "free", True),
-    "free, exported to stock": ("free-stock", "free", False),
     "free, exported to nemotron-nas": ("free-nemotron-nas", "free", True),
 }
 """Row → the folder that is served, the checkpoint that it must equal, and whether code in the folder may run."""
@@ -49,8 +48,7 @@ def main() -> None:
         text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
         for name, options in PRUNED.items():
             run("prune", "demo", *options, "--method", "fast", *text, "-o", str(work / name))
-        for to in ("stock", "nemotron-nas"):
-            run("export", str(work / "free"), "--to", to, "-o", str(work / f"free-{to}"))
+        run("export", str(work / "free"), "--to", "nemotron-nas", "-o", str(work / "free-nemotron-nas"))
         rows: dict[str, Any] = {"vllm": {}, "transformers alone": {}}
         for row, (name, source, trust) in CASES.items():
             expected = continuations(work / source)

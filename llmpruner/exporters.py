@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from .component import Component
-from .errors import CheckpointError, PluginError, UnsupportedModelError
+from .errors import CheckpointError, PluginError
 from .files import new_directory
 from .progress import QUIET, Progress
 
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .models.model import Model
-    from .structure.coupling import CouplingGraph
-    from .structure.kept import Kept
 
 
 @dataclass(frozen=True)
@@ -158,10 +156,8 @@ def _add_hashes(directory: Path, source: Path, exporter: Exporter) -> None:
 
 
 class StockExporter(Exporter):
-    """For models in other formats (GGUF, Meta's, adapters on a base model), and pruned ones. If no configuration of
-    transformers describes the widths of a pruned model, its layers are padded with zeros to the widest of them, so that
-    outputs are equal; the line that is printed says what that costs. Raises `UnsupportedModelError` where zeros can't
-    pad (experts, units under a norm)."""
+    """For models in other formats: GGUF, Meta's, adapters on a base model. Raises `UnsupportedModelError` for a model
+    whose layers have different widths, which no configuration of transformers describes."""
 
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
@@ -169,80 +165,23 @@ class StockExporter(Exporter):
     keeps_dtype = True
 
     def export(self, task: ExportTask) -> str:
+        from .models import save
         from .models.checkpoint import load_pruned
 
-        note = ""
-        try:
-            _save_stock(task, task.model, task.loaded.record)
-        except UnsupportedModelError as error:
-            if not task.loaded.plans:
-                raise
-            task.progress.status("Padding all layers to one width")
-            wide = _save_padded(task)
-            if wide is None:
-                raise error
-            before, after = (sum(p.numel() for p in model.parameters()) for model in (task.model, wide))
-            note = f"; padded with zeros from {before:,} to {after:,} parameters ({after / before - 1:+.1%})"
+        # `save_checkpoint` creates its directory.
+        written = task.directory / "stock"
+        save.save_checkpoint(
+            task.model,
+            written,
+            record=task.loaded.record,
+            tokenizer=task.loaded.tokenizer,
+            family=task.loaded.family,
+            extra_files=save.vocabulary_files(task.loaded.tokenizer),
+            stock_only=True,
+        )
+        for file in written.iterdir():
+            file.rename(task.directory / file.name)
+        written.rmdir()
         again = load_pruned(task.directory, dtype=task.model.dtype, device=task.model.device)
         task.check_logits(again)
-        return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained{note}"
-
-
-def _save_stock(task: ExportTask, model: PreTrainedModel, record: Mapping[str, Any] | None) -> None:
-    from .models import save
-
-    # `save_checkpoint` creates its directory.
-    written = task.directory / "stock"
-    save.save_checkpoint(
-        model,
-        written,
-        record=record,
-        tokenizer=task.loaded.tokenizer,
-        family=task.loaded.family,
-        extra_files=save.vocabulary_files(task.loaded.tokenizer),
-        stock_only=True,
-    )
-    for file in written.iterdir():
-        file.rename(task.directory / file.name)
-    written.rmdir()
-
-
-def _save_padded(task: ExportTask) -> PreTrainedModel | None:
-    """Save the model with all layers as wide as the widest or, for classes that derive the size of a head from their
-    number, as in the dense model; None if a stock class can load neither."""
-    from .models.surgery import pad
-    from .structure.widths import dense, widest
-
-    source = task.loaded
-    for widen in (widest, dense):
-        wide, graph, kept = _dense_without_removed_layers(source)
-        pad(source.model, wide, graph, kept, widen(graph, kept), source.family)
-        try:
-            # A record would state the widths before padding.
-            _save_stock(task, wide.eval(), None)
-        except UnsupportedModelError:
-            continue
-        return wide
-    return None
-
-
-def _dense_without_removed_layers(source: Model) -> tuple[PreTrainedModel, CouplingGraph, Kept]:
-    """The dense model, without weights, with the layers that ``source`` still has; its graph; and its remaining
-    units."""
-    from .discovery.groups import build_graph
-    from .models.meta import meta_model
-    from .models.surgery import cut
-    from .structure.coupling import LAYER
-    from .structure.kept import compose_all, renamed
-
-    wide, full = meta_model(source.config), build_graph(source.family, source.config)
-    graph = full
-    for plan in source.plans:
-        removable = {group.name for group in graph.of_kinds([LAYER])}
-        layers = {name: units for name, units in plan.kept.items() if name in removable}
-        if layers:
-            graph = cut(wide, graph, layers, source.family)
-    kept = compose_all(full, [plan.kept for plan in source.plans])
-    names = renamed(full, kept)
-    now = {names[name]: units for name, units in kept.items() if name in names and full.by_name[name].kind != LAYER}
-    return wide, graph, now
+        return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained"

@@ -64,8 +64,8 @@ def save_checkpoint(
     if stock_only and form != "stock":
         raise UnsupportedModelError(
             f"no configuration of transformers describes this {type(model).__name__} exactly, as a rule because its "
-            "layers have different widths; prune with --shape uniform for a stock checkpoint, or load this one with "
-            "llmpruner"
+            "layers have different widths; prune with --shape uniform for a stock checkpoint, or export to a format "
+            "with a width for each layer"
         )
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
     shell.should_save_on_this_rank = lambda is_main_process: is_main_process

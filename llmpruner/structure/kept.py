@@ -279,9 +279,3 @@ def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
         if path == old or path.startswith(old + "."):
             return None if new is None else new + path[len(old) :]
     return path
-
-
-def all_survivors(graph: CouplingGraph, now: Kept) -> dict[str, list[int]]:
-    """Group name → the units that remain, those that went with units of other groups left out."""
-    axes = kept_indices(graph, now)
-    return {group.name: surviving_units(graph, now, group, axes) for group in graph.groups}

@@ -65,11 +65,11 @@ def _check(model: PreTrainedModel) -> None:
     if config.model_type not in ("llama", "mistral"):
         raise UnsupportedModelError(
             f"nemotron-nas describes LLaMA's layers only, and {type(model).__name__} (model type "
-            f"'{config.model_type}') computes others; --to stock pads any architecture"
+            f"'{config.model_type}') computes others; prune with --shape uniform"
         )
     biased = next((n for n, _ in model.named_parameters() if n.endswith(".bias")), None)
     if biased is not None:
-        raise UnsupportedModelError(f"nemotron-nas has no biases, and the model has '{biased}'; --to stock keeps them")
+        raise UnsupportedModelError(f"nemotron-nas has no biases, and the model has '{biased}'")
     if getattr(config, "sliding_window", None) is not None:
         raise UnsupportedModelError("nemotron-nas has no sliding window, and the model's attention has one")
     if config.hidden_act != "silu":

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
-from checkpoint_cases import INPUT_IDS, LLAMA, cut_llama
-from export_cases import OTHERS, Source, llama_source, logits, other_source
+from checkpoint_cases import INPUT_IDS, cut_llama
+from export_cases import Source, llama_source
 from llmpruner_llama.family import LlamaFamily
 from pydantic import Field
 from safetensors.torch import load_file
@@ -117,54 +115,6 @@ def test_float16_stays_float16_on_a_cpu(to, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", [name for name, case in LLAMA.items() if case.form == "shim"])
-def test_layers_of_different_widths_are_padded_with_zeros(name, tmp_path):
-    source = llama_source(name)
-    line = export(tmp_path, StockExporter(), tmp_path / "out", source.load)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(stock) is LlamaForCausalLM
-    assert torch.allclose(logits(stock, INPUT_IDS), logits(source.model, INPUT_IDS), atol=1e-6)
-    before, after = (sum(p.numel() for p in model.parameters()) for model in (source.model, stock))
-    assert f"from {before:,} to {after:,} parameters (+{after / before - 1:.1%})" in line
-    assert read_record(tmp_path / "out") is None, "its plans would state the widths before padding"
-
-
-def test_padding_is_no_wider_than_the_widest_layer(tmp_path):
-    source = llama_source("depth-mlp")
-    export(tmp_path, StockExporter(), tmp_path / "out", source.load)
-    widths = [layer.mlp.gate_proj.out_features for layer in load_pruned(tmp_path / "out").model.layers]
-    assert widths == [48, 48]
-    narrow = llama_source("all")
-    export(tmp_path, StockExporter(), tmp_path / "narrow", narrow.load)
-    config = load_pruned(tmp_path / "narrow").config
-    assert (config.intermediate_size, config.num_hidden_layers, config.hidden_size) == (48, 2, 20)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (_, case) in OTHERS.items() if case.refused is None])
-def test_any_architecture_is_padded(name, tmp_path):
-    source = other_source(name)
-    export(tmp_path, StockExporter(), tmp_path / "out", source.load)
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert type(stock) is type(source.model)
-    expected = logits(source.model, INPUT_IDS)
-    assert torch.allclose(logits(stock, INPUT_IDS), expected, atol=1e-5 * float(expected.abs().max()))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (_, case) in OTHERS.items() if case.refused is not None])
-def test_what_zeros_do_not_silence_is_refused_with_the_reason(name, tmp_path):
-    with pytest.raises(UnsupportedModelError, match=OTHERS[name][1].refused) as caught:
-        export(tmp_path, StockExporter(), tmp_path / "out", other_source(name).load)
-    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
-
-
-def test_plans_of_another_model_are_refused(tmp_path):
-    source = replace(llama_source("mlp"), plans=llama_source("mlp-tied").plans)
-    with pytest.raises(UnsupportedModelError, match=r"has 40 entries along axis 0; its plans leave 48"):
-        export(tmp_path, StockExporter(), tmp_path / "out", source.load)
-
-
 def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
     write = save.save_checkpoint
 
@@ -177,4 +127,10 @@ def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
     monkeypatch.setattr(save, "save_checkpoint", damaged)
     with pytest.raises(CheckpointError, match="gives other outputs"):
         export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("mlp-uniform")))
+    assert not list(tmp_path.iterdir())
+
+
+def test_layers_of_different_widths_are_refused(tmp_path):
+    with pytest.raises(UnsupportedModelError, match="different widths; prune with --shape uniform"):
+        export(tmp_path, StockExporter(), tmp_path / "out", llama_source("mlp").load)
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint_cases import LLAMA, SIZES
-from export_cases import Source, llama_source, other_source
+from export_cases import Source, llama_source
 from llmpruner_llama.family import LlamaFamily
 from llmpruner_nemotron_nas import layers
 from llmpruner_nemotron_nas.exporter import NemotronNasExporter
@@ -164,6 +164,13 @@ def biased(**options: Any) -> Source:
     return Source(LlamaForCausalLM(config).eval(), LlamaFamily(), config)
 
 
+def qwen2() -> Source:
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(**SIZES)
+    return Source(Qwen2ForCausalLM(config).eval(), AutoFamily(), config)
+
+
 def windowed() -> Source:
     from transformers import MistralConfig, MistralForCausalLM
 
@@ -174,7 +181,7 @@ def windowed() -> Source:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: other_source("biases"), r"Qwen2ForCausalLM \(model type 'qwen2'\) computes others; --to stock"),
+        (qwen2, r"Qwen2ForCausalLM \(model type 'qwen2'\) computes others; prune with --shape uniform"),
         (lambda: biased(mlp_bias=True), r"no biases, and the model has 'model\.layers\.0\.mlp\.gate_proj\.bias'"),
         (windowed, "no sliding window"),
         (lambda: biased(hidden_act="gelu"), "computes silu, and the model 'gelu'"),
