@@ -3,7 +3,7 @@ and 40 % of its decoder removed, in several runtimes.
 
     python -m benchmarks.speed [RUNTIME …]
 
-Runtimes are those of ``llmpruner bench``: by default transformers, transformers-static, and llama-cpp where
+Runtimes are those of ``llmpruner bench``: by default transformers, and llama-cpp where
 llama-cpp-python is installed and ``llmpruner export --to gguf`` exists. Writes ``benchmarks/results/speed.json``, each
 runtime when it is done; the others keep their results. Needs an idle machine, 12 GB of disk and 8 GB of memory.
 LLMPRUNER_SHAPE is the shape (of `benchmarks.shapes`), LLMPRUNER_SHAPES a folder that keeps the models.
@@ -31,7 +31,7 @@ BAR = 0.95
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["transformers", "transformers-static", *(["llama-cpp"] if find_spec("llama_cpp") else [])]
+    wanted = sys.argv[1:] or ["transformers", *(["llama-cpp"] if find_spec("llama_cpp") else [])]
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
         folder = Path(os.environ.get("LLMPRUNER_SHAPES", work))

@@ -14,11 +14,10 @@ installed, `ModelError` for a model that can't be found, read or used, `DataErro
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from typing_extensions import Unpack
 
 from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
@@ -49,7 +48,7 @@ from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
 from .models.messages import quiet_transformers
 from .models.model import Model, Structure
-from .models.numbers import check_device, dtype_of
+from .models.numbers import check_device
 from .models.record import REPORT_FILE
 from .models.reference import resolve
 from .pipeline import plan as _plan
@@ -201,7 +200,7 @@ def evaluate(
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
-    """Measure models: size, perplexity, KL divergence, lm-eval tasks, speed, and metrics of plugins. The first model is
+    """Measure models: size, perplexity, KL divergence, lm-eval tasks, and metrics of plugins. The first model is
     the reference of those that compare. One is in memory at a time (with ``kl``, next to the first). ``load``: for
     all models, or one for each.
     """
@@ -246,18 +245,12 @@ def bench(
 def _bench_subject(source: Source, opener: Opener, batch: int, length: int) -> BenchSubject:
     """Opens the model only as far as the runtime asks for."""
     check_device(opener.load.device)
-    find = cache(partial(opener.structure, source))
     if isinstance(source, Structure):
         ref, path = source.ref, None if source.path is None else Path(source.path)
     else:
         ref, place = str(source), resolve(str(source), opener.catalog, revision=opener.load.revision)
         path = place.directory / (place.gguf_file or "") if place.directory.exists() else None
-
-    def find_dtype() -> torch.dtype:
-        structure = find()
-        return structure.model.dtype if isinstance(structure, Model) else dtype_of(structure, opener.load)
-
-    return BenchSubject(ref, path, opener.load.device, batch, length, find, find_dtype, lambda: opener.weights(find()))
+    return BenchSubject(ref, path, batch, length, source, opener)
 
 
 def generate(
@@ -298,8 +291,8 @@ def generate(
 def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
     """Write an ordinary Hugging Face directory, whole or not at all. ``notes``: JSON values for ``llmpruner.json``.
 
-    Returns its form: ``stock`` (transformers alone loads it), ``shim`` (layers differ in size; it contains a modeling
-    file), or ``adapter`` for a model whose adapters were not merged.
+    Returns its form: ``stock`` (transformers alone loads it), or ``shim`` (layers differ in size; it contains a
+    modeling file).
     """
     return _save(model, check_new_directory(Path(directory)), notes=notes)
 

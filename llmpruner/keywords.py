@@ -47,12 +47,11 @@ class RecoverKeywords(TypedDict, total=False):
     """Of `RecoverSettings`."""
 
     data: str | Path
-    strategy: str | None
+    strategy: str
     limit: int | None
     learning_rate: float | None
     epochs: float
     max_steps: int | None
-    minutes: float | None
     batch_size: int | None
     micro_batch_size: int
     cutoff: int
@@ -69,7 +68,6 @@ class EvaluateKeywords(TypedDict, total=False):
     kl: bool
     tasks: str | Sequence[str] | None
     limit: int | None
-    speed: bool
     metrics: str | Sequence[str] | None
     settings: Mapping[str, Mapping[str, Any]]
 

@@ -247,11 +247,10 @@ class RecoverSettings(Settings):
         "that the dense model generates (512 by default), self-text for texts without instructions. Several, with "
         "commas between them, are joined; 3*FILE,1*FILE takes examples in these shares.",
     )
-    strategy: str | None = option(
-        None,
-        "Recovery strategy: distil, lora, full; see `llmpruner plugins`. By default distil, toward the dense model's "
-        "predictions; lora, as in the paper, where the dense model is not found (--data must name a file or a data "
-        "set then) or the memory does not suffice for both.",
+    strategy: str = option(
+        "distil",
+        "Recovery strategy: distil, toward the dense model's predictions; lora, as in the paper, or full, on the data "
+        "alone; see `llmpruner plugins`.",
     )
     limit: int | None = option(None, "Number of examples to draw at random; all by default.", ge=1)
     learning_rate: float | None = option(
@@ -261,21 +260,10 @@ class RecoverSettings(Settings):
         gt=0,
     )
     epochs: float = option(2.0, "Passes over the data.", _TRAINING, gt=0, le=100_000)
-    max_steps: int | None = option(
-        None, "Number of optimizer steps, instead of --epochs; with --minutes, at most.", _TRAINING, ge=1, le=10**9
-    )
-    minutes: float | None = option(
-        None,
-        "Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the "
-        "examples of --data self, loading and saving the model come on top.",
-        _TRAINING,
-        gt=0,
-        le=1_000_000,
-    )
+    max_steps: int | None = option(None, "Number of optimizer steps, instead of --epochs.", _TRAINING, ge=1, le=10**9)
     batch_size: int | None = option(
         None,
-        "Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with "
-        "--minutes 4.",
+        "Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps.",
         _TRAINING,
         ge=1,
         le=2**20,
@@ -323,7 +311,6 @@ class EvaluateSettings(Settings):
         "winogrande, arc_easy, arc_challenge, openbookqa.",
     )
     limit: int | None = option(None, "Rows per task; all by default.")
-    speed: bool = option(False, "Tokens per second and peak memory.")
     metrics: Names | None = option(
         None, "Metrics by name, comma-separated, such as those of plugins; see `llmpruner plugins`."
     )
@@ -335,8 +322,7 @@ class BenchSettings(Settings):
 
     runtime: str = option(
         "transformers",
-        "The program that runs the models: transformers, transformers-static (a cache of fixed size), llama-cpp "
-        "(.gguf files), vllm …; see `llmpruner plugins`.",
+        "The program that runs the models: transformers, llama-cpp (.gguf files), vllm …; see `llmpruner plugins`.",
     )
     batch: Numbers = option((1, 4), "Numbers of sequences at a time, comma-separated.", metavar="NUMBERS")
     prompt: Numbers = option((128,), "Lengths of the prompt in tokens, comma-separated.", metavar="NUMBERS")

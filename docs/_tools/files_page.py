@@ -66,9 +66,7 @@ RUN = {
 ORIGIN = {
     "llmpruner": "Version of llmpruner that wrote the directory.",
     "files": "As in `llmpruner.json`.",
-    "adapters_of": "The model that adapters change, as the user named it; absent in exports.",
-    "recovery": "As in `llmpruner.json`; absent in exports.",
-    "exported_from": "The checkpoint that was exported, as the user named it; absent beside adapters.",
+    "exported_from": "The checkpoint that was exported, as the user named it.",
     "format": "The exporter (such as `nemotron-nas`) whose format llmpruner does not open: `verify` checks files, "
     "tensors and values alone; absent in others.",
 }
@@ -113,10 +111,9 @@ WORK_TEXT = (
     "several steps, and for a plan that was replayed."
 )
 ORIGIN_TEXT = (
-    "Beside adapters that `recover --set lora.merge=false` saved, and what `export --to stock` and "
-    "`--to nemotron-nas` wrote: where they come from, and their hashes, by which "
-    "[`llmpruner verify`](../how-to/verify.md) and every command that loads them find damage. "
-    "peft and transformers do not read it."
+    "Beside what `export --to stock` and `--to nemotron-nas` wrote: where it comes from, and its hashes, by which "
+    "[`llmpruner verify`](../how-to/verify.md) and every command that loads it find damage. "
+    "transformers does not read it."
 )
 RUN_TEXT = (
     "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and "

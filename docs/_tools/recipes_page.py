@@ -15,7 +15,7 @@ from llmpruner.settings import RecipeSettings, Settings, StepSettings
 
 FOLDERS = {
     "prune": "the checkpoint",
-    "recover": "the checkpoint, or the adapters with `merge: false`",
+    "recover": "the checkpoint",
     "evaluate": "`results.json`, as `evaluate --json` writes it",
     "bench": "`results.json`, as `bench --json` writes it",
     "generate": "`results.json`: a list with `name`, `prompt` and `text`",

@@ -27,7 +27,7 @@ def evaluate(
     arguments: dict[str, Any],
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
 ) -> None:
-    """Measure models side by side: size, perplexity, lm-eval tasks, speed."""
+    """Measure models side by side: size, perplexity, divergence, lm-eval tasks."""
     from .. import api
 
     if json_file is not None:
@@ -87,7 +87,7 @@ def _cells(rate: Rate) -> tuple[str, ...]:
     speed = rate.tokens_per_second
     median, lower, upper = (_number(v) for v in (speed.median, speed.lower_quartile, speed.upper_quartile))
     ideal = "-" if rate.ideal is None else f"{rate.ideal:.2f}"
-    share = "-" if rate.share is None else f"{rate.share:.0%}"
+    share = "-" if rate.share_of_ideal is None else f"{rate.share_of_ideal:.0%}"
     return f"{median} ({lower}–{upper})", f"{rate.speedup.median:.2f}", ideal, share
 
 

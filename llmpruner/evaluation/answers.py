@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import Field
 
 from ..calibration.conversations import Example, read_examples
 from ..component import ComponentSettings
-from ..errors import DataError, SettingsError, no_tokenizer
+from ..errors import DataError, SettingsError
 from .base import ComparedModel, Metric, MetricSubject, Row
-from .metrics import check_same_tokens
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
+from .metrics import check_same_tokens, tokenizer_of
 
 
 class AnswersMetric(Metric):
@@ -69,73 +65,29 @@ class AnswersMetric(Metric):
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
         ``nll_per_token`` and ``kl_per_token``: means over them, in nats, the latter None without ``kl``."""
-        from ..calibration.chat import IGNORED
-        from .perplexity import check_number, exponential
+        import torch
 
-        reference = subject.reference if self.settings.kl else None
-        loss = divergence = 0.0
-        tokens = 0
-        rows = self._rows(subject)
-        for row in subject.progress.track(rows, self.name):
-            counted = [place for place, label in enumerate(row["labels"][1:]) if label != IGNORED]
-            sums = _sums(subject.model, reference, row["input_ids"], counted, self.settings.autocast)
-            loss, divergence, tokens = loss + sums[0], divergence + sums[1], tokens + len(counted)
-            check_number(loss, subject.model)
-        return {
-            "perplexity": exponential(loss / tokens),
-            "nll_per_token": loss / tokens,
-            "kl_per_token": None if reference is None else divergence / tokens,
-            "tokens": tokens,
-            "examples": len(rows),
-        }
-
-    def _rows(self, subject: MetricSubject) -> list[dict[str, list[int]]]:
-        """Tokens and labels of every text that has a token of an answer. Raises `DataError` where none has."""
         from ..calibration.chat import IGNORED, labelled, training_texts
+        from ..models.tokenizer import check_ids
+        from .perplexity import Scored
 
-        if subject.tokenizer is None or subject.family is None:
-            raise no_tokenizer(f"model '{subject.name}'", "it cannot read answers")
-        texts = [
-            text for example in self._examples for text in training_texts(example, subject.family, subject.tokenizer)
-        ]
-        rows = [labelled(text, subject.tokenizer, self.settings.cutoff, "answers") for text in texts]
+        tokenizer, family, cutoff = tokenizer_of(self, subject), subject.family, self.settings.cutoff
+        texts = [text for example in self._examples for text in training_texts(example, family, tokenizer)]
+        rows = [labelled(text, tokenizer, cutoff, "answers") for text in texts]
         # The first token of a text is not predicted.
         rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
         if not rows:
-            raise DataError(
-                f"{self.settings.data}: no example has an answer within the first {self.settings.cutoff} tokens"
-            )
-        return rows
+            raise DataError(f"{self.settings.data}: no example has an answer within the first {cutoff} tokens")
+        scored = Scored(subject.model, subject.reference if self.settings.kl else None, self.settings.autocast)
+        for row in subject.progress.track(rows, self.name):
+            counting = [place for place, label in enumerate(row["labels"][1:]) if label != IGNORED]
+            scored.add(check_ids(torch.tensor([row["input_ids"]]), subject.model), torch.tensor(counting))
+        means = scored.means()
+        del means["top1_agreement"]
+        return {**means, "tokens": scored.tokens, "examples": len(rows)}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         return [
             Row("perplexity of answers", result["perplexity"], False),
             Row("KL to the first, answers", result["kl_per_token"], False),
         ]
-
-
-def _sums(
-    model: PreTrainedModel, reference: PreTrainedModel | None, ids: list[int], counted: list[int], autocast: bool
-) -> tuple[float, float]:
-    """The sums, over the predictions after the tokens at ``counted``, of the negative log-likelihood of the token that
-    follows and of KL(reference ‖ model), in nats; the latter 0 without a reference, or where it is the model itself."""
-    import torch
-    from torch.nn import functional
-
-    from ..engine.statistics import check_vocabularies, divergences
-    from ..models.tokenizer import check_ids
-    from .perplexity import predictions
-
-    ids_1T = check_ids(torch.tensor([ids]), model)
-
-    def logits_of(one: PreTrainedModel) -> torch.Tensor:
-        return predictions(one, ids_1T.to(one.device), autocast)[0][counted]
-
-    logits_NV = logits_of(model)
-    following_N = ids_1T[0, [place + 1 for place in counted]].to(logits_NV.device)
-    loss = float(functional.cross_entropy(logits_NV.float(), following_N, reduction="none").double().sum())
-    if reference is None or reference is model:
-        return loss, 0.0
-    reference_NV = logits_of(reference)
-    check_vocabularies(reference_NV, logits_NV)
-    return loss, float(divergences(reference_NV, logits_NV).double().sum())

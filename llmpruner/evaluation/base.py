@@ -42,15 +42,15 @@ class ComparedModel:
 class MetricSubject:
     """The model to measure, in evaluation mode. ``name``: as the user gave it. ``graph``: its coupled groups, after all
     cuts. ``reference``: the first model of the same call (for that one, the model itself); None unless a metric needs
-    it. ``family``: for its chat format; None where it is not known."""
+    it."""
 
     name: str
     model: PreTrainedModel
     tokenizer: Any | None
+    family: ModelFamily
     graph: CouplingGraph
     reference: PreTrainedModel | None = None
     progress: Progress = QUIET
-    family: ModelFamily | None = None
 
 
 class Metric(Component):

@@ -11,23 +11,17 @@ from itertools import product
 from statistics import median, quantiles
 from typing import Any
 
-import psutil
 import torch
 
-from ..errors import ModelError
 from ..progress import QUIET, Progress
 from .runtime import BenchSubject, Runtime, Session, Work
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """Median of ``runs`` repetitions, with the smallest and the largest of them, and the first and the third
-    quartile."""
+    """Median of all rounds, and the first and the third quartile."""
 
     median: float
-    low: float
-    high: float
-    runs: int
     lower_quartile: float
     upper_quartile: float
 
@@ -35,25 +29,19 @@ class Measurement:
 def measurement(values: Sequence[float]) -> Measurement:
     """The `Measurement` of one value or more."""
     quartiles = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
-    return Measurement(median(values), min(values), max(values), len(values), quartiles[0], quartiles[2])
+    return Measurement(median(values), quartiles[0], quartiles[2])
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
     """The speed of one model in one case. ``tokens_per_second``: of all sequences together. ``speedup``: over the first
-    model, of runs of the same round. ``ideal``: the speed-up that sizes allow; None where they are not known."""
+    model, of runs of the same round. ``ideal``: the speed-up that sizes allow; ``share_of_ideal``: what is reached of
+    it. Both are None where sizes are not known."""
 
     tokens_per_second: Measurement
     speedup: Measurement
     ideal: float | None
-
-    @property
-    def share(self) -> float | None:
-        """The share of the ideal speed-up that is reached: ``speedup / ideal``."""
-        return None if self.ideal is None else self.speedup.median / self.ideal
-
-    def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "share_of_ideal": self.share}
+    share_of_ideal: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +74,7 @@ class BenchResult:
                 "batch": case.batch,
                 "prompt_tokens": case.prompt_tokens,
                 "models": [
-                    {"name": name, "prefill": prefill.as_json(), "decode": decode.as_json()}
+                    {"name": name, "prefill": asdict(prefill), "decode": asdict(decode)}
                     for name, prefill, decode in zip(self.models, case.prefill, case.decode, strict=True)
                 ],
             }
@@ -112,10 +100,11 @@ def bench(
     """Measure prefill and decoding of all models, in every case of ``batches`` × ``prompts``.
 
     In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
-    tokens once; the order of the models turns from round to round. Raises `ModelError` when the models do not fit into
-    memory together, and what `Runtime.check` raises, before any of them is loaded.
+    tokens once; the order of the models turns from round to round. Raises what `Runtime.check` raises, before any of
+    them is loaded.
     """
-    _check_memory(subjects, [runtime.check(subject) for subject in subjects], device)
+    for subject in subjects:
+        runtime.check(subject)
     with ExitStack() as stack:
         sessions, works = [], []
         for subject in subjects:
@@ -135,47 +124,15 @@ def bench(
     return BenchResult(names, runtime.name, runtime.record(), new_tokens, rounds, facts, cases)
 
 
-def _check_memory(subjects: Sequence[BenchSubject], needed: Sequence[int], device: str) -> None:
-    """Raise `ModelError` for models that do not fit into the free memory of ``device`` together."""
-    kind = torch.device(device).type
-    if kind not in ("cpu", "cuda"):
-        return
-    free = psutil.virtual_memory().available if kind == "cpu" else torch.cuda.mem_get_info(torch.device(device))[0]
-    if sum(needed) > free:
-        each = ", ".join(f"'{s.ref}' {size / 2**30:.1f} GiB" for s, size in zip(subjects, needed, strict=True))
-        raise ModelError(
-            f"the weights do not fit into the {free / 2**30:.1f} GiB of memory that are free: {each}; all models are "
-            "in memory at the same time, so name fewer, or give --dtype bfloat16"
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Times:
-    """Milliseconds of the prefill, and of all decoding steps after it."""
-
-    prefill: float
-    decode: float
-
-
-def timed(session: Session, tokens: torch.Tensor, new_tokens: int) -> Times:
-    """Process ``tokens``, ids of shape (B, T), then decode ``new_tokens`` steps; the two are timed separately."""
-    batch, length = tokens.shape
-    session.start(batch, length + new_tokens)
-    return Times(
-        session.milliseconds(partial(session.prefill, tokens)),
-        session.milliseconds(partial(session.decode, new_tokens)),
-    )
-
-
 def _measure(
     sessions: Sequence[Session],
     cases: Sequence[tuple[int, int]],
     new_tokens: int,
     rounds: int,
     progress: Progress,
-) -> dict[tuple[int, int], list[list[Times]]]:
-    """Case → the times of every model, one per counted round."""
-    times: dict[tuple[int, int], list[list[Times]]] = {case: [[] for _ in sessions] for case in cases}
+) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
+    """Case → for every model, the milliseconds of the prefill and of all decoding steps, in each counted round."""
+    times: dict[tuple[int, int], list[list[tuple[float, float]]]] = {case: [[] for _ in sessions] for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
     steps = [
         (case, number, (place + number) % len(sessions))
@@ -185,16 +142,18 @@ def _measure(
     ]
     for case, number, place in progress.track(steps, "measuring"):
         # Tokens change from round to round, as a runtime may keep what it computed for a prompt.
-        generator = torch.Generator().manual_seed(number)
-        tokens = torch.randint(vocabulary, case, generator=generator)
-        run = timed(sessions[place], tokens, new_tokens)
+        tokens = torch.randint(vocabulary, case, generator=torch.Generator().manual_seed(number))
+        session, (batch, length) = sessions[place], case
+        session.start(batch, length + new_tokens)
+        prefill = session.milliseconds(partial(session.prefill, tokens))
+        decode = session.milliseconds(partial(session.decode, new_tokens))
         if number:
-            times[case][place].append(run)
+            times[case][place].append((prefill, decode))
     return times
 
 
 def _case(
-    works: Sequence[Work], batch: int, prompt: int, new_tokens: int, times: Sequence[Sequence[Times]]
+    works: Sequence[Work], batch: int, prompt: int, new_tokens: int, times: Sequence[Sequence[tuple[float, float]]]
 ) -> BenchCase:
     prefill = [work.prefill(prompt) for work in works]
     # The cache grows by a token with every step.
@@ -202,18 +161,17 @@ def _case(
     return BenchCase(
         batch,
         prompt,
-        _rates([[t.prefill for t in own] for own in times], batch * prompt, prefill),
-        _rates([[t.decode for t in own] for own in times], batch * new_tokens, decode),
+        _rates([[ms for ms, _ in own] for own in times], batch * prompt, prefill),
+        _rates([[ms for _, ms in own] for own in times], batch * new_tokens, decode),
     )
 
 
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:
     """Speeds from milliseconds per model and round, and from what the steps of each model cost."""
-    return tuple(
-        Rate(
-            measurement([tokens * 1e3 / ms for ms in own]),
-            measurement([first / ms for first, ms in zip(times[0], own, strict=True)]),
-            None if costs[0] is None or cost is None else costs[0] / cost,
-        )
-        for own, cost in zip(times, costs, strict=True)
-    )
+    rates = []
+    for own, cost in zip(times, costs, strict=True):
+        speedup = measurement([first / ms for first, ms in zip(times[0], own, strict=True)])
+        ideal = None if costs[0] is None or cost is None else costs[0] / cost
+        share = None if ideal is None else speedup.median / ideal
+        rates.append(Rate(measurement([tokens * 1e3 / ms for ms in own]), speedup, ideal, share))
+    return tuple(rates)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,11 +9,11 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..component import check_chosen
-from ..errors import ModelError, PluginError, SettingsError
+from ..errors import ModelError, SettingsError
 from ..progress import QUIET, Progress
 from ..values import bytes_text, count_text
 from .base import ComparedModel, Metric, MetricSubject, Row
-from .costs import Size, Speed
+from .metrics import Size
 from .perplexity import PerplexityResult
 from .tasks import Scores
 
@@ -38,8 +37,6 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
         chosen["tasks"] = {"names": settings.tasks, **limit}
     elif settings.limit is not None:
         raise SettingsError("--limit is of --tasks; name tasks")
-    if settings.speed:
-        chosen["speed"] = {}
     for name in settings.metrics or ():
         chosen.setdefault(name, {})
     if len(chosen) == 1 and not settings.metrics:
@@ -60,8 +57,8 @@ def evaluate(
 
     A model is loaded after the previous one was measured and freed; the first stays in memory as ``subject.reference``
     where a metric needs it. Raises `SettingsError` when a metric needs a reference and there is one model,
-    `ModelError` for weights that are not finite, `PluginError` for a metric whose result has no JSON form, and whatever
-    the metrics raise; what they refuse without weights comes before any model is loaded.
+    `ModelError` for weights that are not finite, and whatever the metrics raise; what they refuse without weights comes
+    before any model is loaded.
     """
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
@@ -80,10 +77,10 @@ def evaluate(
         for metric in metrics:
             progress.status(f"measuring {metric.name} of {named.name}")
             subject = MetricSubject(
-                named.name, model.model, model.tokenizer, model.graph,
-                reference if metric.needs_reference else None, progress, model.family,
+                named.name, model.model, model.tokenizer, model.family, model.graph,
+                reference if metric.needs_reference else None, progress,
             )  # fmt: skip
-            results[metric.name] = _json_object(metric, metric.measure(subject))
+            results[metric.name] = metric.measure(subject)
         rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
         evaluations.append(Evaluation(named.name, results, rows))
         # The next model is loaded into the memory of this one.
@@ -101,17 +98,6 @@ def _check_finite(model: Model) -> None:
             f"model '{model.ref}': parameter '{wrong}' holds NaN or infinite values; the checkpoint is damaged, or "
             f"{model.model.dtype} is too narrow for it"
         )
-
-
-def _json_object(metric: Metric, result: Any) -> Mapping[str, Any]:
-    """``result``. Raises `PluginError` unless it can be written as a JSON object."""
-    if not isinstance(result, Mapping):
-        raise PluginError(f"metric '{metric.name}' must give values by name, it gave {type(result).__name__}")
-    try:
-        json.dumps(finite(result))
-    except (TypeError, ValueError) as error:
-        raise PluginError(f"the result of metric '{metric.name}' cannot be written as JSON: {error}") from error
-    return result
 
 
 @dataclass(frozen=True)
@@ -140,12 +126,6 @@ class Evaluation:
         """Task → metric → value, as lm-eval names them; empty where no task was run."""
         return {task: dict(values) for task, values in self.results.get("tasks", {}).items()}
 
-    @property
-    def speed(self) -> Speed | None:
-        """None where it was not measured."""
-        result = self.results.get("speed")
-        return None if result is None else Speed.of(result)
-
     def as_json(self) -> dict[str, Any]:
         """``name``, and the results of the metrics by name. Numbers that are not finite become null."""
         plain: dict[str, Any] = finite({"name": self.name, **self.results})
@@ -170,8 +150,18 @@ class Evaluations(tuple[Evaluation, ...]):
 
     @property
     def lines(self) -> list[Line]:
-        """The table: a line for each quantity, with a value for each model."""
-        return side_by_side(self)
+        """The table: a line for each label of the rows, in the order of first occurrence, with a value for each model;
+        without labels that have no value."""
+        columns = [{row.label: row for row in evaluation.rows} for evaluation in self]
+        lines = []
+        for label in dict.fromkeys(label for column in columns for label in column):
+            rows = [column.get(label) for column in columns]
+            values = tuple(None if row is None else row.value for row in rows)
+            errors = tuple(None if row is None else row.error for row in rows)
+            better = next(row.higher_is_better for row in rows if row is not None)
+            if any(value is not None for value in values):
+                lines.append(Line(label, values, better, errors))
+        return lines
 
     def as_json(self) -> list[dict[str, Any]]:
         """One object per model; see `Evaluation.as_json`."""
@@ -212,17 +202,3 @@ class Line:
             return f"{value:,.0f}"
         digits = 4 if value < 10 else 2
         return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.4f}")
-
-
-def side_by_side(evaluations: Sequence[Evaluation]) -> list[Line]:
-    """The rows of ``evaluations`` by label, in the order of first occurrence, without labels that have no value."""
-    columns = [{row.label: row for row in evaluation.rows} for evaluation in evaluations]
-    lines = []
-    for label in dict.fromkeys(label for column in columns for label in column):
-        rows = [column.get(label) for column in columns]
-        values = tuple(None if row is None else row.value for row in rows)
-        errors = tuple(None if row is None else row.error for row in rows)
-        better = next(row.higher_is_better for row in rows if row is not None)
-        if any(value is not None for value in values):
-            lines.append(Line(label, values, better, errors))
-    return lines

@@ -1,31 +1,71 @@
-"""The built-in metrics: settings, early checks, rows of the table. The measurements are in `costs`, `perplexity` and
-`tasks`. Imports no torch."""
+"""The built-in metrics: settings, early checks, rows of the table. The measurements are in `perplexity` and `tasks`.
+Imports no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
 from ..calibration.documents import PYDOC, read_text, shortened
 from ..component import ComponentSettings
-from ..errors import ModelError, SettingsError, no_tokenizer
+from ..errors import ModelError, no_tokenizer
 from ..files import is_file
 from ..settings import Seed
 from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .tasks import Tasks, evaluate_tasks, load_tasks
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ..structure.coupling import CouplingGraph
+
 _COMPARED = 100_000
 """Characters from the start of a text by which tokenizers are compared."""
 
 
+@dataclass(frozen=True, slots=True)
+class Size:
+    """Parameters (tied ones once), those in the decoder layers, bytes of the weights in memory, and multiply-accumulate
+    operations to decode one token with ``context`` tokens in the cache."""
+
+    parameters: int
+    decoder_parameters: int
+    weight_bytes: int
+    macs_per_token: int
+    context: int
+
+
+def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
+    """The `Size` of ``model``, which may be on the meta device. ``graph``: the coupling graph of this model (after a
+    cut, of the cut one), for the widths of attention."""
+    from ..models.meta import decoder_layers, macs_per_token
+
+    prefix = decoder_layers(model) + "."
+    own = dict(model.named_parameters())
+    return Size(
+        parameters=sum(p.numel() for p in own.values()),
+        decoder_parameters=sum(p.numel() for name, p in own.items() if name.startswith(prefix)),
+        weight_bytes=sum(p.numel() * p.element_size() for p in own.values()),
+        macs_per_token=macs_per_token(model, graph, context=context),
+        context=context,
+    )
+
+
+def tokenizer_of(metric: Metric, subject: MetricSubject) -> Any:
+    """Raises `ModelError` for a model without a tokenizer."""
+    if subject.tokenizer is None:
+        raise no_tokenizer(f"model '{subject.name}'", f"its {metric.name} cannot be measured")
+    return subject.tokenizer
+
+
 class SizeMetric(Metric):
-    """Computed from shapes alone; see `llmpruner.evaluation.costs.size`."""
+    """Computed from shapes alone."""
 
     name = "size"
     summary = "parameters, bytes of the weights, and multiply-accumulate operations per decoded token"
@@ -36,8 +76,6 @@ class SizeMetric(Metric):
     settings: Settings
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        from .costs import size
-
         return asdict(size(subject.model, subject.graph, context=self.settings.context))
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
@@ -73,11 +111,6 @@ class PerplexityMetric(Metric):
         )
         batch_size: int = Field(4, ge=1, description="Windows per batch.")
         autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
-        bos: bool = Field(
-            True,
-            description="Begin every window with the tokens that the tokenizer puts before a text (BOS), where it puts "
-            "any; they are not predicted.",
-        )
 
     settings: Settings
 
@@ -90,8 +123,6 @@ class PerplexityMetric(Metric):
         """Name → text, read on first use."""
         given = self.settings.text
         names = [given] if is_file(given) else [name.strip() for name in given.split(",")]
-        if len(set(names)) < len(names):
-            raise SettingsError(f"{self.label()}: text = {given} names a text twice; its results would have one name")
         return {name: read_text(name) for name in names}
 
     def prepare(self) -> None:
@@ -99,12 +130,12 @@ class PerplexityMetric(Metric):
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
         from ..models.positions import check_table_of_config, warn_beyond
-        from .perplexity import beyond
 
         window = self.settings.window
+        what, hint = f"windows of {window:,} tokens", "lower --window"
         for model in models:
-            check_table_of_config(model.config, model.name, window, *beyond(window))
-            warn_beyond(model.config, model.name, window, *beyond(window))
+            check_table_of_config(model.config, model.name, window, what, hint)
+            warn_beyond(model.config, model.name, window, what, hint)
         if self.settings.kl:
             for text in self._texts.values():
                 check_same_tokens(models, text[:_COMPARED])
@@ -113,7 +144,7 @@ class PerplexityMetric(Metric):
         """The result on the first text, with those on the further ones in ``others``."""
         from .perplexity import perplexity
 
-        tokenizer = _tokenizer(self, subject)
+        tokenizer = tokenizer_of(self, subject)
         options = self.settings.model_dump(exclude={"text", "kl"})
         options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
         results = {
@@ -135,41 +166,6 @@ class PerplexityMetric(Metric):
                 Row(f"top-1 as the first{where}", values["top1_agreement"], True),
             ]
         return rows
-
-
-class SpeedMetric(Metric):
-    """Timed on random tokens at batch size 1; see `llmpruner.evaluation.costs.speed`."""
-
-    name = "speed"
-    summary = "tokens per second of prefill and of decoding, and peak memory, at batch size 1"
-
-    class Settings(ComponentSettings):
-        prompt_tokens: int = Field(256, ge=1, description="Tokens of the prompt.")
-        new_tokens: int = Field(32, ge=1, description="Tokens decoded after it.")
-        runs: int = Field(5, ge=1, description="Repetitions, after one that is not counted.")
-        seed: Seed = 0
-
-    settings: Settings
-
-    def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.positions import check_table_of_config
-        from .costs import beyond
-
-        counts = self.settings.prompt_tokens, self.settings.new_tokens
-        for model in models:
-            check_table_of_config(model.config, model.name, sum(counts), *beyond(*counts))
-
-    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        from .costs import speed
-
-        return asdict(speed(subject.model, progress=subject.progress, **dict(self.settings)))
-
-    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("prefill tokens/s", result["prefill"]["median"], True),
-            Row("decode tokens/s", result["decode"]["median"], True),
-            Row("peak memory bytes", result["peak_bytes"], False),
-        ]
 
 
 class TasksMetric(Metric):
@@ -206,7 +202,7 @@ class TasksMetric(Metric):
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         options = self.settings.model_dump(exclude={"names", "include_path"})
-        return evaluate_tasks(subject.model, _tokenizer(self, subject), self._tasks, **options)
+        return evaluate_tasks(subject.model, tokenizer_of(self, subject), self._tasks, **options)
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         return [
@@ -222,12 +218,6 @@ def _higher_is_better(metric: str) -> bool | None:
     if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         return False
     return True if metric.startswith(("acc", "exact_match", "f1")) else None
-
-
-def _tokenizer(metric: Metric, subject: MetricSubject) -> Any:
-    if subject.tokenizer is None:
-        raise no_tokenizer(f"model '{subject.name}'", f"its {metric.name} cannot be measured")
-    return subject.tokenizer
 
 
 def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:

@@ -1,4 +1,4 @@
-"""Perplexity of a model on a text."""
+"""Loss, perplexity and divergence of a model on a text."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import torch
 from torch.nn import functional
 
 from ..calibration.windows import opening_tokens
-from ..engine.statistics import divergence
+from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
 from ..models.numbers import autocast_to
-from ..models.positions import check_table
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
 from ..progress import QUIET, Progress
 from ..values import counted
@@ -53,6 +52,65 @@ class PerplexityResult:
         return {key: value for key, value in asdict(self).items() if key not in ("text", "others")}
 
 
+class Scored:
+    """The predictions of ``model``, summed up: negative log-likelihood and, with a ``reference``, KL(reference ‖
+    model), in nats; ``tokens`` that were predicted, and how many of them both predict alike. Raises `ModelError` for a
+    reference with another vocabulary."""
+
+    def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
+        if reference is not None:
+            check_one_head(reference, model)
+        self.model, self.reference, self._autocast = model, reference, autocast
+        self.nll = self.kl = 0.0
+        self.tokens = self.agreed = 0
+
+    def add(self, ids_BT: torch.Tensor, at_N: torch.Tensor) -> None:
+        """``at_N``: positions, of every row, after which a token is predicted that counts. Raises `ModelError` for
+        predictions that are NaN."""
+        logits_BTV = self._predictions(self.model, ids_BT)
+        expected_BTV = None
+        if self.reference is not None and self.reference is not self.model:
+            expected_BTV = self._predictions(self.reference, ids_BT)
+        # Row by row: the float32 copy of a whole batch of logits would double the memory.
+        for row, ids in enumerate(ids_BT):
+            logits_NV = logits_BTV[row, at_N]
+            next_N = ids[at_N + 1].to(logits_NV.device)
+            self.nll += float(functional.cross_entropy(logits_NV.float(), next_N, reduction="none").double().sum())
+            self.tokens += len(at_N)
+            if expected_BTV is None:
+                self.agreed += len(at_N)
+                continue
+            expected_NV = expected_BTV[row, at_N]
+            self.kl += float(divergences(expected_NV, logits_NV).double().sum())
+            self.agreed += int((expected_NV.argmax(-1) == logits_NV.argmax(-1).to(expected_NV.device)).sum())
+        if math.isnan(self.nll):
+            raise ModelError(
+                "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
+                f"{self.model.dtype} is too narrow for what it computes (try --dtype float32)"
+            )
+
+    @torch.inference_mode()
+    def _predictions(self, model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V)."""
+        ids_BT = ids_BT.to(model.device)
+        with autocast_to(model.device.type, torch.bfloat16, enabled=self._autocast):
+            logits_BTV: torch.Tensor = model(
+                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
+            ).logits
+        return logits_BTV
+
+    def means(self) -> dict[str, float | None]:
+        """``perplexity``, infinite where no float is as large, and means per token; those of a reference are None
+        without it."""
+        mean, compared = self.nll / self.tokens, self.reference is not None
+        return {
+            "perplexity": math.exp(mean) if mean < 709 else math.inf,
+            "nll_per_token": mean,
+            "kl_per_token": self.kl / self.tokens if compared else None,
+            "top1_agreement": self.agreed / self.tokens if compared else None,
+        }
+
+
 def perplexity(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -62,66 +120,43 @@ def perplexity(
     tokens: int | None = None,
     batch_size: int = 4,
     autocast: bool = False,
-    bos: bool = True,
     reference: PreTrainedModel | None = None,
     progress: Progress = QUIET,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``.
 
     The text is tokenised as one string (see `tokens_of`), without special tokens. Its first ``tokens`` tokens (default:
-    all) are split into windows that do not overlap; an incomplete last window is left out. With ``bos``, each of the
-    ``window`` tokens of a window begins with what the tokenizer puts before a text (BOS, as a rule), if anything, which
-    is not predicted.
+    all) are split into windows that do not overlap; an incomplete last window is left out. Each of them begins with
+    what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
     Every other token but the first of its window is predicted from those before it in the window. The result is the
     exponential of the mean negative log-likelihood, accumulated in float64.
 
     ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
     has the mean of KL(reference ‖ model) over the same predictions, and the share of them whose most probable token is
-    the same. Raises `DataError` when the text has too few tokens, or the table of positions of a model too few for a
-    window, and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
+    the same. Raises `DataError` when the text has too few tokens, and `ModelError` when predictions are NaN or over
+    another vocabulary than the reference's.
     """
-    if window < 2 or batch_size < 1:
-        raise DataError(
-            f"perplexity needs a window of 2 or more and a batch of 1 or more, got {window} and {batch_size}"
-        )
-    for one in (model, reference):
-        if one is not None:
-            check_table(one, window, *beyond(window))
-    if reference is not None:
-        check_one_head(reference, model)
-    opening = opening_tokens(tokenizer, text) if bos else []
+    scored = Scored(model, reference, autocast)
+    opening = opening_tokens(tokenizer, text)
     ids = tokens_of(tokenizer, text)
     used = _in_full_windows(ids, tokens, window, len(opening))
     table = check_ids(torch.tensor(used), model).view(-1, window - len(opening))
     windows = len(table)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
-    # The first position whose next token is counted.
-    first = max(0, len(opening) - 1)
-    total = total_divergence = 0.0
-    agreed = 0
+    counting = torch.arange(max(0, len(opening) - 1), window - 1)
     for batch in progress.track(torch.split(table, batch_size), "perplexity"):
-        placed = batch.to(model.device)
-        logits = predictions(model, placed, autocast)[:, first:]
-        total += _negative_log_likelihood(logits, placed[:, first:])
-        if reference is not None and reference is not model:
-            expected = predictions(reference, batch.to(reference.device), autocast)[:, first:]
-            total_divergence += divergence(expected, logits)
-            agreed += _agreements(expected, logits)
-        check_number(total, model)
-    predicted = windows * (window - first - 1)
-    mean = total / predicted
-    size = len((text if len(used) == len(ids) else _decoded(tokenizer, used)).encode())
+        scored.add(batch, counting)
+    means: dict[str, Any] = scored.means()
+    whole = len(used) == len(ids)
+    read = text if whole else tokenizer.decode(used, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return PerplexityResult(
-        perplexity=exponential(mean),
-        nll_per_token=mean,
-        bits_per_byte=mean / math.log(2) * len(used) / size,
+        **means,
+        bits_per_byte=means["nll_per_token"] / math.log(2) * len(used) / len(read.encode()),
         tokens=len(used),
         windows=windows,
         window=window,
         bos=bool(opening),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        kl_per_token=None if reference is None else total_divergence / predicted,
-        top1_agreement=None if reference is None else 1.0 if reference is model else agreed / predicted,
     )
 
 
@@ -131,61 +166,9 @@ def _in_full_windows(ids: list[int], tokens: int | None, window: int, opening: i
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
     of_text = window - opening
-    if of_text < 1:
-        raise DataError(f"a window of {window} has no room for text after the {opening} tokens before it")
     windows = min(len(ids), tokens if tokens is not None else len(ids)) // of_text
     if windows == 0:
         raise DataError(
             f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
         )
     return ids[: windows * of_text]
-
-
-def beyond(window: int) -> tuple[str, str]:
-    """What is beyond a model's positions, and how to get less, for messages."""
-    return f"windows of {window:,} tokens", "lower --window"
-
-
-def check_number(total: float, model: PreTrainedModel) -> None:
-    """Raise `ModelError` where a loss of ``model`` is NaN."""
-    if math.isnan(total):
-        raise ModelError(
-            "the model's predictions are not numbers (NaN), so it has no perplexity: its weights are damaged, or "
-            f"{model.dtype} is too narrow for what it computes (try --dtype float32)"
-        )
-
-
-def exponential(value: float) -> float:
-    """e^``value``; infinite where no float is as large."""
-    try:
-        return math.exp(value)
-    except OverflowError:
-        return math.inf
-
-
-@torch.inference_mode()
-def predictions(model: PreTrainedModel, ids_BT: torch.Tensor, autocast: bool) -> torch.Tensor:
-    """Logits (B, T, V)."""
-    with autocast_to(ids_BT.device.type, torch.bfloat16, enabled=autocast):
-        logits_BTV: torch.Tensor = model(
-            input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
-        ).logits
-    return logits_BTV
-
-
-def _agreements(expected_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> int:
-    """At how many positions, without the last of each sequence, both have the same most probable token."""
-    one, other = (logits[:, :-1].argmax(-1) for logits in (expected_BTV, logits_BTV))
-    return int((one == other.to(one.device)).sum())
-
-
-def _negative_log_likelihood(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> float:
-    # Row by row: the float32 copy of a whole batch of logits would double the memory.
-    return sum(
-        float(functional.cross_entropy(logits[:-1].float(), ids[1:], reduction="none").double().sum())
-        for logits, ids in zip(logits_BTV, ids_BT, strict=True)
-    )
-
-
-def _decoded(tokenizer: Any, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

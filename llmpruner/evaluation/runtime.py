@@ -14,39 +14,45 @@ from ..component import Component
 if TYPE_CHECKING:
     import torch
 
+    from ..discovery.opening import Opener, Source
     from ..models.model import Model, Structure
 
 
 @dataclass(frozen=True)
 class BenchSubject:
-    """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``device``: to run on, as
-    torch names it. ``batch``, ``length``: the largest number of sequences, and of tokens in each, prompt and
-    continuation together. ``find``, ``find_dtype``, ``load``: called when `structure`, `dtype` or `loaded` is first
-    read, so that a runtime which loads models by itself needs none of them."""
+    """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``batch``, ``length``: the
+    largest number of sequences, and of tokens in each, prompt and continuation together. The model is opened when
+    `structure` or `dtype` is first read, so that a runtime which loads models by itself needs neither."""
 
     ref: str
     path: Path | None
-    device: str
     batch: int
     length: int
-    find: Callable[[], Structure]
-    find_dtype: Callable[[], torch.dtype]
-    load: Callable[[], Model]
+    source: Source
+    opener: Opener
+
+    @property
+    def device(self) -> str:
+        """To run on, as torch names it."""
+        return self.opener.load.device
 
     @cached_property
     def structure(self) -> Structure:
         """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
-        return self.find()
+        return self.opener.structure(self.source)
 
-    @cached_property
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights in memory."""
-        return self.find_dtype()
+        from ..models.model import Model
+        from ..models.numbers import dtype_of
 
-    @cached_property
-    def loaded(self) -> Model:
+        structure = self.structure
+        return structure.model.dtype if isinstance(structure, Model) else dtype_of(structure, self.opener.load)
+
+    def load(self) -> Model:
         """The same with its ``model``, of transformers, in evaluation mode."""
-        return self.load()
+        return self.opener.weights(self.structure)
 
 
 @dataclass(frozen=True)
@@ -137,20 +143,16 @@ class Runtime(Component):
             name = "slow"
             summary = "transformers without a cache"
 
-            def check(self, subject):
-                return 4 * subject.structure.graph.total_parameters
-
             def open(self, subject):
-                loaded = subject.loaded
+                loaded = subject.load()
                 return SlowSession(loaded.model), work_of(loaded.model, loaded.graph)
     """
 
     kind: ClassVar[str] = "runtime"
 
-    def check(self, subject: BenchSubject) -> int:
-        """The bytes of memory that the model takes, before anything is loaded. Raises `MissingExtraError` or
-        `ModelError` when the runtime is not installed, or cannot run the model or its length."""
-        raise NotImplementedError
+    def check(self, subject: BenchSubject) -> None:
+        """Raise `MissingExtraError` or `ModelError` when the runtime is not installed, or cannot run the model or its
+        length, before anything is loaded. Checks nothing by default."""
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         """Load the model; returns it with what its steps cost. All models of a run are open at the same time."""

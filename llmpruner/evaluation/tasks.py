@@ -5,22 +5,21 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import filter as matching
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
-from ..errors import DataError, MissingExtraError, UnknownNameError, first_line
+from ..errors import DataError, MissingExtraError, first_line, near
 from ..progress import only_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-TASK_GROUPS = {
-    "paper": ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa"),
-}
-"""Names of task lists in addition to the groups of lm-eval; ``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
+PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
+"""``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
 
 Tasks = Mapping[str, tuple[Any, ...]]
 """Name → lm-eval's task and group objects, with their data loaded, for any number of models."""
@@ -31,10 +30,10 @@ Scores = dict[str, dict[str, float]]
 def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Tasks:
     """Find tasks and load their data, before any model is loaded.
 
-    ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or names of `TASK_GROUPS`. ``include_path``: folder of
+    ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or ``paper``. ``include_path``: folder of
     more task files, which are preferred to others of the same name.
 
-    Raises `UnknownNameError` for a task that does not exist, `DataError` for one whose data cannot be loaded.
+    Raises `DataError` for a task that does not exist, or whose data cannot be loaded.
     """
     # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
     with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
@@ -57,35 +56,29 @@ def evaluate_tasks(
     ``limit``: number of rows per task. ``num_fewshot``: by default the task's own number. ``seed``: added to lm-eval's
     own seeds.
     """
-    with only_errors("lm_eval"), _without_git():
+    with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
+        # lm-eval would ask git for the commit of the working directory, which is none of the model.
         import lm_eval
         from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
 
         from ..models.tokenizer import with_padding
 
-        was_training = model.training
-        # lm-eval gives the tokenizer a token for padding where it has none.
-        padded = tokenizer if tokenizer.pad_token_id is None else with_padding(tokenizer, model)
-        wrapped = HFLM(
-            pretrained=model.eval(), tokenizer=copy.deepcopy(padded), batch_size=batch_size, backend="causal"
-        )
-        try:
-            results = lm_eval.simple_evaluate(
-                model=wrapped,
-                tasks=[task for objects in tasks.values() for task in objects],
-                num_fewshot=num_fewshot,
-                limit=limit,
-                log_samples=False,
-                random_seed=DEFAULT_RANDOM_SEED + seed,
-                numpy_random_seed=DEFAULT_OTHER_SEED + seed,
-                torch_random_seed=DEFAULT_OTHER_SEED + seed,
-                fewshot_random_seed=DEFAULT_OTHER_SEED + seed,
-                # Not used for loaded tasks, but avoids building the index again.
-                task_manager=_task_manager()(include_defaults=False),
-            )["results"]
-        finally:
-            model.train(was_training)
+        padded = with_padding(tokenizer, model)
+        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(padded), batch_size=batch_size, backend="causal")
+        results = lm_eval.simple_evaluate(
+            model=wrapped,
+            tasks=[task for objects in tasks.values() for task in objects],
+            num_fewshot=num_fewshot,
+            limit=limit,
+            log_samples=False,
+            random_seed=DEFAULT_RANDOM_SEED + seed,
+            numpy_random_seed=DEFAULT_OTHER_SEED + seed,
+            torch_random_seed=DEFAULT_OTHER_SEED + seed,
+            fewshot_random_seed=DEFAULT_OTHER_SEED + seed,
+            # Not used for loaded tasks, but avoids building the index again.
+            task_manager=_task_manager()(include_defaults=False),
+        )["results"]
     return {task: _scores(values) for task, values in results.items()}
 
 
@@ -101,26 +94,25 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
-    """``tasks`` with names of `TASK_GROUPS` and patterns expanded, each name once. Raises `UnknownNameError`, and
-    `DataError` when there is none."""
+    """``tasks`` with ``paper`` and patterns expanded, each name once. Raises `DataError` for an unknown
+    name, and when there is none."""
     names: dict[str, None] = {}
-    for task in (member for name in tasks for member in TASK_GROUPS.get(name, (name,))):
+    for task in _members(tasks):
         matches = matching(known, task)
         if not matches:
-            raise UnknownTaskError(task, known)
+            # Not the list of all, which are thousands.
+            raise DataError(
+                f"unknown task '{task}'{near(task, [*known, 'paper'])}; 'lm_eval ls tasks' lists all, --set "
+                "tasks.include_path=DIR adds your own"
+            )
         names.update(dict.fromkeys(matches))
     if not names:
         raise DataError("no task was named")
     return list(names)
 
 
-class UnknownTaskError(UnknownNameError):
-    """As its base class, but the message does not list the thousands of known tasks."""
-
-    def __init__(self, name: str, known: Sequence[str]) -> None:
-        super().__init__("task", name, [*known, *TASK_GROUPS])
-        message = str(self).partition(" Known: ")[0].rstrip(";.")
-        self.args = (f"{message}; 'lm_eval ls tasks' lists all, --set tasks.include_path=DIR adds your own",)
+def _members(names: Sequence[str]) -> list[str]:
+    return [member for name in names for member in (PAPER if name == "paper" else (name,))]
 
 
 def _task_manager() -> Any:
@@ -143,7 +135,7 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     if not include_path.is_dir():
         raise DataError(f"tasks.include_path = {include_path}: no such directory")
     own = _task_manager()(include_path=str(include_path), include_defaults=False)
-    if {member for name in names for member in TASK_GROUPS.get(name, (name,))} <= set(own.all_subtasks):
+    if set(_members(names)) <= set(own.all_subtasks):
         return own
     return _task_manager()(include_path=str(include_path))
 
@@ -159,16 +151,3 @@ def _load(manager: Any, name: str) -> list[Any]:
             "that read local data with --set tasks.include_path=DIR"
         ) from error
     return [*loaded.get("groups", {}).values()] or [*loaded["tasks"].values()]
-
-
-@contextlib.contextmanager
-def _without_git() -> Iterator[None]:
-    """While active, lm-eval does not ask git for the commit of the working directory: it has nothing to do with lm-eval
-    or the model, and outside of a repository git prints an error."""
-    from lm_eval import evaluator
-
-    asked, evaluator.get_git_commit_hash = evaluator.get_git_commit_hash, lambda: None
-    try:
-        yield
-    finally:
-        evaluator.get_git_commit_hash = asked

@@ -1,4 +1,4 @@
-"""The built-in runtimes: transformers, step by step, with a key/value cache. Imports torch when a model is opened."""
+"""The built-in runtime: transformers, step by step, with a key/value cache. Imports torch when a model is opened."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ModelError, UnsupportedModelError
+from ..errors import UnsupportedModelError
 from .runtime import BenchSubject, Runtime, Session, Work
 
 if TYPE_CHECKING:
@@ -50,47 +50,21 @@ class TorchSession(Session):
         vars(self).pop("_cached", None)
 
 
-class StaticSession(TorchSession):
-    """With a cache of fixed size."""
-
-    def start(self, batch: int, length: int) -> None:
-        from transformers import StaticCache
-
-        from ..models.generation import CachedModel
-
-        del batch
-        self._cached = CachedModel(self.model, StaticCache(config=self.model.config, max_cache_len=length))
-
-
 class TransformersRuntime(Runtime):
     """Each step calls the model from Python, with a cache that grows."""
 
     name = "transformers"
     summary = "transformers, step by step, with a cache that grows"
-    session: type[TorchSession] = TorchSession
 
-    def check(self, subject: BenchSubject) -> int:
-        from ..models.positions import positions_of
+    def check(self, subject: BenchSubject) -> None:
+        from ..models.positions import check_table_of_config
 
-        limit = positions_of(subject.structure.config)
-        if limit is not None and subject.length > limit:
-            raise ModelError(
-                f"'{subject.ref}' reads at most {limit} tokens, and {subject.length} are asked for; take a shorter "
-                "--prompt, or fewer --new"
-            )
-        return subject.structure.graph.total_parameters * subject.dtype.itemsize
+        what = f"{subject.length:,} tokens"
+        check_table_of_config(subject.structure.config, subject.ref, subject.length, what, "lower --prompt or --new")
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
-        loaded = subject.loaded
-        return self.session(loaded.model), work_of(loaded.model, loaded.graph)
-
-
-class StaticRuntime(TransformersRuntime):
-    """As `TransformersRuntime`, with a cache that is allocated once for all tokens."""
-
-    name = "transformers-static"
-    summary = "transformers, step by step, with a cache of fixed size"
-    session = StaticSession
+        loaded = subject.load()
+        return TorchSession(loaded.model), work_of(loaded.model, loaded.graph)
 
 
 def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,10 +11,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, MissingExtraError, first_line
-from ..files import exists, new_directory, read_json
+from ..files import exists, read_json
 from .messages import quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model
-from .record import check_weights, write_origin
+from .record import check_weights
 from .remote import ALLOW, pruned_class
 
 if TYPE_CHECKING:
@@ -25,35 +24,6 @@ if TYPE_CHECKING:
 
 _ADAPTER_FILE = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
-def save_adapter(
-    model: Any,
-    directory: Path,
-    *,
-    base: str,
-    tokenizer: Any | None,
-    extra_files: Sequence[Path] = (),
-    origin: Mapping[str, Any] | None = None,
-) -> None:
-    """Write the adapters of a peft model alone; ``base``: reference of the base model, stored with them.
-    ``extra_files``: copied into the directory. ``origin``: JSON values for ``llmpruner-files.json``, which has the
-    hashes of all files.
-
-    Raises `OutputError` when ``directory`` exists or cannot be written.
-    """
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = base
-    with new_directory(directory) as partial:
-        with warnings.catch_warnings():
-            # peft looks for the vocabulary of the base, of which an adapter as the base has none.
-            warnings.filterwarnings("ignore", message="Could not find a config file", category=UserWarning)
-            model.save_pretrained(partial)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(partial)
-        for file in extra_files:
-            shutil.copyfile(file, partial / file.name)
-        write_origin(partial, {"adapters_of": base, **(origin or {})})
 
 
 def adapter_base(path: Path) -> str | None:

@@ -19,7 +19,7 @@ from .positions import last_logits, positions_of, table_of
 from .tokenizer import check_ids, ids_to_continue, padding_id
 
 if TYPE_CHECKING:
-    from transformers import Cache, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def generate(
@@ -158,13 +158,12 @@ def check_not_empty(tokenizer: Any, prompt: str) -> None:
 
 
 class CachedModel:
-    """A model with the key/value cache of the tokens that it has processed. ``cache``: an empty one; by default one
-    that grows."""
+    """A model with the key/value cache of the tokens that it has processed."""
 
-    def __init__(self, model: PreTrainedModel, cache: Cache | None = None) -> None:
+    def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         with _in_one_line(model):
-            self.cache = DynamicCache(config=model.config) if cache is None else cache
+            self.cache = DynamicCache(config=model.config)
         self._cache_argument = cache_argument(model)
         # As generation does: the head computes the logits of the last token alone.
         self._options: dict[str, Any] = {"use_cache": True, **last_logits(model)}

@@ -68,9 +68,9 @@ def llmpruner_calibration_sources() -> list[type[Any]]:
 @hookimpl
 def llmpruner_metrics() -> list[type[Any]]:
     from ..evaluation.answers import AnswersMetric
-    from ..evaluation.metrics import PerplexityMetric, SizeMetric, SpeedMetric, TasksMetric
+    from ..evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
 
-    return [SizeMetric, PerplexityMetric, SpeedMetric, TasksMetric, AnswersMetric]
+    return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric]
 
 
 @hookimpl
@@ -82,9 +82,9 @@ def llmpruner_exporters() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Any]]:
-    from ..evaluation.transformers_runtime import StaticRuntime, TransformersRuntime
+    from ..evaluation.transformers_runtime import TransformersRuntime
 
-    return [TransformersRuntime, StaticRuntime]
+    return [TransformersRuntime]
 
 
 @hookimpl

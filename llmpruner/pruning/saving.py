@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..discovery.dense import base_record
 from ..errors import ModelError
-from ..models.checkpoint import save_adapter
 from ..models.config import stated
 from ..models.record import read_any_record
 from ..models.save import save_checkpoint, vocabulary_files
@@ -18,28 +17,15 @@ if TYPE_CHECKING:
     from ..models.model import Model
 
 
-def save(
-    model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None, extra_files: Sequence[Path] = ()
-) -> str:
-    """Write an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `checkpoints.save`), or ``adapter``
-    for adapters that were not merged.
+def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
+    """Write an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `save_checkpoint`).
 
-    ``notes``: further JSON values for ``llmpruner.json``, beside the plans; those of adapters are in
-    ``llmpruner-files.json``. ``extra_files``: copied into the directory. Raises as `check_fits`.
+    ``notes``: further JSON values for ``llmpruner.json``, beside the plans. Raises as `check_fits`.
     """
-    notes = dict(notes or {})
-    if hasattr(model.model, "peft_config"):
-        origin = {**notes, "llmpruner": __version__, "recovery": (model.record or {}).get("recovery", [])}
-        # From any folder, as a name is relative to the current one.
-        base = model.path or model.ref
-        save_adapter(
-            model.model, directory, base=base, tokenizer=model.tokenizer, extra_files=extra_files, origin=origin
-        )
-        return "adapter"
     check_fits(model)
     record = {
         **_own_record(model),
-        **notes,
+        **(notes or {}),
         **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
@@ -52,7 +38,7 @@ def save(
         record=record,
         tokenizer=model.tokenizer,
         family=model.family,
-        extra_files=(*vocabulary_files(model.tokenizer), *extra_files),
+        extra_files=vocabulary_files(model.tokenizer),
         parts=model.streamed,
     )
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..errors import ModelError
 from ..settings import RecoverSettings
 
 if TYPE_CHECKING:
@@ -20,14 +19,6 @@ if TYPE_CHECKING:
 Row = Mapping[str, list[int]]
 """``input_ids`` and ``labels`` of one example, of equal length, not padded. A label is the token at the same position,
 or −100 for tokens that are not trained on."""
-
-
-@dataclass(frozen=True)
-class Validation:
-    """The loss (nats per token) on the validation rows after ``step`` optimizer steps."""
-
-    step: int
-    loss: float
 
 
 @dataclass(frozen=True)
@@ -46,25 +37,21 @@ class RecoveryJob:
     """Those that all strategies share, with their defaults filled in; a strategy's own are its ``self.settings``."""
     work_dir: Path
     """A directory for the state of the training, from which `fit` resumes."""
-    load_teacher: Callable[[], PreTrainedModel] | None = None
+    load_teacher: Callable[[], PreTrainedModel]
     on_step: Callable[[int, int, float], None] | None = None
-    """Called after each optimizer step with its number from 1, the number of steps (with ``minutes``, an estimate), and
-    its loss."""
-    on_validation: Callable[[Validation], None] | None = None
-    """Called after each validation; in a resumed training also for those before the interruption."""
+    """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
+    on_validation: Callable[[int, float], None] | None = None
+    """Called after each validation with the number of steps before it and the loss, in nats per token; in a resumed
+    training also for those before the interruption."""
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
-        without gradients. Loaded by the first call; later ones return the same object.
-
-        Raises `ModelError` where it is not known.
-        """
+        without gradients. Loaded by the first call; later ones return the same object. Raises `ModelError` where it
+        cannot be opened."""
         return self._teacher
 
     @cached_property
     def _teacher(self) -> PreTrainedModel:
-        if self.load_teacher is None:
-            raise ModelError("the recovery strategy needs the dense model, which is not known here")
         return self.load_teacher().to(self.model.device).eval().requires_grad_(False)
 
 
@@ -78,8 +65,6 @@ class TrainingResult:
     """Of every optimizer step, as means over its trained tokens, including those before an interruption."""
     trainable_parameters: int
     """How many numbers were trained."""
-    notes: tuple[str, ...] = ()
-    """Messages for the user, one line each."""
     details: Mapping[str, Any] = field(default_factory=dict)
     """Further JSON values for the record."""
 
@@ -119,7 +104,7 @@ class RecoveryStrategy(Component):
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes
-        of parameters, or a peft model, whose adapters are saved alone.
+        of parameters.
 
         The same job must give the same result: random numbers depend on ``job.settings.seed`` alone. An exception from
         ``job.on_step`` must end the training; training again with the same ``work_dir`` must give the same result as

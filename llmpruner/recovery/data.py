@@ -7,7 +7,6 @@ import json
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.chat import labelled, training_texts
@@ -26,23 +25,16 @@ if TYPE_CHECKING:
 _LEAST, _MOST = 16, 128
 """Examples for validation where a share of the data is asked for: enough for a loss to compare by, and few enough to
 take little time; at most a fifth of the data."""
-_BLANKS = 8
-"""Tokens that blanks at the end of a text have at most."""
 
 
 @dataclass(frozen=True)
 class TrainingData:
     """Tokenised examples, see `Row`."""
 
-    source: str
     rows: list[Row]
     validation: list[Row]
     """With ``held_out``, rows that are not trained on; else some of ``rows``."""
     held_out: bool
-    in_format: bool
-    """Whether some are instructions or conversations, in a chat format."""
-    notes: tuple[str, ...] = ()
-    """Messages for the user."""
 
     @property
     def fingerprint(self) -> str:
@@ -76,15 +68,11 @@ def prepare(
     count = _held_out(settings.validation, len(examples), settings.data)
     chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
     cutoff = settings.cutoff if positions is None else min(settings.cutoff, positions)
-    rows, left_out = _tokenised([e for n, e in enumerate(examples) if n not in chosen], family, tokenizer, cutoff)
-    validation, _ = _tokenised([e for n, e in enumerate(examples) if n in chosen], family, tokenizer, cutoff)
-    notes = []
-    if left_out:
-        notes.append(f"{counted(left_out, 'example')} had nothing to train on and {_were(left_out)} left out")
+    rows = _tokenised([e for n, e in enumerate(examples) if n not in chosen], family, tokenizer, cutoff)
+    validation = _tokenised([e for n, e in enumerate(examples) if n in chosen], family, tokenizer, cutoff)
     if not rows:
         raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
-    in_format = any(not isinstance(found, Completion) for _, found in examples)
-    return TrainingData(settings.data, rows, validation or rows[:_LEAST], bool(validation), in_format, tuple(notes))
+    return TrainingData(rows, validation or rows[:_LEAST], bool(validation))
 
 
 def _read(settings: RecoverSettings, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:
@@ -117,11 +105,9 @@ def _held_out(validation: float, examples: int, source: str) -> int:
     return min(max(round(validation * examples), _LEAST), _MOST, examples // 5)
 
 
-def _tokenised(
-    examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int
-) -> tuple[list[Row], int]:
-    """Rows of at most ``cutoff`` tokens, and how many had nothing to train on. Raises `DataError`, with its place, for
-    an example that the model's chat format does not support."""
+def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int) -> list[Row]:
+    """Rows of 2 to ``cutoff`` tokens. Raises `DataError`, with its place, for an example that the model's chat format
+    does not support."""
     rows: list[Row] = []
     joined: list[int] = []
     for place, found in examples:
@@ -132,7 +118,8 @@ def _tokenised(
         if isinstance(found, Completion):
             for text in texts:
                 ids = labelled(text, tokenizer, None, "all")["input_ids"]
-                joined += ids if _ends(ids, tokenizer) else [*ids, tokenizer.eos_token_id]
+                end = tokenizer.eos_token_id
+                joined += ids if end is None or ids[-1:] == [end] else [*ids, end]
         else:
             rows += [labelled(text, tokenizer, cutoff, "all") for text in texts]
     # What fills no row at the end is left out, unless it is all there is.
@@ -141,17 +128,4 @@ def _tokenised(
         ids = joined[start : start + cutoff]
         rows.append({"input_ids": ids, "labels": ids})
     # The first token of a row is not predicted.
-    kept = [row for row in rows if len(row["input_ids"]) > 1]
-    return kept, len(rows) - len(kept)
-
-
-def _ends(ids: Sequence[int], tokenizer: Any) -> bool:
-    """Whether a text ends with its end of sequence, and maybe blanks, so that the model sees where the next begins."""
-    if tokenizer.eos_token_id is None:
-        return True
-    after = list(takewhile(lambda token: token != tokenizer.eos_token_id, reversed(ids)))
-    return len(after) < min(len(ids), _BLANKS) and not tokenizer.decode(after[::-1]).strip()
-
-
-def _were(count: int) -> str:
-    return "was" if count == 1 else "were"
+    return [row for row in rows if len(row["input_ids"]) > 1]

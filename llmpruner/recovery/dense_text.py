@@ -32,8 +32,6 @@ ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
 """The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
-LEAST_ANSWER = 16
-"""Tokens for which a model with a table of positions must have room after an instruction."""
 _MIXED, _TEXTS = "self", "self-text"
 _OF = 4
 """One of so many rows of ``self`` is an answer."""
@@ -87,77 +85,57 @@ def write_examples(
     progress: Progress = QUIET,
 ) -> list[Example]:
     """Let the dense ``model`` write the examples of ``text``. Raises `DataError` where it writes nothing but blanks,
-    or no instruction fits into its positions."""
-    from ..models.positions import table_of
+    or instructions and answers do not fit into its positions."""
+    from ..calibration.written import self_generated
 
-    positions = table_of(model)
     examples: list[Example] = []
     if text.answers:
-        examples += _answers(text, model, tokenizer, family, seed, positions, progress)
+        examples += _answers(text, model, tokenizer, family, seed, progress)
     if text.texts:
-        examples += _texts(text.texts, model, tokenizer, seed, positions, progress)
+        ids = self_generated(
+            model, tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS, batch=_BATCH, progress=progress,
+            label="The dense model writes texts",
+        )  # fmt: skip
+        texts = (_decoded(tokenizer, row, finished=False) for row in ids.tolist())
+        examples += [Completion(written) for written in texts if written]
     if not examples:
         raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
     return examples
 
 
 def _answers(
-    text: DenseText,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    family: ModelFamily,
-    seed: int,
-    positions: int | None,
-    progress: Progress,
+    text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int, progress: Progress
 ) -> list[Example]:
     from torch.quasirandom import SobolEngine
 
     from ..calibration.written import answered
+    from ..models.positions import table_of
 
-    prompts = {one: _prompt(family, tokenizer, one) for one in instructions()}
-    if positions is not None:
-        prompts = {one: ids for one, ids in prompts.items() if len(ids) + LEAST_ANSWER <= positions}
-    if not prompts:
+    prompts: dict[str, list[int]] = {}
+    for instruction in instructions():
+        prompt = chat_prompt(family, tokenizer, instruction)
+        prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
+    needed, positions = max(map(len, prompts.values())) + ANSWER_TOKENS, table_of(model)
+    if positions is not None and needed > positions:
         raise DataError(
-            f"--data {text.source}: no instruction with an answer fits into the model's {positions:,} positions; give "
-            "self-text or a file"
+            f"--data {text.source}: instructions with answers take {needed} tokens, and the model has {positions:,} "
+            "positions; give self-text or a file"
         )
     asked = list(prompts)
     random.Random(seed).shuffle(asked)
     # In a batch, prompts have the length of the longest.
-    chosen = sorted((asked[n % len(asked)] for n in range(text.answers)), key=lambda one: len(prompts[one]))
+    chosen = sorted((asked[n % len(asked)] for n in range(text.answers)), key=lambda each: len(prompts[each]))
     # Points of a scrambled Sobol sequence, see `calibration.written`.
     numbers = SobolEngine(ANSWER_TOKENS, scramble=True, seed=seed).draw(len(chosen))  # type: ignore[no-untyped-call]
     examples: list[Example] = []
     for first in progress.track(range(0, len(chosen), _BATCH), "The dense model answers instructions"):
         batch = chosen[first : first + _BATCH]
-        room = ANSWER_TOKENS if positions is None else positions - len(prompts[batch[-1]])
-        tokens = min(ANSWER_TOKENS, room)
-        drawn = numbers[first : first + len(batch), :tokens]
-        for one, ids in zip(batch, answered(model, tokenizer, [prompts[one] for one in batch], drawn), strict=True):
-            answer = _decoded(tokenizer, ids, finished=len(ids) < tokens, stop=family.stop_text)
+        answers = answered(model, tokenizer, [prompts[each] for each in batch], numbers[first : first + len(batch)])
+        for instruction, ids in zip(batch, answers, strict=True):
+            answer = _decoded(tokenizer, ids, finished=len(ids) < ANSWER_TOKENS, stop=family.stop_text)
             if answer:
-                examples.append(Instruction(one, answer))
+                examples.append(Instruction(instruction, answer))
     return examples
-
-
-def _texts(
-    count: int, model: PreTrainedModel, tokenizer: Any, seed: int, positions: int | None, progress: Progress
-) -> list[Example]:
-    from ..calibration.written import self_generated
-
-    tokens = TEXT_TOKENS if positions is None else min(TEXT_TOKENS, positions)
-    ids = self_generated(
-        model, tokenizer, count, tokens, seed, passage=tokens, batch=_BATCH, progress=progress,
-        label="The dense model writes texts",
-    )  # fmt: skip
-    texts = (_decoded(tokenizer, row, finished=False) for row in ids.tolist())
-    return [Completion(text) for text in texts if text]
-
-
-def _prompt(family: ModelFamily, tokenizer: Any, instruction: str) -> list[int]:
-    prompt = chat_prompt(family, tokenizer, instruction)
-    return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:

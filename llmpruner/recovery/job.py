@@ -1,11 +1,12 @@
-"""Recovering a loaded model: its job and folder, the training by a strategy, and what is recorded of it."""
+"""A training of a loaded model by a strategy: what is refused before it, its folder, and what is recorded of it."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from ..errors import MissingExtraError, OutputError, PluginError, SettingsError
 from ..files import write_text, writing
 from ..models.tokenizer import check_ids
 from ..settings import RecoverSettings
-from .base import RecoveryJob, RecoveryStrategy, TrainingResult, Validation
+from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 from .data import TrainingData, check_data
 
 if TYPE_CHECKING:
@@ -26,32 +27,26 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
 
-_IDENTITY = "job.json"
-
 
 @dataclass(frozen=True)
 class RecoverJob:
-    """``strategies``: the first of them that can train the model is used; there are two where the user names none."""
+    """The settings of a recovery, and the strategy that they name."""
 
     settings: RecoverSettings
-    strategies: tuple[RecoveryStrategy, ...]
+    strategy: RecoveryStrategy
 
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong."""
-    own = settings.settings
-    names = [settings.strategy] if settings.strategy else [name for name in ("distil", "lora") if name in own]
-    names = names or ["distil", "lora"]
-    for name in own:
-        if name not in names:
-            raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {', '.join(names)})")
-    return RecoverJob(settings, tuple(catalog.strategies.create(name, own.get(name, {})) for name in names))
+    return RecoverJob(settings, catalog.strategies.create_only(settings.strategy, settings.settings))
 
 
 def check_recover(job: RecoverJob) -> None:
-    """Raise `DataError` for training data that is missing or malformed, and `MissingExtraError` without peft where it
-    is needed."""
-    if job.strategies[0].adapters and find_spec("peft") is None:
+    """Raise `DataError` for training data that is missing or malformed, `MissingExtraError` without peft where it is
+    needed, and `SettingsError` under FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
+    if job.strategy.adapters and find_spec("peft") is None:
         raise MissingExtraError("peft", "recover")
     check_data(job.settings.data)
 
@@ -65,9 +60,9 @@ def train(
     settings: RecoverSettings,
     work_dir: Path,
     *,
-    load_teacher: Callable[[], PreTrainedModel] | None = None,
+    load_teacher: Callable[[], PreTrainedModel],
     on_step: Callable[[int, int, float], None] | None = None,
-    on_validation: Callable[[Validation], None] | None = None,
+    on_validation: Callable[[int, float], None] | None = None,
 ) -> TrainingResult:
     """Train ``model``, in place, with ``strategy``; ``details`` of the result is the record for ``llmpruner.json``.
 
@@ -82,22 +77,20 @@ def train(
     from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
 
     settings = filled_in(settings, len(data.rows), adapters=strategy.adapters)
-    identity = {
+    about = {
         "strategy": strategy.name,
-        "strategy settings": strategy.record(),
-        "settings": _shared(settings),
-        "examples": data.fingerprint,
-        "processes": Ranks.current().count,
-        "model": _fingerprint(model),
+        "strategy_settings": strategy.record(),
+        "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
+        "fingerprint": data.fingerprint,
     }
-    Ranks.current().from_first(lambda: _claim(work_dir, identity))
-    requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    validations: list[Validation] = []
+    processes = Ranks.current()
+    processes.from_first(lambda: _claim(work_dir, {**about, "processes": processes.count, "model": _sampled(model)}))
+    validations: list[dict[str, Any]] = []
 
-    def validated(done: Validation) -> None:
-        validations.append(done)
+    def validated(step: int, loss: float) -> None:
+        validations.append({"step": step, "loss": loss})
         if on_validation is not None:
-            on_validation(done)
+            on_validation(step, loss)
 
     job = RecoveryJob(
         model, tokenizer, data.rows, data.validation, graph, settings, work_dir, load_teacher, on_step, validated
@@ -106,45 +99,31 @@ def train(
         result = strategy.train(job)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
-    result.model.eval()
-    if not hasattr(result.model, "peft_config"):
-        for name, parameter in result.model.named_parameters():
-            parameter.requires_grad_(requires_grad.get(name, True))
+    result.model.eval().requires_grad_(True)
     record = {
-        "strategy": strategy.name,
-        "strategy_settings": strategy.record(),
-        "settings": _shared(settings),
-        "data": data.source,
-        "fingerprint": data.fingerprint,
+        **about,
+        "data": settings.data,
         "examples": len(data.rows),
         "trainable_parameters": result.trainable_parameters,
         "losses": list(result.losses),
         "held_out": data.held_out,
         "validation_examples": len(data.validation),
-        "validation": [asdict(done) for done in validations],
-        "best_step": min(validations, key=lambda done: done.loss).step if validations else None,
+        "validation": validations,
+        "best_step": min(validations, key=lambda done: done["loss"])["step"] if validations else None,
         **result.details,
     }
-    return replace(result, notes=(*result.notes, *data.notes), details=record)
+    return replace(result, details=record)
 
 
-def _shared(settings: RecoverSettings) -> dict[str, Any]:
-    """The settings that all strategies share, as JSON values."""
-    return settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"})
-
-
-def _claim(work_dir: Path, identity: Mapping[str, Any]) -> None:
+def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     """Create ``work_dir`` for this job. Raises `OutputError` where it belongs to another."""
-    file = work_dir / _IDENTITY
+    file = work_dir / "job.json"
     if not file.is_file():
         with writing(work_dir):
             work_dir.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(identity, indent=2) + "\n")
         return
-    try:
-        kept = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError):
-        raise OutputError(f"{file} is damaged; start anew with --restart") from None
+    kept = json.loads(file.read_text(encoding="utf-8"))
     changed = [key for key, value in identity.items() if kept.get(key) != value]
     if changed:
         raise OutputError(
@@ -153,7 +132,7 @@ def _claim(work_dir: Path, identity: Mapping[str, Any]) -> None:
         )
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def _sampled(model: PreTrainedModel) -> str:
     """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter."""
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

@@ -9,8 +9,7 @@ import torch
 from torch.nn import functional
 
 from ..calibration.chat import IGNORED
-from ..errors import ModelError
-from ..models.tokenizer import predicted_tokens
+from ..models.tokenizer import check_one_head
 from .base import RecoveryJob
 
 Batch = Mapping[str, torch.Tensor]
@@ -24,15 +23,13 @@ _ELEMENTS = 1 << 22
 """Logits of a block, 16 MiB in float32, which stay in the processor's caches."""
 
 
-def distillation_loss(job: RecoveryJob, temperature: float, labels: float) -> Loss:
+def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
     """The divergence from the dense model, as `DistilStrategy` describes, with a share ``labels`` of cross entropy.
 
     Raises `ModelError` where the dense model is not known or predicts other tokens.
     """
     teacher = job.teacher()
-    sizes = [predicted_tokens(model) for model in (job.model, teacher)]
-    if sizes[0] != sizes[1]:
-        raise ModelError(f"the dense model predicts {sizes[1]:,} tokens, the pruned one {sizes[0]:,}: no distillation")
+    check_one_head(teacher, job.model)
 
     def loss(model: Any, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
@@ -40,9 +37,9 @@ def distillation_loss(job: RecoveryJob, temperature: float, labels: float) -> Lo
         rows, next_tokens = _trained(batch)
 
         def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
-            log_q = (logits / temperature).log_softmax(-1)
-            log_p = (dense_NV.index_select(0, rows[part]).float() / temperature).log_softmax(-1)
-            value: torch.Tensor = temperature**2 * (log_p.exp() * (log_p - log_q)).sum(-1)
+            log_q = logits.log_softmax(-1)
+            log_p = dense_NV.index_select(0, rows[part]).float().log_softmax(-1)
+            value: torch.Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
             if labels:
                 next_token = functional.cross_entropy(logits, next_tokens[part], reduction="none")
                 value = (1 - labels) * value + labels * next_token

@@ -19,7 +19,6 @@ class AdapterSettings(ComponentSettings):
     rank: int = Field(8, ge=1, le=16_384, description="Rank of the adapters.")
     alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
     dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
-    merge: bool = Field(True, description="Add the adapters to the weights; false: save them alone.")
 
 
 class FullStrategy(RecoveryStrategy):
@@ -39,7 +38,8 @@ class FullStrategy(RecoveryStrategy):
 
 
 class LoraStrategy(RecoveryStrategy):
-    """LoRA (Hu et al., 2021) as in LLM-Pruner, section 3.3, with its defaults."""
+    """LoRA (Hu et al., 2021) as in LLM-Pruner, section 3.3, with its defaults. Stacked weights of experts get no
+    adapters."""
 
     name = "lora"
     adapters = True
@@ -58,7 +58,6 @@ class DistilSettings(AdapterSettings):
     """Of `DistilStrategy`; those of adapters are for ``trains=lora``."""
 
     trains: Literal["all", "lora"] = Field("all", description="What is trained: all weights, or LoRA adapters.")
-    temperature: float = Field(1.0, gt=0, description="T, by which the logits of both models are divided.")
     labels: float = Field(
         0.0, ge=0, lt=1, description="Weight of the cross entropy of the next token; the divergence has the rest."
     )
@@ -69,8 +68,8 @@ class DistilStrategy(RecoveryStrategy):
     """Knowledge distillation (Hinton, Vinyals, Dean, 2015): at every token of the data, the pruned model is trained
     toward the dense model's distribution over the vocabulary.
 
-    The loss is the mean over trained tokens of T² · KL(p ‖ q), with the predictions p of the dense and q of the pruned
-    model at temperature T. The dense model is in memory together with the pruned one.
+    The loss is the mean over trained tokens of KL(p ‖ q), with the predictions p of the dense and q of the pruned
+    model. The dense model is in memory together with the pruned one.
     """
 
     name = "distil"
@@ -92,7 +91,7 @@ class DistilStrategy(RecoveryStrategy):
         from .losses import distillation_loss
         from .training import fit
 
-        loss = distillation_loss(job, self.settings.temperature, self.settings.labels)
+        loss = distillation_loss(job, self.settings.labels)
         if self.adapters:
             return train_adapters(job, self.settings, loss)
         job.model.requires_grad_(True)

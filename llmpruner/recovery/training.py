@@ -4,8 +4,7 @@ Notable:
 - the loss of a step is a mean over its trained tokens, whatever the micro-batches and the number of processes;
 - weights of 16 bits are in float32 while they are trained;
 - there are ten checkpoints, and the loss on ``job.validation`` is measured before the first step and up to ten times
-  afterwards; the model ends with the weights of the lowest one, which may be those of the start;
-- with ``minutes``, the learning rate follows the time that has passed, and the training stops at its end.
+  afterwards; the model ends with the weights of the lowest one, which may be those of the start.
 """
 
 from __future__ import annotations
@@ -13,8 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,19 +29,19 @@ from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
-from .base import RecoveryJob, Validation
+from .base import RecoveryJob
 from .losses import Batch, Loss, next_token_loss, trained_tokens
-from .memory import free_bytes, training_bytes
 
 if TYPE_CHECKING:
     from ..settings import RecoverSettings
 
-_UNLIMITED = 10**9
-"""Optimizer steps of a training that ends by its time."""
+_NEVER = 10**9
+"""Steps between validations, and between checkpoints, for the Trainer: `_Schedule` decides about both."""
 _WARMUP = 100
 """Steps over which the learning rate rises, or a tenth of all where that is fewer."""
+_NARROW = {torch.bfloat16, torch.float16}
 _PARTS, _CHECKING_SHARE = 10, 0.1
-"""Checkpoints of a training, and validations at most; and the share of its time that validations may take."""
+"""Checkpoints of a training, and validations at most; and the share of its work that validations may take."""
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
@@ -63,9 +61,9 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     The same loss is measured on ``job.validation``, without gradients and in evaluation mode; the model ends with the
     weights that had the lowest one, or with those of the start.
 
-    Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption
-    (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
-    `ModelError` when the loss is not finite.
+    Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption.
+    In several processes, all call this, share every batch, and have the result. Raises `ModelError` when the loss is
+    not finite.
     """
     use_cache = getattr(model.config, "use_cache", None)
     try:
@@ -90,29 +88,21 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     processes, size = Ranks.current().count, settings.batch_size
     if size is None:
         sizes = [size for size in (64, 32, 16, 8, 4, 2) if size % processes == 0] or [processes]
-        if settings.minutes is not None:
-            size = next((size for size in sizes if size <= settings.micro_batch_size), sizes[-1])
-        elif settings.max_steps is not None:
-            size = sizes[0]
-        else:
-            enough = (size for size in sizes if math.ceil(settings.epochs * math.ceil(rows / size)) >= 200)
-            size = next(enough, sizes[-1])
+        enough = (size for size in sizes if settings.max_steps or settings.epochs * math.ceil(rows / size) > 199)
+        size = next(enough, sizes[-1])
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
     settings = settings.model_copy(update={"batch_size": size})
     rate = settings.learning_rate
     if rate is None:
-        total = planned_steps(settings, rows)
-        rate = 1e-4 if adapters else 1e-4 * min(1.0, total / 100)
+        rate = 1e-4 if adapters else 1e-4 * min(1.0, planned_steps(settings, rows) / 100)
     return settings.model_copy(update={"learning_rate": rate})
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> int:
-    """Number of optimizer steps at most; the last batch of an epoch may be smaller than the others."""
+    """Number of optimizer steps; the last batch of an epoch may be smaller than the others."""
     if settings.max_steps is not None:
         return settings.max_steps
-    if settings.minutes is not None:
-        return _UNLIMITED
     assert settings.batch_size is not None, "filled in"
     return math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
 
@@ -133,24 +123,15 @@ def _in_float32(model: Any, job: RecoveryJob) -> Iterator[bool]:
     than the distance of two numbers of bfloat16, and would be rounded away. After it they are rounded to their dtype.
 
     Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so. A
-    model in float16, whose range bfloat16 would replace by less precision, and one whose operators refuse autocast
-    (DBRX adds bfloat16 to float32) are in float32 as a whole.
+    model in float16, whose range bfloat16 would replace by less precision, is in float32 as a whole.
     """
-    widened: dict[torch.nn.Parameter, torch.dtype] = {}
-
-    def widen(parameters: Sequence[torch.nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                widened[parameter] = parameter.dtype
-                parameter.data = parameter.data.float()
-
+    narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
+    autocast = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
+    whole = torch.float16 in narrow
+    widened = {p: p.dtype for p in model.parameters() if p.dtype in _NARROW and (p.requires_grad or whole)}
     try:
-        widen([parameter for _, parameter in _trained(model)])
-        narrow = set(widened.values())
-        wanted = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
-        autocast = wanted and _takes_autocast(model, job)
-        if narrow and not autocast:
-            widen(list(model.parameters()))
+        for parameter in widened:
+            parameter.data = parameter.data.float()
         yield autocast
     finally:
         for parameter, dtype in widened.items():
@@ -158,33 +139,12 @@ def _in_float32(model: Any, job: RecoveryJob) -> Iterator[bool]:
             parameter.data = parameter.data.to(dtype)
 
 
-def _takes_autocast(model: Any, job: RecoveryJob) -> bool:
-    """Whether the model runs in bfloat16 under autocast, tried with a few tokens."""
-    ids = torch.tensor([job.examples[0]["input_ids"][:8]], device=job.model.device)
-    model.eval()
-    try:
-        with torch.no_grad(), autocast_to(job.model.device.type, torch.bfloat16):
-            model(input_ids=ids, use_cache=False)
-    except RuntimeError:  # another cause raises again in the training
-        return False
-    return True
-
-
-def _arguments(model: Any, job: RecoveryJob) -> TrainingArguments:
-    """Validations and checkpoints are `_Watch`'s, so that they can follow the time."""
+def _arguments(job: RecoveryJob) -> TrainingArguments:
     settings, processes = job.settings, Ranks.current().count
     assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
     part = settings.batch_size // processes
     micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
     on_cpu = job.model.device.type == "cpu"
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    needed = training_bytes(job.model.config, weights=0, trained=trained, tokens=micro * settings.cutoff)
-    options: dict[str, Any] = {}
-    if getattr(model, "supports_gradient_checkpointing", False) and needed > free_bytes(job.model.device):
-        # transformers has renamed it.
-        fields = TrainingArguments.__dataclass_fields__
-        name = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
-        options = {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     return TrainingArguments(
         output_dir=str(job.work_dir),
         per_device_train_batch_size=micro,
@@ -198,9 +158,9 @@ def _arguments(model: Any, job: RecoveryJob) -> TrainingArguments:
         # The filter would replace NaN by the mean of earlier losses.
         logging_nan_inf_filter=False,
         eval_strategy="steps",
-        eval_steps=_UNLIMITED,
+        eval_steps=_NEVER,
         save_strategy="steps",
-        save_steps=_UNLIMITED,
+        save_steps=_NEVER,
         save_total_limit=2,
         load_best_model_at_end=True,
         metric_for_best_model="eval_loss",
@@ -212,7 +172,6 @@ def _arguments(model: Any, job: RecoveryJob) -> TrainingArguments:
         report_to=[],
         log_level="error",
         disable_tqdm=True,
-        **options,
     )
 
 
@@ -224,39 +183,24 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool) -> None:
         self.job, self.loss, self.autocast, self.ranks = job, loss, autocast, Ranks.current()
-        self.began, self.check_seconds = time.monotonic(), 0.0
-        """When this process began to train, less the seconds before an interruption; and of the last validation."""
         super().__init__(
             model=model,
-            args=_arguments(model, job),
+            args=_arguments(job),
             train_dataset=list(job.examples),
             eval_dataset=list(job.validation),
             data_collator=DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED),
-            callbacks=[_Watch(self)],
+            callbacks=[_Schedule(self)],
         )
         # `compute_loss` divides by the trained tokens of the whole step.
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
 
-    def progress(self) -> float:
-        """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
-        share = float(self.state.global_step / max(self.state.max_steps, 1))
-        if self.job.settings.minutes is None:
-            return share
-        limit = 60 * self.job.settings.minutes
-        # Clocks of processes differ. The last validation is part of the time.
-        return max(share, self.ranks.from_first(lambda: (self.seconds() + self.check_seconds) / limit))
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear: up to the peak, then down to zero at the end of the steps or minutes."""
+        """Linear: up to the peak, then down to zero at the last step."""
         warmup = min(_WARMUP, math.ceil(num_training_steps / 10))
 
         def factor(step: int) -> float:
-            done = step / num_training_steps if self.job.settings.minutes is None else self.progress()
-            return min(1.0, (step + 1) / warmup) * max(0.0, 1 - done)
+            return min(1.0, (step + 1) / warmup) * max(0.0, 1 - step / num_training_steps)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -282,7 +226,6 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss on the validation rows, as a mean over their trained tokens."""
-        began = time.monotonic()
         self.model.eval()
         size, total, tokens = self.args.per_device_train_batch_size, 0.0, 0
         batches = [self.job.validation[n : n + size] for n in range(0, len(self.job.validation), size)]
@@ -294,13 +237,24 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         total, count = self.ranks.totals(total, tokens)
         metrics = {"eval_loss": total / count}
         self.log(metrics)
-        self.check_seconds = time.monotonic() - began
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Keeps the seconds so far, for a resumed training."""
-        super().log({**logs, "seconds": self.seconds()}, start_time)
+        """Also reports the loss of a step, or on the validation rows, to the job."""
+        super().log(logs, start_time)
+        self.report(self.state.log_history[-1])
+
+    def report(self, entry: dict[str, Any], again: bool = False) -> None:
+        """``again``: of a training that goes on, whose steps are not repeated."""
+        job = self.job
+        for name, what in (("loss", "loss"), ("eval_loss", "validation loss")):
+            if not math.isfinite(entry.get(name, 0.0)):
+                raise ModelError(f"the {what} became {entry[name]} at step {entry['step']}; lower the learning rate")
+        if "loss" in entry and job.on_step is not None and not again:
+            job.on_step(entry["step"], self.state.max_steps, entry["loss"])
+        if "eval_loss" in entry and job.on_validation is not None:
+            job.on_validation(entry["step"], entry["eval_loss"])
 
     def save_start(self) -> None:
         """Measure the loss before the first step, and keep these weights: they may stay the best."""
@@ -313,15 +267,15 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
-            tensors = {n: p.detach().cpu().contiguous() for n, p in _trained(self.model)}
-            save_file(tensors, folder / "model.safetensors")
+            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+            save_file({n: p.detach().cpu().contiguous() for n, p in trained.items()}, folder / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         del model
         tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         with torch.no_grad():
-            for name, parameter in _trained(self.model):
-                parameter.copy_(tensors[name])
+            for name, tensor in tensors.items():
+                self.model.get_parameter(name).copy_(tensor)
 
     def _load_best_model(self) -> None:
         # No checkpoint is written at the end.
@@ -334,69 +288,33 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self.ranks.wait()
 
 
-class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Reports losses to the job, and says when to validate, to save and to stop."""
+class _Schedule(TrainerCallback):  # type: ignore[misc]
+    """Says when to validate, to save and to stop."""
 
     def __init__(self, trainer: _LossTrainer) -> None:
-        self._trainer, self._before = trainer, 0.0
-        """``_before``: `_LossTrainer.progress` at the step before."""
+        self._trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
-        trainer = self._trainer
         if not state.log_history:
-            trainer.save_start()
+            self._trainer.save_start()
             return
-        trainer.began = time.monotonic() - state.log_history[-1]["seconds"]
-        self._before = trainer.progress()
         for entry in state.log_history:
-            if "eval_loss" in entry:
-                self._report(entry)
+            self._trainer.report(entry, again=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del state
-        trainer, done = self._trainer, self._trainer.progress()
-        if trainer.job.settings.minutes is None:
-            # Of a step, every example is computed forwards and backwards: three times the work.
-            work = 3 * args.max_steps * trainer.job.settings.batch_size
-            checks = _CHECKING_SHARE * work / len(trainer.job.validation)
-        else:
-            checks = _CHECKING_SHARE * 60 * trainer.job.settings.minutes / max(trainer.check_seconds, 1e-9)
-        ends, checks = done >= 1, max(1, min(_PARTS, int(checks)))
+        job = self._trainer.job
+        # Of a step, every example is computed forwards and backwards: three times the work.
+        work = 3 * args.max_steps * job.settings.batch_size
+        checks = max(1, min(_PARTS, int(_CHECKING_SHARE * work / len(job.validation))))
+        ends = state.global_step >= args.max_steps
+
+        def completes(parts: int) -> bool:
+            """Whether this step is the last in one of equal ``parts`` of the training."""
+            step, steps = int(state.global_step), int(args.max_steps)
+            return step * parts // steps > (step - 1) * parts // steps
+
         control.should_training_stop = ends
-        control.should_evaluate = ends or self._crosses(checks, done)
+        control.should_evaluate = ends or completes(checks)
         # Nothing is saved at the end, which is the result.
-        control.should_save = not ends and (control.should_evaluate or self._crosses(_PARTS, done))
-        self._before = done
-
-    def _crosses(self, parts: int, done: float) -> bool:
-        """Whether the step that was done is the last in one of equal ``parts`` of the training."""
-        return int(done * parts + 1e-9) > int(self._before * parts + 1e-9)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **_: Any) -> None:
-        del args, control
-        loss, job = (logs or {}).get("loss"), self._trainer.job
-        if loss is None:
-            return
-        if not math.isfinite(loss):
-            raise ModelError(f"the loss became {loss} at step {state.global_step}; lower the learning rate")
-        if job.on_step is not None:
-            total = state.max_steps
-            if job.settings.minutes is not None:
-                total = max(state.global_step, round(state.global_step / max(self._trainer.progress(), 1e-9)))
-            job.on_step(state.global_step, total, loss)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, control
-        self._report(state.log_history[-1])
-
-    def _report(self, entry: dict[str, Any]) -> None:
-        done = Validation(int(entry["step"]), entry["eval_loss"])
-        if not math.isfinite(done.loss):
-            raise ModelError(f"the validation loss became {done.loss} at step {done.step}; lower the learning rate")
-        if self._trainer.job.on_validation is not None:
-            self._trainer.job.on_validation(done)
-
-
-def _trained(model: Any) -> Sequence[tuple[str, torch.nn.Parameter]]:
-    return [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        control.should_save = not ends and (control.should_evaluate or completes(_PARTS))

@@ -13,8 +13,8 @@ from ..discovery.groups import build_graph
 from ..discovery.structure import load_structure
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.base import Row
-from ..evaluation.costs import size
-from ..evaluation.evaluate import Evaluation, side_by_side
+from ..evaluation.evaluate import Evaluation, Evaluations
+from ..evaluation.metrics import size
 from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
@@ -153,7 +153,7 @@ def measurements(
         return None
     if text is None:
         text = next((model["perplexity"].get("text") for model in results if model.get("perplexity")), None)
-    lines = side_by_side([_evaluation(model, catalog) for model in results])
+    lines = Evaluations(_evaluation(model, catalog) for model in results).lines
     return Measurements(names, tuple(results), tuple(lines), text)
 
 

@@ -82,10 +82,6 @@ def _decode(evidence: Evidence) -> Pair | None:
         if DENSE in rates and evidence.name in rates:
             dense, own = (rates[name]["tokens_per_second"]["median"] for name in (DENSE, evidence.name))
             return Pair(label, dense, own, rates[evidence.name]["ideal"])
-    for measured in evidence.measured:
-        before, after = (measured.of(name).get("speed") for name in (DENSE, evidence.name))
-        if before and after:
-            return Pair(label, before["decode"]["median"], after["decode"]["median"])
     return None
 
 

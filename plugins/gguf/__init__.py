@@ -72,7 +72,7 @@ class LlamaCppRuntime(Runtime):
     name = "llama-cpp"
     summary = "llama.cpp, for .gguf files"
 
-    def check(self, subject: BenchSubject) -> int:
+    def check(self, subject: BenchSubject) -> None:
         for module, package, extra in (("llama_cpp", "llama-cpp-python", "llama-cpp"), ("gguf", "gguf", "gguf")):
             if find_spec(module) is None:
                 raise MissingExtraError(package, extra)
@@ -81,7 +81,6 @@ class LlamaCppRuntime(Runtime):
                 f"'{subject.ref}' is no .gguf file, which --runtime llama-cpp needs; write it with llmpruner export "
                 "--to gguf"
             )
-        return subject.path.stat().st_size
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         from .bench import LlamaCppSession, gguf_work

@@ -26,12 +26,11 @@ class VllmRuntime(Runtime):
 
     settings: Settings
 
-    def check(self, subject: BenchSubject) -> int:
+    def check(self, subject: BenchSubject) -> None:
         if find_spec("vllm") is None:
             raise ModelError("vllm is not installed; run: pip install vllm")
         if subject.path is None or not subject.path.is_dir():
             raise ModelError(f"'{subject.ref}' is no checkpoint directory, which --runtime vllm needs")
-        return subject.structure.graph.total_parameters * subject.dtype.itemsize
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         # transformers' model is needed for its sizes alone, and freed before vLLM loads its own.

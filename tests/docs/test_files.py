@@ -30,15 +30,9 @@ def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
     record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))
     assert record.keys() == files_page.RECORD.keys() - {"adapters"}
     assert record["recovery"][0].keys() == files_page.RECOVERY.keys()
-    more = {"settings": {"lora": {"merge": False}}, "max_steps": 1, "batch_size": 2, "output": tmp_path / "adapters"}
-    llmpruner.recover(pruned, data=str(data), **more)
-    origin = json.loads((tmp_path / "adapters" / "llmpruner-files.json").read_text(encoding="utf-8"))
-    assert origin.keys() == files_page.ORIGIN.keys() - {"exported_from", "format"}
-    narrow = {"unit_ratio": 0.25, "layers": [1], "importance": "l1", "output": tmp_path / "narrow"}
-    llmpruner.prune(tmp_path / "dense", **narrow)
-    llmpruner.export(tmp_path / "narrow", to="stock", output=tmp_path / "stock")
+    llmpruner.export(tmp_path / "dense", to="stock", output=tmp_path / "stock")
     origin = json.loads((tmp_path / "stock" / "llmpruner-files.json").read_text(encoding="utf-8"))
-    assert origin.keys() == files_page.ORIGIN.keys() - {"adapters_of", "recovery", "format"}
-    llmpruner.export(tmp_path / "narrow", to="nemotron-nas", output=tmp_path / "served")
+    assert origin.keys() == files_page.ORIGIN.keys() - {"format"}
+    llmpruner.export(tmp_path / "dense", to="nemotron-nas", output=tmp_path / "served")
     origin = json.loads((tmp_path / "served" / "llmpruner-files.json").read_text(encoding="utf-8"))
-    assert origin.keys() == files_page.ORIGIN.keys() - {"adapters_of", "recovery"}
+    assert origin.keys() == files_page.ORIGIN.keys()

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 
@@ -7,9 +6,8 @@ import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
 
-from llmpruner import DataError
 from llmpruner.discovery.groups import build_graph
-from llmpruner.evaluation.costs import size, speed
+from llmpruner.evaluation.metrics import size
 from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.surgery import cut
@@ -62,30 +60,9 @@ def test_experts_count_as_often_as_they_are_visited():
     assert macs_per_token(model, graph, context=0) == attention + router + head + 2 * expert
 
 
-def test_speed_is_measured_with_its_spread():
-    model = tiny_models.llama()
-    result = speed(model, prompt_tokens=16, new_tokens=4, runs=3)
-    for measured in (result.prefill, result.decode):
-        assert 0 < measured.low <= measured.median <= measured.high and measured.runs == 3
-    assert (result.prompt_tokens, result.new_tokens) == (16, 4)
-    if os.access("/proc/self/clear_refs", os.W_OK):
-        assert result.peak_bytes > sum(p.nbytes for p in model.parameters())
-
-
 @pytest.mark.parametrize(
     "module", ["llmpruner.evaluation.metrics", "llmpruner.recovery.base", "llmpruner.recovery.strategies"]
 )
 def test_light_modules_import_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-def test_speed_beyond_a_table_of_positions_is_refused():
-    with pytest.raises(
-        DataError, match=r"30 \+ 3 tokens are beyond the model's 32 positions; lower --set speed\.prompt_"
-    ):
-        speed(tiny_models.gpt2(positions=32), prompt_tokens=30, new_tokens=3, runs=1)
-    assert speed(tiny_models.gpt2(positions=32), prompt_tokens=30, new_tokens=2, runs=1).new_tokens == 2
-    rotary = tiny_models.llama()
-    rotary.config.max_position_embeddings = 8
-    assert speed(rotary, prompt_tokens=12, new_tokens=2, runs=1).prompt_tokens == 12

@@ -4,8 +4,7 @@ import pytest
 import tiny_models
 
 from llmpruner import DataError
-from llmpruner.errors import UnknownNameError
-from llmpruner.evaluation.tasks import TASK_GROUPS, builtin_manager, evaluate_tasks, expand, load_tasks
+from llmpruner.evaluation.tasks import PAPER, builtin_manager, evaluate_tasks, expand, load_tasks
 
 pytest.importorskip("lm_eval")
 
@@ -78,18 +77,9 @@ def accuracy(model, tokenizer, count):
     return hits / count
 
 
-def test_loaded_tasks_serve_several_models(task_dir):
-    tasks = load_tasks(["llmpruner_capitals"], include_path=task_dir)
-    tokenizer = tiny_models.tokenizer()
-    for seed in (0, 5):
-        model = tiny_models.llama(seed=seed)
-        result = evaluate_tasks(model, tokenizer, tasks, num_fewshot=0, limit=7)
-        assert result["llmpruner_capitals"]["acc"] == pytest.approx(accuracy(model, tokenizer, 7))
-
-
 @pytest.mark.slow
 def test_an_unknown_task_is_refused():
-    with pytest.raises(UnknownNameError, match=r"unknown task 'piqqa'; did you mean .*piqa") as caught:
+    with pytest.raises(DataError, match=r"unknown task 'piqqa'; did you mean .*piqa") as caught:
         load_tasks(["openbookqa", "piqqa"])
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
@@ -101,8 +91,8 @@ def test_unreachable_data_names_the_way_out(task_dir, tmp_path):
 
 
 def test_names_are_expanded_once():
-    known = ["arc_easy", "arc_challenge", *TASK_GROUPS["paper"], "mmlu_law", "mmlu_logic"]
-    assert expand(["paper", "piqa"], known) == list(TASK_GROUPS["paper"])
+    known = ["arc_easy", "arc_challenge", *PAPER, "mmlu_law", "mmlu_logic"]
+    assert expand(["paper", "piqa"], known) == list(PAPER)
     assert expand(["mmlu_*"], known) == ["mmlu_law", "mmlu_logic"]
     with pytest.raises(DataError, match="no task was named"):
         expand([], known)
@@ -110,7 +100,7 @@ def test_names_are_expanded_once():
 
 @pytest.mark.slow
 def test_the_paper_suite_exists_in_lm_eval():
-    assert expand(["paper"], builtin_manager().all_tasks) == list(TASK_GROUPS["paper"])
+    assert expand(["paper"], builtin_manager().all_tasks) == list(PAPER)
 
 
 @pytest.mark.long

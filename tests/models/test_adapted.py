@@ -15,12 +15,10 @@ from llmpruner import api
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.dense import dense_structure, load_dense
 from llmpruner.discovery.structure import load_structure
-from llmpruner.errors import ModelError
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.opening import load_model
 from llmpruner.models.tokenizer import load_tokenizer
 
-ALONE = {"lora": {"merge": False}}
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)
 
@@ -53,13 +51,6 @@ def one(base, tmp_path) -> Path:
     return adapted(base, tmp_path / "one", 1)
 
 
-@pytest.fixture
-def two(one, tmp_path) -> Path:
-    """On the first, as `llmpruner.recover` saves it without merging."""
-    api.recover(one, data=data(tmp_path), settings=ALONE, output=tmp_path / "two", strategy="lora", **TRAINING)
-    return tmp_path / "two"
-
-
 def data(folder: Path) -> str:
     file = folder / "data.jsonl"
     rows = [{"prompt": f"Question {n}: what is it?\n", "completion": f"It is {n * n} or so."} for n in range(8)]
@@ -67,12 +58,11 @@ def data(folder: Path) -> str:
     return str(file)
 
 
-@pytest.mark.parametrize("which", ["one", "two"])
-def test_the_dense_model_has_the_adapter(which, request, catalog, tmp_path, monkeypatch):
+def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     """For a recovery, and for `verify`, from any folder."""
-    adapter = request.getfixturevalue(which)
+    adapter = one
     monkeypatch.chdir(tmp_path)
-    llmpruner.prune(which, ratio=0.2, importance="l1", compensate="none", output="pruned")
+    llmpruner.prune("one", ratio=0.2, importance="l1", compensate="none", output="pruned")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
@@ -89,43 +79,24 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     llmpruner.prune(one, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
     wrote = []
     monkeypatch.setattr(
-        "llmpruner.recovery.dense_text._texts",
-        lambda count, model, *_: wrote.append(logits(model)) or [Completion("The quick brown fox jumps over it. " * 4)],
+        "llmpruner.recovery.recover.write_examples",
+        lambda own, model, *_: wrote.append(logits(model)) or [Completion("The quick brown fox jumps over it. " * 4)],
     )
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
     assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog), catalog).model))
 
 
-def test_training_an_adapted_model_keeps_the_first_training(two, one, base, catalog):
-    """The second adapter names the first, and what is loaded of it is what was trained."""
-    config = json.loads((two / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(one)
-    assert json.loads((two / "llmpruner-files.json").read_text())["adapters_of"] == str(one)
-    merged = two.with_name("merged")
-    api.recover(one, data=data(two.parent), output=merged, strategy="lora", **TRAINING)
-    for load in (load_pruned, lambda folder: load_model(load_structure(str(folder), catalog), catalog).model):
-        torch.testing.assert_close(logits(load(two)), logits(load_pruned(merged)), atol=1e-4, rtol=1e-4)
-        assert not torch.allclose(logits(load(two)), logits(load(one)), atol=1e-3)
-        assert not torch.allclose(logits(load(two)), logits(load(base)), atol=1e-2)
-
-
 def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):
     """The dense model is that of the first cut; the weights are not those of the two cuts, which `verify` knows."""
     llmpruner.prune(base, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "first")
-    one = adapted(tmp_path / "first", tmp_path / "one", 1)
-    three = tmp_path / "three"
-    api.recover(one, data=data(tmp_path), settings=ALONE, output=three, strategy="lora", **TRAINING)
-    for adapter, trainings in ((one, 0), (three, 1)):
-        out = tmp_path / f"pruned {adapter.name}"
-        llmpruner.prune(adapter, ratio=0.2, importance="l1", compensate="none", output=out)
-        record = json.loads((out / "llmpruner.json").read_text())
-        assert record["base_path"] == str(base) and len(record["plans"]) == 2
-        assert record["adapters"] == (["one"] if adapter is one else ["one", "three"])
-        assert len(record.get("recovery", ())) == trainings
-        checks = {check.name: check for check in api.verify_checkpoint(out, catalog=catalog).checks}
-        assert "damaged" not in {check.state for check in checks.values()}, checks
-        assert "trained after the cut" in checks["weights"].detail
-    assert load_structure(str(three), catalog).record["adapters"] == ["one", "three"]
+    adapter, out = adapted(tmp_path / "first", tmp_path / "one", 1), tmp_path / "out"
+    llmpruner.prune(adapter, ratio=0.2, importance="l1", compensate="none", output=out)
+    record = json.loads((out / "llmpruner.json").read_text())
+    assert record["base_path"] == str(base) and len(record["plans"]) == 2
+    assert record["adapters"] == ["one"]
+    checks = {check.name: check for check in api.verify_checkpoint(out, catalog=catalog).checks}
+    assert "damaged" not in {check.state for check in checks.values()}, checks
+    assert "trained after the cut" in checks["weights"].detail
 
 
 def test_a_tokenizer_below_two_adapters_is_found(one, catalog, tmp_path):
@@ -135,17 +106,3 @@ def test_a_tokenizer_below_two_adapters_is_found(one, catalog, tmp_path):
     structure = load_structure(str(top), catalog)
     assert structure.path == str(top) and structure.ref == str(top)
     assert load_tokenizer(structure, catalog) is not None
-
-
-def test_adapters_are_for_files(base, tmp_path):
-    """Those of a model in memory would name files that they do not fit, or that lack an earlier training."""
-    alone = {"data": data(tmp_path), "strategy": "lora", "settings": ALONE, **TRAINING}
-    cut = llmpruner.prune(base, ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
-    loaded = llmpruner.load(tmp_path / "pruned")
-    trained = api.recover(loaded, work_dir=tmp_path / "work", **{**alone, "settings": {}})
-    for number, model in enumerate((cut, trained)):
-        with pytest.raises(ModelError, match="was pruned or trained in this process"):
-            api.recover(model, output=tmp_path / f"refused {number}", **alone)
-    api.recover(llmpruner.load(tmp_path / "pruned"), output=tmp_path / "adapter", **alone)
-    again = api.recover(llmpruner.load(tmp_path / "adapter"), output=tmp_path / "second", **alone)
-    torch.testing.assert_close(logits(load_pruned(tmp_path / "second")), logits(again.model), atol=1e-4, rtol=1e-4)

@@ -105,12 +105,6 @@ def test_the_terminal_names_the_models_keeps_and_forgets(model, monkeypatch):
     assert [one.exchanges for one in chats] == [[], []]
 
 
-def test_a_failed_answer_to_a_pipe_is_an_error(model, monkeypatch):
-    one = chat(model)
-    result = talk(monkeypatch, [one], ["word " * 600, "Why?"])
-    assert isinstance(result.exception, DataError) and one.exchanges == []
-
-
 def test_an_interrupt_stops_one_answer_and_the_next_model_answers(model, monkeypatch):
     stopped, other = chat(model, name="stopped"), chat(model, name="other")
 

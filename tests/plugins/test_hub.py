@@ -93,32 +93,6 @@ def test_the_card_of_a_shim_checkpoint(folders):
     assert "base_model" not in text and "which its files do not state" in text
 
 
-def test_recovery_quantisation_and_figures(folders, tmp_path):
-    folder = tmp_path / "made"
-    folder.mkdir()
-    for file in (folders / "stock").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    record = json.loads((folder / "llmpruner.json").read_text())
-    record["plans"][0]["estimation"] |= {"calibration": "/home/me/text.txt", "fingerprint": "abc"}
-    record["recovery"] = [{"strategy": "lora", "data": "/home/me/rows.jsonl", "examples": 1200, "losses": [2.5, 1.25]}]
-    (folder / "llmpruner.json").write_text(json.dumps(record))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "torchao"}}))
-    perplexity = {"perplexity": 12.3456, "tokens": 2048, "window": 512, "text_sha256": "f00d", "kl_per_token": None}
-    found = [
-        {"name": "x/dense", "perplexity": perplexity, "tasks": {"piqa": {"acc": 0.75, "acc_stderr": 0.01}}},
-        {"name": "x/made", "perplexity": {**perplexity, "kl_per_token": 0.25}, "tasks": {}},
-    ]
-    (tmp_path / "e.json").write_text(json.dumps(found))
-    text = push.prepare(folder, "me/made", evaluation=tmp_path / "e.json").card
-    assert "# Needs: pip install torchao" in text
-    assert "- `lora` on 1,200 examples of `rows.jsonl`, 2 steps: loss 2.500 → 1.250" in text
-    assert "- Calibration text: `text.txt`, SHA-256 of the tokens `abc`" in text
-    assert "| | dense | made |\n|---|---|---|\n| perplexity | 12.35 | 12.35 |" in text
-    assert "| KL divergence from the first, nats per token | - | 0.25 |\n| piqa acc | 0.75 | - |" in text
-    assert "perplexity on 2,048 tokens in windows of 512, of the text with SHA-256 `f00d`" in text
-
-
 @pytest.mark.parametrize("cached", [False, True])
 def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, cached):
     readme = tmp_path / "README.md"

@@ -42,7 +42,7 @@ def test_a_file_means_what_the_commands_mean(tmp_path, catalog):
     assert [step.name for step in recipe.steps] == ["1-prune", "trained", "3-evaluate", "4-export"]
     prune, recover, evaluate, export = recipe_jobs(recipe, catalog).values()
     assert (prune.kinds, prune.layers, prune.amount) == (("mlp", "attention"), "3", 0.2)
-    assert recover.settings.learning_rate == 2e-4 and recover.strategies[0].name == "distil"
+    assert recover.settings.learning_rate == 2e-4 and recover.strategy.name == "distil"
     assert [metric.name for metric in evaluate] == ["size", "perplexity"]
     assert export.name == "gguf"
     assert [step.reads for step in recipe.steps] == [

@@ -7,7 +7,6 @@ import json
 import pytest
 import tiny_models
 import torch
-from said import Said
 
 from llmpruner import api
 from llmpruner.calibration.written import answered
@@ -126,16 +125,13 @@ def rows_in(folder):
 
 
 def test_a_model_recovers_without_a_corpus(home, tmp_path):
-    said = Said()
-    made = recover(home, tmp_path / "out", work_dir=tmp_path / "work", progress=said)
+    made = recover(home, tmp_path / "out", work_dir=tmp_path / "work")
     rows = rows_in(tmp_path / "work")
     asked = [row["instruction"] for row in rows if "instruction" in row]
     assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
     assert 14 <= sum("completion" in row for row in rows) <= 18
     record = made.record["recovery"][0]
     assert record["data"] == "self:24" and record["examples"] > len(asked) // 2
-    plain = [line for line in said.lines if "has no chat format: instructions are in" in line]
-    assert len(plain) == (0 if "chat_template" in str(list((home / "dense").iterdir())) else 1)
 
 
 def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypatch):
@@ -149,20 +145,6 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
         recover(home, tmp_path / "other", work_dir=tmp_path / "work", seed=3)
     recover(home, tmp_path / "anew", work_dir=tmp_path / "work", restart=True)
     assert rows_in(tmp_path / "work") == rows
-
-
-def test_texts_alone(home, tmp_path):
-    recover(home, tmp_path / "out", "self-text:6", work_dir=tmp_path / "work")
-    assert all(row["completion"] for row in rows_in(tmp_path / "work"))
-
-
-def test_a_mixture_and_another_strategy(home, tmp_path):
-    file = tmp_path / "file.jsonl"
-    asked = {"instruction": "Name it.", "output": "Paris."}
-    file.write_text("\n".join(json.dumps(asked) for n in range(12)))
-    made = recover(home, tmp_path / "out", data=f"3*{file},1*self:4", strategy="distil")
-    assert made.record["recovery"][0]["strategy"] == "distil"
-    assert not (tmp_path / "out.recovery").exists()
 
 
 def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_path, monkeypatch):

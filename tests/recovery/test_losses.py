@@ -73,17 +73,15 @@ def test_the_distillation_loss_is_the_formula(tmp_path, batch):
     trained = batch["labels"][:, 1:] != -100
     with torch.no_grad():
         p, q = (m(batch["input_ids"]).logits[:, :-1][trained] for m in (dense, job.model))
-        value = distillation_loss(job, 2.0, 0.25)(job.model, batch)
-    divergence = functional.kl_div(
-        (q / 2).log_softmax(-1), (p / 2).log_softmax(-1), reduction="batchmean", log_target=True
-    )
+        value = distillation_loss(job, 0.25)(job.model, batch)
+    divergence = functional.kl_div(q.log_softmax(-1), p.log_softmax(-1), reduction="batchmean", log_target=True)
     next_token = functional.cross_entropy(q, batch["labels"][:, 1:][trained])
-    assert float(value) == pytest.approx(float(0.75 * 4 * divergence + 0.25 * next_token), rel=1e-5)
+    assert float(value) == pytest.approx(float(0.75 * divergence + 0.25 * next_token), rel=1e-5)
     assert float(next_token_loss(job.model, batch).detach()) == pytest.approx(float(next_token), rel=1e-5)
 
 
 def test_models_with_other_tokens_are_refused(tmp_path):
     dense = dense_model()
     dense.resize_token_embeddings(dense.config.vocab_size + 8)
-    with pytest.raises(ModelError, match=r"predicts \d+ tokens, the pruned one \d+: no distillation"):
-        distillation_loss(job_of(tmp_path, dense), 1.0, 0.0)
+    with pytest.raises(ModelError, match=r"predicts \d+ tokens and the reference \d+"):
+        distillation_loss(job_of(tmp_path, dense), 0.0)

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
-import time
-from pathlib import Path
 
 import pytest
-import tiny_models
 import torch
 from recovery_cases import dense_model, pruned_model
 
@@ -46,7 +43,7 @@ def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tiny, strat
     assert not result.model.training and all(p.requires_grad for p in result.model.parameters())
     assert result.model.config.use_cache
     moved = {name for name in after if not torch.equal(after[name], before[name])}
-    adapted = {f"{target}.weight" for target in adapter_targets(result.model, graph)[0]}
+    adapted = {f"{target}.weight" for target in adapter_targets(result.model, graph)}
     assert moved == (adapted if strategy.adapters else set(after))
 
 
@@ -147,18 +144,6 @@ def test_a_model_in_bfloat16_learns_as_one_in_float32(tiny):
     assert narrow.details["validation"][-1]["loss"] == pytest.approx(after, abs=0.1 * (before - after))
 
 
-def test_minutes_end_a_training_with_the_rate_near_zero(tiny, monkeypatch, tmp_path):
-    began = time.monotonic()
-    result = tiny(FullStrategy(), max_steps=None, minutes=0.05, batch_size=None)
-    assert 2 < time.monotonic() - began < 30
-    assert len(result.losses) > 3 and result.details["settings"]["batch_size"] == 2
-    assert result.details["validation"][-1]["step"] == len(result.losses)
-    newest = latest_checkpoint(tmp_path / "run" / "work")
-    history = json.loads((Path(newest) / "trainer_state.json").read_text())["log_history"]
-    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
-    assert max(rates) <= 5e-3 and rates[0] < max(rates)
-
-
 def test_batches_and_steps():
     of = RecoverSettings(data="a")
     sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
@@ -166,7 +151,6 @@ def test_batches_and_steps():
     settings = filled_in(of, 500, adapters=True)
     assert planned_steps(settings, 500) == 250
     assert filled_in(RecoverSettings(data="a", max_steps=5), 500, adapters=True).batch_size == 64
-    assert filled_in(RecoverSettings(data="a", minutes=5), 500, adapters=True).batch_size == 4
 
 
 def test_processes_share_a_batch(monkeypatch):
@@ -175,17 +159,14 @@ def test_processes_share_a_batch(monkeypatch):
         filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True)
 
 
-def test_another_job_does_not_go_on_in_a_folder(tiny, tmp_path):
+def test_another_job_does_not_go_on_in_a_folder(tiny):
     tiny(LoraStrategy(), max_steps=1)
     with pytest.raises(OutputError, match=r"another recovery \(settings differ\); start anew with --restart"):
         tiny(LoraStrategy(), max_steps=2)
-    with pytest.raises(OutputError, match=r"\(strategy, strategy settings differ\)"):
+    with pytest.raises(OutputError, match=r"\(strategy, strategy_settings differ\)"):
         tiny(FullStrategy(), max_steps=1)
     with pytest.raises(OutputError, match=r"\(model differ\)"):
         tiny(LoraStrategy(), (dense_model(), pruned_model()[1]), max_steps=1)
-    (tmp_path / "run" / "work" / "job.json").write_text("[1]")
-    with pytest.raises(OutputError, match=r"job\.json is damaged"):
-        tiny(LoraStrategy(), max_steps=1)
 
 
 def test_a_training_that_diverges_stops(tiny):
@@ -218,10 +199,10 @@ def test_the_record(tiny):
     result = tiny(LoraStrategy(rank=4), max_steps=2)
     record = json.loads(json.dumps(result.details))
     assert record.pop("settings") == {
-        "learning_rate": 5e-3, "epochs": 2.0, "max_steps": 2, "minutes": None, "batch_size": 4, "micro_batch_size": 2,
+        "learning_rate": 5e-3, "epochs": 2.0, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
         "cutoff": 24, "validation": 0.02, "seed": 0,
     }  # fmt: skip
-    assert record["strategy_settings"] == {"rank": 4, "alpha": 16, "dropout": 0.05, "merge": True}
+    assert record["strategy_settings"] == {"rank": 4, "alpha": 16, "dropout": 0.05}
     assert record["held_out"] and record["best_step"] in (0, 1, 2) and len(record["losses"]) == 2
     assert record["trainable_parameters"] == result.trainable_parameters > 0
 
@@ -230,27 +211,3 @@ def test_training_prints_nothing(tiny, capfd):
     tiny(LoraStrategy(), max_steps=1)
     said = capfd.readouterr()
     assert said.out == "" and said.err == ""
-
-
-def test_the_same_seed_gives_the_same_losses(tiny):
-    losses = [tiny(LoraStrategy(), max_steps=2, name=name, seed=seed).losses for name, seed in (("a", 0), ("b", 0))]
-    assert losses[0] == losses[1] != tiny(LoraStrategy(), max_steps=2, name="c", seed=1).losses
-
-
-def test_gradient_checkpointing_where_memory_is_short(tiny, monkeypatch):
-    plain = tiny(FullStrategy(), name="plain")
-    monkeypatch.setattr(training, "free_bytes", lambda device: 0)
-    assert tiny(FullStrategy(), name="short").losses == pytest.approx(plain.losses, abs=1e-5)
-
-
-def test_padding_that_the_model_cannot_read():
-    """A padding token that was added to the tokenizer alone, or none at all; the tokenizer is saved as it was."""
-    from transformers import DataCollatorForSeq2Seq
-
-    from llmpruner.models.tokenizer import with_padding
-
-    tokenizer = tiny_models.tokenizer()
-    rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}, {"input_ids": [8], "labels": [8]}]
-    batch = DataCollatorForSeq2Seq(with_padding(tokenizer, tiny_models.llama()), label_pad_token_id=-100)(rows)
-    assert batch["attention_mask"].sum(1).tolist() == [3, 1] and (batch["labels"][1] != -100).sum() == 1
-    assert tokenizer.pad_token is None

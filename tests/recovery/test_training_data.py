@@ -34,7 +34,7 @@ def test_an_instruction_is_a_row_and_texts_are_joined(tmp_path):
     asked, joined = texts(data.rows)
     assert asked == alpaca_prompt("Name the capital of France.") + "Paris.</s>"
     assert joined == "The fox jumps.</s>The sky is blue.</s>"
-    assert all(row["labels"] == row["input_ids"] for row in data.rows) and data.in_format
+    assert all(row["labels"] == row["input_ids"] for row in data.rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     listed = prepared(tmp_path / "a.json")
     assert listed.rows == data.rows and listed.fingerprint == data.fingerprint

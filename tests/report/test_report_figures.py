@@ -12,7 +12,7 @@ from tiny_report import EVALUATED, evaluated, page_of
 
 import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
-from llmpruner.evaluation.costs import size
+from llmpruner.evaluation.metrics import size
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.budgets.kv_cache import bytes_per_token
 from llmpruner.pruning.selection import spread

@@ -44,7 +44,7 @@ from transformers import (
 
 import llmpruner
 from llmpruner import save_checkpoint, work_of
-from llmpruner.errors import CheckpointError, MissingExtraError, ModelError, UnsupportedModelError
+from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
 
 BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
@@ -383,12 +383,6 @@ def test_quantised(quant, tmp_path):
         # Rows of 320 do not fill the blocks of 256.
         assert types["blk.0.attn_q.weight"] == "Q4_K" and types["blk.0.ffn_down.weight"] in ("Q5_0", "Q8_0")
         assert "q4_k_m: " in line
-
-
-def test_quantising_without_llama_cpp_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr("llmpruner_gguf.find_spec", lambda name: True if name == "gguf" else None)
-    with pytest.raises(MissingExtraError, match=r"llama-cpp-python is not installed; .*llmpruner\[llama-cpp\]"):
-        export(tmp_path, GgufExporter(quant="q8_0"), tmp_path / "out", None)
 
 
 def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):

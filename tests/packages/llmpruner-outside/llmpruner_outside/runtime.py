@@ -9,12 +9,9 @@ class WithoutCache(Runtime):
     name = "without-cache"
     summary = "transformers, which processes all tokens again in every step"
 
-    def check(self, subject):
-        return subject.structure.graph.total_parameters * subject.dtype.itemsize
-
     def open(self, subject):
         weights = subject.structure.graph.decoder_parameters
-        return WholeTexts(subject.loaded.model), Work(weights, 0, 0, weights, cache_bytes=0)
+        return WholeTexts(subject.load().model), Work(weights, 0, 0, weights, cache_bytes=0)
 
 
 class WholeTexts(Session):
