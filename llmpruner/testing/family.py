@@ -158,7 +158,9 @@ class FamilyConformance:
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
-        job = RecoveryJob(pruned.model, letters(), [row] * 4, [row], pruned.graph, step, tmp_path)
+        job = RecoveryJob(
+            pruned.model, letters(), [row] * 4, [row], pruned.graph, step, tmp_path, lambda: self.loaded().model
+        )  # fmt: skip
         result = LoraStrategy(dropout=0.0).train(job)
         changed = [n for n, p in result.model.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
