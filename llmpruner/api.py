@@ -5,10 +5,7 @@ reference (a directory, a hub id, a ``.gguf`` file, ``demo``), the `Structure` t
 that `load` returned. ``load``: how models are opened; ``run``: memory, and whether to start anew; ``progress``: shows
 what is done; ``catalog``: of plugins, by default all installed ones.
 
-Whatever can be refused is refused before weights are read, by a subclass of `LlmprunerError`: `SettingsError` for
-settings, `UnknownNameError` for a component that no plugin has, `MissingExtraError` for a library that is not
-installed, `ModelError` for a model that can't be found, read or used, `DataError` for text that can't be used,
-`CheckpointError` for a damaged checkpoint, and `OutputError` for an output that exists or can't be written.
+Whatever can be refused is refused before weights are read, by a subclass of `LlmprunerError`.
 """
 
 from __future__ import annotations
@@ -288,13 +285,13 @@ def generate(
     )  # fmt: skip
 
 
-def save(model: Model, directory: str | Path, *, notes: Mapping[str, Any] | None = None) -> str:
-    """Write an ordinary Hugging Face directory, whole or not at all. ``notes``: JSON values for ``llmpruner.json``.
+def save(model: Model, directory: str | Path) -> str:
+    """Write an ordinary Hugging Face directory, whole or not at all.
 
     Returns its form: ``stock`` (transformers alone loads it), or ``shim`` (layers differ in size; it contains a
     modeling file).
     """
-    return _save(model, check_new_directory(Path(directory)), notes=notes)
+    return _save(model, check_new_directory(Path(directory)))
 
 
 def export(
@@ -314,11 +311,8 @@ def export(
     options = settings_from(ExportSettings, settings)
     exporter = catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
-    is_file = source.suffix == ".gguf" and source.is_file()
-    if is_file and not exporter.takes_files:
-        raise ModelError(f"'{model}' is no checkpoint directory, and only --to stock takes a file; export it first")
-    if not (is_file or source.is_dir()):
-        raise ModelError(f"'{model}' is no checkpoint directory; export takes what prune, recover or save wrote")
+    if not source.is_dir() and not (exporter.takes_files and source.suffix == ".gguf" and source.is_file()):
+        raise ModelError(f"'{model}' is no checkpoint directory (a .gguf file can be exported --to stock)")
     opener = _opener(load, catalog, progress)
     asked = None if opener.load.dtype == "auto" else opener.load.dtype
     read = partial(opener.model, model, keep_dtype=exporter.keeps_dtype)

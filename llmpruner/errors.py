@@ -1,20 +1,4 @@
-"""The exceptions of llmpruner.
-
-LlmprunerError                  the message is one line; the CLI prints it and exits with code 2
-├── PluginError                 a plugin is broken, or breaks the rules of a hook
-│   └── UnknownNameError        no such family, criterion, strategy …; near misses are offered
-├── ModelError                  a model cannot be found, read or used
-│   └── UnsupportedModelError   it is readable, but not understood, or not representable in the output format
-├── CouplingError               a family's groups contradict the model's parameters
-├── DataError                   calibration, recovery or evaluation data is missing or malformed
-├── SettingsError               an option is unknown, out of bounds, or without effect
-├── SelectionError              the amount asked for cannot be reached under the constraints
-├── PlanError                   a plan is malformed, or belongs to another model
-├── CheckpointError             a checkpoint is damaged
-├── OutputError                 an output exists already, or cannot be written
-├── ProcessError                another process of a run of several has ended
-└── MissingExtraError           an optional dependency is not installed
-"""
+"""The exceptions of llmpruner. Each message is one line, which the command line prints before it exits with code 2."""
 
 from __future__ import annotations
 

@@ -43,13 +43,10 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
+def new_directory(directory: Path) -> Iterator[Path]:
     """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails.
-    ``empty``: whether ``directory`` may exist if nothing is in it.
-
-    Raises `OutputError` when ``directory`` exists or cannot be written.
-    """
-    if directory.exists() and not (empty and directory.is_dir() and not any(directory.iterdir())):
+    Raises `OutputError` when ``directory`` exists or cannot be written."""
+    if directory.exists():
         raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -61,8 +58,6 @@ def new_directory(directory: Path, *, empty: bool = False) -> Iterator[Path]:
                 if file.is_file():
                     # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
                     file.chmod(partial.stat().st_mode & 0o666)
-            if directory.exists():
-                directory.rmdir()
             partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -17,15 +17,12 @@ if TYPE_CHECKING:
     from ..models.model import Model
 
 
-def save(model: Model, directory: Path, *, notes: Mapping[str, Any] | None = None) -> str:
-    """Write an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `save_checkpoint`).
-
-    ``notes``: further JSON values for ``llmpruner.json``, beside the plans. Raises as `check_fits`.
-    """
+def save(model: Model, directory: Path) -> str:
+    """Write an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `save_checkpoint`). Raises as
+    `check_fits`."""
     check_fits(model)
     record = {
         **_own_record(model),
-        **(notes or {}),
         **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],

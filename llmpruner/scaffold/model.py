@@ -6,7 +6,7 @@ import importlib
 import json
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import CONFIG_MAPPING
 
@@ -43,7 +43,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
         if relative is not None:
             _check_may_extend(relative)
         small = small_config(config)
-        values = _arguments(small)
+        values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
         verdicts = verify(None, small, shrink=False)
         for verdict in verdicts:
             if verdict.verdict != VERIFIED:
@@ -53,7 +53,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
         return ModelFacts(
             types=(config.model_type,),
             config_class=type(config).__name__,
-            config_module=_public_module(type(config)),
+            config_module=type(config).__module__,
             config_values=values,
             extends=relative.name if relative else None,
             package=package,
@@ -69,7 +69,7 @@ def _check_may_extend(family: ModelFamily) -> None:
     if family.extends is not None or family.has_own_format or cls.matches is not ModelFamily.matches:
         raise UnsupportedModelError(
             f"these models have the family '{family.name}' already; leave --from out, and derive your family from "
-            f"{cls.__name__} of {_public_module(cls)}"
+            f"{cls.__name__} of {cls.__module__}"
         )
 
 
@@ -88,53 +88,10 @@ def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
 
 
 def _import(package: str) -> str:
-    """Import ``package``; returns the distribution it comes from. Raises `ModelError`."""
+    """Import ``package``; returns its distribution. Raises `ModelError`."""
     try:
         importlib.import_module(package)
     except Exception as error:  # third-party code raises anything
         raise ModelError(f"--import {package}: {type(error).__name__}: {first_line(error)}") from error
     top = package.partition(".")[0]
-    distributions = metadata.packages_distributions().get(top)
-    if not distributions:
-        raise ModelError(
-            f"--import {package}: the package belongs to no installed distribution, so that a plugin cannot "
-            "depend on it; give it a pyproject.toml and pip install it"
-        )
-    return sorted(set(distributions))[0]
-
-
-def _public_module(cls: type[Any]) -> str:
-    """The shortest package path that exports ``cls`` under its name."""
-    parts = cls.__module__.split(".")
-    for length in range(1, len(parts)):
-        module = ".".join(parts[:length])
-        if getattr(importlib.import_module(module), cls.__name__, None) is cls:
-            return module
-    return cls.__module__
-
-
-def _arguments(small: PreTrainedConfig) -> dict[str, Any]:
-    """Arguments that build ``small``, as JSON values: those that differ from the defaults if they suffice, else all."""
-    cls, every = type(small), _meaning(small)
-    for leave_out in (_defaults(cls), {}):
-        values = {n: v for n, v in sorted(every.items()) if n not in leave_out or leave_out[n] != v}
-        try:
-            rebuilt = cls(**values)
-        except Exception:  # third-party constructors raise anything
-            continue
-        if _meaning(rebuilt) == every:
-            return values
-    raise UnsupportedModelError(f"a small {small.model_type} configuration cannot be rebuilt from its values")
-
-
-def _defaults(cls: type[PreTrainedConfig]) -> dict[str, Any]:
-    try:
-        return _meaning(cls())
-    except Exception:  # a class whose arguments are required
-        return {}
-
-
-def _meaning(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of a configuration as in its file, where tuples are lists and keys are strings."""
-    values: dict[str, Any] = json.loads(json.dumps(config.to_dict()))
-    return {name: value for name, value in values.items() if name not in _PROVENANCE}
+    return min(metadata.packages_distributions().get(top, [top]))

@@ -65,22 +65,19 @@ class PluginName:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for the templates."""
+    """Facts for the templates. ``types``: model types, empty without a model. ``config_values``: the arguments of the
+    small configuration, as JSON values. ``extends``: the installed family that matches the model already. ``package``:
+    the package that registers the architecture; ``requires``: its distribution. ``kinds``: of units that can be
+    removed."""
 
     types: tuple[str, ...] = ()
-    """Model types; empty without a model."""
     config_class: str = ""
     config_module: str = ""
     config_values: Mapping[str, Any] = field(default_factory=dict)
-    """The arguments of the small configuration, as JSON values."""
     extends: str | None = None
-    """The installed family that matches the model already."""
     package: str | None = None
-    """The package that registers the architecture."""
     requires: str | None = None
-    """Its distribution."""
     kinds: tuple[str, ...] = ()
-    """The kinds of units that can be removed."""
 
 
 def kind_named(word: str) -> Kind[Any]:

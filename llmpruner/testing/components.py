@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from ..component import Component, ComponentSettings
@@ -31,13 +31,7 @@ def _plugin_with(cls: type) -> Any:
     kind = next((kind for kind in KINDS.values() if issubclass(cls, kind.base)), None)
     if kind is None:
         raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a component class")
-
-    def implementation(self: Any) -> list[type]:
-        del self
-        return [cls]
-
-    implementation.__name__ = kind.hook
-    return type(cls.__name__, (), {kind.hook: hookimpl(implementation)})()
+    return SimpleNamespace(**{kind.hook: hookimpl(lambda: [cls])})
 
 
 def check_component(kind: str, cls: type[Component]) -> None:

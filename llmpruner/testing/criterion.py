@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from ..calibration.calibration import CalibrationSet
-from ..discovery.oracle import TOLERANCE, ClosedRoutes, distance, first_difference, logits
+from ..discovery.oracle import TOLERANCE, distance, first_difference, logits, silenced
 from ..engine.signals import Signal
-from ..models.surgery import silence
 from ..pipeline import make_plan
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_parameters
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
-from ..structure.kept import removed_modules
 from .components import check_component, label, settings_grid
 from .models import cut_by, first_change, scramble, small_job, tiny_llama, tiny_mixture
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..models.model import Model
 
 
@@ -121,7 +116,8 @@ class CriterionConformance:
 
     def _check_cut(self, criterion: ImportanceCriterion, loaded: Model, kind: str) -> None:
         plan, _ = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
-        reference, mode = _silenced(loaded, plan.kept)
+        reference = copy.deepcopy(loaded.model)
+        mode = silenced(reference, loaded.graph, plan.kept)
         cut = cut_by(loaded, plan).model
         tokens = torch.arange(3, 90).view(3, 29)
         with mode:
@@ -196,19 +192,3 @@ def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torc
             raise AssertionError(
                 f"{what}: group '{name}', unit {unit} scores {float(values[unit]):g} and {float(actual[name][unit]):g}"
             )
-
-
-def _silenced(loaded: Model, kept: Mapping[str, Sequence[int]]) -> tuple[PreTrainedModel, Any]:
-    """A copy of the model with removed units silenced, and a context to run it in."""
-    model, graph = copy.deepcopy(loaded.model), loaded.graph
-    for path in removed_modules(graph, kept):
-        model.get_submodule(path).register_forward_hook(_skip)
-    experts = {n: u for n, u in kept.items() if graph.by_name[n].kind == EXPERT}
-    silence(model, graph, {n: u for n, u in kept.items() if n not in experts and not graph.by_name[n].modules})
-    return model, ClosedRoutes(model, graph, experts) if experts else nullcontext()
-
-
-def _skip(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-    """The output of a removed layer: its input."""
-    del module
-    return args[0] if isinstance(output, torch.Tensor) else (args[0], *output[1:])

@@ -165,18 +165,6 @@ class FamilyConformance:
         changed = [n for n, p in result.model.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
 
-    def test_lm_eval_gets_an_answer(self) -> None:
-        """lm-evaluation-harness computes a log-likelihood with the pruned model."""
-        from lm_eval.api.instance import Instance
-        from lm_eval.models.huggingface import HFLM
-
-        loaded = self.loaded()
-        pruned = pruned_by(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
-        harness = HFLM(pretrained=pruned.model, tokenizer=letters(), batch_size=1, backend="causal")
-        request = Instance(request_type="loglikelihood", doc={}, arguments=("a b c", " d e"), idx=0)
-        ((likelihood, _),) = harness.loglikelihood([request], disable_tqdm=True)
-        assert -200 < likelihood < 0
-
 
 def _kinds(loaded: Model, groups: Sequence[Any]) -> tuple[str, ...]:
     return tuple(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,36 +29,7 @@ from ..structure.plan import PruningPlan
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-    from ..discovery.family import ModelFamily
-    from ..structure.coupling import CouplingGraph
-
-
-def tiny_llama(seed: int = 0) -> Model:
-    """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
-    48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
-    return _model(_llama, seed)
-
-
-def tiny_mixture(seed: int = 0) -> Model:
-    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 2 layers, of which a token gets 2."""
-    return _model(_mixture, seed)
-
-
-_Parts: TypeAlias = "tuple[PreTrainedConfig, ModelFamily, CouplingGraph]"
-
-
-def _model(parts: Callable[[], _Parts], seed: int) -> Model:
-    # transformers takes several times as long to build a model as a copy takes.
-    config, family, graph = parts()
-    model = copy.deepcopy(_weights(parts, seed))
-    return Model("tiny", copy.deepcopy(config), family, graph, model=model, tokenizer=letters())
-
-
-@cache
-def _weights(parts: Callable[[], _Parts], seed: int) -> PreTrainedModel:
-    return random_instance(parts()[0], seed)
+    from transformers import PreTrainedConfig
 
 
 _SIZES = {
@@ -76,18 +46,33 @@ _SIZES = {
 }
 
 
-@cache
-def _llama() -> _Parts:
-    config = LlamaConfig(num_hidden_layers=3, **_SIZES)
-    family = Catalog().families["llama"]()
-    return config, family, build_graph(family, config)
+def tiny_llama(seed: int = 0) -> Model:
+    """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
+    48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
+    return _copy(_built("llama", seed))
+
+
+def tiny_mixture(seed: int = 0) -> Model:
+    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 2 layers, of which a token gets 2."""
+    return _copy(_built("auto", seed))
 
 
 @cache
-def _mixture() -> _Parts:
-    config = MixtralConfig(num_hidden_layers=2, num_local_experts=7, num_experts_per_tok=2, **_SIZES)
-    family = Catalog().families["auto"]()
-    return config, family, build_graph(family, config)
+def _built(family_name: str, seed: int) -> Model:
+    config: PreTrainedConfig
+    if family_name == "llama":
+        config = LlamaConfig(num_hidden_layers=3, **_SIZES)
+    else:
+        config = MixtralConfig(num_hidden_layers=2, num_local_experts=7, num_experts_per_tok=2, **_SIZES)
+    family = Catalog().families[family_name]()
+    model = random_instance(config, seed)
+    return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+
+
+def _copy(built: Model) -> Model:
+    """A copy takes a fraction of the time in which transformers builds a model."""
+    model, config = copy.deepcopy(built.model), copy.deepcopy(built.config)
+    return replace(built, model=model, config=config, tokenizer=letters())
 
 
 def letters() -> Any:

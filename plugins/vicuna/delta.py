@@ -53,7 +53,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
                 f"{difference}: {name} is {tuple(tensor.shape)} there and {tuple(summand.shape)} in the base"
             )
         tensor.add_(summand)
-    with new_directory(target, empty=True) as stage:
+    with new_directory(target) as stage:
         total.save_pretrained(stage)
         for file in tokenizer:
             shutil.copyfile(file, stage / file.name)

@@ -19,20 +19,6 @@ def test_no_outputs_are_committed():
         assert cell["cell_type"] == "markdown" or (cell["outputs"] == [] and cell["execution_count"] is None)
 
 
-def test_it_goes_through_all_stages():
-    calls = {node.func.attr for node in ast.walk(ast.parse("\n".join(CODE))) if _is_of_llmpruner(node)}
-    assert calls == {"discover", "load", "plan", "prune", "recover", "evaluate", "generate"}
-
-
-def _is_of_llmpruner(node: ast.AST) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Attribute)
-        and isinstance(node.func.value, ast.Name)
-        and node.func.value.id == "llmpruner"
-    )
-
-
 @pytest.mark.real
 @pytest.mark.long
 @pytest.mark.timeout(900)

@@ -201,9 +201,7 @@ def test_a_criterion_of_attention_is_shown_no_mixture():
 
 
 def test_a_cut_that_disagrees_is_caught(monkeypatch):
-    from llmpruner.testing import criterion as kit
-
-    monkeypatch.setattr(kit, "silence", lambda *_: None)
+    monkeypatch.setattr("llmpruner.discovery.oracle.silence", lambda *_: None)
     with pytest.raises(AssertionError, match=r"'l1': cut attention units disagree with silenced ones at model.lay"):
         run(CriterionConformance, "criterion", L1, "test_what_it_chooses_can_be_cut")
 
