@@ -126,7 +126,7 @@ def new_plugin(
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts, kind=kind))
-    types = f" for model type {facts.types[0]}" if facts else ""
+    types = f" for model type {facts.model_type}" if facts else ""
     lines = [f"{directory}: {adds.name} {name}{types}"]
     if facts and facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from transformers import CONFIG_MAPPING
 
-from ..discovery.family import ModelFamily
 from ..discovery.oracle import VERIFIED
 from ..discovery.structure import load_structure
 from ..discovery.tiny import small_config
@@ -33,15 +32,18 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
     ``package`` is imported.
 
-    Raises `ModelError` when there is no such model, `UnsupportedModelError` when its structure cannot be discovered, or
-    is not proved.
+    Raises `ModelError` when there is no such model, `UnsupportedModelError` when a family matches it already, or when
+    its structure cannot be discovered, or is not proved.
     """
     distribution = _import(package) if package else None
     with quiet_transformers():
         config = read_config(source, catalog)
-        relative = catalog.family_for(config) if catalog.matching(config) else None
-        if relative is not None:
-            _check_may_extend(relative)
+        if catalog.matching(config):
+            cls = type(catalog.family_for(config))
+            raise UnsupportedModelError(
+                f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
+                f"{cls.__name__} of {cls.__module__}"
+            )
         small = small_config(config)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
         verdicts = verify(None, small, shrink=False)
@@ -51,25 +53,13 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
                     f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict}: {verdict.reason}"
                 )
         return ModelFacts(
-            types=(config.model_type,),
+            model_type=config.model_type,
             config_class=type(config).__name__,
             config_module=type(config).__module__,
             config_values=values,
-            extends=relative.name if relative else None,
             package=package,
             requires=distribution,
             kinds=tuple(verdict.kind for verdict in verdicts),
-        )
-
-
-def _check_may_extend(family: ModelFamily) -> None:
-    """Raise `UnsupportedModelError` for a family with a chat format, or for some models of a type: one that extends it
-    by the type would take other models over, and lose the format."""
-    cls = type(family)
-    if family.extends is not None or family.has_own_format or cls.matches is not ModelFamily.matches:
-        raise UnsupportedModelError(
-            f"these models have the family '{family.name}' already; leave --from out, and derive your family from "
-            f"{cls.__name__} of {cls.__module__}"
         )
 
 

@@ -65,16 +65,17 @@ class PluginName:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for the templates. ``types``: model types, empty without a model. ``config_values``: the arguments of the
-    small configuration, as JSON values. ``extends``: the installed family that matches the model already. ``package``:
-    the package that registers the architecture; ``requires``: its distribution. ``kinds``: of units that can be
-    removed."""
+    """Facts for the templates.
 
-    types: tuple[str, ...] = ()
+    ``model_type``: empty without a model. ``config_values``: the arguments of the small configuration, as JSON values.
+    ``package``: the package that registers the architecture; ``requires``: its distribution. ``kinds``: of units that
+    can be removed.
+    """
+
+    model_type: str = ""
     config_class: str = ""
     config_module: str = ""
     config_values: Mapping[str, Any] = field(default_factory=dict)
-    extends: str | None = None
     package: str | None = None
     requires: str | None = None
     kinds: tuple[str, ...] = ()

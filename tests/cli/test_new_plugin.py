@@ -117,11 +117,10 @@ def check_style(package: Path, cache: Path) -> None:
 @pytest.mark.slow
 def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
     odd = ModelFacts(
-        types=("made_up",),
+        model_type="made_up",
         config_class="MadeUpConfig",
         config_module="made_up",
         config_values={"hidden_size": 8},
-        extends="llama",
         package="made_up",
         requires="made-up",
         kinds=("mlp",),
@@ -165,17 +164,10 @@ def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
     assert "${{ matrix.python }}" in (package / ".github" / "workflows" / "test.yml").read_text()
 
 
-def test_a_family_with_a_chat_format_is_named(run, dense, tmp_path):
+def test_a_family_that_matches_already_is_named(run, dense, tmp_path):
     source = shutil.copytree(dense, tmp_path / "vicuna-7b-v1.5")
     done = run("new-plugin", "mine", "--from", source, "-o", tmp_path / "out")
     assert done.code == 2 and "derive your family from VicunaFamily of llmpruner_vicuna" in done.err
-
-
-@pytest.mark.slow
-def test_a_family_for_models_that_one_understands_extends_it(run, dense, tmp_path):
-    package = tmp_path / "llmpruner-alpaca"
-    assert run("new-plugin", "alpaca", "--from", dense, "-o", package).code == 0
-    assert 'extends = "llama"' in (package / "src" / "llmpruner_alpaca" / "family.py").read_text()
 
 
 @pytest.mark.parametrize(
