@@ -101,8 +101,8 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     row = {"instruction": "What jumps over the dog?", "output": "The quick brown fox"}
     data.write_text(json.dumps([row] * 8))
     recovered = llmpruner.recover(
-        again, data=str(data), settings={"lora": {"rank": 4}}, learning_rate=1e-2, max_steps=4, batch_size=4,
-        work_dir=tmp_path / "work",
+        again, data=str(data), strategy="lora", settings={"lora": {"rank": 4}}, learning_rate=1e-2, max_steps=4,
+        batch_size=4, work_dir=tmp_path / "work",
     )  # fmt: skip
     (training,) = recovered.record["recovery"]
     assert training["losses"][-1] < training["losses"][0]
