@@ -180,7 +180,7 @@ def _correlations(
     found = {}
     for kind in kinds:
         groups = loaded.graph.of_kinds([kind])
-        scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed).by_group
+        scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed)
         pooled = [torch.cat([values[g.name] for g in groups]) for values in (scores, truth)]
         found[kind] = {"across": spearman(*pooled)}
         if groups[0].units >= FEW and len(groups) > 1:

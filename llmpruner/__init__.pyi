@@ -54,11 +54,10 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .pruning.allocation import Allocation as Allocation
 from .pruning.allocation import target_of as target_of
 from .pruning.allocation import top_up as top_up
-from .pruning.budgets.base import Budget as Budget
-from .pruning.budgets.sizes import SizeModel as SizeModel
-from .pruning.budgets.sizes import WeightCost as WeightCost
+from .pruning.budgets import Budget as Budget
+from .pruning.budgets import SizeModel as SizeModel
+from .pruning.budgets import WeightCost as WeightCost
 from .pruning.compensation.base import Compensation as Compensation
-from .pruning.compensation.base import Repaired as Repaired
 from .pruning.criteria.base import ImportanceCriterion as ImportanceCriterion
 from .pruning.methods import Method as Method
 from .recipes.named import NamedRecipe as NamedRecipe

@@ -17,40 +17,30 @@ from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
-from . import __version__
 from .calibration.calibration import CalibrationSet
 from .discovery.opening import Opener, Source
 from .engine.execution import Execution
 from .engine.journal import Journal
 from .engine.ranks import Ranks
 from .engine.stages import write_run
-from .errors import DataError, SelectionError
+from .errors import DataError
 from .files import check_new_directory, check_space
-from .models.identity import data_identity, model_identity
 from .models.model import Model, Structure
 from .models.opening import reopened
-from .models.surgery import cut as cut_model
-from .models.weights import CutWeights
-from .progress import QUIET, Progress
-from .pruning.budgets.base import BudgetSubject, saving_units
-from .pruning.checks import check_job, without_weights
-from .pruning.choice import Choice, waiting_chooser
 from .pruning.compensation.base import Fit, RepairTask, fits_record
-from .pruning.compensation.choose import Chooser
 from .pruning.forecast import Forecast, forecast
-from .pruning.job import PruneJob, ReplayJob, job_of
-from .pruning.planning import outcome_of, plan_of, recorded_cost
-from .pruning.saving import save
-from .pruning.targets import scope_of
+from .pruning.job import PruneJob, ReplayJob, check_job, identity, job_of
+from .pruning.saving import cut_model, outcome_of, plan_of, recorded_cost, save
+from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings
-from .structure.plan import Outcome, PruningPlan, cuts_of
+from .structure.plan import Outcome, PruningPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from .pruning.budgets.base import Cost
+    from .pruning.budgets import Cost
+    from .pruning.criteria.estimate import Spread
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -70,17 +60,19 @@ def prune(
     job = job_of(what, opener.catalog)
     if output is not None:
         ranks.from_first(lambda: check_new_directory(output))
-    structure = opener.structure(source)
-    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    expected = _expected(job, structure, opener, run, ranks, saves=True, in_memory=output is None)
+    structure, expected = _settle(job, source, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
         model = opener.weights(structure)
-        execution = _execution(model, expected, ranks, None, opener.progress)
+        execution = Execution(model.weights, expected.state_memory, ranks, None, opener.progress)
         return model.become(prune_model(model, job, execution, expected))
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
-    journal = _journal(output, structure, what, job, expected, opener, ranks)
+    # A run can go on only if it is known what its model was read from.
+    journal = None
+    if not isinstance(structure, Model):
+        folder = output.with_name(output.name + ".pruning")
+        journal = Journal(folder, identity(what, job, structure, opener), ranks)
     with nullcontext() if journal is None else journal.running(opener.progress, anew=run.restart):
         ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
@@ -91,7 +83,7 @@ def prune(
             expected = expected if earlier is None else replace(expected, streamed=earlier)
             journal.store("streamed", expected.streamed)
         model = opener.weights(structure, streamed=expected.streamed, beside=output.resolve().parent)
-        execution = _execution(model, expected, ranks, journal, opener.progress)
+        execution = Execution(model.weights, expected.state_memory, ranks, journal, opener.progress)
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")
         with execution.stages.stage("saving"):
@@ -107,26 +99,41 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
     opener = opener.of_ranks(ranks)
     job = job_of(settings, opener.catalog)
     assert isinstance(job, PruneJob)
-    structure = opener.structure(source)
-    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    expected = _expected(job, structure, opener, run, ranks, saves=False)
+    structure, expected = _settle(job, source, opener, run, ranks, saves=False)
     ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
-    execution = _execution(model, expected, ranks, None, opener.progress)
+    execution = Execution(model.weights, expected.state_memory, ranks, None, opener.progress)
     made, cost = make_plan(model, job, execution)
     return made, replace(outcome_of(model, made, cost), forecast=expected.as_json())
+
+
+def _settle(
+    job: PruneJob | ReplayJob,
+    source: Source,
+    opener: Opener,
+    run: RunSettings,
+    ranks: Ranks,
+    *,
+    saves: bool,
+    in_memory: bool = False,
+) -> tuple[Structure, Forecast]:
+    """The structure of the model, against which the job is checked; and the forecast of the run, which is shown and
+    decides whether weights are read layer by layer."""
+    structure = opener.structure(source)
+    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+    expected = ranks.from_first(
+        lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
+    )
+    opener.progress.status(str(expected))
+    return structure, expected
 
 
 def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -> tuple[PruningPlan, Cost]:
     """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    chooser = waiting_chooser(job, model)
-    made, cost, _ = select(model, job, text, chooser, execution)
-    if chooser is None or text is None:
-        return made, cost
-    kept = chooser.choose_all(model.model, model.graph, made.kept, text, execution)
-    return made.model_copy(update={"cuts": cuts_of(model.graph, execution.ranks.from_first(lambda: kept))}), cost
+    made, cost, _ = select(model, job, text, execution)
+    return made, cost
 
 
 def prune_model(
@@ -136,25 +143,16 @@ def prune_model(
     ``unfinished``. The plan is the last of the result's ``plans``."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    chooser: Chooser | None = None
-    spreads: Mapping[str, Any] = {}
-    if isinstance(job, ReplayJob):
-        made, cost = job.plan, recorded_cost(model, job.plan, job.budget)
-    else:
-        chooser = waiting_chooser(job, model)
-        made, cost, spreads = select(model, job, text, chooser, execution)
+    made, cost, scores = select(model, job, text, execution)
     made.check(model.graph)
     with model.changing("prune"):
-        fits: Sequence[Fit] = ()
-        if made.compensation is not None:
-            made, fits = compensate(model, made, job, text, chooser, execution)
+        fits = compensate(model, made, job, text, execution)
         with execution.stages.stage("cut"):
             outcome = outcome_of(model, made, cost)
             if expected is not None:
                 outcome = replace(outcome, forecast=expected.as_json())
-            scores = {**spreads, **({} if chooser is None else chooser.scores)}
             work = {"fits": fits_record(fits), "scores": scores}
-            return model.become(cut(replace(model, work=(*model.work, work), outcome=outcome), made))
+            return model.become(cut_model(replace(model, work=(*model.work, work), outcome=outcome), made))
 
 
 def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> CalibrationSet | None:
@@ -187,108 +185,30 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
 
 
 def select(
-    model: Model, job: PruneJob, text: CalibrationSet | None, chooser: Chooser | None, execution: Execution
-) -> tuple[PruningPlan, Cost, Mapping[str, Any]]:
-    """Score the units and decide which stay: the plan, the cost of its budget, and how the scores are distributed. With
-    a ``chooser``, only the numbers of units are final."""
+    model: Model, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
+) -> tuple[PruningPlan, Cost, Mapping[str, Spread]]:
+    """Score the units and decide which stay, unless a plan that is replayed, or an interrupted run, did. Returns the
+    plan, the cost of the model by its budget, and group name → how its scores are distributed, where they are known."""
+    if isinstance(job, ReplayJob):
+        return job.plan, recorded_cost(model, job.plan, job.budget), {}
     journal = execution.journal
     earlier = None if journal is None else journal.load("plan")
     if journal is not None and earlier is not None:
         made = PruningPlan.model_validate(earlier)
         return made, recorded_cost(model, made, job.budget), journal.load("scores") or {}
-    scope = scope_of(job, model)
-    groups = scope.groups(model.graph)
-    with execution.stages.stage("budget"):
-        cost = job.budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, execution.progress))
-        # Refuses groups whose units save nothing, before text is read.
-        saving_units(cost, groups, {group.name: scope.allowed_units(group) for group in groups})
-    choice = Choice(model, job, cost, text, execution)
-    kept = choice.units(ranked=chooser is None)
-    if not kept:
-        raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
+    kept, cost, scores = choose(model, job, text, execution)
     made = plan_of(model, job, kept, text)
     if journal is not None:
-        journal.store("scores", choice.spreads)
+        journal.store("scores", scores)
         journal.store("plan", made.model_dump(mode="json"))
-    return made, cost, choice.spreads
+    return made, cost, scores
 
 
 def compensate(
-    model: Model,
-    made: PruningPlan,
-    job: PruneJob | ReplayJob,
-    text: CalibrationSet | None,
-    chooser: Chooser | None,
-    execution: Execution,
-) -> tuple[PruningPlan, Sequence[Fit]]:
-    """Fit the weights that read removed units, in place; the plan with the units that ``chooser`` chose."""
-    task = RepairTask(model.model, model.graph, made.kept, text, chooser, execution)
+    model: Model, made: PruningPlan, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
+) -> Sequence[Fit]:
+    """Fit the weights that read removed units, in place."""
+    if made.compensation is None:
+        return ()
     with execution.stages.stage("compensation"), torch.no_grad():
-        repaired = job.compensation.repair(task)
-    return made.model_copy(update={"cuts": cuts_of(model.graph, repaired.kept)}), repaired.fits
-
-
-def cut(model: Model, made: PruningPlan) -> Model:
-    """The model without the units that the plan removes: cut in place in memory, or when its weights are read."""
-    plans = (*model.plans, made)
-    if model.streamed is None:
-        graph = cut_model(model.model, model.graph, made.kept, model.family)
-        return replace(model, graph=graph, plans=plans)
-    network = without_weights(model, model.model.dtype)
-    network.generation_config = model.model.generation_config
-    network.config.name_or_path = model.model.config.name_or_path
-    graph = cut_model(network, model.graph, made.kept, model.family)
-    weights = CutWeights(network, model.streamed, model.graph, made.kept)
-    return replace(model, model=network, graph=graph, plans=plans, streamed=weights)
-
-
-def _expected(
-    job: PruneJob | ReplayJob,
-    structure: Structure,
-    opener: Opener,
-    run: RunSettings,
-    ranks: Ranks,
-    *,
-    saves: bool,
-    in_memory: bool = False,
-) -> Forecast:
-    """The forecast of the run, which is shown: it decides whether weights are read layer by layer."""
-    expected = ranks.from_first(
-        lambda: forecast(
-            job, structure, opener.load, opener.catalog, run.max_memory,
-            saves=saves, in_memory=in_memory, timed=opener.progress is not QUIET,
-        )
-    )  # fmt: skip
-    opener.progress.status(str(expected))
-    return expected
-
-
-def _execution(
-    model: Model, expected: Forecast, ranks: Ranks, journal: Journal | None, progress: Progress
-) -> Execution:
-    return Execution(model.weights, expected.state_memory, ranks, journal, progress)
-
-
-def _journal(
-    output: Path,
-    structure: Structure,
-    what: PruneSettings | PruningPlan,
-    job: PruneJob | ReplayJob,
-    expected: Forecast,
-    opener: Opener,
-    ranks: Ranks,
-) -> Journal | None:
-    """The journal of a run in ``OUTPUT.pruning``. None for a model in memory, of which it is not known what it was read
-    from. A run is the same if all is that its result, and the shapes of hidden states, depend on."""
-    if isinstance(structure, Model):
-        return None
-    named = what.compensation and what.compensation.calibration if isinstance(what, PruningPlan) else what.model_dump()
-    identity = {
-        "model": structure.path or structure.ref,
-        "files": model_identity(structure, opener.catalog),
-        "data": data_identity(named, job),
-        "prune": what.model_dump(mode="json"),
-        "load": opener.load.model_dump(mode="json"),
-        "versions": [__version__, torch.__version__, transformers.__version__],
-    }
-    return Journal(output.with_name(output.name + ".pruning"), identity, ranks)
+        return job.compensation.repair(RepairTask(model.model, model.graph, made.kept, text, execution))

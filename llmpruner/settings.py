@@ -19,7 +19,6 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "prod", "last"]
 LossOn = Literal["all", "answers"]
 Shape = Literal["uniform", "free"]
-Meet = Literal["nearest", "above", "below"]
 
 _MACHINE = "Memory and time"
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"

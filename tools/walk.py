@@ -1,5 +1,6 @@
 """The walk from ``llmpruner prune`` to the saved directory: the functions that the command, the Python API and the
-pipeline call once, in their order. What happens inside a station is the topic of its file.
+pipeline call once, in their order. What happens inside a station is the topic of its file. Functions that only call
+what they are given (`WRAPPERS`) are left out, and the walk ends with `save`: the report is written afterwards.
 
     python tools/walk.py MODEL [OPTION …]      such as: demo --ratio 0.2 --method fast --samples 8
 """
@@ -18,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[1]
 OWN = str(ROOT / "llmpruner") + os.sep
 STORY = ("__main__.py", "cli/", "api.py", "pipeline.py")
 """Files whose functions the walk goes into."""
+WRAPPERS = {("cli/derive.py", "run"), ("engine/ranks.py", "from_first")}
+"""The decorated command behind its options, and what one process does for all."""
 INSIDE = 100
 """Calls inside this project that a function makes at least, directly and indirectly, to be a station."""
 
@@ -42,7 +45,9 @@ def traced(words: list[str]) -> Call:
 
     def profile(frame: FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event not in ("call", "return") or not code.co_filename.startswith(OWN) or code.co_name == "<module>":
+        if event not in ("call", "return") or not code.co_filename.startswith(OWN):
+            return
+        if code.co_name in ("<module>", "<lambda>") or (code.co_filename.removeprefix(OWN), code.co_name) in WRAPPERS:
             return
         if event == "call":
             stack.append(stack[-1].inside.setdefault(code, Call(code)))
@@ -73,6 +78,7 @@ def walk(call: Call, depth: int = 0) -> Iterator[tuple[int, str, str]]:
 def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         stations = list(walk(traced(["prune", *sys.argv[1:], "-o", str(Path(work) / "pruned")])))
+    stations = stations[: 1 + next(n for n, (_, name, _) in enumerate(stations) if name == "save")]
     for depth, name, file in stations:
         print(f"{'  ' * depth}{name}  ({file})")
     print(f"{len(stations)} functions in {len({file for _, _, file in stations})} files")

@@ -24,8 +24,8 @@ from llmpruner.pruning.allocation import (
     target_of,
     top_up,
 )
-from llmpruner.pruning.budgets.base import BudgetSubject, Cost
-from llmpruner.pruning.compensation.base import Fit, Repaired, RepairTask
+from llmpruner.pruning.budgets import BudgetSubject, Cost
+from llmpruner.pruning.compensation.base import Fit, RepairTask
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
 from llmpruner.report.base import Costs, Evidence, Measurements, ReportSubject
@@ -34,7 +34,7 @@ from llmpruner.structure.scope import Queue
 _GIVEN: dict[str, tuple[type, ...]] = {
     "allocation": (AllocationTask, Demand, Meter, Queue),
     "budget": (BudgetSubject, Cost),
-    "compensation": (RepairTask, Repaired, Fit),
+    "compensation": (RepairTask, Fit),
     "calibration source": (SampleTask,),
     "recovery strategy": (RecoveryJob, TrainingResult),
     "metric": (MetricSubject, Row, ComparedModel),

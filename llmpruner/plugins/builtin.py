@@ -17,12 +17,11 @@ def llmpruner_model_families() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[Any]]:
-    from ..pruning.criteria.activation import ActivationNorm, Fluctuation, OutputEnergy, Pca, WandaSp
     from ..pruning.criteria.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
     from ..pruning.criteria.layers import AngularBlock, AngularDistance, BlockInfluence
-    from ..pruning.criteria.magnitude import L1, L2, Random
     from ..pruning.criteria.obs import OptimalBrainSurgeon
     from ..pruning.criteria.taylor import Fisher, Taylor
+    from ..pruning.criteria.weights import L1, L2, ActivationNorm, Fluctuation, OutputEnergy, Pca, Random, WandaSp
 
     weights = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
@@ -46,7 +45,8 @@ def llmpruner_allocations() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Any]]:
-    from ..pruning.budgets.sizes import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
+    from ..pruning.budgets import AllParameters, DecoderParameters, Macs, WeightBytes
+    from ..pruning.kv_cache import KvCache
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ..exporters import Exporter
     from ..models.reference import CheckpointReader
     from ..pruning.allocation import Allocation
-    from ..pruning.budgets.base import Budget
+    from ..pruning.budgets import Budget
     from ..pruning.compensation.base import Compensation
     from ..pruning.criteria.base import ImportanceCriterion
     from ..pruning.methods import Method

@@ -17,11 +17,10 @@ from pydantic import BeforeValidator, Field
 from ..component import Component, ComponentSettings
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
-from ..settings import Meet
 from ..structure.coupling import LAYER
 from ..structure.scope import Queue
 from ..values import names_of
-from .budgets.base import Cost, savings
+from .budgets import Cost, savings
 
 if TYPE_CHECKING:
     import torch
@@ -35,27 +34,27 @@ Taken = dict[str, int]
 @dataclass(frozen=True)
 class Demand:
     """What must be removed: an ``amount`` of a cost, as in `Cost.remaining` (parameters, bytes …); or ``units``: group
-    name → number of units, which need not be whole. ``meet``: how an amount is met that steps do not give exactly:
-    ``nearest`` to it, at least it (``above``) or at most it (``below``). ``whole``: in all but the last of several
-    cuts (``--steps``), the amount that this one and those to come remove together. What this one leaves is added to the
-    amount of the next one, so that a unit that is too large for one cut can be left to a later one."""
+    name → number of units, which need not be whole. ``whole``: in all but the last of several cuts (``--steps``), the
+    amount that this one and those to come remove together. What this one leaves is added to the amount of the next one,
+    so that a unit that is too large for one cut can be left to a later one."""
 
     amount: int | None = None
     units: Mapping[str, float] | None = None
-    meet: Meet = "nearest"
     whole: int | None = None
 
 
 class Meter:
-    """Computes the amount of a cost that removal steps save."""
+    """Computes the amount of a cost that removal steps save. ``members``: the name of a queue → the groups that take
+    its steps together; by default each group its own."""
 
-    def __init__(self, cost: Cost, queues: Sequence[Queue]) -> None:
-        self.cost, self._queues = cost, queues
+    def __init__(self, cost: Cost, queues: Sequence[Queue], members: Mapping[str, Sequence[str]] | None = None) -> None:
+        self.cost, self._queues, self._members = cost, queues, members
         self._dense = cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
         """The amount of the cost that ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing
         groups lose none."""
+        taken = taken if self._members is None else _expanded(taken, self._members)
         kept: dict[str, int] = {}
         gone: set[int] = set()
         for queue in self._queues:
@@ -133,12 +132,12 @@ def take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) 
 
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
-    """Add single steps to ``taken`` until the removed amount meets the requested one, as ``task.demand.meet`` says, as
-    nearly as one step allows, and return ``taken``.
+    """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
+    return ``taken``.
 
     One step of every queue in turn is taken if it fits, until none fits: where a step of large units (a KV head has
     the parameters of hundreds of MLP channels) would exceed the amount, smaller ones are taken. Finally, one step
-    beyond the amount is taken if that is nearer to it (``nearest``), or if the amount is not reached (``above``).
+    beyond the amount is taken if that is nearer to it.
 
     Raises `SelectionError` as `target_of` does.
     """
@@ -156,11 +155,42 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
         for number, q in enumerate(task.queues)
         if taken[q.group.name] < len(q.steps)
     ]
-    limit = {"nearest": gap, "above": float("inf") if gap > 0 else 0, "below": 0}[task.demand.meet]
-    best = min((entry for entry in over if 0 < entry[0] < limit), default=None)
+    best = min((entry for entry in over if 0 < entry[0] < gap), default=None)
     if best is not None:
         taken[best[2]] += 1
     return taken
+
+
+def allocate_alike(allocation: Allocation, task: AllocationTask, alike: Sequence[Sequence[str]]) -> Taken:
+    """The result of ``allocation`` with the same number of steps in all groups of each entry of ``alike``.
+
+    The allocation is given one queue for each entry, named after its first group; a step of it removes a step of every
+    group, and its score is their mean. Groups that are equal but for their layers have equally long queues.
+    """
+    queues = {queue.group.name: queue for queue in task.queues}
+    scored = ([name for name in names if name in queues] for names in alike)
+    members = {names[0]: names for names in scored if names}
+
+    def joined(names: Sequence[str]) -> Queue:
+        own = [queues[name] for name in names]
+        scores = tuple(sum(each) / len(own) for each in zip(*(queue.scores for queue in own), strict=True))
+        return replace(own[0], scores=scores)
+
+    loss, units = task.loss, task.demand.units
+    taken = allocation.allocate(
+        replace(
+            task,
+            queues=[joined(names) for names in members.values()],
+            demand=replace(task.demand, units=None if units is None else {name: units[name] for name in members}),
+            meter=Meter(task.meter.cost, task.queues, members),
+            loss=None if loss is None else lambda steps: loss(_expanded(steps, members)),
+        )
+    )
+    return _expanded(taken, members)
+
+
+def _expanded(taken: Mapping[str, int], members: Mapping[str, Sequence[str]]) -> Taken:
+    return {name: taken[first] for first, names in members.items() if first in taken for name in names}
 
 
 class Uniform(Allocation):
@@ -240,7 +270,7 @@ class GlobalRanking(Allocation):
 
         if task.demand.units is not None:
             amount = task.meter.removed(Uniform().allocate(task))
-            task = replace(task, demand=Demand(amount=amount, meet=task.demand.meet))
+            task = replace(task, demand=Demand(amount=amount))
         target = target_of(task)
         start, above = 0, len(order) + 1
         while above - start > 1:
@@ -281,6 +311,8 @@ def normalized(
     of them divides the scores of all, so that the mean score of a common step is divided by what it saves. The order
     within a group does not change, except under ``cost`` for layers of different costs.
     """
+    if normalization == "none":
+        return scores
     if normalization != "cost":
         return {
             name: _normalized(values, normalization, graph.parameters_per_unit(graph.by_name[name]))
@@ -301,19 +333,12 @@ def normalized(
 
 def _normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:
     tiny = 1e-300
-    match normalization:
-        case "mean":
-            return values / values.abs().mean().clamp_min(tiny)
-        case "max":
-            return values / values.abs().max().clamp_min(tiny)
-        case "sum":
-            return values / values.abs().sum().clamp_min(tiny)
-        case "zscore":
-            return (values - values.mean()) / values.std(correction=0).clamp_min(tiny)
-        case "parameters":
-            return values / max(parameters, 1)
-        case _:
-            return values
+    if normalization == "parameters":
+        return values / max(parameters, 1)
+    if normalization == "zscore":
+        return (values - values.mean()) / values.std(correction=0).clamp_min(tiny)
+    size: torch.Tensor = getattr(values.abs(), normalization)()  # mean, max or sum
+    return values / size.clamp_min(tiny)
 
 
 class Sensitivity(Allocation):

@@ -26,18 +26,17 @@ from ..models.model import Model
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
 from ..models.positions import LOGIT_ELEMENTS
+from ..progress import QUIET
 from ..structure.coupling import Role
 from ..values import bytes_text
-from .choice import GRADIENT_TOKENS
-from .compensation.choose import can_wait
 from .criteria.estimate import scored_parameters
 from .job import PruneJob, ReplayJob
+from .selection import GRADIENT_TOKENS
 from .targets import scope_of
 
 if TYPE_CHECKING:
+    from ..discovery.opening import Opener
     from ..models.model import Structure
-    from ..plugins.catalog import Catalog
-    from ..settings import LoadSettings
 
 _LOG = logging.getLogger("llmpruner")
 F32, F64 = 4, 8
@@ -108,9 +107,8 @@ class Forecaster:
             self.signals, self.steps = job.criterion.signals, job.steps
             if not self.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
                 self.shapes = {n: self.graph.shapes[n] for n in scored_parameters(self.graph, groups, job.criterion)}
-            waits = saves and job.compensation.ranks_again and job.allocation.equal_shares and job.steps == 1
-            if self.signals - {Signal.WEIGHT} and not (waits and can_wait(job.criterion, self.graph, groups)):
-                limited = job.compensation.ranks_again and self.signals & GRADIENTS
+            if self.signals - {Signal.WEIGHT}:
+                limited = job.compensation.reads_text and self.signals & GRADIENTS
                 self.scored = min(self.tokens, GRADIENT_TOKENS) if limited else self.tokens
         self.matrices = {name: shape for name, shape in self.shapes.items() if len(shape) > 1}
         self.micro = self.length * max(1, min(self.samples, TOKENS_AT_ONCE // self.length))
@@ -215,7 +213,7 @@ class Forecaster:
         solving = max((8 * kept**2 + 20 * kept * out for _, kept, out, _ in fits), default=0)
         rows = self.micro * (self.hidden * 9 * F32 + full * (2 * self.product + F32))
         rows = max(rows, round(self.sample.forward_bytes * self.micro))
-        memory = sums + max(rows, solving if self.job.compensation.ranks_again else 0)
+        memory = sums + max(rows, solving)
         files = max(0, states - state_memory) + sum(inputs * out * m for inputs, _, out, m in fits) * self.item
         files += 4 * self.tokens * self.hidden * F32
         walks = 2 * max(1.0, len(fits) / self.graph.num_layers)
@@ -263,18 +261,16 @@ class Forecaster:
 def forecast(
     job: PruneJob | ReplayJob,
     structure: Structure,
-    load: LoadSettings,
-    catalog: Catalog,
+    opener: Opener,
     max_memory: int | None,
     *,
     saves: bool,
     in_memory: bool,
-    timed: bool,
 ) -> Forecast:
     """How a prune runs: with all weights in memory where they fit into half of what is free, or all that it takes into
-    ``max_memory``; else layer by layer. ``in_memory``: the result stays in memory. ``timed``: whether a layer is run
-    for it. Reads no weights. Raises `SettingsError` where nothing fits."""
-    loaded = structure if isinstance(structure, Model) else None
+    ``max_memory``; else layer by layer. ``in_memory``: the result stays in memory. A layer is run for it where it is
+    shown, or decides. Reads no weights. Raises `SettingsError` where nothing fits."""
+    load, loaded = opener.load, structure if isinstance(structure, Model) else None
     if loaded is None:
         check_device(load.device)
     dtype, device = dtype_of(structure, load), torch.device(load.device)
@@ -282,13 +278,14 @@ def forecast(
     if loaded is not None:
         dtype, device = loaded.model.dtype, loaded.model.device
         resident -= 0 if loaded.streamed else sum(p.nbytes for p in loaded.model.parameters())
-    sample = _sample(job, structure, dtype, device, run=timed or max_memory is not None)
+    run = opener.progress is not QUIET or max_memory is not None
+    sample = _sample(job, structure, dtype, device, run=run)
     mixed = dtype == torch.float32 and multiplies_bfloat16_fast(device.type)
     forecaster = Forecaster(job, structure, dtype, sample, max(resident, 0) + MODULES, mixed=mixed, saves=saves)
     if loaded is not None and loaded.streamed is not None:
         return forecaster.of(streamed=True)
     whole = "it is loaded already" if loaded is not None else _why_in_memory(job, saves=saves, in_memory=in_memory)
-    whole = whole or why_not_streamed(structure, catalog, load)
+    whole = whole or why_not_streamed(structure, opener.catalog, load)
     if max_memory is None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         large = structure.graph.total_parameters * dtype.itemsize * processes > free_memory() // 2

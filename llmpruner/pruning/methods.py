@@ -66,7 +66,8 @@ class LlmPruner(Method):
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         del writes
         taylor = {"settings": {"taylor": {"variant": "element1"}}} if asked.importance in (None, "taylor") else {}
-        return {"importance": "taylor", **taylor, **_TEN_SAMPLES, **_of_paper(asked)}
+        free = {} if asked.kinds == (LAYER,) else {"shape": "free"}
+        return {"importance": "taylor", **taylor, **_TEN_SAMPLES, **free}
 
 
 class ByHand(Method):
@@ -81,11 +82,6 @@ class ByHand(Method):
 
 
 _TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length": 64}
-
-
-def _of_paper(asked: PruneSettings) -> Mapping[str, Any]:
-    """The shape of the paper's results, where widths may differ."""
-    return {} if asked.kinds == (LAYER,) else {"shape": "free"}
 
 
 def _criterion(asked: PruneSettings, of_units: str) -> str:

@@ -1,46 +1,172 @@
-"""Writing a model in the form that it needs."""
+"""From kept units to a checkpoint: the plan as the record of its job, sizes before and after, the cut, and saving."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..discovery.dense import base_record
+from ..discovery.groups import build_graph
 from ..errors import ModelError
 from ..models.config import stated
+from ..models.meta import meta_model
+from ..models.numbers import stored_dtype
 from ..models.record import read_any_record
 from ..models.save import save_checkpoint, vocabulary_files
+from ..models.surgery import cut
+from ..models.weights import CutWeights
+from ..structure.kept import parameters_after
+from ..structure.plan import (
+    BaseRef,
+    BudgetOutcome,
+    CompensationRecord,
+    EstimationRecord,
+    Outcome,
+    PruningPlan,
+    SelectionRecord,
+    Target,
+    cuts_of,
+    structure_of,
+)
+from .budgets import BudgetSubject, byte_cost, counts
+from .targets import scope_of, widths_of
 
 if TYPE_CHECKING:
-    from ..models.model import Model
+    import torch
+    from transformers import PreTrainedModel
+
+    from ..calibration.calibration import CalibrationSet
+    from ..models.model import Model, Structure
+    from ..structure.kept import Kept
+    from .budgets import Budget, Cost
+    from .job import PruneJob
+
+
+def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
+    """The plan that keeps ``kept``."""
+    scored = text if job.scores_read_text else None
+    sources = job.calibration.text.record() if job.calibration else {}
+    target = Target(by=job.by, amount=job.amount)
+    if job.by == "ratio":
+        target = Target(by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record())
+    return PruningPlan(
+        base=BaseRef(
+            model=model.ref,
+            revision=getattr(model.config, "_commit_hash", None),
+            structure=structure_of(model.graph),
+        ),
+        family=model.family.name,
+        estimation=EstimationRecord(
+            criterion=job.criterion.name,
+            settings=job.criterion.record(),
+            reduction=job.reduction,
+            calibration=scored.source if scored else None,
+            sources=sources if scored else {},
+            fingerprint=scored.fingerprint if scored else None,
+        ),
+        selection=SelectionRecord(
+            kinds=job.kinds,
+            layers=scope_of(job, model).layers,
+            allocation=job.allocation.name,
+            settings=job.allocation.record(),
+            steps=job.steps,
+            shape=job.shape,
+            round_to=widths_of(job, model).round_to,
+        ),
+        compensation=_compensation_record(job, text, sources),
+        target=target,
+        seed=job.seed,
+        cuts=cuts_of(model.graph, kept),
+    )
+
+
+def _compensation_record(
+    job: PruneJob, text: CalibrationSet | None, sources: dict[str, Any]
+) -> CompensationRecord | None:
+    compensation = job.compensation
+    if compensation.name == "none":
+        return None
+    read: dict[str, Any] = {}
+    if text is not None and compensation.reads_text:
+        samples, length = text.input_ids.shape
+        read = {"calibration": text.source, "sources": sources, "fingerprint": text.fingerprint}
+        read |= {"samples": samples, "length": length}
+    return CompensationRecord(name=compensation.name, settings=compensation.record(), **read)
+
+
+def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
+    """The `Outcome` of a plan. ``model``: before the cut. ``cost``: of the plan's budget."""
+    graph, target = model.graph, plan.target
+    total, decoder = parameters_after(graph, plan.kept)
+    left = counts(graph, plan.kept)
+    weights = byte_cost(model.model, graph, [graph.by_name[name] for name in plan.cuts])
+    budget = None
+    if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
+        whole, after = cost.remaining(), cost.remaining(*left)
+        budget = BudgetOutcome(target.budget, cost.label, whole, after)
+    before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
+    # The budget of bytes, by which the plan was made, counts those in memory.
+    if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
+        before = before * stored.itemsize // memory.itemsize
+    return Outcome(
+        graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget
+    )
+
+
+def recorded_cost(model: Model, plan: PruningPlan, budget: Budget) -> Cost:
+    """The cost of a plan's budget, in the model before the cut."""
+    groups = [model.graph.by_name[name] for name in plan.cuts]
+    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family))
+
+
+def cut_model(model: Model, plan: PruningPlan) -> Model:
+    """The model without the units that the plan removes: cut in place in memory, or when its weights are read."""
+    plans = (*model.plans, plan)
+    if model.streamed is None:
+        graph = cut(model.model, model.graph, plan.kept, model.family)
+        return replace(model, graph=graph, plans=plans)
+    network = without_weights(model, model.model.dtype)
+    network.generation_config = model.model.generation_config
+    network.config.name_or_path = model.model.config.name_or_path
+    graph = cut(network, model.graph, plan.kept, model.family)
+    weights = CutWeights(network, model.streamed, model.graph, plan.kept)
+    return replace(model, model=network, graph=graph, plans=plans, streamed=weights)
+
+
+def without_weights(structure: Structure, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of ``structure`` after its cuts, with parameters on the meta device."""
+    network = meta_model(structure.config, dtype)
+    if structure.plans:
+        graph = build_graph(structure.family, structure.config)
+        for plan in structure.plans:
+            graph = cut(network, graph, plan.kept, structure.family)
+    return network
 
 
 def save(model: Model, directory: Path) -> str:
-    """Write an ordinary Hugging Face directory; returns ``stock`` or ``shim`` (see `save_checkpoint`). Raises as
-    `check_fits`."""
-    check_fits(model)
+    """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` as
+    `_check_fits`."""
+    _check_fits(model)
+    earlier = list((model.record or {}).get("work") or ())
+    # A version did not record it, and the work of a plan is at its number.
+    missing = len(model.plans) - len(earlier) - len(model.work)
     record = {
         **_own_record(model),
         **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
-        "work": _all_work(model),
+        "work": [*earlier, *[None] * missing, *model.work],
         "base_config": stated(model.config),
     }
     return save_checkpoint(
-        model.model,
-        directory,
-        record=record,
-        tokenizer=model.tokenizer,
-        family=model.family,
-        extra_files=vocabulary_files(model.tokenizer),
-        parts=model.streamed,
-    )
+        model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family,
+        extra_files=vocabulary_files(model.tokenizer), parts=model.streamed,
+    )  # fmt: skip
 
 
-def check_fits(model: Model) -> None:
+def _check_fits(model: Model) -> None:
     """Raise `ModelError` for a model that is half-changed, or whose parameters are not those of its plans: something
     else than `llmpruner.prune` cut it, and what is saved could not be loaded."""
     model.check_whole()
@@ -63,10 +189,3 @@ def _own_record(model: Model) -> dict[str, Any]:
     before = None if model.path is None else read_any_record(model.path)
     since = record.pop("recovery", [])[len((before or {}).get("recovery") or ()) :]
     return {**record, "recovery": since} if since else record
-
-
-def _all_work(model: Model) -> list[Mapping[str, Any] | None]:
-    """One for each plan; None for cuts of a version that did not record it."""
-    earlier = list((model.record or {}).get("work") or ())
-    missing = len(model.plans) - len(earlier) - len(model.work)
-    return [*earlier, *[None] * missing, *model.work]

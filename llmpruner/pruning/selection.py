@@ -1,25 +1,62 @@
-"""Selection: from scores, a demand and an allocation to the units that are kept. Imports no torch."""
+"""Selection: scores, then an allocation of the amount, in one step or several; the units that are kept."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
-from math import isfinite, log10
-from typing import TYPE_CHECKING, TypedDict
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import isfinite
+from typing import TYPE_CHECKING
 
-from ..errors import SelectionError
+import torch
+
+from ..calibration.calibration import CalibrationSet
+from ..discovery.verify import with_rules
+from ..engine.execution import Execution
+from ..engine.signals import GRADIENTS, Signal
+from ..engine.statistics import divergence
+from ..engine.walk import check_tokens
+from ..errors import ModelError, SelectionError
+from ..models.numbers import with_fast_products
+from ..models.surgery import cut, cut_copy
 from ..progress import QUIET, Progress
-from ..structure.coupling import CoupledGroup, CouplingGraph
-from ..structure.kept import removed_layers
-from ..structure.scope import Queue, Scope, build_queue, kept_units
+from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.kept import compose, layer_numbers, removed_layers
+from ..structure.scope import Scope, build_queue, kept_units
 from ..structure.widths import ANY, Widths
-from .allocation import Allocation, AllocationTask, Demand, Meter, Taken
-from .budgets.base import Cost, saving_units
-from .budgets.sizes import parameter_cost
+from .allocation import Allocation, AllocationTask, Demand, Meter, Taken, Uniform, allocate_alike
+from .budgets import BudgetSubject, Cost, CutCost, parameter_cost, saving_units
+from .criteria.estimate import Removal, Scores, Spread, estimate, spread
+from .targets import demand, lost, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
-    from ..structure.kept import Kept
-    from .criteria.estimate import Scores
+    from transformers import PreTrainedModel
+
+    from ..models.model import Model
+    from ..structure.kept import Follows, Kept
+    from .job import PruneJob
+
+GRADIENT_TOKENS = 32768
+"""Calibration tokens for scores that need gradients, where a compensation reads more text."""
+TRIED = 2048
+"""Number of tokens that the predictions of a trial cut are compared on."""
+
+
+def choose(
+    model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution
+) -> tuple[Kept, Cost, Mapping[str, Spread]]:
+    """Group name → kept units; the cost of the model by the job's budget; and how the scores are distributed (empty
+    with several steps). Raises `SelectionError` for an amount that cannot be removed, or that is less than one unit.
+    """
+    with execution.stages.stage("budget"):
+        groups = scope_of(job, model).groups(model.graph)
+        cost = job.budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, execution.progress))
+    choice = _Choice(model, job, cost, text, execution)
+    kept = choice.units()
+    if not kept:
+        raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
+    return kept, cost, choice.spreads
 
 
 def select(
@@ -52,99 +89,180 @@ def select(
     if demand.units is None:
         allowed = saving_units(cost, groups, allowed, widths.alike(groups))
     queues = [
-        build_queue(g, scores.by_group[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
+        build_queue(g, scores[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
         for g in groups
         if g.name in allowed
     ]
 
     def chosen(taken: Taken) -> Kept:
-        return _without_removed_layers(graph, kept_units(queues, taken))
+        kept = kept_units(queues, taken)
+        gone = removed_layers(graph, kept)
+        return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
     task = AllocationTask(queues, demand, Meter(cost, queues), measured, progress)
     return chosen(allocate_alike(allocation, task, widths.alike(groups)))
 
 
-def _without_removed_layers(graph: CouplingGraph, kept: Mapping[str, tuple[int, ...]]) -> Kept:
-    """``kept`` without the groups inside layers that are removed."""
-    gone = removed_layers(graph, kept)
-    return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
+def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
+    """All zero, for `select` where only the numbers of units matter."""
+    return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
 
 
-def allocate_alike(allocation: Allocation, task: AllocationTask, alike: Sequence[Sequence[str]]) -> Taken:
-    """The result of ``allocation`` with the same number of steps in all groups of each entry of ``alike``.
+@dataclass
+class _Current:
+    """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
+    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``loss``: of
+    trial cuts, once an allocation measures."""
 
-    The allocation is given one queue for each entry, named after its first group; a step of it removes a step of every
-    group, and its score is their mean. Groups that are equal but for their layers have equally long queues.
+    network: PreTrainedModel
+    graph: CouplingGraph
+    scope: Scope
+    widths: Widths
+    cost: Cost
+    ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    loss: Callable[[Kept], float] | None = None
+
+    @cached_property
+    def groups(self) -> tuple[CoupledGroup, ...]:
+        return self.scope.groups(self.graph)
+
+
+class _Choice:
+    """Chooses the units of ``model`` that ``job`` removes. ``whole``: the cost of the model; ``text``: for scores and
+    trials. With several steps, copies of the model are cut."""
+
+    def __init__(
+        self, model: Model, job: PruneJob, whole: Cost, text: CalibrationSet | None, execution: Execution
+    ) -> None:
+        self.model, self.job, self.whole, self.text, self.execution = model, job, whole, text, execution
+        self.kept: Kept = {}
+        """By the steps so far, in numbers of the model before the first one."""
+        self.spreads: dict[str, Spread] = {}
+        self.now = _Current(model.model, model.graph, scope_of(job, model), widths_of(job, model), whole)
+
+    def units(self) -> Kept:
+        """As `choose`."""
+        job, stages = self.job, self.execution.stages
+        # A group of layers alone loses as many as the amounts of all steps so far come to.
+        once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
+        numbers: dict[str, float] = {}
+        for step in range(1, job.steps + 1):
+            now, last = self.now, step == job.steps
+            amount = demand(job, self.whole, now.cost, now.groups, now.scope, step)
+            with stages.stage("scores"):
+                self._rank(amount)
+            with stages.stage("selection"):
+                if once and step == 1:
+                    all_of_it = demand(job, self.whole, self.whole, now.groups, now.scope, job.steps)
+                    numbers = lost(now.graph, now.groups, self._select(all_of_it))
+                chosen = None
+                if once and not last:
+                    part = part_of(self.model.graph, self.kept, numbers, step / job.steps, now.groups)
+                    chosen = self._select(part, decided=True)
+                if chosen is None or self._is_more_than_all(chosen, amount):
+                    chosen = self._select(amount)
+            if job.steps == 1:
+                self.spreads = {name: spread(now.ranked[name].tolist(), units) for name, units in chosen.items()}
+            self.kept = compose(self.model.graph, self.kept, chosen)
+            # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
+            if chosen and not last:
+                self.now = self._cut()
+        return self.kept
+
+    def _cut(self) -> _Current:
+        model, job, kept = self.model, self.job, self.kept
+        network = copy.deepcopy(model.model)
+        graph = cut(network, model.graph, kept, model.family)
+        scope, numbers = scope_of(job, model), layer_numbers(model.graph, kept)
+        layers = tuple(numbers[n] for n in scope.layers if n in numbers)
+        removable = None if scope.removable is None else tuple(numbers[n] for n in scope.removable if n in numbers)
+        widths = widths_of(job, model).after(model.graph, kept)
+        cost = CutCost(self.whole, model.graph, kept)
+        return _Current(network, graph, Scope(scope.kinds, layers, removable), widths, cost)
+
+    def _rank(self, amount: Demand) -> None:
+        """Set the scores, unless they are set and do not depend on the amount."""
+        now, job, execution, text = self.now, self.job, self.execution, self.text
+        removal = None
+        if Signal.STREAM_BLOCKS in job.criterion.signals:
+            # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
+            group = now.groups[0]
+            kept = select(now.graph, [group], equal_scores([group]), now.scope, amount, Uniform(), cost=now.cost)
+            removed = group.units - len(kept.get(group.name, range(group.units)))
+            removal = Removal(removed, now.scope.allowed_units(group))
+        if now.ranked and removal is None:
+            return
+        if now.network is not self.model.model:
+            execution = execution.of_copy(now.network, now.graph.layers)
+        if text is not None and job.compensation.reads_text and job.criterion.signals & GRADIENTS:
+            text = text.first(GRADIENT_TOKENS)
+        scores = estimate(
+            now.network, now.graph, now.groups, job.criterion, text,
+            reduction=job.reduction, seed=job.seed, execution=execution, removal=removal,
+        )  # fmt: skip
+        alike = now.widths.alike(now.groups)
+        now.ranked = job.allocation.comparable(scores, now.graph, now.cost, alike)
+
+    def _select(self, amount: Demand, *, decided: bool = False) -> Kept:
+        """By the job's allocation. ``decided``: ``amount`` has the number of units of each group."""
+        now, job = self.now, self.job
+        if now.loss is None and job.allocation.measures and not decided and self.text is not None:
+            kinds = {group.kind for group in now.groups}
+            now.loss = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
+
+        def chosen() -> Kept:
+            return select(
+                now.graph, now.groups, now.ranked, now.scope, amount,
+                Uniform() if decided else job.allocation,
+                cost=now.cost, widths=now.widths, loss=now.loss, progress=self.execution.progress,
+            )  # fmt: skip
+
+        return self.execution.ranks.from_first(chosen)
+
+    def _is_more_than_all(self, chosen: Kept, amount: Demand) -> bool:
+        """Whether a part removes more than the whole amount, as layers that cost more go than those whose number was
+        decided."""
+        if amount.whole is None or not chosen:
+            return False
+        graph = self.model.graph
+        after = CutCost(self.whole, graph, compose(graph, self.kept, chosen))
+        return self.now.cost.remaining() - after.remaining() > amount.whole
+
+
+@torch.no_grad()
+def trial_loss(
+    model: PreTrainedModel,
+    graph: CouplingGraph,
+    kinds: Collection[str],
+    family: Follows,
+    calibration: CalibrationSet,
+) -> Callable[[Kept], float]:
+    """A function from kept units to the mean KL divergence per token, in nats, of the model cut to them from ``model``.
+
+    ``kinds``: of the units that are cut. Every trial cuts a copy that shares the weights that are not cut. Memory
+    beyond the model: the logits of 2,048 tokens.
     """
-    queues = {queue.group.name: queue for queue in task.queues}
-    scored = ([name for name in names if name in queues] for names in alike)
-    members = {names[0]: names for names in scored if names}
-    together = _Together(task.meter, members)
-    loss = task.loss
-    taken = allocation.allocate(
-        replace(
-            task,
-            queues=[_joined(name, [queues[n] for n in names]) for name, names in members.items()],
-            demand=replace(task.demand, units=_of_first(task.demand.units, members)),
-            meter=together,
-            loss=None if loss is None else lambda steps: loss(_expanded(steps, members)),
-        )
-    )
-    return _expanded(taken, members)
+    family = with_rules(family, model, set(kinds))
+    ids = check_tokens(model, calibration.input_ids)
+    rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
+    tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
 
+    def logits(network: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = with_fast_products(network, lambda: network(input_ids=ids, use_cache=False).logits)
+        return found
 
-class _Together(Meter):
-    """Counts what is removed when every member takes the steps of its first group."""
+    dense = [logits(model, part) for part in tried]
 
-    def __init__(self, meter: Meter, members: Mapping[str, Sequence[str]]) -> None:
-        super().__init__(meter.cost, ())
-        self._meter, self._members = meter, members
+    @torch.no_grad()
+    def loss(kept: Kept) -> float:
+        copied = cut_copy(model, graph, kept, family)
+        total = sum(divergence(before, logits(copied, part)) for before, part in zip(dense, tried, strict=True))
+        if not isfinite(total):
+            raise ModelError(
+                "the divergence of a trial cut is not a finite number; the weights are damaged, or activations "
+                f"overflow in {str(model.dtype).removeprefix('torch.')}"
+            )
+        return total / sum(part[:, 1:].numel() for part in tried)
 
-    def removed(self, taken: Mapping[str, int]) -> int:
-        return self._meter.removed(_expanded(taken, self._members))
-
-
-def _expanded(taken: Mapping[str, int], members: Mapping[str, Sequence[str]]) -> Taken:
-    return {name: taken[first] for first, names in members.items() if first in taken for name in names}
-
-
-def _joined(name: str, queues: Sequence[Queue]) -> Queue:
-    first = next(queue for queue in queues if queue.group.name == name)
-    scores = tuple(sum(each) / len(queues) for each in zip(*(queue.scores for queue in queues), strict=True))
-    return replace(first, scores=scores, members=tuple(queue.group.name for queue in queues))
-
-
-def _of_first(units: Mapping[str, float] | None, members: Mapping[str, Sequence[str]]) -> Mapping[str, float] | None:
-    return None if units is None else {name: units[name] for name in members}
-
-
-BINS = 20
-_WIDE = 10
-"""From this ratio of the largest score to the smallest on, bins are of equal width in the logarithm."""
-
-
-class Spread(TypedDict):
-    """Histogram of scores. ``low``, ``high``: of the first and the last of the bins of equal width; ``log``: whether
-    that is the width in the logarithm of the scores. ``kept``, ``removed``: units in each bin."""
-
-    low: float
-    high: float
-    log: bool
-    kept: list[int]
-    removed: list[int]
-
-
-def spread(scores: Sequence[float], kept: Collection[int]) -> Spread:
-    """The `Spread` of ``scores``, one for each unit. ``kept``: numbers of the units that stay. Scores that are not
-    finite (units that must stay) are left out."""
-    known = {unit: score for unit, score in enumerate(scores) if isfinite(score)}
-    low, high = min(known.values(), default=0.0), max(known.values(), default=0.0)
-    wide = low > 0 and high >= _WIDE * low
-    first, last = (log10(low), log10(high)) if wide else (low, high)
-    bins = Spread(low=low, high=high, log=wide, kept=[0] * BINS, removed=[0] * BINS)
-    stays = set(kept)
-    for unit, score in known.items():
-        place = ((log10(score) if wide else score) - first) / (last - first) if last > first else 0.0
-        bins["kept" if unit in stays else "removed"][min(int(place * BINS), BINS - 1)] += 1
-    return bins
+    return loss

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..models.model import Structure
     from ..structure.coupling import CoupledGroup, CouplingGraph
     from ..structure.kept import Kept
-    from .budgets.base import Cost
+    from .budgets import Cost
     from .job import PruneJob
 
 

@@ -20,19 +20,18 @@ from ..discovery.structure import load_structure
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import exists, read_json
 from ..models.checkpoint import adapter_base
-from ..models.meta import meta_model
 from ..models.numbers import loaded_bytes
 from ..models.opening import open_weights, why_not_streamed
 from ..models.record import RECORD_FILE, damaged_files, read_any_record, recorded_files
 from ..models.remote import ALLOW
 from ..models.shards import check_index, has_shards
-from ..models.surgery import cut
-from ..models.weights import CutWeights, StreamedWeights, Weights
+from ..models.weights import StreamedWeights, Weights
 from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
 from ..structure.coupling import Role, layer_number
 from ..structure.kept import compose_all, layer_numbers, restrict
 from ..values import counted
+from .saving import cut_model
 
 if TYPE_CHECKING:
     from ..models.model import Model, Structure
@@ -145,12 +144,13 @@ def _model_checks(
         # What is silenced is cut afterwards, so that no copy is needed.
         with silenced(dense.model, dense.graph, compose_all(dense.graph, [plan.kept for plan in structure.plans])):
             expected = logits(dense.model, tokens)
-    cut_weights = _cut(dense, structure.plans)
-    yield "weights", _compare_weights(weights, cut_weights, changed, dense.ref)
+    for plan in structure.plans:
+        dense = cut_model(dense, plan)
+    yield "weights", _compare_weights(weights, dense.weights, changed, dense.ref)
     if changed:
         raise _NotComparable("weights were fitted to compensate for the cut")
     what = "a new cut of the base" if expected is None else "the base with the removed units silenced"
-    expected = logits(cut_weights.model, tokens) if expected is None else expected
+    expected = logits(dense.model, tokens) if expected is None else expected
     difference = distance(logits(weights.model, tokens).float(), expected.float())
     if not difference <= (TOLERANCE if weights.model.dtype == torch.float32 else _ROUNDED):
         raise CheckpointError(
@@ -211,23 +211,6 @@ def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog:
         if named is not None:
             raise
         raise _NotComparable(str(error)) from error
-
-
-def _cut(dense: Model, plans: tuple[PruningPlan, ...]) -> Weights:
-    """The weights of ``dense``, cut by the plans once more; of a streamed model, layer by layer as they are read."""
-    graph = dense.graph
-    if dense.streamed is None:
-        for plan in plans:
-            graph = cut(dense.model, graph, plan.kept, dense.family)
-        return Weights(dense.model, graph.layers)
-    weights = dense.streamed
-    for number, plan in enumerate(plans, start=1):
-        model, after = meta_model(dense.config, dense.model.dtype), dense.graph
-        for done in plans[:number]:
-            after = cut(model, after, done.kept, dense.family)
-        weights = CutWeights(model, weights, graph, plan.kept)
-        graph = after
-    return weights
 
 
 def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catalog: Catalog) -> set[str]:

@@ -27,8 +27,7 @@ from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import resolve
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
-from ..pruning.checks import check_job
-from ..pruning.job import prune_job
+from ..pruning.job import check_job, prune_job
 from ..recovery.job import check_recover, recover_job
 from ..report.history import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings

@@ -67,13 +67,11 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
 @dataclass(frozen=True)
 class Queue:
     """The removal steps of one group, least important first. ``steps``: the units of each step, which is the smallest
-    removal after which the group's constraints hold. ``scores``: mean importance of each step's units. ``members``:
-    names of the groups that take every step together, where it stands for several; else empty."""
+    removal after which the group's constraints hold. ``scores``: mean importance of each step's units."""
 
     group: CoupledGroup
     steps: tuple[tuple[int, ...], ...]
     scores: tuple[float, ...]
-    members: tuple[str, ...] = ()
 
     @cached_property
     def _totals(self) -> list[int]:

@@ -142,7 +142,7 @@ def _scores(
     loaded: Model, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
 ) -> Mapping[str, torch.Tensor]:
     tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
-    return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens")).by_group
+    return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens"))
 
 
 def _checked(criterion: ImportanceCriterion) -> tuple[ImportanceCriterion, list[torch.Tensor]]:

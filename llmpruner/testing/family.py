@@ -115,7 +115,7 @@ class FamilyConformance:
                     continue
                 scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration)
                 for group in groups:
-                    values = scores.by_group[group.name]
+                    values = scores[group.name]
                     where = f"{label(criterion)} on {group.name}"
                     assert values.shape == (group.units,) and bool(torch.isfinite(values).all()), where
                     assert group.units == 1 or len(set(values.tolist())) > 1, f"{where}: all units score alike"

@@ -23,7 +23,7 @@ from llmpruner.models.meta import graph_of
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.pruning.criteria.magnitude import L1
+from llmpruner.pruning.criteria.weights import L1
 from llmpruner.structure.coupling import CouplingGraph, Explicit
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -53,9 +53,9 @@ def test_buffers_are_not_scored() -> None:
     graph = discover_graph(config)
     groups = graph.of_kinds(["expert"])
     model = random_instance(config)
-    before = estimate(model, graph, groups, L1(), None).by_group
+    before = estimate(model, graph, groups, L1(), None)
     model.get_buffer(BIAS).fill_(9.0)
-    after = estimate(model, graph, groups, L1(), None).by_group
+    after = estimate(model, graph, groups, L1(), None)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 

@@ -106,7 +106,7 @@ def scores() -> dict[str, Any]:
     criterion = ExpertContribution()
     execution = Execution.of(model.model, model.graph.layers, Ranks.current())
     groups, text = model.graph.of_kinds(["expert"]), tokens(80, 128)
-    return {"weights": estimate(model.model, model.graph, groups, criterion, text, execution=execution).by_group}
+    return {"weights": estimate(model.model, model.graph, groups, criterion, text, execution=execution)}
 
 
 def refusal() -> str:

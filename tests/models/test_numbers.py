@@ -53,8 +53,7 @@ def test_every_criterion_in_every_dtype(models, name):
     """Scores are finite, and rank units nearly as in float32."""
     criterion = CATALOG.criteria[name]()
     found, exact = (
-        estimate(loaded.model, loaded.graph, groups_for(criterion, loaded), criterion, TEXT).by_group
-        for loaded in models
+        estimate(loaded.model, loaded.graph, groups_for(criterion, loaded), criterion, TEXT) for loaded in models
     )
     for group, scores in found.items():
         assert torch.isfinite(scores).all()
@@ -73,8 +72,7 @@ def test_gradients_of_many_tokens_in_float16(name):
         # As small as gradients are in large models.
         loaded.model.get_output_embeddings().weight.data.mul_(0.01)
     found, exact = (
-        estimate(loaded.model, loaded.graph, loaded.graph.of_kinds(["mlp"]), criterion, text).by_group
-        for loaded in models
+        estimate(loaded.model, loaded.graph, loaded.graph.of_kinds(["mlp"]), criterion, text) for loaded in models
     )
     for group, scores in found.items():
         torch.testing.assert_close(scores, exact[group], rtol=0.05, atol=0.01 * float(exact[group].mean()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,12 +14,11 @@ from criteria_cases import layers_of, make, tokens
 from llmpruner import UnsupportedModelError
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.engine.ranks import SINGLE
-from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.pruning.compensation import least_squares
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.compensation.builtin import BiasShift, NoCompensation, Refit
-from llmpruner.pruning.compensation.least_squares import NormalEquations, WeightFitter, write_all
+from llmpruner.pruning.compensation.least_squares import WeightFitter, write_all
 from llmpruner.pruning.compensation.readers import Reader, readers_of, stream_writers
 from llmpruner.structure.coupling import LAYER, Role
 
@@ -65,7 +65,18 @@ def cut_copy(loaded, kept, model=None):
 def repaired(loaded, kept, compensation=Refit):
     model = copy.deepcopy(loaded.model)
     made = compensation() if isinstance(compensation, type) else compensation
-    return model, made.repair(RepairTask(model, loaded.graph, kept, CALIBRATION)).fits
+    return model, made.repair(RepairTask(model, loaded.graph, kept, CALIBRATION))
+
+
+def observed(model, path: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of the module ``path`` on the calibration text, (tokens, width), float64."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    with torch.no_grad():
+        model(input_ids=CALIBRATION.input_ids, use_cache=False)
+    handle.remove()
+    inputs, outputs = seen
+    return inputs.flatten(0, 1).double(), outputs.flatten(0, 1).double()
 
 
 def skipping(model, loaded, kept):
@@ -156,14 +167,8 @@ def test_a_single_cut_is_the_least_squares_fit():
     loaded = make("llama-gqa")
     kept = {"layers.0.mlp": list(range(40))}
     model, (fit,) = repaired(loaded, kept)
-    rows: list[torch.Tensor] = []
-    down = loaded.model.model.layers[0].mlp.down_proj
-    handle = down.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    handle.remove()
-    old = down.weight.detach().double()
-    x = torch.cat(rows).double()
+    old = loaded.model.model.layers[0].mlp.down_proj.weight.detach().double()
+    x, _ = observed(loaded.model, "model.layers.0.mlp.down_proj")
     gram = x[:, :40].T @ x[:, :40]
     strength = fit.ridge * float(gram.diagonal().mean())
     target = x @ old.T
@@ -181,26 +186,13 @@ def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
     loaded = make("llama-gqa")
     kept = plan_for(loaded, "hidden")
     model, _ = repaired(loaded, kept)
-    layer = "model.layers.0."
-    found = readers_of(loaded.graph, kept, 0)[layer + "mlp.up_proj.weight"]
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-
-    def run(which, who: str) -> None:
-        module = which.get_submodule(layer + "mlp.up_proj")
-        handle = module.register_forward_hook(
-            lambda _, args, out: (inputs.update({who: args[0]}), outputs.update({who: out}), None)[-1]
-        )
-        with torch.no_grad():
-            which(input_ids=CALIBRATION.input_ids, use_cache=False)
-        handle.remove()
-
-    run(loaded.model, "dense")
-    run(skipping(model, loaded, kept), "pruned")
-    x, target = inputs["pruned"].flatten(0, 1)[:, found.kept], outputs["dense"].flatten(0, 1)
-    best = torch.linalg.lstsq(x.double(), target.double()).solution
-    floor = float((x.double() @ best - target).norm())
-    assert float((outputs["pruned"].flatten(0, 1) - target).norm()) < 1.1 * floor
+    path = "model.layers.0.mlp.up_proj"
+    found = readers_of(loaded.graph, kept, 0)[f"{path}.weight"]
+    _, target = observed(loaded.model, path)
+    x, outputs = observed(skipping(model, loaded, kept), path)
+    x = x[:, found.kept]
+    floor = float((x @ torch.linalg.lstsq(x, target).solution - target).norm())
+    assert float((outputs - target).norm()) < 1.1 * floor
 
 
 @pytest.mark.parametrize(
@@ -223,17 +215,8 @@ def test_heads_are_fitted_to_what_the_uncut_layer_computes(name, units, first):
         if ".1.self_attn." in parameter:
             uncut.get_parameter(parameter).data.copy_(values)
 
-    def seen(which) -> tuple[torch.Tensor, torch.Tensor]:
-        found: list[tuple[torch.Tensor, torch.Tensor]] = []
-        project = which.get_submodule(weight.removesuffix(".weight"))
-        handle = project.register_forward_hook(lambda _, args, out: found.append((args[0], out)))
-        with torch.no_grad():
-            which(input_ids=CALIBRATION.input_ids, use_cache=False)
-        handle.remove()
-        ((inputs, outputs),) = found
-        return inputs.flatten(0, 1).double(), outputs.flatten(0, 1).double()
-
-    x, target = seen(model)[0], seen(uncut)[1]
+    path = weight.removesuffix(".weight")
+    x, target = observed(model, path)[0], observed(uncut, path)[1]
     index = readers_of(loaded.graph, kept, 1)[weight].kept
     x, old = x[:, index], loaded.model.get_parameter(weight).detach().double()[:, index]
     gram = x.T @ x
@@ -264,7 +247,7 @@ def test_a_weight_without_a_watched_product_is_reported_and_zeroed(monkeypatch):
     mlp = model.model.layers[1].mlp
     mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
     monkeypatch.setattr("llmpruner.engine.products._PRODUCTS", {})
-    (fit,) = Refit().repair(RepairTask(model, loaded.graph, kept, CALIBRATION)).fits
+    (fit,) = Refit().repair(RepairTask(model, loaded.graph, kept, CALIBRATION))
     assert (fit.parameter, fit.rows, fit.ridge) == ("model.layers.1.mlp.down_proj.weight", 0, None)
     assert not bool(mlp.down_proj.weight[:, 30:].any())
 
@@ -281,13 +264,8 @@ def test_bias_compensation_moves_the_mean():
     loaded = make("gpt2")
     kept = {"layers.0.mlp": list(range(30))}
     model, (fit,) = repaired(loaded, kept, BiasShift)
-    rows: list[torch.Tensor] = []
     project = loaded.model.transformer.h[0].mlp.c_proj
-    handle = project.register_forward_hook(lambda _, args, __: rows.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    handle.remove()
-    lost = torch.cat(rows)[:, 30:].mean(0) @ project.weight[30:]
+    lost = observed(loaded.model, "transformer.h.0.mlp.c_proj")[0][:, 30:].mean(0).float() @ project.weight[30:]
     new = model.transformer.h[0].mlp.c_proj
     torch.testing.assert_close(new.bias, project.bias + lost, rtol=1e-4, atol=1e-4)
     assert torch.equal(new.weight[:30], project.weight[:30])
@@ -315,17 +293,12 @@ def test_mix_moves_the_target_towards_the_dense_hidden_states():
     assert without == 0 < half < whole
 
 
-def test_mix_is_a_share():
-    with pytest.raises(SettingsError, match=r"compensation refit: mix 1\.5: input should be less"):
-        Refit(mix=1.5)
-
-
 def test_no_compensation_changes_nothing_and_reads_no_text():
     loaded = make("llama-gqa")
     kept = {"layers.1.mlp": list(range(30))}
     model = copy.deepcopy(loaded.model)
     done = NoCompensation().repair(RepairTask(model, loaded.graph, kept, None))
-    assert (done.kept, done.fits, NoCompensation.reads_text) == (kept, (), False)
+    assert (done, NoCompensation.reads_text) == ((), False)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), loaded.model.parameters(), strict=True))
 
 
@@ -347,18 +320,30 @@ def problem(rows: int = 400, noise: float = 0.0, seed: int = 0):
     return x, x @ true.T + noise * torch.randn(rows, 3, generator=generator), true
 
 
-def solve(equations, old):
-    return equations.solve(old, [equations.error(trial, old) for trial in range(equations.trials)])
+def fitter_of(inputs: int, outputs: int) -> WeightFitter:
+    reader = Reader("weight", 1, torch.arange(inputs), False, (outputs, inputs))
+    return WeightFitter(reader, torch.zeros(outputs, inputs), None)
 
 
-def test_the_normal_equations_find_what_least_squares_finds():
+def add(fitter, inputs, target):
+    fitter.add(SimpleNamespace(inputs=inputs), target)
+
+
+def solve(fitter, old):
+    new = old.clone()
+    fit = fitter.write(("weight", None), new, [fitter.error(trial, old) for trial in range(fitter.trials)])
+    return new, fit
+
+
+def test_the_fit_is_what_least_squares_finds():
     x, target, true = problem()
-    equations = NormalEquations(6, 3, x.device)
+    fitter = fitter_of(6, 3)
     for part, wanted in zip(x.split(64), target.split(64), strict=True):
-        equations.add(part, wanted)
-    new, ridge = solve(equations, true + 0.1)
+        add(fitter, part, wanted)
+    new, fit = solve(fitter, true + 0.1)
+    ridge = fit.ridge
     assert ridge == 1e-3, "without noise the least ridge wins"
-    assert equations.rows == len(x)
+    assert fit.rows == len(x)
     free = torch.linalg.lstsq(x, target).solution.T
     assert float((new - free).norm()) < 0.05 * float(free.norm())
     strength = ridge * float((x.T @ x).diagonal().mean())
@@ -369,11 +354,11 @@ def test_the_normal_equations_find_what_least_squares_finds():
 def test_the_ridge_is_chosen_on_rows_that_were_held_out():
     """Few rows and much noise: a free fit is worse than staying near the old weights, which are true."""
     x, target, true = problem(rows=16, noise=20.0)
-    equations = NormalEquations(6, 3, x.device)
-    equations.add(x, target)
-    new, ridge = solve(equations, true)
+    fitter = fitter_of(6, 3)
+    add(fitter, x, target)
+    new, fit = solve(fitter, true)
     free = torch.linalg.lstsq(x, target).solution.T
-    assert ridge is None or ridge >= 0.1
+    assert fit.ridge is None or fit.ridge >= 0.1
     assert float((new - true).norm()) < 0.5 * float((free - true).norm())
 
 
@@ -381,13 +366,13 @@ def test_errors_are_those_of_evenly_spaced_outputs_where_there_are_many(monkeypa
     monkeypatch.setattr(least_squares, "_OUTPUTS", 2)
     x = torch.randn(64, 6)
     target, old = torch.randn(64, 5), torch.randn(5, 6)
-    equations = NormalEquations(6, 5, x.device)
-    equations.add(x, target)
+    fitter = fitter_of(6, 5)
+    add(fitter, x, target)
     held_x, held = x[-8:], target[-8:, ::2]
     expected = ((held_x @ old[::2].T - held).square().sum() - held.square().sum()) / 8
-    assert equations.error(equations.trials - 1, old) == pytest.approx(float(expected), rel=1e-4)
+    assert fitter.error(fitter.trials - 1, old) == pytest.approx(float(expected), rel=1e-4)
     monkeypatch.setattr(least_squares, "_OUTPUTS", 512)
-    whole = equations.error(equations.trials - 1, old)
+    whole = fitter.error(fitter.trials - 1, old)
     assert whole == pytest.approx(
         float(((held_x @ old.T - target[-8:]).square().sum() - target[-8:].square().sum()) / 8), rel=1e-4
     )
@@ -395,42 +380,41 @@ def test_errors_are_those_of_evenly_spaced_outputs_where_there_are_many(monkeypa
 
 def test_weights_that_are_best_already_stay():
     x, _, true = problem()
-    equations = NormalEquations(6, 3, x.device)
-    equations.add(x, x @ true.T)
-    torch.testing.assert_close(solve(equations, true)[0], true, rtol=1e-3, atol=1e-3)
+    fitter = fitter_of(6, 3)
+    add(fitter, x, x @ true.T)
+    torch.testing.assert_close(solve(fitter, true)[0], true, rtol=1e-3, atol=1e-3)
 
 
 def test_inputs_that_are_always_zero_keep_their_weights():
     x, target, true = problem()
     x[:, 2] = 0
-    equations = NormalEquations(6, 3, x.device)
-    equations.add(x, target)
-    new, _ = solve(equations, true + 0.5)
+    fitter = fitter_of(6, 3)
+    add(fitter, x, target)
+    new, _ = solve(fitter, true + 0.5)
     torch.testing.assert_close(new[:, 2], true[:, 2] + 0.5)
 
 
 def test_without_rows_nothing_is_fitted():
     old = torch.randn(3, 6)
-    empty = NormalEquations(6, 3, old.device)
-    assert solve(empty, old)[1] is None
-    empty.add(torch.randn(5, 6), torch.randn(5, 3))
-    new, ridge = solve(empty, old)
-    assert ridge is None, "five rows leave none to choose a ridge by"
+    empty = fitter_of(6, 3)
+    assert solve(empty, old)[1].ridge is None
+    add(empty, torch.randn(5, 6), torch.randn(5, 3))
+    new, fit = solve(empty, old)
+    assert fit.ridge is None, "five rows leave none to choose a ridge by"
     assert torch.equal(new, old)
 
 
 def test_a_ridge_that_cannot_be_solved_is_not_chosen(monkeypatch):
     """With fewer tokens than channels, float32 sums have negative eigenvalues; the least ridge doesn't lift them."""
     monkeypatch.setattr(least_squares, "RIDGES", (1e-12, 1.0))
-    monkeypatch.setattr(NormalEquations, "trials", 3)
     generator = torch.Generator().manual_seed(0)
     x = torch.exp(3 * torch.randn(256, generator=generator)) * torch.randn(64, 1, generator=generator) * 1e4
     target = torch.randn(64, 3, generator=generator)
-    equations = NormalEquations(256, 3, x.device)
-    equations.add(x, target)
+    fitter = fitter_of(256, 3)
+    add(fitter, x, target)
     old = torch.zeros(3, 256)
-    assert equations.error(0, old) == inf
-    assert solve(equations, old)[1] in (None, 1.0)
+    assert fitter.error(0, old) == inf
+    assert solve(fitter, old)[1].ridge in (None, 1.0)
 
 
 @pytest.mark.parametrize("scale", (3e18, 1e19))
@@ -440,7 +424,7 @@ def test_weights_stay_where_no_ridge_can_be_solved(scale, caplog):
     weight = torch.nn.Linear(6, 3, bias=False)
     weight.weight.data.copy_(true)
     fitter = WeightFitter(Reader("weight", 1, torch.arange(5), False, (3, 6)), weight.weight.data, None)
-    fitter.equations.add(x[:, :5] * scale, target * 1e-3)
+    add(fitter, x * scale, target * 1e-3)
     (fit,) = write_all({("weight", None): fitter}, weight, SINGLE)
     assert fit.ridge is None
     torch.testing.assert_close(weight.weight[:, :5], true[:, :5])

@@ -70,7 +70,7 @@ def scores(model_type: str, name: str) -> torch.Tensor:
     criterion = Catalog(plugin_manager(entry_points=False)).criteria[name]()
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     found = estimate(loaded.model, loaded.graph, groups, criterion, tokens(16, 32, vocabulary=vocabulary))
-    return torch.stack([found.by_group[group.name] for group in groups])
+    return torch.stack([found[group.name] for group in groups])
 
 
 @pytest.mark.parametrize("model_type", TYPES)
@@ -114,7 +114,7 @@ def test_no_criterion_sees_that_two_experts_are_alike(name):
         for stack in stacks:
             stack[COPY].normal_(std=float(stack.std()), generator=torch.Generator().manual_seed(2))
     try:
-        alone = estimate(loaded.model, loaded.graph, [group], criterion, calibration).by_group[group.name]
+        alone = estimate(loaded.model, loaded.graph, [group], criterion, calibration)[group.name]
     finally:
         with torch.no_grad():
             for stack, values in zip(stacks, before, strict=True):
@@ -144,7 +144,7 @@ def test_reap_renormalises_the_routers_weights_unless_told_not_to():
             norms = ((experts.act_fn(gate) * up) @ experts.down_proj[number].T).norm(dim=-1)
             expected.append(float((weights[token, rank] * norms.detach()).sum()) / max(1, len(token)))
         criterion = criteria["expert-reap"](renormalize=renormalize)
-        found = estimate(loaded.model, loaded.graph, [group], criterion, calibration).by_group[group.name]
+        found = estimate(loaded.model, loaded.graph, [group], criterion, calibration)[group.name]
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-6)
 
 

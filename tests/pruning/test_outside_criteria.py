@@ -40,7 +40,7 @@ def criterion(name: str, **settings):
 
 
 def scores_of(loaded, chosen, groups) -> dict[str, torch.Tensor]:
-    return estimate(loaded.model, loaded.graph, groups, chosen, CALIBRATION).by_group
+    return estimate(loaded.model, loaded.graph, groups, chosen, CALIBRATION)
 
 
 def expert_output(experts, number: int, rows: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,7 @@ import torch
 from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import SelectionError, UnknownNameError
 from llmpruner.pruning.allocation import Demand, GlobalRanking, Uniform
-from llmpruner.pruning.budgets.base import counts
-from llmpruner.pruning.budgets.sizes import parameter_cost
-from llmpruner.pruning.criteria.estimate import Scores
+from llmpruner.pruning.budgets import counts, parameter_cost
 from llmpruner.pruning.selection import select
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.scope import Scope, build_queue
@@ -21,7 +19,7 @@ ALL = (0, 1, 2, 3)
 
 def scores_for(groups, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return Scores({g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups})
+    return {g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups}
 
 
 def choose(graph, kinds, demand, layers=ALL, allocation=Uniform, **options):
@@ -55,7 +53,7 @@ def test_uniform_takes_the_least_important_of_every_group(gqa):
     scores = scores_for(groups)
     kept = select(gqa.graph, groups, scores, scope, Demand(units={g.name: 24.0 for g in groups}), Uniform())
     for group in groups:
-        order = scores.by_group[group.name].argsort(stable=True)
+        order = scores[group.name].argsort(stable=True)
         assert set(kept[group.name]) == set(order[24:].tolist())
     assert set(kept) == {"layers.1.mlp", "layers.2.mlp"}
 
@@ -66,7 +64,7 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
     scores = scores_for(groups)
     unit = gqa.graph.parameters_per_unit(groups[0])
     kept = select(gqa.graph, groups, scores, scope, Demand(amount=50 * unit), GlobalRanking())
-    everything = sorted((float(s), g.name, u) for g in groups for u, s in enumerate(scores.by_group[g.name]))
+    everything = sorted((float(s), g.name, u) for g in groups for u, s in enumerate(scores[g.name]))
     gone = {(name, unit) for name, units in kept.items() for unit in set(range(96)) - set(units)}
     assert gone == {(name, unit) for _, name, unit in everything[:50]}
 

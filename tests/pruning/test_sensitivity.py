@@ -11,12 +11,10 @@ from torch.nn import functional
 import llmpruner
 from llmpruner import ModelError
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.errors import SelectionError, SettingsError
+from llmpruner.errors import SelectionError
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform
-from llmpruner.pruning.criteria.estimate import Scores
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.trials import trial_loss
+from llmpruner.pruning.selection import select, trial_loss
 from llmpruner.structure.kept import parameters_after
 from llmpruner.structure.scope import Scope
 
@@ -24,7 +22,7 @@ from llmpruner.structure.scope import Scope
 def choose(graph, kinds, demand, loss, allocation):
     scope = Scope(kinds, tuple(range(graph.num_layers)))
     groups = scope.groups(graph)
-    scores = Scores({g.name: torch.arange(g.units, dtype=torch.float64) for g in groups})
+    scores = {g.name: torch.arange(g.units, dtype=torch.float64) for g in groups}
     return select(graph, groups, scores, scope, demand, allocation, loss=loss)
 
 
@@ -35,16 +33,6 @@ def lost(graph, kept):
 
 def quadratic(graph, weights):
     return lambda kept: sum(weights[name] * share**2 for name, share in lost(graph, kept).items())
-
-
-@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("layer", "mlp"), ("hidden",)], ids="+".join)
-def test_the_amount_is_hit_within_one_unit(gqa, kinds):
-    graph = gqa.graph
-    weights = {g.name: 1.0 + number for number, g in enumerate(graph.groups)}
-    target = round(0.2 * graph.decoder_parameters)
-    kept = choose(graph, kinds, Demand(amount=target), quadratic(graph, weights), Sensitivity())
-    removed = graph.decoder_parameters - parameters_after(graph, kept)[1]
-    assert abs(removed - target) <= min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
 
 
 def test_shares_go_where_the_loss_rises_least(gqa):
@@ -94,10 +82,8 @@ def test_each_group_is_measured_at_the_levels_and_in_full(gqa, levels, cuts):
     assert len(calls) == cuts
 
 
-def test_levels_are_shares():
+def test_levels_are_given_as_text():
     assert Sensitivity(levels="0.1, 0.5,0.9").settings.levels == (0.1, 0.5, 0.9), "as text from the command line"
-    with pytest.raises(SettingsError, match=r"sensitivity: levels\.0 1\.5: input should be less than 1"):
-        Sensitivity(levels=(1.5,))
 
 
 IDS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(3))

@@ -14,8 +14,8 @@ import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.metrics import size
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.budgets.kv_cache import bytes_per_token
-from llmpruner.pruning.selection import spread
+from llmpruner.pruning.criteria.estimate import spread
+from llmpruner.pruning.kv_cache import bytes_per_token
 from llmpruner.report.measured import Answer, calibration_of, side_by_side
 from llmpruner.report.summary import Pair, _change
 from llmpruner.structure.plan import PruningPlan

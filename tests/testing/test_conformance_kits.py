@@ -27,7 +27,7 @@ from llmpruner import (
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.criteria.magnitude import L1
+from llmpruner.pruning.criteria.weights import L1
 from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, catalog_with
 

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from ...engine.execution import Execution
     from ...structure.coupling import CoupledGroup, CouplingGraph
     from ...structure.kept import Kept
-    from .choose import Chooser
 
 
 @dataclass(frozen=True)
@@ -65,30 +64,19 @@ def fits_record(fits: Sequence[Fit]) -> list[dict[str, Any]]:
 
 
 @dataclass(frozen=True)
-class Repaired:
-    """The result. ``kept``: group name → kept units, as planned or as a `Chooser` ranked them again. ``fits``: one for
-    each matrix that was fitted or that kept its weights because no fit was better."""
-
-    kept: dict[str, Sequence[int]]
-    fits: Sequence[Fit] = ()
-
-
-@dataclass(frozen=True)
 class RepairTask:
     """The inputs of a compensation.
 
     ``model``: the dense model, changed in place; no shape may change. ``graph``: its coupled groups. ``kept``: group
     name → the units that are kept, in ascending order, for groups that lose units. ``calibration``: token ids, int64 of
-    shape (samples, length); None for a compensation that reads no text. ``chooser``: ranks the units of each layer
-    again; None when ``kept`` is final. ``execution``: runs the model, shows progress and keeps the results of finished
-    layers; None for a model in memory.
+    shape (samples, length); None for a compensation that reads no text. ``execution``: runs the model, shows progress
+    and keeps the results of finished layers; None for a model in memory.
     """
 
     model: PreTrainedModel
     graph: CouplingGraph
     kept: Kept
     calibration: CalibrationSet | None
-    chooser: Chooser | None = None
     execution: Execution | None = None
 
 
@@ -101,8 +89,6 @@ class Compensation(Component):
     by_layer: ClassVar[bool] = False
     """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, so that the model need not
     be in memory as a whole."""
-    ranks_again: ClassVar[bool] = False
-    """Whether it uses ``task.chooser``."""
     changes_readers_alone: ClassVar[bool] = False
     """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
     compare all other weights with the dense model's."""
@@ -111,8 +97,9 @@ class Compensation(Component):
         """Raise `UnsupportedModelError` where it cannot change the weights that read units of ``groups``, which may
         lose some. Called before text is read; by default nothing is refused."""
 
-    def repair(self, task: RepairTask) -> Repaired:
-        """Change ``task.model`` in place. Called without gradients. The caller removes the units afterwards, with the
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
+        """Change ``task.model`` in place, and return the fits: one for each matrix that was fitted, or that kept its
+        weights because no fit was better. Called without gradients. The caller removes the units afterwards, with the
         changed weights that read them.
 
         Raises `UnsupportedModelError` for a decoder that cannot be run as it needs, and `ModelError` for hidden states

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ...component import ComponentSettings
 from ...structure.coupling import Role
-from .base import Compensation, Repaired, RepairTask, no_bias
+from .base import Compensation, Fit, RepairTask, no_bias
 
 if TYPE_CHECKING:
     from ...structure.coupling import CoupledGroup, CouplingGraph
@@ -26,8 +26,8 @@ class NoCompensation(Compensation):
     reads_text = False
     changes_readers_alone = True
 
-    def repair(self, task: RepairTask) -> Repaired:
-        return Repaired(dict(task.kept))
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
+        return ()
 
 
 class BiasShift(Compensation):
@@ -49,7 +49,7 @@ class BiasShift(Compensation):
                 if plain and f"{name.removesuffix('weight')}bias" not in graph.shapes:
                     raise no_bias(name)
 
-    def repair(self, task: RepairTask) -> Repaired:
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
         from . import least_squares, repair
 
         return repair.repair(task, least_squares.BiasFitter)
@@ -64,7 +64,6 @@ class Refit(Compensation):
     summary = "weights that read removed units are fitted again by least squares against the dense model"
     by_layer = True
     changes_readers_alone = True
-    ranks_again = True
 
     class Settings(ComponentSettings):
         mix: float = Field(
@@ -77,7 +76,7 @@ class Refit(Compensation):
 
     settings: Settings
 
-    def repair(self, task: RepairTask) -> Repaired:
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
         from . import least_squares, repair
 
         return repair.repair(task, least_squares.WeightFitter, mix=self.settings.mix)

@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn import functional
@@ -21,6 +21,8 @@ from .least_squares import Fitter, Matrix, write_all
 from .readers import Reader, matrix_of, names_in_layer, stream_writers
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ...engine.boundaries import States
     from ...engine.walk import ForwardWalk
     from ...structure.coupling import CouplingGraph
@@ -30,15 +32,6 @@ if TYPE_CHECKING:
 _DIRECT = 2e-2
 """Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
 outputs."""
-
-
-class Order(NamedTuple):
-    """Names of parameters of one layer. ``stages``: matrices in the order of their use, those that read the same inputs
-    in one list; ``biases``: theirs; ``last``: the last of the `stream_writers` that is used, None without any."""
-
-    stages: list[list[str]]
-    biases: list[str]
-    last: str | None
 
 
 def stream_factor(walk: ForwardWalk, graph: CouplingGraph, number: int, states: States) -> float | None:
@@ -63,8 +56,12 @@ def stream_factor(walk: ForwardWalk, graph: CouplingGraph, number: int, states: 
     return factor if float((change - factor * total).norm()) < _DIRECT * float(change.norm()) else None
 
 
-def order_of_use(walk: ForwardWalk, graph: CouplingGraph, number: int, states: States, names: Collection[str]) -> Order:
-    """The order in which layer ``number`` uses the matrices ``names``. ``states``: as in `stream_factor`."""
+def order_of_use(
+    walk: ForwardWalk, graph: CouplingGraph, number: int, states: States, names: Collection[str]
+) -> tuple[list[list[str]], list[str], str | None]:
+    """The matrices ``names`` in the order in which layer ``number`` uses them, those that read the same inputs in one
+    list; their biases; and the last of the `stream_writers` that is used, None without any. ``states``: as in
+    `stream_factor`."""
     uses: dict[str, WatchedProduct] = {}
 
     # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
@@ -80,7 +77,7 @@ def order_of_use(walk: ForwardWalk, graph: CouplingGraph, number: int, states: S
     together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
     stages = [[use.parameter for use in same] for _, same in together]
     biases = [use.bias for use in uses.values() if use.bias is not None]
-    return Order(stages, names_in_layer(model, graph, number, biases), last)
+    return stages, names_in_layer(model, graph, number, biases), last
 
 
 @dataclass(frozen=True)
@@ -99,11 +96,6 @@ class Stage:
         (reader, *others) = self.readers.values()
         inside = not reader.from_stream and not reader.normed
         return self.last and self.factor is not None and not others and inside and len(reader.shape) == 2
-
-    @property
-    def is_normed(self) -> bool:
-        """Whether removed units are silenced where they are produced, so that targets need another run."""
-        return any(reader.normed for reader in self.readers.values())
 
     @property
     def needs_dense(self) -> bool:
@@ -149,7 +141,7 @@ class LayerFit:
         """The fits of one stage, and whether ĥ was moved to after the layer, which needs no further run of it where the
         stage `is_simple`."""
         fitters: dict[Matrix, Fitter] = {}
-        move = _Move(stage, self.pruned, self._kept_inputs(stage)) if stage.is_simple else None
+        move = _Move(stage, self.pruned, self.model) if stage.is_simple else None
         for position in range(len(self.walk.batches)):
             pruned, uncut, dense = self._observe(stage, position)
             for use, own in zip(pruned.uses, uncut.uses, strict=True):
@@ -167,19 +159,16 @@ class LayerFit:
         fits = write_all(fitters, self.model, self.walk.ranks)
         self.producers.zero()
         if move is not None:
-            (fitter,), (reader,) = fitters.values(), stage.readers.values()
-            move.finish(matrix_of(self.model, reader, None), fitter.bias)
+            (fitter,) = fitters.values()
+            move.finish(fitter.bias)
         return fits, move is not None
-
-    def _kept_inputs(self, stage: Stage) -> torch.Tensor:
-        reader = next(iter(stage.readers.values()))
-        return reader.kept.to(self.model.get_parameter(reader.parameter).device)
 
     def _observe(self, stage: Stage, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
         """The layer on one micro-batch: its run on ĥ with removed units silenced; its run on ĥ with the products that
         targets are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
         pruned = uncut = self._run(stage, position, self.pruned, whole=stage.last)
-        if stage.is_normed:
+        if any(reader.normed for reader in stage.readers.values()):
+            # Removed units are silenced where they are produced, so that targets need another run.
             with self.producers.restored():
                 uncut = self._run(stage, position, self.pruned, whole=stage.last, tried=True)
         if not stage.needs_dense:
@@ -232,18 +221,16 @@ class LayerFit:
 
     def _of_all_processes(self, stage: Stage, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
         """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
-
-        def bias_of(fitter: Fitter) -> str | None:
-            if fitter.bias is None:
-                return None
-            return next(iter(names_in_layer(self.model, self.graph, self.number, [fitter.bias])), None)
-
+        biases = {
+            key: names_in_layer(self.model, self.graph, self.number, [] if fitter.bias is None else [fitter.bias])
+            for key, fitter in fitters.items()
+        }
         merged: dict[Matrix, Fitter] = {}
-        for key, name in self.walk.ranks.merged({key: bias_of(fitter) for key, fitter in fitters.items()}).items():
+        for key, names in self.walk.ranks.merged(biases).items():
             if key in fitters:
                 merged[key] = fitters[key]
             else:
-                bias = None if name is None else self.model.get_parameter(name).data
+                bias = self.model.get_parameter(names[0]).data if names else None
                 # The bias of one expert is a row of that of all.
                 row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
                 merged[key] = self._fitter(stage, key, row)
@@ -254,9 +241,12 @@ class _Move:
     """Moves ĥ of a simple stage to after the layer without running it again: what remains without the outputs of the
     matrix, and its inputs, kept until its new value is known."""
 
-    def __init__(self, stage: Stage, pruned: States, kept: torch.Tensor) -> None:
+    def __init__(self, stage: Stage, pruned: States, model: nn.Module) -> None:
         assert stage.factor is not None
-        self.factor, self.pruned, self.kept, self.inputs = stage.factor, pruned, kept, pruned.empty()
+        (reader,) = stage.readers.values()
+        self.matrix = matrix_of(model, reader, None)
+        self.kept = reader.kept.to(self.matrix.device)
+        self.factor, self.pruned, self.inputs = stage.factor, pruned, pruned.empty()
 
     def take(self, position: int, run: _Run) -> bool:
         """Take one micro-batch; False, and no change, where the run has not just one product and an output."""
@@ -267,9 +257,9 @@ class _Move:
         self.inputs.append(use.inputs.index_select(1, self.kept))
         return True
 
-    def finish(self, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-        """Add the outputs of the fitted ``matrix`` (out, in), computed in the dtype of its inputs."""
-        weight = matrix.index_select(1, self.kept)
+    def finish(self, bias: torch.Tensor | None) -> None:
+        """Add the outputs of the fitted matrix, computed in the dtype of its inputs."""
+        weight = self.matrix.index_select(1, self.kept)
         for position, inputs in enumerate(self.inputs):
             rest, dtype = self.pruned[position], inputs.dtype
             outputs = functional.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).float()

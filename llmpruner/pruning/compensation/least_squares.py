@@ -5,9 +5,8 @@ For inputs X (n × in), targets T (n × out) and old weights W₀ (out × in) th
     W = argmin ‖X Wᵀ − T‖² + λ‖W − W₀‖²  =  (TᵀX + λW₀)(XᵀX + λI)⁻¹,
 
 which keeps the old weights in directions of the input space without data. λ is the mean diagonal of XᵀX times one of
-`RIDGES`, from 0.001 to 3. Sums over tokens are float32; systems are solved in float64. `NormalEquations` is this
-regression; `WeightFitter` and `BiasFitter` apply it, or a mean, to one weight matrix; `write_all` to many, divided
-between processes.
+`RIDGES`, from 0.001 to 3. Sums over tokens are float32; systems are solved in float64. `WeightFitter` is this
+regression, and `BiasFitter` a mean, for one weight matrix; `write_all` applies them to many, divided between processes.
 """
 
 from __future__ import annotations
@@ -81,80 +80,6 @@ class _Sums:
         return total / max(self.rows, 1)
 
 
-class NormalEquations:
-    """Sums over rows of inputs and targets; one row in eight is held out until the ridge is chosen.
-
-    ``width``, ``out``: the numbers of inputs and outputs. Memory: 2 · width · (width + out) float32. Several processes
-    that add rows `reduce` their sums, and may each compute the `error` of some trials.
-    """
-
-    trials = len(RIDGES) + 1
-    """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
-
-    def __init__(self, width: int, out: int, device: torch.device) -> None:
-        self._fit = _Sums.zeros(width, out, device)
-        self._held_out = _Sums.zeros(width, out, device)
-
-    @property
-    def rows(self) -> int:
-        return self._fit.rows + self._held_out.rows
-
-    @property
-    def comparable(self) -> bool:
-        """Whether there are rows to fit to and rows to compare fits on."""
-        return self._fit.rows > 0 and self._held_out.rows > 0
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        """Add ``inputs`` (n, in) and ``targets`` (n, out), float32. The last eighth of the rows of each call is held
-        out; single rows would be similar to their neighbours in the fit. With several processes the same rows are held
-        out, as each call has the rows of a whole micro-batch (see `Ranks`)."""
-        split = len(inputs) - len(inputs) // _HELD_OUT
-        self._fit.add(inputs[:split], targets[:split])
-        self._held_out.add(inputs[split:], targets[split:])
-
-    def reduce(self, ranks: Ranks) -> None:
-        """Sum over all processes, which must all call this."""
-        self._fit.reduce(ranks)
-        self._held_out.reduce(ranks)
-
-    def error(self, trial: int, old_OI: torch.Tensor) -> float:
-        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`. Infinite where there are no
-        rows, and where the trial's system cannot be solved. Where there are many outputs, it is that of `_OUTPUTS`
-        evenly spaced ones or a few more, which are enough to choose a ridge."""
-        if not self.comparable:
-            return inf
-        step = max(1, len(old_OI) // _OUTPUTS)
-        weight: torch.Tensor | None = old_OI[::step].T.double()
-        if weight is not None and trial < len(RIDGES):
-            weight = _ridge(self._fit, weight, RIDGES[trial], step)
-        error = inf if weight is None else self._held_out.error(weight, step)
-        return error if isfinite(error) else inf
-
-    def shares(self, errors: Sequence[float]) -> tuple[float, float] | None:
-        """The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
-        of the mean square of the targets. ``errors``: of all trials. None without rows, and where all targets are
-        zero."""
-        step = max(1, len(self._held_out.squares) // _OUTPUTS)
-        whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
-        if self._fit.rows == 0 or whole == 0:
-            return None
-        # Differences of sums in float32 may fall below zero.
-        return max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
-
-    def solve(self, old_OI: torch.Tensor, errors: Sequence[float]) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no fit
-        gives a smaller error on the held-out rows. ``errors``: of all trials."""
-        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
-        if better:
-            self._fit.gram += self._held_out.gram
-            self._fit.cross += self._held_out.cross
-        for _, trial in better:
-            new = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
-            if new is not None:
-                return new.T.float(), RIDGES[trial]
-        return old_OI.float(), None
-
-
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor | None:
     """The fit (in, out), float64. ``old_IO``: of every ``step``-th output, which alone are fitted. None where XᵀX + λI
     has no Cholesky factor: rounded sums in float32 have negative eigenvalues."""
@@ -178,46 +103,94 @@ class WeightFitter:
     """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
 
     X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
-    view of the parameter. ``bias``: b (out,), None where there is none.
+    view of the parameter. ``bias``: b (out,), None where there is none. One row in eight is held out until the ridge is
+    chosen. Memory: 2 · in · (in + out) float32.
     """
-
-    trials = NormalEquations.trials
-    """The number of errors that `write` compares."""
 
     def __init__(self, reader: Reader, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.reader, self.bias = reader, bias
         self.kept = reader.kept.to(matrix.device)
-        self.equations = NormalEquations(len(self.kept) + (bias is not None), matrix.shape[0], matrix.device)
+        sizes = len(self.kept) + (bias is not None), matrix.shape[0], matrix.device
+        self._fit, self._held_out = _Sums.zeros(*sizes), _Sums.zeros(*sizes)
+
+    @property
+    def trials(self) -> int:
+        """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
+        return len(RIDGES) + 1
+
+    @property
+    def comparable(self) -> bool:
+        """Whether there are rows to fit to and rows to compare fits on."""
+        return self._fit.rows > 0 and self._held_out.rows > 0
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
-        """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32."""
+        """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32. The last eighth of
+        the rows of each call is held out; single rows would be similar to their neighbours in the fit. With several
+        processes the same rows are held out, as each call has the rows of a whole micro-batch (see `Ranks`)."""
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        self.equations.add(inputs, target)
+        split = len(inputs) - len(inputs) // _HELD_OUT
+        self._fit.add(inputs[:split], target[:split])
+        self._held_out.add(inputs[split:], target[split:])
 
     def reduce(self, ranks: Ranks) -> None:
         """Sum over all processes, which must all call this."""
-        self.equations.reduce(ranks)
+        self._fit.reduce(ranks)
+        self._held_out.reduce(ranks)
 
     def error(self, trial: int, matrix: torch.Tensor) -> float:
-        """Number ``trial`` of the errors that `write` compares."""
-        return self.equations.error(trial, self._old(matrix))
+        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`. Infinite where there are no
+        rows, and where the trial's system cannot be solved. Where there are many outputs, it is that of `_OUTPUTS`
+        evenly spaced ones or a few more, which are enough to choose a ridge."""
+        if not self.comparable:
+            return inf
+        old_OI = self._old(matrix)
+        step = max(1, len(old_OI) // _OUTPUTS)
+        weight: torch.Tensor | None = old_OI[::step].T.double()
+        if weight is not None and trial < len(RIDGES):
+            weight = _ridge(self._fit, weight, RIDGES[trial], step)
+        error = inf if weight is None else self._held_out.error(weight, step)
+        return error if isfinite(error) else inf
 
     def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
-        """Replace W_K and b by the fitted values and W_R by zeros."""
-        before, after = self.equations.shares(errors) or (None, None)
-        new, ridge = self.equations.solve(self._old(matrix), errors)
+        """Replace W_K and b by the fitted values, and W_R by zeros. ``errors``: of all trials."""
+        before, after = self._shares(errors)
+        rows = self._fit.rows + self._held_out.rows
+        new, ridge = self._solve(self._old(matrix), errors)
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
         matrix.zero_()
         matrix.index_copy_(1, self.kept, new.to(matrix.dtype))
-        return Fit(*key, self.equations.rows, ridge, before, after)
+        return Fit(*key, rows, ridge, before, after)
 
     def _old(self, matrix: torch.Tensor) -> torch.Tensor:
         old = matrix.index_select(1, self.kept).float()
         return old if self.bias is None else torch.cat([old, self.bias.float()[:, None]], 1)
+
+    def _shares(self, errors: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
+        """The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
+        of the mean square of the targets. None without rows, and where all targets are zero."""
+        step = max(1, len(self._held_out.squares) // _OUTPUTS)
+        whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
+        if self._fit.rows == 0 or whole == 0:
+            return None, None
+        # Differences of sums in float32 may fall below zero.
+        return max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
+
+    def _solve(self, old_OI: torch.Tensor, errors: Sequence[float]) -> tuple[torch.Tensor, float | None]:
+        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no fit
+        gives a smaller error on the held-out rows."""
+        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
+        if better:
+            self._fit.gram += self._held_out.gram
+            self._fit.cross += self._held_out.cross
+        for _, trial in better:
+            new = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
+            if new is not None:
+                return new.T.float(), RIDGES[trial]
+        return old_OI, None
 
 
 class BiasFitter:
@@ -290,15 +263,12 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
 def _say_unsolvable(fitters: Mapping[Matrix, Fitter], errors: Mapping[Matrix, Sequence[float]]) -> None:
     """Name the weights that stay because no ridge can be solved."""
     unsolvable = {
-        name: None
-        for (name, slot), fitter in fitters.items()
-        if isinstance(fitter, WeightFitter)
-        and fitter.equations.comparable
-        and not any(map(isfinite, errors[name, slot][:-1]))
+        key[0]: None
+        for key, fitter in fitters.items()
+        if isinstance(fitter, WeightFitter) and fitter.comparable and not any(map(isfinite, errors[key][:-1]))
     }
     for name in unsolvable:
         _LOG.warning(
-            "'%s' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
-            "activations; raise --samples or --set prune.length",
-            name,
+            f"'{name}' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
+            "activations; raise --samples or --set prune.length"
         )

@@ -16,25 +16,23 @@ produces them.
 
 Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
 
-With several processes, each runs its own micro-batches. The first one finds c, the order of the matrices and the units
-of a chooser; sums are reduced, and all have the same weights afterwards (`write_all`).
+With several processes, each runs its own micro-batches. The first one finds c and the order of the matrices; sums are
+reduced, and all have the same weights afterwards (`write_all`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from functools import partial
 
 import torch
 
 from ...engine.boundaries import States
 from ...engine.execution import Execution
-from ...engine.products import WatchProducts
-from ...engine.statistics import InputSums
 from ...engine.walk import ForwardWalk
 from ...structure.kept import removed_layers
-from .base import Fit, Repaired, RepairTask
+from .base import Fit, RepairTask
 from .layer_fit import LayerFit, Stage, order_of_use, stream_factor
 from .least_squares import Fitter
 from .readers import (
@@ -50,12 +48,11 @@ from .readers import (
 
 
 @torch.no_grad()
-def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> Repaired:
+def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
     experts are not silenced.
 
-    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. With ``task.chooser``, the units
-    to keep are chosen again in each layer, in the numbers of ``task.kept``.
+    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module.
 
     Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
     cannot fit.
@@ -72,7 +69,7 @@ class _Repair:
     no unit was removed, when both are the same."""
 
     def __init__(self, task: RepairTask, walk: ForwardWalk, fitter: type[Fitter], mix: float) -> None:
-        self.model, self.graph, self.kept, self.chooser = task.model, task.graph, dict(task.kept), task.chooser
+        self.model, self.graph, self.kept = task.model, task.graph, task.kept
         self.walk, self.fitter, self.mix, self.execution = walk, fitter, mix, walk.execution
         self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, walk.execution.journal
         self.channels = removed_channels(self.graph, self.kept)
@@ -82,7 +79,7 @@ class _Repair:
             self._keep_apart()
         self.fits: list[Fit] = []
 
-    def run(self) -> Repaired:
+    def run(self) -> list[Fit]:
         removed = removed_layers(self.graph, self.kept)
         layers = range(self.graph.num_layers)
         readers = [readers_of(self.graph, self.kept, number) for number in layers]
@@ -103,7 +100,7 @@ class _Repair:
                     if self.pruned is not None:
                         self.walk.advance(number, self.pruned)
             self._record(number)
-        return Repaired(self.kept, self.fits)
+        return self.fits
 
     def _resume(self) -> int:
         """The number of layers that an interrupted run finished, whose results are used."""
@@ -111,10 +108,7 @@ class _Repair:
         if earlier is None:
             return 0
         state, states = earlier
-        self.kept = {name: tuple(units) for name, units in state["kept"].items()}
         self.fits = [Fit(*values) for values in state["fits"]]
-        if self.chooser is not None:
-            self.chooser.scores.update(state["scores"])
         self.dense = self.walk.restored(states["dense"])
         self.pruned = self.walk.restored(states["pruned"]) if "pruned" in states else None
         return int(state["layers"])
@@ -122,12 +116,7 @@ class _Repair:
     def _record(self, number: int) -> None:
         # A continued run would lack the keys and values that layers have passed on; it fits all layers again.
         if self.journal is not None and not self.walk.passes_on:
-            state = {
-                "layers": number + 1,
-                "kept": {name: list(units) for name, units in self.kept.items()},
-                "fits": [astuple(fit) for fit in self.fits],
-                "scores": {} if self.chooser is None else self.chooser.scores,
-            }
+            state = {"layers": number + 1, "fits": [astuple(fit) for fit in self.fits]}
             states = {"dense": self.dense} if self.pruned is None else {"dense": self.dense, "pruned": self.pruned}
             self.journal.layer_done(state, states)
 
@@ -144,9 +133,7 @@ class _Repair:
         pruned = self._keep_apart()
         stages, biases = self._stages(number, readers, pruned)
         needs_dense = any(stage.needs_dense for stage in stages)
-        after = self._dense_after(number, readers, in_place=not needs_dense)
-        # The chooser may have changed which inputs are kept.
-        readers = readers_of(self.graph, self.kept, number)
+        after = self._dense_after(number, in_place=not needs_dense)
         producers = ProducerRows(self.model, self.graph, self.kept, number)
         changed = [*(self.model.get_parameter(name) for name in readers), *biases, *producers.parameters]
         original = Originals(changed if needs_dense else [])
@@ -157,7 +144,7 @@ class _Repair:
         )  # fmt: skip
         moved = False
         for stage in stages:
-            fits, moved = layer.fit(replace(stage, readers={name: readers[name] for name in stage.readers}))
+            fits, moved = layer.fit(stage)
             self.fits += fits
         for reader in readers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
@@ -175,32 +162,21 @@ class _Repair:
     ) -> tuple[list[Stage], list[torch.nn.Parameter]]:
         """The stages of a layer in the order of their use, and the biases of ``readers``."""
         factor = self.ranks.from_first(lambda: stream_factor(self.walk, self.graph, number, self.dense))
-        order = self.ranks.from_first(lambda: order_of_use(self.walk, self.graph, number, pruned, readers))
+        order = partial(order_of_use, self.walk, self.graph, number, pruned, readers)
+        together, biases, last = self.ranks.from_first(order)
         writers = set(stream_writers(self.graph, number))
         stages = [
-            Stage(
-                {name: readers[name] for name in names},
-                factor if writers.issuperset(names) else None,
-                last=order.last in names,
-            )
-            for names in order.stages
+            Stage({n: readers[n] for n in names}, factor if writers.issuperset(names) else None, last in names)
+            for names in together
         ]
-        return stages, [self.model.get_parameter(name) for name in order.biases]
+        return stages, [self.model.get_parameter(name) for name in biases]
 
-    def _dense_after(self, number: int, readers: Mapping[str, Reader], *, in_place: bool) -> States:
-        """h after the layer; ``in_place``: h before it is not needed any more. With a chooser, also chooses the layer's
-        units by the inputs of ``readers``."""
-        after = self.dense if in_place else self.dense.empty(continued=True)
-        sums = InputSums(self.model, gram=self.chooser is not None and self.chooser.gram)
-        with WatchProducts(self.model, readers if self.chooser else (), sums.add):
-            for position, (batch, hidden) in enumerate(zip(self.walk.batches, self.dense, strict=True)):
-                moved = self.walk.run(number, batch, hidden, after.passed)
-                if in_place:
-                    after[position] = moved
-                else:
-                    after.append(moved)
-        if self.chooser is not None and readers:
-            inputs = sums.statistics(self.walk.tokens, self.ranks)
-            choose = partial(self.chooser.choose, self.model, self.graph, self.kept, number, inputs)
-            self.kept |= self.ranks.from_first(choose)
+    def _dense_after(self, number: int, *, in_place: bool) -> States:
+        """h after the layer; ``in_place``: h before it is not needed any more."""
+        if in_place:
+            self.walk.advance(number, self.dense)
+            return self.dense
+        after = self.dense.empty(continued=True)
+        for batch, hidden in zip(self.walk.batches, self.dense, strict=True):
+            after.append(self.walk.run(number, batch, hidden, after.passed))
         return after

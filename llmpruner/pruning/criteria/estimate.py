@@ -7,15 +7,16 @@ unit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from math import isfinite, log10
+from typing import TYPE_CHECKING, TypedDict
 
 import torch
 
 from ...engine.execution import Execution
-from ...engine.parameter_signals import signals_of, walk_signals
-from ...engine.signals import InputStats, ParameterSignals, Signal, UnitAxis, positions
+from ...engine.parameter_signals import walk_signals
+from ...engine.signals import ParameterSignals, Signal, UnitAxis, positions
 from ...engine.statistics import stream_statistics
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import CoupledGroup, CouplingGraph
@@ -31,11 +32,8 @@ _ELEMENTS = 1 << 20
 """Of a saliency that are summed at once."""
 
 
-@dataclass(frozen=True)
-class Scores:
-    """``by_group``: group name → float64 tensor of shape (units,); higher is more important."""
-
-    by_group: Mapping[str, torch.Tensor]
+Scores = Mapping[str, torch.Tensor]
+"""Group name → scores of its units, (units,), float64; higher is more important."""
 
 
 @dataclass(frozen=True)
@@ -78,34 +76,18 @@ def estimate(
     check_accepted(criterion, groups, graph)
     execution = execution or Execution.of(model, graph.layers)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        return _layers(execution, groups, criterion, calibration, removal)
-    uses = _uses(graph, groups, criterion)
-    needs = criterion.signals
-    stream = walk_signals(
-        execution, graph, uses, needs, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
-    )
-    return _score(graph, groups, criterion, uses, stream, reduction)
-
-
-def estimate_from(
-    inputs: Mapping[str, InputStats],
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    criterion: ImportanceCriterion,
-    *,
-    reduction: str = "sum",
-    seed: int = 0,
-) -> Scores:
-    """`estimate` for a criterion of weights and inputs, from measured ``inputs`` (parameter → statistics)."""
-    uses, where = _uses(graph, groups, criterion), positions(graph)
-    needs, by_matrix = criterion.signals, criterion.by_matrix
-    stream = (
-        (name, signals)
-        for name in uses
-        for signals in signals_of(model, name, where[name], needs, seed, by_matrix=by_matrix, inputs=inputs.get(name))
-    )
-    return _score(graph, groups, criterion, uses, stream, reduction)
+        scores = _layers(execution, groups, criterion, calibration, removal)
+    else:
+        uses = _uses(graph, groups, criterion)
+        signals = walk_signals(
+            execution, graph, uses, criterion.signals, calibration, seed, criterion.measure,
+            by_matrix=criterion.by_matrix,
+        )  # fmt: skip
+        scores = _score(graph, groups, criterion, uses, signals, reduction)
+    for name, values in scores.items():
+        if not bool(torch.isfinite(values).all()):
+            raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
+    return scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,14 +128,7 @@ def _score(
             sums[key] = use, found
     for key, (use, values) in sums.items():
         partial[key] = values if use.group.modules else values.abs()[_index(use, values)].sum(1)
-    return _finite({group.name: _reduce(graph, group, partial, reduction) for group in groups}, criterion)
-
-
-def _finite(scores: Mapping[str, torch.Tensor], criterion: ImportanceCriterion) -> Scores:
-    for name, values in scores.items():
-        if not bool(torch.isfinite(values).all()):
-            raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
-    return Scores(scores)
+    return {group.name: _reduce(graph, group, partial, reduction) for group in groups}
 
 
 def _layers(
@@ -170,7 +145,7 @@ def _layers(
     if blocks and removal is not None:
         stream = replace(stream, removed=removal.layers, removable=removal.removable)
     values = criterion.score_layers(stream).double().cpu()
-    return _finite({group.name: values for group in groups}, criterion)
+    return {group.name: values for group in groups}
 
 
 def scored_parameters(graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion) -> set[str]:
@@ -255,3 +230,34 @@ def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
         return scores_SU.abs().log().mean(0).exp() * scores_SU.sign().prod(0)
     values: torch.Tensor = getattr(scores_SU, reduction)(0)
     return values
+
+
+BINS = 20
+_WIDE = 10
+"""From this ratio of the largest score to the smallest on, bins are of equal width in the logarithm."""
+
+
+class Spread(TypedDict):
+    """Histogram of scores. ``low``, ``high``: of the first and the last of the bins of equal width; ``log``: whether
+    that is the width in the logarithm of the scores. ``kept``, ``removed``: units in each bin."""
+
+    low: float
+    high: float
+    log: bool
+    kept: list[int]
+    removed: list[int]
+
+
+def spread(scores: Sequence[float], kept: Collection[int]) -> Spread:
+    """The `Spread` of ``scores``, one for each unit. ``kept``: numbers of the units that stay. Scores that are not
+    finite (units that must stay) are left out."""
+    known = {unit: score for unit, score in enumerate(scores) if isfinite(score)}
+    low, high = min(known.values(), default=0.0), max(known.values(), default=0.0)
+    wide = low > 0 and high >= _WIDE * low
+    first, last = (log10(low), log10(high)) if wide else (low, high)
+    bins = Spread(low=low, high=high, log=wide, kept=[0] * BINS, removed=[0] * BINS)
+    stays = set(kept)
+    for unit, score in known.items():
+        place = ((log10(score) if wide else score) - first) / (last - first) if last > first else 0.0
+        bins["kept" if unit in stays else "removed"][min(int(place * BINS), BINS - 1)] += 1
+    return bins

@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from llmpruner import Compensation, ComponentSettings, Repaired, Role
+from llmpruner import Compensation, ComponentSettings, Role
 
 
 class KeepNorm(Compensation):
@@ -21,4 +21,4 @@ class KeepNorm(Compensation):
                 weight = task.model.get_parameter(span.parameter)
                 kept = weight[(slice(None),) * span.axis + (span.indices(units),)].norm()
                 weight.mul_(1 + self.settings.share * (weight.norm() / kept - 1))
-        return Repaired(dict(task.kept))
+        return ()

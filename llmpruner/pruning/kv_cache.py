@@ -8,28 +8,32 @@ each group cut. An uneven cut without one layer checks that they are proportiona
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import cache_utils
-
-from ...discovery.verify import with_rules
-from ...errors import UnsupportedModelError
-from ...models.generation import CachedModel, sample_tokens
-from ...models.surgery import cut_copy
-from ...structure.coupling import LAYER, CouplingGraph
-from ...structure.scope import Queue, build_queue
-from .base import BudgetSubject, Cost, counts
+from ..errors import UnsupportedModelError
+from ..structure.coupling import LAYER, CouplingGraph
+from ..structure.scope import Queue, build_queue
+from .budgets import Budget, BudgetSubject, Cost, counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...structure.kept import Follows
 
 _FEW, _MORE, _MOST = 2, 3, 6
 """Numbers of tokens for which the cache is measured; smaller than any sliding window."""
+
+
+class KvCache(Budget):
+    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
+    with units of each group removed."""
+
+    name = "kv-cache"
+    summary = "bytes of key/value cache per token"
+
+    def cost(self, subject: BudgetSubject) -> CacheCost:
+        return measure_cache(subject)
 
 
 class CacheCost(Cost):
@@ -42,10 +46,7 @@ class CacheCost(Cost):
     label, unit = "KV cache per token", "bytes of KV cache per token"
 
     def __init__(
-        self,
-        layers: Sequence[int],
-        per_unit: Mapping[tuple[str, int], Fraction],
-        units: Mapping[str, int],
+        self, layers: Sequence[int], per_unit: Mapping[tuple[str, int], Fraction], units: Mapping[str, int]
     ) -> None:
         self._layers, self._per_unit, self._units = layers, per_unit, units
 
@@ -62,8 +63,12 @@ class CacheCost(Cost):
 def measure_cache(subject: BudgetSubject) -> CacheCost:
     """Bytes per token in the cache of the model, and the bytes that a unit of each group saves.
 
-    Raises `UnsupportedModelError` where the cache does not grow with every token or is not proportional to the units.
+    Raises `UnsupportedModelError` where the cache does not grow with every token, or where the bytes of a model that is
+    cut unevenly are not proportional to its units.
     """
+    from ..discovery.verify import with_rules
+    from ..models.surgery import cut_copy
+
     model, graph, groups = subject.model, subject.graph, subject.groups
     family = with_rules(subject.family, model, {g.kind for g in groups})
     dense = bytes_per_token(model, graph)
@@ -81,7 +86,14 @@ def measure_cache(subject: BudgetSubject) -> CacheCost:
                     saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
                     per_unit[queue.group.name, layer] = saved
     cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
-    _check(subject, family, queues, cost)
+    # An uneven cut, without one layer.
+    kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
+    whole = next((g for g in groups if g.kind == LAYER and g.units > 1), None)
+    if whole is not None:
+        kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
+    measured = bytes_per_token(cut_copy(model, graph, kept, family) if kept else model, graph)
+    if sum(measured) != cost.remaining(*counts(graph, kept)):
+        raise _unknown(model, "is not proportional to the units that are kept")
     return cost
 
 
@@ -96,20 +108,6 @@ def _rounds(queues: Sequence[Queue]) -> Sequence[list[Queue]]:
     return list(rounds.values())
 
 
-def _check(subject: BudgetSubject, family: Follows, queues: Sequence[Queue], cost: CacheCost) -> None:
-    """Raise `UnsupportedModelError` unless ``cost`` of an uneven cut equals the measured bytes of the cut model."""
-    model, graph = subject.model, subject.graph
-    kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
-    whole = next((g for g in subject.groups if g.kind == LAYER), None)
-    if whole is not None and whole.units > 1:
-        kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
-    if not kept:
-        return
-    cut = cut_copy(model, graph, kept, family)
-    if sum(bytes_per_token(cut, graph)) != cost.remaining(*counts(graph, kept)):
-        raise _unknown(model, "is not proportional to the units that are kept")
-
-
 def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
     """Bytes that the cache of each decoder layer grows by with every token, before sliding windows are full."""
     few, more, most = (_cached(model, count) for count in (_FEW, _MORE, _MOST))
@@ -122,21 +120,20 @@ def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
 
 
 def _cached(model: PreTrainedModel, count: int) -> list[int]:
+    import torch
+    from torch.utils._pytree import tree_leaves
+    from transformers import cache_utils
+
+    from ..models.generation import CachedModel, sample_tokens
+
     cached = CachedModel(model)
     cached.process(sample_tokens(model, count))
     for layer in cached.cache.layers:
         # A class outside transformers' cache module may compress, which a few tokens would not show.
         if type(layer).__module__ != cache_utils.__name__:
             raise _unknown(model, f"is a {type(layer).__name__}, which may not grow with every token")
-    return [sum(t.nbytes for t in _tensors(vars(layer))) for layer in cached.cache.layers]
-
-
-def _tensors(value: object) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (dict, list, tuple)):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _tensors(item)
+    leaves = [tree_leaves(vars(layer)) for layer in cached.cache.layers]
+    return [sum(leaf.nbytes for leaf in own if isinstance(leaf, torch.Tensor)) for own in leaves]
 
 
 def _unknown(model: PreTrainedModel, why: str) -> UnsupportedModelError:

@@ -1,7 +1,8 @@
-"""Criteria that need a forward pass: of weights and their inputs.
+"""Criteria of weights, and of weights and their inputs, which need a forward pass.
 
-W is a weight matrix (d_out, d_in), x_j its input channel j, and E the mean over all calibration tokens. Scores are
-those of the weights that read a unit (the down projection for an MLP channel, the output projection for a head).
+W is a weight matrix (d_out, d_in), w its weights, x_j its input channel j, and E the mean over all calibration tokens.
+Scores of weights alone are sums over the weights that a unit owns; those with inputs are of the weights that read a
+unit (the down projection for an MLP channel, the output projection for a head).
 """
 
 from __future__ import annotations
@@ -19,6 +20,41 @@ if TYPE_CHECKING:
     import torch
 
 _READERS = frozenset({Role.CONSUMES})
+
+
+class Random(ImportanceCriterion):
+    """Saliencies drawn uniformly from [0, 1): the baseline for every other criterion."""
+
+    name = "random"
+    summary = "uniform random numbers: the baseline"
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        import torch
+
+        values = torch.rand(signals.weight.shape, generator=signals.generator)
+        return values.to(signals.weight.device)
+
+
+class L1(ImportanceCriterion):
+    """Σ|w|."""
+
+    name = "l1"
+    by_matrix = True
+    summary = "sum of absolute weights, Σ|w|"
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        return signals.weight.abs()
+
+
+class L2(ImportanceCriterion):
+    """Σw², the squared norm, as in the code of LLM-Pruner; within one span the ranking is that of the norm."""
+
+    name = "l2"
+    by_matrix = True
+    summary = "sum of squared weights, Σw²"
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        return signals.weight.square()
 
 
 class OfInputs(ImportanceCriterion):

@@ -1,1 +1,0 @@
-"""Budgets: the costs of a model that the amount to remove can be a share of."""
