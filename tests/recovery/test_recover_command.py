@@ -76,6 +76,12 @@ def test_two_runs_do_not_train_in_one_folder(home):
         recover(home)
 
 
+def on_the_line(options) -> list[str]:
+    rest = {name: value for name, value in options.items() if name != "micro_batch_size"}
+    flags = [text for name, value in rest.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    return [*flags, "--set", f"recover.micro_batch_size={options['micro_batch_size']}"]
+
+
 def result(folder: Path) -> dict[str, str]:
     # The times of a run are its own.
     files = [file for file in sorted(folder.iterdir()) if file.name != "run.json"]
@@ -87,7 +93,7 @@ def result(folder: Path) -> dict[str, str]:
 def test_a_killed_training_ends_with_the_same_bytes(home, strategy):
     options = {**TRAINING, "max_steps": 40, "strategy": strategy}
     recover(home, **options, output=home / "whole")
-    flags = [text for name, value in options.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = on_the_line(options)
     command = ["recover", home / "pruned", "--data", home / "data.jsonl", "-o", home / "out", *flags]
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     run = subprocess.Popen(
@@ -110,7 +116,7 @@ def test_a_killed_training_ends_with_the_same_bytes(home, strategy):
 @pytest.mark.long
 def test_two_processes_train_as_one(home):
     """On the command line; the first process writes the result."""
-    flags = [text for name, value in TRAINING.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    flags = on_the_line(TRAINING)
     records = {}
     for strategy in ("full", "distil", "lora"):
         # Dropout draws other numbers in another process.
