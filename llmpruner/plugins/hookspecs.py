@@ -3,11 +3,11 @@
 A plugin is an installed package with an entry point in the group ``llmpruner`` that names a module (or object) with
 functions marked ``@llmpruner.hookimpl``. Hooks return lists of *classes*, each with a name, a summary, and settings for
 ``--set NAME.key=value``, all of which have defaults. A name is lower case, without blanks, commas, dots, colons and
-equals signs, and unique within its kind: selecting a name of two classes is an error that names both packages.
+equals signs, and unique within its kind.
 
 Hooks are called when a command first needs classes of their kind. A plugin that cannot be imported, or has a hook that
-does not exist, is left out with a line on standard error, and so is a class of the wrong kind. A component that raises
-stops the command; nothing is written.
+does not exist, is left out with a line on standard error, and so is a class of the wrong kind, or with a name that is
+taken. A component that raises stops the command; nothing is written.
 
 Packages whose model classes a pruned checkpoint may import, in addition to transformers and the plugins, are named by
 entry points in the group ``llmpruner.models``; such a package is imported only when a checkpoint needs it.
