@@ -59,9 +59,9 @@ from .recipes.recipe import Recipe
 from .recipes.run import RecipeResult, RecipeRun, StepResult
 from .recovery.job import recover_job
 from .recovery.recover import recover as _recover
-from .report.base import ReportSection, ReportSubject
-from .report.evidence import report_place, report_subjects
-from .report.page import Report, comparison_page, facts_of, report_page
+from .report.base import Report, report_page
+from .report.evidence import report_subjects
+from .report.summary import sentence
 from .settings import (
     BenchSettings,
     EvaluateSettings,
@@ -377,24 +377,6 @@ def verify_checkpoint(
     return _verify_checkpoint(Path(directory), named, load, catalog or Catalog(), progress)
 
 
-def write_page(
-    structure: Structure,
-    path: str | Path,
-    *,
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
-    catalog: Catalog | None = None,
-) -> list[str]:
-    """Write an HTML page about a model; returns a warning for each section that failed. ``settings``: section name →
-    its settings.
-    """
-    catalog = catalog or Catalog()
-    sections = _sections(settings, catalog)
-    subject = ReportSubject(f"{structure.ref} ({structure.family.name})", structure.graph, structure.record or {})
-    page = report_page(subject, sections)
-    write_text(check_page(Path(path)), page.html)
-    return list(page.warnings)
-
-
 def write_report(
     directories: str | Path | Sequence[str | Path],
     path: str | Path | None = None,
@@ -412,19 +394,14 @@ def write_report(
     catalog = catalog or Catalog()
     places = [Path(place) for place in ([directories] if isinstance(directories, (str, Path)) else directories)]
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
-    sections = _sections(settings, catalog)
-    target = check_page(Path(path or default))
-    subjects = report_subjects([report_place(place) for place in places], list(map(Path, results)), catalog)
-    page = report_page(subjects[0], sections) if len(subjects) == 1 else comparison_page(subjects, sections)
-    write_text(target, page.html)
-    return Report(target, tuple(facts_of(subject) for subject in subjects), page.warnings)
-
-
-def _sections(settings: Mapping[str, Mapping[str, Any]] | None, catalog: Catalog) -> tuple[ReportSection, ...]:
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
     sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
     check_chosen(own, sections)
-    return sections
+    target = check_page(Path(path or default))
+    subjects = report_subjects(places, list(map(Path, results)), catalog)
+    page, warnings = report_page(subjects, sections)
+    write_text(target, page)
+    return Report(target, {subject.name: sentence(subject) for subject in subjects}, warnings)
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:

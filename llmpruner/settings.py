@@ -344,7 +344,7 @@ class GenerateSettings(Settings):
 
 
 class PageSettings(Settings):
-    """What an HTML page about a model shows."""
+    """What a report shows."""
 
     settings: Set = {}
 

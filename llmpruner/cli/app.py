@@ -9,14 +9,12 @@ import typer.main
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from .checkpoint import export, verify
+from .checkpoint import export, recover, verify
 from .console import show_warnings, warning_line
 from .discover import discover
-from .measure import bench, evaluate, generate
+from .measure import bench, evaluate, generate, report
 from .plugins import list_plugins, new_plugin
 from .prune import plan, prune
-from .recover import recover
-from .report import report
 from .run import demo, recipes, run
 
 HELP = """

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,12 +11,10 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from ..errors import CouplingError
-from ..files import check_page
-from ..report.structure import KIND_COLUMNS, kind_rows
-from ..settings import LoadSettings, PageSettings
-from ..structure.coupling import CoupledGroup, CouplingGraph, Span
+from ..settings import LoadSettings
+from ..structure.coupling import HIDDEN, CoupledGroup, CouplingGraph, Span
 from ..values import counted
-from .console import count, note, out, print_json, table, warning_line
+from .console import count, out, print_json, table
 from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
@@ -25,7 +22,7 @@ if TYPE_CHECKING:
     from ..models.model import Structure
 
 
-@takes(LoadSettings, PageSettings, omit=("dtype", "device"))
+@takes(LoadSettings, omit=("dtype", "device"))
 def discover(
     model: ModelName,
     arguments: dict[str, Any],
@@ -36,21 +33,14 @@ def discover(
             help="Verify that a cut equals silencing, for each kind, on a small random model of this architecture.",
         ),
     ] = False,
-    html: Annotated[Path | None, typer.Option(help="Write a page with a drawing of one block to this file.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of --verify.")] = 0,
     as_json: Json = False,
 ) -> None:
     """Show the coupled groups of a model: parameters that must be removed together. Reads no weights."""
     from .. import api
 
-    if html is not None:
-        check_page(html)
     progress, catalog = arguments["progress"], arguments["catalog"]
     structure = api.discover(model, progress=progress, catalog=catalog, **arguments["load"].given())
-    if html is not None:
-        for warning in api.write_page(structure, html, catalog=catalog, settings=arguments.get("settings")):
-            warning_line(warning)
-        note(f"written to {html}")
     verdicts = api.verify(structure, seed=seed, progress=progress) if verify else []
     if as_json:
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
@@ -69,9 +59,22 @@ def _show(model: str, structure: Structure) -> None:
         f"[bold]{escape(model)}[/]: family {structure.family.name}, {counted(graph.num_layers, 'layer')}, "
         f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
     )
-    table("Coupled groups", KIND_COLUMNS, kind_rows(graph))
+    columns = ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder")
+    table("Coupled groups", columns, [_kind_row(graph, kind) for kind in graph.kinds])
     for kind in graph.kinds:
         out.print(_tree(graph, graph.of_kinds([kind])[0]))
+
+
+def _kind_row(graph: CouplingGraph, kind: str) -> tuple[str, ...]:
+    """Of one kind: number of groups, their units, parameters per unit, and the share of the decoder that all units of
+    the kind own. Units of different kinds may own the same parameters, so shares may sum to more than 100 %."""
+    groups = graph.of_kinds([kind])
+    units, costs = [g.units for g in groups], [graph.parameters_per_unit(g) for g in groups]
+    ranges = (f"{min(n):,}" if min(n) == max(n) else f"{min(n):,} to {max(n):,}" for n in (units, costs))
+    owned = sum(number * cost for number, cost in zip(units, costs, strict=True))
+    # Hidden channels also own parameters outside of the decoder, and square matrices twice, by rows and columns.
+    share = "all" if kind == HIDDEN else f"{owned / graph.decoder_parameters:.1%}"
+    return (kind, str(len(groups)), *ranges, share)
 
 
 def _show_verdicts(verdicts: Sequence[Verdict]) -> None:

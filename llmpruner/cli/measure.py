@@ -1,24 +1,31 @@
-"""``llmpruner evaluate``, ``llmpruner bench`` and ``llmpruner generate``."""
+"""``llmpruner evaluate``, ``bench``, ``generate`` and ``report``, and the reports that other commands write."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from ..errors import LlmprunerError
 from ..files import check_new_file, write_text
-from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings
+from ..report.measured import SPEED_COLUMNS, speed_rows
+from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
-from .console import note, out, print_json, table
+from .console import done_line, note, out, print_json, table, warning_line
 from .derive import Json, ModelNames, takes
+from .process import is_first
 
 if TYPE_CHECKING:
-    from ..evaluation.bench import BenchCase, BenchResult, Rate
+    from ..evaluation.bench import BenchResult
     from ..evaluation.evaluate import Evaluations
+    from ..plugins.catalog import Catalog
+
+NoReport = Annotated[
+    bool, typer.Option("--no-report", help="Write no report.html; `llmpruner report` can do so later.")
+]
 
 
 @takes(EvaluateSettings, LoadSettings)
@@ -66,33 +73,14 @@ def bench(
 
 def show_bench(result: BenchResult) -> None:
     """A table of prefill and one of decoding."""
-    columns = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
-    table("Prefill", columns, _rows(result, lambda case: case.prefill), left=3)
-    table(f"Decoding, {counted(result.new_tokens, 'token')}", columns, _rows(result, lambda case: case.decode), left=3)
+    values = result.as_json()
+    table("Prefill", SPEED_COLUMNS, speed_rows(values, "prefill"), left=3)
+    decoding = f"Decoding, {counted(result.new_tokens, 'token')}"
+    table(decoding, SPEED_COLUMNS, speed_rows(values, "decode"), left=3)
     note(
         f"medians of {counted(result.rounds, 'run')} in turn; ideal: by multiply-accumulate operations for the "
         "prefill, by bytes of weights and cache read for decoding; reached: speed-up / ideal"
     )
-
-
-def _rows(result: BenchResult, rates: Callable[[BenchCase], tuple[Rate, ...]]) -> list[tuple[str, ...]]:
-    return [
-        (str(case.batch), str(case.prompt_tokens), name, *_cells(rate))
-        for case in result.cases
-        for name, rate in zip(result.models, rates(case), strict=True)
-    ]
-
-
-def _cells(rate: Rate) -> tuple[str, ...]:
-    speed = rate.tokens_per_second
-    median, lower, upper = (_number(v) for v in (speed.median, speed.lower_quartile, speed.upper_quartile))
-    ideal = "-" if rate.ideal is None else f"{rate.ideal:.2f}"
-    share = "-" if rate.share_of_ideal is None else f"{rate.share_of_ideal:.0%}"
-    return f"{median} ({lower}–{upper})", f"{rate.speedup.median:.2f}", ideal, share
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
 
 
 @takes(GenerateSettings, LoadSettings)
@@ -114,3 +102,65 @@ def generate(
     for model, answer in answers.items():
         out.print(f"[bold cyan]{escape(model)}[/]")
         out.print(escape(answer), highlight=False)
+
+
+@takes(PageSettings)
+def report(
+    directories: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared."
+        ),
+    ],
+    arguments: dict[str, Any],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o",
+            help="The page; by default report.html, in DIR or, for several, in the current folder.",
+        ),
+    ] = None,
+    results: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--results",
+            metavar="FILE",
+            help="Results of `evaluate --json` or `bench --json` with these models and the dense one. Repeatable; "
+            "those of a recipe are found without.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:  # fmt: skip
+    """Write an HTML page about a pruned model: size, speed and quality next to the dense model, and what was cut.
+
+    The page is one file that loads nothing. `prune`, `run` and `demo` write it too. Reads no weights.
+    """
+    from .. import api
+
+    catalog, settings = arguments["catalog"], arguments.get("settings")
+    made = api.write_report(directories, output, results=results or (), catalog=catalog, settings=settings)
+    for warning in made.warnings:
+        warning_line(warning)
+    for name, sentence in made.sentences.items():
+        out.print(f"[bold]{escape(name)}[/]: {escape(sentence)}", highlight=False, soft_wrap=True)
+    done_line(str(made.path))
+
+
+def write_next_to(directory: Path, catalog: Catalog, *, say: bool = False) -> None:
+    """Write ``report.html`` into a checkpoint or the output of a recipe; a failure is a warning, as the work itself is
+    done. ``say``: print the sentence of the page."""
+    from .. import api
+
+    if not is_first():
+        return
+    try:
+        made = api.write_report(directory, catalog=catalog)
+    except LlmprunerError as error:
+        warning_line(f"no report was written: {error}")
+        return
+    for warning in made.warnings:
+        warning_line(warning)
+    if say:
+        (sentence,) = made.sentences.values()
+        out.print(sentence[:1].upper() + sentence[1:], highlight=False, markup=False)
+    note(f"report written to {made.path}")

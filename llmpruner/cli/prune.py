@@ -12,12 +12,11 @@ import typer
 from ..engine.stages import peak_memory
 from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings
-from ..structure.coupling import runs
 from ..structure.widths import COUNTED, QUANTISED
-from .console import count, done_line, note, out, print_json, size, table
+from .console import count, done_line, note, print_json, size, table
 from .derive import Json, ModelName, Output, takes
+from .measure import write_next_to
 from .process import is_first
-from .report import write_next_to
 
 if TYPE_CHECKING:
     from ..structure.plan import Outcome, PruningPlan
@@ -90,27 +89,8 @@ def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
 
 def show_plan(made: PruningPlan, outcome: Outcome) -> None:
     """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
-    cuts = made.cuts.values()
-    kinds = list(dict.fromkeys(cut.kind for cut in cuts if cut.layer is not None))
-    alike: dict[tuple[str, ...], list[int]] = {}  # equal cells → their layers
-    for layer in sorted({cut.layer for cut in cuts if cut.layer is not None}):
-        cells = []
-        for kind in kinds:
-            groups = [cut for cut in cuts if cut.layer == layer and cut.kind == kind]
-            units = sum(cut.units for cut in groups)
-            cells.append(f"{sum(len(cut.kept) for cut in groups):,} of {units:,}" if groups else "all")
-        alike.setdefault(tuple(cells), []).append(layer)
-    if alike:
-        rows = [
-            (",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(layers)), *cells)
-            for cells, layers in alike.items()
-        ]
-        table("Units kept", ("Layers", *kinds), rows)
-    for name, group in made.cuts.items():
-        if group.layer is None:
-            gone = sorted(set(range(group.units)) - set(group.kept))
-            detail = f" (gone: {', '.join(map(str, gone))})" if len(gone) <= 40 else ""
-            out.print(f"{name}: {len(group.kept):,} of {group.units:,} units kept{detail}", highlight=False)
+    kinds, rows = made.table()
+    table("Units kept", ("Layers", *kinds), rows)
     sums: list[tuple[str, float, float, Any]] = [
         ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count),
         ("All parameters", outcome.parameters_before, outcome.parameters_after, count),
@@ -125,7 +105,7 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
         shape = "uniform widths give" if made.selection.shape == "uniform" else "whole units give"
         note(f"asked for {asked:.1%}; {shape} {got:.1%}")
     # Formats with few bits refuse other widths; the dense model's are not.
-    quantisable = [cut for cut in cuts if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
+    quantisable = [cut for cut in made.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
     if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         note(

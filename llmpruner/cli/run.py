@@ -14,9 +14,8 @@ from ..settings import LoadSettings, RunSettings
 from ..values import counted
 from .console import RichProgress, done_line, out, print_json, table
 from .derive import Json, catalog_of, takes
-from .measure import show_bench, show_evaluations
+from .measure import NoReport, show_bench, show_evaluations, write_next_to
 from .prune import show_plan
-from .report import NoReport, write_next_to
 
 if TYPE_CHECKING:
     from ..recipes.run import StepResult

@@ -89,16 +89,13 @@ def llmpruner_runtimes() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[Any]]:
-    from ..report.comparison import ComparisonSection
-    from ..report.cuts import CompensationSection, PlanSection
-    from ..report.history import OriginSection, RecoverySection
+    from ..report.history import CompensationSection, OriginSection, PlanSection, RecoverySection
     from ..report.measured import AnswersSection, CostSection, QualitySection
-    from ..report.structure import BlockSection, GroupsSection
-    from ..report.summary import SummarySection
+    from ..report.summary import ComparisonSection, SummarySection
 
     return [
-        SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection, GroupsSection, PlanSection,
-        CompensationSection, RecoverySection, OriginSection, BlockSection,
+        SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection, PlanSection,
+        CompensationSection, RecoverySection, OriginSection,
     ]  # fmt: skip
 
 

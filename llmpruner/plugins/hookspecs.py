@@ -118,8 +118,7 @@ def llmpruner_checkpoint_readers() -> Sequence[type[CheckpointReader]]:
 
 @hookspec
 def llmpruner_report_sections() -> Sequence[type[ReportSection]]:
-    """Sections of HTML pages (``report``, and ``discover --html``). One that raises is left out of the page, with a
-    warning."""
+    """Sections of the HTML page of ``report``. One that raises is left out of the page, with a warning."""
 
 
 @hookspec

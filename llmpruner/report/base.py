@@ -1,21 +1,28 @@
-"""ReportSection: one part of an HTML page about a model, and what it renders. Imports no torch."""
+"""ReportSection: one part of the HTML page about pruned models; what it is given; and the page. Imports no torch."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import PurePosixPath, PureWindowsPath
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from html import unescape
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
+from ..errors import SettingsError, first_line
+from ..values import bytes_text, count_text, counted
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
+
     from ..evaluation.evaluate import Line
     from ..structure.coupling import CouplingGraph
+    from ..structure.plan import PruningPlan
 
 DENSE = "dense"
-"""Name of the dense model on the page of a checkpoint."""
+"""Name of the dense model on the page."""
 
 
 @dataclass(frozen=True)
@@ -35,54 +42,39 @@ class Costs:
 
 @dataclass(frozen=True)
 class Measurements:
-    """One call of ``llmpruner evaluate``. ``names``: of its models, as on the page. ``results``: what ``--json`` writes
-    for each of them. ``lines``: the table of the same. ``text``: that the perplexity was measured on, as the user
-    named it; None where that is not known."""
+    """One call of ``llmpruner evaluate``. ``results``: what ``--json`` writes for each model, with the names of the
+    page. ``lines``: the table of the same."""
 
-    names: tuple[str, ...]
     results: tuple[Mapping[str, Any], ...]
     lines: tuple[Line, ...]
-    text: str | None = None
 
     def of(self, name: str) -> Mapping[str, Any]:
         """The results of one model; empty for a model that was not measured."""
-        return next((one for own, one in zip(self.names, self.results, strict=True) if own == name), {})
-
-    def text_of(self, perplexity: Mapping[str, Any]) -> str:
-        """The name of the text of a perplexity, or else the start of its checksum."""
-        name = perplexity.get("text") or (self.text or "").partition(",")[0]
-        return name or str(perplexity.get("text_sha256", ""))[:12]
+        return next((result for result in self.results if result["name"] == name), {})
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What is known of a checkpoint besides its record.
+class ReportSubject:
+    """A checkpoint on the page. ``name``: of its folder. ``graph``: its coupled groups. ``record``: its
+    ``llmpruner.json``, with ``plans`` parsed. ``dense``, ``costs``: of the dense model and of this one.
 
-    ``name``: of the checkpoint on the page. ``dense``, ``costs``: of the dense model and of this one. ``measured``:
-    one for each call of ``evaluate`` with this checkpoint; ``benches``: what ``bench --json`` wrote, with the names of
-    the page. ``answers``: lists with ``name``, ``prompt`` and ``text`` of several models. ``runs``: ``run.json`` of the
-    checkpoints that led to this one, oldest first. ``steps``: of a recipe, with ``name``, ``command`` and ``seconds``.
-    """
+    ``measured``: one for each call of ``evaluate`` with this checkpoint; ``benches``: what ``bench --json`` wrote, with
+    the names of the page. ``answers``: lists with ``name``, ``prompt`` and ``text`` of several models. ``runs``:
+    ``run.json`` of the checkpoints that led to this one, oldest first. ``steps``: of a recipe, with ``name``,
+    ``command`` and ``seconds``."""
 
+    title: str
     name: str
-    dense: Costs | None = None
-    costs: Costs | None = None
+    graph: CouplingGraph
+    record: Mapping[str, Any]
+    plans: tuple[PruningPlan, ...]
+    dense: Costs
+    costs: Costs
     measured: tuple[Measurements, ...] = ()
     benches: tuple[Mapping[str, Any], ...] = ()
     answers: tuple[tuple[Mapping[str, str], ...], ...] = ()
     runs: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Mapping[str, Any], ...] = ()
-
-
-@dataclass(frozen=True)
-class ReportSubject:
-    """The model that a page is about. ``graph``: its current coupled groups. ``record``: its ``llmpruner.json``, empty
-    for a dense model. ``evidence``: for the page of ``llmpruner report``; None for that of ``discover --html``."""
-
-    title: str
-    graph: CouplingGraph
-    record: Mapping[str, Any] = field(default_factory=dict)
-    evidence: Evidence | None = None
 
 
 class ReportSection(Component):
@@ -100,7 +92,7 @@ class ReportSection(Component):
 
     Put tables into ``<div class="scroll" tabindex="0" role="region" aria-label="…">``, so that they scroll on narrow
     screens, by keyboard too. The page defines colours for light and dark mode: the CSS variables ``--text``, ``--dim``,
-    ``--page``, ``--box``, ``--line`` and ``--accent``. It loads nothing: images must be inline.
+    ``--page``, ``--box``, ``--line`` and ``--accent``. It loads nothing: styles and images must be inline.
     """
 
     kind: ClassVar[str] = "report section"
@@ -118,35 +110,74 @@ class ReportSection(Component):
         del subjects
         return None
 
-    def style(self) -> str:
-        """CSS for the head of the page, with selectors for this section only; empty by default."""
-        return ""
-
 
 def rendered(template: str, **values: Any) -> str:
     """The template of that file name, rendered with ``values``, which are escaped for HTML."""
+    return _environment().get_template(template).render(**values)
+
+
+@cache
+def _environment() -> Environment:
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("llmpruner.report", ".")
     environment = Environment(
-        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
-    )
-    environment.filters["bare"] = bare
-    return environment.get_template(template).render(**values)
+        loader=PackageLoader("llmpruner.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )  # fmt: skip
+    environment.filters |= {"bare": bare, "bytes": bytes_text, "count": count_text, "counted": counted}
+    return environment
 
 
-_BEFORE_PATH = re.compile(r"(?:[\d.]+\*)?(?:[\w-]{2,}:)?(?=/(?!/)|[A-Za-z]:\\)(?<!^)")
-"""A share and the name of a source. One letter and a colon are a drive of Windows."""
+_FOLDERS = re.compile(r"(^|,|\*|[\w-]{2,}:)(?:/(?!/)|[A-Za-z]:\\)(?:[^,]*[/\\])?(?=[^,/\\])")
+"""The folders of an absolute path: at the start, after a comma, a share (``3*``) or the name of a source."""
 
 
 def bare(text: str) -> str:
-    """Of absolute paths, with commas between them, the last parts, as the folders mean nothing elsewhere; other text as
-    it is, such as shares and sources before a path (``3*self,1*chat:/a/b.jsonl``). Known to templates as a filter."""
-    return ",".join(_last(part) for part in text.split(","))
+    """``text`` without the folders of absolute paths, which mean nothing elsewhere: ``3*self,1*chat:b.jsonl`` for
+    ``3*self,1*chat:/a/b.jsonl``."""
+    return _FOLDERS.sub(r"\1", text)
 
 
-def _last(text: str) -> str:
-    if named := _BEFORE_PATH.match(text):
-        return named.group() + _last(text[named.end() :])
-    found = next((path for path in (PurePosixPath(text), PureWindowsPath(text)) if path.is_absolute()), None)
-    return text if found is None else found.name
+@dataclass(frozen=True)
+class Report:
+    """A page that was written to ``path``. ``sentences``: of each checkpoint by its name, what was won and lost.
+    ``warnings``: one line for each section that was left out because it raised an exception."""
+
+    path: Path
+    sentences: Mapping[str, str]
+    warnings: tuple[str, ...] = ()
+
+
+def report_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSection]) -> tuple[str, tuple[str, ...]]:
+    """The HTML document, which uses no network, and its warnings. Several checkpoints are compared, above the sections
+    of each one. Raises `SettingsError` where a section cannot use a setting for these models."""
+    ordered = sorted(sections, key=lambda section: (section.order, section.name))
+    warnings: dict[str, None] = {}
+
+    def parts(render: Callable[[ReportSection], str | None]) -> list[dict[str, str]]:
+        rendered_parts = []
+        for section in ordered:
+            # Sections of plugins may raise anything; the page is made without them. Settings are the user's to correct.
+            try:
+                html = render(section)
+                if html is not None and not isinstance(html, str):
+                    raise TypeError(f"it returned {type(html).__name__}, expected HTML text or None")
+            except SettingsError:
+                raise
+            except Exception as error:
+                warnings[f"{section.label()} is left out: {first_line(error)}"] = None
+                continue
+            if html is not None:
+                heading = re.search(r"<h2[^>]*>(.*?)</h2>", html, re.S)
+                title = unescape(re.sub(r"<[^>]*>", "", heading[1])).strip() if heading else ""
+                rendered_parts.append({"id": section.name, "html": html, "title": title})
+        return rendered_parts
+
+    each = [(subject.title, parts(lambda section, of=subject: section.render(of))) for subject in subjects]  # type: ignore[misc]
+    if len(subjects) == 1:
+        ((title, top),) = each
+        each = []
+    else:
+        title, top = f"{len(subjects)} pruned models compared", parts(lambda section: section.compare(subjects))
+    html = rendered("page.html.j2", title=title, parts=top, below=each)
+    return html, tuple(warnings)

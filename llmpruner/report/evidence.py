@@ -1,18 +1,17 @@
-"""What a report shows of a checkpoint: sizes, measurements and runs, from its folder, the recipe that made it, and
+"""What a report shows of checkpoints: sizes, measurements and runs, from their folders, the recipe that made them, and
 files that ``evaluate --json`` and ``bench --json`` wrote. No weights are read."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..discovery.groups import build_graph
 from ..discovery.structure import load_structure
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
-from ..evaluation.base import Row
 from ..evaluation.evaluate import Evaluation, Evaluations
 from ..evaluation.metrics import size
 from ..files import read_json
@@ -20,7 +19,7 @@ from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
 from ..models.surgery import cut
 from ..pruning.kv_cache import bytes_per_token
-from .base import DENSE, Costs, Evidence, Measurements, ReportSubject
+from .base import DENSE, Costs, Measurements, ReportSubject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,162 +29,132 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 
-@dataclass(frozen=True)
-class ReportPlace:
-    """``checkpoint``: the folder that a report is about. ``steps``: ``step.json`` of all steps of the recipe that made
-    it, with their ``folder``, in their order; empty without a recipe."""
+def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
+    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results
+    (`read_results`), which count where they name a checkpoint by its folder. Raises `ModelError` for a directory that
+    is neither, `DataError` for a file that has results of none."""
+    places = [_place(directory) for directory in directories]
+    results = {path: read_results(path) for path in files}
+    checkpoints = [checkpoint.resolve() for checkpoint, _ in places]
+    for path, value in results.items():
+        if not any(Path(model["name"]).resolve() in checkpoints for model in _models(value)):
+            raise DataError(
+                f"{path} has no results of {', '.join(str(checkpoint) for checkpoint, _ in places)}; measure the "
+                "checkpoint by its present path, or leave the file out"
+            )
+    return [_subject(checkpoint, steps, results, catalog) for checkpoint, steps in places]
 
-    checkpoint: Path
-    steps: tuple[Mapping[str, Any], ...] = ()
 
-    @property
-    def name(self) -> str:
-        """Of the checkpoint on the page."""
-        return self.checkpoint.name or self.checkpoint.resolve().name
-
-
-def report_place(directory: Path) -> ReportPlace:
-    """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one. Raises `ModelError`."""
+def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
+    """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one; and the ``step.json`` of all
+    steps of its recipe, with their ``folder``."""
     if steps := _steps_in(directory):
         pruned = (step["folder"] for step in steps if step["command"] in ("prune", "recover"))
         made = [folder for folder in pruned if (folder / RECORD_FILE).is_file()]
         if not made:
             raise ModelError(f"the recipe in '{directory}' has made no checkpoint yet; run it first")
-        return ReportPlace(made[-1], steps)
+        return made[-1], steps
     if not (directory / RECORD_FILE).is_file():
         raise ModelError(f"'{directory}' is neither a checkpoint that prune or recover wrote nor the output of run")
-    steps = _steps_in(directory.resolve().parent) if (directory / STEP_FILE).is_file() else ()
-    return ReportPlace(directory, steps)
+    return directory, _steps_in(directory.resolve().parent) if (directory / STEP_FILE).is_file() else []
 
 
-def _steps_in(output: Path) -> tuple[Mapping[str, Any], ...]:
-    if not output.is_dir():
-        return ()
+def _steps_in(output: Path) -> list[Mapping[str, Any]]:
     steps = [{**read_json(file), "folder": file.parent} for file in output.glob(f"*/{STEP_FILE}")]
-    return tuple(sorted((step for step in steps if "result" in step), key=lambda step: step["number"]))
+    return sorted((step for step in steps if "result" in step), key=lambda step: step["number"])
 
 
 def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
     try:
         value = json.loads(path.read_bytes())
+        if isinstance(value, list | dict) and all("name" in model for model in _models(value)):
+            return value
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, RecursionError):
-        value = None
-    if isinstance(value, list) and value and all(isinstance(each, dict) and "name" in each for each in value):
-        return value
-    if isinstance(value, dict) and "cases" in value:
-        return value
+    except (ValueError, RecursionError, TypeError, LookupError):
+        pass
     raise DataError(f"{path} is not what `llmpruner evaluate --json` or `llmpruner bench --json` wrote")
 
 
-def report_subjects(places: Sequence[ReportPlace], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
-    """What is known of the checkpoints. ``files``: of results (`read_results`), which count where they have a
-    checkpoint by its name or folder. Raises `DataError` for a file that has results of none."""
-    results = {path: read_results(path) for path in files}
-    used: set[Path] = set()
-    subjects = [_subject(place, results, catalog, used) for place in places]
-    for path in results.keys() - used:
-        raise DataError(
-            f"{path} has no results of {', '.join(str(place.checkpoint) for place in places)}; measure the checkpoint "
-            "by its present path, or leave the file out"
-        )
-    return subjects
+def _models(results: Any) -> list[dict[str, Any]]:
+    """The results of each model of ``evaluate``, or those of the first case of ``bench``."""
+    models: list[dict[str, Any]] = results if isinstance(results, list) else results["cases"][0]["models"]
+    return models
 
 
-def _subject(place: ReportPlace, files: Mapping[Path, Any], catalog: Catalog, used: set[Path]) -> ReportSubject:
-    """``used``: gets the paths of the ``files`` that have results of the checkpoint."""
-    structure = load_structure(str(place.checkpoint), catalog)
-    dense, own = _costs(structure, place.checkpoint)
+def _subject(
+    checkpoint: Path, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], catalog: Catalog
+) -> ReportSubject:
+    structure = load_structure(str(checkpoint), catalog)
     base, record = structure.plans[0].base.model, structure.record or {}
+    name = checkpoint.name or checkpoint.resolve().name
 
-    def shown(name: str) -> str | None:
-        """The name on the page of a model in a file: the dense one, this one, or None for others."""
-        if Path(name).resolve() == place.checkpoint.resolve():
-            return place.name
-        return DENSE if name in (base, DENSE) or str(Path(name).resolve()) == record.get("base_path") else None
+    def renamed(models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+        """With the names of the page, and without models that are not on it."""
+        names = []
+        for model in models:
+            path = Path(model["name"]).resolve()
+            is_dense = model["name"] in (base, DENSE) or str(path) == record.get("base_path")
+            names.append(name if path == checkpoint.resolve() else DENSE if is_dense else None)
+        return [{**model, "name": new} for model, new in zip(models, names, strict=True) if new is not None]
 
     measured: list[Measurements] = []
     benches: list[Mapping[str, Any]] = []
     answers: list[tuple[Mapping[str, str], ...]] = []
-    for step in place.steps:
-        results: Any = read_results(step["folder"] / RESULTS_FILE) if step["result"] is None else []
-        text = step["inputs"]["settings"].get("perplexity")
-        if step["command"] == "evaluate" and (found := measurements(results, place.name, catalog, text)):
-            measured.append(found)
-        elif step["command"] == "bench" and (bench := _bench(results, place.name)):
-            benches.append(bench)
-        elif step["command"] == "generate" and place.name in (answer["name"] for answer in results):
-            answers.append(tuple(results))
-    for path, value in files.items():
-        try:
-            if isinstance(value, list):
-                found, bench = measurements(_renamed(value, shown), place.name, catalog), None
+    for step in steps:
+        if step["command"] in ("evaluate", "bench", "generate"):
+            results = read_results(step["folder"] / RESULTS_FILE)
+            if name not in (model["name"] for model in _models(results)):
+                continue
+            if step["command"] == "generate":
+                answers.append(tuple(results))
+            elif step["command"] == "bench":
+                benches.append(results)
             else:
-                cases = [{**case, "models": _renamed(case["models"], shown)} for case in value["cases"]]
-                found, bench = None, _bench({**value, "cases": cases}, place.name)
+                measured.append(_measurements(results, catalog))
+    for path, results in files.items():
+        try:
+            models = renamed(_models(results))
+            if name not in (model["name"] for model in models):
+                continue
+            if isinstance(results, list):
+                measured.append(_measurements(models, catalog))
+            else:
+                cases = [{**case, "models": renamed(case["models"])} for case in results["cases"]]
+                benches.append({**results, "cases": cases})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{path} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
-        measured += [found] if found else []
-        benches += [bench] if bench else []
-        used |= {path} if found or bench else set()
-    evidence = Evidence(
-        place.name, dense, own, tuple(measured), tuple(benches), tuple(answers), _runs(place),
-        tuple({key: step[key] for key in ("name", "command", "seconds")} for step in place.steps),
+    dense, costs = _costs(structure, checkpoint)
+    return ReportSubject(
+        f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
+        tuple(measured), tuple(benches), tuple(answers), _runs(checkpoint),
+        tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
     )  # fmt: skip
-    return ReportSubject(f"{place.name}, pruned from {Path(base).name or base}", structure.graph, record, evidence)
 
 
-def _renamed(models: Sequence[Mapping[str, Any]], shown: Callable[[str], str | None]) -> list[dict[str, Any]]:
-    """With the names of the page, and without models that are not on it."""
-    return [{**model, "name": name} for model in models if (name := shown(model["name"])) is not None]
+def _measurements(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Measurements:
+    """With the lines that the metrics give; those of metrics that are not installed are left out."""
+    evaluations = []
+    for model in models:
+        results = {key: value for key, value in model.items() if value and key in catalog.metrics}
+        rows = [row for key, value in results.items() for row in catalog.metrics.create(key).rows(value)]
+        evaluations.append(Evaluation(model["name"], results, tuple(rows)))
+    return Measurements(tuple(models), tuple(Evaluations(evaluations).lines))
 
 
-def measurements(
-    results: Sequence[Mapping[str, Any]], name: str, catalog: Catalog, text: str | None = None
-) -> Measurements | None:
-    """What ``evaluate --json`` wrote, as it is on the page; None where ``name`` was not measured. ``text``: that the
-    perplexity was measured on."""
-    names = tuple(model["name"] for model in results)
-    if name not in names:
-        return None
-    if text is None:
-        text = next((model["perplexity"].get("text") for model in results if model.get("perplexity")), None)
-    lines = Evaluations(_evaluation(model, catalog) for model in results).lines
-    return Measurements(names, tuple(results), tuple(lines), text)
-
-
-def _evaluation(model: Mapping[str, Any], catalog: Catalog) -> Evaluation:
-    """With the rows that the metrics give; those of a metric that is not installed are its numbers."""
-    results = {key: value for key, value in model.items() if isinstance(value, Mapping) and value}
-    rows: list[Row] = []
-    for key, value in results.items():
-        if key in catalog.metrics:
-            rows += catalog.metrics.create(key).rows(value)
-        else:
-            rows += [Row(f"{key} {name}", number) for name, number in value.items() if isinstance(number, float)]
-    return Evaluation(model["name"], results, tuple(rows))
-
-
-def _bench(bench: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """None where ``name`` is not in all of its cases."""
-    return bench if all(name in (model["name"] for model in case["models"]) for case in bench["cases"]) else None
-
-
-def _runs(place: ReportPlace) -> tuple[Mapping[str, Any], ...]:
+def _runs(checkpoint: Path) -> tuple[Mapping[str, Any], ...]:
     """``run.json`` of the checkpoints that this one was made from, oldest first, as far as they are there, and of
     itself."""
-    folders = [step["folder"] for step in place.steps] or [place.checkpoint]
-    if place.steps:
-        folders = folders[: [folder.name for folder in folders].index(place.checkpoint.resolve().name) + 1]
-    while not place.steps and (folders[0] / RUN_FILE).is_file():
-        source = Path(read_json(folders[0] / RUN_FILE)["model"])
-        if not (source / RECORD_FILE).is_file() or source.resolve() in (folder.resolve() for folder in folders):
+    folders, runs = [checkpoint], []
+    while (folders[-1] / RUN_FILE).is_file():
+        runs.append(read_json(folders[-1] / RUN_FILE))
+        source = Path(runs[-1]["model"])
+        if not (source / RECORD_FILE).is_file() or source in folders:
             break
-        folders.insert(0, source)
-    return tuple(read_json(folder / RUN_FILE) for folder in folders if (folder / RUN_FILE).is_file())
+        folders.append(source)
+    return tuple(reversed(runs))
 
 
 def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
@@ -203,11 +172,8 @@ def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
 
 
 def _costs_of(model: PreTrainedModel, graph: CouplingGraph) -> Costs:
-    sizes = size(model, graph)
     try:
         cache = sum(bytes_per_token(model, graph))
     except UnsupportedModelError:  # an architecture whose cache does not grow with the tokens, or not on this device
         cache = None
-    return Costs(
-        sizes.parameters, sizes.decoder_parameters, sizes.weight_bytes, sizes.macs_per_token, sizes.context, cache
-    )
+    return Costs(**asdict(size(model, graph)), cache_bytes=cache)

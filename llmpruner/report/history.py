@@ -1,22 +1,53 @@
-"""The sections of how a checkpoint came about: ``recovery``, the losses of its trainings, and ``origin``, its commands,
-plans, time, memory, machine and versions."""
+"""The sections of what was done to a model: ``plan``, kept units of every layer; ``compensation``, errors of the fitted
+matrices; ``recovery``, losses of trainings; ``origin``, commands, time, memory and versions."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from math import ceil
+from statistics import fmean
 from typing import Any
 
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
-from ..values import bytes_text, counted
 from .base import ReportSection, ReportSubject, bare, rendered
-from .chart import Chart, Point, Series, drawn
+from .chart import Point, Series, drawn
 
 _MODELS: Mapping[str, type[Settings]] = {"prune": PruneSettings, "recover": RecoverSettings}
-
 _MOST_POINTS = 400
 """Of a curve; of longer trainings, neighbouring steps are averaged."""
+
+
+class PlanSection(ReportSection):
+    """A table for each plan."""
+
+    name = "plan"
+    summary = "what was cut: units kept of each kind in each layer"
+    order = 20
+
+    def render(self, subject: ReportSubject) -> str:
+        return rendered("plan.html.j2", tables=[plan.table() for plan in subject.plans])
+
+
+class CompensationSection(ReportSection):
+    """A table; nothing where the record has no fits."""
+
+    name = "compensation"
+    summary = "the error of every fitted weight matrix before and after, and its ridge"
+    order = 22
+
+    def render(self, subject: ReportSubject) -> str | None:
+        work = subject.record.get("work") or ()
+        fitted = [
+            (plan, done["fits"]) for plan, done in zip(subject.plans, work, strict=False) if done and done["fits"]
+        ]
+        if not fitted:
+            return None
+        plan, fits = fitted[-1]
+        known = [fit for fit in fits if fit["before"] is not None]
+        means = [fmean(fit[key] for fit in known) for key in ("before", "after")] if known else None
+        kept = sum(not fit["fitted"] for fit in fits)
+        return rendered("compensation.html.j2", fits=fits, means=means, compensation=plan.compensation, kept=kept)
 
 
 class RecoverySection(ReportSection):
@@ -27,9 +58,9 @@ class RecoverySection(ReportSection):
     order = 25
 
     def render(self, subject: ReportSubject) -> str | None:
-        done = [one for one in subject.record.get("recovery") or () if one["losses"]]
-        trainings = [(one, loss_text(one), loss_curve(one)) for one in done]
-        return rendered("recovery.html.j2", trainings=trainings) if done else None
+        trainings = [training for training in subject.record.get("recovery") or () if training["losses"]]
+        curves = [(training, loss_curve(training)) for training in trainings]
+        return rendered("recovery.html.j2", trainings=curves) if curves else None
 
 
 def loss_curve(training: Mapping[str, Any]) -> str:
@@ -37,39 +68,29 @@ def loss_curve(training: Mapping[str, Any]) -> str:
 
     ``training``: an element of ``recovery`` in ``llmpruner.json``, with at least one loss.
     """
-    losses = _averaged([(step, float(loss)) for step, loss in enumerate(training["losses"], start=1)])
-    series = [Series("loss", tuple(losses), accent=True)]
+    losses = training["losses"]
+    size = ceil(len(losses) / _MOST_POINTS)
+    parts = [range(first, min(first + size, len(losses))) for first in range(0, len(losses), size)]
+    points = [Point(fmean(step + 1 for step in part), fmean(losses[step] for step in part)) for part in parts]
+    series = [Series("loss", tuple(points), accent=True)]
     if validation := training.get("validation"):
-        points = (
+        checks = (
             Point(check["step"], check["loss"], f"step {check['step']}: {check['loss']:.3f}") for check in validation
         )
-        series.append(Series("validation loss", tuple(points)))
-    chart = Chart("Loss over optimizer steps", "optimizer steps", "loss", tuple(series), height=300)
-    return drawn(chart, standalone=True)
-
-
-def _averaged(losses: Sequence[tuple[int, float]]) -> Iterator[Point]:
-    size = ceil(len(losses) / _MOST_POINTS)
-    for first in range(0, len(losses), size):
-        part = losses[first : first + size]
-        yield Point(sum(step for step, _ in part) / len(part), sum(loss for _, loss in part) / len(part))
+        series.append(Series("validation loss", tuple(checks)))
+    return drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300, standalone=True)
 
 
 class OriginSection(ReportSection):
-    """Nothing without evidence."""
+    """Commands with their stages, machines, plans, and the steps of a recipe."""
 
     name = "origin"
     summary = "how the checkpoint was made: commands, plans, seconds and memory of every stage, machine, versions"
     order = 40
 
-    def render(self, subject: ReportSubject) -> str | None:
-        evidence = subject.evidence
-        if evidence is None:
-            return None
-        runs = [(command_of(run), _stages(run)) for run in evidence.runs]
-        places = list(dict.fromkeys((_machine(run["machine"]), _versions(run["versions"])) for run in evidence.runs))
-        plans = [_facts(plan) for plan in subject.record.get("plans") or ()]
-        return rendered("origin.html.j2", runs=runs, places=places, plans=plans, steps=evidence.steps)
+    def render(self, subject: ReportSubject) -> str:
+        runs = [(command_of(run), run) for run in subject.runs]
+        return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=subject.steps)
 
 
 def command_of(run: Mapping[str, Any]) -> str:
@@ -86,8 +107,8 @@ def _option(flag: str, value: Any) -> Iterator[Any]:
         yield flag if value else f"--no-{flag[2:]}"
     elif isinstance(value, Mapping):
         for component, settings in value.items():
-            for key, one in settings.items():
-                yield from ("--set", f"{component}.{key}={one}")
+            for key, setting in settings.items():
+                yield from ("--set", f"{component}.{key}={setting}")
     elif isinstance(value, list | tuple):
         yield from _option(flag, ",".join(map(str, value)))
     elif value is not None and flag.startswith("--set "):
@@ -96,84 +117,30 @@ def _option(flag: str, value: Any) -> Iterator[Any]:
         yield from (flag, bare(str(value)))
 
 
-def _stages(run: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    stages = [one for one in run["stages"] if one["seconds"] >= 0.05]
-    rows = [(one["name"], f"{one['seconds']:,.1f}", _memory(one["peak_bytes"])) for one in stages]
-    return [*rows, ("all", f"{sum(one['seconds'] for one in run['stages']):,.1f}", "")]
-
-
-def _memory(value: int | None) -> str:
-    return "–" if value is None else bytes_text(value)
-
-
-def _machine(machine: Mapping[str, Any]) -> str:
-    cores, memory = counted(machine["cores"], "core"), bytes_text(machine["memory"])
-    return f"{machine['processor'] or 'unknown processor'}, {cores}, {memory} of memory, {machine['system']}"
-
-
-def _versions(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _facts(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
-    target, selection, estimation = plan["target"], plan["selection"], plan["estimation"]
-    compensation = plan["compensation"] or {"name": "none"}
-    text = estimation["calibration"] or compensation.get("calibration")
-    return [
-        ("Model", f"{bare(plan['base']['model'])}, family {plan['family']}"),
-        ("Asked for", _asked(target)),
-        ("Criterion", f"{estimation['criterion']} {_settings(estimation['settings'])}".strip()),
-        ("Calibration", "none" if text is None else bare(text)),
-        ("Units", f"{', '.join(selection['kinds'])} of the layers {selection['layers']}"),
-        ("Allocation", f"{selection['allocation']}, {selection['shape']} widths, multiples of {selection['round_to']}"),
-        ("Compensation", f"{compensation['name']} {_settings(compensation.get('settings') or {})}".strip()),
-        ("Seed", str(plan["seed"])),
-    ]  # fmt: skip
-
-
-def _asked(target: Mapping[str, Any]) -> str:
-    if target["by"] == "parameters":
-        return f"{target['amount']:,.0f} parameters to keep"
-    of = target["budget"] if target["by"] == "ratio" else "the units of every group"
-    return f"{target['amount']:.1%} of {of}"
-
-
-def _settings(values: Mapping[str, Any]) -> str:
-    return f"({', '.join(f'{key} {_value(value)}' for key, value in values.items())})" if values else ""
-
-
-def _value(value: Any) -> str:
-    if value is None or value == []:
-        return "none"
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def first_and_last(record: Mapping[str, Any]) -> tuple[str, float, float] | None:
+def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
     """What was measured, its value before the training, and that of the result: of rows that were not trained on, if
-    there were any; else of the steps. None for a training without losses.
-
-    ``record``: an entry of ``recovery`` in ``llmpruner.json``."""
-    checked = [float(one["loss"]) for one in record.get("validation") or ()]
+    there were any; else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
+    checked = [float(check["loss"]) for check in training.get("validation") or ()]
     if checked:
-        what = "held-out loss" if record.get("held_out", True) else "loss on examples"
+        what = "held-out loss" if training.get("held_out", True) else "loss on examples"
         return what, checked[0], min(checked)
-    losses = record.get("losses")
+    losses = training.get("losses")
     return ("loss", losses[0], losses[-1]) if losses else None
 
 
-def loss_text(record: Mapping[str, Any]) -> str:
+def loss_text(training: Mapping[str, Any]) -> str:
     """``held-out loss 2.500 → 1.250``; empty for a training without losses."""
-    measured = first_and_last(record)
+    measured = first_and_last(training)
     return "" if measured is None else f"{measured[0]} {measured[1]:.3f} → {measured[2]:.3f}"
 
 
-def no_better(record: Mapping[str, Any]) -> str | None:
+def no_better(training: Mapping[str, Any]) -> str | None:
     """A line for a training after which no loss was lower than before it; None for others."""
-    if record.get("best_step") != 0 or not record.get("losses"):
+    if training.get("best_step") != 0 or not training.get("losses"):
         return None
-    checked = record["validation"]
+    checked = training["validation"]
     return (
         f"no better than before: the loss went from {checked[0]['loss']:.3f} to {checked[-1]['loss']:.3f} in "
-        f"{len(record['losses'])} steps, so the weights are those of the start; lower --learning-rate, or give more "
+        f"{len(training['losses'])} steps, so the weights are those of the start; lower --learning-rate, or give more "
         "data or steps"
     )

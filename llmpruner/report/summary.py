@@ -1,142 +1,193 @@
-"""The section ``summary``: the figures by which a checkpoint is judged, next to the dense model's, and one sentence on
-them. Imports no torch."""
+"""The sections ``summary``, the figures by which a checkpoint is judged next to the dense model's, and ``comparison``,
+several checkpoints by quality against size. Imports no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
+from typing import Any
 
 from ..values import bytes_text, count_text, counted
-from .base import DENSE, Evidence, ReportSection, ReportSubject, bare, rendered
+from .base import DENSE, ReportSection, ReportSubject, bare, rendered
+from .chart import Point, Series, drawn
+
+_DASHES = ("", "6 4", "2 3", "8 3 2 3")
+_COLUMNS = ("Model", "Method", "Decoder removed", "Decoder parameters", "Weights", "Perplexity", "KL per token",
+            "Accuracy", "Decoding speed-up", "Pareto")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure of the dense model and of the pruned one. ``ideal``: of a speed-up, what sizes allow."""
+    """One figure of the dense model and of the pruned one. ``text``: formats it; ``note``: of what it is."""
 
     label: str
     dense: float
     pruned: float
-    ideal: float | None = None
+    text: Callable[[float], str]
+    note: str = ""
 
     @property
     def ratio(self) -> float:
         return self.pruned / self.dense
 
-
-@dataclass(frozen=True)
-class Figures:
-    """What is known; None for what was not measured. ``perplexity``: on the text that was measured first, of those that
-    the dense model was measured on too; ``text``: its name. ``tasks``: mean of the accuracies; ``count``: of how many.
-    ``decode``: tokens per second."""
-
-    parameters: Pair | None = None
-    weights: Pair | None = None
-    perplexity: Pair | None = None
-    text: str | None = None
-    tasks: Pair | None = None
-    count: int = 0
-    decode: Pair | None = None
+    @property
+    def change(self) -> str:
+        before, after = self.text(self.dense), self.text(self.pruned)
+        return f"went from {before} to {after}" if before != after else f"did not change ({before})"
 
 
-def figures(evidence: Evidence) -> Figures:
-    """The `Figures` of a checkpoint."""
-    dense, own = evidence.dense, evidence.costs
-    parameters = weights = None
-    if dense is not None and own is not None:
-        parameters = Pair("Parameters of the decoder", dense.decoder_parameters, own.decoder_parameters)
-        weights = Pair("Weights", dense.weight_bytes, own.weight_bytes)
-    perplexity, text = _perplexity(evidence)
-    tasks, count = _tasks(evidence)
-    return Figures(parameters, weights, perplexity, text, tasks, count, _decode(evidence))
+def figures(subject: ReportSubject) -> dict[str, Pair]:
+    """``parameters`` of the decoder, ``weights``, and, where both models were measured, ``decode`` (tokens per second),
+    ``perplexity`` (on the text that was measured first) and ``tasks`` (mean of the accuracies)."""
+    dense, own = subject.dense, subject.costs
+    pairs = {
+        "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, own.decoder_parameters, count_text),
+        "weights": Pair("Weights", dense.weight_bytes, own.weight_bytes, bytes_text),
+    }
+    rates: list[tuple[float, float, str]] = []
+    perplexities: list[tuple[float, float, str]] = []
+    for bench in subject.benches:
+        models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
+        if {DENSE, subject.name} <= models.keys():
+            before, after = (models[name]["tokens_per_second"]["median"] for name in (DENSE, subject.name))
+            ideal = models[subject.name]["ideal"]
+            rates.append((before, after, "" if ideal is None else f", where its size allows {ideal:.2f}"))
+    for measured in subject.measured:
+        before, after = measured.of(DENSE), measured.of(subject.name)
+        first, second = ((result.get("perplexity") or {}).get("perplexity") for result in (before, after))
+        if first is not None and second is not None:
+            perplexities.append((first, second, f" on {bare(before['perplexity']['text'])}"))
+    if rates:
+        before, after, note = rates[0]
+        pairs["decode"] = Pair("Decoding, tokens/s", before, after, "{:,.1f}".format, note)
+    if perplexities:
+        before, after, note = perplexities[0]
+        pairs["perplexity"] = Pair("Perplexity", before, after, "{:,.2f}".format, note)
+    scores, own_scores = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
+    if tasks := [task for task in scores if task in own_scores]:
+        before, after = (fmean(of_model[task] for task in tasks) for of_model in (scores, own_scores))
+        note = f" over {counted(len(tasks), 'task')}"
+        pairs["tasks"] = Pair("Accuracy, mean over tasks", before, after, "{:.1%}".format, note)
+    return pairs
 
 
-def _perplexity(evidence: Evidence) -> tuple[Pair | None, str | None]:
-    for measured in evidence.measured:
-        dense, own = (measured.of(name).get("perplexity") or {} for name in (DENSE, evidence.name))
-        if dense.get("perplexity") is not None and own.get("perplexity") is not None:
-            return Pair("Perplexity", dense["perplexity"], own["perplexity"]), bare(measured.text_of(dense))
-    return None, None
-
-
-def _tasks(evidence: Evidence) -> tuple[Pair | None, int]:
-    dense, own = (_accuracies(evidence, name) for name in (DENSE, evidence.name))
-    both = [task for task in dense if task in own]
-    if not both:
-        return None, 0
-    before, after = (fmean(scores[task] for task in both) for scores in (dense, own))
-    return Pair("Accuracy, mean over tasks", before, after), len(both)
-
-
-def _accuracies(evidence: Evidence, name: str) -> dict[str, float]:
+def _accuracies(subject: ReportSubject, name: str) -> dict[str, float]:
     """Task → accuracy of one model, normalised by length where lm-eval has that, as LLM-Pruner reports it."""
-    tasks = [pair for measured in evidence.measured for pair in (measured.of(name).get("tasks") or {}).items()]
+    tasks = [pair for measured in subject.measured for pair in (measured.of(name).get("tasks") or {}).items()]
     return {task: values.get("acc_norm", values.get("acc")) for task, values in tasks if "acc" in values}
-
-
-def _decode(evidence: Evidence) -> Pair | None:
-    label = "Decoding, tokens/s"
-    for bench in evidence.benches:
-        rates = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
-        if DENSE in rates and evidence.name in rates:
-            dense, own = (rates[name]["tokens_per_second"]["median"] for name in (DENSE, evidence.name))
-            return Pair(label, dense, own, rates[evidence.name]["ideal"])
-    return None
 
 
 def sentence(subject: ReportSubject) -> str:
     """One sentence of plain text: what was won, and what was lost."""
-    assert subject.evidence is not None
-    known = figures(subject.evidence)
-    won, lost = [], []
-    if known.parameters is not None and known.weights is not None:
-        won.append(
-            f"{1 - known.parameters.ratio:.1%} of the decoder's parameters are gone "
-            f"({count_text(known.parameters.dense)} → {count_text(known.parameters.pruned)}; all weights "
-            f"{bytes_text(known.weights.dense)} → {bytes_text(known.weights.pruned)})"
-        )
-    if known.decode is not None:
-        ideal = "" if known.decode.ideal is None else f", where its size allows {known.decode.ideal:.2f}"
-        won.append(f"it decodes {known.decode.ratio:.2f} times as fast{ideal}")
-    if known.perplexity is not None:
-        where = f" on {known.text}" if known.text else ""
-        rise = f"{known.perplexity.ratio - 1:+.0%}"
-        after = "" if rise in ("+0%", "-0%") else f" ({rise})"
-        lost.append(f"perplexity{where} {_change(known.perplexity, '.2f')}{after}")
-    if known.tasks is not None:
-        lost.append(f"accuracy over {counted(known.count, 'task')} {_change(known.tasks, '.1%')}")
-    if not lost:
-        lost.append("its quality was not measured")
-    return f"{' and '.join(won)}; {', and '.join(lost)}."
-
-
-def _change(pair: Pair, form: str) -> str:
-    before, after = (format(value, form) for value in (pair.dense, pair.pruned))
-    return f"went from {before} to {after}" if before != after else f"did not change ({before})"
+    pairs = figures(subject)
+    parameters, weights = pairs["parameters"], pairs["weights"]
+    won = [
+        f"{1 - parameters.ratio:.1%} of the decoder's parameters are gone ({count_text(parameters.dense)} → "
+        f"{count_text(parameters.pruned)}; all weights {bytes_text(weights.dense)} → {bytes_text(weights.pruned)})"
+    ]
+    lost = []
+    if decode := pairs.get("decode"):
+        won.append(f"it decodes {decode.ratio:.2f} times as fast{decode.note}")
+    if perplexity := pairs.get("perplexity"):
+        lost.append(f"perplexity{perplexity.note} {perplexity.change} ({perplexity.ratio - 1:+.0%})")
+    if tasks := pairs.get("tasks"):
+        lost.append(f"accuracy{tasks.note} {tasks.change}")
+    return f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
 
 
 class SummarySection(ReportSection):
-    """Nothing without evidence."""
+    """The sentence and a tile for each figure."""
 
     name = "summary"
     summary = "what was won and lost: size, speed, quality"
     order = 0
 
-    def render(self, subject: ReportSubject) -> str | None:
-        if subject.evidence is None:
-            return None
-        known = figures(subject.evidence)
-        shown: list[tuple[Pair | None, Callable[[float], str]]] = [
-            (known.parameters, count_text),
-            (known.weights, bytes_text),
-            (known.decode, "{:,.1f}".format),
-            (known.perplexity, "{:,.2f}".format),
-            (known.tasks, "{:.1%}".format),
+    def render(self, subject: ReportSubject) -> str:
+        return rendered("summary.html.j2", sentence=sentence(subject), pairs=figures(subject).values())
+
+
+class ComparisonSection(ReportSection):
+    """A chart and a table on the page of several checkpoints."""
+
+    name = "comparison"
+    summary = "several checkpoints: quality against size, Pareto points, a table to sort"
+    order = 1
+
+    def render(self, subject: ReportSubject) -> None:
+        del subject
+
+    def compare(self, subjects: Sequence[ReportSubject]) -> str:
+        pairs = {subject.name: figures(subject) for subject in subjects}
+        # Size and perplexity of those that were measured.
+        places = {
+            name: (of_model["parameters"].pruned, of_model["perplexity"].pruned)
+            for name, of_model in pairs.items()
+            if "perplexity" in of_model
+        }
+        best = [
+            name
+            for name, place in places.items()
+            if not any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places.values())
         ]
-        tiles = [
-            (pair.label, text(pair.pruned), text(pair.dense), f"{pair.ratio - 1:+.1%}".replace("-", "−"))
-            for pair, text in shown
-            if pair is not None
-        ]
-        return rendered("summary.html.j2", sentence=sentence(subject), tiles=tiles)
+        rows = [_row(subject, pairs[subject.name], is_best=subject.name in best) for subject in subjects]
+        # The table is wide: without the columns that are known of no model.
+        known = [number for number in range(len(_COLUMNS)) if any(row[number] is not None for row in rows)]
+        methods = {subject.name: method_of(subject.record) for subject in subjects if subject.name in places}
+        return rendered(
+            "comparison.html.j2", rows=[[row[number] for number in known] for row in rows], best=best,
+            columns=[_COLUMNS[number] for number in known], picture=_chart(pairs, methods, best) if places else None,
+        )  # fmt: skip
+
+
+def method_of(record: Mapping[str, Any]) -> str:
+    """``taylor``, ``output-energy + refit``, ``output-energy + refit, recovered``."""
+    plan = record["plans"][-1]
+    parts = [plan["estimation"]["criterion"], *([plan["compensation"]["name"]] if plan["compensation"] else [])]
+    return " + ".join(parts) + (", recovered" if record.get("recovery") else "")
+
+
+def _row(subject: ReportSubject, pairs: Mapping[str, Pair], *, is_best: bool) -> list[tuple[str, Any] | None]:
+    """(text, value to sort by) of every column; None where it is not known."""
+    parameters, weights = pairs["parameters"], pairs["weights"]
+    measured = {name: (pairs[name].text(pairs[name].pruned), pairs[name].pruned) for name in pairs}
+    perplexities = [results.of(subject.name).get("perplexity") or {} for results in subject.measured]
+    divergence = next(
+        (result["kl_per_token"] for result in perplexities if result.get("kl_per_token") is not None), None
+    )
+    decode, method = pairs.get("decode"), method_of(subject.record)
+    return [
+        (subject.name, subject.name),
+        (method, method),
+        (f"{1 - parameters.ratio:.1%}", 1 - parameters.ratio),
+        (count_text(parameters.pruned), parameters.pruned),
+        (bytes_text(weights.pruned), weights.pruned),
+        measured.get("perplexity"),
+        None if divergence is None else (f"{divergence:.4f}", divergence),
+        measured.get("tasks"),
+        None if decode is None else (f"{decode.ratio:.2f}", decode.ratio),
+        ("yes" if is_best else "no", int(is_best)),
+    ]
+
+
+def _chart(pairs: Mapping[str, Mapping[str, Pair]], methods: Mapping[str, str], best: Sequence[str]) -> str:
+    """Perplexity against millions of decoder parameters, a line for each method, and the dense model."""
+    lines: dict[str, list[Point]] = {}
+    for name, method in methods.items():
+        size, perplexity = pairs[name]["parameters"].pruned, pairs[name]["perplexity"].pruned
+        note = f"{name}: {count_text(size)} parameters in the decoder, perplexity {perplexity:.2f}"
+        note += ", Pareto" if name in best else ""
+        lines.setdefault(method, []).append(Point(size / 1e6, perplexity, note, name, ring=name in best))
+    series = [
+        Series(method, tuple(sorted(points, key=lambda p: p.x)), accent=number == 0, dashes=_DASHES[number % 4])
+        for number, (method, points) in enumerate(lines.items())
+    ]
+    first = pairs[next(iter(methods))]
+    dense = first["perplexity"].dense
+    point = Point(first["parameters"].dense / 1e6, dense, f"dense: perplexity {dense:.2f}", DENSE)
+    perplexities = [point.y for points in lines.values() for point in points]
+    return drawn(
+        "Perplexity against size: a point for each model, a line for each method", "million parameters in the decoder",
+        f"perplexity{first['perplexity'].note}", [*series, Series("", (point,))],
+        log=max(perplexities) > 5 * min(perplexities), width=820, height=400,
+    )  # fmt: skip

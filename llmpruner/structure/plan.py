@@ -202,18 +202,35 @@ class PruningPlan(Frozen):
                 if stated != found:
                     raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {found}")
 
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """The kinds of units, and how many of each are kept: rows such as ``("0-2,5", "36 of 48")``, of layers with
+        equal cuts, and one for groups across layers."""
+        kinds = tuple(dict.fromkeys(cut.kind for cut in self.cuts.values()))
+        layers = sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None})
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for layer in layers:
+            alike.setdefault(tuple(self._kept_text(kind, layer) or "all" for kind in kinds), []).append(layer)
+        across = tuple(self._kept_text(kind, None) for kind in kinds)
+        rows = [(_pack(layers), *cells) for cells, layers in alike.items()]
+        return kinds, [*rows, *([("all layers", *across)] if any(across) else [])]
+
+    def _kept_text(self, kind: str, layer: int | None) -> str:
+        """``36 of 48``, for layers with the removed ones; empty where no unit is removed."""
+        cuts = [cut for cut in self.cuts.values() if (cut.kind, cut.layer) == (kind, layer)]
+        if not cuts:
+            return ""
+        text = f"{sum(len(cut.kept) for cut in cuts):,} of {sum(cut.units for cut in cuts):,}"
+        if kind == LAYER:
+            text += f" (without {_pack(sorted(set(range(cuts[0].units)) - set(cuts[0].kept)))})"
+        return text
+
     def _repr_html_(self) -> str:
-        """A table for notebooks: how many units of each kind every layer keeps."""
-        kinds = list(dict.fromkeys(cut.kind for cut in self.cuts.values()))
-        cells: dict[str, dict[str, str]] = {}
-        for cut in self.cuts.values():
-            row = cells.setdefault("all layers" if cut.layer is None else str(cut.layer), {})
-            row[cut.kind] = f"{len(cut.kept):,} of {cut.units:,}"
-        head = "".join(f"<th>{escape(kind)}</th>" for kind in kinds)
-        lines = [(layer, "".join(f"<td>{row.get(kind, 'all')}</td>" for kind in kinds)) for layer, row in cells.items()]
-        rows = "".join(f"<tr><th>{layer}</th>{row}</tr>" for layer, row in lines)
+        """The `table`, for notebooks."""
+        kinds, rows = self.table()
+        head = "".join(f"<th>{escape(name)}</th>" for name in ("layers", *kinds))
+        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
         title = f"units kept of {escape(self.base.model)} ({self.target.by} {self.target.amount:g})"
-        return f"<table><caption>{title}</caption><tr><th>layer</th>{head}</tr>{rows}</table>"
+        return f"<table><caption>{title}</caption><tr>{head}</tr>{body}</table>"
 
     def to_json(self) -> str:
         """The text of the plan's file."""

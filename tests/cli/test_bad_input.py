@@ -118,7 +118,6 @@ def test_mistakes(refused, what, shared, tmp_path):
     [
         ("evaluate", DENSE, "--json"),
         ("bench", DENSE, "--json"),
-        ("discover", DENSE, "--html"),
         ("report", "{pruned}", "-o"),
     ],
     ids=lambda command: command[0],

@@ -102,8 +102,8 @@ def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tm
     done = run("export", dense, "--to", "one-file", "--set", "one-file.file=all.safetensors", "-o", tmp_path / "x")
     assert done.code == 0, done.err
     assert load_file(tmp_path / "x" / "all.safetensors")["lm_head.weight"].dtype is torch.float16
-    assert run("discover", dense, "--html", tmp_path / "page.html").code == 0
-    assert "<h2>Widths</h2>" in (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert run("prune", dense, "--ratio", "0.2", "--importance", "l2", "-o", tmp_path / "pruned").code == 0
+    assert "<h2>Widths</h2>" in (tmp_path / "pruned" / "report.html").read_text(encoding="utf-8")
 
 
 def test_all_of_them_from_python(dense, shared, tmp_path):

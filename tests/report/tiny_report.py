@@ -64,8 +64,10 @@ def benched(places: Path, name: str) -> dict[str, Any]:
     return {"runtime": "transformers", "settings": {}, "new_tokens": 16, "rounds": 3, "cases": [case]}
 
 
-def page_of(places: Path, tmp_path: Path, *names: str, catalog: llmpruner.Catalog | None = None) -> tuple[str, Any]:
-    """The page about ``names``, with results of all and the speed of the first, and its facts. No warnings."""
+def page_of(
+    places: Path, tmp_path: Path, *names: str, catalog: llmpruner.Catalog | None = None
+) -> tuple[str, dict[str, str]]:
+    """The page about ``names``, with results of all and the speed of the first, and its sentences. No warnings."""
     (tmp_path / "quality.json").write_text(json.dumps(evaluated(places, *names)))
     (tmp_path / "speed.json").write_text(json.dumps(benched(places, names[0])))
     made = llmpruner.write_report(
@@ -73,4 +75,4 @@ def page_of(places: Path, tmp_path: Path, *names: str, catalog: llmpruner.Catalo
         results=[tmp_path / "quality.json", tmp_path / "speed.json"], catalog=catalog,
     )  # fmt: skip
     assert made.warnings == ()
-    return made.path.read_text(encoding="utf-8"), made.facts
+    return made.path.read_text(encoding="utf-8"), dict(made.sentences)
