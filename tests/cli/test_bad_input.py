@@ -6,7 +6,6 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -230,26 +229,6 @@ def test_a_spoilt_plan(replay, what):
     assert message in replay(spoil)
 
 
-CONFIGURATIONS = {
-    "no key/value heads": ({"num_key_value_heads": 0}, "(ZeroDivisionError: "),
-    "an unknown activation": ({"hidden_act": "nope"}, "(KeyError: 'nope')"),
-    "an unknown rotary type": ({"rope_parameters": {"rope_type": "nope"}}, "(KeyError: 'nope')"),
-    "a negative head size": ({"head_dim": -1}, "negative dimension"),
-    "integer weights": ({"dtype": "int8"}, "int8"),
-    "an unknown attention": ({"_attn_implementation": "nope"}, '"nope"'),
-}
-
-
-@pytest.mark.parametrize("what", CONFIGURATIONS)
-def test_a_spoilt_configuration(refused, shared, tmp_path, what):
-    change, message = CONFIGURATIONS[what]
-    shutil.copytree(shared / "dense", tmp_path / "model")
-    file = tmp_path / "model" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | change))
-    line = refused("discover", "{tmp}/model")
-    assert message in line and "model" in line
-
-
 def test_a_plan_for_another_model(replay, shared):
     assert f"this plan was made for '{shared}/dense' (llama)" in replay(lambda plan: None, "other")
 
@@ -291,13 +270,3 @@ def test_demo_without_its_model(run, refused, monkeypatch, tmp_path):
         assert message in refused(*command)
     demo = run("demo", "-o", tmp_path / "out")
     assert demo.code == 2 and message in demo.err
-
-
-@pytest.mark.parametrize(
-    "arguments", [("plan",), ("prune", "model"), ("plan", "model", "--ratio"), ("nonsense",), ("--nonsense",)]
-)
-def test_what_is_no_command_at_all(run, arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    result = run(*arguments)
-    assert result.code == 2 and result.out == "" and "Error" in result.err and "Traceback" not in result.err
-    assert not list(tmp_path.iterdir())

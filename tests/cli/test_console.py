@@ -6,7 +6,6 @@ import pytest
 
 from llmpruner.cli import console
 from llmpruner.cli.console import RichProgress, time_left
-from llmpruner.values import counted
 
 
 def work(progress):
@@ -30,11 +29,6 @@ def test_a_line_a_minute(capsys, monkeypatch):
 def test_time_left():
     assert [time_left(30, share) for share in (0.0, 0.5, 1.0)] == ["", "30 s left", ""]
     assert [time_left(600, share) for share in (0.5, 0.05)] == ["10 min left", "3.2 h left"]
-
-
-def test_the_singular():
-    assert [counted(number, "step") for number in (0, 1, 2, 1200)] == ["0 steps", "1 step", "2 steps", "1,200 steps"]
-    assert [counted(number, "minute") for number in (1.0, 0.5)] == ["1 minute", "0.5 minutes"]
 
 
 @pytest.mark.parametrize("width", [80, 300])

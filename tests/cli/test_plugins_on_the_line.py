@@ -60,14 +60,6 @@ def test_installed_packages_in_another_process(site):
     assert shown["broken"] == [WARNING]
 
 
-def test_an_installed_criterion_chooses(run, dense, installed):
-    options = ("plan", dense, "--set", "prune.unit_ratio=0.25", "--json", "--importance")
-    inverse, l1 = (run(*options, name) for name in ("example-inverse", "l1"))
-    assert WARNING in inverse.err
-    assert inverse.json()["plan"]["estimation"]["criterion"] == "example-inverse"
-    assert inverse.json()["plan"]["cuts"] != l1.json()["plan"]["cuts"]
-
-
 def test_an_installed_strategy_recovers(run, pruned, shared, installed, tmp_path):
     options = ("--data", shared / "data.jsonl", "--strategy", "example-nothing", "-o", tmp_path / "out")
     result = run("recover", pruned, *options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -13,22 +14,6 @@ from transformers import AutoTokenizer
 from llmpruner import load_pruned
 
 TRAIN = ("--max-steps", 2, "--batch-size", 2, "--set", "recover.micro_batch_size=1", "--learning-rate", 0.01)
-TASK = """
-task: llmpruner_fox
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
-"""
 
 
 def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
@@ -86,24 +71,6 @@ def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
     assert divergence[0] == pytest.approx(0.0, abs=1e-9) and divergence[1] > 1e-6
 
 
-def test_a_task_of_ones_own(run, dense, pruned, tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval")
-    import datasets
-
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    rows = [{"question": f"The fox {n}", "choices": [" jumps", " sleeps"], "label": n % 2} for n in range(6)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks" / "fox.yaml").write_text(TASK.format(data=tmp_path / "rows.jsonl"))
-    options = ("--tasks", "llmpruner_fox", "--set", f"tasks.include_path={tmp_path / 'tasks'}", "--limit", 4)
-    result = run("evaluate", dense, pruned, *options, "--json", tmp_path / "report.json")
-    assert result.code == 0, result.err
-    assert "llmpruner_fox acc" in result.out and "perplexity" not in result.out
-    written = json.loads((tmp_path / "report.json").read_text())
-    scores = [row["tasks"]["llmpruner_fox"]["acc"] for row in written]
-    assert len(scores) == 2 and all(score * 4 == int(score * 4) for score in scores)
-
-
 def test_generate_as_json_for_several_models(run, dense, pruned):
     answers = run("generate", dense, pruned, "-p", "The quick", "--max-new-tokens", 6, "--json").json()
     assert answers["prompt"] == "The quick"
@@ -114,21 +81,15 @@ def test_generate_as_json_for_several_models(run, dense, pruned):
     assert answers["answers"][str(dense)] == tokenizer.decode(expected, skip_special_tokens=True).strip("\n")
 
 
-def test_speed_side_by_side(run, dense, pruned, tmp_path):
-    options = ("--batch", "1,2", "--prompt", 16, "--new", 3, "--rounds", 2, "--json", tmp_path / "b.json")
-    result = run("bench", dense, pruned, *options)
-    assert result.code == 0, result.err
-    titles = [line for line in result.out.splitlines() if line.startswith(("Prefill", "Decoding, 3 tokens"))]
-    assert len(titles) == 2 and result.out.count(str(pruned)) == 4
-    found = json.loads((tmp_path / "b.json").read_text())
-    assert (found["runtime"], found["rounds"], found["new_tokens"]) == ("transformers", 2, 3)
-    assert [case["batch"] for case in found["cases"]] == [1, 2]
-    for case in found["cases"]:
-        first, second = case["models"]
-        assert (first["name"], second["name"]) == (str(dense), str(pruned))
-        for stage in ("prefill", "decode"):
-            assert first[stage]["speedup"]["median"] == first[stage]["ideal"] == 1
-            # Two of four layers lost a quarter of their MLP channels.
-            assert 1 < second[stage]["ideal"] < 1.2
-            speedup = second[stage]["speedup"]["median"]
-            assert second[stage]["share_of_ideal"] == pytest.approx(speedup / second[stage]["ideal"])
+def test_a_tokenizer_without_a_padding_token_trains(run, shared, tmp_path):
+    """Padding is masked, so that any token serves."""
+    model = tmp_path / "model"
+    shutil.copytree(shared / "dense", model)
+    config = json.loads((model / "tokenizer_config.json").read_text())
+    assert "pad_token" not in config
+    for name in ("eos_token", "bos_token"):
+        config.pop(name, None)
+    (model / "tokenizer_config.json").write_text(json.dumps(config))
+    (model / "special_tokens_map.json").unlink(missing_ok=True)
+    options = ("--max-steps", 1, "--batch-size", 2, "--strategy", "full")
+    assert run("recover", model, "--data", shared / "data.jsonl", "-o", tmp_path / "out", *options).code == 0

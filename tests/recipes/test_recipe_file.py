@@ -6,11 +6,10 @@ import re
 
 import pytest
 
-from llmpruner import LoadSettings, NamedRecipe, SettingsError, api, hookimpl
+from llmpruner import LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
 from llmpruner.recipes.recipe import Recipe, values_of
 from llmpruner.recipes.run import recipe_jobs
-from llmpruner.testing import catalog_with
 
 GOOD = """\
 model: some/model
@@ -179,21 +178,3 @@ def test_every_shipped_recipe_is_valid(catalog):
         assert len(recipe_jobs(recipe, catalog)) == len(recipe.steps) > 2, name
         assert recipe.model == ("demo" if name == "demo" else None) and recipe.output is None
         assert catalog.recipes.package_of(name) == "llmpruner"
-
-
-def test_a_plugin_ships_a_recipe():
-    class Twice(NamedRecipe):
-        name = "twice"
-        summary = "two rounds"
-
-        def text(self):
-            return "steps:\n  - rounds: 2\n    steps:\n      - prune: {ratio: 0.1}\n"
-
-    class Plugin:
-        @hookimpl
-        def llmpruner_recipes(self):
-            return [Twice]
-
-    catalog = catalog_with(Plugin())
-    recipe = Recipe.read("twice", catalog)
-    assert [step.name for step in recipe.steps] == ["1-prune", "2-prune"] and recipe.source == "recipe twice"

@@ -113,17 +113,6 @@ def test_the_table_is_sorted_by_keyboard(browser, pages, name):
         assert head == direction
 
 
-def test_without_script_the_page_is_whole(browser, pages):
-    page = pages["several"]
-    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
-    try:
-        opened(browser, page)
-    finally:
-        browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": False})
-    assert browser.execute_script("return document.querySelectorAll('table.sort tbody tr').length") == 3
-    assert browser.execute_script("return document.querySelectorAll('table.sort button').length") == 0
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_narrow_screen_tables_and_drawings_scroll_and_the_page_does_not(browser, pages, name):
     opened(browser, pages[name], width=NARROW)
@@ -152,11 +141,3 @@ def test_axe_finds_no_serious_fault(browser, pages, name, width, scheme):
     assert [
         (one["id"], one["nodes"][0]["html"]) for one in found["violations"] if one["impact"] in ("serious", "critical")
     ] == []
-
-
-def test_in_print_everything_is_unfolded(browser, pages):
-    opened(browser, pages["one"])
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    shown = browser.execute_script("return document.querySelector('details table').getBoundingClientRect().height")
-    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
-    assert shown > 50
