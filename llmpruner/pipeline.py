@@ -82,7 +82,7 @@ def prune(
             earlier = journal.load("streamed")
             expected = expected if earlier is None else replace(expected, streamed=earlier)
             journal.store("streamed", expected.streamed)
-        model = opener.weights(structure, streamed=expected.streamed, beside=output.resolve().parent)
+        model = opener.weights(structure, streamed=expected.streamed, scratch=output.resolve().parent)
         execution = Execution(model.weights, expected.state_memory, ranks, journal, opener.progress)
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")

@@ -230,6 +230,6 @@ def _cut(
     config = getattr(transformers, f"{prefix}Config")(**sizes)
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    graph = graph_of(meta_model(config), lambda: [group for n in range(LAYERS) for group in groups(n)])
+    graph = graph_of(meta_model(config), [group for n in range(LAYERS) for group in groups(n)])
     cut(model, graph, kept)
     return model

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,49 +64,36 @@ Rule = Follow | FollowTable
 
 
 class Follower:
-    """Applies rules that were found before."""
+    """Applies rules after a cut."""
 
     def __init__(self, rules: Iterable[Rule]) -> None:
         self._rules = tuple(rules)
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        apply(model, graph, kept, self._rules)
-
-
-def apply(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, rules: Sequence[Rule]) -> None:
-    """Apply ``rules`` for the units in ``kept``. ``graph``: before the cut; ``model``: after it."""
-    numbers = layer_numbers(graph, kept)
-    for name, units in kept.items():
-        group = graph.by_name[name]
-        if group.modules or len(units) == group.units:
-            continue
-        layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
-        near = {_pattern(graph, path) for path in _around(graph, group)}
-        axes = _axes(graph, group)
-        for rule in rules:
-            if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
+        """``graph``: before the cut; ``model``: after it."""
+        numbers = layer_numbers(graph, kept)
+        modules = dict(model.named_modules(remove_duplicate=False))
+        for name, units in kept.items():
+            group = graph.by_name[name]
+            if group.modules or len(units) == group.units:
                 continue
-            for layer in layers if "*" in rule.path else [0]:
-                module = _module(model, rule.path.replace("*", str(layer)))
-                if module is None or not _is_near(rule.path, module, near):
-                    continue  # it belongs to another group of this kind, whose size may be the same by chance
-                if isinstance(rule, Follow):
-                    _scale(model, module, rule.attribute, len(units), group)
-                else:
-                    slice_argument(module, rule.argument, rule.axis, group.units, units)
-
-
-def _is_near(path: str, module: nn.Module, near: Collection[str]) -> bool:
-    """Whether a rule's ``path`` is among those that `_nearby` gives, with ``near`` for the modules of `_around`."""
-    without_parameters = not any(True for _ in module.parameters())
-    return path in near or (without_parameters and path.rpartition(".")[0] in near)
-
-
-def _module(model: nn.Module, path: str) -> nn.Module | None:
-    try:
-        return model.get_submodule(path)
-    except AttributeError:  # a layer of another type without this module
-        return None
+            layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
+            near = {_pattern(graph, path) for path in _around(graph, group)}
+            axes = _axes(graph, group)
+            for rule in self._rules:
+                if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
+                    continue
+                for layer in layers if "*" in rule.path else [0]:
+                    module = modules.get(rule.path.replace("*", str(layer)))
+                    if module is None:  # a layer of another type
+                        continue
+                    bare = not any(True for _ in module.parameters())
+                    if rule.path not in near and not (bare and rule.path.rpartition(".")[0] in near):
+                        continue  # it belongs to another group of this kind, whose size may be the same by chance
+                    if isinstance(rule, Follow):
+                        _scale(model, module, rule.attribute, len(units), group)
+                    else:
+                        slice_argument(module, rule.argument, rule.axis, group.units, units)
 
 
 def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group: CoupledGroup) -> None:
@@ -225,36 +212,28 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
             yield f"config.{name}", value
 
 
-def find(found: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """The fewest of ``found`` with which a cut model agrees with its reference; None when none do.
+def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
+    """The fewest of ``rules`` with which a cut model agrees with its reference; None when none do.
 
     Tries none, then all, then growing subsets; rules that prove needless are removed again.
     """
     if agrees(()):
         return ()
-    for trials, chosen in enumerate(_subsets(found)):
-        if trials > MAX_TRIALS:
-            break
-        if agrees(chosen):
-            return _without_needless(chosen, agrees)
-    return None
+    chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 1) if agrees(subset)), None)
+    for rule in reversed(chosen or ()):
+        fewer = tuple(r for r in chosen or () if r != rule)
+        if agrees(fewer):
+            chosen = fewer
+    return chosen
 
 
-def _subsets(found: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
-    own = tuple(f for f in found if not (isinstance(f, Follow) and f.attribute.startswith("config.")))
-    if own and len(own) < len(found):
+def _subsets(rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
+    own = tuple(r for r in rules if not (isinstance(r, Follow) and r.attribute.startswith("config.")))
+    if own and len(own) < len(rules):
         yield own
-    yield tuple(found)
-    for among in dict.fromkeys((own, tuple(found))):
+    yield tuple(rules)
+    for among in dict.fromkeys((own, tuple(rules))):
         for size in (1, 2):
             yield from combinations(among, size)
             for without in combinations(among, size):
                 yield tuple(f for f in among if f not in without)
-
-
-def _without_needless(chosen: tuple[Rule, ...], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...]:
-    for rule in reversed(chosen):
-        fewer = tuple(r for r in chosen if r != rule)
-        if agrees(fewer):
-            chosen = fewer
-    return chosen

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import commonprefix
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -30,15 +29,14 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
+from .family import ModelFamily
 from .ids import Mark
-from .propagate import Policy, Propagation
+from .propagate import Propagation
 from .trace import Trace, trace
 from .units import OwnedAxis, UnitSet, unit_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from .family import ModelFamily
 
 
 LATENT = "latent"
@@ -60,43 +58,24 @@ class Named:
     unit_set: UnitSet
 
 
-_blocked: ContextVar[dict[tuple[str, int], Blocked] | None] = ContextVar("_blocked", default=None)
-
-
-@contextmanager
-def collect_blocked() -> Iterator[Collection[Blocked]]:
-    """Yields a collection that receives the blocked axes of all `discover_groups` calls inside the ``with`` statement:
-    `ModelFamily.coupled_groups` returns groups alone, without the reasons of blocked axes."""
-    collected: dict[tuple[str, int], Blocked] = {}
-    token = _blocked.set(collected)
-    try:
-        yield collected.values()
-    finally:
-        _blocked.reset(token)
-
-
 def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
     """The coupled groups of a model with this configuration, found by tracing it without weights.
 
     Raises `UnsupportedModelError` when the model cannot be traced.
     """
-    graph = discover_graph(config)
-    collected = _blocked.get()
-    if collected is not None:
-        collected.update({(b.parameter, b.axis): b for b in graph.blocked})
-    return graph.groups
+    return discover_graph(config).groups
 
 
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
-    found, reasons, traced = _named(trace(config))
-    if any(n.kind == _CROSS_LAYER for n in found) and _is_shallow(traced):
+    traced = trace(config)
+    named, reasons = _named(traced)
+    if any(n.kind == _CROSS_LAYER for n in named) and _is_shallow(traced):
         # Something couples several layers, so one traced layer does not represent the others.
-        found, reasons, traced = _named(trace(config, shallow=False))
-    found = [n for n in found if n.kind != _CROSS_LAYER]
+        traced = trace(config, shallow=False)
+        named, reasons = _named(traced)
     model = meta_model(config)
-    aliases = _aliases(model)
-    groups = list(_groups(found, traced, aliases))
+    groups = list(_groups([n for n in named if n.kind != _CROSS_LAYER], traced, _aliases(model)))
     layers = [f"{traced.layers}.{m}" for m in sorted(m for ms in traced.stands_for.values() for m in ms)]
     blocked: tuple[Blocked, ...] = ()
     if traced.repeats:
@@ -113,18 +92,18 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
         for (parameter, axis), reason in reasons.items()
         for name in _everywhere(parameter, traced)
     )
-    return replace(graph_of(model, lambda: groups), blocked=blocked)
+    return replace(graph_of(model, groups), blocked=blocked)
 
 
 def _is_shallow(traced: Trace) -> bool:
     return any(len(members) > 1 for members in traced.stands_for.values())
 
 
-def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str], Trace]:
+def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:
     canonical = {alias: names[0] for names in _aliases(traced.model).values() for alias in names}
-    rigid, reasons = _pass(traced, Policy(), canonical)
+    rigid, reasons = _pass(traced, canonical)
     found = [_name(f, traced) for f in rigid if f.units > 1]
-    elastic, _ = _pass(traced, Policy(elastic=True), canonical)
+    elastic, _ = _pass(traced, canonical, elastic=True)
     for unit_set in elastic:
         if unit_set.blocks > 1 and unit_set.units > unit_set.blocks:
             named = _name(unit_set, traced)
@@ -133,25 +112,17 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str], Trac
             elif named.layer is not None and Mark.ATTENDS in unit_set.marks:
                 found.append(replace(named, kind=QUERY))
     offered = {(s.parameter, s.axis) for n in found for s in n.unit_set.owned}
-    return (
-        _latent(found, traced.layers),
-        {slot: reason for slot, reason in reasons.items() if slot not in offered},
-        traced,
-    )
+    return _latent(found, traced.layers), {slot: why for slot, why in reasons.items() if slot not in offered}
 
 
 def _pass(
-    traced: Trace, policy: Policy, canonical: Mapping[str, str]
+    traced: Trace, canonical: Mapping[str, str], *, elastic: bool = False
 ) -> tuple[list[UnitSet], dict[tuple[str, int], str]]:
-    run = Propagation(policy)
+    """The sets of units that a weight consumes or a router chooses: others cannot be silenced, and so not checked."""
+    run = Propagation(elastic)
     run.run(traced.program, canonical)
     usable, reasons = unit_sets(run)
-    return [f for f in usable if _has_an_end(f)], reasons
-
-
-def _has_an_end(unit_set: UnitSet) -> bool:
-    """Whether a weight consumes the units, or a router chooses them: others cannot be silenced, and so not checked."""
-    return Mark.ROUTED in unit_set.marks or any(s.role is Role.CONSUMES for s in unit_set.owned)
+    return [f for f in usable if Mark.ROUTED in f.marks or any(s.role is Role.CONSUMES for s in f.owned)], reasons
 
 
 def _name(unit_set: UnitSet, traced: Trace) -> Named:
@@ -196,65 +167,57 @@ def _latent(found: list[Named], layers: str) -> list[Named]:
 
 
 def _common_module(unit_set: UnitSet) -> str:
-    paths = [s.parameter.split(".")[:-1] for s in unit_set.owned]
-    common = paths[0]
-    for path in paths[1:]:
-        common = [a for n, a in enumerate(common[: len(path)]) if common[: n + 1] == path[: n + 1]]
-    return ".".join(common)
+    return ".".join(commonprefix([s.parameter.split(".")[:-1] for s in unit_set.owned]))  # noqa: RUF071  (of lists)
 
 
-def _groups(found: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]) -> Iterator[CoupledGroup]:
+def _groups(sets: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]) -> Iterator[CoupledGroup]:
     """Coupled groups of the real model, layer by layer, then those of all layers."""
-    tied = {names[0]: names for names in aliases.values() if len(names) > 1}
-    by_layer: dict[int, list[Named]] = {}
-    for named in found:
-        if named.layer is not None:
-            by_layer.setdefault(named.layer, []).append(named)
-    in_pairs = any(node.target is torch.ops.aten.view_as_complex.default for node in traced.program.graph.nodes)
+    by_layer: dict[int | None, list[Named]] = {}
+    for named in sets:
+        by_layer.setdefault(named.layer, []).append(named)
     real = {m: traced_number for traced_number, members in traced.stands_for.items() for m in members}
     for number in sorted(real):
         members = sorted(by_layer.get(real[number], []), key=lambda n: _ORDER.index(n.kind))
         for name, named in zip(_names(members, traced), members, strict=True):
-            spans, buffers = (
-                tuple(replace(s, parameter=_renumber(s.parameter, traced.layers, number)) for s in _spans(owned, {}))
-                for owned in (named.unit_set.owned, named.unit_set.buffers)
-            )
-            multiple = _alignment(named.unit_set, in_pairs=named.kind == LATENT and in_pairs)
-            yield _group(f"layers.{number}.{name}", named, spans, buffers, number, multiple)
-    streams = [n for n in found if n.layer is None]
+            yield _group(f"layers.{number}.{name}", named, number, traced, {})
+    tied = {names[0]: names for names in aliases.values() if len(names) > 1}
     count: Counter[str] = Counter()
-    for named in sorted(streams, key=lambda n: -n.unit_set.units):
-        spans, buffers = (
-            tuple(
-                replace(span, parameter=name)
-                for span in _spans(owned, tied)
-                for name in _everywhere(span.parameter, traced)
-            )
-            for owned in (named.unit_set.owned, named.unit_set.buffers)
-        )
+    for named in sorted(by_layer.get(None, []), key=lambda n: -n.unit_set.units):
         name = f"{named.kind}.{count[named.kind]}" if count[named.kind] else named.kind
         count[named.kind] += 1
-        yield _group(name, named, spans, buffers, None, _alignment(named.unit_set))
+        yield _group(name, named, None, traced, tied)
 
 
 def _group(
-    name: str, named: Named, spans: tuple[Span, ...], buffers: tuple[Span, ...], layer: int | None, multiple: int
+    name: str, named: Named, layer: int | None, traced: Trace, tied: Mapping[str, Sequence[str]]
 ) -> CoupledGroup:
     unit_set = named.unit_set
+    spans, buffers = (
+        tuple(
+            replace(span, parameter=parameter)
+            for span in _spans(owned, tied)
+            for parameter in (
+                _everywhere(span.parameter, traced)
+                if layer is None
+                else [_renumber(span.parameter, traced.layers, layer)]
+            )
+        )
+        for owned in (unit_set.owned, unit_set.buffers)
+    )
     blocks = unit_set.blocks if unit_set.units % unit_set.blocks == 0 else 1
     # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (unit_set.minimum if Mark.ROUTED in unit_set.marks else 1)
+    multiple = 1
+    if named.kind == LATENT and unit_set.units % 2 == 0 and _uses_complex_numbers(traced):
+        multiple = 2  # what lies next to the units in one row is read as complex numbers
+    elif any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
+        # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
+        multiple = next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
     return CoupledGroup(name, named.kind, unit_set.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
 
 
-def _alignment(unit_set: UnitSet, *, in_pairs: bool = False) -> int:
-    """Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits. ``in_pairs``: an
-    even number, because what lies beside the units in one row is read as complex numbers."""
-    if in_pairs and unit_set.units % 2 == 0:
-        return 2
-    if not any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
-        return 1
-    return next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
+def _uses_complex_numbers(traced: Trace) -> bool:
+    return any(node.target is torch.ops.aten.view_as_complex.default for node in traced.program.graph.nodes)
 
 
 def _spans(owned: Iterable[OwnedAxis], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
@@ -348,13 +311,9 @@ def _without_the_first(config: PreTrainedConfig) -> PreTrainedConfig:
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
-    Raises `CouplingError` where the family's groups contradict them.
-
-    If the family's groups are discovered, ``blocked`` lists the axes without units that no group owns.
+    Raises `CouplingError` where the family's groups contradict them. Where all groups are discovered, ``blocked`` lists
+    the axes without units.
     """
-    with collect_blocked() as blocked:
-        graph = graph_of(meta_model(config), lambda: family.coupled_groups(config))
-    owned = {(span.parameter, span.axis) for group in graph.groups for span in group.spans}
-    if any(group.modules for group in graph.groups):
-        owned.add((graph.layers, 0))
-    return replace(graph, blocked=tuple(b for b in blocked if (b.parameter, b.axis) not in owned))
+    if type(family).coupled_groups is ModelFamily.coupled_groups:
+        return discover_graph(config)
+    return graph_of(meta_model(config), family.coupled_groups(config))

@@ -58,28 +58,20 @@ class Opener:
     def model(self, source: Source, *, keep_dtype: bool = False) -> Model:
         """A model with its weights in memory; a model as it is. ``keep_dtype``: weights in float16 stay so on a CPU,
         where no other dtype was asked for."""
-        opened = self.structure(source)
+        opened, opener = self.structure(source), self
         if keep_dtype and widened(opened, self.load) is not None:
-            narrow = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
-            return narrow.weights(opened)
-        return self.weights(opened)
+            opener = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
+        return opener.weights(opened)
 
-    def weights(
-        self,
-        opened: Structure,
-        *,
-        streamed: bool = False,
-        beside: Path | None = None,
-        ahead: bool = True,
-    ) -> Model:
-        """``opened`` with its weights, in memory or, ``streamed``, read layer by layer; a model as it is. ``beside``,
-        ``ahead``: see `open_streamed`."""
+    def weights(self, opened: Structure, *, streamed: bool = False, scratch: Path | None = None) -> Model:
+        """``opened`` with its weights, in memory or, ``streamed``, read layer by layer; a model as it is. ``scratch``:
+        see `open_streamed`."""
         if isinstance(opened, Model):
             return opened
         check_device(self.load.device)
         if streamed:
             self.progress.status(f"{opened.ref} is read layer by layer")
-            return open_streamed(opened, self.catalog, self.load, beside, ahead=ahead)
+            return open_streamed(opened, self.catalog, self.load, scratch)
         self.progress.status(f"loading {opened.ref}")
         return load_model(opened, self.catalog, self.load)
 
@@ -115,7 +107,7 @@ def openers(
         return [Opener.of(load, catalog, progress)] * len(sources)
     if len(load) != len(sources):
         raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
-    return [Opener.of(one, catalog, progress) for one in load]
+    return [Opener.of(each, catalog, progress) for each in load]
 
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:

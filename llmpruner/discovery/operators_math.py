@@ -9,36 +9,33 @@ import numpy as np
 from torch.fx import Node
 
 from .ids import FIXED, FREE, Ids, Mark
-from .operators_shape import VIEWS, merge
+from .operators_shape import VIEWS, argument, merge
 from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, operator_name, rule, uniform
 
 IDENTITY = (
-    "to", "_to_copy", "alias", "contiguous", "clone", "detach", "dropout", "native_dropout", "type_as",
-    "lift_fresh_copy", "detach_", "lift_fresh", "feature_dropout", "dropout_",
+    "to", "_to_copy", "alias", "contiguous", "clone", "detach", "detach_", "dropout", "type_as", "lift_fresh_copy",
 )  # fmt: skip
 UNARY = (
-    "silu", "gelu", "relu", "relu6", "tanh", "sigmoid", "exp", "exp2", "expm1", "log", "log2", "log1p",
-    "neg", "abs", "cos", "sin", "sqrt", "rsqrt", "reciprocal", "softplus", "mish", "hardswish",
-    "hardsigmoid", "leaky_relu", "elu", "erf", "sign", "square", "floor", "ceil", "round", "trunc",
-    "bitwise_not", "logical_not", "isinf", "isnan", "isfinite", "clamp", "clamp_min", "clamp_max", "clip",
-    "nan_to_num", "hardtanh", "threshold", "logsigmoid", "log_sigmoid", "selu", "tan", "atan", "fill",
-    "zero", "silu_", "relu_", "celu", "softshrink", "positive", "logit", "acos", "asin", "cosh", "sinh",
+    "silu", "gelu", "relu", "relu6", "leaky_relu", "elu", "mish", "hardswish", "tanh", "sigmoid", "log_sigmoid",
+    "softplus", "exp", "exp2", "expm1", "log", "log1p", "erf", "neg", "abs", "sign", "cos", "sin", "sqrt", "rsqrt",
+    "reciprocal", "square", "floor", "round", "isinf", "isnan", "clamp", "clamp_min", "clamp_max", "nan_to_num",
+    "bitwise_not", "logical_not",
 )  # fmt: skip
 BINARY = (
-    "add", "sub", "mul", "div", "pow", "maximum", "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where",
-    "masked_fill", "__and__", "__or__", "__xor__", "bitwise_and", "bitwise_or", "logical_and",
-    "logical_or", "bitwise_xor", "logical_xor", "rsub", "remainder", "fmod", "floor_divide", "atan2",
-    "true_divide", "lerp", "addcmul", "addcdiv", "add_", "mul_", "sub_", "div_", "prelu", "xlogy", "copy",
-    "copy_", "masked_fill_", "bitwise_right_shift", "bitwise_left_shift", "__rshift__", "__lshift__",
-    "fmax", "fmin", "isin", "polar", "complex", "rms_scale",
+    "add", "add_", "sub", "rsub", "mul", "mul_", "div", "div_", "floor_divide", "remainder", "pow", "maximum",
+    "minimum", "eq", "ne", "lt", "le", "gt", "ge", "where", "masked_fill", "masked_fill_", "__and__", "__or__",
+    "bitwise_and", "bitwise_or", "logical_and", "logical_or", "copy_", "polar",
 )  # fmt: skip
-KEEPS_TAG.update(
-    IDENTITY,
-    (
-        "rsqrt", "sqrt", "add", "mul", "div", "pow", "reciprocal", "clamp", "clamp_min", "maximum",
-        "mean", "_assert_tensor_metadata",
-    ),
-)  # fmt: skip
+KEEPS_TAG.update(IDENTITY, UNARY, BINARY, ("mean", "_assert_tensor_metadata"))
+STEPS = {
+    ("mean_square", "add"): "mean_square", ("mean_square", "maximum"): "mean_square",
+    ("mean_square", "clamp"): "mean_square", ("mean_square", "clamp_min"): "mean_square",
+    ("mean_square", "sqrt"): "root", ("mean_square", "pow 0.5"): "root",
+    ("root", "add"): "root", ("root", "maximum"): "root",
+    ("mean_square", "rsqrt"): "inverse", ("mean_square", "pow -0.5"): "inverse",
+    ("root", "reciprocal"): "inverse", ("root", "pow -1.0"): "inverse",
+}  # fmt: skip
+"""Stage of an RMS norm, and an operator without another tensor → the stage after it."""
 
 
 def _short(node: Node) -> str:
@@ -47,38 +44,31 @@ def _short(node: Node) -> str:
     return name if name.startswith("__") else name.rstrip("_")
 
 
+def _after(run: Propagation, tag: Tag | None, step: str = "") -> Tag | None:
+    """The tag after a ``step`` of `STEPS`; blocks what is normalised in another way."""
+    if tag is None or tag.stage == "square":
+        return None
+    if stage := STEPS.get((tag.stage, step)):
+        return Tag(stage, tag.ids)
+    run.ids.block(tag.ids, f"a norm without a weight of its own ({run.where})")
+    return None
+
+
 @rule(*IDENTITY)
 def identity(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return args[0]
 
 
-@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar", "sym_constrain_range_for_size", "sym_size", "dim")
+@rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar")
 def nothing(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     return None
 
 
 @rule(*UNARY)
 def unary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
-    name = _short(node)
-    moved = {
-        ("mean_square", "rsqrt"): "inverse", ("mean_square", "sqrt"): "root", ("root", "reciprocal"): "inverse",
-        ("mean_square", "clamp"): "mean_square", ("mean_square", "clamp_min"): "mean_square",
-    }  # fmt: skip
-    tag = None
-    if value.tag is not None and value.tag.stage != "square":
-        stage = moved.get((value.tag.stage, name))
-        tag = _advance(run, value.tag, stage)
-    if name == "square":
-        tag = Tag("square", value.axes[-1])
+    value, name = args[0], _short(node)
+    tag = Tag("square", value.axes[-1]) if name == "square" else _after(run, value.tag, name)
     return Value(value.axes, run.origin_of([value]), tag=tag)
-
-
-def _advance(run: Propagation, tag: Tag, stage: str | None) -> Tag | None:
-    if stage is None:
-        run.ids.block(tag.ids, f"normalised in a way that is not understood ({run.where})")
-        return None
-    return Tag(stage, tag.ids)
 
 
 @rule(*BINARY)
@@ -89,8 +79,7 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
         return node.meta.get("val")  # arithmetic on sizes
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
-    raw = operator_name(node.target)
-    if raw.endswith("_") and not raw.startswith("__"):
+    if name != operator_name(node.target):
         _written(run, operands)
     if name == "masked_fill" and operands[0].selects is not None:
         run.ids.block(operands[0].selects, f"a choice is replaced by a fixed position ({run.where})")
@@ -112,21 +101,13 @@ def _with_scalar(run: Propagation, name: str, args: list[Any], operands: list[Va
     value = max(operands, key=lambda v: v.ndim)
     number = next((float(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool)), None)
     origin = run.origin_of(operands)
-    offset, tag = 0.0, None
+    offset = 0.0
     if value.origin is Origin.WEIGHT and number is not None:
         if name == "add":
             origin, offset = Origin.WEIGHT, value.offset + number
         elif name in ("mul", "div") and value.offset == 0 and isinstance(args[0], Value):
             origin = Origin.WEIGHT
-    if value.tag is not None and value.tag.stage != "square":
-        stage = value.tag.stage
-        power = {("mean_square", -0.5): "inverse", ("mean_square", 0.5): "root", ("root", -1.0): "inverse"}
-        if name == "pow" and number is not None:
-            tag = _advance(run, value.tag, power.get((stage, number)))
-        elif name in ("add", "maximum") and stage in ("mean_square", "root"):
-            tag = value.tag
-        else:
-            tag = _advance(run, value.tag, None)
+    tag = _after(run, value.tag, f"pow {number}" if name == "pow" else name)
     if name == "pow" and number == 2 and value.axes and isinstance(args[0], Value):
         tag = Tag("square", value.axes[-1])
     selects = value.selects if name == "clamp" else None
@@ -152,11 +133,11 @@ def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None
             run.offsets.append((other.axes[-1], other.offset))
             return None
     for tag in tags:
-        _advance(run, tag, None)
+        _after(run, tag)
     return None
 
 
-@rule("softmax", "_softmax", "log_softmax", "_log_softmax")
+@rule("softmax", "log_softmax")
 def softmax(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value = args[0]
     dim = args[1] % value.ndim
@@ -167,70 +148,55 @@ def softmax(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
     return Value(value.axes, run.origin_of([value]))
 
 
-@rule("sum", "amax", "amin", "any", "all", "logsumexp", "prod", "var", "std", "norm", "linalg_vector_norm", "mean",
-      "argmax", "argmin", "nansum")  # fmt: skip
+@rule("sum", "amax", "amin", "any", "all", "logsumexp", "prod", "var", "std", "linalg_vector_norm", "mean", "argmax",
+      "argmin")  # fmt: skip
 def reduction(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value: Value = args[0]
-    name = _short(node)
-    rank, old = node.meta["val"].ndim, value.ndim
-    dims = kwargs.get(
-        "dim", args[2 if name in ("norm", "linalg_vector_norm") and len(args) > 2 else 1] if len(args) > 1 else None
-    )
-    if dims is not None and not isinstance(dims, list):
-        dims = [int(dims)]
-    if not dims:
-        dims = list(range(old))
-    keep = rank == old and old > 0
+    dims = argument(args, kwargs, 2 if _short(node) == "linalg_vector_norm" else 1, "dim")
+    dims = list(range(value.ndim)) if dims is None or dims == [] else dims if isinstance(dims, list) else [int(dims)]
+    keep = node.meta["val"].ndim == value.ndim > 0
     square = value.tag is not None and value.tag.stage == "square"
-    if name == "mean" and square and [d % old for d in dims] == [old - 1] and (value.axes[-1] >= 0).any():
-        last = [uniform(1, FREE)] if keep else []
-        return Value((*value.axes[:-1], *last), run.origin_of([value]), tag=Tag("mean_square", value.axes[-1]))
-    if value.tag is not None and not square:
-        _advance(run, value.tag, None)
+    if square and _short(node) == "mean" and [d % value.ndim for d in dims] == [value.ndim - 1]:
+        ids = value.axes[-1]
+        if (ids >= 0).any():
+            last = [uniform(1, FREE)] if keep else []
+            return Value((*value.axes[:-1], *last), run.origin_of([value]), tag=Tag("mean_square", ids))
+    _after(run, value.tag)
     return Value(run.reduce(value, dims, keep), run.origin_of([value]))
 
 
-@rule("cumsum", "cumprod", "logcumsumexp", "diff")
+@rule("cumsum", "cumprod", "diff")
 def scan(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value: Value = args[0]
-    name = _short(node)
-    dim = (args[2] if len(args) > 2 else kwargs.get("dim", -1)) if name == "diff" else args[1]
+    dim = argument(args, kwargs, 2 if _short(node) == "diff" else 1, "dim", -1) % value.ndim
     axes = list(value.axes)
-    d = dim % value.ndim
-    run.ids.block(axes[d], f"accumulated along it ({run.where})")
-    axes[d] = run.plain(int(node.meta["val"].shape[d]), Origin.ACTIVATION)
+    run.ids.block(axes[dim], f"accumulated along it ({run.where})")
+    axes[dim] = run.plain(int(node.meta["val"].shape[dim]), Origin.ACTIVATION)
     return Value(tuple(axes), run.origin_of([value]))
 
 
-@rule("topk", "sort", "argsort", "max", "min", "kthvalue")
-def choice(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    value: Value = args[0]
-    name = _short(node)
-    metas = node.meta["val"]
-    if not isinstance(metas, tuple | list) and name in ("max", "min"):
-        operands = [a for a in args if isinstance(a, Value)]
-        if len(operands) == 2:
-            return Value(run.broadcast(operands), run.origin_of(operands))
-        return Value(run.reduce(value, None, False), run.origin_of([value]))
-    default = args[2] if name == "topk" and len(args) > 2 else args[1] if name != "topk" and len(args) > 1 else -1
-    dim = kwargs.get("dim", default if isinstance(default, int) and not isinstance(default, bool) else -1) % value.ndim
+@rule("topk")
+def topk(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> list[Value]:
+    value, count = args[0], args[1]
+    dim = argument(args, kwargs, 2, "dim", -1) % value.ndim
     ids = value.axes[dim]
-    if name == "topk":
-        run.ids.mark(ids, Mark.ROUTED)
-        run.ids.need_at_least(ids, int(metas[0].shape[dim]))
-    elif name in ("max", "min"):
-        run.ids.block(ids, f"reduced ({run.where})")
-    elif (ids >= 0).any():
-        run.ids.mark(ids, Mark.ROUTED)
-    shapes = [tuple(m.shape) for m in (metas if isinstance(metas, tuple | list) else [metas])]
-    axes = list(value.axes)
-    if len(shapes[0]) < value.ndim:
-        del axes[dim]
-    else:
-        axes[dim] = run.plain(shapes[0][dim], Origin.ACTIVATION)
-    values = Value(tuple(axes), run.origin_of([value]), selects=value.selects)
-    indices = Value(tuple(axes), run.origin_of([value]), selects=ids)
-    return [values, indices] if len(shapes) == 2 else indices
+    run.ids.mark(ids, Mark.ROUTED)
+    run.ids.need_at_least(ids, count)
+    axes = tuple(run.plain(count, Origin.ACTIVATION) if d == dim else own for d, own in enumerate(value.axes))
+    origin = run.origin_of([value])
+    return [Value(axes, origin, selects=value.selects), Value(axes, origin, selects=ids)]
+
+
+@rule("max", "min")
+def extreme(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    operands = [a for a in args if isinstance(a, Value)]
+    metas, origin = node.meta["val"], run.origin_of(operands)
+    if len(operands) == 2:
+        return Value(run.broadcast(operands), origin)
+    if not isinstance(metas, tuple | list):
+        return Value(run.reduce(args[0], None, False), origin)
+    axes = run.reduce(args[0], [argument(args, kwargs, 1, "dim")], metas[0].ndim == args[0].ndim)
+    return [Value(axes, origin)] * 2
 
 
 @rule("linear")
@@ -238,7 +204,7 @@ def linear(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     x, weight = args[0], args[1]
     run.contract(x.axes[-1], weight.axes[-1], x, weight)
     out = weight.axes[0] if weight.ndim == 2 else None
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
+    bias = argument(args, kwargs, 2, "bias")
     if out is None:
         return Value(x.axes[:-1])
     if isinstance(bias, Value):
@@ -246,7 +212,7 @@ def linear(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     return Value((*x.axes[:-1], out), run.origin_of([x, weight]))
 
 
-@rule("matmul", "mm", "bmm", "mv", "dot")
+@rule("matmul", "mm", "bmm")
 def matmul(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     left, right = args[0], args[1]
     first = right.axes[-2] if right.ndim > 1 else right.axes[0]
@@ -260,7 +226,7 @@ def matmul(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     return Value((*batch, *rows, *columns), run.origin_of([left, right]))
 
 
-@rule("addmm", "baddbmm", "addmv")
+@rule("addmm", "baddbmm")
 def addmm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     product = matmul(run, node, args[1:3], {})
     return Value(run.broadcast([product, args[0]]), product.origin)
@@ -290,11 +256,11 @@ def einsum(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     return Value(tuple(letters[letter][0] for letter in output), run.origin_of(args[1]))
 
 
-@rule("conv1d", "convolution")
+@rule("conv1d")
 def conv1d(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     x, weight = args[0], args[1]
-    bias = args[2] if len(args) > 2 else kwargs.get("bias")
-    groups = args[-1] if len(args) in (7, 9) else 1
+    bias = argument(args, kwargs, 2, "bias")
+    groups = args[-1] if len(args) == 7 else 1
     if x.ndim != 3 or groups not in (1, len(x.axes[1])) or (groups > 1 and len(weight.axes[0]) != groups):
         return run.unknown_operator(node, "conv1d", args, kwargs)
     out = weight.axes[0]
@@ -308,7 +274,7 @@ def conv1d(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     return Value((x.axes[0], out, run.plain(int(node.meta["val"].shape[2]), Origin.ACTIVATION)))
 
 
-@rule("layer_norm", "native_layer_norm")
+@rule("layer_norm")
 def layer_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     x: Value = args[0]
     for n in range(1, len(args[1]) + 1):
@@ -320,10 +286,10 @@ def layer_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, 
     return Value(x.axes)
 
 
-@rule("rms_norm", "_fused_rms_norm")
+@rule("rms_norm")
 def rms_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     x: Value = args[0]
-    weight = args[2] if len(args) > 2 else kwargs.get("weight")
+    weight = argument(args, kwargs, 2, "weight")
     ids = x.axes[-1]
     if isinstance(weight, Value) and weight.origin is Origin.WEIGHT and len(args[1]) == 1:
         run.ids.mark(weight.axes[-1], Mark.RMS)
@@ -339,7 +305,7 @@ def rms_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, An
 @rule("scaled_dot_product_attention")
 def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     q, k, v = args[0], args[1], args[2]
-    mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+    mask = argument(args, kwargs, 3, "attn_mask")
     run.contract(q.axes[-1], k.axes[-1], q, k)
     run.contract(k.axes[-2], v.axes[-2], k, v)
     heads = q.axes[-3]
@@ -355,11 +321,13 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
 
 
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
-      "scalar_tensor")  # fmt: skip
+      "scalar_tensor", "empty", "new_empty", "empty_like")  # fmt: skip
 def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    if _is_written_to(node):
-        return _fresh(run, node)
-    return Value(tuple(uniform(int(n), FREE) for n in node.meta["val"].shape), Origin.CONSTANT)
+    """A tensor that is written in parts later gets new identities, which each write ties to what is written."""
+    shape = [int(n) for n in node.meta["val"].shape]
+    if "empty" in operator_name(node.target) or _is_written_to(node):
+        return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
+    return Value(tuple(uniform(n, FREE) for n in shape), Origin.CONSTANT)
 
 
 def _is_written_to(node: Node) -> bool:
@@ -367,22 +335,10 @@ def _is_written_to(node: Node) -> bool:
     output after the other."""
     for user in node.users:
         name = operator_name(user.target)
-        if name in VIEWS and user.args[0] is node and _is_written_to(user):
-            return True
-        if name.endswith("_") and not name.startswith("_") and name.rstrip("_") in BINARY and user.args[0] is node:
+        writes = (name.endswith("_") and name in BINARY) or (name in VIEWS and _is_written_to(user))
+        if writes and user.args[0] is node:
             return True
     return False
-
-
-@rule("empty", "new_empty", "empty_like")
-def empty(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    return _fresh(run, node)
-
-
-def _fresh(run: Propagation, node: Node) -> Value:
-    """A tensor that is written in parts later: it gets new identities, which each write ties to what is written."""
-    shape = [int(n) for n in node.meta["val"].shape]
-    return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
 
 
 @rule("view_as_complex")

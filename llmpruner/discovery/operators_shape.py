@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import reduce
 from math import prod
 from typing import Any
 
 import numpy as np
+import torch
 from torch.fx import Node
 
 from .ids import FIXED, FREE, Ids
 from .propagate import Origin, Propagation, Value, operator_name, rule, uniform, with_axes
 
 VIEWS = frozenset(
-    ("select", "slice", "narrow", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind",
-     "alias", "getitem", "t", "swapaxes", "movedim", "chunk", "split_with_sizes")
+    ("select", "slice", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind", "alias",
+     "getitem", "chunk", "split_with_sizes")
 )  # fmt: skip
 """Operators whose result shares memory with their first argument."""
+
+
+def argument(args: list[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+    """An argument that may be given by position or by name."""
+    return kwargs.get(name, args[position] if len(args) > position else default)
 
 
 def regroup(
@@ -52,7 +59,7 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     if len(wide) <= 1:
         return wide[0] if wide else uniform(1, FREE)
     size = prod(len(ids) for ids in wide)
-    if run.policy.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
+    if run.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
         # Keys and values repeated for the query heads that share them, or the choice of a group of experts repeated
         # for its members: a copy may be removed as long as each of them is repeated equally often.
         fresh = run.ids.new(size)
@@ -97,17 +104,13 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[in
     return axes
 
 
-def _dim(value: Value, dim: int, extra: int = 0) -> int:
-    return dim % (value.ndim + extra)
-
-
-@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten")
+@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze")
 def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value = args[0]
     shape = [int(n) for n in node.meta["val"].shape]
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
-    if run.policy.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
+    if run.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
         # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may be
         # removed as long as all groups keep the same number.
         run.ids.need_equal_blocks(value.axes[-1], shape[-2])
@@ -131,45 +134,12 @@ def _are_ranked(node: Node) -> bool:
     return bool(users) and all(operator_name(u.target) == "topk" and u.args[2:3] in ((), (-1,)) for u in users)
 
 
-@rule("transpose", "swapaxes")
-def transpose(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    axes = list(args[0].axes)
-    a, b = _dim(args[0], args[1]), _dim(args[0], args[2])
-    axes[a], axes[b] = axes[b], axes[a]
-    return with_axes(args[0], axes)
-
-
-@rule("t", "numpy_T")
-def t(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    return with_axes(args[0], args[0].axes[::-1])
-
-
-@rule("permute")
-def permute(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    return with_axes(args[0], [args[0].axes[d] for d in args[1]])
-
-
-@rule("movedim")
-def movedim(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    sources = args[1] if isinstance(args[1], list) else [args[1]]
-    targets = args[2] if isinstance(args[2], list) else [args[2]]
-    order = np.moveaxis(np.empty([1 + n for n in range(args[0].ndim)]), sources, targets).shape
-    return with_axes(args[0], [args[0].axes[n - 1] for n in order])
-
-
-@rule("unsqueeze")
-def unsqueeze(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    axes = list(args[0].axes)
-    axes.insert(_dim(args[0], args[1], 1), uniform(1, FREE))
-    return with_axes(args[0], axes)
-
-
-@rule("squeeze")
-def squeeze(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
-    dims = range(value.ndim) if len(args) < 2 else args[1] if isinstance(args[1], list) else [args[1]]
-    gone = {_dim(value, d) for d in dims if len(value.axes[d]) == 1}
-    return with_axes(value, [a for n, a in enumerate(value.axes) if n not in gone])
+@rule("transpose", "t", "numpy_T", "permute", "movedim", "unsqueeze")
+def reorder(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    """Each axis gets a size of its own, so that the shape of the operator's result tells where it went."""
+    value, *rest = args
+    sizes = node.target(torch.empty([2 + n for n in range(value.ndim)], device="meta"), *rest, **kwargs).shape
+    return with_axes(value, [uniform(1, FREE) if size == 1 else value.axes[size - 2] for size in sizes])
 
 
 @rule("expand", "expand_as", "broadcast_to")
@@ -184,55 +154,41 @@ def expand(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     return with_axes(value, axes)
 
 
-@rule("repeat", "tile")
+@rule("repeat")
 def repeat(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, times = args[0], list(args[1])
-    axes = [uniform(1, FREE)] * (len(times) - value.ndim) + list(value.axes)
-    times = [1] * (len(axes) - len(times)) + times
-    result = []
-    for ids, n in zip(axes, times, strict=True):
+    value, times = args
+    axes = []
+    for ids, n in zip([uniform(1, FREE)] * (len(times) - value.ndim) + list(value.axes), times, strict=True):
         copies = n > 1 and len(ids) == 1 and ids[0] < 0
-        result.append(uniform(n, FREE) if copies else np.tile(ids, n))
-    return with_axes(value, result)
+        axes.append(uniform(n, FREE) if copies else np.tile(ids, n))
+    return with_axes(value, axes)
 
 
 @rule("repeat_interleave")
 def repeat_interleave(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, times = args[0], args[1]
-    dim = kwargs.get("dim", args[2] if len(args) > 2 else None)
+    value, times, dim = args[0], args[1], argument(args, kwargs, 2, "dim")
     if not isinstance(times, int) or dim is None:
         result: Value = run.unknown_operator(node, "repeat_interleave", args, kwargs)
         return result
     axes = list(value.axes)
-    d = _dim(value, dim)
-    axes[d] = merge(run, [axes[d], uniform(times, FREE)]) if times > 1 else axes[d]
+    axes[dim] = merge(run, [axes[dim], uniform(times, FREE)]) if times > 1 else axes[dim]
     return with_axes(value, axes)
 
 
 @rule("cat", "concat", "concatenate")
 def cat(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     parts: list[Value] = [v for v in args[0] if v.shape != (0,)]
-    dim = _dim(parts[0], kwargs.get("dim", args[1] if len(args) > 1 else 0))
-    axes = []
-    for d in range(parts[0].ndim):
-        column = [p.axes[d] for p in parts]
-        if d == dim:
-            axes.append(np.concatenate(column))
-            continue
-        ids = column[0]
-        for other in column[1:]:
-            ids = run.tie(ids, other)
-        axes.append(ids)
+    dim = argument(args, kwargs, 1, "dim", 0) % parts[0].ndim
+    columns = list(zip(*(part.axes for part in parts), strict=True))
+    axes = [np.concatenate(column) if d == dim else reduce(run.tie, column) for d, column in enumerate(columns)]
     return Value(tuple(axes), _common_origin(run, parts))
 
 
 @rule("stack")
 def stack(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     parts: list[Value] = args[0]
-    axes = list(parts[0].axes)
-    for part in parts[1:]:
-        axes = [run.tie(a, b) for a, b in zip(axes, part.axes, strict=True)]
-    dim = _dim(parts[0], kwargs.get("dim", args[1] if len(args) > 1 else 0), 1)
+    axes = [reduce(run.tie, column) for column in zip(*(part.axes for part in parts), strict=True)]
+    dim = argument(args, kwargs, 1, "dim", 0) % (len(axes) + 1)
     axes.insert(dim, uniform(len(parts), FIXED if len(parts) > 1 else FREE))
     return Value(tuple(axes), _common_origin(run, parts))
 
@@ -243,55 +199,29 @@ def _common_origin(run: Propagation, parts: Sequence[Value]) -> Origin:
     return run.origin_of(parts)
 
 
-@rule("slice")
-def slice_(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
-    dim, start, end, step = (list(args[1:]) + [0, None, None, 1][len(args) - 1 :])[:4]
-    axes = list(value.axes)
-    d = _dim(value, dim)
-    axes[d] = axes[d][slice(start, end, step)]
-    return with_axes(value, axes)
+@rule("slice", "split", "split_with_sizes", "chunk")
+def part(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    """The operator itself, on the numbers of the positions, tells which of them each part has."""
+    value, *rest = args
+    name = operator_name(node.target)
+    at = 0 if name == "slice" else 1
+    dim = argument(rest, kwargs, at, "dim", 0) % value.ndim
+    positions = node.target(torch.arange(value.shape[dim]), *rest[:at], 0, *rest[at + 1 :])
+    parts = [
+        with_axes(value, [ids[chosen.numpy()] if d == dim else ids for d, ids in enumerate(value.axes)])
+        for chosen in ([positions] if name == "slice" else positions)
+    ]
+    return parts[0] if name == "slice" else parts
 
 
-@rule("narrow")
-def narrow(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, dim, start, length = args
-    axes = list(value.axes)
-    d = _dim(value, dim)
-    axes[d] = axes[d][start : start + length] if start >= 0 else axes[d][start:][:length]
-    return with_axes(value, axes)
-
-
-@rule("select")
-def select(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, dim = args[0], _dim(args[0], args[1])
-    if len(value.axes[dim]) > 1:
-        run.ids.block(value.axes[dim], f"one index is picked by its position ({run.where})")
-    return with_axes(value, [a for n, a in enumerate(value.axes) if n != dim])
-
-
-@rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk", "tensor_split")
-def split_(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> list[Value]:
-    value = args[0]
-    dim = _dim(value, kwargs.get("dim", args[2] if len(args) > 2 else 0))
-    result, start = [], 0
-    for meta in node.meta["val"]:
-        size = int(meta.shape[dim])
-        axes = list(value.axes)
-        axes[dim] = axes[dim][start : start + size]
-        result.append(with_axes(value, axes))
-        start += size
-    return result
-
-
-@rule("unbind")
-def unbind(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> list[Value]:
-    value = args[0]
-    dim = _dim(value, kwargs.get("dim", args[1] if len(args) > 1 else 0))
-    if len(value.axes[dim]) > 1:
-        run.ids.block(value.axes[dim], f"one index is picked by its position ({run.where})")
-    rest = [a for n, a in enumerate(value.axes) if n != dim]
-    return [with_axes(value, rest) for _ in value.axes[dim]]
+@rule("select", "unbind")
+def pick(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    value, dim = args[0], argument(args, kwargs, 1, "dim", 0) % args[0].ndim
+    picked = value.axes[dim]
+    if len(picked) > 1:
+        run.ids.block(picked, f"one index is picked by its position ({run.where})")
+    rest = with_axes(value, [ids for d, ids in enumerate(value.axes) if d != dim])
+    return rest if operator_name(node.target) == "select" else [rest] * len(picked)
 
 
 @rule("getitem")
@@ -299,16 +229,7 @@ def getitem(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
     return args[0][args[1]]
 
 
-@rule("flip", "roll", "rot90")
-def flip(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
-    dims = args[1] if operator_name(node.target) == "flip" else args[2] if len(args) > 2 else []
-    for d in dims if isinstance(dims, list) else [dims]:
-        run.ids.block(value.axes[d], f"reordered ({run.where})")
-    return with_axes(value, value.axes)
-
-
-@rule("constant_pad_nd", "pad")
+@rule("pad")
 def pad(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value, amounts = args[0], list(args[1])
     axes = list(value.axes)
@@ -319,8 +240,7 @@ def pad(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -
         d = value.ndim - 1 - n
         run.ids.block(axes[d], f"padded ({run.where})")
         axes[d] = uniform(len(axes[d]) + before + after, FIXED)
-    origin = value.origin if value.origin is Origin.CONSTANT else Origin.ACTIVATION
-    return Value(tuple(axes), origin)
+    return Value(tuple(axes), run.origin_of([value]))
 
 
 @rule("tril", "triu")
@@ -332,7 +252,7 @@ def triangle(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, An
     return Value(tuple(axes), value.origin)
 
 
-@rule("index", "_unsafe_index")
+@rule("index")
 def index(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value: Value = args[0]
     picks: list[Value | None] = [*args[1], *[None] * (value.ndim - len(args[1]))]
@@ -364,22 +284,18 @@ def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
 
 @rule("index_select")
 def index_select(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, dim, pick = args[0], _dim(args[0], args[1]), args[2]
-    pick_from(run, value.axes[dim], pick)
-    axes = list(value.axes)
-    axes[dim] = pick.axes[0] if pick.axes else uniform(1, FREE)
-    return with_axes(value, axes)
+    value, dim, pick = args
+    return index(run, node, [value, [*[None] * (dim % value.ndim), pick]], kwargs)
 
 
-@rule("gather", "take_along_dim")
+@rule("gather")
 def gather(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, dim, pick = args[0], _dim(args[0], args[1]), args[2]
+    value, dim, pick = args[0], args[1] % args[0].ndim, args[2]
     pick_from(run, value.axes[dim], pick)
-    axes = []
-    for d, ids in enumerate(pick.axes):
-        if d != dim and len(ids) == len(value.axes[d]):
-            ids = run.tie(ids, value.axes[d])  # noqa: PLW2901
-        axes.append(ids)
+    axes = [
+        run.tie(ids, own) if d != dim and len(ids) == len(own) else ids
+        for d, (ids, own) in enumerate(zip(pick.axes, value.axes, strict=True))
+    ]
     return Value(tuple(axes), run.origin_of([value, pick]))
 
 
@@ -403,10 +319,8 @@ def one_hot(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any
     return Value((*pick.axes, pick.selects if fits else uniform(size, FIXED)))
 
 
-@rule("scatter", "scatter_add", "scatter_reduce", "index_put", "index_add", "index_copy", "masked_scatter")
-def scatter(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    if "scatter" in str(node.target) and isinstance(args[1], int) and "masked" not in str(node.target):
-        value, dim, pick = args[0], _dim(args[0], args[1]), args[2]
-        pick_from(run, value.axes[dim], pick)
-        return Value(value.axes)
-    return run.unknown_operator(node, "index_put", args, kwargs)
+@rule("scatter")
+def scatter(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+    value, dim, pick = args[:3]
+    pick_from(run, value.axes[dim], pick)
+    return Value(value.axes)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
 
 from ..errors import LlmprunerError, first_line
@@ -39,7 +40,7 @@ VISIBLE = 1e-3
 VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Verdict:
     """The result of the oracle for one kind of unit.
 
@@ -54,24 +55,14 @@ class Verdict:
     kind: str
     groups: int
     units: int
-    verdict: str
-    difference: float
+    verdict: str = VERIFIED
+    difference: float = 0.0
     where: str = ""
     reason: str = ""
-    checks: tuple[str, ...] = ()
-    follows: tuple[Rule, ...] = ()
-    skipped: tuple[str, ...] = ()
-    differences: tuple[str, ...] = ()
-
-
-@dataclass
-class _Record:
-    """The results so far for one kind of unit, as in the fields of `Verdict`."""
-
     checks: list[str] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    difference: float = 0.0
     follows: tuple[Rule, ...] = ()
+    skipped: list[str] = field(default_factory=list)
+    differences: list[str] = field(default_factory=list)
 
 
 class Oracle:
@@ -90,35 +81,19 @@ class Oracle:
     def judge(self, kind: str) -> Verdict:
         every = self.graph.of_kinds([kind])
         groups = [g for g in every if _choices(g)]
-        record = _Record(skipped=list(self.skipped))
+        verdict = Verdict(kind, len(every), max((g.units for g in every), default=0), skipped=list(self.skipped))
         if len(groups) < len(every):
-            record.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
-
-        def verdict(name: str, difference: float, where: str = "", reason: str = "") -> Verdict:
-            return Verdict(
-                kind,
-                len(every),
-                max((g.units for g in every), default=0),
-                name,
-                difference,
-                where,
-                reason,
-                tuple(record.checks),
-                record.follows,
-                tuple(record.skipped),
-            )
-
-        if not groups:
-            return verdict(REFUSED, 0.0, reason="no unit can be removed from any group")
+            verdict.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
         try:
-            self._try(kind, groups, record)
-        except Disagreement as found:
-            return verdict(FAILED, found.difference, found.where, str(found))
+            self._try(kind, groups, verdict)
+        except Disagreement as error:
+            verdict.verdict, verdict.difference, verdict.where = FAILED, error.difference, error.where
+            verdict.reason = str(error)
         except Exception as error:  # the cut model may raise anything
-            return verdict(REFUSED, 0.0, reason=why_it_stops(error))
-        return verdict(VERIFIED, record.difference)
+            verdict.verdict, verdict.difference, verdict.reason = REFUSED, 0.0, why_it_stops(error)
+        return verdict
 
-    def _try(self, kind: str, groups: Sequence[CoupledGroup], record: _Record) -> None:
+    def _try(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
         plans = {
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
@@ -127,23 +102,22 @@ class Oracle:
         if kind == LAYER and len(types) == self.graph.num_layers:
             plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
         if self.family is None and kind != LAYER:
-            record.follows = self._follows(groups, plans["uneven"])
+            verdict.follows = self._follows(groups, plans["uneven"])
         for name, kept in plans.items():
             for implementation, dense in self.models.items():
-                difference = self._compare(dense, implementation, kept, record.follows, strict=name == "uneven")
-                record.difference = max(record.difference, difference)
-                record.checks.append(f"{name} {implementation}")
-        why_not = self._generate(plans["uneven"], record.follows)
-        if why_not:
-            record.skipped.append(f"cached generation: {why_not}")
+                difference = self._compare(dense, implementation, kept, verdict.follows, strict=name == "uneven")
+                verdict.difference = max(verdict.difference, difference)
+                verdict.checks.append(f"{name} {implementation}")
+        if why_not := self._generate(plans["uneven"], verdict.follows):
+            verdict.skipped.append(f"cached generation: {why_not}")
         else:
-            record.checks.append("cached generation")
+            verdict.checks.append("cached generation")
         for name, kept in plans.items():
-            model = self._cut(self.models["eager"], kept, record.follows)
+            model = self._cut(self.models["eager"], kept, verdict.follows)
             difference = round_trip_difference(model, self.tokens)
             if not difference <= TOLERANCE:
                 raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
-        record.checks.append("save and load")
+        verdict.checks.append("save and load")
 
     def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
         first: list[Exception] = []
@@ -282,21 +256,15 @@ def first_difference(
 
 def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
     outputs: dict[str, torch.Tensor] = {}
+    paths = {module: path for path, module in model.named_modules() if path}
 
-    def keep(path: str) -> Callable[..., None]:
-        def hook(module: Any, args: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) and output else output
-            if isinstance(value, torch.Tensor) and value.is_floating_point():
-                outputs.setdefault(path, value.detach())
+    def keep(module: torch.nn.Module, _args: Any, output: Any) -> None:
+        value = output[0] if isinstance(output, tuple) and output else output
+        if module in paths and isinstance(value, torch.Tensor) and value.is_floating_point():
+            outputs.setdefault(paths[module], value.detach())
 
-        return hook
-
-    handles = [m.register_forward_hook(keep(path)) for path, m in model.named_modules() if path]
-    try:
+    with register_module_forward_hook(keep):
         logits(model, tokens)
-    finally:
-        for handle in handles:
-            handle.remove()
     return outputs
 
 

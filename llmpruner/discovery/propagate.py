@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
 import torch
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from ..errors import UnsupportedModelError, first_line
 from .ids import FIXED, FREE, TABLE, Identities, Ids, Mark
@@ -55,13 +57,6 @@ class Value:
         return len(self.axes)
 
 
-@dataclass(frozen=True)
-class Policy:
-    """``elastic``: repeated keys and values may be repeated fewer times, so that single query heads can be removed."""
-
-    elastic: bool = False
-
-
 Rule = Callable[["Propagation", Node, list[Any], dict[str, Any]], Any]
 RULES: dict[str, Rule] = {}
 
@@ -83,10 +78,11 @@ def uniform(size: int, value: int) -> Ids:
 
 @dataclass
 class Propagation:
-    """One pass over a graph. ``parameters``: (name, axis) → identities, of parameters and of the floating point
+    """One pass over a graph. ``elastic``: repeated keys and values may be repeated fewer times, so that single query
+    heads can be removed. ``parameters``: (name, axis) → identities, of parameters and of the floating point
     ``buffers``, whose entries may belong to units just as well. ``where``: the operator at work and its module."""
 
-    policy: Policy = field(default_factory=Policy)
+    elastic: bool = False
     ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
@@ -95,66 +91,45 @@ class Propagation:
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
         """Interpret ``program``. ``canonical``: parameter name → the name it is stored under, for tied parameters."""
-        signature = program.graph_signature
-        inputs: list[Any] = []
+        values: dict[Node, Any] = {}
         for node in program.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            name = signature.inputs_to_parameters.get(node.name)
-            if name is not None:
-                inputs.append(self.parameter(canonical[name], tuple(node.meta["val"].shape)))
-            elif (buffer := signature.inputs_to_buffers.get(node.name)) and node.meta["val"].is_floating_point():
-                self.buffers.add(buffer)
-                value = self.parameter(canonical.get(buffer, buffer), tuple(node.meta["val"].shape))
-                inputs.append(replace(value, origin=Origin.CONSTANT))
-            elif node.name in signature.user_inputs:
-                inputs.append(self.opaque(node.meta.get("val"), Origin.ACTIVATION))
+            if node.op == "placeholder":
+                values[node] = self.input(node, program, canonical)
+            elif node.op == "get_attr":
+                values[node] = self.opaque(attrgetter(str(node.target))(program.graph_module), Origin.CONSTANT)
             else:
-                value = self.opaque(node.meta.get("val"), Origin.CONSTANT)
-                inputs.append(
-                    with_numbers(
-                        value, program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))
-                    )
-                )
-        outputs = self.interpret(program.graph_module, inputs)
-        for value in _tensors(outputs):
-            if value.axes:
-                self.ids.mark(value.axes[-1], Mark.VOCABULARY)
-                for ids in value.axes[:-1]:
-                    self.ids.block(ids, "it is an axis of the output")
+                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
+                if node.op != "output":
+                    values[node] = self.call(node, list(args), kwargs)
+                    continue
+                for value in _tensors(args):
+                    if value.axes:
+                        self.ids.mark(value.axes[-1], Mark.VOCABULARY)
+                        for ids in value.axes[:-1]:
+                            self.ids.block(ids, "it is an axis of the output")
 
-    def parameter(self, name: str, shape: tuple[int, ...]) -> Value:
+    def input(self, node: Node, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> Any:
+        signature, meta = program.graph_signature, node.meta.get("val")
+        if name := signature.inputs_to_parameters.get(node.name):
+            return self.parameter(canonical[name], meta.shape)
+        if (buffer := signature.inputs_to_buffers.get(node.name)) and meta.is_floating_point():
+            self.buffers.add(buffer)
+            return replace(self.parameter(canonical.get(buffer, buffer), meta.shape), origin=Origin.CONSTANT)
+        if node.name in signature.user_inputs:
+            return self.opaque(meta, Origin.ACTIVATION)
+        value = self.opaque(meta, Origin.CONSTANT)
+        constant = program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))
+        if isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long:
+            return replace(value, numbers=constant.numpy())
+        return value
+
+    def parameter(self, name: str, shape: Sequence[int]) -> Value:
         axes = []
         for axis, size in enumerate(shape):
-            key = name, axis
-            if key not in self.parameters:
-                self.parameters[key] = self.ids.new(size)
-            axes.append(self.parameters[key])
+            if (name, axis) not in self.parameters:
+                self.parameters[name, axis] = self.ids.new(size)
+            axes.append(self.parameters[name, axis])
         return Value(tuple(axes), Origin.WEIGHT)
-
-    def interpret(self, module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
-        values: dict[Node, Any] = {}
-        arguments = iter(inputs)
-
-        def resolve(item: Any) -> Any:
-            if isinstance(item, Node):
-                return values[item]
-            if isinstance(item, list | tuple):
-                return [resolve(i) for i in item]
-            return item
-
-        for node in module.graph.nodes:
-            if node.op == "placeholder":
-                values[node] = next(arguments)
-            elif node.op == "get_attr":
-                target = _attribute(module, str(node.target))
-                values[node] = self.opaque(target, Origin.CONSTANT)
-            elif node.op == "output":
-                return resolve(node.args[0])
-            else:
-                arguments_ = [resolve(a) for a in node.args]
-                values[node] = self.call(node, arguments_, {k: resolve(v) for k, v in node.kwargs.items()})
-        return None
 
     def call(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
         name = operator_name(node.target)
@@ -181,12 +156,9 @@ class Propagation:
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Block all operands of an operator without a rule; those of constants have no identities."""
         operands = _tensors([args, kwargs])
-        reason = f"operator {name} is not understood ({self.where})"
         for value in operands:
-            for ids in value.axes:
-                self.ids.block(ids, reason)
-            if value.selects is not None:
-                self.ids.block(value.selects, reason)
+            for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
+                self.ids.block(ids, f"operator {name} is not understood ({self.where})")
         return self.opaque(node.meta.get("val"), self.origin_of(operands))
 
     def origin_of(self, operands: Sequence[Value]) -> Origin:
@@ -241,8 +213,7 @@ class Propagation:
 
     def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
         """Axes after a reduction; blocks the reduced ones."""
-        dims = range(value.ndim) if dims is None else dims
-        gone = {d % value.ndim for d in dims} if value.ndim else set()
+        gone = {d % value.ndim for d in (range(value.ndim) if dims is None else dims)}
         axes = []
         for d, ids in enumerate(value.axes):
             if d not in gone:
@@ -262,12 +233,6 @@ def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
     return replace(value, axes=tuple(axes), tag=None)
 
 
-def with_numbers(value: Any, constant: Any) -> Any:
-    """``value`` with the numbers of ``constant``, where that is a tensor of integers with values."""
-    known = isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long
-    return replace(value, numbers=constant.numpy()) if known and isinstance(value, Value) else value
-
-
 def operator_name(target: Any) -> str:
     schema = getattr(target, "_schema", None)
     if schema is None:
@@ -284,13 +249,6 @@ def _tensors(item: Any) -> list[Value]:
     if isinstance(item, list | tuple):
         return [v for i in item for v in _tensors(i)]
     return []
-
-
-def _attribute(module: torch.nn.Module, path: str) -> Any:
-    value: Any = module
-    for part in path.split("."):
-        value = getattr(value, part)
-    return value
 
 
 def _module_of(node: Node) -> str:

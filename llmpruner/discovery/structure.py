@@ -15,7 +15,6 @@ from ..models.checkpoint import adapter_base
 from ..models.checks import in_one_line
 from ..models.config import values_of
 from ..models.messages import quiet_transformers
-from ..models.meta import meta_model
 from ..models.model import Structure
 from ..models.record import read_any_record, read_record
 from ..models.reference import Reference, resolve
@@ -111,17 +110,10 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
 
 
 def _graph_of(text: str, family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
-    """As `build_graph`. Raises `ModelError` where transformers cannot build a model of the configuration."""
     try:
         return build_graph(family, config)
     except LlmprunerError:
         raise
-    except Exception:
-        try:
-            meta_model(config)
-        except LlmprunerError:
-            raise
-        except Exception as error:
-            reason = f"{type(error).__name__}: {first_line(error)}"
-            raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
-        raise
+    except Exception as error:  # of the model's class, which refuses its configuration
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error

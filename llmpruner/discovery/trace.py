@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +52,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     Raises `UnsupportedModelError` when the model cannot be built or exported.
     """
     config = copy.deepcopy(config)
-    for part in _configs(config):
+    for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part._attn_implementation = "eager"
         part._experts_implementation = "batched_mm"
         if hasattr(part, "use_cache"):
@@ -116,33 +115,18 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
                 program = _program(model, inputs, EveryPosition(unused=1))
             return program, max(streams), max(calls.values(), default=0) > 1
         except Exception as error:  # export reports unsupported code in many exception types
-            name = type(model).__name__
-            raise UnsupportedModelError(f"{name} cannot be traced: {_line(error)}{_place(error, model)}") from error
+            statement, inside = where(error, model)
+            place = f" (at `{statement}` in {inside})" if inside else ""
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {_line(error)}{place}") from error
         finally:
             for handle in handles:
                 handle.remove()
 
 
 def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:
-    # There torch logs, where an export fails, names of its symbols and how to change the model's code.
-    with _without_graph(), only_errors("torch.fx.experimental.symbolic_shapes"), positions:
+    # Where an export fails, torch logs names of its symbols and prints the graph, which no option turns off.
+    with contextlib.redirect_stderr(io.StringIO()), only_errors("torch.fx.experimental.symbolic_shapes"), positions:
         return torch.export.export(model, (), kwargs=inputs, strict=False)
-
-
-@contextlib.contextmanager
-def _without_graph() -> Iterator[None]:
-    """Leave out of standard error the graph that a failing `torch.export` prints (and attaches to the exception as
-    ``partial_fx_graph``); no option turns that off. Everything else is printed at the end; exceptions pass."""
-    printed, graph = io.StringIO(), None
-    try:
-        with contextlib.redirect_stderr(printed):
-            yield
-    except Exception as error:
-        graph = getattr(error, "partial_fx_graph", None)
-        raise
-    finally:
-        rest = printed.getvalue() if graph is None else printed.getvalue().replace(f"{graph}\n", "")
-        sys.stderr.write(rest)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -222,17 +206,6 @@ def _per_layer_lists(config: PreTrainedConfig, count: int) -> list[tuple[str, li
     ]
 
 
-def _configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    text = config.get_text_config()
-    return [config] if text is config else [config, text]
-
-
-def _place(error: BaseException, model: nn.Module) -> str:
-    """The statement and the path of the module in ``model`` where an error of its forward pass was raised."""
-    statement, inside = where(error, model)
-    return f" (at `{statement}` in {inside})" if inside else ""
-
-
 def _line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
@@ -274,16 +247,16 @@ class EveryPosition(TorchFunctionMode):
             positions = np.indices(shape).reshape(len(shape), -1).T
             in_columns = name == "where" or kwargs.get("as_tuple", False)
             return tuple(map(self._constant, positions.T)) if in_columns else self._constant(positions)
-        if name == "__getitem__":
-            args = (args[0], self._as_number(args[1]))
+        if name == "__getitem__" and (index := self._numbers(args[1])) is not None and not index.ndim:
+            args = (args[0], int(index))
         numbers = self._numbers(args[0]) if args else None
         if numbers is not None and name in ("item", "__int__", "__index__"):
             return int(numbers.item())
         result = func(*args, **kwargs)
         if numbers is not None and name in _MOVES and not any(isinstance(a, torch.Tensor) for a in args[1:]):
             moved = _MOVES[name](numbers, *args[1:], **kwargs)
-            for one, its in zip(result, moved, strict=True) if name == "unbind" else [(result, moved)]:
-                self._known[id(one)] = one, np.asarray(its)
+            for tensor, its in zip(result, moved, strict=True) if name == "unbind" else [(result, moved)]:
+                self._known[id(tensor)] = tensor, np.asarray(its)
         return result
 
     def _constant(self, numbers: Numbers) -> torch.Tensor:
@@ -292,10 +265,4 @@ class EveryPosition(TorchFunctionMode):
         return tensor
 
     def _numbers(self, tensor: Any) -> Numbers | None:
-        found = self._known.get(id(tensor))
-        return None if found is None else found[1]
-
-    def _as_number(self, index: Any) -> Any:
-        """``index``, with the number in place of a single known position."""
-        numbers = self._numbers(index)
-        return index if numbers is None or numbers.ndim else int(numbers)
+        return self._known.get(id(tensor), (None, None))[1]

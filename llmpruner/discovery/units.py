@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from ..structure.coupling import Blocks, Explicit, IndexMap, Role
+from ..structure.coupling import IndexMap, Role, index_map
 from .ids import Components, Ids, Mark
 from .propagate import Propagation
 
@@ -31,13 +30,10 @@ class OwnedAxis:
 
     def index_maps(self) -> list[IndexMap]:
         """One map for every run of columns in which the indices of all units are consecutive."""
-        units, width = self.rows.shape
+        width = self.rows.shape[1]
         joined = (np.diff(self.rows, axis=1) == 1).all(axis=0) if width > 1 else np.zeros(0, dtype=bool)
         starts = [0, *(np.flatnonzero(~joined) + 1).tolist(), width]
-        maps = []
-        for first, stop in itertools.pairwise(starts):
-            maps.append(_compact(self.rows[:, first:stop], units))
-        return maps
+        return [index_map(self.rows[:, first:stop].tolist()) for first, stop in itertools.pairwise(starts)]
 
 
 @dataclass(frozen=True)
@@ -63,12 +59,14 @@ def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
     ids = np.concatenate([run.parameters[s] for s in slots])
     index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
     roots = parts.label[ids]
-    open_ = ~_closed(parts)[roots]
+    marked = parts.marked
+    closed = marked[Mark.BLOCKED] | marked[Mark.VOCABULARY] | (marked[Mark.SOFTMAX] & ~marked[Mark.ROUTED])
+    open_ = ~closed[roots]
     reasons = _reasons(parts, slots, owner, roots, open_)
     reasons = {slot: reason for slot, reason in reasons.items() if slot[0] not in run.buffers}
     order = np.lexsort((index[open_], owner[open_], roots[open_]))
     roots, owner, index = roots[open_][order], owner[open_][order], index[open_][order]
-    offsets = _offsets(run)
+    offsets = {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
     found = []
     for (_, pattern), members in _by_pattern(roots, owner, parts).items():
         matrix = np.stack([index[a:b] for a, b in members])
@@ -88,11 +86,6 @@ def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
             buffers = tuple(s for s in owned if s.parameter in run.buffers)
             found.append(UnitSet(own, buffers, marks, parts.blocks.get(root, 1), parts.minimum.get(root, 1)))
     return found, reasons
-
-
-def _closed(parts: Components) -> npt.NDArray[np.bool_]:
-    m = parts.marked
-    return m[Mark.BLOCKED] | m[Mark.VOCABULARY] | (m[Mark.SOFTMAX] & ~m[Mark.ROUTED])
 
 
 def _reasons(
@@ -139,16 +132,3 @@ def _role(parts: Components, identity: int) -> Role:
     if parts.element[Mark.RMS][identity]:
         return Role.NORM
     return Role.CONSUMES if parts.element[Mark.CONSUMED][identity] else Role.PRODUCES
-
-
-def _offsets(run: Propagation) -> Mapping[int, float]:
-    return {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
-
-
-def _compact(rows: Ids, units: int) -> IndexMap:
-    width = rows.shape[1]
-    steps = np.diff(rows[:, 0])
-    if (steps == steps[:1]).all() and (units == 1 or steps[0] > 0):
-        stride = int(steps[0]) if units > 1 else width
-        return Blocks(units, width, int(rows[0, 0]), None if stride == width else stride)
-    return Explicit(tuple(tuple(row) for row in rows.tolist()))

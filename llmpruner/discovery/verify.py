@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
+from operator import itemgetter
 from typing import TYPE_CHECKING, cast
 
 from ..errors import UnsupportedModelError
 from ..models.config import for_all_layers
 from ..models.meta import graph_of
 from ..models.shim import stock_config
-from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, CouplingGraph, Role, Span, runs
-from ..values import counted
+from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule
 from .groups import discover_groups
 from .oracle import VERIFIED, Oracle, Verdict
@@ -24,8 +23,6 @@ if TYPE_CHECKING:
     from ..structure.kept import Follows
     from .family import ModelFamily
 
-Slot = tuple[str, int]
-"""A parameter (or buffer) and one of its axes."""
 _FOUND: dict[tuple[object, str], Verdict] = {}
 """Verdicts of this process by architecture and kind. They hold for all sizes of one architecture, which are reduced to
 the same small model."""
@@ -52,17 +49,23 @@ def verify(
         small = representative(config, kinds) if family is None else small_config(config)
     model = random_instance(small, seed)
     if source is None:
-        graph = graph_of(model, lambda: discover_groups(small))
-    elif not isinstance(source, Sequence):
-        graph = graph_of(model, lambda: source.coupled_groups(small))
+        groups = discover_groups(small)
     else:
-        graph = graph_of(model, lambda: source)
-    wanted = graph.kinds if kinds is None else [k for k in graph.kinds if k in set(kinds)]
+        groups = source if isinstance(source, Sequence) else source.coupled_groups(small)
+    graph = graph_of(model, groups)
     oracle = Oracle(small, graph, family, seed)
-    verdicts = [oracle.judge(kind) for kind in wanted]
-    if source is None or all(v.verdict == VERIFIED for v in verdicts):
-        return verdicts
-    return _with_differences(verdicts, graph, small)
+    verdicts = [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
+    wrong = [verdict for verdict in verdicts if verdict.verdict != VERIFIED]
+    if wrong and source is not None:
+        try:
+            discovered = discover_groups(small)
+        except UnsupportedModelError as error:
+            for verdict in wrong:
+                verdict.differences = [f"the groups were not compared with discovered ones: {error}"]
+        else:
+            for verdict in wrong:
+                verdict.differences = differences(graph.of_kinds([verdict.kind]), discovered)
+    return verdicts
 
 
 def representative(config: PreTrainedConfig, kinds: Collection[str] | None = None) -> PreTrainedConfig:
@@ -74,109 +77,68 @@ def representative(config: PreTrainedConfig, kinds: Collection[str] | None = Non
     """
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
-    wanted = heads if kinds is None else set(kinds)
-    found: list[tuple[int, PreTrainedConfig]] = []
+    required = heads if kinds is None else set(kinds)
+    runnable: list[tuple[int, PreTrainedConfig]] = []
     failed: list[UnsupportedModelError] = []
     for small in islice(small_configs(config), len(HEADS)):
         try:
-            missing = wanted - {group.kind for group in discover_groups(small)}
+            missing = required - {group.kind for group in discover_groups(small)}
         except UnsupportedModelError as error:
             failed.append(error)
             continue
-        found.append((len(missing), small))
         if not missing:
-            break
-    if not found:
+            return small
+        runnable.append((len(missing), small))
+    if not runnable:
         raise failed[0]
-    return min(found, key=lambda one: one[0])[1]
+    return min(runnable, key=itemgetter(0))[1]
 
 
-def _with_differences(verdicts: Sequence[Verdict], graph: CouplingGraph, config: PreTrainedConfig) -> list[Verdict]:
-    """``verdicts``, with ``differences`` of the groups of ``graph`` from discovered ones where not *verified*."""
-    try:
-        discovered = discover_groups(config)
-    except UnsupportedModelError as error:
-        nothing = f"the groups were not compared with discovered ones: {error}"
-        return [v if v.verdict == VERIFIED else replace(v, differences=(nothing,)) for v in verdicts]
+def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> list[str]:
+    """One line for each axis of a parameter on which a declared group differs from the discovered group of the same
+    name in indices, roles or offsets; of several layers, the first. Groups without a counterpart are not compared."""
+    by_name = {group.name: group for group in discovered}
+    lines: dict[str, str] = {}
+    for group in declared:
+        other = by_name.get(group.name)
+        if other is None or not group.spans:
+            continue
+        for line in _between(group, other):
+            lines.setdefault(line if group.layer is None else line.replace(f".{group.layer}.", ".*."), line)
+    return list(lines.values())
+
+
+def _between(declared: CoupledGroup, discovered: CoupledGroup) -> list[str]:
+    sizes = [f"{group.units} units in {group.blocks} blocks" for group in (declared, discovered)]
+    if sizes[0] != sizes[1]:
+        return [f"group {declared.name}: {sizes[0]}; discovery finds {sizes[1]}"]
+    ours, theirs = _by_slot(declared), _by_slot(discovered)
     return [
-        v if v.verdict == VERIFIED else replace(v, differences=differences(graph.of_kinds([v.kind]), discovered))
-        for v in verdicts
+        f"group {declared.name}: {slot[0]} axis {slot[1]}: {_described(ours.get(slot))}; "
+        f"discovery finds {_described(theirs.get(slot))}"
+        for slot in dict.fromkeys((*ours, *theirs))
+        if _meaning(ours.get(slot, ()), declared.units) != _meaning(theirs.get(slot, ()), declared.units)
     ]
 
 
-def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> tuple[str, ...]:
-    """One line for each parameter in which a declared group differs from the discovered group of the same name: a span
-    that is missing, one that discovery does not have, or other indices, roles or offsets. A difference that occurs in
-    several layers is reported once, with the number of the others. Groups without a counterpart are not compared."""
-    by_name = {group.name: group for group in discovered}
-    lines: dict[str, list[str]] = {}
-    for group in declared:
-        if group.name in by_name and group.spans:
-            for line in _between(group, by_name[group.name]):
-                in_any_layer = line if group.layer is None else line.replace(f".{group.layer}.", ".*.")
-                lines.setdefault(in_any_layer, []).append(line)
-    return tuple(
-        first + (f" (and alike in {counted(len(others), 'other layer')})" if others else "")
-        for first, *others in lines.values()
-    )
-
-
-def _between(declared: CoupledGroup, found: CoupledGroup) -> list[str]:
-    for what in ("units", "blocks"):
-        ours, theirs = getattr(declared, what), getattr(found, what)
-        if ours != theirs:
-            return [f"group {declared.name}: {ours} {what}, discovery finds {theirs}"]
-    lines = []
-    for spans, others in ((declared.spans, found.spans), (declared.buffers, found.buffers)):
-        ours, theirs = _by_slot(spans), _by_slot(others)
-        for slot in dict.fromkeys((*ours, *theirs)):
-            difference = _of_slot(ours.get(slot, ()), theirs.get(slot, ()), declared.units)
-            if difference:
-                lines.append(f"group {declared.name}: {slot[0]} axis {slot[1]}: {difference}")
-    return lines
-
-
-def _by_slot(spans: Sequence[Span]) -> Mapping[Slot, tuple[Span, ...]]:
-    slots: dict[Slot, tuple[Span, ...]] = {}
-    for span in spans:
-        key = span.parameter, span.axis
-        slots[key] = (*slots.get(key, ()), span)
+def _by_slot(group: CoupledGroup) -> Mapping[tuple[str, int], list[Span]]:
+    """Parameter or buffer, and axis → its spans."""
+    slots: dict[tuple[str, int], list[Span]] = {}
+    for span in group.cut_spans:
+        slots.setdefault((span.parameter, span.axis), []).append(span)
     return slots
 
 
-def _of_slot(ours: Sequence[Span], theirs: Sequence[Span], units: int) -> str:
-    if not ours:
-        return f"missing; discovery finds {_maps(theirs)}"
-    if not theirs:
-        return f"extra; declared {_maps(ours)}, and discovery finds that no unit owns any of it"
-    for unit in range(units):
-        mine, other = _owned(ours, unit), _owned(theirs, unit)
-        if mine != other:
-            return f"unit {unit} owns {_runs(mine)}; discovery finds {_runs(other)}"
-    for what in ("role", "offset"):
-        mine, other = ({getattr(span, what) for span in spans} for spans in (ours, theirs))
-        if mine != other:
-            return f"{what} {_values(mine)}; discovery finds {_values(other)}"
-    return ""
+def _described(spans: Sequence[Span] | None) -> str:
+    if not spans:
+        return "nothing"
+    return " and ".join(f"{s.index} ({s.role.value}{f', offset {s.offset:g}' if s.offset else ''})" for s in spans)
 
 
-def _maps(spans: Sequence[Span]) -> str:
-    return " and ".join(str(span.index) for span in spans)
-
-
-def _owned(spans: Sequence[Span], unit: int) -> set[int]:
-    return {index for span in spans for index in span.index.of(unit)}
-
-
-def _values(values: Iterable[object]) -> str:
-    return " and ".join(sorted(v.value if isinstance(v, Role) else str(v) for v in values))
-
-
-def _runs(indices: set[int]) -> str:
-    """``{0, 1, 2, 7}`` as ``0…2, 7``; after four runs, the total number of indices."""
-    found = runs(sorted(indices))
-    shown = ", ".join(str(first) if first == last else f"{first}…{last}" for first, last in found[:4])
-    return f"{shown}, … ({len(indices)} indices)" if len(found) > 4 else shown
+def _meaning(spans: Sequence[Span], units: int) -> tuple[object, ...]:
+    """Roles, offsets, and the indices of every unit, which `Blocks` and `Explicit` may write differently."""
+    owned = [{index for span in spans for index in span.index.of(unit)} for unit in range(units)]
+    return {(span.role, span.offset) for span in spans}, owned
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily | None = None) -> tuple[Rule, ...]:
@@ -186,13 +148,13 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
     ``family``: declares the groups; None: they are discovered. Raises `UnsupportedModelError` when a kind cannot be cut
     exactly, or the small model has no units of it.
     """
-    wanted = sorted(set(kinds))
+    kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
-    missing = [kind for kind in wanted if (architecture, kind) not in _FOUND]
+    missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]
     if missing:
         _FOUND.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
-    found: dict[Rule, None] = {}
-    for kind in wanted:
+    rules: dict[Rule, None] = {}
+    for kind in kinds:
         verdict = _FOUND.get((architecture, kind))
         if verdict is None:
             raise UnsupportedModelError(
@@ -202,8 +164,8 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
             raise UnsupportedModelError(
                 f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
             )
-        found.update(dict.fromkeys(verdict.follows))
-    return tuple(found)
+        rules.update(dict.fromkeys(verdict.follows))
+    return tuple(rules)
 
 
 def with_rules(family: Follows, model: PreTrainedModel, kinds: Collection[str]) -> Follows:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -90,8 +90,8 @@ class _WithoutDrawing(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]]) -> CouplingGraph:
-    """The coupling graph of ``groups()`` and the shapes of ``model``. Raises `CouplingError` where they contradict."""
+def graph_of(model: PreTrainedModel, groups: Iterable[CoupledGroup]) -> CouplingGraph:
+    """The coupling graph of ``groups`` and the shapes of ``model``. Raises `CouplingError` where they contradict."""
     names: dict[int, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     ties: dict[str, str] = {}
@@ -101,7 +101,7 @@ def graph_of(model: PreTrainedModel, groups: Callable[[], Sequence[CoupledGroup]
         if first != name:
             ties[name] = first
     buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)}
-    return CouplingGraph(tuple(groups()), shapes, decoder_layers(model), ties, buffers=buffers)
+    return CouplingGraph(tuple(groups), shapes, decoder_layers(model), ties, buffers=buffers)
 
 
 def decoder_layers(model: Any) -> str:

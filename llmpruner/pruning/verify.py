@@ -7,21 +7,21 @@ cut left as they are, bit for bit those of the dense model; and the logits. Weig
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from ..discovery.dense import check_named_base, dense_structure, open_dense
+from ..discovery.dense import dense_structure
 from ..discovery.oracle import TOLERANCE, distance, logits, silenced
 from ..discovery.structure import load_structure
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import exists, read_json
 from ..models.checkpoint import adapter_base
 from ..models.numbers import loaded_bytes
-from ..models.opening import open_weights, why_not_streamed
+from ..models.opening import load_model, open_streamed, open_weights, why_not_streamed
 from ..models.record import RECORD_FILE, damaged_files, read_any_record, recorded_files
 from ..models.remote import ALLOW
 from ..models.shards import check_index, has_shards
@@ -194,19 +194,12 @@ def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Stru
 def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog: Catalog) -> Model:
     """The dense model, in memory if it takes less than half of the free memory, else read layer by layer. Raises
     `ModelError` where ``named`` cannot be opened, or is another model."""
-    trusted = load.trust_remote_code
-    if named is not None:
-        check_named_base(structure, named, catalog, trust_remote_code=trusted)
-        first, *later = structure.plans
-        ref = str(Path(named).absolute()) if exists(named) else named
-        first = first.model_copy(update={"base": first.base.model_copy(update={"model": ref, "revision": None})})
-        record = {key: value for key, value in (structure.record or {}).items() if key != "base_path"}
-        structure = replace(structure, plans=(first, *later), record=record)
     try:
-        dense = dense_structure(structure, catalog, trust_remote_code=trusted)
+        dense = dense_structure(structure, catalog, load, named=named)
         large = loaded_bytes(dense, load) > psutil.virtual_memory().available // 2
-        streamed = large and why_not_streamed(dense, catalog, load, cuts=False) is None
-        return open_dense(structure, catalog, load, streamed=streamed)
+        if large and why_not_streamed(dense, catalog, load, cuts=False) is None:
+            return open_streamed(dense, catalog, load, ahead=False)
+        return load_model(dense, catalog, load)
     except LlmprunerError as error:
         if named is not None:
             raise

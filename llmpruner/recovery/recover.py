@@ -98,7 +98,7 @@ def _check_model(strategy: RecoveryStrategy, opened: Structure, opener: Opener, 
     models = [opened]
     if own is not None or strategy.needs_dense:
         try:
-            dense = dense_structure(opened, opener.catalog, trust_remote_code=opener.load.trust_remote_code)
+            dense = dense_structure(opened, opener.catalog, opener.load)
         except LlmprunerError as error:
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
         models += [dense] if strategy.needs_dense else []

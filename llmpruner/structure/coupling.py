@@ -118,7 +118,7 @@ def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
     if width and all(list(row) == list(range(row[0], row[0] + width)) for row in rows):
         starts = [row[0] for row in rows]
         steps = {b - a for a, b in pairwise(starts)}
-        if len(steps) <= 1:
+        if len(steps) <= 1 and min(steps, default=1) > 0:
             stride = steps.pop() if steps else width
             return Blocks(len(rows), width, starts[0], None if stride == width else stride)
     return Explicit(tuple(tuple(row) for row in rows))

@@ -12,7 +12,7 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlanError
-from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map
+from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map, layer_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,16 +153,23 @@ def removed_modules(graph: CouplingGraph, kept: Kept) -> list[str]:
 def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
     axes = kept_indices(graph, kept)
-    moved = _module_moves(graph, kept)
     names = renamed(graph, kept)
     numbers = layer_numbers(graph, kept)
+
+    def move(path: str) -> str | None:
+        return _move(path, graph.layers, numbers)
+
     groups = []
     for group in graph.groups:
         if group.name not in names:
             continue
         units = surviving_units(graph, kept, group, axes)
         spans, buffers = (
-            tuple(_restrict_span(s, units, axes, moved) for s in owned if _move(s.parameter, moved))
+            tuple(
+                replace(s, parameter=name, index=_restrict_index(s, units, axes.get((s.parameter, s.axis))))
+                for s in owned
+                if (name := move(s.parameter))
+            )
             for owned in (group.spans, group.buffers)
         )
         per_block = group.units // group.blocks
@@ -178,12 +185,19 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
                 layer=None if group.layer is None else numbers[group.layer],
                 blocks=blocks,
                 minimum=min(minimum, len(units)),
-                modules=tuple(_move(group.modules[u], moved) or "" for u in units) if group.modules else (),
+                modules=tuple(move(group.modules[u]) or "" for u in units) if group.modules else (),
                 buffers=buffers,
             )
         )
-    shapes, sizes = (_restrict_shapes(tensors, axes, moved) for tensors in (graph.shapes, graph.buffers))
-    ties = {n: t for a, b in graph.ties.items() if (n := _move(a, moved)) and (t := _move(b, moved))}
+    shapes, sizes = (
+        {
+            name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
+            for old, shape in tensors.items()
+            if (name := move(old))
+        }
+        for tensors in (graph.shapes, graph.buffers)
+    )
+    ties = {n: t for a, b in graph.ties.items() if (n := move(a)) and (t := move(b))}
     return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked, sizes)
 
 
@@ -215,13 +229,6 @@ def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
     }
 
 
-def _restrict_span(
-    span: Span, units: list[int], axes: Mapping[tuple[str, int], list[int]], moved: Mapping[str, str | None]
-) -> Span:
-    index = _restrict_index(span, units, axes.get((span.parameter, span.axis)))
-    return Span(_move(span.parameter, moved) or span.parameter, span.axis, span.role, index, span.offset)
-
-
 def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> IndexMap:
     """``stay``: the indices of the axis that stay, in ascending order; None for all."""
     # Nearly all spans are one of the first two cases, and a large model has millions of indices.
@@ -236,46 +243,16 @@ def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> Ind
     return index_map(rows)
 
 
-def _restrict_shapes(
-    shapes: Mapping[str, tuple[int, ...]],
-    axes: Mapping[tuple[str, int], list[int]],
-    moved: Mapping[str, str | None],
-) -> dict[str, tuple[int, ...]]:
-    return {
-        name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
-        for old, shape in shapes.items()
-        if (name := _move(old, moved)) is not None
-    }
-
-
-def _module_moves(graph: CouplingGraph, kept: Kept) -> dict[str, str | None]:
-    """Path of every decoder layer → its path after the cut (None: removed). Empty when no layer goes."""
-    gone = set(removed_modules(graph, kept))
-    if not gone:
-        return {}
-    moves: dict[str, str | None] = {}
-    number = 0
-    for layer in range(graph.num_layers):
-        path = f"{graph.layers}.{layer}"
-        if path in gone:
-            moves[path] = None
-        else:
-            moves[path] = f"{graph.layers}.{number}"
-            number += 1
-    return moves
-
-
 def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
     """Layer number before the cut → after it, for the layers that remain."""
-    moves = _module_moves(graph, kept)
-    if not moves:
-        return {n: n for n in range(graph.num_layers)}
-    return {n: int(new.rsplit(".", 1)[1]) for n in range(graph.num_layers) if (new := moves[f"{graph.layers}.{n}"])}
+    gone = set(removed_modules(graph, kept))
+    remaining = [n for n in range(graph.num_layers) if f"{graph.layers}.{n}" not in gone]
+    return {old: new for new, old in enumerate(remaining)}
 
 
-def _move(path: str, moves: Mapping[str, str | None]) -> str | None:
-    """A module or parameter path after the cut; None when it was removed."""
-    for old, new in moves.items():
-        if path == old or path.startswith(old + "."):
-            return None if new is None else new + path[len(old) :]
-    return path
+def _move(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
+    """A module or parameter path after the cut; None when it was removed. ``numbers``: see `layer_numbers`."""
+    number = layer_number(path, layers)
+    if number is None:
+        return path
+    return f"{layers}.{numbers[number]}{path[len(f'{layers}.{number}') :]}" if number in numbers else None

@@ -273,16 +273,6 @@ def structure_of(graph: CouplingGraph) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-def original_layers(plans: Sequence[PruningPlan]) -> tuple[int, ...] | None:
-    """For every decoder layer that is left after ``plans``, in order, its number in the dense model; None where no
-    layer was removed."""
-    numbers: tuple[int, ...] | None = None
-    for cut in (cut for plan in plans for cut in plan.cuts.values() if cut.kind == LAYER):
-        before = numbers or tuple(range(cut.units))
-        numbers = tuple(before[unit] for unit in cut.kept)
-    return numbers
-
-
 def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str, int]:
     """Group name → its number of units before the first of ``plans``, for the groups of ``graph``, which is left after
     the last one, that lost units."""

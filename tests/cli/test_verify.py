@@ -173,14 +173,14 @@ def test_a_base_can_be_named(run, refused, cut, shared, tmp_path):
     assert states(run("verify", cut, "--base", shared / "dense", "--json"))["logits"] == "passed"
     recorded = json.loads((cut / "llmpruner.json").read_text())["plans"][0]["base"]["model"]
     assert (
-        f"--base '{shared / 'other'}' is not the model that '{cut}' was pruned from ('{recorded}'): parameters differ"
+        f"'{shared / 'other'}' is not the model that '{cut}' was pruned from ('{recorded}'): parameters differ"
         in refused("verify", cut, "--base", shared / "other", read=True)
     )
     gpt2 = tmp_path / "gpt2"
     GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)).save_pretrained(gpt2)
-    assert f"--base '{gpt2}' is not the model" in refused("verify", cut, "--base", gpt2, read=True)
+    assert f"'{gpt2}' is not the model" in refused("verify", cut, "--base", gpt2, read=True)
     message = refused("verify", cut, "--base", "./nope", read=True)
-    assert "--base './nope' cannot be opened: model directory './nope' does not exist" in message
+    assert "'./nope', cannot be opened: model directory './nope' does not exist" in message
 
 
 def test_what_is_no_checkpoint(refused, shared, tmp_path):

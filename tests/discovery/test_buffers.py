@@ -117,7 +117,7 @@ def test_a_computed_buffer_is_cut_and_saved_from_then_on(keeps: range, tmp_path:
 def test_a_buffer_that_is_not_saved_is_computed_again_for_a_cut_model(tmp_path: Path) -> None:
     """Falcon-H1 fills the factors of its state spaces when weights are initialized, in a module without any."""
     model = random_instance(small_config(FalconH1Config()))
-    graph = graph_of(model, lambda: discover_groups(model.config))
+    graph = graph_of(model, discover_groups(model.config))
     cut(model, graph, {"layers.1.mlp": [0, 3, 4]})
     save_checkpoint(model, tmp_path / "cut", record={})
     loaded = load_pruned(tmp_path / "cut")

@@ -1,4 +1,4 @@
-"""Models with images or audio: the language decoder is found and cut, and nothing else changes."""
+"""Models with images: the language decoder is found and cut, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import FuyuConfig, Gemma3Config, MossTranscribeDiarizeConfig, PreTrainedConfig
+from transformers import FuyuConfig, Gemma3Config, PreTrainedConfig
 
 from llmpruner import load_pruned, save_checkpoint
 from llmpruner.discovery.groups import discover_groups
@@ -22,7 +22,7 @@ TEXT = {
     "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128,
 }  # fmt: skip
 PLACE = 100
-"""The token where an image or audio is put in."""
+"""The token where an image is put in."""
 
 
 def gemma3() -> tuple[PreTrainedConfig, dict[str, Any]]:
@@ -40,21 +40,7 @@ def fuyu() -> tuple[PreTrainedConfig, dict[str, Any]]:
     return config, {"pixel_values": torch.randn(1, 4, 4 * 4 * 3)}
 
 
-def moss() -> tuple[PreTrainedConfig, dict[str, Any]]:
-    audio = {
-        "num_mel_bins": 8, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-        "max_source_positions": 16,
-    }  # fmt: skip
-    config = MossTranscribeDiarizeConfig(
-        text_config={**TEXT, "model_type": "qwen3"}, audio_config=audio, audio_token_id=PLACE
-    )
-    mask = torch.ones(1, 32, dtype=torch.long)
-    return config, {"input_features": torch.randn(1, 8, 32), "input_features_mask": mask, "padding_mask": mask}
-
-
-@pytest.mark.parametrize(
-    "make", [gemma3, pytest.param(fuyu, marks=pytest.mark.long), pytest.param(moss, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("make", [gemma3, pytest.param(fuyu, marks=pytest.mark.long)])
 def test_the_language_decoder_is_cut_and_the_rest_stays(
     make: Callable[[], tuple[PreTrainedConfig, dict[str, Any]]], tmp_path: Path
 ) -> None:
@@ -62,7 +48,7 @@ def test_the_language_decoder_is_cut_and_the_rest_stays(
     config, given = make()
     inputs = {"input_ids": torch.tensor([[5, *[PLACE] * 4, 7, 9, 30]]), **given}
     dense = random_instance(config)
-    graph = graph_of(dense, lambda: discover_groups(config))
+    graph = graph_of(dense, discover_groups(config))
     assert graph.layers.endswith("language_model.layers")
     kept = {g.name: range(g.units * 4 // 5) for g in graph.of_kinds(["mlp"])}
     kept |= {g.name: [0, 2] for g in graph.of_kinds(["attention"]) if g.layer == 1 and g.units == 3}

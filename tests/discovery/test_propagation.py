@@ -11,7 +11,7 @@ from torch import nn
 
 from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
 from llmpruner.discovery.operators_shape import regroup
-from llmpruner.discovery.propagate import RULES, Policy, Propagation
+from llmpruner.discovery.propagate import RULES, Propagation
 from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
 
@@ -68,7 +68,7 @@ def test_split_and_merge_return_the_units_to_their_places() -> None:
 
 def test_repeated_heads_are_one_unit_unless_they_may_be_repeated_less() -> None:
     for elastic in (False, True):
-        run = Propagation(Policy(elastic=elastic))
+        run = Propagation(elastic)
         merged = regroup(run, [run.ids.new(2), np.full(3, FREE)], (6,))[0]
         assert len(set(merged.tolist())) == (6 if elastic else 2)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 from torch import nn
@@ -28,7 +26,6 @@ class Guessing(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
         hidden = self.layers[0](self.embed(input_ids))
-        sys.stderr.write("a warning of the model's own\n")
         return hidden if hidden.sum() > 0 else -hidden
 
 
@@ -38,8 +35,7 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     # torch still hands the graph over, so that the test covers what it is for.
     assert "def forward" in caught.value.__cause__.partial_fx_graph
     assert str(caught.value).endswith("(at `return hidden if hidden.sum() > 0 else -hidden` in Guessing)")
-    out, err = capfd.readouterr()
-    assert (out, err) == ("", "a warning of the model's own\n")
+    assert capfd.readouterr() == ("", "")
 
 
 class Loop(nn.Module):

@@ -1,4 +1,4 @@
-"""Types whose layers differ in size, share keys and values, or whose small instances need more than small numbers: from
+"""Types whose layers differ, share keys and values, or whose small instances need more than small numbers: from
 pruning to a recovered model, on tiny random instances."""
 
 from __future__ import annotations
@@ -44,11 +44,20 @@ TYPES = {
     "gemma4_unified_text": {},
     "granitemoehybrid": {"layer_types": ["mamba", "mamba", "mamba", "attention"] * 8},
     "hrm_text": {},
+    "kimi_linear": {},
+    "lara_mini": {},
+    "lfm2_moe": {"num_hidden_layers": 24, "layer_types": ["conv", "conv", "full_attention"] * 8},
     "longcat_flash": {},
     "modernbert-decoder": {},
     "moshi": {},
+    "olmo_hybrid": {},
     "nemotron_h": {},
+    "qwen3_5": {},
+    "qwen3_5_moe": {},
+    "qwen3_5_moe_text": {},
+    "qwen3_5_text": {},
     "qwen3_next": {},
+    "recurrent_gemma": {},
     "xlnet": {},
     "zamba": {},
     "zamba2": {},
@@ -58,7 +67,7 @@ LESS = {"bamba": 0.1, "falcon_h1": 0.15}
 """Where channels and heads are less than a fifth of the small instance: the share that is removed."""
 REPEATED = ("hrm_text",)
 """Types whose layers are run several times, so that criteria of weights alone can score them."""
-SHORT = {("gemma4_text", "llm-pruner"), ("gemma3n_text", "best"), ("bamba", "llm-pruner")}
+SHORT = {("gemma4_text", "llm-pruner"), ("gemma3n_text", "best"), ("bamba", "llm-pruner"), ("qwen3_5_text", "best")}
 CASES = [
     pytest.param(name, method, marks=() if (name, method) in SHORT else pytest.mark.long)
     for name in TYPES

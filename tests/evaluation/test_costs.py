@@ -56,7 +56,7 @@ def test_experts_count_as_often_as_they_are_visited():
     config = MixtralConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, **shape)
     model = MixtralForCausalLM(config)
     attention, router, head, expert = 32 * (32 + 16 + 16 + 32), 4 * 32, 300 * 32, 3 * 16 * 32
-    graph = graph_of(model, lambda: ())
+    graph = graph_of(model, ())
     assert macs_per_token(model, graph, context=0) == attention + router + head + 2 * expert
 
 

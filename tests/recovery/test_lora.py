@@ -43,10 +43,10 @@ def test_experts_are_skipped():
             layer=0,
         ),
     ]
-    graph = graph_of(model, lambda: groups)
+    graph = graph_of(model, groups)
     assert adapter_targets(model, graph) == [f"{path}.self_attn.o_proj"]
     with pytest.raises(UnsupportedModelError, match="nothing to adapt"):
-        adapter_targets(model, graph_of(model, lambda: groups[:1]))
+        adapter_targets(model, graph_of(model, groups[:1]))
 
 
 def test_adapters_for_conv1d_modules(tiny):

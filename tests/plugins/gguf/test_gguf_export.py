@@ -147,7 +147,7 @@ def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share,
 
     model = random_model(name)
     _, file = exported(model, tmp_path)
-    (ours, _), theirs = gguf_work(file), work_of(model, graph_of(model, tuple))
+    (ours, _), theirs = gguf_work(file), work_of(model, graph_of(model, ()))
     assert (ours.body_macs, ours.head_macs) == (theirs.body_macs, theirs.head_macs)
     assert ours.weight_bytes == theirs.weight_bytes and ours.routed_bytes == theirs.routed_bytes
     assert list(ours.routed_bytes) == [share]
