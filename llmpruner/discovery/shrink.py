@@ -125,17 +125,14 @@ def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small
     """Make the configurations inside ``config`` small, that of its text model first; returns `_Around.text` for the
     others and for ``config`` itself."""
     text = config.get_text_config()
-    parts = {n: part for n, v in values.items() if isinstance(v, dict) and _is_config(part := getattr(config, n, None))}
+    parts = {n: getattr(config, n, None) for n, v in values.items() if isinstance(v, dict)}
+    parts = {n: part for n, part in parts.items() if hasattr(part, "to_dict") and hasattr(part, "model_type")}
     beside = around.text
     for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
         values[name] = _shrink(part, small, replace(around, text={} if part is text else beside))
         if part is text and isinstance(getattr(part, "hidden_size", None), int):
             beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
     return beside
-
-
-def _is_config(part: Any) -> bool:
-    return hasattr(part, "to_dict") and hasattr(part, "model_type")
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
@@ -288,7 +285,9 @@ def _shrink_layers(
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     parts = _parts(values, key, count)
     numbered = {
-        n: v for n, v in values.items() if _NUMBERED.search(n) and isinstance(v, list) and _are_layers(v, count)
+        n: v
+        for n, v in values.items()
+        if _NUMBERED.search(n) and isinstance(v, list) and 0 < len(v) < count and set(v) <= set(range(count))
     }
     among = [[n in value for n in range(count)] for value in numbered.values()]
     columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
@@ -311,10 +310,6 @@ def _shrink_layers(
         elif _LAYERS.search(name) and _is_size(value) and name != key:
             values[name] = min(value, len(chosen)) if isinstance(value, int) else value
     return chosen
-
-
-def _are_layers(value: list[Any], count: int) -> bool:
-    return bool(value) and len(value) < count and all(type(n) is int and 0 <= n < count for n in value)
 
 
 def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bool]]:

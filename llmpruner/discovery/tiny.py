@@ -86,14 +86,11 @@ def _run(model: PreTrainedModel) -> None:
         with torch.no_grad():
             model(input_ids=torch.arange(7)[None], use_cache=False)
     except Exception as error:
+        statement, inside = where(error)
+        at = f", as `{statement}` in {inside} stops" if inside else ""
         raise UnsupportedModelError(
-            f"a small {model.config.model_type} cannot run{_at(error)}: {first_line(error)[:160]}"
+            f"a small {model.config.model_type} cannot run{at}: {first_line(error)[:160]}"
         ) from error
-
-
-def _at(error: BaseException) -> str:
-    statement, inside = where(error)
-    return f", as `{statement}` in {inside} stops" if inside else ""
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
