@@ -137,8 +137,9 @@ def _are_ranked(node: Node) -> bool:
 @rule("transpose", "t", "numpy_T", "permute", "movedim", "unsqueeze")
 def reorder(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     """Each axis gets a size of its own, so that the shape of the operator's result tells where it went."""
+    operator: Any = node.target
     value, *rest = args
-    sizes = node.target(torch.empty([2 + n for n in range(value.ndim)], device="meta"), *rest, **kwargs).shape
+    sizes = operator(torch.empty([2 + n for n in range(value.ndim)], device="meta"), *rest, **kwargs).shape
     return with_axes(value, [uniform(1, FREE) if size == 1 else value.axes[size - 2] for size in sizes])
 
 
@@ -202,11 +203,12 @@ def _common_origin(run: Propagation, parts: Sequence[Value]) -> Origin:
 @rule("slice", "split", "split_with_sizes", "chunk")
 def part(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     """The operator itself, on the numbers of the positions, tells which of them each part has."""
+    operator: Any = node.target
     value, *rest = args
-    name = operator_name(node.target)
+    name = operator_name(operator)
     at = 0 if name == "slice" else 1
     dim = argument(rest, kwargs, at, "dim", 0) % value.ndim
-    positions = node.target(torch.arange(value.shape[dim]), *rest[:at], 0, *rest[at + 1 :])
+    positions = operator(torch.arange(value.shape[dim]), *rest[:at], 0, *rest[at + 1 :])
     parts = [
         with_axes(value, [ids[chosen.numpy()] if d == dim else ids for d, ids in enumerate(value.axes)])
         for chosen in ([positions] if name == "slice" else positions)
@@ -285,7 +287,8 @@ def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
 @rule("index_select")
 def index_select(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     value, dim, pick = args
-    return index(run, node, [value, [*[None] * (dim % value.ndim), pick]], kwargs)
+    result: Value = index(run, node, [value, [*[None] * (dim % value.ndim), pick]], kwargs)
+    return result
 
 
 @rule("gather")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ class Propagation:
                             self.ids.block(ids, "it is an axis of the output")
 
     def input(self, node: Node, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> Any:
-        signature, meta = program.graph_signature, node.meta.get("val")
+        signature, meta = program.graph_signature, cast("Any", node.meta.get("val"))
         if name := signature.inputs_to_parameters.get(node.name):
             return self.parameter(canonical[name], meta.shape)
         if (buffer := signature.inputs_to_buffers.get(node.name)) and meta.is_floating_point():
