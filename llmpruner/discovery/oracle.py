@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -138,7 +138,7 @@ class Oracle:
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
             for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], _only_with(table, agrees))
+                found = find([table, *attributes], lambda chosen, table=table: table in chosen and agrees(chosen))
                 if found is not None:
                     break
         if found is None:
@@ -188,10 +188,6 @@ class Oracle:
         mode = silenced(model, self.graph, kept)
         with mode:
             return logits(model, self.tokens), model, mode
-
-
-def _only_with(rule: Rule, agrees: Callable[[Sequence[Rule]], bool]) -> Callable[[Sequence[Rule]], bool]:
-    return lambda chosen: rule in chosen and agrees(chosen)
 
 
 class Disagreement(LlmprunerError):
