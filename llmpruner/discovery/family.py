@@ -98,6 +98,11 @@ class ModelFamily(Component):
         """Whether `refresh` is not overridden, so that the attributes to update are found on a small model."""
         return type(self).refresh is ModelFamily.refresh
 
+    @property
+    def declares_groups(self) -> bool:
+        """Whether `coupled_groups` is overridden."""
+        return type(self).coupled_groups is not ModelFamily.coupled_groups
+
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
         """Configurations of other stock classes for a uniformly cut model that its own class cannot represent.
 

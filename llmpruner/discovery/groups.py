@@ -29,7 +29,6 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .family import ModelFamily
 from .ids import Mark
 from .propagate import Propagation
 from .trace import Trace, trace
@@ -37,6 +36,8 @@ from .units import OwnedAxis, UnitSet, unit_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from .family import ModelFamily
 
 
 LATENT = "latent"
@@ -310,6 +311,6 @@ def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     Raises `CouplingError` where the family's groups contradict them. Where all groups are discovered, ``blocked`` lists
     the axes without units.
     """
-    if type(family).coupled_groups is ModelFamily.coupled_groups:
-        return discover_graph(config)
-    return graph_of(meta_model(config), family.coupled_groups(config))
+    if family.declares_groups:
+        return graph_of(meta_model(config), family.coupled_groups(config))
+    return discover_graph(config)
