@@ -71,7 +71,7 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
     traced = trace(config)
     named, reasons = _named(traced)
-    if any(n.kind == _CROSS_LAYER for n in named) and traced.is_shallow:
+    if any(n.kind == _CROSS_LAYER for n in named) and _is_shallow(traced):
         # Something couples several layers, so one traced layer does not represent the others.
         traced = trace(config, shallow=False)
         named, reasons = _named(traced)
@@ -81,7 +81,7 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     blocked: tuple[Blocked, ...] = ()
     if traced.repeats:
         blocked = (Blocked(traced.layers, 0, "a layer runs more than once"),)
-    elif counted := None if traced.is_shallow else counts_layers(model, traced.layers):
+    elif counted := None if _is_shallow(traced) else counts_layers(model, traced.layers):
         # Where a model with fewer layers was traced, it runs.
         blocked = (Blocked(traced.layers, 0, f"'{counted}' has a part for every layer, which does not follow"),)
     elif traced.streams == 1:
@@ -94,6 +94,10 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
         for name in _everywhere(parameter, traced)
     )
     return replace(graph_of(model, groups), blocked=blocked)
+
+
+def _is_shallow(traced: Trace) -> bool:
+    return any(len(members) > 1 for members in traced.stands_for.values())
 
 
 def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:

@@ -44,10 +44,6 @@ class Trace:
     streams: int = 1
     repeats: bool = False
 
-    @property
-    def is_shallow(self) -> bool:
-        return any(len(members) > 1 for members in self.stands_for.values())
-
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only.
