@@ -22,7 +22,7 @@ from .component import check_chosen
 from .discovery.opening import Opener, Source, listed, openers
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
-from .errors import ModelError, PlanError, SettingsError
+from .errors import DataError, ModelError, PlanError, SettingsError
 from .evaluation.base import ComparedModel
 from .evaluation.bench import BenchResult
 from .evaluation.bench import bench as _bench
@@ -40,7 +40,6 @@ from .keywords import (
     PruneKeywords,
     RecoverKeywords,
 )
-from .models.generation import check_not_empty
 from .models.generation import generate as _generate
 from .models.gguf import forget_gguf
 from .models.messages import quiet_transformers
@@ -268,8 +267,9 @@ def generate(
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
     if not prompt and not options.chat:
-        # A tokenizer that puts a token before every text makes a prompt of no text.
-        check_not_empty(opener.tokenizer(opened), prompt)
+        tokenizer: Any = opener.tokenizer(opened)
+        if not tokenizer(prompt)["input_ids"]:
+            raise DataError("the prompt is empty")
     loaded = opener.weights(opened)
     asked = Prompt(prompt, False)
     if options.chat:

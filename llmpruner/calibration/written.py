@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
-from ..models.generation import fast_one_token_attention, text_before
+from ..models.generation import fast_one_token_attention, generating_as, text_before
 from ..models.messages import quiet_transformers
 from ..models.numbers import with_fast_products
 from ..models.positions import table_of
@@ -84,7 +84,7 @@ def self_generated(
             draw = _Draw(points.draw(rows).to(model.device), never=[eos] if isinstance(eos, int) else eos or [])
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
-            with _generating_as(model, config), fast_one_token_attention(), _naming_failures(model):
+            with generating_as(model, config), fast_one_token_attention(), _naming_failures(model):
                 ids = model.generate(start, attention_mask=mask, logits_processor=[draw])
             written.append(ids.cpu())
         return written
@@ -122,7 +122,7 @@ def answered(
     config = GenerationConfig(
         do_sample=False, max_new_tokens=numbers.shape[1], eos_token_id=sorted(stops) or None, pad_token_id=pad
     )
-    with quiet_transformers(), torch.no_grad(), _generating_as(model, config), _naming_failures(model):
+    with quiet_transformers(), torch.no_grad(), generating_as(model, config), _naming_failures(model):
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
         found = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in found]
@@ -163,7 +163,7 @@ def written_chats(
         )
     points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
     end, chats = frame.after.strip(), list[list[int]]()
-    limit = table_of(model)
+    limit = table_of(model.config)
     # A third of the positions that the format leaves, for a question.
     asked = QUESTION_TOKENS if limit is None else min(QUESTION_TOKENS, (limit - around) // 3)
 
@@ -209,18 +209,6 @@ def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
             f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]}); give a "
             "text with --calibration, or --data of recover"
         ) from error
-
-
-@contextmanager
-def _generating_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """``config`` as the model's own, from which transformers takes values that a given one leaves open: a repetition
-    penalty (Qwen2.5-Instruct) or a forced end of the sequence (BART) would change the probabilities of tokens."""
-    own = model.generation_config
-    model.generation_config = config
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 _ROWS = 8

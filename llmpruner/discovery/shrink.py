@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
 
-from ..models.config import for_all_layers
 from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
+from ..models.stock import for_all_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

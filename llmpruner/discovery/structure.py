@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import CheckpointError, LlmprunerError, ModelError, first_line
 from ..models.checkpoint import adapter_base
-from ..models.checks import in_one_line
-from ..models.config import values_of
-from ..models.messages import quiet_transformers
+from ..models.messages import in_one_line, quiet_transformers
 from ..models.model import Structure
 from ..models.record import read_any_record, read_record
 from ..models.reference import Reference, resolve
-from ..models.remote import ALLOW, check_own_class, pruned_class, register_model_class
+from ..models.remote import ALLOW, pruned_class, register_model_class
 from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan
@@ -27,8 +25,6 @@ from .family import ModelFamily
 from .groups import build_graph
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
 
@@ -80,7 +76,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _recorded_structure(
     ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
 ) -> Structure:
-    values = values_of(record)
+    values = dict(PreTrainedConfig._decode_special_floats(dict(record["base_config"])))
     if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
         # Pruned from a model with code in its checkpoint, of which this one contains a copy.
         if not options.trust_remote_code:
@@ -104,7 +100,6 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
         )
         if options.trust_remote_code:
-            check_own_class(config)
             register_model_class(config, options.revision)
         return config
 

@@ -8,9 +8,9 @@ from operator import itemgetter
 from typing import TYPE_CHECKING, cast
 
 from ..errors import UnsupportedModelError
-from ..models.config import for_all_layers
 from ..models.meta import graph_of
 from ..models.shim import stock_config
+from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule
 from .groups import discover_groups

@@ -54,11 +54,11 @@ class AnswersMetric(Metric):
         _ = self._examples
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.positions import check_table_of_config
+        from ..models.positions import check_table
 
         what, hint = f"examples of {self.settings.cutoff:,} tokens", f"lower --set {self.name}.cutoff"
         for model in models:
-            check_table_of_config(model.config, model.name, self.settings.cutoff, what, hint)
+            check_table(model.config, self.settings.cutoff, what, hint, f"'{model.name}'")
         if self.settings.kl:
             check_same_tokens(models, "\n".join(str(example) for example in self._examples[:64]))
 

@@ -129,13 +129,13 @@ class PerplexityMetric(Metric):
         _ = self._texts
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.positions import check_table_of_config, warn_beyond
+        from ..models.positions import check_table, warn_beyond
 
         window = self.settings.window
         what, hint = f"windows of {window:,} tokens", "lower --window"
         for model in models:
-            check_table_of_config(model.config, model.name, window, what, hint)
-            warn_beyond(model.config, model.name, window, what, hint)
+            check_table(model.config, window, what, hint, f"'{model.name}'")
+            warn_beyond(model.config, window, what, hint, f"'{model.name}'")
         if self.settings.kl:
             for text in self._texts.values():
                 check_same_tokens(models, text[:_COMPARED])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,12 +21,9 @@ class TorchSession(Session):
     """A model in memory, step by step, with a cache that grows."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        from ..models.numbers import clock_of
-
         self.vocabulary = int(model.config.get_text_config().vocab_size)
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.model = model
-        self._clock = clock_of(model.device)
 
     def start(self, batch: int, length: int) -> None:
         from ..models.generation import CachedModel
@@ -41,9 +39,17 @@ class TorchSession(Session):
             self._logits = self._cached.process(self._logits.argmax(-1, keepdim=True))
 
     def milliseconds(self, step: Callable[[], None]) -> float:
-        begin = self._clock.now()
+        self._wait()
+        begin = time.perf_counter()
         step()
-        return self._clock.between(begin, self._clock.now())
+        self._wait()
+        return (time.perf_counter() - begin) * 1e3
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
 
     def close(self) -> None:
         del self.model
@@ -57,10 +63,10 @@ class TransformersRuntime(Runtime):
     summary = "transformers, step by step, with a cache that grows"
 
     def check(self, subject: BenchSubject) -> None:
-        from ..models.positions import check_table_of_config
+        from ..models.positions import check_table
 
         what = f"{subject.length:,} tokens"
-        check_table_of_config(subject.structure.config, subject.ref, subject.length, what, "lower --prompt or --new")
+        check_table(subject.structure.config, subject.length, what, "lower --prompt or --new", f"'{subject.ref}'")
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         loaded = subject.load()

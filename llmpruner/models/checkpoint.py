@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, MissingExtraError, first_line
 from ..files import exists, read_json
 from .messages import quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model
-from .record import check_weights
+from .record import check_weights, names_in
 from .remote import ALLOW, pruned_class
 
 if TYPE_CHECKING:
@@ -27,18 +26,15 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_base(path: Path) -> str | None:
-    """Reference of the base model of the peft adapter in directory ``path``: a folder inside ``path``, or as its
-    configuration names it; None when ``path`` is no adapter. Raises `CheckpointError` when its file is damaged, or the
-    base is, over other adapters or not, the adapter itself."""
-    base = _named_base(path)
-    seen, current = {path.resolve()}, base
-    while current is not None:
-        folder = Path(current)
-        if folder.resolve() in seen:
-            raise CheckpointError(f"{path / _ADAPTER_FILE} names the adapter itself as the model that it adapts")
-        seen.add(folder.resolve())
-        current = _named_base(folder)
-    return base
+    """Reference of the base model of the peft adapter in directory ``path``, which may be another adapter; None when
+    ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    file = path / _ADAPTER_FILE
+    if not exists(file):
+        return None
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
+    return str(path / base) if exists(path / base) and (path / base).is_dir() else base
 
 
 def below_adapters(text: str) -> str:
@@ -46,16 +42,6 @@ def below_adapters(text: str) -> str:
     while (base := adapter_base(Path(text))) is not None:
         text = base
     return text
-
-
-def _named_base(path: Path) -> str | None:
-    file = path / _ADAPTER_FILE
-    if not exists(file):
-        return None
-    base = read_json(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base or "\0" in base:
-        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
-    return str(path / base) if exists(path / base) and (path / base).is_dir() else base
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
@@ -76,22 +62,14 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
             # peft reads a name that transformers has deprecated.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             adapted = load(model, str(path)).eval()
-        unknown = _stored(path) - get_peft_model_state_dict(adapted).keys()
-        if unknown:
-            raise ValueError(f"the model has no place for its tensor {min(unknown)}")
+        if (path / ADAPTER_WEIGHTS).is_file():  # there are older formats
+            unknown = set(names_in(path / ADAPTER_WEIGHTS)) - get_peft_model_state_dict(adapted).keys()
+            if unknown:
+                raise ValueError(f"the model has no place for its tensor {min(unknown)}")
         return adapted
     except Exception as error:
         base = model.config.name_or_path
         raise CheckpointError(f"the adapter in {path} does not fit '{base}': {first_line(error)}") from error
-
-
-def _stored(path: Path) -> set[str]:
-    """Names of the tensors of an adapter; empty for an adapter in an older format than safetensors."""
-    file = path / ADAPTER_WEIGHTS
-    if not file.is_file():
-        return set()
-    with safe_open(file, framework="pt") as tensors:
-        return set(tensors.keys())
 
 
 def load_pruned(
@@ -102,42 +80,38 @@ def load_pruned(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint of `save_checkpoint`, stock or not, or a LoRA adapter for one, or for another adapter, which is
+    """Load a checkpoint of `save_checkpoint`, stock or not, or an adapter for one, or for another adapter, which is
     merged then.
 
-    ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: as saved unless given.
-    ``trust_remote_code``: whether code in the checkpoint may run. Only a model whose class is in neither transformers
-    nor an installed plugin needs it; for all others llmpruner's own code is used.
-    Raises `CheckpointError` when a file is missing or damaged (see `manifest.check_weights`), or a tensor is missing,
-    unknown or of another shape.
+    ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: None: as saved.
+    ``trust_remote_code``: whether code in the checkpoint may run, which a model needs whose class is in neither
+    transformers nor an installed plugin. Raises `CheckpointError` when a file is missing or damaged, or a tensor is
+    missing, unknown or of another shape.
     """
-    base = adapter_base(Path(path))
+    place = Path(path)
+    base = adapter_base(place)
+    if place.is_dir():
+        check_weights(place)
     if base is not None:
-        check_weights(Path(path))
-        model = load_pruned(
-            base,
-            dtype=dtype,
-            device=device,
-            attn_implementation=attn_implementation,
+        model: Any = load_pruned(
+            base, dtype=dtype, device=device, attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
-        )
+        )  # fmt: skip
         if hasattr(model, "merge_and_unload"):
             # Itself an adapter, whose names peft does not find in those of a second one.
             model = model.merge_and_unload()
-        return cast("PreTrainedModel", with_adapter(model, Path(path)))
-    if Path(path).exists() and not (Path(path) / "config.json").is_file():
-        raise CheckpointError(f"{path} is no checkpoint: it has no config.json")
-    if Path(path).is_dir():
-        check_weights(Path(path))
-
-    options: dict[str, Any] = {"dtype": dtype or "auto", "use_safetensors": True, "output_loading_info": True}
-    options["trust_remote_code"] = trust_remote_code
-    options["ignore_mismatched_sizes"] = True  # they are an error below, which names the tensor
-    if attn_implementation is not None:
-        options["attn_implementation"] = attn_implementation
+        return cast("PreTrainedModel", with_adapter(model, place))
     try:
         with quiet_transformers():
-            model, info = model_class(path, trust_remote_code).from_pretrained(str(path), **options)
+            model, info = model_class(path, trust_remote_code).from_pretrained(
+                str(path),
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error below, which names the tensor
+                trust_remote_code=trust_remote_code,
+                **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+            )
     except CheckpointError:
         raise
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like

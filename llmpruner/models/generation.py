@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, StoppingCriteria, StoppingCriteriaList, TextStreamer
+from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
@@ -34,35 +32,64 @@ def generate(
     stop_text: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it; see
-    `generate_ids`. ``on_text``: called with each piece as it comes; an exception in it ends the generation."""
-    ids = generate_ids(
-        model, tokenizer, prompt,
-        add_special_tokens=add_special_tokens, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed,
-        stop_text=stop_text, **({} if on_text is None else {"streamer": _Pieces(tokenizer, on_text, stop_text)}),
-    )  # fmt: skip
-    return text_before(tokenizer.decode(ids, skip_special_tokens=True), stop_text).strip("\n")
+    """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it.
+
+    ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
+    A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was.
+    ``on_text``: called with each piece as it comes; an exception in it ends the generation. Ends at the
+    end-of-sequence token, at ``stop_text``, and where a model with a table of positions (GPT-2, OPT) has no more.
+    Raises `DataError` for a prompt with more tokens than the model has positions.
+    """
+    ids = ids_to_continue(tokenizer, prompt, special=add_special_tokens)
+    ids_1T = check_ids(torch.tensor([ids], dtype=torch.long, device=model.device), model)
+    limit, table = positions_of(model.config), table_of(model.config)
+    if limit is not None and len(ids) > limit:
+        raise DataError(f"the prompt has {len(ids):,} tokens, and the model reads {limit:,}; shorten it")
+    if table is not None:
+        # The last token is not read.
+        max_new_tokens = min(max_new_tokens, table - len(ids) + 1)
+    own = model.generation_config
+    end = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=end,
+        pad_token_id=padding_id(tokenizer, model, end if isinstance(end, list) else [end]),
+        do_sample=temperature > 0,
+        stop_strings=stop_text,
+        **({"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}),
+    )
+    streamer = None if on_text is None else _Pieces(tokenizer, on_text, stop_text)
+    devices = [model.device] if model.device.type == "cuda" else []
+    with (
+        quiet_transformers(),
+        torch.random.fork_rng(devices=devices),
+        torch.inference_mode(),
+        generating_as(model, config),
+    ):
+        torch.manual_seed(seed)
+        mask = torch.ones_like(ids_1T)
+        output = model.generate(input_ids=ids_1T, attention_mask=mask, streamer=streamer, tokenizer=tokenizer)
+    text = tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True)
+    return text_before(text, stop_text).strip("\n")
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Calls ``on_text`` with the pieces of a continuation up to ``stop``. What may be the start of ``stop`` waits for
-    the next piece."""
+    """Calls ``on_text`` with the pieces of a continuation up to ``stop``; what may be the start of it waits."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop: str | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self._on_text, self._stop = on_text, stop or ""
-        self._waiting, self._stopped = "", False
+        self._on_text, self._stop = on_text, stop
+        self._text, self._shown = "", 0
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        if self._stopped:
-            return
-        text, found, _ = (self._waiting + text).partition(self._stop) if self._stop else (self._waiting + text, "", "")
-        self._stopped = bool(found)
-        starts = (self._stop[:size] for size in range(len(self._stop) - 1, 0, -1))
-        part = "" if self._stopped or stream_end else next((start for start in starts if text.endswith(start)), "")
-        self._waiting = part
-        if len(text) > len(part):
-            self._on_text(text[: len(text) - len(part)])
+        self._text += text
+        final = text_before(self._text, self._stop)
+        if self._stop and final == self._text and not stream_end:
+            final = final[: max(0, len(final) - len(self._stop) + 1)]
+        if len(final) > self._shown:
+            self._on_text(final[self._shown :])
+            self._shown = len(final)
 
 
 def text_before(text: str, stop: str | None) -> str:
@@ -70,91 +97,16 @@ def text_before(text: str, stop: str | None) -> str:
     return text.partition(stop)[0] if stop else text
 
 
-def generate_ids(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    prompt: str,
-    *,
-    add_special_tokens: bool = True,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    seed: int = 0,
-    stop_text: str | None = None,
-    **options: Any,
-) -> list[int]:
-    """The tokens that continue ``prompt``.
-
-    ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
-    A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was. Stops at
-    the end-of-sequence token, once the continuation has ``stop_text``, which is then among the tokens, and where a
-    model with a table of positions (GPT-2, OPT) has no more. ``options``: passed on to transformers (``streamer``,
-    ``stopping_criteria``). Raises `DataError` for a prompt without tokens or with more than the model has positions, or
-    a negative temperature.
-    """
-    if temperature < 0:
-        raise DataError(f"temperature must be 0 (greedy) or above, got {temperature}")
-    ids_1T = torch.tensor(
-        [ids_to_continue(tokenizer, prompt, special=add_special_tokens)], dtype=torch.long, device=model.device
-    )
-    length = ids_1T.shape[1]
-    limit = positions_of(model.config)
-    if length == 0:
-        raise DataError("the prompt is empty")
-    if limit is not None and length > limit:
-        raise DataError(f"the prompt has {length:,} tokens, and the model reads {limit:,}; shorten it")
-    check_ids(ids_1T, model)
-    table = table_of(model)
-    if table is not None:
-        # The last token is not read.
-        max_new_tokens = min(max_new_tokens, table - length + 1)
+@contextmanager
+def generating_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
+    """``config`` as the model's own, from which transformers takes values that a given one leaves open: a repetition
+    penalty (Qwen2.5-Instruct) or a forced end of the sequence (BART) would change the probabilities of tokens."""
     own = model.generation_config
-    stop = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        use_cache=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=stop,
-        pad_token_id=padding_id(tokenizer, model, stop if isinstance(stop, list) else [stop]),
-        **(sampling or {"do_sample": False}),
-    )
-    if stop_text:
-        criteria = options.get("stopping_criteria", ())
-        options["stopping_criteria"] = StoppingCriteriaList([*criteria, _until_text(tokenizer, stop_text, length)])
-    devices = [model.device] if model.device.type == "cuda" else []
-    # transformers takes values that the call does not give from the model's own configuration, whose repetition penalty
-    # and sampling settings would change the result.
     model.generation_config = config
     try:
-        with quiet_transformers(), torch.random.fork_rng(devices=devices), torch.inference_mode():
-            torch.manual_seed(seed)
-            output = model.generate(input_ids=ids_1T, attention_mask=torch.ones_like(ids_1T), **options)
+        yield
     finally:
         model.generation_config = own
-    return [int(token) for token in output[0, length:]]
-
-
-def _until_text(tokenizer: Any, stop: str, length: int) -> StoppingCriteria:
-    """Ends a generation once what follows the first ``length`` tokens has ``stop``.
-
-    That of transformers (``stop_strings``) goes over the whole vocabulary first, whose form it has to know.
-    """
-    # A token is a byte at least. Some tokenizers leave out a blank before the first token that they decode.
-    width = len(stop.encode()) + 2
-
-    class Until(StoppingCriteria):  # type: ignore[misc]
-        def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-            tail = input_ids[0, max(length, input_ids.shape[1] - width) :]
-            stops = stop in tokenizer.decode(tail, skip_special_tokens=True)
-            return torch.full((len(input_ids),), stops, dtype=torch.bool, device=input_ids.device)
-
-    return Until()
-
-
-def check_not_empty(tokenizer: Any, prompt: str) -> None:
-    """Raise `DataError` for a prompt that ``tokenizer`` makes no token of."""
-    if not tokenizer(prompt, verbose=False)["input_ids"]:
-        raise DataError("the prompt is empty")
 
 
 class CachedModel:
@@ -177,15 +129,8 @@ class CachedModel:
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **options).logits
             return logits[:, -1]
 
-    @torch.inference_mode()
-    def fork(self) -> CachedModel:
-        """The same model with a copy of the cache."""
-        other = copy.copy(self)
-        other.cache = copy.deepcopy(self.cache)
-        return other
 
-
-@contextlib.contextmanager
+@contextmanager
 def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
@@ -193,10 +138,7 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
         raise
     except Exception as error:  # caches and forward passes of any architecture may raise anything
         if is_out_of_memory(error):
-            raise ModelError(
-                f"memory is too small to run the {model.config.model_type} model with so many tokens at once; take "
-                "fewer: a smaller batch, or shorter prompts"
-            ) from error
+            raise ModelError("memory is too small for so many tokens; take fewer at once") from error
         raise UnsupportedModelError(
             f"a {model.config.model_type} model does not run with a key/value cache, so its cost cannot be measured "
             f"({type(error).__name__}: {first_line(error)[:160]}); choose another --budget"

@@ -6,43 +6,26 @@ import contextlib
 import copy
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import modeling_gguf_pytorch_utils as legacy
-
-from .messages import quiet_transformers
+from transformers.utils import logging
 
 RECORDED_PRE = "gguf_pre"
 """Key of ``tokenizer_config.json``: the name that the GGUF file of the dense model has for its pre-tokenizer."""
 
-
-@dataclass
-class _Parsed:
-    """``file``: its path, time of change and size. ``reader``: a ``gguf.GGUFReader``. ``metadata``: what
-    ``load_gguf_checkpoint`` makes of it without tensors; None as long as nothing asked for it."""
-
-    file: tuple[str, int, int]
-    reader: Any
-    metadata: dict[str, Any] | None = None
-
-
-_last: _Parsed | None = None
-"""Of one file, as parsing takes seconds for a large vocabulary, and the result takes more memory than the vocabulary.
-It is there from the first look at a model until its weights are loaded."""
+_OWN_LOAD = legacy.load_gguf_checkpoint
 
 
 @contextlib.contextmanager
 def gguf_parsed_once(*, keep: bool = False) -> Iterator[None]:
-    """Share what is parsed of a GGUF file, and its map of tensor names, between the calls of transformers.
-
-    For the configuration, the tokenizer and the weights, transformers parses the same file four times, and it makes the
-    map of names for every module. ``keep``: what was parsed stays for the next block; otherwise it is freed.
-    """
+    """Share what is parsed of a GGUF file, and its map of tensor names, between the calls of transformers, which parses
+    the file four times (seconds each, for a large vocabulary) and makes the map for every module. ``keep``: what was
+    parsed stays for the next block."""
     if find_spec("gguf") is None:
         yield
         return
@@ -51,73 +34,61 @@ def gguf_parsed_once(*, keep: bool = False) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         if not keep:
             stack.callback(forget_gguf)
-        if gguf.GGUFReader is not gguf_reader:  # not inside another block
-            # transformers takes them from their modules whenever it calls them.
-            for module, name, function in (
-                (gguf, "GGUFReader", gguf_reader),
-                (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
-                (legacy, "load_gguf_checkpoint", _load_gguf_checkpoint),
-            ):
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, function)
+        for module, name, replacement in (
+            (gguf, "GGUFReader", gguf_reader),
+            (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+            (legacy, "load_gguf_checkpoint", _load_gguf_checkpoint),
+            (legacy, "tqdm", logging.tqdm),  # obeys the setting for progress bars
+        ):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, replacement)
         yield
 
 
 def gguf_reader(path: os.PathLike[str] | str) -> Any:
     """The ``gguf.GGUFReader`` of a file, which is parsed if it is not the last one, or has changed."""
-    return _parsed(path).reader
-
-
-def gguf_metadata(path: os.PathLike[str] | str) -> dict[str, Any]:
-    """What transformers makes of a file without its tensors: ``config``, ``tokenizer``, …; a copy."""
-    parsed = _parsed(path)
-    if parsed.metadata is None:
-        with gguf_parsed_once(keep=True), quiet_transformers():
-            parsed.metadata = _OWN_LOAD(str(path))
-    return copy.deepcopy(parsed.metadata)
+    return _parsed(os.path.realpath(path), Path(path).stat().st_mtime_ns)
 
 
 def forget_gguf() -> None:
     """Free what was parsed."""
-    global _last
-    _last = None
+    _parsed.cache_clear()
+    _metadata.cache_clear()
 
 
 def pre_tokenizer_of(path: Path) -> str | None:
-    """How the tokenizer of a GGUF file splits text, by llama.cpp's name for it; None where the file has none."""
+    """llama.cpp's name for how the tokenizer of a GGUF file splits text; None where the file has none."""
     field = gguf_reader(path).fields.get("tokenizer.ggml.pre")
     return None if field is None else str(field.contents())
 
 
-def _parsed(path: os.PathLike[str] | str) -> _Parsed:
-    global _last
-    real, facts = os.path.realpath(path), Path(path).stat()
-    file = real, facts.st_mtime_ns, facts.st_size
-    if _last is None or _last.file != file:
-        forget_gguf()  # before another one takes memory
-        _last = _Parsed(file, _reader_class()(real))
-    return _last
-
-
-@cache
-def _reader_class() -> Any:
-    """``GGUFReader`` with a plain array for the bytes of the file. It makes a view of them for every token of the
-    vocabulary, and views of a ``numpy.memmap`` take three times the time and twice the memory."""
+@lru_cache(maxsize=1)
+def _parsed(path: str, changed: int) -> Any:
+    """The reader keeps a view of the file's bytes for every token of the vocabulary. Views of a ``numpy.memmap`` take
+    three times the time and twice the memory of those of a plain array."""
     from gguf.gguf_reader import GGUFReader
 
     def put(reader: Any, mapped: np.ndarray[Any, Any]) -> None:
         vars(reader)["bytes"] = mapped.view(np.ndarray)
 
-    return type("PlainReader", (GGUFReader,), {"data": property(lambda reader: vars(reader)["bytes"], put)})
+    del changed
+    return type("PlainReader", (GGUFReader,), {"data": property(lambda reader: vars(reader)["bytes"], put)})(path)
 
 
-_OWN_LOAD = legacy.load_gguf_checkpoint
+@lru_cache(maxsize=1)
+def _metadata(path: str, changed: int) -> dict[str, Any]:
+    """What transformers makes of a file without its tensors: ``config``, ``tokenizer``, …"""
+    del changed
+    read: dict[str, Any] = _OWN_LOAD(path)
+    return read
 
 
 def _load_gguf_checkpoint(
     gguf_checkpoint_path: str, return_tensors: bool = False, *arguments: Any, **options: Any
 ) -> dict[str, Any]:
     if not return_tensors:
-        return gguf_metadata(gguf_checkpoint_path)
+        return copy.deepcopy(
+            _metadata(os.path.realpath(gguf_checkpoint_path), Path(gguf_checkpoint_path).stat().st_mtime_ns)
+        )
     loaded: dict[str, Any] = _OWN_LOAD(gguf_checkpoint_path, return_tensors, *arguments, **options)
     return loaded

@@ -20,25 +20,16 @@ from .record import OF_THIS_MACHINE, sampled_sha256, sha256
 from .reference import resolve
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from ..plugins.catalog import Catalog
-    from .model import Structure
     from .reference import Reference
 
-_NO_WEIGHTS = (".md", ".log")
 
-
-def model_identity(structure: Structure, catalog: Catalog) -> str | None:
-    """A digest of the files of a model, and of those of the base of adapters; of a model of the hub, of its commit.
-    None where the commit is not known."""
-    return _digest(_model_files(structure.ref, getattr(structure.config, "_commit_hash", None), catalog))
-
-
-def folder_identity(folder: Path, catalog: Catalog) -> str | None:
-    """`model_identity` of the model in a local folder, which is not opened."""
-    return _digest(_model_files(str(folder), None, catalog))
-
-
-def _digest(files: dict[str, Any] | None) -> str | None:
+def model_identity(ref: str, catalog: Catalog, config: PreTrainedConfig | None = None) -> str | None:
+    """A digest of the files of a model, and of those of the base of adapters; of a model of the hub, of the commit in
+    its ``config``. None where that is not known."""
+    files = _model_files(ref, getattr(config, "_commit_hash", None), catalog)
     return None if files is None else hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,14 +50,8 @@ def _files(place: Reference) -> list[Path]:
         return [place.directory / place.gguf_file]
     if place.directory.is_file():
         return [place.directory]
-    return [
-        file
-        for file in sorted(place.directory.iterdir())
-        if file.is_file()
-        and not file.name.startswith(".")
-        and file.suffix not in _NO_WEIGHTS
-        and file.name not in OF_THIS_MACHINE
-    ]
+    files = (file for file in sorted(place.directory.iterdir()) if file.is_file() and file.name[0] != ".")
+    return [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
 
 
 def data_identity(*values: Any) -> dict[str, str]:
@@ -76,7 +61,7 @@ def data_identity(*values: Any) -> dict[str, str]:
 
 def _files_named(value: Any) -> Iterator[Path]:
     """Data is named by a file, several with commas between them, with shares (``3*FILE``), and after the name of a
-    calibration source (``NAME:FILE``). A folder that is given as a path stands for all files in it."""
+    calibration source (``NAME:FILE``). A path of a folder stands for all files in it."""
     if isinstance(value, Component):
         value = value.record()
     if is_dataclass(value) and not isinstance(value, type):

@@ -8,13 +8,18 @@ import logging as standard
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import modeling_gguf_pytorch_utils as reader
 from transformers.utils import logging
 
-from ..errors import LlmprunerError, first_line
+from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line
+from .record import names_in
+from .remote import ALLOW
+
+if TYPE_CHECKING:
+    from .reference import Reference
 
 
 @contextlib.contextmanager
@@ -30,20 +35,6 @@ def quiet_transformers() -> Iterator[None]:
             before.callback(logging.enable_progress_bar)
         logging.disable_progress_bar()
         yield
-
-
-@contextlib.contextmanager
-def quiet_gguf() -> Iterator[None]:
-    """`quiet_transformers` for reading a GGUF file, whose progress bar ignores the setting of transformers."""
-    own = vars(reader).get("tqdm")
-    with quiet_transformers():
-        if own is not None:
-            reader.tqdm = logging.tqdm
-        try:
-            yield
-        finally:
-            if own is not None:
-                reader.tqdm = own
 
 
 _AROUND = Path(torch.__file__).parent, Path(__file__).parents[1]
@@ -81,3 +72,26 @@ def why_it_stops(error: BaseException) -> str:
     if isinstance(error, RuntimeError):
         return f"the cut model cannot run: in {inside}, `{statement}` needs a size that the cut changed"
     return f"the cut model cannot run: in {inside}, `{statement}` stops with: {first_line(error)[:160]}"
+
+
+@contextlib.contextmanager
+def in_one_line(ref: Reference) -> Iterator[None]:
+    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
+    try:
+        yield
+    except LlmprunerError:
+        raise
+    except Exception as error:
+        if isinstance(error, ImportError) and "gguf" in str(error).lower():
+            raise MissingExtraError("gguf", "gguf") from error
+        if "trust_remote_code" in str(error):
+            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
+        if "meta device" in str(error):  # accelerate does not name them
+            raise ModelError(f"the checkpoint of '{ref.text}' lacks tensors; it is incomplete or damaged") from error
+        if not ref.gguf_file and ref.reader is None:
+            # transformers does not name a damaged file.
+            for file in sorted(ref.directory.glob("*.safetensors")):
+                names_in(file)
+        known = ref.directory.exists()
+        what = "" if known else ": no such directory or .gguf file, and the hub has no such model, or can't be reached"
+        raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error

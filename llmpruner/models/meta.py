@@ -5,14 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM
+from transformers.initialization import no_init_weights
 
 from ..errors import UnsupportedModelError
 from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
@@ -41,7 +41,16 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pr
     """
     register_model_class(config)
     options = {} if dtype is None else {"dtype": dtype}
-    return _without_weights(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, **options), config)
+    return empty_model(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, **options), config)
+
+
+def empty_model(build: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
+    """What ``build``, a class or a function, makes of ``config``, with parameters on the meta device and buffers with
+    their values."""
+    with init_empty_weights(include_buffers=False), quiet_transformers(), no_init_weights():
+        model = build(copy.deepcopy(config))
+    model.tie_weights()
+    return model.eval()
 
 
 def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
@@ -50,44 +59,11 @@ def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     return base
 
 
-def empty_model(model_class: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance of ``model_class`` with parameters on the meta device and buffers with their values."""
-    return _without_weights(model_class, config)
-
-
 def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
     """Give ``model`` other parameters under the names of its own."""
     for name, parameter in parameters.items():
         path, _, leaf = name.rpartition(".")
         model.get_submodule(path)._parameters[leaf] = parameter
-
-
-def _without_weights(build: Callable[..., PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False), quiet_transformers(), _WithoutDrawing():
-        model = build(copy.deepcopy(config))
-    model.tie_weights()
-    return model.eval()
-
-
-_DRAWING = (
-    "normal_", "uniform_", "trunc_normal_", "kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_",
-)  # fmt: skip
-"""Names of the functions that fill a tensor with random numbers."""
-
-
-class _WithoutDrawing(TorchFunctionMode):
-    """Leaves out random numbers for tensors on the meta device. They have no values, but the operators run all the
-    same, in Python, which took three quarters of the time of building a model. Tensors elsewhere (buffers) are filled.
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        # Compared by name: transformers puts functions of its own into `torch.nn.init` while it initialises a model.
-        if getattr(func, "__name__", "") in _DRAWING:
-            tensor = args[0] if args else kwargs.get("tensor")
-            if isinstance(tensor, torch.Tensor) and tensor.is_meta:
-                return tensor
-        return func(*args, **kwargs)
 
 
 def graph_of(model: PreTrainedModel, groups: Iterable[CoupledGroup]) -> CouplingGraph:
@@ -124,11 +100,9 @@ def decoder_layers(model: Any) -> str:
 
 
 def decoder_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    """The module at ``path``. Raises `UnsupportedModelError` unless it is a list of layers."""
-    modules = model.get_submodule(path)
-    if not isinstance(modules, nn.ModuleList):
-        raise UnsupportedModelError(f"'{path}' of {type(model).__name__} is not a list of layers")
-    return modules
+    """The list of layers at ``path``."""
+    modules: Any = model.get_submodule(path)
+    return cast("nn.ModuleList", modules)
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:

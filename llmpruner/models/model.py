@@ -23,10 +23,9 @@ if TYPE_CHECKING:
 class Structure:
     """A model without its weights.
 
-    ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model,
-    before all cuts. ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter,
-    that of its base, with the adapter's training. ``path``: the absolute path of local files (of an adapter, its own),
-    None for a hub id and the demo model.
+    ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model.
+    ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter, that of its base,
+    with the adapter's training. ``path``: the absolute path of local files, None for a hub id and the demo model.
     """
 
     ref: str
@@ -38,10 +37,7 @@ class Structure:
     path: str | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
-        """One line: the shapes and indices of all fields would be thousands."""
-        times = len(self.plans)
-        state = f"pruned {times} times" if times > 1 else "pruned" if times else "not pruned"
-        graph = self.graph
+        graph, state = self.graph, f"pruned {len(self.plans)} times" if self.plans else "not pruned"
         return (
             f"<{type(self).__name__} '{self.ref}': {self.config.model_type}, {graph.num_layers} layers, "
             f"{graph.total_parameters:,} parameters, {state}>"
@@ -91,9 +87,8 @@ class Model(Structure):
         vars(self)["unfinished"] = None
 
     def become(self, result: Model) -> Model:
-        """This object with all fields of ``result``, which has its weights. The class is frozen, as stages make new
-        values; but whoever holds a model whose weights were changed in place must have the graph and the plans of these
-        weights, too."""
+        """This object with all fields of ``result``, which has its weights: stages make new values, but the object that
+        the caller has must describe the weights that were changed in place."""
         vars(self).update({**vars(result), "unfinished": None})
         return self
 

@@ -1,9 +1,8 @@
 """Pruned language models whose layers differ in size, as ordinary Hugging Face models.
 
 Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
-``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs nothing but torch and
-transformers; ``AutoModel`` gives the model without its head. ``load_pruned`` and ``register`` of llmpruner use the same
-file.
+``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers;
+``AutoModel`` gives the model without its head. ``load_pruned`` and ``register`` of llmpruner use it too.
 
 ``config.json`` is the configuration of the uniform model that was cut, with a record of what differs::
 
@@ -19,13 +18,12 @@ file.
     }
 
 The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
-where transformers does not know it, ``llmpruner_<base type>``. Sizes that belong to one layer are in
-``per_layer_config`` too, by the convention of transformers. A stock class that does not obey it refuses the weights,
-whose shapes are others.
+where transformers does not know it, ``llmpruner_<base type>``. Sizes of one layer are in ``per_layer_config`` too, by
+the convention of transformers. A stock class that does not obey it refuses the weights for their shapes.
 
 There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
-used. The module of a base class outside transformers is copied beside this file, with what it imports
-relatively, and imported at the end of the copy; such a module may import only torch and transformers.
+used. The module of a base class outside transformers is copied into the directory, with what it imports relatively,
+and imported at the end of the copy; such a module may import only torch and transformers.
 """
 
 from __future__ import annotations
@@ -87,10 +85,7 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and update the numbers and counts of
-    layers in modules and configuration.
-
-    ``model.layers_kept`` records what is needed to do the same to a new instance: a configuration cannot always state
-    which layers stayed, because it derives their types from a period or counts from the end.
+    layers in modules and configuration. ``model.layers_kept`` records what is needed to do the same to a new instance.
     """
     layers: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
@@ -123,10 +118,6 @@ def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]] | Non
     have the same sizes."""
     stated = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     return None if stated is None else {int(number): dict(values) for number, values in stated.items()}
-
-
-def _stated(config: PreTrainedConfig, names: Iterable[str]) -> dict[str, Any]:
-    return {name: layer_overrides(config) if name == PER_LAYER else getattr(config, name) for name in names}
 
 
 def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
@@ -214,8 +205,6 @@ def _resize(
     old = table[leaf]
     # Tied parameters are one object and must stay one. Keeping the old one prevents that its id is used again.
     if id(old) not in resized:
-        if len(shape) != old.ndim or any(n > m for n, m in zip(shape, old.shape, strict=True)):
-            raise ValueError(f"the pruned shape of {name} {shape} does not fit into {tuple(old.shape)}")
         data = old.detach()[tuple(slice(n) for n in shape)].clone()
         new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
         resized[id(old)] = old, new
@@ -249,7 +238,7 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
-    pruned = _stated(text, layers["config"])
+    pruned = {n: layer_overrides(text) if n == PER_LAYER else getattr(text, n) for n in layers["config"]}
     cls = type(text)
     overrides = layer_overrides(config)
     config.per_layer_config = record.get("per_layer")
@@ -371,26 +360,26 @@ def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
     or has been imported already, so that a checkpoint cannot run other code.
     """
     name: str = record["base"]
-    module: str | None = record.get("module")
-    found = globals().get(name)
-    if found is None and module is None:
-        found = getattr(transformers, name, None)
-    elif found is None and module is not None and _may_import(module):
-        found = getattr(importlib.import_module(module), name, None)
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        source = f"transformers {transformers.__version__}" if module is None else f"an installed plugin ({module})"
+    module: str = record.get("module") or ""
+    base = globals().get(name)
+    if base is None and not module:
+        base = getattr(transformers, name, None)
+    elif base is None and (module in sys.modules or module.partition(".")[0] in packages_of_models()):
+        base = getattr(importlib.import_module(module), name, None)
+    if not (isinstance(base, type) and issubclass(base, PreTrainedModel)):
+        source = f"transformers {transformers.__version__}" if not module else f"an installed plugin ({module})"
         raise ValueError(f"the checkpoint needs the model class {name}, which {source} does not offer")
-    return found
+    return base
 
 
 def headless_class(base: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
     """The class that ``base`` puts a language model head on, where transformers has it; else None."""
     # Some model types map to several classes, of which the first is the default.
-    found: Any = MODEL_MAPPING.get(base.config_class, None)
-    headless: type[PreTrainedModel] | None = found[0] if isinstance(found, tuple) else found
-    if headless is None or headless is base:
+    mapped: Any = MODEL_MAPPING.get(base.config_class, None)
+    headless: type[PreTrainedModel] | None = mapped[0] if isinstance(mapped, tuple) else mapped
+    if headless is None or headless is base or not headless.base_model_prefix == base.base_model_prefix != "":
         return None
-    return headless if headless.base_model_prefix == base.base_model_prefix != "" else None
+    return headless
 
 
 def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -405,10 +394,6 @@ def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     if "layers" in record:
         kept["layers"] = {**record["layers"], "path": record["layers"]["path"].removeprefix(f"{prefix}.")}
     return kept
-
-
-def _may_import(module: str) -> bool:
-    return module in sys.modules or module.partition(".")[0] in packages_of_models()
 
 
 def packages_of_models() -> set[str]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -114,21 +113,11 @@ def with_fast_products(model: nn.Module, run: Callable[[], T]) -> T:
 def multiplies_bfloat16_fast(device: str) -> bool:
     """Whether a type of device multiplies faster in bfloat16 than in float32."""
     if device == "cpu":
-        return _is_bfloat16_faster(_processor())
+        # Versions of torch before 2.11 do not tell. AVX-512 BF16 of Intel is slower than float32.
+        cpu: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+        vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
+        return bool(cpu.get("amx_bf16")) or vectors
     return device == "cuda" and torch.cuda.is_bf16_supported()
-
-
-def _processor() -> Mapping[str, Any]:
-    """What torch reports of this processor: older versions report less."""
-    if hasattr(torch.cpu, "get_capabilities"):
-        return dict(torch.cpu.get_capabilities())
-    return {"amx_bf16": getattr(torch.cpu, "_is_amx_tile_supported", bool)()}
-
-
-def _is_bfloat16_faster(cpu: Mapping[str, Any]) -> bool:
-    """True with AMX tiles, or AVX-512 BF16 other than Intel's, which is slower than float32."""
-    vectors = bool(cpu.get("avx512_bf16")) and not str(cpu.get("cpu_name", "")).startswith("Intel")
-    return bool(cpu.get("amx_bf16")) or vectors
 
 
 def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -163,32 +152,3 @@ def check_device(device: str) -> None:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise LlmprunerError(f"device '{device}' cannot be used: {first_line(error)}; try --device cpu") from error
-
-
-class Clock:
-    """Of the host, for devices that compute while it waits."""
-
-    def now(self) -> Any:
-        return time.perf_counter()
-
-    def between(self, begin: Any, end: Any) -> float:
-        """Milliseconds between two results of `now`, once the work before ``end`` is done."""
-        return float(end - begin) * 1e3
-
-
-class CudaClock(Clock):
-    """CUDA events, so that timing does not make the host wait for the device after each mark."""
-
-    def now(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        end.synchronize()
-        return float(begin.elapsed_time(end))
-
-
-def clock_of(device: torch.device) -> Clock:
-    """The clock for work on ``device``."""
-    return CudaClock() if device.type == "cuda" else Clock()

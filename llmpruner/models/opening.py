@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -9,30 +11,24 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import AutoModelForCausalLM
 
+from ..errors import ModelError
 from ..settings import LoadSettings
 from .checkpoint import adapter_base, load_pruned, with_adapter
-from .checks import (
-    check_files,
-    check_loaded,
-    check_number_types,
-    check_shapes,
-    check_ties,
-    in_one_line,
-    naming_missing,
-)
-from .messages import quiet_gguf, quiet_transformers
+from .messages import in_one_line, quiet_transformers
 from .model import Model, Structure
 from .numbers import dtype_of
-from .record import check_weights
+from .record import check_weights, has_shards, read_any_record
 from .reference import Reference, resolve
-from .shards import has_shards
 from .tokenizer import read_tokenizer
-from .weights import CheckpointWeights
+from .weights import CheckpointWeights, tied_differ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..plugins.catalog import Catalog
+    from ..structure.coupling import CouplingGraph
+
+_LOG = logging.getLogger("llmpruner")
 
 
 def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Model:
@@ -48,7 +44,6 @@ def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | N
     with ref.parsed_once():
         tokenizer = read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
-    check_number_types(ref, structure, model, options)
     model = model.to(options.device).eval()
     check_shapes(model, structure.graph, text)
     check_ties(ref, model, structure.graph)
@@ -66,7 +61,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
     check_files(ref)
-    with in_one_line(ref), quiet_gguf() if ref.gguf_file else quiet_transformers():
+    with in_one_line(ref), quiet_transformers():
         model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
             dtype=dtype,
@@ -108,13 +103,12 @@ def open_weights(
 ) -> CheckpointWeights:
     """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
     ref, graph = resolve(structure.ref, catalog, revision=options.revision), structure.graph
-    with in_one_line(ref), naming_missing(ref.directory, graph):
+    with in_one_line(ref):
         weights = CheckpointWeights(
             ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
             ahead=ahead, trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     check_loaded(ref.text, weights.model, weights.info)
-    check_number_types(ref, structure, weights.model, options)
     check_shapes(weights.model, graph, ref.text)
     return weights
 
@@ -140,10 +134,60 @@ def why_not_streamed(structure: Structure, catalog: Catalog, options: LoadSettin
         "it is an adapter, which is added to a model in memory": adapter_base(Path(structure.ref)) is not None,
         "it is not on this machine; download it first": not ref.directory.is_dir(),
         f"its weights are not in safetensors files; {convert}": (
-            ref.gguf_file or ref.weights_reader(structure) is not None or not has_shards(ref.directory)
+            ref.gguf_file or (ref.reader is not None and structure.record is None) or not has_shards(ref.directory)
         ),
         "it was pruned before, and is loaded as a whole": cuts and bool(structure.plans),
         "it is quantised": getattr(structure.config, "quantization_config", None) is not None,
         "its layers share parameters": shares,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
+
+
+def check_files(ref: Reference) -> None:
+    """`check_weights`, for folders that llmpruner wrote. Indexes of other models are not always right."""
+    if ref.directory.is_dir() and not ref.gguf_file and read_any_record(ref.directory) is not None:
+        check_weights(ref.directory)
+
+
+def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
+    """Check that a checkpoint was complete: transformers initializes missing tensors randomly.
+
+    ``info``: the loading info of ``from_pretrained``. Raises `ModelError` for tensors that are missing, of another
+    shape, or of a module that does not use them (a bias without ``bias`` in the configuration). Tensors of modules that
+    the model does not have (a second head, buffers of older versions) give a warning.
+    """
+    missing = sorted(map(str, info["missing_keys"]))
+    # transformers adds both shapes to the name.
+    wrong = sorted(key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"])
+    unexpected = sorted(map(str, info["unexpected_keys"]))
+    modules = {path for path, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
+    unused = [key for key in unexpected if key.rpartition(".")[0] in modules]
+    for keys, what in (
+        (missing, "lacks tensor"),
+        (wrong, "has in another shape than its configuration gives the tensor"),
+        (unused, "has, for a module of the model that does not use it, the tensor"),
+    ):
+        if keys:
+            more = f" and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ModelError(f"the checkpoint of '{text}' {what} '{keys[0]}'{more}; it is incomplete or damaged")
+    if unexpected:
+        _LOG.warning("'%s': no module of the model for %d tensors (%s …)", text, len(unexpected), unexpected[0])
+
+
+def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> None:
+    """Raise `ModelError` for a parameter of another shape than ``graph`` gives. ``text``: the reference."""
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        expected = graph.shapes.get(name)
+        if expected is None or tuple(parameter.shape) != expected:
+            raise ModelError(
+                f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration gives {expected}"
+            )
+
+
+def check_ties(ref: Reference, model: PreTrainedModel, graph: CouplingGraph) -> None:
+    """Raise `CheckpointError` where two parameters that are tied in ``graph`` are separate in ``model``: transformers
+    leaves them so where the files hold both, with different values. A cut would keep only one of them."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, other in graph.ties.items():
+        if parameters[name] is not parameters[other]:
+            raise tied_differ(ref.directory, name, other)

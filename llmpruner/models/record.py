@@ -1,4 +1,4 @@
-"""The record of a checkpoint, ``llmpruner.json``: how it was made, and size and SHA-256 of each of its files."""
+"""The files of a checkpoint: safetensors, and the record ``llmpruner.json``, with size and SHA-256 of each file."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, first_line
 from ..files import read_json
-from .shards import WEIGHTS, check_index
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
@@ -31,13 +34,14 @@ not published."""
 
 
 def record_text(value: Any) -> str:
-    """JSON for a file in UTF-8, with halves of surrogate pairs, which configurations may contain, escaped."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        text = json.dumps(value, indent=1, allow_nan=False)
-    return text + "\n"
+    """The JSON for a record."""
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def stated(config: PreTrainedConfig) -> dict[str, Any]:
+    """The values of ``config``, all of them JSON. Without those of a quantization, as the weights are not stored so."""
+    values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
+    return dict(config._encode_special_floats(values))
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
@@ -47,8 +51,7 @@ def read_record(path: str | Path) -> dict[str, Any] | None:
 
 
 def read_any_record(path: str | Path) -> dict[str, Any] | None:
-    """The JSON object in ``llmpruner.json``, else in ``llmpruner-files.json``; None where neither is. Raises
-    `CheckpointError`."""
+    """The JSON object in ``llmpruner.json``, else in ``llmpruner-files.json``; None where neither is."""
     record = read_record(path)
     file = Path(path) / ORIGIN_FILE
     return read_json(file) if record is None and file.is_file() else record
@@ -59,7 +62,6 @@ FILES = "files"
 HASHED = 1 << 30
 """Bytes of weights up to which their hashes are compared when a checkpoint is loaded; beyond, sizes and the names of
 tensors are, and ``llmpruner verify`` compares the rest."""
-_PIECE = 1 << 22
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
 
@@ -75,7 +77,7 @@ def sha256(file: Path) -> str:
     """Of the content, as hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while piece := stream.read(_PIECE):
+        while piece := stream.read(1 << 22):
             digest.update(piece)
     return digest.hexdigest()
 
@@ -84,14 +86,13 @@ def sampled_sha256(file: Path) -> str:
     """Of the size and of 64 evenly spaced pieces of 64 KiB, of a smaller file of all of it: distinguishes files with
     weights of two models without reading them whole."""
     size = file.stat().st_size
+    if size <= _SAMPLES * _SAMPLE:
+        return hashlib.sha256(str(size).encode() + file.read_bytes()).hexdigest()
     digest = hashlib.sha256(str(size).encode())
     with file.open("rb") as stream:
-        if size <= _SAMPLES * _SAMPLE:
-            digest.update(stream.read())
-        else:
-            for number in range(_SAMPLES):
-                stream.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
-                digest.update(stream.read(_SAMPLE))
+        for number in range(_SAMPLES):
+            stream.seek(number * (size - _SAMPLE) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE))
     return digest.hexdigest()
 
 
@@ -121,18 +122,14 @@ def _write(record: Path, values: Mapping[str, Any]) -> None:
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | None:
     """Path → facts, as ``record`` has them; None for a record without them, as earlier versions wrote it. Raises
-    `CheckpointError` where they are malformed, or name files outside the checkpoint."""
-    stated = None if record is None else record.get(FILES)
-    if stated is None:
+    `CheckpointError` where they are malformed."""
+    entries = None if record is None else record.get(FILES)
+    if entries is None:
         return None
     try:
-        facts = {str(name): FileFacts(int(entry["bytes"]), str(entry["sha256"])) for name, entry in stated.items()}
+        return {str(name): FileFacts(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the record is damaged: '{FILES}' must give bytes and sha256 of each file") from error
-    for name in facts:
-        if not name or "\0" in name or Path(name).is_absolute() or ".." in Path(name).parts:
-            raise CheckpointError(f"the record is damaged: {name!r} is no file of the checkpoint")
-    return facts
 
 
 def damaged_files(
@@ -151,9 +148,8 @@ def damaged_files(
 
 
 def check_weights(directory: Path) -> None:
-    """Check the weight files of a checkpoint or of adapters before they are loaded: sizes, tensor names in the index,
-    and for up to `HASHED` bytes the content. Other files may be edited by hand. Raises `CheckpointError` that names the
-    file."""
+    """Check the weight files of a checkpoint or of adapters: sizes, tensor names in the index, and for up to `HASHED`
+    bytes the content. Other files may be edited by hand. Raises `CheckpointError` that names the file."""
     recorded = recorded_files(read_any_record(directory))
     if recorded is not None:
         weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
@@ -161,3 +157,48 @@ def check_weights(directory: Path) -> None:
         for name, what in damaged_files(directory, weights, hashes=small):
             raise CheckpointError(f"{directory / name} {what}; restore the file, or make the checkpoint again")
     check_index(directory)
+
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+WEIGHTS = {".safetensors", ".bin", ".gguf"}
+"""Suffixes of files with weights."""
+
+
+def has_shards(directory: Path) -> bool:
+    """Whether ``directory`` has weights in safetensors files."""
+    return (directory / INDEX).is_file() or (directory / SINGLE).is_file()
+
+
+def names_in(file: Path) -> list[str]:
+    """The names of the tensors in a safetensors file. Raises `CheckpointError` for one that is missing or damaged."""
+    with opened(file) as tensors:
+        return list(tensors.keys())
+
+
+@contextmanager
+def opened(file: Path) -> Iterator[Any]:
+    """A safetensors file, mapped. Raises `CheckpointError`, which names it, where it is missing or damaged."""
+    # Imports numpy, which the command line does without until it reads weights.
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(file), framework="pt") as tensors:
+            yield tensors
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{file} is missing or damaged: {first_line(error)}") from error
+
+
+def check_index(directory: Path) -> dict[str, str]:
+    """Tensor → the safetensors file of ``directory`` that it is in; empty where there is none. Raises `CheckpointError`
+    for a file that is missing or damaged, or has other tensors than the index says."""
+    if not (directory / INDEX).is_file():
+        return dict.fromkeys(names_in(directory / SINGLE), SINGLE) if (directory / SINGLE).is_file() else {}
+    stated = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(stated, dict) or not all(isinstance(file, str) for file in stated.values()):
+        raise CheckpointError(f"{directory / INDEX} is damaged: it has no 'weight_map' of files")
+    for file in sorted(set(stated.values())):
+        present, expected = set(names_in(directory / file)), {name for name, place in stated.items() if place == file}
+        for name in sorted(present ^ expected):
+            what = "lacks" if name in expected else "has, which the index does not say,"
+            raise CheckpointError(f"{directory / file} {what} the tensor '{name}'")
+    return dict(stated)

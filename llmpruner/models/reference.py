@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..plugins.catalog import Catalog
-    from .model import Structure
 
 
 class CheckpointReader(Component):
@@ -88,47 +87,37 @@ class Reference:
 
         return gguf_parsed_once(keep=keep)
 
-    def weights_reader(self, structure: Structure) -> CheckpointReader | None:
-        """The reader of the weights of ``structure``; None for transformers' formats, in one of which llmpruner saves
-        the models that it pruned."""
-        return None if structure.record is not None else self.reader
-
 
 def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:
     """The location of the model ``text``. Raises `ModelError` for a path that does not exist, `SettingsError` for a
     ``revision`` of local files."""
-    ref = _resolve(text, catalog)
-    if revision is not None and ref.directory.exists():
+    path = Path(text)
+    if text == DEMO:
+        ref = _demo()
+    elif path.suffix == ".gguf":
+        if not (exists(path) and path.is_file()):
+            raise ModelError(f"model file '{text}' does not exist")
+        ref = Reference(text, str(path.parent), path.name)
+    elif exists(path):
+        reader = catalog.reader_for(path)
+        if reader is None:
+            _check_directory(path)
+        ref = Reference(text, text, reader=reader)
+    elif text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
+        raise ModelError(f"model directory '{text}' does not exist")
+    else:
+        return Reference(text, text)
+    if revision is not None:
         raise SettingsError(f"--revision has no effect: '{text}' is local, not a hub model; leave it out")
     return ref
 
 
-def _resolve(text: str, catalog: Catalog) -> Reference:
-    if text == DEMO:
-        return _demo()
-    path = Path(text)
-    if path.suffix == ".gguf":
-        if not (exists(path) and path.is_file()):
-            raise ModelError(f"model file '{text}' does not exist")
-        return Reference(text, str(path.parent), path.name)
-    if exists(path):
-        reader = catalog.reader_for(path)
-        if reader is None:
-            _check_directory(path)
-        return Reference(text, text, reader=reader)
-    if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
-        raise ModelError(f"model directory '{text}' does not exist")
-    return Reference(text, text)
-
-
 def _check_directory(path: Path) -> None:
-    """Raise `ModelError` for a file of no reader; for what an export wrote for other programs, whose own code, if it
-    were allowed, would have no model; and for a directory that has only GGUF files, of which transformers would say
-    that a configuration lacks something."""
+    """Raise `ModelError` for a file of no reader, an export for other programs, and a directory of GGUF files."""
     if path.is_file():
         advice = "name the directory that it is in" if path.suffix in _WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
-    record = (read_any_record(path) if path.is_dir() else None) or {}
+    record = read_any_record(path) or {}
     form, source = record.get("format"), record.get("exported_from")
     if form is not None:
         of = f", '{source}'" if isinstance(source, str) else ""
@@ -136,11 +125,9 @@ def _check_directory(path: Path) -> None:
             f"'{path}' is an export in the format {form}, for other programs; llmpruner does not open it: name the "
             f"checkpoint that it was exported from{of}"
         )
-    if path.is_dir() and not (path / "config.json").exists():
-        files = sorted(file.name for file in path.glob("*.gguf"))
-        if files:
-            which = "that file" if len(files) == 1 else "one of these files"
-            raise ModelError(f"'{path}' has no config.json; it holds {', '.join(files)}: name {which}")
+    files = sorted(file.name for file in path.glob("*.gguf"))
+    if files and not (path / "config.json").exists():
+        raise ModelError(f"'{path}' has no config.json; name one of its files: {', '.join(files)}")
 
 
 def _demo() -> Reference:

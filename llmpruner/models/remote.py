@@ -52,16 +52,6 @@ def register_model_class(config: PreTrainedConfig, revision: str | None = None) 
     AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(model_class), exist_ok=True)
 
 
-def check_own_class(config: PreTrainedConfig) -> None:
-    """Raises `ModelError` for a checkpoint with code for the model class but not for the configuration class: models
-    built from the configuration alone would have another class."""
-    if _code_of(config) is not None and type(config).__module__.startswith("transformers."):
-        raise ModelError(
-            f"'{config.name_or_path}' brings a model class of its own for the {type(config).__name__} of transformers, "
-            "which is not supported; without --trust-remote-code the class of transformers is used"
-        )
-
-
 def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
     """The class of the pruned checkpoint in ``directory``, loaded from the code in it. The dense classes that
     it was made from are registered with AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""

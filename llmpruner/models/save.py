@@ -7,7 +7,6 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,16 +17,15 @@ from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from ..files import new_directory, read_json
 from .messages import quiet_transformers, why_it_stops
 from .numbers import first_not_finite
-from .record import RECORD_FILE, add_manifest, record_text
-from .shards import INDEX, SINGLE, names_in
+from .record import INDEX, RECORD_FILE, SINGLE, add_manifest, names_in, record_text
 from .shim import shim_model, stock_config
 from .stock import same_buffers, stock_model
+from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .stock import StatesConfigs
-    from .weights import StreamedWeights
+    from ..discovery.family import ModelFamily
 
 
 def save_checkpoint(
@@ -36,7 +34,7 @@ def save_checkpoint(
     *,
     record: Mapping[str, Any] | None,
     tokenizer: Any | None = None,
-    family: StatesConfigs | None = None,
+    family: ModelFamily | None = None,
     extra_files: Sequence[Path] = (),
     stock_only: bool = False,
     parts: StreamedWeights | None = None,
@@ -45,22 +43,19 @@ def save_checkpoint(
 
     *stock*: a configuration of transformers represents it exactly; transformers alone loads it.
     *shim*: its layers differ, and the directory contains ``modeling_llmpruner.py``. Before writing, the model is
-    rebuilt from the configuration, sharing the weights, and must give the same logits as ``model`` on its
-    ``dummy_inputs``.
+    rebuilt from the configuration, sharing the weights, and must give the same logits on its ``dummy_inputs``.
 
-    ``record``: JSON values, written to ``llmpruner.json`` beside the weights, with the size and the SHA-256 of every
-    file; None writes no such file.
-    ``family``: may propose further stock configurations.
-    ``extra_files``: copied into the directory. Code of a base class outside transformers needs no mention.
-    ``stock_only``: raise `UnsupportedModelError` instead of writing a shim.
-    ``parts``: the weights of ``model`` where they are not in memory; each part is written as a shard.
+    ``record``: JSON values for ``llmpruner.json``, which also gets the size and the SHA-256 of every file; None writes
+    no such file. ``family``: may propose further stock configurations. ``extra_files``: copied into the directory.
+    ``stock_only``: raise `UnsupportedModelError` instead of writing a shim. ``parts``: the weights of ``model`` where
+    they are not in memory; each part is written as a shard.
 
-    Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights
-    that are not finite and for a model that no configuration and record can state. ``directory`` does not exist then.
+    Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights that are not
+    finite and for a model that no configuration and record can state. ``directory`` does not exist then.
     """
     if parts is None:
         _check_finite(model.state_dict())
-    shell, form, of_shell = _shell(model, family, parts)
+    shell, form, of_shell = _shell(model, family, parts or Weights(model, ""))
     if stock_only and form != "stock":
         raise UnsupportedModelError(
             f"no configuration of transformers describes this {type(model).__name__} exactly, as a rule because its "
@@ -69,16 +64,15 @@ def save_checkpoint(
         )
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
     shell.should_save_on_this_rank = lambda is_main_process: is_main_process
-    text = None if record is None else record_text(record)
     with new_directory(directory) as partial:
-        if text is not None:
-            (partial / RECORD_FILE).write_text(text, encoding="utf-8")
+        if record is not None:
+            (partial / RECORD_FILE).write_text(record_text(record), encoding="utf-8")
         with quiet_transformers():
             # Other readers of a stock model expect transformers' original names (experts one by one).
-            if of_shell is None:
-                shell.save_pretrained(partial, save_original_format=form == "stock")
-            else:
+            if isinstance(of_shell, StreamedWeights):
                 _save_parts(shell, of_shell, partial, original=form == "stock")
+            else:
+                shell.save_pretrained(partial, save_original_format=form == "stock")
             if form == "stock":
                 add_earlier_names(partial, shell.config.attribute_map)
             if tokenizer is not None:
@@ -113,11 +107,11 @@ def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path,
 
 
 def _shell(
-    model: PreTrainedModel, family: StatesConfigs | None, parts: StreamedWeights | None
-) -> tuple[PreTrainedModel, Literal["stock", "shim"], StreamedWeights | None]:
+    model: PreTrainedModel, family: ModelFamily | None, weights: Weights
+) -> tuple[PreTrainedModel, Literal["stock", "shim"], Weights]:
     """An instance of the class that will be saved, with the weights of ``model``."""
     config = stock_config(model)
-    with _outside(parts):
+    with weights.outside():  # by which the device is known, too
         try:
             expected = dummy_logits(model)
         except _STOPS as error:
@@ -126,8 +120,8 @@ def _shell(
             raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
     stock = stock_model(model, config, family)
     if stock is not None and _fill(stock, model):
-        of_stock = None if parts is None else parts.like(stock)
-        with _outside(of_stock):
+        of_stock = weights.like(stock)
+        with of_stock.outside():
             if gives_logits(expected, stock):
                 return stock, "stock", of_stock
     pruned = shim_model(model, config)
@@ -135,20 +129,14 @@ def _shell(
         raise CheckpointError(
             f"{type(model).__name__} has buffers that a checkpoint cannot keep; they must be persistent"
         )
-    of_pruned = None if parts is None else parts.like(pruned)
-    with _outside(of_pruned):
-        same = gives_logits(expected, pruned)
-    if not same:
-        raise CheckpointError(
-            f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
-            "something was changed that is neither a tensor nor a plain attribute of a module"
-        )
+    of_pruned = weights.like(pruned)
+    with of_pruned.outside():
+        if not gives_logits(expected, pruned):
+            raise CheckpointError(
+                f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
+                "something was changed that is neither a tensor nor a plain attribute of a module"
+            )
     return pruned, "shim", of_pruned
-
-
-def _outside(parts: StreamedWeights | None) -> AbstractContextManager[None]:
-    """Makes the weights outside the layers available, by which the device is found, too."""
-    return nullcontext() if parts is None else parts.part(None)
 
 
 def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
@@ -218,39 +206,33 @@ def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
     if generation is None:
         return None
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
-    tokens = {name: getattr(generation, name, None) for name in names}
-    tokens = {name: None if isinstance(value, int) and value < 0 else value for name, value in tokens.items()}
-    for name, value in tokens.items():
-        setattr(generation, name, value)
+    for name in names:
+        value = getattr(generation, name, None)
+        setattr(generation, name, None if isinstance(value, int) and value < 0 else value)
     sampling = copy.deepcopy(generation)
     sampling.do_sample = True
     for candidate in (generation, sampling):
         with contextlib.suppress(Exception):  # values of any type, of which it expects some
             candidate.validate(strict=True)
             return candidate
-    return GenerationConfig(**tokens)
-
-
-_APART = ("rope_theta", "partial_rotary_factor")
-_EXPERTS = "num_local_experts"
+    return GenerationConfig(**{name: getattr(generation, name) for name in names})
 
 
 def add_earlier_names(directory: Path, attribute_map: Mapping[str, str]) -> None:
-    """State the rotary embedding and the number of experts in ``config.json`` under the earlier names as well.
+    """State the rotary embedding and the number of experts in ``config.json`` under the earlier names as well, for
+    programs that know no others. A rotary embedding that differs by layer had no common name.
 
-    ``attribute_map``: of the configuration's class, the other names that it reads. A rotary embedding that differs by
-    layer stays as it is: there was no common name for that.
+    ``attribute_map``: of the configuration's class, the other names that it reads.
     """
     file = directory / "config.json"
     config = read_json(file)
-    names = _rotary_names(dict(config.get("rope_parameters") or {}))
-    if _EXPERTS in config:
-        names |= {name: config[_EXPERTS] for name, own in attribute_map.items() if own == _EXPERTS}
+    names: dict[str, Any] = {}
+    rope = dict(config.get("rope_parameters") or {})
+    if "rope_theta" in rope:
+        names = {name: rope.pop(name) for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+        if rope.get("rope_type", "default") != "default":
+            names["rope_scaling"] = rope
+    experts = "num_local_experts"
+    if experts in config:
+        names |= {name: config[experts] for name, own in attribute_map.items() if own == experts}
     file.write_text(json.dumps({**config, **names}, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _rotary_names(rope: dict[str, Any]) -> dict[str, Any]:
-    if "rope_theta" not in rope:
-        return {}
-    names = {name: rope.pop(name) for name in _APART if name in rope}
-    return names | ({"rope_scaling": rope} if rope.get("rope_type", "default") != "default" else {})

@@ -10,7 +10,6 @@ import transformers
 from torch import nn
 
 from ..errors import CheckpointError
-from .config import is_same_by_type, merged
 from .meta import base_of, decoder_layers, empty_model
 from .modeling_llmpruner import (
     LAYERS,
@@ -22,7 +21,7 @@ from .modeling_llmpruner import (
     pruned_model,
     with_all_layers,
 )
-from .stock import per_layer_sizes, plain_attributes, tensor_shapes
+from .stock import is_same_by_type, merged, per_layer_sizes, plain_attributes, tensor_shapes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

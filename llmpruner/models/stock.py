@@ -11,13 +11,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice, product
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ..errors import UnsupportedModelError
-from .config import for_all_layers, merged
 from .messages import quiet_transformers
 from .meta import REFUSALS, base_of, decoder_layers, empty_model, meta_model
 from .modeling_llmpruner import layer_overrides
@@ -25,6 +24,7 @@ from .modeling_llmpruner import layer_overrides
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..discovery.family import ModelFamily
 
 Shape = tuple[int, ...]
 Axis = tuple[int, int]
@@ -39,15 +39,8 @@ MAX_CANDIDATES = 24
 _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
 
 
-class StatesConfigs(Protocol):
-    """Proposes configurations of other stock classes for a uniformly cut model that its own class cannot represent."""
-
-    def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
-        """Candidates for ``config``; the caller verifies them against the real shapes."""
-
-
 def stock_model(
-    model: PreTrainedModel, config: PreTrainedConfig, family: StatesConfigs | None = None
+    model: PreTrainedModel, config: PreTrainedConfig, family: ModelFamily | None = None
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
 
@@ -80,17 +73,12 @@ def tensor_shapes(model: nn.Module) -> dict[str, Shape]:
 
 def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
     """Public attributes of ``module`` whose values are of one of ``kinds``, or tuples or lists of them."""
-
-    def is_plain(value: Any) -> bool:
-        return isinstance(value, kinds) or (
-            isinstance(value, (tuple, list)) and bool(value) and all(isinstance(v, kinds) for v in value)
-        )
-
-    return {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in _RUN_STATE and is_plain(value)
-    }
+    plain = {}
+    for name, value in vars(module).items():
+        values = value if isinstance(value, (tuple, list)) and value else (value,)
+        if not name.startswith("_") and name not in _RUN_STATE and all(isinstance(v, kinds) for v in values):
+            plain[name] = value
+    return plain
 
 
 def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -> bool:
@@ -109,8 +97,10 @@ def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -
         theirs = plain_attributes(others[path], (int, float, bool))
         if ours.keys() != theirs.keys():
             return False
-        if any(v != theirs[n] and not _followed(v, theirs[n], moved) for n, v in ours.items()):
-            return False
+        for name, value in ours.items():
+            followed = type(value) is int and theirs[name] in moved.get(value, ())
+            if value != theirs[name] and not followed:
+                return False
     return same_buffers(model, other)
 
 
@@ -299,10 +289,6 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
     return {n: next(iter(values[v])) for n, v in floats.items() if len(values.get(v, ())) == 1}
 
 
-def _followed(ours: Any, theirs: Any, moved: Mapping[int, set[int]]) -> bool:
-    return isinstance(ours, int) and not isinstance(ours, bool) and theirs in moved.get(ours, ())
-
-
 def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
     """``config`` as it would be read from its file, or None when its class refuses it."""
     try:
@@ -377,3 +363,29 @@ def _layer_sizes(
         if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
             return sizes
     return None
+
+
+def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
+    """``config``, or where layers differ by ``per_layer_config``, a copy of which the values for all layers can be
+    read: transformers refuses to read them from a configuration with others."""
+    if not config.is_heterogeneous:
+        return config
+    plain = copy.deepcopy(config)
+    plain.per_layer_config = None
+    return plain
+
+
+def merged(
+    overrides: Mapping[int, Mapping[str, Any]] | None, sizes: Mapping[int, Mapping[str, Any]]
+) -> dict[int, dict[str, Any]]:
+    """``per_layer_config`` with the ``overrides`` of a model and ``sizes`` after a cut, which replace them."""
+    overrides = overrides or {}
+    return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}
+
+
+def is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Whether layers of one type have the same ``overrides``: classes whose layer types differ in size read the sizes
+    of a type (for rotary tables), which transformers refuses where layers of a type differ."""
+    types = getattr(config, "layer_types", None) or ()
+    first: dict[str, Mapping[str, Any]] = {}
+    return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from ..structure.kept import Follows
 
 
-_EPSILON_NAMES = ("variance_epsilon", "eps", "epsilon")
-
-
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:
     """Remove all units that ``kept`` leaves out, in place, and return the coupling graph of the cut model.
 
@@ -40,13 +37,17 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     check_kept(graph, kept)
     sizes = {model.get_submodule(name.rpartition(".")[0]): size for (name, _), size in norms(graph, kept).items()}
     for module, (before, after, _) in sizes.items():
-        _rescale_epsilon(module, before, after)
+        for name in ("variance_epsilon", "eps", "epsilon"):
+            epsilon = getattr(module, name, None)
+            if isinstance(epsilon, float):
+                setattr(module, name, epsilon * before / after)
     values = CutValues(graph, kept)
     replaced: dict[int, torch.Tensor] = {}
     for name in (*graph.shapes, *graph.buffers):
         if values.changes(name):
             _replace(model, name, values, replaced)
-    _drop_layers(model, graph, kept)
+    if removed_modules(graph, kept):
+        drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
     remaining = restrict(graph, kept)
     if family is not None:
         family.follow(model, graph, kept)
@@ -70,7 +71,8 @@ def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         for span in group.cut_spans:
             if span.role not in roles:
                 continue
-            tensor = _tensor(model, span.parameter)
+            path, _, leaf = span.parameter.rpartition(".")
+            tensor = getattr(model.get_submodule(path), leaf)
             index = torch.tensor(span.indices(removed), dtype=torch.long, device=tensor.device)
             with torch.no_grad():
                 tensor.index_fill_(span.axis, index, 0.0)
@@ -121,27 +123,11 @@ def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, 
     }
 
 
-def _rescale_epsilon(module: nn.Module, before: int, after: int) -> None:
-    for name in _EPSILON_NAMES:
-        epsilon = getattr(module, name, None)
-        if isinstance(epsilon, float):
-            setattr(module, name, epsilon * before / after)
-
-
-def _tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer of that name."""
-    path, _, leaf = name.rpartition(".")
-    tensor: torch.Tensor = getattr(model.get_submodule(path), leaf)
-    return tensor
-
-
 def _replace(model: nn.Module, name: str, values: CutValues, replaced: dict[int, torch.Tensor]) -> None:
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     table: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
-    old = table.get(leaf)
-    if old is None:
-        raise PlanError(f"the plan cuts '{name}', which this model does not have")
+    old = table[leaf]
     if id(old) not in replaced:
         # Keeping the old tensor alive in `replaced` would hold the memory of every cut parameter: keep the new.
         data = values.of(name, old.data)
@@ -149,13 +135,6 @@ def _replace(model: nn.Module, name: str, values: CutValues, replaced: dict[int,
         replaced[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad) if is_parameter else data
     table[leaf] = replaced[id(old)]
     follow_shape(module, leaf)
-
-
-def _drop_layers(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    if removed_modules(graph, kept):
-        if not isinstance(model.get_submodule(graph.layers), nn.ModuleList):
-            raise PlanError(f"'{graph.layers}' is not a list of layers")
-        drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
 
 
 def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:

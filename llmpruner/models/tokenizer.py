@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import takewhile
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +13,8 @@ from transformers import AutoTokenizer
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
 from .checkpoint import below_adapters
-from .checks import in_one_line
 from .gguf import RECORDED_PRE, pre_tokenizer_of
-from .messages import quiet_transformers
+from .messages import in_one_line, quiet_transformers
 from .reference import Reference, resolve
 
 if TYPE_CHECKING:
@@ -84,16 +82,11 @@ def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     without an end-of-sequence token that it puts after each (``add_eos_token``)."""
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     eos = tokenizer.eos_token_id
-    if special and eos is not None and len(ids) > 1 and ids[-1] == eos:
+    if special and eos is not None and ids[-1:] == [eos]:
         own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if _at_end(ids, eos) > _at_end(own, eos):
+        if own and ids[:-1][-len(own) :] == own:
             ids.pop()
     return ids
-
-
-def _at_end(ids: Sequence[int], token: int) -> int:
-    """How many of the last tokens are ``token``."""
-    return sum(1 for _ in takewhile(lambda last: last == token, reversed(ids)))
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -27,7 +27,7 @@ from ..structure.kept import layer_numbers
 from .checkpoint import model_class
 from .messages import quiet_transformers
 from .meta import put_parameters
-from .shards import names_in
+from .record import names_in
 from .surgery import CutValues
 
 if TYPE_CHECKING:
@@ -46,19 +46,22 @@ class Weights:
     def __init__(self, model: PreTrainedModel, path: str) -> None:
         self.model, self.path = model, path
 
+    def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
+        """While active, the parameters of a layer, or outside the layers, have their values; after it, changes in place
+        are lost unless `keep` was called."""
+        del number
+        return contextlib.nullcontext()
+
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """While active, the parameters of a layer have their values; after it, changes in place are lost unless `keep`
-        was called."""
         return self.part(number)
 
     def outside(self) -> contextlib.AbstractContextManager[None]:
-        """While active, the parameters outside the decoder layers have their values."""
         return self.part(None)
 
-    def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
-        """`layer`, or `outside` for None."""
-        del number
-        return contextlib.nullcontext()
+    def like(self, model: PreTrainedModel) -> Weights:
+        """The same weights for another model with the same parameters, which for streamed ones is on the meta device,
+        and for others has them already."""
+        return Weights(model, self.path)
 
     def number(self, name: str) -> int | None:
         """The number of the layer that a parameter is in; None outside the layers."""
@@ -133,8 +136,7 @@ class StreamedWeights(Weights):
         self._kept[self.number(names_in(file)[0])] = file
 
     def like(self, model: PreTrainedModel) -> StreamedWeights:
-        """The same weights for another model with the same parameters, on the meta device."""
-        return SharedWeights(model, self)
+        return DerivedWeights(model, self)
 
     def _reading(self, number: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def read_and_run(*args: Any, **kwargs: Any) -> Any:
@@ -193,10 +195,7 @@ class CheckpointWeights(StreamedWeights):
 
     transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
     has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
-    in ``scratch`` (None: where the system has such folders), which is removed with this object. accelerate's hooks,
-    which read the weights of single modules, are removed.
-
-    ``info``: the loading info of ``from_pretrained``.
+    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``.
     """
 
     def __init__(
@@ -268,42 +267,28 @@ def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
     )
 
 
-class SharedWeights(StreamedWeights):
-    """The weights of ``source`` for another model with the same parameters."""
+class DerivedWeights(StreamedWeights):
+    """The weights of ``source`` for another model: the same, or cut when they are read. ``cut``: the graph of the model
+    of ``source``, and what is kept."""
 
-    def __init__(self, model: PreTrainedModel, source: StreamedWeights) -> None:
+    def __init__(
+        self, model: PreTrainedModel, source: StreamedWeights, cut: tuple[CouplingGraph, Kept] | None = None
+    ) -> None:
         super().__init__(model, source.path, source.device)
-        self._source = source
+        self._source, self._cut = source, cut
+        self._values = None if cut is None else CutValues(*cut)
+        self._old: dict[int | None, int] = {}
+        if cut is not None:
+            self._old.update({new: old for old, new in layer_numbers(*cut).items()})
+
+    def like(self, model: PreTrainedModel) -> DerivedWeights:
+        return DerivedWeights(model, self._source, self._cut)
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
-        source = self._source
-        with source.part(part):
-            return {name: tensor for name, tensor in source.model.state_dict().items() if source.number(name) == part}
-
-
-class CutWeights(StreamedWeights):
-    """The weights of ``model``, a copy of the model of ``dense`` cut to ``kept``: cut when they are read. ``graph``: of
-    the dense model."""
-
-    def __init__(self, model: PreTrainedModel, dense: StreamedWeights, graph: CouplingGraph, kept: Kept) -> None:
-        super().__init__(model, dense.path, dense.device)
-        self._cut = dense, graph, kept
-        self._values = CutValues(graph, kept)
-        self._old: dict[int | None, int | None] = {None: None}
-        self._old.update({new: old for old, new in layer_numbers(graph, kept).items()})
-
-    def like(self, model: PreTrainedModel) -> CutWeights:
-        return CutWeights(model, *self._cut)
-
-    def read(self, part: int | None) -> dict[str, torch.Tensor]:
-        dense, old = self._cut[0], self._old[part]
-        with dense.part(old):
-            tensors = dense.model.state_dict()
-            return {
-                self._renamed(name, old, part): self._values.of(name, tensors[name])
-                for name in tensors
-                if dense.number(name) == old
-            }
-
-    def _renamed(self, name: str, old: int | None, new: int | None) -> str:
-        return name if old == new else f"{self.path}.{new}.{name.removeprefix(f'{self.path}.{old}.')}"
+        old, tensors = self._old.get(part, part), {}
+        with self._source.part(old):
+            for name, tensor in self._source.model.state_dict().items():
+                if self._source.number(name) == old:
+                    new = name if old == part else f"{self.path}.{part}.{name.removeprefix(f'{self.path}.{old}.')}"
+                    tensors[new] = tensor if self._values is None else self._values.of(name, tensor)
+        return tensors

@@ -10,13 +10,12 @@ from .. import __version__
 from ..discovery.dense import base_record
 from ..discovery.groups import build_graph
 from ..errors import ModelError
-from ..models.config import stated
 from ..models.meta import meta_model
 from ..models.numbers import stored_dtype
-from ..models.record import read_any_record
+from ..models.record import read_any_record, stated
 from ..models.save import save_checkpoint, vocabulary_files
 from ..models.surgery import cut
-from ..models.weights import CutWeights
+from ..models.weights import DerivedWeights
 from ..structure.kept import parameters_after
 from ..structure.plan import (
     BaseRef,
@@ -131,7 +130,7 @@ def cut_model(model: Model, plan: PruningPlan) -> Model:
     network.generation_config = model.model.generation_config
     network.config.name_or_path = model.model.config.name_or_path
     graph = cut(network, model.graph, plan.kept, model.family)
-    weights = CutWeights(network, model.streamed, model.graph, plan.kept)
+    weights = DerivedWeights(network, model.streamed, (model.graph, plan.kept))
     return replace(model, model=network, graph=graph, plans=plans, streamed=weights)
 
 

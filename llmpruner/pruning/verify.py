@@ -22,9 +22,8 @@ from ..files import exists, read_json
 from ..models.checkpoint import adapter_base
 from ..models.numbers import loaded_bytes
 from ..models.opening import load_model, open_streamed, open_weights, why_not_streamed
-from ..models.record import RECORD_FILE, damaged_files, read_any_record, recorded_files
+from ..models.record import RECORD_FILE, check_index, damaged_files, has_shards, read_any_record, recorded_files
 from ..models.remote import ALLOW
-from ..models.shards import check_index, has_shards
 from ..models.weights import StreamedWeights, Weights
 from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings

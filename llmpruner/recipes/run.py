@@ -21,7 +21,7 @@ from ..discovery.structure import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
 from ..evaluation.evaluate import Evaluations, chosen_metrics
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
-from ..models.identity import data_identity, folder_identity, model_identity
+from ..models.identity import data_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import resolve
@@ -181,9 +181,9 @@ class RecipeRun:
     def inputs(self, step: Step) -> dict[str, Any]:
         """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
         models = {
-            name: model_identity(self.dense, self.catalog) or self.model
+            name: model_identity(self.dense.ref, self.catalog, self.dense.config) or self.model
             if name == DENSE
-            else folder_identity(self.output / name, self.catalog)
+            else model_identity(str(self.output / name), self.catalog)
             for name in step.reads
         }
         settings = step.settings.model_dump(mode="json")

@@ -115,7 +115,7 @@ def _answers(
     for instruction in instructions():
         prompt = chat_prompt(family, tokenizer, instruction)
         prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
-    needed, positions = max(map(len, prompts.values())) + ANSWER_TOKENS, table_of(model)
+    needed, positions = max(map(len, prompts.values())) + ANSWER_TOKENS, table_of(model.config)
     if positions is not None and needed > positions:
         raise DataError(
             f"--data {text.source}: instructions with answers take {needed} tokens, and the model has {positions:,} "

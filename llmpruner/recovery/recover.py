@@ -25,7 +25,7 @@ from ..files import alone_in, check_new_directory, write_text
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import reopened
-from ..models.positions import table_of_config
+from ..models.positions import table_of
 from ..pruning.saving import save
 from .base import RecoveryStrategy, TrainingResult
 from .data import TrainingData, prepare
@@ -58,7 +58,7 @@ def recover(
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
-    tokenizer, positions = opener.tokenizer(opened), table_of_config(opened.config)
+    tokenizer, positions = opener.tokenizer(opened), table_of(opened.config)
     data = None if own else prepare(settings, opened.family, tokenizer, positions=positions)
     _check_model(strategy, opened, opener, own)
     if output is not None:

@@ -97,10 +97,6 @@ DAMAGE = {
         lambda d: edit_base(d / "llmpruner.json", tie_word_embeddings=""), "llmpruner.json is damaged"
     ),
     "a record that is no JSON": (lambda d: (d / "llmpruner.json").write_text("{"), "llmpruner.json cannot be read"),
-    "a record of files elsewhere": (
-        lambda d: edit_json(d / "llmpruner.json", add=False, files={"../x": {"bytes": 1, "sha256": "0"}}),
-        "'../x' is no file of the checkpoint",
-    ),
 }  # fmt: skip
 
 

@@ -84,7 +84,7 @@ def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_checkpoints(shim: Path, tmp_path: Path) -> None:
+def test_damaged_checkpoints(shim: Path) -> None:
     weights = shim / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -96,8 +96,6 @@ def test_damaged_checkpoints(shim: Path, tmp_path: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
         load_pruned(shim)
-    with pytest.raises(CheckpointError, match=r"is no checkpoint: it has no config\.json"):
-        load_pruned(tmp_path)
 
 
 def test_missing_tensor(shim: Path) -> None:

@@ -208,7 +208,7 @@ def test_a_model_that_a_prune_left_half_changed_is_refused(gqa, tmp_path, monkey
         llmpruner.prune(gqa, ratio=1e-5, shape="free", importance="l1")
     assert llmpruner.plan(gqa, ratio=0.2, importance="l1")  # nothing was changed
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr("llmpruner.models.surgery._drop_layers", stopped)
+        patched.setattr("llmpruner.models.surgery.restrict", stopped)
         llmpruner.prune(gqa, ratio=0.2, importance="l1", compensate="none")
     uses = (
         lambda: llmpruner.prune(gqa, ratio=0.2, importance="l1"),
