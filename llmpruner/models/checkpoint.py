@@ -26,8 +26,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def adapter_base(path: Path) -> str | None:
-    """Reference of the base model of the peft adapter in directory ``path``, which may be another adapter; None when
-    ``path`` is no adapter. Raises `CheckpointError` when its file is damaged."""
+    """Reference of the base model of the peft adapter in directory ``path``, None when ``path`` is no adapter.
+    Raises `CheckpointError` when its file is damaged."""
     file = path / _ADAPTER_FILE
     if not exists(file):
         return None
@@ -35,13 +35,6 @@ def adapter_base(path: Path) -> str | None:
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
     return str(path / base) if exists(path / base) and (path / base).is_dir() else base
-
-
-def below_adapters(text: str) -> str:
-    """The reference of the model below all adapters; ``text`` itself where that is none."""
-    while (base := adapter_base(Path(text))) is not None:
-        text = base
-    return text
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
@@ -80,8 +73,7 @@ def load_pruned(
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a checkpoint of `save_checkpoint`, stock or not, or an adapter for one, or for another adapter, which is
-    merged then.
+    """Load a checkpoint of `save_checkpoint`, stock or not, or an adapter for one.
 
     ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: None: as saved.
     ``trust_remote_code``: whether code in the checkpoint may run, which a model needs whose class is in neither
@@ -97,9 +89,6 @@ def load_pruned(
             base, dtype=dtype, device=device, attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        if hasattr(model, "merge_and_unload"):
-            # Itself an adapter, whose names peft does not find in those of a second one.
-            model = model.merge_and_unload()
         return cast("PreTrainedModel", with_adapter(model, place))
     try:
         with quiet_transformers():

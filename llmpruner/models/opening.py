@@ -32,23 +32,21 @@ _LOG = logging.getLogger("llmpruner")
 
 
 def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Model:
-    """The model of ``structure``, pruned or not, with weights on ``options.device``, in evaluation mode. Adapters are
+    """The model of ``structure``, pruned or not, with weights on ``options.device``, in evaluation mode. An adapter is
     merged. Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
     options = options or LoadSettings()
-    adapters, text = [], structure.ref
-    while (base := adapter_base(Path(text))) is not None:
-        check_weights(Path(text))  # before the base is read
-        adapters.append(Path(text))
-        text = base
-    ref = resolve(text, catalog, revision=options.revision)
+    base = adapter_base(Path(structure.ref))
+    if base is not None:
+        check_weights(Path(structure.ref))  # before the base is read
+    ref = resolve(base or structure.ref, catalog, revision=options.revision)
     with ref.parsed_once():
         tokenizer = read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
     model = model.to(options.device).eval()
-    check_shapes(model, structure.graph, text)
+    check_shapes(model, structure.graph, ref.text)
     check_ties(ref, model, structure.graph)
-    for adapter in reversed(adapters):
-        model = with_adapter(model, adapter).merge_and_unload().eval()
+    if base is not None:
+        model = with_adapter(model, Path(structure.ref)).merge_and_unload().eval()
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer
 
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
-from .checkpoint import below_adapters
+from .checkpoint import adapter_base
 from .gguf import RECORDED_PRE, pre_tokenizer_of
 from .messages import in_one_line, quiet_transformers
 from .reference import Reference, resolve
@@ -27,14 +28,14 @@ if TYPE_CHECKING:
 def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
     options = options or LoadSettings()
-    ref = resolve(below_adapters(structure.ref), catalog, revision=options.revision)
+    ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog, revision=options.revision)
     with ref.parsed_once(keep=True):
         return read_tokenizer(ref, options, structure.config)
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
     """Whether a local model has a tokenizer; True for a hub model, as a check would download files."""
-    ref = resolve(below_adapters(text), catalog)
+    ref = resolve(adapter_base(Path(text)) or text, catalog)
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory) is not None
     if ref.gguf_file or not ref.directory.is_dir():

@@ -17,7 +17,6 @@ from llmpruner.discovery.dense import dense_structure, open_dense, placed_as
 from llmpruner.discovery.structure import load_structure
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.opening import load_model
-from llmpruner.models.tokenizer import load_tokenizer
 
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)
@@ -97,12 +96,3 @@ def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path)
     checks = {check.name: check for check in api.verify_checkpoint(out, catalog=catalog).checks}
     assert "damaged" not in {check.state for check in checks.values()}, checks
     assert "trained after the cut" in checks["weights"].detail
-
-
-def test_a_tokenizer_below_two_adapters_is_found(one, catalog, tmp_path):
-    top = adapted(tmp_path / "base", tmp_path / "top", 2)
-    config = json.loads((top / "adapter_config.json").read_text())
-    (top / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(one)}))
-    structure = load_structure(str(top), catalog)
-    assert structure.path == str(top) and structure.ref == str(top)
-    assert load_tokenizer(structure, catalog) is not None
