@@ -72,7 +72,7 @@ def test_a_head_that_would_be_left_out_is_refused(run, dense, shared, tmp_path, 
     arguments = {
         "prune": (model, *L2, *out),
         "prune by layer": (model, *L2, *out),
-        "recover": (model, "--data", shared / "data.jsonl", "--max-steps", "1", *out),
+        "recover": (model, "--data", shared / "data.jsonl", "--max-steps", "1", "--strategy", "full", *out),
         "evaluate": (model, "--metrics", "size"),
         "export": (model, "--to", "stock", *out),
     }[command]

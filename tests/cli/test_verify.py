@@ -81,7 +81,7 @@ DAMAGE = {
         lambda d: change(d, lambda t: t[UP].view(-1)[7:8].fill_(float("nan"))),
         f"tensor '{UP}' is not that of the base",
     ),
-    "a tensor that is gone": (lambda d: change(d, lambda t: t.pop(UP)), f"lacks tensor '{UP}'"),
+    "a tensor that is gone": (lambda d: change(d, lambda t: t.pop(UP)), "lacks tensors; it is incomplete"),
     "an unknown tensor": (
         lambda d: change(d, lambda t: t.update({"model.layers.9.x.weight": torch.zeros(2)})),
         "tensor 'model.layers.9.x.weight' belongs to no module",
