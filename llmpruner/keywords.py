@@ -52,6 +52,7 @@ class RecoverKeywords(TypedDict, total=False):
     learning_rate: float | None
     epochs: float
     max_steps: int | None
+    minutes: float | None
     batch_size: int | None
     micro_batch_size: int
     cutoff: int

@@ -259,10 +259,21 @@ class RecoverSettings(Settings):
         gt=0,
     )
     epochs: float = option(2.0, "Passes over the data.", _TRAINING, gt=0, le=100_000)
-    max_steps: int | None = option(None, "Number of optimizer steps, instead of --epochs.", _TRAINING, ge=1, le=10**9)
+    max_steps: int | None = option(
+        None, "Number of optimizer steps, instead of --epochs; with --minutes, at most.", _TRAINING, ge=1, le=10**9
+    )
+    minutes: float | None = option(
+        None,
+        "Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the "
+        "examples of --data self, loading and saving the model come on top.",
+        _TRAINING,
+        gt=0,
+        le=1_000_000,
+    )
     batch_size: int | None = option(
         None,
-        "Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps.",
+        "Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; "
+        "with --minutes 4.",
         _TRAINING,
         ge=1,
         le=2**20,

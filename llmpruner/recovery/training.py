@@ -4,7 +4,8 @@ Notable:
 - the loss of a step is a mean over its trained tokens, whatever the micro-batches and the number of processes;
 - weights of 16 bits are in float32 while they are trained;
 - there are ten checkpoints, and the loss on ``job.validation`` is measured before the first step and up to ten times
-  afterwards; the model ends with the weights of the lowest one, which may be those of the start.
+  afterwards; the model ends with the weights of the lowest one, which may be those of the start;
+- with ``minutes``, the learning rate follows the time that has passed, and the training stops at its end.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -36,12 +38,13 @@ if TYPE_CHECKING:
     from ..settings import RecoverSettings
 
 _NEVER = 10**9
-"""Steps between validations, and between checkpoints, for the Trainer: `_Schedule` decides about both."""
+"""Steps between validations, and between checkpoints, for the Trainer: `_Schedule` decides about both; and the steps of
+a training that ends by its time."""
 _WARMUP = 100
 """Steps over which the learning rate rises, or a tenth of all where that is fewer."""
 _NARROW = {torch.bfloat16, torch.float16}
 _PARTS, _CHECKING_SHARE = 10, 0.1
-"""Checkpoints of a training, and validations at most; and the share of its work that validations may take."""
+"""Checkpoints of a training, and validations at most; and the share of its work, or time, that they may take."""
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
@@ -61,9 +64,9 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     The same loss is measured on ``job.validation``, without gradients and in evaluation mode; the model ends with the
     weights that had the lowest one, or with those of the start.
 
-    Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption.
-    In several processes, all call this, share every batch, and have the result. Raises `ModelError` when the loss is
-    not finite.
+    Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption
+    (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
+    `ModelError` when the loss is not finite.
     """
     use_cache = getattr(model.config, "use_cache", None)
     try:
@@ -88,7 +91,10 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     processes, size = Ranks.current().count, settings.batch_size
     if size is None:
         sizes = [size for size in (64, 32, 16, 8, 4, 2) if size % processes == 0] or [processes]
-        enough = (size for size in sizes if settings.max_steps or settings.epochs * math.ceil(rows / size) > 199)
+        if settings.minutes is not None:
+            enough = (size for size in sizes if size <= settings.micro_batch_size)
+        else:
+            enough = (size for size in sizes if settings.max_steps or settings.epochs * math.ceil(rows / size) > 199)
         size = next(enough, sizes[-1])
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
@@ -100,9 +106,11 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> int:
-    """Number of optimizer steps; the last batch of an epoch may be smaller than the others."""
+    """Number of optimizer steps at most; the last batch of an epoch may be smaller than the others."""
     if settings.max_steps is not None:
         return settings.max_steps
+    if settings.minutes is not None:
+        return _NEVER
     assert settings.batch_size is not None, "filled in"
     return math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
 
@@ -183,6 +191,8 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool) -> None:
         self.job, self.loss, self.autocast, self.ranks = job, loss, autocast, Ranks.current()
+        self.began, self.check_seconds = time.monotonic(), 0.0
+        """When the training began, were it not interrupted; and how long the last validation took."""
         super().__init__(
             model=model,
             args=_arguments(job),
@@ -195,12 +205,23 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
 
+    def share_done(self) -> float:
+        """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
+        steps = float(self.state.global_step / max(self.state.max_steps, 1))
+        if self.job.settings.minutes is None:
+            return steps
+        limit = 60 * self.job.settings.minutes
+        # Clocks of processes differ. The last validation is part of the time.
+        seconds = self.ranks.from_first(lambda: time.monotonic() - self.began + self.check_seconds)
+        return max(steps, seconds / limit)
+
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear: up to the peak, then down to zero at the last step."""
+        """Linear: up to the peak, then down to zero at the end of the steps or minutes."""
         warmup = min(_WARMUP, math.ceil(num_training_steps / 10))
 
         def factor(step: int) -> float:
-            return min(1.0, (step + 1) / warmup) * max(0.0, 1 - step / num_training_steps)
+            done = step / num_training_steps if self.job.settings.minutes is None else self.share_done()
+            return min(1.0, (step + 1) / warmup) * max(0.0, 1 - done)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -226,6 +247,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss on the validation rows, as a mean over their trained tokens."""
+        began = time.monotonic()
         self.model.eval()
         size, total, tokens = self.args.per_device_train_batch_size, 0.0, 0
         batches = [self.job.validation[n : n + size] for n in range(0, len(self.job.validation), size)]
@@ -237,12 +259,14 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         total, count = self.ranks.totals(total, tokens)
         metrics = {"eval_loss": total / count}
         self.log(metrics)
+        self.check_seconds = time.monotonic() - began
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Also reports the loss of a step, or on the validation rows, to the job."""
-        super().log(logs, start_time)
+        """Also reports the loss of a step, or on the validation rows, to the job; keeps the seconds so far, for a
+        training that is resumed."""
+        super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
         self.report(self.state.log_history[-1])
 
     def report(self, entry: dict[str, Any], again: bool = False) -> None:
@@ -252,7 +276,8 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
             if not math.isfinite(entry.get(name, 0.0)):
                 raise ModelError(f"the {what} became {entry[name]} at step {entry['step']}; lower the learning rate")
         if "loss" in entry and job.on_step is not None and not again:
-            job.on_step(entry["step"], self.state.max_steps, entry["loss"])
+            done, step = self.share_done(), entry["step"]
+            job.on_step(step, self.state.max_steps if done <= 0 else max(step, round(step / done)), entry["loss"])
         if "eval_loss" in entry and job.on_validation is not None:
             job.on_validation(entry["step"], entry["eval_loss"])
 
@@ -292,29 +317,35 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
     """Says when to validate, to save and to stop."""
 
     def __init__(self, trainer: _LossTrainer) -> None:
-        self._trainer = trainer
+        self._trainer, self._before = trainer, 0.0
+        """``_before``: `_LossTrainer.share_done` at the step before."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         del args, control
+        trainer = self._trainer
         if not state.log_history:
-            self._trainer.save_start()
+            trainer.save_start()
             return
+        trainer.began = time.monotonic() - state.log_history[-1]["seconds"]
+        self._before = trainer.share_done()
         for entry in state.log_history:
-            self._trainer.report(entry, again=True)
+            trainer.report(entry, again=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        job = self._trainer.job
-        # Of a step, every example is computed forwards and backwards: three times the work.
-        work = 3 * args.max_steps * job.settings.batch_size
-        checks = max(1, min(_PARTS, int(_CHECKING_SHARE * work / len(job.validation))))
-        ends = state.global_step >= args.max_steps
-
-        def completes(parts: int) -> bool:
-            """Whether this step is the last in one of equal ``parts`` of the training."""
-            step, steps = int(state.global_step), int(args.max_steps)
-            return step * parts // steps > (step - 1) * parts // steps
-
+        del state
+        trainer, settings, done = self._trainer, self._trainer.job.settings, self._trainer.share_done()
+        if settings.minutes is None:
+            # Of a step, every example is computed forwards and backwards: three times the work.
+            affordable = _CHECKING_SHARE * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
+        else:
+            affordable = _CHECKING_SHARE * 60 * settings.minutes / trainer.check_seconds
+        ends = done >= 1
         control.should_training_stop = ends
-        control.should_evaluate = ends or completes(checks)
+        control.should_evaluate = ends or self._completes(max(1, min(_PARTS, int(affordable))), done)
         # Nothing is saved at the end, which is the result.
-        control.should_save = not ends and (control.should_evaluate or completes(_PARTS))
+        control.should_save = not ends and (control.should_evaluate or self._completes(_PARTS, done))
+        self._before = done
+
+    def _completes(self, parts: int, done: float) -> bool:
+        """Whether the step that was done is the last in one of equal ``parts`` of the training."""
+        return int(done * parts + 1e-9) > int(self._before * parts + 1e-9)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import time
 
 import pytest
 import torch
@@ -144,6 +145,14 @@ def test_a_model_in_bfloat16_learns_as_one_in_float32(tiny):
     assert narrow.details["validation"][-1]["loss"] == pytest.approx(after, abs=0.1 * (before - after))
 
 
+def test_minutes_end_a_training(tiny):
+    began = time.monotonic()
+    result = tiny(FullStrategy(), max_steps=None, minutes=0.05, batch_size=None)
+    assert 2 < time.monotonic() - began < 30
+    assert len(result.losses) > 3 and result.details["settings"]["batch_size"] == 2
+    assert result.details["validation"][-1]["step"] == len(result.losses)
+
+
 def test_batches_and_steps():
     of = RecoverSettings(data="a")
     sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
@@ -151,6 +160,7 @@ def test_batches_and_steps():
     settings = filled_in(of, 500, adapters=True)
     assert planned_steps(settings, 500) == 250
     assert filled_in(RecoverSettings(data="a", max_steps=5), 500, adapters=True).batch_size == 64
+    assert filled_in(RecoverSettings(data="a", minutes=5), 500, adapters=True).batch_size == 4
 
 
 def test_processes_share_a_batch(monkeypatch):
@@ -199,7 +209,7 @@ def test_the_record(tiny):
     result = tiny(LoraStrategy(rank=4), max_steps=2)
     record = json.loads(json.dumps(result.details))
     assert record.pop("settings") == {
-        "learning_rate": 5e-3, "epochs": 2.0, "max_steps": 2, "batch_size": 4, "micro_batch_size": 2,
+        "learning_rate": 5e-3, "epochs": 2.0, "max_steps": 2, "minutes": None, "batch_size": 4, "micro_batch_size": 2,
         "cutoff": 24, "validation": 0.02, "seed": 0,
     }  # fmt: skip
     assert record["strategy_settings"] == {"rank": 4, "alpha": 16, "dropout": 0.05}
