@@ -19,7 +19,7 @@ from typing_extensions import Unpack
 
 from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
 from .component import check_chosen
-from .discovery.opening import Opener, Source, listed, openers
+from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import DataError, ModelError, PlanError, SettingsError
@@ -30,7 +30,7 @@ from .evaluation.evaluate import Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
-from .files import check_new_directory, check_page, write_text
+from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
     BenchKeywords,
     EvaluateKeywords,
@@ -74,7 +74,7 @@ from .settings import (
     flag_of,
     settings_from,
 )
-from .structure.plan import Outcome, PruningPlan
+from .structure.plan import PruningPlan
 
 
 def load(
@@ -113,22 +113,9 @@ def plan(
 ) -> PruningPlan:
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
-    made, _ = plan_with_outcome(model, load=load, run=run, progress=progress, catalog=catalog, **settings)
-    return made
-
-
-def plan_with_outcome(
-    model: Source,
-    *,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PruneKeywords],
-) -> tuple[PruningPlan, Outcome]:
-    """`plan`, and the sizes of the model before and after the cut."""
     opener = _opener(load, catalog, progress)
-    return _plan(model, settings_from(PruneSettings, settings), opener, run or RunSettings())
+    made, _ = _plan(model, settings_from(PruneSettings, settings), opener, run or RunSettings())
+    return made
 
 
 def prune(
@@ -191,62 +178,48 @@ def recover(
 def evaluate(
     models: Source | Sequence[Source],
     *,
-    load: LoadSettings | Sequence[LoadSettings] | None = None,
+    load: LoadSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations:
     """Measure models: size, perplexity, KL divergence, lm-eval tasks, and metrics of plugins. The first model is
-    the reference of those that compare. One is in memory at a time (with ``kl``, next to the first). ``load``: for
-    all models, or one for each.
+    the reference of those that compare. One is in memory at a time (with ``kl``, next to the first).
     """
-    catalog = catalog or Catalog()
-    metrics = chosen_metrics(settings_from(EvaluateSettings, settings), catalog)
-    sources = listed(models)
-    each = openers(load, sources, catalog, progress)
-    opened = [opener.readable(source, "be evaluated") for opener, source in zip(each, sources, strict=True)]
-    pairs = list(zip(each, opened, strict=True))
-    compared = [
-        ComparedModel(model.ref, model.config, opener.tokenizer(model), model.family) for opener, model in pairs
-    ]
-    loaders = [partial(opener.weights, model) for opener, model in pairs]
-    return _evaluate(compared, loaders, metrics, progress)
+    opener = _opener(load, catalog, progress)
+    metrics = chosen_metrics(settings_from(EvaluateSettings, settings), opener.catalog)
+    opened = [opener.readable(source, "be evaluated") for source in listed(models)]
+    compared = [ComparedModel(model.ref, model.config, opener.tokenizer(model), model.family) for model in opened]
+    return _evaluate(compared, [partial(opener.weights, model) for model in opened], metrics, progress)
 
 
 def bench(
     models: Source | Sequence[Source],
     *,
-    load: LoadSettings | Sequence[LoadSettings] | None = None,
+    load: LoadSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[BenchKeywords],
 ) -> BenchResult:
     """Measure how fast models process prompts and decode, in tokens per second, against the first and against the
-    speed-up that their sizes allow. All are in memory at the same time, and run in turn. ``load``: for all models, or
-    one for each.
+    speed-up that their sizes allow. All are in memory at the same time, and run in turn.
     """
-    catalog = catalog or Catalog()
-    options = settings_from(BenchSettings, settings)
-    runtime = catalog.runtimes.create_only(options.runtime, options.settings)
-    sources = listed(models)
-    each = openers(load, sources, catalog, progress)
+    opener, options = _opener(load, catalog, progress), settings_from(BenchSettings, settings)
+    runtime = opener.catalog.runtimes.create_only(options.runtime, options.settings)
+    check_device(opener.load.device)
     batch, length = max(options.batch), max(options.prompt) + options.new
-    subjects = [_bench_subject(source, opener, batch, length) for source, opener in zip(sources, each, strict=True)]
+    subjects = []
+    for source in listed(models):
+        # The runtime opens it as far as it needs.
+        if isinstance(source, Structure):
+            ref, path = source.ref, source.path
+        else:
+            ref, path = str(source), resolve(str(source), opener.catalog).local_path
+        subjects.append(BenchSubject(ref, _path(path), batch, length, source, opener))
     return _bench(
         subjects, runtime, batches=options.batch, prompts=options.prompt, new_tokens=options.new, rounds=options.rounds,
-        device=each[0].load.device, progress=progress,
+        device=opener.load.device, progress=progress,
     )  # fmt: skip
-
-
-def _bench_subject(source: Source, opener: Opener, batch: int, length: int) -> BenchSubject:
-    """Opens the model only as far as the runtime asks for."""
-    check_device(opener.load.device)
-    if isinstance(source, Structure):
-        ref, path = source.ref, None if source.path is None else Path(source.path)
-    else:
-        ref, place = str(source), resolve(str(source), opener.catalog, revision=opener.load.revision)
-        path = place.directory / (place.gguf_file or "") if place.directory.exists() else None
-    return BenchSubject(ref, path, batch, length, source, opener)
 
 
 def generate(
@@ -397,7 +370,9 @@ def write_report(
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
     sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
     check_chosen(own, sections)
-    target = check_page(Path(path or default))
+    target = Path(path or default)
+    if not (target.is_file() and target.read_bytes()[:100].lower().startswith(b"<!doctype html")):
+        check_new_file(target)  # a page may replace another page
     subjects = report_subjects(places, list(map(Path, results)), catalog)
     page, warnings = report_page(subjects, sections)
     write_text(target, page)
@@ -405,7 +380,7 @@ def write_report(
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
-    return Opener.of(load, catalog or Catalog(), progress)
+    return Opener(catalog or Catalog(), load or LoadSettings(), progress)
 
 
 def _path(place: str | Path | None) -> Path | None:

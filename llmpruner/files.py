@@ -105,19 +105,6 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def exists(path: str | Path) -> bool:
-    """As `Path.exists`; False for what no file system takes as a name, such as one of 300 characters."""
-    try:
-        return Path(path).exists()
-    except (OSError, ValueError):
-        return False
-
-
-def is_file(name: str) -> bool:
-    """As `exists`, for a file."""
-    return exists(name) and Path(name).is_file()
-
-
 def check_new_directory(path: Path) -> Path:
     """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
     with writing(path):
@@ -138,13 +125,6 @@ def check_new_file(path: Path) -> Path:
         if not path.exists():
             _check_parent(path)
     return path
-
-
-def check_page(path: Path) -> Path:
-    """`check_new_file`, for an HTML page, which may replace another page."""
-    if path.is_file() and path.read_bytes()[:100].lower().startswith(b"<!doctype html"):
-        return path
-    return check_new_file(path)
 
 
 def _check_parent(path: Path) -> None:

@@ -25,12 +25,6 @@ class Progress:
         del label
         yield lambda share, now: None
 
-    @contextmanager
-    def counter(self, label: str) -> Iterator[Callable[[int, int, float], None]]:
-        """Yield a function ``step(number, total, loss)`` to call after each step of a training, counted from 1."""
-        with self.bar(label) as at:
-            yield lambda number, total, loss: at(number / total, f"{label}, loss {loss:.3f}")
-
     def track(self, items: Sequence[T], label: str) -> Iterable[T]:
         """Iterate over ``items`` and show how many were processed."""
         with self.bar(label) as at:

@@ -47,7 +47,7 @@ def _layers(value: Any) -> Any:
     if isinstance(value, str) and value.strip() != "all":
         for part in value.split(","):
             match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-            if match is None or len(part) > 20 or int(match[2] or match[1]) < int(match[1]):
+            if match is None or int(match[2] or match[1]) < int(match[1]):
                 raise ValueError("expected layer numbers such as 3-26 or 0,5,7-9, or all")
     return value
 
@@ -83,11 +83,7 @@ def _component_settings(value: Any) -> Any:
     return settings
 
 
-def _path_text(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
-
-
-Text = Annotated[str, BeforeValidator(_path_text)]
+Text = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """The name of a text or of data: a file, a data set, or a name that a calibration source reads."""
 Names = Annotated[tuple[str, ...], BeforeValidator(names_of), Field(min_length=1)]
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(names_of), Field(min_length=1)]
@@ -132,7 +128,7 @@ def count_text(value: float) -> str:
     for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(value) >= size:
             return f"{value / size:.2f} {unit}"
-    return f"{value:,.0f}"
+    return f"{value:.4g}"
 
 
 def bytes_text(value: float) -> str:

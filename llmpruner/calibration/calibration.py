@@ -5,13 +5,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from ..errors import DataError, PluginError
-from ..files import is_file
 from ..models.positions import positions_of
 from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
@@ -188,11 +188,11 @@ def parse_calibration(
 
     def part(reference: str, share: float | None = None) -> Part:
         name, _, rest = reference.partition(":")
-        if name == TextSource.name or name not in sources or is_file(reference):
+        if name == TextSource.name or name not in sources or isfile(reference):
             name, rest = TextSource.name, reference
         return Part(sources[name](**(settings or {}).get(name, {})), rest, share)
 
-    if is_file(text):
+    if isfile(text):
         return CalibrationText(text, (part(text),))
     if not all(reference.strip() for reference in text.split(",")):
         raise DataError(f"--calibration '{text}' names an empty source; write them with one comma in between")

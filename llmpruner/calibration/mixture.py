@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from os.path import isfile
 from typing import NamedTuple, TypeVar
 
 from ..errors import DataError
-from ..files import is_file
 
 T = TypeVar("T")
 
@@ -28,7 +28,7 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
 
     Raises `DataError` for an empty name and a share of zero.
     """
-    return (Part(text),) if is_file(text) else split_mixture(text)
+    return (Part(text),) if isfile(text) else split_mixture(text)
 
 
 def split_mixture(text: str) -> tuple[Part, ...]:

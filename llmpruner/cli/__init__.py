@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import sys
 
@@ -17,8 +16,6 @@ def main() -> None:
     """Run the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
-    if "--help" in arguments:
-        gc.disable()  # a third of the time
     keep_freed_memory()
     exit_on_sigterm()
     try:
@@ -33,8 +30,6 @@ def main() -> None:
             error_line(line)
         let_first_print()
         sys.exit(2)
-    finally:
-        gc.enable()
 
 
 def _line(error: Exception) -> str | None:

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -17,13 +18,6 @@ from rich.progress import Progress as Bar
 from rich.table import Table
 
 from ..progress import Progress
-from ..values import bytes_text as size
-from ..values import count_text as count
-
-__all__ = [
-    "RichProgress", "count", "done_line", "err", "error_line", "note", "out", "print_json", "size", "table",
-    "warning_line",
-]  # fmt: skip
 
 _WIDTH = 160
 """Columns where the output is no terminal, so that rows of tables in files and pipes are not broken."""
@@ -110,20 +104,10 @@ class RichProgress(Progress):
             nonlocal said
             if time.monotonic() - said >= _LINE_EVERY:
                 said = time.monotonic()
-                note(", ".join(filter(None, (now, f"{share:.0%} done", time_left(said - began, share)))))
+                left = f", {timedelta(seconds=round((said - began) * (1 - share) / share))} left" if share else ""
+                note(f"{now}, {share:.0%} done{left}")
 
         yield line
 
     def status(self, label: str) -> None:
         note(label)
-
-
-def time_left(seconds: float, share: float) -> str:
-    """The time that the rest takes at the speed so far, in words; empty before there is one. ``seconds``: since the
-    start; ``share``: of the work that is done."""
-    if not 0 < share < 1:
-        return ""
-    left = seconds * (1 - share) / share
-    if left < 90:
-        return f"{left:.0f} s left"
-    return f"{left / 60:.0f} min left" if left < 5400 else f"{left / 3600:.1f} h left"

@@ -22,7 +22,7 @@ from .console import RichProgress
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
-_METAVARS = {int: "INTEGER", float: "NUMBER", str: "TEXT", Path: "PATH", tuple: "NAMES"}
+_METAVARS = {"int": "INTEGER", "float": "NUMBER", "list of text": "NAMES"}
 _OBVIOUS = 100_000
 """Upper bounds from here on are beyond all values that users give, and left out of ``--help``."""
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -48,28 +48,21 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
     catalog. ``omit``: fields without an option."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters
-        kept = [p for name, p in own.items() if name != "arguments"]
-        derived = {
-            model: [
-                _parameter(model, f)
-                for f in model.model_fields
-                if f not in omit and not option_of(model, f)["advanced"]
-            ]
+        own = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own if p.name != "arguments"]
+        options = {
+            model: [f for f in model.model_fields if f not in omit and not option_of(model, f)["advanced"]]
             for model in models
         }
         context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        every = [
-            context,
-            *(p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*kept, *(p for d in derived.values() for p in d))),
-        ]
+        every = [context, *kept, *(_parameter(model, name) for model, names in options.items() for name in names)]
         # Python requires parameters without defaults first.
         every.sort(key=lambda p: p.default is not Parameter.empty)
 
         def run(**values: Any) -> None:
             arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(values["ctx"])}
-            for model, options in derived.items():
-                explicit = _explicit(values, [p.name for p in options], model.group)
+            for model, names in options.items():
+                explicit = _explicit(values, names, model.group)
                 if model in (LoadSettings, RunSettings):
                     arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
                 else:
@@ -98,7 +91,7 @@ def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[s
 
 def _parameter(model: type[Settings], name: str) -> Parameter:
     field, option = model.model_fields[name], option_of(model, name)
-    kind = _kind(field.annotation)
+    kind = type_text(field.annotation).removesuffix(" | none")
     flag = flag_of(model, name)
     without_option = [other for other in model.model_fields if option_of(model, other)["advanced"]]
     advanced = f" Of {model.group}: {', '.join(without_option)}." if name == "settings" and without_option else ""
@@ -107,36 +100,22 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
         flags,
         help=_help(field) + advanced,
         rich_help_panel=option["panel"],
-        metavar=None if kind is bool else option["metavar"] or _METAVARS.get(kind, "TEXT"),
+        metavar=None if kind == "bool" else option["metavar"] or _METAVARS.get(kind, "TEXT"),
         show_default=False,
     )
-    annotation: Any = bool if kind is bool else list[str] if kind is dict else str
+    annotation: Any = bool if kind == "bool" else list[str] if kind == "dict" else str
     required = field.is_required()
     annotation = annotation if required else annotation | None
     default = Parameter.empty if required else None
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
 
 
-def _kind(annotation: Any) -> Any:
-    """The plain type of a field: ``int`` of ``Annotated[int, …] | None``."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _kind(get_args(annotation)[0])
-    if origin is Literal:
-        return str
-    if origin in (Union, UnionType):
-        return _kind(next(a for a in get_args(annotation) if a is not type(None)))
-    return origin or annotation
-
-
 def _help(field: FieldInfo) -> str:
-    value = field.default
-    default = ""
+    value, facts = field.default, bounds_of(field, below=_OBVIOUS)
     if value is True:
-        default = "yes"
+        facts.append("default yes")
     elif value not in (None, False, {}) and not field.is_required():
-        default = ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-    facts = [*bounds_of(field, below=_OBVIOUS), *([f"default {default}"] if default else [])]
+        facts.append(f"default {','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")
 
 

@@ -13,8 +13,8 @@ from rich.tree import Tree
 from ..errors import CouplingError
 from ..settings import LoadSettings
 from ..structure.coupling import HIDDEN, CoupledGroup, CouplingGraph, Span
-from ..values import counted
-from .console import count, out, print_json, table
+from ..values import count_text, counted
+from .console import out, print_json, table
 from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def _show(model: str, structure: Structure) -> None:
     graph = structure.graph
     out.print(
         f"[bold]{escape(model)}[/]: family {structure.family.name}, {counted(graph.num_layers, 'layer')}, "
-        f"{count(graph.total_parameters)} parameters, {count(graph.decoder_parameters)} of them in the decoder"
+        f"{count_text(graph.total_parameters)} parameters, {count_text(graph.decoder_parameters)} of them "
+        "in the decoder"
     )
     columns = ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder")
     table("Coupled groups", columns, [_kind_row(graph, kind) for kind in graph.kinds])

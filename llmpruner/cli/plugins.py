@@ -38,14 +38,12 @@ def list_plugins(
         else:
             table(None, ("Kind", "Name", "Package", "What it is"), [tuple(row.values()) for row in rows], left=4)
         return
-    named: list[dict[str, Any]] = [
-        {**row, "module": cls.__module__, "settings": settings_of(cls)}
-        for row in rows
-        if row["name"] == name
-        for cls in [catalog.registries[row["kind"]][name]]
-    ]
+    named = [row for row in rows if row["name"] == name]
     if not named:
         raise UnknownNameError("component", name, {row["name"] for row in rows})
+    for row in named:
+        cls = catalog.registries[row["kind"]][name]
+        row |= {"module": cls.__module__, "settings": settings_of(cls)}
     if as_json:
         print_json(named)
         return

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,9 +10,10 @@ import typer
 
 from ..engine.stages import peak_memory
 from ..files import check_new_file
-from ..settings import LoadSettings, PruneSettings, RunSettings
+from ..settings import LoadSettings, PruneSettings, RunSettings, settings_from
 from ..structure.widths import COUNTED, QUANTISED
-from .console import count, done_line, note, print_json, size, table
+from ..values import bytes_text, count_text
+from .console import done_line, note, print_json, table
 from .derive import Json, ModelName, Output, takes
 from .measure import write_next_to
 from .process import is_first
@@ -31,12 +31,15 @@ def plan(
 ) -> None:
     """Show the units that would be kept in each layer, without changing the model. The plan can be reviewed and
     replayed."""
-    from .. import api
+    from .. import pipeline
+    from ..discovery.opening import Opener
 
     if output is not None:
         check_new_file(output)
     started = time.monotonic()
-    made, outcome = api.plan_with_outcome(model, **arguments)
+    load, run, progress, catalog = (arguments.pop(name) for name in ("load", "run", "progress", "catalog"))
+    settings = settings_from(PruneSettings, arguments)
+    made, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
     if output is not None and is_first():
         made.save(output)
         note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
@@ -92,13 +95,12 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
     kinds, rows = made.table()
     table("Units kept", ("Layers", *kinds), rows)
     sums: list[tuple[str, float, float, Any]] = [
-        ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count),
-        ("All parameters", outcome.parameters_before, outcome.parameters_after, count),
-        ("Weights", outcome.bytes_before, outcome.bytes_after, size),
+        ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count_text),
+        ("All parameters", outcome.parameters_before, outcome.parameters_after, count_text),
+        ("Weights", outcome.bytes_before, outcome.bytes_after, bytes_text),
     ]
     if budget := outcome.budget:
-        texts: Mapping[str, Any] = {"macs": count, "kv-cache": "{:,.0f} bytes".format}
-        sums.append((budget.label, budget.before, budget.after, texts.get(budget.name, "{:,.4g}".format)))
+        sums.append((budget.label, budget.before, budget.after, count_text))
     table("Result", ("", "Before", "After", "Removed"), [(a, f(x), f(y), f"{1 - y / x:.2%}") for a, x, y, f in sums])
     asked, got = made.target.amount, outcome.decoder_removed if outcome.budget is None else outcome.budget.removed
     if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":

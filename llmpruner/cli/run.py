@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 
 DEMO = "demo"
-_AFTER = {"prune": "2. Recovery by distillation from the dense model", "recover": "3. Side by side"}
-"""In the demo: command of a step → the title of what comes after it."""
 
 
 @takes(LoadSettings, RunSettings)
@@ -81,22 +79,14 @@ def recipes(
         str | None,
         typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change.", show_default=False),
     ] = None,
-    as_json: Json = False,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
     known = catalog_of(ctx).recipes
-    if name is not None:
-        text = known[name]().text()
-        if as_json:
-            print_json({"name": name, "package": known.package_of(name), "text": text})
-        else:
-            out.print(text.rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
-        return
-    rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
-    if as_json:
-        print_json({"recipes": [dict(zip(("name", "package", "summary"), row, strict=True)) for row in rows]})
-    else:
+    if name is None:
+        rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
         table(None, ("Name", "Package", "What it does"), rows, left=3)
+    else:
+        out.print(known[name]().text().rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
 
 
 def show_step(step: StepResult) -> None:
@@ -105,21 +95,21 @@ def show_step(step: StepResult) -> None:
         return
     result = step.result
     details: list[str] = []
-    if step.command == "prune":
-        details = [f"{result['checkpoint']} checkpoint"]
-    elif step.command == "recover":
+    if step.command == "recover":
         details = [counted(result[f"{what}s"], what) for what in ("example", "step") if f"{what}s" in result]
         details += filter(None, [result.get("loss")])
     elif step.command == "generate":
         table(None, ("", f"“{result[0]['prompt']}”"), [(answer["name"], answer["text"]) for answer in result], left=2)
-    # There is no value where the step was whole when an earlier run was killed.
-    if step.value is not None and step.command == "prune":
+    elif step.value is None:
+        pass  # it was whole when an earlier run was killed
+    elif step.command == "prune":
         show_plan(*step.value)
-    elif step.value is not None and step.command == "evaluate":
+        details = [f"{result['checkpoint']} checkpoint"]
+    elif step.command == "evaluate":
         show_evaluations(step.value)
-    elif step.value is not None and step.command == "bench":
+    elif step.command == "bench":
         show_bench(step.value)
-    elif step.value is not None and step.command == "export":
+    elif step.command == "export":
         details = [step.value]
     done_line(f"{step.directory}: {', '.join([*details, f'{step.seconds:.0f} s'])}")
 
@@ -147,16 +137,9 @@ def demo(
     check_new_directory(output)
     catalog = catalog_of(ctx)
     recipe = Recipe.read(DEMO, catalog).with_values({"prune.ratio": ratio, "prune.seed": seed})
-    out.rule("1. Pruning and compensation")
-    api.run(recipe, output=output, on_step=_show_titled, progress=RichProgress(), catalog=catalog)
+    api.run(recipe, output=output, on_step=show_step, progress=RichProgress(), catalog=catalog)
     if not no_report:
         write_next_to(output, catalog, say=True)
     last = [step.name for step in recipe.steps if step.command in ("prune", "recover")][-1]
     out.print(f"Try it: llmpruner generate {escape(str(output / last))} --chat --prompt …", highlight=False)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")
-
-
-def _show_titled(step: StepResult) -> None:
-    show_step(step)
-    if step.command in _AFTER:
-        out.rule(_AFTER[step.command])

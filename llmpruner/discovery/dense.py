@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from os.path import exists
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import LlmprunerError, ModelError
-from ..files import exists
 from ..models.model import Model, Structure
 from ..models.opening import load_model
 from ..models.record import sampled_sha256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,8 @@ class Opener:
     """Opens models with the plugins of ``catalog`` and the settings of ``load``."""
 
     catalog: Catalog
-    load: LoadSettings = field(default_factory=LoadSettings)
-    progress: Progress = QUIET
-
-    @classmethod
-    def of(cls, load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
-        """``load``: None for the defaults."""
-        return cls(catalog, load or LoadSettings(), progress)
+    load: LoadSettings
+    progress: Progress
 
     def of_ranks(self, ranks: Ranks) -> Opener:
         """For a command that several processes share, of which the first one alone prints messages."""
@@ -97,17 +92,6 @@ class Opener:
         if not self.has_tokenizer(found):
             raise no_tokenizer(f"model '{found.ref}'", f"it cannot {purpose}")
         return found
-
-
-def openers(
-    load: LoadSettings | Sequence[LoadSettings] | None, sources: Sequence[Source], catalog: Catalog, progress: Progress
-) -> list[Opener]:
-    """One for each source. Raises `SettingsError` for another number of settings."""
-    if load is None or isinstance(load, LoadSettings):
-        return [Opener.of(load, catalog, progress)] * len(sources)
-    if len(load) != len(sources):
-        raise SettingsError(f"load has {len(load)} settings for {len(sources)} models; give one, or one for each")
-    return [Opener.of(each, catalog, progress) for each in load]
 
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:

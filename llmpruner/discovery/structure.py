@@ -38,7 +38,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     base = adapter_base(Path(text))
     if base is not None:
         return adapted(load_structure(base, catalog, options), text)
-    ref = resolve(text, catalog, revision=options.revision)
+    ref = resolve(text, catalog)
     catalog.register_models()
     record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
     if record is not None:

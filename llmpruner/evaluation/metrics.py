@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,6 @@ from pydantic import Field
 from ..calibration.documents import PYDOC, read_text, shortened
 from ..component import ComponentSettings
 from ..errors import ModelError, no_tokenizer
-from ..files import is_file
 from ..settings import Seed
 from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
@@ -122,7 +122,7 @@ class PerplexityMetric(Metric):
     def _texts(self) -> dict[str, str]:
         """Name → text, read on first use."""
         given = self.settings.text
-        names = [given] if is_file(given) else [name.strip() for name in given.split(",")]
+        names = [given] if isfile(given) else [name.strip() for name in given.split(",")]
         return {name: read_text(name) for name in names}
 
     def prepare(self) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from os.path import exists, isdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from ..errors import CheckpointError, MissingExtraError, first_line
-from ..files import exists, read_json
+from ..files import read_json
 from .messages import quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model
 from .record import check_weights, names_in
@@ -34,7 +35,7 @@ def adapter_base(path: Path) -> str | None:
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
-    return str(path / base) if exists(path / base) and (path / base).is_dir() else base
+    return str(path / base) if isdir(path / base) else base
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:

@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..component import Component
-from ..files import is_file
 from .checkpoint import adapter_base
 from .record import OF_THIS_MACHINE, sampled_sha256, sha256
 from .reference import resolve
@@ -78,4 +78,4 @@ def _files_named(value: Any) -> Iterator[Path]:
         for part in (text, *re.split(r"\s*,\s*", text)):
             share = re.fullmatch(r"\d+(?:\.\d+)?\*(.+)", part, re.S)
             name = share[1] if share else part
-            yield from (Path(path) for path in (name, name.partition(":")[2]) if path and is_file(path))
+            yield from (Path(path) for path in (name, name.partition(":")[2]) if path and isfile(path))

@@ -38,7 +38,7 @@ def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | N
     base = adapter_base(Path(structure.ref))
     if base is not None:
         check_weights(Path(structure.ref))  # before the base is read
-    ref = resolve(base or structure.ref, catalog, revision=options.revision)
+    ref = resolve(base or structure.ref, catalog)
     with ref.parsed_once():
         tokenizer = read_tokenizer(ref, options, structure.config)
         model = _read_model(ref, structure, options)
@@ -89,7 +89,7 @@ def open_streamed(
 ) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
     layer by layer. ``scratch``, ``ahead``: see `CheckpointWeights`."""
-    ref = resolve(structure.ref, catalog, revision=options.revision)
+    ref = resolve(structure.ref, catalog)
     check_files(ref)
     tokenizer = read_tokenizer(ref, options, structure.config)
     weights = open_weights(structure, catalog, options, scratch, ahead=ahead)
@@ -100,7 +100,7 @@ def open_weights(
     structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None, *, ahead: bool = True
 ) -> CheckpointWeights:
     """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
-    ref, graph = resolve(structure.ref, catalog, revision=options.revision), structure.graph
+    ref, graph = resolve(structure.ref, catalog), structure.graph
     with in_one_line(ref):
         weights = CheckpointWeights(
             ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
@@ -125,7 +125,7 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
 
 def why_not_streamed(structure: Structure, catalog: Catalog, options: LoadSettings, *, cuts: bool = True) -> str | None:
     """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
-    ref = resolve(structure.ref, catalog, revision=options.revision)
+    ref = resolve(structure.ref, catalog)
     shares = any(structure.graph.is_decoder(name) for name in structure.graph.ties)
     convert = f"convert it once by llmpruner export {structure.ref} --to stock -o DIR, and take DIR"
     reasons = {

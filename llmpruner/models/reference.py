@@ -6,12 +6,12 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from os.path import exists, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..errors import ModelError, SettingsError
-from ..files import exists
+from ..errors import ModelError
 from ..settings import DEMO
 from .record import read_any_record
 
@@ -88,28 +88,23 @@ class Reference:
         return gguf_parsed_once(keep=keep)
 
 
-def resolve(text: str, catalog: Catalog, *, revision: str | None = None) -> Reference:
-    """The location of the model ``text``. Raises `ModelError` for a path that does not exist, `SettingsError` for a
-    ``revision`` of local files."""
+def resolve(text: str, catalog: Catalog) -> Reference:
+    """The location of the model ``text``. Raises `ModelError` for a path that does not exist."""
     path = Path(text)
     if text == DEMO:
-        ref = _demo()
-    elif path.suffix == ".gguf":
-        if not (exists(path) and path.is_file()):
+        return _demo()
+    if path.suffix == ".gguf":
+        if not isfile(path):
             raise ModelError(f"model file '{text}' does not exist")
-        ref = Reference(text, str(path.parent), path.name)
-    elif exists(path):
+        return Reference(text, str(path.parent), path.name)
+    if exists(path):
         reader = catalog.reader_for(path)
         if reader is None:
             _check_directory(path)
-        ref = Reference(text, text, reader=reader)
-    elif text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
+        return Reference(text, text, reader=reader)
+    if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"model directory '{text}' does not exist")
-    else:
-        return Reference(text, text)
-    if revision is not None:
-        raise SettingsError(f"--revision has no effect: '{text}' is local, not a hub model; leave it out")
-    return ref
+    return Reference(text, text)
 
 
 def _check_directory(path: Path) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
     options = options or LoadSettings()
-    ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog, revision=options.revision)
+    ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog)
     with ref.parsed_once(keep=True):
         return read_tokenizer(ref, options, structure.config)
 

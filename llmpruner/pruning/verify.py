@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from ..discovery.dense import dense_structure
 from ..discovery.oracle import TOLERANCE, distance, logits, silenced
 from ..discovery.structure import load_structure
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
-from ..files import exists, read_json
+from ..files import read_json
 from ..models.checkpoint import adapter_base
 from ..models.numbers import loaded_bytes
 from ..models.opening import load_model, open_streamed, open_weights, why_not_streamed

@@ -44,28 +44,20 @@ class Shipped(NamedRecipe):
 
 
 class PaperRecipe(Shipped):
-    """Selection, training and evaluation as in LLM-Pruner (Ma, Fang, Wang, NeurIPS 2023, section 4.1)."""
-
     name = "paper"
     summary = "LLM-Pruner: first-order Taylor, LoRA on Alpaca data, the paper's tasks and perplexity"
 
 
 class QualityRecipe(Shipped):
-    """The default method, then distillation."""
-
     name = "quality"
     summary = "the default method with uniform widths, then distillation from the dense model"
 
 
 class ExpertsRecipe(Shipped):
-    """For mixtures of experts."""
-
     name = "experts"
     summary = "a quarter of the experts of a mixture of experts removed, then LoRA"
 
 
 class DemoRecipe(Shipped):
-    """The steps of ``llmpruner demo``."""
-
     name = "demo"
     summary = "the steps of `llmpruner demo`: a real 135M model in minutes, offline"

@@ -136,10 +136,10 @@ class RecipeRun:
             raise SettingsError(f"{recipe.source} names no {missing}; add '{missing}: …' to it, or give --{missing}")
         self.recipe, self.model, self.output = recipe, str(model), Path(output)
         self.run, self.catalog, self.progress, self.functions = run, catalog, progress, functions
-        self.load = LoadSettings(**{**_explicit(recipe.load), **_explicit(load)})
+        self.load = recipe.load.model_copy(update=load.given())
         self.jobs = recipe_jobs(recipe, catalog)
         check_device(self.load.device)
-        resolve(self.model, catalog, revision=self.load.revision)
+        resolve(self.model, catalog)
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:
@@ -163,19 +163,13 @@ class RecipeRun:
         files = list((self.output / name).glob("*.gguf"))
         return str(files[0] if len(files) == 1 else self.output / name)
 
-    def load_of(self, name: str) -> LoadSettings:
-        """Checkpoints of steps are local, and have no revisions."""
-        explicit = _explicit(self.load)
-        return LoadSettings(**{key: explicit[key] for key in explicit if name == DENSE or key != "revision"})
-
     def call(self, step: Step, **more: Any) -> Any:
         """Call the function of a step's command for the model that it reads, or for all of them."""
         models: Any = [self.reference(name) for name in step.reads]
-        loads: Any = [self.load_of(name) for name in step.reads]
         if step.command not in ("evaluate", "bench"):
-            (models,), (loads,) = models, loads
+            (models,) = models
         return self.functions[step.command](
-            models, load=loads, progress=self.progress, catalog=self.catalog, **more, **step.settings.given()
+            models, load=self.load, progress=self.progress, catalog=self.catalog, **more, **step.settings.given()
         )
 
     def inputs(self, step: Step) -> dict[str, Any]:
@@ -219,7 +213,10 @@ class RecipeRun:
         if before and before["inputs"] == inputs and not self.run.restart:
             self.progress.status(f"{title}: done before with the same inputs, skipped")
             return self._finished(step, before, skipped=True)
-        again = f", again: {_changes(before['inputs'], inputs)}" if before and not self.run.restart else ""
+        again = ""
+        if before and not self.run.restart:
+            changed = [key for key, value in inputs.items() if before["inputs"].get(key) != value]
+            again = f", again: {', '.join(changed)} changed"
         if self.run.restart or not begun or begun["inputs"] != inputs:
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
@@ -264,8 +261,7 @@ class RecipeRun:
 
 
 def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    limits = RunSettings(**{key: value for key, value in _explicit(run.run).items() if key != "restart"})
-    model = run.call(step, output=output, run=limits)
+    model = run.call(step, output=output, run=run.run.model_copy(update={"restart": False}))
     outcome = model.outcome
     facts = {
         "checkpoint": model.form,
@@ -330,19 +326,3 @@ def _record(folder: Path) -> dict[str, Any] | None:
 
 def _write_record(folder: Path, value: Mapping[str, Any]) -> None:
     write_text(folder / STEP_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-
-
-def _changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The inputs that differ, as ``settings.ratio``."""
-    names = []
-    for key, value in now.items():
-        old = before.get(key)
-        if isinstance(value, Mapping) and isinstance(old, Mapping):
-            names += [f"{key}.{inner}" for inner in {**old, **value} if old.get(inner) != value.get(inner)]
-        elif old != value:
-            names.append(key)
-    return f"{', '.join(names)} changed"
-
-
-def _explicit(settings: LoadSettings | RunSettings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.model_fields_set}

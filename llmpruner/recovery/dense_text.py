@@ -13,13 +13,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
 from ..calibration.chat import chat_prompt
 from ..calibration.conversations import Completion, Example, Instruction
 from ..calibration.mixture import parse_mixture
 from ..errors import DataError
-from ..files import is_file
 from ..models.tokenizer import ids_to_continue
 from ..progress import QUIET, Progress
 
@@ -61,7 +61,7 @@ def dense_text_in(data: str) -> DenseText | None:
 
 def _parsed(source: str) -> DenseText | None:
     name, colon, count = source.partition(":")
-    if name not in (_MIXED, _TEXTS) or is_file(source):
+    if name not in (_MIXED, _TEXTS) or isfile(source):
         return None
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
         raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")

@@ -141,9 +141,10 @@ def _trained(
     """Of `train`, with messages for the user."""
     progress = opener.progress
     what = "held-out loss" if data.held_out else "loss on examples"
-    with progress.counter("Recovering") as on_step, loaded.changing("recovery"):
+    with progress.bar("Recovering") as at, loaded.changing("recovery"):
         return train(
             loaded.model, loaded.tokenizer, loaded.graph, data, job.strategy, job.settings, folder,
-            load_teacher=load_teacher, on_step=on_step,
+            load_teacher=load_teacher,
+            on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
             on_validation=lambda step, loss: progress.status(f"step {step}: {what} {loss:.4f}"),
         )  # fmt: skip

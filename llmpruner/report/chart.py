@@ -43,17 +43,15 @@ def drawn(
     log: bool = False,
     width: int = 640,
     height: int = 320,
-    standalone: bool = False,
 ) -> str:
     """The SVG element. ``what``: a description for screen readers; ``x``, ``y``: titles of the axes; ``series`` need at
-    least one point. ``log``: the axis upwards is logarithmic; all values must be above zero then. ``standalone``: with
-    colours of its own, for a file."""
+    least one point. ``log``: the axis upwards is logarithmic; all values must be above zero then."""
     points = [point for line in series for point in line.points]
     across = _Axis([p.x for p in points], _LEFT, width - _RIGHT)
     up = _Axis([p.y for p in points], height - _BOTTOM, _TOP, log=log)
     lines = [(line, [(across.at(p.x), up.at(p.y), p) for p in line.points]) for line in series]
     return rendered(
-        "chart.svg.j2", what=what, x=x, y=y, lines=lines, across=across.ticks(), up=up.ticks(), standalone=standalone,
+        "chart.svg.j2", what=what, x=x, y=y, lines=lines, across=across.ticks(), up=up.ticks(),
         width=width, height=height, left=_LEFT, right=width - _RIGHT, top=_TOP, bottom=height - _BOTTOM,
     )  # fmt: skip
 

@@ -64,10 +64,7 @@ class RecoverySection(ReportSection):
 
 
 def loss_curve(training: Mapping[str, Any]) -> str:
-    """A drawing (SVG) of the loss over optimizer steps, and, where it was measured, of the validation loss.
-
-    ``training``: an element of ``recovery`` in ``llmpruner.json``, with at least one loss.
-    """
+    """An SVG of a training's losses. ``training``: an element of ``recovery`` in ``llmpruner.json``."""
     losses = training["losses"]
     size = ceil(len(losses) / _MOST_POINTS)
     parts = [range(first, min(first + size, len(losses))) for first in range(0, len(losses), size)]
@@ -78,7 +75,7 @@ def loss_curve(training: Mapping[str, Any]) -> str:
             Point(check["step"], check["loss"], f"step {check['step']}: {check['loss']:.3f}") for check in validation
         )
         series.append(Series("validation loss", tuple(checks)))
-    return drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300, standalone=True)
+    return drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300)
 
 
 class OriginSection(ReportSection):

@@ -30,7 +30,7 @@ from ..recovery.strategies import LoraStrategy
 from ..settings import RecoverSettings
 from .components import label, settings_grid
 from .criterion import scorable
-from .models import cut_by, letters, pruned_by, small_job
+from .models import cut_by, letters, small_job
 from .processes import run_probe
 
 if TYPE_CHECKING:
@@ -154,7 +154,8 @@ class FamilyConformance:
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
         loaded = self.loaded()
-        pruned = pruned_by(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
+        plan, _ = make_plan(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
+        pruned = cut_by(loaded, plan)
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}

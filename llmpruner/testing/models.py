@@ -18,7 +18,7 @@ from ..calibration.sources import SelfWritten
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..models.model import Model
-from ..pipeline import make_plan, prune_model
+from ..pipeline import prune_model
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
 from ..pruning.criteria.base import ImportanceCriterion
@@ -95,12 +95,6 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
     calibration = CalibrationJob(text, samples=1, length=4, fixed_length=True)
     values: dict[str, Any] = {"criterion": criterion or job.criterion, "calibration": calibration, **changes}
     return replace(job, **values)
-
-
-def pruned_by(model: Model, job: PruneJob) -> Model:
-    """``model``, cut in place by the plan of ``job``."""
-    plan, _ = make_plan(model, job)
-    return cut_by(model, plan)
 
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:

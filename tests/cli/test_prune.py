@@ -144,5 +144,5 @@ def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
     assert ("budget" in result) == (budget in ("macs", "kv-cache"))
     replayed = run("prune", dense, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
     assert replayed.code == 0
-    label = {"macs": "MACs per token", "kv-cache": "KV cache per token"}.get(budget)
+    label = {"macs": "MACs per token", "kv-cache": "KV-cache bytes per token"}.get(budget)
     assert label is None or label in replayed.out

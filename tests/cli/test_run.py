@@ -129,8 +129,8 @@ def test_a_second_run_skips_everything(run, file, out):
 def test_what_has_changed_is_done_again_with_all_that_depends_on_it(run, file, out, shared):
     changed = run("run", file, "-o", out, "--set", "recover.max_steps=2", "--json")
     assert [step["skipped"] for step in changed.json()["steps"]] == [True, False, False, False]
-    assert "• step 2 of 4, 2-recover, again: settings.max_steps changed\n" in changed.err
-    assert "• step 3 of 4, table, again: models.2-recover changed\n" in changed.err
+    assert "• step 2 of 4, 2-recover, again: settings changed\n" in changed.err
+    assert "• step 3 of 4, table, again: models changed\n" in changed.err
 
 
 def test_only_what_depends_on_a_change_is_done_again(run, file, out, shared, tmp_path):
@@ -151,7 +151,7 @@ class Killed(BaseException):
 
 
 class StopAt(Progress):
-    """Ends the run at the item ``number`` of the bar ``label``, at the training step, or at a status line."""
+    """Ends the run at the item ``number`` of the bar ``label``, or at a line that has ``label``."""
 
     def __init__(self, label: str, number: int = 0) -> None:
         self.label, self.number = label, number
@@ -173,14 +173,6 @@ class StopAt(Progress):
                 raise Killed
 
         yield at
-
-    @contextmanager
-    def counter(self, label):
-        def step(number, total, loss):
-            if (label, number) == (self.label, self.number):
-                raise Killed
-
-        yield step
 
 
 def no_result(path, target):
@@ -207,7 +199,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
         patch.setattr(Path, "rename", no_result)
         assert killed(Progress())[0] == "1-prune.work", "whole, but without its name"
     made = (out / "1-prune.work" / "result" / "model.safetensors").stat().st_mtime_ns
-    assert killed(StopAt("Recovering", 2)) == ["1-prune", "2-recover.work"]
+    assert killed(StopAt("Recovering, step 2")) == ["1-prune", "2-recover.work"]
     assert (out / "1-prune" / "model.safetensors").stat().st_mtime_ns == made
     assert (out / "2-recover.work" / "result.recovery" / "checkpoint-1").is_dir()
     assert killed(StopAt("perplexity")) == ["1-prune", "2-recover", "table.work"]
@@ -275,10 +267,8 @@ def test_models_by_name_and_texts(shared, whole, out):
 def test_the_recipes_that_there_are(run):
     shown = run("recipes").out
     assert all(name in shown for name in ("paper", "quality", "llama-cpp", "experts", "demo"))
-    assert {row["name"] for row in run("recipes", "--json").json()["recipes"]} >= {"paper", "demo"}
     text = run("recipes", "paper").out
     assert yaml.safe_load(text)["steps"][0]["prune"]["method"] == "llm-pruner"
-    assert run("recipes", "paper", "--json").json()["text"].strip() == text.strip()
     refused = run("recipes", "papr")
     assert refused.code == 2 and "unknown recipe 'papr'; did you mean paper?" in refused.err
 

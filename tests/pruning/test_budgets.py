@@ -138,7 +138,7 @@ def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, ste
         allocation=allocation, steps=steps,
     )  # fmt: skip
     if budget == "kv-cache" and not {"attention", "layer"} & set(kinds):
-        with pytest.raises(SelectionError, match=rf"{kinds[0]} units save nothing of the KV cache per token; choose"):
+        with pytest.raises(SelectionError, match=rf"{kinds[0]} units save nothing of the KV-cache bytes per token"):
             make_plan(gqa, job)
         return
     groups = graph.of_kinds(kinds)
