@@ -63,7 +63,7 @@ def test_installed_packages_in_another_process(site):
 def test_an_installed_strategy_recovers(run, pruned, shared, installed, tmp_path):
     options = ("--data", shared / "data.jsonl", "--strategy", "example-nothing", "-o", tmp_path / "out")
     result = run("recover", pruned, *options)
-    assert result.code == 0 and "nothing was trained" in result.err
+    assert result.code == 0, result.err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
 
 

@@ -43,7 +43,7 @@ class Nothing(RecoveryStrategy):
     summary = "no training at all"
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        return TrainingResult(job.model, (), 0, ("nothing was trained",))
+        return TrainingResult(job.model, (), 0)
 
 
 class PointerReader(CheckpointReader):
