@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from .pruning.budgets import Cost
-    from .pruning.criteria.estimate import Spread
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -132,8 +131,7 @@ def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -
     """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    made, cost, _ = select(model, job, text, execution)
-    return made, cost
+    return select(model, job, text, execution)
 
 
 def prune_model(
@@ -143,7 +141,7 @@ def prune_model(
     ``unfinished``. The plan is the last of the result's ``plans``."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    made, cost, scores = select(model, job, text, execution)
+    made, cost = select(model, job, text, execution)
     made.check(model.graph)
     with model.changing("prune"):
         fits = compensate(model, made, job, text, execution)
@@ -151,7 +149,7 @@ def prune_model(
             outcome = outcome_of(model, made, cost)
             if expected is not None:
                 outcome = replace(outcome, forecast=expected.as_json())
-            work = {"fits": fits_record(fits), "scores": scores}
+            work = {"fits": fits_record(fits)}
             return model.become(cut_model(replace(model, work=(*model.work, work), outcome=outcome), made))
 
 
@@ -186,22 +184,21 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
 
 def select(
     model: Model, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
-) -> tuple[PruningPlan, Cost, Mapping[str, Spread]]:
+) -> tuple[PruningPlan, Cost]:
     """Score the units and decide which stay, unless a plan that is replayed, or an interrupted run, did. Returns the
-    plan, the cost of the model by its budget, and group name → how its scores are distributed, where they are known."""
+    plan and the cost of the model by its budget."""
     if isinstance(job, ReplayJob):
-        return job.plan, recorded_cost(model, job.plan, job.budget), {}
+        return job.plan, recorded_cost(model, job.plan, job.budget)
     journal = execution.journal
     earlier = None if journal is None else journal.load("plan")
     if journal is not None and earlier is not None:
         made = PruningPlan.model_validate(earlier)
-        return made, recorded_cost(model, made, job.budget), journal.load("scores") or {}
-    kept, cost, scores = choose(model, job, text, execution)
+        return made, recorded_cost(model, made, job.budget)
+    kept, cost = choose(model, job, text, execution)
     made = plan_of(model, job, kept, text)
     if journal is not None:
-        journal.store("scores", scores)
         journal.store("plan", made.model_dump(mode="json"))
-    return made, cost, scores
+    return made, cost
 
 
 def compensate(

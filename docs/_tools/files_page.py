@@ -25,7 +25,7 @@ RECORD = {
     "and `verify` warn where they find others. Absent in checkpoints of earlier versions.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
-    "work": "One for each of the plans: its [fits and scores](#work); null where an older version made the cut.",
+    "work": "One for each of the plans: its [fits](#work); null where an older version made the cut.",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""
@@ -44,14 +44,6 @@ FITS = {
     "after": "The same with the fitted weights.",
 }
 """Key of an element of ``work[…].fits`` → what it is."""
-SCORES = {
-    "low": "The lowest score.",
-    "high": "The highest score.",
-    "log": "Whether the bins are of equal width in the logarithm of the scores.",
-    "kept": "Numbers of kept units in bins of equal width from `low` to `high`.",
-    "removed": "Numbers of removed units in the same bins.",
-}
-"""Key of a value of ``work[…].scores`` → what it is."""
 RUN = {
     "command": "`prune` or `recover`.",
     "model": "The model that was read, as the user named it.",
@@ -93,7 +85,6 @@ def render() -> str:
     lines = ["# Files", "", INTRODUCTION, "", "## The plan", "", *_paragraph(plan), *_models(PruningPlan, 3)]
     lines += ["", "## llmpruner.json", "", RECORD_TEXT, "", *_keys(RECORD)]
     lines += ["", "### work", "", WORK_TEXT, "", "Each of the `fits`:", "", *_keys(FITS)]
-    lines += ["", "Each of the `scores`, by the name of the group:", "", *_keys(SCORES)]
     lines += ["", "### recovery", "", "Each element has these fields:", "", *_keys(RECOVERY)]
     lines += ["", "## llmpruner-files.json", "", ORIGIN_TEXT, "", *_keys(ORIGIN)]
     lines += ["", "## run.json", "", RUN_TEXT, "", *_keys(RUN)]
@@ -105,11 +96,7 @@ INTRODUCTION = (
     "`llmpruner.json` in every checkpoint that llmpruner saves. Both are JSON in UTF-8. Numbers of units and of "
     "layers are written as text, in runs: `0-4,7`. A plan with an unknown field, or of another version, is refused."
 )
-WORK_TEXT = (
-    "What compensation and selection did, for [reports](../how-to/report.md). `scores` is empty where units "
-    "were chosen in "
-    "several steps, and for a plan that was replayed."
-)
+WORK_TEXT = "What the compensation of each plan did, for [reports](../how-to/report.md)."
 ORIGIN_TEXT = (
     "Beside what `export --to stock` and `--to nemotron-nas` wrote: where it comes from, and its hashes, by which "
     "[`llmpruner verify`](../how-to/verify.md) and every command that loads it find damage. "

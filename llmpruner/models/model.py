@@ -62,9 +62,9 @@ class Structure:
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
-    last `llmpruner.save` in this process. ``work``: for each cut in this process, ``fits`` and ``scores`` as
-    ``llmpruner.json`` keeps them. ``streamed``: reads the weights when they are needed; None where they are in memory.
-    ``unfinished``: the stage that began to change the weights and did not end; None for a model that is whole."""
+    last `llmpruner.save` in this process. ``work``: for each cut in this process, ``fits`` as ``llmpruner.json`` keeps
+    them. ``streamed``: reads the weights when they are needed; None where they are in memory. ``unfinished``: the stage
+    that began to change the weights and did not end; None for a model that is whole."""
 
     model: PreTrainedModel
     tokenizer: Any | None

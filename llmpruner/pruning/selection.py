@@ -27,7 +27,7 @@ from ..structure.scope import Scope, build_queue, kept_units
 from ..structure.widths import ANY, Widths
 from .allocation import Allocation, AllocationTask, Demand, Meter, Taken, Uniform, allocate_alike
 from .budgets import BudgetSubject, Cost, CutCost, parameter_cost, saving_units
-from .criteria.estimate import Removal, Scores, Spread, estimate, spread
+from .criteria.estimate import Removal, Scores, estimate
 from .targets import demand, lost, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
@@ -43,20 +43,16 @@ TRIED = 2048
 """Number of tokens that the predictions of a trial cut are compared on."""
 
 
-def choose(
-    model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution
-) -> tuple[Kept, Cost, Mapping[str, Spread]]:
-    """Group name → kept units; the cost of the model by the job's budget; and how the scores are distributed (empty
-    with several steps). Raises `SelectionError` for an amount that cannot be removed, or that is less than one unit.
-    """
+def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> tuple[Kept, Cost]:
+    """Group name → kept units; and the cost of the model by the job's budget. Raises `SelectionError` for an amount
+    that cannot be removed, or that is less than one unit."""
     with execution.stages.stage("budget"):
         groups = scope_of(job, model).groups(model.graph)
         cost = job.budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, execution.progress))
-    choice = _Choice(model, job, cost, text, execution)
-    kept = choice.units()
+    kept = _Choice(model, job, cost, text, execution).units()
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    return kept, cost, choice.spreads
+    return kept, cost
 
 
 def select(
@@ -138,7 +134,6 @@ class _Choice:
         self.model, self.job, self.whole, self.text, self.execution = model, job, whole, text, execution
         self.kept: Kept = {}
         """By the steps so far, in numbers of the model before the first one."""
-        self.spreads: dict[str, Spread] = {}
         self.now = _Current(model.model, model.graph, scope_of(job, model), widths_of(job, model), whole)
 
     def units(self) -> Kept:
@@ -162,8 +157,6 @@ class _Choice:
                     chosen = self._select(part, decided=True)
                 if chosen is None or self._is_more_than_all(chosen, amount):
                     chosen = self._select(amount)
-            if job.steps == 1:
-                self.spreads = {name: spread(now.ranked[name].tolist(), units) for name, units in chosen.items()}
             self.kept = compose(self.model.graph, self.kept, chosen)
             # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
             if chosen and not last:

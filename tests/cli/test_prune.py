@@ -71,8 +71,6 @@ def test_replaying_a_plan_gives_the_same_files(run, dense, tmp_path):
     for name in ("run.json", "report.html"):
         assert direct.pop(name) and replayed.pop(name), "what differs every time"
     records = [json.loads(files.pop("llmpruner.json")) for files in (direct, replayed)]
-    # Units are not scored again.
-    assert [bool(record["work"][0].pop("scores")) for record in records] == [True, False]
     assert records[0] == records[1] and direct == replayed
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(direct)
 

@@ -15,12 +15,10 @@ import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.metrics import size
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.criteria.estimate import spread
 from llmpruner.pruning.kv_cache import bytes_per_token
 from llmpruner.report.base import Costs, bare
 from llmpruner.report.evidence import report_subjects
 from llmpruner.report.summary import Pair
-from llmpruner.structure.plan import PruningPlan
 
 
 @pytest.fixture(scope="module")
@@ -37,19 +35,14 @@ def text_of(html: str) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", html.partition("<main>")[2])))
 
 
-def test_the_record_tells_fits_and_scores_of_every_group(record):
+def test_the_record_tells_the_fits_of_every_layer(record):
     (work,) = record["work"]
-    plan = PruningPlan.model_validate(record["plans"][0])
     assert {fit["parameter"] for fit in work["fits"]} == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)}
     for fit in work["fits"]:
         assert list(fit) == ["parameter", "matrices", "fitted", "rows", "ridge", "before", "after"]
         assert fit["rows"] == 8 * 24 and 0 < fit["after"] <= fit["before"]
         assert (fit["ridge"] is None) == (fit["after"] == fit["before"])
     assert any(fit["after"] < fit["before"] for fit in work["fits"])
-    assert work["scores"].keys() == plan.cuts.keys()
-    for name, cut in plan.cuts.items():
-        scores = work["scores"][name]
-        assert (sum(scores["kept"]), sum(scores["removed"])) == (len(cut.kept), cut.units - len(cut.kept))
 
 
 def test_a_later_cut_without_compensation_leaves_the_fits_of_the_earlier_one(places, tmp_path):
@@ -57,15 +50,6 @@ def test_a_later_cut_without_compensation_leaves_the_fits_of_the_earlier_one(pla
     made = llmpruner.write_report(tmp_path / "again", tmp_path / "page.html")
     assert made.warnings == ()
     assert "fitted again (refit, 192 tokens of text.txt)" in text_of(made.path.read_text(encoding="utf-8"))
-
-
-def test_scores_are_counted_in_bins():
-    found = spread([1.0, 10.0, 100.0, float("inf")], kept=[2, 3])
-    assert (found["low"], found["high"], found["log"]) == (1.0, 100.0, True)
-    assert [n for n, count in enumerate(found["removed"]) if count] == [0, 10]
-    assert found["kept"][-1] == 1 and sum(found["kept"]) == 1, "what must stay has no score"
-    assert not spread([-1.0, 3.0], kept=[1])["log"]
-    assert spread([2.0, 2.0], kept=[1])["removed"][0] == 1
 
 
 def test_costs_are_those_of_the_model(places, tmp_path):
