@@ -20,7 +20,7 @@ from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER
 from ..structure.scope import Queue
 from ..values import names_of
-from .budgets import Cost, savings
+from .budgets import Cost
 
 if TYPE_CHECKING:
     import torch
@@ -97,12 +97,10 @@ class Allocation(Component):
         """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""
         raise NotImplementedError
 
-    def comparable(
-        self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph, cost: Cost, alike: Sequence[Sequence[str]]
-    ) -> Mapping[str, torch.Tensor]:
+    def comparable(self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph) -> Mapping[str, torch.Tensor]:
         """``scores`` (group name → score of each unit) on a scale on which those of different groups can be compared;
-        by default as they are. ``cost``: of the budget. ``alike``: names of groups that lose units together."""
-        del graph, cost, alike
+        by default as they are."""
+        del graph
         return scores
 
 
@@ -229,7 +227,7 @@ class Uniform(Allocation):
         return top_up(task, taken)
 
 
-Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters", "cost"]
+Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters"]
 
 
 class GlobalRanking(Allocation):
@@ -249,16 +247,15 @@ class GlobalRanking(Allocation):
     class Settings(ComponentSettings):
         normalize: Normalization = Field(
             "none",
-            description="What scores of a group are divided by: their mean, max or sum; the parameters of a unit; its "
-            "cost (per amount of the budget). zscore: less their mean, by their deviation, as in FLAP.",
+            description="What scores of a group are divided by: their mean, max or sum; the parameters of a unit. "
+            "zscore: less their mean, by their deviation, as in FLAP.",
         )
 
     settings: Settings
 
-    def comparable(
-        self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph, cost: Cost, alike: Sequence[Sequence[str]]
-    ) -> Mapping[str, torch.Tensor]:
-        return normalized(scores, self.settings.normalize, graph, cost, alike)
+    def comparable(self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph) -> Mapping[str, torch.Tensor]:
+        sizes = {name: graph.parameters_per_unit(graph.by_name[name]) for name in scores}
+        return {name: normalized(values, self.settings.normalize, sizes[name]) for name, values in scores.items()}
 
     def allocate(self, task: AllocationTask) -> Taken:
         queues = {queue.group.name: queue for queue in task.queues}
@@ -298,41 +295,12 @@ def _waits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
     return True
 
 
-def normalized(
-    scores: Mapping[str, torch.Tensor],
-    normalization: Normalization,
-    graph: CouplingGraph,
-    cost: Cost,
-    alike: Sequence[Sequence[str]] = (),
-) -> Mapping[str, torch.Tensor]:
-    """``scores`` (group name → (units,)) divided as the setting ``normalize`` of `GlobalRanking` says.
-
-    ``alike``: names of groups that lose units together. Under ``cost``, where these save different amounts, the mean
-    of them divides the scores of all, so that the mean score of a common step is divided by what it saves. The order
-    within a group does not change, except under ``cost`` for layers of different costs.
-    """
-    if normalization == "none":
-        return scores
-    if normalization != "cost":
-        return {
-            name: _normalized(values, normalization, graph.parameters_per_unit(graph.by_name[name]))
-            for name, values in scores.items()
-        }
-    saved = {name: savings(cost, graph.by_name[name]) for name in scores}
-    for names in alike:
-        present = [name for name in names if name in saved]
-        if any(saved[name] != saved[present[0]] for name in present):
-            mean = [sum(each) / len(present) for each in zip(*(saved[name] for name in present), strict=True)]
-            saved |= dict.fromkeys(present, mean)
-    # Units that save nothing are not removed; any finite score will do.
-    return {
-        name: values / values.new_tensor([amount if amount > 0 else 1.0 for amount in saved[name]])
-        for name, values in scores.items()
-    }
-
-
-def _normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:
+def normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:
+    """Scores of a group, (units,), divided as the setting ``normalize`` of `GlobalRanking` says. ``parameters``: of one
+    unit. The order within a group does not change."""
     tiny = 1e-300
+    if normalization == "none":
+        return values
     if normalization == "parameters":
         return values / max(parameters, 1)
     if normalization == "zscore":

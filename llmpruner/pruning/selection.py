@@ -194,8 +194,7 @@ class _Choice:
             now.network, now.graph, now.groups, job.criterion, text,
             reduction=job.reduction, seed=job.seed, execution=execution, removal=removal,
         )  # fmt: skip
-        alike = now.widths.alike(now.groups)
-        now.ranked = job.allocation.comparable(scores, now.graph, now.cost, alike)
+        now.ranked = job.allocation.comparable(scores, now.graph)
 
     def _select(self, amount: Demand, *, decided: bool = False) -> Kept:
         """By the job's allocation. ``decided``: ``amount`` has the number of units of each group."""

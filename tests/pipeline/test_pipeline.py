@@ -313,7 +313,7 @@ def test_layers_go_in_many_steps_as_in_one(deep, shape):
 def test_a_ranking_in_many_steps_takes_the_layer_that_is_first(deep):
     """Each step passed over the layers that its amount had no room for, and channels took their place."""
     options = {"kinds": "layer,mlp", "importance": "l2", "shape": "free", "layers": "all"}
-    options |= {"allocation": "global", "settings": {"global": {"normalize": "cost"}}, "compensate": "none"}
+    options |= {"allocation": "global", "settings": {"global": {"normalize": "parameters"}}, "compensate": "none"}
     one, many = (llmpruner.plan(deep, ratio=0.3, **options, steps=steps) for steps in (1, 10))
     assert set(range(8)) - set(many.cuts["layers"].kept) == set(range(8)) - set(one.cuts["layers"].kept) == {3}
     for made in (one, many):

@@ -12,8 +12,8 @@ from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.pipeline import make_plan
-from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform, normalized
-from llmpruner.pruning.budgets import Cost, parameter_cost
+from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform
+from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.job import check_job
 from llmpruner.pruning.saving import plan_of, save
 from llmpruner.pruning.selection import select
@@ -120,21 +120,6 @@ def test_layers_that_save_nothing_keep_as_many_units_as_the_others(gqa, allocati
     assert {name: len(units) for name, units in kept.items()} == {g.name: 72 for g in groups}
     free = select(graph, groups, scores, scope, **wanted)
     assert set(free) == {"layers.0.mlp", "layers.1.mlp"}
-
-
-def test_scores_per_cost_of_layers_that_are_cut_together_share_what_a_step_saves(gqa):
-    graph = gqa.graph
-    groups = {g.name: g for g in graph.of_kinds(["mlp"])}
-    scores = {name: torch.full((g.units,), 1.0 + (g.layer or 0), dtype=torch.float64) for name, g in groups.items()}
-    names = sorted(groups)
-    apart = normalized(scores, "cost", graph, FirstLayers())
-    assert [float(apart[name][0]) for name in names] == [1.0, 2.0, 3.0, 4.0]
-    together = normalized(scores, "cost", graph, FirstLayers(), UNIFORM.alike(groups.values()))
-    # A step of all four layers saves one unit in two of them.
-    assert [float(together[name][0]) for name in names] == [2.0, 4.0, 6.0, 8.0]
-    own = parameter_cost(graph, list(groups.values()), decoder=True)
-    alike = normalized(scores, "cost", graph, own, UNIFORM.alike(groups.values()))
-    assert all(torch.equal(values, normalized(scores, "cost", graph, own)[n]) for n, values in alike.items())
 
 
 def test_groups_of_different_sizes_need_not_agree():

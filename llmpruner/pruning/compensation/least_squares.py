@@ -11,7 +11,6 @@ regression, and `BiasFitter` a mean, for one weight matrix; `write_all` applies 
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
 
     from ...engine.products import WatchedProduct
     from ...engine.ranks import Ranks
-
-_LOG = logging.getLogger("llmpruner")
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
@@ -118,11 +115,6 @@ class WeightFitter:
         """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
         return len(RIDGES) + 1
 
-    @property
-    def comparable(self) -> bool:
-        """Whether there are rows to fit to and rows to compare fits on."""
-        return self._fit.rows > 0 and self._held_out.rows > 0
-
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32. The last eighth of
         the rows of each call is held out; single rows would be similar to their neighbours in the fit. With several
@@ -143,7 +135,7 @@ class WeightFitter:
         """The error on the held-out rows in trial number ``trial``, see `_Sums.error`. Infinite where there are no
         rows, and where the trial's system cannot be solved. Where there are many outputs, it is that of `_OUTPUTS`
         evenly spaced ones or a few more, which are enough to choose a ridge."""
-        if not self.comparable:
+        if not self._fit.rows or not self._held_out.rows:
             return inf
         old_OI = self._old(matrix)
         step = max(1, len(old_OI) // _OUTPUTS)
@@ -155,7 +147,13 @@ class WeightFitter:
 
     def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
         """Replace W_K and b by the fitted values, and W_R by zeros. ``errors``: of all trials."""
-        before, after = self._shares(errors)
+        # The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
+        # of the mean square of the targets. Differences of sums in float32 may fall below zero.
+        before = after = None
+        step = max(1, len(self._held_out.squares) // _OUTPUTS)
+        whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
+        if self._fit.rows and whole:
+            before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
         rows = self._fit.rows + self._held_out.rows
         new, ridge = self._solve(self._old(matrix), errors)
         if self.bias is not None:
@@ -168,16 +166,6 @@ class WeightFitter:
     def _old(self, matrix: torch.Tensor) -> torch.Tensor:
         old = matrix.index_select(1, self.kept).float()
         return old if self.bias is None else torch.cat([old, self.bias.float()[:, None]], 1)
-
-    def _shares(self, errors: Sequence[float]) -> tuple[float, float] | tuple[None, None]:
-        """The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
-        of the mean square of the targets. None without rows, and where all targets are zero."""
-        step = max(1, len(self._held_out.squares) // _OUTPUTS)
-        whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
-        if self._fit.rows == 0 or whole == 0:
-            return None, None
-        # Differences of sums in float32 may fall below zero.
-        return max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
 
     def _solve(self, old_OI: torch.Tensor, errors: Sequence[float]) -> tuple[torch.Tensor, float | None]:
         """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no fit
@@ -247,8 +235,6 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
     by_matrix: dict[Matrix, list[float]] = {key: [] for key in fitters}
     for (key, _), error in zip(trials, errors.tolist(), strict=True):
         by_matrix[key].append(error)
-    if ranks.first:
-        _say_unsolvable(fitters, by_matrix)
     own = {
         key: fitter.write(key, matrices[key], by_matrix[key])
         for number, (key, fitter) in enumerate(fitters.items())
@@ -258,17 +244,3 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
     fits = ranks.merged(own)
     return [fits[key] for key in fitters]
-
-
-def _say_unsolvable(fitters: Mapping[Matrix, Fitter], errors: Mapping[Matrix, Sequence[float]]) -> None:
-    """Name the weights that stay because no ridge can be solved."""
-    unsolvable = {
-        key[0]: None
-        for key, fitter in fitters.items()
-        if isinstance(fitter, WeightFitter) and fitter.comparable and not any(map(isfinite, errors[key][:-1]))
-    }
-    for name in unsolvable:
-        _LOG.warning(
-            f"'{name}' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
-            "activations; raise --samples or --set prune.length"
-        )
