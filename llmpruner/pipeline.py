@@ -62,7 +62,7 @@ def prune(
     structure, expected = _settle(job, source, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
         model = opener.weights(structure)
-        execution = Execution(model.weights, expected.state_memory, ranks, None, opener.progress)
+        execution = Execution(model.weights, ranks, None, opener.progress)
         return model.become(prune_model(model, job, execution, expected))
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
@@ -82,7 +82,7 @@ def prune(
             expected = expected if earlier is None else replace(expected, streamed=earlier)
             journal.store("streamed", expected.streamed)
         model = opener.weights(structure, streamed=expected.streamed, scratch=output.resolve().parent)
-        execution = Execution(model.weights, expected.state_memory, ranks, journal, opener.progress)
+        execution = Execution(model.weights, ranks, journal, opener.progress)
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")
         with execution.stages.stage("saving"):
@@ -101,7 +101,7 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
     structure, expected = _settle(job, source, opener, run, ranks, saves=False)
     ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
-    execution = Execution(model.weights, expected.state_memory, ranks, None, opener.progress)
+    execution = Execution(model.weights, ranks, None, opener.progress)
     made, cost = make_plan(model, job, execution)
     return made, replace(outcome_of(model, made, cost), forecast=expected.as_json())
 

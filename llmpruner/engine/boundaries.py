@@ -15,7 +15,7 @@ import torch
 from ..files import writing
 
 DEFAULT_LIMIT = 128 << 20
-"""Bytes of hidden states in memory, unless the caller sets another limit."""
+"""Bytes of hidden states in memory."""
 
 
 @dataclass(frozen=True)

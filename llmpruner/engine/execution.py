@@ -31,9 +31,6 @@ class Execution:
     """``weights``: of the model that runs, in memory or read layer by layer."""
 
     weights: Weights
-    state_memory: int | None = DEFAULT_LIMIT
-    """Bytes of hidden states in memory; None: no limit. Those beyond are in a file in the folder of the journal, or in
-    the system's folder of temporary files."""
     ranks: Ranks = SINGLE
     """The processes that the calibration text is spread over. What is decided (text, plan) is decided by the first."""
     journal: Journal | None = None
@@ -69,4 +66,6 @@ class Execution:
         return max(1, TOKENS_WITH_GRADIENTS // length)
 
     def boundaries(self) -> Boundaries:
-        return Boundaries(self.state_memory, None if self.journal is None else self.journal.folder)
+        """For hidden states; those beyond the limit are in a file in the folder of the journal, or in the system's
+        folder of temporary files."""
+        return Boundaries(DEFAULT_LIMIT, None if self.journal is None else self.journal.folder)

@@ -186,7 +186,15 @@ class _Axis:
 
     def __init__(self, parameter: str, axis: int, size: int, groups: Sequence[CoupledGroup]) -> None:
         self._size = size
-        owned = [_owned(group, parameter, axis) for group in groups]
+        owned = [
+            {
+                i
+                for s in group.spans
+                if (s.parameter, s.axis) == (parameter, axis)
+                for i in s.indices(range(group.units))
+            }
+            for group in groups
+        ]
         owners = Counter(tuple(n for n, of in enumerate(owned) if index in of) for index in set().union(*owned))
         self._parts = [(count, [groups[n] for n in numbers]) for numbers, count in owners.items()]
 
@@ -201,11 +209,6 @@ def _stay(count: int, owners: Iterable[CoupledGroup], kept: Mapping[str, int]) -
     for group in owners:
         count = count * kept.get(group.name, group.units) // group.units
     return count
-
-
-def _owned(group: CoupledGroup, parameter: str, axis: int) -> set[int]:
-    spans = (s for s in group.spans if s.parameter == parameter and s.axis == axis)
-    return {i for span in spans for i in span.indices(range(group.units))}
 
 
 class WeightCost(Cost):

@@ -29,7 +29,7 @@ from ..models.positions import LOGIT_ELEMENTS
 from ..progress import QUIET
 from ..structure.coupling import Role
 from ..values import bytes_text
-from .criteria.estimate import scored_parameters
+from .criteria.estimate import scored_spans
 from .job import PruneJob, ReplayJob
 from .selection import GRADIENT_TOKENS
 from .targets import scope_of
@@ -50,11 +50,10 @@ START = 3.0
 
 @dataclass(frozen=True)
 class Forecast:
-    """``streamed``: weights are read layer by layer. ``state_memory``: bytes of hidden states in memory. ``memory``:
-    largest resident bytes; ``disk``: bytes that are written; ``seconds``: None where no layer could be timed."""
+    """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes; ``disk``: bytes
+    that are written; ``seconds``: None where no layer could be timed."""
 
     streamed: bool
-    state_memory: int
     memory: int
     disk: int
     seconds: float | None
@@ -114,7 +113,7 @@ class _Forecaster:
             groups = scope_of(job, structure).groups(graph)
             self.signals, self.steps = job.criterion.signals, job.steps
             if not self.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-                self.shapes = {name: graph.shapes[name] for name in scored_parameters(graph, groups, job.criterion)}
+                self.shapes = {name: graph.shapes[name] for name in scored_spans(graph, groups, job.criterion)}
             if self.signals - {Signal.WEIGHT}:
                 limited = job.compensation.reads_text and self.signals & GRADIENTS
                 self.scored = min(self.tokens, GRADIENT_TOKENS) if limited else self.tokens
@@ -125,12 +124,12 @@ class _Forecaster:
         self.micro_backward = self.length * max(1, min(self.samples, rows))
         self.sample = self._run_layer(structure, dtype, device) if run else self._guess()
 
-    def of(self, streamed: bool, state_memory: int = DEFAULT_LIMIT) -> Forecast:
+    def of(self, streamed: bool) -> Forecast:
         two_layers = 2 * max(self.counts) * self.item
         always = self.weights - sum(self.counts) * self.item + two_layers if streamed else self.weights
         if self.steps > 1:
             always += self.weights  # of a copy that is cut
-        written, scores, fits = self._written(), self._scores(state_memory), self._fits(state_memory)
+        written, scores, fits = self._written(), self._scores(), self._fits()
         saving = two_layers // 2 if streamed and self.saves else 0
         files = max(scores.files, fits.files)
         seconds = START + written.seconds + self.steps * scores.seconds + fits.seconds
@@ -145,7 +144,7 @@ class _Forecaster:
             seconds += self.weights / READ
         peak = max(written.memory, scores.memory, fits.memory, saving)
         timed = self.sample.forward_seconds > 0
-        return Forecast(streamed, state_memory, self.base + always + peak, files, seconds if timed else None)
+        return Forecast(streamed, self.base + always + peak, files, seconds if timed else None)
 
     def _decoded(self) -> int:
         """Decoding steps of the text that the model writes, 64 passages at a time. Each step reads all weights."""
@@ -166,7 +165,7 @@ class _Forecaster:
         memory = cache + 4 * logits + self.sample.forward_bytes * rows + self.tokens * 64
         return _Stage(round(memory), 0, steps * (self.sample.few_seconds + self._head(rows) + 7 * logits / COPY))
 
-    def _scores(self, state_memory: int) -> _Stage:
+    def _scores(self) -> _Stage:
         """Scoring units, by weights, a walk forwards, or a walk with gradients."""
         sample, scored, matrices = self.sample, self.scored, list(self.matrices.values())
         scoring = 0
@@ -191,7 +190,7 @@ class _Forecaster:
             each = max(sample.forward_bytes, 3 * self.hidden * F32 + max(inputs, default=0) * (self.product + 12))
             memory = max(round(each * self.micro) + grams, 3 * grams + scoring)
             states = scored * self.hidden * F32 * (self.graph.num_layers if Signal.STREAM_BLOCKS in self.signals else 1)
-        return _Stage(memory + min(states, state_memory), max(0, states - state_memory), seconds)
+        return _Stage(memory + min(states, DEFAULT_LIMIT), max(0, states - DEFAULT_LIMIT), seconds)
 
     def _gradients(self) -> int:
         """Activations of a layer in the backward pass, with its gradients, or with a product and its gradients."""
@@ -204,7 +203,7 @@ class _Forecaster:
         each = self.item + F32 * (kinds + 0.5 * (self.item != F32 and summed))
         return activations + round(each * self._by_layer({name: prod(s) for name, s in self.shapes.items()}))
 
-    def _fits(self, state_memory: int) -> _Stage:
+    def _fits(self) -> _Stage:
         """A compensation: two walks, and the sums and the solution of each fit."""
         if not (self.saves and self.job.compensation.reads_text and self.tokens):
             return _Stage()
@@ -229,8 +228,8 @@ class _Forecaster:
         seconds += 2 * walks * sample.forward_seconds * tokens
         states = tokens * (self.hidden * F32 * (3 if walks > 1 else 2) + full * self.product)
         each = max(sample.forward_bytes, self.hidden * 9 * F32 + full * (2 * self.product + F32))
-        memory = sums + max(round(self.micro * each), solving) + min(states, state_memory)
-        return _Stage(memory, max(0, states - state_memory) + weights + 4 * tokens * self.hidden * F32, seconds)
+        memory = sums + max(round(self.micro * each), solving) + min(states, DEFAULT_LIMIT)
+        return _Stage(memory, max(0, states - DEFAULT_LIMIT) + weights + 4 * tokens * self.hidden * F32, seconds)
 
     def _by_layer(self, sizes: Mapping[str, int]) -> int:
         """The largest sum of any layer."""
@@ -307,7 +306,7 @@ def forecast(
         if device.type == "cpu":
             limit = psutil.virtual_memory().total + psutil.swap_memory().total
         name, advice = f"this machine has {bytes_text(limit)} of memory", "give --max-memory, or "
-    tried = [forecaster.of(streamed, states) for streamed in choices for states in (DEFAULT_LIMIT, 0)]
+    tried = [forecaster.of(streamed) for streamed in choices]
     fitting = next((each for each in tried if each.memory <= limit), None)
     if fitting is None:
         raise SettingsError(

@@ -25,7 +25,7 @@ from ..structure.plan import PruningPlan
 from .allocation import Uniform
 from .budgets import BudgetSubject
 from .criteria.estimate import check_accepted
-from .methods import ByHand
+from .methods import TEN_SAMPLES
 from .saving import without_weights
 from .selection import equal_scores, select
 from .targets import demand, scope_of, widths_of
@@ -119,13 +119,13 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         )
     (amount,) = amounts
     own = settings.settings
-    method: Method = ByHand()
+    methods: list[Method] = []
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
-        method = catalog.methods.create(name, own.get(name))
+        methods = [catalog.methods.create(name, own.get(name))]
     text = parse_calibration(settings.calibration, catalog.sources, own)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
-    settings, of_components = _filled(settings, explicit, method, writes=text.writes)
+    settings, of_components = _filled(settings, explicit, methods, writes=text.writes)
     text = parse_calibration(settings.calibration, catalog.sources, own)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
@@ -139,7 +139,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
-    check_chosen(own, [budget, criterion, allocation, compensation, method, *(part.source for part in text.parts)])
+    check_chosen(own, [budget, criterion, allocation, compensation, *methods, *(part.source for part in text.parts)])
     calibration = None
     if criterion.signals - {Signal.WEIGHT} or allocation.measures or compensation.reads_text:
         text.order(settings.samples)  # refuses samples that are fewer than the sources
@@ -163,18 +163,21 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
 
 
 def _filled(
-    settings: PruneSettings, explicit: Collection[str], method: Method, *, writes: bool
+    settings: PruneSettings, explicit: Collection[str], methods: Collection[Method], *, writes: bool
 ) -> tuple[PruneSettings, Mapping[str, Mapping[str, Any]]]:
-    """``settings`` with the defaults of ``method``, and of `ByHand` for what it leaves open, where they are not
+    """``settings`` with the defaults of ``methods``, and of `TEN_SAMPLES` for what they leave open, where they are not
     ``explicit``; and the defaults for settings of components. Raises `SettingsError` for a default that is refused."""
-    defaults = {**ByHand().defaults(settings, writes=writes), **method.defaults(settings, writes=writes)}
+    defaults, name = dict(TEN_SAMPLES), ""
+    for method in methods:
+        defaults |= method.defaults(settings, writes=writes)
+        name = method.name
     of_components: Mapping[str, Mapping[str, Any]] = defaults.pop("settings", {})
     if settings.importance is None and defaults.get("importance") is None:
-        raise SettingsError(f"method {method.name} gives no criterion; choose one with --importance")
+        raise SettingsError(f"method {name} gives no criterion; choose one with --importance")
     try:
         checked = settings_from(PruneSettings, {n: value for n, value in defaults.items() if n not in explicit})
     except SettingsError as error:
-        raise SettingsError(f"method {method.name}: {error}") from error
+        raise SettingsError(f"method {name}: {error}") from error
     return settings.model_copy(update={n: getattr(checked, n) for n in defaults if n not in explicit}), of_components
 
 

@@ -25,17 +25,6 @@ _FEW, _MORE, _MOST = 2, 3, 6
 """Numbers of tokens for which the cache is measured; smaller than any sliding window."""
 
 
-class KvCache(Budget):
-    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
-    with units of each group removed."""
-
-    name = "kv-cache"
-    summary = "bytes of key/value cache per token"
-
-    def cost(self, subject: BudgetSubject) -> CacheCost:
-        return measure_cache(subject)
-
-
 class CacheCost(Cost):
     """Bytes that the key/value cache grows by with every token.
 
@@ -60,52 +49,52 @@ class CacheCost(Cost):
         return round(sum(size for layer, size in enumerate(self._layers) if layer not in gone) - lost)
 
 
-def measure_cache(subject: BudgetSubject) -> CacheCost:
-    """Bytes per token in the cache of the model, and the bytes that a unit of each group saves.
+class KvCache(Budget):
+    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
+    with units of each group removed."""
 
-    Raises `UnsupportedModelError` where the cache does not grow with every token, or where the bytes of a model that is
-    cut unevenly are not proportional to its units.
-    """
-    from ..discovery.verify import with_rules
-    from ..models.surgery import cut_copy
+    name = "kv-cache"
+    summary = "bytes of key/value cache per token"
 
-    model, graph, groups = subject.model, subject.graph, subject.groups
-    family = with_rules(subject.family, model, {g.kind for g in groups})
-    dense = bytes_per_token(model, graph)
-    if not sum(dense):
-        raise _unknown(model, "does not grow with the tokens")
-    queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
-    per_unit: dict[tuple[str, int], Fraction] = {}
-    for together in subject.progress.track(_rounds(queues), "key/value cache"):
-        cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)
-        after = bytes_per_token(cut, graph)
-        for queue in together:
-            layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
-            for layer in layers:
-                if after[layer] != dense[layer]:
-                    saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
-                    per_unit[queue.group.name, layer] = saved
-    cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
-    # An uneven cut, without one layer.
-    kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
-    whole = next((g for g in groups if g.kind == LAYER and g.units > 1), None)
-    if whole is not None:
-        kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
-    measured = bytes_per_token(cut_copy(model, graph, kept, family) if kept else model, graph)
-    if sum(measured) != cost.remaining(*counts(graph, kept)):
-        raise _unknown(model, "is not proportional to the units that are kept")
-    return cost
+    def cost(self, subject: BudgetSubject) -> CacheCost:
+        """Raises `UnsupportedModelError` where the cache does not grow with every token, or where the bytes of a model
+        that is cut unevenly are not proportional to its units."""
+        from ..discovery.verify import with_rules
+        from ..models.surgery import cut_copy
 
-
-def _rounds(queues: Sequence[Queue]) -> Sequence[list[Queue]]:
-    """Queues for each trial cut: of one kind, one per layer, so that the change in a layer is that of one group."""
-    seen: Counter[tuple[str, int | None]] = Counter()
-    rounds: dict[tuple[str, int, bool], list[Queue]] = {}
-    for queue in queues:
-        place = queue.group.kind, queue.group.layer
-        rounds.setdefault((queue.group.kind, seen[place], queue.group.layer is None), []).append(queue)
-        seen[place] += 1
-    return list(rounds.values())
+        model, graph, groups = subject.model, subject.graph, subject.groups
+        family = with_rules(subject.family, model, {g.kind for g in groups})
+        dense = bytes_per_token(model, graph)
+        if not sum(dense):
+            raise _unknown(model, "does not grow with the tokens")
+        # Each trial cuts groups of one kind, one per layer, so that the change in a layer is that of one group.
+        queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
+        seen: Counter[tuple[str, int | None]] = Counter()
+        rounds: dict[tuple[str, int, bool], list[Queue]] = {}
+        for queue in queues:
+            place = queue.group.kind, queue.group.layer
+            rounds.setdefault((queue.group.kind, seen[place], queue.group.layer is None), []).append(queue)
+            seen[place] += 1
+        per_unit: dict[tuple[str, int], Fraction] = {}
+        for together in subject.progress.track(list(rounds.values()), "key/value cache"):
+            cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)
+            after = bytes_per_token(cut, graph)
+            for queue in together:
+                layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
+                for layer in layers:
+                    if after[layer] != dense[layer]:
+                        saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
+                        per_unit[queue.group.name, layer] = saved
+        cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
+        # An uneven cut, without one layer.
+        kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
+        whole = next((g for g in groups if g.kind == LAYER and g.units > 1), None)
+        if whole is not None:
+            kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
+        measured = bytes_per_token(cut_copy(model, graph, kept, family) if kept else model, graph)
+        if sum(measured) != cost.remaining(*counts(graph, kept)):
+            raise _unknown(model, "is not proportional to the units that are kept")
+        return cost
 
 
 def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:

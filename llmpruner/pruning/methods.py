@@ -67,21 +67,11 @@ class LlmPruner(Method):
         del writes
         taylor = {"settings": {"taylor": {"variant": "element1"}}} if asked.importance in (None, "taylor") else {}
         free = {} if asked.kinds == (LAYER,) else {"shape": "free"}
-        return {"importance": "taylor", **taylor, **_TEN_SAMPLES, **free}
+        return {"importance": "taylor", **taylor, **TEN_SAMPLES, **free}
 
 
-class ByHand(Method):
-    """The defaults for ``--importance`` without ``--method``: ten samples of 64 tokens, as in LLM-Pruner, and no
-    compensation. Not registered, as it sets no criterion."""
-
-    summary = "the given criterion on ten samples; no compensation"
-
-    def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        del asked, writes
-        return _TEN_SAMPLES
-
-
-_TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length": 64}
+TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length": 64}
+"""The defaults for ``--importance`` without ``--method``: as in LLM-Pruner."""
 
 
 def _criterion(asked: PruneSettings, of_units: str) -> str:

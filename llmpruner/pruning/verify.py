@@ -220,18 +220,15 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
                 for name in plan.kept
                 for span in graph.by_name[name].spans_with(Role.CONSUMES)
             }
-        changed = {path for old in changed if (path := _path_after(old, graph, plan)) is not None}
-        graph = restrict(graph, plan.kept)
+        numbers, after = layer_numbers(graph, plan.kept), set[str]()
+        for path in changed:
+            number = layer_number(path, graph.layers)
+            if number is None:
+                after.add(path)
+            elif number in numbers:
+                after.add(f"{graph.layers}.{numbers[number]}{path.removeprefix(f'{graph.layers}.{number}')}")
+        changed, graph = after, restrict(graph, plan.kept)
     return changed
-
-
-def _path_after(path: str, graph: CouplingGraph, plan: PruningPlan) -> str | None:
-    """A module path after the cut; None where its layer is removed."""
-    number = layer_number(path, graph.layers)
-    if number is None:
-        return path
-    now = layer_numbers(graph, plan.kept).get(number)
-    return None if now is None else f"{graph.layers}.{now}{path.removeprefix(f'{graph.layers}.{number}')}"
 
 
 def _compare_weights(checked: Weights, expected: Weights, changed: set[str], base: str) -> str:

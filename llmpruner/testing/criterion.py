@@ -13,7 +13,7 @@ from ..discovery.oracle import TOLERANCE, distance, first_difference, logits, si
 from ..engine.signals import Signal
 from ..pipeline import make_plan
 from ..pruning.criteria.base import ImportanceCriterion
-from ..pruning.criteria.estimate import estimate, scored_parameters
+from ..pruning.criteria.estimate import estimate, scored_spans
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from .components import check_component, label, settings_grid
 from .models import cut_by, first_change, scramble, small_job, tiny_llama, tiny_mixture
@@ -135,7 +135,7 @@ def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[Coup
 def stacks(graph: CouplingGraph, criterion: ImportanceCriterion) -> bool:
     """Whether a criterion scores parameters with three axes, as stacks of experts are."""
     groups = scorable(graph, criterion)
-    return any(len(graph.shapes[name]) == 3 for name in scored_parameters(graph, groups, criterion))
+    return any(len(graph.shapes[name]) == 3 for name in scored_spans(graph, groups, criterion))
 
 
 def _scores(

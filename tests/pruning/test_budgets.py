@@ -207,7 +207,7 @@ def test_a_copy_shares_what_is_not_cut(gqa):
 
 def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
     def measure():
-        return kv_cache.measure_cache(subject(gqa))
+        return kv_cache.KvCache().cost(subject(gqa))
 
     with monkeypatch.context() as patch:
         patch.setattr(DynamicCache, "update", lambda self, keys, values, *_a, **_k: (keys, values))

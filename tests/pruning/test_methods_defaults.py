@@ -12,7 +12,7 @@ from llmpruner.errors import LlmprunerError
 from llmpruner.models.identity import data_identity
 from llmpruner.plugins import builtin
 from llmpruner.pruning.job import prune_job
-from llmpruner.pruning.methods import Best, ByHand, Fast, LlmPruner
+from llmpruner.pruning.methods import Best, Fast, LlmPruner
 from llmpruner.settings import PruneSettings
 from llmpruner.testing import catalog_with
 
@@ -45,7 +45,7 @@ def test_they_are_made_with_all_their_defaults_without_torch():
 
 @pytest.mark.parametrize("writes", [True, False])
 @pytest.mark.parametrize("asked", [MLP, LAYERS], ids=["mlp", "layer"])
-@pytest.mark.parametrize("method", [Best, Fast, LlmPruner, ByHand])
+@pytest.mark.parametrize("method", [Best, Fast, LlmPruner])
 def test_defaults_are_settings_that_name_what_exists(method, asked, writes):
     values = method().defaults(asked, writes=writes)
     chosen = PruneSettings(ratio=0.2, **values)
@@ -69,10 +69,6 @@ def test_the_criterion_depends_on_what_is_removed(method, criterion):
 def test_the_papers_variant_belongs_to_the_papers_criterion():
     assert LlmPruner().defaults(MLP, writes=True)["settings"] == {"taylor": {"variant": "element1"}}
     assert "settings" not in LlmPruner().defaults(PruneSettings(ratio=0.2, importance="l2"), writes=True)
-
-
-def test_a_criterion_without_a_method_is_measured_on_ten_samples():
-    assert ByHand().defaults(MLP, writes=True) == {"compensate": "none", "samples": 10, "length": 64}
 
 
 @pytest.fixture

@@ -94,14 +94,6 @@ def matrix_of(model: nn.Module, reader: Reader, slot: int | None) -> torch.Tenso
     return parameter if axis == 1 else parameter.T
 
 
-def zero_inputs(model: nn.Module, reader: Reader) -> None:
-    """Set the weights of a reader for removed inputs to zero."""
-    parameter = model.get_parameter(reader.parameter).data
-    gone = torch.ones(parameter.shape[reader.axis], dtype=torch.bool)
-    gone[reader.kept] = False
-    parameter.index_fill_(reader.axis, gone.nonzero().flatten().to(parameter.device), 0.0)
-
-
 def names_in_layer(
     model: PreTrainedModel, graph: CouplingGraph, number: int, tensors: Sequence[torch.Tensor]
 ) -> list[str]:

@@ -43,7 +43,6 @@ from .readers import (
     readers_of,
     removed_channels,
     stream_writers,
-    zero_inputs,
 )
 
 
@@ -133,7 +132,13 @@ class _Repair:
         pruned = self._keep_apart()
         stages, biases = self._stages(number, readers, pruned)
         needs_dense = any(stage.needs_dense for stage in stages)
-        after = self._dense_after(number, in_place=not needs_dense)
+        if needs_dense:
+            after = self.dense.empty(continued=True)
+            for batch, hidden in zip(self.walk.batches, self.dense, strict=True):
+                after.append(self.walk.run(number, batch, hidden, after.passed))
+        else:
+            after = self.dense
+            self.walk.advance(number, after)
         producers = ProducerRows(self.model, self.graph, self.kept, number)
         changed = [*(self.model.get_parameter(name) for name in readers), *biases, *producers.parameters]
         original = Originals(changed if needs_dense else [])
@@ -148,7 +153,10 @@ class _Repair:
             self.fits += fits
         for reader in readers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
-            zero_inputs(self.model, reader)
+            parameter = self.model.get_parameter(reader.parameter).data
+            gone = torch.ones(parameter.shape[reader.axis], dtype=torch.bool)
+            gone[reader.kept] = False
+            parameter.index_fill_(reader.axis, gone.nonzero().flatten().to(parameter.device), 0.0)
         fitted = {fit.parameter for fit in self.fits}
         self.fits += [Fit(name, None, 0, None) for name in readers if name not in fitted]
         if not moved:
@@ -170,13 +178,3 @@ class _Repair:
             for names in together
         ]
         return stages, [self.model.get_parameter(name) for name in biases]
-
-    def _dense_after(self, number: int, *, in_place: bool) -> States:
-        """h after the layer; ``in_place``: h before it is not needed any more."""
-        if in_place:
-            self.walk.advance(number, self.dense)
-            return self.dense
-        after = self.dense.empty(continued=True)
-        for batch, hidden in zip(self.walk.batches, self.dense, strict=True):
-            after.append(self.walk.run(number, batch, hidden, after.passed))
-        return after

@@ -77,7 +77,7 @@ def estimate(
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         scores = _layers(execution, groups, criterion, calibration, removal)
     else:
-        uses = _uses(graph, groups, criterion)
+        uses = scored_spans(graph, groups, criterion)
         signals = walk_signals(
             execution, graph, uses, criterion.signals, calibration, seed, criterion.measure,
             by_matrix=criterion.by_matrix,
@@ -147,12 +147,7 @@ def _layers(
     return {group.name: values for group in groups}
 
 
-def scored_parameters(graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion) -> set[str]:
-    """The parameters whose signals `estimate` asks for."""
-    return set(_uses(graph, groups, criterion))
-
-
-def _uses(
+def scored_spans(
     graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion
 ) -> dict[str, list[_Use]]:
     """Parameter → the spans that are scored; tied parameters are under the name they are stored by."""
