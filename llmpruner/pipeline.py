@@ -161,7 +161,7 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
     journal, text, progress = execution.journal, job.calibration.text, execution.progress
     earlier = None if journal is None else journal.load("calibration")
     if earlier is not None:
-        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"], tuple(earlier["parts"]))
+        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"])
     progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
     sample = partial(
         text.sample, model.model, model.tokenizer,
@@ -170,15 +170,13 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
     )  # fmt: skip
     with execution.stages.stage("calibration text"), model.weights.outside():
         calibration = execution.ranks.from_first(sample)
-    if isinstance(job, PruneJob):
-        for warning in calibration.warnings() if execution.ranks.first else ():
-            _LOG.warning(warning)
+    record = job.plan.compensation if isinstance(job, ReplayJob) else None
     # Generated text depends on rounding, so that it may differ on another machine.
-    elif not text.writes and job.plan.compensation and calibration.fingerprint != job.plan.compensation.fingerprint:
+    if record is not None and not text.writes and calibration.fingerprint != record.fingerprint:
         raise DataError(f"'{text.text}' is not the text that this plan was made with; make a new plan")
     if journal is not None:
         ids = calibration.input_ids.tolist()
-        journal.store("calibration", {"input_ids": ids, "source": calibration.source, "parts": calibration.parts})
+        journal.store("calibration", {"input_ids": ids, "source": calibration.source})
     return calibration
 
 

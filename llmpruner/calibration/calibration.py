@@ -8,34 +8,25 @@ from dataclasses import dataclass
 from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from ..errors import DataError, PluginError
 from ..models.positions import positions_of
 from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
-from .mixture import split_mixture
+from .documents import parse_mixture
 from .sources import CalibrationSource, SampleTask, TextSource
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-FEW_TOKENS = 64
-"""Below them, a calibration set gets a warning."""
-_RUN = 8
-"""Tokens of a run that text hardly has twice, unless the same place of it is read twice."""
-
-
 @dataclass(frozen=True)
 class CalibrationSet:
-    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``.
-    ``parts``: for each sample, the number of the part of ``source`` that it is of; empty where there is one."""
+    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``."""
 
     input_ids: torch.Tensor
     source: str
-    parts: tuple[int, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -44,34 +35,10 @@ class CalibrationSet:
         digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
-    def warnings(self) -> list[str]:
-        """A line where the text is too little to rank units by: few tokens, or the same ones again."""
-        samples, length = self.input_ids.shape
-        tokens = self.input_ids.numel()
-        if tokens < FEW_TOKENS:
-            return [
-                f"{tokens} tokens of calibration text are too few to rank units by; raise --samples or prune.length"
-            ]
-        if (repeated := self._repeated_share()) > 0.5:
-            return [
-                f"about {(1 - repeated) * tokens:,.0f} of {tokens:,} tokens of calibration text are not repeated: "
-                f"'{self.source}' is short for {samples:,} samples of {length:,} tokens; lower --samples, or give more "
-                "text"
-            ]
-        return []
-
-    def _repeated_share(self) -> float:
-        """The share of the runs of `_RUN` tokens that occur earlier in the samples, too, between 0 and 1."""
-        ids_SL, places = self.input_ids.long().cpu(), self.input_ids.shape[1] - _RUN + 1
-        if places < 1:
-            return 0.0
-        runs = np.lib.stride_tricks.sliding_window_view(ids_SL.numpy(), _RUN, axis=1).reshape(-1, _RUN)
-        return 1 - len(np.unique(runs, axis=0)) / len(runs)
-
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
         count = max(1, tokens // self.input_ids.shape[1])
-        return CalibrationSet(self.input_ids[:count], self.source, self.parts[:count])
+        return CalibrationSet(self.input_ids[:count], self.source)
 
 
 @dataclass(frozen=True)
@@ -126,17 +93,20 @@ class CalibrationText:
             raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
         check_length(model.config, length)
         count = len(self.parts)
-        if count > samples:
-            raise DataError(f"{samples} samples cannot be shared by {count} sources; raise --samples")
         order = self.order(samples)
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
             needed = -(-samples // count) if part.share is None else order.count(number)
             task = SampleTask(model, tokenizer, part.reference, needed, length, seed, progress, family)
-            rows.append(iter(_checked(part.source.sample(task), task, part.source)))
-        ids = torch.stack([next(rows[number]) for number in order])
-        return CalibrationSet(ids, self.text, tuple(order) if count > 1 else ())
+            ids, shape = part.source.sample(task), (needed, length)
+            if ids.dtype != torch.int64 or tuple(ids.shape) != shape:
+                raise PluginError(
+                    f"{part.source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of "
+                    f"shape {shape}"
+                )
+            rows.append(iter(check_ids(ids.cpu(), model)))
+        return CalibrationSet(torch.stack([next(rows[number]) for number in order]), self.text)
 
     def order(self, samples: int) -> list[int]:
         """The number of the part of each sample: always the one that is furthest behind its share, the first of those
@@ -163,22 +133,13 @@ def check_length(config: PreTrainedConfig, length: int) -> None:
         )
 
 
-def _checked(ids: torch.Tensor, task: SampleTask, source: CalibrationSource) -> torch.Tensor:
-    shape = task.samples, task.length
-    if ids.dtype != torch.int64 or tuple(ids.shape) != shape:
-        raise PluginError(
-            f"{source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of shape {shape}"
-        )
-    return check_ids(ids.cpu(), task.model)
-
-
 def parse_calibration(
     text: str,
     sources: Mapping[str, type[CalibrationSource]],
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> CalibrationText:
     """Parse the value of ``--calibration``: one part, or several with commas between them, with shares as in
-    ``3*self,1*chat:FILE`` (see `llmpruner.calibration.mixture`).
+    ``3*self,1*chat:FILE`` (see `llmpruner.calibration.documents`).
 
     A part that is an existing file is text. A part that is the name of a source, alone or before a colon, selects that
     source. Any other is text: a file or the name of a data set. ``sources``: by name, including that of text;
@@ -186,14 +147,10 @@ def parse_calibration(
     source does not have. Reads no text.
     """
 
-    def part(reference: str, share: float | None = None) -> Part:
+    parts = []
+    for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")
         if name == TextSource.name or name not in sources or isfile(reference):
             name, rest = TextSource.name, reference
-        return Part(sources[name](**(settings or {}).get(name, {})), rest, share)
-
-    if isfile(text):
-        return CalibrationText(text, (part(text),))
-    if not all(reference.strip() for reference in text.split(",")):
-        raise DataError(f"--calibration '{text}' names an empty source; write them with one comma in between")
-    return CalibrationText(text, tuple(part(source, share) for source, share in split_mixture(text)))
+        parts.append(Part(sources[name](**(settings or {}).get(name, {})), rest, share))
+    return CalibrationText(text, tuple(parts))

@@ -41,13 +41,6 @@ class Prompt(NamedTuple):
     has_special_tokens: bool
 
 
-class Frame(NamedTuple):
-    """What a chat format puts before a user's message, with its special tokens, and between that and the answer."""
-
-    before: Prompt
-    after: str
-
-
 class Turn(NamedTuple):
     """A prompt and the answer to it. Text without a prompt has an empty one."""
 
@@ -67,18 +60,13 @@ class TrainingText:
     has_special_tokens: bool = False
     eos_after: Literal["every", "last", "none"] = "every"
 
-    def ends(self, number: int) -> bool:
-        """Whether the answer of turn ``number`` gets an end-of-sequence token, if it does not end with one."""
-        if self.has_special_tokens or self.eos_after == "none":
-            return False
-        return self.eos_after == "every" or number == len(self.turns) - 1
-
     def closed_turns(self, eos: str) -> list[Turn]:
-        """The turns, with the end-of-sequence token ``eos`` after the answers that get one."""
+        """The turns, with the end-of-sequence token ``eos`` after the answers that get one and do not end with it."""
+        first = {"every": 0, "last": len(self.turns) - 1, "none": len(self.turns)}[self.eos_after]
         return [
-            Turn(turn.prompt, turn.answer + eos)
-            if self.ends(number) and not (turn.prompt + turn.answer).endswith(eos)
-            else turn
+            turn
+            if self.has_special_tokens or number < first or (turn.prompt + turn.answer).endswith(eos)
+            else Turn(turn.prompt, turn.answer + eos)
             for number, turn in enumerate(self.turns)
         ]
 
@@ -91,23 +79,6 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: st
     if not has_chat_template(family, tokenizer):
         return Prompt(family.format_prompt(instruction, input), False)
     return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
-
-
-_MESSAGE = "message-of-the-user"
-"""Found in what a chat format makes of it."""
-
-
-def chat_frame(family: ModelFamily, tokenizer: Any) -> Frame | None:
-    """The text around a user's message; None for a model without a chat format (no template, and a family that has no
-    format of its own), and for a format that contains messages in another form.
-
-    Raises `DataError` when the tokenizer's chat template fails.
-    """
-    if not (has_chat_template(family, tokenizer) or family.has_own_format):
-        return None
-    prompt = chat_prompt(family, tokenizer, _MESSAGE)
-    before, found, after = prompt.text.partition(_MESSAGE)
-    return Frame(Prompt(before, prompt.has_special_tokens), after) if found else None
 
 
 def conversation_prompt(
@@ -214,8 +185,8 @@ def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[Traini
     return [TrainingText((Turn(text[:start], text[start:]),), True) for text, start in answers]
 
 
-_QUESTION, _ANSWER = "\ue000", "\ue001"
-"""Messages that are found in what a template renders, whatever it does to messages: code points without a meaning."""
+_ANSWER = "\ue000"
+"""An answer that is recognised in what a template renders: a code point without a meaning."""
 
 
 def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, int]:
@@ -225,36 +196,20 @@ def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, 
     Raises `DataError` for a template that renders no answers.
     """
     *before, last = messages
-    asked = _render(tokenizer, before, add_generation_prompt=True)
-    text = _render(tokenizer, messages)
+    asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)
     if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:
         return text, len(asked)
-
-    def marked(*after: dict[str, str], generates: bool = False) -> str:
-        """What follows the question."""
-        shown = _render(
-            tokenizer, [*before[:-1], {**before[-1], "content": _QUESTION}, *after], add_generation_prompt=generates
-        )
-        return shown.rpartition(_QUESTION)[2] if _QUESTION in shown else ""
-
-    mark = {**last, "content": _ANSWER}
-    lead, found, _ = _render(tokenizer, [*before, mark]).rpartition(_ANSWER)
-    if not found:
+    lead, mark, _ = _render(tokenizer, [*before, {**last, "content": _ANSWER}]).rpartition(_ANSWER)
+    if not mark:
         raise DataError("the chat template of the model's tokenizer renders no answers")
     if text.startswith(asked):
         return text, len(asked)
-    opened, closed = marked(generates=True), marked()
-    between = marked(mark).rpartition(_ANSWER)[0]
-    # A generation prompt may contain text that is not before the answer (the start of a reasoning), and which is left
-    # out. What closes the question stays: some templates put the system message there.
+    # What follows the question may differ: a generation prompt may begin a reasoning, which is left out.
+    question = before[-1]["content"].strip()
+    opened, between = (rendered.rpartition(question)[2] for rendered in (asked, lead))
     shared = common_start(opened, between)
-    beside = shared < common_start(opened, closed)
-    prompt = asked if beside else asked[: len(asked) - len(opened) + shared]
-    if text.startswith(prompt):
-        return text, len(prompt)
-    # With its answer the question looks otherwise: some templates have the system message in a last question alone.
-    gap = between[shared:] if lead.endswith(between) and not beside else ""
-    return prompt + gap + text[common_start(lead, text) :], len(prompt)
+    prompt = asked[: len(asked) - len(opened) + shared]
+    return prompt + between[shared:] + text[common_start(lead, text) :], len(prompt)
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
@@ -266,13 +221,6 @@ def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generatio
     except (TemplateError, TypeError) as error:
         raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
     return text
-
-
-def chat_tokens(tokenizer: Any, text: TrainingText) -> list[int]:
-    """Token ids of a conversation; where its format has no special tokens, with the end of a sequence after answers, as
-    in a recovery."""
-    joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
-    return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)
 
 
 def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
@@ -295,50 +243,22 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:
     """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text``, None: of all. A label is its token; with
     ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer."""
-    whole = text.has_special_tokens or (len(text.turns) > 1 and tokenizer.is_fast)
-    ids, answered = (_encode_whole if whole else _encode_turns)(text, tokenizer)
-    labels = [token if loss_on == "all" or yes else IGNORED for token, yes in zip(ids, answered, strict=True)]
-    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
-
-
-def _encode_turns(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """Tokenised turn by turn: the token ids, and for each whether it belongs to an answer. A token with characters of
-    prompt and answer belongs to the answer, as the model has to generate it."""
-    ids: list[int] = []
-    answered: list[bool] = []
-    for number, turn in enumerate(text.turns):
-        prompt = _ids(tokenizer, turn.prompt, special=number == 0) if turn.prompt else []
-        piece = _ids(tokenizer, turn.prompt + turn.answer, special=number == 0)
-        start = common_start(prompt, piece)
-        ends = text.ends(number) and tokenizer.eos_token_id is not None
-        if ends and piece[-1:] != [tokenizer.eos_token_id]:
-            piece.append(tokenizer.eos_token_id)
-        ids += piece
-        answered += [index >= start for index in range(len(piece))]
-    return ids, answered
-
-
-def _encode_whole(text: TrainingText, tokenizer: Any) -> tuple[list[int], list[bool]]:
-    """As `_encode_turns`, but tokenised as one text, because some tokenizers treat the start of a text differently from
-    text after a special token."""
     special = not text.has_special_tokens
     joined = ""
     answers: list[tuple[int, int]] = []
     for turn in text.closed_turns(tokenizer.eos_token or ""):
-        piece = turn.prompt + turn.answer
-        answers.append((len(joined) + len(turn.prompt), len(joined) + len(piece)))
-        joined += piece
-    if not tokenizer.is_fast:
-        ids = _ids(tokenizer, joined, special=special)
+        answers.append((len(joined) + len(turn.prompt), len(joined) + len(turn.prompt + turn.answer)))
+        joined += turn.prompt + turn.answer
+    ids = ids_to_continue(tokenizer, joined, special=special)
+    if tokenizer.is_fast:
+        encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
+        # The token before a text without a prompt, which has no characters, is trained on too.
+        answered = [any(a < end and start < max(b, 1) for start, end in answers) for a, b in encoded["offset_mapping"]]
+    else:
         spans = [
-            tuple(common_start(_ids(tokenizer, joined[:n], special=special), ids) for n in ends) for ends in answers
+            tuple(common_start(ids_to_continue(tokenizer, joined[:n], special=special), ids) if n else 0 for n in ends)
+            for ends in answers
         ]
-        return ids, [any(start <= index < end for start, end in spans) for index in range(len(ids))]
-    encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
-    ids = _ids(tokenizer, joined, special=special)
-    offsets = encoded["offset_mapping"][: len(ids)]
-    return ids, [any(a < end and start < b for start, end in answers) for a, b in offsets]
-
-
-def _ids(tokenizer: Any, text: str, *, special: bool) -> list[int]:
-    return ids_to_continue(tokenizer, text, special=special)
+        answered = [any(start <= index < end for start, end in spans) for index in range(len(ids))]
+    labels = [token if loss_on == "all" or yes else IGNORED for token, yes in zip(ids, answered, strict=False)]
+    return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}

@@ -10,18 +10,24 @@ A *source* is a string that names one of
 - a data set: ``name``, ``name:config`` or ``name:config:split`` (default: the split ``train``).
 
 A file that exists is read as a file, whatever its name. Text is UTF-8, with or without a byte order mark.
+
+Several sources are one mixture: ``a.jsonl,b.jsonl``, or with shares ``3*a.jsonl,1*b.jsonl``.
 """
 
 from __future__ import annotations
 
 import json
+import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
+from os.path import isfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from ..errors import DataError, MissingExtraError, first_line
+
+T = TypeVar("T")
 
 PYDOC = "pydoc"
 TEXT_FIELDS = ("text", "page", "content")
@@ -30,11 +36,10 @@ TEXT_FIELDS = ("text", "page", "content")
 EXPECTED_TEXT = f"expected a .txt, .json, .jsonl or .parquet file, the name of a data set, or '{PYDOC}'"
 EXPECTED_EXAMPLES = "expected a .json, .jsonl or .parquet file, or the name of a data set"
 """What a source of text, and one of instructions, may be; for messages."""
-SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
+_SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 """What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
-_PARQUET_ROWS = 1024
-"""Rows of a Parquet file that are converted to Python objects at once."""
+_PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
 
 
 class Record(NamedTuple):
@@ -58,7 +63,14 @@ def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]
     if path is None:
         return _dataset_rows(source)
     readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
-    return readers.get(path.suffix.lower(), _whole_text)(path)
+    return _readable(path, readers.get(path.suffix.lower(), _whole_text)(path))
+
+
+def _readable(path: Path, records: Iterator[Record]) -> Iterator[Record]:
+    try:
+        yield from records
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from None
 
 
 def read_documents(source: str) -> list[str]:
@@ -73,21 +85,6 @@ def read_documents(source: str) -> list[str]:
 def read_text(source: str) -> str:
     """All documents of a source as one text, with a blank line between them. Raises as `read_documents`."""
     return "\n\n".join(read_documents(source))
-
-
-def shortened(names: Sequence[str]) -> dict[str, str]:
-    """Each name → as many of its last parts as distinguish it from the others: ``a/text.txt`` and ``b/text.txt`` are
-    themselves, ``a/one.txt`` and ``a/two.txt`` are ``one.txt`` and ``two.txt``."""
-    parts = {name: Path(name).parts or (name,) for name in names}
-
-    def short(name: str) -> str:
-        own = parts[name]
-        for count in range(1, len(own)):
-            if sum(other[-count:] == own[-count:] for other in parts.values()) == 1:
-                return str(Path(*own[-count:]))
-        return name
-
-    return {name: short(name) for name in names}
 
 
 def document(record: Record) -> str:
@@ -124,24 +121,12 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
 
 
 def _existing_file(source: str, expected: str) -> Path | None:
-    """The file that ``source`` names; None for a name of a data set. Raises `DataError` with what was
-    ``expected`` for anything else."""
-    if not source.strip():
-        raise DataError(f"the source of data has an empty name; {expected}")
-    path = Path(source)
-    try:
-        if path.is_file():
-            return path
-        is_directory, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError) as error:
-        raise DataError(f"{source!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    if is_directory:
-        raise DataError(f"{source} is a directory; {expected}")
-    if exists:
-        raise DataError(f"{source} is not a regular file; copy its content to a file first")
-    name = source.partition(":")[0]
-    if Path(name).suffix.lower() in SUFFIXES or not _DATASET.fullmatch(source):
-        raise DataError(f"{source}: no such file; {expected}")
+    """The file that ``source`` names; None for a name of a data set. Raises `DataError` with what was ``expected`` for
+    anything else."""
+    if isfile(source):
+        return Path(source)
+    if Path(source.partition(":")[0]).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):
+        raise DataError(f"{source or 'the source of data'}: no such file; {expected}")
     return None
 
 
@@ -153,25 +138,21 @@ def _help_topics() -> Iterator[Record]:
 
 
 def _whole_text(path: Path) -> Iterator[Record]:
-    yield Record(_decoded(_bytes(path), str(path)).replace("\r\n", "\n").replace("\r", "\n"), str(path))
+    yield Record(_decoded(path.read_bytes(), str(path)).replace("\r\n", "\n").replace("\r", "\n"), str(path))
 
 
 def _json_lines(path: Path) -> Iterator[Record]:
-    try:
-        # Lines of JSONL end with \n alone; str.splitlines would also split strings at U+2028 and others.
-        with path.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                place = f"{path}, line {number}"
-                text = _decoded(line, place).strip(" \t\r\n")
-                if text:
-                    yield Record(_parsed(text, path, number), place)
-    except OSError as error:
-        raise _unreadable(path, error) from None
+    # Lines of JSONL end with \n alone; str.splitlines would also split strings at U+2028 and others.
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            place = f"{path}, line {number}"
+            text = _decoded(line, place).strip(" \t\r\n")
+            if text:
+                yield Record(_parsed(text, path, number), place)
 
 
 def _json_records(path: Path) -> Iterator[Record]:
-    text = _decoded(_bytes(path), str(path))
-    values = _parsed(text, path)
+    values = _parsed(_decoded(path.read_bytes(), str(path)), path)
     if not isinstance(values, list | dict):
         raise DataError(f"{path}: expected a JSON list of records, or one record, found {type(values).__name__}")
     for number, value in enumerate(values if isinstance(values, list) else [values], start=1):
@@ -183,15 +164,13 @@ def _parquet_rows(path: Path) -> Iterator[Record]:
         import pyarrow.parquet  # type: ignore[import-untyped]
     except ImportError:
         raise MissingExtraError("pyarrow", "recover") from None
-    number = 0
     try:
         with pyarrow.parquet.ParquetFile(path) as table:
-            for batch in table.iter_batches(_PARQUET_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield Record(row, f"{path}, row {number}")
-    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        raise DataError(f"{path}, after row {number}: not a readable Parquet file: {first_line(error)}") from error
+            rows = (row for batch in table.iter_batches(1024) for row in batch.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                yield Record(row, f"{path}, row {number}")
+    except (UnicodeDecodeError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path}: not a readable Parquet file: {first_line(error)}") from error
 
 
 def _dataset_rows(source: str) -> Iterator[Record]:
@@ -210,17 +189,6 @@ def _dataset_rows(source: str) -> Iterator[Record]:
         ) from error
     for number, row in enumerate(table, start=1):
         yield Record(row, f"data set {source}, row {number}")
-
-
-def _bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: OSError) -> DataError:
-    return DataError(f"{path} cannot be read: {error.strerror or error}")
 
 
 def _decoded(data: bytes, place: str) -> str:
@@ -242,5 +210,44 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         several = path.suffix.lower() == ".json" and error.msg == "Extra data"
         hint = "; name it .jsonl if every line is a record" if several else ""
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}, line {line}: JSON beyond what Python reads: {first_line(error)}") from None
+
+
+class Part(NamedTuple):
+    """One source of a mixture. ``share``: how many of its records are taken in proportion to the others'; None where no
+    source has a share, and all records are taken."""
+
+    source: str
+    share: float | None = None
+
+
+def parse_mixture(text: str) -> tuple[Part, ...]:
+    """The sources that ``text`` names. A file that exists is one source, whatever its name.
+
+    Raises `DataError` for an empty name and a share of zero.
+    """
+    if isfile(text):
+        return (Part(text),)
+    parts = []
+    for piece in text.split(","):
+        match = _PART.fullmatch(piece.strip())
+        if match is None:
+            raise DataError(f"'{text}' has a source with an empty name; expected SOURCE,SOURCE or 3*SOURCE,1*SOURCE")
+        share = None if match[1] is None else float(match[1])
+        if share == 0:
+            raise DataError(f"'{text}': a share of 0 takes nothing of '{match[2]}'; leave it out")
+        parts.append(Part(match[2], share))
+    if any(part.share is not None for part in parts):
+        parts = [Part(part.source, 1.0 if part.share is None else part.share) for part in parts]
+    return tuple(parts)
+
+
+def mixed(parts: Sequence[tuple[Part, Sequence[T]]], seed: int) -> list[T]:
+    """The records of all sources, those of each together, in their order. With shares, as many as there can be in these
+    proportions, drawn at random by ``seed``."""
+    unit = min((len(records) / part.share for part, records in parts if part.share), default=0.0)
+    chosen: list[T] = []
+    for number, (part, records) in enumerate(parts):
+        count = len(records) if part.share is None else max(1, round(part.share * unit))
+        places = sorted(random.Random(f"{seed} {number}").sample(range(len(records)), min(count, len(records))))
+        chosen += [records[place] for place in places]
+    return chosen

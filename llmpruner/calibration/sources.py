@@ -4,7 +4,7 @@ Imports no torch."""
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
@@ -64,15 +64,6 @@ class TextSource(CalibrationSource):
     name = "text"
     summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
 
-    class Settings(ComponentSettings):
-        bos: bool = Field(
-            True,
-            description="Begin every window with the tokens that the tokenizer puts before a text (BOS), where it puts "
-            "any.",
-        )
-
-    settings: Settings
-
     def check(self, reference: str) -> None:
         check_source(reference)
 
@@ -85,7 +76,7 @@ class TextSource(CalibrationSource):
         return windows(
             documents, task.tokenizer,
             samples=task.samples, length=task.length, seed=task.seed, source=task.reference,
-            opening=opening_tokens(task.tokenizer, documents[0]) if self.settings.bos else (),
+            opening=opening_tokens(task.tokenizer, documents[0]),
         )  # fmt: skip
 
 
@@ -105,23 +96,18 @@ class ChatSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         import torch
 
-        from .chat import chat_tokens, packed, training_texts
+        from .chat import labelled, packed, training_texts
 
         if task.tokenizer is None or task.family is None:
             raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         examples = read_examples(task.reference)
         texts = [text for record in examples for text in training_texts(record, task.family, task.tokenizer)]
-        encoded = [chat_tokens(task.tokenizer, text) for text in texts]
+        encoded = [labelled(text, task.tokenizer, None, "all")["input_ids"] for text in texts]
         return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):
-    """Text sampled from the model; nothing is read or downloaded. See `llmpruner.calibration.written`.
-
-    Text without conversations has no tokens of a chat format, which every prompt in a chat has, and whose hidden states
-    differ from those of words. With ``chats``, a pruned model is nearer to the dense one in chats, and
-    further from it on other text.
-    """
+    """Text sampled from the model; nothing is read or downloaded. See `llmpruner.calibration.written`."""
 
     name = "self"
     summary = "text that the model writes itself; nothing is downloaded"
@@ -132,18 +118,6 @@ class SelfWritten(CalibrationSource):
             64, ge=2, le=16384, description="Maximum tokens per generated passage; samples are made of passages."
         )
         batch: int = Field(64, ge=1, description="Passages that are generated at once; memory grows with it.")
-        starts: Literal["texts", "bos"] = Field(
-            "texts",
-            description="What samples begin with. texts: what the tokenizer puts before a text; where that is nothing, "
-            "BOS in every second sample and the middle of a passage in the others. bos: BOS in each.",
-        )
-        chats: float = Field(
-            0.0,
-            ge=0,
-            le=1,
-            description="Share of the samples that are conversations in the model's chat format; it writes the "
-            "questions too.",
-        )
 
     settings: Settings
 
@@ -152,32 +126,9 @@ class SelfWritten(CalibrationSource):
             raise DataError(f"--calibration self:{reference}: the model writes this text, so nothing follows 'self'")
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        from .written import self_generated, written_chats
+        from .written import self_generated
 
-        settings, chats = self.settings, None
-        count = round(task.samples * settings.chats)
-        if settings.chats and not count:
-            raise DataError(f"self.chats: {settings.chats:g} of {task.samples} samples is none; raise it, or --samples")
-        if count:
-            if task.tokenizer is None or task.family is None:
-                raise no_tokenizer("the model", "it cannot write conversations; leave self.chats out")
-            # First, as they may be refused, and passages take longer. They are longer than passages, so that fewer are
-            # written at once.
-            chats = written_chats(
-                task.model, task.tokenizer, task.family, count, task.length, task.seed,
-                batch=-(-settings.batch // 2), progress=task.progress,
-            )  # fmt: skip
-            if count == task.samples:
-                return chats
-        passages = self_generated(
-            task.model, task.tokenizer, task.samples - count, task.length, task.seed,
-            passage=settings.passage, batch=settings.batch, starts=settings.starts, progress=task.progress,
+        return self_generated(
+            task.model, task.tokenizer, task.samples, task.length, task.seed, passage=self.settings.passage,
+            batch=self.settings.batch, as_texts=True, progress=task.progress,
         )  # fmt: skip
-        if chats is None:
-            return passages
-        # Spread evenly, as some components read only the first samples.
-        places = [(number + 1) * task.samples // count - 1 for number in range(count)]
-        rows = passages.new_empty(task.samples, task.length)
-        rows[places] = chats
-        rows[sorted({*range(task.samples)} - {*places})] = passages
-        return rows

@@ -1,4 +1,4 @@
-"""Text that the model generates: passages and conversations for calibration, and answers to prompts."""
+"""Text that the model generates: passages for calibration, and answers to prompts."""
 
 from __future__ import annotations
 
@@ -6,31 +6,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import GenerationConfig
 
-from ..errors import DataError, ModelError, UnsupportedModelError, first_line
-from ..models.generation import fast_one_token_attention, generating_as, text_before
+from ..errors import ModelError, UnsupportedModelError, first_line
+from ..models.generation import fast_one_token_attention, generating_as
 from ..models.messages import quiet_transformers
 from ..models.numbers import with_fast_products
-from ..models.positions import table_of
-from ..models.tokenizer import ids_to_continue, padding_id
+from ..models.tokenizer import padding_id
 from ..progress import QUIET, Progress
-from .chat import Prompt, chat_frame, chat_prompt, chat_tokens, packed, training_texts
-from .conversations import Instruction
 from .windows import opening_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..discovery.family import ModelFamily
-
-QUESTION_TOKENS, ANSWER_TOKENS = 48, 128
-"""The most tokens of a question and of its answer, in conversations that the model writes."""
-WRITTEN_TOKENS = (QUESTION_TOKENS + ANSWER_TOKENS) // 2
-"""So many of both are counted on, as most end earlier."""
 
 
 def self_generated(
@@ -42,7 +32,7 @@ def self_generated(
     *,
     passage: int = 64,
     batch: int = 64,
-    starts: Literal["texts", "bos"] = "bos",
+    as_texts: bool = False,
     progress: Progress = QUIET,
     label: str = "Writing calibration text",
 ) -> torch.Tensor:
@@ -50,12 +40,11 @@ def self_generated(
     truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
     long ones of as many tokens, and take less time.
 
-    ``starts``: what samples begin with. "bos": BOS, as passages do. "texts": what the tokenizer puts before a text;
-    where that is nothing, every second sample begins with BOS, as chats do in many formats, and the others in the
-    middle of a passage, as a text may begin with any token. The first token of a sequence, whichever it is, has values
-    in the residual stream that are hundreds of times as large as those of others, and all later tokens attend to it
+    ``as_texts``: samples begin with what the tokenizer puts before a text; where that is nothing, every second sample
+    begins with BOS, as chats do in many formats, and the others in the middle of a passage. The first token of a
+    sequence, whichever it is, has values in the residual stream that are hundreds of times as large as those of others
     (Sun et al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that
-    place do not give other tokens these values.
+    place do not give other tokens these values. Otherwise samples begin with BOS, as passages do.
 
     Every passage is an unbiased sample. The random numbers for its tokens are one scrambled Sobol point (Owen, 1998),
     a coordinate for each token, so that the frequencies of first tokens over all passages are close to the model's
@@ -90,17 +79,14 @@ def self_generated(
         return written
 
     ids_SL = torch.cat(with_fast_products(model, write)).view(samples, -1)
-    if starts == "texts":
-        opening = opening_tokens(tokenizer, _ANY_TEXT) if tokenizer is not None else []
+    if as_texts:
+        # Any text shows what the tokenizer puts before it.
+        opening = opening_tokens(tokenizer, "0") if tokenizer is not None else []
         if not opening:
             ids_SL[1::2] = ids_SL[1::2].roll(-(tokens // 2), 1)
         elif opening != [bos]:
             ids_SL = torch.cat([ids_SL.new_tensor(opening).expand(samples, -1), ids_SL], 1)
     return ids_SL[:, :length]
-
-
-_ANY_TEXT = "0"
-"""To see what the tokenizer puts before it."""
 
 
 def answered(
@@ -124,78 +110,8 @@ def answered(
     )
     with quiet_transformers(), torch.no_grad(), generating_as(model, config), _naming_failures(model):
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
-        found = with_fast_products(model, run)[:, length:].tolist()
-    return [list(takewhile(lambda token: token not in stops, row)) for row in found]
-
-
-def written_chats(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    family: ModelFamily,
-    samples: int,
-    length: int,
-    seed: int,
-    *,
-    batch: int = 64,
-    progress: Progress = QUIET,
-) -> torch.Tensor:
-    """Samples that begin with a conversation of one question and its answer, followed by further ones: int64 of shape
-    (samples, length), on the CPU.
-
-    The model gets what its format puts before a user's message, writes the question (Magpie, Xu et al., 2024), and then
-    its answer, at temperature 1, without truncation of the distribution. ``batch``: conversations that are written at
-    once. Deterministic in ``seed``. Raises `ModelError` for a model without a chat format, and when its logits are NaN;
-    `DataError` where the chat template fails, and where what the format puts around a question and its answer would be
-    half of a sample or more.
-    """
-    frame = chat_frame(family, tokenizer)
-    if frame is None or model.config.is_encoder_decoder:
-        raise ModelError(
-            "the model has no chat format, or one that changes messages, so it cannot write conversations; leave "
-            "self.chats out"
-        )
-    before, after = _prompt_ids(tokenizer, frame.before), tokenizer(frame.after, add_special_tokens=False)["input_ids"]
-    around = len(before) + len(after)
-    if 2 * around >= length:
-        raise DataError(
-            f"conversations need samples of more than {2 * around} tokens, as {around} are of the chat format; raise "
-            "--set prune.length, or leave self.chats out"
-        )
-    points = torch.quasirandom.SobolEngine(QUESTION_TOKENS + ANSWER_TOKENS, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
-    end, chats = frame.after.strip(), list[list[int]]()
-    limit = table_of(model.config)
-    # A third of the positions that the format leaves, for a question.
-    asked = QUESTION_TOKENS if limit is None else min(QUESTION_TOKENS, (limit - around) // 3)
-
-    def write(count: int) -> None:
-        for first in progress.track(range(0, count, batch), "Writing conversations"):
-            numbers = points.draw(min(batch, count - first))
-            written = answered(model, tokenizer, [before] * len(numbers), numbers[:, :asked])
-            # Where the end of a message is text, not a token at which generation stops, the model writes it, and goes
-            # on.
-            questions = [_text_before(tokenizer, ids, end) for ids in written]
-            prompts = [_prompt_ids(tokenizer, chat_prompt(family, tokenizer, question)) for question in questions]
-            room = ANSWER_TOKENS if limit is None else max(1, min(ANSWER_TOKENS, limit - max(map(len, prompts))))
-            answers = answered(model, tokenizer, prompts, numbers[:, QUESTION_TOKENS : QUESTION_TOKENS + room])
-            for question, ids in zip(questions, answers, strict=True):
-                example = Instruction(question, _text_before(tokenizer, ids, family.stop_text))
-                chats.extend(chat_tokens(tokenizer, text) for text in training_texts(example, family, tokenizer))
-
-    write(-(-samples * length // (around + WRITTEN_TOKENS)))
-    short = length - sum(map(len, chats))
-    if short > 0:
-        # Of few samples, where conversations are shorter than what is counted on.
-        write(-(-short // max(around, 1)))
-    return torch.tensor(packed(chats, samples, length, seed, "self.chats"), dtype=torch.long)
-
-
-def _prompt_ids(tokenizer: Any, prompt: Prompt) -> list[int]:
-    return ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
-
-
-def _text_before(tokenizer: Any, ids: list[int], end: str | None) -> str:
-    """Of ``ids``, up to ``end``."""
-    return text_before(tokenizer.decode(ids, skip_special_tokens=True), end).strip()
+        written = with_fast_products(model, run)[:, length:].tolist()
+    return [list(takewhile(lambda token: token not in stops, row)) for row in written]
 
 
 @contextmanager

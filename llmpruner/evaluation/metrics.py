@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ..calibration.documents import PYDOC, read_text, shortened
+from ..calibration.documents import PYDOC, read_text
 from ..component import ComponentSettings
 from ..errors import ModelError, no_tokenizer
 from ..settings import Seed
@@ -155,10 +155,10 @@ class PerplexityMetric(Metric):
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         results = {result["text"]: result, **result["others"]}
-        names = shortened(list(results))
+        files = [Path(name).name for name in results]
         rows = []
-        for name, values in results.items():
-            where = f", {names[name]}" if len(results) > 1 else ""
+        for (name, values), file in zip(results.items(), files, strict=True):
+            where = f", {file if files.count(file) == 1 else name}" if len(results) > 1 else ""
             rows += [
                 Row(f"perplexity{where}", values["perplexity"], False),
                 Row(f"bits per byte{where}", values["bits_per_byte"], False),

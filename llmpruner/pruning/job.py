@@ -189,7 +189,7 @@ def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:
     compensation = catalog.compensations.create(record.name, record.settings)
     calibration = None
     if record.calibration is not None and record.samples and record.length:
-        text = parse_calibration(record.calibration, catalog.sources, record.source_settings)
+        text = parse_calibration(record.calibration, catalog.sources, record.sources)
         calibration = CalibrationJob(text, record.samples, record.length, fixed_length=True)
     return ReplayJob(plan, budget, compensation, calibration, plan.seed)
 

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.chat import labelled, training_texts
 from ..calibration.conversations import Completion, Example, example
-from ..calibration.documents import EXPECTED_EXAMPLES, check_source, read_records
-from ..calibration.mixture import mixed, parse_mixture
+from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture, read_records
 from ..errors import DataError
 from ..values import counted
 from .base import Row

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..calibration.chat import chat_prompt
 from ..calibration.conversations import Completion, Example, Instruction
-from ..calibration.mixture import parse_mixture
+from ..calibration.documents import parse_mixture
 from ..errors import DataError
 from ..models.tokenizer import ids_to_continue
 from ..progress import QUIET, Progress

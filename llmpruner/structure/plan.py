@@ -143,13 +143,6 @@ class CompensationRecord(Frozen):
     samples: int | None = None
     length: int | None = None
 
-    @property
-    def source_settings(self) -> dict[str, dict[str, Any]]:
-        """``sources``, completed for plans of earlier versions: their windows of text were without BOS, and samples
-        that the model generated began with it."""
-        written = {"starts": "bos", **self.sources.get("self", {})}
-        return {"text": {"bos": False}, **self.sources, "self": written}
-
 
 class GroupCut(Frozen):
     """One group that loses units: their number ``units`` before the cut, and which of them are ``kept``, by their

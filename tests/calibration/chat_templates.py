@@ -96,10 +96,6 @@ TEMPLATES = {
     "DeepSeek-R1": _DEEPSEEK,
     "Zephyr": _ZEPHYR,
     "Command R": _COMMAND_R,
-    "a template that adds the system message after the last question": _LLAMA_3.replace(
-        "'<|eot_id|>' }}",
-        "('\n' + messages[0]['content'] if loop.last and message['role'] == 'user' else '') + '<|eot_id|>' }}",
-    ),
 }
 WITHOUT_SYSTEM = {"Gemma"}
 OPENERS = {"DeepSeek-R1": "<think>\n"}

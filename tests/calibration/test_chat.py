@@ -9,7 +9,6 @@ from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
-from llmpruner.calibration.chat import chat_tokens as tokens_of
 from llmpruner.calibration.conversations import Completion, Conversation, Instruction, Message
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.data import prepare
@@ -178,7 +177,6 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
     def read(family):
         texts = tuple(training_texts(example, family, chosen))
         made = [labelled(text, chosen, 512, "answers") for text in texts]
-        assert [row["input_ids"] for row in made] == [tokens_of(chosen, text) for text in texts]
         return [(chosen.decode(row["input_ids"]), trained(row, chosen)) for row in made]
 
     joined = "<s> Q0: Two rivers? A: Elbe, Loire. Q1: The longer? A: Elbe.</s>"

@@ -22,7 +22,7 @@ from llmpruner_vicuna.conversation import (
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 
 from llmpruner.calibration.chat import chat_prompt, conversation_prompt, labelled, training_texts
-from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples, read_sharegpt
+from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -38,7 +38,8 @@ RENDERED = [(c, t) for c, case in PROMPTS.items() for t, text in case["prompts"]
 
 
 def turns_of(conversation: str) -> list[Turn]:
-    return [Turn(*turn) for turn in read_sharegpt(PROMPTS[conversation]["conversations"], conversation)]
+    turns = [Turn(turn["from"], turn["value"]) for turn in PROMPTS[conversation]["conversations"]]
+    return turns[1:] if turns[0].speaker == "gpt" else turns
 
 
 @pytest.mark.parametrize(("conversation", "template"), RENDERED)
