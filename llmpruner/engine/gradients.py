@@ -6,9 +6,8 @@ runs each layer again, from last to first, frees the hidden states after it, and
 parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
 of one layer only.
 
-A model in memory runs as a whole, and what its layers are called with is recorded. Layers may also use keys and values
-of earlier layers (`Inputs`). Weights that are read layer by layer need a decoder that runs layer by layer; this is
-checked on one sample.
+Layers run one by one, with what a run of the model calls them with (`walk.record`); this is checked on one sample.
+Layers may use keys and values of earlier ones (`Inputs`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import logits_at, position_blocks
 from .products import ReduceProducts, WatchProducts
 from .walk import (
-    TOKENS,
     Call,
     LayerCheck,
     Stop,
@@ -38,7 +36,6 @@ from .walk import (
     expert_configs,
     first_output,
     hidden_of,
-    not_walkable,
     record,
     replaced_layers,
     shares_keys,
@@ -210,46 +207,27 @@ class GradientWalk:
     @torch.no_grad()
     def forward(self) -> None:
         """Keep the hidden states between layers. Raises `UnsupportedModelError` for a decoder that cannot be run layer
-        by layer, where weights are streamed."""
+        by layer."""
         if not self.batches:
-            return
-        if not self.weights.streamed:
-            self._mixed = self._mixed and self._whole_runs_mixed()
-            for batch in self.batches:
-                with self._computing(), self._recording(batch):
-                    self.model(input_ids=batch.input_ids, use_cache=False)
             return
         with self.weights.outside():
             check = LayerCheck(self.model, self.layers, self.batches[0].input_ids)
-        if not self._forward_by_layer(check):
-            # With the weights in memory, no layer would have run under autocast: neither must those before this one.
-            self._mixed = False
-            for states in self.hidden:
-                states.clear()
-            for batch in self.batches:
-                batch.rests = []
-            self._forward_by_layer(check)
-
-    def _forward_by_layer(self, check: LayerCheck) -> bool:
-        """`forward`, of weights that are read when they are needed. False, without going on, at a layer whose operators
-        refuse what autocast gives them."""
+        for number in range(len(self.layers)):
+            with self.weights.layer(number):
+                check.layer(number)
+                self._mixed = self._mixed and check.runs_in(torch.bfloat16, number)
         with self.weights.outside():
             for batch in self.batches:
                 recorded, embedded = record(self.model, self.layers, batch.input_ids, check.tuples)
                 batch.calls = recorded.calls
                 self.hidden[0].append(embedded)
         for number, layer in enumerate(self.layers):
-            with self.weights.layer(number):
-                check.layer(number)
-                if self._mixed and not check.runs_in(torch.bfloat16, number):
-                    return False
+            with self.weights.layer(number), self._computing():
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     call, batch.calls[number] = batch.calls[number], with_own_dictionaries(batch.calls[number])
-                    with self._computing():
-                        output = call_layer(layer, hidden, call)
+                    output = call_layer(layer, hidden, call)
                     batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
-        return True
 
     def backward_head(self) -> float:
         """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
@@ -333,15 +311,6 @@ class GradientWalk:
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
 
-    def _whole_runs_mixed(self) -> bool:
-        """Whether operators of the model take what autocast gives them; it is run on the first tokens."""
-        try:
-            with self._computing():
-                self.model(input_ids=self.batches[0].input_ids[:1, :TOKENS], use_cache=False)
-        except RuntimeError:
-            return False
-        return True
-
     @contextlib.contextmanager
     def _showing(self, reduced: ReduceProducts | None, batch: _Batch) -> Iterator[None]:
         if reduced is None:
@@ -351,32 +320,6 @@ class GradientWalk:
         reduced.next_batch(batch.first, batch.input_ids, self._scale)
         with eager_experts(self._experts), reduced.following(watch), watch:
             yield
-
-    @contextlib.contextmanager
-    def _recording(self, batch: _Batch) -> Iterator[None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if len(batch.calls) == len(self.layers):
-                raise not_walkable(self.model, "they are called more than once")
-            self.hidden[len(batch.calls)].append(hidden_of(args, kwargs))
-            batch.calls.append(with_own_dictionaries((args[1:], kwargs)))
-            further = {id(tensor) for rest in batch.rests if rest for tensor in rest}
-            if any(t.is_floating_point() and id(t) in further for t in tensors_of(batch.calls[-1]).values()):
-                raise not_walkable(self.model, "they are called with further outputs of earlier ones")
-
-        def after(_: nn.Module, __: Any, output: Any) -> None:
-            batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
-            if len(batch.rests) == len(self.layers):
-                self.hidden[-1].append(first_output(output))
-                # The first batch runs to the end, to see whether layers run again.
-                if batch is not self.batches[0]:
-                    raise Stop
-
-        with contextlib.ExitStack() as stack:
-            for layer in self.layers:
-                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-                stack.callback(layer.register_forward_hook(after).remove)
-            with contextlib.suppress(Stop):
-                yield
 
     def _head(self, position: int) -> tuple[torch.Tensor, float]:
         """Run everything after the last layer with gradients, for some positions at a time. Returns the gradient of the

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_flatten
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
@@ -363,14 +364,11 @@ def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
 
 def _same(a: Any, b: Any) -> bool:
     """Whether arguments of layers are equal."""
-    if a is b:
-        return True
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, torch.Tensor):
-        return a.dtype == b.dtype and torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(_same(value, b[key]) for key, value in a.items())
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return isinstance(a, bool | int | float | str) and a == b
+    (values, form), (others, other_form) = tree_flatten(a), tree_flatten(b)
+    return form == other_form and all(map(_equal, values, others))
+
+
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
