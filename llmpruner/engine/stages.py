@@ -13,7 +13,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,30 +26,21 @@ from ..models.record import RUN_FILE
 _LIBRARIES = ("llmpruner", "torch", "transformers")
 
 
-@dataclass(frozen=True)
-class Stage:
-    """``peak_bytes``: the most memory that the process had taken when the stage ended, earlier stages included; None
-    where the system does not say."""
-
-    name: str
-    seconds: float
-    peak_bytes: int | None
-
-
 @dataclass
 class Stages:
     """The stages of one run by name, in their order. Those that an interrupted run had finished are not among them."""
 
-    done: dict[str, Stage] = field(default_factory=dict)
+    done: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """``peak_bytes``: the most memory that the process had taken when the stage ended, earlier stages included; None
+    where the system does not say."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Times what is inside. Stages of one name are added up."""
         began = time.monotonic()
         yield
-        before = self.done.get(name)
-        seconds = time.monotonic() - began + (0 if before is None else before.seconds)
-        self.done[name] = Stage(name, round(seconds, 2), peak_memory())
+        seconds = time.monotonic() - began + self.done.get(name, {"seconds": 0.0})["seconds"]
+        self.done[name] = {"name": name, "seconds": round(seconds, 2), "peak_bytes": peak_memory()}
 
 
 def write_run(directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any]) -> None:
@@ -59,7 +50,7 @@ def write_run(directory: Path, stages: Stages, command: str, model: str, setting
         "command": command,
         "model": model,
         "settings": dict(settings),
-        "stages": [asdict(stage) for stage in stages.done.values()],
+        "stages": list(stages.done.values()),
         "machine": {
             "system": f"{platform.system()} {platform.machine()}",
             "processor": _processor(),

@@ -188,10 +188,6 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
     assert [a.strip() for a in answers] == ["Elbe.</s>"]
 
 
-class Every(Numbered):
-    eos_after = "every"
-
-
 def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
     chosen = tiny_models.tokenizer()
     both = "<s> $A </s> $B </s>"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -204,25 +203,6 @@ def test_what_does_not_exist_is_refused_by_the_call(source):
     for read in (check_source, read_records):
         with pytest.raises(DataError, match=MISSING[source]):
             read(source)
-
-
-@pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
-def test_a_file_that_may_not_be_read_is_one_line(tmp_path, monkeypatch, name):
-    def refuse(path, *_):
-        raise PermissionError(13, "Permission denied", str(path))
-
-    source = write(tmp_path / name, "{}")
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    with pytest.raises(DataError, match=r"cannot be read: Permission denied$"):
-        check_source(source)
-
-
-@pytest.mark.parametrize("what", ["number", "broken list", "bytes", "empty list", "no table"])
-def test_the_early_check_refuses_a_bad_first_record(tmp_path, what):
-    name, content, message = MALFORMED[what]
-    with pytest.raises(DataError, match=message.replace("no text", "no records")):
-        check_source(write(tmp_path / name, content))
 
 
 def test_the_early_check_reads_no_further_than_the_first_record(tmp_path):
