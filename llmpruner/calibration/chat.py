@@ -154,9 +154,9 @@ def format_note(name: str, family: ModelFamily, tokenizer: Any, what: str) -> st
     return f"'{name}' has no chat format: {what} in Stanford Alpaca's format for instructions"
 
 
-def common_start(one: Sequence[Any], other: Sequence[Any]) -> int:
+def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The number of equal items (characters, tokens) at the start of both."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
 
 
 def _question(instruction: str, input: str) -> dict[str, str]:

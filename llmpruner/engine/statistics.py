@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn import functional
 
-from ..errors import ModelError
 from .products import ReduceProducts, WatchedProduct, WatchProducts
 from .ranks import SINGLE, Ranks
 from .signals import InputStats, ProductStats, StreamStats
@@ -44,24 +43,13 @@ def both_triangles(lower: torch.Tensor) -> torch.Tensor:
 
 
 def divergence(reference_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
-    """Sum of KL(wanted ‖ logits) over all positions but the last of each sequence, in nats. Raises `ModelError` for
-    different vocabularies."""
-    check_vocabularies(reference_BTV, logits_BTV)
+    """Sum of KL(reference ‖ logits) over all positions but the last of each sequence, in nats."""
     pairs = zip(reference_BTV, logits_BTV, strict=True)
-    return sum(float(divergences(wanted[:-1], logits[:-1]).double().sum()) for wanted, logits in pairs)
-
-
-def check_vocabularies(wanted: torch.Tensor, logits: torch.Tensor) -> None:
-    """Raise `ModelError` for logits (…, V) of different vocabularies."""
-    if wanted.shape != logits.shape:
-        raise ModelError(
-            f"the model predicts {logits.shape[-1]} tokens and the reference {wanted.shape[-1]}; KL divergence needs "
-            "one vocabulary"
-        )
+    return sum(float(divergences(reference[:-1], logits[:-1]).double().sum()) for reference, logits in pairs)
 
 
 def divergences(reference_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(wanted ‖ logits) at each position (T,), in nats, float32."""
+    """KL(reference ‖ logits) at each position (T,), in nats, float32."""
     log_p, log_q = reference_TV.float().log_softmax(-1), logits_TV.float().to(reference_TV.device).log_softmax(-1)
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
@@ -204,9 +192,9 @@ def stream_statistics(execution: Execution, calibration: CalibrationSet, *, bloc
                 first = batch.first * batch.input_ids.shape[1]
                 tokens = slice(first, first + batch.input_ids.numel())
                 for length, earlier in enumerate(reversed(before)):
-                    found = torch.cosine_similarity(earlier[position], states, dim=-1)
+                    similar = torch.cosine_similarity(earlier[position], states, dim=-1)
                     # Some models put prompts of their own before the text (CPM-Ant).
-                    cosines[length, tokens] = found[:, -batch.input_ids.shape[1] :].flatten()
+                    cosines[length, tokens] = similar[:, -batch.input_ids.shape[1] :].flatten()
                 after.append(states)
         walk.ranks.sum_([cosines])
         before = [*before, after][-lengths:]

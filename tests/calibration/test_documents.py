@@ -214,12 +214,6 @@ def test_the_early_check_reads_no_further_than_the_first_record(tmp_path):
         read_documents(source)
 
 
-def test_the_early_check_leaves_a_data_set_to_its_reading(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    monkeypatch.setattr(datasets, "load_dataset", lambda *name, split: pytest.fail("loaded"))
-    check_source("some/thing:config:train")
-
-
 def test_the_first_field_that_holds_a_string_counts():
     assert document(Record({"text": None, "content": "c", "page": "p"}, "here")) == "p"
 
