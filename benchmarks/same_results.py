@@ -67,9 +67,9 @@ ON_TINY = {
     "hidden": f"--importance taylor --kinds hidden --ratio 0.2 {TEXT}",
     "expert": f"--importance taylor --kinds expert --ratio 0.2 {TEXT}",
     "layer": f"--kinds layer --ratio 0.4 {TEXT}",
-    "global": f"--importance l2 {BLOCK} {GLOBAL}=cost --ratio 0.2",
+    "global": f"--importance l2 {BLOCK} {GLOBAL}=parameters --ratio 0.2",
     "bytes": f"--importance l2 {BLOCK} --budget bytes --ratio 0.1",
-    "macs": f"--importance l2 {BLOCK} --budget macs {GLOBAL}=cost --ratio 0.1",
+    "macs": f"--importance l2 {BLOCK} --budget macs {GLOBAL}=parameters --ratio 0.1",
     "kv-cache": "--importance l2 --kinds attention --budget kv-cache --ratio 0.25",
     "steps": f"--importance taylor {BLOCK} --steps 2 --ratio 0.2 {TEXT}",
     "unit-ratio": f"--importance l2 {BLOCK} --set prune.unit_ratio=0.25",
@@ -80,7 +80,7 @@ ON_PLUGINS_MODELS = {
     **{name: f"--importance {name} --ratio 0.2 {TEXT}" for name in ("wanda-sp", "activation", "pca")},
     "block-influence": f"--importance block-influence --kinds layer --ratio 0.4 {TEXT}",
     **{f"global, {how}": f"--importance l2 {BLOCK} {GLOBAL}={how} --ratio 0.2"
-       for how in ("mean", "max", "sum", "zscore", "parameters")},
+       for how in ("mean", "max", "sum", "zscore")},
     **{f"reduction {how}": f"--importance l2 --set prune.reduction={how} --ratio 0.2"
        for how in ("mean", "max", "prod", "last")},
     "sensitivity": f"--importance l2 --set prune.allocation=sensitivity --ratio 0.2 {TEXT}",

@@ -53,7 +53,7 @@ def tiny_llama(seed: int = 0) -> Model:
 
 
 def tiny_mixture(seed: int = 0) -> Model:
-    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 2 layers, of which a token gets 2."""
+    """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 3 layers, of which a token gets 2."""
     return _copy(_built("auto", seed))
 
 
@@ -63,7 +63,7 @@ def _built(family_name: str, seed: int) -> Model:
     if family_name == "llama":
         config = LlamaConfig(num_hidden_layers=3, **_SIZES)
     else:
-        config = MixtralConfig(num_hidden_layers=2, num_local_experts=7, num_experts_per_tok=2, **_SIZES)
+        config = MixtralConfig(num_hidden_layers=3, num_local_experts=7, num_experts_per_tok=2, **_SIZES)
     family = Catalog().families[family_name]()
     model = random_instance(config, seed)
     return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)

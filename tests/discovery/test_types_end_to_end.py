@@ -67,7 +67,7 @@ LESS = {"bamba": 0.1, "falcon_h1": 0.15}
 """Where channels and heads are less than a fifth of the small instance: the share that is removed."""
 REPEATED = ("hrm_text",)
 """Types whose layers are run several times, so that criteria of weights alone can score them."""
-SHORT = {("gemma4_text", "llm-pruner"), ("gemma3n_text", "best"), ("bamba", "llm-pruner"), ("qwen3_5_text", "best")}
+SHORT = {("gemma4_text", "llm-pruner"), ("bamba", "llm-pruner"), ("qwen3_5_text", "best")}
 CASES = [
     pytest.param(name, method, marks=() if (name, method) in SHORT else pytest.mark.long)
     for name in TYPES
@@ -173,6 +173,7 @@ def test_heads_of_all_layers_and_of_state_spaces_are_told_from_channels() -> Non
     ]  # fmt: skip
 
 
+@pytest.mark.long
 def test_every_layer_is_found_where_a_layer_counts_as_two() -> None:
     graph = discover_graph(small_config(CONFIG_MAPPING["longcat_flash"]()))
     assert Counter(g.layer for g in graph.groups if g.layer is not None) == dict.fromkeys(range(3), 9)

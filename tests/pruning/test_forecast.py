@@ -49,7 +49,7 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize("streamed", [pytest.param(False, marks=pytest.mark.long), True])
 def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, streamed):
     free = 0 if streamed else 1 << 50
     arguments = [dense, tmp_path / "out", free, json.dumps(SETTINGS)]
