@@ -52,6 +52,8 @@ def _unpack(value: Any) -> Any:
         start, stop = int(first), int(last or first) + 1
         if stop <= start:
             raise ValueError(f"the run '{run}' goes backwards")
+        if stop - start + len(units) > 1 << 22:  # no model is that wide, and the numbers could exhaust memory
+            raise ValueError(f"more than {1 << 22:,} units")
         units += range(start, stop)
     return tuple(units)
 

@@ -202,6 +202,10 @@ SPOILT = {
     "units that the group lacks": (lambda plan: first(plan).update(kept="0-48"), "within 0…47"),
     "units in a run backwards": (lambda plan: first(plan).update(kept="9-3,20-40"), "the run '9-3' goes backwards"),
     "units below 0": (lambda plan: first(plan).update(kept="-5"), "expected numbers of units such as 0-4,7"),
+    "units in a vast number": (
+        lambda plan: first(plan).update(kept="0-99999999999999"),
+        "kept: Value error, more than 4,194,304 units",
+    ),
     "units given twice": (
         lambda plan: first(plan).update(kept="3,3,4"),
         "'layers.0.mlp': kept units must be increasing",
