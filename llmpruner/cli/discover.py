@@ -83,7 +83,7 @@ def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
     table("On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2)
     for verdict in verdicts:
         lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
-        for line in (*lines, *verdict.differences, *(f"not checked: {what}" for what in verdict.skipped)):
+        for line in (*lines, *(f"not checked: {what}" for what in verdict.skipped)):
             out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import commonprefix
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from ..errors import UnsupportedModelError
-from ..models.meta import REFUSALS, graph_of, meta_model
+from ..models.meta import graph_of, meta_model
 from ..structure.coupling import (
     ATTENTION,
     EXPERT,
@@ -81,9 +79,8 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     blocked: tuple[Blocked, ...] = ()
     if traced.repeats:
         blocked = (Blocked(traced.layers, 0, "a layer runs more than once"),)
-    elif counted := None if _is_shallow(traced) else counts_layers(model, traced.layers):
-        # Where a model with fewer layers was traced, it runs.
-        blocked = (Blocked(traced.layers, 0, f"'{counted}' has a part for every layer, which does not follow"),)
+    elif table := _table_of_layers(model, traced.layers):
+        blocked = (Blocked(traced.layers, 0, f"'{table}' has a part for every layer, which does not follow"),)
     elif traced.streams == 1:
         groups.append(CoupledGroup("layers", LAYER, len(layers), modules=tuple(layers)))
     else:
@@ -209,16 +206,13 @@ def _group(
     # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (unit_set.minimum if Mark.ROUTED in unit_set.marks else 1)
     multiple = 1
-    if named.kind == LATENT and unit_set.units % 2 == 0 and _uses_complex_numbers(traced):
+    complex_numbers = (n.target is torch.ops.aten.view_as_complex.default for n in traced.program.graph.nodes)
+    if named.kind == LATENT and unit_set.units % 2 == 0 and any(complex_numbers):
         multiple = 2  # what lies next to the units in one row is read as complex numbers
     elif any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
         multiple = next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
     return CoupledGroup(name, named.kind, unit_set.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
-
-
-def _uses_complex_numbers(traced: Trace) -> bool:
-    return any(node.target is torch.ops.aten.view_as_complex.default for node in traced.program.graph.nodes)
 
 
 def _spans(owned: Iterable[OwnedAxis], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
@@ -236,16 +230,15 @@ def _spans(owned: Iterable[OwnedAxis], tied: Mapping[str, Sequence[str]]) -> Ite
 def _names(members: Sequence[Named], traced: Trace) -> list[str]:
     """Names within a layer: the kind, with the module where several groups are of one kind."""
     count = Counter(n.kind for n in members)
-    names: list[str] = []
+    same: Counter[str] = Counter()
+    names = []
     for named in members:
         name = "experts" if named.kind == EXPERT else named.kind
         if count[named.kind] > 1:
             module = _common_module(named.unit_set).removeprefix(f"{traced.layers}.{named.layer}").strip(".")
             name = f"{name}.{module}" if module else name
-        while name in names:
-            stem, _, number = name.rpartition("#")
-            name = f"{stem}#{int(number) + 1}" if stem and number.isdigit() else f"{name}#2"
-        names.append(name)
+        same[name] += 1
+        names.append(f"{name}#{same[name]}" if same[name] > 1 else name)
     return names
 
 
@@ -271,43 +264,13 @@ def _aliases(model: PreTrainedModel) -> dict[int, list[str]]:
     return names
 
 
-def counts_layers(model: PreTrainedModel, layers: str) -> str | None:
-    """The name of a parameter outside ``layers`` whose size depends on their number, which a cut of layers does not
-    follow; None where there is none, or the class refuses to be built with a layer less.
-
-    ``model``: without weights. ``layers``: the path of its decoder layers.
-    """
-    try:
-        other = meta_model(_without_the_first(model.config))
-    except (*REFUSALS, UnsupportedModelError):
-        return None
-    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
-    for name, tensor in model.state_dict().items():
-        if not name.startswith(f"{layers}.") and shapes.get(name, tensor.shape) != tensor.shape:
-            return str(name)
-    return None
-
-
-def _without_the_first(config: PreTrainedConfig) -> PreTrainedConfig:
-    """A copy of ``config`` without its first layer; the last one stays, as many configurations set its kind apart."""
-    changed = copy.deepcopy(config)
-    text = changed.get_text_config()
-    count = text.num_hidden_layers
-    values: dict[str, Any] = {
-        name: value[1:] if isinstance(value, list) and len(value) == count else value
-        for name, value in text.to_dict().items()
-    }
-    values["num_hidden_layers"] = count - 1
-    if each := values.get("per_layer_config"):
-        values["per_layer_config"] = {str(int(n) - 1): sizes for n, sizes in each.items() if int(n)}
-    found = type(text).from_dict(values)
-    if text is changed:
-        return found
-    for name, value in list(vars(changed).items()):
-        if value is text:
-            setattr(changed, name, found)
-            return changed
-    raise UnsupportedModelError(f"{type(config).__name__} does not hold its text configuration as an attribute")
+def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
+    """The name of a parameter outside ``layers`` with a part for every layer, which a cut of layers does not follow:
+    embeddings that each layer is given besides the hidden states."""
+    size = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None) or 0
+    every = len(model.get_submodule(layers)) * size
+    outside = ((name, p.shape) for name, p in model.named_parameters() if not name.startswith(f"{layers}."))
+    return next((name for name, shape in outside if every and every in shape), None)
 
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:

@@ -48,8 +48,6 @@ class Verdict:
     run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
     largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
     attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
-    ``differences``: for a kind that is not verified, one line for each parameter in which the declared groups differ
-    from the discovered ones.
     """
 
     kind: str
@@ -62,7 +60,6 @@ class Verdict:
     checks: list[str] = field(default_factory=list)
     follows: tuple[Rule, ...] = ()
     skipped: list[str] = field(default_factory=list)
-    differences: list[str] = field(default_factory=list)
 
 
 class Oracle:
@@ -120,7 +117,7 @@ class Oracle:
         verdict.checks.append("save and load")
 
     def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
-        first: list[Exception] = []
+        errors: list[Exception] = []
         dense = next(iter(self.models.values()))
 
         def agrees(chosen: Sequence[Rule]) -> bool:
@@ -129,7 +126,7 @@ class Oracle:
                     self._compare(model, name, kept, chosen, strict=False)
                 self._generate(kept, chosen)
             except Exception as error:  # a model cut with the wrong rules may raise anything
-                first.append(error)
+                errors.append(error)
                 return False
             return True
 
@@ -138,16 +135,11 @@ class Oracle:
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
             for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-
-                def with_table(chosen: Sequence[Rule], table: Rule = table) -> bool:
-                    return table in chosen and agrees(chosen)
-
-                found = find([table, *attributes], with_table)
+                found = find([table, *attributes], lambda chosen, table=table: table in chosen and agrees(chosen))
                 if found is not None:
                     break
         if found is None:
-            silent = [e for e in first if isinstance(e, Disagreement)]
-            raise silent[0] if silent and isinstance(first[0], Disagreement) else first[0]
+            raise errors[0]
         return found
 
     def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:

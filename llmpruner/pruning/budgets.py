@@ -101,7 +101,7 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
         group = graph.by_name[name]
         if group.modules:
             continue
-        units = surviving_units(graph, kept, group, axes)
+        units = surviving_units(kept, group, axes)
         # A block without remaining units was removed by the enclosing group, whose number of units counts that.
         per_block = group.units // group.blocks
         numbers[name] = len(units) * group.blocks // len({u // per_block for u in units})

@@ -23,7 +23,7 @@ from ..models.surgery import cut, cut_copy
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import compose, layer_numbers, removed_layers
-from ..structure.scope import Scope, build_queue, kept_units
+from ..structure.scope import Scope, build_queue
 from ..structure.widths import ANY, Widths
 from .allocation import Allocation, AllocationTask, Demand, Meter, Taken, Uniform, allocate_alike
 from .budgets import BudgetSubject, Cost, CutCost, parameter_cost, saving_units
@@ -91,7 +91,7 @@ def select(
     ]
 
     def chosen(taken: Taken) -> Kept:
-        kept = kept_units(queues, taken)
+        kept = {q.group.name: q.kept_after(taken[q.group.name]) for q in queues if taken.get(q.group.name)}
         gone = removed_layers(graph, kept)
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 

@@ -183,7 +183,14 @@ class CoupledGroup:
     buffers: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
-        _check_name(self.name, self.layer)
+        numbered = _IN_A_LAYER.match(self.name)
+        if self.layer is not None and (numbered is None or int(numbered[1]) != self.layer):
+            raise CouplingError(
+                f"group '{self.name}' is in layer {self.layer}, so its name must be 'layers.{self.layer}.WORD', "
+                f"such as 'layers.{self.layer}.mlp': removing other layers renumbers it"
+            )
+        if self.layer is None and numbered is not None:
+            raise CouplingError(f"group '{self.name}' is named after layer {numbered[1]}; give it layer={numbered[1]}")
         if self.units < 1:
             raise CouplingError(f"group '{self.name}' has no units")
         if bool(self.spans) == bool(self.modules):
@@ -215,17 +222,6 @@ class CoupledGroup:
     def spans_with(self, *roles: Role) -> Iterator[Span]:
         """The spans of parameters with one of ``roles``, in order."""
         return (s for s in self.spans if s.role in roles)
-
-
-def _check_name(name: str, layer: int | None) -> None:
-    numbered = _IN_A_LAYER.match(name)
-    if layer is not None and (numbered is None or int(numbered[1]) != layer):
-        raise CouplingError(
-            f"group '{name}' is in layer {layer}, so its name must be 'layers.{layer}.WORD', such as "
-            f"'layers.{layer}.mlp': removing other layers renumbers it"
-        )
-    if layer is None and numbered is not None:
-        raise CouplingError(f"group '{name}' is named after layer {numbered[1]}; give it layer={numbered[1]}")
 
 
 @dataclass(frozen=True, slots=True)

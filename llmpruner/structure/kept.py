@@ -64,7 +64,7 @@ def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[
     for original, current in renamed(graph, first).items():
         if current in second:
             group = graph.by_name[original]
-            survivors = surviving_units(graph, first, group, axes)
+            survivors = surviving_units(first, group, axes)
             units = [survivors[unit] for unit in second[current]]
             kept[original] = (*units,) if group.blocks == 1 else _with_gone_blocks(group, units, survivors, first)
     return kept
@@ -117,8 +117,8 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
-    """(parameter or buffer, axis) → the sorted indices that stay, over all groups that cut this axis together; for
-    every name of a tied parameter. ``prefix``: of the names that are wanted."""
+    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tied parameter. ``prefix``: of
+    names."""
     # Layers that share weights have several names for one tensor, and groups know one of them.
     aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
     owners = set(aliases.values())
@@ -157,13 +157,18 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     numbers = layer_numbers(graph, kept)
 
     def move(path: str) -> str | None:
-        return _move(path, graph.layers, numbers)
+        """The path after the cut; None when it was removed."""
+        number = layer_number(path, graph.layers)
+        if number is None:
+            return path
+        rest = path.removeprefix(f"{graph.layers}.{number}")
+        return f"{graph.layers}.{numbers[number]}{rest}" if number in numbers else None
 
     groups = []
     for group in graph.groups:
         if group.name not in names:
             continue
-        units = surviving_units(graph, kept, group, axes)
+        units = surviving_units(kept, group, axes)
         spans, buffers = (
             tuple(
                 replace(s, parameter=name, index=_restrict_index(s, units, axes.get((s.parameter, s.axis))))
@@ -201,16 +206,10 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked, sizes)
 
 
-def surviving_units(
-    graph: CouplingGraph,
-    kept: Kept,
-    group: CoupledGroup,
-    axes: Mapping[tuple[str, int], list[int]] | None = None,
-) -> list[int]:
+def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]]) -> list[int]:
     """The units of ``group`` that remain: kept, and not removed with a unit of another group that owns the same
-    indices (a query head is removed with its KV head)."""
+    indices (a query head is removed with its KV head). ``axes``: `kept_indices` of ``kept``."""
     units = list(kept.get(group.name, range(group.units)))
-    axes = kept_indices(graph, kept) if axes is None else axes
     for span in group.spans:
         stay = axes.get((span.parameter, span.axis))
         if stay is not None and span.indices(units) != stay:
@@ -248,11 +247,3 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
     gone = set(removed_modules(graph, kept))
     remaining = [n for n in range(graph.num_layers) if f"{graph.layers}.{n}" not in gone]
     return {old: new for new, old in enumerate(remaining)}
-
-
-def _move(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
-    """A module or parameter path after the cut; None when it was removed. ``numbers``: see `layer_numbers`."""
-    number = layer_number(path, layers)
-    if number is None:
-        return path
-    return f"{layers}.{numbers[number]}{path[len(f'{layers}.{number}') :]}" if number in numbers else None

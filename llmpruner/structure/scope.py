@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -123,8 +123,3 @@ def build_queue(
             pending = []
     means = tuple(sum(scores[u] for u in step) / len(step) for step in steps)
     return Queue(group, tuple(steps), means)
-
-
-def kept_units(queues: Sequence[Queue], taken: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Group name → kept units after ``taken`` steps of each queue, without groups that keep all units."""
-    return {q.group.name: q.kept_after(taken[q.group.name]) for q in queues if taken.get(q.group.name)}

@@ -38,7 +38,8 @@ class Widths:
         """What the kept number of units of ``group`` must be a multiple of, including the group's own multiple."""
         units = self.dense.get(group.name, group.units)
         if group.kind == EXPERT and self.uniform:
-            return lcm(experts_multiple(units), group.multiple)
+            # At most a quarter of them, so that they can be spread evenly over as many devices (expert parallelism).
+            return lcm(max(n for n in (1, 2, 4, 8) if n == 1 or 4 * n <= units), group.multiple)
         if group.kind in COUNTED:
             return group.multiple
         own = self.round_to
@@ -76,16 +77,7 @@ def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mappin
     ``dense``: as in `Widths`."""
     if shape == "free":
         return Widths(uniform=False, round_to=round_to or 1)
-    own = round_to or default_alignment(hidden_size)
+    # Less for models too small for any kernel to matter.
+    default = ALIGNMENT if hidden_size >= NARROW else min(32, 2 ** max(0, (hidden_size // 16).bit_length() - 1))
+    own = round_to or default
     return Widths(uniform=True, round_to=own, adapts=round_to is None, dense=dense or {})
-
-
-def default_alignment(hidden_size: int) -> int:
-    """64; 32 for narrow models; less for those too small for any kernel to matter."""
-    return ALIGNMENT if hidden_size >= NARROW else min(32, 2 ** max(0, (hidden_size // 16).bit_length() - 1))
-
-
-def experts_multiple(experts: int) -> int:
-    """The multiple for the number of experts per layer: the largest power of two up to 8 that is at most a quarter of
-    them, so that the experts can be spread evenly over as many devices (expert parallelism)."""
-    return max(n for n in (1, 2, 4, 8) if n == 1 or 4 * n <= experts)

@@ -41,11 +41,12 @@ def test_the_small_model_has_heads() -> None:
     assert verdict.verdict == VERIFIED
 
 
-def test_a_refused_verdict_names_the_parameter() -> None:
+def test_a_forgotten_bias_is_refused_and_named() -> None:
     mlp, layer = verify(Forgetful(), BIASED, kinds=["mlp", "layer"], shrink=False)
     assert mlp.verdict == REFUSED and layer.verdict == VERIFIED
-    assert mlp.differences == [f"group layers.0.mlp: {BIAS} axis 0: nothing; discovery finds 0:40 (produces)"]
-    assert layer.differences == []
+    assert differences(Forgetful().coupled_groups(BIASED), FOUND) == [
+        f"group layers.0.mlp: {BIAS} axis 0: nothing; discovery finds 0:40 (produces)"
+    ]
 
 
 REVERSED = Explicit(tuple((39 - unit,) for unit in range(40)))

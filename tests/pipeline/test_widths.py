@@ -20,7 +20,7 @@ from llmpruner.pruning.selection import select
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope
-from llmpruner.structure.widths import Widths, default_alignment, experts_multiple, widths_for
+from llmpruner.structure.widths import Widths, widths_for
 from llmpruner.testing.models import cut_by, small_job
 
 UNIFORM = Widths(uniform=True, round_to=8)
@@ -130,8 +130,10 @@ def test_groups_of_different_sizes_need_not_agree():
 
 
 def test_multiples():
-    assert [default_alignment(size) for size in (32, 64, 576, 896, 1024, 8192)] == [2, 4, 32, 32, 64, 64]
-    assert [experts_multiple(count) for count in (2, 4, 8, 16, 60, 64, 256)] == [1, 1, 2, 4, 8, 8, 8]
+    alignments = [widths_for("uniform", None, size).round_to for size in (32, 64, 576, 896, 1024, 8192)]
+    assert alignments == [2, 4, 32, 32, 64, 64]
+    experts = [Widths(uniform=True).multiple(group(count, "expert")) for count in (2, 4, 8, 16, 60, 64, 256)]
+    assert experts == [1, 1, 2, 4, 8, 8, 8]
     default = widths_for("uniform", None, 4096)
     assert [default.multiple(group(units)) for units in (11008, 512, 256, 6)] == [64, 64, 32, 1]
     assert default.multiple(group(8, "attention")) == default.multiple(group(32, "query")) == 1
