@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
@@ -15,6 +15,8 @@ from ..models.stock import for_all_layers
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+LAYERS = 3
+"""How many, unless more are needed to show every kind of layer."""
 HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
@@ -41,12 +43,10 @@ _LENGTH = re.compile(
 
 @dataclass(frozen=True)
 class Small:
-    """How small. ``layers``: how many, unless more are needed to show every kind of layer. ``heads``: numbers of heads,
-    and of key/value heads where they are shared. ``complete``: also fill in numbers of heads that the configuration
-    leaves open, and keep products between numbers (see `_keep_products`). ``each``: how many layers of every kind,
-    where there are as many."""
+    """How small. ``heads``: numbers of heads, and of key/value heads where they are shared. ``complete``: also fill in
+    numbers of heads that the configuration leaves open, and keep products between numbers (see `_keep_products`).
+    ``each``: how many layers of every kind, where there are as many."""
 
-    layers: int
     heads: tuple[int, int]
     complete: bool = False
     each: int = 1
@@ -77,7 +77,7 @@ def _shrink(config: PreTrainedConfig, small: Small, around: _Around) -> dict[str
     inner = _shrink_hidden(plain, values, small.heads, around)
     text = _shrink_parts(plain, values, small, inner)
     _shrink_widths(values)
-    chosen = _shrink_layers(plain, values, small, overrides)
+    chosen = _shrink_layers(plain, values, small.each, overrides)
     for name in [n for n in values if _TOKEN.search(n)]:
         values[name] = _small_token(values[name])
     if small.complete:
@@ -240,33 +240,32 @@ def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
 
 
 def _shrink_widths(values: dict[str, Any]) -> None:
-    rules: list[tuple[Callable[[str], Any], Callable[[list[int]], Mapping[int, int]]]] = [
-        (_WIDTH.search, lambda found: {v: 40 + 16 * n for n, v in enumerate(found)}),
-        (_EXPERTS.search, lambda found: {v: 8 if v > 4 else v for v in found}),
-        (_TOP_K.search, lambda found: {v: min(v, 2) for v in found}),
-        (_RANK.search, lambda found: {v: min(v, 24 + 8 * n) for n, v in enumerate(found)}),
-        (_LENGTH.search, lambda found: {v: min(v, POSITIONS) for v in found}),
-        (re.compile("vocab_size").search, lambda found: {v: min(v, VOCABULARY) for v in found}),
-        (
-            re.compile("sliding_window|window_size|chunk_size|block_size|attention_window").search,
-            lambda found: {v: min(v, 8) for v in found},
-        ),
-        (re.compile("n_group$|expert_group$").search, lambda found: {v: min(v, 2) for v in found}),
-        (re.compile("topk_group").search, lambda found: dict.fromkeys(found, 1)),
-        (re.compile("num_hash_buckets|hash_vocab|num_buckets").search, lambda found: {v: min(v, 64) for v in found}),
-    ]
-    for matches, new_of in rules:
-        names = [n for n in values if matches(n) and _is_size(values[n])]
-        new = new_of(sorted({v for n in names for v in _sizes(values[n])}))
+    # What a value becomes, by its number among the different values that fields of the kind have.
+    rules: dict[re.Pattern[str], Callable[[int, int], int]] = {
+        _WIDTH: lambda _, number: 40 + 16 * number,
+        _EXPERTS: lambda value, _: 8 if value > 4 else value,
+        _TOP_K: lambda value, _: min(value, 2),
+        _RANK: lambda value, number: min(value, 24 + 8 * number),
+        _LENGTH: lambda value, _: min(value, POSITIONS),
+        re.compile("vocab_size"): lambda value, _: min(value, VOCABULARY),
+        re.compile("sliding_window|window_size|chunk_size|block_size|attention_window"): lambda value, _: min(value, 8),
+        re.compile("n_group$|expert_group$"): lambda value, _: min(value, 2),
+        re.compile("topk_group"): lambda _, __: 1,
+        re.compile("num_hash_buckets|hash_vocab|num_buckets"): lambda value, _: min(value, 64),
+    }
+    for pattern, new_of in rules.items():
+        names = [n for n in values if pattern.search(n) and _is_size(values[n])]
+        distinct = sorted({v for n in names for v in _sizes(values[n])})
+        new = {value: new_of(value, number) for number, value in enumerate(distinct)}
         for name in names:
             old = values[name]
             values[name] = [new[v] for v in old] if isinstance(old, list) else new[old]
 
 
 def _shrink_layers(
-    config: PreTrainedConfig, values: dict[str, Any], small: Small, overrides: Mapping[int, Mapping[str, Any]]
+    config: PreTrainedConfig, values: dict[str, Any], of_each: int, overrides: Mapping[int, Mapping[str, Any]]
 ) -> list[int]:
-    """Choose layers so that ``small.each`` of every kind are among them; returns their numbers."""
+    """Choose layers so that ``of_each`` of every kind are among them; returns their numbers."""
     key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
     if key not in values:  # it is derived from another number
         key = next((n for n in ("num_layers", "num_decoder_layers") if n in values), key)
@@ -277,10 +276,10 @@ def _shrink_layers(
     if each is not None:
         # Layers that run several times, and are counted as often.
         times = count // values[each]
-        values[each] = min(values[each], small.layers)
+        values[each] = min(values[each], LAYERS)
         values[key] = values[each] * times
         return list(range(values[key]))
-    if count <= small.layers:
+    if count <= LAYERS:
         return list(range(count))
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
     parts = _parts(values, key, count)
@@ -291,7 +290,15 @@ def _shrink_layers(
     }
     among = [[n in value for n in range(count)] for value in numbered.values()]
     columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
-    chosen = _show_all([tuple(map(str, column)) for column in zip(*columns, strict=True)], count, small)
+    seen: Counter[tuple[str, ...]] = Counter()
+    chosen = []
+    for n, column in enumerate(zip(*columns, strict=True)):
+        kind = tuple(map(str, column))
+        seen[kind] += 1
+        if seen[kind] <= of_each:
+            chosen.append(n)
+    missing = [n for n in range(LAYERS) if n not in chosen]
+    chosen += missing[: max(LAYERS - len(chosen), 0)]
     # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
@@ -342,20 +349,6 @@ def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
             if sizes[name] * sizes[low] == sizes[high] and values[high] % values[low] == 0:
                 values[name] = values[high] // values[low]
                 break
-
-
-def _show_all(kinds: Sequence[tuple[str, ...]], count: int, small: Small) -> list[int]:
-    """Numbers of the first ``small.each`` layers of every kind, in order, with further first layers up to
-    ``small.layers`` in all."""
-    shown: Counter[tuple[str, ...]] = Counter()
-    chosen = set()
-    for n, kind in enumerate(kinds):
-        if shown[kind] < small.each:
-            chosen.add(n)
-        shown[kind] += 1
-    least = max(small.layers, len(chosen))
-    chosen.update(n for n in range(count) if n < small.layers and len(chosen | {n}) <= least)
-    return sorted(chosen)
 
 
 def _is_size(value: Any) -> bool:

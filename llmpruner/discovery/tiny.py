@@ -18,33 +18,22 @@ from .shrink import Small, shrink
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-LAYERS = 3
 HEADS = (5, 3), (4, 2)
 """Numbers of heads, and of key/value heads where these are fewer, in the order of trials: odd ones first, because no
 other size is a multiple of them; some classes accept even ones only."""
-Attempt = tuple[tuple[int, int], bool, int]
-ATTEMPTS: tuple[Attempt, ...] = tuple(
-    (heads, complete, each) for each in (1, 2) for complete in (False, True) for heads in HEADS
-)
-"""What is tried until a small model runs: numbers of heads; whether numbers that a configuration leaves open, and
-products between numbers, are completed; and how many layers there are of every kind, two where layers share weights."""
+ATTEMPTS = tuple(Small(heads, complete, each) for each in (1, 2) for complete in (False, True) for heads in HEADS)
+"""What is tried until a small model runs; two layers of every kind where layers share weights."""
 
 
-def tiny_config(
-    config: PreTrainedConfig, heads: tuple[int, int] = HEADS[0], *, complete: bool = False, each: int = 1
-) -> PreTrainedConfig:
-    """A configuration of the same class with `LAYERS` narrow layers, or more if that shows every layer type.
-
-    ``heads``, ``complete``, ``each``: see `shrink.Small`; ``heads`` are odd, so that other sizes are no multiples of
-    them. Raises `UnsupportedModelError` where the class refuses the small numbers.
-    """
+def tiny_config(config: PreTrainedConfig, small: Small = ATTEMPTS[0]) -> PreTrainedConfig:
+    """A configuration of the same class with few narrow layers. Raises `UnsupportedModelError` where the class refuses
+    the small numbers."""
     register_model_class(config)  # the small configuration has lost the reference to the code of its class
     try:
-        small = type(config).from_dict(shrink(config, Small(LAYERS, heads, complete, each)))
+        return cast("PreTrainedConfig", type(config).from_dict(shrink(config, small)))
     except Exception as error:  # third-party constructors raise anything
         reason = " ".join(str(error).split())[:240]
         raise UnsupportedModelError(f"a {config.model_type} configuration refuses small numbers: {reason}") from error
-    return cast("PreTrainedConfig", small)
 
 
 def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
@@ -58,9 +47,9 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     Raises `UnsupportedModelError` with the first reason when none can.
     """
     reasons: list[UnsupportedModelError] = []
-    for heads, complete, each in ATTEMPTS:
+    for attempt in ATTEMPTS:
         try:
-            small = tiny_config(config, heads=heads, complete=complete, each=each)
+            small = tiny_config(config, attempt)
             _run(random_instance(small))
         except UnsupportedModelError as error:
             reasons.append(error)
@@ -73,9 +62,9 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
     """A key that is equal for configurations with equal small models."""
     texts = []
-    for heads, complete, each in ATTEMPTS:
+    for attempt in ATTEMPTS:
         try:
-            texts.append(tiny_config(config, heads=heads, complete=complete, each=each).to_json_string(use_diff=False))
+            texts.append(tiny_config(config, attempt).to_json_string(use_diff=False))
         except UnsupportedModelError as error:
             texts.append(str(error))
     return type(config), *texts

@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, with_attention
+from llmpruner.discovery.shrink import Small
 from llmpruner.discovery.tiny import random_instance, tiny_config
 from llmpruner.discovery.verify import verify
 from llmpruner.models.checkpoint import load_pruned
@@ -102,7 +103,7 @@ def test_an_attention_layer_is_kept(layers: list[int], types: str, expected: lis
 
 def shortened(model_type: str, kept: list[int]) -> tuple[Any, Any]:
     """A random model that has lost all but the layers ``kept``, and its configuration before."""
-    config = tiny_config(CONFIG_MAPPING[model_type](), heads=(4, 2))
+    config = tiny_config(CONFIG_MAPPING[model_type](), Small((4, 2)))
     model = random_instance(config)
     drop_layers(model, decoder_layers(model), kept)
     return model, config
