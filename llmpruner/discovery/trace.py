@@ -17,7 +17,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from ..errors import LlmprunerError, UnsupportedModelError
+from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
 from ..models.meta import decoder_layers, meta_model
 from ..progress import only_errors
@@ -41,8 +41,8 @@ class Trace:
     model: PreTrainedModel
     layers: str
     stands_for: Mapping[int, tuple[int, ...]]
-    streams: int = 1
-    repeats: bool = False
+    streams: int
+    repeats: bool
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
@@ -66,25 +66,24 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     except LlmprunerError:
         raise
     except Exception as error:  # third-party constructors raise anything
-        raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {_line(error)}") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"[:200]
+        raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {reason}") from error
     layers = decoder_layers(model)
     everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
     if shallow and not _share_weights(model.get_submodule(layers)):
         try:
             stands_for = keep_one_of_each(model, layers)
             if len(stands_for) < len(everything):
-                program, streams, repeats = export(model, layers)
-                return Trace(program, model, layers, stands_for, streams, repeats)
+                return export(model, layers, stands_for)
         except (UnsupportedModelError, NotImplementedError):
             # Some models index per-layer lists by the original numbers, and some configurations refuse another depth:
             # trace them at full depth.
             return trace(config, shallow=False)
-    program, streams, repeats = export(model, layers)
-    return Trace(program, model, layers, everything, streams, repeats)
+    return export(model, layers, everything)
 
 
-def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedProgram, int, bool]:
-    """`torch.export` of the logits for a batch of token ids, without a cache; ``Trace.streams``; ``Trace.repeats``."""
+def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[int, ...]]) -> Trace:
+    """`torch.export` of the logits for a batch of token ids, without a cache."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     make_fake(model, mode)
     with mode:
@@ -113,11 +112,12 @@ def export(model: PreTrainedModel, layers: str) -> tuple[torch.export.ExportedPr
                 program = _program(model, inputs, EveryPosition())
             except IndexError:
                 program = _program(model, inputs, EveryPosition(unused=1))
-            return program, max(streams), max(calls.values(), default=0) > 1
+            return Trace(program, model, layers, stands_for, max(streams), max(calls.values(), default=0) > 1)
         except Exception as error:  # export reports unsupported code in many exception types
             statement, inside = where(error, model)
-            place = f" (at `{statement}` in {inside})" if inside else ""
-            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {_line(error)}{place}") from error
+            reason = f"{type(error).__name__}: {first_line(error)}"[:200]
+            reason += f" (at `{statement}` in {inside})" if inside else ""
+            raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {reason}") from error
         finally:
             for handle in handles:
                 handle.remove()
@@ -204,11 +204,6 @@ def _per_layer_lists(config: PreTrainedConfig, count: int) -> list[tuple[str, li
         for name, value in vars(config).items()
         if isinstance(value, list) and len(value) == count and not name.startswith("_")
     ]
-
-
-def _line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 Numbers = npt.NDArray[np.int64]

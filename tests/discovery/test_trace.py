@@ -31,7 +31,7 @@ class Guessing(nn.Module):
 
 def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     with pytest.raises(UnsupportedModelError, match=r"Guessing cannot be traced: .*data-dependent") as caught:
-        export(Guessing(), "layers")
+        export(Guessing(), "layers", {})
     # torch still hands the graph over, so that the test covers what it is for.
     assert "def forward" in caught.value.__cause__.partial_fx_graph
     assert str(caught.value).endswith("(at `return hidden if hidden.sum() > 0 else -hidden` in Guessing)")
@@ -62,9 +62,9 @@ class Loop(nn.Module):
 
 
 def test_a_loop_over_experts_is_traced_for_all_of_them():
-    program, _, _ = export(Loop(), "layers")
+    traced = export(Loop(), "layers", {})
     run = Propagation()
-    run.run(program, {name: name for name, _ in Loop().named_parameters()})
+    run.run(traced.program, {name: name for name, _ in Loop().named_parameters()})
     (_, found), reasons = unit_sets(run)
     assert [(s.parameter, s.axis, s.role, s.rows[:, 0].tolist(), s.rows.shape) for s in found.owned] == [
         ("layers.0.up", 0, Role.PRODUCES, [0, 1, 2, 3, 4], (5, 3)),
