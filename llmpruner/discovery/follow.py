@@ -42,9 +42,6 @@ class Follow:
     attribute: str
     axes: tuple[tuple[str, int], ...] = ()
 
-    def __str__(self) -> str:
-        return f"{self.path}.{self.attribute}"
-
 
 @dataclass(frozen=True, order=True)
 class FollowTable:
@@ -55,9 +52,6 @@ class FollowTable:
     path: str
     argument: str
     axis: int
-
-    def __str__(self) -> str:
-        return f"{self.path}({self.argument})"
 
 
 Rule = Follow | FollowTable

@@ -21,12 +21,10 @@ from ..settings import LoadSettings
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan
 from ..values import refusal
-from .family import ModelFamily
 from .groups import build_graph
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CouplingGraph
 
 
 AnyStructure = TypeVar("AnyStructure", bound="Structure")
@@ -45,7 +43,13 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
         return _pruned_structure(ref, record, catalog, options)
     config = _read_config(ref, options)
     family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
-    return Structure(text, config, family, _graph_of(text, family, config), path=ref.local_path)
+    try:
+        return Structure(text, config, family, build_graph(family, config), path=ref.local_path)
+    except LlmprunerError:
+        raise
+    except Exception as error:  # of the model's class, which refuses its configuration
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
 
 
 def adapted(base: AnyStructure, text: str) -> AnyStructure:
@@ -62,7 +66,20 @@ def adapted(base: AnyStructure, text: str) -> AnyStructure:
 
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
     try:
-        return _recorded_structure(ref, record, catalog, options)
+        values = dict(PreTrainedConfig._decode_special_floats(dict(record["base_config"])))
+        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+            # Pruned from a model with code in its checkpoint, of which this one contains a copy.
+            if not options.trust_remote_code:
+                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+            pruned_class(ref.location)
+        plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
+        graph = build_graph(family, config)
+        for plan in plans:
+            plan.check(graph)
+            graph = restrict(graph, plan.kept)
+        return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
     except LlmprunerError:
         raise
     except ValidationError as error:
@@ -71,25 +88,6 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
-
-
-def _recorded_structure(
-    ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings
-) -> Structure:
-    values = dict(PreTrainedConfig._decode_special_floats(dict(record["base_config"])))
-    if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
-        # Pruned from a model with code in its checkpoint, of which this one contains a copy.
-        if not options.trust_remote_code:
-            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
-        pruned_class(ref.location)
-    plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
-    graph = build_graph(family, config)
-    for plan in plans:
-        plan.check(graph)
-        graph = restrict(graph, plan.kept)
-    return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
 
 
 def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
@@ -102,13 +100,3 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
         if options.trust_remote_code:
             register_model_class(config, options.revision)
         return config
-
-
-def _graph_of(text: str, family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
-    try:
-        return build_graph(family, config)
-    except LlmprunerError:
-        raise
-    except Exception as error:  # of the model's class, which refuses its configuration
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error

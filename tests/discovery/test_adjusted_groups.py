@@ -15,6 +15,7 @@ from transformers import GPT2Config, PreTrainedConfig
 
 from llmpruner import CoupledGroup, ModelFamily, UnsupportedModelError, build_graph
 from llmpruner.discovery import verify as rules
+from llmpruner.discovery.follow import Follow
 from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import verify
@@ -68,7 +69,7 @@ def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch: pytest.M
     monkeypatch.setattr(rules, "verify", counting)
     monkeypatch.setattr(rules, "_FOUND", {})
     first = rules.rules_of(SMALL, ["attention"])
-    assert [str(rule) for rule in first] == ["transformer.h.*.attn.split_size"]
+    assert first == (Follow("attention", "transformer.h.*.attn", "split_size"),)
     larger = copy.deepcopy(SMALL)
     larger.n_layer, larger.n_inner = 12, 400
     assert rules.rules_of(larger, ["attention"]) == first

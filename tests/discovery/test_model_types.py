@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers import CONFIG_MAPPING, FalconConfig
 
+from llmpruner.discovery.follow import Follow, FollowTable
 from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.tiny import tiny_config
 from llmpruner.discovery.verify import verify
@@ -19,14 +20,15 @@ REQUIRED = (
 def test_attributes_that_must_follow_are_found() -> None:
     (verdict,) = verify(None, CONFIG_MAPPING["gpt2"](), kinds=["attention"])
     assert verdict.verdict == VERIFIED, verdict.reason
-    assert [str(f) for f in verdict.follows] == ["transformer.h.*.attn.split_size"]
+    assert verdict.follows == (Follow("attention", "transformer.h.*.attn", "split_size"),)
     assert {"uneven eager", "uneven sdpa", "even sdpa", "cached generation", "save and load"} <= set(verdict.checks)
 
 
 def test_alibi_slopes_stay_with_their_heads() -> None:
     (verdict,) = verify(None, CONFIG_MAPPING["bloom"](), kinds=["attention"])
     assert verdict.verdict == VERIFIED, verdict.reason
-    assert "transformer.h.*(alibi)" in [str(f) for f in verdict.follows]
+    tables = {(f.path, f.argument) for f in verdict.follows if isinstance(f, FollowTable)}
+    assert ("transformer.h.*", "alibi") in tables
 
 
 def test_key_value_heads_are_shrunk_whatever_a_configuration_calls_them() -> None:
