@@ -27,9 +27,8 @@ _SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
-    """The entries of ``llmpruner.json`` of a local model: its absolute path, as plans contain only the reference that
-    the user gave, and a hash of its weights. Empty for a model that is not local, and for one that was pruned before,
-    whose record has them."""
+    """The entries of ``llmpruner.json`` of a local model that was not pruned before: its absolute path and a hash of
+    its weights. Empty for others."""
     if (loaded.record or {}).get("plans") or loaded.path is None:
         return {}
     weights = _sampled_weights(Path(loaded.path))
@@ -37,8 +36,7 @@ def base_record(loaded: Structure) -> dict[str, str]:
 
 
 def _sampled_weights(place: Path) -> str | None:
-    """SHA-256 over the names of a model's files with weights and what `sampled_sha256` gives of each; None where there
-    are none, or one cannot be read."""
+    """SHA-256 over names and `sampled_sha256` of a model's files with weights; None without readable ones."""
     try:
         files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in _SUFFIXES)
         sums = {file.name: sampled_sha256(file) for file in files if file.is_file()}

@@ -112,8 +112,7 @@ def _counts(value: int, group: CoupledGroup) -> bool:
 
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
-    """Attributes of the modules that ``groups`` cut, and of those around them, whose values are multiples of the number
-    of units, or for groups in blocks of the number in a block."""
+    """Attributes of modules near the parameters of ``groups`` that may count their units."""
     near = [(group, dict(_nearby(model, graph, group))) for group in groups]
     sharing = Counter((group.kind, group.layer, path) for group, modules in near for path in modules)
     found: dict[Follow, None] = {}
@@ -133,8 +132,8 @@ def _axes(graph: CouplingGraph, group: CoupledGroup) -> tuple[tuple[str, int], .
 def tables(
     model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup, batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors passed by name to modules near the parameters of ``group`` that are equal for all ``batches`` of token
-    ids, and so no activations, with an axis whose size is a multiple of the number of units."""
+    """Tensors passed by name to modules near the parameters of ``group``, equal for all ``batches`` of token ids and so
+    no activations, with an axis for the units."""
     found: set[FollowTable] = set()
     for path, module in _nearby(model, graph, group):
         first, *others = _named_tensors(model, module, batches) or [{}]
@@ -173,8 +172,7 @@ def _pattern(graph: CouplingGraph, path: str) -> str:
 
 
 def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -> Iterator[tuple[str, nn.Module]]:
-    """The modules whose parameters are cut, the ones that contain them, and their children without parameters;
-    within the layer for a group that belongs to one."""
+    """The modules of `_around`, and their children without parameters."""
     paths = _around(graph, group)
     for path in paths:
         module = model.get_submodule(path)
@@ -185,7 +183,7 @@ def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -
 
 
 def _around(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
-    """The paths of the modules whose parameters are cut, and of those that contain them."""
+    """The paths of the modules whose parameters are cut, and of those that contain them, within the group's layer."""
     inside = "" if group.layer is None else f"{graph.layers}.{group.layer}"
     paths: dict[str, None] = {}
     for span in group.spans:
@@ -207,10 +205,8 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """The fewest of ``rules`` with which a cut model agrees with its reference; None when none do.
-
-    Tries none, then all, then growing subsets; rules that prove needless are removed again.
-    """
+    """The fewest of ``rules`` with which a cut model agrees with its reference: none, all, or a small change of these;
+    None when none do."""
     if agrees(()):
         return ()
     chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 1) if agrees(subset)), None)

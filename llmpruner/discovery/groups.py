@@ -58,10 +58,7 @@ class Named:
 
 
 def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
-    """The coupled groups of a model with this configuration, found by tracing it without weights.
-
-    Raises `UnsupportedModelError` when the model cannot be traced.
-    """
+    """The coupled groups of a model of ``config``. Raises `UnsupportedModelError` when it cannot be traced."""
     return discover_graph(config).groups
 
 
@@ -148,8 +145,7 @@ def _is_head(owned: OwnedAxis) -> bool:
 
 
 def _latent(found: list[Named], layers: str) -> list[Named]:
-    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`. ``layers``: path of the
-    decoder layers."""
+    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
     attention = {
         (n.layer, _common_module(n.unit_set)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.unit_set.marks
     }

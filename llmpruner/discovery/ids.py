@@ -61,10 +61,8 @@ class Identities:
         return ids
 
     def tie(self, left: Ids, right: Ids, reason: str) -> Ids:
-        """Tie index *i* of both axes, so that they are removed together; returns the identities of the common axis.
-
-        Where one side cannot be removed, the other is blocked with ``reason``.
-        """
+        """Index *i* of both axes can only be removed together; where one of them cannot, the other is blocked with
+        ``reason``. Returns the identities of the common axis."""
         if left is right:
             return left
         both = (left >= 0) & (right >= 0)
@@ -84,8 +82,7 @@ class Identities:
                 self._blocked[ids] = True
 
     def removable(self, ids: Ids) -> bool:
-        """Whether some of ``ids`` are identities that nothing seen so far blocks by themselves; whether they are tied
-        to blocked ones is known only at the end."""
+        """Whether some of ``ids`` are not blocked yet; ties are not considered."""
         own = ids[ids >= 0]
         return bool(own.size) and not self._blocked[own].all()
 

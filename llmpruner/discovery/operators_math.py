@@ -88,8 +88,7 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def _written(run: Propagation, operands: list[Value]) -> None:
-    """An operator in place also changes other views of its target; what is written there is followed only where the
-    target has identities of its own, and blocked elsewhere."""
+    """Block what an operator in place writes, which other views of the target show, where that has no identities."""
     target = operands[0]
     for value in operands[1:]:
         for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
@@ -331,8 +330,7 @@ def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 def _is_written_to(node: Node) -> bool:
-    """Whether an operator in place changes the tensor, or a view of it, as in a loop that writes one position of the
-    output after the other."""
+    """Whether an operator in place changes the tensor or a view of it, as in a loop over positions of the output."""
     for user in node.users:
         name = operator_name(user.target)
         writes = (name.endswith("_") and name in BINARY) or (name in VIEWS and _is_written_to(user))

@@ -30,8 +30,7 @@ def argument(args: list[Any], kwargs: dict[str, Any], position: int, name: str, 
 def regroup(
     run: Propagation, axes: Sequence[Ids], shape: Sequence[int], picked: frozenset[int] = frozenset()
 ) -> list[Ids]:
-    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split (with
-    ``picked`` as in `split`)."""
+    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
     result: list[Ids] = []
     i = j = 0
     while i < len(axes) or j < len(shape):

@@ -143,8 +143,7 @@ class Oracle:
         return found
 
     def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:
-        """Check generation with a cache. Returns why it cannot be checked (the dense or the silenced model does not
-        give the same logits with a cache as without), else an empty string."""
+        """Check generation with a cache. Returns why it cannot be checked, else an empty string."""
         if self.no_cache:
             return f"the dense model {self.no_cache}"
         dense = self.models["eager"]
@@ -202,8 +201,7 @@ def _choices(group: CoupledGroup) -> list[int]:
 
 
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
-    """Random units to keep: a random number in every group (``uneven``), or the same share as far as possible.
-    Groups of which no unit can be removed are left out."""
+    """Random units to keep: a random number in every group that can lose any (``uneven``), or about the same share."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for group in groups:
@@ -234,8 +232,7 @@ def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
 def first_difference(
     model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: AbstractContextManager[object]
 ) -> str:
-    """The path of the first module, in order of execution, whose output differs between two models; empty where none
-    does. ``mode``: in which ``reference`` runs, see `silenced`."""
+    """The path of the first module whose output differs between two models, or nothing. ``mode``: see `silenced`."""
     seen = _outputs(model, tokens)
     with mode:
         expected = _outputs(reference, tokens)
@@ -292,8 +289,7 @@ def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float
 
 
 def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
-    """One model per implementation: eager, and the fused kernels that the class has; and one line for each
-    implementation that it lacks, with the reason."""
+    """One model per implementation: eager, and the fused kernels of the class; and why it lacks others."""
     models = {"eager": _instance(config, seed, "eager", "eager")}
     try:
         return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
@@ -312,12 +308,14 @@ def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str 
 
 def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:
     """Silence all units that ``kept`` leaves out of the dense ``model``, in place; it must run inside the result.
+    Removed layers return their inputs, routers do not select removed experts; others: see `models.surgery.silence`."""
 
-    Removed layers return their inputs, removed experts are not selected by routers, and of other units the weights
-    that read them are zero (see `models.surgery.silence`).
-    """
+    def pass_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
+        entering = args[0] if args else kwargs["hidden_states"]
+        return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
+
     for path in removed_modules(graph, kept):
-        model.get_submodule(path).register_forward_hook(_identity_hook, with_kwargs=True)
+        model.get_submodule(path).register_forward_hook(pass_on, with_kwargs=True)
     routed = {name: units for name, units in kept.items() if graph.by_name[name].kind == EXPERT}
     silence(model, graph, {n: u for n, u in kept.items() if n not in routed and not graph.by_name[n].modules})
     return ClosedRoutes(model, graph, routed) if routed else nullcontext()
@@ -335,11 +333,6 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
     if actual.shape != expected.shape or not bool(actual.isfinite().all()):
         return float("inf")
     return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-12))
-
-
-def _identity_hook(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
-    entering = args[0] if args else kwargs["hidden_states"]
-    return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
 
 
 class ClosedRoutes(TorchFunctionMode):

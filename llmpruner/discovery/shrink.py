@@ -64,8 +64,7 @@ class _Around:
 
 
 def shrink(config: PreTrainedConfig, small: Small) -> dict[str, Any]:
-    """The values of ``config``, and of the configurations inside it, made ``small``. What is equal stays equal, and
-    flags stay as they are."""
+    """The values of ``config``, and of the configurations inside it, made ``small``; what is equal stays equal."""
     return _shrink(config, small, _Around())
 
 
@@ -122,8 +121,7 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[
 
 
 def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: _Around) -> Mapping[int, int]:
-    """Make the configurations inside ``config`` small, that of its text model first; returns `_Around.text` for the
-    others and for ``config`` itself."""
+    """Make the configurations inside ``config`` small, that of its text model first; returns `_Around.text`."""
     text = config.get_text_config()
     parts = {n: getattr(config, n, None) for n, v in values.items() if isinstance(v, dict)}
     parts = {n: part for n, part in parts.items() if hasattr(part, "to_dict") and hasattr(part, "model_type")}
@@ -136,8 +134,7 @@ def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
-    """Numbers of query and of key/value heads, which are equal where the configuration has no field for the latter
-    (also under other names than in transformers); None for a model without heads."""
+    """Numbers of query and of key/value heads, also by other names than in transformers; None without heads."""
     heads = getattr(config, "num_attention_heads", None)
     if isinstance(heads, list):
         heads = heads[0] if heads else None
@@ -151,8 +148,7 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
 
 
 def few_heads(heads: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
-    """Small numbers of query and of key/value heads for the numbers ``heads``: a single key/value head and equal
-    numbers stay such."""
+    """Small numbers of query and of key/value heads; a single key/value head and equal numbers stay such."""
     queries, shared = heads
     few_shared = 1 if shared == 1 else target[0] if shared == queries else target[1]
     return target[0] if shared in (1, queries) else few_shared * 2, few_shared
@@ -207,9 +203,8 @@ def _shrink_attention(
 
 
 def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> None:
-    """Numbers of heads of one further kind of layer (``linear_num_key_heads``, ``linear_num_value_heads``) stay
-    multiples of each other as in ``config``; the smallest becomes ``few``: with an odd one, their sizes and that of a
-    convolution are no multiples of it, and what must follow a cut is found."""
+    """Numbers of heads of a further kind of layer (``linear_num_key_heads``, ``linear_num_value_heads``) stay multiples
+    of each other; the smallest becomes ``few``."""
     kinds: dict[str, dict[str, int]] = {}
     for name in values:
         kind, found, _ = name.partition("num_")
@@ -320,8 +315,8 @@ def _shrink_layers(
 
 
 def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bool]]:
-    """Fields that count consecutive layers → whether each layer is among them: the last ones, which use keys and values
-    of earlier layers, and sections that together are all layers."""
+    """Fields that count consecutive layers → whether each layer is among them: the last ones, which share keys and
+    values, and sections that together are all layers."""
     counts = {n: v for n, v in values.items() if _LAYERS.search(n) and n != key and type(v) is int and v < count}
     parts = {
         name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name
@@ -336,8 +331,7 @@ def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bo
 
 
 def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """Numbers with names of unknown meaning, which were not made smaller, but are the product or the quotient of two
-    numbers that were: they become the product or the quotient of the small ones."""
+    """Numbers that were not made smaller, but are the product or the quotient of two that were, follow these."""
     sizes = {n: v for n, v in before.items() if type(v) is int and v > 1 and type(values.get(n)) is int}
     smaller = [n for n in sizes if values[n] < sizes[n]]
     for name in [n for n in sizes if n not in smaller]:

@@ -42,10 +42,7 @@ def small_config(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    """Every `tiny_config`, over `ATTEMPTS`, whose model can be built and run.
-
-    Raises `UnsupportedModelError` with the first reason when none can.
-    """
+    """Every `tiny_config` of `ATTEMPTS` whose model runs. Raises the first `UnsupportedModelError` if none does."""
     reasons: list[UnsupportedModelError] = []
     for attempt in ATTEMPTS:
         try:

@@ -130,8 +130,8 @@ def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPos
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake ones without storage on the CPU: on the meta device, constants that the forward pass
-    makes (``x[..., [-1], :]``) would have no values either. Ties are kept."""
+    """Replace all tensors by fake ones on the CPU: on the meta device, constants of the forward pass (``x[..., [-1],
+    :]``) would have no values either. Ties are kept."""
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
@@ -150,8 +150,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns position of each
-    layer that stays → the numbers of those that it represents."""
+    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns
+    `Trace.stands_for`."""
     modules = model.get_submodule(layers)
     if not isinstance(modules, nn.ModuleList):
         return {}
@@ -218,12 +218,9 @@ _MOVES: dict[str, Callable[..., Any]] = {
 
 
 class EveryPosition(TorchFunctionMode):
-    """Inside the ``with`` statement, ``nonzero`` (and ``where`` of a condition alone) gives all positions.
-
-    Code that loops over the experts that some token chose, and over the tokens that chose one, then runs for all of
-    them, which shows all weights. The positions are known numbers, so that what they pick can be traced. ``unused``:
-    how many positions at the end of a list are none: some code counts one expert more, which no token chooses.
-    """
+    """Inside the ``with`` statement, ``nonzero`` (and ``where`` of a condition alone) gives all positions, so that
+    loops over chosen experts, and over the tokens that chose them, show all weights. ``unused``: how many positions at
+    the end of a list are none: some code counts one expert more, which no token chooses."""
 
     def __init__(self, unused: int = 0) -> None:
         super().__init__()

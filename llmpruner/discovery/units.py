@@ -18,8 +18,7 @@ Slot = tuple[str, int]
 
 @dataclass(frozen=True)
 class OwnedAxis:
-    """The indices of one axis that units own. ``rows``: (units, k). ``rank``: number of axes of the parameter or
-    buffer."""
+    """The indices of one axis that units own. ``rows``: (units, k). ``rank``: number of axes of the parameter."""
 
     parameter: str
     axis: int
@@ -108,8 +107,7 @@ def _reasons(
 def _by_pattern(
     roots: Ids, owner: Ids, parts: Components
 ) -> dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]]:
-    """(number of blocks, pattern) → components, each as a range of the sorted arrays. A pattern is the (slot, count)
-    pairs that a component owns."""
+    """(number of blocks, (slot, count) pairs that are owned) → components, each as a range of the sorted arrays."""
     if not len(roots):
         return {}
     pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])

@@ -58,9 +58,8 @@ def verify(
 
 
 def representative(config: PreTrainedConfig, kinds: Collection[str] | None = None) -> PreTrainedConfig:
-    """A small configuration of the class of ``config`` whose model has units of ``kinds`` (None: heads, where the
-    configuration counts any): a class may spread its heads over a fixed number of parts, and has none with another
-    number of heads. The first that runs, where no other has more of them.
+    """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
+    any): a class may spread its heads over a fixed number of parts, and has none with another number of heads.
 
     Raises `UnsupportedModelError` when no small model can be built, run and traced.
     """
@@ -131,12 +130,8 @@ def _meaning(spans: Sequence[Span], units: int) -> tuple[object, ...]:
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily | None = None) -> tuple[Rule, ...]:
-    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found on a small model at most once
-    in a process for each architecture and kind.
-
-    ``family``: declares the groups; None: they are discovered. Raises `UnsupportedModelError` when a kind cannot be cut
-    exactly, or the small model has no units of it.
-    """
+    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found once in a process. ``family``:
+    declares the groups; None: they are discovered. Raises `UnsupportedModelError` when a kind cannot be cut exactly."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
     missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]

@@ -91,8 +91,7 @@ class Target(Frozen):
 
     @property
     def counted_in(self) -> str:
-        """The name of the budget that costs are counted by: ``budget`` for a ratio, ``parameters`` for a number of
-        parameters, ``decoder`` for a share of units (for allocations that divide scores by it)."""
+        """The name of the budget that costs are counted by."""
         return {"ratio": self.budget, "parameters": "parameters", "units": "decoder"}[self.by]
 
     @model_serializer(mode="wrap")
