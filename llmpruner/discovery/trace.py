@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
-from ..models.meta import decoder_layers, meta_model
+from ..models.meta import decoder_layers, decoder_list, meta_model
 from ..progress import only_errors
 
 if TYPE_CHECKING:
@@ -69,17 +69,17 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {reason}") from error
     layers = decoder_layers(model)
-    everything = {n: (n,) for n in range(len(model.get_submodule(layers)))}
-    if shallow and not _share_weights(model.get_submodule(layers)):
+    modules = decoder_list(model, layers)
+    owners = Counter(id(p) for layer in modules.children() for p in {id(p): p for p in layer.parameters()}.values())
+    # Where a parameter belongs to several layers, one of them does not represent the others.
+    if shallow and max(owners.values(), default=0) <= 1:
         try:
-            stands_for = keep_one_of_each(model, layers)
-            if len(stands_for) < len(everything):
-                return export(model, layers, stands_for)
+            return export(model, layers, keep_one_of_each(model, layers))
         except (UnsupportedModelError, NotImplementedError):
             # Some models index per-layer lists by the original numbers, and some configurations refuse another depth:
             # trace them at full depth.
             return trace(config, shallow=False)
-    return export(model, layers, everything)
+    return export(model, layers, {n: (n,) for n in range(len(modules))})
 
 
 def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[int, ...]]) -> Trace:
@@ -152,18 +152,16 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
     """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns
     `Trace.stands_for`."""
-    modules = model.get_submodule(layers)
-    if not isinstance(modules, nn.ModuleList):
-        return {}
+    modules = decoder_list(model, layers)
     config = model.config.get_text_config()
     like: dict[Any, list[int]] = {}
     for number, layer in enumerate(modules):
         types = tuple(str(values[number]) for _, values in _per_layer_lists(config, len(modules)))
         like.setdefault((types, _signature(layer, number)), []).append(number)
     keep = sorted(numbers[0] for numbers in like.values())
-    if len(keep) == len(modules):
-        return {n: (n,) for n in keep}
     members = {numbers[0]: tuple(numbers) for numbers in like.values()}
+    if len(keep) == len(modules):
+        return members
     parent, _, leaf = layers.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList([modules[n] for n in keep]))
     for new, old in enumerate(keep):
@@ -177,12 +175,6 @@ def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int
     counted = "num_layers" if vars(config).get("num_layers") == len(modules) else "num_hidden_layers"
     setattr(config, counted, len(keep))
     return {new: members[old] for new, old in enumerate(keep)}
-
-
-def _share_weights(layers: nn.Module) -> bool:
-    """Whether a parameter belongs to several layers, so that one of them does not represent the others."""
-    owners = Counter(id(p) for layer in layers.children() for p in {id(p): p for p in layer.parameters()}.values())
-    return max(owners.values(), default=0) > 1
 
 
 def _signature(layer: nn.Module, number: int) -> Any:
