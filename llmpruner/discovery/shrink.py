@@ -53,7 +53,7 @@ class Small:
 
 
 @dataclass(frozen=True)
-class _Around:
+class Around:
     """Sizes that a part of a configuration takes from others, each → the small one. ``hidden``, ``kv_heads``: hidden
     size and number of key/value heads of the configuration around it; ``text``: hidden size of the text model beside
     it, which projections to that model must equal."""
@@ -63,12 +63,8 @@ class _Around:
     text: Mapping[int, int] = field(default_factory=dict)
 
 
-def shrink(config: PreTrainedConfig, small: Small) -> dict[str, Any]:
+def shrink(config: PreTrainedConfig, small: Small, around: Around) -> dict[str, Any]:
     """The values of ``config``, and of the configurations inside it, made ``small``; what is equal stays equal."""
-    return _shrink(config, small, _Around())
-
-
-def _shrink(config: PreTrainedConfig, small: Small, around: _Around) -> dict[str, Any]:
     overrides = layer_overrides(config) or {}
     plain = for_all_layers(config)
     values = _values(plain, overrides)
@@ -103,7 +99,7 @@ def _values(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]
     return values | {f"{n}.{name}": value for n, stated in overrides.items() for name, value in stated.items()}
 
 
-def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[int, int], around: _Around) -> _Around:
+def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[int, int], around: Around) -> Around:
     """Make the hidden size and the sizes of heads small; returns ``around`` for the parts of ``config``."""
     hidden = getattr(config, "hidden_size", None)
     if not isinstance(hidden, int):
@@ -111,7 +107,7 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[
             values[name] = around.kv_heads.get(values[name], values[name])
         return around
     heads = _heads(config)
-    _shrink_attention(config, values, *(heads or (0, 0)), few, around.hidden)
+    _shrink_attention(config, values, heads or (0, 0), few, around.hidden)
     stated = values.get(getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size"))
     return replace(
         around,
@@ -120,14 +116,14 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[
     )
 
 
-def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: _Around) -> Mapping[int, int]:
-    """Make the configurations inside ``config`` small, that of its text model first; returns `_Around.text`."""
+def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: Around) -> Mapping[int, int]:
+    """Make the configurations inside ``config`` small, that of its text model first; returns `Around.text`."""
     text = config.get_text_config()
     parts = {n: getattr(config, n, None) for n, v in values.items() if isinstance(v, dict)}
     parts = {n: part for n, part in parts.items() if hasattr(part, "to_dict") and hasattr(part, "model_type")}
     beside = around.text
     for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
-        values[name] = _shrink(part, small, replace(around, text={} if part is text else beside))
+        values[name] = shrink(part, small, replace(around, text={} if part is text else beside))
         if part is text and isinstance(getattr(part, "hidden_size", None), int):
             beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
     return beside
@@ -157,14 +153,13 @@ def few_heads(heads: tuple[int, int], target: tuple[int, int]) -> tuple[int, int
 def _shrink_attention(
     config: PreTrainedConfig,
     values: dict[str, Any],
-    heads: int,
-    shared: int,
+    every: tuple[int, int],
     target: tuple[int, int],
     wide: Mapping[int, int],
 ) -> None:
-    """``heads``: 0 for a model without heads, whose hidden size is made small alone. ``wide``: see `_Around.hidden`."""
+    """``every``: heads; 0 for a model without, whose hidden size alone is made small. ``wide``: see `Around.hidden`."""
     before = dict(values)
-    few, few_shared = few_heads((heads, shared), target)
+    (heads, shared), (few, few_shared) = every, few_heads(every, target)
     own = getattr(config, "head_dim", None)
     hidden = config.hidden_size
     head_dim = own if isinstance(own, int) and own > 0 else max(hidden // max(heads, 1), 1)

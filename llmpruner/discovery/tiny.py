@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
 from ..models.remote import register_model_class
-from .shrink import Small, shrink
+from .shrink import Around, Small, shrink
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,7 +30,7 @@ def tiny_config(config: PreTrainedConfig, small: Small = ATTEMPTS[0]) -> PreTrai
     the small numbers."""
     register_model_class(config)  # the small configuration has lost the reference to the code of its class
     try:
-        return cast("PreTrainedConfig", type(config).from_dict(shrink(config, small)))
+        return cast("PreTrainedConfig", type(config).from_dict(shrink(config, small, Around())))
     except Exception as error:  # third-party constructors raise anything
         reason = " ".join(str(error).split())[:240]
         raise UnsupportedModelError(f"a {config.model_type} configuration refuses small numbers: {reason}") from error
