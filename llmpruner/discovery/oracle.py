@@ -290,20 +290,15 @@ def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float
 
 def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
     """One model per implementation: eager, and the fused kernels of the class; and why it lacks others."""
-    models = {"eager": _instance(config, seed, "eager", "eager")}
+    eager = copy.deepcopy(config)
+    for part in (eager, eager.get_text_config()):
+        part._experts_implementation = "eager"
+    models = {"eager": random_instance(eager, seed)}
     try:
-        return {**models, "sdpa": _instance(config, seed, "sdpa", None)}, []
+        return {**models, "sdpa": random_instance(config, seed, "sdpa")}, []
     except LlmprunerError as error:
         # Where attention has no fused kernel, experts may have one.
-        return {**models, "fused experts": _instance(config, seed, "eager", None)}, [f"sdpa attention: {error}"]
-
-
-def _instance(config: PreTrainedConfig, seed: int, attention: str, experts: str | None) -> PreTrainedModel:
-    config = copy.deepcopy(config)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
-        if experts is not None:
-            part._experts_implementation = experts
-    return random_instance(config, seed, attention)
+        return {**models, "fused experts": random_instance(config, seed)}, [f"sdpa attention: {error}"]
 
 
 def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:

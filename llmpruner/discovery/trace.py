@@ -52,7 +52,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     Raises `UnsupportedModelError` when the model cannot be built or exported.
     """
     config = copy.deepcopy(config)
-    for part in {id(c): c for c in (config, config.get_text_config())}.values():
+    for part in (config, config.get_text_config()):
         part._attn_implementation = "eager"
         part._experts_implementation = "batched_mm"
         if hasattr(part, "use_cache"):

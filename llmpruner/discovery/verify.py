@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, cast
@@ -91,42 +91,27 @@ def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGr
         other = by_name.get(group.name)
         if other is None or not group.spans:
             continue
-        for line in _between(group, other):
-            lines.setdefault(line if group.layer is None else line.replace(f".{group.layer}.", ".*."), line)
+        ours, theirs = _facts(group), _facts(other)
+        for what in dict.fromkeys((*ours, *theirs)):
+            (text, value), (expected_text, expected) = (facts.get(what, ("nothing", None)) for facts in (ours, theirs))
+            if value != expected:
+                line = f"group {group.name}: {what}{text}; discovery finds {expected_text}"
+                lines.setdefault(line if group.layer is None else line.replace(f".{group.layer}.", ".*."), line)
     return list(lines.values())
 
 
-def _between(declared: CoupledGroup, discovered: CoupledGroup) -> list[str]:
-    sizes = [f"{group.units} units in {group.blocks} blocks" for group in (declared, discovered)]
-    if sizes[0] != sizes[1]:
-        return [f"group {declared.name}: {sizes[0]}; discovery finds {sizes[1]}"]
-    ours, theirs = _by_slot(declared), _by_slot(discovered)
-    return [
-        f"group {declared.name}: {slot[0]} axis {slot[1]}: {_described(ours.get(slot))}; "
-        f"discovery finds {_described(theirs.get(slot))}"
-        for slot in dict.fromkeys((*ours, *theirs))
-        if _meaning(ours.get(slot, ()), declared.units) != _meaning(theirs.get(slot, ()), declared.units)
-    ]
-
-
-def _by_slot(group: CoupledGroup) -> Mapping[tuple[str, int], list[Span]]:
-    """Parameter or buffer, and axis → its spans."""
+def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
+    """The size, and parameter and axis → as text, and as a value: `Blocks` and `Explicit` may own the same indices."""
+    size = f"{group.units} units in {group.blocks} blocks"
+    facts: dict[str, tuple[str, object]] = {"": (size, size)}
     slots: dict[tuple[str, int], list[Span]] = {}
     for span in group.cut_spans:
         slots.setdefault((span.parameter, span.axis), []).append(span)
-    return slots
-
-
-def _described(spans: Sequence[Span] | None) -> str:
-    if not spans:
-        return "nothing"
-    return " and ".join(f"{s.index} ({s.role.value}{f', offset {s.offset:g}' if s.offset else ''})" for s in spans)
-
-
-def _meaning(spans: Sequence[Span], units: int) -> tuple[object, ...]:
-    """Roles, offsets, and the indices of every unit, which `Blocks` and `Explicit` may write differently."""
-    owned = [{index for span in spans for index in span.index.of(unit)} for unit in range(units)]
-    return {(span.role, span.offset) for span in spans}, owned
+    for (parameter, axis), spans in slots.items():
+        texts = [f"{s.index} ({s.role.value}{f', offset {s.offset:g}' if s.offset else ''})" for s in spans]
+        owned = [{index for span in spans for index in span.index.of(unit)} for unit in range(group.units)]
+        facts[f"{parameter} axis {axis}: "] = " and ".join(texts), ({(s.role, s.offset) for s in spans}, owned)
+    return facts
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily | None = None) -> tuple[Rule, ...]:
