@@ -133,7 +133,9 @@ def cut_glm() -> Any:
 def cut_phi3() -> Any:
     def groups(n: int) -> list[CoupledGroup]:
         qkv, o = (f"model.layers.{n}.self_attn.{m}_proj" for m in ("qkv", "o"))
-        spans = layouts.fused_qkv_attention(qkv, o, 4, 2, 8)
+        query = Blocks(2, 16)
+        fused = [s for index in (query, Blocks(2, 8, 32), Blocks(2, 8, 48)) for s in layouts.produces(qkv, index)]
+        spans = (*fused, *layouts.consumes(o, query))
         return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans, layer=n), packed(n)]
 
     sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}

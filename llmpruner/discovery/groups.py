@@ -66,7 +66,8 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
     traced = trace(config)
     named, reasons = _named(traced)
-    if any(n.kind == _CROSS_LAYER for n in named) and _is_shallow(traced):
+    is_shallow = any(len(members) > 1 for members in traced.stands_for.values())
+    if is_shallow and any(n.kind == _CROSS_LAYER for n in named):
         # Something couples several layers, so one traced layer does not represent the others.
         traced = trace(config, shallow=False)
         named, reasons = _named(traced)
@@ -88,10 +89,6 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
         for name in _everywhere(parameter, traced)
     )
     return replace(graph_of(model, groups), blocked=blocked)
-
-
-def _is_shallow(traced: Trace) -> bool:
-    return any(len(members) > 1 for members in traced.stands_for.values())
 
 
 def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:

@@ -111,7 +111,11 @@ class Oracle:
             verdict.checks.append("cached generation")
         for name, kept in plans.items():
             model = self._cut(self.models["eager"], kept, verdict.follows)
-            difference = round_trip_difference(model, self.tokens)
+            expected = logits(model, self.tokens)
+            with tempfile.TemporaryDirectory() as parent:
+                save_checkpoint(model, Path(parent) / "pruned", record={})
+                loaded = load_pruned(Path(parent) / "pruned", attn_implementation="eager")
+                difference = distance(logits(loaded, self.tokens), expected)
             if not difference <= TOLERANCE:
                 raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
         verdict.checks.append("save and load")
@@ -276,16 +280,6 @@ def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
     except Exception as error:  # classes without support for generation raise anything
         return f"cannot generate with a cache ({type(error).__name__}: {first_line(error)[:160]})"
     return "" if difference <= TOLERANCE else f"gives other logits with a cache ({difference:.0e})"
-
-
-def round_trip_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """`distance` of the logits after saving and loading from those before."""
-    expected = logits(model, tokens)
-    with tempfile.TemporaryDirectory() as parent:
-        directory = Path(parent) / "pruned"
-        save_checkpoint(model, directory, record={})
-        loaded = load_pruned(directory, attn_implementation="eager")
-        return distance(logits(loaded, tokens), expected)
 
 
 def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:

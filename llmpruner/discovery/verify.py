@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, cast
@@ -29,7 +29,7 @@ the same small model."""
 
 
 def verify(
-    source: ModelFamily | Sequence[CoupledGroup] | None,
+    source: ModelFamily | None,
     config: PreTrainedConfig,
     *,
     kinds: Iterable[str] | None = None,
@@ -38,21 +38,16 @@ def verify(
 ) -> list[Verdict]:
     """Check every kind of unit of ``source`` on a small random model of the architecture of ``config``.
 
-    ``source``: a family; groups of exactly ``config`` (then pass ``shrink=False``); or None for discovery.
-    One verdict per kind, in order of appearance. Raises `UnsupportedModelError` when the small model cannot be
-    built or traced.
+    ``source``: a family, or None for discovery. One verdict per kind, in order of appearance. Raises
+    `UnsupportedModelError` when the small model cannot be built or traced.
     """
     kinds = None if kinds is None else list(kinds)
-    family = None if source is None or isinstance(source, Sequence) or source.is_discovered else source
+    family = None if source is None or source.is_discovered else source
     small = config
     if shrink:
         small = representative(config, kinds) if family is None else small_config(config)
     model = random_instance(small, seed)
-    if source is None:
-        groups = discover_groups(small)
-    else:
-        groups = source if isinstance(source, Sequence) else source.coupled_groups(small)
-    graph = graph_of(model, groups)
+    graph = graph_of(model, discover_groups(small) if source is None else source.coupled_groups(small))
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 

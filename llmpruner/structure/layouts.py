@@ -75,20 +75,6 @@ def query_heads(q: str, o: str, heads: int, head_dim: int, *, bias: bool = False
     return (*produces(q, head, bias=bias), *consumes(o, head))
 
 
-def fused_qkv_attention(
-    qkv: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
-) -> tuple[Span, ...]:
-    """As `grouped_query_attention`, with all queries, then all keys, then all values in one projection,
-    ((heads + 2 · kv_heads) · head_dim, hidden) (Phi-3, ChatGLM2/3)."""
-    query = Blocks(kv_heads, heads // kv_heads * head_dim)
-    key = Blocks(kv_heads, head_dim, start=heads * head_dim)
-    value = Blocks(kv_heads, head_dim, start=(heads + kv_heads) * head_dim)
-    return (
-        *(span for index in (query, key, value) for span in produces(qkv, index, bias=bias)),
-        *consumes(o, query),
-    )
-
-
 def interleaved_qkv_attention(
     qkv: str, o: str, kv_heads: int, head_dim: int, *, queries: int = 1, bias: bool = False
 ) -> tuple[Span, ...]:

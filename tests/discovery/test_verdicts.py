@@ -111,9 +111,11 @@ def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
     """All units are one multiple, or every block has one unit: there is nothing to remove."""
     uncut = {"layers.0.mlp": {"multiple": 40}, "layers.1.mlp": {"blocks": 40}}
     groups = [replace(g, **uncut.get(g.name, {})) for g in FOUND if g.kind == "mlp"]
-    (verdict,) = verify(groups, BIASED, shrink=False)
+    family = type("Uncut", (ModelFamily,), {"coupled_groups": lambda _self, _config: groups})
+    (verdict,) = verify(family(), BIASED, shrink=False)
     assert (verdict.verdict, verdict.groups) == (VERIFIED, 3)
     assert "2 of 3 groups: no unit can be removed" in verdict.skipped
-    (verdict,) = verify(groups[:2], BIASED, shrink=False)
+    groups = groups[:2]
+    (verdict,) = verify(family(), BIASED, shrink=False)
     assert (verdict.verdict, verdict.reason) == (REFUSED, "no unit can be removed from any group")
     assert verdict.checks == []
