@@ -57,11 +57,11 @@ class FollowTable:
 Rule = Follow | FollowTable
 
 
+@dataclass(frozen=True)
 class Follower:
     """Applies rules after a cut."""
 
-    def __init__(self, rules: Iterable[Rule]) -> None:
-        self._rules = tuple(rules)
+    rules: Sequence[Rule]
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         """``graph``: before the cut; ``model``: after it."""
@@ -74,7 +74,7 @@ class Follower:
             layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
             near = {_pattern(graph, path) for path in _around(graph, group)}
             axes = _axes(graph, group)
-            for rule in self._rules:
+            for rule in self.rules:
                 if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
                     continue
                 for layer in layers if "*" in rule.path else [0]:

@@ -232,13 +232,12 @@ def addmm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any])
 
 
 @rule("einsum")
-def einsum(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def einsum(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     inputs, output = args[0].replace(" ", "").split("->")
     letters: dict[str, tuple[Ids, Value]] = {}
     for term, value in zip(inputs.split(","), args[1], strict=True):
         if "." in term or len(set(term)) != len(term):
-            result: Value = run.unknown_operator(node, "einsum", args, kwargs)
-            return result
+            return run.unknown_operator(node, "einsum", args, kwargs)
         for letter, ids in zip(term, value.axes, strict=True):
             if letter not in letters:
                 letters[letter] = ids, value

@@ -165,11 +165,10 @@ def repeat(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 @rule("repeat_interleave")
-def repeat_interleave(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def repeat_interleave(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     value, times, dim = args[0], args[1], argument(args, kwargs, 2, "dim")
     if not isinstance(times, int) or dim is None:
-        result: Value = run.unknown_operator(node, "repeat_interleave", args, kwargs)
-        return result
+        return run.unknown_operator(node, "repeat_interleave", args, kwargs)
     axes = list(value.axes)
     axes[dim] = merge(run, [axes[dim], uniform(times, FREE)]) if times > 1 else axes[dim]
     return with_axes(value, axes)
@@ -284,10 +283,9 @@ def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
 
 
 @rule("index_select")
-def index_select(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def index_select(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
     value, dim, pick = args
-    result: Value = index(run, node, [value, [*[None] * (dim % value.ndim), pick]], kwargs)
-    return result
+    return index(run, node, [value, [*[None] * (dim % value.ndim), pick]], kwargs)
 
 
 @rule("gather")

@@ -29,7 +29,7 @@ from ..models.weights import StreamedWeights, Weights
 from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
 from ..structure.coupling import Role, layer_number
-from ..structure.kept import compose_all, layer_numbers, restrict
+from ..structure.kept import Kept, compose, layer_numbers, restrict
 from ..values import counted
 from .saving import cut_model
 
@@ -142,7 +142,10 @@ def _model_checks(
     expected = None
     if not changed and dense.streamed is None and dense.model.dtype == torch.float32:
         # What is silenced is cut afterwards, so that no copy is needed.
-        with silenced(dense.model, dense.graph, compose_all(dense.graph, [plan.kept for plan in structure.plans])):
+        kept: Kept = {}
+        for plan in structure.plans:
+            kept = compose(dense.graph, kept, plan.kept)
+        with silenced(dense.model, dense.graph, kept):
             expected = logits(dense.model, tokens)
     for plan in structure.plans:
         dense = cut_model(dense, plan)

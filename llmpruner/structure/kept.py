@@ -29,12 +29,8 @@ class Follows(Protocol):
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
     """Numbers of the decoder layers that are removed."""
-    return {
-        unit
-        for name, units in kept.items()
-        if graph.by_name[name].kind == LAYER
-        for unit in set(range(graph.by_name[name].units)) - set(units)
-    }
+    layers = [(graph.by_name[name].units, units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
+    return {unit for count, units in layers for unit in set(range(count)) - set(units)}
 
 
 def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
@@ -81,14 +77,6 @@ def _with_gone_blocks(
             gone.setdefault(unit // size, []).append(unit)
     each = len(units) // len(live)
     return tuple(sorted([*units, *(unit for block in gone.values() for unit in block[:each])]))
-
-
-def compose_all(graph: CouplingGraph, cuts: Sequence[Kept]) -> dict[str, tuple[int, ...]]:
-    """One ``kept`` for successive cuts, in units of ``graph``, to which the first of them applies."""
-    kept: dict[str, tuple[int, ...]] = {}
-    for each in cuts:
-        kept = compose(graph, kept, each)
-    return kept
 
 
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from functools import partial, reduce
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from llmpruner.discovery.oracle import random_plan, silenced
 from llmpruner.errors import PlanError
 from llmpruner.models.surgery import CutValues, cut, silence
 from llmpruner.structure.coupling import CouplingGraph, Explicit
-from llmpruner.structure.kept import check_kept, compose, compose_all, restrict
+from llmpruner.structure.kept import check_kept, compose, restrict
 
 
 def keep_some(graph, kinds, seed, share=0.6):
@@ -100,7 +101,7 @@ def test_successive_cuts_are_one_cut(gqa, cuts):
     graph, smaller = gqa.graph, copy.deepcopy(gqa.model)
     for kept in cuts:
         graph = cut(smaller, graph, kept, gqa.family)
-    at_once = compose_all(gqa.graph, cuts)
+    at_once = reduce(partial(compose, gqa.graph), cuts, {})
     check_kept(gqa.graph, at_once)
     assert restrict(gqa.graph, at_once).shapes == graph.shapes
     again = copy.deepcopy(gqa.model)
