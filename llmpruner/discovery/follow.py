@@ -31,10 +31,9 @@ _AUTOMATIC = frozenset(
 class Follow:
     """``attribute`` of the modules at ``path`` is scaled with the number of units of ``kind``.
 
-    ``path``: a module path, with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the
-    module's own copy of the configuration, which is made when it is set. ``axes``: where a layer has several groups of
-    the kind at this module, the parameters, with ``*`` as in ``path``, and axes of the group whose units are counted:
-    the numbers of units alone do not tell them apart where they are equal (Mamba's channels and its rank).
+    ``path``: with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the module's own copy of
+    the configuration, which is made when it is set. ``axes``: where a layer has several groups of the kind at this
+    module (Mamba's channels and its rank), parameters, with ``*``, and axes of the group whose units are counted.
     """
 
     kind: str

@@ -46,11 +46,8 @@ class Trace:
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
-    """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only.
-
-    Attention is traced in its eager and experts in their batched implementation, which consist of ordinary operators.
-    Raises `UnsupportedModelError` when the model cannot be built or exported.
-    """
+    """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only. Attention is
+    eager and experts are batched: ordinary operators. Raises `UnsupportedModelError`."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
         part._attn_implementation = "eager"

@@ -54,10 +54,8 @@ def verify(
 
 def representative(config: PreTrainedConfig, kinds: Collection[str] | None = None) -> PreTrainedConfig:
     """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
-    any): a class may spread its heads over a fixed number of parts, and has none with another number of heads.
-
-    Raises `UnsupportedModelError` when no small model can be built, run and traced.
-    """
+    any): a class may spread its heads over a fixed number of parts, and has none with another number of heads. Raises
+    `UnsupportedModelError` when no small model can be traced."""
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
     required = heads if kinds is None else set(kinds)

@@ -48,12 +48,10 @@ def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
 
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
-    """One ``kept`` for two successive cuts, in units of ``graph``, to which ``first`` applies; ``second`` is in groups
-    and units of the cut model.
+    """One ``kept`` for two successive cuts, in units of ``graph``; ``second`` is in groups and units of the cut model.
 
-    A block of which the first cut left nothing (the query heads of a removed key/value head) is not in the cut model.
-    In the result it keeps as many units as the other blocks, the first of those that ``first`` keeps, so that the
-    blocks are equal, as after one cut of both kinds.
+    A block of which the first cut left nothing (the query heads of a removed key/value head) keeps as many units as the
+    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds.
     """
     kept = {name: tuple(units) for name, units in first.items()}
     axes = kept_indices(graph, first)

@@ -97,11 +97,8 @@ class Queue:
 def build_queue(
     group: CoupledGroup, scores: Sequence[float], *, allowed: Collection[int] | None = None, multiple: int = 1
 ) -> Queue:
-    """The units of ``group`` in ascending order of ``scores`` (ties by unit number), divided into steps.
-
-    ``allowed``: the units that may be removed (None: all). ``multiple``: the kept number is a multiple of it
-    (`Widths.multiple`) and of the group's own ``multiple``; the group's ``minimum`` and ``blocks`` hold too.
-    """
+    """The units of ``group`` in ascending order of ``scores`` (ties by unit number), divided into steps. ``allowed``:
+    the units that may be removed (None: all). ``multiple``: besides the group's own, see `Widths.multiple`."""
     multiple = lcm(multiple, group.multiple)
     per_block = group.units // group.blocks
     columns: list[list[int]] = []
