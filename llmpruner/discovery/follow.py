@@ -206,9 +206,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
     """The fewest of ``rules`` with which a cut model agrees with its reference: none, all, or a small change of these;
     None when none do."""
-    if agrees(()):
-        return ()
-    chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 1) if agrees(subset)), None)
+    chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 2) if agrees(subset)), None)
     for rule in reversed(chosen or ()):
         fewer = tuple(r for r in chosen or () if r != rule)
         if agrees(fewer):
@@ -218,6 +216,7 @@ def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tup
 
 def _subsets(rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
     own = tuple(r for r in rules if not (isinstance(r, Follow) and r.attribute.startswith("config.")))
+    yield ()
     if own and len(own) < len(rules):
         yield own
     yield tuple(rules)

@@ -61,8 +61,7 @@ def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
     marked = parts.marked
     closed = marked[Mark.BLOCKED] | marked[Mark.VOCABULARY] | (marked[Mark.SOFTMAX] & ~marked[Mark.ROUTED])
     open_ = ~closed[roots]
-    reasons = _reasons(parts, slots, owner, roots, open_)
-    reasons = {slot: reason for slot, reason in reasons.items() if slot[0] not in run.buffers}
+    reasons = {s: why for s, why in _reasons(parts, slots, owner, roots, open_).items() if s[0] not in run.buffers}
     order = np.lexsort((index[open_], owner[open_], roots[open_]))
     roots, owner, index = roots[open_][order], owner[open_][order], index[open_][order]
     offsets = {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
