@@ -139,7 +139,11 @@ class Oracle:
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
             for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], lambda chosen, table=table: table in chosen and agrees(chosen))
+
+                def with_table(chosen: Sequence[Rule], table: Rule = table) -> bool:
+                    return table in chosen and agrees(chosen)
+
+                found = find([table, *attributes], with_table)
                 if found is not None:
                     break
         if found is None:
