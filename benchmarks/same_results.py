@@ -83,7 +83,7 @@ ON_PLUGINS_MODELS = {
        for how in ("mean", "max", "sum", "zscore")},
     **{f"reduction {how}": f"--importance l2 --set prune.reduction={how} --ratio 0.2"
        for how in ("mean", "max", "prod", "last")},
-    "sensitivity": f"--importance l2 --set prune.allocation=sensitivity --ratio 0.2 {TEXT}",
+    "sensitivity": f"--importance l2 --set prune.allocation=sensitivity --shape free --ratio 0.2 {TEXT}",
     "layers of choice": "--importance l2 --set prune.layers=0,2 --ratio 0.1",
     "rounded": "--importance l2 --set prune.round_to=8 --ratio 0.2",
     "seed": f"--set prune.seed=3 --ratio 0.2 {TEXT}",
