@@ -96,7 +96,7 @@ INTRODUCTION = (
     "`llmpruner.json` in every checkpoint that llmpruner saves. Both are JSON in UTF-8. Numbers of units and of "
     "layers are written as text, in runs: `0-4,7`. A plan with an unknown field, or of another version, is refused."
 )
-WORK_TEXT = "What the compensation of each plan did, for [reports](../how-to/report.md)."
+WORK_TEXT = "What the compensation of each plan did."
 ORIGIN_TEXT = (
     "Beside what `export --to stock` and `--to nemotron-nas` wrote: where it comes from, and its hashes, by which "
     "[`llmpruner verify`](../how-to/verify.md) and every command that loads it find damage. "

@@ -9,7 +9,6 @@ from installed import own_manager
 from settings_table import cell
 
 from llmpruner import Catalog
-from llmpruner.recipes.named import Shipped
 from llmpruner.recipes.recipe import COMMANDS, MEASURES
 from llmpruner.settings import RecipeSettings, Settings, StepSettings
 
@@ -48,7 +47,7 @@ def render() -> str:
     lines += ["", "## The output", "", *_table("file", FILES.items()), "", INPUTS]
     lines += ["", "## Recipes of llmpruner", "", "`${llmpruner}` in them is the folder of the package."]
     for cls in Catalog(own_manager()).recipes.values():
-        text = cls.file() if issubclass(cls, Shipped) else cls().text()
+        text = cls.path.read_text(encoding="utf-8")
         lines += ["", f"### {cls.name}", "", markdown(cls.summary) + ".", "", "```yaml", text.rstrip(), "```"]
     return "\n".join(lines) + "\n"
 

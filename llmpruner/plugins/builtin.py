@@ -89,14 +89,12 @@ def llmpruner_runtimes() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[Any]]:
-    from ..report.history import CompensationSection, OriginSection, PlanSection, RecoverySection
+    from ..report.history import OriginSection, PlanSection, RecoverySection
     from ..report.measured import AnswersSection, CostSection, QualitySection
     from ..report.summary import ComparisonSection, SummarySection
 
-    return [
-        SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection, PlanSection,
-        CompensationSection, RecoverySection, OriginSection,
-    ]  # fmt: skip
+    sections = [SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection]
+    return [*sections, PlanSection, RecoverySection, OriginSection]
 
 
 @hookimpl

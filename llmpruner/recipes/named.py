@@ -1,4 +1,4 @@
-"""NamedRecipe: a recipe that is found by its name; and those that come with llmpruner, from ``recipes/shipped``."""
+"""NamedRecipe: a recipe file that is found by its name; and those that come with llmpruner."""
 
 from __future__ import annotations
 
@@ -7,57 +7,50 @@ from typing import ClassVar
 
 from ..component import Component
 
+_PACKAGE = Path(__file__).parents[1]
+_SHIPPED = Path(__file__).with_name("shipped")
+
 
 class NamedRecipe(Component):
-    """The text of a recipe file, for ``llmpruner run NAME``.
+    """A recipe file, for ``llmpruner run NAME``.
 
     ::
 
         class Twice(NamedRecipe):
             name = "twice"
             summary = "two rounds of pruning and training"
-
-            def text(self):
-                return "steps: [{rounds: 2, steps: [{prune: {ratio: 0.1}}, {recover: {data: alpaca.jsonl}}]}]"
+            path = Path(__file__).with_name("twice.yaml")
     """
 
     kind: ClassVar[str] = "recipe"
+    path: ClassVar[Path]
+    """The YAML file. In it, ``${llmpruner}`` is the folder of llmpruner's package; other relative paths are relative to
+    the folder in which the user's command runs."""
 
     def text(self) -> str:
-        """The recipe, as YAML. Relative paths in it are relative to the folder in which the user's command runs."""
-        raise NotImplementedError
+        """The recipe, as YAML."""
+        return self.path.read_text(encoding="utf-8").replace("${llmpruner}", str(_PACKAGE))
 
 
-_PACKAGE = Path(__file__).parents[1]
-
-
-class Shipped(NamedRecipe):
-    """The file of its name, in which ``${llmpruner}`` is the folder of the package."""
-
-    def text(self) -> str:
-        return self.file().replace("${llmpruner}", str(_PACKAGE))
-
-    @classmethod
-    def file(cls) -> str:
-        """The text as it is in the file."""
-        return (_PACKAGE / "recipes" / "shipped" / f"{cls.name}.yaml").read_text(encoding="utf-8")
-
-
-class PaperRecipe(Shipped):
+class PaperRecipe(NamedRecipe):
     name = "paper"
     summary = "LLM-Pruner: first-order Taylor, LoRA on Alpaca data, the paper's tasks and perplexity"
+    path = _SHIPPED / "paper.yaml"
 
 
-class QualityRecipe(Shipped):
+class QualityRecipe(NamedRecipe):
     name = "quality"
     summary = "the default method with uniform widths, then distillation from the dense model"
+    path = _SHIPPED / "quality.yaml"
 
 
-class ExpertsRecipe(Shipped):
+class ExpertsRecipe(NamedRecipe):
     name = "experts"
     summary = "a quarter of the experts of a mixture of experts removed, then LoRA"
+    path = _SHIPPED / "experts.yaml"
 
 
-class DemoRecipe(Shipped):
+class DemoRecipe(NamedRecipe):
     name = "demo"
     summary = "the steps of `llmpruner demo`: a real 135M model in minutes, offline"
+    path = _SHIPPED / "demo.yaml"

@@ -1,5 +1,5 @@
-"""The sections of what was done to a model: ``plan``, kept units of every layer; ``compensation``, errors of the fitted
-matrices; ``recovery``, losses of trainings; ``origin``, commands, time, memory and versions."""
+"""The sections of what was done to a model: ``plan``, kept units of every layer; ``recovery``, losses of trainings;
+``origin``, commands, time, memory and versions."""
 
 from __future__ import annotations
 
@@ -27,27 +27,6 @@ class PlanSection(ReportSection):
 
     def render(self, subject: ReportSubject) -> str:
         return rendered("plan.html.j2", tables=[plan.table() for plan in subject.plans])
-
-
-class CompensationSection(ReportSection):
-    """A table; nothing where the record has no fits."""
-
-    name = "compensation"
-    summary = "the error of every fitted weight matrix before and after, and its ridge"
-    order = 22
-
-    def render(self, subject: ReportSubject) -> str | None:
-        work = subject.record.get("work") or ()
-        fitted = [
-            (plan, done["fits"]) for plan, done in zip(subject.plans, work, strict=False) if done and done["fits"]
-        ]
-        if not fitted:
-            return None
-        plan, fits = fitted[-1]
-        known = [fit for fit in fits if fit["before"] is not None]
-        means = [fmean(fit[key] for fit in known) for key in ("before", "after")] if known else None
-        kept = sum(not fit["fitted"] for fit in fits)
-        return rendered("compensation.html.j2", fits=fits, means=means, compensation=plan.compensation, kept=kept)
 
 
 class RecoverySection(ReportSection):

@@ -93,9 +93,7 @@ class LlamaCppRuntime(Runtime):
 class LlamaCppRecipe(NamedRecipe):
     name = "llama-cpp"
     summary = "uniform widths for llama.cpp, distillation, and a GGUF file of type q4_k_m"
-
-    def text(self) -> str:
-        return Path(__file__).with_name("llama-cpp.yaml").read_text(encoding="utf-8")
+    path = Path(__file__).with_name("llama-cpp.yaml")
 
 
 @hookimpl

@@ -47,7 +47,7 @@ def test_examples_of_hooks_use_public_names_alone(hook):
     defined = {node.name for node in ast.walk(tree) if isinstance(node, ast.ClassDef | ast.FunctionDef)}
     defined |= {node.id for node in names if isinstance(node.ctx, ast.Store)}
     defined |= {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-    known = defined | {"Field", "torch", "escape", *dir(builtins), *llmpruner.__all__}
+    known = defined | {"Field", "Path", "__file__", "torch", "escape", *dir(builtins), *llmpruner.__all__}
     assert {node.id for node in names} <= known
 
 

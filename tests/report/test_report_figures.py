@@ -45,13 +45,6 @@ def test_the_record_tells_the_fits_of_every_layer(record):
     assert any(fit["after"] < fit["before"] for fit in work["fits"])
 
 
-def test_a_later_cut_without_compensation_leaves_the_fits_of_the_earlier_one(places, tmp_path):
-    llmpruner.prune(places / "small", ratio=0.1, importance="l1", output=tmp_path / "again")
-    made = llmpruner.write_report(tmp_path / "again", tmp_path / "page.html")
-    assert made.warnings == ()
-    assert "fitted again (refit, 192 tokens of text.txt)" in text_of(made.path.read_text(encoding="utf-8"))
-
-
 def test_costs_are_those_of_the_model(places, tmp_path):
     (subject,) = report_subjects([places / "small"], [], Catalog())
     loaded = llmpruner.load(places / "small")
@@ -90,8 +83,6 @@ def test_the_page_loads_nothing_and_names_its_regions(places, tmp_path):
     assert html.count('class="scroll') == html.count('role="region"') > 3
     links = set(re.findall(r'href="#([^"]+)"', html))
     assert links and links <= set(re.findall(r'<section id="([^"]+)"', html))
-    # The documentation knows no repair.
-    assert "Compensation</h2>" in html and "repair" not in html.lower()
 
 
 def test_several_checkpoints_are_compared(places, tmp_path):
