@@ -28,7 +28,7 @@ def list_plugins(
     """List the components of all plugins with their packages; or show one component with its settings."""
     catalog = catalog_of(ctx)
     rows: list[dict[str, Any]] = [
-        {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": summary_of(cls)}
+        {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": cls.summary}
         for registry in catalog.registries.values()
         for key, cls in registry.items()
     ]
@@ -56,13 +56,6 @@ def list_plugins(
         ]
         if cells:
             table("Settings, for --set NAME.key=value", ("Setting", "Type", "Default", "What it is"), cells, left=4)
-
-
-def summary_of(cls: type[Component]) -> str:
-    """A one-line description of a component: its own summary, else the first line of its docstring, else the summary of
-    a base class."""
-    text = vars(cls).get("summary") or cls.__doc__ or cls.summary
-    return next(iter(str(text).strip().splitlines()), "").strip()
 
 
 def settings_of(cls: type[Component]) -> list[dict[str, Any]]:

@@ -119,7 +119,9 @@ class Evaluation:
     def perplexity(self) -> PerplexityResult | None:
         """The result on the first text; None where it was not measured."""
         result = self.results.get("perplexity")
-        return None if result is None else PerplexityResult(**result)
+        if result is None:
+            return None
+        return PerplexityResult(**{key: result[key] for key in result if key not in ("text", "others")})
 
     @property
     def tasks(self) -> Scores:

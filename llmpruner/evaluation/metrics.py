@@ -141,17 +141,18 @@ class PerplexityMetric(Metric):
                 check_same_tokens(models, text[:_COMPARED])
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """The result on the first text, with those on the further ones in ``others``."""
+        """The `PerplexityResult` on the first text, with its name in ``text``, and in ``others`` those on further
+        texts by their names."""
         from .perplexity import perplexity
 
         tokenizer = tokenizer_of(self, subject)
         options = self.settings.model_dump(exclude={"text", "kl"})
         options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
         results = {
-            name: perplexity(subject.model, tokenizer, text, **options).as_json() for name, text in self._texts.items()
+            name: asdict(perplexity(subject.model, tokenizer, text, **options)) for name, text in self._texts.items()
         }
-        first, *others = results
-        return {**results[first], "text": first, "others": {name: results[name] for name in others}}
+        first = next(iter(results))
+        return {**results.pop(first), "text": first, "others": results}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         results = {result["text"]: result, **result["others"]}
@@ -221,17 +222,17 @@ def _higher_is_better(metric: str) -> bool | None:
 
 
 def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
-    """Raise `ModelError` where the predictions of a model cannot be compared with those of the first one token by
-    token: its vocabulary has another size, or the first tokenizer reads its tokens of ``text`` as others. Their ids may
-    differ: a fast and a slow tokenizer of one vocabulary do not split every text alike."""
+    """Raise `ModelError` where vocabularies differ in size, or the first tokenizer reads another's tokens of ``text`` as
+    others. Their ids may differ: a fast and a slow tokenizer of one vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
 
     first, *others = models
-    why = "KL divergence needs one vocabulary; compare models with the same tokenizer, or leave kl out"
     for other in others:
-        sizes = [getattr(model.config.get_text_config(), "vocab_size", None) for model in (first, other)]
-        if None not in sizes and sizes[0] != sizes[1]:
-            raise ModelError(f"'{other.name}' predicts {sizes[1]:,} tokens and '{first.name}' {sizes[0]:,}; {why}")
+        sizes = {getattr(model.config.get_text_config(), "vocab_size", None) for model in (first, other)}
         ids = sorted(set(tokens_of(other.tokenizer, text)))
-        if first.tokenizer.convert_ids_to_tokens(ids) != other.tokenizer.convert_ids_to_tokens(ids):
-            raise ModelError(f"the tokenizers of '{first.name}' and '{other.name}' have other tokens; {why}")
+        tokens = other.tokenizer.convert_ids_to_tokens(ids)
+        if len(sizes) > 1 or first.tokenizer.convert_ids_to_tokens(ids) != tokens:
+            raise ModelError(
+                f"the vocabularies of '{first.name}' and '{other.name}' differ; KL divergence needs one vocabulary: "
+                "compare models with the same tokenizer, or leave kl out"
+            )

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,8 +30,7 @@ class PerplexityResult:
     ``bits_per_byte`` counts UTF-8 bytes, and is comparable between tokenizers. ``kl_per_token``: mean Kullback-Leibler
     divergence KL(reference ‖ model) of the predictions, in nats; ``top1_agreement``: share of the predictions whose
     most probable token is the reference's; both None without a reference. ``text_sha256``: of the whole text in UTF-8.
-    ``text``: its name, as it was given. ``others``: the results on further texts, by their names, as JSON values of the
-    same keys."""
+    """
 
     perplexity: float
     nll_per_token: float
@@ -44,12 +42,6 @@ class PerplexityResult:
     text_sha256: str
     kl_per_token: float | None = None
     top1_agreement: float | None = None
-    text: str | None = None
-    others: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-
-    def as_json(self) -> dict[str, Any]:
-        """JSON values, without the name of the text and the results on others."""
-        return {key: value for key, value in asdict(self).items() if key not in ("text", "others")}
 
 
 class Scored:

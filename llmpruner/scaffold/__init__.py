@@ -1,1 +1,1 @@
-"""The plugin packages that ``llmpruner new-plugin`` writes, with tests and CI."""
+"""The plugin packages that ``llmpruner new-plugin`` writes, with tests."""

@@ -20,15 +20,11 @@ if TYPE_CHECKING:
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",
     "README.md": "README.md.j2",
-    "LICENSE": "LICENSE.j2",
-    ".gitignore": "gitignore.j2",
-    ".github/workflows/test.yml": "test.yml.j2",
     "src/{module}/__init__.py": "init.py.j2",
     "src/{module}/{kind}.py": "{kind}.py.j2",
     "tests/test_{kind}.py": "test_{kind}.py.j2",
 }
 """Path in the package → template, both with placeholders for the names of the module and of the kind."""
-
 
 KINDS = {"family": "families", "criterion": "criteria", "strategy": "strategies"}
 """What a package can add → the attribute of `Catalog` with the components of that kind."""
@@ -57,10 +53,6 @@ class PluginName:
     @property
     def module(self) -> str:
         return self.distribution.replace("-", "_")
-
-    def class_of(self, kind: str) -> str:
-        """Name of the class: ``MyModelFamily`` of a family ``my-model``."""
-        return "".join(part.capitalize() for part in (*self.word.split("-"), kind))
 
 
 @dataclass(frozen=True)
@@ -112,7 +104,7 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
         "version": __version__,
         "word": kind,
         "kind": adds,
-        "cls": name.class_of(kind),
+        "cls": "".join(part.capitalize() for part in (*name.word.split("-"), kind)),
     }
     files = {
         path.format(module=name.module, kind=kind): environment.from_string(

@@ -142,7 +142,7 @@ def test_a_criterion_and_a_strategy_pass_their_own_tests(kind, tmp_path):
     write(package, render(PluginName(f"my-{kind}"), kind=kind))
     install(tmp_path / "site", package)
     passed = run_tests(package, tmp_path / "site", choose="")
-    assert int(passed.split()[0]) >= 6 and "failed" not in passed and "skipped" not in passed
+    assert int(passed.split()[0]) >= 5 and "failed" not in passed and "skipped" not in passed
 
 
 def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
@@ -150,9 +150,6 @@ def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
     assert run("new-plugin", "bare", "-o", package).code == 0
     files = {str(f.relative_to(package)) for f in package.rglob("*") if f.is_file()}
     assert files == {
-        ".github/workflows/test.yml",
-        ".gitignore",
-        "LICENSE",
         "README.md",
         "pyproject.toml",
         "src/llmpruner_bare/__init__.py",
@@ -161,7 +158,6 @@ def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
         "tests/test_family.py",
     }
     assert "pytest.skip(" in (package / "tests" / "test_family.py").read_text()
-    assert "${{ matrix.python }}" in (package / ".github" / "workflows" / "test.yml").read_text()
 
 
 def test_a_family_that_matches_already_is_named(run, dense, tmp_path):

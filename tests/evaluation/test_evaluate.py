@@ -234,11 +234,11 @@ def test_models_of_other_vocabularies_are_not_compared(text, tmp_path, metric):
     larger = _unloadable(tmp_path / "larger", vocabulary=310)
     other = _unloadable(tmp_path / "other", text="Other words: zebra crossing, quiet foxes, brownish quarks. " * 9)
     for pair, message in (
-        ((first, larger), "larger' predicts 310 tokens and '.*first' 300; KL divergence needs one vocabulary"),
-        ((larger, first), "first' predicts 300 tokens and '.*larger' 310; KL divergence needs one vocabulary"),
-        ((first, other), "tokenizers of '.*first' and '.*other' have other tokens; KL"),
+        ((first, larger), "vocabularies of '.*first' and '.*larger' differ; KL"),
+        ((larger, first), "vocabularies of '.*larger' and '.*first' differ; KL"),
+        ((first, other), "vocabularies of '.*first' and '.*other' differ; KL"),
         ((first, same), "is missing or damaged"),
-        ((first, same, other), "tokenizers of '.*first' and '.*other' have other tokens"),
+        ((first, same, other), "vocabularies of '.*first' and '.*other' differ"),
     ):
         with pytest.raises((ModelError, CheckpointError), match=message):
             llmpruner.evaluate(list(pair), **options)

@@ -21,7 +21,7 @@ from llmpruner import (
     hookimpl,
 )
 from llmpruner.cli.app import build_app
-from llmpruner.cli.plugins import settings_of, summary_of
+from llmpruner.cli.plugins import settings_of
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError, UnknownNameError
 from llmpruner.evaluation.base import Metric
@@ -248,16 +248,6 @@ def test_the_command_shows_every_setting():
     )
     result = CliRunner().invoke(app, ["plugins", "powr"])
     assert isinstance(result.exception, UnknownNameError)
-
-
-def test_the_summary_of_a_component_is_that_of_its_base_class_only_if_nothing_else_is_there():
-    class Cube(Power):
-        """The third power.
-
-        More about it."""
-
-    assert summary_of(Cube) == "The third power."
-    assert summary_of(type("Plain", (Power,), {})) == summary_of(Power) == "a metric with settings"
 
 
 def test_every_installed_component_has_a_summary(catalog):
