@@ -31,17 +31,15 @@ def option(
     description: str,
     panel: str | None = None,
     *,
-    metavar: str | None = None,
     advanced: bool = False,
     **bounds: Any,
 ) -> Any:
     """A field with an option on the command line.
 
-    ``panel``: its section in ``--help``. ``metavar``: the placeholder of its value. ``advanced``: instead of an option
-    of its own, ``--set GROUP.field=value`` with the `Settings.group`. ``bounds``: of `pydantic.Field`.
+    ``panel``: its section in ``--help``. ``advanced``: instead of an option of its own, ``--set GROUP.field=value``
+    with the `Settings.group`. ``bounds``: of `pydantic.Field`.
     """
-    shown: dict[str, Any] = {"panel": panel, "metavar": metavar, "advanced": advanced}
-    return Field(default, description=description, json_schema_extra=shown, **bounds)
+    return Field(default, description=description, json_schema_extra={"panel": panel, "advanced": advanced}, **bounds)
 
 
 class Settings(BaseModel):
@@ -65,9 +63,9 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
 
 
 def option_of(model: type[Settings], name: str) -> dict[str, Any]:
-    """The ``panel``, ``metavar`` and ``advanced`` of a field."""
+    """The ``panel`` and ``advanced`` of a field."""
     shown: Any = getattr(model.model_fields.get(name), "json_schema_extra", None)
-    return shown or {"panel": None, "metavar": None, "advanced": False}
+    return shown or {"panel": None, "advanced": False}
 
 
 def flag_of(model: type[Settings], name: str) -> str:
@@ -85,7 +83,6 @@ Set = Annotated[
         {},
         "A setting of a chosen component: NAME.key=value (`llmpruner plugins NAME` lists them), or of the command "
         "where it has no option of its own, as in prune.length=256. Repeatable.",
-        metavar="NAME.key=value",
     ),
 ]
 
@@ -112,7 +109,6 @@ class RunSettings(Settings):
         "layer and, if need be, hidden states are kept in a file. What cannot fit is refused beforehand. By default, "
         "models larger than half of the free memory are read layer by layer.",
         _MACHINE,
-        metavar="SIZE",
         gt=0,
     )
     restart: bool = option(False, "Start anew instead of continuing an interrupted run of the same command.", _MACHINE)
@@ -307,7 +303,6 @@ class EvaluateSettings(Settings):
         None,
         "Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that is part of every "
         "Python (the default when nothing else is named); several texts with commas between them.",
-        metavar="TEXT",
     )
     window: int | None = option(None, "Tokens per window of the perplexity, by default 512; windows do not overlap.")
     kl: bool = option(
@@ -334,8 +329,8 @@ class BenchSettings(Settings):
         "transformers",
         "The program that runs the models: transformers, llama-cpp (.gguf files), vllm …; see `llmpruner plugins`.",
     )
-    batch: Numbers = option((1, 4), "Numbers of sequences at a time, comma-separated.", metavar="NUMBERS")
-    prompt: Numbers = option((128,), "Lengths of the prompt in tokens, comma-separated.", metavar="NUMBERS")
+    batch: Numbers = option((1, 4), "Numbers of sequences at a time, comma-separated.")
+    prompt: Numbers = option((128,), "Lengths of the prompt in tokens, comma-separated.")
     new: int = option(32, "Tokens decoded after the prompt.", ge=1, le=2**20)
     rounds: int = option(5, "Runs of every model, in turn, after one that is not counted.", ge=1, le=10_000)
     settings: Set = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
 from ..errors import LlmprunerError, first_line, is_out_of_memory
@@ -15,7 +14,7 @@ from .process import exit_on_sigterm, is_first, keep_freed_memory, let_first_pri
 def main() -> None:
     """Run the ``llmpruner`` command. ``--debug``, in any position, shows tracebacks."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
-    debug = len(arguments) < len(sys.argv) - 1 or bool(os.environ.get("LLMPRUNER_DEBUG"))
+    debug = len(arguments) < len(sys.argv) - 1
     keep_freed_memory()
     exit_on_sigterm()
     try:

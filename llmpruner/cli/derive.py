@@ -22,7 +22,14 @@ from .console import RichProgress
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
-_METAVARS = {"int": "INTEGER", "float": "NUMBER", "list of text": "NAMES"}
+_METAVARS = {
+    "int": "INTEGER",
+    "float": "NUMBER",
+    "ByteSize": "SIZE",
+    "list of int": "NUMBERS",
+    "list of text": "NAMES",
+    "dict": "NAME.key=value",
+}
 _OBVIOUS = 100_000
 """Upper bounds from here on are beyond all values that users give, and left out of ``--help``."""
 _BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
@@ -100,7 +107,7 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
         flags,
         help=_help(field) + advanced,
         rich_help_panel=option["panel"],
-        metavar=None if kind == "bool" else option["metavar"] or _METAVARS.get(kind, "TEXT"),
+        metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
         show_default=False,
     )
     annotation: Any = bool if kind == "bool" else list[str] if kind == "dict" else str

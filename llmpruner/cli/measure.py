@@ -23,10 +23,6 @@ if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluations
     from ..plugins.catalog import Catalog
 
-NoReport = Annotated[
-    bool, typer.Option("--no-report", help="Write no report.html; `llmpruner report` can do so later.")
-]
-
 
 @takes(EvaluateSettings, LoadSettings)
 def evaluate(

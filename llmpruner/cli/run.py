@@ -14,7 +14,7 @@ from ..settings import LoadSettings, RunSettings
 from ..values import counted
 from .console import RichProgress, done_line, out, print_json, table
 from .derive import Json, catalog_of, takes
-from .measure import NoReport, show_bench, show_evaluations, write_next_to
+from .measure import show_bench, show_evaluations, write_next_to
 from .prune import show_plan
 
 if TYPE_CHECKING:
@@ -48,7 +48,6 @@ def run(
             show_default=False,
         ),
     ] = None,
-    no_report: NoReport = False,
     as_json: Json = False,
 ) -> None:
     """Do the steps of a recipe: prune, recover, evaluate, export … in one command that can be interrupted.
@@ -63,7 +62,7 @@ def run(
     on_step = None if as_json else show_step
     result = api.run(recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments)
     seconds = round(time.monotonic() - started, 1)
-    if not no_report and any(step.command in ("prune", "recover") for step in result.steps):
+    if any(step.command in ("prune", "recover") for step in result.steps):
         write_next_to(result.output, arguments["catalog"])
     if as_json:
         print_json({**result.as_json(), "seconds": seconds})
@@ -122,7 +121,6 @@ def demo(
     ] = Path("demo-output"),
     ratio: Annotated[float, typer.Option(min=0.01, max=0.5, help="Share of the decoder's parameters to remove.")] = 0.2,
     seed: Annotated[int, typer.Option(help="Same seed, same inputs: same result.")] = 0,
-    no_report: NoReport = False,
 ) -> None:
     """Prune, recover and compare a real 135M model in minutes, on a CPU, offline.
 
@@ -138,8 +136,7 @@ def demo(
     catalog = catalog_of(ctx)
     recipe = Recipe.read(DEMO, catalog).with_values({"prune.ratio": ratio, "prune.seed": seed})
     api.run(recipe, output=output, on_step=show_step, progress=RichProgress(), catalog=catalog)
-    if not no_report:
-        write_next_to(output, catalog, say=True)
+    write_next_to(output, catalog, say=True)
     last = [step.name for step in recipe.steps if step.command in ("prune", "recover")][-1]
     out.print(f"Try it: llmpruner generate {escape(str(output / last))} --chat --prompt …", highlight=False)
     out.print(f"Done in {time.monotonic() - started:.0f} s.")

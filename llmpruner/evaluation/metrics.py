@@ -222,8 +222,8 @@ def _higher_is_better(metric: str) -> bool | None:
 
 
 def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
-    """Raise `ModelError` where vocabularies differ in size, or the first tokenizer reads another's tokens of ``text`` as
-    others. Their ids may differ: a fast and a slow tokenizer of one vocabulary do not split every text alike."""
+    """Raise `ModelError` where vocabularies differ in size, or the first tokenizer gives other tokens for another's ids
+    of ``text``. The ids may differ: a fast and a slow tokenizer of one vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
 
     first, *others = models

@@ -34,31 +34,22 @@ from .models import cut_by, letters, small_job
 from .processes import run_probe
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
 
 class FamilyConformance:
-    """Tests for a family, on the small model of `config`.
-
-    ``family``: the class under test. ``loads_elsewhere``: whether a pruned model must load with transformers alone
-    where llmpruner is not installed (it must, unless transformers itself lacks the model class).
-    """
+    """Tests for ``family``, on the small model of `config`."""
 
     family: ClassVar[type[ModelFamily]]
-    loads_elsewhere: ClassVar[bool] = True
 
     def config(self) -> PreTrainedConfig:
         """A small configuration: two to four layers, with different widths as far as the architecture allows."""
         raise NotImplementedError
 
-    def build(self, config: PreTrainedConfig) -> PreTrainedModel:
-        """A random instance. Weights must be large enough for errors to change the logits."""
-        return random_instance(config, 0)
-
     def loaded(self) -> Model:
-        config = self.config()
-        family = self.family()
-        return Model("tiny", config, family, build_graph(family, config), model=self.build(config), tokenizer=None)
+        config, family = self.config(), self.family()
+        model = random_instance(config, 0)
+        return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
         # A text would match every model type that is a part of it.
@@ -93,7 +84,7 @@ class FamilyConformance:
 
     def test_checkpoints_may_name_its_model_class(self) -> None:
         """A class outside transformers must be in a package that an entry point names."""
-        base = base_of(self.build(self.config()))
+        base = base_of(random_instance(self.config(), 0))
         package = base.__module__.partition(".")[0]
         assert package in packages_of_models(), (
             f"a pruned checkpoint needs {base.__name__} of the package '{package}', which no other process may import: "
@@ -127,8 +118,7 @@ class FamilyConformance:
             ids = torch.randint(vocabulary // 2, vocabulary, (2, 7), generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
                 expected.append(pruned.model.eval()(input_ids=ids).logits)
-        loaders = ("llmpruner", "transformers") if self.loads_elsewhere else ("llmpruner",)
-        for loader in loaders:
+        for loader in ("llmpruner", "transformers"):
             results = run_probe(directories, loader, ids.tolist())
             for directory, logits, result in zip(directories, expected, results, strict=True):
                 where = f"the {directory.name} model, loaded by {loader}"
