@@ -53,10 +53,7 @@ def _layers(value: Any) -> Any:
 
 
 def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
-    """The layer numbers that ``prune.layers`` selects in a model of ``count`` layers; None for None.
-
-    Raises `SettingsError` for a layer that the model does not have.
-    """
+    """The layer numbers that ``prune.layers`` selects in a model of ``count`` layers; None for None."""
     if text is None:
         return None
     if text.strip() == "all":

@@ -26,8 +26,7 @@ if TYPE_CHECKING:
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
-    """The metrics to measure: always the size, and perplexity on Python's help topics when nothing is named. Raises
-    `SettingsError` (or `UnknownNameError`) for settings that are wrong."""
+    """Always the size, and perplexity on Python's help topics when nothing is named. Raises `SettingsError`."""
     chosen: dict[str, dict[str, Any]] = {"size": {}}
     of_text = {"text": settings.perplexity, "window": settings.window, "kl": settings.kl or None}
     if any(value is not None for value in of_text.values()):
@@ -53,13 +52,9 @@ def evaluate(
     metrics: Sequence[Metric],
     progress: Progress = QUIET,
 ) -> Evaluations:
-    """Measure every model by every metric, in the given order. ``loaders``: load the model of the same place.
-
-    A model is loaded after the previous one was measured and freed; the first stays in memory as ``subject.reference``
-    where a metric needs it. Raises `SettingsError` when a metric needs a reference and there is one model,
-    `ModelError` for weights that are not finite, and whatever the metrics raise; what they refuse without weights comes
-    before any model is loaded.
-    """
+    """Measure every model by every metric. ``loaders``: load the model of the same place, once the previous one was
+    measured and freed; the first stays in memory as ``subject.reference`` where a metric needs it. Raises
+    `SettingsError` when that is the only one, `ModelError` for weights that are not finite, and what metrics raise."""
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
         raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")

@@ -46,8 +46,7 @@ class PerplexityResult:
 
 class Scored:
     """The predictions of ``model``, summed up: negative log-likelihood and, with a ``reference``, KL(reference ‖
-    model), in nats; ``tokens`` that were predicted, and how many of them both predict alike. Raises `ModelError` for a
-    reference with another vocabulary."""
+    model), in nats; ``tokens`` that were predicted, and how many of them both predict alike."""
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:
@@ -57,8 +56,7 @@ class Scored:
         self.tokens = self.agreed = 0
 
     def add(self, ids_BT: torch.Tensor, at_N: torch.Tensor) -> None:
-        """``at_N``: positions, of every row, after which a token is predicted that counts. Raises `ModelError` for
-        predictions that are NaN."""
+        """``at_N``: positions, of every row, after which a token is predicted that counts."""
         logits_BTV = self._predictions(self.model, ids_BT)
         expected_BTV = None
         if self.reference is not None and self.reference is not self.model:
@@ -92,8 +90,7 @@ class Scored:
         return logits_BTV
 
     def means(self) -> dict[str, float | None]:
-        """``perplexity``, infinite where no float is as large, and means per token; those of a reference are None
-        without it."""
+        """``perplexity``, infinite where no float is as large, and means per token."""
         mean, compared = self.nll / self.tokens, self.reference is not None
         return {
             "perplexity": math.exp(mean) if mean < 709 else math.inf,
@@ -115,18 +112,15 @@ def perplexity(
     reference: PreTrainedModel | None = None,
     progress: Progress = QUIET,
 ) -> PerplexityResult:
-    """Perplexity of ``model`` on ``text``.
+    """Perplexity of ``model`` on ``text``: the exponential of the mean negative log-likelihood, summed in float64.
 
     The text is tokenised as one string (see `tokens_of`), without special tokens. Its first ``tokens`` tokens (default:
     all) are split into windows that do not overlap; an incomplete last window is left out. Each of them begins with
     what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
-    Every other token but the first of its window is predicted from those before it in the window. The result is the
-    exponential of the mean negative log-likelihood, accumulated in float64.
+    Every other token but the first of its window is predicted from those before it in the window.
 
-    ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. With a ``reference``, the result
-    has the mean of KL(reference ‖ model) over the same predictions, and the share of them whose most probable token is
-    the same. Raises `DataError` when the text has too few tokens, and `ModelError` when predictions are NaN or over
-    another vocabulary than the reference's.
+    ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. Raises `DataError` when the text
+    has too few tokens, and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     scored = Scored(model, reference, autocast)
     opening = opening_tokens(tokenizer, text)

@@ -28,13 +28,8 @@ Scores = dict[str, dict[str, float]]
 
 
 def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Tasks:
-    """Find tasks and load their data, before any model is loaded.
-
-    ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or ``paper``. ``include_path``: folder of
-    more task files, which are preferred to others of the same name.
-
-    Raises `DataError` for a task that does not exist, or whose data cannot be loaded.
-    """
+    """Find tasks and load their data. ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or ``paper``.
+    ``include_path``: folder of more task files, preferred to others of the same name. Raises `DataError`."""
     # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
     with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
         manager = _manager(names, include_path)
@@ -51,11 +46,8 @@ def evaluate_tasks(
     num_fewshot: int | None = None,
     seed: int = 0,
 ) -> Scores:
-    """The numbers of the command ``lm_eval --model hf`` with the same batch size. lm-eval shows its own progress.
-
-    ``limit``: number of rows per task. ``num_fewshot``: by default the task's own number. ``seed``: added to lm-eval's
-    own seeds.
-    """
+    """The numbers of the command ``lm_eval --model hf`` with the same batch size. ``limit``: number of rows per task.
+    ``num_fewshot``: by default the task's own number. ``seed``: added to lm-eval's own seeds."""
     with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
         # lm-eval would ask git for the commit of the working directory, which is none of the model.
         import lm_eval
@@ -83,8 +75,7 @@ def evaluate_tasks(
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Without facts that are no metrics. lm-eval names them ``metric,filter``, with the filter "none" for tasks that
-    have no filter of the answers."""
+    """Without facts that are no metrics, which lm-eval names ``metric,filter``."""
     scores = {}
     for key, value in values.items():
         name, _, filtered_by = key.partition(",")
@@ -94,8 +85,7 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
-    """``tasks`` with ``paper`` and patterns expanded, each name once. Raises `DataError` for an unknown
-    name, and when there is none."""
+    """``tasks`` with ``paper`` and patterns expanded, each name once. Raises `DataError` for an unknown name."""
     names: dict[str, None] = {}
     for task in _members(tasks):
         matches = matching(known, task)

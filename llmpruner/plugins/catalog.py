@@ -58,13 +58,11 @@ class Registry(dict[str, type[T]]):
         return self._manager.package_of(self[name])
 
     def create(self, name: str, values: Mapping[str, Any] | None = None) -> T:
-        """The component ``name`` with the settings ``values``. Raises `UnknownNameError`, and `SettingsError` for
-        invalid settings."""
+        """The component ``name`` with the settings ``values``. Raises `UnknownNameError` and `SettingsError`."""
         return self[name](**(values or {}))
 
     def create_only(self, name: str, own: Mapping[str, Mapping[str, Any]]) -> T:
-        """`create` for a command with one component; ``own``: name → settings. Raises `SettingsError` for settings of
-        another component too."""
+        """`create` for a command with one component; ``own``: name → settings, of which no other is accepted."""
         component: Any = self.create(name, own.get(name))
         check_chosen(own, [component])
         created: T = component
@@ -84,9 +82,7 @@ def problem_of(cls: Any, base: type) -> str | None:
 
 class Kind(cached_property[Registry[T]], Generic[T]):
     """A kind of component, as an attribute of `Catalog`: its `Registry`, filled when the attribute is first read.
-
-    ``name``: in messages. ``hook``: returns the classes. ``base``: their base class.
-    """
+    ``name``: in messages. ``hook``: returns the classes. ``base``: their base class."""
 
     attrname: str
 
@@ -96,10 +92,7 @@ class Kind(cached_property[Registry[T]], Generic[T]):
 
 
 class Catalog:
-    """The components of all plugins: one `Registry` for each kind.
-
-    ``manager``: a plugin manager; by default one with all installed plugins.
-    """
+    """The components of all plugins: one `Registry` for each kind. ``manager``: by default with all installed plugins."""
 
     families = Kind("family", "llmpruner_model_families", ModelFamily)
     criteria = Kind("criterion", "llmpruner_importance_criteria", ImportanceCriterion)

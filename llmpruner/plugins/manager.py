@@ -16,11 +16,8 @@ HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f
 
 
 class PluginManager(pluggy.PluginManager):
-    """pluggy's manager with the hooks of llmpruner.
-
-    ``packages``: the distribution of each top-level module that an entry point names. ``broken``: a line for each
-    plugin, and each class of one, that was left out.
-    """
+    """pluggy's manager with the hooks of llmpruner. ``packages``: the distribution of each top-level module that an
+    entry point names. ``broken``: a line for each plugin, and each class of one, that was left out."""
 
     def __init__(self) -> None:
         super().__init__(hookspecs.PROJECT)
@@ -65,10 +62,8 @@ class PluginManager(pluggy.PluginManager):
 
 
 def plugin_manager(*, entry_points: bool = True) -> PluginManager:
-    """A new manager with the built-ins and, unless switched off, every installed plugin.
-
-    ``LLMPRUNER_BLOCK`` (comma-separated plugin names) leaves plugins out, the built-ins too (``builtin``).
-    """
+    """A new manager with the built-ins (``builtin``) and, unless switched off, every installed plugin, but for those
+    that ``LLMPRUNER_BLOCK`` names, with commas between them."""
     manager = PluginManager()
     for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
         manager.set_blocked(name.strip())

@@ -57,12 +57,9 @@ def prepare(
     positions: int | None = None,
     written: Mapping[str, Sequence[Example]] | None = None,
 ) -> TrainingData:
-    """Read the data, hold some back for validation, and tokenise it.
-
-    An instruction or a conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to
-    rows of ``cutoff`` tokens. ``positions``: of a model with a table of them, beyond which no row goes. ``written``:
-    examples of sources that are not read. Raises `DataError` for data that cannot be used.
-    """
+    """Read the data, hold some back for validation, and tokenise it: an instruction or a conversation is a row, in the
+    model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff`` tokens. ``positions``: of a model
+    with a table of them. ``written``: examples of sources that are not read. Raises `DataError`."""
     examples = _read(settings, written or {})
     count = _held_out(settings.validation, len(examples), settings.data)
     chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
@@ -105,8 +102,7 @@ def _held_out(validation: float, examples: int, source: str) -> int:
 
 
 def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int) -> list[Row]:
-    """Rows of 2 to ``cutoff`` tokens. Raises `DataError`, with its place, for an example that the model's chat format
-    does not support."""
+    """Rows of 2 to ``cutoff`` tokens."""
     rows: list[Row] = []
     joined: list[int] = []
     for place, found in examples:

@@ -51,8 +51,7 @@ class DenseText:
 
 
 def dense_text_in(data: str) -> DenseText | None:
-    """The part of the value of ``--data`` that the dense model writes; None where there is none. Raises `DataError`
-    for a number of rows that is none, and for more than one such part."""
+    """The part of the value of ``--data`` that the dense model writes, at most one; None where there is none."""
     parts = [text for part in parse_mixture(data) if (text := _parsed(part.source)) is not None]
     if len(parts) > 1:
         raise DataError(f"--data {data}: name 'self' or 'self-text' once, with the number of rows")
@@ -84,8 +83,7 @@ def write_examples(
     seed: int,
     progress: Progress = QUIET,
 ) -> list[Example]:
-    """Let the dense ``model`` write the examples of ``text``. Raises `DataError` where it writes nothing but blanks,
-    or instructions and answers do not fit into its positions."""
+    """Let the dense ``model`` write the examples of ``text``. Raises `DataError` where that gives none."""
     from ..calibration.written import self_generated
 
     examples: list[Example] = []

@@ -42,8 +42,7 @@ def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
 
 
 def check_recover(job: RecoverJob) -> None:
-    """Raise `DataError` for training data that is missing or malformed, `MissingExtraError` without peft where it is
-    needed, and `SettingsError` under FSDP."""
+    """Refuse what needs no model to be seen: missing data or libraries, and FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
     if job.strategy.adapters and find_spec("peft") is None:
@@ -66,12 +65,9 @@ def train(
 ) -> TrainingResult:
     """Train ``model``, in place, with ``strategy``; ``details`` of the result is the record for ``llmpruner.json``.
 
-    ``load_teacher``, ``on_step``, ``on_validation``: see `RecoveryJob`. Where ``work_dir`` has the state of the same
-    job, the training goes on from it; delete it once the result is saved. In several processes, all call this with the
-    same arguments, and each has the result.
-
-    Raises `OutputError` where ``work_dir`` has the state of another job, `DataError` for tokens that the model does not
-    have, and `ModelError` when the training diverges.
+    Where ``work_dir`` has the state of the same job, the training goes on from it; delete it once the result is saved.
+    In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
+    ``work_dir`` has the state of another job, and `ModelError` when the training diverges.
     """
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in data.rows)]), model)
     from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow

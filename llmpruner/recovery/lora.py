@@ -21,10 +21,7 @@ if TYPE_CHECKING:
 
 
 def train_adapters(job: RecoveryJob, settings: AdapterSettings, loss: Loss | None = None) -> TrainingResult:
-    """Train LoRA adapters of the modules in `adapter_targets`, drawn by the job's seed, and merge them.
-
-    Raises as `adapter_targets` and `fit` do, and `UnsupportedModelError` for modules that peft refuses.
-    """
+    """Train LoRA adapters of the modules in `adapter_targets`, drawn by the job's seed, and merge them."""
     targets = adapter_targets(job.model, job.graph)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
@@ -51,8 +48,7 @@ def train_adapters(job: RecoveryJob, settings: AdapterSettings, loss: Loss | Non
 
 
 def adapter_targets(model: nn.Module, graph: CouplingGraph) -> list[str]:
-    """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group. Raises
-    `UnsupportedModelError` when there is none."""
+    """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group."""
     targets: dict[str, None] = {}
     owned = dict.fromkeys(span.parameter for group in graph.groups for span in group.spans)
     for parameter in filter(graph.is_decoder, owned):

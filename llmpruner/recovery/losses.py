@@ -24,10 +24,7 @@ _ELEMENTS = 1 << 22
 
 
 def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
-    """The divergence from the dense model, as `DistilStrategy` describes, with a share ``labels`` of cross entropy.
-
-    Raises `ModelError` where the dense model is not known or predicts other tokens.
-    """
+    """The divergence from the dense model, as `DistilStrategy` describes, with a share ``labels`` of cross entropy."""
     teacher = job.teacher()
     check_one_head(teacher, job.model)
 

@@ -93,8 +93,7 @@ def recover(
 
 
 def _check_model(strategy: RecoveryStrategy, opened: Structure, opener: Opener, own: DenseText | None) -> None:
-    """Raise `ModelError` where the dense model is needed and cannot be opened, and `SettingsError` for what memory
-    cannot hold, free or not."""
+    """Refuse what needs a dense model that cannot be opened, or more memory than the machine has."""
     models = [opened]
     if own is not None or strategy.needs_dense:
         try:

@@ -116,8 +116,7 @@ def planned_steps(settings: RecoverSettings, rows: int) -> int:
 
 
 def latest_checkpoint(work_dir: Path) -> str | None:
-    """Path of the newest complete checkpoint, or None. ``trainer_state.json`` is written last, so a checkpoint is
-    complete when it can be read."""
+    """Path of the newest checkpoint whose ``trainer_state.json``, which is written last, can be read; or None."""
     complete = []
     for file in work_dir.glob("checkpoint-*/trainer_state.json"):
         with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -264,8 +263,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Also reports the loss of a step, or on the validation rows, to the job; keeps the seconds so far, for a
-        training that is resumed."""
+        """Also reports the entry to the job, and keeps the seconds so far, for a training that is resumed."""
         super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
         self.report(self.state.log_history[-1])
 

@@ -30,11 +30,8 @@ _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map"
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
-    ``package`` is imported.
-
-    Raises `ModelError` when there is no such model, `UnsupportedModelError` when a family matches it already, or when
-    its structure cannot be discovered, or is not proved.
-    """
+    ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
+    structure is not proved."""
     distribution = _import(package) if package else None
     with quiet_transformers():
         config = read_config(source, catalog)

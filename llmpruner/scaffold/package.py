@@ -57,12 +57,9 @@ class PluginName:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for the templates.
-
-    ``model_type``: empty without a model. ``config_values``: the arguments of the small configuration, as JSON values.
-    ``package``: the package that registers the architecture; ``requires``: its distribution. ``kinds``: of units that
-    can be removed.
-    """
+    """Facts for the templates. ``model_type``: empty without a model. ``config_values``: of the small configuration, as
+    JSON values. ``package``: registers the architecture; ``requires``: its distribution. ``kinds``: of units that can
+    be removed."""
 
     model_type: str = ""
     config_class: str = ""
@@ -84,10 +81,7 @@ def kind_named(word: str) -> Kind[Any]:
 
 
 def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
-    """Path in the package → text. The same arguments give the same bytes.
-
-    ``kind``: one of `KINDS`. ``model``: of a family; other kinds take none. Raises `UnknownNameError` for another kind.
-    """
+    """Path in the package → text. ``kind``: one of `KINDS`. ``model``: of a family; other kinds take none."""
     from jinja2 import Environment, StrictUndefined
 
     adds = kind_named(kind)
@@ -112,7 +106,6 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
         ).render(values)
         for path, template in FILES.items()
     }
-    files[f"src/{name.module}/py.typed"] = ""
     if model.config_values:
         files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
     return files

@@ -14,11 +14,8 @@ C = TypeVar("C", bound=Component)
 
 
 def catalog_with(*plugins: Any, entry_points: bool = False) -> Catalog:
-    """A new catalog of the built-ins and ``plugins``; with ``entry_points`` also of all installed plugins.
-
-    A plugin is a module or object with hooks, or a component class: a family, a criterion, a metric … Raises
-    `TypeError` for another class, and pluggy's error for hooks that do not exist.
-    """
+    """A new catalog of the built-ins and ``plugins``, modules or objects with hooks, or component classes; with
+    ``entry_points`` also of all installed plugins."""
     manager = plugin_manager(entry_points=entry_points)
     for plugin in plugins:
         manager.register(_plugin_with(plugin) if isinstance(plugin, type) else plugin)

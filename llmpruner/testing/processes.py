@@ -39,11 +39,9 @@ for directory in directories:
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone.
-
-    ``ids``: token ids, (batch, time). Returns, for each checkpoint, the ``logits`` and the tokens that are generated
-    with a cache (``cached``) and without (``plain``). Raises `AssertionError` with the last line of standard error.
-    """
+    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. ``ids``: token ids,
+    (batch, time). Returns, for each, the ``logits`` and the tokens generated with a cache (``cached``) and without
+    (``plain``)."""
     done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")
