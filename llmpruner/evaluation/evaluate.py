@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,10 +33,7 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
     if any(value is not None for value in of_text.values()):
         chosen["perplexity"] = {key: value for key, value in of_text.items() if value is not None}
     if settings.tasks is not None:
-        limit = {} if settings.limit is None else {"limit": settings.limit}
-        chosen["tasks"] = {"names": settings.tasks, **limit}
-    elif settings.limit is not None:
-        raise SettingsError("--limit is of --tasks; name tasks")
+        chosen["tasks"] = {"names": settings.tasks, "limit": settings.limit}
     for name in settings.metrics or ():
         chosen.setdefault(name, {})
     if len(chosen) == 1 and not settings.metrics:
@@ -125,19 +123,9 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """``name``, and the results of the metrics by name. Numbers that are not finite become null."""
-        plain: dict[str, Any] = finite({"name": self.name, **self.results})
+        text = json.dumps({"name": self.name, **self.results})
+        plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
         return plain
-
-
-def finite(value: Any) -> Any:
-    """``value`` with None in place of all numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 class Evaluations(tuple[Evaluation, ...]):

@@ -15,7 +15,6 @@ from pydantic import Field
 from ..calibration.documents import PYDOC, read_text
 from ..component import ComponentSettings
 from ..errors import ModelError, no_tokenizer
-from ..settings import Seed
 from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .tasks import Tasks, evaluate_tasks, load_tasks
@@ -189,7 +188,6 @@ class TasksMetric(Metric):
             None, description="Folder with additional lm-eval task files, such as for offline data."
         )
         batch_size: int = Field(8, ge=1, description="Rows per batch.")
-        seed: Seed = 0
 
     settings: Settings
 

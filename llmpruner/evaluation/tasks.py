@@ -44,14 +44,12 @@ def evaluate_tasks(
     limit: int | None = None,
     batch_size: int = 8,
     num_fewshot: int | None = None,
-    seed: int = 0,
 ) -> Scores:
     """The numbers of the command ``lm_eval --model hf`` with the same batch size. ``limit``: number of rows per task.
-    ``num_fewshot``: by default the task's own number. ``seed``: added to lm-eval's own seeds."""
+    ``num_fewshot``: by default the task's own number."""
     with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
         # lm-eval would ask git for the commit of the working directory, which is none of the model.
         import lm_eval
-        from lm_eval.evaluator import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
         from lm_eval.models.huggingface import HFLM
 
         from ..models.tokenizer import with_padding
@@ -64,10 +62,6 @@ def evaluate_tasks(
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,
-            random_seed=DEFAULT_RANDOM_SEED + seed,
-            numpy_random_seed=DEFAULT_OTHER_SEED + seed,
-            torch_random_seed=DEFAULT_OTHER_SEED + seed,
-            fewshot_random_seed=DEFAULT_OTHER_SEED + seed,
             # Not used for loaded tasks, but avoids building the index again.
             task_manager=_task_manager()(include_defaults=False),
         )["results"]

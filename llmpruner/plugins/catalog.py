@@ -92,7 +92,7 @@ class Kind(cached_property[Registry[T]], Generic[T]):
 
 
 class Catalog:
-    """The components of all plugins: one `Registry` for each kind. ``manager``: by default with all installed plugins."""
+    """The components of all plugins: a `Registry` for each kind. ``manager``: by default with all installed plugins."""
 
     families = Kind("family", "llmpruner_model_families", ModelFamily)
     criteria = Kind("criterion", "llmpruner_importance_criteria", ImportanceCriterion)

@@ -93,8 +93,7 @@ def llmpruner_recovery_strategies() -> Sequence[type[RecoveryStrategy]]:
 
 @hookspec
 def llmpruner_metrics() -> Sequence[type[Metric]]:
-    """Metrics for ``evaluate --metrics``. A result that is no mapping of JSON values stops the command with
-    `PluginError`."""
+    """Metrics for ``evaluate --metrics``."""
 
 
 @hookspec
