@@ -15,7 +15,6 @@ from llmpruner.evaluation.transformers_runtime import work_of
 from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
-from llmpruner.plugins.manager import HOOKS
 from llmpruner.pruning.allocation import (
     AllocationTask,
     Demand,
@@ -64,7 +63,7 @@ LINKS = {
 
 def hooks() -> dict[str, Any]:
     """Every hookspec by name, in the order of the source."""
-    return HOOKS
+    return {name: spec for name, spec in vars(hookspecs).items() if name.startswith("llmpruner_")}
 
 
 def render() -> str:

@@ -11,9 +11,6 @@ import pluggy
 from ..errors import PluginError, first_line
 from . import builtin, hookspecs
 
-HOOKS = {name: spec for name, spec in vars(hookspecs).items() if hasattr(spec, f"{hookspecs.PROJECT}_spec")}
-"""Name of every hook → its specification, in order of definition."""
-
 
 class PluginManager(pluggy.PluginManager):
     """pluggy's manager with the hooks of llmpruner. ``packages``: the distribution of each top-level module that an
