@@ -26,7 +26,7 @@ import pytest
 sys.exit(pytest.main(options))
 """
 QUICK = "recognises or cut_equals or agree or found or may_name"
-"""Tests of a generated package that take seconds; benchmarks/install_check.py runs all."""
+"""Tests of a generated package that take seconds."""
 
 
 def install(site: Path, *sources: Path) -> None:
