@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from .component import Component
 from .errors import CheckpointError, PluginError
-from .files import new_directory
+from .files import new_directory, read_json
 from .progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -148,11 +148,13 @@ def _add_hashes(directory: Path, source: Path, exporter: Exporter) -> None:
     from . import __version__
     from .models import record
 
-    if (directory / record.RECORD_FILE).is_file():
-        record.add_manifest(directory)
+    file = directory / record.RECORD_FILE
+    if file.is_file():
+        record.write_record(file, read_json(file))
         return
     origin = {"llmpruner": __version__, "exported_from": str(source)}
-    record.write_origin(directory, origin | ({"format": exporter.name} if exporter.for_other_programs else {}))
+    form = {"format": exporter.name} if exporter.for_other_programs else {}
+    record.write_record(directory / record.ORIGIN_FILE, origin | form)
 
 
 class StockExporter(Exporter):

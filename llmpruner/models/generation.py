@@ -145,12 +145,6 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
         ) from error
 
 
-def sample_tokens(model: PreTrainedModel, count: int, seed: int = 0) -> torch.Tensor:
-    """Random token ids of shape (1, count), the same for a seed."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(int(model.config.get_text_config().vocab_size), (1, count), generator=generator)
-
-
 def cache_argument(model: PreTrainedModel) -> str:
     """Name of the argument of ``forward`` for the key/value cache, which transformers is renaming."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

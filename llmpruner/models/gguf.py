@@ -7,7 +7,6 @@ import copy
 import os
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +25,6 @@ def gguf_parsed_once(*, keep: bool = False) -> Iterator[None]:
     """Share what is parsed of a GGUF file, and its map of tensor names, between the calls of transformers, which parses
     the file four times (seconds each, for a large vocabulary) and makes the map for every module. ``keep``: what was
     parsed stays for the next block."""
-    if find_spec("gguf") is None:
-        yield
-        return
     import gguf
 
     with contextlib.ExitStack() as stack:
@@ -54,12 +50,6 @@ def forget_gguf() -> None:
     """Free what was parsed."""
     _parsed.cache_clear()
     _metadata.cache_clear()
-
-
-def pre_tokenizer_of(path: Path) -> str | None:
-    """llama.cpp's name for how the tokenizer of a GGUF file splits text; None where the file has none."""
-    field = gguf_reader(path).fields.get("tokenizer.ggml.pre")
-    return None if field is None else str(field.contents())
 
 
 @lru_cache(maxsize=1)

@@ -43,10 +43,7 @@ _AROUND = Path(torch.__file__).parent, Path(__file__).parents[1]
 
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
     """The statement that raised ``error``, of code outside torch and this package, and the path of the module that ran
-    it.
-
-    ``model``: None for the first module in the traceback. Both are empty where no module of it was running.
-    """
+    it; empty where no module of ``model`` (None: of the first module in the traceback) was running."""
     paths: dict[int, str] = {} if model is None else {id(m): path for path, m in model.named_modules()}
     statement, inside = "", ""
     for frame, line in traceback.walk_tb(error.__traceback__):

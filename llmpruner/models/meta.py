@@ -82,8 +82,7 @@ def graph_of(model: PreTrainedModel, groups: Iterable[CoupledGroup]) -> Coupling
 
 def decoder_layers(model: Any) -> str:
     """Path of the module list of the decoder layers: of as many modules as the configuration has layers, else the
-    longest. Raises `UnsupportedModelError` when there is none.
-    """
+    longest. Raises `UnsupportedModelError` when there is none."""
     # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")

@@ -84,27 +84,25 @@ def forget_quantisation(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def open_streamed(
-    structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None, *, ahead: bool = True
-) -> Model:
+def open_streamed(structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
-    layer by layer. ``scratch``, ``ahead``: see `CheckpointWeights`."""
+    layer by layer. ``scratch``: see `CheckpointWeights`."""
     ref = resolve(structure.ref, catalog)
     check_files(ref)
     tokenizer = read_tokenizer(ref, options, structure.config)
-    weights = open_weights(structure, catalog, options, scratch, ahead=ahead)
+    weights = open_weights(structure, catalog, options, scratch)
     return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
 
 
 def open_weights(
-    structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None, *, ahead: bool = True
+    structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None
 ) -> CheckpointWeights:
     """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
     ref, graph = resolve(structure.ref, catalog), structure.graph
     with in_one_line(ref):
         weights = CheckpointWeights(
             ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
-            ahead=ahead, trust_remote_code=options.trust_remote_code,
+            trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     check_loaded(ref.text, weights.model, weights.info)
     check_shapes(weights.model, graph, ref.text)
@@ -148,12 +146,9 @@ def check_files(ref: Reference) -> None:
 
 
 def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Check that a checkpoint was complete: transformers initializes missing tensors randomly.
-
-    ``info``: the loading info of ``from_pretrained``. Raises `ModelError` for tensors that are missing, of another
-    shape, or of a module that does not use them (a bias without ``bias`` in the configuration). Tensors of modules that
-    the model does not have (a second head, buffers of older versions) give a warning.
-    """
+    """Raise `ModelError` for tensors that are missing, which transformers initializes randomly, of another shape, or of
+    a module that does not use them (a bias without ``bias`` in the configuration). Tensors of modules that the model
+    does not have (a second head, buffers of older versions) give a warning. ``info``: of ``from_pretrained``."""
     missing = sorted(map(str, info["missing_keys"]))
     # transformers adds both shapes to the name.
     wrong = sorted(key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"])

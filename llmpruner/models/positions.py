@@ -31,7 +31,7 @@ def table_of(config: PreTrainedConfig) -> int | None:
     return None if rotary else positions_of(config)
 
 
-def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str = "the model") -> None:
+def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
     """Raise `DataError` for more ``tokens`` than the model has a table of positions for. ``what``: they are, in the
     plural. ``advice``: to get fewer."""
     limit = table_of(config)

@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +30,6 @@ RESULTS_FILE = "results.json"
 OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE, STEP_FILE)
 """Files beside a checkpoint about the machine and the time that the run took. No result depends on them, and they are
 not published."""
-
-
-def record_text(value: Any) -> str:
-    """The JSON for a record."""
-    return json.dumps(value, indent=1, allow_nan=False) + "\n"
 
 
 def stated(config: PreTrainedConfig) -> dict[str, Any]:
@@ -65,14 +59,6 @@ tensors are, and ``llmpruner verify`` compares the rest."""
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
 
-@dataclass(frozen=True)
-class FileFacts:
-    """``size``: in bytes. ``sha256``: of the content, as hexadecimal digits."""
-
-    size: int
-    sha256: str
-
-
 def sha256(file: Path) -> str:
     """Of the content, as hexadecimal digits."""
     digest = hashlib.sha256()
@@ -96,19 +82,8 @@ def sampled_sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
-def add_manifest(directory: Path) -> None:
-    """Put the facts of every other file of ``directory`` into its ``llmpruner.json``, if it has one."""
-    record = directory / RECORD_FILE
-    if record.is_file():
-        _write(record, read_json(record))
-
-
-def write_origin(directory: Path, origin: Mapping[str, Any]) -> None:
-    """Write ``llmpruner-files.json``: ``origin``, JSON values, and the facts of every other file of ``directory``."""
-    _write(directory / ORIGIN_FILE, origin)
-
-
-def _write(record: Path, values: Mapping[str, Any]) -> None:
+def write_record(record: Path, values: Mapping[str, Any]) -> None:
+    """Write a record: ``values``, and size and hash of every other file in its directory."""
     directory = record.parent
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != record)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -117,33 +92,34 @@ def _write(record: Path, values: Mapping[str, Any]) -> None:
             file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
             for file, digest in zip(files, sums, strict=True)
         }
-    record.write_text(record_text({**values, FILES: facts}), encoding="utf-8")
+    text = json.dumps({**values, FILES: facts}, indent=1, allow_nan=False)
+    record.write_text(text + "\n", encoding="utf-8")
 
 
-def recorded_files(record: Mapping[str, Any] | None) -> dict[str, FileFacts] | None:
-    """Path → facts, as ``record`` has them; None for a record without them, as earlier versions wrote it. Raises
-    `CheckpointError` where they are malformed."""
+def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str]] | None:
+    """Path → size and hash, as ``record`` has them; None for a record without them, as earlier versions wrote it.
+    Raises `CheckpointError` where they are malformed."""
     entries = None if record is None else record.get(FILES)
     if entries is None:
         return None
     try:
-        return {str(name): FileFacts(int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
+        return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"the record is damaged: '{FILES}' must give bytes and sha256 of each file") from error
 
 
 def damaged_files(
-    directory: Path, recorded: Mapping[str, FileFacts], *, hashes: bool = True
+    directory: Path, recorded: Mapping[str, tuple[int, str]], *, hashes: bool = True
 ) -> Iterator[tuple[str, str]]:
     """(path, what is wrong) of the files that are not as ``recorded``: missing, of another size, or, with ``hashes``,
     of another content."""
-    for name, facts in recorded.items():
+    for name, (size, digest) in recorded.items():
         file = directory / name
         if not file.is_file():
             yield name, "is missing"
-        elif file.stat().st_size != facts.size:
-            yield name, f"has {file.stat().st_size:,} bytes, and had {facts.size:,} when it was saved"
-        elif hashes and sha256(file) != facts.sha256:
+        elif file.stat().st_size != size:
+            yield name, f"has {file.stat().st_size:,} bytes, and had {size:,} when it was saved"
+        elif hashes and sha256(file) != digest:
             yield name, "has another content than when it was saved (SHA-256 differs)"
 
 
@@ -153,7 +129,7 @@ def check_weights(directory: Path) -> None:
     recorded = recorded_files(read_any_record(directory))
     if recorded is not None:
         weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
-        small = sum(facts.size for facts in weights.values()) <= HASHED
+        small = sum(size for size, _ in weights.values()) <= HASHED
         for name, what in damaged_files(directory, weights, hashes=small):
             raise CheckpointError(f"{directory / name} {what}; restore the file, or make the checkpoint again")
     check_index(directory)

@@ -26,27 +26,18 @@ ALLOW = "allow it with --trust-remote-code (trust_remote_code=True) if you trust
 _CAUSAL = "AutoModelForCausalLM"
 
 
-def is_remote(cls: type[Any]) -> bool:
-    """Whether ``cls`` was loaded from a checkpoint's own code."""
-    package: str = cls.__module__.partition(".")[0]
-    return bool(package == TRANSFORMERS_DYNAMIC_MODULE_NAME)
-
-
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
     """Make sure that AutoModelForCausalLM has a class for ``config``; a class in the checkpoint is registered if the
-    class of ``config`` is from the checkpoint, too. ``revision``: of the checkpoint, on the hub.
-
-    Raises `ModelError` when the class is code of a checkpoint that may not run, and `UnsupportedModelError` when there
-    is none.
-    """
+    class of ``config`` is from the checkpoint, too. ``revision``: of the checkpoint, on the hub. Raises `ModelError`
+    when the class is code of a checkpoint that may not run, and `UnsupportedModelError` when there is none."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
-    reference = _code_of(config)
+    reference = (getattr(config, "auto_map", None) or {}).get(_CAUSAL)
     if reference is None:
         raise UnsupportedModelError(
             f"there is no causal language model for model type '{config.model_type}' ({type(config).__name__})"
         )
-    if not is_remote(type(config)):
+    if type(config).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
         raise ModelError(f"the model class of '{config.name_or_path}' is code that the checkpoint brings; {ALLOW}")
     model_class = _load(reference, config.name_or_path, revision)
     AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(model_class), exist_ok=True)
@@ -62,12 +53,6 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
     AutoModelForCausalLM.register(base.config_class, base, exist_ok=True)
     loaded: type[PreTrainedModel] = pruned
     return loaded
-
-
-def _code_of(config: PreTrainedConfig) -> str | None:
-    """The reference of a configuration to a model class in the checkpoint's own code; None without one."""
-    reference: str | None = (getattr(config, "auto_map", None) or {}).get(_CAUSAL)
-    return reference
 
 
 def _load(reference: str, location: str, revision: str | None) -> Any:

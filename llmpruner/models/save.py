@@ -17,7 +17,7 @@ from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from ..files import new_directory, read_json
 from .messages import quiet_transformers, why_it_stops
 from .numbers import first_not_finite
-from .record import INDEX, RECORD_FILE, SINGLE, add_manifest, names_in, record_text
+from .record import INDEX, RECORD_FILE, SINGLE, names_in, write_record
 from .shim import shim_model, stock_config
 from .stock import same_buffers, stock_model
 from .weights import StreamedWeights, Weights
@@ -65,8 +65,6 @@ def save_checkpoint(
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
     shell.should_save_on_this_rank = lambda is_main_process: is_main_process
     with new_directory(directory) as partial:
-        if record is not None:
-            (partial / RECORD_FILE).write_text(record_text(record), encoding="utf-8")
         with quiet_transformers():
             # Other readers of a stock model expect transformers' original names (experts one by one).
             if isinstance(of_shell, StreamedWeights):
@@ -79,7 +77,8 @@ def save_checkpoint(
                 tokenizer.save_pretrained(partial)
         for file in extra_files:
             shutil.copyfile(file, partial / file.name)
-        add_manifest(partial)
+        if record is not None:
+            write_record(partial / RECORD_FILE, record)
     return form
 
 
@@ -220,10 +219,7 @@ def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
 
 def add_earlier_names(directory: Path, attribute_map: Mapping[str, str]) -> None:
     """State the rotary embedding and the number of experts in ``config.json`` under the earlier names as well, for
-    programs that know no others. A rotary embedding that differs by layer had no common name.
-
-    ``attribute_map``: of the configuration's class, the other names that it reads.
-    """
+    programs that know no others. ``attribute_map``: the other names that the configuration's class reads."""
     file = directory / "config.json"
     config = read_json(file)
     names: dict[str, Any] = {}

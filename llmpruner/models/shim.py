@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from ..errors import CheckpointError
-from .meta import base_of, decoder_layers, empty_model
+from .meta import base_of, empty_model
 from .modeling_llmpruner import (
     LAYERS,
     RECORD_VERSION,
@@ -31,24 +31,16 @@ _PLAIN = (*_NUMBERS, str, type(None))
 
 
 def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance, without weights, of the pruned class with the shapes and attributes of ``model``.
-
-    ``config``: the stock configuration that ``model`` was cut from, less the removed layers. It need not state which
-    layers these are: the instance is built with all of them, and the same ones are removed from it.
-    """
+    """An instance, without weights, of the pruned class with the shapes and attributes of ``model``. ``config``: the
+    stock configuration that ``model`` was cut from, less the removed layers."""
     base = base_of(model)
-    record = {
-        "version": RECORD_VERSION,
-        "base": base.__name__,
-        "module": _module_of(model),
-        **derive(model, config),
-    }
+    record = {"version": RECORD_VERSION, "base": base.__name__, "module": _module_of(model), **derive(model, config)}
     pruned = pruned_model(base)
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     own = layer_overrides(config)
     if own is not None:
         record["per_layer"] = own
-    sizes = per_layer_sizes(model, uncut_model(model, config), config, decoder_layers(model))
+    sizes = per_layer_sizes(model, uncut_model(model, config), config)
     if sizes or own:
         stated = merged(own, sizes)
         values["per_layer_config"] = stated if own is None or is_same_by_type(config, stated) else own
@@ -70,10 +62,8 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
-    """The record that turns an instance of ``config`` into ``model`` (see `modeling_llmpruner.apply_record`).
-
-    Raises `CheckpointError` when one of the two has a parameter that the other lacks.
-    """
+    """The record that turns an instance of ``config`` into ``model`` (see `modeling_llmpruner.apply_record`). Raises
+    `CheckpointError` when one of the two has a parameter that the other lacks."""
     built = uncut_model(model, config)
     before, after = tensor_shapes(built), tensor_shapes(model)
     # A cut buffer is saved even where the class itself computes it.
@@ -130,13 +120,7 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
     config = copy.deepcopy(model.config)
     derive_lists(config.get_text_config())
     if hasattr(model, "pruned_base"):
-        dropped = {
-            "model_type",
-            "llmpruner",
-            "auto_map",
-            "per_layer_config",
-            "allow_global_per_layer_attribute_access",
-        }
+        dropped = {"model_type", "llmpruner", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
         values = {k: v for k, v in config.to_dict().items() if k not in dropped}
         own = config.llmpruner.get("per_layer")
         if own is not None:

@@ -43,9 +43,7 @@ def stock_model(
     model: PreTrainedModel, config: PreTrainedConfig, family: ModelFamily | None = None
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
-
-    ``config``: the stock configuration that ``model`` was cut from. Outputs are not compared.
-    """
+    ``config``: the stock configuration that ``model`` was cut from."""
     try:
         reference = empty_model(base_of(model), config)
     except REFUSALS:
@@ -54,10 +52,13 @@ def stock_model(
         # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
         for other in (candidate, *others):
-            built = _rebuild(other)
-            if built is None:
-                continue
             try:
+                with quiet_transformers():
+                    built = type(other).from_dict(other.to_dict())  # as it would be read from its file
+                    if built.is_heterogeneous:
+                        # Saving does it too, and may read a size of all layers where the class itself does not.
+                        built.validate()
+                built._attn_implementation = other._attn_implementation
                 stock = meta_model(built)
             except (*REFUSALS, UnsupportedModelError):
                 continue
@@ -82,11 +83,8 @@ def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, An
 
 
 def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -> bool:
-    """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers.
-
-    ``moved``: old size in the configuration → new sizes. An attribute of the cut model may still have an old size that
-    nothing reads; the caller compares outputs.
-    """
+    """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers. ``moved``:
+    old size in the configuration → new sizes. An attribute may still have an old size that nothing reads."""
     if tensor_shapes(model) != tensor_shapes(other):
         return False
     modules, others = dict(model.named_modules()), dict(other.named_modules())
@@ -248,7 +246,7 @@ def _per_layer_candidates(
     model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
     """Configurations with ``per_layer_config``, for the classes that obey it."""
-    sizes = per_layer_sizes(model, reference, config, decoder_layers(model))
+    sizes = per_layer_sizes(model, reference, config)
     if not sizes:
         return
     moved: dict[int, set[int]] = {}
@@ -289,28 +287,12 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
     return {n: next(iter(values[v])) for n, v in floats.items() if len(values.get(v, ())) == 1}
 
 
-def _rebuild(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """``config`` as it would be read from its file, or None when its class refuses it."""
-    try:
-        with quiet_transformers():
-            built: PreTrainedConfig = type(config).from_dict(config.to_dict())
-            if built.is_heterogeneous:
-                # Saving does it too, and may read a size of all layers where the class itself does not.
-                built.validate()
-    except REFUSALS:
-        return None
-    built._attn_implementation = config._attn_implementation
-    return built
-
-
 def per_layer_sizes(
-    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig, layers: str
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
 ) -> dict[int, dict[str, int]]:
-    """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``.
-
-    Each layer's sizes are verified by building one such layer. Empty unless they represent all layers.
-    """
-    before, after = tensor_shapes(reference), tensor_shapes(model)
+    """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``. Each layer's sizes are
+    verified by building one such layer. Empty unless they represent all layers."""
+    layers, before, after = decoder_layers(model), tensor_shapes(reference), tensor_shapes(model)
     outside = {n for n in after if not n.startswith(layers + ".")}
     if any(before.get(n) != after[n] for n in outside):
         return {}

@@ -55,11 +55,9 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
 
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    """Silence all units that ``kept`` leaves out, in place: the reference for a cut.
-
-    The weights that consume the units are set to zero; where a norm is computed over the units, the weights that
-    produce them too. Raises `PlanError` for groups of modules, as zeros do not silence a layer in general.
-    """
+    """Silence all units that ``kept`` leaves out, in place: the weights that consume them are set to zero; where a norm
+    is computed over the units, the weights that produce them too. Raises `PlanError` for groups of modules, as zeros do
+    not silence a layer in general."""
     check_kept(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]

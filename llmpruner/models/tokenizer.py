@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
 from .checkpoint import adapter_base
-from .gguf import RECORDED_PRE, pre_tokenizer_of
+from .gguf import RECORDED_PRE, gguf_reader
 from .messages import in_one_line, quiet_transformers
 from .reference import Reference, resolve
 
@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from .model import Structure
 
 
-def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Any | None:
+def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
-    options = options or LoadSettings()
     ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog)
     with ref.parsed_once(keep=True):
         return read_tokenizer(ref, options, structure.config)
@@ -54,10 +53,11 @@ def read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConf
         tokenizer = AutoTokenizer.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
         )
-    pre = pre_tokenizer_of(ref.directory / ref.gguf_file) if ref.gguf_file else None
-    if pre is not None:
-        # Saved with the tokenizer: transformers does not keep the name, and a GGUF file of the pruned model needs it.
-        tokenizer.init_kwargs[RECORDED_PRE] = pre
+    if ref.gguf_file:
+        pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
+        if pre is not None:
+            # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
+            tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
     return tokenizer
 
 

@@ -21,7 +21,7 @@ from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import CheckpointError, LlmprunerError, first_line
+from ..errors import CheckpointError, first_line
 from ..structure.coupling import layer_number
 from ..structure.kept import layer_numbers
 from .checkpoint import model_class
@@ -206,7 +206,6 @@ class CheckpointWeights(StreamedWeights):
         device: torch.device,
         scratch: Path | None = None,
         *,
-        ahead: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=scratch)
@@ -224,13 +223,11 @@ class CheckpointWeights(StreamedWeights):
         remove_hook_from_submodules(model)
         vars(model).pop("hf_device_map", None)
         _tie(directory, model, self._stored)
-        super().__init__(model.eval(), path, device, ahead=ahead)
+        super().__init__(model.eval(), path, device, ahead=True)
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         try:
             return {name: self._stored[name] for name in self._names.get(part, ())}
-        except LlmprunerError:
-            raise
         except Exception as error:  # safetensors, torch and the system raise what they like
             raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
 

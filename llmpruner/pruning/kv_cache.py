@@ -113,10 +113,11 @@ def _cached(model: PreTrainedModel, count: int) -> list[int]:
     from torch.utils._pytree import tree_leaves
     from transformers import cache_utils
 
-    from ..models.generation import CachedModel, sample_tokens
+    from ..models.generation import CachedModel
 
     cached = CachedModel(model)
-    cached.process(sample_tokens(model, count))
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    cached.process(torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)))
     for layer in cached.cache.layers:
         # A class outside transformers' cache module may compress, which a few tokens would not show.
         if type(layer).__module__ != cache_utils.__name__:

@@ -201,7 +201,7 @@ def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog:
         dense = dense_structure(structure, catalog, load, named=named)
         large = loaded_bytes(dense, load) > psutil.virtual_memory().available // 2
         if large and why_not_streamed(dense, catalog, load, cuts=False) is None:
-            return open_streamed(dense, catalog, load, ahead=False)
+            return open_streamed(dense, catalog, load)
         return load_model(dense, catalog, load)
     except LlmprunerError as error:
         if named is not None:
