@@ -248,7 +248,7 @@ def generate(
     if options.chat:
         talk = conversation_prompt(loaded.family, loaded.tokenizer, history, prompt) if history else None
         asked = talk or chat_prompt(loaded.family, loaded.tokenizer, prompt)
-        if note := format_note(loaded.ref, loaded.family, loaded.tokenizer, "the prompt is"):
+        if note := format_note(loaded.ref, loaded.family, loaded.tokenizer):
             progress.status(note)
     return _generate(
         loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,

@@ -89,21 +89,18 @@ class CalibrationText:
         Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
         positions, and `PluginError` when a source returns another shape or dtype.
         """
-        if samples < 1 or length < 2:
-            raise DataError(f"calibration needs at least 1 sample of 2 tokens, got {samples} × {length}")
         check_length(model.config, length)
-        count = len(self.parts)
         order = self.order(samples)
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
-            needed = -(-samples // count) if part.share is None else order.count(number)
+            needed = -(-samples // len(self.parts)) if part.share is None else order.count(number)
             task = SampleTask(model, tokenizer, part.reference, needed, length, seed, progress, family)
-            ids, shape = part.source.sample(task), (needed, length)
-            if ids.dtype != torch.int64 or tuple(ids.shape) != shape:
+            ids = part.source.sample(task)
+            if ids.dtype != torch.int64 or tuple(ids.shape) != (needed, length):
                 raise PluginError(
                     f"{part.source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of "
-                    f"shape {shape}"
+                    f"shape {(needed, length)}"
                 )
             rows.append(iter(check_ids(ids.cpu(), model)))
         return CalibrationSet(torch.stack([next(rows[number]) for number in order]), self.text)
@@ -138,15 +135,12 @@ def parse_calibration(
     sources: Mapping[str, type[CalibrationSource]],
     settings: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> CalibrationText:
-    """Parse the value of ``--calibration``: one part, or several with commas between them, with shares as in
-    ``3*self,1*chat:FILE`` (see `llmpruner.calibration.documents`).
+    """Parse the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text.
 
-    A part that is an existing file is text. A part that is the name of a source, alone or before a colon, selects that
-    source. Any other is text: a file or the name of a data set. ``sources``: by name, including that of text;
-    ``settings``: source name → values. Raises `DataError` for an empty part and `SettingsError` for settings that a
-    source does not have. Reads no text.
+    A part that is the name of a source, alone or before a colon, selects that source, unless there is such a file. Any
+    other is text: a file or the name of a data set. ``settings``: source name → values. Raises `DataError` for an empty
+    part and `SettingsError` for settings that a source does not have.
     """
-
     parts = []
     for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")

@@ -72,10 +72,8 @@ class TrainingText:
 
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: str = "") -> Prompt:
-    """The prompt for ``instruction``. ``input``: the text that the instruction refers to, if it is separate.
-
-    Raises `DataError` when the tokenizer's chat template fails.
-    """
+    """The prompt for ``instruction``. ``input``: the text that the instruction refers to, if it is separate. Raises
+    `DataError` when the tokenizer's chat template fails."""
     if not has_chat_template(family, tokenizer):
         return Prompt(family.format_prompt(instruction, input), False)
     return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
@@ -84,12 +82,9 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: st
 def conversation_prompt(
     family: ModelFamily, tokenizer: Any, exchanges: Sequence[tuple[str, str]], question: str
 ) -> Prompt | None:
-    """The prompt for ``question`` after earlier (question, answer) pairs; None for a model without a chat format: no
-    template, and a family that has no format of its own. White space around answers is left out: models generate what
-    their format has before and after an answer.
-
-    Raises `DataError` when the tokenizer's chat template fails.
-    """
+    """The prompt for ``question`` after earlier (question, answer) pairs; None for a model without a chat format. White
+    space around answers is left out: models generate what their format has before and after an answer. Raises
+    `DataError` when the tokenizer's chat template fails."""
     exchanges = [(asked, answered.strip()) for asked, answered in exchanges]
     if has_chat_template(family, tokenizer):
         messages = [
@@ -111,13 +106,10 @@ def conversation_prompt(
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """An example in the chat format of the model.
 
-    Every assistant turn of a conversation is an answer. There is one text for each example, except where a chat
-    template, or the format of the family (`ModelFamily.one_answer_per_text`), renders earlier turns differently once
-    others follow (Qwen3's leaves out their reasoning, Mistral's the system message): then there is one for each answer,
-    with the prompt that the model would get for it.
-
-    Raises `DataError` when the tokenizer's chat template fails, such as on a system message that it does not support,
-    and when it renders no answers.
+    There is one text for each example, except where a chat template, or the format of the family
+    (`ModelFamily.one_answer_per_text`), renders earlier turns differently once others follow (Qwen3's leaves out their
+    reasoning, Mistral's the system message): then there is one for each answer, with the prompt that the model would
+    get for it. Raises `DataError` when the chat template fails, and when it renders no answers.
     """
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
@@ -144,14 +136,13 @@ def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
     return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
 
 
-def format_note(name: str, family: ModelFamily, tokenizer: Any, what: str) -> str | None:
-    """A line that says in which format ``what`` (a subject with its verb) of the model ``name`` is, where that is not
-    the chat template of its tokenizer; None where it is."""
+def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
+    """A line that names the format of a prompt that is not in the tokenizer's chat template; else None."""
     if has_chat_template(family, tokenizer):
         return None
     if family.has_own_format:
-        return f"'{name}': {what} in the chat format of its family, {family.name}"
-    return f"'{name}' has no chat format: {what} in Stanford Alpaca's format for instructions"
+        return f"'{name}': the prompt is in the chat format of its family, {family.name}"
+    return f"'{name}' has no chat format: the prompt is in Stanford Alpaca's format for instructions"
 
 
 def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
@@ -190,11 +181,8 @@ _ANSWER = "\ue000"
 
 
 def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, int]:
-    """The text of a conversation that ends with a question and its answer, and where in it the answer begins, with all
-    that the template renders of it. Before it is the prompt of a model that is asked.
-
-    Raises `DataError` for a template that renders no answers.
-    """
+    """The text of a conversation that ends with a question and its answer, and where in it the answer begins. Raises
+    `DataError` for a template that renders no answers."""
     *before, last = messages
     asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)
     if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:

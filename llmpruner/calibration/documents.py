@@ -43,20 +43,17 @@ _PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
 
 
 class Record(NamedTuple):
-    """One record of a source. ``value``: a string, a JSON value, or a table row as a dictionary. ``place``: the file
-    with line, record or row, counted from 1, for messages."""
+    """``value``: a string, a JSON value, or a table row as a dictionary. ``place``: the file with line, record or row,
+    counted from 1, for messages."""
 
     value: Any
     place: str
 
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
-    """Iterates over the records of a source, in order. ``expected``: what the message for a source that does not exist
-    says.
-
-    Raises `DataError`: for a source that does not exist, at once; for a malformed record, when it is reached. Raises
-    `MissingExtraError` where the library that reads the source is not installed.
-    """
+    """The records of a source, in order. ``expected``: for the message for a source that does not exist. Raises
+    `DataError`: for a source that does not exist, at once; for a malformed record, when it is reached. Raises
+    `MissingExtraError` where the library that reads the source is not installed."""
     if source == PYDOC:
         return _help_topics()
     path = _existing_file(source, expected)
@@ -104,12 +101,8 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Find errors in a source before long work starts.
-
-    ``read``: the function that the caller will apply to every record; it is applied to the first. ``expected``: see
-    `read_records`. For a data set, only checks that ``datasets`` is installed, as it may have to be downloaded. Raises
-    as `read_records` and ``read`` do, and `DataError` when there is no record.
-    """
+    """Read the first record of a source, before long work starts; for a data set, check that ``datasets`` is installed.
+    ``read``: applied to the record. Raises as `read_records` and ``read`` do, and `DataError` where there is none."""
     if source != PYDOC and _existing_file(source, expected) is None:
         if find_spec("datasets") is None:
             raise MissingExtraError("datasets", "recover")
@@ -121,8 +114,7 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
 
 
 def _existing_file(source: str, expected: str) -> Path | None:
-    """The file that ``source`` names; None for a name of a data set. Raises `DataError` with what was ``expected`` for
-    anything else."""
+    """The file that ``source`` names; None for a data set. Raises `DataError` for anything else."""
     if isfile(source):
         return Path(source)
     if Path(source.partition(":")[0]).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):
@@ -221,10 +213,8 @@ class Part(NamedTuple):
 
 
 def parse_mixture(text: str) -> tuple[Part, ...]:
-    """The sources that ``text`` names. A file that exists is one source, whatever its name.
-
-    Raises `DataError` for an empty name and a share of zero.
-    """
+    """The sources that ``text`` names. A file that exists is one source, whatever its name. Raises `DataError` for an
+    empty name and a share of zero."""
     if isfile(text):
         return (Part(text),)
     parts = []

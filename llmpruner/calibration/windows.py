@@ -104,11 +104,8 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
 
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
-    """What ``tokenizer`` puts before ``text`` when it adds its special tokens; empty where it puts nothing there.
-
-    Found by encoding the beginning of the text both ways, as neither a name (``bos_token``) nor a flag
-    (``add_bos_token``) tells: GPT-2 and Qwen have a BOS token that they never put, and ChatGLM puts two tokens.
-    """
+    """What ``tokenizer`` puts before ``text`` when it adds its special tokens. Neither ``bos_token`` nor
+    ``add_bos_token`` tells: GPT-2 and Qwen never put their BOS token, and ChatGLM puts two tokens."""
     plain, own = (
         tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
     )

@@ -46,13 +46,12 @@ def self_generated(
     (Sun et al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that
     place do not give other tokens these values. Otherwise samples begin with BOS, as passages do.
 
-    Every passage is an unbiased sample. The random numbers for its tokens are one scrambled Sobol point (Owen, 1998),
-    a coordinate for each token, so that the frequencies of first tokens over all passages are close to the model's
-    probabilities.
+    The random numbers of a passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens
+    over all passages are close to the model's probabilities.
 
     ``batch``: passages that are generated at once. Returns int64 of shape (samples, length) on the CPU. Deterministic
-    in ``seed``; torch's global generator is not used. Raises `ModelError` when the model's logits are NaN, and
-    `UnsupportedModelError` for a class that cannot generate.
+    in ``seed``. Raises `ModelError` when the model's logits are NaN, and `UnsupportedModelError` for a class that
+    cannot generate.
     """
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
@@ -93,11 +92,8 @@ def answered(
     model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], numbers: torch.Tensor
 ) -> list[list[int]]:
     """The tokens that the model draws after each prompt, at temperature 1, without truncation of the distribution, up
-    to the end of the sequence, which is not among them.
-
-    ``prompts``: token ids, generated for at once. ``numbers``: (prompts, tokens) between 0 and 1, one for each token at
-    most; the same ones give the same answers. Raises `ModelError` when the model's logits are NaN.
-    """
+    to the end of the sequence, which is not among them. ``prompts``: token ids. ``numbers``: (prompts, tokens) between
+    0 and 1, for the drawing. Raises `ModelError` when the model's logits are NaN."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     pad = padding_id(tokenizer, model, sorted(stops))
@@ -116,8 +112,7 @@ def answered(
 
 @contextmanager
 def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
-    """For classes that transformers cannot generate with: decoders of a kind that has another cache (Blenderbot), or
-    whose layers are all of a kind that has none (Bamba without attention)."""
+    """For classes that transformers cannot generate with (Blenderbot, whose cache is of another kind)."""
     try:
         yield
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:

@@ -102,8 +102,6 @@ def load_pruned(
                 trust_remote_code=trust_remote_code,
                 **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
             )
-    except CheckpointError:
-        raise
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):

@@ -116,17 +116,15 @@ class CachedModel:
         self.model = model
         with _in_one_line(model):
             self.cache = DynamicCache(config=model.config)
-        self._cache_argument = cache_argument(model)
         # As generation does: the head computes the logits of the last token alone.
-        self._options: dict[str, Any] = {"use_cache": True, **last_logits(model)}
+        self._options: dict[str, Any] = {cache_argument(model): self.cache, "use_cache": True, **last_logits(model)}
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
         """``tokens``: ids of shape (B, n). Returns the logits of the last ones, of shape (B, V). Raises
         `UnsupportedModelError` when the model cannot continue from a cache."""
-        options = {self._cache_argument: self.cache, **self._options}
         with _in_one_line(self.model):
-            logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **options).logits
+            logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **self._options).logits
             return logits[:, -1]
 
 

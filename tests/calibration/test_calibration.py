@@ -330,8 +330,6 @@ def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
 def test_impossible_requests(gqa):
     with pytest.raises(DataError, match="beyond the model's 128 positions"):
         calibration_set("self", gqa.model, None, samples=1, length=129, seed=0)
-    with pytest.raises(DataError, match="at least 1 sample of 2 tokens, got 0 × 8"):
-        calibration_set("self", gqa.model, None, samples=0, length=8, seed=0)
     with pytest.raises(ModelError, match=r"no tokenizer, so it cannot be calibrated on 'somewhere.txt'; use 'self'"):
         calibration_set("somewhere.txt", gqa.model, None, samples=1, length=8, seed=0)
 
