@@ -39,10 +39,8 @@ def adapter_base(path: Path) -> str | None:
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
-    """``model`` with the peft adapter in directory ``path``, as a peft model in evaluation mode.
-
-    Raises `CheckpointError` when the adapter is damaged or belongs to another model.
-    """
+    """``model`` with the peft adapter in directory ``path``, as a peft model in evaluation mode. Raises
+    `CheckpointError` when the adapter is damaged or belongs to another model."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:

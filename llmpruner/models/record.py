@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,19 +146,12 @@ def has_shards(directory: Path) -> bool:
 
 def names_in(file: Path) -> list[str]:
     """The names of the tensors in a safetensors file. Raises `CheckpointError` for one that is missing or damaged."""
-    with opened(file) as tensors:
-        return list(tensors.keys())
-
-
-@contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """A safetensors file, mapped. Raises `CheckpointError`, which names it, where it is missing or damaged."""
     # Imports numpy, which the command line does without until it reads weights.
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(str(file), framework="pt") as tensors:
-            yield tensors
+            return list(tensors.keys())
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {first_line(error)}") from error
 
