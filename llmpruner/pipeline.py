@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
@@ -28,7 +28,7 @@ from .errors import DataError
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
-from .pruning.compensation.base import Fit, RepairTask, fits_record
+from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, check_job, identity, job_of
 from .pruning.saving import cut_model, outcome_of, plan_of, recorded_cost, save
@@ -149,7 +149,7 @@ def prune_model(
             outcome = outcome_of(model, made, cost)
             if expected is not None:
                 outcome = replace(outcome, forecast=expected.as_json())
-            work = {"fits": fits_record(fits)}
+            work = {"fits": [asdict(fit) for fit in fits]}
             return model.become(cut_model(replace(model, work=(*model.work, work), outcome=outcome), made))
 
 

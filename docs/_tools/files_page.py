@@ -25,22 +25,18 @@ RECORD = {
     "and `verify` warn where they find others. Absent in checkpoints of earlier versions.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
-    "work": "One for each of the plans: its [fits](#work); null where an older version made the cut.",
+    "work": "One for each of the plans: its [fits](#work).",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""
 FITS = {
-    "parameter": "The weight matrix, or the stack of matrices.",
-    "matrices": "How many matrices the parameter has.",
-    "fitted": "How many of them were fitted; the others keep their weights.",
-    "rows": "Tokens in the fits.",
-    "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; for a stack the median; null where no "
-    "fit was "
-    "better than the old weights.",
-    "before": "Squared error of the outputs on held-out tokens "
-    "with the old weights of the inputs that stay, as "
-    "a share of "
-    "the targets' mean square; for a stack, averaged over tokens; null where it was not computed.",
+    "parameter": "The weight matrix, or the stack that it is in.",
+    "slot": "Number of the expert in a stack of matrices; null for one matrix.",
+    "rows": "Tokens in the fit.",
+    "ridge": "As a share of the mean diagonal of the inputs' Gram matrix; null where no fit was better than the old "
+    "weights.",
+    "before": "Squared error of the outputs on held-out tokens with the old weights of the inputs that stay, as a "
+    "share of the targets' mean square; null where it was not computed.",
     "after": "The same with the fitted weights.",
 }
 """Key of an element of ``work[…].fits`` → what it is."""

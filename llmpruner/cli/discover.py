@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,6 @@ from .console import out, print_json, table
 from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
-    from ..discovery.oracle import Verdict
     from ..models.model import Structure
 
 
@@ -48,7 +46,14 @@ def discover(
     else:
         _show(model, structure)
         if verdicts:
-            _show_verdicts(verdicts)
+            rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
+            table(
+                "On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2
+            )
+        for verdict in verdicts:
+            lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
+            for line in (*lines, *(f"not checked: {what}" for what in verdict.skipped)):
+                out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
 
@@ -76,15 +81,6 @@ def _kind_row(graph: CouplingGraph, kind: str) -> tuple[str, ...]:
     # Hidden channels also own parameters outside of the decoder, and square matrices twice, by rows and columns.
     share = "all" if kind == HIDDEN else f"{owned / graph.decoder_parameters:.1%}"
     return (kind, str(len(groups)), *ranges, share)
-
-
-def _show_verdicts(verdicts: Sequence[Verdict]) -> None:
-    rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
-    table("On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2)
-    for verdict in verdicts:
-        lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
-        for line in (*lines, *(f"not checked: {what}" for what in verdict.skipped)):
-            out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:

@@ -3,7 +3,7 @@ is killed needs to go on, and who sees its progress. It is all that stages take 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..models.meta import decoder_list
@@ -44,10 +44,6 @@ class Execution:
         """For a model in memory. ``path``: of its module list of decoder layers."""
         return cls(Weights(model, path), ranks=ranks)
 
-    def of_copy(self, model: PreTrainedModel, path: str) -> Execution:
-        """For a copy of the model, cut or not, that is in memory."""
-        return replace(self, weights=Weights(model, path), journal=None)
-
     @property
     def model(self) -> PreTrainedModel:
         return self.weights.model
@@ -56,14 +52,6 @@ class Execution:
     def layers(self) -> nn.ModuleList:
         """The decoder layers. Raises `UnsupportedModelError` where they are not a list."""
         return decoder_list(self.weights.model, self.weights.path)
-
-    def rows_forward(self, length: int) -> int:
-        """Samples of ``length`` tokens in a micro-batch of a walk forwards."""
-        return max(1, TOKENS_AT_ONCE // length)
-
-    def rows_backward(self, length: int) -> int:
-        """The same in a walk with gradients."""
-        return max(1, TOKENS_WITH_GRADIENTS // length)
 
     def boundaries(self) -> Boundaries:
         """For hidden states; those beyond the limit are in a file in the folder of the journal, or in the system's

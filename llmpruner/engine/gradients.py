@@ -25,6 +25,7 @@ from torch.nn import functional
 from ..errors import ModelError
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import logits_at, position_blocks
+from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts, WatchProducts
 from .walk import (
     Call,
@@ -44,7 +45,6 @@ from .walk import (
 
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
-    from .execution import Execution
 
 
 @dataclass
@@ -186,7 +186,7 @@ class GradientWalk:
             # The device of weights that are read when they are needed is known here alone.
             self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
             """Whether layers and head run under autocast."""
-        rows = 1 if squares else execution.rows_backward(ids.shape[1])
+        rows = 1 if squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
         )

@@ -24,7 +24,7 @@ from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_li
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import last_logits
 from .boundaries import States, copied
-from .execution import Execution
+from .execution import TOKENS_AT_ONCE, Execution
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -289,7 +289,7 @@ class ForwardWalk:
             states, experts = execution.boundaries().states(), expert_configs(model)
             walk = cls(execution, layers, [], states, products, experts, ids.numel())
             with eager_experts(experts):
-                walk._embed(torch.split(ids, execution.rows_forward(ids.shape[1])))
+                walk._embed(torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1])))
         return walk
 
     def _embed(self, ids: Sequence[torch.Tensor]) -> None:

@@ -44,7 +44,11 @@ def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | N
         model = _read_model(ref, structure, options)
     model = model.to(options.device).eval()
     check_shapes(model, structure.graph, ref.text)
-    check_ties(ref, model, structure.graph)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, other in structure.graph.ties.items():
+        # transformers leaves them separate where the files hold both, with different values; a cut would keep one.
+        if parameters[name] is not parameters[other]:
+            raise tied_differ(ref.directory, name, other)
     if base is not None:
         model = with_adapter(model, Path(structure.ref)).merge_and_unload().eval()
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
@@ -175,12 +179,3 @@ def check_shapes(model: PreTrainedModel, graph: CouplingGraph, text: str) -> Non
             raise ModelError(
                 f"'{text}': parameter '{name}' has shape {tuple(parameter.shape)}, its configuration gives {expected}"
             )
-
-
-def check_ties(ref: Reference, model: PreTrainedModel, graph: CouplingGraph) -> None:
-    """Raise `CheckpointError` where two parameters that are tied in ``graph`` are separate in ``model``: transformers
-    leaves them so where the files hold both, with different values. A cut would keep only one of them."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for name, other in graph.ties.items():
-        if parameters[name] is not parameters[other]:
-            raise tied_differ(ref.directory, name, other)

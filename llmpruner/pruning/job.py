@@ -87,11 +87,6 @@ class PruneJob:
     """None when no component reads text."""
     seed: int
 
-    @property
-    def scores_read_text(self) -> bool:
-        """Whether scores or the allocation depend on calibration text."""
-        return bool(self.criterion.signals - {Signal.WEIGHT}) or self.allocation.measures
-
 
 @dataclass(frozen=True)
 class ReplayJob:

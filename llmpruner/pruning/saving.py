@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from .. import __version__
 from ..discovery.dense import base_record
 from ..discovery.groups import build_graph
+from ..engine.signals import Signal
 from ..errors import ModelError
 from ..models.meta import meta_model
 from ..models.numbers import stored_dtype
@@ -45,7 +46,7 @@ if TYPE_CHECKING:
 
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
-    scored = text if job.scores_read_text else None
+    scored = text if job.criterion.signals - {Signal.WEIGHT} or job.allocation.measures else None
     sources = job.calibration.text.record() if job.calibration else {}
     target = Target(by=job.by, amount=job.amount)
     if job.by == "ratio":
@@ -148,15 +149,12 @@ def save(model: Model, directory: Path) -> str:
     """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` as
     `_check_fits`."""
     _check_fits(model)
-    earlier = list((model.record or {}).get("work") or ())
-    # A version did not record it, and the work of a plan is at its number.
-    missing = len(model.plans) - len(earlier) - len(model.work)
     record = {
         **_own_record(model),
         **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
-        "work": [*earlier, *[None] * missing, *model.work],
+        "work": [*(model.record or {}).get("work", ()), *model.work],
         "base_config": stated(model.config),
     }
     return save_checkpoint(

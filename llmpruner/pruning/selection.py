@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import isfinite
 from typing import TYPE_CHECKING
@@ -20,6 +20,7 @@ from ..engine.walk import check_tokens
 from ..errors import ModelError, SelectionError
 from ..models.numbers import with_fast_products
 from ..models.surgery import cut, cut_copy
+from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ..structure.kept import compose, layer_numbers, removed_layers
@@ -187,7 +188,7 @@ class _Choice:
         if now.ranked and removal is None:
             return
         if now.network is not self.model.model:
-            execution = execution.of_copy(now.network, now.graph.layers)
+            execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
         if text is not None and job.compensation.reads_text and job.criterion.signals & GRADIENTS:
             text = text.first(GRADIENT_TOKENS)
         scores = estimate(

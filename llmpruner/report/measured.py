@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from ..values import bytes_text, count_text, counted
 from .base import Measurements, ReportSection, ReportSubject, bare, rendered
-
-if TYPE_CHECKING:
-    from ..structure.plan import PruningPlan
 
 SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
 
@@ -23,14 +20,10 @@ class QualitySection(ReportSection):
 
     def render(self, subject: ReportSubject) -> str | None:
         tables = [(measured, _texts(measured)) for measured in subject.measured]
-        return rendered("quality.html.j2", tables=tables, calibration=calibration_of(subject.plans), name=subject.name)
-
-
-def calibration_of(plans: Iterable[PruningPlan]) -> str:
-    """The texts that the plans were ranked on and fitted to, as the user named them, separated by commas. Those of an
-    earlier plan count: the weights that it fitted are in the model."""
-    parts = [part for plan in plans for part in (plan.estimation, plan.compensation)]
-    return ", ".join(dict.fromkeys(bare(part.calibration) for part in parts if part and part.calibration))
+        # Texts of an earlier plan count: the weights that it fitted are in the model.
+        parts = [part for plan in subject.plans for part in (plan.estimation, plan.compensation)]
+        read = ", ".join(dict.fromkeys(bare(part.calibration) for part in parts if part and part.calibration))
+        return rendered("quality.html.j2", tables=tables, calibration=read, name=subject.name)
 
 
 def _texts(measured: Measurements) -> str:

@@ -138,19 +138,12 @@ def test_a_share_of_units_is_the_papers_amount(gqa):
     assert {c.layer for c in cuts.values()} == {1, 2}
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_every_plan_of_a_checkpoint_has_its_work(gqa, tmp_path, recorded):
-    """None for the plan of a version that did not record it: work is assigned to plans in order."""
+def test_every_plan_of_a_checkpoint_has_its_work(gqa, tmp_path):
     llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "once")
-    file = tmp_path / "once" / "llmpruner.json"
-    record = json.loads(file.read_text())
-    (first,) = record["work"]
-    if not recorded:
-        del record["work"]
-        file.write_text(json.dumps(record))
+    (first,) = json.loads((tmp_path / "once" / "llmpruner.json").read_text())["work"]
     llmpruner.prune(tmp_path / "once", ratio=0.2, importance="l2", output=tmp_path / "twice")
     one, two = json.loads((tmp_path / "twice" / "llmpruner.json").read_text())["work"]
-    assert one == (first if recorded else None) and two
+    assert one == first and two
 
 
 def test_both_ends_are_protected(gqa):

@@ -418,7 +418,7 @@ def test_a_ridge_that_cannot_be_solved_is_not_chosen(monkeypatch):
 
 
 @pytest.mark.parametrize("scale", (3e18, 1e19))
-def test_weights_stay_where_no_ridge_can_be_solved(scale):
+def test_weights_stay_where_no_ridge_can_be_solved(scale, caplog):
     """Squares of so large activations overflow float32."""
     x, target, true = problem()
     weight = torch.nn.Linear(6, 3, bias=False)
@@ -428,3 +428,4 @@ def test_weights_stay_where_no_ridge_can_be_solved(scale):
     (fit,) = write_all({("weight", None): fitter}, weight, SINGLE)
     assert fit.ridge is None
     torch.testing.assert_close(weight.weight[:, :5], true[:, :5])
+    assert "'weight' keeps its weights" in caplog.text

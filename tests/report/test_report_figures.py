@@ -39,7 +39,7 @@ def test_the_record_tells_the_fits_of_every_layer(record):
     (work,) = record["work"]
     assert {fit["parameter"] for fit in work["fits"]} == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)}
     for fit in work["fits"]:
-        assert list(fit) == ["parameter", "matrices", "fitted", "rows", "ridge", "before", "after"]
+        assert list(fit) == ["parameter", "slot", "rows", "ridge", "before", "after"]
         assert fit["rows"] == 8 * 24 and 0 < fit["after"] <= fit["before"]
         assert (fit["ridge"] is None) == (fit["after"] == fit["before"])
     assert any(fit["after"] < fit["before"] for fit in work["fits"])

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from ...component import Component
 from ...errors import UnsupportedModelError
@@ -36,31 +35,6 @@ class Fit:
     ridge: float | None
     before: float | None = None
     after: float | None = None
-
-
-def fits_record(fits: Sequence[Fit]) -> list[dict[str, Any]]:
-    """The fits as JSON values, one for each parameter, as ``llmpruner.json`` keeps them: for a stack of matrices the
-    median of the ridges, and errors averaged over the tokens."""
-    by_parameter: dict[str, list[Fit]] = {}
-    for fit in fits:
-        by_parameter.setdefault(fit.parameter, []).append(fit)
-    records = []
-    for parameter, own in by_parameter.items():
-        ridges = [fit.ridge for fit in own if fit.ridge is not None]
-        errors = [(fit.rows, fit.before, fit.after) for fit in own if fit.before is not None and fit.after is not None]
-        rows = sum(count for count, _, _ in errors)
-        records.append(
-            {
-                "parameter": parameter,
-                "matrices": len(own),
-                "fitted": len(ridges),
-                "rows": sum(fit.rows for fit in own),
-                "ridge": median(ridges) if ridges else None,
-                "before": sum(count * before for count, before, _ in errors) / rows if rows else None,
-                "after": sum(count * after for count, _, after in errors) / rows if rows else None,
-            }
-        )
-    return records
 
 
 @dataclass(frozen=True)

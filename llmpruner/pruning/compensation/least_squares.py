@@ -11,6 +11,7 @@ regression, and `BiasFitter` a mean, for one weight matrix; `write_all` applies 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from ...engine.products import WatchedProduct
     from ...engine.ranks import Ranks
+
+_LOG = logging.getLogger("llmpruner")
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
 _HELD_OUT = 8
@@ -126,6 +129,11 @@ class WeightFitter:
         self._fit.add(inputs[:split], target[:split])
         self._held_out.add(inputs[split:], target[split:])
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether there are rows to fit and rows to compare; an expert may get none."""
+        return bool(self._fit.rows and self._held_out.rows)
+
     def reduce(self, ranks: Ranks) -> None:
         """Sum over all processes, which must all call this."""
         self._fit.reduce(ranks)
@@ -135,7 +143,7 @@ class WeightFitter:
         """The error on the held-out rows in trial number ``trial``, see `_Sums.error`. Infinite where there are no
         rows, and where the trial's system cannot be solved. Where there are many outputs, it is that of `_OUTPUTS`
         evenly spaced ones or a few more, which are enough to choose a ridge."""
-        if not self._fit.rows or not self._held_out.rows:
+        if not self.has_rows:
             return inf
         old_OI = self._old(matrix)
         step = max(1, len(old_OI) // _OUTPUTS)
@@ -235,6 +243,16 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
     by_matrix: dict[Matrix, list[float]] = {key: [] for key in fitters}
     for (key, _), error in zip(trials, errors.tolist(), strict=True):
         by_matrix[key].append(error)
+    unsolvable = {
+        key[0]: None
+        for key, fitter in fitters.items()
+        if isinstance(fitter, WeightFitter) and fitter.has_rows and not any(map(isfinite, by_matrix[key][:-1]))
+    }
+    for name in unsolvable if ranks.first else ():
+        _LOG.warning(
+            f"'{name}' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
+            "activations; raise --samples or --set prune.length"
+        )
     own = {
         key: fitter.write(key, matrices[key], by_matrix[key])
         for number, (key, fitter) in enumerate(fitters.items())
