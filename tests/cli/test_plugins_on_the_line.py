@@ -149,9 +149,8 @@ class Mixed:
             """Has no name."""
 
         class Useful(ImportanceCriterion):
-            """Its docstring stands in for a summary, with E[g²] and all."""
-
             name = "useful"
+            summary = "the mean of squares, with E[g²] and all"
 
         return [Nameless, Useful]
 
@@ -164,7 +163,7 @@ def test_plugins_lists_what_was_left_out():
         "kind": "criterion",
         "name": "useful",
         "package": "test_plugins_on_the_line",
-        "summary": "Its docstring stands in for a summary, with E[g²] and all.",
+        "summary": "the mean of squares, with E[g²] and all",
     }
     (line,) = shown["broken"]
     assert "Nameless" in line and done.stderr == f"warning: {line}\n"
@@ -172,6 +171,6 @@ def test_plugins_lists_what_was_left_out():
 
 def test_brackets_of_a_summary_are_shown():
     shown = CliRunner().invoke(app_with(mixed=Mixed()), ["plugins", "useful"]).stdout
-    assert shown.startswith("useful, criterion of test_plugins_on_the_line (") and "with E[g²] and all." in " ".join(
+    assert shown.startswith("useful, criterion of test_plugins_on_the_line (") and "with E[g²] and all" in " ".join(
         shown.split()
     )
