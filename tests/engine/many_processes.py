@@ -124,7 +124,7 @@ def prepare() -> None:
     llmpruner.pipeline.calibrate = lambda model, job, execution: tokens(job.calibration.samples, job.calibration.length)
     for module in (llmpruner.engine.walk, llmpruner.engine.gradients):
         module.computes_bfloat16_fast = lambda model: False
-    llmpruner.engine.execution.TOKENS_WITH_GRADIENTS = 4 * 32
+    llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS = 4 * 32
 
 
 if __name__ == "__main__":

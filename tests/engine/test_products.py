@@ -27,8 +27,8 @@ CALIBRATION = tokens(6, 16)
 
 @pytest.fixture(autouse=True)
 def small_micro_batches(monkeypatch, full_precision):
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 4 * 16)
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_WITH_GRADIENTS", 4 * 16)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 4 * 16)
+    monkeypatch.setattr("llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS", 4 * 16)
     monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 

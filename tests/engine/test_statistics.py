@@ -52,7 +52,7 @@ def inputs_of(loaded, names):
 )
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", at_once)
     loaded = make(name)
     wanted = [module.format(n) + ".weight" for module in modules for n in (0, 2)]
     found = statistics(loaded, wanted)
@@ -122,7 +122,7 @@ def test_layers_after_the_last_wanted_are_not_run():
 
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_the_stream_is_compared_over_layers_and_over_blocks_of_layers(at_once, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", at_once)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", at_once)
     loaded = make("llama-gqa")
     states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
     single = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION)

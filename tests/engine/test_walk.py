@@ -70,7 +70,7 @@ def drawn(model: Model, samples: int, length: int) -> CalibrationSet:
 
 
 def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
     walk, found = walked(sharing, calibration)
     assert len(walk.batches) == 3 and walk.passes_on
@@ -80,7 +80,7 @@ def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
 
 def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, monkeypatch):
     """The targets of a compensation are the dense model's hidden states, in every layer."""
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
     monkeypatch.setattr("llmpruner.pipeline.calibrate", lambda *_: calibration)
     expected, seen = boundaries(sharing, calibration.input_ids)[1:], []
@@ -100,7 +100,7 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
 def test_micro_batches_make_no_difference(monkeypatch):
     loaded, calibration = make("llama-gqa"), tokens(5, 16)
     _, whole = walked(loaded, calibration)
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 32)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
     assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)

@@ -157,7 +157,7 @@ def test_micro_batches_change_little(monkeypatch):
     kept = plan_for(loaded, "mlp+attention")
     dense = logits(loaded.model)
     whole = divergence(repaired(loaded, kept)[0], dense)
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 256)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 256)
     parts = divergence(repaired(loaded, kept)[0], dense)
     assert parts == pytest.approx(whole, rel=0.25)
 

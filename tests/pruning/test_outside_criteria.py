@@ -21,8 +21,8 @@ LENGTH = 16
 
 @pytest.fixture(autouse=True)
 def small_micro_batches(monkeypatch, full_precision):
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_AT_ONCE", 2 * LENGTH)
-    monkeypatch.setattr("llmpruner.engine.execution.TOKENS_WITH_GRADIENTS", 4 * LENGTH)
+    monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 2 * LENGTH)
+    monkeypatch.setattr("llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS", 4 * LENGTH)
     monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
