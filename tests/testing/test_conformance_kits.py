@@ -354,12 +354,12 @@ def test_the_parameter_that_a_family_has_wrong_is_named():
     "check", ["test_checkpoints_may_name_its_model_class", "test_a_pruned_model_loads_in_fresh_processes"]
 )
 def test_a_model_class_that_no_entry_point_names_is_noticed(check, tmp_path, monkeypatch):
-    def far_away(self, config):
-        model = random_instance(config)
+    def far_away(config, seed):
+        model = random_instance(config, seed)
         model.__class__ = type("FarForCausalLM", (type(model),), {"__module__": "far_away.modeling"})
         return model
 
-    monkeypatch.setattr(FamilyCase, "build", far_away)
+    monkeypatch.setattr("llmpruner.testing.family.random_instance", far_away)
     written = r'\[project\.entry-points\."llmpruner\.models"\]\nfar_away = "far_away"'
     with pytest.raises(AssertionError, match=written):
         getattr(FamilyCase(), check)(*([tmp_path] if "processes" in check else []))
