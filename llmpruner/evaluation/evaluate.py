@@ -34,6 +34,8 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
         chosen["perplexity"] = {key: value for key, value in of_text.items() if value is not None}
     if settings.tasks is not None:
         chosen["tasks"] = {"names": settings.tasks, "limit": settings.limit}
+    elif settings.limit is not None:
+        raise SettingsError("--limit is of --tasks; name tasks")
     for name in settings.metrics or ():
         chosen.setdefault(name, {})
     if len(chosen) == 1 and not settings.metrics:

@@ -18,9 +18,10 @@ import llmpruner
 from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, ModelError, ModelFamily, Row
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import ComparedModel
-from llmpruner.evaluation.evaluate import Evaluation, Evaluations
+from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
 from llmpruner.evaluation.metrics import PerplexityMetric, Size, SizeMetric, TasksMetric
 from llmpruner.evaluation.perplexity import PerplexityResult
+from llmpruner.settings import EvaluateSettings
 
 
 class Largest(Metric):
@@ -264,3 +265,8 @@ def test_a_tokenizer_that_splits_otherwise_has_the_same_tokens(text):
     assert fast("fox")["input_ids"] != Slow(fast)("fox")["input_ids"]
     PerplexityMetric(text=text, kl=True).check_models(models)
     PerplexityMetric(text=text, kl=True).check_models(models[::-1])
+
+
+def test_a_limit_without_tasks_is_refused(catalog):
+    with pytest.raises(SettingsError, match="--limit is of --tasks"):
+        chosen_metrics(EvaluateSettings(limit=3), catalog)
