@@ -40,7 +40,7 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     sentence = next(line for line in shown.out.splitlines() if "of the decoder's parameters are gone" in line)
     assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
-    for title in ("Quality", "Answers", "Cost", "What was cut", "Compensation", "Recovery"):
+    for title in ("Quality", "Answers", "Cost", "What was cut", "Recovery"):
         assert f">{title}</h2>" in page
     assert "Calibration text: 3*self,1*chat:instructions.jsonl." in page
     assert run("generate", tmp_path / "demo" / "pruned", "-p", "The fox", "--max-new-tokens", 2).code == 0
