@@ -23,6 +23,7 @@ from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Product as Product
 from .engine.signals import Signal as Signal
 from .engine.signals import StreamStats as StreamStats
+from .engine.signals import TokenStats as TokenStats
 from .engine.signals import UnitAxis as UnitAxis
 from .errors import CheckpointError as CheckpointError
 from .errors import DataError as DataError

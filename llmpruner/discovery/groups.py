@@ -19,6 +19,7 @@ from ..structure.coupling import (
     LAYER,
     MLP,
     QUERY,
+    VOCABULARY,
     Blocked,
     CoupledGroup,
     CouplingGraph,
@@ -110,14 +111,18 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:
 def _pass(
     traced: Trace, canonical: Mapping[str, str], *, elastic: bool = False
 ) -> tuple[list[UnitSet], dict[tuple[str, int], str]]:
-    """The sets of units that a weight consumes or a router chooses: others cannot be silenced, and so not checked."""
+    """The tokens, and the sets of units that a weight consumes or a router chooses: others cannot be silenced, and so
+    not checked."""
     run = Propagation(elastic)
     run.run(traced.program, canonical)
     usable, reasons = unit_sets(run)
-    return [f for f in usable if Mark.ROUTED in f.marks or any(s.role is Role.CONSUMES for s in f.owned)], reasons
+    known = {Mark.ROUTED, Mark.VOCABULARY}
+    return [f for f in usable if f.marks & known or any(s.role is Role.CONSUMES for s in f.owned)], reasons
 
 
 def _name(unit_set: UnitSet, traced: Trace) -> Named:
+    if Mark.VOCABULARY in unit_set.marks:
+        return Named(VOCABULARY, None, unit_set)
     numbers = {layer_number(s.parameter, traced.layers) for s in unit_set.owned}
     if len(numbers) > 1 or None in numbers:
         if None not in numbers:
@@ -173,7 +178,7 @@ def _groups(sets: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str
             yield _group(f"layers.{number}.{name}", named, number, traced, {})
     tied = {names[0]: names for names in aliases.values() if len(names) > 1}
     count: Counter[str] = Counter()
-    for named in sorted(by_layer.get(None, []), key=lambda n: -n.unit_set.units):
+    for named in sorted(by_layer.get(None, []), key=lambda n: (n.kind == VOCABULARY, -n.unit_set.units)):
         name = f"{named.kind}.{count[named.kind]}" if count[named.kind] else named.kind
         count[named.kind] += 1
         yield _group(name, named, None, traced, tied)

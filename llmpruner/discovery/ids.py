@@ -40,6 +40,7 @@ class Mark(str, Enum):
     SOFTMAX = "softmax"
     """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
     VOCABULARY = "vocabulary"
+    """It is a token: of the rows that token ids look up, and of the logits."""
 
 
 @dataclass

@@ -302,7 +302,9 @@ def gather(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 @rule("embedding")
 def embedding(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
     table, pick = args[0], args[1]
-    if pick.selects is not None:
+    if pick.is_input:
+        run.look_up(table.axes[0])
+    elif pick.selects is not None:
         run.tie(table.axes[0], pick.selects)
     else:
         run.ids.block(table.axes[0], "rows are looked up by number")

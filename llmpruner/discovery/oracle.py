@@ -19,7 +19,8 @@ from ..models.checkpoint import load_pruned
 from ..models.messages import quiet_transformers, why_it_stops
 from ..models.save import save_checkpoint
 from ..models.surgery import cut, silence
-from ..structure.coupling import EXPERT, LAYER, CoupledGroup, CouplingGraph, Role
+from ..models.vocabulary import token_ids
+from ..structure.coupling import EXPERT, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Role
 from ..structure.kept import Kept, removed_modules
 from .follow import Follower, Rule, candidates, find, tables
 from .tiny import random_instance
@@ -95,6 +96,9 @@ class Oracle:
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
+        if kind == VOCABULARY:
+            named = token_ids(self.config)
+            plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
         if kind == LAYER and len(types) == self.graph.num_layers:
             plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
@@ -111,11 +115,12 @@ class Oracle:
             verdict.checks.append("cached generation")
         for name, kept in plans.items():
             model = self._cut(self.models["eager"], kept, verdict.follows)
-            expected = logits(model, self.tokens)
+            tokens = self._tokens(kept).after
+            expected = logits(model, tokens)
             with tempfile.TemporaryDirectory() as parent:
                 save_checkpoint(model, Path(parent) / "pruned", record={})
                 loaded = load_pruned(Path(parent) / "pruned", attn_implementation="eager")
-                difference = distance(logits(loaded, self.tokens), expected)
+                difference = distance(logits(loaded, tokens), expected)
             if not difference <= TOLERANCE:
                 raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
         verdict.checks.append("save and load")
@@ -160,7 +165,7 @@ class Oracle:
             why_not = why_no_generation(reference, self.tokens)
         if why_not:
             return f"the model with silenced units {why_not}"
-        difference = cached_difference(self._cut(dense, kept, follows), self.tokens)
+        difference = cached_difference(self._cut(dense, kept, follows), self._tokens(kept).after)
         if not difference <= TOLERANCE:
             raise Disagreement("generation with a cache differs from generation without", difference, "")
         return ""
@@ -177,9 +182,10 @@ class Oracle:
         expected, reference, mode = self._reference(dense, kept)
         if strict and distance(expected, self.dense[implementation]) < VISIBLE:
             raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
-        difference = distance(logits(model, self.tokens), expected)
+        tokens = self._tokens(kept)
+        difference = distance(logits(model, tokens.after), expected)
         if not difference <= TOLERANCE:
-            where = first_difference(model, reference, self.tokens, mode)
+            where = first_difference(model, reference, tokens, mode)
             raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
         return difference
 
@@ -187,10 +193,27 @@ class Oracle:
         self, dense: PreTrainedModel, kept: Kept
     ) -> tuple[torch.Tensor, PreTrainedModel, AbstractContextManager[object]]:
         """The logits of a silenced copy of ``dense``, that copy, and the context in which it must run."""
-        model = copy.deepcopy(dense)
+        model, tokens = copy.deepcopy(dense), self._tokens(kept)
         mode = silenced(model, self.graph, kept)
         with mode:
-            return logits(model, self.tokens), model, mode
+            return logits(model, tokens.before)[..., tokens.predicted], model, mode
+
+    def _tokens(self, kept: Kept) -> Tokens:
+        for name, units in kept.items():
+            if self.graph.by_name[name].kind == VOCABULARY:
+                after, predicted = self.tokens % len(units), torch.tensor(units)
+                return Tokens(predicted[after], after, predicted)
+        return Tokens(self.tokens, self.tokens, slice(None))
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The same tokens by their ids ``before`` a cut and ``after`` it, (B, T); and those before it that the cut model
+    ``predicted``."""
+
+    before: torch.Tensor
+    after: torch.Tensor
+    predicted: torch.Tensor | slice
 
 
 class Disagreement(LlmprunerError):
@@ -238,12 +261,12 @@ def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
 
 
 def first_difference(
-    model: PreTrainedModel, reference: PreTrainedModel, tokens: torch.Tensor, mode: AbstractContextManager[object]
+    model: PreTrainedModel, reference: PreTrainedModel, tokens: Tokens, mode: AbstractContextManager[object]
 ) -> str:
     """The path of the first module whose output differs between two models, or nothing. ``mode``: see `silenced`."""
-    seen = _outputs(model, tokens)
+    seen = _outputs(model, tokens.after)
     with mode:
-        expected = _outputs(reference, tokens)
+        expected = _outputs(reference, tokens.before)
     for path, output in seen.items():
         other = expected.get(path)
         if other is not None and other.shape == output.shape and distance(output, other) > TOLERANCE:

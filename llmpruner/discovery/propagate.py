@@ -38,7 +38,8 @@ class Value:
     """The abstract value of a tensor: the identities along each axis.
 
     ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
-    a weight. ``numbers``: the values of an integer constant.
+    a weight. ``numbers``: the values of an integer constant. ``is_input``: whether it is the token ids that the model
+    is given, moved but not changed.
     """
 
     axes: tuple[Ids, ...]
@@ -47,6 +48,7 @@ class Value:
     selects: Ids | None = None
     tag: Tag | None = None
     numbers: Ids | None = None
+    is_input: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -80,13 +82,16 @@ def uniform(size: int, value: int) -> Ids:
 class Propagation:
     """One pass over a graph. ``elastic``: repeated keys and values may be repeated fewer times, so that single query
     heads can be removed. ``parameters``: (name, axis) → identities, of parameters and of the floating point
-    ``buffers``, whose entries may belong to units just as well. ``where``: the operator at work and its module."""
+    ``buffers``, whose entries may belong to units just as well. ``tokens``: of the vocabulary, once token ids were
+    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module."""
 
     elastic: bool = False
     ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
+    tokens: Ids | None = None
+    readers: list[str] = field(default_factory=list)
     where: str = ""
 
     def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
@@ -102,11 +107,10 @@ class Propagation:
                 if node.op != "output":
                     values[node] = self.call(node, list(args), kwargs)
                     continue
-                for value in _tensors(args):
-                    if value.axes:
-                        self.ids.mark(value.axes[-1], Mark.VOCABULARY)
-                        for ids in value.axes[:-1]:
-                            self.ids.block(ids, "it is an axis of the output")
+                logits, *others = _tensors(args)
+                self.predict(logits.axes[-1])
+                for ids in (*logits.axes[:-1], *(ids for value in others for ids in value.axes)):
+                    self.ids.block(ids, "it is an axis of the output")
 
     def input(self, node: Node, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> Any:
         signature, meta = program.graph_signature, cast("Any", node.meta.get("val"))
@@ -116,7 +120,8 @@ class Propagation:
             self.buffers.add(buffer)
             return replace(self.parameter(canonical.get(buffer, buffer), meta.shape), origin=Origin.CONSTANT)
         if node.name in signature.user_inputs:
-            return self.opaque(meta, Origin.ACTIVATION)
+            value = self.opaque(meta, Origin.ACTIVATION)
+            return replace(value, is_input=True) if isinstance(value, Value) else value
         value = self.opaque(meta, Origin.CONSTANT)
         constant = program.constants.get(signature.inputs_to_lifted_tensor_constants.get(node.name, ""))
         if isinstance(constant, torch.Tensor) and not constant.is_meta and constant.dtype is torch.long:
@@ -145,6 +150,9 @@ class Propagation:
             raise UnsupportedModelError(
                 f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
             ) from error
+        moved = name in READS_NO_TOKENS or (isinstance(result, Value) and result.is_input)
+        if not moved and any(value.is_input for value in _tensors([args, kwargs])):
+            self.readers.append(self.where)
         meta = node.meta.get("val")
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
             raise UnsupportedModelError(
@@ -156,6 +164,8 @@ class Propagation:
     def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """Block all operands of an operator without a rule; those of constants have no identities."""
         operands = _tensors([args, kwargs])
+        if any(value.is_input for value in operands):
+            self.readers.append(self.where)
         for value in operands:
             for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
                 self.ids.block(ids, f"operator {name} is not understood ({self.where})")
@@ -179,6 +189,24 @@ class Propagation:
         return uniform(size, TABLE if origin is Origin.CONSTANT else FIXED)
 
     # The building blocks of rules.
+
+    def look_up(self, rows: Ids) -> None:
+        """Token ids choose ``rows`` of a table."""
+        if self.tokens is None:
+            self.tokens = rows
+        elif rows is not self.tokens:
+            self.readers.append(f"several tables ({self.where})")
+
+    def predict(self, last: Ids) -> None:
+        """``last``, the last axis of the logits, and the rows that token ids look up belong to the same tokens."""
+        reason = "an entry of the vocabulary"
+        if self.tokens is not None and self.readers:
+            reason = f"token ids are read by {self.readers[0]}"
+        elif self.tokens is not None and len(self.tokens) == len(last):
+            self.ids.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
+            return
+        for ids in (last, *([] if self.tokens is None else [self.tokens])):
+            self.ids.block(ids, reason)
 
     def tie(self, left: Ids, right: Ids) -> Ids:
         return self.ids.tie(left, right, f"tied to an axis that cannot be cut ({self.where})")
@@ -226,6 +254,9 @@ class Propagation:
 
 
 KEEPS_TAG: set[str] = set()
+READS_NO_TOKENS = frozenset(("embedding", "eq", "ne", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones"))
+"""Operators that are given token ids and read only their shape, or compare them with a token that the configuration
+names, as `surgery.cut` numbers it anew."""
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:

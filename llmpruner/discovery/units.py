@@ -59,7 +59,7 @@ def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
     index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
     roots = parts.label[ids]
     marked = parts.marked
-    closed = marked[Mark.BLOCKED] | marked[Mark.VOCABULARY] | (marked[Mark.SOFTMAX] & ~marked[Mark.ROUTED])
+    closed = marked[Mark.BLOCKED] | (marked[Mark.SOFTMAX] & ~marked[Mark.ROUTED])
     open_ = ~closed[roots]
     reasons = {s: why for s, why in _reasons(parts, slots, owner, roots, open_).items() if s[0] not in run.buffers}
     order = np.lexsort((index[open_], owner[open_], roots[open_]))
@@ -94,12 +94,7 @@ def _reasons(
         mine = owner == n
         if mine.any() and not (open_ & mine).any():
             root = int(roots[mine][0])
-            if root in parts.reasons:
-                reasons[slot] = parts.reasons[root]
-            elif parts.marked[Mark.VOCABULARY][root]:
-                reasons[slot] = "an entry of the vocabulary"
-            else:
-                reasons[slot] = "a softmax runs over it"
+            reasons[slot] = parts.reasons.get(root, "a softmax runs over it")
     return reasons
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
 from ..structure.coupling import Role
@@ -86,6 +86,8 @@ class Signal(str, Enum):
     """Hidden states before and after each layer, compared; for `ImportanceCriterion.score_layers` alone."""
     STREAM_BLOCKS = "stream_blocks"
     """As `STREAM`, for blocks of consecutive layers of every length."""
+    TOKENS = "tokens"
+    """How often tokens are written and expected; for `ImportanceCriterion.score_tokens` alone."""
 
 
 GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
@@ -129,6 +131,18 @@ class InputStats:
     def variance(self) -> torch.Tensor:
         """E[x²] − E[x]², shaped like ``mean``; never negative."""
         return (self.second_moment - self.mean.square()).clamp_min(0)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """How often tokens are used. ``counts``: how often each is written in the calibration text, (V,), int64.
+    ``expected``: the sum of its probabilities as the next token at ``predicted`` positions of the text, (V,), float64.
+    ``tokenizer``: None for a model without one, whose tokens can be scored but not removed."""
+
+    counts: torch.Tensor
+    expected: torch.Tensor
+    predicted: int
+    tokenizer: Any | None
 
 
 @dataclass(frozen=True, slots=True)

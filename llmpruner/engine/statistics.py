@@ -5,16 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import nan, pi
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
 
+from ..models.numbers import with_fast_products
+from ..models.positions import logits_at, position_blocks
 from .products import ReduceProducts, WatchedProduct, WatchProducts
 from .ranks import SINGLE, Ranks
-from .signals import InputStats, ProductStats, StreamStats
-from .walk import ForwardWalk
+from .signals import InputStats, ProductStats, StreamStats, TokenStats
+from .walk import ForwardWalk, check_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
     from .execution import Execution
 
 
+PREDICTED = 16384
+"""Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""
 _BLOCKS = 4
 """Column blocks that a Gram matrix is computed in; more blocks save little more."""
 
@@ -203,3 +208,22 @@ def stream_statistics(execution: Execution, calibration: CalibrationSet, *, bloc
             cosine[length, number - length] = float(of_tokens.mean())
             angle[length, number - length] = float(of_tokens.arccos().mean()) / pi
     return StreamStats(cosine, angle)
+
+
+@torch.no_grad()
+def token_statistics(execution: Execution, calibration: CalibrationSet, tokenizer: Any | None) -> TokenStats:
+    """Count the tokens of the calibration text, and sum up the probabilities of all next tokens on the first
+    `PREDICTED` of it. Memory: `LOGIT_ELEMENTS` logits, a few times."""
+    model = execution.model
+    rows = model.get_input_embeddings().weight.shape[0]
+    counts = torch.bincount(calibration.input_ids.flatten(), minlength=rows)
+    expected, predicted = torch.zeros(rows, dtype=torch.float64), 0
+    with execution.weights.outside():
+        ids = check_tokens(model, calibration.first(PREDICTED).input_ids)
+        for batch in execution.progress.track(torch.split(ids, 4), "Predicting tokens"):
+            for positions in position_blocks(model, batch, rows):
+                compute = partial(logits_at, model, batch, positions)
+                logits = with_fast_products(model, compute).flatten(0, 1).float()
+                expected += logits.softmax(-1).sum(0).double().cpu()
+                predicted += len(logits)
+    return TokenStats(counts, expected, predicted, tokenizer)

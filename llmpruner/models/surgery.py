@@ -17,9 +17,10 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..structure.coupling import CouplingGraph, Role
+from ..structure.coupling import VOCABULARY, CouplingGraph, Role
 from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_modules, restrict
 from .modeling_llmpruner import drop_layers, follow_shape
+from .vocabulary import renumber
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,8 +32,9 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     """Remove all units that ``kept`` leaves out, in place, and return the coupling graph of the cut model.
 
     Replaces parameters (tied ones stay tied) and buffers, updates the sizes that linear, embedding and norm modules
-    store, rescales RMS norms over cut units so that the result equals the silenced model, deletes removed layers and
-    renumbers the others; then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``.
+    store, rescales RMS norms over cut units so that the result equals the silenced model, deletes removed layers,
+    renumbers tokens and layers; then ``family.follow`` updates other attributes. Raises `PlanError` for invalid
+    ``kept``.
     """
     check_kept(graph, kept)
     sizes = {model.get_submodule(name.rpartition(".")[0]): size for (name, _), size in norms(graph, kept).items()}
@@ -41,6 +43,9 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
             epsilon = getattr(module, name, None)
             if isinstance(epsilon, float):
                 setattr(module, name, epsilon * before / after)
+    for name, units in kept.items():
+        if graph.by_name[name].kind == VOCABULARY:
+            renumber(model, units, graph.by_name[name].units)
     values = CutValues(graph, kept)
     replaced: dict[int, torch.Tensor] = {}
     for name in (*graph.shapes, *graph.buffers):

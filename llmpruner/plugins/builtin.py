@@ -21,12 +21,14 @@ def llmpruner_importance_criteria() -> list[type[Any]]:
     from ..pruning.criteria.layers import AngularBlock, AngularDistance, BlockInfluence
     from ..pruning.criteria.obs import OptimalBrainSurgeon
     from ..pruning.criteria.taylor import Fisher, Taylor
+    from ..pruning.criteria.tokens import TokenUse
     from ..pruning.criteria.weights import L1, L2, ActivationNorm, Fluctuation, OutputEnergy, Pca, Random, WandaSp
 
     weights = [Random, L1, L2]
     forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
     experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
-    return [*weights, Taylor, Fisher, *forward, *experts, BlockInfluence, AngularDistance, AngularBlock]
+    layers = [BlockInfluence, AngularDistance, AngularBlock]
+    return [*weights, Taylor, Fisher, *forward, *experts, *layers, TokenUse]
 
 
 @hookimpl

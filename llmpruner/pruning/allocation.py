@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field
 from ..component import Component, ComponentSettings
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
-from ..structure.coupling import LAYER
+from ..structure.coupling import LAYER, VOCABULARY
 from ..structure.scope import Queue
 from ..values import names_of
 from .budgets import Cost
@@ -333,9 +333,11 @@ class Sensitivity(Allocation):
 
     def allocate(self, task: AllocationTask) -> Taken:
         assert task.loss is not None
-        shares, ranked = (*self.settings.levels, 1.0), []
+        ranked = []
         for queue in task.progress.track(task.queues, "Measuring groups"):
-            name = queue.group.name
+            name, shares = queue.group.name, (*self.settings.levels, 1.0)
+            if queue.group.kind == VOCABULARY:  # no model is run for it, and most of its tokens cost nearly nothing
+                shares = tuple(n / 64 for n in range(1, 65))
             levels = sorted({max(1, round(share * len(queue.steps))) for share in shares if queue.steps})
             points = [(0, 0.0), *((steps, task.loss({name: steps})) for steps in levels)]
             scores: list[float] = []

@@ -18,7 +18,7 @@ from pydantic import Field
 from ..component import Component, ComponentSettings
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
-from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
+from ..structure.coupling import ATTENTION, VOCABULARY, CoupledGroup, CouplingGraph, Role
 from ..structure.kept import kept_indices, layer_numbers, renamed, restrict, surviving_units
 
 if TYPE_CHECKING:
@@ -138,6 +138,8 @@ def saving_units(
         useful = {u for u, saved in enumerate(savings(cost, group)) if saved > 0 and (units is None or u in units)}
         if useful:
             saving[group.name] = None if len(useful) == group.units else frozenset(useful)
+        elif group.kind == VOCABULARY:
+            raise SelectionError(f"tokens save nothing of the {cost.label}; count by --budget parameters or bytes")
     if not saving:
         kinds = ", ".join(dict.fromkeys(group.kind for group in groups))
         raise SelectionError(f"{kinds} units save nothing of the {cost.label}; choose others with --kinds")

@@ -21,13 +21,14 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.memory import LayerSample, gram_operations, sample_layer
 from ..engine.signals import GRADIENTS, Signal
+from ..engine.statistics import PREDICTED
 from ..errors import SettingsError
 from ..models.model import Model
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
 from ..models.positions import LOGIT_ELEMENTS
 from ..progress import QUIET
-from ..structure.coupling import Role
+from ..structure.coupling import VOCABULARY, Role
 from ..values import bytes_text
 from .criteria.estimate import scored_spans
 from .job import PruneJob, ReplayJob
@@ -108,13 +109,14 @@ class _Forecaster:
             self.samples, self.length = job.calibration.samples, job.calibration.length_for(structure.config)
         self.tokens = self.samples * self.length
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.signals, self.scored, self.steps = frozenset[Signal](), 0, 1
+        self.signals, self.scored, self.steps, self.predicted = frozenset[Signal](), 0, 1, 0
         if isinstance(job, PruneJob):
-            groups = scope_of(job, structure).groups(graph)
+            groups = [group for group in scope_of(job, structure).groups(graph) if group.kind != VOCABULARY]
+            self.predicted = min(self.tokens, PREDICTED) if VOCABULARY in job.kinds else 0
             self.signals, self.steps = job.criterion.signals, job.steps
             if not self.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
                 self.shapes = {name: graph.shapes[name] for name in scored_spans(graph, groups, job.criterion)}
-            if self.signals - {Signal.WEIGHT}:
+            if self.signals - {Signal.WEIGHT, Signal.TOKENS}:
                 limited = job.compensation.reads_text and self.signals & GRADIENTS
                 self.scored = min(self.tokens, GRADIENT_TOKENS) if limited else self.tokens
         self.left = _left(job, structure)
@@ -172,6 +174,9 @@ class _Forecaster:
         if Signal.WEIGHT in self.signals:
             scoring = max((prod(shape[-2:]) for shape in self.shapes.values()), default=0) * 3 * F32
         seconds = 40 * sum(map(prod, self.shapes.values())) / COPY
+        if self.predicted:
+            scoring = max(scoring, 3 * LOGIT_ELEMENTS * F32)
+            seconds += sample.forward_seconds * self.predicted + self._head(self.predicted)
         if not scored:
             return _Stage(scoring, 0, seconds)
         seconds += sample.forward_seconds * scored
@@ -348,5 +353,6 @@ def _left(job: PruneJob | ReplayJob, structure: Structure) -> dict[str, float]:
         "units": job.amount,
         "ratio": job.amount * graph.decoder_parameters / saving,
         "parameters": (graph.total_parameters - job.amount) / saving,
+        "tokens": 1 - job.amount / groups[0].units,
     }[job.by]
     return {group.name: 1 - min(max(removed, 0.0), 1.0) for group in groups}

@@ -21,6 +21,7 @@ from ..errors import SelectionError, SettingsError, UnsupportedModelError, no_to
 from ..models.identity import data_identity, model_identity
 from ..models.positions import positions_of
 from ..settings import PruneSettings, Shape, settings_from
+from ..structure.coupling import VOCABULARY
 from ..structure.plan import PruningPlan
 from .allocation import Uniform
 from .budgets import BudgetSubject
@@ -69,9 +70,9 @@ class CalibrationJob:
 class PruneJob:
     """All that a plan and a cut depend on, besides the model."""
 
-    by: Literal["ratio", "parameters", "units"]
-    """What ``amount`` is: a share of ``budget`` to remove, the total parameters to keep, or the share of the units of
-    every group to remove."""
+    by: Literal["ratio", "parameters", "units", "tokens"]
+    """What ``amount`` is: a share of ``budget`` to remove, the total parameters to keep, the share of the units of
+    every group to remove, or the number of tokens to keep."""
     amount: float
     budget: Budget
     kinds: tuple[str, ...]
@@ -79,6 +80,8 @@ class PruneJob:
     shape: Shape
     round_to: int | None
     criterion: ImportanceCriterion
+    tokens: ImportanceCriterion | None
+    """The criterion for tokens, where they are among other ``kinds``."""
     reduction: str
     allocation: Allocation
     steps: int
@@ -106,14 +109,17 @@ def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> PruneJob | Re
 
 def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     """Raises as `job_of`."""
+    own = settings.settings
     amounts = [name for name in _AMOUNTS if getattr(settings, name) is not None]
-    if len(amounts) != 1:
+    tokens = own.get(VOCABULARY, {}).get("tokens")
+    if tokens is not None and (amounts or settings.kinds != (VOCABULARY,)):
+        raise SettingsError("vocabulary.tokens says how much to remove by itself, with --kinds vocabulary and no other")
+    if tokens is None and len(amounts) != 1:
         raise SettingsError(
             "say how much to remove with one of --ratio, --set prune.target_params and --set prune.unit_ratio"
             + (f"; {len(amounts)} are given" if amounts else "")
         )
-    (amount,) = amounts
-    own = settings.settings
+    amount = amounts[0] if amounts else "tokens"
     methods: list[Method] = []
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
@@ -127,27 +133,37 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     def of(name: str) -> dict[str, Any]:
         return {**of_components.get(name, {}), **own.get(name, {})}
 
-    counted = {"ratio": settings.budget, "target_params": "parameters", "unit_ratio": "decoder"}[amount]
+    counted = {"ratio": settings.budget, "unit_ratio": "decoder"}.get(amount, "parameters")
     budget = catalog.budgets.create(counted, of(counted))
     criterion = catalog.criteria.create(settings.importance, of(settings.importance))
-    allocation = catalog.allocations.create(settings.allocation, of(settings.allocation))
+    of_tokens = None
+    if VOCABULARY in settings.kinds and not criterion.accepts(VOCABULARY):
+        of_tokens = catalog.criteria.create(VOCABULARY, of(VOCABULARY))
+    shares = settings.allocation
+    if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and "allocation" not in explicit:
+        shares = "sensitivity"  # equal shares of tokens and of channels would compare what has no common measure
+    allocation = catalog.allocations.create(shares, of(shares))
     compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
     if settings.steps > 1 and amount == "unit_ratio":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
-    check_chosen(own, [budget, criterion, allocation, compensation, *methods, *(part.source for part in text.parts)])
+    if settings.steps > 1 and VOCABULARY in settings.kinds:
+        raise SettingsError("tokens go in one step; leave --steps out")
+    criteria = [criterion, *([] if of_tokens is None else [of_tokens])]
+    check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in text.parts)])
     calibration = None
-    if criterion.signals - {Signal.WEIGHT} or allocation.measures or compensation.reads_text:
+    if any(each.signals - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
         text.order(settings.samples)  # refuses samples that are fewer than the sources
         calibration = CalibrationJob(text, settings.samples, settings.length, "length" in explicit)
     return PruneJob(
-        by=_AMOUNTS[amount],
-        amount=float(getattr(settings, amount)),
+        by=_AMOUNTS.get(amount, "tokens"),
+        amount=float(getattr(settings, amount) if tokens is None else tokens),
         budget=budget,
         kinds=settings.kinds,
         layers=settings.layers,
         shape=settings.shape,
         round_to=settings.round_to,
         criterion=criterion,
+        tokens=of_tokens,
         reduction=settings.reduction,
         allocation=allocation,
         steps=settings.steps,
@@ -203,6 +219,11 @@ def identity(
     }
 
 
+def kinds_of(job: PruneJob | ReplayJob) -> Collection[str]:
+    """The kinds of units that may go."""
+    return {cut.kind for cut in job.plan.cuts.values()} if isinstance(job, ReplayJob) else job.kinds
+
+
 def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: bool) -> None:
     """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, for
     an amount that its groups cannot give, and for a plan of another model. ``tokenizer``: whether the model has one."""
@@ -213,7 +234,8 @@ def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: boo
         groups = [graph.by_name[name] for name in job.plan.kept]
     else:
         groups = list(scope_of(job, structure).groups(graph))
-        check_accepted(job.criterion, groups, graph)
+        others = [group for group in groups if job.tokens is None or group.kind != VOCABULARY]
+        check_accepted(job.criterion, others, graph)
     job.compensation.check(graph, groups)
     if job.calibration is not None:
         check_length(structure.config, job.calibration.length_for(structure.config))

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..structure.coupling import EXPERT, LAYER
+from ..structure.coupling import EXPERT, LAYER, VOCABULARY
 
 if TYPE_CHECKING:
     from ..settings import PruneSettings
@@ -30,7 +30,7 @@ class Best(Method):
     """Fisher importance on 32,768 tokens, then a least-squares fit of the weights that consumed removed units, on
     163,840 tokens (131,072 where the model generates them, which takes longer than reading). For layers alone, the
     angular distance between their inputs and outputs, which predicts the loss better than weights do; for experts
-    alone, the mean square of what they add (`energy`)."""
+    alone, the mean square of what they add (`energy`); for tokens, their use, and nothing to fit."""
 
     name = "best"
     summary = "units chosen by gradients, then the weights that consumed removed units are refitted (the default)"
@@ -38,7 +38,7 @@ class Best(Method):
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         return {
             "importance": _criterion(asked, "fisher"),
-            "compensate": "refit",
+            "compensate": "none" if asked.kinds == (VOCABULARY,) else "refit",
             "samples": 256 if writes else 320,
             "length": 512,
         }
@@ -75,7 +75,10 @@ TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length":
 
 
 def _criterion(asked: PruneSettings, of_units: str) -> str:
-    """The criterion for whole layers, for whole experts (which `Fisher` was not measured on), or ``of_units``."""
+    """The criterion for whole layers, for whole experts (which `Fisher` was not measured on), for tokens, or
+    ``of_units``."""
     if asked.kinds == (LAYER,):
         return "angular"
+    if asked.kinds == (VOCABULARY,):
+        return "vocabulary"
     return "energy" if asked.kinds == (EXPERT,) else of_units

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ from ..models.numbers import stored_dtype
 from ..models.record import read_any_record, stated
 from ..models.save import save_checkpoint, vocabulary_files
 from ..models.surgery import cut
+from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
+from ..structure.coupling import VOCABULARY
 from ..structure.kept import parameters_after
 from ..structure.plan import (
     BaseRef,
@@ -123,12 +126,15 @@ def recorded_cost(model: Model, plan: PruningPlan, budget: Budget) -> Cost:
 
 def cut_model(model: Model, plan: PruningPlan) -> Model:
     """The model without the units that the plan removes: cut in place in memory, or when its weights are read."""
+    for name, units in plan.kept.items():
+        if model.graph.by_name[name].kind == VOCABULARY:
+            model = replace(model, tokenizer=Vocabulary(model.tokenizer).trimmed(units))
     plans = (*model.plans, plan)
     if model.streamed is None:
         graph = cut(model.model, model.graph, plan.kept, model.family)
         return replace(model, graph=graph, plans=plans)
     network = without_weights(model, model.model.dtype)
-    network.generation_config = model.model.generation_config
+    network.generation_config = copy.deepcopy(model.model.generation_config)
     network.config.name_or_path = model.model.config.name_or_path
     graph = cut(network, model.graph, plan.kept, model.family)
     weights = DerivedWeights(network, model.streamed, (model.graph, plan.kept))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -20,9 +20,10 @@ from ..engine.walk import check_tokens
 from ..errors import ModelError, SelectionError
 from ..models.numbers import with_fast_products
 from ..models.surgery import cut, cut_copy
+from ..models.vocabulary import whole_first
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
-from ..structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
 from ..structure.kept import compose, layer_numbers, removed_layers
 from ..structure.scope import Scope, build_queue
 from ..structure.widths import ANY, Widths
@@ -189,20 +190,34 @@ class _Choice:
             return
         if now.network is not self.model.model:
             execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
-        if text is not None and job.compensation.reads_text and job.criterion.signals & GRADIENTS:
-            text = text.first(GRADIENT_TOKENS)
-        scores = estimate(
-            now.network, now.graph, now.groups, job.criterion, text,
-            reduction=job.reduction, seed=job.seed, execution=execution, removal=removal,
-        )  # fmt: skip
+        of_tokens = [group for group in now.groups if group.kind == VOCABULARY]
+        scores: dict[str, torch.Tensor] = {}
+        for criterion, groups in (
+            (job.criterion, [group for group in now.groups if job.tokens is None or group.kind != VOCABULARY]),
+            (job.tokens, of_tokens),
+        ):
+            if criterion is None:
+                continue
+            read = text
+            if text is not None and job.compensation.reads_text and criterion.signals & GRADIENTS:
+                read = text.first(GRADIENT_TOKENS)
+            if text is not None and Signal.TOKENS in criterion.signals:
+                read = counted_part(text)
+            scores |= estimate(
+                now.network, now.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
+                execution=execution, removal=removal, tokenizer=self.model.tokenizer,
+            )  # fmt: skip
+        for group in of_tokens:
+            scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
         now.ranked = job.allocation.comparable(scores, now.graph)
 
     def _select(self, amount: Demand, *, decided: bool = False) -> Kept:
         """By the job's allocation. ``decided``: ``amount`` has the number of units of each group."""
         now, job = self.now, self.job
         if now.loss is None and job.allocation.measures and not decided and self.text is not None:
-            kinds = {group.kind for group in now.groups}
-            now.loss = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
+            kinds = {group.kind for group in now.groups} - {VOCABULARY}
+            trial = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
+            now.loss = partial(with_tokens, trial, now.graph, now.ranked)
 
         def chosen() -> Kept:
             return select(
@@ -221,6 +236,22 @@ class _Choice:
         graph = self.model.graph
         after = CutCost(self.whole, graph, compose(graph, self.kept, chosen))
         return self.now.cost.remaining() - after.remaining() > amount.whole
+
+
+def counted_part(text: CalibrationSet) -> CalibrationSet:
+    """The part of a calibration text on which tokens are counted; the rest tells how many other texts need."""
+    return text.first(text.input_ids.numel() * 7 // 8)
+
+
+def with_tokens(
+    trial: Callable[[Kept], float], graph: CouplingGraph, scores: Mapping[str, torch.Tensor], kept: Kept
+) -> float:
+    """The divergence of a cut to ``kept``: by ``trial``, and for tokens, whose cut changes what the text is made of, by
+    the sum of the scores of the removed ones, which are nats per token of the text."""
+    tokens = {name: units for name, units in kept.items() if graph.by_name[name].kind == VOCABULARY}
+    others = {name: units for name, units in kept.items() if name not in tokens}
+    lost = sum(float(scores[name].sum() - scores[name][list(units)].sum()) for name, units in tokens.items())
+    return lost + (trial(others) if others else 0.0)
 
 
 @torch.no_grad()

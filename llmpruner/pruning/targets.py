@@ -7,6 +7,9 @@ from math import ceil
 from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
+from ..models.model import Model
+from ..models.vocabulary import removable_tokens
+from ..structure.coupling import VOCABULARY
 from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
@@ -27,10 +30,14 @@ def scope_of(job: PruneJob, structure: Structure) -> Scope:
     removal of whole layers, `inner_layers`."""
     count = structure.graph.num_layers
     chosen = numbers_of(job.layers, count)
+    tokens = None
+    if VOCABULARY in job.kinds and isinstance(structure, Model):
+        tokens = removable_tokens(structure.model, structure.tokenizer)
     if chosen is not None:
-        return Scope(job.kinds, chosen)
+        return Scope(job.kinds, chosen, tokens=tokens)
     inner = inner_layers(structure)
-    return Scope(job.kinds, tuple(range(count)), inner) if job.shape == "uniform" else Scope(job.kinds, inner)
+    every = tuple(range(count))
+    return Scope(job.kinds, every, inner, tokens) if job.shape == "uniform" else Scope(job.kinds, inner, tokens=tokens)
 
 
 def inner_layers(structure: Structure) -> tuple[int, ...]:
@@ -54,6 +61,16 @@ def demand(
 
     ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`.
     """
+    if job.by == "tokens":
+        (group,) = groups
+        gone = group.units - round(job.amount)
+        most = len(scope.allowed_units(group) or range(group.units))
+        if not 0 < gone <= most:
+            raise SelectionError(
+                f"vocabulary.tokens={job.amount:.0f}: the model has {group.units:,} tokens, of which "
+                f"{group.units - most:,} must stay (special tokens, bytes and single characters)"
+            )
+        return Demand(units={group.name: float(gone)})
     if job.by == "units":
         units = {
             g.name: job.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))

@@ -24,6 +24,7 @@ QUERY = "query"
 HIDDEN = "hidden"
 LAYER = "layer"
 EXPERT = "expert"
+VOCABULARY = "vocabulary"
 
 _IN_A_LAYER = re.compile(r"layers\.(\d+)\.(?=.)")
 
@@ -32,7 +33,7 @@ class Role(str, Enum):
     """How the parameter of a span is used with the activations of its units."""
 
     PRODUCES = "produces"
-    """The output axis of a projection, its bias, or the columns of an embedding."""
+    """The output axis of a projection, its bias, or the columns of an embedding; for tokens, its rows."""
     CONSUMES = "consumes"
     """The input axis of a projection."""
     NORM = "norm"

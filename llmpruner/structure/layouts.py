@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from .coupling import Blocks, IndexMap, Role, Span
+from .coupling import VOCABULARY, Blocks, CoupledGroup, IndexMap, Role, Span
 
 
 def produces(module: str, index: IndexMap, *, bias: bool = False) -> list[Span]:
@@ -111,3 +111,9 @@ def hidden_channels(
         *(Span(f"{m}.weight", 0, Role.NORM, channel) for m in norms),
         *(s for m in consumers for s in consumes(m, channel)),
     )
+
+
+def vocabulary(tokens: int, *modules: str) -> CoupledGroup:
+    """The group of the tokens of a vocabulary. ``modules``: paths of the embedding and of the head."""
+    spans = tuple(Span(f"{m}.weight", 0, Role.PRODUCES, Blocks(tokens)) for m in modules)
+    return CoupledGroup("vocabulary", VOCABULARY, tokens, spans)

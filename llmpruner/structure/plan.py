@@ -79,12 +79,12 @@ class BaseRef(Frozen):
 class Target(Frozen):
     """The requested amount. ``by``: the meaning of ``amount``: ``ratio``, the share of ``budget`` (a registered name)
     to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
-    in scope to remove, as LLM-Pruner counts.
+    in scope to remove, as LLM-Pruner counts; ``tokens``, the number of tokens to keep.
 
     ``settings``: of the budget.
     """
 
-    by: Literal["ratio", "parameters", "units"]
+    by: Literal["ratio", "parameters", "units", "tokens"]
     amount: float
     budget: str = "decoder"
     settings: dict[str, Any] = {}
@@ -92,7 +92,7 @@ class Target(Frozen):
     @property
     def counted_in(self) -> str:
         """The name of the budget that costs are counted by."""
-        return {"ratio": self.budget, "parameters": "parameters", "units": "decoder"}[self.by]
+        return {"ratio": self.budget, "units": "decoder"}.get(self.by, "parameters")
 
     @model_serializer(mode="wrap")
     def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:

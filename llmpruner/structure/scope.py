@@ -11,17 +11,18 @@ from itertools import accumulate
 from math import lcm
 
 from ..errors import SelectionError, UnknownNameError, UnsupportedModelError
-from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, CoupledGroup, CouplingGraph
+from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, VOCABULARY, CoupledGroup, CouplingGraph
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
     """The kinds of groups and the numbers of the decoder layers that may be cut. ``removable``: of the layers that may
-    be removed whole; None for all ``layers``."""
+    be removed whole; None for all ``layers``. ``tokens``: the tokens that may be removed; None for all."""
 
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
     removable: tuple[int, ...] | None = None
+    tokens: frozenset[int] | None = None
 
     def groups(self, graph: CouplingGraph) -> tuple[CoupledGroup, ...]:
         """The groups in scope. Raises `UnsupportedModelError` for a kind that discovery did not find, with the reason,
@@ -42,8 +43,10 @@ class Scope:
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
-        """The units of ``group`` that may be removed: for the group of decoder layers, the removable ones; else None:
-        all."""
+        """The units of ``group`` that may be removed: of the decoder layers and of the tokens, the removable ones; else
+        None: all."""
+        if group.kind == VOCABULARY:
+            return self.tokens
         if group.kind != LAYER:
             return None
         return frozenset(self.layers if self.removable is None else self.removable)
@@ -54,6 +57,8 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
     the other usual kinds), with the first such axis; for layers, the reason of their list. Empty when there is none."""
     if kind == LAYER:
         return next((f"{b.parameter}: {b.reason}" for b in graph.blocked if b.parameter == graph.layers), "")
+    if kind == VOCABULARY:
+        return next((f"{b.parameter} axis {b.axis}: {b.reason}" for b in graph.blocked if "token ids" in b.reason), "")
     if kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
         return ""
     blocked = [b for b in graph.blocked if graph.is_decoder(b.parameter) != (kind == HIDDEN) and " in " in b.reason]

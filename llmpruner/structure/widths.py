@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import lcm
 
-from .coupling import ATTENTION, EXPERT, LAYER, QUERY, CoupledGroup, CouplingGraph
+from .coupling import ATTENTION, EXPERT, LAYER, QUERY, VOCABULARY, CoupledGroup, CouplingGraph
 from .kept import Kept, renamed
 
 ALIGNMENT = 64
@@ -42,8 +42,10 @@ class Widths:
             return lcm(max(n for n in (1, 2, 4, 8) if n == 1 or 4 * n <= units), group.multiple)
         if group.kind in COUNTED:
             return group.multiple
-        own = self.round_to
-        while self.adapts and own > 1 and units < FEWEST_WIDTHS * own:
+        # The rows of an embedding and of a head are no layer's, so that free shapes need not leave them odd.
+        of_tokens = group.kind == VOCABULARY
+        own = max(self.round_to, ALIGNMENT) if of_tokens else self.round_to
+        while (self.adapts or of_tokens) and own > 1 and units < FEWEST_WIDTHS * own:
             own //= 2
         return lcm(own, group.multiple)
 

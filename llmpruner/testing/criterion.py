@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..calibration.calibration import CalibrationSet
-from ..discovery.oracle import TOLERANCE, distance, first_difference, logits, silenced
+from ..discovery.oracle import TOLERANCE, Tokens, distance, first_difference, logits, silenced
 from ..engine.signals import Signal
 from ..pipeline import make_plan
 from ..pruning.criteria.base import ImportanceCriterion
@@ -123,7 +123,7 @@ class CriterionConformance:
         with mode:
             expected = logits(reference, tokens)
         if not distance(logits(cut, tokens), expected) <= TOLERANCE:
-            where = first_difference(cut, reference, tokens, mode)
+            where = first_difference(cut, reference, Tokens(tokens, tokens, slice(None)), mode)
             raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
 
 

@@ -62,6 +62,7 @@ class ChatGLMFamily(ModelFamily):
                 CoupledGroup(f"layers.{n}.attention", ATTENTION, config.num_attention_heads, heads, layer=n),
                 CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_hidden_size, channels, layer=n),
             ]
+        groups.append(layouts.vocabulary(config.vocab_size, "transformer.word_embeddings", "lm_head"))
         groups.append(CoupledGroup("layers", LAYER, config.num_layers, modules=tuple(layers)))
         return groups
 

@@ -49,6 +49,7 @@ class GlmFamily(ModelFamily):
             ],
         )
         groups.append(CoupledGroup("hidden", HIDDEN, config.hidden_size, hidden))
+        groups.append(layouts.vocabulary(config.vocab_size, "model.embed_tokens", "lm_head"))
         groups.append(CoupledGroup("layers", LAYER, config.num_hidden_layers, modules=tuple(layers)))
         return groups
 

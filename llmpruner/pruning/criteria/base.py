@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
 from ...component import Component
-from ...engine.signals import ParameterSignals, Product, Signal, StreamStats, UnitAxis
-from ...structure.coupling import LAYER, Role
+from ...engine.signals import ParameterSignals, Product, Signal, StreamStats, TokenStats, UnitAxis
+from ...structure.coupling import LAYER, VOCABULARY, Role
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +32,12 @@ class ImportanceCriterion(Component):
             def saliency(self, signals):
                 return signals.weight.abs() ** self.settings.power
 
-    Override one of three methods:
+    Override one of four methods:
 
     - `saliency`: one tensor for each parameter; the core sums it over what each unit owns, for every group and span.
     - `score_units`: scores of the units on one axis of a parameter, for each (group, span) of it.
     - `score_layers`: scores of all layers, from the residual stream.
+    - `score_tokens`: scores of all tokens of the vocabulary, from their use.
 
     A criterion gets the signals in `signals`. It does not get module names: the position of a parameter is described by
     kinds of units, roles and the number of its layer. Arguments must not be changed in place. Scores that are not
@@ -47,7 +48,8 @@ class ImportanceCriterion(Component):
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
     """The signals to measure; all but weights need a calibration set."""
     kinds: ClassVar[frozenset[str] | None] = None
-    """Kinds of units that it can score; None: all. Criteria that need the residual stream score layers alone."""
+    """Kinds of units that it can score; None: all. Criteria that need the residual stream score layers alone, and those
+    that need the use of tokens score the vocabulary alone, which no others score."""
     roles: ClassVar[frozenset[Role] | None] = None
     """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
 
@@ -71,6 +73,8 @@ class ImportanceCriterion(Component):
         """Whether units of this kind can be scored."""
         if self.signals & _STREAM:
             return kind == LAYER
+        if kind == VOCABULARY or Signal.TOKENS in self.signals:
+            return kind == VOCABULARY and Signal.TOKENS in self.signals
         return self.kinds is None or kind in self.kinds
 
     def counts(self, axis: UnitAxis) -> bool:
@@ -108,4 +112,10 @@ class ImportanceCriterion(Component):
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
         """Scores of all layers, (layers,), of any real dtype. The only method that is called for criteria that need
         `Signal.STREAM` or `Signal.STREAM_BLOCKS`."""
+        raise NotImplementedError
+
+    def score_tokens(self, use: TokenStats) -> torch.Tensor:
+        """Scores of all tokens, (V,), of any real dtype. The only method that is called for criteria that need
+        `Signal.TOKENS`. Where other kinds of units are cut too, scores are the nats per token of the text that the
+        removal of the token costs."""
         raise NotImplementedError

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ...engine.execution import Execution
 from ...engine.parameter_signals import walk_signals
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, positions
-from ...engine.statistics import stream_statistics
+from ...engine.statistics import stream_statistics, token_statistics
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
@@ -63,9 +63,11 @@ def estimate(
     seed: int = 0,
     execution: Execution | None = None,
     removal: Removal | None = None,
+    tokenizer: Any | None = None,
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
     ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers, None where not known.
+    ``tokenizer``: for a criterion of tokens.
 
     Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
 
@@ -76,6 +78,11 @@ def estimate(
     execution = execution or Execution.of(model, graph.layers)
     if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         scores = _layers(execution, groups, criterion, calibration, removal)
+    elif Signal.TOKENS in criterion.signals:
+        if calibration is None:
+            raise ModelError(f"criterion {criterion.name} counts tokens and needs a calibration set")
+        values = criterion.score_tokens(token_statistics(execution, calibration, tokenizer)).double().cpu()
+        scores = {group.name: values for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
         signals = walk_signals(

@@ -1,0 +1,218 @@
+"""A vocabulary with fewer tokens: which tokens need each other, the tokenizer that remains, and the new ids.
+
+Works on the JSON of the `tokenizers` library. Text whose tokens are all kept is tokenised as before; in other text the
+removed tokens are replaced by their parts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from math import inf, nextafter
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tokenizers import Tokenizer
+
+from ..errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
+_IDS = re.compile("token_(id|index)s?$|^(begin_)?suppress_tokens$|^padding_idx$")
+"""Names of configurations, and of attributes of modules, whose values are token ids."""
+
+Pair = tuple[str, str]
+
+
+class Vocabulary:
+    """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece.
+
+    Raises `UnsupportedModelError` for a tokenizer that is none of these.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            what = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
+            raise UnsupportedModelError(
+                f"tokens are removed from the model and from a tokenizer of the tokenizers library, and it has {what}"
+            )
+        self._spec: dict[str, Any] = json.loads(backend.to_str())
+        self._model: dict[str, Any] = self._spec["model"]
+        if self._model["type"] not in ("BPE", "Unigram", "WordPiece"):
+            raise UnsupportedModelError(f"tokens cannot be removed from a {self._model['type']} tokenizer")
+        self._tokenizer = tokenizer
+
+    @cached_property
+    def ids(self) -> Mapping[str, int]:
+        """Token → id, without those of ``added_tokens`` that the model of the tokenizer lacks."""
+        vocabulary = self._model["vocab"]
+        if self._model["type"] == "Unigram":
+            return {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        return dict(vocabulary)
+
+    @cached_property
+    def required(self) -> frozenset[int]:
+        """The ids that always stay: special and added tokens, bytes, and single characters."""
+        added = {token["id"] for token in self._spec["added_tokens"]}
+        prefix = self._model.get("continuing_subword_prefix") or ""
+        unknown = self._model.get("unk_token")
+        single = {
+            number
+            for token, number in self.ids.items()
+            if len(token.removeprefix(prefix)) <= 1 or _BYTE.fullmatch(token) or token == unknown
+        }
+        if self._model["type"] == "Unigram" and self._model.get("unk_id") is not None:
+            single.add(self._model["unk_id"])
+        return frozenset(added | single | {self.ids[t] for t in self._made_of_nothing()})
+
+    @cached_property
+    def parts(self) -> Mapping[int, tuple[int, ...]]:
+        """Id → the ids of the two tokens that BPE merges into this one; without those that are not merged."""
+        ranks = self._ranks
+        made: dict[str, list[Pair]] = {}
+        for left, right in ranks:
+            made.setdefault(left + right, []).append((left, right))
+        parts = {}
+        for token, pairs in made.items():
+            # One merge is what most tokens have; of several, the last that is made when the token itself is encoded.
+            pair = pairs[0] if len(pairs) == 1 else last_merge(token, ranks)
+            if pair is not None and token in self.ids:
+                parts[self.ids[token]] = (self.ids[pair[0]], self.ids[pair[1]])
+        return parts
+
+    @cached_property
+    def _ranks(self) -> Mapping[Pair, int]:
+        merges = self._model.get("merges") or ()
+        pairs = (tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges)
+        return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
+
+    def _made_of_nothing(self) -> Iterable[str]:
+        """Tokens of BPE that no merge makes."""
+        if self._model["type"] != "BPE":
+            return ()
+        made = {left + right for left, right in self._ranks}
+        return (token for token in self.ids if token not in made)
+
+    def trimmed(self, kept: Iterable[int]) -> Any:
+        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in their order.
+
+        ``kept``: ids, of rows of the embedding, with `required` and `parts` of each.
+        """
+        new = {old: number for number, old in enumerate(sorted(kept))}
+        spec = copy.deepcopy(self._spec)
+        model = spec["model"]
+        if model["type"] == "Unigram":
+            model["vocab"] = [entry for number, entry in enumerate(model["vocab"]) if number in new]
+            if model.get("unk_id") is not None:
+                model["unk_id"] = new[model["unk_id"]]
+        else:
+            model["vocab"] = {token: new[number] for token, number in self.ids.items() if number in new}
+        if model["type"] == "BPE":
+            stay = model["vocab"]
+            model["merges"] = [
+                [left, right] for left, right in self._ranks if left in stay and right in stay and left + right in stay
+            ]
+        for token in spec["added_tokens"]:
+            token["id"] = new[token["id"]]
+        spec["post_processor"] = _renumbered(spec.get("post_processor"), new)
+        made = copy.deepcopy(self._tokenizer)
+        made._tokenizer = Tokenizer.from_str(json.dumps(spec))
+        # A file of sentencepiece has the whole vocabulary.
+        made.vocab_file = None
+        made.init_kwargs = {name: value for name, value in made.init_kwargs.items() if name != "vocab_file"}
+        return made
+
+
+def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """The rows of the embedding of ``model`` that may go: all but those of tokens that ``tokenizer`` or the model's
+    configurations need. Raises `UnsupportedModelError` as `Vocabulary`."""
+    named = frozenset[int]().union(*(token_ids(config) for config in _configs(model)))
+    rows = model.get_input_embeddings().weight.shape[0]
+    return frozenset(range(rows)) - Vocabulary(tokenizer).required - named
+
+
+def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """``scores`` of tokens, (V,), float64, raised where needed so that a token goes before the parts that it is made of
+    by merges, without which text would not be tokenised as before."""
+    values, vocabulary = scores.tolist(), Vocabulary(tokenizer)
+    length = {number: len(token) for token, number in vocabulary.ids.items()}
+    for whole in sorted(vocabulary.parts, key=length.__getitem__, reverse=True):
+        for part in vocabulary.parts[whole]:
+            if values[part] <= values[whole]:
+                values[part] = nextafter(values[whole], inf)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def last_merge(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
+    """The last two tokens that BPE merges when it encodes ``token``; None where it does not arrive at it."""
+    symbols = list(token)
+    pair: Pair | None = None
+    while len(symbols) > 1:
+        pairs = [(symbols[n], symbols[n + 1]) for n in range(len(symbols) - 1)]
+        lowest = min(range(len(pairs)), key=lambda n: ranks.get(pairs[n], len(ranks)))
+        pair = pairs[lowest]
+        if pair not in ranks:
+            return None
+        symbols[lowest : lowest + 2] = ["".join(pair)]
+    return pair
+
+
+def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
+    """A post-processor with new ids: ``{"ids": [1]}`` in templates, ``["</s>", 2]`` in those of BERT and RoBERTa."""
+    if isinstance(processor, dict):
+        return {
+            key: [new[i] for i in value] if key == "ids" else _renumbered(value, new)
+            for key, value in processor.items()
+        }
+    if isinstance(processor, list):
+        if len(processor) == 2 and isinstance(processor[0], str) and isinstance(processor[1], int):
+            return [processor[0], new[processor[1]]]
+        return [_renumbered(value, new) for value in processor]
+    return processor
+
+
+def token_ids(config: Any) -> frozenset[int]:
+    """The ids of tokens that a configuration names."""
+    named: list[int] = []
+
+    def note(number: int) -> int:
+        named.append(number)
+        return number
+
+    _each_id(config, note)
+    return frozenset(named)
+
+
+def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
+    """Number the tokens that the configurations and modules of ``model`` name anew, in place, and set the size of the
+    vocabulary, which was ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or are
+    None."""
+    new = {old: number for number, old in enumerate(kept)}
+    configs = {id(c): c for c in _configs(model)}
+    for named in (*configs.values(), *model.modules()):
+        _each_id(named, new.get)
+        if vars(named).get("vocab_size") == before:
+            named.vocab_size = len(kept)
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    yield from (model.config, model.config.get_text_config())
+    if model.generation_config is not None:
+        yield model.generation_config
+    yield from (module.config for module in model.modules() if vars(module).get("config") is not None)
+
+
+def _each_id(named: Any, change: Callable[[int], int | None]) -> None:
+    for name, value in list(vars(named).items()):
+        if not _IDS.search(name):
+            continue
+        if isinstance(value, list | tuple):
+            setattr(named, name, [n for n in (change(v) for v in value) if n is not None])
+        elif isinstance(value, int) and value >= 0:
+            setattr(named, name, change(value))

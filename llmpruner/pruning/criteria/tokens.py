@@ -1,0 +1,81 @@
+"""The criterion for tokens of the vocabulary: how much text would arrive in pieces without them."""
+
+from __future__ import annotations
+
+import unicodedata
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import AfterValidator, Field
+
+from ...calibration.documents import check_source, read_documents
+from ...component import ComponentSettings
+from ...engine.signals import Signal, TokenStats
+from ...values import Names
+from .base import ImportanceCriterion
+
+if TYPE_CHECKING:
+    import torch
+
+PIECES = 6.0
+"""What text costs more, in nats, where a token arrives in pieces: 2 (code) to 9 (instructions) on SmolLM2-135M and
+Qwen2.5-Coder-0.5B. It matters only where tokens are compared with other units."""
+PRIOR = 1_000_000
+"""Tokens of text that the rank of a token in the vocabulary is worth."""
+
+
+def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
+    for name in names:
+        check_source(name)
+    return names
+
+
+class TokenUse(ImportanceCriterion):
+    """The share of text that is written in a token, in nats per token of text: the mean of its share of the calibration
+    text and of its mean probability as the next token, with a prior by its rank r in the vocabulary, 1 / (r + 10) as of
+    Zipf's law, as merges are in the order of their use; times `PIECES`."""
+
+    name = "vocabulary"
+    summary = "for tokens: their share of the calibration text and of the model's predictions, with their rank as prior"
+    needs = frozenset({Signal.TOKENS})
+
+    class Settings(ComponentSettings):
+        tokens: int | None = Field(
+            None, ge=1, description="Number of tokens to keep, in place of --ratio; with --kinds vocabulary alone."
+        )
+        keep: Annotated[Names, AfterValidator(_readable)] = Field(
+            (), description="Files with text whose tokens go last, whatever the calibration text is."
+        )
+        scripts: Names = Field(
+            (), description="Scripts to keep, such as latin,cyrillic,cjk: tokens with letters of others go first."
+        )
+
+    settings: Settings
+
+    def score_tokens(self, use: TokenStats) -> torch.Tensor:
+        import torch
+
+        ranks = torch.arange(len(use.counts), dtype=torch.float64)
+        prior = 1 / (ranks + 10)
+        written, tokens = use.counts.double(), int(use.counts.sum())
+        share = (written / tokens + use.expected / use.predicted) / 2
+        share = (share * tokens + prior / prior.sum() * PRIOR) / (tokens + PRIOR)
+        if use.tokenizer is not None:
+            share[len(use.tokenizer) :] = 0  # rows that no token has
+            for text in (document for name in self.settings.keep for document in read_documents(name)):
+                share[use.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]] += 1
+            if self.settings.scripts:
+                wanted = {name.upper() for name in self.settings.scripts}
+                for token, text in enumerate(texts_of(use.tokenizer)):
+                    if scripts_of(text) - wanted:
+                        share[token] *= 1e-9
+        return share * PIECES
+
+
+def texts_of(tokenizer: Any) -> list[str]:
+    """The text of every token; those of single bytes are replacement characters."""
+    return [tokenizer.decode([token], clean_up_tokenization_spaces=False) for token in range(len(tokenizer))]
+
+
+def scripts_of(text: str) -> set[str]:
+    """The scripts of the letters in ``text``, as Unicode's names of characters begin: LATIN, CYRILLIC, CJK."""
+    return {unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()}
