@@ -115,7 +115,7 @@ def check_style(package: Path, cache: Path) -> None:
         assert done.returncode == 0, done.stdout
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
     odd = ModelFacts(
         model_type="made_up",
