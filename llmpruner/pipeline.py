@@ -104,8 +104,9 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
     ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
     execution = Execution(model.weights, ranks, None, opener.progress)
-    made, cost = make_plan(model, job, execution)
-    return made, replace(outcome_of(model, made, cost), forecast=expected.as_json())
+    text = calibrate(model, job, execution)
+    made, cost = select(model, job, text, execution)
+    return made, replace(outcome_of(model, made, cost, text), forecast=expected.as_json())
 
 
 def _settle(
@@ -150,10 +151,12 @@ def prune_model(
     with model.changing("prune"):
         fits = compensate(model, made, job, text, execution)
         with execution.stages.stage("cut"):
-            outcome = outcome_of(model, made, cost)
+            outcome = outcome_of(model, made, cost, text)
             if expected is not None:
                 outcome = replace(outcome, forecast=expected.as_json())
-            work = {"fits": [asdict(fit) for fit in fits]}
+            work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
+            if outcome.tokens is not None:
+                work["tokens"] = asdict(outcome.tokens)
             return model.become(cut_model(replace(model, work=(*model.work, work), outcome=outcome), made))
 
 

@@ -94,17 +94,25 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
     """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
     kinds, rows = made.table()
     table("Units kept", ("Layers", *kinds), rows)
-    sums: list[tuple[str, float, float, Any]] = [
-        ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count_text),
-        ("All parameters", outcome.parameters_before, outcome.parameters_after, count_text),
-        ("Weights", outcome.bytes_before, outcome.bytes_after, bytes_text),
-    ]
+    sums: dict[str, tuple[str, float, float, Any]] = {
+        "decoder": ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count_text),
+        "parameters": ("All parameters", outcome.parameters_before, outcome.parameters_after, count_text),
+        "bytes": ("Weights", outcome.bytes_before, outcome.bytes_after, bytes_text),
+    }
     if budget := outcome.budget:
-        sums.append((budget.label, budget.before, budget.after, count_text))
-    table("Result", ("", "Before", "After", "Removed"), [(a, f(x), f(y), f"{1 - y / x:.2%}") for a, x, y, f in sums])
-    asked, got = made.target.amount, outcome.decoder_removed if outcome.budget is None else outcome.budget.removed
+        sums[budget.name] = (budget.label, budget.before, budget.after, count_text)
+    rows = [(label, form(x), form(y), f"{1 - y / x:.2%}") for label, x, y, form in sums.values()]
+    table("Result", ("", "Before", "After", "Removed"), rows)
+    if outcome.tokens is not None:
+        table("Tokens that go", *outcome.tokens.table(), left=2)
+        scripts = [s for s in outcome.tokens.scripts if s.gone > 0.75 * s.tokens and s.script.isupper()]
+        if lost := ", ".join(f"{s.script}: {s.gone:,} of {s.tokens:,} tokens go" for s in scripts):
+            note(f"{lost}, and their text becomes small pieces; --set vocabulary.scripts=… keeps scripts")
+    _, before, after, _ = sums[made.target.budget]
+    asked, got = made.target.amount, 1 - after / before
     if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
-        shape = "uniform widths give" if made.selection.shape == "uniform" else "whole units give"
+        layers = any(cut.layer is not None for cut in made.cuts.values())
+        shape = "uniform widths give" if made.selection.shape == "uniform" and layers else "whole units give"
         note(f"asked for {asked:.1%}; {shape} {got:.1%}")
     # Formats with few bits refuse other widths; the dense model's are not.
     quantisable = [cut for cut in made.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]

@@ -35,6 +35,7 @@ from ..structure.plan import (
 )
 from .budgets import BudgetSubject, byte_cost, counts
 from .targets import scope_of, widths_of
+from .vocabulary import token_outcome
 
 if TYPE_CHECKING:
     import torch
@@ -99,8 +100,8 @@ def _compensation_record(
     return CompensationRecord(name=compensation.name, settings=compensation.record(), **read)
 
 
-def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
-    """The `Outcome` of a plan. ``model``: before the cut. ``cost``: of the plan's budget."""
+def outcome_of(model: Model, plan: PruningPlan, cost: Cost, text: CalibrationSet | None) -> Outcome:
+    """The `Outcome` of a plan. ``model``: before the cut. ``cost``: of the plan's budget. ``text``: of calibration."""
     graph, target = model.graph, plan.target
     total, decoder = parameters_after(graph, plan.kept)
     left = counts(graph, plan.kept)
@@ -113,9 +114,11 @@ def outcome_of(model: Model, plan: PruningPlan, cost: Cost) -> Outcome:
     # The budget of bytes, by which the plan was made, counts those in memory.
     if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
         before = before * stored.itemsize // memory.itemsize
+    tokens = [token_outcome(model.tokenizer, cut, text) for cut in plan.cuts.values() if cut.kind == VOCABULARY]
     return Outcome(
-        graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget
-    )
+        graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget,
+        tokens=tokens[0] if tokens else None,
+    )  # fmt: skip
 
 
 def recorded_cost(model: Model, plan: PruningPlan, budget: Budget) -> Cost:

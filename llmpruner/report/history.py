@@ -5,11 +5,15 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
+from itertools import zip_longest
 from math import ceil
 from statistics import fmean
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
+from ..structure.plan import TokenOutcome
 from .base import ReportSection, ReportSubject, bare, rendered
 from .chart import Point, Series, drawn
 
@@ -26,7 +30,14 @@ class PlanSection(ReportSection):
     order = 20
 
     def render(self, subject: ReportSubject) -> str:
-        return rendered("plan.html.j2", tables=[plan.table() for plan in subject.plans])
+        plans = []
+        for plan, work in zip_longest(subject.plans, subject.record.get("work", ()), fillvalue={}):
+            kinds, rows = plan.table()
+            tables = [("Units kept", ("Layers", *kinds), rows, 1)]
+            if "tokens" in work:
+                tables.append(("Tokens that go", *TypeAdapter(TokenOutcome).validate_python(work["tokens"]).table(), 2))
+            plans.append(tables)
+        return rendered("plan.html.j2", plans=plans)
 
 
 class RecoverySection(ReportSection):

@@ -197,12 +197,14 @@ class PruningPlan(Frozen):
         equal cuts, and one for groups across layers."""
         kinds = tuple(dict.fromkeys(cut.kind for cut in self.cuts.values()))
         layers = sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None})
+        inside = {cut.kind for cut in self.cuts.values() if cut.layer is not None}
         alike: dict[tuple[str, ...], list[int]] = {}
         for layer in layers:
-            alike.setdefault(tuple(self._kept_text(kind, layer) or "all" for kind in kinds), []).append(layer)
+            cells = (self._kept_text(kind, layer) or ("all" if kind in inside else "") for kind in kinds)
+            alike.setdefault(tuple(cells), []).append(layer)
         across = tuple(self._kept_text(kind, None) for kind in kinds)
         rows = [(_pack(layers), *cells) for cells, layers in alike.items()]
-        return kinds, [*rows, *([("all layers", *across)] if any(across) else [])]
+        return kinds, [*rows, *([("whole model", *across)] if any(across) else [])]
 
     def _kept_text(self, kind: str, layer: int | None) -> str:
         """``36 of 48``, for layers with the removed ones; empty where no unit is removed."""
@@ -304,11 +306,55 @@ class BudgetOutcome:
 
 
 @dataclass(frozen=True)
+class ScriptTokens:
+    """The tokens with letters of one ``script``: how many there are, and how many of them go. ``sample``: the text of
+    some that go, those first that the calibration text uses most."""
+
+    script: str
+    tokens: int
+    gone: int
+    sample: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextTokens:
+    """A text: how many tokens it has, and how many of these go; its bytes per token before and after."""
+
+    tokens: int
+    gone: int
+    bytes_per_token_before: float
+    bytes_per_token_after: float
+
+
+@dataclass(frozen=True)
+class TokenOutcome:
+    """The tokens of the vocabulary before and after a cut. ``texts``: ``counted``, the calibration text on which tokens
+    were counted, and ``held_out``, the rest of it; empty where no text is read, as for a plan that is replayed."""
+
+    before: int
+    after: int
+    scripts: tuple[ScriptTokens, ...]
+    texts: Mapping[str, TextTokens]
+
+    def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+        """Columns, and rows: how many tokens go of each script, of all, and of those in the text."""
+        rows = [(s.script, " ".join(map(repr, s.sample)) or "none goes", s.gone, s.tokens) for s in self.scripts]
+        rows.append(("all", f"{self.after:,} stay", self.before - self.after, self.before))
+        for name, t in self.texts.items():
+            about = f"{t.bytes_per_token_before:.2f} bytes per token before, {t.bytes_per_token_after:.2f} after"
+            rows.append((f"{name.replace('_', '-')} text", about, t.gone, t.tokens))
+        return ("Tokens of", "Such as", "Go", "Of", "Share"), [
+            (name, about, f"{gone:,}", f"{of:,}", f"{gone / of:.2%}") for name, about, gone, of in rows
+        ]
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights: after, in memory, which is
     how they are saved; before, as the files have them where their dtype is smaller than that in memory (float16 on a
     CPU) and the budget is not bytes, else in memory too. ``budget``: set when the plan's budget counts something else.
-    ``forecast``: what the run was expected to take, as JSON values; None where nothing was forecast."""
+    ``forecast``: what the run was expected to take, as JSON values; None where nothing was forecast. ``tokens``: None
+    where all tokens of the vocabulary stay."""
 
     parameters_before: int
     parameters_after: int
@@ -318,6 +364,7 @@ class Outcome:
     bytes_after: int
     budget: BudgetOutcome | None = None
     forecast: Mapping[str, Any] | None = None
+    tokens: TokenOutcome | None = None
 
     @property
     def decoder_removed(self) -> float:
@@ -328,6 +375,8 @@ class Outcome:
         """JSON values, including the removed shares."""
         values: dict[str, Any] = {**asdict(self), "decoder_removed": self.decoder_removed}
         del values["forecast"]
+        if self.tokens is None:
+            del values["tokens"]
         if self.budget is None:
             del values["budget"]
         else:

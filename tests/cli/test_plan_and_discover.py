@@ -61,6 +61,20 @@ def test_target_params(run, dense):
         assert abs(found["result"]["parameters_after"] - number) <= MLP_UNIT / 2
 
 
+@pytest.mark.parametrize(("kind", "row", "told"), [
+    ("mlp", "0-3", "uniform widths give"), ("vocabulary", "whole model", "whole units give"),
+])  # fmt: skip
+def test_the_amount_is_told_of_the_budget(run, dense, shared, kind, row, told):
+    text = ("--calibration", shared / "text.txt", "--samples", 8, "--set", "prune.length=16")
+    command = ("plan", dense, "--ratio", 0.013, "--budget", "parameters", "--kinds", kind, *text)
+    result = run(*command, "--json").json()["result"]
+    shown = run(*command)
+    removed = 1 - result["parameters_after"] / result["parameters_before"]
+    assert f"asked for 1.3%; {told} {removed:.1%}\n" in shown.err
+    assert f"\u2502 {row} " in shown.out
+    assert ("tokens" in result) == ("held-out text" in shown.out) == (kind == "vocabulary")
+
+
 def test_unit_ratio_on_chosen_layers(run, dense):
     options = ("--importance", "l1", "--set", "prune.layers=0,2-3", "--json")
     cuts = run("plan", dense, "--set", "prune.unit_ratio=0.25", *options).json()["plan"]["cuts"]
@@ -99,7 +113,7 @@ def test_discover_proves_its_groups(run, dense):
     shown = run("discover", dense, "--verify", "--json")
     assert shown.code == 0
     verdicts = {v["kind"]: v["verdict"] for v in shown.json()["verdicts"]}
-    assert verdicts == dict.fromkeys(("attention", "mlp", "query", "hidden", "layer"), "verified")
+    assert verdicts == dict.fromkeys(("attention", "mlp", "query", "hidden", "layer", "vocabulary"), "verified")
 
 
 @pytest.fixture(scope="module")

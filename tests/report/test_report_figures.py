@@ -71,6 +71,18 @@ def test_the_page_has_the_figures_of_the_files(places, tmp_path):
     assert all(stage["peak_bytes"] > 1e6 and stage["seconds"] >= 0 for stage in stages)
 
 
+def test_tokens_that_go_are_in_the_record_and_on_the_page(places, tmp_path):
+    text = {"calibration": str(places / "text.txt"), "samples": 8, "length": 24}
+    settings = {"vocabulary": {"tokens": 288}}
+    made = llmpruner.prune(places / "dense", kinds="vocabulary", settings=settings, output=tmp_path / "fewer", **text)
+    (work,) = json.loads((tmp_path / "fewer" / "llmpruner.json").read_text())["work"]
+    assert made.outcome.as_json()["tokens"]["after"] == work["tokens"]["after"] == 288
+    assert work["tokens"]["texts"]["held_out"]["tokens"] == 24
+    shown = text_of(llmpruner.write_report(tmp_path / "fewer", tmp_path / "page.html").path.read_text())
+    assert "whole model 288 of 300 Tokens that go Tokens of Such as Go Of Share" in shown
+    assert "all 288 stay 12 300 4.00%" in shown
+
+
 def test_figures_that_are_shown_alike_did_not_change():
     assert Pair("", 258.401, 258.399, "{:.2f}".format).change == "did not change (258.40)"
     assert Pair("", 0.5, 0.25, "{:.1%}".format).change == "went from 50.0% to 25.0%"

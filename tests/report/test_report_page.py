@@ -138,9 +138,9 @@ def test_the_plan_shows_kept_of_total_for_layers_and_kinds(pruned):
     assert plan.table() == (
         ("mlp", "attention", "hidden"),
         [
-            ("1-2", "40 of 96", "all", "all"),
-            ("3", "8 of 96", "3 of 4", "all"),
-            ("all layers", "", "", "48 of 64"),
+            ("1-2", "40 of 96", "all", ""),
+            ("3", "8 of 96", "3 of 4", ""),
+            ("whole model", "", "", "48 of 64"),
         ],
     )  # fmt: skip
     html = PlanSection().render(pruned)
