@@ -145,7 +145,8 @@ class PruneSettings(Settings):
         "What may be removed, comma-separated. mlp: MLP channels; attention: KV heads with query heads (both together "
         "are the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels of the residual "
         "stream (the paper's channel-wise pruning); layer: whole layers; expert: experts of a mixture of experts; "
-        "latent: channels of a compressed KV cache. `llmpruner discover` lists a model's.",
+        "latent: channels of a compressed KV cache; vocabulary: tokens, of the model and of its tokenizer. "
+        "`llmpruner discover` lists a model's.",
         _WHAT,
     )
     layers: Layers | None = option(

@@ -86,6 +86,11 @@ class Vocabulary:
                 parts[self.ids[token]] = (self.ids[pair[0]], self.ids[pair[1]])
         return parts
 
+    def longest_first(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The items of `parts`, each before those of its parts."""
+        length = {number: len(token) for token, number in self.ids.items()}
+        return sorted(self.parts.items(), key=lambda item: -length[item[0]])
+
     @cached_property
     def _ranks(self) -> Mapping[Pair, int]:
         merges = self._model.get("merges") or ()
@@ -102,9 +107,9 @@ class Vocabulary:
     def trimmed(self, kept: Iterable[int]) -> Any:
         """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in their order.
 
-        ``kept``: ids, of rows of the embedding, with `required` and `parts` of each.
+        ``kept``: ids, of rows of the embedding, with `required` and `parts` of each. Added tokens may have no row.
         """
-        new = {old: number for number, old in enumerate(sorted(kept))}
+        new = {old: number for number, old in enumerate(sorted({*kept, *self.required}))}
         spec = copy.deepcopy(self._spec)
         model = spec["model"]
         if model["type"] == "Unigram":
@@ -121,6 +126,8 @@ class Vocabulary:
         for token in spec["added_tokens"]:
             token["id"] = new[token["id"]]
         spec["post_processor"] = _renumbered(spec.get("post_processor"), new)
+        if spec.get("padding"):
+            spec["padding"]["pad_id"] = new.get(spec["padding"]["pad_id"], 0)
         made = copy.deepcopy(self._tokenizer)
         made._tokenizer = Tokenizer.from_str(json.dumps(spec))
         # A file of sentencepiece has the whole vocabulary.
@@ -131,19 +138,21 @@ class Vocabulary:
 
 def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """The rows of the embedding of ``model`` that may go: all but those of tokens that ``tokenizer`` or the model's
-    configurations need. Raises `UnsupportedModelError` as `Vocabulary`."""
-    named = frozenset[int]().union(*(token_ids(config) for config in _configs(model)))
-    rows = model.get_input_embeddings().weight.shape[0]
-    return frozenset(range(rows)) - Vocabulary(tokenizer).required - named
+    configurations need, and of their parts. Raises `UnsupportedModelError` as `Vocabulary`."""
+    vocabulary = Vocabulary(tokenizer)
+    stay = set(vocabulary.required).union(*(token_ids(config) for config in _configs(model)))
+    for whole, parts in vocabulary.longest_first():
+        if whole in stay:
+            stay.update(parts)
+    return frozenset(range(model.get_input_embeddings().weight.shape[0])) - stay
 
 
 def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
     """``scores`` of tokens, (V,), float64, raised where needed so that a token goes before the parts that it is made of
     by merges, without which text would not be tokenised as before."""
-    values, vocabulary = scores.tolist(), Vocabulary(tokenizer)
-    length = {number: len(token) for token, number in vocabulary.ids.items()}
-    for whole in sorted(vocabulary.parts, key=length.__getitem__, reverse=True):
-        for part in vocabulary.parts[whole]:
+    values = scores.tolist()
+    for whole, parts in Vocabulary(tokenizer).longest_first():
+        for part in parts:
             if values[part] <= values[whole]:
                 values[part] = nextafter(values[whole], inf)
     return torch.tensor(values, dtype=torch.float64)

@@ -6,9 +6,12 @@ import pytest
 from transformers import CONFIG_MAPPING, FalconConfig
 
 from llmpruner.discovery.follow import Follow, FollowTable
+from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import VERIFIED
-from llmpruner.discovery.tiny import tiny_config
+from llmpruner.discovery.tiny import small_config, tiny_config
 from llmpruner.discovery.verify import verify
+from llmpruner.errors import UnsupportedModelError
+from llmpruner.structure.scope import Scope
 
 REQUIRED = (
     "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "glm", "glm4",
@@ -44,3 +47,26 @@ def test_key_value_heads_are_shrunk_whatever_a_configuration_calls_them() -> Non
 def test_mlp_and_attention_of_well_known_types(model_type: str) -> None:
     verdicts = {v.kind: v for v in verify(None, CONFIG_MAPPING[model_type](), kinds=["mlp", "attention"])}
     assert {k: v.verdict for k, v in verdicts.items()} == {"mlp": VERIFIED, "attention": VERIFIED}, verdicts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        *["qwen2", "gemma2", "gpt2", "phi", "opt", "bloom", "mixtral", "granite", "cohere2", "olmoe", "gpt_neox"],
+        *["gemma3"],
+    ],
+)
+def test_tokens_of_well_known_types(model_type: str) -> None:
+    """Tied and untied, with a biased head, scaled embeddings and logits, experts, and the text part of a multimodal
+    type."""
+    (verdict,) = verify(None, CONFIG_MAPPING[model_type](), kinds=["vocabulary"])
+    assert verdict.verdict == VERIFIED, verdict
+    assert {"uneven eager", "even eager", "cached generation", "save and load"} <= set(verdict.checks)
+
+
+@pytest.mark.slow
+def test_tokens_with_rows_of_several_tables_are_not_offered() -> None:
+    graph = discover_graph(small_config(CONFIG_MAPPING["gemma3n_text"]()))
+    with pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight axis 0: token ids are read by ge in model"):
+        Scope(("vocabulary",), (0,)).groups(graph)

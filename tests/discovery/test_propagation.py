@@ -42,6 +42,26 @@ def test_tie_blocks_what_meets_a_fixed_index() -> None:
     assert parts.reasons == {1: "why"}
 
 
+def test_rows_that_token_ids_look_up_belong_to_the_logits() -> None:
+    run = Propagation()
+    rows, logits = run.ids.new(3), run.ids.new(3)
+    run.look_up(rows)
+    run.look_up(rows)
+    run.predict(logits)
+    parts = run.ids.components()
+    assert parts.label[rows].tolist() == parts.label[logits].tolist()
+    assert parts.marked[Mark.VOCABULARY][parts.label[rows]].all() and not parts.marked[Mark.BLOCKED].any()
+
+
+def test_rows_of_several_tables_are_blocked() -> None:
+    run = Propagation(where="embedding in second")
+    rows = run.ids.new(3)
+    run.look_up(rows)
+    run.look_up(run.ids.new(3))
+    run.predict(rows)
+    assert set(run.ids.components().reasons.values()) == {"token ids are read by several tables (embedding in second)"}
+
+
 @pytest.mark.parametrize(
     ("shape", "expected"),
     [
