@@ -115,7 +115,7 @@ class Oracle:
             verdict.checks.append("cached generation")
         for name, kept in plans.items():
             model = self._cut(self.models["eager"], kept, verdict.follows)
-            tokens = self._tokens(kept).after
+            tokens = kept_tokens(self.tokens, self.graph, kept).after
             expected = logits(model, tokens)
             with tempfile.TemporaryDirectory() as parent:
                 save_checkpoint(model, Path(parent) / "pruned", record={})
@@ -165,7 +165,8 @@ class Oracle:
             why_not = why_no_generation(reference, self.tokens)
         if why_not:
             return f"the model with silenced units {why_not}"
-        difference = cached_difference(self._cut(dense, kept, follows), self._tokens(kept).after)
+        after = kept_tokens(self.tokens, self.graph, kept).after
+        difference = cached_difference(self._cut(dense, kept, follows), after)
         if not difference <= TOLERANCE:
             raise Disagreement("generation with a cache differs from generation without", difference, "")
         return ""
@@ -182,7 +183,7 @@ class Oracle:
         expected, reference, mode = self._reference(dense, kept)
         if strict and distance(expected, self.dense[implementation]) < VISIBLE:
             raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
-        tokens = self._tokens(kept)
+        tokens = kept_tokens(self.tokens, self.graph, kept)
         difference = distance(logits(model, tokens.after), expected)
         if not difference <= TOLERANCE:
             where = first_difference(model, reference, tokens, mode)
@@ -193,17 +194,10 @@ class Oracle:
         self, dense: PreTrainedModel, kept: Kept
     ) -> tuple[torch.Tensor, PreTrainedModel, AbstractContextManager[object]]:
         """The logits of a silenced copy of ``dense``, that copy, and the context in which it must run."""
-        model, tokens = copy.deepcopy(dense), self._tokens(kept)
+        model, tokens = copy.deepcopy(dense), kept_tokens(self.tokens, self.graph, kept)
         mode = silenced(model, self.graph, kept)
         with mode:
             return logits(model, tokens.before)[..., tokens.predicted], model, mode
-
-    def _tokens(self, kept: Kept) -> Tokens:
-        for name, units in kept.items():
-            if self.graph.by_name[name].kind == VOCABULARY:
-                after, predicted = self.tokens % len(units), torch.tensor(units)
-                return Tokens(predicted[after], after, predicted)
-        return Tokens(self.tokens, self.tokens, slice(None))
 
 
 @dataclass(frozen=True)
@@ -214,6 +208,15 @@ class Tokens:
     before: torch.Tensor
     after: torch.Tensor
     predicted: torch.Tensor | slice
+
+
+def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Tokens:
+    """``tokens``, ids in the dense model, or others where those may be removed."""
+    for name, units in kept.items():
+        if graph.by_name[name].kind == VOCABULARY:
+            after, predicted = tokens % len(units), torch.tensor(units)
+            return Tokens(predicted[after], after, predicted)
+    return Tokens(tokens, tokens, slice(None))
 
 
 class Disagreement(LlmprunerError):

@@ -41,8 +41,8 @@ class ComparedModel:
 @dataclass(frozen=True)
 class MetricSubject:
     """The model to measure, in evaluation mode. ``name``: as the user gave it. ``graph``: its coupled groups, after all
-    cuts. ``reference``: the first model of the same call (for that one, the model itself); None unless a metric needs
-    it."""
+    cuts. ``reference``: the first model of the same call (for that one, the model itself), as `InTokens` for a model
+    with a part of its vocabulary; None unless a metric needs it."""
 
     name: str
     model: PreTrainedModel

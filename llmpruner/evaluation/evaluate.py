@@ -19,8 +19,6 @@ from .perplexity import PerplexityResult
 from .tasks import Scores
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
@@ -61,25 +59,28 @@ def evaluate(
     for metric in metrics:
         metric.prepare()
         metric.check_models(models)
-    reference: PreTrainedModel | None = None
+    from ..models.trimmed import in_tokens_of
+
+    reference: Model | None = None
     evaluations = []
     for named, load in zip(models, loaders, strict=True):
         model = load()
         _check_finite(model)
         if comparing and reference is None:
-            reference = model.model
+            reference = model
+        first = None if reference is None else in_tokens_of(model, reference)
         results = {}
         for metric in metrics:
             progress.status(f"measuring {metric.name} of {named.name}")
             subject = MetricSubject(
                 named.name, model.model, model.tokenizer, model.family, model.graph,
-                reference if metric.needs_reference else None, progress,
+                first if metric.needs_reference else None, progress,
             )  # fmt: skip
             results[metric.name] = metric.measure(subject)
         rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
         evaluations.append(Evaluation(named.name, results, rows))
         # The next model is loaded into the memory of this one.
-        del model, subject
+        del model, subject, first
     return Evaluations(evaluations)
 
 

@@ -3,6 +3,7 @@ Imports no torch."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
     from ..structure.coupling import CouplingGraph
 
+_LOG = logging.getLogger("llmpruner")
 _COMPARED = 100_000
 """Characters from the start of a text by which tokenizers are compared."""
 
@@ -129,15 +131,19 @@ class PerplexityMetric(Metric):
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
         from ..models.positions import check_table, warn_beyond
+        from ..models.tokenizer import tokens_of
 
         window = self.settings.window
         what, hint = f"windows of {window:,} tokens", "lower --window"
         for model in models:
             check_table(model.config, window, what, hint, f"'{model.name}'")
             warn_beyond(model.config, window, what, hint, f"'{model.name}'")
-        if self.settings.kl:
-            for text in self._texts.values():
+        for text in self._texts.values():
+            if self.settings.kl:
                 check_same_tokens(models, text[:_COMPARED])
+        text = next(iter(self._texts.values()))[:_COMPARED]
+        if len({len(tokens_of(model.tokenizer, text)) for model in models if model.tokenizer is not None}) > 1:
+            _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """The `PerplexityResult` on the first text, with its name in ``text``, and in ``others`` those on further
@@ -221,16 +227,19 @@ def _higher_is_better(metric: str) -> bool | None:
 
 def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
     """Raise `ModelError` where vocabularies differ in size, or the first tokenizer gives other tokens for another's ids
-    of ``text``. The ids may differ: a fast and a slow tokenizer of one vocabulary do not split every text alike."""
+    of ``text``, unless the other is a part of the first. The ids may differ: a fast and a slow tokenizer of one
+    vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
+    from ..models.trimmed import old_ids
 
     first, *others = models
     for other in others:
-        sizes = {getattr(model.config.get_text_config(), "vocab_size", None) for model in (first, other)}
+        sizes = [getattr(model.config.get_text_config(), "vocab_size", 0) for model in (first, other)]
         ids = sorted(set(tokens_of(other.tokenizer, text)))
         tokens = other.tokenizer.convert_ids_to_tokens(ids)
-        if len(sizes) > 1 or first.tokenizer.convert_ids_to_tokens(ids) != tokens:
+        same = sizes[0] == sizes[1] and first.tokenizer.convert_ids_to_tokens(ids) == tokens
+        if not same and (sizes[0] < sizes[1] or old_ids(first.tokenizer, other.tokenizer) is None):
             raise ModelError(
                 f"the vocabularies of '{first.name}' and '{other.name}' differ; KL divergence needs one vocabulary: "
-                "compare models with the same tokenizer, or leave kl out"
+                "compare models with the same tokenizer, name the dense model before a trimmed one, or leave kl out"
             )

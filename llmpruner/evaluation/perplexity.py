@@ -15,6 +15,7 @@ from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
 from ..models.numbers import autocast_to
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
+from ..models.trimmed import InTokens
 from ..progress import QUIET, Progress
 from ..values import counted
 
@@ -30,6 +31,10 @@ class PerplexityResult:
     ``bits_per_byte`` counts UTF-8 bytes, and is comparable between tokenizers. ``kl_per_token``: mean Kullback-Leibler
     divergence KL(reference ‖ model) of the predictions, in nats; ``top1_agreement``: share of the predictions whose
     most probable token is the reference's; both None without a reference. ``text_sha256``: of the whole text in UTF-8.
+
+    A reference with a larger vocabulary, of which the model kept a part, reads the text in its own tokens. It is
+    compared over the kept tokens, where its next token is one of them: before a removed token it expects what the model
+    cannot say. What the removed tokens cost is in ``bits_per_byte``.
     """
 
     perplexity: float
@@ -46,14 +51,15 @@ class PerplexityResult:
 
 class Scored:
     """The predictions of ``model``, summed up: negative log-likelihood and, with a ``reference``, KL(reference ‖
-    model), in nats; ``tokens`` that were predicted, and how many of them both predict alike."""
+    model), in nats; ``tokens`` that were predicted, those that were ``compared``, and how many of them both predict
+    alike."""
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:
             check_one_head(reference, model)
         self.model, self.reference, self._autocast = model, reference, autocast
         self.nll = self.kl = 0.0
-        self.tokens = self.agreed = 0
+        self.tokens = self.compared = self.agreed = 0
 
     def add(self, ids_BT: torch.Tensor, at_N: torch.Tensor) -> None:
         """``at_N``: positions, of every row, after which a token is predicted that counts."""
@@ -68,9 +74,14 @@ class Scored:
             self.nll += float(functional.cross_entropy(logits_NV.float(), next_N, reduction="none").double().sum())
             self.tokens += len(at_N)
             if expected_BTV is None:
+                self.compared += len(at_N)
                 self.agreed += len(at_N)
                 continue
             expected_NV = expected_BTV[row, at_N]
+            if isinstance(self.reference, InTokens):
+                agree_N = self.reference.agree(ids)[at_N]
+                expected_NV, logits_NV = expected_NV[agree_N], logits_NV[agree_N]
+            self.compared += len(logits_NV)
             self.kl += float(divergences(expected_NV, logits_NV).double().sum())
             self.agreed += int((expected_NV.argmax(-1) == logits_NV.argmax(-1).to(expected_NV.device)).sum())
         if math.isnan(self.nll):
@@ -91,12 +102,12 @@ class Scored:
 
     def means(self) -> dict[str, float | None]:
         """``perplexity``, infinite where no float is as large, and means per token."""
-        mean, compared = self.nll / self.tokens, self.reference is not None
+        mean, compared = self.nll / self.tokens, self.compared if self.reference is not None else 0
         return {
             "perplexity": math.exp(mean) if mean < 709 else math.inf,
             "nll_per_token": mean,
-            "kl_per_token": self.kl / self.tokens if compared else None,
-            "top1_agreement": self.agreed / self.tokens if compared else None,
+            "kl_per_token": self.kl / compared if compared else None,
+            "top1_agreement": self.agreed / compared if compared else None,
         }
 
 

@@ -17,6 +17,7 @@ from .checkpoint import adapter_base
 from .gguf import RECORDED_PRE, gguf_reader
 from .messages import in_one_line, quiet_transformers
 from .reference import Reference, resolve
+from .trimmed import InTokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -102,6 +103,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 def predicted_tokens(model: Any) -> int:
     """How many tokens a model predicts. Reads no weights."""
+    if isinstance(model, InTokens):
+        return len(model.old)
     # Some classes do not say what their head is; it has as many tokens as the embeddings.
     head = model.get_output_embeddings() or model.get_input_embeddings()
     return int(head.weight.shape[0])

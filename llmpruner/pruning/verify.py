@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from ..discovery.dense import dense_structure
-from ..discovery.oracle import TOLERANCE, distance, logits, silenced
+from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
 from ..discovery.structure import load_structure
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
@@ -138,23 +138,24 @@ def _model_checks(
     progress.status(f"comparing with '{dense.ref}'")
     changed = _changed_modules(dense.graph, structure.plans, catalog)
     vocabulary = dense.model.get_input_embeddings().weight.shape[0]
-    tokens = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    random = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
+    kept: Kept = {}
+    for plan in structure.plans:
+        kept = compose(dense.graph, kept, plan.kept)
+    tokens = kept_tokens(random, dense.graph, kept)
     expected = None
     if not changed and dense.streamed is None and dense.model.dtype == torch.float32:
         # What is silenced is cut afterwards, so that no copy is needed.
-        kept: Kept = {}
-        for plan in structure.plans:
-            kept = compose(dense.graph, kept, plan.kept)
         with silenced(dense.model, dense.graph, kept):
-            expected = logits(dense.model, tokens)
+            expected = logits(dense.model, tokens.before)[..., tokens.predicted]
     for plan in structure.plans:
         dense = cut_model(dense, plan)
     yield "weights", _compare_weights(weights, dense.weights, changed, dense.ref)
     if changed:
         raise _NotComparable("weights were fitted to compensate for the cut")
     what = "a new cut of the base" if expected is None else "the base with the removed units silenced"
-    expected = logits(dense.model, tokens) if expected is None else expected
-    difference = distance(logits(weights.model, tokens).float(), expected.float())
+    expected = logits(dense.model, tokens.after) if expected is None else expected
+    difference = distance(logits(weights.model, tokens.after).float(), expected.float())
     if not difference <= (TOLERANCE if weights.model.dtype == torch.float32 else _ROUNDED):
         raise CheckpointError(
             f"the logits differ from {what} by {difference:.0e} of the largest, although the weights are right: "

@@ -26,6 +26,7 @@ from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import reopened
 from ..models.positions import table_of
+from ..models.trimmed import in_tokens_of
 from ..pruning.saving import save
 from .base import RecoveryStrategy, TrainingResult
 from .data import TrainingData, prepare
@@ -77,7 +78,8 @@ def recover(
             if not strategy.needs_dense:
                 dense.cache_clear()
         with stages.stage("training"):
-            result = _trained(job, loaded, data, folder, lambda: dense().model, opener)
+            teacher = functools.partial(in_tokens_of, loaded, teaching=True)
+            result = _trained(job, loaded, data, folder, lambda: teacher(dense()), opener)
         history = [*(loaded.record or {}).get("recovery", []), result.details]
         recovered = replace(loaded, model=result.model, record={**(loaded.record or {}), "recovery": history})
         if output is None:
