@@ -137,7 +137,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     budget = catalog.budgets.create(counted, of(counted))
     criterion = catalog.criteria.create(settings.importance, of(settings.importance))
     of_tokens = None
-    if VOCABULARY in settings.kinds and not criterion.accepts(VOCABULARY):
+    if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and not criterion.accepts(VOCABULARY):
         of_tokens = catalog.criteria.create(VOCABULARY, of(VOCABULARY))
     shares = settings.allocation
     if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and "allocation" not in explicit:

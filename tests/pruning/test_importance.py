@@ -139,7 +139,7 @@ def test_stacks_are_scored_matrix_by_matrix(name, criterion):
             return super().saliency(signals)
 
     settings = criterion.settings.model_dump()
-    groups = [group for group in loaded.graph.groups if group.kind != "hidden"]
+    groups = [group for group in loaded.graph.groups if group.kind not in ("hidden", "vocabulary")]
     whole, parts = (
         estimate(loaded.model, loaded.graph, groups, kind(**settings), calibration) for kind in (Whole, Seen)
     )
