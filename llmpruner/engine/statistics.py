@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import partial
 from math import nan, pi
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ import torch
 from torch.nn import functional
 
 from ..models.numbers import with_fast_products
-from ..models.positions import logits_at, position_blocks
 from .products import ReduceProducts, WatchedProduct, WatchProducts
 from .ranks import SINGLE, Ranks
 from .signals import InputStats, ProductStats, StreamStats, TokenStats
@@ -26,7 +24,7 @@ if TYPE_CHECKING:
     from .execution import Execution
 
 
-PREDICTED = 16384
+PREDICTED = 8192
 """Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""
 _BLOCKS = 4
 """Column blocks that a Gram matrix is computed in; more blocks save little more."""
@@ -213,17 +211,15 @@ def stream_statistics(execution: Execution, calibration: CalibrationSet, *, bloc
 @torch.no_grad()
 def token_statistics(execution: Execution, calibration: CalibrationSet, tokenizer: Any | None) -> TokenStats:
     """Count the tokens of the calibration text, and sum up the probabilities of all next tokens on the first
-    `PREDICTED` of it. Memory: `LOGIT_ELEMENTS` logits, a few times."""
+    `PREDICTED` of it. Memory: the logits of one sample, three times."""
     model = execution.model
     rows = model.get_input_embeddings().weight.shape[0]
     counts = torch.bincount(calibration.input_ids.flatten(), minlength=rows)
     expected, predicted = torch.zeros(rows, dtype=torch.float64), 0
     with execution.weights.outside():
         ids = check_tokens(model, calibration.first(PREDICTED).input_ids)
-        for batch in execution.progress.track(torch.split(ids, 4), "Predicting tokens"):
-            for positions in position_blocks(model, batch, rows):
-                compute = partial(logits_at, model, batch, positions)
-                logits = with_fast_products(model, compute).flatten(0, 1).float()
-                expected += logits.softmax(-1).sum(0).double().cpu()
-                predicted += len(logits)
+        for sample in execution.progress.track(torch.split(ids, 1), "Predicting tokens"):
+            logits = with_fast_products(model, lambda ids=sample: model(input_ids=ids, use_cache=False).logits)
+            expected += logits[0].float().softmax(-1).sum(0).double().cpu()
+            predicted += sample.numel()
     return TokenStats(counts, expected, predicted, tokenizer)

@@ -175,7 +175,7 @@ class _Forecaster:
             scoring = max((prod(shape[-2:]) for shape in self.shapes.values()), default=0) * 3 * F32
         seconds = 40 * sum(map(prod, self.shapes.values())) / COPY
         if self.predicted:
-            scoring = max(scoring, 3 * LOGIT_ELEMENTS * F32)
+            scoring = max(scoring, 3 * self.length * self.vocabulary * F32)
             seconds += sample.forward_seconds * self.predicted + self._head(self.predicted)
         if not scored:
             return _Stage(scoring, 0, seconds)
