@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import nan, pi
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +220,7 @@ def token_statistics(execution: Execution, calibration: CalibrationSet, tokenize
     with execution.weights.outside():
         ids = check_tokens(model, calibration.first(PREDICTED).input_ids)
         for sample in execution.progress.track(torch.split(ids, 1), "Predicting tokens"):
-            logits = with_fast_products(model, lambda ids=sample: model(input_ids=ids, use_cache=False).logits)
+            logits = with_fast_products(model, partial(model, input_ids=sample, use_cache=False)).logits
             expected += logits[0].float().softmax(-1).sum(0).double().cpu()
             predicted += sample.numel()
     return TokenStats(counts, expected, predicted, tokenizer)
