@@ -135,4 +135,5 @@ def replace_layers(config: GPT2Config, count: int) -> GPT2Config:
 
 
 def test_adjusted_groups_are_verified() -> None:
-    assert [(v.kind, v.verdict) for v in verify(Careful(), SMALL)] == [("attention", VERIFIED), ("layer", VERIFIED)]
+    verdicts = {v.kind: v.verdict for v in verify(Careful(), SMALL)}
+    assert verdicts == dict.fromkeys(("attention", "vocabulary", "layer"), VERIFIED)

@@ -43,7 +43,7 @@ def test_a_removed_layer_of_chatglm_is_gone_and_the_others_keep_their_scale() ->
 
 def test_hidden_channels_of_chatglm_are_not_offered() -> None:
     graph = build_graph(ChatGLMFamily(), tiny_config("chatglm"))
-    assert graph.kinds == (ATTENTION, MLP, "layer")
+    assert graph.kinds == (ATTENTION, MLP, "vocabulary", "layer")
     assert graph.layers == "transformer.layers"
 
 
