@@ -13,8 +13,7 @@ from torch import nn
 if TYPE_CHECKING:
     from .model import Model
 
-_NEVER = -1e4
-"""A logit of probability 0."""
+_NEVER = -1e4  # a logit of probability 0
 
 
 def old_ids(dense: Any, trimmed: Any) -> list[int] | None:
@@ -33,10 +32,13 @@ def in_tokens_of(trimmed: Model, dense: Model, *, teaching: bool = False) -> Any
     old = None if rows >= before else old_ids(dense.tokenizer, trimmed.tokenizer)
     if old is None:
         return dense.model
-    vocabulary, kept, split = dense.tokenizer.get_vocab(), {*old}, trimmed.tokenizer.backend_tokenizer.model.tokenize
-    pieces = {n: tuple(piece.id for piece in split(token)) for token, n in vocabulary.items() if n not in kept}
-    # Rows that no token has are padding.
-    return InTokens(dense.model, [*old, *range(len(vocabulary), len(vocabulary) + rows - len(old))], pieces, teaching)
+    tokenizer, whole, kept = trimmed.tokenizer, dense.tokenizer, {*old}
+    assert tokenizer is not None and whole is not None, "they were compared"
+    split = tokenizer.backend_tokenizer.model.tokenize
+    pieces = {n: tuple(piece.id for piece in split(token)) for token, n in whole.get_vocab().items() if n not in kept}
+    # There may be rows that no token has, or added tokens without a row.
+    old = [*old, *range(len(whole), len(whole) + rows - len(old))][:rows]
+    return InTokens(dense.model, old, pieces, teaching)
 
 
 class InTokens(nn.Module):
@@ -50,19 +52,16 @@ class InTokens(nn.Module):
     ``old``: the id in ``model`` of each token. ``pieces``: those of each removed token, by its id in ``model``.
     """
 
-    def __init__(
-        self, model: Any, old: Sequence[int], pieces: Mapping[int, tuple[int, ...]], teaching: bool = False
-    ) -> None:
+    def __init__(self, model: Any, old: Sequence[int], pieces: Mapping[int, tuple[int, ...]], teaching: bool) -> None:
         super().__init__()
         self.model, self.device, self.teaching = model, model.device, teaching
         self.wholes = {(new,): before for new, before in enumerate(old)} | {p: token for token, p in pieces.items()}
         self.longest: dict[int, int] = {}
-        rows = model.get_input_embeddings().weight.shape[0]
-        self.old, self.counts_for = torch.tensor(old).to(self.device), torch.full((rows,), len(old))
+        counts_for = [len(old)] * len(model.get_input_embeddings().weight)
         for parts, token in self.wholes.items():
             self.longest[parts[0]] = max(len(parts), self.longest.get(parts[0], 1))
-            self.counts_for[token] = parts[0]
-        self.counts_for = self.counts_for.to(self.device)
+            counts_for[token] = parts[0]
+        self.old, self.counts_for = torch.tensor(old).to(self.device), torch.tensor(counts_for).to(self.device)
 
     def read(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of ``model`` that ``ids`` are, and at which of ``ids`` each of them ends."""
