@@ -34,7 +34,14 @@ def _texts(measured: Measurements) -> str:
     texts = {first["text"]: first, **first["others"]}
     each = "; ".join(f"{counted(result['tokens'], 'token')} of {bare(text)}" for text, result in texts.items())
     window, predicted = counted(first["window"], "token"), counted(first["window"] - 1, "prediction")
-    return f"Perplexity: {each}; windows of {window} with {predicted} each."
+    rates = {round(tokens_per_byte(result["perplexity"]), 6) for result in measured.results if result.get("perplexity")}
+    differ = " It is per token, and the tokens differ between models: compare bits per byte." if len(rates) > 1 else ""
+    return f"Perplexity: {each}; windows of {window} with {predicted} each.{differ}"
+
+
+def tokens_per_byte(result: Mapping[str, Any]) -> float:
+    """Of the text of a perplexity, but for a constant factor."""
+    return float(result["bits_per_byte"] / result["nll_per_token"])
 
 
 class CostSection(ReportSection):

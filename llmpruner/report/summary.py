@@ -11,6 +11,7 @@ from typing import Any
 from ..values import bytes_text, count_text, counted
 from .base import DENSE, ReportSection, ReportSubject, bare, rendered
 from .chart import Point, Series, drawn
+from .measured import tokens_per_byte
 
 _DASHES = ("", "6 4", "2 3", "8 3 2 3")
 _COLUMNS = ("Model", "Method", "Decoder removed", "Decoder parameters", "Weights", "Perplexity", "KL per token",
@@ -57,7 +58,9 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
         before, after = measured.of(DENSE), measured.of(subject.name)
         first, second = ((result.get("perplexity") or {}).get("perplexity") for result in (before, after))
         if first is not None and second is not None:
-            perplexities.append((first, second, f" on {bare(before['perplexity']['text'])}"))
+            more = round(tokens_per_byte(after["perplexity"]) / tokens_per_byte(before["perplexity"]), 6)
+            what = " (per token of the dense model)" if more != 1 else ""
+            perplexities.append((first, second**more, f" on {bare(before['perplexity']['text'])}{what}"))
     if rates:
         before, after, note = rates[0]
         pairs["decode"] = Pair("Decoding, tokens/s", before, after, "{:,.1f}".format, note)

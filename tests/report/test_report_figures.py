@@ -9,7 +9,7 @@ from html import unescape
 
 import pytest
 import tiny_report
-from tiny_report import page_of
+from tiny_report import evaluated, page_of
 
 import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
@@ -69,6 +69,17 @@ def test_the_page_has_the_figures_of_the_files(places, tmp_path):
     stages = json.loads((places / "small" / "run.json").read_text())["stages"]
     assert [stage["name"] for stage in stages][-3:] == ["compensation", "cut", "saving"]
     assert all(stage["peak_bytes"] > 1e6 and stage["seconds"] >= 0 for stage in stages)
+
+
+def test_perplexity_of_other_tokens_is_told_of_those_of_the_dense_model(places, tmp_path):
+    results = evaluated(places, "small")
+    results[1]["perplexity"] = {**results[1]["perplexity"], "bits_per_byte": 1.2}  # a fifth more tokens
+    (tmp_path / "quality.json").write_text(json.dumps(results))
+    made = llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "quality.json"])
+    expected = f"perplexity on wikitext2 (per token of the dense model) went from 20.00 to {30**1.2:.2f}"
+    assert expected in made.sentences["small"]
+    assert "the tokens differ between models: compare bits per byte" in text_of(made.path.read_text())
+    assert "compare bits per byte" not in text_of(page_of(places, tmp_path, "small")[0])
 
 
 def test_tokens_that_go_are_in_the_record_and_on_the_page(places, tmp_path):
