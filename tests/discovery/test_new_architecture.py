@@ -39,8 +39,8 @@ def test_structure_of_a_strange_architecture() -> None:
 
 
 def test_a_strange_architecture_is_verified_without_code() -> None:
-    verdicts = verify(None, STRANGE, shrink=False)
-    assert {v.kind: v.verdict for v in verdicts} == dict.fromkeys(("attention", "mlp", "hidden", "layer"), VERIFIED), [
+    verdicts, kinds = verify(None, STRANGE, shrink=False), ("attention", "mlp", "hidden", "vocabulary", "layer")
+    assert {v.kind: v.verdict for v in verdicts} == dict.fromkeys(kinds, VERIFIED), [
         (v.kind, v.where, v.reason) for v in verdicts
     ]
 

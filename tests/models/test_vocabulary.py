@@ -27,6 +27,7 @@ from transformers import (
 from transformers.tokenization_utils_tokenizers import generate_merges
 
 from llmpruner.errors import UnsupportedModelError
+from llmpruner.models.save import vocabulary_files
 from llmpruner.models.vocabulary import Vocabulary, removable_tokens, renumber, whole_first
 from llmpruner.testing.models import letters
 
@@ -44,12 +45,16 @@ TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}</s><|late|>{% endfor 
 
 def wrapped(backend: Tokenizer) -> Any:
     """With a post-processor, a chat template, and a token that was added after training."""
-    ids = [(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
-    backend.post_processor = processors.TemplateProcessing("<s> $A </s>", "<s> $A </s> $B </s>", ids)
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
     )
     made.add_tokens(["<|late|>", "added word"])
+    first, last = ((token, made.convert_tokens_to_ids(token)) for token in ("<s>", "<|late|>"))
+    if isinstance(backend.decoder, decoders.ByteLevel):
+        made._tokenizer.post_processor = processors.RobertaProcessing(last, first, trim_offsets=False)
+    else:
+        around = processors.TemplateProcessing("<s> $A <|late|>", "<s> $A $B <|late|>", [first, last])
+        made._tokenizer.post_processor = around
     return made
 
 
@@ -133,6 +138,18 @@ def word_piece() -> Tokenizer:
     return backend
 
 
+def as_gpt_1() -> Tokenizer:
+    """The last character of a word is another token than inside of it, and no merge makes it."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.BPEDecoder()
+    backend.train_from_iterator(
+        [TEXT],
+        trainers.BpeTrainer(vocab_size=900, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False),
+    )
+    return backend
+
+
 CLASSES = [
     (GPT2Tokenizer, byte_level),
     (LlamaTokenizer, as_llama_2),
@@ -140,7 +157,7 @@ CLASSES = [
     (XGLMTokenizer, unigram),
     (BertTokenizer, word_piece),
 ]
-KINDS = [byte_level, as_llama_3, as_llama_2, unigram, word_piece]
+KINDS = [byte_level, as_llama_3, as_llama_2, as_gpt_1, unigram, word_piece]
 
 
 @cache
@@ -230,8 +247,12 @@ def as_class(cls: type[Any], kind: Callable[[], Tokenizer]) -> Any:
 def test_a_saved_tokenizer_is_the_same_but_for_its_ids(make, tmp_path) -> None:
     tokenizer = make()
     kept = kept_of(tokenizer, 0.5, seed=4)
-    Vocabulary(tokenizer).trimmed(kept).save_pretrained(tmp_path)
-    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.model").touch()
+    tokenizer.vocab_file = str(tmp_path / "tokenizer.model")
+    trimmed = Vocabulary(tokenizer).trimmed(kept)
+    assert vocabulary_files(tokenizer) and not vocabulary_files(trimmed)
+    trimmed.save_pretrained(tmp_path / "trimmed")
+    loaded = AutoTokenizer.from_pretrained(tmp_path / "trimmed")
     assert type(loaded) is type(tokenizer) or type(loaded).__name__ == "TokenizersBackend"
     assert {
         token: kept[number] for token, number in loaded.get_vocab().items()
@@ -240,7 +261,7 @@ def test_a_saved_tokenizer_is_the_same_but_for_its_ids(make, tmp_path) -> None:
     assert {t.content: vars_of(t) for t in loaded.added_tokens_decoder.values()} == {
         t.content: vars_of(t) for t in tokenizer.added_tokens_decoder.values()
     }
-    assert {file.name for file in tmp_path.iterdir()} == {
+    assert {file.name for file in (tmp_path / "trimmed").iterdir()} == {
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
     }  # fmt: skip
     letters = tokenizer.decode([n for n in kept if n not in tokenizer.all_special_ids][:3])
