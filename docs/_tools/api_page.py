@@ -17,7 +17,7 @@ from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.run import RecipeResult, StepResult
-from llmpruner.structure.plan import BudgetOutcome, Outcome, PruningPlan
+from llmpruner.structure.plan import BudgetOutcome, Outcome, PruningPlan, ScriptTokens, TextTokens, TokenOutcome
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench,
@@ -29,6 +29,9 @@ VALUES = (
     PruningPlan,
     Outcome,
     BudgetOutcome,
+    TokenOutcome,
+    ScriptTokens,
+    TextTokens,
     Evaluations,
     Evaluation,
     BenchResult,

@@ -18,13 +18,14 @@ from llmpruner.engine.signals import (
     ProductStats,
     Signal,
     StreamStats,
+    TokenStats,
     UnitAxis,
 )
 from llmpruner.structure import coupling, layouts
 from llmpruner.structure.coupling import Blocked, Blocks, CoupledGroup, CouplingGraph, Explicit, Role, Span, index_map
 
 STRUCTURE = (Role, Span, Blocks, Explicit, CoupledGroup, CouplingGraph, Blocked)
-SIGNALS = (Signal, ParameterSignals, InputStats, Product, ProductStats, StreamStats, Position, UnitAxis)
+SIGNALS = (Signal, ParameterSignals, InputStats, Product, ProductStats, StreamStats, TokenStats, Position, UnitAxis)
 CLASSES = (*STRUCTURE, *SIGNALS)
 BUILDERS: tuple[Any, ...] = tuple(
     function
@@ -32,7 +33,7 @@ BUILDERS: tuple[Any, ...] = tuple(
     if inspect.isfunction(function) and function.__module__ == layouts.__name__ and not name.startswith("_")
 )
 FUNCTIONS = (index_map, *BUILDERS)
-KINDS = ("MLP", "ATTENTION", "QUERY", "HIDDEN", "LAYER", "EXPERT")
+KINDS = ("MLP", "ATTENTION", "QUERY", "HIDDEN", "LAYER", "EXPERT", "VOCABULARY")
 
 
 def render() -> str:

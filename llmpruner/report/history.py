@@ -5,15 +5,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator, Mapping
-from itertools import zip_longest
+from itertools import chain, repeat
 from math import ceil
 from statistics import fmean
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
-from ..structure.plan import TokenOutcome
 from .base import ReportSection, ReportSubject, bare, rendered
 from .chart import Point, Series, drawn
 
@@ -30,8 +27,12 @@ class PlanSection(ReportSection):
     order = 20
 
     def render(self, subject: ReportSubject) -> str:
+        from pydantic import TypeAdapter
+
+        from ..structure.plan import TokenOutcome
+
         plans = []
-        for plan, work in zip_longest(subject.plans, subject.record.get("work", ()), fillvalue={}):
+        for plan, work in zip(subject.plans, chain(subject.record.get("work", ()), repeat({})), strict=False):
             kinds, rows = plan.table()
             tables = [("Units kept", ("Layers", *kinds), rows, 1)]
             if "tokens" in work:

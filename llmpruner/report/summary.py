@@ -86,7 +86,9 @@ def sentence(subject: ReportSubject) -> str:
     pairs = figures(subject)
     parameters, weights = pairs["parameters"], pairs["weights"]
     won = [
-        f"{1 - parameters.ratio:.1%} of the decoder's parameters are gone ({count_text(parameters.dense)} → "
+        f"{1 - weights.ratio:.1%} of the weights are gone ({bytes_text(weights.dense)} → {bytes_text(weights.pruned)})"
+        if parameters.ratio == 1
+        else f"{1 - parameters.ratio:.1%} of the decoder's parameters are gone ({count_text(parameters.dense)} → "
         f"{count_text(parameters.pruned)}; all weights {bytes_text(weights.dense)} → {bytes_text(weights.pruned)})"
     ]
     lost = []
