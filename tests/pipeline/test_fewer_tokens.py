@@ -13,6 +13,7 @@ from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCaus
 
 from llmpruner import api, load_pruned
 from llmpruner.errors import SelectionError, SettingsError, UnsupportedModelError
+from llmpruner.models.vocabulary import Vocabulary
 from llmpruner.testing.models import letters
 
 ROWS = 768
@@ -155,13 +156,19 @@ def test_a_tokenizer_that_cannot_be_rewritten_is_refused_before_weights_are_read
 
 def test_texts_and_scripts_to_keep_have_an_effect(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder / "dense")
-    russian = set(tokenizer((folder / "russian.txt").read_text(encoding="utf-8"))["input_ids"])
+    text = (folder / "russian.txt").read_text(encoding="utf-8")
+    before = tokenizer(text)["input_ids"]
 
-    def share(number: int, **own: str) -> float:
-        return len(russian & set(kept_of(prune(folder, None, **tokens(number, **own))))) / len(russian)
+    def kept(number: int, **own: str) -> tuple[int, ...]:
+        return kept_of(prune(folder, None, **tokens(number, **own)))
+
+    def share(*args: int, **own: str) -> float:
+        return len(set(before) & set(kept(*args, **own))) / len(set(before))
 
     assert share(512) < share(512, keep=str(folder / "russian.txt")) == 1
     assert share(640, scripts="latin") < share(640) == share(640, scripts="latin,cyrillic") == 1
+    rows = kept(448, keep=str(folder / "russian.txt"))  # the words, and what they are made of
+    assert [rows[number] for number in Vocabulary(tokenizer).trimmed(rows)(text)["input_ids"]] == before
 
 
 def test_a_streamed_model_gives_the_same_files(folder, tmp_path, monkeypatch):
