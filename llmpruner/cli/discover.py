@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from ..errors import CouplingError
 from ..settings import LoadSettings
-from ..structure.coupling import HIDDEN, CoupledGroup, CouplingGraph, Span
+from ..structure.coupling import HIDDEN, VOCABULARY, CoupledGroup, CouplingGraph, Span
 from ..values import count_text, counted
 from .console import out, print_json, table
 from .derive import Json, ModelName, takes
@@ -79,7 +79,7 @@ def _kind_row(graph: CouplingGraph, kind: str) -> tuple[str, ...]:
     ranges = (f"{min(n):,}" if min(n) == max(n) else f"{min(n):,} to {max(n):,}" for n in (units, costs))
     owned = sum(number * cost for number, cost in zip(units, costs, strict=True))
     # Hidden channels also own parameters outside of the decoder, and square matrices twice, by rows and columns.
-    share = "all" if kind == HIDDEN else f"{owned / graph.decoder_parameters:.1%}"
+    share = {HIDDEN: "all", VOCABULARY: "none"}.get(kind, f"{owned / graph.decoder_parameters:.1%}")
     return (kind, str(len(groups)), *ranges, share)
 
 

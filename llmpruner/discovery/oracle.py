@@ -97,7 +97,7 @@ class Oracle:
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
         if kind == VOCABULARY:
-            named = token_ids(self.config)
+            named = token_ids(self.config) | token_ids(self.config.get_text_config())
             plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
         if kind == LAYER and len(types) == self.graph.num_layers:
@@ -161,12 +161,12 @@ class Oracle:
             return f"the dense model {self.no_cache}"
         dense = self.models["eager"]
         _, reference, mode = self._reference(dense, kept)
+        tokens = kept_tokens(self.tokens, self.graph, kept)
         with mode:
-            why_not = why_no_generation(reference, self.tokens)
+            why_not = why_no_generation(reference, tokens.before)
         if why_not:
             return f"the model with silenced units {why_not}"
-        after = kept_tokens(self.tokens, self.graph, kept).after
-        difference = cached_difference(self._cut(dense, kept, follows), after)
+        difference = cached_difference(self._cut(dense, kept, follows), tokens.after)
         if not difference <= TOLERANCE:
             raise Disagreement("generation with a cache differs from generation without", difference, "")
         return ""
