@@ -51,6 +51,8 @@ def model_card(
     )  # fmt: skip
     config = json.loads((Path(structure.path or structure.ref) / "config.json").read_text(encoding="utf-8"))
     dense, graph = build_graph(structure.family, structure.config), structure.graph
+    decoder = (dense.decoder_parameters, graph.decoder_parameters)
+    parameters = (dense.total_parameters, graph.total_parameters)
     plans = [PruningPlan.model_validate(plan) for plan in record["plans"]]
     environment = Environment(
         loader=PackageLoader("llmpruner_hub", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False,
@@ -62,8 +64,9 @@ def model_card(
         hub_id=base,
         base=base or Path(plans[0].base.model).name,
         licence=licence,
-        decoder=(dense.decoder_parameters, graph.decoder_parameters),
-        parameters=(dense.total_parameters, graph.total_parameters),
+        headline=(*parameters, "parameters") if len(set(decoder)) == 1 else (*decoder, "decoder's parameters"),
+        decoder=decoder,
+        parameters=parameters,
         shim="llmpruner" in config,
         quantised=(config.get("quantization_config") or {}).get("quant_method"),
         steps=[(plan, *_cuts(plan)) for plan in plans],

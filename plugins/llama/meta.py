@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, FilePath
 
-from llmpruner import CheckpointReader, ComponentSettings, Exporter, ExportTask
+from llmpruner import CheckpointReader, ComponentSettings, Exporter, ExportTask, UnsupportedModelError
 
 if TYPE_CHECKING:
     import torch
@@ -46,7 +47,7 @@ class MetaReader(CheckpointReader):
 
 class MetaExporter(Exporter):
     """LLaMA in Meta's format, which can represent MLPs of the same pruned width and fewer layers, but not pruned
-    attention or hidden channels. Every tensor is read back and compared.
+    attention or hidden channels, nor a vocabulary that lost tokens. Every tensor is read back and compared.
 
     Meta's own code has one factor for scaled rotary frequencies, 8, and ignores others in ``params.json``, which
     llmpruner reads: of models with another (Llama 3.2 has 32), it computes slightly different logits. The length of the
@@ -68,6 +69,13 @@ class MetaExporter(Exporter):
     def export(self, task: ExportTask) -> str:
         from .meta_writer import check_written, remarks, write_meta
 
+        record = task.source / "llmpruner.json"
+        plans = json.loads(record.read_text(encoding="utf-8")).get("plans", []) if record.is_file() else []
+        if any("vocabulary" in plan["cuts"] for plan in plans):
+            raise UnsupportedModelError(
+                "Meta's format cannot hold this model: tokens were removed, and tokenizer.model has no form without "
+                "them; export it --to stock or gguf"
+            )
         shards, own = self.settings.shards, task.source / "tokenizer.model"
         tokenizer = self.settings.tokenizer or (own if own.is_file() else None)
         task.progress.status("Writing Meta's format")

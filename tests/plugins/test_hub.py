@@ -86,6 +86,21 @@ def test_the_card_of_a_stock_checkpoint(folders):
     assert not re.search(r"\n{4,}|\{\{|None", upload.card)
 
 
+def test_the_card_of_a_model_that_lost_tokens_alone(tmp_path):
+    dense = tiny_models.llama()
+    dense.save_pretrained(tmp_path / "dense")
+    tiny_models.tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(tiny_models.TEXT)
+    llmpruner.prune(
+        tmp_path / "dense", kinds=("vocabulary",), settings={"vocabulary": {"tokens": 288}}, samples=1, length=16,
+        calibration=str(tmp_path / "text.txt"), output=tmp_path / "out",
+    )  # fmt: skip
+    text = push.prepare(tmp_path / "out", "me/small").card
+    share = 2 * 12 * 32 / sum(p.numel() for p in dense.parameters())
+    assert f"with {100 * share:.1f} % of its parameters removed" in text
+    assert "Amount: 288 tokens to remain" in text and "vocabulary: 288 of 300 units kept" in text
+
+
 def test_the_card_of_a_shim_checkpoint(folders):
     text = push.prepare(folders / "shim", "me/odd").card
     assert 'from_pretrained("me/odd", trust_remote_code=True)' in text and "`modeling_llmpruner.py`" in text

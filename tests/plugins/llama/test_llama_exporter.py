@@ -50,6 +50,15 @@ def test_what_is_read_back_is_the_pruned_model(pruned: tuple[Path, Any], tmp_pat
     assert torch.equal(logits(read(tmp_path / "meta"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
 
 
+def test_a_vocabulary_that_lost_tokens_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    source = tmp_path / "pruned"
+    source.mkdir()
+    (source / "llmpruner.json").write_text('{"plans": [{"cuts": {"vocabulary": {}}}]}')
+    with pytest.raises(UnsupportedModelError, match="tokens were removed"):
+        exporters.export(source, MetaExporter(), tmp_path / "meta", lambda: pytest.fail("loaded"))
+    assert not (tmp_path / "meta").exists()
+
+
 @pytest.mark.parametrize("factor", [None, 8.0, 32.0])
 def test_another_rotary_factor_than_that_of_metas_code_is_said(factor: float | None, tmp_path: Path) -> None:
     folder = copy_of("gqa", "1shard", tmp_path / "source")
