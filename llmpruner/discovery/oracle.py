@@ -19,7 +19,7 @@ from ..models.checkpoint import load_pruned
 from ..models.messages import quiet_transformers, why_it_stops
 from ..models.save import save_checkpoint
 from ..models.surgery import cut, silence
-from ..models.vocabulary import token_ids
+from ..models.vocabulary import named_tokens
 from ..structure.coupling import EXPERT, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Role
 from ..structure.kept import Kept, removed_modules
 from .follow import Follower, Rule, candidates, find, tables
@@ -97,7 +97,7 @@ class Oracle:
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
         if kind == VOCABULARY:
-            named = token_ids(self.config) | token_ids(self.config.get_text_config())
+            named = named_tokens(self.models["eager"])
             plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
         if kind == LAYER and len(types) == self.graph.num_layers:

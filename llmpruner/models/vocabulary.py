@@ -140,7 +140,7 @@ def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     """The rows of the embedding of ``model`` that may go: all but those of tokens that ``tokenizer`` or the model's
     configurations need, and of their parts. Raises `UnsupportedModelError` as `Vocabulary`."""
     vocabulary = Vocabulary(tokenizer)
-    stay = set(vocabulary.required).union(*(token_ids(config) for config in _configs(model)))
+    stay = {*vocabulary.required, *named_tokens(model)}
     for whole, parts in vocabulary.longest_first():
         if whole in stay:
             stay.update(parts)
@@ -186,15 +186,16 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
     return processor
 
 
-def token_ids(config: Any) -> frozenset[int]:
-    """The ids of tokens that a configuration names."""
+def named_tokens(model: PreTrainedModel) -> frozenset[int]:
+    """The ids of tokens that the configurations of ``model`` name."""
     named: list[int] = []
 
     def note(number: int) -> int:
         named.append(number)
         return number
 
-    _each_id(config, note)
+    for config in _configs(model):
+        _each_id(config, note)
     return frozenset(named)
 
 
