@@ -12,8 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from .component import Component
-from .errors import CheckpointError, PluginError
+from pydantic import Field
+
+from .component import Component, ComponentSettings
+from .errors import CheckpointError, PluginError, SettingsError
 from .files import new_directory, read_json
 from .progress import QUIET, Progress
 
@@ -166,9 +168,21 @@ class StockExporter(Exporter):
     takes_files = True
     keeps_dtype = True
 
+    class Settings(ComponentSettings):
+        tie: bool = Field(
+            False, description="Make the embedding and the head one matrix again, where a GGUF file holds it twice."
+        )
+
+    settings: Settings
+
     def export(self, task: ExportTask) -> str:
-        from .models import save
+        from .models import gguf, save
         from .models.checkpoint import load_pruned
+
+        if self.settings.tie:
+            if not gguf.stored_twice(task.model):
+                raise SettingsError("stock.tie=true is for a model that holds its embedding twice; leave it out")
+            gguf.tie(task.model)
 
         # `save_checkpoint` creates its directory.
         written = task.directory / "stock"

@@ -82,3 +82,19 @@ def _load_gguf_checkpoint(
         )
     loaded: dict[str, Any] = _OWN_LOAD(gguf_checkpoint_path, return_tensors, *arguments, **options)
     return loaded
+
+
+def stored_twice(model: Any) -> bool:
+    """Whether the head is the embedding, quantised in another way: makers tie them, and files may hold both."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head is None or head.weight is embedding.weight or head.weight.shape != embedding.weight.shape:
+        return False
+    rows = slice(None, None, max(1, len(head.weight) // 1000))
+    a, b = head.weight[rows].detach().float(), embedding.weight[rows].detach().float()
+    return float((a - b).norm() / b.norm()) < 0.1
+
+
+def tie(model: Any) -> None:
+    """Make the head of a model with `stored_twice` its embedding too: llama.cpp gives it more bits."""
+    model.get_input_embeddings().weight = model.get_output_embeddings().weight
+    model.config.tie_word_embeddings = True

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import ModelError
 from ..settings import LoadSettings
 from .checkpoint import adapter_base, load_pruned, with_adapter
+from .gguf import stored_twice
 from .messages import in_one_line, quiet_transformers
 from .model import Model, Structure
 from .numbers import dtype_of
@@ -76,6 +77,12 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
     check_loaded(ref.text, model, info)
     if ref.gguf_file:
         forget_quantisation(model)
+        if stored_twice(model):
+            _LOG.warning(
+                "'%s' holds its embedding twice, as the head in another quantisation: %.0f M parameters too many; "
+                "export it by --to stock --set stock.tie=true, and take the result",
+                ref.text, model.get_output_embeddings().weight.numel() / 1e6,
+            )  # fmt: skip
     return cast("PreTrainedModel", model)
 
 

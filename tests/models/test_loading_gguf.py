@@ -16,8 +16,7 @@ from llmpruner.models.opening import load_model
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
 
 
-@pytest.fixture
-def gguf_file(tmp_path):
+def written(tmp_path, *, nearly_tied=False):
     gguf = pytest.importorskip("gguf")
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
@@ -44,13 +43,22 @@ def gguf_file(tmp_path):
         shapes |= {f"blk.{n}.{name}_norm": (HIDDEN,) for name in ("attn", "ffn")}
         shapes |= {f"blk.{n}.ffn_{name}": (INNER, HIDDEN) for name in ("gate", "up")}
         shapes[f"blk.{n}.ffn_down"] = (HIDDEN, INNER)
+    values = {}
     for name, shape in shapes.items():
-        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+        values[name] = torch.randn(shape)
+        if name == "output" and nearly_tied:
+            values[name] = values["token_embd"] + 0.02 * values[name]
+        writer.add_tensor(f"{name}.weight", values[name].numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return file
+
+
+@pytest.fixture
+def gguf_file(tmp_path):
+    return written(tmp_path)
 
 
 def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
@@ -114,3 +122,15 @@ def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
     for one, other in zip(ours.tensors, theirs.tensors, strict=True):
         assert (one.name, one.data_offset, one.tensor_type) == (other.name, other.data_offset, other.tensor_type)
         assert (one.data == other.data).all()
+
+
+def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplog):
+    file = written(tmp_path, nearly_tied=True)
+    dense = llmpruner.load(file)
+    assert "holds its embedding twice" in caplog.text and "0 M parameters too many" in caplog.text
+    llmpruner.export(file, output=tmp_path / "tied", to="stock", settings={"stock": {"tie": True}})
+    tied = llmpruner.load(tmp_path / "tied").model
+    assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
+    torch.testing.assert_close(tied.lm_head.weight, dense.model.lm_head.weight)
+    with pytest.raises(llmpruner.SettingsError, match="leave it out"):
+        llmpruner.export(tmp_path / "tied", output=tmp_path / "again", to="stock", settings={"stock": {"tie": True}})
