@@ -12,7 +12,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..structure.coupling import Role
+from ..structure.coupling import VOCABULARY, Role
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +54,8 @@ def positions(graph: CouplingGraph) -> dict[str, Position]:
     reads: dict[str, set[str]] = {}
     produces: dict[str, set[str]] = {}
     for group in graph.groups:
-        for span in group.spans_with(Role.CONSUMES, Role.PRODUCES):
+        # Rows of an embedding are looked up, not computed.
+        for span in group.spans_with(Role.CONSUMES, Role.PRODUCES) if group.kind != VOCABULARY else ():
             kinds = reads if span.role is Role.CONSUMES else produces
             kinds.setdefault(graph.ties.get(span.parameter, span.parameter), set()).add(group.kind)
     return {

@@ -59,7 +59,7 @@ def test_a_plugin_for_a_model_type_passes_its_own_tests(run, tmp_path):
     package = tmp_path / "llmpruner-neo"
     done = run("new-plugin", "neo", "--from", "gpt_neox", "-o", package)
     assert done.code == 0, done.err
-    assert "can remove: attention, mlp, layer" in done.out
+    assert "can remove: attention, mlp, vocabulary, layer" in done.out
     code = (package / "src" / "llmpruner_neo" / "family.py").read_text()
     assert 'model_types = ("gpt_neox",)' in code
     install(tmp_path / "site", package)
