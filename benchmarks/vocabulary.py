@@ -1,4 +1,5 @@
-"""Bits per byte of real models with fewer tokens, without training, on texts that no token was counted on.
+"""Bits per byte of real models with fewer tokens, without training, on texts that no token was counted on; and of
+models with a fifth fewer bytes, of channels alone and of channels and tokens.
 
     LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.vocabulary [MODEL …]
 
@@ -9,6 +10,7 @@ Tokens are counted on C4, WikiText-2's validation part, instructions, and Python
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import sysconfig
 import tempfile
@@ -26,9 +28,10 @@ MODELS: dict[str, Callable[[], str]] = {
     "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
 }
 TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (98304, 65536, 50688)}
+SAMPLES = ("--samples", "1024", "--set", "prune.length=512")
+FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "best")
 BYTES = 24_000
 """Of each text that is measured."""
-SAMPLES, LENGTH = 1024, 512
 
 
 def main() -> None:
@@ -38,24 +41,36 @@ def main() -> None:
         for name in sys.argv[1:] or MODELS:
             model = str(MODELS[name]())
             rows = results.setdefault(name, {"machine": machine()})
-            for tokens in (0, *TOKENS[name]):
-                if str(tokens) not in rows:
-                    rows[str(tokens)] = measured(model, tokens, texts, counted, Path(folder))
+            for row, options in options_of(name).items():
+                if row not in rows:
+                    rows[row] = measured(model, options, texts, counted, Path(folder))
                     RESULTS.write_text(as_json(results))
     print(table(results))
 
 
-def measured(model: str, tokens: int, texts: dict[str, Path], counted: str, folder: Path) -> dict[str, Any]:
-    """Bits per byte on every text, and the share of parameters that is gone. ``tokens``: to keep; 0 for all."""
+def options_of(model: str) -> dict[str, tuple[str, ...]]:
+    """Row → how the model is pruned; "dense" is not."""
+    rows: dict[str, tuple[str, ...]] = {"dense": ()}
+    for tokens in TOKENS[model]:
+        rows[f"{tokens:,} tokens"] = ("--kinds", "vocabulary", "--set", f"vocabulary.tokens={tokens}", *SAMPLES)
+    return rows | {f"a fifth fewer bytes: {k}": ("--kinds", k, *FIFTH) for k in ("mlp", "mlp,vocabulary")}
+
+
+def measured(
+    model: str, options: tuple[str, ...], texts: dict[str, Path], counted: str, folder: Path
+) -> dict[str, Any]:
+    """Bits per byte on every text, and the share of parameters that is gone."""
     cut: dict[str, Any] = {}
-    if tokens:
-        options = ("--kinds", "vocabulary", "--set", f"vocabulary.tokens={tokens}", "--calibration", counted)
-        options = (*options, "--samples", str(SAMPLES), "--set", f"prune.length={LENGTH}", "--dtype", "float32")
-        cut = run("prune", model, *options, "-o", f"{folder}/{tokens}", "--json", timeout=7200)
+    if options:
+        output = folder / "pruned"
+        shutil.rmtree(output, ignore_errors=True)
+        options = (*options, "--calibration", counted, "--dtype", "float32")
+        cut = run("prune", model, *options, "-o", str(output), "--json", timeout=7200)
         result = json.loads(cut.pop("output"))["result"]
         cut |= {"gone": 1 - result["parameters_after"] / result["parameters_before"]}
+        cut["tokens"] = (result.get("tokens") or {}).get("after")
         cut["command"] = cut["command"].replace(str(folder), "$WORK").replace(str(data_folder()), "$LLMPRUNER_DATA")
-        model = f"{folder}/{tokens}"
+        model = str(output)
     file = folder / "evaluation.json"
     options = ("--perplexity", ",".join(map(str, texts.values())), "--dtype", "float32", "--json", str(file))
     run("evaluate", model, *options, timeout=7200)
@@ -98,22 +113,18 @@ def sources(folder: Path) -> list[str]:
 
 
 def table(results: dict[str, Any]) -> str:
-    names = [name for rows in results.values() for name in rows["0"]["bits_per_byte"]]
-    lines = [f"| model | tokens | parameters gone | {' | '.join(dict.fromkeys(names))} |", "|---" * 8 + "|"]
+    """Bits per byte, in parentheses in proportion to those of the dense model."""
+    names = list(next(iter(results.values()))["dense"]["bits_per_byte"])
+    lines = [f"| model | | tokens | parameters gone | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for model, rows in results.items():
-        dense = rows["0"]["bits_per_byte"]
-        for tokens in (t for t in rows if t != "machine"):
-            row = rows[tokens]
-            cells = [
-                f"{v:.3f}" + (f" ({v / dense[n]:.3f})" if tokens != "0" else "")
-                for n, v in row["bits_per_byte"].items()
-            ]
-            gone = f"{row['gone']:.1%}" if "gone" in row else ""
-            lines.append(
-                f"| {model} | {int(tokens) or 'all':,} | {gone} | {' | '.join(cells)} |"
-                if tokens != "0"
-                else f"| {model} | all | | {' | '.join(cells)} |"
-            )
+        dense = rows["dense"]["bits_per_byte"]
+        for row, values in rows.items():
+            if row == "machine":
+                continue
+            gone = f"{values['gone']:.1%}" if "gone" in values else ""
+            bits = values["bits_per_byte"]
+            cells = [f"{bits[n]:.3f} ({bits[n] / dense[n]:.3f})" if gone else f"{bits[n]:.3f}" for n in names]
+            lines.append(f"| {model} | {row} | {values.get('tokens') or ''} | {gone} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
