@@ -72,6 +72,7 @@ def measured(
         cut["command"] = cut["command"].replace(str(folder), "$WORK").replace(str(data_folder()), "$LLMPRUNER_DATA")
         model = str(output)
     file = folder / "evaluation.json"
+    file.unlink(missing_ok=True)
     options = ("--perplexity", ",".join(map(str, texts.values())), "--dtype", "float32", "--json", str(file))
     run("evaluate", model, *options, timeout=7200)
     (found,) = json.loads(file.read_text())
