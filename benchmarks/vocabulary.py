@@ -29,7 +29,7 @@ MODELS: dict[str, Callable[[], str]] = {
 }
 TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (98304, 65536, 50688)}
 SAMPLES = ("--samples", "1024", "--set", "prune.length=512")
-FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "best")
+FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "fast")
 BYTES = 24_000
 """Of each text that is measured."""
 
