@@ -4,7 +4,8 @@ models with a fifth fewer bytes, of channels alone and of channels and tokens.
     LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.vocabulary [MODEL …]
 
 Tokens are counted on C4, WikiText-2's validation part, instructions, and Python's standard library. Rows are kept in
-``results/vocabulary.json``, so that an interrupted run goes on where it stopped; at the end the table is printed.
+``results/vocabulary.json``, so that an interrupted run goes on where it stopped; the table is written into
+``docs/how-to/vocabulary.md``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from . import real_models
 from .measure import as_json, data_folder, instructions, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "vocabulary.json"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "vocabulary.md"
+BEGIN, END = "<!-- vocabulary:begin -->", "<!-- vocabulary:end -->"
 MODELS: dict[str, Callable[[], str]] = {
     "SmolLM2-135M": lambda: "demo",
     "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
@@ -45,7 +48,8 @@ def main() -> None:
                 if row not in rows:
                     rows[row] = measured(model, options, texts, counted, Path(folder))
                     RESULTS.write_text(as_json(results))
-    print(table(results))
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
 
 
 def options_of(model: str) -> dict[str, tuple[str, ...]]:
@@ -125,7 +129,7 @@ def table(results: dict[str, Any]) -> str:
             gone = f"{values['gone']:.1%}" if "gone" in values else ""
             bits = values["bits_per_byte"]
             cells = [f"{bits[n]:.3f} ({bits[n] / dense[n]:.3f})" if gone else f"{bits[n]:.3f}" for n in names]
-            lines.append(f"| {model} | {row} | {values.get('tokens') or ''} | {gone} | {' | '.join(cells)} |")
+            lines.append(f"| {model} | {row} | {values.get('tokens') or 'all'} | {gone} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import criteria, quality, sizes, support_matrix
+from benchmarks import criteria, quality, sizes, support_matrix, vocabulary
 
 ROOT = Path(__file__).parents[2]
 TABLES = {
@@ -15,6 +15,10 @@ TABLES = {
     "docs/criteria-measured.md": (
         quality.BEGIN,
         lambda: criteria.table(json.loads(criteria.RESULTS.read_text(encoding="utf-8"))),
+    ),
+    "docs/how-to/vocabulary.md": (
+        vocabulary.BEGIN,
+        lambda: vocabulary.table(json.loads(vocabulary.RESULTS.read_text(encoding="utf-8"))),
     ),
     "docs/how-to/scale.md": (sizes.BEGIN, lambda: sizes.table(json.loads(sizes.RESULTS.read_text(encoding="utf-8")))),
 }
