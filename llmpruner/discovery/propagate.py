@@ -254,19 +254,9 @@ class Propagation:
 
 
 KEEPS_TAG: set[str] = set()
-READS_NO_TOKENS = frozenset(
-    (
-        "embedding",
-        "eq",
-        "ne",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "new_zeros",
-        "new_ones",
-        "_assert_tensor_metadata",
-    )
-)
+READS_NO_TOKENS = {
+    "embedding", "eq", "ne", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "_assert_tensor_metadata",
+}  # fmt: skip
 """Operators that are given token ids and read only their shape, or compare them with a token that the configuration
 names, as `surgery.cut` numbers it anew."""
 

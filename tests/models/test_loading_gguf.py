@@ -133,4 +133,4 @@ def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplo
     assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
     torch.testing.assert_close(tied.lm_head.weight, dense.model.lm_head.weight)
     with pytest.raises(llmpruner.SettingsError, match="leave it out"):
-        llmpruner.export(tmp_path / "tied", output=tmp_path / "again", to="stock", settings={"stock": {"tie": True}})
+        llmpruner.export(tmp_path / "tied", output=tmp_path / "two", to="stock", settings={"stock": {"tie": True}})
