@@ -28,14 +28,12 @@ from .errors import DataError
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
-from .models.vocabulary import Vocabulary
 from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
-from .pruning.job import PruneJob, ReplayJob, check_job, identity, job_of, kinds_of
+from .pruning.job import PruneJob, ReplayJob, check_job, check_tokens, identity, job_of
 from .pruning.saving import cut_model, outcome_of, plan_of, recorded_cost, save
 from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings
-from .structure.coupling import VOCABULARY
 from .structure.plan import Outcome, PruningPlan
 
 if TYPE_CHECKING:
@@ -123,8 +121,7 @@ def _settle(
     decides whether weights are read layer by layer."""
     structure = opener.structure(source)
     check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    if VOCABULARY in kinds_of(job):
-        Vocabulary(opener.tokenizer(structure))  # refuses what cannot be rewritten
+    check_tokens(job, lambda: opener.tokenizer(structure))
     expected = ranks.from_first(
         lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
     )

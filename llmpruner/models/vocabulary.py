@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from tokenizers import Tokenizer
 
-from ..errors import UnsupportedModelError
+from ..errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -103,6 +103,14 @@ class Vocabulary:
             return ()
         made = {left + right for left, right in self._ranks}
         return (token for token in self.ids if token not in made)
+
+    def check_kept(self, kept: Iterable[int], rows: int) -> None:
+        """Raise `PlanError` unless ``kept``, of this many ``rows``, has what `trimmed` needs."""
+        stay = {*kept}
+        needed = {*self.required, *(part for whole, parts in self.parts.items() if whole in stay for part in parts)}
+        lost = sorted(number for number in needed - stay if number < rows)
+        if lost:
+            raise PlanError(f"the plan removes {len(lost)} tokens that others or the tokenizer need, first {lost[0]}")
 
     def trimmed(self, kept: Iterable[int]) -> Any:
         """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in their order.

@@ -6,7 +6,7 @@ the model, and stages read jobs, not settings. `check_job` holds it against the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
@@ -20,6 +20,7 @@ from ..engine.signals import Signal
 from ..errors import SelectionError, SettingsError, UnsupportedModelError, no_tokenizer
 from ..models.identity import data_identity, model_identity
 from ..models.positions import positions_of
+from ..models.vocabulary import Vocabulary
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import VOCABULARY
 from ..structure.plan import PruningPlan
@@ -219,9 +220,14 @@ def identity(
     }
 
 
-def kinds_of(job: PruneJob | ReplayJob) -> Collection[str]:
-    """The kinds of units that may go."""
-    return {cut.kind for cut in job.plan.cuts.values()} if isinstance(job, ReplayJob) else job.kinds
+def check_tokens(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
+    """Where tokens go, raise `UnsupportedModelError` for a tokenizer that cannot be rewritten, and `PlanError` for a
+    plan without tokens that it needs. ``tokenizer``: reads it."""
+    cuts = [cut for cut in job.plan.cuts.values() if cut.kind == VOCABULARY] if isinstance(job, ReplayJob) else []
+    if cuts or (isinstance(job, PruneJob) and VOCABULARY in job.kinds):
+        vocabulary = Vocabulary(tokenizer())
+        for cut in cuts:
+            vocabulary.check_kept(cut.kept, cut.units)
 
 
 def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: bool) -> None:

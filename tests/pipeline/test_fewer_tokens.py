@@ -12,7 +12,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from llmpruner import api, load_pruned
-from llmpruner.errors import SelectionError, SettingsError, UnsupportedModelError
+from llmpruner.errors import PlanError, SelectionError, SettingsError, UnsupportedModelError
 from llmpruner.models.vocabulary import Vocabulary
 from llmpruner.testing.models import letters
 
@@ -146,6 +146,15 @@ def test_a_tokenizer_that_cannot_be_rewritten_is_refused_before_weights_are_read
     monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", None)
     with pytest.raises(UnsupportedModelError, match="tokens cannot be removed from a WordLevel tokenizer"):
         prune(tmp_path, None, **tokens(448), calibration=str(folder / "text.txt"))
+
+
+def test_a_plan_that_lost_a_token_it_needs_is_refused(folder, tmp_path, monkeypatch):
+    plan = prune(folder, None, **tokens(448))
+    cut = plan.cuts["vocabulary"]
+    edited = plan.model_copy(update={"cuts": {"vocabulary": cut.model_copy(update={"kept": cut.kept[1:]})}})
+    monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", None)
+    with pytest.raises(PlanError, match="the plan removes 1 tokens that others or the tokenizer need, first 0"):
+        api.prune(str(folder / "dense"), plan=edited, output=tmp_path / "out")
 
 
 def test_texts_and_scripts_to_keep_have_an_effect(folder):
