@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     import torch
 
 PIECES = 6.0
-"""What text costs more, in nats, where a token arrives in pieces: on SmolLM2-135M, the mean of log p(token) − log p(its
-first piece) where it expects the token is 5.9. It matters only where tokens are compared with other units; weighting
-tokens by their own difference made unseen text worse."""
+"""What text costs more, in nats, where a token arrives in pieces: about the mean of log p(token) − log p(its first
+piece). One number serves all tokens, as those with a likely first piece cost more in the pieces after it. It matters
+only where tokens are compared with other units."""
 PREDICTION = 16
 """Tokens of text that one prediction of the model is worth, which is about all tokens at once."""
 PRIOR = 1_000_000
