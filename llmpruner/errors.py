@@ -18,9 +18,20 @@ def first_line(error: BaseException) -> str:
     return (shown if len(shown) <= 400 else f"{shown[:400]}…").rstrip(":")
 
 
+MEANT = {
+    "heads": "attention", "neurons": "mlp", "ffn": "mlp", "blocks": "layer", "depth": "layer", "tokens": "vocabulary",
+    "--sparsity": "--ratio", "--amount": "--ratio", "--criterion": "--importance", "--dataset": "--data",
+    "--format": "--to",
+    "magnitude": "l2", "hf": "stock", "safetensors": "stock", "llama.cpp": "gguf", "ollama": "gguf", "sft": "full",
+}  # fmt: skip
+"""Names in use elsewhere → names here, of options and of what they take."""
+
+
 def near(name: str, known: Iterable[str]) -> str:
-    """``; did you mean ratio?`` for the names of ``known`` that are spelled nearly as ``name``; empty if none is."""
-    names = difflib.get_close_matches(name, sorted(known), n=3, cutoff=0.5)
+    """``; did you mean ratio?`` for the name in ``known`` that `MEANT` gives, or those spelled like it; or empty."""
+    known = sorted(known)
+    other = MEANT.get(name.lower(), name.lower())
+    names = [other] if other in known else difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
@@ -47,6 +58,14 @@ class ModelError(LlmprunerError):
 def no_tokenizer(model: str, consequence: str) -> ModelError:
     """``model``: as in "model 'name'"; ``consequence``: what cannot be done, and what to do."""
     return ModelError(f"{model} brings no tokenizer, so {consequence}")
+
+
+def not_pruned(model: str) -> ModelError:
+    """For a dense ``model`` in place of a pruned one."""
+    return ModelError(
+        f"'{model}' was not pruned by llmpruner, so no dense model is known for it: prune it first (llmpruner prune), "
+        "or give --data FILE and --strategy lora or full"
+    )
 
 
 class UnsupportedModelError(ModelError):

@@ -14,6 +14,15 @@ from typing import Any
 from .errors import CheckpointError, OutputError, first_line
 from .values import bytes_text
 
+WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
+"""What names of files with weights end with."""
+
+
+def weights_size(place: Path) -> int:
+    """Bytes of a file with weights, or of those in a folder."""
+    files = [place] if place.is_file() else place.glob("*")
+    return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
+
 
 def write_text(path: Path, text: str) -> None:
     """Write ``text`` as UTF-8, under a temporary name that is renamed: a failure leaves the old content. A symbolic

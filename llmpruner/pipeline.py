@@ -28,9 +28,10 @@ from .errors import DataError
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
+from .pruning.checks import check_job, check_tokens, identity
 from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
-from .pruning.job import PruneJob, ReplayJob, check_job, check_tokens, identity, job_of
+from .pruning.job import PruneJob, ReplayJob, job_of
 from .pruning.saving import cut_model, outcome_of, plan_of, recorded_cost, save
 from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings

@@ -33,9 +33,10 @@ def names_of(value: Any) -> Any:
 def _count(value: Any) -> Any:
     """``5.4B``, ``120M``, ``98000000`` as a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
-    if isinstance(value, str) and match is None:
-        raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000")
-    return float(match[1]) * _UNITS[match[2]] if match else value
+    count = float(match[1]) * _UNITS[match[2]] if match else value
+    if isinstance(value, str) and (match is None or count < 1):
+        raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000 (--ratio takes the share to remove)")
+    return count
 
 
 def _layers(value: Any) -> Any:
@@ -117,7 +118,10 @@ def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
         value = f"{value[:_LONGEST]}…"
     key = ".".join(map(str, (label(str(first["loc"][0])), *first["loc"][1:]))) if first["loc"] else "value"
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key} {value}: {message[0].lower()}{message[1:]}"
+    hint = ""
+    if first["type"] == "less_than" and first["ctx"]["lt"] == 1 < float(first["input"]) < 100:
+        hint = f"; {float(first['input']) / 100:g} for {first['input']} %?"
+    return f"{key} {value}: {message[0].lower()}{message[1:]}{hint}"
 
 
 def count_text(value: float) -> str:

@@ -35,6 +35,31 @@ def test_nothing_heavy_is_imported(what):
     assert "llmpruner.structure.plan" not in loaded
 
 
+def test_mistakes_are_answered_without_torch(tmp_path):
+    """Whose import takes seconds."""
+    (tmp_path / "config.json").write_text("{}")
+    lines = [
+        *(
+            f"prune . -o out --ratio {more}"
+            for more in ("20", "0.2 --method bst", "0.2 --importance l3", "0.2 --kinds heads")
+        ),
+        *("recover . -o out", "export . --to ggfu -o out", "evaluate . --metrics x", "bench . --runtime x"),
+        *("prune none/ --ratio 0.2 -o out", "prune . --ratio 0.2 --calibration none.txt -o out", "prune . --rato 0.2"),
+    ]
+    code = f"""if True:
+        import sys
+        from llmpruner.cli import main
+        for line in {lines}:
+            sys.argv = ["llmpruner", *line.split()]
+            try:
+                main()
+            except SystemExit as end:
+                print(end.code, sorted({HEAVY} & set(sys.modules)))"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.stdout.splitlines() == ["2 []"] * len(lines), done.stderr
+    assert done.stderr.count("error: ") == len(lines)
+
+
 def test_a_prune_does_not_import_what_a_training_needs():
     """transformers' Trainer brings datasets, pandas and pyarrow, whose memory would count in every command."""
     code = "import llmpruner.api, llmpruner.cli.prune, json, sys\nprint(json.dumps(sorted(sys.modules)))"

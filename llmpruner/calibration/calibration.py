@@ -1,4 +1,4 @@
-"""Calibration: the token sequences for importance and compensation, from one or several sources."""
+"""Calibration: the token sequences for importance and compensation, from one or several sources. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..errors import DataError, PluginError
-from ..models.positions import positions_of
-from ..models.tokenizer import check_ids
 from ..progress import QUIET, Progress
 from .documents import parse_mixture
 from .sources import CalibrationSource, SampleTask, TextSource
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
@@ -89,6 +86,10 @@ class CalibrationText:
         Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
         positions, and `PluginError` when a source returns another shape or dtype.
         """
+        import torch
+
+        from ..models.tokenizer import check_ids
+
         check_length(model.config, length)
         order = self.order(samples)
         rows: list[Iterator[torch.Tensor]] = []
@@ -123,6 +124,8 @@ class CalibrationText:
 
 def check_length(config: PreTrainedConfig, length: int) -> None:
     """Raise `DataError` for samples of more tokens than the model has positions for."""
+    from ..models.positions import positions_of
+
     limit = positions_of(config)
     if limit is not None and length > limit:
         raise DataError(

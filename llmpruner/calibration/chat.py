@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from jinja2 import TemplateError
 
 from ..errors import DataError, first_line
-from ..models.tokenizer import ids_to_continue
 from .conversations import Completion, Conversation, Example, Instruction
 
 if TYPE_CHECKING:
@@ -231,6 +230,8 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:
     """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text``, None: of all. A label is its token; with
     ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer."""
+    from ..models.tokenizer import ids_to_continue
+
     special = not text.has_special_tokens
     joined = ""
     answers: list[tuple[int, int]] = []

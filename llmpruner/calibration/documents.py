@@ -21,7 +21,7 @@ import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
-from os.path import isfile
+from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -95,8 +95,11 @@ def document(record: Record) -> str:
         if isinstance(text := fields.get(name), str):
             return text
     kinds = ", ".join(f"'{name}' ({type(field).__name__})" for name, field in fields.items()) or type(value).__name__
+    talks = fields.keys() & {"instruction", "messages", "conversations", "prompt"}
+    hint = "; as calibration, instructions and conversations are chat:FILE" if talks else ""
     raise DataError(
         f"{record.place}: expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string, found {kinds}"
+        f"{hint}"
     )
 
 
@@ -115,6 +118,8 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
 
 def _existing_file(source: str, expected: str) -> Path | None:
     """The file that ``source`` names; None for a data set. Raises `DataError` for anything else."""
+    if isdir(source) or source.endswith((".gguf", ".safetensors")):
+        raise DataError(f"{source}: a folder or a model, and no text; {expected}")
     if isfile(source):
         return Path(source)
     if Path(source.partition(":")[0]).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):

@@ -13,6 +13,7 @@ from .checkpoint import export, recover, verify
 from .console import show_warnings, warning_line
 from .discover import discover
 from .measure import bench, evaluate, generate, report
+from .mistakes import Command
 from .plugins import list_plugins, new_plugin
 from .prune import plan, prune
 from .run import demo, recipes, run
@@ -57,7 +58,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         ctx.call_on_close(lambda: _warn(manager))
 
     for command in COMMANDS:
-        app.command()(command)
+        app.command(cls=Command)(command)
     app.command("plugins")(list_plugins)
     app.command()(new_plugin)
     _add_plugin_commands(app, manager)

@@ -11,7 +11,7 @@ import typer
 from ..report.history import loss_text, no_better
 from ..settings import ExportSettings, LoadSettings, RecoverSettings
 from ..values import counted
-from .console import RichProgress, done_line, error_line, print_json, table, warning_line
+from .console import RichProgress, done_line, error_line, next_line, print_json, sizes_text, table, warning_line
 from .derive import Json, ModelName, Output, catalog_of, takes
 
 Restart = Annotated[bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")]
@@ -46,6 +46,7 @@ def recover(
     losses = f"{text}, " if (text := loss_text(record)) else ""
     steps = counted(len(record["losses"]), "step")
     done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {losses}{seconds:.0f} s")
+    next_line("recover", model=model, output=output)
 
 
 def verify(
@@ -96,4 +97,5 @@ def export(
     """Write a checkpoint in the format of another runtime, and verify it."""
     from .. import api
 
-    done_line(f"{output}: {api.export(model, output=output, **arguments)}")
+    line = api.export(model, output=output, **arguments)
+    done_line(f"{output}: {sizes_text(output, model)}{line}")

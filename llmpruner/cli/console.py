@@ -7,9 +7,11 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TextIO
 
 from rich.console import Console
@@ -17,7 +19,10 @@ from rich.markup import escape
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from ..files import weights_size
+from ..models.record import read_record
 from ..progress import Progress
+from ..values import bytes_text
 
 _WIDTH = 160
 """Columns where the output is no terminal, so that rows of tables in files and pipes are not broken."""
@@ -67,6 +72,20 @@ def done_line(message: str) -> None:
     out.print(f"[bold green]✓[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
+NEXT = {
+    "discover": "llmpruner prune {model} --ratio 0.2 -o DIR",
+    "plan": "llmpruner prune {model} --plan {output} -o DIR",
+    "prune": "llmpruner recover {output} -o {output}-recovered",
+    "recover": "llmpruner evaluate {model} {output}",
+    "evaluate": "llmpruner export DIR --to gguf -o OTHER, for llama.cpp and Ollama; --to stock for others",
+}
+
+
+def next_line(command: str, **names: object) -> None:
+    """Print what is done after a command."""
+    note(f"next: {NEXT[command].format(**names)}")
+
+
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
 
@@ -87,8 +106,40 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     out.print(grid)
 
 
+def sizes_text(output: Path, checkpoint: Path) -> str:
+    """The bytes of the weights in ``output``, next to those of the dense model of ``checkpoint``; and how to get fewer
+    than there."""
+    source = Path((read_record(checkpoint) or {}).get("base_path", checkpoint))
+    after, before = weights_size(output), weights_size(source)
+    if not (after and before) or source == output:
+        return ""
+    hint = "; quantise it: export --to gguf --set gguf.quant=q4_k_m, or llama-quantize" if after > before else ""
+    return f"{bytes_text(after)} of weights ({source.name}: {bytes_text(before)}){hint}; "
+
+
 class RichProgress(Progress):
-    """Bars and notes on standard error; where that is no terminal, a line a minute instead of a bar."""
+    """Bars and notes on standard error; where that is no terminal, a line a minute instead, while in a ``with``."""
+
+    def __init__(self) -> None:
+        self._label, self._said, self._ended = "", time.monotonic(), threading.Event()
+
+    def __enter__(self) -> RichProgress:
+        if not err.is_terminal:
+            threading.Thread(target=self._repeat, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+
+    def _repeat(self) -> None:
+        """Say what goes on in stages that report nothing."""
+        while not self._ended.wait(1):
+            if time.monotonic() - self._said >= _LINE_EVERY:
+                self._say(f"still {self._label}")
+
+    def _say(self, line: str) -> None:
+        self._said = time.monotonic()
+        note(line)
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
@@ -98,16 +149,17 @@ class RichProgress(Progress):
                 task = bar.add_task(escape(label), total=1.0)
                 yield lambda share, now: bar.update(task, completed=share, description=escape(now))
             return
-        began = said = time.monotonic()
+        began = time.monotonic()
 
         def line(share: float, now: str) -> None:
-            nonlocal said
-            if time.monotonic() - said >= _LINE_EVERY:
-                said = time.monotonic()
-                left = f", {timedelta(seconds=round((said - began) * (1 - share) / share))} left" if share else ""
-                note(f"{now}, {share:.0%} done{left}")
+            self._label = now
+            if time.monotonic() - self._said >= _LINE_EVERY:
+                spent = time.monotonic() - began
+                left = f", {timedelta(seconds=round(spent * (1 - share) / share))} left" if share else ""
+                self._say(f"{now}, {share:.0%} done{left}")
 
         yield line
 
     def status(self, label: str) -> None:
-        note(label)
+        self._label = label
+        self._say(label)

@@ -18,6 +18,7 @@ from pydantic.fields import FieldInfo
 
 from ..settings import LoadSettings, RunSettings, Settings, flag_of, option_of, settings_from
 from .console import RichProgress
+from .mistakes import check
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -55,8 +56,8 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
     catalog. ``omit``: fields without an option."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
-        own = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in own if p.name != "arguments"]
+        written = inspect.signature(command, eval_str=True).parameters.values()
+        kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in written if p.name != "arguments"]
         options = {
             model: [f for f in model.model_fields if f not in omit and not option_of(model, f)["advanced"]]
             for model in models
@@ -67,14 +68,20 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
         every.sort(key=lambda p: p.default is not Parameter.empty)
 
         def run(**values: Any) -> None:
-            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog_of(values["ctx"])}
+            progress = RichProgress()
+            arguments: dict[str, Any] = {"progress": progress, "catalog": catalog_of(values["ctx"])}
+            own: Settings | None = None
             for model, names in options.items():
                 explicit = _explicit(values, names, model.group)
+                settings = settings_from(model, explicit)
                 if model in (LoadSettings, RunSettings):
-                    arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
+                    arguments["load" if model is LoadSettings else "run"] = settings
                 else:
+                    own = settings
                     arguments |= explicit
-            command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
+            check(command.__name__, values, own, arguments["catalog"])
+            with progress:
+                command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {p.name: p.annotation for p in every}

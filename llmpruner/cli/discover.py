@@ -13,7 +13,7 @@ from ..errors import CouplingError
 from ..settings import LoadSettings
 from ..structure.coupling import HIDDEN, VOCABULARY, CoupledGroup, CouplingGraph, Span
 from ..values import count_text, counted
-from .console import out, print_json, table
+from .console import next_line, out, print_json, table
 from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ def discover(
                 out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
+    if not as_json:
+        next_line("discover", model=model)
 
 
 def _show(model: str, structure: Structure) -> None:

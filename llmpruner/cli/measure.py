@@ -14,7 +14,7 @@ from ..files import check_new_file, write_text
 from ..report.measured import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
-from .console import done_line, note, out, print_json, table, warning_line
+from .console import done_line, next_line, note, out, print_json, table, warning_line
 from .derive import Json, ModelNames, takes
 from .process import is_first
 
@@ -39,12 +39,15 @@ def evaluate(
     show_evaluations(results)
     if json_file is not None:
         write_text(json_file, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
+    next_line("evaluate")
 
 
 def show_evaluations(results: Evaluations) -> None:
     """One column per model, one row per quantity."""
     rows = [(line.label, *line.cells) for line in results.lines]
-    table(None, ("", *(result.name for result in results)), rows)
+    names = [result.name for result in results]
+    short = [Path(name).name for name in names]
+    table(None, ("", *(short if len(set(short)) == len(short) else names)), rows)
 
 
 @takes(BenchSettings, LoadSettings)

@@ -13,7 +13,7 @@ from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings, settings_from
 from ..structure.widths import COUNTED, QUANTISED
 from ..values import bytes_text, count_text
-from .console import done_line, note, print_json, table
+from .console import done_line, next_line, note, print_json, sizes_text, table
 from .derive import Json, ModelName, Output, takes
 from .measure import write_next_to
 from .process import is_first
@@ -42,12 +42,13 @@ def plan(
     made, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
     if output is not None and is_first():
         made.save(output)
-        note(f"plan written to {output}; run: llmpruner prune {model} --plan {output} -o DIR")
+        note(f"plan written to {output}")
     if as_json:
         taken = _taken(outcome, time.monotonic() - started)
         print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json(), **taken})
     else:
         show_plan(made, outcome)
+        next_line("plan", model=model, output=output or "PLAN (written by -o PLAN)")
 
 
 @takes(PruneSettings, LoadSettings, RunSettings)
@@ -81,7 +82,9 @@ def prune(
         return
     show_plan(made, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
-    done_line(f"{output} in {seconds} s; loads with from_pretrained {needs}")
+    sizes = sizes_text(output, output)
+    done_line(f"{output} in {seconds} s; {sizes}loads with from_pretrained {needs}")
+    next_line("prune", output=output)
 
 
 def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:

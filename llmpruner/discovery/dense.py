@@ -9,7 +9,8 @@ from os.path import exists
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import LlmprunerError, ModelError
+from ..errors import LlmprunerError, ModelError, not_pruned
+from ..files import WEIGHTS
 from ..models.model import Model, Structure
 from ..models.opening import load_model
 from ..models.record import sampled_sha256
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 _PATH, _WEIGHTS = "base_path", "base_weights"
-_SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
@@ -38,7 +38,7 @@ def base_record(loaded: Structure) -> dict[str, str]:
 def _sampled_weights(place: Path) -> str | None:
     """SHA-256 over names and `sampled_sha256` of a model's files with weights; None without readable ones."""
     try:
-        files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in _SUFFIXES)
+        files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in WEIGHTS)
         sums = {file.name: sampled_sha256(file) for file in files if file.is_file()}
     except OSError:
         return None
@@ -70,7 +70,7 @@ def open_dense(pruned: Structure, catalog: Catalog, load: LoadSettings) -> Model
 
 def _structure(pruned: Structure, catalog: Catalog, load: LoadSettings, named: str | None) -> Structure:
     if not pruned.plans:
-        raise ModelError(f"'{pruned.ref}' was not pruned by llmpruner, so no dense model is known for it")
+        raise not_pruned(pruned.ref)
     base, path = pruned.plans[0].base, (pruned.record or {}).get(_PATH)
     ref = named or (path if isinstance(path, str) and exists(path) else base.model)
     options = load.model_copy(update={"family": None, "revision": None})

@@ -16,6 +16,7 @@ from ..structure.coupling import (
     ATTENTION,
     EXPERT,
     HIDDEN,
+    LATENT,
     LAYER,
     MLP,
     QUERY,
@@ -38,10 +39,6 @@ if TYPE_CHECKING:
 
     from .family import ModelFamily
 
-
-LATENT = "latent"
-"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
-model."""
 
 _CROSS_LAYER = "cross-layer"
 """Channels shared by several layers that are not the residual stream; not made a coupled group."""

@@ -47,7 +47,7 @@ class Opener:
             return source
         found = load_structure(str(source), self.catalog, self.load)
         if found.family.name == AUTO and self.load.family is None and not found.plans:
-            self.progress.status(f"no plugin for model type '{found.config.model_type}'; tracing its structure")
+            self.progress.status(f"structure of this {found.config.model_type} model discovered by tracing")
         return found
 
     def model(self, source: Source, *, keep_dtype: bool = False) -> Model:

@@ -51,6 +51,8 @@ class Journal:
         Raises `OutputError` where another run works there, and where the folder has the results of another one."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
+            if done := self._done():
+                progress.status(f"continuing the interrupted run in {self.folder}; done: {done}")
             try:
                 yield
             except (KeyboardInterrupt, OutputError) as error:
@@ -70,13 +72,22 @@ class Journal:
         stack.enter_context(alone_in(self.folder, anew=anew))
         identity = self.folder / _RUN
         if identity.is_file():
-            if identity.read_text(encoding="utf-8") != self._own:
+            if identity.read_text(encoding="utf-8") != self._own and not self._done():
+                for file in self.folder.iterdir():
+                    file.unlink()
+            elif identity.read_text(encoding="utf-8") != self._own:
                 raise OutputError(
                     f"'{self.folder}' has the results of an interrupted run with other settings; continue that one "
                     "with its own command, or start anew with --restart, which removes them"
                 )
         elif any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
             raise OutputError(f"'{self.folder}' is not the folder of an interrupted run; move it away")
+
+    def _done(self) -> str:
+        """What is finished; empty for nothing."""
+        done = [name for name in ("calibration", "plan") if (self.folder / f"{name}.json").is_file()]
+        layers = len(list(self.folder.glob("layer-*")))
+        return ", ".join([*done, f"{layers} layers"] if layers else done)
 
     @property
     def kept(self) -> bool:

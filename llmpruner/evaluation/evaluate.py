@@ -15,13 +15,13 @@ from ..progress import QUIET, Progress
 from ..values import bytes_text, count_text
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .metrics import Size
-from .perplexity import PerplexityResult
 from .tasks import Scores
 
 if TYPE_CHECKING:
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
+    from .perplexity import PerplexityResult
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
@@ -114,6 +114,8 @@ class Evaluation:
     @property
     def perplexity(self) -> PerplexityResult | None:
         """The result on the first text; None where it was not measured."""
+        from .perplexity import PerplexityResult
+
         result = self.results.get("perplexity")
         if result is None:
             return None

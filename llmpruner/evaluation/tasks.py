@@ -10,7 +10,6 @@ from fnmatch import filter as matching
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
 
 from ..errors import DataError, MissingExtraError, first_line, near
 from ..progress import only_errors
@@ -47,6 +46,8 @@ def evaluate_tasks(
 ) -> Scores:
     """The numbers of the command ``lm_eval --model hf`` with the same batch size. ``limit``: number of rows per task.
     ``num_fewshot``: by default the task's own number."""
+    from unittest.mock import patch
+
     with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
         # lm-eval would ask git for the commit of the working directory, which is none of the model.
         import lm_eval

@@ -1,42 +1,25 @@
-"""From settings to a job, and what is refused before weights are read or text is generated.
-
-In `job_of`, components are created, and what the user left open is filled in by the method; a job does not depend on
-the model, and stages read jobs, not settings. `check_job` holds it against the structure of a model.
+"""From settings to a job: components are created, and what the user left open is filled in by the method. A job does
+not depend on the model (`pruning.checks` holds it against one), and stages read jobs, not settings. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-import torch
-import transformers
-
-from .. import __version__
-from ..calibration.calibration import CalibrationText, check_length, parse_calibration
+from ..calibration.calibration import CalibrationText, parse_calibration
 from ..component import check_chosen
 from ..engine.signals import Signal
-from ..errors import SelectionError, SettingsError, UnsupportedModelError, no_tokenizer
-from ..models.identity import data_identity, model_identity
-from ..models.positions import positions_of
-from ..models.vocabulary import Vocabulary
+from ..errors import MEANT, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
-from ..structure.coupling import VOCABULARY
+from ..structure.coupling import KINDS, VOCABULARY
 from ..structure.plan import PruningPlan
-from .allocation import Uniform
-from .budgets import BudgetSubject
-from .criteria.estimate import check_accepted
 from .methods import TEN_SAMPLES
-from .saving import without_weights
-from .selection import equal_scores, select
-from .targets import demand, scope_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..discovery.opening import Opener
-    from ..models.model import Structure
     from ..plugins.catalog import Catalog
     from .allocation import Allocation
     from .budgets import Budget
@@ -64,6 +47,8 @@ class CalibrationJob:
 
     def length_for(self, config: PreTrainedConfig) -> int:
         """Tokens per sample for a model with this configuration."""
+        from ..models.positions import positions_of
+
         return self.length if self.fixed_length else min(self.length, positions_of(config) or self.length)
 
 
@@ -111,6 +96,9 @@ def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> PruneJob | Re
 def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     """Raises as `job_of`."""
     own = settings.settings
+    for kind in settings.kinds:
+        if kind.lower() in MEANT:  # families may have other kinds than those known
+            raise UnknownNameError("kind", kind, KINDS)
     amounts = [name for name in _AMOUNTS if getattr(settings, name) is not None]
     tokens = own.get(VOCABULARY, {}).get("tokens")
     if tokens is not None and (amounts or settings.kinds != (VOCABULARY,)):
@@ -204,83 +192,3 @@ def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:
         text = parse_calibration(record.calibration, catalog.sources, record.sources)
         calibration = CalibrationJob(text, record.samples, record.length, fixed_length=True)
     return ReplayJob(plan, budget, compensation, calibration, plan.seed)
-
-
-def identity(
-    what: PruneSettings | PruningPlan, job: PruneJob | ReplayJob, structure: Structure, opener: Opener
-) -> dict[str, Any]:
-    """JSON values that tell a run from others: all that its result, and the shapes of its hidden states, depend on."""
-    return {
-        "model": structure.path or structure.ref,
-        "files": model_identity(structure.ref, opener.catalog, structure.config),
-        "data": data_identity(job),
-        "prune": what.model_dump(mode="json"),
-        "load": opener.load.model_dump(mode="json"),
-        "versions": [__version__, torch.__version__, transformers.__version__],
-    }
-
-
-def check_tokens(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
-    """Where tokens go, raise `UnsupportedModelError` for a tokenizer that cannot be rewritten, and `PlanError` for a
-    plan without tokens that it needs. ``tokenizer``: reads it."""
-    cuts = [cut for cut in job.plan.cuts.values() if cut.kind == VOCABULARY] if isinstance(job, ReplayJob) else []
-    if cuts or (isinstance(job, PruneJob) and VOCABULARY in job.kinds):
-        vocabulary = Vocabulary(tokenizer())
-        for cut in cuts:
-            vocabulary.check_kept(cut.kept, cut.units)
-
-
-def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: bool) -> None:
-    """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, for
-    an amount that its groups cannot give, and for a plan of another model. ``tokenizer``: whether the model has one."""
-    _check_unquantised(structure)
-    graph = structure.graph
-    if isinstance(job, ReplayJob):
-        job.plan.check(graph)
-        groups = [graph.by_name[name] for name in job.plan.kept]
-    else:
-        groups = list(scope_of(job, structure).groups(graph))
-        others = [group for group in groups if job.tokens is None or group.kind != VOCABULARY]
-        check_accepted(job.criterion, others, graph)
-    job.compensation.check(graph, groups)
-    if job.calibration is not None:
-        check_length(structure.config, job.calibration.length_for(structure.config))
-        for part in job.calibration.text.parts:
-            if not part.source.writes and not tokenizer:
-                advice = f"it cannot be calibrated on '{part.reference}'; use 'self'"
-                raise no_tokenizer(f"model '{structure.ref}'", advice)
-        job.calibration.text.check()
-    if isinstance(job, PruneJob) and job.budget.from_shapes:
-        _check_amount(job, structure)
-
-
-def _check_unquantised(structure: Structure) -> None:
-    """Raise `UnsupportedModelError` for a checkpoint whose weights are packed (bitsandbytes, GPTQ, AWQ, …): they have
-    neither the shapes of the architecture nor values that can be cut and fitted."""
-    stated: Any = getattr(structure.config, "quantization_config", None)
-    method = stated.get("quant_method") if isinstance(stated, Mapping) else getattr(stated, "quant_method", None)
-    name = str(getattr(method, "value", method))
-    # transformers itself turns MXFP4 into bfloat16 where there is no kernel for it.
-    if stated is not None and name != "mxfp4":
-        raise UnsupportedModelError(
-            f"'{structure.ref}' is quantised ({name}), and its packed weights cannot be cut; prune the unquantised "
-            "model that it was made from, then quantise the result"
-        )
-
-
-def _check_amount(job: PruneJob, structure: Structure) -> None:
-    """Raise `SelectionError` for an amount that is less than a unit, or more than there is."""
-    graph, scope, widths = structure.graph, scope_of(job, structure), widths_of(job, structure)
-    groups = scope.groups(graph)
-    cost = job.budget.cost(BudgetSubject(without_weights(structure), graph, groups, structure.family))
-    # The largest amount does not depend on scores, so equal shares replace allocations that measure.
-    allocation = Uniform() if job.allocation.measures else job.allocation
-    amount = demand(job, cost, cost, groups, scope, job.steps)
-    if select(graph, groups, equal_scores(groups), scope, amount, allocation, cost=cost, widths=widths):
-        return
-    coarse, multiples = "; ask for more", f"at widths in multiples of {widths.round_to}; ask for more,"
-    if widths.uniform:
-        coarse = f" in all layers at once, {multiples} or for --shape free"
-    elif widths.round_to > 1:
-        coarse = f" {multiples} or round less (--set prune.round_to=1)"
-    raise SelectionError(f"the amount asked for is less than one unit of the selected groups{coarse}")

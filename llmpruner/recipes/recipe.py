@@ -1,12 +1,14 @@
 """Recipe files: the steps from a dense model to its pruned, recovered, measured and exported versions.
 
 A recipe is YAML, or a mapping with the same keys. Each step is one command with the settings that it has on the command
-line; ``rounds: N`` with ``steps`` stands for these steps N times. `Recipe` is what `recipes.run` executes.
+line; ``rounds: N`` with ``steps`` stands for these steps N times. `Recipe` is what `recipes.run` executes. Imports no
+torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +16,11 @@ from typing import Any, Final, TypeVar
 
 import yaml
 
-from ..errors import SettingsError, UnknownNameError, first_line, near
+from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line, near
+from ..evaluation.evaluate import chosen_metrics
 from ..plugins.catalog import Catalog
+from ..pruning.job import prune_job
+from ..recovery.job import check_recover, recover_job
 from ..settings import (
     BenchSettings,
     EvaluateSettings,
@@ -44,6 +49,18 @@ COMMANDS: Final[Mapping[str, type[Settings]]] = {
     "export": ExportSettings,
 }
 """The commands that a step can run."""
+JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], object]]] = {
+    "prune": (prune_job, lambda job: job.calibration is None or job.calibration.text.check()),
+    "recover": (recover_job, check_recover),
+    "evaluate": (chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
+    "bench": (lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings), lambda job: None),
+    "generate": (lambda settings, catalog: settings, lambda job: None),
+    "export": (
+        lambda own, catalog: catalog.exporters.create_only(own.to, own.settings),
+        lambda job: job.check(),
+    ),
+}
+"""Command → what creates its job from settings, and what checks its data."""
 CHECKPOINTS: Final = ("prune", "recover")
 """Commands whose result later steps take; each takes the newest one."""
 MEASURES: Final = ("evaluate", "bench", "generate")
@@ -208,3 +225,26 @@ def _settings(model: type[S], values: Any, place: str) -> S:
     if not isinstance(values, Mapping):
         raise SettingsError(f"{place}: expected a mapping of settings, got '{values}'")
     return validated(model, {str(key): value for key, value in values.items() if value is not None}, place)
+
+
+def recipe_jobs(recipe: Recipe, catalog: Catalog) -> dict[str, Any]:
+    """Name → job of every step. Raises `LlmprunerError` for a mistake that needs no model and no file to be seen."""
+    jobs = {}
+    for step in recipe.steps:
+        with naming(step):
+            job = jobs[step.name] = JOBS[step.command][0](step.settings, catalog)
+            metrics = job if step.command == "evaluate" else ()
+            compares = next((metric for metric in metrics if metric.needs_reference), None)
+            if compares is not None and len(step.reads) == 1:
+                raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
+    return jobs
+
+
+@contextmanager
+def naming(step: Step) -> Iterator[None]:
+    """Put the place of a step before the message of every error."""
+    try:
+        yield
+    except LlmprunerError as error:
+        error.args = (f"{step.place}: {error}",)
+        raise

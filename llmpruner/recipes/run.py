@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..discovery.structure import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
-from ..evaluation.evaluate import Evaluations, chosen_metrics
+from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
 from ..models.identity import data_identity, model_identity
 from ..models.numbers import check_device
@@ -27,11 +26,10 @@ from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import resolve
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
-from ..pruning.job import check_job, prune_job
-from ..recovery.job import check_recover, recover_job
+from ..pruning.checks import check_job
 from ..report.history import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
-from .recipe import DENSE, Recipe, Step
+from .recipe import DENSE, JOBS, Recipe, Step, naming, recipe_jobs
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -78,43 +76,6 @@ class RecipeResult:
         return {"model": self.model, "output": str(self.output), "steps": [step.as_json() for step in self.steps]}
 
 
-_JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], object]]] = {
-    "prune": (prune_job, lambda job: job.calibration is None or job.calibration.text.check()),
-    "recover": (recover_job, check_recover),
-    "evaluate": (chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
-    "bench": (lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings), lambda job: None),
-    "generate": (lambda settings, catalog: settings, lambda job: None),
-    "export": (
-        lambda own, catalog: catalog.exporters.create_only(own.to, own.settings),
-        lambda job: job.check(),
-    ),
-}
-"""Command → what creates its job from settings, and what checks its data."""
-
-
-def recipe_jobs(recipe: Recipe, catalog: Catalog) -> dict[str, Any]:
-    """Name → job of every step. Raises `LlmprunerError` for a mistake that needs no model and no file to be seen."""
-    jobs = {}
-    for step in recipe.steps:
-        with _naming(step):
-            job = jobs[step.name] = _JOBS[step.command][0](step.settings, catalog)
-            metrics = job if step.command == "evaluate" else ()
-            compares = next((metric for metric in metrics if metric.needs_reference), None)
-            if compares is not None and len(step.reads) == 1:
-                raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
-    return jobs
-
-
-@contextmanager
-def _naming(step: Step) -> Iterator[None]:
-    """Put the place of a step before the message of every error."""
-    try:
-        yield
-    except LlmprunerError as error:
-        error.args = (f"{step.place}: {error}",)
-        raise
-
-
 class RecipeRun:
     """A recipe with all that a run of it needs. ``functions``: those of the Python API, by command. Raises
     `LlmprunerError` for mistakes that need no weights."""
@@ -143,8 +104,8 @@ class RecipeRun:
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:
-            with _naming(step):
-                _JOBS[step.command][1](self.jobs[step.name])
+            with naming(step):
+                JOBS[step.command][1](self.jobs[step.name])
                 if step.command == "prune" and step.reads == (DENSE,):
                     check_job(self.jobs[step.name], self.dense, tokenizer=True)
             folder = self.output / step.name
@@ -238,7 +199,7 @@ class RecipeRun:
         shutil.rmtree(result, ignore_errors=True)
         started = time.monotonic()
         try:
-            with _naming(step):
+            with naming(step):
                 facts, value = _DO[step.command](self, step, result)
         except (KeyboardInterrupt, SystemExit):  # of the user, or of SIGTERM
             self.progress.status(f"stopped in {step.name}; the same command goes on there")

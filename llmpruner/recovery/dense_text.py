@@ -20,7 +20,6 @@ from ..calibration.chat import chat_prompt
 from ..calibration.conversations import Completion, Example, Instruction
 from ..calibration.documents import parse_mixture
 from ..errors import DataError
-from ..models.tokenizer import ids_to_continue
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -108,6 +107,7 @@ def _answers(
 
     from ..calibration.written import answered
     from ..models.positions import table_of
+    from ..models.tokenizer import ids_to_continue
 
     prompts: dict[str, list[int]] = {}
     for instruction in instructions():

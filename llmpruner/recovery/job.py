@@ -1,4 +1,5 @@
-"""A training of a loaded model by a strategy: what is refused before it, its folder, and what is recorded of it."""
+"""A training of a loaded model by a strategy: what is refused before it, its folder, and what is recorded of it.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,15 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ..engine.ranks import Ranks
 from ..errors import MissingExtraError, OutputError, PluginError, SettingsError
 from ..files import write_text, writing
-from ..models.tokenizer import check_ids
 from ..settings import RecoverSettings
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 from .data import TrainingData, check_data
+from .dense_text import dense_text_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -34,6 +32,11 @@ class RecoverJob:
 
     settings: RecoverSettings
     strategy: RecoveryStrategy
+
+    @property
+    def reads_dense(self) -> bool:
+        """Whether the dense model writes examples, or teaches."""
+        return self.strategy.needs_dense or dense_text_in(self.settings.data) is not None
 
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
@@ -69,6 +72,11 @@ def train(
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
     ``work_dir`` has the state of another job, and `ModelError` when the training diverges.
     """
+    import torch
+
+    from ..engine.ranks import Ranks
+    from ..models.tokenizer import check_ids
+
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in data.rows)]), model)
     from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
 
@@ -121,7 +129,9 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
         return
     kept = json.loads(file.read_text(encoding="utf-8"))
     changed = [key for key, value in identity.items() if kept.get(key) != value]
-    if changed:
+    if changed and not any(work_dir.glob("checkpoint-*")):
+        write_text(file, json.dumps(identity, indent=2) + "\n")
+    elif changed:
         raise OutputError(
             f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
             "or choose another output"

@@ -142,6 +142,8 @@ def _trained(
     """Of `train`, with messages for the user."""
     progress = opener.progress
     what = "held-out loss" if data.held_out else "loss on examples"
+    if steps := [int(file.name.partition("-")[2]) for file in folder.glob("checkpoint-*")]:
+        progress.status(f"continuing the training in {folder} from step {max(steps)}")
     with progress.bar("Recovering") as at, loaded.changing("recovery"):
         return train(
             loaded.model, loaded.tokenizer, loaded.graph, data, job.strategy, job.settings, folder,

@@ -25,6 +25,10 @@ HIDDEN = "hidden"
 LAYER = "layer"
 EXPERT = "expert"
 VOCABULARY = "vocabulary"
+LATENT = "latent"
+"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
+model."""
+KINDS = (MLP, ATTENTION, QUERY, HIDDEN, LAYER, EXPERT, VOCABULARY, LATENT)
 
 _IN_A_LAYER = re.compile(r"layers\.(\d+)\.(?=.)")
 

@@ -56,7 +56,8 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
     # Ollama's description of a model; it takes the chat template from the file.
     stops = [f'PARAMETER stop "{t}"\n' for t in stop_texts(tokenizer, model.generation_config) if '"' not in t]
     (task.directory / "Modelfile").write_text(f"FROM ./{target.name}\n{''.join(stops)}", encoding="utf-8")
-    return f"{target.name} ({architecture}, {kind}, {target.stat().st_size / 1e6:,.1f} MB): {checked}"
+    size = f"{target.stat().st_size / 1e6:,.1f} MB"
+    return f"{target.name} ({architecture}, {kind}, {size}): {checked}; llama-cli -m {target.name} runs it"
 
 
 def _stored_type(task: ExportTask) -> str:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from llmpruner import CheckpointError, ComponentSettings, Exporter, ExportTask, UnsupportedModelError, meta_model
+from llmpruner import CheckpointError, ComponentSettings, Exporter, ExportTask, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +82,8 @@ def read(directory: Path, like: PreTrainedModel) -> PreTrainedModel:
     from safetensors.torch import load_file
     from torch import nn
     from transformers import LlamaConfig
+
+    from llmpruner import meta_model
 
     from .configuration_nemotron_nas import NemotronNasConfig
     from .layers import width_of

@@ -7,6 +7,6 @@ from llmpruner import hookimpl
 
 @hookimpl
 def llmpruner_exporters() -> list[type]:
-    from .exporter import TorchAoExporter  # takes torch with it
+    from .exporter import TorchAoExporter
 
     return [TorchAoExporter]

@@ -18,10 +18,7 @@ from llmpruner import (
     MissingExtraError,
     SettingsError,
     UnsupportedModelError,
-    load_pruned,
     read_text,
-    register,
-    save_checkpoint,
 )
 
 if TYPE_CHECKING:
@@ -58,6 +55,8 @@ class TorchAoExporter(Exporter):
     def export(self, task: ExportTask) -> str:
         """Raises `UnsupportedModelError` for a width that the kernel refuses, and `SettingsError` for a device or dtype
         that it does not have, before anything is written."""
+        from llmpruner import load_pruned, save_checkpoint
+
         loaded, model = task.loaded, task.model
         if self.settings.scheme == "int4":
             self._check_int4(model)
@@ -103,6 +102,8 @@ class TorchAoExporter(Exporter):
         from torch.utils._python_dispatch import is_traceable_wrapper_subclass
         from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig
         from transformers import AutoModelForCausalLM, TorchAoConfig
+
+        from llmpruner import register
 
         if self.settings.scheme == "int8":
             scheme: Any = Int8WeightOnlyConfig()

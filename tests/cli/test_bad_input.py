@@ -35,6 +35,28 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         "recovery strategy 'laro'; did you mean lora",
     ),
     "ratio 0": (("plan", DENSE, "--ratio", 0), "--ratio '0': input should be greater than 0"),
+    "ratio: percent": (("plan", DENSE, "--ratio", 20), "--ratio '20': input should be less than 1; 0.2 for 20 %?"),
+    "ratio: its name elsewhere": (("prune", DENSE, "--sparsity", 0.2), "no option --sparsity; did you mean --ratio?"),
+    "a setting without an option": (
+        ("prune", DENSE, "--target-params", 0.4, *OUT), "no option --target-params; write --set prune.target_params=…"
+    ),
+    "parameters: a share": (
+        ("plan", DENSE, "--set", "prune.target_params=0.4"), "120M or 98000000 (--ratio takes the share to remove)"
+    ),
+    "kind: its name elsewhere": (("plan", DENSE, *FIFTH, "--kinds", "heads"), "'heads'; did you mean attention?"),
+    "exporter: capitals": (("export", DENSE, "--to", "GGUF", *OUT), "exporter 'GGUF'; did you mean gguf?"),
+    "script": (
+        ("plan", DENSE, *FIFTH, "--kinds", "vocabulary", "--set", "vocabulary.scripts=latin,cyrilic"),
+        "no script 'cyrilic'; did you mean cyrillic",
+    ),
+    "calibration: a model": (
+        ("plan", DENSE, *FIFTH, "--calibration", DENSE), "dense: a folder or a model, and no text; expected a .txt"
+    ),
+    "calibration: instructions": (
+        ("plan", DENSE, *FIFTH, "--calibration", "{models}/data.jsonl"),
+        "'output' (str); as calibration, instructions and conversations are chat:FILE",
+    ),
+    "recovery of a dense model": (("recover", DENSE, *OUT), "dense' was not pruned by llmpruner, so no dense model"),
     "ratio: words": (("plan", DENSE, "--ratio", "much"), "--ratio 'much': input should be a valid number"),
     "unreachable": (("prune", DENSE, "--ratio", 0.9, *L1, *OUT), "the selected kinds and layers can give"),
     "less than a unit": (("plan", DENSE, "--ratio", 0.0001, *L1), "less than one unit"),
@@ -63,7 +85,8 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         "text.txt' is a file, not a model directory; name a model",
     ),
     "recovery without a tokenizer": (
-        ("recover", "{models}/bare", "--data", "{models}/data.jsonl", *OUT), "model '{models}/bare' brings no tokenizer"
+        ("recover", "{models}/bare", "--data", "{models}/data.jsonl", "--strategy", "lora", *OUT),
+        "model '{models}/bare' brings no tokenizer",
     ),
     "evaluation without a tokenizer": (("evaluate", "{models}/bare"), "model '{models}/bare' brings no tokenizer"),
     "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
@@ -171,7 +194,8 @@ def test_calibration_data(refused, tmp_path, name):
 def test_recovery_data(refused, tmp_path, name):
     content, message = BAD_INSTRUCTIONS[name]
     write(tmp_path / name, content)
-    line = refused("recover", DENSE, "--data", f"{tmp_path}/{name}", *OUT, read=name in BEYOND_THE_FIRST_RECORD)
+    arguments = ("--data", f"{tmp_path}/{name}", "--strategy", "lora", *OUT)
+    line = refused("recover", DENSE, *arguments, read=name in BEYOND_THE_FIRST_RECORD)
     assert name in line and message in line
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
+
 import pytest
 
 from llmpruner.cli import console
-from llmpruner.cli.console import RichProgress
+from llmpruner.cli.console import RichProgress, sizes_text
 
 
 def work(progress):
@@ -22,6 +25,26 @@ def test_a_line_a_minute(capsys, monkeypatch):
     said = capsys.readouterr().err.splitlines()
     assert said[:2] == ["• Measuring [inputs], 0% done", "• Measuring [inputs], 25% done, 0:00:00 left"]
     assert said[4:] == ["• perplexity of dense, 50% done, 0:00:00 left"]
+
+
+def test_a_stage_that_reports_nothing_is_still_named(capsys, monkeypatch):
+    monkeypatch.setattr(console, "_LINE_EVERY", 0.0)
+    with RichProgress() as progress:
+        progress.status("loading model")
+        time.sleep(1.5)
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["• loading model", "• still loading model"]
+
+
+def test_sizes_are_next_to_those_of_the_dense_model(tmp_path):
+    (tmp_path / "q4.gguf").write_bytes(b"x" * 2**20)
+    pruned = tmp_path / "pruned"
+    pruned.mkdir()
+    (pruned / "model.safetensors").write_bytes(b"x" * 2**21)
+    (pruned / "llmpruner.json").write_text(json.dumps({"base_path": str(tmp_path / "q4.gguf")}))
+    assert "2.0 MiB of weights (q4.gguf: 1.0 MiB); quantise it: export --to gguf --set" in sizes_text(pruned, pruned)
+    (pruned / "model.safetensors").write_bytes(b"x" * 2**19)
+    assert sizes_text(pruned, pruned) == "0.5 MiB of weights (q4.gguf: 1.0 MiB); "
 
 
 @pytest.mark.parametrize("width", [80, 300])

@@ -58,7 +58,7 @@ def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
     assert [row["size"]["decoder_parameters"] for row in rows] == [30_976, 30_976 - 2 * 12 * 96]
     assert "50,208" in next(line for line in result.out.splitlines() if " parameters" in line)
     header = next(line for line in result.out.splitlines() if "dense" in line)
-    assert header.index(str(dense)) < header.index(str(pruned))
+    assert header.index(f" {dense.name} ") < header.index(f" {pruned.name} ")
     ids = AutoTokenizer.from_pretrained(dense)((shared / "text.txt").read_text(), add_special_tokens=False).input_ids
     table = torch.tensor(ids[:128]).view(4, 32)
     for folder, row in zip((dense, pruned), rows, strict=True):

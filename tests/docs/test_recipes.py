@@ -9,8 +9,7 @@ import pytest
 import recipes_page
 import yaml
 
-from llmpruner.recipes.recipe import COMMANDS, Recipe
-from llmpruner.recipes.run import recipe_jobs
+from llmpruner.recipes.recipe import COMMANDS, Recipe, recipe_jobs
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = ("how-to/recipes.md", "reference/recipes.md")

@@ -128,6 +128,7 @@ def test_channels_and_tokens_share_a_budget_of_bytes(folder, tmp_path):
         ({"ratio": 0.2}, SelectionError, r"tokens save nothing of the .*; count by --budget parameters or bytes"),
         (tokens(100), SelectionError, r"vocabulary\.tokens=100: the model has 768 tokens, of which 25\d must stay"),
         (tokens(768), SelectionError, r"vocabulary\.tokens=768: the model has 768 tokens"),
+        (tokens(760), SelectionError, "the number of tokens that stay is a multiple of 64; ask for fewer"),
         ({**tokens(448), "ratio": 0.2}, SettingsError, r"vocabulary\.tokens says how much to remove by itself"),
         ({**tokens(448), "kinds": "mlp,vocabulary"}, SettingsError, r"with --kinds vocabulary and no other"),
         ({"ratio": 0.2, "budget": "bytes", "steps": 2}, SettingsError, r"tokens go in one step"),

@@ -71,17 +71,26 @@ def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, t
         assert (state / "state.json").is_file() and (state / "calibration.json").is_file()
 
     class Counted(Progress):
-        texts = 0
+        texts = continued = 0
 
         def status(self, label):
             self.texts += "writes its calibration" in label
+            self.continued += "out.pruning; done: calibration, plan, 2 layers" in label
 
     counted = Counted()
     api.prune(str(dense), output=out, progress=counted, **SETTINGS)
-    assert counted.texts == 0, "the text of the interrupted run is used"
+    assert counted.texts == 0 and counted.continued == 1, "the text of the interrupted run is used"
     assert checksums(out) == checksums(tmp_path / "whole")
     assert (out / "llmpruner.json").read_text() == (tmp_path / "whole" / "llmpruner.json").read_text()
     assert not state.exists()
+
+
+def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(dense, tmp_path):
+    with pytest.raises(Killed):
+        api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Writing calibration text", 0), **SETTINGS)
+    assert (tmp_path / "out.pruning" / "run.json").is_file()
+    api.prune(str(dense), output=tmp_path / "out", **{**SETTINGS, "importance": "l1", "compensate": "none"})
+    assert not (tmp_path / "out.pruning").exists()
 
 
 def test_restart_removes_what_was_done(dense, tmp_path):

@@ -14,7 +14,7 @@ from llmpruner.models.model import Model
 from llmpruner.pipeline import make_plan
 from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
-from llmpruner.pruning.job import check_job
+from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.saving import plan_of, save
 from llmpruner.pruning.selection import select
 from llmpruner.structure.kept import parameters_after, restrict

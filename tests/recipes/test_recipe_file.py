@@ -8,8 +8,7 @@ import pytest
 
 from llmpruner import LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
-from llmpruner.recipes.recipe import Recipe, values_of
-from llmpruner.recipes.run import recipe_jobs
+from llmpruner.recipes.recipe import Recipe, recipe_jobs, values_of
 
 GOOD = """\
 model: some/model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import time
 
 import pytest
@@ -177,6 +178,13 @@ def test_another_job_does_not_go_on_in_a_folder(tiny):
         tiny(FullStrategy(), max_steps=1)
     with pytest.raises(OutputError, match=r"\(model differ\)"):
         tiny(LoraStrategy(), (dense_model(), pruned_model()[1]), max_steps=1)
+
+
+def test_another_job_takes_a_folder_without_a_checkpoint(tiny, tmp_path):
+    tiny(LoraStrategy(), max_steps=1)
+    for folder in (tmp_path / "run" / "work").glob("checkpoint-*"):
+        shutil.rmtree(folder)
+    assert len(tiny(LoraStrategy(), max_steps=2).losses) == 2
 
 
 def test_a_training_that_diverges_stops(tiny):

@@ -10,6 +10,7 @@ from pydantic import AfterValidator, Field
 from ...calibration.documents import check_source, read_documents
 from ...component import ComponentSettings
 from ...engine.signals import Signal, TokenStats
+from ...errors import near
 from ...values import Names
 from .base import ImportanceCriterion
 
@@ -32,6 +33,14 @@ def _readable(names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
+def _known_scripts(names: tuple[str, ...]) -> tuple[str, ...]:
+    known = {script.lower() for script in scripts_of("".join(map(chr, range(0x20000))))}
+    for name in names:
+        if name.lower() not in known:
+            raise ValueError(f"Unicode has no script '{name}'{near(name, known)}")
+    return names
+
+
 class TokenUse(ImportanceCriterion):
     """The share of text that is written in a token, in nats per token of text: how often it is written in the
     calibration text, and expected there by the model (`PREDICTION`), with a prior by its rank r in the vocabulary,
@@ -48,7 +57,7 @@ class TokenUse(ImportanceCriterion):
         keep: Annotated[Names, AfterValidator(_readable)] = Field(
             (), description="Files with text whose tokens go last, whatever the calibration text is."
         )
-        scripts: Names = Field(
+        scripts: Annotated[Names, AfterValidator(_known_scripts)] = Field(
             (), description="Scripts to keep, such as latin,cyrillic,cjk: tokens with letters of others go first."
         )
 

@@ -1,0 +1,56 @@
+"""Mistakes that are answered at once: what can be seen without torch, whose import takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from typer.core import TyperCommand
+
+from ..errors import SettingsError, near, not_pruned
+from ..files import check_new_directory
+from ..models.record import read_record
+from ..models.reference import resolve
+from ..settings import PruneSettings, RecoverSettings, Settings, flag_of, option_of
+
+if TYPE_CHECKING:
+    from ..plugins.catalog import Catalog
+
+
+def check(command: str, values: Mapping[str, Any], settings: Settings | None, catalog: Catalog) -> None:
+    """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters."""
+    from ..recipes.recipe import JOBS
+
+    models = values.get("models") or [model for model in (values.get("model"),) if model is not None]
+    references = [resolve(str(model), catalog) for model in models]
+    if command in ("prune", "recover", "export"):
+        check_new_directory(values["output"])
+    if command not in ("plan", *JOBS) or values.get("plan_file") is not None:
+        return
+    create, check_data = JOBS["prune" if command == "plan" else command]
+    job = create(settings, catalog)
+    # Other metrics may need torch for that.
+    check_data(job if command != "evaluate" else [metric for metric in job if metric.name == "perplexity"])
+    if command == "recover":
+        folder = references[0].directory
+        if job.reads_dense and (folder / "config.json").is_file() and read_record(folder) is None:
+            raise not_pruned(references[0].text)
+
+
+class Command(TyperCommand):
+    """A command that answers an unknown option in one line, with the one that was meant."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if type(error).__name__ != "NoSuchOption":  # its module depends on the version of typer
+                raise
+            option = str(getattr(error, "option_name", ""))
+            model = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}.get(self.name or "")
+            field = option.lstrip("-").replace("-", "_")
+            if model is not None and option_of(model, field)["advanced"]:
+                hint = f"; write {flag_of(model, field)}=…"
+            else:
+                hint = near(option, [flag for parameter in self.params for flag in parameter.opts])
+            raise SettingsError(f"`llmpruner {self.name}` has no option {option}{hint}") from error

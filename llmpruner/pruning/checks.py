@@ -1,0 +1,112 @@
+"""A job against the structure of a model: what is refused before weights are read or text is generated."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from .. import __version__
+from ..calibration.calibration import check_length
+from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
+from ..models.identity import data_identity, model_identity
+from ..models.vocabulary import Vocabulary
+from ..settings import PruneSettings
+from ..structure.coupling import VOCABULARY
+from ..structure.plan import PruningPlan
+from .allocation import Uniform
+from .budgets import BudgetSubject
+from .criteria.estimate import check_accepted
+from .job import PruneJob, ReplayJob
+from .saving import without_weights
+from .selection import equal_scores, select
+from .targets import demand, scope_of, widths_of
+
+if TYPE_CHECKING:
+    from ..discovery.opening import Opener
+    from ..models.model import Structure
+
+
+def identity(
+    what: PruneSettings | PruningPlan, job: PruneJob | ReplayJob, structure: Structure, opener: Opener
+) -> dict[str, Any]:
+    """JSON values that tell a run from others: all that its result, and the shapes of its hidden states, depend on."""
+    return {
+        "model": structure.path or structure.ref,
+        "files": model_identity(structure.ref, opener.catalog, structure.config),
+        "data": data_identity(job),
+        "prune": what.model_dump(mode="json"),
+        "load": opener.load.model_dump(mode="json"),
+        "versions": [__version__, torch.__version__, transformers.__version__],
+    }
+
+
+def check_tokens(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
+    """Where tokens go, raise `UnsupportedModelError` for a tokenizer that cannot be rewritten, and `PlanError` for a
+    plan without tokens that it needs. ``tokenizer``: reads it."""
+    cuts = [cut for cut in job.plan.cuts.values() if cut.kind == VOCABULARY] if isinstance(job, ReplayJob) else []
+    if cuts or (isinstance(job, PruneJob) and VOCABULARY in job.kinds):
+        vocabulary = Vocabulary(tokenizer())
+        for cut in cuts:
+            vocabulary.check_kept(cut.kept, cut.units)
+
+
+def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: bool) -> None:
+    """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, for
+    an amount that its groups cannot give, and for a plan of another model. ``tokenizer``: whether the model has one."""
+    _check_unquantised(structure)
+    graph = structure.graph
+    if isinstance(job, ReplayJob):
+        job.plan.check(graph)
+        groups = [graph.by_name[name] for name in job.plan.kept]
+    else:
+        groups = list(scope_of(job, structure).groups(graph))
+        others = [group for group in groups if job.tokens is None or group.kind != VOCABULARY]
+        check_accepted(job.criterion, others, graph)
+    job.compensation.check(graph, groups)
+    if job.calibration is not None:
+        check_length(structure.config, job.calibration.length_for(structure.config))
+        for part in job.calibration.text.parts:
+            if not part.source.writes and not tokenizer:
+                advice = f"it cannot be calibrated on '{part.reference}'; use 'self'"
+                raise no_tokenizer(f"model '{structure.ref}'", advice)
+        job.calibration.text.check()
+    if isinstance(job, PruneJob) and job.budget.from_shapes:
+        _check_amount(job, structure)
+
+
+def _check_unquantised(structure: Structure) -> None:
+    """Raise `UnsupportedModelError` for a checkpoint whose weights are packed (bitsandbytes, GPTQ, AWQ, …): they have
+    neither the shapes of the architecture nor values that can be cut and fitted."""
+    stated: Any = getattr(structure.config, "quantization_config", None)
+    method = stated.get("quant_method") if isinstance(stated, Mapping) else getattr(stated, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    # transformers itself turns MXFP4 into bfloat16 where there is no kernel for it.
+    if stated is not None and name != "mxfp4":
+        raise UnsupportedModelError(
+            f"'{structure.ref}' is quantised ({name}), and its packed weights cannot be cut; prune the unquantised "
+            "model that it was made from, then quantise the result"
+        )
+
+
+def _check_amount(job: PruneJob, structure: Structure) -> None:
+    """Raise `SelectionError` for an amount that is less than a unit, or more than there is."""
+    graph, scope, widths = structure.graph, scope_of(job, structure), widths_of(job, structure)
+    groups = scope.groups(graph)
+    cost = job.budget.cost(BudgetSubject(without_weights(structure), graph, groups, structure.family))
+    # The largest amount does not depend on scores, so equal shares replace allocations that measure.
+    allocation = Uniform() if job.allocation.measures else job.allocation
+    amount = demand(job, cost, cost, groups, scope, job.steps)
+    if select(graph, groups, equal_scores(groups), scope, amount, allocation, cost=cost, widths=widths):
+        return
+    if scope.kinds == (VOCABULARY,):
+        step = widths.multiple(groups[0])
+        raise SelectionError(f"the number of tokens that stay is a multiple of {step}; ask for fewer")
+    coarse, multiples = "; ask for more", f"at widths in multiples of {widths.round_to}; ask for more,"
+    if widths.uniform:
+        coarse = f" in all layers at once, {multiples} or for --shape free"
+    elif widths.round_to > 1:
+        coarse = f" {multiples} or round less (--set prune.round_to=1)"
+    raise SelectionError(f"the amount asked for is less than one unit of the selected groups{coarse}")
