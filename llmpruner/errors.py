@@ -62,10 +62,7 @@ def no_tokenizer(model: str, consequence: str) -> ModelError:
 
 def not_pruned(model: str) -> ModelError:
     """For a dense ``model`` in place of a pruned one."""
-    return ModelError(
-        f"'{model}' was not pruned by llmpruner, so no dense model is known for it: prune it first (llmpruner prune), "
-        "or give --data FILE and --strategy lora or full"
-    )
+    return ModelError(f"'{model}' was not pruned by llmpruner, so no dense model is known for it; prune it first")
 
 
 class UnsupportedModelError(ModelError):

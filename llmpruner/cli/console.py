@@ -77,7 +77,7 @@ NEXT = {
     "plan": "llmpruner prune {model} --plan {output} -o DIR",
     "prune": "llmpruner recover {output} -o {output}-recovered",
     "recover": "llmpruner evaluate {model} {output}",
-    "evaluate": "llmpruner export DIR --to gguf -o OTHER, for llama.cpp and Ollama; --to stock for others",
+    "evaluate": "llmpruner export DIR --to gguf -o OUT, for llama.cpp and Ollama",
 }
 
 
