@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from typing_extensions import Unpack
 
@@ -26,7 +26,7 @@ from .errors import DataError, ModelError, PlanError, SettingsError
 from .evaluation.base import ComparedModel
 from .evaluation.bench import BenchResult
 from .evaluation.bench import bench as _bench
-from .evaluation.evaluate import Evaluations, chosen_metrics
+from .evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
 from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
@@ -49,6 +49,7 @@ from .models.record import REPORT_FILE
 from .models.reference import resolve
 from .pipeline import plan as _plan
 from .pipeline import prune as _prune
+from .pipeline import prune_each as _prune_each
 from .plugins.catalog import Catalog
 from .progress import QUIET, Progress
 from .pruning.saving import save as _save
@@ -75,6 +76,7 @@ from .settings import (
     settings_from,
 )
 from .structure.plan import PruningPlan
+from .values import names_of
 
 
 def load(
@@ -105,6 +107,7 @@ def discover(
 def plan(
     model: Source,
     *,
+    ratio: float | None = None,
     load: LoadSettings | None = None,
     run: RunSettings | None = None,
     progress: Progress = QUIET,
@@ -114,13 +117,15 @@ def plan(
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
     opener = _opener(load, catalog, progress)
-    made, _ = _plan(model, settings_from(PruneSettings, settings), opener, run or RunSettings())
+    made, _ = _plan(model, settings_from(PruneSettings, _with_ratio(ratio, settings)), opener, run or RunSettings())
     return made
 
 
+@overload
 def prune(
     model: Source,
     *,
+    ratio: float | None = None,
     plan: PruningPlan | str | Path | None = None,
     output: str | Path | None = None,
     load: LoadSettings | None = None,
@@ -128,28 +133,66 @@ def prune(
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
-) -> Model:
+) -> Model: ...
+
+
+@overload
+def prune(
+    model: str | Path | Structure,
+    *,
+    ratio: Sequence[float],
+    output: str | Path,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> list[Structure]: ...
+
+
+def prune(
+    model: Source,
+    *,
+    ratio: float | Sequence[float] | None = None,
+    plan: PruningPlan | str | Path | None = None,
+    output: str | Path | None = None,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> Model | list[Structure]:
     """Remove the least important units of a model. A `Model` that is passed in is changed in place, and returned.
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; finished
     layers are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption; without
     it, the whole model is in memory. Raises as `plan` does, and `PlanError` for a ``plan`` of another model.
 
+    Several values of ``ratio`` give a folder of ``output`` for each, such as ``OUTPUT/0.1``, with one text and one
+    scoring for all; then the structures of the results are returned.
+
     Processes that ``torchrun`` started share the work; all must make the same call, and the first one writes
     ``output``.
     """
-    if plan is not None and settings:
+    values = _with_ratio(ratio, settings)
+    if plan is not None and values:
         raise SettingsError(
-            f"{flag_of(PruneSettings, min(settings))} can't be combined with a plan, which has all settings"
+            f"{flag_of(PruneSettings, min(values))} can't be combined with a plan, which has all settings"
         )
+    opener, run = _opener(load, catalog, progress), run or RunSettings()
+    if isinstance(ratio, (list, tuple)) or "," in str(ratio):
+        if output is None or isinstance(model, Model):
+            raise SettingsError("for several ratios, name a model that is not loaded, and an output for their folders")
+        each = [settings_from(PruneSettings, {**values, "ratio": one}) for one in names_of(ratio)]
+        return _prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
     what: PruneSettings | PruningPlan
     if plan is None:
-        what = settings_from(PruneSettings, settings)
+        what = settings_from(PruneSettings, values)
         asked = what.given()
     else:
         what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
         asked = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
-    return _prune(model, what, _path(output), _opener(load, catalog, progress), run or RunSettings(), asked)
+    return _prune(model, what, _path(output), opener, run, asked)
 
 
 def recover(
@@ -175,6 +218,28 @@ def recover(
     return _recover(model, job, _path(output), _path(work_dir), opener, restart=restart)
 
 
+@overload
+def evaluate(  # type: ignore[overload-overlap]
+    models: Source,
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[EvaluateKeywords],
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    models: Sequence[Source],
+    *,
+    load: LoadSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[EvaluateKeywords],
+) -> Evaluations: ...
+
+
 def evaluate(
     models: Source | Sequence[Source],
     *,
@@ -182,15 +247,18 @@ def evaluate(
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
-) -> Evaluations:
+) -> Evaluation | Evaluations:
     """Measure models: size, perplexity, KL divergence, lm-eval tasks, and metrics of plugins. The first model is
     the reference of those that compare. One is in memory at a time (with ``kl``, next to the first).
+
+    One model gives one `Evaluation` (``evaluate(model, perplexity="text.txt").perplexity``), a list one of each.
     """
     opener = _opener(load, catalog, progress)
     metrics = chosen_metrics(settings_from(EvaluateSettings, settings), opener.catalog)
     opened = [opener.readable(source, "be evaluated") for source in listed(models)]
     compared = [ComparedModel(model.ref, model.config, opener.tokenizer(model), model.family) for model in opened]
-    return _evaluate(compared, [partial(opener.weights, model) for model in opened], metrics, progress)
+    results = _evaluate(compared, [partial(opener.weights, model) for model in opened], metrics, progress)
+    return results[0] if isinstance(models, (str, Path, Structure)) else results
 
 
 def bench(
@@ -377,6 +445,10 @@ def write_report(
     page, warnings = report_page(subjects, sections)
     write_text(target, page)
     return Report(target, {subject.name: sentence(subject) for subject in subjects}, warnings)
+
+
+def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:
+    return {**settings, **({} if ratio is None else {"ratio": ratio})}
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:

@@ -22,7 +22,6 @@ class LoadKeywords(TypedDict, total=False):
 class PruneKeywords(TypedDict, total=False):
     """Of `PruneSettings`."""
 
-    ratio: float | None
     budget: str
     target_params: str | float | None
     unit_ratio: float | None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ import torch
 
 from .calibration.calibration import CalibrationSet
 from .discovery.opening import Opener, Source
+from .discovery.structure import load_structure
 from .engine.execution import Execution
 from .engine.journal import Journal
 from .engine.ranks import Ranks
@@ -28,6 +29,7 @@ from .errors import DataError
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
+from .progress import QUIET
 from .pruning.checks import check_job, check_tokens, identity
 from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
@@ -52,9 +54,10 @@ def prune(
     opener: Opener,
     run: RunSettings,
     options: Mapping[str, Any],
+    shared: Journal | None = None,
 ) -> Model:
     """Prune ``source`` by settings or by a plan, and save the result to ``output`` (None: keep it in memory).
-    ``options``: what the user set, for ``run.json``. Raises as `llmpruner.prune`."""
+    ``options``: what the user set, for ``run.json``. ``shared``: of `prune_each`. Raises as `llmpruner.prune`."""
     ranks = Ranks.current()
     opener = opener.of_ranks(ranks)
     job = job_of(what, opener.catalog)
@@ -73,7 +76,8 @@ def prune(
     if not isinstance(structure, Model):
         folder = output.with_name(output.name + ".pruning")
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
-    with nullcontext() if journal is None else journal.running(opener.progress, anew=run.restart):
+    told = opener.progress if shared is None else QUIET
+    with nullcontext() if journal is None else journal.running(told, anew=run.restart):
         ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
@@ -83,7 +87,7 @@ def prune(
             expected = expected if earlier is None else replace(expected, streamed=earlier)
             journal.store("streamed", expected.streamed)
         model = opener.weights(structure, streamed=expected.streamed, scratch=output.resolve().parent)
-        execution = Execution(model.weights, ranks, journal, opener.progress)
+        execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")
         with execution.stages.stage("saving"):
@@ -91,6 +95,44 @@ def prune(
         if ranks.first:
             write_run(output, execution.stages, "prune", structure.ref, options)
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
+
+
+def prune_each(
+    source: str | Path | Structure,
+    sizes: Mapping[str, PruneSettings],
+    output: Path,
+    opener: Opener,
+    run: RunSettings,
+) -> list[Structure]:
+    """`prune` with each of several settings that differ in the ratio alone, into the folder of ``output`` that is their
+    key. Text and scores are made once. A run that goes on keeps the folders that are finished."""
+    ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
+    folder = output.with_name(output.name + ".pruning")
+    if run.restart or not folder.is_dir():
+        ranks.from_first(lambda: check_new_directory(output))
+    jobs = [job_of(each, opener.catalog) for each in sizes.values()]
+    structure = opener.structure(source)
+    for job in jobs:
+        check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+    first = next(iter(sizes.values()))
+    journal = Journal(folder, {**identity(first, jobs[0], structure, opener), "sizes": list(sizes)}, ranks)
+    with journal.running(opener.progress, anew=run.restart):
+        if ranks.from_first(lambda: not journal.kept):
+            ranks.from_first(lambda: check_new_directory(output))
+            journal.store("sizes", list(sizes))  # by which finished folders are known as those of this run
+        ranks.from_first(lambda: output.mkdir(exist_ok=True))
+        try:
+            for name, each in sizes.items():
+                if ranks.from_first((output / name).exists):
+                    opener.progress.status(f"{output / name} is finished")
+                    continue
+                opener.progress.status(f"ratio {name}")
+                prune(structure, each, output / name, opener, run, each.given(), journal)
+        finally:
+            with suppress(OSError):  # unless nothing is in it
+                ranks.from_first(output.rmdir)
+    return [load_structure(str(output / name), opener.catalog) for name in sizes if (output / name).is_dir()]
 
 
 def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
@@ -163,7 +205,7 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
     component reads text. Raises `DataError` for a text that is not that of the plan that is replayed."""
     if job.calibration is None:
         return None
-    journal, text, progress = execution.journal, job.calibration.text, execution.progress
+    journal, text, progress = execution.shared, job.calibration.text, execution.progress
     earlier = None if journal is None else journal.load("calibration")
     if earlier is not None:
         return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"])

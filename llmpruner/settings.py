@@ -120,7 +120,12 @@ class PruneSettings(Settings):
     group: ClassVar[str] = "prune"
 
     ratio: float | None = option(
-        None, "Share of the --budget to remove; the nearest that widths allow.", _WHAT, gt=0, lt=1
+        None,
+        "Share of the --budget to remove; the nearest that widths allow. `prune` takes several with commas between "
+        "them, and writes a folder of -o for each.",
+        _WHAT,
+        gt=0,
+        lt=1,
     )
     budget: str = option(
         "decoder",

@@ -54,6 +54,8 @@ def render() -> str:
     for name, model in MODELS.items():
         lines += ["", "", f"class {name}(TypedDict, total=False):", f'    """Of `{model.__name__}`."""', ""]
         for field, info in model.model_fields.items():
+            if (name, field) == ("PruneKeywords", "ratio"):
+                continue  # one for `plan`, several for `prune`, so they declare it
             text = WIDER.get(field) or _text(info.annotation)
             if field in WIDER and _optional(info.annotation):
                 text += " | None"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ from rich.markup import escape
 
 from ..errors import LlmprunerError
 from ..files import check_new_file, write_text
+from ..models.record import REPORT_FILE
 from ..report.measured import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
@@ -145,21 +147,21 @@ def report(
     done_line(str(made.path))
 
 
-def write_next_to(directory: Path, catalog: Catalog, *, say: bool = False) -> None:
+def write_next_to(directory: Path, catalog: Catalog, *, say: bool = False, of: Sequence[Path] = ()) -> None:
     """Write ``report.html`` into a checkpoint or the output of a recipe; a failure is a warning, as the work itself is
-    done. ``say``: print the sentence of the page."""
+    done. ``say``: print the sentences of the page. ``of``: the checkpoints in ``directory`` that it compares."""
     from .. import api
 
     if not is_first():
         return
     try:
-        made = api.write_report(directory, catalog=catalog)
+        made = api.write_report(of or directory, directory / REPORT_FILE, catalog=catalog)
     except LlmprunerError as error:
         warning_line(f"no report was written: {error}")
         return
     for warning in made.warnings:
         warning_line(warning)
-    if say:
-        (sentence,) = made.sentences.values()
-        out.print(sentence[:1].upper() + sentence[1:], highlight=False, markup=False)
+    for name, sentence in made.sentences.items() if say else ():
+        text = f"{name}: {sentence}" if of else sentence[:1].upper() + sentence[1:]
+        out.print(text, highlight=False, markup=False)
     note(f"report written to {made.path}")

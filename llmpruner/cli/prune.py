@@ -19,6 +19,7 @@ from .measure import write_next_to
 from .process import is_first
 
 if TYPE_CHECKING:
+    from ..models.model import Model, Structure
     from ..structure.plan import Outcome, PruningPlan
 
 
@@ -71,7 +72,13 @@ def prune(
     from .. import api
 
     started = time.monotonic()
-    pruned = api.prune(model, plan=plan_file, output=output, **arguments)
+    pruned: Model | list[Structure] = api.prune(model, plan=plan_file, output=output, **arguments)
+    if isinstance(pruned, list):
+        write_next_to(output, arguments["catalog"], say=not as_json, of=[Path(each.ref) for each in pruned])
+        if as_json:
+            print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in pruned])
+        done_line(f"{', '.join(each.ref for each in pruned)} in {time.monotonic() - started:.1f} s")
+        return
     made, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     seconds = round(time.monotonic() - started, 1)

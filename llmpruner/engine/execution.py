@@ -38,6 +38,8 @@ class Execution:
     progress: Progress = QUIET
     stages: Stages = field(default_factory=Stages)
     """Times the stages."""
+    shared: Journal | None = None
+    """Keeps the calibration text and the scores, which runs with other amounts have in common."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Execution:

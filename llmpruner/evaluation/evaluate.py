@@ -7,21 +7,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..component import check_chosen
 from ..errors import ModelError, SettingsError
 from ..progress import QUIET, Progress
 from ..values import bytes_text, count_text
 from .base import ComparedModel, Metric, MetricSubject, Row
-from .metrics import Size
 from .tasks import Scores
 
 if TYPE_CHECKING:
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
-    from .perplexity import PerplexityResult
+
+N = TypeVar("N", int, float)
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
@@ -99,27 +99,40 @@ def _check_finite(model: Model) -> None:
 @dataclass(frozen=True)
 class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
-    ``rows``: the table's rows, in the order of the metrics. Built-in metrics are also typed attributes."""
+    ``rows``: the table's rows, in the order of the metrics. Those used most are attributes; None where not measured."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...] = ()
 
-    @property
-    def size(self) -> Size | None:
-        """None where it was not measured."""
-        result = self.results.get("size")
-        return None if result is None else Size(**result)
+    def _value(self, kind: type[N], metric: str, key: str) -> N | None:
+        value: N | None = self.results.get(metric, {}).get(key)
+        return value
 
     @property
-    def perplexity(self) -> PerplexityResult | None:
-        """The result on the first text; None where it was not measured."""
-        from .perplexity import PerplexityResult
+    def perplexity(self) -> float | None:
+        """On the first text."""
+        return self._value(float, "perplexity", "perplexity")
 
-        result = self.results.get("perplexity")
-        if result is None:
-            return None
-        return PerplexityResult(**{key: result[key] for key in result if key not in ("text", "others")})
+    @property
+    def bits_per_byte(self) -> float | None:
+        """On the first text."""
+        return self._value(float, "perplexity", "bits_per_byte")
+
+    @property
+    def kl(self) -> float | None:
+        """Divergence from the first model in nats per token, on the first text."""
+        return self._value(float, "perplexity", "kl_per_token")
+
+    @property
+    def parameters(self) -> int | None:
+        """Tied ones once."""
+        return self._value(int, "size", "parameters")
+
+    @property
+    def weight_bytes(self) -> int | None:
+        """In memory."""
+        return self._value(int, "size", "weight_bytes")
 
     @property
     def tasks(self) -> Scores:
@@ -131,6 +144,9 @@ class Evaluation:
         text = json.dumps({"name": self.name, **self.results})
         plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
         return plain
+
+    def _repr_html_(self) -> str:
+        return Evaluations([self])._repr_html_()
 
 
 class Evaluations(tuple[Evaluation, ...]):

@@ -178,7 +178,7 @@ class _Choice:
 
     def _rank(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
-        now, job, execution, text = self.now, self.job, self.execution, self.text
+        now, job, execution = self.now, self.job, self.execution
         removal = None
         if Signal.STREAM_BLOCKS in job.criterion.signals:
             # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
@@ -188,8 +188,21 @@ class _Choice:
             removal = Removal(removed, now.scope.allowed_units(group))
         if now.ranked and removal is None:
             return
+        shared = execution.shared if removal is None else None
         if now.network is not self.model.model:
             execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
+            shared = None
+        earlier = None if shared is None else shared.load("scores")
+        if earlier is None:
+            scores = self._estimate(execution, removal)
+            if shared is not None:
+                shared.store("scores", {name: values.tolist() for name, values in scores.items()})
+        else:
+            scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in earlier.items()}
+        now.ranked = job.allocation.comparable(scores, now.graph)
+
+    def _estimate(self, execution: Execution, removal: Removal | None) -> Scores:
+        now, job, text = self.now, self.job, self.text
         of_tokens = [group for group in now.groups if group.kind == VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
         for criterion, groups in (
@@ -209,7 +222,7 @@ class _Choice:
             )  # fmt: skip
         for group in of_tokens:
             scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
-        now.ranked = job.allocation.comparable(scores, now.graph)
+        return scores
 
     def _select(self, amount: Demand, *, decided: bool = False) -> Kept:
         """By the job's allocation. ``decided``: ``amount`` has the number of units of each group."""

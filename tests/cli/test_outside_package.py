@@ -120,7 +120,7 @@ def test_all_of_them_from_python(dense, shared, tmp_path):
     assert plan.estimation.settings == {"power": 2.0} and plan.compensation.name == "keep-norm"
     pruned = llmpruner.prune(dense, plan=plan)
     result = llmpruner.evaluate(pruned, metrics=["accuracy"], settings={"accuracy": {"tokens": 16}})
-    assert result[0].results["accuracy"]["tokens"] == 16
+    assert result.results["accuracy"]["tokens"] == 16
     assert llmpruner.plan(dense, ratio=0.2, method="cautious", calibration="counting").compensation.samples == 8
     told = llmpruner.export(dense, to="one-file", output=tmp_path / "x")
     assert told.endswith("load_file")

@@ -19,8 +19,7 @@ from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, Mod
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import ComparedModel
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
-from llmpruner.evaluation.metrics import PerplexityMetric, Size, SizeMetric, TasksMetric
-from llmpruner.evaluation.perplexity import PerplexityResult
+from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
 from llmpruner.settings import EvaluateSettings
 
 
@@ -65,14 +64,17 @@ def test_an_outside_metric_with_its_setting_stands_beside_the_built_in_ones():
     assert found.as_json()[1]["largest"]["weight"] == found[1].results["largest"]["weight"] != largest**2
 
 
-def test_built_in_results_are_typed_and_keep_their_layout(text):
-    metrics = [SizeMetric(), PerplexityMetric(text=text, window=16, tokens=64)]
-    (found,) = evaluated([in_memory], metrics)
-    assert isinstance(found.size, Size) and found.size.parameters == sum(
-        p.numel() for p in tiny_models.llama().parameters()
-    )
-    assert isinstance(found.perplexity, PerplexityResult) and found.perplexity.windows == 4
-    assert found.perplexity.kl_per_token is None and found.tasks == {}
+def test_one_model_gives_one_evaluation_with_plain_numbers_and_a_list_a_list(text):
+    options = {"window": 16, "settings": {"perplexity": {"tokens": 64}}}
+    found = llmpruner.evaluate(in_memory(), perplexity=text, **options)
+    assert found.parameters == sum(p.numel() for p in tiny_models.llama().parameters())
+    assert found.weight_bytes == 4 * found.parameters and found.kl is None and found.tasks == {}
+    assert found.perplexity > 1 and found.perplexity == found.results["perplexity"]["perplexity"]
+    assert found.bits_per_byte == found.results["perplexity"]["bits_per_byte"] and "<table" in found._repr_html_()
+    (same,) = llmpruner.evaluate([in_memory()], perplexity=text, **options)
+    assert same == found
+    _, other = llmpruner.evaluate([in_memory(), in_memory(seed=1)], perplexity=text, kl=True, **options)
+    assert other.kl == other.results["perplexity"]["kl_per_token"] > 0
     plain = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert list(plain) == ["name", "size", "perplexity"]
 
@@ -82,8 +84,8 @@ def test_the_context_and_the_batch_reach_what_measures(text, monkeypatch):
 
     real, sizes = Scored.add, []
     monkeypatch.setattr(Scored, "add", lambda self, ids, at: sizes.append(len(ids)) or real(self, ids, at))
-    short, long = (evaluated([in_memory], [SizeMetric(context=n)])[0].size for n in (1, 100))
-    assert long.macs_per_token > short.macs_per_token
+    short, long = (evaluated([in_memory], [SizeMetric(context=n)])[0].results["size"] for n in (1, 100))
+    assert long["macs_per_token"] > short["macs_per_token"]
     evaluated([in_memory], [PerplexityMetric(text=text, window=16, tokens=64, batch_size=3)])
     assert sizes == [3, 1]
 
@@ -121,7 +123,7 @@ def test_texts_and_tasks_are_read_before_any_model_is_loaded(tmp_path):
 
 def test_a_model_without_a_tokenizer_has_a_size_but_no_perplexity(text):
     bare = in_memory(tokenizer=False)
-    assert evaluated([lambda: bare], [SizeMetric()])[0].size
+    assert evaluated([lambda: bare], [SizeMetric()])[0].parameters
     with pytest.raises(ModelError, match="model 'model 0' brings no tokenizer, so its perplexity cannot be measured"):
         evaluated([lambda: bare], [PerplexityMetric(text=text)])
 

@@ -19,6 +19,7 @@ from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.files import write_text
 from llmpruner.progress import Progress
+from llmpruner.pruning import selection
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
@@ -155,15 +156,70 @@ def test_a_refused_run_leaves_no_folder(dense, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp_path, monkeypatch):
+    """Killed in the second of them; a folder that was finished stays."""
+    ratios, out, scored = [0.2, 0.4], tmp_path / "out", []
+    settings = {name: value for name, value in SETTINGS.items() if name != "ratio"}
+    for ratio in ratios:
+        api.prune(str(dense), output=tmp_path / f"{ratio}", ratio=ratio, **settings)
+    estimate = selection.estimate
+    monkeypatch.setattr(selection, "estimate", lambda *args, **more: scored.append(1) or estimate(*args, **more))
+
+    class Counted(Progress):
+        texts, stops = 0, True
+
+        def status(self, label):
+            self.texts += "writes its calibration" in label
+
+        def track(self, items, label):
+            stop = label == "Compensating" and self.stops and (out / "0.2").exists()
+            return StopAt(label, 1).track(items, label) if stop else items
+
+    counted = Counted()
+    with pytest.raises(Killed):
+        api.prune(str(dense), output=out, ratio=ratios, progress=counted, **settings)
+    written = (out / "0.2" / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(OutputError, match="interrupted run with other settings"):
+        api.prune(str(dense), output=out, ratio=[0.2, 0.3], **settings)
+    counted.stops = False
+    results = api.prune(str(dense), output=out, ratio=ratios, progress=counted, **settings)
+    assert [result.plans[-1].target.amount for result in results] == ratios
+    assert counted.texts == len(scored) == 1
+    assert (out / "0.2" / "model.safetensors").stat().st_mtime_ns == written
+    for ratio in ratios:
+        files = [file for file in (tmp_path / f"{ratio}").iterdir() if file.name != "run.json"]
+        assert all(file.read_bytes() == (out / f"{ratio}" / file.name).read_bytes() for file in files) and files
+    assert sorted(p.name for p in out.iterdir()) == ["0.2", "0.4"] and not (tmp_path / "out.pruning").exists()
+    with pytest.raises(OutputError, match="exists already"):
+        api.prune(str(dense), output=out, ratio=ratios, **settings)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"output": None}, "an output for their folders"),
+        ({"plan": "plan.json"}, "--ratio can't be combined with a plan"),
+        ({"ratio": "0.2,20"}, "--ratio '20': input should be less than 1"),
+        ({"target_params": "1M"}, "2 are given"),
+        ({"ratio": [0.2, 0.99]}, "can't be|cannot be|at most"),
+    ],
+)
+def test_several_ratios_that_cannot_be_are_refused_before_anything_is_written(options, message, dense, tmp_path):
+    with pytest.raises(LlmprunerError, match=message) as raised:
+        api.prune(str(dense), **{"ratio": [0.2, 0.3], "output": tmp_path / "out", **options})
+    assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.slow
-def test_kill_minus_nine(dense, tmp_path):
-    """The command itself, killed when its folder has the first layer."""
+@pytest.mark.parametrize(("ratios", "place"), [("0.2", "out"), ("0.2,0.4", "out/0.4")])
+def test_kill_minus_nine(ratios, place, dense, tmp_path):
+    """The command itself, killed when its folder, or that of the second ratio, has the first layer."""
     command = [
-        *(sys.executable, "-m", "llmpruner", "prune", str(dense), "-o", str(tmp_path / "out"), "--ratio", "0.2"),
+        *(sys.executable, "-m", "llmpruner", "prune", str(dense), "-o", str(tmp_path / "out"), "--ratio", ratios),
         *("--samples", "64", "--set", "prune.length=64", "--method", "best", "--json"),
     ]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state = tmp_path / "out.pruning"
+    state = tmp_path / f"{place}.pruning"
     while process.poll() is None and not any(state.glob("layer-*.safetensors")):
         pass
     os.kill(process.pid, signal.SIGKILL)
@@ -172,7 +228,10 @@ def test_kill_minus_nine(dense, tmp_path):
     assert again.returncode == 0, again.stderr
     command[command.index(str(tmp_path / "out"))] = str(tmp_path / "other")
     subprocess.run(command, check=True, capture_output=True)
-    assert checksums(tmp_path / "out") == checksums(tmp_path / "other")
+    assert checksums(tmp_path / place) == checksums(tmp_path / place.replace("out", "other"))
+    if "," in ratios:
+        page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+        assert "2 pruned models compared" in page and 'data-value="0.4"' in page
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
 
 
