@@ -123,33 +123,16 @@ def plan(
 
 @overload
 def prune(
-    model: Source,
-    *,
-    ratio: float | None = None,
-    plan: PruningPlan | str | Path | None = None,
-    output: str | Path | None = None,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PruneKeywords],
-) -> Model: ...
-
-
+    model: Source, *, ratio: float | None = None, plan: PruningPlan | str | Path | None = None,
+    output: str | Path | None = None, load: LoadSettings | None = None, run: RunSettings | None = None,
+    progress: Progress = QUIET, catalog: Catalog | None = None, **settings: Unpack[PruneKeywords],
+) -> Model: ...  # fmt: skip
 @overload
 def prune(
-    model: str | Path | Structure,
-    *,
-    ratio: Sequence[float],
-    output: str | Path,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
+    model: str | Path | Structure, *, ratio: Sequence[float], output: str | Path, load: LoadSettings | None = None,
+    run: RunSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
-) -> list[Structure]: ...
-
-
+) -> list[Structure]: ...  # fmt: skip
 def prune(
     model: Source,
     *,
@@ -220,26 +203,14 @@ def recover(
 
 @overload
 def evaluate(  # type: ignore[overload-overlap]
-    models: Source,
-    *,
-    load: LoadSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
+    models: Source, *, load: LoadSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
-) -> Evaluation: ...
-
-
+) -> Evaluation: ...  # fmt: skip
 @overload
 def evaluate(
-    models: Sequence[Source],
-    *,
-    load: LoadSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[EvaluateKeywords],
-) -> Evaluations: ...
-
-
+    models: Sequence[Source], *, load: LoadSettings | None = None, progress: Progress = QUIET,
+    catalog: Catalog | None = None, **settings: Unpack[EvaluateKeywords],
+) -> Evaluations: ...  # fmt: skip
 def evaluate(
     models: Source | Sequence[Source],
     *,
