@@ -72,11 +72,11 @@ from .settings import (
     PruneSettings,
     RecoverSettings,
     RunSettings,
+    each_ratio,
     flag_of,
     settings_from,
 )
 from .structure.plan import PruningPlan
-from .values import names_of
 
 
 def load(
@@ -162,15 +162,14 @@ def prune(
         raise SettingsError(
             f"{flag_of(PruneSettings, min(values))} can't be combined with a plan, which has all settings"
         )
-    opener, run = _opener(load, catalog, progress), run or RunSettings()
-    if isinstance(ratio, (list, tuple)) or "," in str(ratio):
+    opener, run, each = _opener(load, catalog, progress), run or RunSettings(), each_ratio(values)
+    if isinstance(ratio, (list, tuple)) or len(each) > 1:
         if output is None or isinstance(model, Model):
             raise SettingsError("for several ratios, name a model that is not loaded, and an output for their folders")
-        each = [settings_from(PruneSettings, {**values, "ratio": one}) for one in names_of(ratio)]
         return _prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
     what: PruneSettings | PruningPlan
     if plan is None:
-        what = settings_from(PruneSettings, values)
+        (what,) = each
         asked = what.given()
     else:
         what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))

@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
-from .values import ComponentValues, Count, Layers, Names, Numbers, Text, validated
+from .values import ComponentValues, Count, Layers, Names, Numbers, Text, names_of, validated
 
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -233,6 +233,14 @@ class PruneSettings(Settings):
     )
     seed: Seed = option(0, _SEED, advanced=True)
     settings: Set = {}
+
+
+def each_ratio(values: Mapping[str, Any]) -> list[PruneSettings]:
+    """`PruneSettings` for each of several ratios, which are a list or text with commas; else the only ones."""
+    ratio = values.get("ratio")
+    several = isinstance(ratio, (list, tuple)) or "," in str(ratio)
+    each = [{**values, "ratio": one} for one in names_of(ratio) or [ratio]] if several else [values]
+    return [settings_from(PruneSettings, one) for one in each]
 
 
 class RecoverSettings(Settings):

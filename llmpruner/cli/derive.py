@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_
 import typer
 from pydantic.fields import FieldInfo
 
-from ..settings import LoadSettings, RunSettings, Settings, flag_of, option_of, settings_from
+from ..settings import LoadSettings, RunSettings, Settings, each_ratio, flag_of, option_of, settings_from
 from .console import RichProgress
 from .mistakes import check
 
@@ -70,15 +70,15 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
         def run(**values: Any) -> None:
             progress = RichProgress()
             arguments: dict[str, Any] = {"progress": progress, "catalog": catalog_of(values["ctx"])}
-            own: Settings | None = None
+            own: Sequence[Settings] = ()
             for model, names in options.items():
                 explicit = _explicit(values, names, model.group)
-                settings = settings_from(model, explicit)
                 if model in (LoadSettings, RunSettings):
-                    arguments["load" if model is LoadSettings else "run"] = settings
-                else:
-                    own = settings
-                    arguments |= explicit
+                    arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
+                    continue
+                several = command.__name__ == "prune"
+                own = each_ratio(explicit) if several else [settings_from(model, explicit)]
+                arguments |= explicit
             check(command.__name__, values, own, arguments["catalog"])
             with progress:
                 command(**{p.name: values[p.name] for p in kept}, arguments=arguments)

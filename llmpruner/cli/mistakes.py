@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
@@ -17,18 +17,21 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 
-def check(command: str, values: Mapping[str, Any], settings: Settings | None, catalog: Catalog) -> None:
-    """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters."""
+def check(command: str, values: Mapping[str, Any], settings: Sequence[Settings], catalog: Catalog) -> None:
+    """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters.
+    ``settings``: several for several ratios."""
     from ..recipes.recipe import JOBS
 
     models = values.get("models") or [model for model in (values.get("model"),) if model is not None]
     references = [resolve(str(model), catalog) for model in models]
-    if command in ("prune", "recover", "export"):
-        check_new_directory(values["output"])
+    output = values.get("output")
+    goes_on = len(settings) > 1 and output.with_name(output.name + ".pruning").is_dir()
+    if command in ("prune", "recover", "export") and not goes_on:
+        check_new_directory(output)
     if command not in ("plan", *JOBS) or values.get("plan_file") is not None:
         return
     create, check_data = JOBS["prune" if command == "plan" else command]
-    job = create(settings, catalog)
+    job, *_ = [create(each, catalog) for each in settings]
     # Other metrics may need torch for that.
     check_data(job if command != "evaluate" else [metric for metric in job if metric.name == "perplexity"])
     if command == "recover":
