@@ -150,18 +150,19 @@ def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> 
         file.write_text(texts[name], encoding="utf-8")
     settings = {
         "perplexity.tokens": tokens, "perplexity.window": WINDOW, "perplexity.autocast": True,
-        "answers.data": data / "alpaca_gpt4_en_999.jsonl", "answers.limit": tokens // 100, "answers.autocast": True,
+        "given-answers.data": data / "alpaca_gpt4_en_999.jsonl", "given-answers.limit": tokens // 100,
+        "given-answers.autocast": True,
     }  # fmt: skip
-    models = (model,) if model == dense else (dense, model, "--kl", "--set", "answers.kl=true")
+    models = (model,) if model == dense else (dense, model, "--kl", "--set", "given-answers.kl=true")
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     report = work / "evaluation.json"
     run(
         "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
-        "--metrics", "answers", *options, "--json", str(report),
+        "--metrics", "given-answers", *options, "--json", str(report),
     )  # fmt: skip
     found = json.loads(report.read_text())[-1]
     of_texts = {str(files["WikiText-2"]): found["perplexity"], **found["perplexity"]["others"]}
-    results = {name: of_texts[str(file)] for name, file in files.items()} | {"answers": found["answers"]}
+    results = {name: of_texts[str(file)] for name, file in files.items()} | {"answers": found["given-answers"]}
     return {name: {"perplexity": one["perplexity"], "kl": one["kl_per_token"] or 0.0} for name, one in results.items()}
 
 

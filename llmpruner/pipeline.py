@@ -34,6 +34,7 @@ from .pruning.checks import check_job, check_tokens, identity
 from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, job_of
+from .pruning.quality import compared, dense_predictions
 from .pruning.saving import cut_model, outcome_of, plan_of, recorded_cost, save
 from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings
@@ -188,16 +189,21 @@ def prune_model(
     text = calibrate(model, job, execution)
     made, cost = select(model, job, text, execution)
     made.check(model.graph)
+    with execution.stages.stage("quality"):
+        dense = execution.ranks.from_first(lambda: dense_predictions(model, made, job, text, execution))
     with model.changing("prune"):
         fits = compensate(model, made, job, text, execution)
         with execution.stages.stage("cut"):
             outcome = outcome_of(model, made, cost, text)
             if expected is not None:
                 outcome = replace(outcome, forecast=expected.as_json())
-            work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
-            if outcome.tokens is not None:
-                work["tokens"] = asdict(outcome.tokens)
-            return model.become(cut_model(replace(model, work=(*model.work, work), outcome=outcome), made))
+            pruned = cut_model(model, made)
+        with execution.stages.stage("quality"):
+            quality = execution.ranks.from_first(lambda: None if dense is None else compared(dense, pruned))
+        outcome = replace(outcome, quality=quality)
+        work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
+        work |= {name: asdict(value) for name in ("tokens", "quality") if (value := getattr(outcome, name)) is not None}
+        return model.become(replace(pruned, work=(*model.work, work), outcome=outcome))
 
 
 def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> CalibrationSet | None:

@@ -17,7 +17,15 @@ from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.run import RecipeResult, StepResult
-from llmpruner.structure.plan import BudgetOutcome, Outcome, PruningPlan, ScriptTokens, TextTokens, TokenOutcome
+from llmpruner.structure.plan import (
+    BudgetOutcome,
+    Outcome,
+    PruningPlan,
+    Quality,
+    ScriptTokens,
+    TextTokens,
+    TokenOutcome,
+)
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench,
@@ -30,6 +38,7 @@ VALUES = (
     Outcome,
     BudgetOutcome,
     TokenOutcome,
+    Quality,
     ScriptTokens,
     TextTokens,
     Evaluations,

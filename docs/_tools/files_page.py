@@ -25,8 +25,8 @@ RECORD = {
     "and `verify` warn where they find others. Absent in checkpoints of earlier versions.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
     "[`llmpruner verify`](../how-to/verify.md) compares them. Absent in checkpoints of earlier versions.",
-    "work": "One for each of the plans: its [fits](#work), and `tokens` where the vocabulary was cut: a "
-    "[`TokenOutcome`](api.md#tokenoutcome).",
+    "work": "One for each of the plans: its [fits](#work); `tokens` where the vocabulary was cut: a "
+    "[`TokenOutcome`](api.md#tokenoutcome); and `quality` where it was measured: a [`Quality`](api.md#quality).",
     "recovery": "The trainings that were run, oldest first; absent where there were none.",
 }
 """Key → what it is."""

@@ -79,9 +79,11 @@ class CalibrationText:
         seed: int,
         progress: Progress = QUIET,
         family: Any | None = None,
+        of: int | None = None,
     ) -> CalibrationSet:
         """``samples`` sequences of ``length`` tokens, taken from the parts in turn, from those with larger shares more
-        often. ``family``: the model's, for sources of conversations.
+        often. ``family``: the model's, for sources of conversations. ``of``: the number of samples by which every part
+        has its share, if it is larger.
 
         Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
         positions, and `PluginError` when a source returns another shape or dtype.
@@ -91,11 +93,11 @@ class CalibrationText:
         from ..models.tokenizer import check_ids
 
         check_length(model.config, length)
-        order = self.order(samples)
+        order = self.order(of or samples)[:samples]
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
-            needed = -(-samples // len(self.parts)) if part.share is None else order.count(number)
+            needed = -(-samples // len(self.parts)) if part.share is None else max(1, order.count(number))
             task = SampleTask(model, tokenizer, part.reference, needed, length, seed, progress, family)
             ids = part.source.sample(task)
             if ids.dtype != torch.int64 or tuple(ids.shape) != (needed, length):

@@ -89,23 +89,27 @@ def self_generated(
 
 
 def answered(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[Sequence[int]], numbers: torch.Tensor
+    model: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    tokens: int,
+    numbers: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    """The tokens that the model draws after each prompt, at temperature 1, without truncation of the distribution, up
-    to the end of the sequence, which is not among them. ``prompts``: token ids. ``numbers``: (prompts, tokens) between
-    0 and 1, for the drawing. Raises `ModelError` when the model's logits are NaN."""
+    """The tokens after each prompt, at most ``tokens``, up to the end of the sequence, which is not among them: the
+    likeliest, or drawn at temperature 1, without truncation of the distribution, by ``numbers`` (prompts, tokens)
+    between 0 and 1. ``prompts``: token ids. Raises `ModelError` when the model's logits are NaN."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     pad = padding_id(tokenizer, model, sorted(stops))
     length, device = max(map(len, prompts)), model.device
     ids = torch.tensor([[pad] * (length - len(row)) + list(row) for row in prompts], device=device)
     mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in prompts], device=device)
-    draw = _Draw(numbers.to(device), first=length)
+    draw = [] if numbers is None else [_Draw(numbers.to(device), first=length)]
     config = GenerationConfig(
-        do_sample=False, max_new_tokens=numbers.shape[1], eos_token_id=sorted(stops) or None, pad_token_id=pad
+        do_sample=False, max_new_tokens=tokens, eos_token_id=sorted(stops) or None, pad_token_id=pad
     )
     with quiet_transformers(), torch.no_grad(), generating_as(model, config), _naming_failures(model):
-        run = partial(model.generate, ids, attention_mask=mask, logits_processor=[draw])
+        run = partial(model.generate, ids, attention_mask=mask, logits_processor=draw)
         written = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in written]
 

@@ -89,8 +89,8 @@ def prune(
         return
     show_plan(made, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
-    sizes = sizes_text(output, output)
-    done_line(f"{output} in {seconds} s; {sizes}loads with from_pretrained {needs}")
+    sizes, quality = sizes_text(output, output), "" if outcome.quality is None else f"{outcome.quality}; "
+    done_line(f"{output} in {seconds} s; {sizes}{quality}loads with from_pretrained {needs}")
     next_line("prune", output=output)
 
 

@@ -1,9 +1,11 @@
-"""Perplexity of answers after their questions, in the model's chat format."""
+"""Answers in the model's chat format: what a model answers, and the perplexity of given answers."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
+from importlib.resources import files
+from statistics import fmean
 from typing import Any
 
 from pydantic import Field
@@ -14,8 +16,73 @@ from ..errors import DataError, SettingsError
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .metrics import check_same_tokens, tokenizer_of
 
+_FIRST = 16
+_RUN, _REPEATED = 4, 0.25
+
 
 class AnswersMetric(Metric):
+    """What the model answers, by the likeliest tokens, to the 40 instructions of ``instructions.txt``. Nothing in
+    llmpruner calibrates or trains on them."""
+
+    name = "answers"
+    summary = (
+        "answers to 40 instructions: how many repeat themselves or are cut off, and how far they are the first model's"
+    )
+
+    class Settings(ComponentSettings):
+        tokens: int = Field(128, ge=2, description="Tokens of an answer; longer ones are cut off.")
+
+    settings: Settings
+    _first: tuple[Any, list[list[int]]] | None = None
+    """The first model's tokenizer, and the first tokens of its answers."""
+
+    def prepare(self) -> None:
+        self._first = None
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        """``repeat_themselves``: the share of answers in which over a quarter of the runs of `_RUN` tokens occur before
+        in the answer. ``cut_off``: of those that did not end within ``tokens``. ``first_tokens``: how much of the
+        first model's first `_FIRST` tokens an answer begins with, a mean of shares. ``texts``: the answers."""
+        from ..calibration.chat import chat_prompt, common_start
+        from ..calibration.written import answered
+        from ..models.generation import text_before
+        from ..models.tokenizer import ids_to_continue, tokens_of
+
+        tokenizer, stop = tokenizer_of(self, subject), subject.family.stop_text
+        lines = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
+        asked = [chat_prompt(subject.family, tokenizer, line) for line in lines]
+        prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]
+        written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+        ended = [
+            len(ids) < self.settings.tokens or (stop or "\0") in text for ids, text in zip(written, texts, strict=True)
+        ]
+        answers = [text_before(text, stop).strip() for text in texts]
+        reader, expected = self._first or (tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers])
+        self._first = reader, expected
+        begun = [common_start(one, tokens_of(reader, text)) for one, text in zip(expected, answers, strict=True)]
+        return {
+            "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
+            "cut_off": 1 - fmean(ended),
+            "first_tokens": fmean(count / len(one) if one else 1.0 for count, one in zip(begun, expected, strict=True)),
+            "texts": answers,
+        }
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row("answers that repeat", result["repeat_themselves"], False),
+            Row("answers cut off", result["cut_off"], False),
+            Row("answers starting as the first", result["first_tokens"], True),
+        ]
+
+
+def repeated(ids: Sequence[int]) -> float:
+    """The share of runs of `_RUN` tokens that occur before in ``ids`` (Welleck et al., 2020, seq-rep-4)."""
+    runs = [tuple(ids[at : at + _RUN]) for at in range(len(ids) - _RUN + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+class GivenAnswersMetric(Metric):
     """Mean loss in nats of the tokens of answers, each after its question in the model's chat format, as in recovery,
     and its perplexity. It measures a chat model as it is used; perplexity of plain text measures how a model continues
     documents. Tokens of questions and of the format are read and not counted, but for those that end an answer.
@@ -23,7 +90,7 @@ class AnswersMetric(Metric):
     With ``kl``, the divergence is from the first model's predictions of the same tokens, and both are in memory.
     """
 
-    name = "answers"
+    name = "given-answers"
     summary = "perplexity of given answers in the model's chat format; with kl also the divergence from the first model"
 
     class Settings(ComponentSettings):

@@ -69,10 +69,10 @@ def llmpruner_calibration_sources() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Any]]:
-    from ..evaluation.answers import AnswersMetric
+    from ..evaluation.answers import AnswersMetric, GivenAnswersMetric
     from ..evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
 
-    return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric]
+    return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric, GivenAnswersMetric]
 
 
 @hookimpl

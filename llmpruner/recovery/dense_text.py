@@ -128,7 +128,8 @@ def _answers(
     examples: list[Example] = []
     for first in progress.track(range(0, len(chosen), _BATCH), "The dense model answers instructions"):
         batch = chosen[first : first + _BATCH]
-        answers = answered(model, tokenizer, [prompts[each] for each in batch], numbers[first : first + len(batch)])
+        drawn = numbers[first : first + len(batch)]
+        answers = answered(model, tokenizer, [prompts[each] for each in batch], ANSWER_TOKENS, drawn)
         for instruction, ids in zip(batch, answers, strict=True):
             answer = _decoded(tokenizer, ids, finished=len(ids) < ANSWER_TOKENS, stop=family.stop_text)
             if answer:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from ..evaluation.evaluate import Line
     from ..structure.coupling import CouplingGraph
-    from ..structure.plan import PruningPlan
+    from ..structure.plan import PruningPlan, Quality
 
 DENSE = "dense"
 """Name of the dense model on the page."""
@@ -75,6 +75,14 @@ class ReportSubject:
     answers: tuple[tuple[Mapping[str, str], ...], ...] = ()
     runs: tuple[Mapping[str, Any], ...] = ()
     steps: tuple[Mapping[str, Any], ...] = ()
+
+    @property
+    def cut_quality(self) -> Quality | None:
+        """What the last `prune` measured."""
+        from ..structure.plan import Quality
+
+        values = [work.get("quality") for work in self.record.get("work") or ()]
+        return Quality(**values[-1]) if values and values[-1] else None
 
 
 class ReportSection(Component):

@@ -49,9 +49,13 @@ class RecoverySection(ReportSection):
     order = 25
 
     def render(self, subject: ReportSubject) -> str | None:
-        trainings = [training for training in subject.record.get("recovery") or () if training["losses"]]
-        curves = [(training, loss_curve(training)) for training in trainings]
+        curves = [(each, verdict(each), loss_curve(each)) for each in trainings(subject.record)]
         return rendered("recovery.html.j2", trainings=curves) if curves else None
+
+
+def trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Those that took steps, oldest first."""
+    return [training for training in record.get("recovery") or () if training["losses"]]
 
 
 def loss_curve(training: Mapping[str, Any]) -> str:
@@ -120,6 +124,15 @@ def loss_text(training: Mapping[str, Any]) -> str:
     """``held-out loss 2.500 → 1.250``; empty for a training without losses."""
     measured = first_and_last(training)
     return "" if measured is None else f"{measured[0]} {measured[1]:.3f} → {measured[2]:.3f}"
+
+
+def verdict(training: Mapping[str, Any]) -> str:
+    """Whether a training with losses helped, in one sentence."""
+    if failed := no_better(training):
+        return f"Recovery did not help and was undone: {failed.partition(': ')[2]}."
+    held = training.get("validation") and training.get("held_out", True)
+    helped = "Recovery helped" if held else "Whether recovery helped was not measured, as no rows were held out"
+    return f"{helped}: {loss_text(training)}."
 
 
 def no_better(training: Mapping[str, Any]) -> str | None:

@@ -23,7 +23,7 @@ class QualitySection(ReportSection):
         # Texts of an earlier plan count: the weights that it fitted are in the model.
         parts = [part for plan in subject.plans for part in (plan.estimation, plan.compensation)]
         read = ", ".join(dict.fromkeys(bare(part.calibration) for part in parts if part and part.calibration))
-        return rendered("quality.html.j2", tables=tables, calibration=read, name=subject.name)
+        return rendered("quality.html.j2", tables=tables, calibration=read, name=subject.name, cut=subject.cut_quality)
 
 
 def _texts(measured: Measurements) -> str:

@@ -11,11 +11,12 @@ from typing import Any
 from ..values import bytes_text, count_text, counted
 from .base import DENSE, ReportSection, ReportSubject, bare, rendered
 from .chart import Point, Series, drawn
+from .history import trainings, verdict
 from .measured import tokens_per_byte
 
 _DASHES = ("", "6 4", "2 3", "8 3 2 3")
-_COLUMNS = ("Model", "Method", "Decoder removed", "Decoder parameters", "Weights", "Perplexity", "KL per token",
-            "Accuracy", "Decoding speed-up", "Pareto")  # fmt: skip
+_COLUMNS = ("Model", "Method", "Decoder", "Removed", "Weights", "Perplexity", "KL", "KL of the cut", "Accuracy",
+            "Speed-up")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def _accuracies(subject: ReportSubject, name: str) -> dict[str, float]:
 
 
 def sentence(subject: ReportSubject) -> str:
-    """One sentence of plain text: what was won, and what was lost."""
+    """Plain text: what was won, what was lost, and whether the last recovery helped."""
     pairs = figures(subject)
     parameters, weights = pairs["parameters"], pairs["weights"]
     won = [
@@ -98,7 +99,10 @@ def sentence(subject: ReportSubject) -> str:
         lost.append(f"perplexity{perplexity.note} {perplexity.change} ({perplexity.ratio - 1:+.0%})")
     if tasks := pairs.get("tasks"):
         lost.append(f"accuracy{tasks.note} {tasks.change}")
-    return f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
+    if not lost and (quality := subject.cut_quality):
+        lost.append(f"{quality}{', before it was trained' if subject.record.get('recovery') else ''}")
+    told = f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
+    return " ".join([told, *(verdict(each) for each in trainings(subject.record)[-1:])])
 
 
 class SummarySection(ReportSection):
@@ -116,7 +120,7 @@ class ComparisonSection(ReportSection):
     """A chart and a table on the page of several checkpoints."""
 
     name = "comparison"
-    summary = "several checkpoints: quality against size, Pareto points, a table to sort"
+    summary = "several checkpoints: quality against size, the best of each size, a table to sort"
     order = 1
 
     def render(self, subject: ReportSubject) -> None:
@@ -135,7 +139,7 @@ class ComparisonSection(ReportSection):
             for name, place in places.items()
             if not any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places.values())
         ]
-        rows = [_row(subject, pairs[subject.name], is_best=subject.name in best) for subject in subjects]
+        rows = [_row(subject, pairs[subject.name]) for subject in subjects]
         # The table is wide: without the columns that are known of no model.
         known = [number for number in range(len(_COLUMNS)) if any(row[number] is not None for row in rows)]
         methods = {subject.name: method_of(subject.record) for subject in subjects if subject.name in places}
@@ -152,7 +156,7 @@ def method_of(record: Mapping[str, Any]) -> str:
     return " + ".join(parts) + (", recovered" if record.get("recovery") else "")
 
 
-def _row(subject: ReportSubject, pairs: Mapping[str, Pair], *, is_best: bool) -> list[tuple[str, Any] | None]:
+def _row(subject: ReportSubject, pairs: Mapping[str, Pair]) -> list[tuple[str, Any] | None]:
     """(text, value to sort by) of every column; None where it is not known."""
     parameters, weights = pairs["parameters"], pairs["weights"]
     measured = {name: (pairs[name].text(pairs[name].pruned), pairs[name].pruned) for name in pairs}
@@ -160,18 +164,19 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], *, is_best: bool) ->
     divergence = next(
         (result["kl_per_token"] for result in perplexities if result.get("kl_per_token") is not None), None
     )
+    cut = None if subject.record.get("recovery") else subject.cut_quality
     decode, method = pairs.get("decode"), method_of(subject.record)
     return [
         (subject.name, subject.name),
         (method, method),
-        (f"{1 - parameters.ratio:.1%}", 1 - parameters.ratio),
         (count_text(parameters.pruned), parameters.pruned),
+        (f"{1 - parameters.ratio:.1%}", 1 - parameters.ratio),
         (bytes_text(weights.pruned), weights.pruned),
         measured.get("perplexity"),
         None if divergence is None else (f"{divergence:.4f}", divergence),
+        None if divergence is not None or cut is None else (f"{cut.kl_per_token:.4f}", cut.kl_per_token),
         measured.get("tasks"),
         None if decode is None else (f"{decode.ratio:.2f}", decode.ratio),
-        ("yes" if is_best else "no", int(is_best)),
     ]
 
 
@@ -181,7 +186,7 @@ def _chart(pairs: Mapping[str, Mapping[str, Pair]], methods: Mapping[str, str], 
     for name, method in methods.items():
         size, perplexity = pairs[name]["parameters"].pruned, pairs[name]["perplexity"].pruned
         note = f"{name}: {count_text(size)} parameters in the decoder, perplexity {perplexity:.2f}"
-        note += ", Pareto" if name in best else ""
+        note += ", best of its size" if name in best else ""
         lines.setdefault(method, []).append(Point(size / 1e6, perplexity, note, name, ring=name in best))
     series = [
         Series(method, tuple(sorted(points, key=lambda p: p.x)), accent=number == 0, dashes=_DASHES[number % 4])

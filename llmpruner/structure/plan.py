@@ -349,12 +349,29 @@ class TokenOutcome:
 
 
 @dataclass(frozen=True)
+class Quality:
+    """Predictions before and right after a cut, on ``tokens`` of text of the calibration's sources with which nothing
+    was scored or fitted: mean KL(before ‖ after) in nats, and the share with the same most probable token."""
+
+    kl_per_token: float
+    top1_agreement: float
+    tokens: int
+
+    def __str__(self) -> str:
+        figures = (
+            f"KL {self.kl_per_token:.3f} from before the cut, {self.top1_agreement:.0%} of likeliest tokens the same"
+        )
+        return f"{figures} ({self.tokens:,} tokens that nothing was fitted to)"
+
+
+@dataclass(frozen=True)
 class Outcome:
     """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights: after, in memory, which is
     how they are saved; before, as the files have them where their dtype is smaller than that in memory (float16 on a
     CPU) and the budget is not bytes, else in memory too. ``budget``: set when the plan's budget counts something else.
     ``forecast``: what the run was expected to take, as JSON values; None where nothing was forecast. ``tokens``: None
-    where all tokens of the vocabulary stay."""
+    where all tokens of the vocabulary stay. ``quality``: None where it was not measured: for a plan, without
+    calibration text, and where tokens go."""
 
     parameters_before: int
     parameters_after: int
@@ -365,6 +382,7 @@ class Outcome:
     budget: BudgetOutcome | None = None
     forecast: Mapping[str, Any] | None = None
     tokens: TokenOutcome | None = None
+    quality: Quality | None = None
 
     @property
     def decoder_removed(self) -> float:
@@ -375,13 +393,9 @@ class Outcome:
         """JSON values, including the removed shares."""
         values: dict[str, Any] = {**asdict(self), "decoder_removed": self.decoder_removed}
         del values["forecast"]
-        if self.tokens is None:
-            del values["tokens"]
-        if self.budget is None:
-            del values["budget"]
-        else:
+        if self.budget is not None:
             values["budget"]["removed"] = self.budget.removed
-        return values
+        return {name: value for name, value in values.items() if value is not None}
 
     def _repr_html_(self) -> str:
         """A table for notebooks: before, after, and the removed share."""

@@ -1,4 +1,5 @@
-"""The metric ``answers``: the loss of answers alone, in the model's chat format."""
+"""The metrics ``answers``, what a model answers, and ``given-answers``, the loss of answers alone, both in the model's
+chat format."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from test_chat import CHATML, tokenizer
 
 from llmpruner import DataError, ModelError, ModelFamily
 from llmpruner.errors import SettingsError
-from llmpruner.evaluation.answers import AnswersMetric
+from llmpruner.evaluation.answers import AnswersMetric, GivenAnswersMetric, repeated
 from llmpruner.evaluation.base import ComparedModel
 
 RECORDS = (
@@ -63,35 +64,35 @@ INSTRUCTION = (
 def test_the_loss_is_that_of_the_tokens_of_answers(tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps(RECORDS[0]))
     one, other = subject(), subject("other", seed=1)
-    first, second = measured(AnswersMetric(data=str(tmp_path / "one.jsonl"), kl=True), one, other)
+    first, second = measured(GivenAnswersMetric(data=str(tmp_path / "one.jsonl"), kl=True), one, other)
     for model, found in ((one.model, first), (other.model, second)):
         loss, tokens, _ = by_hand(model, INSTRUCTION)
-        assert found.results["answers"]["tokens"] == tokens > 3
-        assert found.results["answers"]["nll_per_token"] == pytest.approx(loss / tokens, rel=1e-5)
+        assert found.results["given-answers"]["tokens"] == tokens > 3
+        assert found.results["given-answers"]["nll_per_token"] == pytest.approx(loss / tokens, rel=1e-5)
     p, q = (by_hand(model, INSTRUCTION)[2] for model in (one.model, other.model))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    assert first.results["answers"]["kl_per_token"] == 0.0
-    assert second.results["answers"]["kl_per_token"] == pytest.approx(kl, rel=1e-4)
+    assert first.results["given-answers"]["kl_per_token"] == 0.0
+    assert second.results["given-answers"]["kl_per_token"] == pytest.approx(kl, rel=1e-4)
     assert [row.label for row in second.rows] == ["perplexity of answers", "KL to the first, answers"]
 
 
 def test_every_answer_of_a_conversation_counts_and_examples_are_read_up_to_the_cutoff(data):
-    (whole,) = measured(AnswersMetric(data=data), subject())
-    (first,) = measured(AnswersMetric(data=data, limit=1), subject())
-    (short,) = measured(AnswersMetric(data=data, cutoff=20), subject())
-    assert whole.results["answers"]["examples"] == 3 and first.results["answers"]["examples"] == 1
-    assert 0 < short.results["answers"]["tokens"] < whole.results["answers"]["tokens"]
+    (whole,) = measured(GivenAnswersMetric(data=data), subject())
+    (first,) = measured(GivenAnswersMetric(data=data, limit=1), subject())
+    (short,) = measured(GivenAnswersMetric(data=data, cutoff=20), subject())
+    assert whole.results["given-answers"]["examples"] == 3 and first.results["given-answers"]["examples"] == 1
+    assert 0 < short.results["given-answers"]["tokens"] < whole.results["given-answers"]["tokens"]
     # The answers of the conversation, and of the completion.
-    more = whole.results["answers"]["tokens"] - first.results["answers"]["tokens"]
+    more = whole.results["given-answers"]["tokens"] - first.results["given-answers"]["tokens"]
     texts = ("Elbe and the Loire, of course.</s>\n", "The Elbe.</s>\n", " brown fox</s>")
     assert more == pytest.approx(sum(len(tokenizer()(t, add_special_tokens=False)["input_ids"]) for t in texts), abs=3)
-    assert whole.results["answers"]["kl_per_token"] is None
+    assert whole.results["given-answers"]["kl_per_token"] is None
 
 
 def test_a_model_without_a_template_reads_the_format_of_its_family(data):
-    (plain,) = measured(AnswersMetric(data=data, limit=1), subject(template=None))
-    (templated,) = measured(AnswersMetric(data=data, limit=1), subject())
-    assert plain.results["answers"]["nll_per_token"] != templated.results["answers"]["nll_per_token"]
+    (plain,) = measured(GivenAnswersMetric(data=data, limit=1), subject(template=None))
+    (templated,) = measured(GivenAnswersMetric(data=data, limit=1), subject())
+    assert plain.results["given-answers"]["nll_per_token"] != templated.results["given-answers"]["nll_per_token"]
 
 
 def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, data):
@@ -99,26 +100,78 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
         raise AssertionError("loaded")
 
     for metric, error, message in (
-        (AnswersMetric(), SettingsError, "--set answers.data=FILE"),
-        (AnswersMetric(data=str(tmp_path / "no.jsonl")), DataError, "no.jsonl"),
+        (GivenAnswersMetric(), SettingsError, "--set given-answers.data=FILE"),
+        (GivenAnswersMetric(data=str(tmp_path / "no.jsonl")), DataError, "no.jsonl"),
     ):
         with pytest.raises(error, match=message):
             evaluated([never], [metric])
     with pytest.raises(DataError, match="no example has an answer within the first 2 tokens"):
-        measured(AnswersMetric(data=data, cutoff=2), subject())
+        measured(GivenAnswersMetric(data=data, cutoff=2), subject())
 
 
 def test_models_that_cannot_be_measured_are_named(data):
     bare = in_memory("bare", tokenizer=False)
     with pytest.raises(ModelError, match="model 'model 0' brings no tokenizer"):
-        measured(AnswersMetric(data=data), bare)
+        measured(GivenAnswersMetric(data=data), bare)
     other = subject("other")
     other.model.resize_token_embeddings(other.model.config.vocab_size + 8)
     with pytest.raises(ModelError, match="one vocabulary"):
-        measured(AnswersMetric(data=data, kl=True), subject(), other)
+        measured(GivenAnswersMetric(data=data, kl=True), subject(), other)
 
 
 def test_an_example_beyond_a_table_of_positions_is_refused(data):
     gpt2 = ComparedModel("gpt2", tiny_models.gpt2(positions=32).config, tokenizer(), ModelFamily())
     with pytest.raises(DataError, match=r"of 2,000 tokens are beyond the 32 positions of 'gpt2'; lower --set"):
-        AnswersMetric(data=data, cutoff=2000).check_models([gpt2])
+        GivenAnswersMetric(data=data, cutoff=2000).check_models([gpt2])
+
+
+def scripted(monkeypatch, *answers):
+    """Lets each model, in turn, answer one of 40 instructions by its text, and the others by "Yes."."""
+    texts = iter(answers)
+
+    def answered(model, tokenizer, prompts, tokens, numbers=None):
+        assert numbers is None, "the likeliest tokens"
+        assert tokenizer.decode(prompts[0]).startswith("<s>[user] Name four animals")
+        written = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in (next(texts), *["Yes."] * 39)]
+        return [ids[:tokens] for ids in written]
+
+    monkeypatch.setattr("llmpruner.calibration.written.answered", answered)
+
+
+def test_answers_are_compared_with_those_of_the_first_model(monkeypatch):
+    sentence = "The quick brown fox jumps over the lazy dog. Paris is the capital of France, and Rome is of Italy."
+    ids = tokenizer()(sentence, add_special_tokens=False)["input_ids"]
+    half = tokenizer().decode(ids[:8]) + " ###"
+    assert len(ids) > 16
+    scripted(monkeypatch, sentence, half, "one and two and three and " * 20)
+    found = measured(AnswersMetric(tokens=64), *(subject() for _ in range(3)))
+    first, second, third = (each.results["answers"] for each in found)
+    assert first["texts"][:2] == [sentence, "Yes."]
+    assert [each["repeat_themselves"] for each in (first, second, third)] == [0, 0, 1 / 40]
+    assert [each["cut_off"] for each in (first, second, third)] == pytest.approx([0, 0, 1 / 40])
+    assert first["first_tokens"] == 1
+    assert second["first_tokens"] == pytest.approx((39 + 8 / 16) / 40)
+    assert [row.label for row in found[0].rows if "answers" in row.label] == [
+        "answers that repeat", "answers cut off", "answers starting as the first"
+    ]  # fmt: skip
+
+
+def test_answers_are_the_likeliest_tokens():
+    (found,) = measured(AnswersMetric(tokens=5), one := subject())
+    prompt = "<s>[user] Name four animals that sleep during the day.</s>\n[assistant] "
+    ids = tokenizer()(prompt, add_special_tokens=False)["input_ids"]
+    start = len(ids)
+    for _ in range(5):
+        with torch.no_grad():
+            token = int(one.model(torch.tensor([ids])).logits[0, -1].argmax())
+        if token == tokenizer().eos_token_id:
+            break
+        ids.append(token)
+    assert found.results["answers"]["texts"][0] == tokenizer().decode(ids[start:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize(
+    ("ids", "share"), [((1, 2, 3), 0), (range(9), 0), ((1, 2, 3, 4) * 3, 5 / 9), ((7,) * 8, 4 / 5)]
+)
+def test_repetition_is_the_share_of_runs_of_four_that_were_there_before(ids, share):
+    assert repeated(list(ids)) == pytest.approx(share)

@@ -224,13 +224,13 @@ def _unloadable(folder: Path, vocabulary: int = 300, text: str = tiny_models.TEX
     return str(folder)
 
 
-@pytest.mark.parametrize("metric", ["perplexity", "answers"])
+@pytest.mark.parametrize("metric", ["perplexity", "given-answers"])
 def test_models_of_other_vocabularies_are_not_compared(text, tmp_path, metric):
     """The number was one of unrelated tokens, or IndexError ended the run where the first model had fewer."""
     data = tmp_path / "answers.jsonl"
     data.write_text(json.dumps({"prompt": "The quick", "completion": " brown fox"}) + "\n")
-    if metric == "answers":
-        options = {"metrics": ["answers"], "settings": {"answers": {"data": str(data), "kl": True}}}
+    if metric == "given-answers":
+        options = {"metrics": [metric], "settings": {metric: {"data": str(data), "kl": True}}}
     else:
         options = {"perplexity": text, "kl": True, "window": 16}
     first, same = _unloadable(tmp_path / "first"), _unloadable(tmp_path / "same")

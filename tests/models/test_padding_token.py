@@ -51,4 +51,4 @@ def test_recovery(model, tokenizer, tmp_path):
 
 def test_what_the_model_writes(model, tokenizer):
     numbers = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
-    assert len(answered(model, tokenizer, [[5, 6, 7], [8]], numbers)) == 2
+    assert len(answered(model, tokenizer, [[5, 6, 7], [8]], 4, numbers)) == 2

@@ -71,7 +71,7 @@ def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
     tokenizer = tiny_models.tokenizer()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
     numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
-    found = answered(random_model, tokenizer, prompts, numbers)
+    found = answered(random_model, tokenizer, prompts, 6, numbers)
     for prompt, row, answer in zip(prompts, numbers, found, strict=True):
         ids = list(prompt)
         for number in row:
@@ -82,7 +82,7 @@ def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
                 break
             ids.append(token)
         assert answer == ids[len(prompt) :]
-    assert found == answered(random_model, tokenizer, prompts, numbers)
+    assert found == answered(random_model, tokenizer, prompts, 6, numbers)
 
 
 @pytest.fixture(scope="module")

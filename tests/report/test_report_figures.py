@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import asdict
 from html import unescape
 
@@ -19,6 +20,7 @@ from llmpruner.pruning.kv_cache import bytes_per_token
 from llmpruner.report.base import Costs, bare
 from llmpruner.report.evidence import report_subjects
 from llmpruner.report.summary import Pair
+from llmpruner.structure.plan import Quality
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,35 @@ def test_costs_are_those_of_the_model(places, tmp_path):
     removed = 1 - own.decoder_parameters / dense.decoder_parameters
     made = llmpruner.write_report(places / "small", tmp_path / "page.html")
     assert removed > 0 and f"{removed:.1%} of the decoder's parameters are gone" in made.sentences["small"]
-    assert made.sentences["small"].endswith("its quality was not measured.")
+    quality = Quality(**subject.record["work"][-1]["quality"])
+    assert made.sentences["small"].endswith(f"); {quality}.") and str(quality).startswith("KL ")
+    assert f"Right after the cut: {quality}." in made.path.read_text(encoding="utf-8")
+    plain = llmpruner.write_report(places / "worse", tmp_path / "page.html")
+    assert plain.sentences["worse"].endswith("its quality was not measured.")
+
+
+@pytest.mark.parametrize(
+    ("training", "words"),
+    [
+        ({"validation": [(0, 3.0), (2, 2.5)], "best_step": 2}, "Recovery helped: held-out loss 3.000 → 2.500."),
+        (
+            {"validation": [(0, 3.0), (2, 3.5)], "best_step": 0},
+            "did not help and was undone: the loss went from 3.000 to",
+        ),
+        ({"validation": []}, "was not measured, as no rows were held out: loss 4.000 → 1.000."),
+        ({"validation": [(0, 3.0), (2, 1.0)], "best_step": 2, "held_out": False}, "was not measured, as no rows were"),
+    ],
+)
+def test_a_recovered_model_is_told_to_be_better_only_if_that_was_measured(training, words, places, tmp_path):
+    checks = [{"step": step, "loss": loss} for step, loss in training["validation"]]
+    trained = {"strategy": "lora", "data": "x", "examples": 2, "losses": [4.0, 1.0], **training, "validation": checks}
+    shutil.copytree(places / "small", tmp_path / "small")
+    record = json.loads((tmp_path / "small" / "llmpruner.json").read_text())
+    (tmp_path / "small" / "llmpruner.json").write_text(json.dumps({**record, "recovery": [trained]}))
+    made = llmpruner.write_report(tmp_path / "small", tmp_path / "page.html")
+    assert words in made.sentences["small"]
+    told = unescape(made.path.read_text(encoding="utf-8"))
+    assert f"<p>{made.sentences['small'].partition(', before it was trained. ')[2]}</p>" in told
 
 
 def test_the_page_has_the_figures_of_the_files(places, tmp_path):
@@ -116,9 +146,8 @@ def test_several_checkpoints_are_compared(places, tmp_path):
         for body in re.findall(r"<tr>(<th scope=\"row\" data-value.*?)</tr>", html)
         for row in [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", body)]
     }
-    assert {name: (row[5], row[-1]) for name, row in rows.items()} == {
-        "small": ("30.00", "yes"), "smaller": ("50.00", "yes"), "worse": ("60.00", "no"),
-    }  # fmt: skip
+    assert {name: row[5] for name, row in rows.items()} == {"small": "30.00", "smaller": "50.00", "worse": "60.00"}
+    assert "small and smaller have rings: no other model is as small with a lower perplexity" in html
     assert html.count('class="ring"') == 2 and "<script>" in html
     assert html.count('<details class="one">') == 3
 

@@ -1,0 +1,117 @@
+"""What a prune costs: predictions of the pruned model next to those of the dense one, on text of the calibration's
+sources with which nothing was scored or fitted.
+
+Of the dense model, what its head reads is kept, far less than its logits. The logits of both are computed after the
+cut, in forwards of the pruned model without its layers, which scale and cap them as the model does.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from math import isfinite
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from ..engine.execution import Execution
+from ..engine.statistics import divergences
+from ..engine.walk import Stop, check_tokens, hidden_of, replaced_layers
+from ..models.positions import LOGIT_ELEMENTS
+from ..models.tokenizer import predicted_tokens
+from ..structure.coupling import LAYER
+from ..structure.plan import PruningPlan, Quality
+
+if TYPE_CHECKING:
+    from ..calibration.calibration import CalibrationSet
+    from ..models.model import Model
+    from .job import PruneJob, ReplayJob
+
+TOKENS = 2048
+"""Tokens that are read: at least one sample, and no more samples than of calibration."""
+RUN = 16
+"""A token counts where it and those before it, so many in all, are nowhere in the calibration text."""
+
+
+class Dense(NamedTuple):
+    """``ids``: (samples, length); ``at``: samples and positions whose next token counts. ``hidden_ND``: what the head
+    reads there."""
+
+    ids: torch.Tensor
+    at: tuple[torch.Tensor, ...]
+    hidden_ND: torch.Tensor
+
+
+@torch.no_grad()
+def dense_predictions(
+    model: Model, plan: PruningPlan, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
+) -> Dense | None:
+    """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
+    is cut: of removed tokens, or of removed channels of the residual stream."""
+    if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
+        return None
+    calibration, length = job.calibration, text.input_ids.shape[1]
+    with execution.weights.outside():
+        ids = calibration.text.sample(
+            model.model, model.tokenizer, samples=min(calibration.samples, -(-TOKENS // length)), length=length,
+            seed=job.seed + 1, progress=execution.progress, family=model.family, of=calibration.samples,
+        ).input_ids  # fmt: skip
+        at = _unseen(ids, text.input_ids)
+        hidden_STD, _ = _at_head(execution, ids)
+    return Dense(ids, at, hidden_STD[at]) if hidden_STD is not None and len(at[0]) else None
+
+
+def _unseen(ids: torch.Tensor, calibration: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Samples and positions of ``ids`` whose next token counts, see `RUN`."""
+    size = min(RUN, ids.shape[1])
+    seen, runs = ([run.tobytes() for run in x.unfold(1, size, 1).reshape(-1, size).numpy()] for x in (calibration, ids))
+    known = set(seen)
+    samples, starts = torch.tensor([run not in known for run in runs]).view(len(ids), -1).nonzero(as_tuple=True)
+    return samples, starts + size - 2
+
+
+def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
+    """What the head reads, (samples, length, hidden size), or None where it reads other values; and how many further
+    values a layer returns, None for a bare tensor."""
+    model, read, returned = execution.model, list[torch.Tensor](), list[Any]()
+
+    def stop(_: Any, args: tuple[torch.Tensor]) -> None:
+        read.extend(args)
+        raise Stop
+
+    head = model.get_output_embeddings() or torch.nn.Identity()
+    hooks = [head.register_forward_pre_hook(stop)]
+    hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
+    try:
+        with suppress(Stop):
+            model(input_ids=check_tokens(model, ids), use_cache=False)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    further = len(returned[0]) - 1 if isinstance(returned[0], tuple | list) else None
+    return (read[0] if read and read[0].shape[:2] == ids.shape else None), further
+
+
+@torch.no_grad()
+def compared(dense: Dense, pruned: Model) -> Quality | None:
+    """The `Quality` of a model after its cut; None where it is not a number."""
+    network, execution = pruned.model, Execution(pruned.weights)
+    kl, agreed, tokens = 0.0, 0, len(dense.hidden_ND)
+    with pruned.weights.outside():
+        hidden_STD, further = _at_head(execution, dense.ids)
+        assert hidden_STD is not None, "as in the dense model"
+
+        def unchanged(*args: Any, **kwargs: Any) -> Any:
+            hidden = hidden_of(args, kwargs)
+            return hidden if further is None else (hidden, *[None] * further)
+
+        rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network)))
+        for both_2ND in torch.split(torch.stack([dense.hidden_ND, hidden_STD[dense.at]]), rows, 1):
+            hook = network.get_output_embeddings().register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
+            try:
+                with replaced_layers(execution.layers, lambda _: unchanged):
+                    logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
+            finally:
+                hook.remove()
+            kl += float(divergences(*logits).double().sum())
+            agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
+    return Quality(kl / tokens, agreed / tokens, tokens) if isfinite(kl) else None

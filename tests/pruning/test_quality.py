@@ -1,0 +1,102 @@
+"""What `prune` says it cost: the divergence of the saved models on text that nothing was fitted to."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import tiny_models
+import torch
+from criteria_cases import SMALL
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
+
+import llmpruner
+from llmpruner.calibration.calibration import parse_calibration
+from llmpruner.calibration.sources import SelfWritten, TextSource
+
+TEXT = " ".join(f"{n} and {n + 1} make {2 * n + 1}, but {n} times {n} is {n * n}." for n in range(1500))
+SAMPLES, LENGTH = 6, 64
+SOURCES = {source.name: source for source in (SelfWritten, TextSource)}
+
+
+def sharpened(model):
+    """``model`` with predictions that a cut changes by more than rounding does."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(10 if parameter.ndim > 1 else 1)
+    return model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("quality")
+    (folder / "text.txt").write_text(TEXT)
+    sharpened(tiny_models.llama(layers=3)).save_pretrained(folder / "llama")
+    tiny_models.tokenizer().save_pretrained(folder / "llama")
+    # Its logits are scaled after the head, which has the weights of the embedding.
+    torch.manual_seed(0)
+    sharpened(GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=0.5, tie_word_embeddings=True))).save_pretrained(
+        folder / "granite"
+    )
+    return folder
+
+
+def by_hand(before, after, calibrated, read):
+    """Mean KL, agreement and number of the tokens of ``read`` that end no 16 tokens of ``calibrated``."""
+    known = {tuple(row[at : at + 16]) for row in calibrated.tolist() for at in range(len(row) - 15)}
+    places = [
+        (row, at - 1)
+        for row, ids in enumerate(read.tolist())
+        for at in range(15, len(ids))
+        if tuple(ids[at - 15 : at + 1]) not in known
+    ]
+    with torch.no_grad():
+        logits = [model(read).logits.float() for model in (before, after)]
+    p, q = (each[tuple(zip(*places, strict=True))].log_softmax(-1) for each in logits)
+    kl = functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
+    return float(kl), float((p.argmax(-1) == q.argmax(-1)).float().mean()), len(places)
+
+
+@pytest.mark.parametrize(
+    ("name", "streamed", "options"),
+    [
+        ("llama", False, {"method": "best", "kinds": "mlp"}),
+        ("llama", True, {"method": "llm-pruner", "kinds": "mlp,attention"}),
+        ("granite", True, {"method": "best", "kinds": "mlp"}),
+        ("granite", False, {"importance": "block-influence", "kinds": "layer"}),
+        ("llama", True, {"importance": "block-influence", "kinds": "layer"}),
+    ],
+)
+def test_it_is_the_divergence_of_the_saved_models(name, options, streamed, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
+    # Several parts of the positions, and one that is smaller.
+    monkeypatch.setattr("llmpruner.pruning.quality.LOGIT_ELEMENTS", 2 * 300 * 100)
+    source = str(folder / "text.txt") if name == "llama" else "self"
+    chosen = {"calibration": source, "samples": SAMPLES, "length": LENGTH, "ratio": 0.3, "seed": 3}
+    found = llmpruner.prune(str(folder / name), output=tmp_path / "out", **chosen, **options)
+    assert (found.streamed is not None) == streamed
+    dense = AutoModelForCausalLM.from_pretrained(folder / name)
+    tokenizer = AutoTokenizer.from_pretrained(folder / name) if name == "llama" else None
+    calibrated, read = (
+        parse_calibration(source, SOURCES).sample(dense, tokenizer, samples=SAMPLES, length=LENGTH, seed=seed).input_ids
+        for seed in (3, 4)
+    )
+    kl, agreement, tokens = by_hand(dense, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)
+    quality = found.outcome.quality
+    assert kl > 0.01
+    assert quality.tokens == tokens
+    assert quality.kl_per_token == pytest.approx(kl, rel=1e-3)
+    assert quality.top1_agreement == pytest.approx(agreement, abs=1.01 / tokens)
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
+    assert record["work"][-1]["quality"]["kl_per_token"] == quality.kl_per_token
+
+
+def test_text_that_was_calibrated_on_does_not_count(folder, tmp_path):
+    """A text of fewer tokens than the calibration reads has no other ones."""
+    (tmp_path / "short.txt").write_text(TEXT[:150])
+    options = {"method": "llm-pruner", "ratio": 0.3, "samples": 40, "length": 32}
+    pruned = llmpruner.prune(str(folder / "llama"), calibration=str(tmp_path / "short.txt"), **options)
+    assert pruned.outcome.quality is None
+    assert "quality" not in pruned.outcome.as_json()
+    assert "quality" not in pruned.work[-1]
