@@ -193,7 +193,8 @@ def recover(
 
     ``output``: where to save the result. ``work_dir``: for the state of the training, from which the same call resumes
     after an interruption; by default ``OUTPUT.recovery``. ``restart``: start anew instead. ``record["recovery"]`` of
-    the result lists the trainings. Processes that ``torchrun`` started share every batch, as for `prune`.
+    the result lists the trainings; their ``improved`` says whether they helped. Processes that ``torchrun`` started
+    share every batch, as for `prune`.
     """
     opener = _opener(load, catalog, progress)
     job = recover_job(settings_from(RecoverSettings, settings), opener.catalog)

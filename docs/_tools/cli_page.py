@@ -97,8 +97,8 @@ def render() -> str:
         *(f"| [`{name}`](#{name}) | {_paragraphs(command)[0]} |" for name, command in found),
         "",
         "Every command takes `--help`. `llmpruner --version` shows the version; `--debug`, anywhere on the line, shows "
-        "tracebacks. Exit codes: 0 for success, 2 for a mistake that can be mended (one line says how), 1 for anything "
-        "else.",
+        "tracebacks. Exit codes: 0 for success, 2 for a mistake that can be mended (one line says how), 3 for a "
+        "[recovery](#recover) that made nothing better, 1 for anything else.",
         "",
     ]
     for name, command in found:

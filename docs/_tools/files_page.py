@@ -71,9 +71,11 @@ RECOVERY = {
     "losses": "Loss of every optimizer step: mean over its trained tokens, in nats.",
     "held_out": "Whether the examples of the validations were held back; else some that were trained on.",
     "validation_examples": "How many examples were validated on.",
-    "validation": "Each validation: `step`, the number of steps taken; `loss`, as above, on these examples.",
-    "best_step": "The number of steps after which the weights were taken, as that loss was lowest then; null where the "
-    "strategy measured none.",
+    "validation": "Each validation: `step`, the number of steps taken; `loss`, as above, on these examples; `error`, "
+    "the standard error of its difference from the first.",
+    "best_step": "The number of steps after which the weights were taken, as that loss was lowest then; 0 where none "
+    "was lower than the first by more than its error; null where the strategy measured none.",
+    "improved": "Whether that is after a step, so that the training helped.",
 }
 """Key of an element of ``recovery`` → what it is."""
 

@@ -27,7 +27,8 @@ def recover(
 ) -> None:
     """Restore quality of a pruned model by a short training: distillation from the dense model, or LoRA.
 
-    After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished.
+    After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished. Exit code 3
+    when no step made the model better, so that the result has the weights of MODEL.
     """
     from .. import api
 
@@ -38,15 +39,15 @@ def recover(
     if as_json:
         result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
         print_json({**result, "seconds": seconds})
-        return
-    failed = no_better(record)
-    if failed is not None:
+    elif failed := no_better(record):
         warning_line(f"{output}: {failed}")
-        return
-    losses = f"{text}, " if (text := loss_text(record)) else ""
-    steps = counted(len(record["losses"]), "step")
-    done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {losses}{seconds:.0f} s")
-    next_line("recover", model=model, output=output)
+    else:
+        losses = f"{text}, " if (text := loss_text(record)) else ""
+        steps = counted(len(record["losses"]), "step")
+        done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {losses}{seconds:.0f} s")
+        next_line("recover", model=model, output=output)
+    if record.get("improved") is False:
+        raise typer.Exit(3)
 
 
 def verify(

@@ -12,7 +12,7 @@ from rich.markup import escape
 from ..files import check_new_directory
 from ..settings import LoadSettings, RunSettings
 from ..values import counted
-from .console import RichProgress, done_line, out, print_json, table
+from .console import RichProgress, done_line, out, print_json, table, warning_line
 from .derive import Json, catalog_of, takes
 from .measure import show_bench, show_evaluations, write_next_to
 from .prune import show_plan
@@ -110,7 +110,11 @@ def show_step(step: StepResult) -> None:
         show_bench(step.value)
     elif step.command == "export":
         details = [step.value]
-    done_line(f"{step.directory}: {', '.join([*details, f'{step.seconds:.0f} s'])}")
+    line = f"{step.directory}: {', '.join([*details, f'{step.seconds:.0f} s'])}"
+    if step.command == "recover" and result["improved"] is False:
+        warning_line(line)
+    else:
+        done_line(line)
 
 
 def demo(

@@ -27,7 +27,7 @@ from ..models.reference import resolve
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job
-from ..report.history import first_and_last, loss_text
+from ..report.history import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
 from .recipe import DENSE, JOBS, Recipe, Step, naming, recipe_jobs
 
@@ -236,9 +236,14 @@ def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
 def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     model = run.call(step, output=output)
     record = model.record["recovery"][-1]
-    facts = {key: record[key] for key in ("strategy", "data", "examples", "trainable_parameters") if key in record}
+    kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
+    facts = {key: record[key] for key in kept if key in record}
     if (losses := first_and_last(record)) is not None:
-        facts |= {"steps": len(record["losses"]), "losses": list(losses[1:]), "loss": loss_text(record)}
+        facts |= {
+            "steps": len(record["losses"]),
+            "losses": list(losses[1:]),
+            "loss": no_better(record) or loss_text(record),
+        }
     return {"checkpoint": model.form, **facts}, None
 
 

@@ -40,9 +40,9 @@ class RecoveryJob:
     load_teacher: Callable[[], PreTrainedModel]
     on_step: Callable[[int, int, float], None] | None = None
     """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
-    on_validation: Callable[[int, float], None] | None = None
-    """Called after each validation with the number of steps before it and the loss, in nats per token; in a resumed
-    training also for those before the interruption."""
+    on_validation: Callable[[int, float, float], None] | None = None
+    """Called after each validation with the number of steps before it, the loss in nats per token, and the standard
+    error of its difference from the first; in a resumed training also for those before the interruption."""
 
     def teacher(self) -> PreTrainedModel:
         """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,

@@ -68,7 +68,7 @@ def prepare(
     validation = _tokenised([e for n, e in enumerate(examples) if n in chosen], family, tokenizer, cutoff)
     if not rows:
         raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
-    return TrainingData(rows, validation or rows[:_LEAST], bool(validation))
+    return TrainingData(rows, validation or rows[:: max(1, len(rows) // _LEAST)][:_LEAST], bool(validation))
 
 
 def _read(settings: RecoverSettings, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:

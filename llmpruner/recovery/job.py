@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +64,7 @@ def train(
     *,
     load_teacher: Callable[[], PreTrainedModel],
     on_step: Callable[[int, int, float], None] | None = None,
-    on_validation: Callable[[int, float], None] | None = None,
+    on_validation: Callable[[int, float, float], None] | None = None,
 ) -> TrainingResult:
     """Train ``model``, in place, with ``strategy``; ``details`` of the result is the record for ``llmpruner.json``.
 
@@ -91,10 +91,10 @@ def train(
     processes.from_first(lambda: _claim(work_dir, {**about, "processes": processes.count, "model": _sampled(model)}))
     validations: list[dict[str, Any]] = []
 
-    def validated(step: int, loss: float) -> None:
-        validations.append({"step": step, "loss": loss})
+    def validated(step: int, loss: float, error: float) -> None:
+        validations.append({"step": step, "loss": loss, "error": error})
         if on_validation is not None:
-            on_validation(step, loss)
+            on_validation(step, loss, error)
 
     job = RecoveryJob(
         model, tokenizer, data.rows, data.validation, graph, settings, work_dir, load_teacher, on_step, validated
@@ -113,10 +113,17 @@ def train(
         "held_out": data.held_out,
         "validation_examples": len(data.validation),
         "validation": validations,
-        "best_step": min(validations, key=lambda done: done["loss"])["step"] if validations else None,
+        "best_step": _best_step(validations),
+        "improved": _best_step(validations) != 0 if validations else None,
         **result.details,
     }
     return replace(result, details=record)
+
+
+def _best_step(validations: Sequence[Mapping[str, Any]]) -> int | None:
+    """After which the loss was lowest, and lower than the first by more than its error; else of the first."""
+    better = [each for each in validations if each["loss"] + each["error"] < validations[0]["loss"]]
+    return min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
 
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:

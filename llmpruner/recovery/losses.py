@@ -62,6 +62,20 @@ def trained_tokens(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != IGNORED).sum())
 
 
+def by_length(batch: Batch) -> list[Batch]:
+    """The rows of a batch in parts, each padded by itself: rows of at most half the length of others are in a part
+    after theirs."""
+    lengths = batch["attention_mask"].sum(1)
+    parts = []
+    while len(lengths):
+        longer = 2 * lengths > lengths.max()
+        part = {name: value[longer] for name, value in batch.items()}
+        used = part["attention_mask"].any(0)
+        parts.append({name: value[:, used] for name, value in part.items()})
+        batch, lengths = {name: value[~longer] for name, value in batch.items()}, lengths[~longer]
+    return parts
+
+
 def mean_over_tokens(logits_BTV: torch.Tensor, rows_N: torch.Tensor, term: Term) -> torch.Tensor:
     """Mean of ``term`` over the tokens at ``rows_N``, numbers of rows of the logits flattened to (B·T, V): a scalar in
     float32, 0 for no rows.

@@ -149,5 +149,5 @@ def _trained(
             loaded.model, loaded.tokenizer, loaded.graph, data, job.strategy, job.settings, folder,
             load_teacher=load_teacher,
             on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
-            on_validation=lambda step, loss: progress.status(f"step {step}: {what} {loss:.4f}"),
+            on_validation=lambda step, loss, _: progress.status(f"step {step}: {what} {loss:.4f}"),
         )  # fmt: skip

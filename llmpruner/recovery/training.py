@@ -3,8 +3,11 @@
 Notable:
 - the loss of a step is a mean over its trained tokens, whatever the micro-batches and the number of processes;
 - weights of 16 bits are in float32 while they are trained;
-- there are ten checkpoints, and the loss on ``job.validation`` is measured before the first step and up to ten times
-  afterwards; the model ends with the weights of the lowest one, which may be those of the start;
+- the loss on ``job.validation`` is measured before the first step and up to ten times afterwards, with the weights as
+  they would be saved; the model ends with those of the lowest one, or of the start where none is lower by more than
+  the standard error of the difference;
+- checkpoints are written then, and after each third of the training;
+- rows of a micro-batch that are much shorter than others are computed by themselves, without padding;
 - with ``minutes``, the learning rate follows the time that has passed, and the training stops at its end.
 """
 
@@ -14,7 +17,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +35,7 @@ from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
 from .base import RecoveryJob
-from .losses import Batch, Loss, next_token_loss, trained_tokens
+from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
 
 if TYPE_CHECKING:
     from ..settings import RecoverSettings
@@ -44,7 +47,7 @@ _WARMUP = 100
 """Steps over which the learning rate rises, or a tenth of all where that is fewer."""
 _NARROW = {torch.bfloat16, torch.float16}
 _PARTS, _CHECKING_SHARE = 10, 0.1
-"""Checkpoints of a training, and validations at most; and the share of its work, or time, that they may take."""
+"""Validations of a training at most, and the share of its work, or time, that they may take."""
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
@@ -61,8 +64,8 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     Parameters of 16 bits that require gradients are in float32 meanwhile, and rounded once, at the end. A model in
     bfloat16, or on a device that is faster so, computes in bfloat16 under autocast: a loss sees logits in that dtype.
 
-    The same loss is measured on ``job.validation``, without gradients and in evaluation mode; the model ends with the
-    weights that had the lowest one, or with those of the start.
+    The same loss is measured on each row of ``job.validation``, without gradients, in evaluation mode. The model ends
+    with the weights that had the lowest one; or with those of the start, unless it is lower by more than its error.
 
     Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption
     (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
@@ -70,8 +73,8 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
     """
     use_cache = getattr(model.config, "use_cache", None)
     try:
-        with quiet_transformers(), _in_float32(model, job) as autocast:
-            trainer = _LossTrainer(model, job, loss or next_token_loss, autocast)
+        with quiet_transformers(), _in_float32(model, job) as (autocast, widened):
+            trainer = _LossTrainer(model, job, loss or next_token_loss, autocast, widened)
             trainer.train(resume_from_checkpoint=Ranks.current().from_first(lambda: latest_checkpoint(job.work_dir)))
     finally:
         if use_cache is not None:
@@ -125,12 +128,13 @@ def latest_checkpoint(work_dir: Path) -> str | None:
 
 
 @contextlib.contextmanager
-def _in_float32(model: Any, job: RecoveryJob) -> Iterator[bool]:
+def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[Any, torch.dtype]]]:
     """A block in which trained parameters of 16 bits are in float32: a step of a low learning rate is mostly smaller
     than the distance of two numbers of bfloat16, and would be rounded away. After it they are rounded to their dtype.
 
     Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so. A
-    model in float16, whose range bfloat16 would replace by less precision, is in float32 as a whole.
+    model in float16, whose range bfloat16 would replace by less precision, is in float32 as a whole. And the dtypes of
+    parameters that are in float32 meanwhile.
     """
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
     autocast = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
@@ -139,7 +143,7 @@ def _in_float32(model: Any, job: RecoveryJob) -> Iterator[bool]:
     try:
         for parameter in widened:
             parameter.data = parameter.data.float()
-        yield autocast
+        yield autocast, widened
     finally:
         for parameter, dtype in widened.items():
             parameter.grad = None
@@ -170,12 +174,14 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         save_steps=_NEVER,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
+        metric_for_best_model="eval_lower",
         greater_is_better=False,
         seed=settings.seed,
         data_seed=settings.seed,
         label_names=["labels"],
         remove_unused_columns=False,
+        # Processes call the model different numbers of times in a step.
+        ddp_broadcast_buffers=False,
         report_to=[],
         log_level="error",
         disable_tqdm=True,
@@ -188,8 +194,10 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
     control: Any
 
-    def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool) -> None:
-        self.job, self.loss, self.autocast, self.ranks = job, loss, autocast, Ranks.current()
+    def __init__(
+        self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, torch.dtype]
+    ) -> None:
+        self.job, self.loss, self.autocast, self.widened, self.ranks = job, loss, autocast, widened, Ranks.current()
         self.began, self.check_seconds = time.monotonic(), 0.0
         """When the training began, were it not interrupted; and how long the last validation took."""
         super().__init__(
@@ -215,12 +223,15 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         return max(steps, seconds / limit)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear: up to the peak, then down to zero at the end of the steps or minutes."""
-        warmup = min(_WARMUP, math.ceil(num_training_steps / 10))
+        """Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its end."""
 
         def factor(step: int) -> float:
-            done = step / num_training_steps if self.job.settings.minutes is None else self.share_done()
-            return min(1.0, (step + 1) / warmup) * max(0.0, 1 - done)
+            if self.job.settings.minutes is None:
+                done, begun = step / num_training_steps, (step + 1) / math.ceil(num_training_steps / 10)
+            else:
+                done = self.share_done()
+                begun = 10 * done
+            return min(1.0, max(begun, (step + 1) / _WARMUP)) * max(0.0, 1 - done)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -240,29 +251,44 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         del return_outputs
+        total = sum(self.loss(model, part) * trained_tokens(part) for part in by_length(inputs))
         # The gradients of several processes are averaged.
-        return self.loss(model, inputs) * (trained_tokens(inputs) / num_items_in_batch * self.ranks.count)
+        return total * (self.ranks.count / num_items_in_batch)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The loss on the validation rows, as a mean over their trained tokens."""
+        """The loss on the validation rows with the weights as they would be saved, a mean over trained tokens; and the
+        standard error of its difference from the loss before the first step. ``eval_lower``: the loss, if it is."""
         began = time.monotonic()
         self.model.eval()
-        size, total, tokens = self.args.per_device_train_batch_size, 0.0, 0
-        batches = [self.job.validation[n : n + size] for n in range(0, len(self.job.validation), size)]
-        for rows in batches[self.ranks.rank :: self.ranks.count]:
-            batch = self._prepare_inputs(self.data_collator(list(rows)))
-            with self.compute_loss_context_manager():
-                total += float(self.loss(self.model, batch)) * trained_tokens(batch)
-            tokens += trained_tokens(batch)
-        total, count = self.ranks.totals(total, tokens)
-        metrics = {"eval_loss": total / count}
-        self.log(metrics)
+        rows = [self.data_collator([row]) for row in self.job.validation]
+        sums, counts = [0.0] * len(rows), [trained_tokens(row) for row in rows]
+        with self.rounded(), self.compute_loss_context_manager():
+            for n in range(self.ranks.rank, len(rows), self.ranks.count):
+                sums[n] = counts[n] * float(self.loss(self.model, self._prepare_inputs(rows[n])))
+        sums, history = list(self.ranks.totals(*sums)), self.state.log_history
+        before = history[0]["eval_rows"] if history else sums
+        loss, start = sum(sums) / sum(counts), sum(before) / sum(counts)
+        error = _standard_error([now - then for now, then in zip(sums, before, strict=True)], counts)
+        self.log({"eval_loss": loss, "eval_error": error, **({} if history else {"eval_rows": sums})})
         self.check_seconds = time.monotonic() - began
+        metrics = {"eval_loss": loss, "eval_lower": loss if loss + error < start else math.inf}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+    @contextlib.contextmanager
+    def rounded(self) -> Iterator[None]:
+        """A block with the weights as they will be saved."""
+        exact = {parameter: parameter.data for parameter in self.widened}
+        try:
+            for parameter, dtype in self.widened.items():
+                parameter.data = parameter.data.to(dtype).float()
+            yield
+        finally:
+            for parameter, data in exact.items():
+                parameter.data = data
+
+    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
         """Also reports the entry to the job, and keeps the seconds so far, for a training that is resumed."""
         super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
         self.report(self.state.log_history[-1])
@@ -277,7 +303,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
             done, step = self.share_done(), entry["step"]
             job.on_step(step, self.state.max_steps if done <= 0 else max(step, round(step / done)), entry["loss"])
         if "eval_loss" in entry and job.on_validation is not None:
-            job.on_validation(entry["step"], entry["eval_loss"])
+            job.on_validation(entry["step"], entry["eval_loss"], entry["eval_error"])
 
     def save_start(self) -> None:
         """Measure the loss before the first step, and keep these weights: they may stay the best."""
@@ -311,6 +337,14 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self.ranks.wait()
 
 
+def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
+    """Of the mean change of a token's loss; ``changes``: of the sums over rows of ``counts`` tokens."""
+    tokens, rows = sum(counts), len(counts)
+    mean = sum(changes) / tokens
+    squares = sum((change - mean * count) ** 2 for change, count in zip(changes, counts, strict=True))
+    return math.sqrt(squares * rows / max(rows - 1, 1)) / tokens
+
+
 class _Schedule(TrainerCallback):  # type: ignore[misc]
     """Says when to validate, to save and to stop."""
 
@@ -341,7 +375,7 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
         control.should_training_stop = ends
         control.should_evaluate = ends or self._completes(max(1, min(_PARTS, int(affordable))), done)
         # Nothing is saved at the end, which is the result.
-        control.should_save = not ends and (control.should_evaluate or self._completes(_PARTS, done))
+        control.should_save = not ends and (control.should_evaluate or self._completes(3, done))
         self._before = done
 
     def _completes(self, parts: int, done: float) -> bool:

@@ -112,10 +112,9 @@ def _option(flag: str, value: Any) -> Iterator[Any]:
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
     """What was measured, its value before the training, and that of the result: of rows that were not trained on, if
     there were any; else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
-    checked = [float(check["loss"]) for check in training.get("validation") or ()]
-    if checked:
+    if checked := training.get("validation"):
         what = "held-out loss" if training.get("held_out", True) else "loss on examples"
-        return what, checked[0], min(checked)
+        return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]
     losses = training.get("losses")
     return ("loss", losses[0], losses[-1]) if losses else None
 
@@ -141,7 +140,7 @@ def no_better(training: Mapping[str, Any]) -> str | None:
         return None
     checked = training["validation"]
     return (
-        f"no better than before: the loss went from {checked[0]['loss']:.3f} to {checked[-1]['loss']:.3f} in "
-        f"{len(training['losses'])} steps, so the weights are those of the start; lower --learning-rate, or give more "
-        "data or steps"
+        f"no better than before: the loss went from {checked[0]['loss']:.4f} to {checked[-1]['loss']:.4f} "
+        f"(± {checked[-1].get('error', 0):.4f}) in {len(training['losses'])} steps, so the weights are those of the "
+        "start; lower --learning-rate, or give more data or steps"
     )

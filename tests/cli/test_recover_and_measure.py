@@ -34,6 +34,14 @@ def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
     assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 3).code == 0
 
 
+def test_a_training_that_helps_nothing_has_its_own_exit_code(run, pruned, shared, tmp_path):
+    options = ("--strategy", "full", "--data", shared / "data.jsonl", "--max-steps", 3, "--learning-rate", 1)
+    result = run("recover", pruned, *options, "-o", tmp_path / "out")
+    assert result.code == 3 and "no better than before" in result.err and "✓" not in result.out + result.err
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_recover_as_json(run, pruned, shared, tmp_path):
     source = shared / "data.jsonl"
     options = (pruned, "--strategy", "lora", "--data", source, "--limit", 3, "--seed", 5, *TRAIN, "--json")

@@ -8,8 +8,9 @@ from recovery_cases import pruned_model
 
 from llmpruner import RecoveryStrategy, TrainingResult, fit
 from llmpruner.recovery.losses import next_token_loss
+from llmpruner.recovery.strategies import FullStrategy
 from llmpruner.recovery.training import filled_in
-from llmpruner.report.history import no_better
+from llmpruner.report.history import first_and_last, no_better
 from llmpruner.settings import RecoverSettings
 
 
@@ -19,25 +20,68 @@ def away(model, batch):
     return -loss if torch.is_grad_enabled() else loss
 
 
-class Worse(RecoveryStrategy):
-    name = "worse"
+def lucky():
+    """A loss that after a step is lower by 0.3 on one row, and higher by 0.2 on another."""
+    changes = []
+
+    def loss(model, batch):
+        value = next_token_loss(model, batch)
+        if torch.is_grad_enabled():
+            changes[:] = [0.2, -0.3]
+            return value
+        return value * 0 + 2 + (changes.pop() if changes else 0)
+
+    return loss
+
+
+class With(RecoveryStrategy):
+    name = "with"
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss = loss
 
     def train(self, job):
         job.model.requires_grad_(True)
-        return TrainingResult(job.model, fit(job.model, job, away), 1)
+        return TrainingResult(job.model, fit(job.model, job, self.loss), 1)
 
 
-@pytest.mark.parametrize("validation", [0.02, 0])
-def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, validation):
+@pytest.mark.parametrize(
+    ("loss", "options"), [(away, {}), (away, {"validation": 0}), (away, {"max_steps": 1}), (lucky(), {"max_steps": 1})]
+)
+def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, options):
     model, graph = pruned_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    result = tiny(Worse(), (model, graph), validation=validation)
+    result = tiny(With(loss), (model, graph), **options)
     record = result.details
-    assert record["best_step"] == 0 and record["validation"][-1]["loss"] > record["validation"][0]["loss"]
-    assert record["held_out"] == bool(validation)
-    assert "no better than before" in no_better(record)
+    first, *_, last = record["validation"]
+    assert record["best_step"] == 0 and record["improved"] is False
+    assert last["loss"] + last["error"] > first["loss"] and (last["loss"] < first["loss"]) == (loss is not away)
+    assert record["held_out"] == (options.get("validation") != 0)
+    assert "no better than before" in no_better(record) and first_and_last(record)[2] == first["loss"]
     for name, value in result.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, dtype):
+    """At a rate of which bfloat16 keeps little."""
+    rows = []
+
+    class Kept(FullStrategy):
+        def train(self, job):
+            rows.extend(job.validation)
+            return super().train(job)
+
+    result = tiny(Kept(), pruned_model(dtype), learning_rate=1e-4, max_steps=3)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        model, total = result.model.float(), 0.0
+        for row in rows:
+            ids = torch.tensor([row["input_ids"]])
+            batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+            total += float(next_token_loss(model, batch)) * (ids.numel() - 1)
+    mean = total / sum(len(row["input_ids"]) - 1 for row in rows)
+    assert first_and_last(result.details)[2] == pytest.approx(mean, abs=1e-6)
 
 
 def test_a_few_steps_of_all_weights_have_a_lower_rate():

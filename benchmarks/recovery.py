@@ -1,0 +1,128 @@
+"""Twenty random settings of a short training: is what they save ever worse than the pruned model they began with?
+
+    python -m benchmarks.recovery [--tiny]
+
+The demo model, without a fifth of its decoder, is distilled on rows that the dense model writes, for 1 to 50 steps of 1
+to 16 rows at rates from 1e-6 to 1e-2. Its divergence from the dense model is measured on the documentation of Python,
+which is neither trained on nor among the held-out rows. Rows are kept in ``results/recovery.json``, so that an
+interrupted run goes on where it stopped. ``--tiny``: a model of the tests, by all strategies, in float32 and bfloat16;
+the rows are only printed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from .measure import as_json, machine
+
+RESULTS = Path(__file__).parent / "results" / "recovery.json"
+SETTINGS, WRITTEN = 20, "self-text:96"
+TINY = tuple((s, t) for t in ("float32", "bfloat16") for s in ("distil", "full", "lora"))
+
+
+def main() -> None:
+    tiny = "--tiny" in sys.argv
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not tiny else {"rows": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        dense = tiny_model(folder) if tiny else "demo"
+        command("prune", dense, "--ratio", "0.2", "--method", "fast", "-o", str(folder / "pruned"))
+        write_rows(dense, folder / "rows.jsonl")
+        results |= {"machine": machine(), "command": "python -m benchmarks.recovery"}
+        results["start"] = {"kl": divergence(dense, folder / "pruned", folder)}
+        print(results["start"])
+        for number, options in list(enumerate(drawn(tiny)))[len(results["rows"]) :]:
+            row = {**options, **trained(dense, options, folder, results["start"]["kl"])}
+            print(number + 1, row, flush=True)
+            results["rows"].append(row)
+            if not tiny:
+                RESULTS.write_text(as_json(results))
+    worse = [n + 1 for n, row in enumerate(results["rows"]) if row.get("kl", 0) > results["start"]["kl"]]
+    print(f"worse than their start on text that nothing saw: {worse or 'none'}")
+
+
+def drawn(tiny: bool) -> list[dict[str, Any]]:
+    """Steps and batches are drawn from logarithmic scales, as rates are."""
+    numbers = random.Random(1)
+
+    def draw(low: float, high: float) -> float:
+        return math.exp(numbers.uniform(math.log(low), math.log(high)))
+
+    rows = []
+    for n in range(SETTINGS):
+        options = {"max-steps": round(draw(1, 50)), "learning-rate": float(f"{draw(1e-6, 1e-2):.2g}")}
+        options["batch-size"] = round(draw(1, 16))
+        rows.append(options | (dict(zip(("strategy", "dtype"), TINY[n % len(TINY)], strict=True)) if tiny else {}))
+    return rows
+
+
+def trained(dense: str, options: dict[str, Any], folder: Path, start: float) -> dict[str, Any]:
+    """What a training with ``options`` saves."""
+    output, began = folder / "recovered", time.monotonic()
+    shutil.rmtree(output, ignore_errors=True)
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    data = ("--data", str(folder / "rows.jsonl"), "--cutoff", "64", "--restart")
+    code = command("recover", str(folder / "pruned"), *data, *words, "-o", str(output))
+    if code not in (0, 3):
+        raise SystemExit(code)
+    record = json.loads((output / "llmpruner.json").read_text())["recovery"][-1]
+    row = {"exit": code, "seconds": round(time.monotonic() - began, 1), "best_step": record["best_step"]}
+    row["held_out"] = [[v["step"], round(v["loss"], 5), round(v["error"], 5)] for v in record["validation"]]
+    same = code == 3 and options.get("dtype") != "bfloat16"
+    return row | {"kl": start if same else divergence(dense, output, folder)}
+
+
+def divergence(dense: str, model: Path, folder: Path) -> float:
+    """KL divergence of ``model`` from ``dense`` on text that no training saw."""
+    file = folder / "evaluation.json"
+    file.unlink(missing_ok=True)
+    options = ("--perplexity", "pydoc", "--set", "perplexity.tokens=1024", "--window", "128", "--json", str(file))
+    command("evaluate", dense, str(model), "--kl", "--dtype", "float32", *options)
+    value: float = json.loads(file.read_text())[-1]["perplexity"]["kl_per_token"]
+    return round(value, 5)
+
+
+def write_rows(dense: str, file: Path) -> None:
+    """What the dense model writes, once for all trainings."""
+    import llmpruner
+    from llmpruner.recovery.dense_text import dense_text_in, write_examples
+
+    model, text = llmpruner.load(dense), dense_text_in(WRITTEN)
+    assert text is not None
+    examples = write_examples(text, model.model, model.tokenizer, model.family, seed=0)
+    file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in examples), encoding="utf-8")
+
+
+def command(*arguments: str) -> int:
+    """The exit code of ``llmpruner ARGUMENTS``, in this process."""
+    from llmpruner.cli import main
+
+    sys.argv = ["llmpruner", *arguments]
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def tiny_model(folder: Path) -> str:
+    sys.path += [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "recovery")]
+    import tiny_models
+    from recovery_cases import dense_model
+
+    dense_model().save_pretrained(folder / "dense")
+    tiny_models.tokenizer().save_pretrained(folder / "dense")
+    return str(folder / "dense")
+
+
+if __name__ == "__main__":
+    main()
