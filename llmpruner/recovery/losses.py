@@ -66,7 +66,7 @@ def by_length(batch: Batch) -> list[Batch]:
     """The rows of a batch in parts, each padded by itself: rows of at most half the length of others are in a part
     after theirs."""
     lengths = batch["attention_mask"].sum(1)
-    parts = []
+    parts: list[Batch] = []
     while len(lengths):
         longer = 2 * lengths > lengths.max()
         part = {name: value[longer] for name, value in batch.items()}

@@ -33,7 +33,7 @@ def recipe_of(shared: Path, model: Path | None = None, **more: object) -> dict:
                     "max_steps": 3,
                     "batch_size": 2,
                     "micro_batch_size": 1,
-                    "learning_rate": 0.01,
+                    "learning_rate": 0.001,
                 }
             },
             {

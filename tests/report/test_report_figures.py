@@ -69,7 +69,7 @@ def test_costs_are_those_of_the_model(places, tmp_path):
         ({"validation": [(0, 3.0), (2, 2.5)], "best_step": 2}, "Recovery helped: held-out loss 3.000 → 2.500."),
         (
             {"validation": [(0, 3.0), (2, 3.5)], "best_step": 0},
-            "did not help and was undone: the loss went from 3.000 to",
+            "did not help and was undone: the loss went from 3.0000 to",
         ),
         ({"validation": []}, "was not measured, as no rows were held out: loss 4.000 → 1.000."),
         ({"validation": [(0, 3.0), (2, 1.0)], "best_step": 2, "held_out": False}, "was not measured, as no rows were"),
