@@ -8,6 +8,7 @@ cut, in forwards of the pruned model without its layers, which scale and cap the
 from __future__ import annotations
 
 from contextlib import suppress
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
 from ..engine.walk import Stop, check_tokens, hidden_of, replaced_layers
+from ..models.numbers import with_fast_products
 from ..models.positions import LOGIT_ELEMENTS
 from ..models.tokenizer import predicted_tokens
 from ..structure.coupling import LAYER
@@ -83,7 +85,7 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
     hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
     try:
         with suppress(Stop):
-            model(input_ids=check_tokens(model, ids), use_cache=False)
+            with_fast_products(model, partial(model, input_ids=check_tokens(model, ids), use_cache=False))
     finally:
         for hook in hooks:
             hook.remove()
@@ -94,8 +96,7 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
 @torch.no_grad()
 def compared(dense: Dense, pruned: Model) -> Quality | None:
     """The `Quality` of a model after its cut; None where it is not a number."""
-    network, execution = pruned.model, Execution(pruned.weights)
-    kl, agreed, tokens = 0.0, 0, len(dense.hidden_ND)
+    network, execution, kl, agreed, tokens = pruned.model, Execution(pruned.weights), 0.0, 0, len(dense.hidden_ND)
     with pruned.weights.outside():
         hidden_STD, further = _at_head(execution, dense.ids)
         assert hidden_STD is not None, "as in the dense model"
@@ -104,9 +105,10 @@ def compared(dense: Dense, pruned: Model) -> Quality | None:
             hidden = hidden_of(args, kwargs)
             return hidden if further is None else (hidden, *[None] * further)
 
-        rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network)))
-        for both_2ND in torch.split(torch.stack([dense.hidden_ND, hidden_STD[dense.at]]), rows, 1):
-            hook = network.get_output_embeddings().register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
+        rows, head = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network))), network.get_output_embeddings()
+        whole_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]]).to(head.weight.dtype)
+        for both_2ND in torch.split(whole_2ND, rows, 1):
+            hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
             try:
                 with replaced_layers(execution.layers, lambda _: unchanged):
                     logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits

@@ -59,17 +59,18 @@ def by_hand(before, after, calibrated, read):
 
 
 @pytest.mark.parametrize(
-    ("name", "streamed", "options"),
+    ("name", "streamed", "options", "rounds"),
     [
-        ("llama", False, {"method": "best", "kinds": "mlp"}),
-        ("llama", True, {"method": "llm-pruner", "kinds": "mlp,attention"}),
-        ("granite", True, {"method": "best", "kinds": "mlp"}),
-        ("granite", False, {"importance": "block-influence", "kinds": "layer"}),
-        ("llama", True, {"importance": "block-influence", "kinds": "layer"}),
+        ("llama", False, {"method": "best", "kinds": "mlp"}, False),
+        ("llama", True, {"method": "llm-pruner", "kinds": "mlp,attention"}, False),
+        ("granite", True, {"method": "best", "kinds": "mlp"}, False),
+        ("granite", False, {"importance": "block-influence", "kinds": "layer"}, False),
+        ("llama", True, {"importance": "block-influence", "kinds": "layer"}, True),
     ],
 )
-def test_it_is_the_divergence_of_the_saved_models(name, options, streamed, folder, tmp_path, monkeypatch):
+def test_it_is_the_divergence_of_the_saved_models(name, streamed, options, rounds, folder, tmp_path, monkeypatch):
     monkeypatch.setattr("llmpruner.pruning.forecast.free_memory", lambda: 0 if streamed else 1 << 50)
+    monkeypatch.setattr("llmpruner.models.numbers.multiplies_bfloat16_fast", lambda device: rounds)
     # Several parts of the positions, and one that is smaller.
     monkeypatch.setattr("llmpruner.pruning.quality.LOGIT_ELEMENTS", 2 * 300 * 100)
     source = str(folder / "text.txt") if name == "llama" else "self"
@@ -86,8 +87,8 @@ def test_it_is_the_divergence_of_the_saved_models(name, options, streamed, folde
     quality = found.outcome.quality
     assert kl > 0.01
     assert quality.tokens == tokens
-    assert quality.kl_per_token == pytest.approx(kl, rel=1e-3)
-    assert quality.top1_agreement == pytest.approx(agreement, abs=1.01 / tokens)
+    assert quality.kl_per_token == pytest.approx(kl, rel=0.05 if rounds else 1e-3)
+    assert quality.top1_agreement == pytest.approx(agreement, abs=(10 if rounds else 1.01) / tokens)
     record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
     assert record["work"][-1]["quality"]["kl_per_token"] == quality.kl_per_token
 
