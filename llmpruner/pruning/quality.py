@@ -105,7 +105,8 @@ def compared(dense: Dense, pruned: Model) -> Quality | None:
             hidden = hidden_of(args, kwargs)
             return hidden if further is None else (hidden, *[None] * further)
 
-        rows, head = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network))), network.get_output_embeddings()
+        head: Any = network.get_output_embeddings()
+        rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network)))
         whole_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]]).to(head.weight.dtype)
         for both_2ND in torch.split(whole_2ND, rows, 1):
             hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
