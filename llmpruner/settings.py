@@ -264,7 +264,8 @@ class RecoverSettings(Settings):
     limit: int | None = option(None, "Number of examples to draw at random; all by default.", ge=1)
     learning_rate: float | None = option(
         None,
-        "Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, proportionally less.",
+        "Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, proportionally less; with "
+        "--minutes, the peak is proportionally lower where fewer than 100 steps fit.",
         _TRAINING,
         gt=0,
     )

@@ -223,15 +223,16 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         return max(steps, seconds / limit)
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its end."""
+        """Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its end. Where minutes
+        give fewer than 100 steps, the peak is proportionally lower, see `filled_in`."""
 
         def factor(step: int) -> float:
             if self.job.settings.minutes is None:
-                done, begun = step / num_training_steps, (step + 1) / math.ceil(num_training_steps / 10)
+                done, begun, peak = step / num_training_steps, (step + 1) / math.ceil(num_training_steps / 10), 1.0
             else:
                 done = self.share_done()
-                begun = 10 * done
-            return min(1.0, max(begun, (step + 1) / _WARMUP)) * max(0.0, 1 - done)
+                begun, peak = 10 * done, min(1.0, (step + 1) / (100 * done))
+            return peak * min(1.0, max(begun, (step + 1) / _WARMUP)) * max(0.0, 1 - done)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
