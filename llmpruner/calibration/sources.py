@@ -117,7 +117,6 @@ class SelfWritten(CalibrationSource):
         passage: int = Field(
             64, ge=2, le=16384, description="Maximum tokens per generated passage; samples are made of passages."
         )
-        batch: int = Field(64, ge=1, description="Passages that are generated at once; memory grows with it.")
 
     settings: Settings
 
@@ -130,5 +129,5 @@ class SelfWritten(CalibrationSource):
 
         return self_generated(
             task.model, task.tokenizer, task.samples, task.length, task.seed, passage=self.settings.passage,
-            batch=self.settings.batch, as_texts=True, progress=task.progress,
+            as_texts=True, progress=task.progress,
         )  # fmt: skip

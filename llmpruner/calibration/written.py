@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from ..errors import ModelError, UnsupportedModelError, first_line
-from ..models.generation import fast_one_token_attention, generating_as
+from ..models.generation import cached_bytes, fast_one_token_attention, generating_as
 from ..models.messages import quiet_transformers
 from ..models.numbers import with_fast_products
 from ..models.tokenizer import padding_id
@@ -31,7 +31,7 @@ def self_generated(
     seed: int,
     *,
     passage: int = 64,
-    batch: int = 64,
+    batch: int | None = None,
     as_texts: bool = False,
     progress: Progress = QUIET,
     label: str = "Writing calibration text",
@@ -49,13 +49,14 @@ def self_generated(
     The random numbers of a passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens
     over all passages are close to the model's probabilities.
 
-    ``batch``: passages that are generated at once. Returns int64 of shape (samples, length) on the CPU. Deterministic
-    in ``seed``. Raises `ModelError` when the model's logits are NaN, and `UnsupportedModelError` for a class that
-    cannot generate.
+    ``batch``: passages that are generated at once, by default `passages_at_once`. Returns int64 of shape (samples,
+    length) on the CPU. Deterministic in ``seed``. Raises `ModelError` when the model's logits are NaN, and
+    `UnsupportedModelError` for a class that cannot generate.
     """
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
     tokens, passages = -(-length // parts), samples * parts
+    batch = batch or passages_at_once(model.config, tokens, model.dtype.itemsize)
     eos = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=tokens - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos
@@ -112,6 +113,13 @@ def answered(
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=draw)
         written = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in written]
+
+
+def passages_at_once(config: Any, tokens: int, item: int) -> int:
+    """How many passages of ``tokens`` are generated at once: 256, as every step reads all weights; fewer, but at least
+    64, where their keys and values of ``item`` bytes, and four copies of their logits, would need more than 1 GiB."""
+    each = tokens * cached_bytes(config, item) + 16 * config.get_text_config().vocab_size
+    return max(64, min(256, (1 << 30) // each))
 
 
 @contextmanager

@@ -148,6 +148,24 @@ def cache_argument(model: PreTrainedModel) -> str:
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
+def cached_bytes(config: Any, item: int) -> int:
+    """Bytes of the keys and values of one token, with numbers of ``item`` bytes, by the configuration; a layer's twice,
+    as it is copied when it grows."""
+    config = config.get_text_config()
+    heads = _number(config, "num_attention_heads", 1)
+    width = _number(config, "head_dim", config.hidden_size // heads) * _number(config, "num_key_value_heads", heads)
+    return int(2 * width * item * (config.num_hidden_layers + 1))
+
+
+def _number(config: Any, name: str, default: int) -> int:
+    """A field of the configuration; ``default`` where it has none, or one for each layer."""
+    try:
+        value = getattr(config, name, None)
+    except RuntimeError:  # transformers refuses to read it where layers differ
+        return default
+    return value if isinstance(value, int) else default
+
+
 _NAME = "sdpa"
 
 

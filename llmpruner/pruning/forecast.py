@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import psutil
 import torch
 
+from ..calibration.written import passages_at_once
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.memory import LayerSample, gram_operations, sample_layer
 from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import PREDICTED
 from ..errors import SettingsError
+from ..models.generation import cached_bytes
 from ..models.model import Model
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
@@ -149,20 +151,21 @@ class _Forecaster:
         return Forecast(streamed, self.base + always + peak, files, seconds if timed else None)
 
     def _decoded(self) -> int:
-        """Decoding steps of the text that the model writes, 64 passages at a time. Each step reads all weights."""
+        """Decoding steps of the text that the model writes, each of which reads all weights."""
         text = self.job.calibration
+        if text is None or not text.text.writes:
+            return 0
         passage = min(64, self.length)
-        return 0 if text is None or not text.text.writes else -(-self.tokens // (64 * passage)) * passage
+        return -(-self.tokens // (passages_at_once(self.config, passage, self.item) * passage)) * passage
 
     def _written(self) -> _Stage:
         """Reading or writing calibration text."""
         steps, passage = self._decoded(), min(64, self.length)
         if not steps:
             return _Stage(self.tokens * 64)
-        rows = min(64, -(-self.tokens // passage))
-        heads = self._number("num_attention_heads", 1)
-        width = self._number("head_dim", self.hidden // heads) * self._number("num_key_value_heads", heads)
-        cache = rows * passage * width * (self.item + self.product) * (self.graph.num_layers + 1)
+        rows = min(passages_at_once(self.config, passage, self.item), -(-self.tokens // passage))
+        # With autocast, keys are in the model's dtype and values in that of products.
+        cache = rows * passage * (cached_bytes(self.config, self.item) + cached_bytes(self.config, self.product)) // 2
         logits = rows * self.vocabulary * F32
         memory = cache + 4 * logits + self.sample.forward_bytes * rows + self.tokens * 64
         return _Stage(round(memory), 0, steps * (self.sample.few_seconds + self._head(rows) + 7 * logits / COPY))
@@ -246,14 +249,6 @@ class _Forecaster:
 
     def _head(self, tokens: float) -> float:
         return 2 * tokens * self.hidden * self.vocabulary / self.sample.rate
-
-    def _number(self, name: str, default: int) -> int:
-        """A field of the configuration; ``default`` where it has none, or one for each layer."""
-        try:
-            value = getattr(self.config, name, None)
-        except RuntimeError:  # transformers refuses to read it where layers differ
-            return default
-        return value if isinstance(value, int) else default
 
     def _guess(self) -> LayerSample:
         """Of a layer that is not run, by its hidden and its widest size."""

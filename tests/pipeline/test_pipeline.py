@@ -77,7 +77,7 @@ def test_a_plan_records_the_settings_that_it_replays_with(gqa):
     values = json.loads(made.to_json())
     assert values["estimation"]["settings"] == {"variant": "element1"}
     assert values["selection"]["allocation"] == "uniform"
-    written = {"self": {"passage": 64, "batch": 64}}
+    written = {"self": {"passage": 64}}
     assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
     recorded = {name: values["compensation"][name] for name in ("name", "settings", "calibration", "samples", "length")}
     assert recorded == {
