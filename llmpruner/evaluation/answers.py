@@ -102,7 +102,7 @@ class GivenAnswersMetric(Metric):
         limit: int | None = Field(None, ge=1, description="Number of examples, from the start; all by default.")
         cutoff: int = Field(1024, ge=2, description="Tokens of an example that are used, from its start.")
         kl: bool = Field(False, description="Also the KL divergence from the first model (both models are in memory).")
-        autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
+        autocast: bool = Field(False, description="Compute in bfloat16 under autocast where that is faster (rounds).")
 
     settings: Settings
 

@@ -111,7 +111,7 @@ class PerplexityMetric(Metric):
             "probable prediction (both models are in memory).",
         )
         batch_size: int = Field(4, ge=1, description="Windows per batch.")
-        autocast: bool = Field(False, description="Compute in bfloat16 under autocast (faster, rounds).")
+        autocast: bool = Field(False, description="Compute in bfloat16 under autocast where that is faster (rounds).")
 
     settings: Settings
 

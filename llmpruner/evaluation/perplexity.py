@@ -13,7 +13,7 @@ from torch.nn import functional
 from ..calibration.windows import opening_tokens
 from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
-from ..models.numbers import autocast_to
+from ..models.numbers import autocast_to, multiplies_bfloat16_fast
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
 from ..models.trimmed import InTokens
 from ..progress import QUIET, Progress
@@ -57,7 +57,8 @@ class Scored:
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:
             check_one_head(reference, model)
-        self.model, self.reference, self._autocast = model, reference, autocast
+        self.model, self.reference = model, reference
+        self._autocast = autocast and multiplies_bfloat16_fast(model.device.type)
         self.nll = self.kl = 0.0
         self.tokens = self.compared = self.agreed = 0
 
@@ -130,7 +131,7 @@ def perplexity(
     what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
     Every other token but the first of its window is predicted from those before it in the window.
 
-    ``autocast``: compute in bfloat16; logits are converted to float32 in both cases. Raises `DataError` when the text
+    ``autocast``: compute in bfloat16 where that is faster; logits are converted to float32 in both cases. Raises `DataError` when the text
     has too few tokens, and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     scored = Scored(model, reference, autocast)
