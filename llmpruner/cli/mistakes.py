@@ -24,10 +24,10 @@ def check(command: str, values: Mapping[str, Any], settings: Sequence[Settings],
 
     models = values.get("models") or [model for model in (values.get("model"),) if model is not None]
     references = [resolve(str(model), catalog) for model in models]
-    output = values.get("output")
-    goes_on = len(settings) > 1 and output.with_name(output.name + ".pruning").is_dir()
-    if command in ("prune", "recover", "export") and not goes_on:
-        check_new_directory(output)
+    if command in ("prune", "recover", "export"):
+        output = values["output"]
+        if len(settings) == 1 or not output.with_name(output.name + ".pruning").is_dir():
+            check_new_directory(output)
     if command not in ("plan", *JOBS) or values.get("plan_file") is not None:
         return
     create, check_data = JOBS["prune" if command == "plan" else command]
@@ -50,7 +50,12 @@ class Command(TyperCommand):
             if type(error).__name__ != "NoSuchOption":  # its module depends on the version of typer
                 raise
             option = str(getattr(error, "option_name", ""))
-            model = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}.get(self.name or "")
+            models: dict[str, type[Settings]] = {
+                "plan": PruneSettings,
+                "prune": PruneSettings,
+                "recover": RecoverSettings,
+            }
+            model = models.get(self.name or "")
             field = option.lstrip("-").replace("-", "_")
             if model is not None and option_of(model, field)["advanced"]:
                 hint = f"; write {flag_of(model, field)}=…"
