@@ -17,7 +17,6 @@ import random
 import shutil
 import sys
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,7 @@ def drawn(tiny: bool) -> list[dict[str, Any]]:
 
 def trained(dense: str, options: dict[str, Any], folder: Path, start: float) -> dict[str, Any]:
     """What a training with ``options`` saves."""
-    output, began = folder / "recovered", time.monotonic()
+    output = folder / "recovered"
     shutil.rmtree(output, ignore_errors=True)
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     data = ("--data", str(folder / "rows.jsonl"), "--cutoff", "64", "--restart")
@@ -75,7 +74,7 @@ def trained(dense: str, options: dict[str, Any], folder: Path, start: float) -> 
     if code not in (0, 3):
         raise SystemExit(code)
     record = json.loads((output / "llmpruner.json").read_text())["recovery"][-1]
-    row = {"exit": code, "seconds": round(time.monotonic() - began, 1), "best_step": record["best_step"]}
+    row: dict[str, Any] = {"exit": code, "best_step": record["best_step"]}
     row["held_out"] = [[v["step"], round(v["loss"], 5), round(v["error"], 5)] for v in record["validation"]]
     same = code == 3 and options.get("dtype") != "bfloat16"
     return row | {"kl": start if same else divergence(dense, output, folder)}

@@ -63,15 +63,13 @@ def trained_tokens(batch: Batch) -> int:
 
 
 def by_length(batch: Batch) -> list[Batch]:
-    """The rows of a batch in parts, each padded by itself: rows of at most half the length of others are in a part
-    after theirs."""
+    """The rows of a batch in parts, each padded by itself, in which no row has half the length of another."""
     lengths = batch["attention_mask"].sum(1)
     parts: list[Batch] = []
     while len(lengths):
         longer = 2 * lengths > lengths.max()
-        part = {name: value[longer] for name, value in batch.items()}
-        used = part["attention_mask"].any(0)
-        parts.append({name: value[:, used] for name, value in part.items()})
+        used = batch["attention_mask"][longer].any(0)
+        parts.append({name: value[longer][:, used] for name, value in batch.items()})
         batch, lengths = {name: value[~longer] for name, value in batch.items()}, lengths[~longer]
     return parts
 

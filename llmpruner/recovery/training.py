@@ -4,9 +4,7 @@ Notable:
 - the loss of a step is a mean over its trained tokens, whatever the micro-batches and the number of processes;
 - weights of 16 bits are in float32 while they are trained;
 - the loss on ``job.validation`` is measured before the first step and up to ten times afterwards, with the weights as
-  they would be saved; the model ends with those of the lowest one, or of the start where none is lower by more than
-  the standard error of the difference;
-- checkpoints are written then, and after each third of the training;
+  they would be saved; the model ends with those of the lowest one, or of the start where none is clearly lower;
 - rows of a micro-batch that are much shorter than others are computed by themselves, without padding;
 - with ``minutes``, the learning rate follows the time that has passed, and the training stops at its end.
 """
@@ -133,8 +131,7 @@ def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[An
     than the distance of two numbers of bfloat16, and would be rounded away. After it they are rounded to their dtype.
 
     Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so. A
-    model in float16, whose range bfloat16 would replace by less precision, is in float32 as a whole. And the dtypes of
-    parameters that are in float32 meanwhile.
+    model in float16, whose range bfloat16 would replace by less precision, is in float32 as a whole. And former dtypes.
     """
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
     autocast = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
@@ -194,9 +191,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
     control: Any
 
-    def __init__(
-        self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, torch.dtype]
-    ) -> None:
+    def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
         self.job, self.loss, self.autocast, self.widened, self.ranks = job, loss, autocast, widened, Ranks.current()
         self.began, self.check_seconds = time.monotonic(), 0.0
         """When the training began, were it not interrupted; and how long the last validation took."""
@@ -340,8 +335,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
 def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
     """Of the mean change of a token's loss; ``changes``: of the sums over rows of ``counts`` tokens."""
-    tokens, rows = sum(counts), len(counts)
-    mean = sum(changes) / tokens
+    tokens, rows, mean = sum(counts), len(counts), sum(changes) / sum(counts)
     squares = sum((change - mean * count) ** 2 for change, count in zip(changes, counts, strict=True))
     return math.sqrt(squares * rows / max(rows - 1, 1)) / tokens
 
