@@ -131,8 +131,9 @@ def perplexity(
     what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
     Every other token but the first of its window is predicted from those before it in the window.
 
-    ``autocast``: compute in bfloat16 where that is faster; logits are converted to float32 in both cases. Raises `DataError` when the text
-    has too few tokens, and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
+    ``autocast``: compute in bfloat16 where that is faster; logits are converted to float32 in both cases. Raises
+    `DataError` when the text has too few tokens, and `ModelError` when predictions are NaN or over another vocabulary
+    than the reference's.
     """
     scored = Scored(model, reference, autocast)
     opening = opening_tokens(tokenizer, text)
