@@ -68,9 +68,10 @@ def verify(
     """
     from .. import api
 
-    result = api.verify_checkpoint(
-        directory, base=base, trust_remote_code=trust_remote_code, progress=RichProgress(), catalog=catalog_of(ctx)
-    )
+    with RichProgress() as progress:
+        result = api.verify_checkpoint(
+            directory, base=base, trust_remote_code=trust_remote_code, progress=progress, catalog=catalog_of(ctx)
+        )
     if as_json:
         print_json(result.as_json())
     else:

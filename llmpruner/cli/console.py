@@ -37,7 +37,7 @@ out = _console(sys.stdout)
 err = _console(sys.stderr, stderr=True)
 
 _LINE_EVERY = 60.0
-"""Seconds between two lines about a bar where standard error is not a terminal."""
+"""Seconds between two lines about what goes on where standard error is not a terminal."""
 
 
 class _Lines(logging.Handler):
@@ -118,10 +118,11 @@ def sizes_text(output: Path, checkpoint: Path) -> str:
 
 
 class RichProgress(Progress):
-    """Bars and notes on standard error; where that is no terminal, a line a minute instead, while in a ``with``."""
+    """Bars and notes on standard error; where that is no terminal, a line a minute instead of a bar, while in a
+    ``with``."""
 
     def __init__(self) -> None:
-        self._label, self._said, self._ended = "", time.monotonic(), threading.Event()
+        self._label, self._ended = "", threading.Event()
 
     def __enter__(self) -> RichProgress:
         if not err.is_terminal:
@@ -132,14 +133,9 @@ class RichProgress(Progress):
         self._ended.set()
 
     def _repeat(self) -> None:
-        """Say what goes on in stages that report nothing."""
-        while not self._ended.wait(1):
-            if time.monotonic() - self._said >= _LINE_EVERY:
-                self._say(f"still {self._label}")
-
-    def _say(self, line: str) -> None:
-        self._said = time.monotonic()
-        note(line)
+        while not self._ended.wait(_LINE_EVERY):
+            if self._label:
+                note(self._label)
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
@@ -152,14 +148,12 @@ class RichProgress(Progress):
         began = time.monotonic()
 
         def line(share: float, now: str) -> None:
-            self._label = now
-            if time.monotonic() - self._said >= _LINE_EVERY:
-                spent = time.monotonic() - began
-                left = f", {timedelta(seconds=round(spent * (1 - share) / share))} left" if share else ""
-                self._say(f"{now}, {share:.0%} done{left}")
+            left = timedelta(seconds=round((time.monotonic() - began) * (1 - share) / share)) if share else None
+            self._label = f"{now}, {share:.0%} done" + (f", {left} left" if share else "")
 
         yield line
+        self._label = f"{label}, done"
 
     def status(self, label: str) -> None:
         self._label = label
-        self._say(label)
+        note(label)

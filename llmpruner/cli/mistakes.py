@@ -7,17 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 from typer.core import TyperCommand
 
+from ..calibration.documents import PYDOC, check_source, parse_mixture
 from ..errors import SettingsError, near, not_pruned
 from ..files import check_new_directory
 from ..models.record import read_record
 from ..models.reference import resolve
-from ..settings import PruneSettings, RecoverSettings, Settings, flag_of, option_of
+from ..settings import PruneSettings, RecoverSettings, flag_of, option_of
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 
-def check(command: str, values: Mapping[str, Any], settings: Sequence[Settings], catalog: Catalog) -> None:
+def check(command: str, values: Mapping[str, Any], settings: Sequence[Any], catalog: Catalog) -> None:
     """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters.
     ``settings``: several for several ratios."""
     from ..recipes.recipe import JOBS
@@ -32,8 +33,11 @@ def check(command: str, values: Mapping[str, Any], settings: Sequence[Settings],
         return
     create, check_data = JOBS["prune" if command == "plan" else command]
     job, *_ = [create(each, catalog) for each in settings]
-    # Other metrics may need torch for that.
-    check_data(job if command != "evaluate" else [metric for metric in job if metric.name == "perplexity"])
+    if command == "evaluate":  # whose metrics read all of their data
+        for part in parse_mixture(settings[0].perplexity or PYDOC):
+            check_source(part.source)
+    else:
+        check_data(job)
     if command == "recover":
         folder = references[0].directory
         if job.reads_dense and (folder / "config.json").is_file() and read_record(folder) is None:

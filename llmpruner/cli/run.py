@@ -139,7 +139,8 @@ def demo(
     check_new_directory(output)
     catalog = catalog_of(ctx)
     recipe = Recipe.read(DEMO, catalog).with_values({"prune.ratio": ratio, "prune.seed": seed})
-    api.run(recipe, output=output, on_step=show_step, progress=RichProgress(), catalog=catalog)
+    with RichProgress() as progress:
+        api.run(recipe, output=output, on_step=show_step, progress=progress, catalog=catalog)
     write_next_to(output, catalog, say=True)
     last = [step.name for step in recipe.steps if step.command in ("prune", "recover")][-1]
     out.print(f"Try it: llmpruner generate {escape(str(output / last))} --chat --prompt …", highlight=False)

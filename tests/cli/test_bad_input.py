@@ -92,6 +92,7 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "bench: runtime": (("bench", DENSE, "--runtime", "transformer"), "'transformer'; did you mean transformers"),
     "bench: batch": (("bench", DENSE, "--batch", "1,x"), "--batch.1 'x': input should be a valid integer"),
     "an empty prompt": (("generate", DENSE, "-p", ""), "the prompt is empty"),
+    "evaluation: a model": (("evaluate", DENSE, "--perplexity", f"pydoc,{DENSE}"), "dense: a folder or a model"),
     "evaluation: short text": (
         ("evaluate", DENSE, "--perplexity", "{models}/text.txt", "--set", "perplexity.tokens=1000000"),
         "the text has 2,080 tokens, fewer than the 1,000,000 asked for",
