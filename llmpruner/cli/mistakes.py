@@ -12,10 +12,14 @@ from ..errors import SettingsError, near, not_pruned
 from ..files import check_new_directory
 from ..models.record import read_record
 from ..models.reference import resolve
-from ..settings import PruneSettings, RecoverSettings, flag_of, option_of
+from ..settings import PruneSettings, RecoverSettings, Settings, flag_of, option_of
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
+
+
+_GROUPS: dict[str, type[Settings]] = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}
+"""The settings of commands that have some without an option."""
 
 
 def check(command: str, values: Mapping[str, Any], settings: Sequence[Any], catalog: Catalog) -> None:
@@ -54,12 +58,7 @@ class Command(TyperCommand):
             if type(error).__name__ != "NoSuchOption":  # its module depends on the version of typer
                 raise
             option = str(getattr(error, "option_name", ""))
-            models: dict[str, type[Settings]] = {
-                "plan": PruneSettings,
-                "prune": PruneSettings,
-                "recover": RecoverSettings,
-            }
-            model = models.get(self.name or "")
+            model = _GROUPS.get(self.name or "")
             field = option.lstrip("-").replace("-", "_")
             if model is not None and option_of(model, field)["advanced"]:
                 hint = f"; write {flag_of(model, field)}=…"
