@@ -118,7 +118,7 @@ def answered(
 def passages_at_once(config: Any, tokens: int, item: int) -> int:
     """How many passages of ``tokens`` are generated at once: 256, as every step reads all weights; fewer, but at least
     64, where their keys and values of ``item`` bytes, and four copies of their logits, would need more than 1 GiB."""
-    each = tokens * cached_bytes(config, item) + 16 * config.get_text_config().vocab_size
+    each = tokens * cached_bytes(config, item) + 16 * int(config.get_text_config().vocab_size)
     return max(64, min(256, (1 << 30) // each))
 
 

@@ -10,7 +10,7 @@ from itertools import pairwise, product
 import pytest
 import tiny_models
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, UnsupportedModelError
@@ -84,12 +84,18 @@ def test_written_samples_are_made_of_passages(gqa, length, starts):
 
 
 def test_the_number_of_passages_at_once_changes_nothing(gqa):
-    def sampled(**settings):
-        text = parse_calibration("self", SOURCES, {"self": settings})
-        return text.sample(gqa.model, None, samples=5, length=24, seed=3).input_ids
+    def sampled(batch=None):
+        return written.self_generated(gqa.model, None, 5, 24, 3, passage=8, batch=batch)
 
-    assert torch.equal(sampled(passage=8, batch=2), sampled(passage=8))
-    assert torch.equal(sampled(passage=64, batch=128), sampled())
+    assert torch.equal(sampled(2), sampled())
+
+
+def test_more_passages_are_written_at_once_where_memory_allows():
+    small = LlamaConfig(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, vocab_size=100)
+    large = LlamaConfig(num_hidden_layers=32, hidden_size=4096, num_attention_heads=32, vocab_size=128_000)
+    between = LlamaConfig(num_hidden_layers=24, hidden_size=2048, num_attention_heads=16, num_key_value_heads=8)
+    assert [written.passages_at_once(each, 64, 2) for each in (small, large)] == [256, 64]
+    assert 64 < written.passages_at_once(between, 64, 4) < 256
 
 
 def test_written_samples_begin_as_text_in_use_does(gqa):
