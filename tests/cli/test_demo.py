@@ -16,8 +16,10 @@ from llmpruner.recipes.named import DemoRecipe
 def small(monkeypatch, dense, tmp_path):
     recipe = yaml.safe_load(DemoRecipe().text())
     recipe["model"] = str(dense)
-    recipe["steps"][0]["prune"]["samples"] = 4
-    recipe["steps"][1]["recover"].update(max_steps=2, cutoff=512)
+    steps = recipe["steps"]
+    steps[0]["prune"].update(samples=4, settings={"vocabulary": {"tokens": 280}})
+    steps[1]["prune"]["samples"] = 4
+    steps[2]["recover"].update(max_steps=2, cutoff=512)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(commands, "DEMO", str(tmp_path / "small.yaml"))
     return dense
@@ -29,18 +31,19 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
     assert shown.code == 0, shown.err
     assert {"pruned", "recovered"} < {path.name for path in (tmp_path / "demo").iterdir()}
     record = json.loads((tmp_path / "demo" / "recovered" / "llmpruner.json").read_text())
-    (plan,) = record["plans"]
+    tokens, plan = record["plans"]
+    assert set(tokens["cuts"]) == {"vocabulary"}
     assert plan["compensation"]["name"] == "refit" and plan["seed"] == 3 and plan["target"]["amount"] == 0.3
     assert len(record["recovery"][0]["losses"]) == 2
     header = next(line for line in shown.out.splitlines() if "┃" in line and "dense" in line).split()
     assert [word for word in header if word.isalpha()] == ["dense", "pruned", "recovered"]
-    titles = ["Units kept", "“Give three", "Prefill", "Decoding", "Try it"]
+    titles = ["Units kept", "“What is the", "“Why do we", "“Give three", "Prefill", "Decoding", "Next, with"]
     places = [shown.out.index(title) for title in titles]
     assert places == sorted(places)
     page = (tmp_path / "demo" / "report.html").read_text(encoding="utf-8")
     sentence = next(line for line in shown.out.splitlines() if "of the decoder's parameters are gone" in line)
-    assert sentence in unescape(page) and "perplexity on pydoc went from" in sentence
+    assert sentence in unescape(page) and "perplexity on pydoc (per token of the dense model) went from" in sentence
     for title in ("Quality", "Answers", "Cost", "What was cut", "Recovery"):
         assert f">{title}</h2>" in page
-    assert "Calibration text: 3*self,1*chat:instructions.jsonl." in page
+    assert "3*self,1*chat:instructions.jsonl." in page
     assert run("generate", tmp_path / "demo" / "pruned", "-p", "The fox", "--max-new-tokens", 2).code == 0
