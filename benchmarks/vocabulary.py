@@ -33,16 +33,16 @@ MODELS: dict[str, Callable[[], str]] = {
 TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (98304, 65536, 50688)}
 SAMPLES = ("--samples", "1024", "--set", "prune.length=512")
 FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "fast")
-BYTES = 24_000
+BYTES = {"SmolLM2-135M": 24_000, "Qwen2.5-Coder-0.5B": 12_000}
 """Of each text that is measured."""
 
 
 def main() -> None:
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
-        texts, counted = measured_texts(Path(folder)), counted_text(Path(folder))
+        counted = counted_text(Path(folder))
         for name in sys.argv[1:] or MODELS:
-            model = str(MODELS[name]())
+            model, texts = str(MODELS[name]()), measured_texts(Path(folder), BYTES[name])
             rows = results.setdefault(name, {"machine": machine()})
             for row, options in options_of(name).items():
                 if row not in rows:
@@ -84,7 +84,7 @@ def measured(
     return {**cut, "bits_per_byte": {name: by_file[str(path)]["bits_per_byte"] for name, path in texts.items()}}
 
 
-def measured_texts(folder: Path) -> dict[str, Path]:
+def measured_texts(folder: Path, size: int) -> dict[str, Path]:
     data = data_folder()
     texts = {
         "WikiText-2": "\n\n".join(fields(data / "wikitext2_raw_test.jsonl", "page")),
@@ -95,7 +95,7 @@ def measured_texts(folder: Path) -> dict[str, Path]:
     }
     for name, text in texts.items():
         path = folder / f"{name}.txt"
-        path.write_text(text.encode()[:BYTES].decode(errors="ignore"), encoding="utf-8")
+        path.write_text(text.encode()[:size].decode(errors="ignore"), encoding="utf-8")
         texts[name] = path
     return texts
 
