@@ -193,7 +193,7 @@ MISSING = {
     "a/b/c": "no such file",
     "two words": "no such file",
     "": "the source of data: no such file",
-    ".": "no such file",
+    ".": "a folder or a model, and no text",
     "/dev/null": "no such file",
 }
 
