@@ -30,7 +30,7 @@ MODELS: dict[str, Callable[[], str]] = {
     "SmolLM2-135M": lambda: "demo",
     "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
 }
-TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (98304, 65536, 50688)}
+TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (65536, 50688, 98304)}
 SAMPLES = ("--samples", "1024", "--set", "prune.length=512")
 FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "fast")
 BYTES = {"SmolLM2-135M": 24_000, "Qwen2.5-Coder-0.5B": 12_000}

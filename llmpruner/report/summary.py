@@ -88,7 +88,7 @@ def sentence(subject: ReportSubject) -> str:
     parameters, weights = pairs["parameters"], pairs["weights"]
     won = [
         f"{1 - weights.ratio:.1%} of the weights are gone ({bytes_text(weights.dense)} → {bytes_text(weights.pruned)})"
-        if parameters.ratio == 1
+        if weights.ratio < parameters.ratio  # where tokens went
         else f"{1 - parameters.ratio:.1%} of the decoder's parameters are gone ({count_text(parameters.dense)} → "
         f"{count_text(parameters.pruned)}; all weights {bytes_text(weights.dense)} → {bytes_text(weights.pruned)})"
     ]
