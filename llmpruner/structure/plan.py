@@ -359,7 +359,7 @@ class Quality:
 
     def __str__(self) -> str:
         figures = (
-            f"KL {self.kl_per_token:.3f} from before the cut, {self.top1_agreement:.0%} of likeliest tokens the same"
+            f"KL {self.kl_per_token:.3f} from the uncut model, {self.top1_agreement:.0%} of its top predictions kept"
         )
         return f"{figures} ({self.tokens:,} tokens that nothing was fitted to)"
 
