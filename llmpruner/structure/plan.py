@@ -358,10 +358,9 @@ class Quality:
     tokens: int
 
     def __str__(self) -> str:
-        figures = (
-            f"KL {self.kl_per_token:.3f} from the uncut model, {self.top1_agreement:.0%} of its top predictions kept"
-        )
-        return f"{figures} ({self.tokens:,} tokens that nothing was fitted to)"
+        kept = f"{self.top1_agreement:.0%} of its top predictions kept"
+        where = f"({self.tokens:,} tokens that nothing was fitted to)"
+        return f"KL {self.kl_per_token:.3f} from the uncut model, {kept} {where}"
 
 
 @dataclass(frozen=True)
