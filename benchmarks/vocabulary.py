@@ -30,7 +30,9 @@ MODELS: dict[str, Callable[[], str]] = {
     "SmolLM2-135M": lambda: "demo",
     "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
 }
-TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (65536, 50688, 98304)}
+TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (65536, 50688)}
+LATIN = {"Qwen2.5-Coder-0.5B": 98304}
+"""Tokens that stay where those of other scripts go first."""
 SAMPLES = ("--samples", "1024", "--set", "prune.length=512")
 FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "fast")
 BYTES = {"SmolLM2-135M": 24_000, "Qwen2.5-Coder-0.5B": 12_000}
@@ -55,8 +57,11 @@ def main() -> None:
 def options_of(model: str) -> dict[str, tuple[str, ...]]:
     """Row → how the model is pruned; "dense" is not."""
     rows: dict[str, tuple[str, ...]] = {"dense": ()}
+    fewer = ("--kinds", "vocabulary", *SAMPLES, "--set")
+    if tokens := LATIN.get(model):
+        rows[f"{tokens:,} tokens, Latin"] = (*fewer, f"vocabulary.tokens={tokens}", "--set", "vocabulary.scripts=latin")
     for tokens in TOKENS[model]:
-        rows[f"{tokens:,} tokens"] = ("--kinds", "vocabulary", "--set", f"vocabulary.tokens={tokens}", *SAMPLES)
+        rows[f"{tokens:,} tokens"] = (*fewer, f"vocabulary.tokens={tokens}")
     return rows | {f"a fifth fewer bytes: {k}": ("--kinds", k, *FIFTH) for k in ("mlp", "mlp,vocabulary")}
 
 
@@ -123,8 +128,8 @@ def table(results: dict[str, Any]) -> str:
     lines = [f"| model | | tokens | parameters gone | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for model, rows in results.items():
         dense = rows["dense"]["bits_per_byte"]
-        for row, values in rows.items():
-            if row == "machine":
+        for row in options_of(model):
+            if (values := rows.get(row)) is None:
                 continue
             gone = f"{values['gone']:.1%}" if "gone" in values else ""
             bits = values["bits_per_byte"]
