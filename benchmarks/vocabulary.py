@@ -36,7 +36,7 @@ LATIN = {"Qwen2.5-Coder-0.5B": 98304}
 SAMPLES = ("--samples", "1024", "--set", "prune.length=512")
 FIFTH = ("--ratio", "0.2", "--budget", "bytes", "--method", "fast")
 BYTES = {"SmolLM2-135M": 24_000, "Qwen2.5-Coder-0.5B": 12_000}
-"""Of each text that is measured."""
+"""Of each text that is measured; the larger model reads half as much, as it takes four times as long."""
 
 
 def main() -> None:
