@@ -1,12 +1,13 @@
-"""Quality for size: model × method × shape × ratio × calibration text on real models, without training.
+"""Quality for size: real models pruned by this project's methods and by those of other papers.
 
-    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--only TEXT …] [--models demo]
+    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--models demo] [--only TEXT …]
     python -m benchmarks.quality --render
 
 Every row is one `llmpruner prune` in a process of its own, then perplexity, and the divergence from the dense model, on
 texts that no calibration has seen: WikiText-2's test part, documents of C4, answers to instructions in the model's chat
-format and as plain text, and code. Rows are kept in ``results/quality.jsonl``, so that an interrupted run goes on where
-it stopped. The tables of ``docs/quality.md`` and the README are made of them (``--render``: nothing is measured).
+format and as plain text, and code; and what the model answers to 40 instructions. Rows are kept in
+``results/quality.jsonl`` with their commit, so that an interrupted run goes on where it stopped. The tables of
+``docs/quality.md`` and the README are made of them (``--render``: nothing is measured).
 """
 
 from __future__ import annotations
@@ -14,15 +15,17 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from . import real_models
-from .measure import TOKENS, WINDOW, as_json, data_folder, instructions, machine, run
+from .measure import WINDOW, as_json, data_folder, instructions, machine, run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
@@ -32,10 +35,12 @@ MODELS: dict[str, Callable[[], str]] = {
     "SmolLM2-135M-Instruct": lambda: "demo",
     "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
 }
-CALIBRATION = {"self-written": "self", "C4": "{c4}", "WikiText-2": "{wikitext}", "C4 and self-written": "{c4},self"}
+CALIBRATION = {"self-written": "self", "C4": "{c4}"}
 _SAMPLES = ("--samples", "64", "--set", "prune.length=512")
 METHODS = {
     "best": ("--method", "best"),
+    "best, recovered": ("--method", "best"),
+    "best, with tokens": ("--method", "best", "--kinds", "mlp,vocabulary", "--budget", "bytes"),
     "fast": ("--method", "fast"),
     "llm-pruner": ("--method", "llm-pruner"),
     "best by energy": ("--method", "best", "--importance", "energy"),
@@ -44,6 +49,10 @@ METHODS = {
     "ShortGPT": ("--importance", "block-influence", "--kinds", "layer", "--set", "prune.layers=all", *_SAMPLES),
 }
 """The last three are our implementations of the criteria of other papers, with what goes with them there."""
+DECODER = {"SmolLM2-135M-Instruct": 0.79, "Qwen2.5-Coder-0.5B-Instruct": 0.57}
+"""Share of a model's bytes in the decoder: with tokens, as many bytes go as without."""
+RECOVERED = {"best, recovered": ("--minutes", "15")}
+"""Method → options of `llmpruner recover` for the pruned model."""
 COLUMNS = {
     "WikiText-2": "WikiText-2",
     "C4": "C4",
@@ -52,6 +61,25 @@ COLUMNS = {
     "code": "code",
 }
 """Text → the heading of its column."""
+HEADS = ("method", "shape", "calibrated on", "decoder", "bytes", "repeat", "cut off", "minutes", "GiB")
+ABOUT = f"""# Quality for size
+
+<!-- Written by benchmarks/quality.py; do not edit. -->
+
+Each text has its perplexity and, in parentheses, the mean divergence (KL) from the dense model per token, in nats: the
+first tokens in windows of {WINDOW}. No model was calibrated or trained on them: WikiText-2's test part, documents of
+C4, answers to instructions (after the instruction in the model's chat format, and as plain text), and modules of
+Python's standard library.
+
+- *Uniform*: every layer has one width; *free*: the layers of both ends stay whole.
+- *Decoder*, *bytes*: the share that is gone, of the decoder's parameters and of all bytes.
+- FLAP, Wanda-sp and ShortGPT are this project's implementations of those papers' criteria.
+- *Recovered*: after `llmpruner recover --minutes 15`. All other rows are without training.
+- *With tokens*: as many bytes less, of channels and of tokens that the calibration text does not need. Perplexity is
+  per token of the dense model.
+- *Repeat*, *cut off*: of the model's own answers to 40 instructions, those that repeat themselves, and those that do
+  not end within 128 tokens.
+- *Minutes*, *GiB*: of the commands, from start to end, and of their memory."""
 C4_JUDGED = slice(150, 200)
 """Documents of the C4 sample that are measured; no row is calibrated on them."""
 CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarfile", "typing")
@@ -73,36 +101,34 @@ class Row:
 
 def rows() -> Iterator[Row]:
     demo, qwen = MODELS
-    yield Row(demo)
-    for ratio in (0.2, 0.1, 0.3, 0.5):
-        yield Row(demo, "best", ratio, "uniform", "self-written")
-    for method in ("fast", "llm-pruner", "best by energy"):
-        yield Row(demo, method, 0.2, "uniform", "self-written")
-    for shape, text in (("uniform", "C4 and self-written"), ("uniform", "WikiText-2"), ("free", "WikiText-2")):
-        yield Row(demo, "best", 0.2, shape, text)
-    yield Row(qwen)
-    for ratio in (0.2, 0.3):
-        for method, shape in (("best", "uniform"), ("best by energy", "uniform"), ("best", "free")):
-            yield Row(qwen, method, ratio, shape, "C4", samples=64)
-        for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
-            yield Row(qwen, method, ratio, shape, "C4")
+    for model, samples in ((demo, 0), (qwen, 64)):
+        yield Row(model)
+        for ratio in (0.2, 0.1, 0.3):
+            for method, shape in (("best", "uniform"), ("best, recovered", "uniform"), ("best", "free")):
+                yield Row(model, method, ratio, shape, "self-written")
+            yield Row(model, "fast", ratio, "uniform", "self-written")
+            for method, shape in (("best", "uniform"), ("best by energy", "uniform"), ("best", "free")):
+                yield Row(model, method, ratio, shape, "C4", samples)
+            for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
+                yield Row(model, method, ratio, shape, "C4")
+            yield Row(model, "best, with tokens", ratio, "uniform", "self-written")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--only", nargs="*", default=[""], help="measure only the rows that hold one of these words")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="of each text; fewer answers in the same proportion")
+    parser.add_argument("--tokens", type=int, default=4096, help="of each text; fewer answers in the same proportion")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
-    for row in rows() if not options.render else ():
-        done = read()
-        if row in done or row.model not in options.models or not any(word in str(row) for word in options.only):
-            continue
-        with tempfile.TemporaryDirectory() as work:
+    with tempfile.TemporaryDirectory() as work:
+        for row in rows() if not options.render else ():
+            done = read()
+            if row in done or row.model not in options.models or not any(word in str(row) for word in options.only):
+                continue
             done[row] = measure(row, data_folder(), Path(work), options.tokens)
-        RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
-        print(row, as_json(done[row]), flush=True)
+            RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
+            print(row, as_json(done[row]), flush=True)
     PAGE.write_text(page(read()), encoding="utf-8")
     before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
     README.write_text(f"{before}{BEGIN}\n{overview(read())}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
@@ -115,29 +141,51 @@ def read() -> dict[Row, dict[str, Any]]:
 
 def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
     dense = model = MODELS[row.model]()
-    found: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine()}
+    found: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine(), "commit": version()}
     if row.method != "dense":
-        model = str(work / "pruned")
-        found |= prune(row, dense, data, work, model)
-    return found | {"texts": measured_on(dense, model, data, work, tokens)}
+        model, took = prune(dense, options_of(row, data, work), work)
+        found |= took
+    if row.method in RECOVERED:
+        pruned, model = model, str(Path(tempfile.mkdtemp(dir=work)) / "recovered")
+        done = run("recover", pruned, *RECOVERED[row.method], "--dtype", "float32", "-o", model)
+        found["seconds"] += done["seconds"]
+        found["peak_mib"] = max(found["peak_mib"], done["peak_mib"])
+    return found | measured_on(row, dense, model, data, work, tokens)
 
 
-def prune(row: Row, dense: str, data: Path, work: Path, output: str) -> dict[str, Any]:
-    """Write the pruned model of a row; its size, time and memory."""
-    files = {"wikitext": data / "wikitext2_unk_validation.jsonl", "c4": work / "c4.jsonl"}
+def version() -> str:
+    """The last commit that changed the program."""
+    command = ["git", "-C", str(ROOT), "log", "-1", "--format=%h", "--", "llmpruner", "plugins"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def options_of(row: Row, data: Path, work: Path) -> tuple[str, ...]:
+    """Of `llmpruner prune`."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
     judged = set(range(len(documents))[C4_JUDGED])
-    files["c4"].write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
-    options = [*METHODS[row.method], "--ratio", str(row.ratio), "--calibration", CALIBRATION[row.text].format(**files)]
+    c4 = work / "c4.jsonl"
+    c4.write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
+    ratio = row.ratio * (DECODER[row.model] if "tokens" in row.method else 1)
+    options = [*METHODS[row.method], "--ratio", f"{ratio:.4g}", "--calibration", CALIBRATION[row.text].format(c4=c4)]
     options += ["--shape", row.shape] if row.shape else []
     options += ["--samples", str(row.samples)] if row.samples else []
+    return tuple(options)
+
+
+@cache
+def prune(dense: str, options: tuple[str, ...], work: Path) -> tuple[str, dict[str, Any]]:
+    """A pruned model, its size, and the time and memory that it took."""
+    output = str(Path(tempfile.mkdtemp(dir=work)) / "pruned")
     done = run("prune", dense, *options, "--dtype", "float32", "-o", output, "--json", timeout=7200)
     took = {key: done[key] for key in ("seconds", "cpu_seconds", "peak_mib")}
-    return {**took, "decoder_removed": json.loads(done["output"])["result"]["decoder_removed"]}
+    result = json.loads(done["output"])["result"]
+    gone = 1 - result["bytes_after"] / result["bytes_before"]
+    return output, {**took, "decoder_removed": result["decoder_removed"], "gone": gone}
 
 
-def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, dict[str, float]]:
-    """Text → perplexity, and the divergence from the dense model (0 for that itself), in nats per token."""
+def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, Any]:
+    """``texts``: text → perplexity, and the divergence from the dense model (0 for that itself), in nats per token;
+    and ``asked``, what the model answers to instructions."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()[C4_JUDGED]
     texts = {
         "WikiText-2": (data / "wikitext2_unk_test.txt").read_text(encoding="utf-8"),
@@ -153,17 +201,24 @@ def measured_on(dense: str, model: str, data: Path, work: Path, tokens: int) -> 
         "given-answers.data": data / "alpaca_gpt4_en_999.jsonl", "given-answers.limit": tokens // 100,
         "given-answers.autocast": True,
     }  # fmt: skip
-    models = (model,) if model == dense else (dense, model, "--kl", "--set", "given-answers.kl=true")
+    trimmed = model != dense and "tokens" in row.method
+    metrics = "answers" if trimmed else "given-answers,answers"
+    models = (model,) if model == dense else (dense, model, "--kl")
+    models += () if trimmed or model == dense else ("--set", "given-answers.kl=true")
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     report = work / "evaluation.json"
     run(
         "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
-        "--metrics", "given-answers", *options, "--json", str(report),
+        "--metrics", metrics, *options, "--json", str(report), timeout=7200,
     )  # fmt: skip
     found = json.loads(report.read_text())[-1]
     of_texts = {str(files["WikiText-2"]): found["perplexity"], **found["perplexity"]["others"]}
-    results = {name: of_texts[str(file)] for name, file in files.items()} | {"answers": found["given-answers"]}
-    return {name: {"perplexity": one["perplexity"], "kl": one["kl_per_token"] or 0.0} for name, one in results.items()}
+    results = {name: of_texts[str(file)] for name, file in files.items()}
+    if not trimmed:
+        results["answers"] = found["given-answers"]
+    kept = ("perplexity", "kl_per_token", "bits_per_byte")
+    asked = {name: found["answers"][name] for name in ("repeat_themselves", "cut_off", "first_tokens")}
+    return {"texts": {name: {key: one.get(key) for key in kept} for name, one in results.items()}, "asked": asked}
 
 
 def overview(done: dict[Row, dict[str, Any]]) -> str:
@@ -174,35 +229,42 @@ def overview(done: dict[Row, dict[str, Any]]) -> str:
 
 def page(done: dict[Row, dict[str, Any]]) -> str:
     """``docs/quality.md``"""
-    lines = [
-        "# Quality for size",
-        "",
-        "<!-- Written by benchmarks/quality.py; do not edit. -->",
-        "",
-        "Models after the cut, without training. Each text has its perplexity and, in parentheses, the mean divergence "
-        f"(KL) from the dense model per token, in nats: the first tokens in windows of {WINDOW}. None was used for "
-        "calibration: WikiText-2's test part, documents of C4, answers to instructions (after the instruction in the "
-        "model's chat format, and as plain text), and modules of Python's standard library. *Uniform*: every layer has "
-        "one width; *free*: the layers of both ends stay whole. FLAP, Wanda-sp and ShortGPT are this project's "
-        "implementations of those papers' criteria.",
-    ]
+    lines = [ABOUT]
     for model in MODELS:
         chosen = {row: entry for row, entry in done.items() if row.model == model}
         if chosen:
-            tokens = chosen[Row(model)]["tokens"]
-            lines += ["", f"## {model}", "", f"{tokens:,} tokens of each text.", "", *table(chosen)]
+            first = chosen[Row(model)]
+            made = " and ".join(sorted({entry["commit"] for entry in chosen.values()}))
+            lines += ["", f"## {model}", "", f"{first['tokens']:,} tokens of each text; commit {made}; "]
+            lines[-1] += f"{first['machine']['cpu']}, {first['machine']['cores']} cores."
+            lines += ["", *table(chosen)]
     return "\n".join([*lines, ""])
 
 
 def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
-    heads = ("method", "shape", "calibrated on", "removed", *COLUMNS.values())
+    heads = (*HEADS[:5], *COLUMNS.values(), *HEADS[5:])
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row, entry in sorted(done.items(), key=lambda item: (item[0].ratio, list(rows()).index(item[0]))):
-        texts = [entry["texts"][name] for name in COLUMNS]
-        cells = [f"{one['perplexity']:.2f}" + (f" ({one['kl']:.3f})" if one["kl"] else "") for one in texts]
-        about = [row.method, row.shape or "–", row.text or "–", f"{entry.get('decoder_removed', 0):.1%}"]
-        lines.append(f"| {' | '.join([*about, *cells])} |")
+    order = list(rows())
+    for row, entry in sorted(done.items(), key=lambda item: (item[0].ratio, order.index(item[0]))):
+        dense = done[Row(row.model)]["texts"]
+        cells = [row.method, row.shape or "–", row.text or "–"]
+        cells += [f"−{entry[name]:.1%}" if name in entry else "–" for name in ("decoder_removed", "gone")]
+        cells += [cell(entry["texts"].get(name), dense[name]) for name in COLUMNS]
+        asked = entry.get("asked")
+        cells += [f"{asked[name]:.0%}" if asked else "–" for name in ("repeat_themselves", "cut_off")]
+        took = (f"{entry['seconds'] / 60:.1f}", f"{entry['peak_mib'] / 1024:.1f}") if "seconds" in entry else ("–", "–")
+        lines.append(f"| {' | '.join([*cells, *took])} |")
     return lines
+
+
+def cell(one: dict[str, float] | None, dense: dict[str, float]) -> str:
+    """Perplexity, and KL in parentheses. Fewer tokens read a text in more pieces, so perplexity is what as many bits
+    per byte are in tokens of the dense model."""
+    if one is None:
+        return "–"
+    bits = one["bits_per_byte"]
+    value = one["perplexity"] if bits is None else dense["perplexity"] ** (bits / dense["bits_per_byte"])
+    return f"{value:.2f}" + (f" ({one['kl_per_token']:.3f})" if one["kl_per_token"] else "")
 
 
 if __name__ == "__main__":
