@@ -190,7 +190,7 @@ def prune_model(
     made, cost = select(model, job, text, execution)
     made.check(model.graph)
     with execution.stages.stage("quality"):
-        dense = execution.ranks.from_first(lambda: dense_predictions(model, made, job, text, execution))
+        dense = dense_predictions(model, made, job, text, execution)
     with model.changing("prune"):
         fits = compensate(model, made, job, text, execution)
         with execution.stages.stage("cut"):

@@ -120,10 +120,11 @@ def show_plan(made: PruningPlan, outcome: Outcome) -> None:
             note(f"{lost}, and their text becomes small pieces; --set vocabulary.scripts=… keeps scripts")
     _, before, after, _ = sums[made.target.budget]
     asked, got = made.target.amount, 1 - after / before
+    uniform = made.selection.shape == "uniform" and any(cut.layer is not None for cut in made.cuts.values())
     if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
-        layers = any(cut.layer is not None for cut in made.cuts.values())
-        shape = "uniform widths give" if made.selection.shape == "uniform" and layers else "whole units give"
-        note(f"asked for {asked:.1%}; {shape} {got:.1%}")
+        note(f"asked for {asked:.1%}; {'uniform widths' if uniform else 'whole units'} give {got:.1%}")
+    if uniform:
+        note("equal widths load everywhere; --shape free costs less quality, for transformers, vLLM and llama.cpp")
     # Formats with few bits refuse other widths; the dense model's are not.
     quantisable = [cut for cut in made.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
     if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):

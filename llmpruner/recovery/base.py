@@ -55,6 +55,11 @@ class RecoveryJob:
         return self.load_teacher().to(self.model.device).eval().requires_grad_(False)
 
 
+def helped(start: float, loss: float, error: float) -> bool:
+    """Whether a held-out ``loss`` is lower than the ``start``'s by more than the standard ``error`` of the difference."""
+    return loss + error < start
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """The result of a strategy."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingExtraError, OutputError, PluginError, SettingsError
 from ..files import write_text, writing
 from ..settings import RecoverSettings
-from .base import RecoveryJob, RecoveryStrategy, TrainingResult
+from .base import RecoveryJob, RecoveryStrategy, TrainingResult, helped
 from .data import TrainingData, check_data
 from .dense_text import dense_text_in
 
@@ -121,8 +121,8 @@ def train(
 
 
 def _best_step(validations: Sequence[Mapping[str, Any]]) -> int | None:
-    """After which the loss was lowest, and lower than the first by more than its error; else of the first."""
-    better = [each for each in validations if each["loss"] + each["error"] < validations[0]["loss"]]
+    """The step with the lowest loss that `helped`; without any, the first."""
+    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
     return min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
 
 

@@ -32,7 +32,7 @@ from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
-from .base import RecoveryJob
+from .base import RecoveryJob, helped
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         error = _standard_error([now - then for now, then in zip(sums, before, strict=True)], counts)
         self.log({"eval_loss": loss, "eval_error": error, **({} if history else {"eval_rows": sums})})
         self.check_seconds = time.monotonic() - began
-        metrics = {"eval_loss": loss, "eval_lower": loss if loss + error < start else math.inf}
+        metrics = {"eval_loss": loss, "eval_lower": loss if helped(start, loss, error) else math.inf}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
