@@ -6,8 +6,8 @@
 Every row is one `llmpruner prune` in a process of its own, then perplexity, and the divergence from the dense model, on
 texts that no calibration has seen: WikiText-2's test part, documents of C4, answers to instructions in the model's chat
 format and as plain text, and code; and what the model answers to 40 instructions. Rows are kept in
-``results/quality.jsonl`` with their commit, so that an interrupted run goes on where it stopped. The tables of
-``docs/quality.md`` and the README are made of them (``--render``: nothing is measured).
+``results/quality.jsonl`` with their commit, so that an interrupted run goes on where it stopped. Tables and picture
+of ``docs/quality.md`` and the README are made of them (``--render``: nothing is measured).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from . import real_models
@@ -29,8 +30,8 @@ from .measure import WINDOW, as_json, data_folder, instructions, machine, run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
-PAGE, README = ROOT / "docs" / "quality.md", ROOT / "README.md"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+PAGE = ROOT / "docs" / "quality.md"
+PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
 MODELS: dict[str, Callable[[], str]] = {
     "SmolLM2-135M-Instruct": lambda: "demo",
     "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
@@ -79,7 +80,9 @@ Python's standard library.
   per token of the dense model.
 - *Repeat*, *cut off*: of the model's own answers to 40 instructions, those that repeat themselves, and those that do
   not end within 128 tokens.
-- *Minutes*, *GiB*: of the commands, from start to end, and of their memory."""
+- *Minutes*, *GiB*: of the commands, from start to end, and of their memory.
+
+![Mean divergence from the dense model by method](pictures/quality.svg)"""
 C4_JUDGED = slice(150, 200)
 """Documents of the C4 sample that are measured; no row is calibrated on them."""
 CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarfile", "typing")
@@ -130,8 +133,7 @@ def main() -> None:
             RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
             print(row, as_json(done[row]), flush=True)
     PAGE.write_text(page(read()), encoding="utf-8")
-    before, _, rest = README.read_text(encoding="utf-8").partition(BEGIN)
-    README.write_text(f"{before}{BEGIN}\n{overview(read())}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    PICTURE.write_text(picture(read()), encoding="utf-8")
 
 
 def read() -> dict[Row, dict[str, Any]]:
@@ -221,10 +223,37 @@ def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens
     return {"texts": {name: {key: one.get(key) for key in kept} for name, one in results.items()}, "asked": asked}
 
 
-def overview(done: dict[Row, dict[str, Any]]) -> str:
-    """The README's table: the first model at 20 %."""
-    model = next(iter(MODELS))
-    return "\n".join(table({row: entry for row, entry in done.items() if row.model == model and row.ratio in (0, 0.2)}))
+def picture(done: dict[Row, dict[str, Any]]) -> str:
+    """The picture of README: the first model at 20 %, a bar for the mean divergence of each row that has all texts."""
+    means = {}
+    for row, entry in done.items():
+        if row.model == next(iter(MODELS)) and row.ratio == 0.2 and COLUMNS.keys() == entry["texts"].keys():
+            means[row] = fmean(one["kl_per_token"] for one in entry["texts"].values())
+    scale, height = 420 / max(means.values(), default=1), 92 + 30 * len(means)
+    title = "SmolLM2-135M without a fifth of its decoder"
+    measure = "Divergence (KL) from the dense model, nats per token, mean of five texts; shorter is better"
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760" height="{height}" role="img" '
+        'font-family="system-ui, sans-serif" font-size="15" fill="#222222">',
+        f"<title>{title}</title>",
+        f'<rect width="760" height="{height}" rx="8" fill="#fafaf8"/>',
+        f'<text x="24" y="34" font-size="17" font-weight="600">{title}</text>',
+        f'<text x="24" y="58" fill="#666666">{measure}</text>',
+    ]
+    for place, (row, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
+        y, width, own = 78 + 30 * place, mean * scale, row.method.partition(",")[0] in ("best", "fast")
+        parts += [
+            f'<text x="260" y="{y + 15}" text-anchor="end">{label(row, own)}</text>',
+            f'<rect x="272" y="{y}" width="{width:.0f}" height="20" rx="3" fill="{"#00798c" if own else "#b9b6ad"}"/>',
+            f'<text x="{280 + width:.0f}" y="{y + 15}">{mean:.2f}</text>',
+        ]
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def label(row: Row, own: bool) -> str:
+    names = {"best, recovered": "best, recovered in 15 minutes", "llm-pruner": "LLM-Pruner, as published"}
+    further = [", free widths"] if own and row.shape == "free" else []
+    return "".join([names.get(row.method, row.method), *further, *([", on C4"] if own and row.text == "C4" else [])])
 
 
 def page(done: dict[Row, dict[str, Any]]) -> str:
