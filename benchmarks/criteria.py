@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from .measure import as_json, machine
+from .measure import as_json, machine, write_table
 
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
 PAGE = Path(__file__).parents[1] / "docs" / "criteria-measured.md"
@@ -37,7 +37,7 @@ def main() -> None:
     if "--render" not in sys.argv:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(as_json(measure(_text())), encoding="utf-8")
-    render(json.loads(RESULTS.read_text(encoding="utf-8")))
+    write_table(PAGE, "criteria", table(json.loads(RESULTS.read_text(encoding="utf-8"))))
 
 
 def _text() -> bytes:
@@ -217,14 +217,6 @@ def table(results: Mapping[str, Any]) -> str:
         shown = ["" if c is None else f"{c['mean']:.2f} ± {c['spread']:.2f}" for c in cells]
         lines.append(f"| `{label}` | " + " | ".join(shown) + " |")
     return "\n".join(lines)
-
-
-def render(results: Mapping[str, Any]) -> None:
-    """Put the correlations into the page."""
-    begin, end = "<!-- results:begin -->", "<!-- results:end -->"
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(begin)
-    _, _, after = rest.partition(end)
-    PAGE.write_text(f"{before}{begin}\n{table(results)}\n{end}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

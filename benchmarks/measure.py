@@ -94,5 +94,16 @@ def processor() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count()}
 
 
+def marks(name: str) -> tuple[str, str]:
+    """Between which a page has the table of ``name``."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+def write_table(page: Path, name: str, table: str) -> None:
+    begin, end = marks(name)
+    before, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    page.write_text(f"{before}{begin}\n{table}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
+
+
 def as_json(value: Any) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"

@@ -16,11 +16,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from .measure import as_json, data_folder, machine, run
+from .measure import as_json, data_folder, machine, run, write_table
 
 RESULTS = Path(__file__).parent / "results" / "sizes.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "scale.md"
-BEGIN, END = "<!-- sizes:begin -->", "<!-- sizes:end -->"
 LIMITS = {"wide": "1GiB", "1b": "2GiB", "3b": "3GiB", "7b": "4GiB", "13b": "6GiB"}
 """Shapes of `benchmarks.shapes`, and ``--max-memory``."""
 TEXT = "wikitext2_unk_validation.jsonl"
@@ -33,8 +32,7 @@ def main() -> None:
         results[name] = {"machine": machine(), **pruned(name)}
         RESULTS.write_text(as_json(results))
         print(name, results[name]["seconds"], results[name]["peak_mib"])
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_table(PAGE, "sizes", table(results))
 
 
 def pruned(name: str) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any
 
 from . import real_models
-from .measure import as_json, data_folder, instructions, machine, run
+from .measure import as_json, data_folder, instructions, machine, run, write_table
 
 RESULTS = Path(__file__).parent / "results" / "vocabulary.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "vocabulary.md"
-BEGIN, END = "<!-- vocabulary:begin -->", "<!-- vocabulary:end -->"
 MODELS: dict[str, Callable[[], str]] = {
     "SmolLM2-135M": lambda: "demo",
     "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
@@ -50,8 +49,7 @@ def main() -> None:
                 if row not in rows:
                     rows[row] = measured(model, options, texts, counted, Path(folder))
                     RESULTS.write_text(as_json(results))
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}", encoding="utf-8")
+    write_table(PAGE, "vocabulary", table(results))
 
 
 def options_of(model: str) -> dict[str, tuple[str, ...]]:

@@ -56,7 +56,7 @@ class RecoveryJob:
 
 
 def helped(start: float, loss: float, error: float) -> bool:
-    """Whether a held-out ``loss`` is lower than the ``start``'s by more than the standard ``error`` of the difference."""
+    """Whether a held-out ``loss`` is lower than the ``start``'s by more than the ``error`` of the difference."""
     return loss + error < start
 
 

@@ -1,33 +1,20 @@
-"""Tables in README and docs are those that the benchmarks make of the committed results."""
+"""Tables in docs are those that the benchmarks make of the committed results."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from benchmarks import criteria, quality, sizes, support_matrix, vocabulary
-
-ROOT = Path(__file__).parents[2]
-TABLES = {
-    "docs/criteria-measured.md": (
-        criteria.BEGIN,
-        lambda: criteria.table(json.loads(criteria.RESULTS.read_text(encoding="utf-8"))),
-    ),
-    "docs/how-to/vocabulary.md": (
-        vocabulary.BEGIN,
-        lambda: vocabulary.table(json.loads(vocabulary.RESULTS.read_text(encoding="utf-8"))),
-    ),
-    "docs/how-to/scale.md": (sizes.BEGIN, lambda: sizes.table(json.loads(sizes.RESULTS.read_text(encoding="utf-8")))),
-}
+from benchmarks.measure import marks
 
 
-@pytest.mark.parametrize("page", TABLES)
-def test_a_page_shows_what_was_measured(page):
-    begin, table = TABLES[page]
-    text = (ROOT / page).read_text(encoding="utf-8")
-    assert text.partition(begin)[2].partition(begin.replace("begin", "end"))[0].strip() == table().strip()
+@pytest.mark.parametrize("name, module", [("criteria", criteria), ("vocabulary", vocabulary), ("sizes", sizes)])
+def test_a_page_shows_what_was_measured(name, module):
+    begin, end = marks(name)
+    table = module.table(json.loads(module.RESULTS.read_text(encoding="utf-8")))
+    assert module.PAGE.read_text(encoding="utf-8").partition(begin)[2].partition(end)[0].strip() == table
 
 
 def test_written_pages_are_those_of_the_results():
