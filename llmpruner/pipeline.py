@@ -2,14 +2,14 @@
 
 Settings become one frozen job (`pruning.job`), which says what is done; one `Execution` says how it runs: where weights
 come from, what is kept in memory, which processes share the work, and where results of finished steps are kept.
-Whatever can be refused is refused before weights are read. To read the code, begin with `prune`, then `prune_model`.
+Whatever can be refused is refused before weights are read. To read the code, begin with `prune_model`.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from .errors import DataError
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
-from .progress import QUIET
+from .progress import QUIET, Progress
 from .pruning.checks import check_job, check_tokens, identity
 from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
@@ -72,21 +72,11 @@ def prune(
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
-    # A run can go on only if it is known what its model was read from.
     journal = None
-    if not isinstance(structure, Model):
+    if not isinstance(structure, Model):  # of a model in memory, it is not known what it was read from
         folder = output.with_name(output.name + ".pruning")
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
-    told = opener.progress if shared is None else QUIET
-    with nullcontext() if journal is None else journal.running(told, anew=run.restart):
-        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
-        written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
-        ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
-        if journal is not None:
-            # The bytes of a result depend on it, and when a run goes on, more or less memory may be free.
-            earlier = journal.load("streamed")
-            expected = expected if earlier is None else replace(expected, streamed=earlier)
-            journal.store("streamed", expected.streamed)
+    with _running(output, journal, expected, ranks, QUIET if shared else opener.progress, anew=run.restart) as expected:
         model = opener.weights(structure, streamed=expected.streamed, scratch=output.resolve().parent)
         execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
         pruned = prune_model(model, job, execution, expected)
@@ -98,88 +88,6 @@ def prune(
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
 
 
-def prune_each(
-    source: str | Path | Structure,
-    sizes: Mapping[str, PruneSettings],
-    output: Path,
-    opener: Opener,
-    run: RunSettings,
-) -> list[Structure]:
-    """`prune` with each of several settings that differ in the ratio alone, into the folder of ``output`` that is their
-    key. Text and scores are made once. A run that goes on keeps the folders that are finished."""
-    ranks = Ranks.current()
-    opener = opener.of_ranks(ranks)
-    folder = output.with_name(output.name + ".pruning")
-    if run.restart or not folder.is_dir():
-        ranks.from_first(lambda: check_new_directory(output))
-    jobs = [job_of(each, opener.catalog) for each in sizes.values()]
-    structure = opener.structure(source)
-    for job in jobs:
-        check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    first = next(iter(sizes.values()))
-    journal = Journal(folder, {**identity(first, jobs[0], structure, opener), "sizes": list(sizes)}, ranks)
-    with journal.running(opener.progress, anew=run.restart):
-        if ranks.from_first(lambda: not journal.kept):
-            ranks.from_first(lambda: check_new_directory(output))
-            journal.store("sizes", list(sizes))  # by which finished folders are known as those of this run
-        ranks.from_first(lambda: output.mkdir(exist_ok=True))
-        try:
-            for name, each in sizes.items():
-                if ranks.from_first((output / name).exists):
-                    opener.progress.status(f"{output / name} is finished")
-                    continue
-                opener.progress.status(f"ratio {name}")
-                prune(structure, each, output / name, opener, run, each.given(), journal)
-        finally:
-            with suppress(OSError):  # unless nothing is in it
-                ranks.from_first(output.rmdir)
-    return [load_structure(str(output / name), opener.catalog) for name in sizes if (output / name).is_dir()]
-
-
-def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
-    """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
-    ranks = Ranks.current()
-    opener = opener.of_ranks(ranks)
-    job = job_of(settings, opener.catalog)
-    assert isinstance(job, PruneJob)
-    structure, expected = _settle(job, source, opener, run, ranks, saves=False)
-    ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
-    model = opener.weights(structure, streamed=expected.streamed)
-    execution = Execution(model.weights, ranks, None, opener.progress)
-    text = calibrate(model, job, execution)
-    made, cost = select(model, job, text, execution)
-    return made, replace(outcome_of(model, made, cost, text), forecast=expected.as_json())
-
-
-def _settle(
-    job: PruneJob | ReplayJob,
-    source: Source,
-    opener: Opener,
-    run: RunSettings,
-    ranks: Ranks,
-    *,
-    saves: bool,
-    in_memory: bool = False,
-) -> tuple[Structure, Forecast]:
-    """The structure of the model, against which the job is checked; and the forecast of the run, which is shown and
-    decides whether weights are read layer by layer."""
-    structure = opener.structure(source)
-    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    check_tokens(job, lambda: opener.tokenizer(structure))
-    expected = ranks.from_first(
-        lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
-    )
-    opener.progress.status(str(expected))
-    return structure, expected
-
-
-def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -> tuple[PruningPlan, Cost]:
-    """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
-    execution = execution or Execution(model.weights)
-    text = calibrate(model, job, execution)
-    return select(model, job, text, execution)
-
-
 def prune_model(
     model: Model, job: PruneJob | ReplayJob, execution: Execution | None = None, expected: Forecast | None = None
 ) -> Model:
@@ -189,18 +97,14 @@ def prune_model(
     text = calibrate(model, job, execution)
     made, cost = select(model, job, text, execution)
     made.check(model.graph)
-    with execution.stages.stage("quality"):
-        dense = dense_predictions(model, made, job, text, execution)
+    dense = dense_predictions(model, made, job, text, execution)
     with model.changing("prune"):
         fits = compensate(model, made, job, text, execution)
+        outcome = outcome_of(model, made, cost, text)
         with execution.stages.stage("cut"):
-            outcome = outcome_of(model, made, cost, text)
-            if expected is not None:
-                outcome = replace(outcome, forecast=expected.as_json())
             pruned = cut_model(model, made)
-        with execution.stages.stage("quality"):
-            quality = execution.ranks.from_first(lambda: None if dense is None else compared(dense, pruned))
-        outcome = replace(outcome, quality=quality)
+        ahead = None if expected is None else expected.as_json()
+        outcome = replace(outcome, forecast=ahead, quality=compared(dense, pruned, execution))
         work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
         work |= {name: asdict(value) for name in ("tokens", "quality") if (value := getattr(outcome, name)) is not None}
         return model.become(replace(pruned, work=(*model.work, work), outcome=outcome))
@@ -260,3 +164,102 @@ def compensate(
         return ()
     with execution.stages.stage("compensation"), torch.no_grad():
         return job.compensation.repair(RepairTask(model.model, model.graph, made.kept, text, execution))
+
+
+def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
+    """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
+    ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
+    job = job_of(settings, opener.catalog)
+    assert isinstance(job, PruneJob)
+    structure, expected = _settle(job, source, opener, run, ranks, saves=False)
+    ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
+    model = opener.weights(structure, streamed=expected.streamed)
+    execution = Execution(model.weights, ranks, None, opener.progress)
+    text = calibrate(model, job, execution)
+    made, cost = select(model, job, text, execution)
+    return made, replace(outcome_of(model, made, cost, text), forecast=expected.as_json())
+
+
+def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -> tuple[PruningPlan, Cost]:
+    """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
+    execution = execution or Execution(model.weights)
+    text = calibrate(model, job, execution)
+    return select(model, job, text, execution)
+
+
+def prune_each(
+    source: str | Path | Structure,
+    sizes: Mapping[str, PruneSettings],
+    output: Path,
+    opener: Opener,
+    run: RunSettings,
+) -> list[Structure]:
+    """`prune` with each of several settings that differ in the ratio alone, into the folder of ``output`` that is their
+    key. Text and scores are made once. A run that goes on keeps the folders that are finished."""
+    ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
+    folder = output.with_name(output.name + ".pruning")
+    if run.restart or not folder.is_dir():
+        ranks.from_first(lambda: check_new_directory(output))
+    jobs = [job_of(each, opener.catalog) for each in sizes.values()]
+    structure = opener.structure(source)
+    for job in jobs:
+        check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+    first = next(iter(sizes.values()))
+    journal = Journal(folder, {**identity(first, jobs[0], structure, opener), "sizes": list(sizes)}, ranks)
+    with journal.running(opener.progress, anew=run.restart):
+        if ranks.from_first(lambda: not journal.kept):
+            ranks.from_first(lambda: check_new_directory(output))
+            journal.store("sizes", list(sizes))  # by which finished folders are known as those of this run
+        ranks.from_first(lambda: output.mkdir(exist_ok=True))
+        try:
+            for name, each in sizes.items():
+                if ranks.from_first((output / name).exists):
+                    opener.progress.status(f"{output / name} is finished")
+                    continue
+                opener.progress.status(f"ratio {name}")
+                prune(structure, each, output / name, opener, run, each.given(), journal)
+        finally:
+            with suppress(OSError):  # unless nothing is in it
+                ranks.from_first(output.rmdir)
+    return [load_structure(str(output / name), opener.catalog) for name in sizes if (output / name).is_dir()]
+
+
+def _settle(
+    job: PruneJob | ReplayJob,
+    source: Source,
+    opener: Opener,
+    run: RunSettings,
+    ranks: Ranks,
+    *,
+    saves: bool,
+    in_memory: bool = False,
+) -> tuple[Structure, Forecast]:
+    """The structure of the model, against which the job is checked; and the forecast of the run, which is shown and
+    decides whether weights are read layer by layer."""
+    structure = opener.structure(source)
+    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+    check_tokens(job, lambda: opener.tokenizer(structure))
+    expected = ranks.from_first(
+        lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
+    )
+    opener.progress.status(str(expected))
+    return structure, expected
+
+
+@contextmanager
+def _running(
+    output: Path, journal: Journal | None, expected: Forecast, ranks: Ranks, progress: Progress, *, anew: bool
+) -> Iterator[Forecast]:
+    """A block that writes ``output``; it begins where an earlier run stopped, unless ``anew``. Yields ``expected`` with
+    weights streamed as they were then: the bytes of the result depend on it, and more or less memory may be free."""
+    with nullcontext() if journal is None else journal.running(progress, anew=anew):
+        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
+        written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
+        ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
+        if journal is not None:
+            earlier = journal.load("streamed")
+            expected = expected if earlier is None else replace(expected, streamed=earlier)
+            journal.store("streamed", expected.streamed)
+        yield expected

@@ -51,9 +51,9 @@ def dense_predictions(
     is cut: of removed tokens, or of removed channels of the residual stream."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
-    ids = _text(model, job, job.calibration, text.input_ids.shape[1], execution)
-    at = _unseen(ids, text.input_ids)
-    with execution.weights.outside():
+    with execution.stages.stage("quality"), execution.weights.outside():
+        ids = _text(model, job, job.calibration, text.input_ids.shape[1], execution)
+        at = _unseen(ids, text.input_ids)
         hidden_STD = execution.ranks.from_first(lambda: _at_head(execution, ids)[0])
     return Dense(ids, at, hidden_STD[at]) if hidden_STD is not None and len(at[0]) else None
 
@@ -70,8 +70,7 @@ def _text(
         samples=min(calibration.samples, -(-TOKENS // length)), length=length, seed=job.seed + 1,
         progress=execution.progress, family=model.family, of=calibration.samples,
     )  # fmt: skip
-    with execution.weights.outside():
-        ids: torch.Tensor = execution.ranks.from_first(lambda: sample().input_ids)
+    ids: torch.Tensor = execution.ranks.from_first(lambda: sample().input_ids)
     if journal is not None:
         journal.store("comparison", ids.tolist())
     return ids
@@ -108,9 +107,17 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
     return (read[0] if read and read[0].shape[:2] == ids.shape else None), further
 
 
+def compared(dense: Dense | None, pruned: Model, execution: Execution) -> Quality | None:
+    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number. ``execution``: of
+    the model before the cut."""
+    if dense is None:
+        return None
+    with execution.stages.stage("quality"):
+        return execution.ranks.from_first(lambda: _compared(dense, pruned))
+
+
 @torch.no_grad()
-def compared(dense: Dense, pruned: Model) -> Quality | None:
-    """The `Quality` of a model after its cut; None where it is not a number."""
+def _compared(dense: Dense, pruned: Model) -> Quality | None:
     network, execution, kl, agreed, tokens = pruned.model, Execution(pruned.weights), 0.0, 0, len(dense.hidden_ND)
     with pruned.weights.outside():
         hidden_STD, further = _at_head(execution, dense.ids)
