@@ -13,7 +13,7 @@ import torch
 
 from llmpruner import CheckpointError, load, new_directory
 
-from .conversation import V0_ZERO_SHOT, V1_1, chat_template
+from .conversation import V0, V1_1, chat_template
 
 _TOKENIZER = (
     "tokenizer.model",
@@ -58,5 +58,5 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
         for file in tokenizer:
             shutil.copyfile(file, stage / file.name)
         if not (stage / "chat_template.jinja").exists():
-            template = chat_template(V0_ZERO_SHOT if extra else V1_1)
+            template = chat_template(V0 if extra else V1_1)
             (stage / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from llmpruner_vicuna.conversation import V0_ZERO_SHOT, V1_1, chat_template
+from llmpruner_vicuna.conversation import V0, V1_1, chat_template
 from transformers import AutoConfig, LlamaConfig
 
 from llmpruner import Catalog
@@ -71,7 +71,7 @@ def test_by_the_name_it_was_saved_under(file: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-@pytest.mark.parametrize(("template", "family"), [(V1_1, "vicuna"), (V0_ZERO_SHOT, "vicuna-v0")])
+@pytest.mark.parametrize(("template", "family"), [(V1_1, "vicuna"), (V0, "vicuna-v0")])
 def test_by_its_chat_template(template: object, family: str, place: str, tmp_path: Path) -> None:
     text = chat_template(template)
     content = text if place.endswith("jinja") else json.dumps({"chat_template": text})

@@ -9,16 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmpruner_vicuna.conversation import (
-    V0_FIRST,
-    V0_ONE_SHOT,
-    V0_ONE_SHOT_FIRST,
-    V0_ZERO_SHOT,
-    V1_1,
-    Template,
-    Turn,
-    chat_template,
-)
+from llmpruner_vicuna.conversation import V0, V1_1, Template, chat_template
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 
 from llmpruner.calibration.chat import chat_prompt, conversation_prompt, labelled, training_texts
@@ -27,36 +18,34 @@ from llmpruner.calibration.conversations import Conversation, Instruction, Messa
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
 MASKS = json.loads((DATA / "masks.json").read_text(encoding="utf-8"))
-OFFICIAL = {
-    "head/vicuna_v1.1": V1_1,
-    "head/one_shot": V0_ONE_SHOT,
-    "head/zero_shot": V0_ZERO_SHOT,
-    "00d9e667/conv_one_shot": V0_ONE_SHOT_FIRST,
-    "f34f28c/v1 (first release, default)": V0_FIRST,
-}
-RENDERED = [(c, t) for c, case in PROMPTS.items() for t, text in case["prompts"].items() if isinstance(text, dict)]
+OFFICIAL = {"head/vicuna_v1.1": V1_1, "head/zero_shot": V0}
 
 
-def turns_of(conversation: str) -> list[Turn]:
-    turns = [Turn(turn["from"], turn["value"]) for turn in PROMPTS[conversation]["conversations"]]
-    return turns[1:] if turns[0].speaker == "gpt" else turns
+def exchanges_of(conversation: str) -> list[tuple[str, str]]:
+    turns = [turn["value"] for turn in PROMPTS[conversation]["conversations"]]
+    turns = turns[1:] if len(turns) % 2 else turns  # the assistant began
+    return list(zip(turns[::2], turns[1::2], strict=True))
 
 
-@pytest.mark.parametrize(("conversation", "template"), RENDERED)
+def text_of(template: Template, exchanges: list[tuple[str, str]]) -> str:
+    return "".join(prompt + answer for prompt, answer in template.exchanges(exchanges))
+
+
+@pytest.mark.parametrize("conversation", PROMPTS)
+@pytest.mark.parametrize("template", OFFICIAL)
 def test_prompts_to_the_character(conversation: str, template: str) -> None:
-    turns = turns_of(conversation)
+    exchanges, ours = exchanges_of(conversation), OFFICIAL[template]
     expected = PROMPTS[conversation]["prompts"][template]
-    ours = OFFICIAL[template]
-    assert ours.render(turns) == expected["full"]
-    assert ours.render([*turns[:-1], Turn("gpt", None)]) == expected["generation"]
-    assert "".join(prompt + answer for prompt, answer in ours.exchanges(turns)) == expected["full"]
+    assert text_of(ours, exchanges) == expected["full"]
+    if len(exchanges) == 1:
+        assert ours.prompt(exchanges[0][0]) == expected["generation"]
     if expected["stop_str"]:
         assert ours.stop == expected["stop_str"]
 
 
 @pytest.mark.parametrize("conversation", PROMPTS)
 def test_the_answers_are_the_text_with_loss(conversation: str) -> None:
-    answers = [answer for _, answer in V1_1.exchanges(turns_of(conversation))]
+    answers = [answer for _, answer in V1_1.exchanges(exchanges_of(conversation))]
     for version in ("v1.1 HEAD", "v1.1 @00d9e667"):
         assert answers == PROMPTS[conversation]["train"][version]["span_texts"]
 
@@ -87,10 +76,8 @@ def test_the_families_prompt_and_train_with_their_template() -> None:
     ("family", "template"), [(VicunaFamily(), "head/vicuna_v1.1"), (VicunaV0Family(), "head/zero_shot")]
 )
 def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: VicunaFamily, template: str) -> None:
-    turns, expected = turns_of("two_turns"), PROMPTS["two_turns"]["prompts"][template]
-    chosen = tokenizer(False)
-    first, second = (turn.text or "" for turn in turns if turn.speaker == "human")
-    said, last = (turn.text or "" for turn in turns if turn.speaker == "gpt")
+    ((first, said), (second, last)) = exchanges_of("two_turns")
+    expected, chosen = PROMPTS["two_turns"]["prompts"][template], tokenizer(False)
     assert conversation_prompt(family, chosen, [(first, f" {said}\n")], second) == (expected["generation"], False)
     chat = Conversation(
         (Message("user", first), Message("assistant", said), Message("user", second), Message("assistant", last))
@@ -126,24 +113,27 @@ def test_a_system_message_takes_the_place_of_the_official_one() -> None:
     assert (prompt, answer) == ("Be brief. USER: What is pruning? ASSISTANT:", " Less.</s>")
 
 
-@pytest.mark.parametrize("template", [V1_1, V0_ZERO_SHOT], ids=lambda t: t.name)
+@pytest.mark.parametrize("template", OFFICIAL)
 @pytest.mark.parametrize("conversation", PROMPTS)
-def test_chat_templates_render_the_same(template: Template, conversation: str) -> None:
-    turns = turns_of(conversation)
-    roles = {"human": "user", "gpt": "assistant"}
-    messages = [{"role": roles[turn.speaker], "content": turn.text} for turn in turns]
+def test_chat_templates_render_the_same(template: str, conversation: str) -> None:
+    exchanges, official = exchanges_of(conversation), OFFICIAL[template]
+    expected = PROMPTS[conversation]["prompts"][template]
+    messages = [
+        {"role": role, "content": text}
+        for pair in exchanges
+        for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
 
     def render(messages: list[dict[str, Any]], **options: Any) -> str:
         text: str = tokenizer(False).apply_chat_template(
-            messages, chat_template=chat_template(template), tokenize=False, **options
+            messages, chat_template=chat_template(official), tokenize=False, **options
         )
         return text
 
-    assert render(messages) == "<s>" + template.render(turns)
-    opened = "<s>" + template.render([*turns[:-1], Turn("gpt", None)])
-    assert render(messages[:-1], add_generation_prompt=True) == opened
+    assert render(messages) == "<s>" + expected["full"]
+    assert render(messages[:-1], add_generation_prompt=True) == "<s>" + expected["generation"]
     own = render([{"role": "system", "content": "Be brief."}, *messages])
-    assert own == "<s>" + template.render(turns).replace(template.system, "Be brief.")
+    assert own == "<s>" + expected["full"].replace(official.system, "Be brief.")
 
 
 @pytest.mark.parametrize("version", [v for v in MASKS["one_turn"] if v.startswith("HEAD")])
