@@ -113,10 +113,8 @@ def function_of(member: Any) -> Any:
 
 
 def signature_of(member: Any, name: str) -> str:
-    """How a function or a property reads in code: one line, or one per parameter where that is too long."""
+    """How a function reads in code: one line, or one per parameter where that is too long."""
     signature = inspect.signature(function_of(member))
-    if is_property(member):
-        return f"{name}: {signature.return_annotation}  # property"
     decorator = f"@{type(member).__name__}\n" if isinstance(member, classmethod | staticmethod) else ""
     line = f"def {name}{_unquoted(signature)}"
     if len(line) <= 88:
@@ -137,20 +135,24 @@ def _with_marks(signature: inspect.Signature) -> Iterator[Any]:
         yield parameter
 
 
-def class_section(cls: type, *, level: int = 3, imported: str | None = None) -> Iterator[str]:
-    """A class with its docstring, attributes, methods and properties. ``imported``: how to import it."""
-    yield from ("", f"{'#' * level} {cls.__name__}", "")
-    if imported:
-        yield from (f"`{imported}`", "")
-    yield from (markdown(document(cls)), "")
-    for declaration, text in attributes(cls).values():
-        yield f"- `{declaration}`" + (f": {markdown(text)}" if text else "")
-    for name, member in methods(cls).items():
-        yield from ("", f"{'#' * (level + 1)} {cls.__name__}.{name}", "", *function_lines(member, name))
+def class_section(cls: type) -> Iterator[str]:
+    """A class with its docstring, attributes, properties and methods."""
+    yield from ("", f"### {cls.__name__}", "", markdown(document(cls)), "")
+    members = methods(cls)
+    properties = {name: function_of(member) for name, member in members.items() if is_property(member)}
+    values = [
+        *attributes(cls).values(),
+        *((f"{name}: {inspect.signature(f).return_annotation}", document(f)) for name, f in properties.items()),
+    ]
+    for declaration, text in values:
+        yield f"- `{declaration}`" + (f": {' '.join(markdown(text).split())}" if text else "")
+    for name, member in members.items():
+        if name not in properties:
+            yield from ("", f"#### {cls.__name__}.{name}", "", *function_lines(member, name))
 
 
 def function_lines(member: Any, name: str) -> list[str]:
-    """A function, method or property: its signature in a block, then its docstring."""
+    """A function or method: its signature in a block, then its docstring."""
     text = re.sub(r"^(Returns|Called|Errors):", r"*\1:*", markdown(document(function_of(member))), flags=re.M)
     return ["```python", signature_of(member, name), "```", *(["", text] if text else [])]
 

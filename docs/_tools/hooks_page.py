@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from docstrings import document, function_lines, markdown
-from structure_page import class_with_import
+from docstrings import class_section, document, function_lines, markdown
 
 from llmpruner.calibration.sources import SampleTask
 from llmpruner.component import Component, ComponentSettings
@@ -72,12 +71,12 @@ def render() -> str:
     for name, spec in hooks().items():
         first, _, _ = document(spec).partition("\n")
         lines.append(f"| [`{name}`](#{name}) | {markdown(first).rstrip('.')} |")
-    lines += ["", "## What all classes share", "", *(line for cls in SHARED for line in class_with_import(cls))]
+    lines += ["", "## What all classes share", "", *(line for cls in SHARED for line in class_section(cls))]
     for name, spec in hooks().items():
         lines += ["", f"## {name}", "", *function_lines(spec, name)]
         lines += ["", LINKS[name]] if name in LINKS else []
-        lines += [line for cls in CLASSES.get(name, ()) for line in class_with_import(cls)]
+        lines += [line for cls in CLASSES.get(name, ()) for line in class_section(cls)]
         for function in FUNCTIONS.get(name, ()):
-            lines += ["", f"### {function.__name__}", "", f"`from llmpruner import {function.__name__}`", ""]
+            lines += ["", f"### {function.__name__}", ""]
             lines += function_lines(function, function.__name__)
     return "\n".join(lines) + "\n"

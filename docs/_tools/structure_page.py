@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 from docstrings import class_section, document, function_lines, markdown
 
-import llmpruner
 from llmpruner.engine import signals
 from llmpruner.engine.signals import (
     InputStats,
@@ -49,24 +47,18 @@ def render() -> str:
     ]
     words = ", ".join(f"`{name}` (`{getattr(coupling, name)!r}`)" for name in KINDS)
     lines += [f"Kinds of units that llmpruner itself knows: {words}. A family may add words of its own.", ""]
-    lines += [line for cls in STRUCTURE for line in class_with_import(cls)]
+    lines += [line for cls in STRUCTURE for line in class_section(cls)]
     lines += ["", "### index_map", "", *function_lines(index_map, "index_map")]
-    lines += ["", "## Layouts", "", "`from llmpruner import layouts`", "", markdown(document(layouts))]
+    lines += ["", "## Layouts", "", markdown(document(layouts))]
     for function in BUILDERS:
         lines += ["", f"### layouts.{function.__name__}", "", *function_lines(function, function.__name__)]
     lines += ["", "## Signals", "", markdown(document(signals))]
-    lines += [line for cls in SIGNALS for line in class_with_import(cls)]
+    lines += [line for cls in SIGNALS for line in class_section(cls)]
     return "\n".join(lines) + "\n"
 
 
 INTRODUCTION = (
     "For authors of plugins: how a family describes the structure of a model, and what a criterion is shown of it. "
     "[Units and spans](../concepts/units.md) introduces the terms, [the tutorial](../tutorial/index.md) uses them, "
-    "and [Hooks](hooks.md) has the classes that a plugin gives."
+    "and [Hooks](hooks.md) has the classes that a plugin gives. Whatever a plugin needs is imported from `llmpruner`."
 )
-
-
-def class_with_import(cls: type) -> Iterator[str]:
-    """The section of a class, with its import where it is public."""
-    public = cls.__name__ in llmpruner.__all__
-    return class_section(cls, imported=f"from llmpruner import {cls.__name__}" if public else None)

@@ -1,9 +1,9 @@
 """The hooks of llmpruner: the complete list of what a plugin can add.
 
 A plugin is an installed package with an entry point in the group ``llmpruner`` that names a module (or object) with
-functions marked ``@llmpruner.hookimpl``. Hooks return lists of *classes*, each with a name, a summary, and settings for
-``--set NAME.key=value``, all of which have defaults. A name is lower case, without blanks, commas, dots, colons and
-equals signs, and unique within its kind.
+functions marked ``@llmpruner.hookimpl``; what these need is imported from ``llmpruner``. Hooks return lists of
+*classes*, each with a name, a summary, and settings for ``--set NAME.key=value``, all of which have defaults. A name is
+lower case, without blanks, commas, dots, colons and equals signs, and unique within its kind.
 
 Hooks are called when a command first needs classes of their kind. A plugin that cannot be imported, or has a hook that
 does not exist, is left out with a line on standard error, and so is a class of the wrong kind, or with a name that is
