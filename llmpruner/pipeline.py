@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calibration.calibration import CalibrationSet
-from .discovery.opening import Opener, Source
-from .discovery.structure import load_structure
+from .discovery.opening import Opener, Source, load_structure
 from .engine.execution import Execution
 from .engine.journal import Journal
 from .engine.ranks import Ranks

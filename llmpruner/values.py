@@ -1,5 +1,5 @@
 """Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``taylor.variant=mix``; messages about
-those that pydantic refuses; and numbers in texts.
+those that pydantic refuses; numbers in texts; and tables of notebooks.
 
 The functions in `BeforeValidator` return values of another type unchanged, so that pydantic refuses them.
 """
@@ -7,7 +7,8 @@ The functions in `BeforeValidator` return values of another type unchanged, so t
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from html import escape
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -141,3 +142,11 @@ def counted(number: int | float, what: str) -> str:
     """``1 step``, ``2 steps``, ``1,200 steps``, ``0.5 steps``; ``what`` in the singular."""
     shown = f"{number:,}" if isinstance(number, int) else f"{number:g}"
     return f"{shown} {what}" if number == 1 else f"{shown} {what}s"
+
+
+def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """A table for notebooks. ``rows``, ``head``: texts of cells; the first cell of a row is its title."""
+    lines = [f"<tr>{''.join(f'<th>{escape(cell)}</th>' for cell in head)}</tr>"] if head else []
+    for title, *cells in rows:
+        lines.append(f"<tr><th>{escape(title)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
+    return f"<table>{''.join(lines)}</table>"

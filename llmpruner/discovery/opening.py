@@ -1,27 +1,46 @@
-"""Opening what users name: references, structures, and models in memory."""
+"""Opening what users name: references, structures without weights, models in memory, and the dense model that a pruned
+one was made from."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from pydantic import ValidationError
 from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..errors import SettingsError, no_tokenizer
+from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
+from ..files import WEIGHTS
+from ..models.checkpoint import adapter_base
+from ..models.messages import in_one_line, quiet_transformers
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, widened
 from ..models.opening import load_model, open_streamed
+from ..models.record import read_any_record, read_record, sampled_sha256
+from ..models.reference import Reference, resolve
+from ..models.remote import ALLOW, pruned_class, register_model_class
 from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..progress import QUIET, Progress
-from ..settings import LoadSettings
+from ..settings import LoadSettings, settings_from
+from ..structure.kept import restrict
+from ..structure.plan import PruningPlan, structure_of
+from ..values import refusal
 from .family import AUTO
-from .structure import load_structure
+from .groups import build_graph
 
 if TYPE_CHECKING:
     from ..engine.ranks import Ranks
     from ..plugins.catalog import Catalog
+
+_LOG = logging.getLogger("llmpruner")
+AnyStructure = TypeVar("AnyStructure", bound="Structure")
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -114,3 +133,151 @@ def check_source(source: object) -> None:
         )
     if isinstance(source, Model):
         source.check_whole()
+
+
+def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
+    """The structure of a model, pruned or not, without reading its weights."""
+    options = options or LoadSettings()
+    base = adapter_base(Path(text))
+    if base is not None:
+        return adapted(load_structure(base, catalog, options), text)
+    ref = resolve(text, catalog)
+    catalog.register_models()
+    record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
+    if record is not None:
+        return _pruned_structure(ref, record, catalog, options)
+    config = _read_config(ref, options)
+    family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
+    try:
+        return Structure(text, config, family, build_graph(family, config), path=ref.local_path)
+    except LlmprunerError:
+        raise
+    except Exception as error:  # of the model's class, which refuses its configuration
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
+
+
+def adapted(base: AnyStructure, text: str) -> AnyStructure:
+    """``base`` with the adapter in folder ``text``. Whoever reads the model again by its ``path`` needs both."""
+    folder, record = Path(text), base.record
+    if record is not None:
+        trained = (read_any_record(folder) or {}).get("recovery")
+        # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
+        record = {**record, "adapters": [*record.get("adapters", ()), folder.resolve().name]}
+        if trained:
+            record["recovery"] = trained
+    return replace(base, ref=text, record=record, path=str(folder.resolve()))
+
+
+def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
+    try:
+        values = dict(PreTrainedConfig._decode_special_floats(dict(record["base_config"])))
+        if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
+            # Pruned from a model with code in its checkpoint, of which this one contains a copy.
+            if not options.trust_remote_code:
+                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
+            pruned_class(ref.location)
+        plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
+        config = AutoConfig.for_model(values.pop("model_type"), **values)
+        family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
+        graph = build_graph(family, config)
+        for plan in plans:
+            plan.check(graph)
+            graph = restrict(graph, plan.kept)
+        return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
+    except LlmprunerError:
+        raise
+    except ValidationError as error:
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged: plan: {refusal(error)}") from error
+    except Exception as error:
+        # Classes of configurations raise exceptions of any type for unexpected values.
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+
+
+def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
+    if ref.reader is not None:
+        return ref.reader.read_config(ref.directory)
+    with in_one_line(ref), quiet_transformers(), ref.parsed_once(keep=True):
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
+        )
+        if options.trust_remote_code:
+            register_model_class(config, options.revision)
+        return config
+
+
+_PATH, _WEIGHTS = "base_path", "base_weights"
+
+
+def base_record(loaded: Structure) -> dict[str, str]:
+    """The entries of ``llmpruner.json`` of a local model that was not pruned before: its absolute path and a hash of
+    its weights. Empty for others."""
+    if (loaded.record or {}).get("plans") or loaded.path is None:
+        return {}
+    weights = _sampled_weights(Path(loaded.path))
+    return {_PATH: loaded.path} | ({} if weights is None else {_WEIGHTS: weights})
+
+
+def _sampled_weights(place: Path) -> str | None:
+    """SHA-256 over names and `sampled_sha256` of a model's files with weights; None without readable ones."""
+    try:
+        files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in WEIGHTS)
+        sums = {file.name: sampled_sha256(file) for file in files if file.is_file()}
+    except OSError:
+        return None
+    return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else None
+
+
+def dense_structure(
+    pruned: Structure, catalog: Catalog, load: LoadSettings | None = None, *, named: str | None = None
+) -> Structure:
+    """The structure of the dense model that the record of ``pruned`` names, or ``named``. Reads no weights, but samples
+    of the files, for a warning where they are not those of the record: another model of the same shapes.
+
+    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
+    """
+    dense = _structure(pruned, catalog, load or LoadSettings(), named)
+    recorded = None if named else (pruned.record or {}).get(_WEIGHTS)
+    if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
+        _LOG.warning(
+            "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "
+            "stored in other files", dense.ref, pruned.ref,
+        )  # fmt: skip
+    return dense
+
+
+def open_dense(pruned: Structure, catalog: Catalog, load: LoadSettings) -> Model:
+    """The dense model with its tokenizer, in the dtype and on the device of ``load``. Raises as `dense_structure`."""
+    return load_model(_structure(pruned, catalog, load, None), catalog, load)
+
+
+def _structure(pruned: Structure, catalog: Catalog, load: LoadSettings, named: str | None) -> Structure:
+    if not pruned.plans:
+        raise not_pruned(pruned.ref)
+    base, path = pruned.plans[0].base, (pruned.record or {}).get(_PATH)
+    ref = named or (path if isinstance(path, str) and exists(path) else base.model)
+    options = load.model_copy(update={"family": None, "revision": None})
+    if named is None:
+        revision = None if exists(ref) else base.revision
+        options = options.model_copy(update={"family": pruned.family.name, "revision": revision})
+    try:
+        dense = load_structure(ref, catalog, options)
+    except LlmprunerError as error:
+        raise ModelError(
+            f"the dense model that '{pruned.ref}' was pruned from, '{ref}', cannot be opened: {error}"
+        ) from error
+    if dense.plans or structure_of(dense.graph) != base.structure:
+        raise ModelError(
+            f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "
+            "or shape"
+        )
+    return dense
+
+
+def placed_as(loaded: Model, trust_remote_code: bool) -> LoadSettings:
+    """Settings that load another model in the dtype and on the device of ``loaded``."""
+    device = loaded.model.device if loaded.streamed is None else loaded.streamed.device
+    dtype = str(loaded.model.dtype).removeprefix("torch.")
+    values = {"dtype": dtype, "device": str(device), "trust_remote_code": trust_remote_code}
+    return settings_from(LoadSettings, values)

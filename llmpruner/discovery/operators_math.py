@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,24 +56,24 @@ def _after(run: Propagation, tag: Tag | None, step: str = "") -> Tag | None:
 
 
 @rule(*IDENTITY)
-def identity(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    return args[0]
+def identity(run: Propagation, node: Node, value: Any, *_: Any, **__: Any) -> Any:
+    return value
 
 
 @rule("_assert_tensor_metadata", "_assert_async", "_assert_scalar")
-def nothing(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def nothing(run: Propagation, node: Node, *_: Any, **__: Any) -> Any:
     return None
 
 
 @rule(*UNARY)
-def unary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, name = args[0], _short(node)
+def unary(run: Propagation, node: Node, value: Value, *_: Any, **__: Any) -> Value:
+    name = _short(node)
     tag = Tag("square", value.axes[-1]) if name == "square" else _after(run, value.tag, name)
-    return Value(value.axes, run.origin_of([value]), tag=tag)
+    return Value(value.axes, tag=tag)
 
 
 @rule(*BINARY)
-def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
     operands = [a for a in [*args, *kwargs.values()] if isinstance(a, Value)]
     name = _short(node)
     if not operands:
@@ -84,7 +85,7 @@ def binary(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
     if name == "masked_fill" and operands[0].selects is not None:
         run.ids.block(operands[0].selects, f"a choice is replaced by a fixed position ({run.where})")
     tag = _norm_step(run, name, operands)
-    return Value(run.broadcast(operands), run.origin_of(operands), tag=tag)
+    return Value(run.broadcast(operands), tag=tag)
 
 
 def _written(run: Propagation, operands: list[Value]) -> None:
@@ -96,11 +97,10 @@ def _written(run: Propagation, operands: list[Value]) -> None:
                 run.ids.block(theirs[mine < 0], f"written into another tensor ({run.where})")
 
 
-def _with_scalar(run: Propagation, name: str, args: list[Any], operands: list[Value]) -> Value:
+def _with_scalar(run: Propagation, name: str, args: Sequence[Any], operands: list[Value]) -> Value:
     value = max(operands, key=lambda v: v.ndim)
     number = next((float(a) for a in args if isinstance(a, int | float) and not isinstance(a, bool)), None)
-    origin = run.origin_of(operands)
-    offset = 0.0
+    origin, offset = None, 0.0
     if value.origin is Origin.WEIGHT and number is not None:
         if name == "add":
             origin, offset = Origin.WEIGHT, value.offset + number
@@ -137,21 +137,16 @@ def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None
 
 
 @rule("softmax", "log_softmax")
-def softmax(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
-    dim = args[1] % value.ndim
-    run.ids.mark(value.axes[dim], Mark.SOFTMAX)
+def softmax(run: Propagation, node: Node, value: Value, dim: int, *_: Any, **__: Any) -> Value:
     for d, ids in enumerate(value.axes):
-        if d != dim:
-            run.ids.mark(ids, Mark.ATTENDS)
-    return Value(value.axes, run.origin_of([value]))
+        run.ids.mark(ids, Mark.SOFTMAX if d == dim % value.ndim else Mark.ATTENDS)
+    return Value(value.axes)
 
 
 @rule("sum", "amax", "amin", "any", "all", "logsumexp", "prod", "var", "std", "linalg_vector_norm", "mean", "argmax",
       "argmin")  # fmt: skip
-def reduction(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value: Value = args[0]
-    dims = argument(args, kwargs, 2 if _short(node) == "linalg_vector_norm" else 1, "dim")
+def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) -> Value:
+    dims = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
     dims = list(range(value.ndim)) if dims is None or dims == [] else dims if isinstance(dims, list) else [int(dims)]
     keep = node.meta["val"].ndim == value.ndim > 0
     square = value.tag is not None and value.tag.stage == "square"
@@ -159,61 +154,51 @@ def reduction(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
         ids = value.axes[-1]
         if (ids >= 0).any():
             last = [uniform(1, FREE)] if keep else []
-            return Value((*value.axes[:-1], *last), run.origin_of([value]), tag=Tag("mean_square", ids))
+            return Value((*value.axes[:-1], *last), tag=Tag("mean_square", ids))
     _after(run, value.tag)
-    return Value(run.reduce(value, dims, keep), run.origin_of([value]))
+    return Value(run.reduce(value, dims, keep))
 
 
 @rule("cumsum", "cumprod", "diff")
-def scan(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value: Value = args[0]
-    dim = argument(args, kwargs, 2 if _short(node) == "diff" else 1, "dim", -1) % value.ndim
+def scan(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) -> Value:
+    dim = argument(args, kwargs, 1 if _short(node) == "diff" else 0, "dim", -1) % value.ndim
     axes = list(value.axes)
     run.ids.block(axes[dim], f"accumulated along it ({run.where})")
     axes[dim] = run.plain(int(node.meta["val"].shape[dim]), Origin.ACTIVATION)
-    return Value(tuple(axes), run.origin_of([value]))
+    return Value(tuple(axes))
 
 
 @rule("topk")
-def topk(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> list[Value]:
-    value, count = args[0], args[1]
-    dim = argument(args, kwargs, 2, "dim", -1) % value.ndim
+def topk(run: Propagation, node: Node, value: Value, count: int, dim: int = -1, *_: Any) -> list[Value]:
+    dim %= value.ndim
     ids = value.axes[dim]
     run.ids.mark(ids, Mark.ROUTED)
     run.ids.need_at_least(ids, count)
     axes = tuple(run.plain(count, Origin.ACTIVATION) if d == dim else own for d, own in enumerate(value.axes))
-    origin = run.origin_of([value])
-    return [Value(axes, origin, selects=value.selects), Value(axes, origin, selects=ids)]
+    return [Value(axes, selects=value.selects), Value(axes, selects=ids)]
 
 
 @rule("max", "min")
-def extreme(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    operands = [a for a in args if isinstance(a, Value)]
-    metas, origin = node.meta["val"], run.origin_of(operands)
-    if len(operands) == 2:
-        return Value(run.broadcast(operands), origin)
+def extreme(run: Propagation, node: Node, value: Value, other: Any = None, *_: Any) -> Any:
+    metas = node.meta["val"]
+    if isinstance(other, Value):
+        return Value(run.broadcast([value, other]))
     if not isinstance(metas, tuple | list):
-        return Value(run.reduce(args[0], None, False), origin)
-    axes = run.reduce(args[0], [argument(args, kwargs, 1, "dim")], metas[0].ndim == args[0].ndim)
-    return [Value(axes, origin)] * 2
+        return Value(run.reduce(value, None, False))
+    return [Value(run.reduce(value, [other], metas[0].ndim == value.ndim))] * 2
 
 
 @rule("linear")
-def linear(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    x, weight = args[0], args[1]
+def linear(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | None = None) -> Value:
     run.contract(x.axes[-1], weight.axes[-1], x, weight)
-    out = weight.axes[0] if weight.ndim == 2 else None
-    bias = argument(args, kwargs, 2, "bias")
-    if out is None:
+    if weight.ndim == 1:
         return Value(x.axes[:-1])
-    if isinstance(bias, Value):
-        out = run.tie(out, bias.axes[-1])
-    return Value((*x.axes[:-1], out), run.origin_of([x, weight]))
+    out = weight.axes[0] if bias is None else run.tie(weight.axes[0], bias.axes[-1])
+    return Value((*x.axes[:-1], out))
 
 
 @rule("matmul", "mm", "bmm")
-def matmul(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    left, right = args[0], args[1]
+def matmul(run: Propagation, node: Node, left: Value, right: Value) -> Value:
     first = right.axes[-2] if right.ndim > 1 else right.axes[0]
     run.contract(left.axes[-1], first, left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
@@ -222,22 +207,21 @@ def matmul(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
             run.ids.mark(ids, Mark.ATTENDS)
     rows = left.axes[-2:-1] if left.ndim > 1 else ()
     columns = right.axes[-1:] if right.ndim > 1 else ()
-    return Value((*batch, *rows, *columns), run.origin_of([left, right]))
+    return Value((*batch, *rows, *columns))
 
 
 @rule("addmm", "baddbmm")
-def addmm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    product = matmul(run, node, args[1:3], {})
-    return Value(run.broadcast([product, args[0]]), product.origin)
+def addmm(run: Propagation, node: Node, bias: Value, left: Value, right: Value, **_: Any) -> Value:
+    return Value(run.broadcast([matmul(run, node, left, right), bias]))
 
 
 @rule("einsum")
-def einsum(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    inputs, output = args[0].replace(" ", "").split("->")
+def einsum(run: Propagation, node: Node, equation: str, operands: list[Value], **__: Any) -> Any:
+    inputs, output = equation.replace(" ", "").split("->")
     letters: dict[str, tuple[Ids, Value]] = {}
-    for term, value in zip(inputs.split(","), args[1], strict=True):
+    for term, value in zip(inputs.split(","), operands, strict=True):
         if "." in term or len(set(term)) != len(term):
-            return run.unknown_operator(node, "einsum", args, kwargs)
+            return NotImplemented
         for letter, ids in zip(term, value.axes, strict=True):
             if letter not in letters:
                 letters[letter] = ids, value
@@ -247,63 +231,56 @@ def einsum(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
                 run.contract(letters[letter][0], ids, letters[letter][1], value)
                 letters[letter] = uniform(len(ids), FIXED), value
     for letter, (ids, _) in letters.items():
-        if letter not in output:
-            appearances = sum(letter in term for term in inputs.split(","))
-            if appearances != 2:
-                run.ids.block(ids, f"summed over ({run.where})")
-    return Value(tuple(letters[letter][0] for letter in output), run.origin_of(args[1]))
+        if letter not in output and inputs.count(letter) != 2:
+            run.ids.block(ids, f"summed over ({run.where})")
+    return Value(tuple(letters[letter][0] for letter in output))
 
 
 @rule("conv1d")
-def conv1d(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x, weight = args[0], args[1]
-    bias = argument(args, kwargs, 2, "bias")
-    groups = args[-1] if len(args) == 7 else 1
+def conv1d(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | None = None, *args: Any) -> Any:
+    groups = args[3] if len(args) == 4 else 1
     if x.ndim != 3 or groups not in (1, len(x.axes[1])) or (groups > 1 and len(weight.axes[0]) != groups):
-        return run.unknown_operator(node, "conv1d", args, kwargs)
+        return NotImplemented
     out = weight.axes[0]
     if groups == 1:
         run.contract(x.axes[1], weight.axes[1], x, weight)
     else:
         out = run.tie(x.axes[1], out)
-    if isinstance(bias, Value):
+    if bias is not None:
         out = run.tie(out, bias.axes[0])
     run.ids.block(x.axes[2], f"convolved ({run.where})")
     return Value((x.axes[0], out, run.plain(int(node.meta["val"].shape[2]), Origin.ACTIVATION)))
 
 
 @rule("layer_norm")
-def layer_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    x: Value = args[0]
-    for n in range(1, len(args[1]) + 1):
+def layer_norm(run: Propagation, node: Node, x: Value, shape: list[int], *args: Any) -> Value:
+    for n in range(1, len(shape) + 1):
         ids = x.axes[-n]
         run.ids.block(ids, f"a LayerNorm runs over it, which no cut can reproduce ({run.where})")
-        for weight in [a for a in args[2:4] if isinstance(a, Value)]:
+        for weight in [a for a in args if isinstance(a, Value)]:
             run.tie(ids, weight.axes[-n])
             run.ids.mark(weight.axes[-n], Mark.LAYER_NORM)
     return Value(x.axes)
 
 
 @rule("rms_norm")
-def rms_norm(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    x: Value = args[0]
-    weight = argument(args, kwargs, 2, "weight")
+def rms_norm(run: Propagation, node: Node, x: Value, shape: list[int], weight: Value | None = None, *_: Any) -> Value:
     ids = x.axes[-1]
-    if isinstance(weight, Value) and weight.origin is Origin.WEIGHT and len(args[1]) == 1:
+    if weight is not None and weight.origin is Origin.WEIGHT and len(shape) == 1:
         run.ids.mark(weight.axes[-1], Mark.RMS)
         run.offsets.append((weight.axes[-1], weight.offset))
         return Value((*x.axes[:-1], run.tie(ids, weight.axes[-1])))
-    for n in range(1, len(args[1]) + 1):
+    for n in range(1, len(shape) + 1):
         run.ids.block(x.axes[-n], f"a norm without a weight of its own ({run.where})")
-        if isinstance(weight, Value):
+        if weight is not None:
             run.tie(x.axes[-n], weight.axes[-n])
     return Value(x.axes)
 
 
 @rule("scaled_dot_product_attention")
-def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    q, k, v = args[0], args[1], args[2]
-    mask = argument(args, kwargs, 3, "attn_mask")
+def attention(
+    run: Propagation, node: Node, q: Value, k: Value, v: Value, attn_mask: Value | None = None, *_: Any, **__: Any
+) -> Value:
     run.contract(q.axes[-1], k.axes[-1], q, k)
     run.contract(k.axes[-2], v.axes[-2], k, v)
     heads = q.axes[-3]
@@ -311,8 +288,8 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
         times = len(heads) // len(shared)
         repeated = merge(run, [shared, uniform(times, FREE)]) if times > 1 else shared
         heads = run.tie(heads, repeated)
-    if isinstance(mask, Value) and mask.ndim >= 3 and len(mask.axes[-3]) == len(heads):
-        heads = run.tie(heads, mask.axes[-3])
+    if attn_mask is not None and attn_mask.ndim >= 3 and len(attn_mask.axes[-3]) == len(heads):
+        heads = run.tie(heads, attn_mask.axes[-3])
     run.ids.mark(heads, Mark.ATTENDS)
     run.ids.block(q.axes[-2], f"a position in a sequence ({run.where})")
     return Value((*q.axes[:-3], heads, q.axes[-2], v.axes[-1]))
@@ -320,11 +297,11 @@ def attention(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, A
 
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
       "scalar_tensor", "empty", "new_empty", "empty_like")  # fmt: skip
-def filled(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def filled(run: Propagation, node: Node, *_: Any, **__: Any) -> Value:
     """A tensor that is written in parts later gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     if "empty" in operator_name(node.target) or _is_written_to(node):
-        return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape))
+        return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape), Origin.ACTIVATION)
     return Value(tuple(uniform(n, FREE) for n in shape), Origin.CONSTANT)
 
 
@@ -339,13 +316,11 @@ def _is_written_to(node: Node) -> bool:
 
 
 @rule("view_as_complex")
-def view_as_complex(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value: Value = args[0]
+def view_as_complex(run: Propagation, node: Node, value: Value) -> Value:
     run.ids.block(value.axes[-1], f"one half of a complex number ({run.where})")
-    return Value(value.axes[:-1], run.origin_of([value]))
+    return Value(value.axes[:-1])
 
 
 @rule("view_as_real")
-def view_as_real(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value: Value = args[0]
-    return Value((*value.axes, uniform(2, FIXED)), run.origin_of([value]))
+def view_as_real(run: Propagation, node: Node, value: Value) -> Value:
+    return Value((*value.axes, uniform(2, FIXED)))

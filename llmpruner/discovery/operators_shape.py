@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import reduce
 from math import prod
@@ -22,7 +22,7 @@ VIEWS = frozenset(
 """Operators whose result shares memory with their first argument."""
 
 
-def argument(args: list[Any], kwargs: dict[str, Any], position: int, name: str, default: Any = None) -> Any:
+def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None) -> Any:
     """An argument that may be given by position or by name."""
     return kwargs.get(name, args[position] if len(args) > position else default)
 
@@ -104,8 +104,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[in
 
 
 @rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "squeeze")
-def view(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
+def view(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     shape = [int(n) for n in node.meta["val"].shape]
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
@@ -134,17 +133,16 @@ def _are_ranked(node: Node) -> bool:
 
 
 @rule("transpose", "t", "numpy_T", "permute", "movedim", "unsqueeze")
-def reorder(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def reorder(run: Propagation, node: Node, value: Value, *args: Any) -> Value:
     """Each axis gets a size of its own, so that the shape of the operator's result tells where it went."""
     operator: Any = node.target
-    value, *rest = args
-    sizes = operator(torch.empty([2 + n for n in range(value.ndim)], device="meta"), *rest, **kwargs).shape
+    sizes = operator(torch.empty([2 + n for n in range(value.ndim)], device="meta"), *args).shape
     return with_axes(value, [uniform(1, FREE) if size == 1 else value.axes[size - 2] for size in sizes])
 
 
 @rule("expand", "expand_as", "broadcast_to")
-def expand(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, shape = args[0], tuple(node.meta["val"].shape)
+def expand(run: Propagation, node: Node, value: Value, *_: Any, **__: Any) -> Value:
+    shape = tuple(node.meta["val"].shape)
     axes: list[Ids] = [uniform(n, FREE) for n in shape[: len(shape) - value.ndim]]
     for ids, size in zip(value.axes, shape[len(shape) - value.ndim :], strict=True):
         if len(ids) == size:
@@ -155,8 +153,7 @@ def expand(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 @rule("repeat")
-def repeat(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, times = args
+def repeat(run: Propagation, node: Node, value: Value, times: list[int]) -> Value:
     axes = []
     for ids, n in zip([uniform(1, FREE)] * (len(times) - value.ndim) + list(value.axes), times, strict=True):
         copies = n > 1 and len(ids) == 1 and ids[0] < 0
@@ -165,48 +162,44 @@ def repeat(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]
 
 
 @rule("repeat_interleave")
-def repeat_interleave(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    value, times, dim = args[0], args[1], argument(args, kwargs, 2, "dim")
+def repeat_interleave(
+    run: Propagation, node: Node, value: Value, times: Any = None, dim: int | None = None, **_: Any
+) -> Any:
     if not isinstance(times, int) or dim is None:
-        return run.unknown_operator(node, "repeat_interleave", args, kwargs)
+        return NotImplemented
     axes = list(value.axes)
     axes[dim] = merge(run, [axes[dim], uniform(times, FREE)]) if times > 1 else axes[dim]
     return with_axes(value, axes)
 
 
 @rule("cat", "concat", "concatenate")
-def cat(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    parts: list[Value] = [v for v in args[0] if v.shape != (0,)]
-    dim = argument(args, kwargs, 1, "dim", 0) % parts[0].ndim
+def cat(run: Propagation, node: Node, tensors: list[Value], dim: int = 0) -> Value:
+    parts = [v for v in tensors if v.shape != (0,)]
+    dim %= parts[0].ndim
     columns = list(zip(*(part.axes for part in parts), strict=True))
     axes = [np.concatenate(column) if d == dim else reduce(run.tie, column) for d, column in enumerate(columns)]
-    return Value(tuple(axes), _common_origin(run, parts))
+    return Value(tuple(axes), _common_origin(parts))
 
 
 @rule("stack")
-def stack(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    parts: list[Value] = args[0]
+def stack(run: Propagation, node: Node, parts: list[Value], dim: int = 0) -> Value:
     axes = [reduce(run.tie, column) for column in zip(*(part.axes for part in parts), strict=True)]
-    dim = argument(args, kwargs, 1, "dim", 0) % (len(axes) + 1)
-    axes.insert(dim, uniform(len(parts), FIXED if len(parts) > 1 else FREE))
-    return Value(tuple(axes), _common_origin(run, parts))
+    axes.insert(dim % (len(axes) + 1), uniform(len(parts), FIXED if len(parts) > 1 else FREE))
+    return Value(tuple(axes), _common_origin(parts))
 
 
-def _common_origin(run: Propagation, parts: Sequence[Value]) -> Origin:
-    if all(p.origin is Origin.WEIGHT and p.offset == 0 for p in parts):
-        return Origin.WEIGHT
-    return run.origin_of(parts)
+def _common_origin(parts: Sequence[Value]) -> Origin | None:
+    return Origin.WEIGHT if all(p.origin is Origin.WEIGHT and p.offset == 0 for p in parts) else None
 
 
 @rule("slice", "split", "split_with_sizes", "chunk")
-def part(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+def part(run: Propagation, node: Node, value: Value, *args: Any) -> Any:
     """The operator itself, on the numbers of the positions, tells which of them each part has."""
     operator: Any = node.target
-    value, *rest = args
     name = operator_name(operator)
     at = 0 if name == "slice" else 1
-    dim = argument(rest, kwargs, at, "dim", 0) % value.ndim
-    positions = operator(torch.arange(value.shape[dim]), *rest[:at], 0, *rest[at + 1 :])
+    dim = argument(args, {}, at, "dim", 0) % value.ndim
+    positions = operator(torch.arange(value.shape[dim]), *args[:at], 0, *args[at + 1 :])
     parts = [
         with_axes(value, [ids[chosen.numpy()] if d == dim else ids for d, ids in enumerate(value.axes)])
         for chosen in ([positions] if name == "slice" else positions)
@@ -215,8 +208,8 @@ def part(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
 
 
 @rule("select", "unbind")
-def pick(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    value, dim = args[0], argument(args, kwargs, 1, "dim", 0) % args[0].ndim
+def pick(run: Propagation, node: Node, value: Value, dim: int = 0, *_: Any) -> Any:
+    dim %= value.ndim
     picked = value.axes[dim]
     if len(picked) > 1:
         run.ids.block(picked, f"one index is picked by its position ({run.where})")
@@ -225,13 +218,12 @@ def pick(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) 
 
 
 @rule("getitem")
-def getitem(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    return args[0][args[1]]
+def getitem(run: Propagation, node: Node, values: Any, index: int) -> Any:
+    return values[index]
 
 
 @rule("pad")
-def pad(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, amounts = args[0], list(args[1])
+def pad(run: Propagation, node: Node, value: Value, amounts: list[int], *_: Any) -> Value:
     axes = list(value.axes)
     for n in range(len(amounts) // 2):
         before, after = amounts[2 * n], amounts[2 * n + 1]
@@ -240,12 +232,11 @@ def pad(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -
         d = value.ndim - 1 - n
         run.ids.block(axes[d], f"padded ({run.where})")
         axes[d] = uniform(len(axes[d]) + before + after, FIXED)
-    return Value(tuple(axes), run.origin_of([value]))
+    return Value(tuple(axes))
 
 
 @rule("tril", "triu")
-def triangle(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value = args[0]
+def triangle(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     for ids in value.axes[-2:]:
         run.ids.block(ids, f"masked by position ({run.where})")
     axes = [*value.axes[:-2], *(run.plain(len(i), Origin.ACTIVATION) for i in value.axes[-2:])]
@@ -253,14 +244,12 @@ def triangle(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, An
 
 
 @rule("index")
-def index(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value: Value = args[0]
-    picks: list[Value | None] = [*args[1], *[None] * (value.ndim - len(args[1]))]
+def index(run: Propagation, node: Node, value: Value, chosen: Sequence[Value | None]) -> Value:
+    picks = [*chosen, *[None] * (value.ndim - len(chosen))]
     known = [(n, p.numbers) for n, p in enumerate(picks) if p is not None and p.numbers is not None]
     if len(known) == sum(p is not None for p in picks) == 1 and known[0][1].ndim == 1:
-        chosen = list(value.axes)
-        chosen[known[0][0]] = chosen[known[0][0]][known[0][1]]
-        return with_axes(value, chosen)
+        ((dim, numbers),) = known
+        return with_axes(value, [ids[numbers] if d == dim else ids for d, ids in enumerate(value.axes)])
     for ids, pick in zip(value.axes, picks, strict=True):
         if pick is not None:
             pick_from(run, ids, pick)
@@ -283,46 +272,43 @@ def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
 
 
 @rule("index_select")
-def index_select(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
-    value, dim, pick = args
-    return index(run, node, [value, [*[None] * (dim % value.ndim), pick]], kwargs)
+def index_select(run: Propagation, node: Node, value: Value, dim: int, pick: Value) -> Value:
+    return index(run, node, value, [*[None] * (dim % value.ndim), pick])
 
 
 @rule("gather")
-def gather(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, dim, pick = args[0], args[1] % args[0].ndim, args[2]
+def gather(run: Propagation, node: Node, value: Value, dim: int, pick: Value, **_: Any) -> Value:
+    dim %= value.ndim
     pick_from(run, value.axes[dim], pick)
     axes = [
         run.tie(ids, own) if d != dim and len(ids) == len(own) else ids
         for d, (ids, own) in enumerate(zip(pick.axes, value.axes, strict=True))
     ]
-    return Value(tuple(axes), run.origin_of([value, pick]))
+    return Value(tuple(axes))
 
 
 @rule("embedding")
-def embedding(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    table, pick = args[0], args[1]
+def embedding(run: Propagation, node: Node, table: Value, pick: Value, *_: Any) -> Value:
     if pick.is_input:
         run.look_up(table.axes[0])
     elif pick.selects is not None:
         run.tie(table.axes[0], pick.selects)
     else:
         run.ids.block(table.axes[0], "rows are looked up by number")
-    return Value((*pick.axes, table.axes[1]), run.origin_of([table, pick]))
+    return Value((*pick.axes, table.axes[1]))
 
 
 @rule("one_hot")
-def one_hot(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
+def one_hot(run: Propagation, node: Node, pick: Value, *_: Any) -> Value:
     size = int(node.meta["val"].shape[-1])
-    pick = args[0]
-    fits = pick.selects is not None and len(pick.selects) == size
-    if pick.selects is not None and not fits:
-        run.ids.block(pick.selects, f"numbered otherwise ({run.where})")
-    return Value((*pick.axes, pick.selects if fits else uniform(size, FIXED)))
+    selects = pick.selects
+    if selects is not None and len(selects) != size:
+        run.ids.block(selects, f"numbered otherwise ({run.where})")
+        selects = None
+    return Value((*pick.axes, uniform(size, FIXED) if selects is None else selects))
 
 
 @rule("scatter")
-def scatter(run: Propagation, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Value:
-    value, dim, pick = args[:3]
+def scatter(run: Propagation, node: Node, value: Value, dim: int, pick: Value, *_: Any, **__: Any) -> Value:
     pick_from(run, value.axes[dim], pick)
     return Value(value.axes)

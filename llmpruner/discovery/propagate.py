@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from operator import attrgetter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -37,13 +37,14 @@ class Tag:
 class Value:
     """The abstract value of a tensor: the identities along each axis.
 
+    ``origin``: None in the result of a rule stands for what follows from the operands, see `Propagation.call`.
     ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
     a weight. ``numbers``: the values of an integer constant. ``is_input``: whether it is the token ids that the model
     is given, moved but not changed.
     """
 
     axes: tuple[Ids, ...]
-    origin: Origin = Origin.ACTIVATION
+    origin: Origin | None = None
     offset: float = 0.0
     selects: Ids | None = None
     tag: Tag | None = None
@@ -59,8 +60,10 @@ class Value:
         return len(self.axes)
 
 
-Rule = Callable[["Propagation", Node, list[Any], dict[str, Any]], Any]
-RULES: dict[str, Rule] = {}
+Rule = TypeVar("Rule", bound=Callable[..., Any])
+"""Called as the operator is, with a `Propagation` and the node in front. Gives the values of the operator's results;
+``NotImplemented`` for arguments that it was not written for."""
+RULES: dict[str, Callable[..., Any]] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -105,7 +108,7 @@ class Propagation:
             else:
                 args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
                 if node.op != "output":
-                    values[node] = self.call(node, list(args), kwargs)
+                    values[node] = self.call(node, args, kwargs)
                     continue
                 logits, *others = _tensors(args)
                 self.predict(logits.axes[-1])
@@ -136,44 +139,42 @@ class Propagation:
             axes.append(self.parameters[name, axis])
         return Value(tuple(axes), Origin.WEIGHT)
 
-    def call(self, node: Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def call(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = operator_name(node.target)
         self.where = f"{name} in {_module_of(node)}"
-        for tagged in _tensors([args, kwargs]):
-            if tagged.tag and tagged.tag.stage != "square" and name not in KEEPS_TAG:
-                self.ids.block(tagged.tag.ids, f"a norm without a weight of its own ({self.where})")
-        if name not in RULES:
-            return self.unknown_operator(node, name, args, kwargs)
-        try:
-            result = RULES[name](self, node, args, kwargs)
-        except Exception as error:  # a rule that meets arguments it was not written for may raise anything
-            raise UnsupportedModelError(
-                f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
-            ) from error
+        operands = _tensors([args, kwargs])
+        for value in operands:
+            if value.tag and value.tag.stage != "square" and name not in KEEPS_TAG:
+                self.ids.block(value.tag.ids, f"a norm without a weight of its own ({self.where})")
+        result: Any = NotImplemented
+        if name in RULES:
+            try:
+                result = RULES[name](self, node, *args, **kwargs)
+            except Exception as error:  # a rule that meets arguments it was not written for may raise anything
+                raise UnsupportedModelError(
+                    f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
+                ) from error
         moved = name in READS_NO_TOKENS or (isinstance(result, Value) and result.is_input)
-        if not moved and any(value.is_input for value in _tensors([args, kwargs])):
+        if not moved and any(value.is_input for value in operands):
             self.readers.append(self.where)
+        constant = all(value.origin is Origin.CONSTANT for value in operands)
+        origin = Origin.CONSTANT if constant else Origin.ACTIVATION
+        if result is NotImplemented:
+            return self.unknown_operator(node, name, operands, origin)
         meta = node.meta.get("val")
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
             raise UnsupportedModelError(
                 f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
                 f"and the rule {result.shape}"
             )
-        return result
+        return _of_origin(result, origin)
 
-    def unknown_operator(self, node: Node, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def unknown_operator(self, node: Node, name: str, operands: Sequence[Value], origin: Origin) -> Any:
         """Block all operands of an operator without a rule; those of constants have no identities."""
-        operands = _tensors([args, kwargs])
-        if any(value.is_input for value in operands):
-            self.readers.append(self.where)
         for value in operands:
             for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
                 self.ids.block(ids, f"operator {name} is not understood ({self.where})")
-        return self.opaque(node.meta.get("val"), self.origin_of(operands))
-
-    def origin_of(self, operands: Sequence[Value]) -> Origin:
-        constant = all(v.origin is Origin.CONSTANT for v in operands)
-        return Origin.CONSTANT if constant else Origin.ACTIVATION
+        return self.opaque(node.meta.get("val"), origin)
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
         """A value of the shape of ``meta`` whose axes have no identities."""
@@ -272,6 +273,12 @@ def operator_name(target: Any) -> str:
         return str(getattr(target, "__name__", target))
     namespace, _, name = schema.name.partition("::")
     return name if namespace == "aten" else f"{namespace}.{name}"
+
+
+def _of_origin(result: Any, origin: Origin) -> Any:
+    if isinstance(result, list):
+        return [_of_origin(value, origin) for value in result]
+    return replace(result, origin=origin) if isinstance(result, Value) and result.origin is None else result
 
 
 def _tensors(item: Any) -> list[Value]:

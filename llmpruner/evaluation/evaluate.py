@@ -6,13 +6,12 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..component import check_chosen
 from ..errors import ModelError, SettingsError
 from ..progress import QUIET, Progress
-from ..values import bytes_text, count_text
+from ..values import bytes_text, count_text, html_table
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .tasks import Scores
 
@@ -174,12 +173,8 @@ class Evaluations(tuple[Evaluation, ...]):
         return [evaluation.as_json() for evaluation in self]
 
     def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(evaluation.name)}</th>" for evaluation in self)
-        body = "".join(
-            f"<tr><th>{escape(line.label)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in line.cells)}</tr>"
-            for line in self.lines
-        )
-        return f"<table><thead><tr><th></th>{head}</tr></thead><tbody>{body}</tbody></table>"
+        rows = [(line.label, *line.cells) for line in self.lines]
+        return html_table(rows, ("", *(evaluation.name for evaluation in self)))
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
 from ..structure.plan import Outcome, PruningPlan
+from ..values import html_table
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
@@ -54,8 +54,7 @@ class Structure:
             ("decoder parameters", f"{graph.decoder_parameters:,}"),
             *((f"{kind} groups", str(len(graph.of_kinds([kind])))) for kind in graph.kinds),
         ]
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows)
-        return f"<table>{cells}</table>"
+        return html_table(rows)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..discovery.dense import base_record
 from ..discovery.groups import build_graph
+from ..discovery.opening import base_record
 from ..engine.signals import Signal
 from ..errors import ModelError
 from ..models.meta import meta_model

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from ..discovery.dense import dense_structure
+from ..discovery.opening import dense_structure, load_structure
 from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
-from ..discovery.structure import load_structure
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
 from ..models.checkpoint import adapter_base

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..discovery.structure import load_structure
+from ..discovery.opening import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text

@@ -16,8 +16,7 @@ import psutil
 import torch
 
 from ..calibration.conversations import Completion, Example, Instruction
-from ..discovery.dense import dense_structure, open_dense, placed_as
-from ..discovery.opening import Opener, Source, check_source
+from ..discovery.opening import Opener, Source, check_source, dense_structure, open_dense, placed_as
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
 from ..errors import LlmprunerError, ModelError, SettingsError, no_tokenizer

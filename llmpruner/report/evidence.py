@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..discovery.groups import build_graph
-from ..discovery.structure import load_structure
+from ..discovery.opening import load_structure
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.evaluate import Evaluation, Evaluations
 from ..evaluation.metrics import size

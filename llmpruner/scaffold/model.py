@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 from transformers import CONFIG_MAPPING
 
+from ..discovery.opening import load_structure
 from ..discovery.oracle import VERIFIED
-from ..discovery.structure import load_structure
 from ..discovery.tiny import small_config
 from ..discovery.verify import verify
 from ..errors import ModelError, UnsupportedModelError, first_line

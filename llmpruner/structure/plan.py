@@ -10,7 +10,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
 
@@ -26,6 +25,7 @@ from pydantic import (
 
 from ..errors import PlanError
 from ..files import write_text
+from ..values import html_table
 from .coupling import LAYER, CouplingGraph, runs
 from .kept import check_kept
 
@@ -219,10 +219,7 @@ class PruningPlan(Frozen):
     def _repr_html_(self) -> str:
         """The `table`, for notebooks."""
         kinds, rows = self.table()
-        head = "".join(f"<th>{escape(name)}</th>" for name in ("layers", *kinds))
-        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in rows)
-        title = f"units kept of {escape(self.base.model)} ({self.target.by} {self.target.amount:g})"
-        return f"<table><caption>{title}</caption><tr>{head}</tr>{body}</table>"
+        return html_table(rows, ("layers", *kinds))
 
     def to_json(self) -> str:
         """The text of the plan's file."""
@@ -404,8 +401,5 @@ class Outcome:
             ("bytes of weights", self.bytes_before, self.bytes_after),
             *([(self.budget.label, self.budget.before, self.budget.after)] if self.budget else []),
         ]
-        body = "".join(
-            f"<tr><th>{escape(name)}</th><td>{before:,}</td><td>{after:,}</td><td>{1 - after / before:.2%}</td></tr>"
-            for name, before, after in rows
-        )
-        return f"<table><tr><th></th><th>before</th><th>after</th><th>removed</th></tr>{body}</table>"
+        cells = [(name, f"{before:,}", f"{after:,}", f"{1 - after / before:.2%}") for name, before, after in rows]
+        return html_table(cells, ("", "before", "after", "removed"))

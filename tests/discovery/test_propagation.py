@@ -124,7 +124,7 @@ def fails(*_: Any) -> Any:
     ("rule", "message"),
     [
         (fails, "IndexError: no such axis"),
-        (lambda run, node, args, kwargs: args[0], r"shape \(2, 6\), and the rule \(2, 4\)"),
+        (lambda run, node, x, *_: x, r"shape \(2, 6\), and the rule \(2, 4\)"),
     ],
 )
 def test_a_rule_that_does_not_fit_names_operator_and_module(

@@ -193,8 +193,7 @@ def test_a_number_that_is_not_finite_is_null_in_json_and_kept_in_python():
 def test_a_notebook_shows_an_escaped_table():
     table = Evaluations([scored("a<b>", Row("size & more", 1.0))])._repr_html_()
     assert table == (
-        "<table><thead><tr><th></th><th>a&lt;b&gt;</th></tr></thead>"
-        "<tbody><tr><th>size &amp; more</th><td>1.0000</td></tr></tbody></table>"
+        "<table><tr><th></th><th>a&lt;b&gt;</th></tr><tr><th>size &amp; more</th><td>1.0000</td></tr></table>"
     )
 
 

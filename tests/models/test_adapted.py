@@ -13,8 +13,7 @@ from peft import LoraConfig, get_peft_model
 import llmpruner
 from llmpruner import api
 from llmpruner.calibration.conversations import Completion
-from llmpruner.discovery.dense import dense_structure, open_dense, placed_as
-from llmpruner.discovery.structure import load_structure
+from llmpruner.discovery.opening import dense_structure, load_structure, open_dense, placed_as
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.opening import load_model
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import llmpruner
-from llmpruner.discovery.structure import load_structure
+from llmpruner.discovery.opening import load_structure
 from llmpruner.models import gguf as parsing
 from llmpruner.models.opening import load_model
 

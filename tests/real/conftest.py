@@ -7,7 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from llmpruner import Catalog
-from llmpruner.discovery.structure import load_structure
+from llmpruner.discovery.opening import load_structure
 from llmpruner.models.model import Model
 from llmpruner.models.opening import load_model
 from llmpruner.plugins.manager import plugin_manager
