@@ -1,20 +1,21 @@
-"""Criteria of packages outside: REAP, LLM-Streamline and a moving average, against direct computations with hooks."""
+"""What a criterion of a package is shown, against direct computations with hooks: a moving average over samples, the
+stream before and after blocks, and the outputs of experts."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from pathlib import Path
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import pytest
 import torch
 from criteria_cases import boundaries, layers_of, make, tokens
+from pydantic import Field
 
-from llmpruner.errors import LlmprunerError, SelectionError
+from llmpruner import Catalog, ComponentSettings, ImportanceCriterion, ParameterSignals, Product, Role, Signal
+from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.testing import CriterionConformance, catalog_with
+from llmpruner.testing import CriterionConformance
 
-PACKAGES = Path(__file__).parents[1] / "packages"
 CALIBRATION = tokens(6, 16)
 LENGTH = 16
 
@@ -26,17 +27,37 @@ def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
-def module(name: str):
-    folder = str(PACKAGES / f"llmpruner-{name}")
-    sys.path.insert(0, folder)
-    try:
-        return importlib.import_module(f"llmpruner_{name}")
-    finally:
-        sys.path.remove(folder)
+class Ema(ImportanceCriterion):
+    """Exponential moving average over the samples t, in calibration order, of a_t = Σ|g·x| (or Σ|x|) over the tokens of
+    a sample: m_t = d·m_(t−1) + (1 − d)·a_t with m_0 = 0, so that m_T = Σ_t (1 − d)·d^(T−t)·a_t, which is a sum."""
 
+    name = "ema"
+    summary = "exponential moving average over samples of |gradient × input| or |input| of a channel"
+    roles = frozenset({Role.CONSUMES})
 
-def criterion(name: str, **settings):
-    return catalog_with(module(name)).criteria[name](**settings)
+    class Settings(ComponentSettings):
+        of: Literal["gradient", "activation"] = Field("gradient", description="|gradient × input|, or |input|.")
+        decay: float = Field(0.9, gt=0, lt=1, description="d, the share that each sample leaves of those before it.")
+
+    settings: Settings
+
+    @property
+    def signals(self) -> frozenset[Signal]:
+        product = Signal.PRODUCT_GRAD if self.settings.of == "gradient" else Signal.PRODUCT
+        return frozenset({Signal.WEIGHT, product})
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        value = product.inputs.abs()
+        if self.settings.of == "gradient":
+            value = value * product.input_grads.abs()
+        decay = self.settings.decay
+        share = (1 - decay) * decay ** (product.num_samples - 1 - product.samples).double()
+        return {"ema": share @ value.double()}
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        if signals.products is None:
+            return torch.zeros_like(signals.weight)
+        return signals.over_inputs(signals.products.sums["ema"])
 
 
 def scores_of(loaded, chosen, groups) -> dict[str, torch.Tensor]:
@@ -56,7 +77,8 @@ def expert_output(experts, number: int, rows: torch.Tensor) -> torch.Tensor:
 def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name):
     loaded = make(name)
     groups = loaded.graph.of_kinds(["expert"])
-    scores = scores_of(loaded, criterion("reap"), groups)
+    reap = Catalog(plugin_manager(entry_points=False)).criteria["expert-reap"](renormalize=False)
+    scores = scores_of(loaded, reap, groups)
     for group in groups:
         experts = next(m for n, m in layers_of(loaded)[group.layer].named_modules() if n.endswith("experts"))
         seen = []
@@ -73,41 +95,31 @@ def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name)
         torch.testing.assert_close(scores[group.name], torch.stack(expected).double(), rtol=1e-3, atol=1e-6)
 
 
-def test_an_expert_without_tokens_scores_zero_in_reap():
-    loaded = make("mixtral")
-    for layer in layers_of(loaded):
-        layer.mlp.gate.register_forward_hook(lambda _, __, out: (out[0], out[1], out[2].clamp(max=2)))
-    group = loaded.graph.by_name["layers.1.experts"]
-    scores = scores_of(loaded, criterion("reap"), [group])[group.name]
-    assert float(scores[3]) == 0 and bool((scores[:3] > 0).all())
+class Watching(ImportanceCriterion):
+    """Keeps the comparison of the stream that it is shown."""
+
+    name = "watching"
+    summary = "keeps what it is shown"
+    needs = frozenset({Signal.STREAM_BLOCKS})
+    seen: Any = None
+
+    def score_layers(self, stream):
+        self.seen = stream
+        return stream.cosine[0]
 
 
-def test_reap_scores_nothing_but_experts():
-    loaded = make("mixtral")
-    with pytest.raises(SelectionError, match="criterion reap does not score 'mlp' units; use --kinds expert"):
-        scores_of(loaded, criterion("reap"), loaded.graph.of_kinds(["mlp"]))
-
-
-@pytest.mark.parametrize("length", [1, 2])
-def test_streamline_finds_the_block_that_changes_the_stream_least(length):
-    loaded = make("llama-gqa")
-    states = boundaries(loaded, CALIBRATION.input_ids)
-    blocks = {
-        tuple(range(start, start + length)): float(
-            torch.cosine_similarity(states[start].double(), states[start + length].double(), dim=-1).mean()
-        )
-        for start in range(3 - length + 1)
-    }
-    expected = [1 - max(value for block, value in blocks.items() if layer in block) for layer in range(3)]
-    scores = scores_of(loaded, criterion("streamline", length=length), loaded.graph.of_kinds(["layer"]))["layers"]
-    torch.testing.assert_close(scores, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert sorted(scores.argsort(stable=True)[:length].tolist()) == list(max(blocks, key=blocks.get))
-
-
-def test_streamline_refuses_a_block_longer_than_the_model():
-    loaded = make("llama-gqa")
-    with pytest.raises(LlmprunerError, match="a block of 4 layers, and the model has 3"):
-        scores_of(loaded, criterion("streamline", length=4), loaded.graph.of_kinds(["layer"]))
+def test_the_stream_before_and_after_every_block():
+    loaded, watching = make("llama-gqa"), Watching()
+    states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
+    scores_of(loaded, watching, loaded.graph.of_kinds(["layer"]))
+    for length in (1, 2, 3):
+        for start in range(3):
+            found = watching.seen.cosine[length - 1, start]
+            if start + length > 3:
+                assert found.isnan()
+                continue
+            expected = torch.cosine_similarity(states[start], states[start + length], dim=-1).mean()
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("of", ["activation", "gradient"])
@@ -133,7 +145,7 @@ def test_ema_follows_the_samples_in_their_order(of, name, group, reader, width):
         value = (x * grad).abs() if of == "gradient" else x.abs()
         average = 0.7 * average + 0.3 * value.detach().double().flatten(0, -2).sum(0)
     handle.remove()
-    scores = scores_of(loaded, criterion("ema", of=of, decay=0.7), [found])[found.name]
+    scores = scores_of(loaded, Ema(of=of, decay=0.7), [found])[found.name]
     torch.testing.assert_close(scores, average.view(-1, width).sum(1), rtol=1e-3, atol=1e-9)
 
 
@@ -155,23 +167,12 @@ def test_ema_follows_the_samples_of_each_expert():
                 value[number] = (experts.act_fn(gate) * up).abs().double().sum(0)
             average = 0.9 * average + 0.1 * value
     handle.remove()
-    scores = scores_of(loaded, criterion("ema", of="activation"), [group])[group.name]
+    scores = scores_of(loaded, Ema(of="activation"), [group])[group.name]
     torch.testing.assert_close(scores, average.sum(0), rtol=1e-3, atol=1e-9)
 
 
-def kit(name: str, model: str | None = None) -> type:
-    """The conformance kit for a criterion of a package that is not installed."""
-    members = {"criterion": getattr(module(name), name.capitalize())}
-    if model is not None:
-        members["loaded"] = lambda self: make(model)
-    return type(name, (CriterionConformance,), members)
+class TestEma(CriterionConformance):
+    criterion = Ema
 
-
-CHECKS = [n for n in vars(CriterionConformance) if n.startswith("test_") and "entry_point" not in n]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize(("name", "model"), [("reap", "mixtral"), ("streamline", None), ("ema", None)])
-def test_they_conform(name, model, check):
-    getattr(kit(name, model)(), check)()
+    def test_it_is_a_component_that_an_entry_point_registers(self):
+        """It is not."""

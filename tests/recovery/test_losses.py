@@ -12,7 +12,7 @@ from llmpruner import ModelError
 from llmpruner.recovery import losses
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.losses import by_length, distillation_loss, mean_over_tokens, next_token_loss
-from llmpruner.recovery.strategies import DistilStrategy
+from llmpruner.recovery.strategies import DistilStrategy, FullStrategy
 from llmpruner.settings import RecoverSettings
 from llmpruner.testing import RecoveryConformance
 
@@ -96,3 +96,16 @@ def test_models_with_other_tokens_are_refused(tmp_path):
     dense.resize_token_embeddings(dense.config.vocab_size + 8)
     with pytest.raises(ModelError, match=r"predicts \d+ tokens and the reference \d+"):
         distillation_loss(job_of(tmp_path, dense), 0.0)
+
+
+def test_the_teacher_is_loaded_once_and_only_on_request(tiny):
+    loads = []
+
+    def load():
+        loads.append(1)
+        return dense_model()
+
+    tiny(FullStrategy(), name="full", max_steps=1, load_teacher=load)
+    assert loads == []
+    tiny(DistilStrategy(), name="distil", max_steps=3, load_teacher=load)
+    assert loads == [1]
