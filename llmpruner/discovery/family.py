@@ -65,9 +65,9 @@ class ModelFamily(Component):
         The default discovers them by tracing the model on the meta device, and raises `UnsupportedModelError` when it
         cannot be traced. Groups that contradict the shapes of the model's parameters are a `CouplingError`.
         """
-        from .groups import discover_groups
+        from .groups import discover_graph
 
-        return discover_groups(config)
+        return discover_graph(config).groups
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
         """Update attributes of modules after a cut, such as the number of heads. A family whose modules have no such

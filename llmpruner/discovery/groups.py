@@ -55,13 +55,9 @@ class Named:
     unit_set: UnitSet
 
 
-def discover_groups(config: PreTrainedConfig) -> Sequence[CoupledGroup]:
-    """The coupled groups of a model of ``config``. Raises `UnsupportedModelError` when it cannot be traced."""
-    return discover_graph(config).groups
-
-
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
-    """As `discover_groups`, as a graph with shapes, and the reason of every axis that belongs to no group."""
+    """The coupled groups of a model of ``config``, and the reason of every axis that belongs to none. Raises
+    `UnsupportedModelError` when it cannot be traced."""
     traced = trace(config)
     named, reasons = _named(traced)
     is_shallow = any(len(members) > 1 for members in traced.stands_for.values())

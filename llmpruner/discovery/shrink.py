@@ -21,14 +21,11 @@ HEAD_DIM = 16
 VOCABULARY = 128
 POSITIONS = 256
 
-_WIDTH = re.compile(
-    r"intermediate|ffn|n_inner|^d_inner$|d_ff|dim_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size|mlp_hidden"
-)
-_EXPERTS = re.compile(r"(num|n)_.*experts$|^num_experts$|moe_num_experts|num_local_experts|n_routed_experts")
-_TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected|experts_top_k|num_experts_per_token")
+_WIDTH = re.compile(r"intermediate|ffn|n_inner|^d_inner$|d_ff|dim_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size")
+_EXPERTS = re.compile(r"(num|n)_.*experts$")
+_TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected")
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _HEADS = re.compile(r"heads$|n_head$")
-_STATE_SPACE = re.compile("mamba|mixer|ssm")
 _HEAD_DIM = re.compile(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels")
 _ROTARY = re.compile("rotary_dim|rotary_ndims|rope_dim")
 _HIDDEN = re.compile("hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj")
@@ -132,8 +129,6 @@ def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small
 def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
     """Numbers of query and of key/value heads, also by other names than in transformers; None without heads."""
     heads = getattr(config, "num_attention_heads", None)
-    if isinstance(heads, list):
-        heads = heads[0] if heads else None
     if not isinstance(heads, int) or heads < 1:
         return None
     own = {name: value for name, value in vars(config).items() if _SHARED.search(name) and _is_size(value)}
@@ -169,9 +164,9 @@ def _shrink_attention(
     def small(meaning: str, value: int) -> int:
         if _SHARED.search(meaning):
             return few_shared if value == shared else few if value == heads else min(value, few_shared)
-        if _HEADS.search(meaning) and not _STATE_SPACE.search(meaning):
+        if _HEADS.search(meaning):
             return few if value == heads else min(value, 4)
-        if _HEAD_DIM.search(meaning) and "mamba" not in meaning:
+        if _HEAD_DIM.search(meaning):
             return max(8, int(value * scale) // 8 * 8)
         if _ROTARY.search(meaning):
             return max(4, int(value * scale) // 4 * 4)
@@ -189,9 +184,6 @@ def _shrink_attention(
         if single and before[name] == before.get(queries):
             values[name] = values[queries]
     _keep_ratios(config, values, target[1])
-    key = config.attribute_map.get("hidden_size", "hidden_size")
-    if isinstance(values.get(key), int):
-        values[key] = small_hidden
     if values.get("head_dim", HEAD_DIM) is None:
         values["head_dim"] = HEAD_DIM
     _shrink_state_space(values, small_hidden)

@@ -13,7 +13,7 @@ from ..models.shim import stock_config
 from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule
-from .groups import discover_groups
+from .groups import discover_graph
 from .oracle import VERIFIED, Oracle, Verdict
 from .tiny import HEADS, fingerprint, random_instance, small_config, small_configs
 
@@ -47,7 +47,7 @@ def verify(
     if shrink:
         small = representative(config, kinds) if family is None else small_config(config)
     model = random_instance(small, seed)
-    graph = graph_of(model, discover_groups(small) if source is None else source.coupled_groups(small))
+    graph = graph_of(model, discover_graph(small).groups if source is None else source.coupled_groups(small))
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 
@@ -63,7 +63,7 @@ def representative(config: PreTrainedConfig, kinds: Collection[str] | None = Non
     failed: list[UnsupportedModelError] = []
     for small in islice(small_configs(config), len(HEADS)):
         try:
-            missing = required - {group.kind for group in discover_groups(small)}
+            missing = required - {group.kind for group in discover_graph(small).groups}
         except UnsupportedModelError as error:
             failed.append(error)
             continue

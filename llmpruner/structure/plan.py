@@ -231,29 +231,22 @@ class PruningPlan(Frozen):
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
-        """The plan in the file ``path``. Raises `PlanError`, as `parse` does, or when the file cannot be read."""
+        """The plan in the file ``path``. Raises `PlanError` for a file that cannot be read, is no plan, or has another
+        version."""
         try:
-            text = path.read_text(encoding="utf-8")
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
-        return cls.parse(text, str(path))
-
-    @classmethod
-    def parse(cls, text: str, name: str) -> PruningPlan:
-        """The plan in ``text``; ``name``: of the file, for messages. Raises `PlanError` with the first error, or when
-        the plan has another version."""
-        try:
-            return cls.model_validate_json(text)
         except ValidationError as error:
             first, *_ = found = error.errors()
             version = next((each["input"] for each in found if each["loc"] == ("schema_version",)), SCHEMA_VERSION)
             if version != SCHEMA_VERSION:
                 raise PlanError(
-                    f"{name} is a plan of version {version}, and this llmpruner reads version {SCHEMA_VERSION}; make a "
+                    f"{path} is a plan of version {version}, and this llmpruner reads version {SCHEMA_VERSION}; make a "
                     "new plan with `llmpruner plan`"
                 ) from error
             where = ".".join(str(part) for part in first["loc"])
-            raise PlanError(f"{name} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
+            raise PlanError(f"{path} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
 
 
 def structure_of(graph: CouplingGraph) -> str:

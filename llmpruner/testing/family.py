@@ -13,7 +13,7 @@ import torch
 from ..calibration.calibration import CalibrationSet
 from ..calibration.written import self_generated
 from ..discovery.family import ModelFamily
-from ..discovery.groups import build_graph, discover_groups
+from ..discovery.groups import build_graph, discover_graph
 from ..discovery.oracle import VERIFIED, random_plan
 from ..discovery.tiny import random_instance
 from ..discovery.verify import differences, verify
@@ -76,7 +76,7 @@ class FamilyConformance:
         """Groups of the same name have the same indices, roles and offsets."""
         config = self.config()
         try:
-            discovered = discover_groups(config)
+            discovered = discover_graph(config).groups
         except UnsupportedModelError as error:
             pytest.skip(f"discovery has nothing to compare with: {error}")
         mismatches = differences(self.family().coupled_groups(config), discovered)

@@ -14,7 +14,7 @@ from transformers import FalconH1Config, Glm4MoeConfig, PreTrainedConfig, ZayaCo
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily
 from llmpruner.discovery.follow import Follower
-from llmpruner.discovery.groups import discover_graph, discover_groups
+from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import rules_of, verify
@@ -117,7 +117,7 @@ def test_a_computed_buffer_is_cut_and_saved_from_then_on(keeps: range, tmp_path:
 def test_a_buffer_that_is_not_saved_is_computed_again_for_a_cut_model(tmp_path: Path) -> None:
     """Falcon-H1 fills the factors of its state spaces when weights are initialized, in a module without any."""
     model = random_instance(small_config(FalconH1Config()))
-    graph = graph_of(model, discover_groups(model.config))
+    graph = graph_of(model, discover_graph(model.config).groups)
     cut(model, graph, {"layers.1.mlp": [0, 3, 4]})
     save_checkpoint(model, tmp_path / "cut", record={})
     loaded = load_pruned(tmp_path / "cut")

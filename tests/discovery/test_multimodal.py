@@ -12,7 +12,7 @@ import torch
 from transformers import FuyuConfig, Gemma3Config, PreTrainedConfig
 
 from llmpruner import load_pruned, save_checkpoint
-from llmpruner.discovery.groups import discover_groups
+from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut, silence
@@ -48,7 +48,7 @@ def test_the_language_decoder_is_cut_and_the_rest_stays(
     config, given = make()
     inputs = {"input_ids": torch.tensor([[5, *[PLACE] * 4, 7, 9, 30]]), **given}
     dense = random_instance(config)
-    graph = graph_of(dense, discover_groups(config))
+    graph = graph_of(dense, discover_graph(config).groups)
     assert graph.layers.endswith("language_model.layers")
     kept = {g.name: range(g.units * 4 // 5) for g in graph.of_kinds(["mlp"])}
     kept |= {g.name: [0, 2] for g in graph.of_kinds(["attention"]) if g.layer == 1 and g.units == 3}

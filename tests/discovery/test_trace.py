@@ -8,7 +8,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Role
-from llmpruner.discovery.groups import discover_groups
+from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.propagate import Propagation
 from llmpruner.discovery.tiny import small_config
 from llmpruner.discovery.trace import export, trace
@@ -86,7 +86,7 @@ def test_experts_are_found_where_the_configuration_asks_for_their_balance():
         "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
     }  # fmt: skip
     plain, balanced = (
-        discover_groups(CONFIG_MAPPING["mixtral"](**sizes, output_router_logits=asked)) for asked in (False, True)
+        discover_graph(CONFIG_MAPPING["mixtral"](**sizes, output_router_logits=asked)).groups for asked in (False, True)
     )
     assert [(g.name, g.kind, g.units) for g in balanced] == [(g.name, g.kind, g.units) for g in plain]
     assert "expert" in {g.kind for g in balanced}

@@ -10,14 +10,14 @@ from composed import ComposedConfig, ComposedForCausalLM, register
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
-from llmpruner.discovery.groups import discover_groups
+from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import REFUSED, VERIFIED
 from llmpruner.discovery.verify import differences, verify
 from llmpruner.structure.coupling import Explicit
 
 register()
 BIASED = ComposedConfig(mlp_bias=True, num_hidden_layers=3)
-FOUND = discover_groups(BIASED)
+FOUND = discover_graph(BIASED).groups
 UP, BIAS, DOWN = (f"layers.0.mlp.{name}" for name in ("up.weight", "up.bias", "down.weight"))
 
 

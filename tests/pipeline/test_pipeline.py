@@ -64,12 +64,13 @@ def test_a_plan_fits_every_model_of_its_structure_and_no_other(gqa, plan, loaded
     [
         ({"unknown": 1}, "p is not a pruning plan: unknown: Extra inputs"),
         ({"seed": "x"}, "p is not a pruning plan: seed: Input should be a valid integer"),
-        ({"schema_version": 1, "gone": 1}, "^p is a plan of version 1, and this .* reads version 2; make a new"),
+        ({"schema_version": 1, "gone": 1}, "/p is a plan of version 1, and this .* reads version 2; make a new"),
     ],
 )
-def test_a_plan_that_cannot_be_read_is_refused(plan, change, message):
+def test_a_plan_that_cannot_be_read_is_refused(plan, change, message, tmp_path):
+    (tmp_path / "p").write_text(json.dumps({**json.loads(plan.to_json()), **change}))
     with pytest.raises(PlanError, match=message):
-        PruningPlan.parse(json.dumps({**json.loads(plan.to_json()), **change}), "p")
+        PruningPlan.load(tmp_path / "p")
 
 
 def test_a_plan_records_the_settings_that_it_replays_with(gqa):
