@@ -40,7 +40,8 @@ def installed(site, monkeypatch):
     """The two packages, for this process."""
     monkeypatch.syspath_prepend(str(site))
     yield site
-    sys.modules.pop("llmpruner_example", None)
+    for name in [name for name in sys.modules if name.startswith("llmpruner_outside")]:
+        del sys.modules[name]
 
 
 @pytest.mark.slow
@@ -51,17 +52,13 @@ def test_installed_packages_in_another_process(site):
     assert done.returncode == 0
     assert done.stderr.splitlines() == [f"warning: {WARNING}"]
     shown = json.loads(done.stdout)
-    assert {row["name"]: row["kind"] for row in shown["plugins"] if row["package"] == "llmpruner-example"} == {
-        "example": "family",
-        "example-inverse": "criterion",
-        "example-nothing": "recovery strategy",
-        "example-pointer": "checkpoint reader",
-    }
+    outside = {row["name"]: row["kind"] for row in shown["plugins"] if row["package"] == "llmpruner-outside"}
+    assert (outside["unknown"], outside["nothing"]) == ("family", "recovery strategy") and len(outside) == 13
     assert shown["broken"] == [WARNING]
 
 
 def test_an_installed_strategy_recovers(run, pruned, shared, installed, tmp_path):
-    options = ("--data", shared / "data.jsonl", "--strategy", "example-nothing", "-o", tmp_path / "out")
+    options = ("--data", shared / "data.jsonl", "--strategy", "nothing", "-o", tmp_path / "out")
     result = run("recover", pruned, *options)
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
@@ -76,17 +73,17 @@ def test_an_installed_reader_reads(run, dense, installed, tmp_path):
 
 
 def test_an_installed_command_runs(run, installed):
-    result = run("example-hello", "--name", "llama")
+    result = run("hello", "--name", "llama")
     assert (result.code, result.out) == (0, "hello, llama\n")
-    assert "example-hello" in run("--help").out
+    assert "Greet someone" in run("--help").out
 
 
 def test_a_blocked_plugin_prints_nothing(run, installed, monkeypatch):
-    monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,example")
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,outside")
     result = run("plugins", "--json")
     assert result.err == ""
     assert result.json()["broken"] == []
-    assert run("example-hello").code == 2
+    assert run("hello").code == 2
 
 
 class Greeter:

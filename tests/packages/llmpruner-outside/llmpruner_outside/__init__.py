@@ -1,5 +1,7 @@
 """One component of every kind, written with public names alone."""
 
+import typer
+
 from llmpruner import hookimpl
 
 from .allocation import Tapered
@@ -7,11 +9,13 @@ from .budget import MatrixParameters
 from .compensation import KeepNorm
 from .criterion import Magnitude
 from .exporter import OneFile
+from .loading import Pointer, Unknown
 from .method import Cautious
 from .metric import Accuracy
 from .runtime import WithoutCache
 from .section import Widths
 from .source import Counting
+from .strategy import Nothing
 
 
 @hookimpl
@@ -62,3 +66,26 @@ def llmpruner_report_sections():
 @hookimpl
 def llmpruner_methods():
     return [Cautious]
+
+
+@hookimpl
+def llmpruner_model_families():
+    return [Unknown]
+
+
+@hookimpl
+def llmpruner_recovery_strategies():
+    return [Nothing]
+
+
+@hookimpl
+def llmpruner_checkpoint_readers():
+    return [Pointer]
+
+
+@hookimpl
+def llmpruner_commands(app: typer.Typer):
+    @app.command()
+    def hello(name: str = "world"):
+        """Greet someone."""
+        typer.echo(f"hello, {name}")
