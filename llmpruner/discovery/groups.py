@@ -66,7 +66,8 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
         traced = trace(config, shallow=False)
         named, reasons = _named(traced)
     model = meta_model(config)
-    groups = list(_groups([n for n in named if n.kind != _CROSS_LAYER], traced, _aliases(model)))
+    whole = graph_of(model, ())
+    groups = list(_groups([n for n in named if n.kind != _CROSS_LAYER], traced, whole.ties))
     layers = [f"{traced.layers}.{m}" for m in sorted(m for ms in traced.stands_for.values() for m in ms)]
     blocked: tuple[Blocked, ...] = ()
     if traced.repeats:
@@ -82,14 +83,14 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
         for (parameter, axis), reason in reasons.items()
         for name in _everywhere(parameter, traced)
     )
-    return replace(graph_of(model, groups), blocked=blocked)
+    return replace(whole, groups=tuple(groups), blocked=blocked)
 
 
 def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:
-    canonical = {alias: names[0] for names in _aliases(traced.model).values() for alias in names}
-    rigid, reasons = _pass(traced, canonical)
+    ties = graph_of(traced.model, ()).ties
+    rigid, reasons = _pass(traced, ties)
     found = [_name(f, traced) for f in rigid if f.units > 1]
-    elastic, _ = _pass(traced, canonical, elastic=True)
+    elastic, _ = _pass(traced, ties, elastic=True)
     for unit_set in elastic:
         if unit_set.blocks > 1 and unit_set.units > unit_set.blocks:
             named = _name(unit_set, traced)
@@ -102,12 +103,12 @@ def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:
 
 
 def _pass(
-    traced: Trace, canonical: Mapping[str, str], *, elastic: bool = False
+    traced: Trace, ties: Mapping[str, str], *, elastic: bool = False
 ) -> tuple[list[UnitSet], dict[tuple[str, int], str]]:
     """The tokens, and the sets of units that a weight consumes or a router chooses: others cannot be silenced, and so
     not checked."""
     run = Propagation(elastic)
-    run.run(traced.program, canonical)
+    run.run(traced.program, ties)
     usable, reasons = unit_sets(run)
     known = {Mark.ROUTED, Mark.VOCABULARY}
     return [f for f in usable if f.marks & known or any(s.role is Role.CONSUMES for s in f.owned)], reasons
@@ -159,8 +160,8 @@ def _common_module(unit_set: UnitSet) -> str:
     return ".".join(commonprefix([s.parameter.split(".")[:-1] for s in unit_set.owned]))  # noqa: RUF071  (of lists)
 
 
-def _groups(sets: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str]]) -> Iterator[CoupledGroup]:
-    """Coupled groups of the real model, layer by layer, then those of all layers."""
+def _groups(sets: Iterable[Named], traced: Trace, ties: Mapping[str, str]) -> Iterator[CoupledGroup]:
+    """Coupled groups of the real model, layer by layer, then those of all layers. ``ties``: see `CouplingGraph`."""
     by_layer: dict[int | None, list[Named]] = {}
     for named in sets:
         by_layer.setdefault(named.layer, []).append(named)
@@ -169,7 +170,7 @@ def _groups(sets: Iterable[Named], traced: Trace, aliases: Mapping[int, list[str
         members = sorted(by_layer.get(real[number], []), key=lambda n: _ORDER.index(n.kind))
         for name, named in zip(_names(members, traced), members, strict=True):
             yield _group(f"layers.{number}.{name}", named, number, traced, {})
-    tied = {names[0]: names for names in aliases.values() if len(names) > 1}
+    tied = {name: [name, *(alias for alias, first in ties.items() if first == name)] for name in ties.values()}
     count: Counter[str] = Counter()
     for named in sorted(by_layer.get(None, []), key=lambda n: (n.kind == VOCABULARY, -n.unit_set.units)):
         name = f"{named.kind}.{count[named.kind]}" if count[named.kind] else named.kind
@@ -245,14 +246,6 @@ def _everywhere(parameter: str, traced: Trace) -> list[str]:
     if layer is None:
         return [parameter]
     return [_renumber(parameter, traced.layers, number) for number in traced.stands_for[layer]]
-
-
-def _aliases(model: PreTrainedModel) -> dict[int, list[str]]:
-    """``id`` of each parameter → all its names."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
 
 
 def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:

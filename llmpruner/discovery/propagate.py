@@ -97,12 +97,12 @@ class Propagation:
     readers: list[str] = field(default_factory=list)
     where: str = ""
 
-    def run(self, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> None:
-        """Interpret ``program``. ``canonical``: parameter name → the name it is stored under, for tied parameters."""
+    def run(self, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> None:
+        """Interpret ``program``. ``ties``: tied parameter → the name that it is stored under."""
         values: dict[Node, Any] = {}
         for node in program.graph.nodes:
             if node.op == "placeholder":
-                values[node] = self.input(node, program, canonical)
+                values[node] = self.input(node, program, ties)
             elif node.op == "get_attr":
                 values[node] = self.opaque(attrgetter(str(node.target))(program.graph_module), Origin.CONSTANT)
             else:
@@ -115,13 +115,13 @@ class Propagation:
                 for ids in (*logits.axes[:-1], *(ids for value in others for ids in value.axes)):
                     self.ids.block(ids, "it is an axis of the output")
 
-    def input(self, node: Node, program: torch.export.ExportedProgram, canonical: Mapping[str, str]) -> Any:
+    def input(self, node: Node, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> Any:
         signature, meta = program.graph_signature, cast("Any", node.meta.get("val"))
         if name := signature.inputs_to_parameters.get(node.name):
-            return self.parameter(canonical[name], meta.shape)
+            return self.parameter(ties.get(name, name), meta.shape)
         if (buffer := signature.inputs_to_buffers.get(node.name)) and meta.is_floating_point():
             self.buffers.add(buffer)
-            return replace(self.parameter(canonical.get(buffer, buffer), meta.shape), origin=Origin.CONSTANT)
+            return replace(self.parameter(ties.get(buffer, buffer), meta.shape), origin=Origin.CONSTANT)
         if node.name in signature.user_inputs:
             value = self.opaque(meta, Origin.ACTIVATION)
             return replace(value, is_input=True) if isinstance(value, Value) else value

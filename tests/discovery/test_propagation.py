@@ -109,7 +109,7 @@ class Odd(nn.Module):
 def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str) -> None:
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
-    run.run(program, {"up.weight": "up.weight", "down.weight": "down.weight"})
+    run.run(program, {})
     found, reasons = unit_sets(run)
     assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.owned)
     assert reason in reasons["up.weight", 0]
@@ -133,7 +133,7 @@ def test_a_rule_that_does_not_fit_names_operator_and_module(
     program = torch.export.export(Odd(True), (torch.randn(2, 4),), strict=False)
     monkeypatch.setitem(RULES, "linear", rule)
     with pytest.raises(UnsupportedModelError, match=f"^discovery cannot follow operator linear in up: .*{message}"):
-        Propagation().run(program, {"up.weight": "up.weight", "down.weight": "down.weight"})
+        Propagation().run(program, {})
 
 
 class Assembled(nn.Module):
@@ -168,7 +168,7 @@ class Turned(nn.Module):
 @pytest.mark.parametrize(("model", "consumed"), [(Assembled(), 6), (Turned(), 4)], ids=["assembled", "turned"])
 def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
     run = Propagation()
-    run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {n: n for n, _ in model.named_parameters()})
+    run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {})
     (heads,) = [f for f in unit_sets(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.owned)]
     rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.owned}
     assert rows["heads.weight", 0] == [list(range(u * 4, u * 4 + 4)) for u in range(3)]

@@ -64,7 +64,7 @@ class Loop(nn.Module):
 def test_a_loop_over_experts_is_traced_for_all_of_them():
     traced = export(Loop(), "layers", {})
     run = Propagation()
-    run.run(traced.program, {name: name for name, _ in Loop().named_parameters()})
+    run.run(traced.program, {})
     usable, reasons = unit_sets(run)
     (found,) = (units for units in usable if units.owned[0].parameter == "layers.0.up")
     assert [(s.parameter, s.axis, s.role, s.rows[:, 0].tolist(), s.rows.shape) for s in found.owned] == [
