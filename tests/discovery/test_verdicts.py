@@ -1,4 +1,5 @@
-"""Verdicts name the parameter that is wrong, and every check that was not possible."""
+"""Verdicts name the parameter that is wrong, and every check that was not possible. LLaMA's plugin
+declares what discovery finds."""
 
 from __future__ import annotations
 
@@ -7,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from composed import ComposedConfig, ComposedForCausalLM, register
+from llmpruner_llama.family import LlamaFamily
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
@@ -119,3 +121,42 @@ def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
     (verdict,) = verify(family(), BIASED, shrink=False)
     assert (verdict.verdict, verdict.reason) == (REFUSED, "no unit can be removed from any group")
     assert verdict.checks == []
+
+
+def agree(config: LlamaConfig) -> bool:
+    declared, found = LlamaFamily().coupled_groups(config), discover_graph(config).groups
+    same = [
+        [(g.name, g.kind, g.units, g.layer, g.blocks, g.minimum, g.modules) for g in of] for of in (declared, found)
+    ]
+    return sorted(same[0]) == sorted(same[1]) and differences(declared, found) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_key_value_heads": 6},
+        {"attention_bias": True, "mlp_bias": True},
+        {"tie_word_embeddings": True, "head_dim": 10},
+    ],
+    ids=["gqa", "mha", "biases", "tied"],
+)
+def test_what_the_llama_plugin_declares_is_what_discovery_finds(changes: dict[str, object]) -> None:
+    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2}
+    config = LlamaConfig(**{**sizes, "num_hidden_layers": 3, "vocab_size": 64, **changes})
+    assert agree(config)
+
+
+def test_equal_sizes_do_not_confuse_discovery() -> None:
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=16, num_attention_heads=4, num_key_value_heads=4, head_dim=4,
+        num_hidden_layers=2, vocab_size=16,
+    )  # fmt: skip
+    assert agree(config)
+
+
+def test_everything_is_offered() -> None:
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=24, num_attention_heads=4, num_hidden_layers=1, vocab_size=40
+    )
+    assert discover_graph(config).blocked == ()
