@@ -355,12 +355,10 @@ class Quality:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Parameters (tied ones once), those of the decoder's layers, and bytes of the weights: after, in memory, which is
-    how they are saved; before, as the files have them where their dtype is smaller than that in memory (float16 on a
-    CPU) and the budget is not bytes, else in memory too. ``budget``: set when the plan's budget counts something else.
-    ``forecast``: what the run was expected to take, as JSON values; None where nothing was forecast. ``tokens``: None
-    where all tokens of the vocabulary stay. ``quality``: None where it was not measured: for a plan, without
-    calibration text, and where tokens go."""
+    """Sizes before and after a cut: all parameters (tied ones once), those of the decoder's layers, and bytes of the
+    weights: after, as they are saved; before, the same, or as the files have them where that is less (float16 on a CPU)
+    and the budget is not bytes. ``budget``: set when the plan's budget counts something else. ``forecast``: what the
+    run was expected to take. ``tokens``: None where all stay. ``quality``: None where it was not measured."""
 
     parameters_before: int
     parameters_after: int
