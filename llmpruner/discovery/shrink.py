@@ -7,13 +7,12 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
+
+from transformers import PreTrainedConfig
 
 from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
 from ..models.stock import for_all_layers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 LAYERS = 3
 """How many, unless more are needed to show every kind of layer."""
@@ -105,23 +104,18 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], few: tuple[
         return around
     heads = _heads(config)
     _shrink_attention(config, values, heads or (0, 0), few, around.hidden)
-    stated = values.get(getattr(config, "attribute_map", {}).get("hidden_size", "hidden_size"))
-    return replace(
-        around,
-        hidden={hidden: stated} if isinstance(stated, int) else {},
-        kv_heads={heads[1]: few_heads(heads, few)[1]} if heads else {},
-    )
+    stated = values.get(config.attribute_map.get("hidden_size", "hidden_size"))
+    kv_heads = {heads[1]: few_heads(heads, few)[1]} if heads else {}
+    return replace(around, hidden={} if stated is None else {hidden: stated}, kv_heads=kv_heads)
 
 
 def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: Around) -> Mapping[int, int]:
     """Make the configurations inside ``config`` small, that of its text model first; returns `Around.text`."""
-    text = config.get_text_config()
-    parts = {n: getattr(config, n, None) for n, v in values.items() if isinstance(v, dict)}
-    parts = {n: part for n, part in parts.items() if hasattr(part, "to_dict") and hasattr(part, "model_type")}
-    beside = around.text
+    text, beside = config.get_text_config(), around.text
+    parts = {n: part for n in values if isinstance(part := getattr(config, n, None), PreTrainedConfig)}
     for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
         values[name] = shrink(part, small, replace(around, text={} if part is text else beside))
-        if part is text and isinstance(getattr(part, "hidden_size", None), int):
+        if part is text:
             beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
     return beside
 
@@ -131,11 +125,8 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int] | None:
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
         return None
-    own = {name: value for name, value in vars(config).items() if _SHARED.search(name) and _is_size(value)}
-    shared = getattr(config, "num_key_value_heads", None) or next(iter(own.values()), None)
-    if not isinstance(shared, int) or shared < 1 or heads % shared:
-        shared = heads
-    return heads, shared
+    shared = next((v for name, v in vars(config).items() if _SHARED.search(name) and _is_size(v)), None)
+    return heads, shared if isinstance(shared, int) and heads % shared == 0 else heads
 
 
 def few_heads(heads: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
@@ -153,13 +144,11 @@ def _shrink_attention(
     wide: Mapping[int, int],
 ) -> None:
     """``every``: heads; 0 for a model without, whose hidden size alone is made small. ``wide``: see `Around.hidden`."""
-    before = dict(values)
+    before, hidden = dict(values), config.hidden_size
     (heads, shared), (few, few_shared) = every, few_heads(every, target)
     own = getattr(config, "head_dim", None)
-    hidden = config.hidden_size
-    head_dim = own if isinstance(own, int) and own > 0 else max(hidden // max(heads, 1), 1)
-    small_hidden = wide.get(hidden, few * HEAD_DIM) if not heads else few * HEAD_DIM
-    scale = HEAD_DIM / head_dim
+    scale = HEAD_DIM / (own if isinstance(own, int) else max(hidden // max(heads, 1), 1))
+    small_hidden = wide.get(hidden, few * HEAD_DIM)
 
     def small(meaning: str, value: int) -> int:
         if _SHARED.search(meaning):
@@ -174,14 +163,11 @@ def _shrink_attention(
             return small_hidden * (value // hidden) if value % hidden == 0 else small_hidden // 2
         return value
 
-    meanings = {v: k for k, v in getattr(config, "attribute_map", {}).items()}
-    for name, value in list(values.items()):
-        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
-            values[name] = small(meanings.get(name, name), value)
-    for name in [n for n in before if _SHARED.search(n)]:
-        layer, single, _ = name.rpartition(".")
-        queries = f"{layer}.num_attention_heads"
-        if single and before[name] == before.get(queries):
+    meanings = {v: k for k, v in config.attribute_map.items()}
+    values |= {n: small(meanings.get(n, n), v) for n, v in before.items() if type(v) is int and v > 0}
+    for name in [n for n in before if _SHARED.search(n) and "." in n]:
+        queries = f"{name.partition('.')[0]}.num_attention_heads"
+        if before[name] == before.get(queries):
             values[name] = values[queries]
     _keep_ratios(config, values, target[1])
     if values.get("head_dim", HEAD_DIM) is None:
@@ -194,10 +180,9 @@ def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> 
     of each other; the smallest becomes ``few``."""
     kinds: dict[str, dict[str, int]] = {}
     for name in values:
-        kind, found, _ = name.partition("num_")
-        before = getattr(config, name, None)
-        if kind and found and name.endswith("heads") and _is_size(before):
-            kinds.setdefault(kind, {})[name] = cast("int", before)
+        kind, before = re.match("(.+)num_.*heads$", name), getattr(config, name, None)
+        if kind and _is_size(before):
+            kinds.setdefault(kind[1], {})[name] = cast("int", before)
     for counts in kinds.values():
         fewest = min(counts.values())
         if max(counts.values()) > fewest:
@@ -207,18 +192,17 @@ def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
     """In state space models, number and size of heads must multiply to the expanded hidden size."""
-    own = ("num_heads", "head_dim") if "state_size" in values else ()
-    names = [n for n in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", *own[:1]) if _is_size(values.get(n))]
     expand = values.get("mamba_expand", values.get("expand"))
-    for name in names:
-        size = next((n for n in ("mamba_d_head", "mamba_head_dim", "mamba_headdim", *own[1:]) if n in values), None)
-        if size is not None and isinstance(expand, int | float):
+    size = next((n for n in ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim") if n in values), None)
+    for name in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads"):
+        if _is_size(values.get(name)) and size is not None and expand is not None:
             values[size] = HEAD_DIM
             values[name] = int(expand * hidden) // HEAD_DIM
             if _is_size(values.get("mamba_d_ssm")):
                 values["mamba_d_ssm"] = values[name] * HEAD_DIM
-    for name in [n for n in ("mamba_n_groups", "mamba_ngroups", "n_groups") if _is_size(values.get(n))]:
-        values[name] = 1
+    for name in ("mamba_n_groups", "mamba_ngroups", "n_groups"):
+        if _is_size(values.get(name)):
+            values[name] = 1
 
 
 def _shrink_widths(values: dict[str, Any]) -> None:
@@ -233,7 +217,7 @@ def _shrink_widths(values: dict[str, Any]) -> None:
         re.compile("sliding_window|window_size|chunk_size|block_size|attention_window"): lambda value, _: min(value, 8),
         re.compile("n_group$|expert_group$"): lambda value, _: min(value, 2),
         re.compile("topk_group"): lambda _, __: 1,
-        re.compile("num_hash_buckets|hash_vocab|num_buckets"): lambda value, _: min(value, 64),
+        re.compile("buckets|hash_vocab"): lambda value, _: min(value, 64),
     }
     for pattern, new_of in rules.items():
         names = [n for n in values if pattern.search(n) and _is_size(values[n])]
@@ -248,7 +232,7 @@ def _shrink_layers(
     config: PreTrainedConfig, values: dict[str, Any], of_each: int, overrides: Mapping[int, Mapping[str, Any]]
 ) -> list[int]:
     """Choose layers so that ``of_each`` of every kind are among them; returns their numbers."""
-    key = getattr(config, "attribute_map", {}).get("num_hidden_layers", "num_hidden_layers")
+    key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if key not in values:  # it is derived from another number
         key = next((n for n in ("num_layers", "num_decoder_layers") if n in values), key)
     count = values.get(key)
@@ -264,7 +248,7 @@ def _shrink_layers(
     if count <= LAYERS:
         return list(range(count))
     lists = {n: v for n, v in values.items() if isinstance(v, list) and len(v) == count and not n.startswith("_")}
-    parts = _parts(values, key, count)
+    parts = _parts(values, count)
     numbered = {
         n: v
         for n, v in values.items()
@@ -291,35 +275,32 @@ def _shrink_layers(
         values[name] = [new for new, old in enumerate(chosen) if old in value]
     values[key] = len(chosen)
     for name, value in values.items():
-        is_layer_number = re.search("first_k_dense|first_dense|dense_replace|num_dense_layers", name)
         if name in parts:
             values[name] = sum(parts[name][n] for n in chosen)
-        elif is_layer_number and isinstance(value, int) and value > 1:
+        elif type(value) is int and value > 1 and re.search("first_.*dense|num_dense_layers", name):
             values[name] = 1
-        elif _LAYERS.search(name) and _is_size(value) and name != key:
-            values[name] = min(value, len(chosen)) if isinstance(value, int) else value
+        elif type(value) is int and _LAYERS.search(name):
+            values[name] = min(value, len(chosen))
     return chosen
 
 
-def _parts(values: Mapping[str, Any], key: str, count: int) -> dict[str, list[bool]]:
+def _parts(values: Mapping[str, Any], count: int) -> dict[str, list[bool]]:
     """Fields that count consecutive layers → whether each layer is among them: the last ones, which share keys and
     values, and sections that together are all layers."""
-    counts = {n: v for n, v in values.items() if _LAYERS.search(n) and n != key and type(v) is int and v < count}
+    counts = {n: v for n, v in values.items() if _LAYERS.search(n) and type(v) is int and v < count}
     parts = {
         name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name
     }
     sections = {n: v for n, v in counts.items() if n not in parts}
     if sum(sections.values()) == count:
-        first = 0
-        for name, value in sections.items():
-            parts[name] = [first <= n < first + value for n in range(count)]
-            first += value
+        owners = [name for name, value in sections.items() for _ in range(value)]
+        parts |= {name: [owner == name for owner in owners] for name in sections}
     return parts
 
 
 def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
     """Numbers that were not made smaller, but are the product or the quotient of two that were, follow these."""
-    sizes = {n: v for n, v in before.items() if type(v) is int and v > 1 and type(values.get(n)) is int}
+    sizes = {n: v for n, v in before.items() if type(v) is int and v > 1}
     smaller = [n for n in sizes if values[n] < sizes[n]]
     for name in [n for n in sizes if n not in smaller]:
         for one, other in combinations(smaller, 2):
