@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import combinations
@@ -252,19 +251,13 @@ def _shrink_layers(
     numbered = {
         n: v
         for n, v in values.items()
-        if _NUMBERED.search(n) and isinstance(v, list) and 0 < len(v) < count and set(v) <= set(range(count))
+        if _NUMBERED.search(n) and isinstance(v, list) and len(v) < count and set(v) <= set(range(count))
     }
     among = [[n in value for n in range(count)] for value in numbered.values()]
     columns = [*lists.values(), *parts.values(), *among, [overrides.get(n) for n in range(count)]]
-    seen: Counter[tuple[str, ...]] = Counter()
-    chosen = []
-    for n, column in enumerate(zip(*columns, strict=True)):
-        kind = tuple(map(str, column))
-        seen[kind] += 1
-        if seen[kind] <= of_each:
-            chosen.append(n)
-    missing = [n for n in range(LAYERS) if n not in chosen]
-    chosen += missing[: max(LAYERS - len(chosen), 0)]
+    kinds = list(zip(*(map(str, column) for column in columns), strict=True))
+    chosen = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < of_each]
+    chosen += [n for n in range(LAYERS) if n not in chosen][: max(LAYERS - len(chosen), 0)]
     # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
@@ -304,7 +297,7 @@ def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
     smaller = [n for n in sizes if values[n] < sizes[n]]
     for name in [n for n in sizes if n not in smaller]:
         for one, other in combinations(smaller, 2):
-            low, high = sorted((one, other), key=lambda n: sizes[n])
+            low, high = sorted((one, other), key=sizes.__getitem__)
             if sizes[name] == sizes[low] * sizes[high]:
                 values[name] = values[low] * values[high]
                 break
@@ -319,10 +312,10 @@ def _is_size(value: Any) -> bool:
 
 def _sizes(value: Any) -> list[int]:
     items = value if isinstance(value, list) else [value]
-    return items if items and all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for v in items) else []
+    return items if all(type(v) is int and v > 0 for v in items) else []
 
 
 def _small_token(value: Any) -> Any:
     if isinstance(value, list):
         return [_small_token(v) for v in value]
-    return value % 32 if isinstance(value, int) and not isinstance(value, bool) and value >= VOCABULARY else value
+    return value % 32 if type(value) is int and value >= VOCABULARY else value
