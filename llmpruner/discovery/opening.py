@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 _LOG = logging.getLogger("llmpruner")
+_PATH, _WEIGHTS = "base_path", "base_weights"
 AnyStructure = TypeVar("AnyStructure", bound="Structure")
 
 Source = str | Path | Structure
@@ -158,7 +159,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
 
 
 def adapted(base: AnyStructure, text: str) -> AnyStructure:
-    """``base`` with the adapter in folder ``text``. Whoever reads the model again by its ``path`` needs both."""
+    """``base`` with the adapter in folder ``text``, which names the base."""
     folder, record = Path(text), base.record
     if record is not None:
         trained = (read_any_record(folder) or {}).get("recovery")
@@ -205,9 +206,6 @@ def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
         if options.trust_remote_code:
             register_model_class(config, options.revision)
         return config
-
-
-_PATH, _WEIGHTS = "base_path", "base_weights"
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
