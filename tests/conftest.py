@@ -76,8 +76,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    # What is imported stays: 400,000 objects that no collection of garbage needs to look at again. Every forecast
-    # collects, and would take a quarter of a second longer.
+    # What is imported stays: 400,000 objects that no collection of garbage needs to look at again.
     gc.collect()
     gc.freeze()
 
