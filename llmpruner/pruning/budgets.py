@@ -158,59 +158,40 @@ class SizeModel:
     """
 
     def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> None:
-        owners: dict[tuple[str, int], list[CoupledGroup]] = {}
+        # In a fused matrix, key/value heads own all rows and query heads some of them; the others stay when these go.
+        owners: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
         for group in groups:
-            for key in dict.fromkeys((s.parameter, s.axis) for s in group.spans):
-                owners.setdefault(key, []).append(group)
-        self._axes = {
-            name: [_Axis(name, a, size, owners.get((name, a), [])) for a, size in enumerate(shape)]
-            for name, shape in graph.shapes.items()
-        }
+            indices: dict[tuple[str, int], set[int]] = {}
+            for span in group.spans:
+                indices.setdefault((span.parameter, span.axis), set()).update(span.indices(range(group.units)))
+            for key, own in indices.items():
+                by_index = owners.setdefault(key, {})
+                by_index.update({index: (*by_index.get(index, ()), group.name) for index in own})
+        axes = [(name, axis) for name, shape in graph.shapes.items() for axis in range(len(shape))]
+        self._owned = {key: Counter(owners.get(key, {}).values()) for key in axes}
+        """Parameter and axis → names of groups → the number of indices that these, and no others, own."""
+        self._shapes, self._units = graph.shapes, {group.name: group.units for group in groups}
         self.layer_of = {name: graph.layer_of(name) for name in graph.shapes}
         """Parameter → number of its decoder layer, None outside the decoder layers."""
 
     def elements(self, name: str, kept: Mapping[str, int]) -> int:
         """Number of remaining elements of parameter ``name``."""
-        return prod(axis.size(kept) for axis in self._axes[name])
+        return prod(self.size(name, axis, kept) for axis in range(len(self._shapes[name])))
 
     def size(self, name: str, axis: int, kept: Mapping[str, int]) -> int:
         """Remaining size of one axis of parameter ``name``."""
-        return self._axes[name][axis].size(kept)
+        owned = self._owned[name, axis]
+        return self._shapes[name][axis] - sum(n - self._left(n, groups, kept) for groups, n in owned.items())
 
     def owned(self, name: str, axis: int, group: CoupledGroup, kept: Mapping[str, int]) -> int:
         """Number of remaining indices of one axis among those that ``group`` owns."""
-        return self._axes[name][axis].owned(group, kept)
+        owned = self._owned[name, axis]
+        return sum(self._left(n, groups, kept) for groups, n in owned.items() if group.name in groups)
 
-
-class _Axis:
-    """One axis of one parameter. ``_parts``: numbers of indices that the same groups own, and these groups. In a fused
-    matrix, key/value heads own all rows and query heads some of them; the others stay when query heads go."""
-
-    def __init__(self, parameter: str, axis: int, size: int, groups: Sequence[CoupledGroup]) -> None:
-        self._size = size
-        owned = [
-            {
-                i
-                for s in group.spans
-                if (s.parameter, s.axis) == (parameter, axis)
-                for i in s.indices(range(group.units))
-            }
-            for group in groups
-        ]
-        owners = Counter(tuple(n for n, of in enumerate(owned) if index in of) for index in set().union(*owned))
-        self._parts = [(count, [groups[n] for n in numbers]) for numbers, count in owners.items()]
-
-    def size(self, kept: Mapping[str, int]) -> int:
-        return self._size - sum(count - _stay(count, owners, kept) for count, owners in self._parts)
-
-    def owned(self, group: CoupledGroup, kept: Mapping[str, int]) -> int:
-        return sum(_stay(count, owners, kept) for count, owners in self._parts if group in owners)
-
-
-def _stay(count: int, owners: Iterable[CoupledGroup], kept: Mapping[str, int]) -> int:
-    for group in owners:
-        count = count * kept.get(group.name, group.units) // group.units
-    return count
+    def _left(self, count: int, groups: Iterable[str], kept: Mapping[str, int]) -> int:
+        for name in groups:
+            count = count * kept.get(name, self._units[name]) // self._units[name]
+        return count
 
 
 class WeightCost(Cost):

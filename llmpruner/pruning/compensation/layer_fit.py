@@ -7,7 +7,7 @@ matrices of a layer that read the same inputs and are fitted together; `StageFit
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -18,7 +18,7 @@ from torch.nn import functional
 from ...engine.products import WatchedProduct, WatchProducts
 from ...engine.walk import Stop
 from .least_squares import Fitter, Matrix, write_all
-from .readers import Reader, matrix_of, names_in_layer, stream_writers
+from .readers import Reader, matrix_of, names_in_layer, stream_writers, swapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -27,57 +27,48 @@ if TYPE_CHECKING:
     from ...engine.walk import ForwardWalk
     from ...structure.coupling import CouplingGraph
     from .base import Fit
-    from .readers import Originals, ProducerRows
+    from .readers import ProducerRows
 
 _DIRECT = 2e-2
 """Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
 outputs."""
 
 
-def stream_factor(walk: ForwardWalk, graph: CouplingGraph, number: int, states: States) -> float | None:
-    """c, where the output of layer ``number`` is its input plus c times the outputs of its `stream_writers`; None where
-    it is not. ``states``: hidden states before the layer, of which the first is used.
-
-    c is the least-squares solution, taken if its relative residual is below `_DIRECT`.
-    """
-    outputs: list[torch.Tensor] = []
-
-    def seen(use: WatchedProduct) -> None:
-        # The layer may add to them in place afterwards.
-        outputs.append(use.outputs.to(torch.float32, copy=True))
-
-    batch, hidden = walk.batches[0], states[0]
-    with WatchProducts(walk.execution.model, stream_writers(graph, number), seen):
-        change = (walk.run(number, batch, hidden, states.passed, tried=True) - hidden).flatten(0, -2)
-    if not outputs or any(part.shape != change.shape for part in outputs):
-        return None
-    total = torch.stack(outputs).sum(0)
-    factor = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
-    return factor if float((change - factor * total).norm()) < _DIRECT * float(change.norm()) else None
-
-
-def order_of_use(
+def layer_uses(
     walk: ForwardWalk, graph: CouplingGraph, number: int, states: States, names: Collection[str]
-) -> tuple[list[list[str]], list[str], str | None]:
-    """The matrices ``names`` in the order in which layer ``number`` uses them, those that read the same inputs in one
-    list; their biases; and the last of the `stream_writers` that is used, None without any. ``states``: as in
-    `stream_factor`."""
+) -> tuple[list[list[str]], list[str], str | None, float | None]:
+    """How layer ``number`` of the dense model uses the matrices ``names``: in which order, with those that read the
+    same inputs in one list; their biases; the last of the `stream_writers` that is used, None without any; and c, where
+    the output of the layer is its input plus c times the outputs of these, else None.
+
+    ``states``: hidden states before the layer, of which the first is used. c is the least-squares solution, taken if
+    its relative residual is below `_DIRECT`.
+    """
     uses: dict[str, WatchedProduct] = {}
+    outputs: list[torch.Tensor] = []
 
     # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
     # which may have changed by then, are not read.
     def seen(use: WatchedProduct) -> None:
         uses.setdefault(use.parameter, use)
+        if use.parameter in writers:
+            # The layer may add to them in place afterwards.
+            outputs.append(use.outputs.to(torch.float32, copy=True))
 
-    model, writers = walk.execution.model, stream_writers(graph, number)
+    model, writers, hidden = walk.execution.model, stream_writers(graph, number), states[0]
     with WatchProducts(model, dict.fromkeys([*names, *writers]), seen):
-        walk.run(number, walk.batches[0], states[0], states.passed, tried=True)
+        change = (walk.run(number, walk.batches[0], hidden, states.passed, tried=True) - hidden).flatten(0, -2)
     last = next((name for name in reversed(uses) if name in writers), None)
     uses = {name: use for name, use in uses.items() if name in names}
     together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
     stages = [[use.parameter for use in same] for _, same in together]
-    biases = [use.bias for use in uses.values() if use.bias is not None]
-    return stages, names_in_layer(model, graph, number, biases), last
+    biases = names_in_layer(model, graph, number, [use.bias for use in uses.values() if use.bias is not None])
+    if not outputs or any(part.shape != change.shape for part in outputs):
+        return stages, biases, last, None
+    total = torch.stack(outputs).sum(0)
+    factor = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
+    direct = float((change - factor * total).norm()) < _DIRECT * float(change.norm())
+    return stages, biases, last, factor if direct else None
 
 
 @dataclass(frozen=True)
@@ -119,7 +110,8 @@ class LayerFit:
     ``fitter``, ``mix``: as in `repair`; ``removed_channels``: of the residual stream, int64. Hidden states are one
     tensor (samples, length, hidden size) in float32 for each micro-batch: ``dense`` is h before the layer, ``after`` h
     after it, ``pruned`` ĥ before it, and after it once `fit` returned True. ``producers``: the rows that produce
-    removed units, silenced; ``original``: the values of the layer's weights in the dense model.
+    removed units, silenced; ``original``: changed weights of the layer, each with a copy of the dense
+    model's.
     """
 
     walk: ForwardWalk
@@ -132,7 +124,7 @@ class LayerFit:
     after: States
     pruned: States
     producers: ProducerRows
-    original: Originals
+    original: Sequence[tuple[torch.Tensor, torch.Tensor]]
 
     def __post_init__(self) -> None:
         self.model = self.walk.execution.model
@@ -173,7 +165,7 @@ class LayerFit:
                 uncut = self._run(stage, position, self.pruned, whole=stage.last, tried=True)
         if not stage.needs_dense:
             return pruned, uncut, {}
-        with self.original.swapped_in():
+        with swapped(self.original):
             dense = self._run(stage, position, self.dense, whole=False, tried=True)
         return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
 

@@ -158,21 +158,13 @@ class ProducerRows:
             self.zero()
 
 
-class Originals:
-    """Copies of parameters of one layer with their original values."""
-
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._pairs = [(p, p.detach().clone()) for p in {id(p): p for p in parameters}.values()]
-
-    @contextlib.contextmanager
-    def swapped_in(self) -> Iterator[None]:
-        """While active, the parameters have their original values."""
-        self._swap()
-        try:
-            yield
-        finally:
-            self._swap()
-
-    def _swap(self) -> None:
-        for parameter, other in self._pairs:
-            parameter.data, other.data = other.data, parameter.data
+@contextlib.contextmanager
+def swapped(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """While active, the tensors of each pair have each other's values."""
+    for one, other in pairs:
+        one.data, other.data = other.data, one.data
+    try:
+        yield
+    finally:
+        for one, other in pairs:
+            one.data, other.data = other.data, one.data

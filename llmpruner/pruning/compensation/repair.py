@@ -33,10 +33,9 @@ from ...engine.execution import Execution
 from ...engine.walk import ForwardWalk
 from ...structure.kept import removed_layers
 from .base import Fit, RepairTask
-from .layer_fit import LayerFit, Stage, order_of_use, stream_factor
+from .layer_fit import LayerFit, Stage, layer_uses
 from .least_squares import Fitter
 from .readers import (
-    Originals,
     ProducerRows,
     Reader,
     names_in_layer,
@@ -130,7 +129,7 @@ class _Repair:
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of one layer, and move h and ĥ to after it."""
         pruned = self._keep_apart()
-        stages, biases = self._stages(number, readers, pruned)
+        stages, biases = self._stages(number, readers)
         needs_dense = any(stage.needs_dense for stage in stages)
         if needs_dense:
             after = self.dense.empty(continued=True)
@@ -141,7 +140,7 @@ class _Repair:
             self.walk.advance(number, after)
         producers = ProducerRows(self.model, self.graph, self.kept, number)
         changed = [*(self.model.get_parameter(name) for name in readers), *biases, *producers.parameters]
-        original = Originals(changed if needs_dense else [])
+        original = [(p, p.detach().clone()) for p in {id(p): p for p in changed}.values()] if needs_dense else []
         producers.zero()
         layer = LayerFit(
             self.walk, self.graph, number, self.fitter, self.mix, self.channels,
@@ -165,13 +164,10 @@ class _Repair:
         if self.journal is not None:
             self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
 
-    def _stages(
-        self, number: int, readers: Mapping[str, Reader], pruned: States
-    ) -> tuple[list[Stage], list[torch.nn.Parameter]]:
+    def _stages(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[Stage], list[torch.nn.Parameter]]:
         """The stages of a layer in the order of their use, and the biases of ``readers``."""
-        factor = self.ranks.from_first(lambda: stream_factor(self.walk, self.graph, number, self.dense))
-        order = partial(order_of_use, self.walk, self.graph, number, pruned, readers)
-        together, biases, last = self.ranks.from_first(order)
+        uses = partial(layer_uses, self.walk, self.graph, number, self.dense, readers)
+        together, biases, last, factor = self.ranks.from_first(uses)
         writers = set(stream_writers(self.graph, number))
         stages = [
             Stage({n: readers[n] for n in names}, factor if writers.issuperset(names) else None, last in names)

@@ -75,21 +75,26 @@ def estimate(
     finite, or a calibration set is needed and missing.
     """
     check_accepted(criterion, groups, graph)
-    execution = execution or Execution.of(model, graph.layers)
-    if criterion.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        scores = _layers(execution, groups, criterion, calibration, removal)
-    elif Signal.TOKENS in criterion.signals:
-        if calibration is None:
-            raise ModelError(f"criterion {criterion.name} counts tokens and needs a calibration set")
+    execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
+    if signals - {Signal.WEIGHT} and calibration is None:
+        raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
+    if signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        assert calibration is not None
+        stream = stream_statistics(execution, calibration, blocks=Signal.STREAM_BLOCKS in signals)
+        if removal is not None:
+            stream = replace(stream, removed=removal.layers, removable=removal.removable)
+        values = criterion.score_layers(stream).double().cpu()
+        scores = {group.name: values for group in groups}
+    elif Signal.TOKENS in signals:
+        assert calibration is not None
         values = criterion.score_tokens(token_statistics(execution, calibration, tokenizer)).double().cpu()
         scores = {group.name: values for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
-        signals = walk_signals(
-            execution, graph, uses, criterion.signals, calibration, seed, criterion.measure,
-            by_matrix=criterion.by_matrix,
-        )  # fmt: skip
-        scores = _score(graph, groups, criterion, uses, signals, reduction)
+        measured = walk_signals(
+            execution, graph, uses, signals, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
+        )
+        scores = _score(graph, groups, criterion, uses, measured, reduction)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
@@ -113,7 +118,7 @@ def _score(
     uses: Mapping[str, Sequence[_Use]],
     stream: Iterable[tuple[str, ParameterSignals]],
     reduction: str,
-) -> Scores:
+) -> dict[str, torch.Tensor]:
     partial: dict[tuple[str, int], torch.Tensor] = {}
     sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
     for name, signals in stream:
@@ -135,23 +140,6 @@ def _score(
     for key, (use, values) in sums.items():
         partial[key] = values if use.group.modules else values.abs()[_index(use, values)].sum(1)
     return {group.name: _reduce(graph, group, partial, reduction) for group in groups}
-
-
-def _layers(
-    execution: Execution,
-    groups: Sequence[CoupledGroup],
-    criterion: ImportanceCriterion,
-    calibration: CalibrationSet | None,
-    removal: Removal | None,
-) -> Scores:
-    if calibration is None:
-        raise ModelError(f"criterion {criterion.name} runs the model and needs a calibration set")
-    blocks = Signal.STREAM_BLOCKS in criterion.signals
-    stream = stream_statistics(execution, calibration, blocks=blocks)
-    if blocks and removal is not None:
-        stream = replace(stream, removed=removal.layers, removable=removal.removable)
-    values = criterion.score_layers(stream).double().cpu()
-    return {group.name: values for group in groups}
 
 
 def scored_spans(
