@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping, MutableSequence, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import torch
 
@@ -18,8 +17,7 @@ DEFAULT_LIMIT = 128 << 20
 """Bytes of hidden states in memory."""
 
 
-@dataclass(frozen=True)
-class _Place:
+class _Place(NamedTuple):
     """Where a tensor is in the file."""
 
     offset: int
@@ -44,12 +42,6 @@ class Boundaries:
         self._free: dict[int, list[int]] = {}
         """Bytes → offsets of the file's unused places of that size."""
         self._end = 0
-
-    def states(self, tensors: Sequence[torch.Tensor] = ()) -> States:
-        """A new sequence, with ``tensors``."""
-        states = States(self)
-        states.extend(tensors)
-        return states
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor | _Place:
         """What `States` holds for ``tensor``: itself, or where it is in the file."""
@@ -89,7 +81,7 @@ class Boundaries:
             self._free.setdefault(size, []).append(kept.offset)
 
 
-class States(MutableSequence[torch.Tensor]):
+class States:
     """Tensors, one for each micro-batch, of a `Boundaries`. Reading one does not remove it; do not change it in
     place.
 
@@ -111,21 +103,18 @@ class States(MutableSequence[torch.Tensor]):
     def __len__(self) -> int:
         return len(self._kept)
 
-    def __getitem__(self, number: int) -> torch.Tensor:  # type: ignore[override]
+    def __getitem__(self, number: int) -> torch.Tensor:
         return self._boundaries.read(self._kept[number])
 
-    def __setitem__(self, number: Any, tensor: Any) -> None:
+    def __setitem__(self, number: int, tensor: torch.Tensor) -> None:
         self._boundaries.free(self._kept[number])
         self._kept[number] = self._boundaries.keep(tensor)
-
-    def __delitem__(self, number: Any) -> None:
-        self._boundaries.free(self._kept.pop(number))
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         return (self[number] for number in range(len(self)))
 
-    def insert(self, index: int, value: torch.Tensor) -> None:
-        self._kept.insert(index, self._boundaries.keep(value))
+    def append(self, tensor: torch.Tensor) -> None:
+        self._kept.append(self._boundaries.keep(tensor))
 
     def dump(self, file: Path) -> None:
         """Write all tensors to ``file``, whole or not at all; `load` reads them."""
@@ -143,7 +132,7 @@ class States(MutableSequence[torch.Tensor]):
 
     def clear(self) -> None:
         while self._kept:
-            del self[-1]
+            self._boundaries.free(self._kept.pop())
 
     def __del__(self) -> None:
         self.clear()

@@ -25,6 +25,7 @@ from torch.nn import functional
 from ..errors import ModelError
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import logits_at, position_blocks
+from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts, WatchProducts
 from .walk import (
@@ -196,9 +197,9 @@ class GradientWalk:
         self._summed = squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
         """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
         kept = execution.boundaries()
-        self.hidden = [kept.states() for _ in range(len(self.layers) + 1)]
+        self.hidden = [States(kept) for _ in range(len(self.layers) + 1)]
         """Before each layer, and after the last: a tensor for each micro-batch."""
-        self.grads = kept.states()
+        self.grads = States(kept)
         """The gradient of the loss with respect to the hidden states after the layer that backward computes next."""
         self._outer = [self.model.get_parameter(name) for name in outer]
         self._places: list[Collection[Place]] = [()] * len(self.layers)

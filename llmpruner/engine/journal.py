@@ -112,13 +112,6 @@ class Journal:
             with writing(self.folder):
                 weights.keep(names, self._layer(number))
 
-    def use(self, number: int, weights: Weights) -> bool:
-        """Use the parameters of a layer that `keep` wrote from now on. Returns whether there are any."""
-        file = self._layer(number)
-        if file.is_file():
-            weights.use(file)
-        return file.is_file()
-
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
         enough ago."""
@@ -154,7 +147,8 @@ class Journal:
         if any(self._ranks.totals(missing)):
             return None
         for number in range(state["layers"]):
-            self.use(number, weights)
+            if self._layer(number).is_file():
+                weights.use(self._layer(number))
         return state, files
 
     def _remove(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from ..errors import ModelError
 from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts
-from .signals import GRADIENTS, InputStats, ParameterSignals, Position, ProductStats, Signal, positions
+from .signals import GRADIENTS, ParameterSignals, Position, Signal, positions
 from .statistics import NOTHING, Measured, forward_statistics
 
 if TYPE_CHECKING:
@@ -23,9 +24,7 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
     from .execution import Execution
 
-_INPUTS = frozenset({Signal.INPUT_STATS, Signal.GRAM})
-Make = Callable[..., Iterator[tuple[str, ParameterSignals]]]
-"""Makes the signals of a parameter from its name, what was measured of it, and its `GradientSums`."""
+Named = Iterator[tuple[str, ParameterSignals]]
 
 
 def walk_signals(
@@ -38,7 +37,7 @@ def walk_signals(
     measure: Measure | None = None,
     *,
     by_matrix: bool = False,
-) -> Iterator[tuple[str, ParameterSignals]]:
+) -> Named:
     """Yield every parameter of ``wanted`` once, with the signals in ``needs``. To save memory, keep no reference to
     them.
 
@@ -47,40 +46,30 @@ def walk_signals(
 
     Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
-    Raises `ModelError` without a calibration set, or for values that are not finite.
+    Raises `ModelError` for values that are not finite.
     """
     where, needed = positions(graph), frozenset(needs)
-
-    def make(
-        name: str, measured: Measured = NOTHING, sums: GradientSums | None = None
-    ) -> Iterator[tuple[str, ParameterSignals]]:
-        for signals in signals_of(
-            execution.model, name, where[name], needed, seed,
-            by_matrix=by_matrix, sums=sums, inputs=measured.inputs, products=measured.products,
-        ):  # fmt: skip
-            yield name, signals
-
+    make = partial(_signals, execution.model, where, needed, seed, by_matrix)
     if needed <= {Signal.WEIGHT}:
         yield from _of_weights(execution.weights, wanted, make)
         return
-    if calibration is None:
-        raise ModelError("this criterion runs the model and needs a calibration set")
-    number_of_samples = len(calibration.input_ids)
+    assert calibration is not None, "all signals but weights are measured on text"
+    samples, gradients = len(calibration.input_ids), Signal.PRODUCT_GRAD in needed
 
     def reduce(names: Collection[str]) -> ReduceProducts:
         assert measure is not None, "statistics of products need a function that measures them"
-        gradients = Signal.PRODUCT_GRAD in needed
-        return ReduceProducts(execution.model, names, where, measure, number_of_samples, gradients=gradients)
+        return ReduceProducts(execution.model, names, where, measure, samples, gradients=gradients)
 
     def forward() -> Iterator[tuple[str, Measured]]:
-        inputs, gram = not needed.isdisjoint(_INPUTS), Signal.GRAM in needed
-        products = reduce if Signal.PRODUCT in needed and Signal.PRODUCT_GRAD not in needed else None
+        inputs = bool(needed & {Signal.INPUT_STATS, Signal.GRAM})
+        products = reduce if Signal.PRODUCT in needed and not gradients else None
         if inputs or products:
+            gram = Signal.GRAM in needed
             for layer in forward_statistics(execution, wanted, calibration, inputs=inputs, gram=gram, reduce=products):
                 yield from layer.items()
 
     if needed & GRADIENTS:
-        reduced = reduce if Signal.PRODUCT_GRAD in needed else None
+        reduced = reduce if gradients else None
         yield from _of_gradients(execution, graph, wanted, needed, calibration, dict(forward()), reduced, make)
         return
     rest = set(wanted)
@@ -90,7 +79,7 @@ def walk_signals(
     yield from _of_weights(execution.weights, rest, make)
 
 
-def _of_weights(weights: Weights, names: Collection[str], make: Make) -> Iterator[tuple[str, ParameterSignals]]:
+def _of_weights(weights: Weights, names: Collection[str], make: Callable[[str], Named]) -> Named:
     """Of parameters of which nothing was measured, layer by layer."""
     by_part: dict[int | None, list[str]] = {}
     for name in sorted(names):
@@ -109,8 +98,8 @@ def _of_gradients(
     calibration: CalibrationSet,
     forward: Mapping[str, Measured],
     reduce: Callable[[Collection[str]], ReduceProducts] | None,
-    make: Make,
-) -> Iterator[tuple[str, ParameterSignals]]:
+    make: Callable[[str, Measured, GradientSums | None], Named],
+) -> Named:
     """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
     differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ} & needs else ()
     outer = sorted(name for name in wanted if not graph.is_decoder(name))
@@ -142,21 +131,19 @@ def _of_gradients(
                     yield from make(name, NOTHING, sums.pop(name, None))
 
 
-def signals_of(
+def _signals(
     model: PreTrainedModel,
-    name: str,
-    position: Position,
+    where: Mapping[str, Position],
     needs: Collection[Signal],
     seed: int,
-    *,
-    by_matrix: bool = False,
+    by_matrix: bool,
+    name: str,
+    measured: Measured = NOTHING,
     sums: GradientSums | None = None,
-    inputs: InputStats | None = None,
-    products: ProductStats | None = None,
-) -> Iterator[ParameterSignals]:
+) -> Named:
     """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, so that one is in float32 at a
     time. Raises `ModelError` when its values are not finite."""
-    parameter = model.get_parameter(name).detach()
+    parameter, inputs, products = model.get_parameter(name).detach(), measured.inputs, measured.products
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -166,17 +153,20 @@ def signals_of(
     dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
     if not (by_matrix and parameter.dim() == 3):
         grad = None if grad is None else grad.float()
-        yield ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products, position)
+        yield name, ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products, where[name])
         return
     for number in range(len(parameter)):
         matrix = slice(number, number + 1)
-        yield ParameterSignals(
-            parameter[matrix].to(dtype),
-            None if grad is None else grad[matrix].float(),
-            None if grad_sq is None else grad_sq[matrix],
-            generator,
-            inputs and inputs.of_matrix(number),
-            products and products.of_matrix(number),
-            position,
-            number,
+        yield (
+            name,
+            ParameterSignals(
+                parameter[matrix].to(dtype),
+                None if grad is None else grad[matrix].float(),
+                None if grad_sq is None else grad_sq[matrix],
+                generator,
+                inputs and inputs.of_matrix(number),
+                products and products.of_matrix(number),
+                where[name],
+                number,
+            ),
         )

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -199,28 +199,6 @@ class Rows(NamedTuple):
     shares: torch.Tensor
 
 
-@dataclass
-class _Call:
-    """One call of a module of experts. ``rows``: expert → its `Rows`; None where its inputs are not the hidden states
-    of the tokens routed to it."""
-
-    hidden: torch.Tensor
-    chosen: torch.Tensor
-    weights: torch.Tensor
-    rows: dict[int, Rows | None] = field(default_factory=dict)
-
-    def rows_of(self, expert: int, inputs: torch.Tensor) -> Rows | None:
-        if expert not in self.rows:
-            # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
-            rank, token = torch.where((self.chosen == expert).T)
-            self.rows[expert] = None
-            if len(token) == len(inputs) and torch.equal(inputs, self.hidden[token]):
-                chosen = self.weights[token].float()
-                gates, total = chosen.gather(1, rank[:, None])[:, 0], chosen.sum(1)
-                self.rows[expert] = Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
-        return self.rows[expert]
-
-
 class Routing:
     """Records, while `following`, the calls of the modules that contain stacked parameters of ``names``.
 
@@ -231,7 +209,8 @@ class Routing:
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         paths = {n.rpartition(".")[0] for n in names if model.get_parameter(n).dim() == 3}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
-        self._calls: dict[str, _Call] = {}
+        # Module → hidden states, experts chosen, their weights, and the rows of each expert once they are known.
+        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Rows | None]]] = {}
         self.names = [
             f"{path}.{name}"
             for path, module in self._modules.items()
@@ -250,26 +229,39 @@ class Routing:
 
     @torch.no_grad()
     def rows_of(self, product: WatchedProduct) -> Rows | None:
-        """The `Rows` of an expert's product; None where they are unknown. Must be called for every product with
-        ``names``, in order."""
+        """The `Rows` of an expert's product; None where its inputs are not the hidden states of the tokens routed to
+        it. Must be called for every product with ``names``, in order."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
             return None
-        rows = call.rows_of(product.slot, product.inputs)
+        hidden, chosen, weights, known = call
+        if product.slot not in known:
+            # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
+            rank, token = torch.where((chosen == product.slot).T)
+            known[product.slot] = None
+            if len(token) == len(product.inputs) and torch.equal(product.inputs, hidden[token]):
+                of_token = weights[token].float()
+                gates, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
+                known[product.slot] = Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
+        rows = known[product.slot]
         return rows if rows is not None and len(rows.tokens) == len(product.inputs) else None
 
     def _hook(self, path: str) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._calls.pop(path, None)
-            tensors = [t.detach() for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-            floating = [t.flatten(0, -2) for t in tensors if t.dim() > 1 and t.is_floating_point()]
-            chosen = [t.flatten(0, -2) for t in tensors if t.dim() > 1 and t.dtype in (torch.int64, torch.int32)]
+            tensors = [t.detach().flatten(0, -2) for t in (*args, *kwargs.values()) if _is_matrix(t)]
+            floating = [t for t in tensors if t.is_floating_point()]
+            chosen = [t for t in tensors if t.dtype in (torch.int64, torch.int32)]
             if floating and len(chosen) == 1:
                 weights = [t for t in floating[1:] if t.shape == chosen[0].shape]
                 if len(weights) == 1 and len(floating[0]) == len(chosen[0]):
-                    self._calls[path] = _Call(floating[0], chosen[0], weights[0])
+                    self._calls[path] = floating[0], chosen[0], weights[0], {}
 
         return before
+
+
+def _is_matrix(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() > 1
 
 
 Measure = Callable[[Product], Mapping[str, torch.Tensor]]

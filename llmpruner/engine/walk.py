@@ -286,7 +286,7 @@ class ForwardWalk:
         with execution.weights.outside():
             ids = check_tokens(model, calibration.input_ids)
             products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
-            states, experts = execution.boundaries().states(), expert_configs(model)
+            states, experts = States(execution.boundaries()), expert_configs(model)
             walk = cls(execution, layers, [], states, products, experts, ids.numel())
             with eager_experts(experts):
                 walk._embed(torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1])))

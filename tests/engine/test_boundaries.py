@@ -9,7 +9,7 @@ import torch
 
 from llmpruner import OutputError
 from llmpruner.engine import boundaries as module
-from llmpruner.engine.boundaries import Boundaries
+from llmpruner.engine.boundaries import Boundaries, States
 
 
 def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -17,10 +17,17 @@ def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor
     return [torch.randn(3, 5, generator=generator).to(dtype) for _ in range(count)]
 
 
+def states_of(kept: Boundaries, tensors: list[torch.Tensor]) -> States:
+    states = States(kept)
+    for tensor in tensors:
+        states.append(tensor)
+    return states
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_come_back_bit_for_bit(dtype, tmp_path):
     kept = Boundaries(2 * 15 * dtype.itemsize, tmp_path)
-    states = kept.states(tensors(4, dtype))
+    states = states_of(kept, tensors(4, dtype))
     assert (kept.in_memory, kept.in_file) == (2 * 15 * dtype.itemsize,) * 2
     assert all(torch.equal(found, wanted) for found, wanted in zip(states, tensors(4, dtype), strict=True))
     assert list(tmp_path.iterdir()) == [], "the file has no name"
@@ -28,20 +35,20 @@ def test_values_come_back_bit_for_bit(dtype, tmp_path):
 
 def test_places_in_the_file_are_used_again(tmp_path):
     kept = Boundaries(0, tmp_path)
-    states = kept.states(tensors(2))
+    states = states_of(kept, tensors(2))
     states[0] = states[1] + 1
     states.clear()
     assert kept.in_file == 0
-    again = kept.states(tensors(2))
+    again = states_of(kept, tensors(2))
     assert kept._end == 2 * 60
     assert torch.equal(again[1], tensors(2)[1])
 
 
 def test_what_was_dumped_is_loaded(tmp_path):
     kept = Boundaries(60, tmp_path)
-    states = kept.states(tensors(3))
+    states = states_of(kept, tensors(3))
     states.dump(tmp_path / "states")
-    found = Boundaries().states()
+    found = States(Boundaries())
     found.load(tmp_path / "states", [torch.Size((3, 5))] * 3, torch.float32, torch.device("cpu"))
     assert all(torch.equal(one, other) for one, other in zip(found, states, strict=True))
 
@@ -52,4 +59,4 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_write", full)
     with pytest.raises(OutputError, match=r"hidden states in a temporary file in '.*' cannot be written: no space"):
-        Boundaries(0, tmp_path).states(tensors(1))
+        states_of(Boundaries(0, tmp_path), tensors(1))
