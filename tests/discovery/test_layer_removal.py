@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, with_attention
+from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits
 from llmpruner.discovery.shrink import Small
 from llmpruner.discovery.tiny import random_instance, tiny_config
 from llmpruner.discovery.verify import verify
@@ -85,20 +85,6 @@ def test_a_small_model_shows_every_derived_layer_type() -> None:
     small = tiny_config(CONFIG_MAPPING["jamba"]())
     assert set(small.layer_types) == {"linear_attention", "full_attention"}
     assert set(small.layers_num_experts) == {1, small.num_experts}
-
-
-@pytest.mark.parametrize(
-    ("layers", "types", "expected"),
-    [
-        ([0, 1], "lls", [0, 2]),
-        ([0, 2], "lls", [0, 2]),
-        ([1], "ssl", [1]),
-        ([0, 1], "lll", [0, 1]),
-    ],
-)
-def test_an_attention_layer_is_kept(layers: list[int], types: str, expected: list[int]) -> None:
-    names = {"l": "linear_attention", "s": "sliding_attention"}
-    assert with_attention(layers, [names[t] for t in types]) == expected
 
 
 def shortened(model_type: str, kept: list[int]) -> tuple[Any, Any]:

@@ -42,17 +42,6 @@ def test_tie_blocks_what_meets_a_fixed_index() -> None:
     assert parts.reasons == {1: "why"}
 
 
-def test_rows_that_token_ids_look_up_belong_to_the_logits() -> None:
-    run = Propagation()
-    rows, logits = run.ids.new(3), run.ids.new(3)
-    run.look_up(rows)
-    run.look_up(rows)
-    run.predict(logits)
-    parts = run.ids.components()
-    assert parts.label[rows].tolist() == parts.label[logits].tolist()
-    assert parts.marked[Mark.VOCABULARY][parts.label[rows]].all() and not parts.marked[Mark.BLOCKED].any()
-
-
 def test_rows_of_several_tables_are_blocked() -> None:
     run = Propagation(where="embedding in second")
     rows = run.ids.new(3)
