@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
@@ -26,28 +26,26 @@ _TRAINING = "Training"
 """Sections of ``--help``."""
 
 
-def option(
-    default: Any,
-    description: str,
-    panel: str | None = None,
-    *,
-    advanced: bool = False,
-    **bounds: Any,
-) -> Any:
-    """A field with an option on the command line.
-
-    ``panel``: its section in ``--help``. ``advanced``: instead of an option of its own, ``--set GROUP.field=value``
-    with the `Settings.group`. ``bounds``: of `pydantic.Field`.
-    """
-    return Field(default, description=description, json_schema_extra={"panel": panel, "advanced": advanced}, **bounds)
+def option(default: Any, panel: str | None = None, *, advanced: bool = False, **bounds: Any) -> Any:
+    """A field with an option on the command line. ``panel``: its section in ``--help``. ``advanced``: instead of an
+    option of its own, ``--set GROUP.field=value`` with the `Settings.group`. ``bounds``: of `pydantic.Field`."""
+    return Field(default, json_schema_extra={"panel": panel, "advanced": advanced}, **bounds)
 
 
 class Settings(BaseModel):
-    """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave."""
+    """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave. The text below a
+    field is its help."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
+    )
     group: ClassVar[str] = ""
     """What ``--set`` calls these settings; empty where all of them have an option."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for field in cls.model_fields.values():
+            field.description = " ".join((field.description or "").split())
 
     def given(self) -> dict[str, Any]:
         """The fields that the user gave, as JSON values."""
@@ -75,43 +73,38 @@ def flag_of(model: type[Settings], name: str) -> str:
     return "--set" if name == "settings" else "--" + name.replace("_", "-")
 
 
-_SEED = "Same seed, same inputs: same result."
-Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description=_SEED)]
-Set = Annotated[
-    ComponentValues,
-    option(
-        {},
-        "A setting of a chosen component: NAME.key=value (`llmpruner plugins NAME` lists them), or of the command "
-        "where it has no option of its own, as in prune.length=256. Repeatable.",
-    ),
-]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1, description="Same seed, same inputs: same result.")]
+_SET = (
+    "A setting of a chosen component: NAME.key=value (`llmpruner plugins NAME` lists them), or of the command where it "
+    "has no option of its own, as in prune.length=256. Repeatable."
+)
+Set = Annotated[ComponentValues, Field(description=_SET)]
 
 
 class LoadSettings(Settings):
     """How a model is opened."""
 
-    family: str | None = option(None, "Model family; by default the one that matches, else structure is discovered.")
-    dtype: Dtype = option(
-        "auto",
-        f"Weights in memory: {', '.join(get_args(Dtype))}. auto: as stored, but float16 becomes float32 on a CPU.",
-    )
-    device: str = option("cpu", "cpu, cuda, cuda:1, mps …")
-    revision: str | None = option(None, "Branch, tag or commit of a hub model.")
-    trust_remote_code: bool = option(False, "Run model code that is part of a checkpoint.")
+    family: str | None = None
+    """Model family; by default the one that matches, else structure is discovered."""
+    dtype: Dtype = "auto"
+    """Weights in memory: auto, float32, bfloat16, float16. auto: as stored, but float16 becomes float32 on a CPU."""
+    device: str = "cpu"
+    """cpu, cuda, cuda:1, mps …"""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    trust_remote_code: bool = False
+    """Run model code that is part of a checkpoint."""
 
 
 class RunSettings(Settings):
     """How a long command runs. The result does not depend on it."""
 
-    max_memory: ByteSize | None = option(
-        None,
-        "Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by "
-        "layer and, if need be, hidden states are kept in a file. What cannot fit is refused beforehand. By default, "
-        "models larger than half of the free memory are read layer by layer.",
-        _MACHINE,
-        gt=0,
-    )
-    restart: bool = option(False, "Start anew instead of continuing an interrupted run of the same command.", _MACHINE)
+    max_memory: ByteSize | None = option(None, _MACHINE, gt=0)
+    """Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by layer
+    and, if need be, hidden states are kept in a file. What cannot fit is refused beforehand. By default, models larger
+    than half of the free memory are read layer by layer."""
+    restart: bool = option(False, _MACHINE)
+    """Start anew instead of continuing an interrupted run of the same command."""
 
 
 class PruneSettings(Settings):
@@ -119,119 +112,63 @@ class PruneSettings(Settings):
 
     group: ClassVar[str] = "prune"
 
-    ratio: float | None = option(
-        None,
-        "Share of the --budget to remove; the nearest that widths allow. `prune` takes several with commas between "
-        "them, and writes a folder of -o for each.",
-        _WHAT,
-        gt=0,
-        lt=1,
-    )
-    budget: str = option(
-        "decoder",
-        "What --ratio is a share of: decoder (its parameters), parameters (all of them), bytes (of all weights), macs "
-        "(multiply-accumulate operations per token) or kv-cache (its bytes per token). Units of all --kinds are "
-        "compared by it; those that save none of it are kept.",
-        _WHAT,
-    )
-    target_params: Count | None = option(
-        None, "Total parameters that remain: 5.4B, 120M, 98000000.", advanced=True, gt=0
-    )
-    unit_ratio: float | None = option(
-        None,
-        "Share of the units of every selected group to remove, as the paper counts (its 0.25 on layers 4-29 of "
-        "LLaMA-7B removes 20 % of the parameters).",
-        gt=0,
-        lt=1,
-        advanced=True,
-    )
-    kinds: Names = option(
-        ("mlp",),
-        "What may be removed, comma-separated. mlp: MLP channels; attention: KV heads with query heads (both together "
-        "are the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels of the residual "
-        "stream (the paper's channel-wise pruning); layer: whole layers; expert: experts of a mixture of experts; "
-        "latent: channels of a compressed KV cache; vocabulary: tokens, of the model and of its tokenizer. "
-        "`llmpruner discover` lists a model's.",
-        _WHAT,
-    )
-    layers: Layers | None = option(
-        None,
-        "Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with free, and for "
-        "whole layers, all but both ends (the first and last 10 %, as the paper protects the ends of LLaMA, or what "
-        "the family says).",
-        advanced=True,
-    )
-    shape: Shape = option(
-        "uniform",
-        "uniform: all layers keep the same widths, in multiples that suit kernels, so that the result is an ordinary "
-        "model for every runtime; free: every layer keeps its own number of units, which --method llm-pruner sets.",
-        _WHAT,
-    )
-    round_to: int | None = option(
-        None,
-        "Kept widths are multiples of this. By default 64 with --shape uniform (32 where hidden states have fewer "
-        "than 1,024 channels, and a sixteenth of them or less below 512), halved for a group until it has at least 8 "
-        "such multiples; else 1.",
-        ge=1,
-        advanced=True,
-    )
-    method: str | None = option(
-        None,
-        "Defaults of the options below. best (the default): units chosen by gradients on 32,768 tokens, weights "
-        "compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the paper's, first-order "
-        "Taylor on ten samples, no compensation, --shape free.",
-        _HOW,
-    )
-    importance: str | None = option(
-        None,
-        "Criterion: random, l1, l2, taylor, fisher, energy, wanda-sp, flap, activation, pca, obs; angular, "
-        "angular-block and block-influence for layers; expert-reap and others for experts; or one that a plugin adds "
-        "(see `llmpruner plugins`). Without --method: on ten samples, without compensation.",
-        _HOW,
-    )
-    reduction: Reduction = option(
-        "sum",
-        "How the scores of a unit's parameters are combined to one score: "
-        f"{', '.join(get_args(Reduction))}. prod is the geometric mean, which has the order of the product.",
-        advanced=True,
-    )
-    allocation: str = option(
-        "uniform",
-        "uniform: equal shares per layer and kind; global: one ranking over all units, whose scores --set "
-        "global.normalize=… makes comparable; sensitivity: by the divergence from the dense model that cuts of each "
-        "group cause alone.",
-        advanced=True,
-    )
-    steps: int = option(1, "Remove in this many steps, with new scores after each.", _HOW, ge=1, le=1000)
-    compensate: str | None = option(
-        None,
-        "refit: fit the weights that read removed units again, by least squares against the dense model; bias: only "
-        "their biases; none.",
-        advanced=True,
-    )
-    calibration: Text = option(
-        "self",
-        "Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet file with a "
-        "text, page or content field, a data set (name:config:split), or chat:FILE for conversations in the model's "
-        "chat format; several, with commas between them, are mixed in equal parts, or in shares as in "
-        "3*self,1*chat:FILE.",
-        _ON,
-    )
-    samples: int | None = option(
-        None,
-        "Calibration samples: for best 256 that the model generates, or 320 of a file; 64 for fast, else 10.",
-        _ON,
-        ge=1,
-        le=1_000_000,
-    )
-    length: int | None = option(
-        None,
-        "Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read.",
-        ge=2,
-        le=2**20,
-        advanced=True,
-    )
-    seed: Seed = option(0, _SEED, advanced=True)
+    ratio: float | None = option(None, _WHAT, gt=0, lt=1)
+    """Share of the --budget to remove; the nearest that widths allow. `prune` takes several with commas between them,
+    and writes a folder of -o for each."""
+    budget: str = option("decoder", _WHAT)
+    """What --ratio is a share of: decoder (its parameters), parameters (all of them), bytes (of all weights), macs
+    (multiply-accumulate operations per token) or kv-cache (its bytes per token). Units of all --kinds are compared by
+    it; those that save none of it are kept."""
+    target_params: Count | None = option(None, advanced=True, gt=0)
+    """Total parameters that remain: 5.4B, 120M, 98000000."""
+    unit_ratio: float | None = option(None, gt=0, lt=1, advanced=True)
+    """Share of the units of every selected group to remove, as the paper counts (its 0.25 on layers 4-29 of LLaMA-7B
+    removes 20 % of the parameters)."""
+    kinds: Names = option(("mlp",), _WHAT)
+    """What may be removed, comma-separated. mlp: MLP channels; attention: KV heads with query heads (both together are
+    the paper's block-wise pruning); query: query heads inside KV groups; hidden: channels of the residual stream (the
+    paper's channel-wise pruning); layer: whole layers; expert: experts of a mixture of experts; latent: channels of a
+    compressed KV cache; vocabulary: tokens, of the model and of its tokenizer. `llmpruner discover` lists a model's."""
+    layers: Layers | None = option(None, advanced=True)
+    """Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with free, and for whole
+    layers, all but both ends (the first and last 10 %, as the paper protects the ends of LLaMA, or what the family
+    says)."""
+    shape: Shape = option("uniform", _WHAT)
+    """uniform: all layers keep the same widths, in multiples that suit kernels, so that the result is an ordinary model
+    for every runtime; free: every layer keeps its own number of units, which --method llm-pruner sets."""
+    round_to: int | None = option(None, ge=1, advanced=True)
+    """Kept widths are multiples of this. By default 64 with --shape uniform (32 where hidden states have fewer than
+    1,024 channels, and a sixteenth of them or less below 512), halved for a group until it has at least 8 such
+    multiples; else 1."""
+    method: str | None = option(None, _HOW)
+    """Defaults of the options below. best (the default): units chosen by gradients on 32,768 tokens, weights
+    compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the paper's, first-order Taylor on
+    ten samples, no compensation, --shape free."""
+    importance: str | None = option(None, _HOW)
+    """Criterion: random, l1, l2, taylor, fisher, energy, wanda-sp, flap, activation, pca, obs; angular, angular-block
+    and block-influence for layers; expert-reap and others for experts; or one that a plugin adds (see `llmpruner
+    plugins`). Without --method: on ten samples, without compensation."""
+    reduction: Reduction = option("sum", advanced=True)
+    """How the scores of a unit's parameters are combined to one score: sum, mean, max, prod, last. prod is the
+    geometric mean, which has the order of the product."""
+    allocation: str = option("uniform", advanced=True)
+    """uniform: equal shares per layer and kind; global: one ranking over all units, whose scores --set
+    global.normalize=… makes comparable; sensitivity: by the divergence from the dense model that cuts of each group
+    cause alone."""
+    steps: int = option(1, _HOW, ge=1, le=1000)
+    """Remove in this many steps, with new scores after each."""
+    compensate: str | None = option(None, advanced=True)
+    """refit: fit the weights that read removed units again, by least squares against the dense model; bias: only their
+    biases; none."""
+    calibration: Text = option("self", _ON)
+    """Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet file with a text,
+    page or content field, a data set (name:config:split), or chat:FILE for conversations in the model's chat format;
+    several, with commas between them, are mixed in equal parts, or in shares as in 3*self,1*chat:FILE."""
+    samples: int | None = option(None, _ON, ge=1, le=1_000_000)
+    """Calibration samples: for best 256 that the model generates, or 320 of a file; 64 for fast, else 10."""
+    length: int | None = option(None, ge=2, le=2**20, advanced=True)
+    """Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read."""
+    seed: Seed = option(0, advanced=True)
     settings: Set = {}
 
 
@@ -249,64 +186,37 @@ class RecoverSettings(Settings):
 
     group: ClassVar[str] = "recover"
 
-    data: Text = option(
-        "self",
-        "Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, prompt and "
-        "completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or self:N for N rows "
-        "that the dense model generates (512 by default), self-text for texts without instructions. Several, with "
-        "commas between them, are joined; 3*FILE,1*FILE takes examples in these shares.",
-    )
-    strategy: str = option(
-        "distil",
-        "Recovery strategy: distil, toward the dense model's predictions; lora, as in the paper, or full, on the data "
-        "alone; see `llmpruner plugins`.",
-    )
-    limit: int | None = option(None, "Number of examples to draw at random; all by default.", ge=1)
-    learning_rate: float | None = option(
-        None,
-        "Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, proportionally less; with "
-        "--minutes, the peak is proportionally lower where fewer than 100 steps fit.",
-        _TRAINING,
-        gt=0,
-    )
-    epochs: float = option(2.0, "Passes over the data.", _TRAINING, gt=0, le=100_000)
-    max_steps: int | None = option(
-        None, "Number of optimizer steps, instead of --epochs; with --minutes, at most.", _TRAINING, ge=1, le=10**9
-    )
-    minutes: float | None = option(
-        None,
-        "Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the "
-        "examples of --data self, loading and saving the model come on top.",
-        _TRAINING,
-        gt=0,
-        le=1_000_000,
-    )
-    batch_size: int | None = option(
-        None,
-        "Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; "
-        "with --minutes 4.",
-        _TRAINING,
-        ge=1,
-        le=2**20,
-    )
-    micro_batch_size: int = option(
-        4, "Examples in memory at once; gradients accumulate up to the batch size.", ge=1, advanced=True
-    )
-    cutoff: int = option(
-        256,
-        "Tokens per example; longer instructions and conversations are cut, texts are joined to rows of so many.",
-        _TRAINING,
-        ge=2,
-        le=2**20,
-    )
-    validation: float = option(
-        0.02,
-        "Examples that are measured and not trained on: below 1 a share of --data (16 to 128 examples, at most a "
-        "fifth), else a number. The weights with the lowest loss on them, the start's included, are the result. With "
-        "0, all are trained on, and some of them measured.",
-        _TRAINING,
-        ge=0,
-    )
+    data: Text = "self"
+    """Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, prompt and
+    completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or self:N for N rows that the
+    dense model generates (512 by default), self-text for texts without instructions. Several, with commas between them,
+    are joined; 3*FILE,1*FILE takes examples in these shares."""
+    strategy: str = "distil"
+    """Recovery strategy: distil, toward the dense model's predictions; lora, as in the paper, or full, on the data
+    alone; see `llmpruner plugins`."""
+    limit: int | None = option(None, ge=1)
+    """Number of examples to draw at random; all by default."""
+    learning_rate: float | None = option(None, _TRAINING, gt=0)
+    """Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, proportionally less; with
+    --minutes, the peak is proportionally lower where fewer than 100 steps fit."""
+    epochs: float = option(2.0, _TRAINING, gt=0, le=100_000)
+    """Passes over the data."""
+    max_steps: int | None = option(None, _TRAINING, ge=1, le=10**9)
+    """Number of optimizer steps, instead of --epochs; with --minutes, at most."""
+    minutes: float | None = option(None, _TRAINING, gt=0, le=1_000_000)
+    """Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the examples of
+    --data self, loading and saving the model come on top."""
+    batch_size: int | None = option(None, _TRAINING, ge=1, le=2**20)
+    """Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with
+    --minutes 4."""
+    micro_batch_size: int = option(4, ge=1, advanced=True)
+    """Examples in memory at once; gradients accumulate up to the batch size."""
+    cutoff: int = option(256, _TRAINING, ge=2, le=2**20)
+    """Tokens per example; longer instructions and conversations are cut, texts are joined to rows of so many."""
+    validation: float = option(0.02, _TRAINING, ge=0)
+    """Examples that are measured and not trained on: below 1 a share of --data (16 to 128 examples, at most a fifth),
+    else a number. The weights with the lowest loss on them, the start's included, are the result. With 0, all are
+    trained on, and some of them measured."""
     seed: Seed = 0
     settings: Set = {}
 
@@ -314,53 +224,50 @@ class RecoverSettings(Settings):
 class EvaluateSettings(Settings):
     """What to measure of models."""
 
-    perplexity: Text | None = option(
-        None,
-        "Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that is part of every "
-        "Python (the default when nothing else is named); several texts with commas between them.",
-    )
-    window: int | None = option(None, "Tokens per window of the perplexity, by default 512; windows do not overlap.")
-    kl: bool = option(
-        False,
-        "Also the KL divergence from the first MODEL on the text of the perplexity, and the share of tokens with the "
-        "same most probable prediction (both models are in memory).",
-    )
-    tasks: Names | None = option(
-        None,
-        "lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, piqa, hellaswag, "
-        "winogrande, arc_easy, arc_challenge, openbookqa.",
-    )
-    limit: int | None = option(None, "Rows per task; all by default.")
-    metrics: Names | None = option(
-        None, "Metrics by name, comma-separated, such as those of plugins; see `llmpruner plugins`."
-    )
+    perplexity: Text | None = None
+    """Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that is part of every Python
+    (the default when nothing else is named); several texts with commas between them."""
+    window: int | None = None
+    """Tokens per window of the perplexity, by default 512; windows do not overlap."""
+    kl: bool = False
+    """Also the KL divergence from the first MODEL on the text of the perplexity, and the share of tokens with the same
+    most probable prediction (both models are in memory)."""
+    tasks: Names | None = None
+    """lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, piqa, hellaswag,
+    winogrande, arc_easy, arc_challenge, openbookqa."""
+    limit: int | None = None
+    """Rows per task; all by default."""
+    metrics: Names | None = None
+    """Metrics by name, comma-separated, such as those of plugins; see `llmpruner plugins`."""
     settings: Set = {}
 
 
 class BenchSettings(Settings):
     """In which program, and at which sizes, the speed of models is measured."""
 
-    runtime: str = option(
-        "transformers",
-        "The program that runs the models: transformers, llama-cpp (.gguf files), vllm …; see `llmpruner plugins`.",
-    )
-    batch: Numbers = option((1, 4), "Numbers of sequences at a time, comma-separated.")
-    prompt: Numbers = option((128,), "Lengths of the prompt in tokens, comma-separated.")
-    new: int = option(32, "Tokens decoded after the prompt.", ge=1, le=2**20)
-    rounds: int = option(5, "Runs of every model, in turn, after one that is not counted.", ge=1, le=10_000)
+    runtime: str = "transformers"
+    """The program that runs the models: transformers, llama-cpp (.gguf files), vllm …; see `llmpruner plugins`."""
+    batch: Numbers = (1, 4)
+    """Numbers of sequences at a time, comma-separated."""
+    prompt: Numbers = (128,)
+    """Lengths of the prompt in tokens, comma-separated."""
+    new: int = option(32, ge=1, le=2**20)
+    """Tokens decoded after the prompt."""
+    rounds: int = option(5, ge=1, le=10_000)
+    """Runs of every model, in turn, after one that is not counted."""
     settings: Set = {}
 
 
 class GenerateSettings(Settings):
     """How text is generated."""
 
-    chat: bool = option(
-        False,
-        "Put the prompt into the model's chat format: the tokenizer's chat template, or the family's own; for a model "
-        "without either, Stanford Alpaca's format for instructions.",
-    )
-    max_new_tokens: int = option(64, "Tokens to write at most.", ge=1, le=2**20)
-    temperature: float = option(0.0, "0 takes the likeliest token; above 0 samples.", ge=0)
+    chat: bool = False
+    """Put the prompt into the model's chat format: the tokenizer's chat template, or the family's own; for a model
+    without either, Stanford Alpaca's format for instructions."""
+    max_new_tokens: int = option(64, ge=1, le=2**20)
+    """Tokens to write at most."""
+    temperature: float = option(0.0, ge=0)
+    """0 takes the likeliest token; above 0 samples."""
     seed: Seed = 0
 
 
@@ -373,35 +280,33 @@ class PageSettings(Settings):
 class ExportSettings(Settings):
     """In which format a checkpoint is written."""
 
-    to: str = option(..., "Exporter; see `llmpruner plugins`.")
+    to: str
+    """Exporter; see `llmpruner plugins`."""
     settings: Set = {}
 
 
 class StepSettings(Settings):
     """What a step of a recipe has beside the settings of its command: on the command line, arguments and ``-o``."""
 
-    name: str | None = option(
-        None,
-        "Its folder in the output, and its name in tables; by default number and command, such as 2-recover. The "
-        "result of a named step stays when steps are put before it.",
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$",
-    )
-    models: Names | None = option(
-        None,
-        "What evaluate, bench and generate measure: dense, last (the newest checkpoint), or names of earlier steps; "
-        "by default dense and every checkpoint so far.",
-    )
-    prompt: str | None = option(None, "The text that generate continues or answers.")
+    name: str | None = option(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    """Its folder in the output, and its name in tables; by default number and command, such as 2-recover. The result of
+    a named step stays when steps are put before it."""
+    models: Names | None = None
+    """What evaluate, bench and generate measure: dense, last (the newest checkpoint), or names of earlier steps; by
+    default dense and every checkpoint so far."""
+    prompt: str | None = None
+    """The text that generate continues or answers."""
 
 
 class RecipeSettings(Settings):
     """The top level of a recipe file."""
 
-    model: str | None = option(None, "The dense model: a directory, a hub id, a .gguf file, or demo.")
-    output: Path | None = option(None, "Folder for the results of all steps.")
-    load: LoadSettings = option(LoadSettings(), "How models are opened; `revision` is that of the dense model.")
-    steps: list[Any] = option(
-        ...,
-        "What is done, in this order: one command with its settings in each, or `rounds: N` with `steps` that are "
-        "done N times.",
-    )
+    model: str | None = None
+    """The dense model: a directory, a hub id, a .gguf file, or demo."""
+    output: Path | None = None
+    """Folder for the results of all steps."""
+    load: LoadSettings = LoadSettings()
+    """How models are opened; `revision` is that of the dense model."""
+    steps: list[Any]
+    """What is done, in this order: one command with its settings in each, or `rounds: N` with `steps` that are done N
+    times."""
