@@ -39,7 +39,7 @@ from .evaluation.runtime import BenchSubject as BenchSubject
 from .evaluation.runtime import Runtime as Runtime
 from .evaluation.runtime import Session as Session
 from .evaluation.runtime import Work as Work
-from .evaluation.transformers_runtime import work_of as work_of
+from .evaluation.runtime import work_of as work_of
 from .exporters import Exporter as Exporter
 from .exporters import ExportTask as ExportTask
 from .files import new_directory as new_directory

@@ -109,10 +109,7 @@ def _graph_json(graph: CouplingGraph) -> dict[str, Any]:
         "decoder_parameters": graph.decoder_parameters,
         "groups": [
             {
-                "name": g.name,
-                "kind": g.kind,
-                "layer": g.layer,
-                "units": g.units,
+                **{key: getattr(g, key) for key in ("name", "kind", "layer", "units")},
                 "parameters_per_unit": graph.parameters_per_unit(g),
                 "blocks": g.blocks,
                 "minimum": g.minimum,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,22 +26,26 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 
+JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")]
+
+
 @takes(EvaluateSettings, LoadSettings)
-def evaluate(
-    models: ModelNames,
-    arguments: dict[str, Any],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
-) -> None:
+def evaluate(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = None) -> None:
     """Measure models side by side: size, perplexity, divergence, lm-eval tasks."""
     from .. import api
 
-    if json_file is not None:
-        check_new_file(json_file)
-    results = api.evaluate(models, **arguments)
-    show_evaluations(results)
-    if json_file is not None:
-        write_text(json_file, json.dumps(results.as_json(), indent=2, ensure_ascii=False) + "\n")
+    show_evaluations(_written(api.evaluate, models, arguments, json_file))
     next_line("evaluate")
+
+
+def _written(measure: Callable[..., Any], models: list[str], arguments: dict[str, Any], file: Path | None) -> Any:
+    """What ``measure`` returns, which is written to ``file`` too."""
+    if file is not None:
+        check_new_file(file)
+    result = measure(models, **arguments)
+    if file is not None:
+        write_text(file, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
+    return result
 
 
 def show_evaluations(results: Evaluations) -> None:
@@ -53,23 +57,14 @@ def show_evaluations(results: Evaluations) -> None:
 
 
 @takes(BenchSettings, LoadSettings)
-def bench(
-    models: ModelNames,
-    arguments: dict[str, Any],
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")] = None,
-) -> None:
+def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = None) -> None:
     """Measure how fast models run, next to the speed-up that their sizes allow.
 
     The first MODEL, as a rule the dense one, is what the others are compared with. All are in memory, and run in turn.
     """
     from .. import api
 
-    if json_file is not None:
-        check_new_file(json_file)
-    result = api.bench(models, **arguments)
-    show_bench(result)
-    if json_file is not None:
-        write_text(json_file, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
+    show_bench(_written(api.bench, models, arguments, json_file))
 
 
 def show_bench(result: BenchResult) -> None:

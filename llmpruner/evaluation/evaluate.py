@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..component import check_chosen
 from ..errors import ModelError, SettingsError
@@ -19,8 +19,6 @@ if TYPE_CHECKING:
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
-
-N = TypeVar("N", int, float)
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
@@ -104,34 +102,33 @@ class Evaluation:
     results: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...] = ()
 
-    def _value(self, kind: type[N], metric: str, key: str) -> N | None:
-        value: N | None = self.results.get(metric, {}).get(key)
-        return value
+    def _value(self, metric: str, key: str) -> Any:
+        return self.results.get(metric, {}).get(key)
 
     @property
     def perplexity(self) -> float | None:
         """On the first text."""
-        return self._value(float, "perplexity", "perplexity")
+        return self._value("perplexity", "perplexity")
 
     @property
     def bits_per_byte(self) -> float | None:
         """On the first text."""
-        return self._value(float, "perplexity", "bits_per_byte")
+        return self._value("perplexity", "bits_per_byte")
 
     @property
     def kl(self) -> float | None:
         """Divergence from the first model in nats per token, on the first text."""
-        return self._value(float, "perplexity", "kl_per_token")
+        return self._value("perplexity", "kl_per_token")
 
     @property
     def parameters(self) -> int | None:
         """Tied ones once."""
-        return self._value(int, "size", "parameters")
+        return self._value("size", "parameters")
 
     @property
     def weight_bytes(self) -> int | None:
         """In memory."""
-        return self._value(int, "size", "weight_bytes")
+        return self._value("size", "weight_bytes")
 
     @property
     def tasks(self) -> Scores:
@@ -160,12 +157,10 @@ class Evaluations(tuple[Evaluation, ...]):
         columns = [{row.label: row for row in evaluation.rows} for evaluation in self]
         lines = []
         for label in dict.fromkeys(label for column in columns for label in column):
-            rows = [column.get(label) for column in columns]
-            values = tuple(None if row is None else row.value for row in rows)
-            errors = tuple(None if row is None else row.error for row in rows)
-            better = next(row.higher_is_better for row in rows if row is not None)
-            if any(value is not None for value in values):
-                lines.append(Line(label, values, better, errors))
+            rows = [column.get(label) or Row(label, None) for column in columns]
+            better = next(column[label].higher_is_better for column in columns if label in column)
+            if any(row.value is not None for row in rows):
+                lines.append(Line(label, tuple(r.value for r in rows), better, tuple(r.error for r in rows)))
         return lines
 
     def as_json(self) -> list[dict[str, Any]]:

@@ -84,7 +84,7 @@ def llmpruner_exporters() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Any]]:
-    from ..evaluation.transformers_runtime import TransformersRuntime
+    from ..evaluation.runtime import TransformersRuntime
 
     return [TransformersRuntime]
 

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+import warnings
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
 from ..component import ComponentSettings
+from ..errors import UnsupportedModelError, first_line
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from ..structure.coupling import CouplingGraph
+    from .losses import Loss
 
 
 class AdapterSettings(ComponentSettings):
@@ -31,10 +36,7 @@ class FullStrategy(RecoveryStrategy):
         return graph.total_parameters
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        from .training import fit
-
-        job.model.requires_grad_(True)
-        return TrainingResult(job.model, fit(job.model, job), job.model.num_parameters())
+        return _all_trained(job)
 
 
 class LoraStrategy(RecoveryStrategy):
@@ -49,9 +51,7 @@ class LoraStrategy(RecoveryStrategy):
     settings: AdapterSettings
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        from .lora import train_adapters
-
-        return train_adapters(job, self.settings)
+        return _adapters_trained(job, self.settings)
 
 
 class DistilSettings(AdapterSettings):
@@ -87,12 +87,61 @@ class DistilStrategy(RecoveryStrategy):
         return 0 if self.adapters else graph.total_parameters
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        from .lora import train_adapters
         from .losses import distillation_loss
-        from .training import fit
 
         loss = distillation_loss(job, self.settings.labels)
-        if self.adapters:
-            return train_adapters(job, self.settings, loss)
-        job.model.requires_grad_(True)
-        return TrainingResult(job.model, fit(job.model, job, loss), job.model.num_parameters())
+        return _adapters_trained(job, self.settings, loss) if self.adapters else _all_trained(job, loss)
+
+
+def _all_trained(job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
+    from .training import fit
+
+    job.model.requires_grad_(True)
+    return TrainingResult(job.model, fit(job.model, job, loss), job.model.num_parameters())
+
+
+def _adapters_trained(job: RecoveryJob, settings: AdapterSettings, loss: Loss | None = None) -> TrainingResult:
+    """Train LoRA adapters of the modules in `adapter_targets`, drawn by the job's seed, and merge them."""
+    import peft
+    from transformers import set_seed
+    from transformers.pytorch_utils import Conv1D
+
+    from .training import fit
+
+    targets = adapter_targets(job.model, job.graph)
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        bias="none",
+        target_modules=targets,
+        fan_in_fan_out=any(isinstance(job.model.get_submodule(path), Conv1D) for path in targets),
+    )
+    set_seed(job.settings.seed)
+    with warnings.catch_warnings():
+        # Of a name that transformers has deprecated, and of ``fan_in_fan_out``, which it corrects for each module.
+        warnings.simplefilter("ignore")
+        try:
+            model: Any = peft.get_peft_model(job.model, config)
+        except ValueError as error:
+            raise UnsupportedModelError(
+                f"peft has no adapters for a {job.model.config.model_type} model: {first_line(error)}"
+            ) from error
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    losses = fit(model, job, loss)
+    return TrainingResult(model.merge_and_unload(), losses, trained)
+
+
+def adapter_targets(model: nn.Module, graph: CouplingGraph) -> list[str]:
+    """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    owned = dict.fromkeys(span.parameter for group in graph.groups for span in group.spans)
+    weights = (name for name in owned if graph.is_decoder(name) and name.endswith(".weight"))
+    paths = (name.removesuffix(".weight") for name in weights)
+    targets = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear | Conv1D)]
+    if not targets:
+        raise UnsupportedModelError("no linear layer of the decoder owns coupled units, so there is nothing to adapt")
+    return targets

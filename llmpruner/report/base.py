@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..errors import SettingsError, first_line
+from ..evaluation.metrics import Size
 from ..values import bytes_text, count_text, counted
 
 if TYPE_CHECKING:
@@ -26,18 +27,11 @@ DENSE = "dense"
 
 
 @dataclass(frozen=True)
-class Costs:
-    """What a model takes, by the shapes of its weights: number of parameters (tied ones once), of those in the decoder
-    layers, and bytes of all weights. ``macs_per_token``: multiply-accumulate operations to decode one token while
-    ``context`` tokens are in the cache. ``cache_bytes``: bytes that the key/value cache grows by with every token; None
-    where that cannot be known without weights."""
+class Costs(Size):
+    """What a model takes, by the shapes of its weights. ``cache_bytes``: bytes that the key/value cache grows by with
+    every token; None where that cannot be known without weights."""
 
-    parameters: int
-    decoder_parameters: int
-    weight_bytes: int
-    macs_per_token: int
-    context: int
-    cache_bytes: int | None
+    cache_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -99,37 +99,29 @@ def _subject(
             names.append(name if path == checkpoint.resolve() else DENSE if is_dense else None)
         return [{**model, "name": new} for model, new in zip(models, names, strict=True) if new is not None]
 
-    measured: list[Measurements] = []
-    benches: list[Mapping[str, Any]] = []
-    answers: list[tuple[Mapping[str, str], ...]] = []
+    found: dict[str, list[Any]] = {command: [] for command in ("evaluate", "bench", "generate")}
     for step in steps:
-        if step["command"] in ("evaluate", "bench", "generate"):
+        if step["command"] in found:
             results = read_results(step["folder"] / RESULTS_FILE)
-            if name not in (model["name"] for model in _models(results)):
-                continue
-            if step["command"] == "generate":
-                answers.append(tuple(results))
-            elif step["command"] == "bench":
-                benches.append(results)
-            else:
-                measured.append(_measurements(results, catalog))
+            if name in (model["name"] for model in _models(results)):
+                found[step["command"]].append(results)
+    measured = [_measurements(results, catalog) for results in found["evaluate"]]
     for path, results in files.items():
         try:
-            models = renamed(_models(results))
-            if name not in (model["name"] for model in models):
+            if name not in (model["name"] for model in renamed(_models(results))):
                 continue
             if isinstance(results, list):
-                measured.append(_measurements(models, catalog))
+                measured.append(_measurements(renamed(results), catalog))
             else:
                 cases = [{**case, "models": renamed(case["models"])} for case in results["cases"]]
-                benches.append({**results, "cases": cases})
+                found["bench"].append({**results, "cases": cases})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{path} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
     dense, costs = _costs(structure, checkpoint)
     return ReportSubject(
         f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
-        tuple(measured), tuple(benches), tuple(answers), _runs(checkpoint),
+        tuple(measured), tuple(found["bench"]), tuple(map(tuple, found["generate"])), _runs(checkpoint),
         tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
     )  # fmt: skip
 

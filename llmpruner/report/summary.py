@@ -47,27 +47,20 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
         "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, own.decoder_parameters, count_text),
         "weights": Pair("Weights", dense.weight_bytes, own.weight_bytes, bytes_text),
     }
-    rates: list[tuple[float, float, str]] = []
-    perplexities: list[tuple[float, float, str]] = []
     for bench in subject.benches:
         models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
         if {DENSE, subject.name} <= models.keys():
             before, after = (models[name]["tokens_per_second"]["median"] for name in (DENSE, subject.name))
             ideal = models[subject.name]["ideal"]
-            rates.append((before, after, "" if ideal is None else f", where its size allows {ideal:.2f}"))
+            note = "" if ideal is None else f", where its size allows {ideal:.2f}"
+            pairs.setdefault("decode", Pair("Decoding, tokens/s", before, after, "{:,.1f}".format, note))
     for measured in subject.measured:
-        before, after = measured.of(DENSE), measured.of(subject.name)
-        first, second = ((result.get("perplexity") or {}).get("perplexity") for result in (before, after))
-        if first is not None and second is not None:
-            more = round(tokens_per_byte(after["perplexity"]) / tokens_per_byte(before["perplexity"]), 6)
-            what = " (per token of the dense model)" if more != 1 else ""
-            perplexities.append((first, second**more, f" on {bare(before['perplexity']['text'])}{what}"))
-    if rates:
-        before, after, note = rates[0]
-        pairs["decode"] = Pair("Decoding, tokens/s", before, after, "{:,.1f}".format, note)
-    if perplexities:
-        before, after, note = perplexities[0]
-        pairs["perplexity"] = Pair("Perplexity", before, after, "{:,.2f}".format, note)
+        first, second = (measured.of(name).get("perplexity") or {} for name in (DENSE, subject.name))
+        if first.get("perplexity") is not None and second.get("perplexity") is not None:
+            more = round(tokens_per_byte(second) / tokens_per_byte(first), 6)
+            note = f" on {bare(first['text'])}{' (per token of the dense model)' if more != 1 else ''}"
+            before, after = first["perplexity"], second["perplexity"] ** more
+            pairs.setdefault("perplexity", Pair("Perplexity", before, after, "{:,.2f}".format, note))
     scores, own_scores = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
     if tasks := [task for task in scores if task in own_scores]:
         before, after = (fmean(of_model[task] for task in tasks) for of_model in (scores, own_scores))
@@ -128,17 +121,13 @@ class ComparisonSection(ReportSection):
 
     def compare(self, subjects: Sequence[ReportSubject]) -> str:
         pairs = {subject.name: figures(subject) for subject in subjects}
-        # Size and perplexity of those that were measured.
-        places = {
-            name: (of_model["parameters"].pruned, of_model["perplexity"].pruned)
-            for name, of_model in pairs.items()
-            if "perplexity" in of_model
-        }
-        best = [
-            name
-            for name, place in places.items()
-            if not any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places.values())
-        ]
+        measured = {name: of_model for name, of_model in pairs.items() if "perplexity" in of_model}
+        places = {name: (each["parameters"].pruned, each["perplexity"].pruned) for name, each in measured.items()}
+
+        def beaten(place: tuple[float, float]) -> bool:
+            return any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places.values())
+
+        best = [name for name, place in places.items() if not beaten(place)]
         rows = [_row(subject, pairs[subject.name]) for subject in subjects]
         # The table is wide: without the columns that are known of no model.
         known = [number for number in range(len(_COLUMNS)) if any(row[number] is not None for row in rows)]
@@ -161,9 +150,8 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair]) -> list[tuple[str, A
     parameters, weights = pairs["parameters"], pairs["weights"]
     measured = {name: (pairs[name].text(pairs[name].pruned), pairs[name].pruned) for name in pairs}
     perplexities = [results.of(subject.name).get("perplexity") or {} for results in subject.measured]
-    divergence = next(
-        (result["kl_per_token"] for result in perplexities if result.get("kl_per_token") is not None), None
-    )
+    known = (kl for result in perplexities if (kl := result.get("kl_per_token")) is not None)
+    divergence = next(known, None)
     cut = None if subject.record.get("recovery") else subject.cut_quality
     decode, method = pairs.get("decode"), method_of(subject.record)
     return [

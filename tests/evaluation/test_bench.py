@@ -13,7 +13,7 @@ import llmpruner
 from llmpruner import BenchSubject, LlmprunerError, Runtime, Session, Work
 from llmpruner.discovery.groups import build_graph
 from llmpruner.evaluation.bench import bench, measurement
-from llmpruner.evaluation.transformers_runtime import TorchSession, work_of
+from llmpruner.evaluation.runtime import TorchSession, work_of
 from llmpruner.models.surgery import cut
 
 FAMILY = LlamaFamily()

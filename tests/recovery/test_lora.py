@@ -10,8 +10,7 @@ from recovery_cases import pruned_model
 from llmpruner import MLP, Blocks, Catalog, CoupledGroup, Role, Span, UnsupportedModelError, build_graph
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut
-from llmpruner.recovery.lora import adapter_targets
-from llmpruner.recovery.strategies import LoraStrategy
+from llmpruner.recovery.strategies import LoraStrategy, adapter_targets
 from llmpruner.testing import RecoveryConformance
 
 

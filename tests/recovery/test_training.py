@@ -16,8 +16,7 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import PluginError
 from llmpruner.recovery import training
 from llmpruner.recovery.base import TrainingResult
-from llmpruner.recovery.lora import adapter_targets
-from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
+from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
 from llmpruner.settings import RecoverSettings
 
