@@ -9,6 +9,7 @@ from docstrings import class_section, document, function_lines, markdown
 from llmpruner.calibration.sources import SampleTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
+from llmpruner.evaluation.metrics import Size
 from llmpruner.evaluation.runtime import BenchSubject, Session, Work, work_of
 from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
@@ -37,7 +38,7 @@ _GIVEN: dict[str, tuple[type, ...]] = {
     "metric": (MetricSubject, Row, ComparedModel),
     "exporter": (ExportTask,),
     "runtime": (BenchSubject, Session, Work),
-    "report section": (ReportSubject, Measurements, Costs),
+    "report section": (ReportSubject, Measurements, Costs, Size),
 }
 """Kind of component → the classes that it is given or gives back."""
 CLASSES: dict[str, tuple[type, ...]] = {

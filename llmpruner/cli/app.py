@@ -11,9 +11,9 @@ from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
 from .checkpoint import export, recover, verify
 from .console import show_warnings, warning_line
+from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
-from .mistakes import Command
 from .plugins import list_plugins, new_plugin
 from .prune import plan, prune
 from .run import demo, recipes, run
@@ -55,7 +55,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         ctx.obj = Catalog(manager)
         show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
-        ctx.call_on_close(lambda: _warn(manager))
+        ctx.call_on_close(lambda: list(map(warning_line, manager.broken)))
 
     for command in COMMANDS:
         app.command(cls=Command)(command)
@@ -63,11 +63,6 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
     app.command()(new_plugin)
     _add_plugin_commands(app, manager)
     return app
-
-
-def _warn(manager: PluginManager) -> None:
-    for line in manager.broken:
-        warning_line(line)
 
 
 def _version(value: bool) -> None:

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
-from ..scaffold.package import KINDS, PluginName, kind_named, render, write
+from ..scaffold.package import KINDS, PluginName, describe, kind_named, render, write
 from .console import note, out, print_json, table
 from .derive import Json, bounds_of, catalog_of, type_text
 
@@ -112,8 +112,6 @@ def new_plugin(
     directory = check_new_directory(output or Path(plugin.distribution))
     facts = None
     if source is not None:
-        from ..scaffold.model import describe
-
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
     write(directory, render(plugin, facts, kind=kind))

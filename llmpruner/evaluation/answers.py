@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from importlib.resources import files
 from statistics import fmean
 from typing import Any
 
 from pydantic import Field
 
-from ..calibration.conversations import Example, read_examples
+from ..calibration.conversations import read_examples
 from ..component import ComponentSettings
 from ..errors import DataError, SettingsError
 from .base import ComparedModel, Metric, MetricSubject, Row
@@ -110,15 +109,10 @@ class GivenAnswersMetric(Metric):
     def needs_reference(self) -> bool:
         return self.settings.kl
 
-    @cached_property
-    def _examples(self) -> Sequence[Example]:
-        """Read on first use."""
+    def prepare(self) -> None:
         if self.settings.data is None:
             raise SettingsError(f"the metric {self.name} needs answers: --set {self.name}.data=FILE")
-        return read_examples(self.settings.data)[: self.settings.limit]
-
-    def prepare(self) -> None:
-        _ = self._examples
+        self._examples = read_examples(self.settings.data)[: self.settings.limit]
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
         from ..models.positions import check_table

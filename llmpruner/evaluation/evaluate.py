@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..component import check_chosen
 from ..errors import ModelError, SettingsError
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
+
+N = TypeVar("N", int, float)
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
@@ -102,33 +104,34 @@ class Evaluation:
     results: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...] = ()
 
-    def _value(self, metric: str, key: str) -> Any:
-        return self.results.get(metric, {}).get(key)
+    def _value(self, kind: type[N], metric: str, key: str) -> N | None:
+        value: N | None = self.results.get(metric, {}).get(key)
+        return value
 
     @property
     def perplexity(self) -> float | None:
         """On the first text."""
-        return self._value("perplexity", "perplexity")
+        return self._value(float, "perplexity", "perplexity")
 
     @property
     def bits_per_byte(self) -> float | None:
         """On the first text."""
-        return self._value("perplexity", "bits_per_byte")
+        return self._value(float, "perplexity", "bits_per_byte")
 
     @property
     def kl(self) -> float | None:
         """Divergence from the first model in nats per token, on the first text."""
-        return self._value("perplexity", "kl_per_token")
+        return self._value(float, "perplexity", "kl_per_token")
 
     @property
     def parameters(self) -> int | None:
         """Tied ones once."""
-        return self._value("size", "parameters")
+        return self._value(int, "size", "parameters")
 
     @property
     def weight_bytes(self) -> int | None:
         """In memory."""
-        return self._value("size", "weight_bytes")
+        return self._value(int, "size", "weight_bytes")
 
     @property
     def tasks(self) -> Scores:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from ..component import ComponentSettings
 from ..errors import ModelError, no_tokenizer
 from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
-from .tasks import Tasks, evaluate_tasks, load_tasks
+from .tasks import evaluate_tasks, load_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -119,15 +118,10 @@ class PerplexityMetric(Metric):
     def needs_reference(self) -> bool:
         return self.settings.kl
 
-    @cached_property
-    def _texts(self) -> dict[str, str]:
-        """Name → text, read on first use."""
+    def prepare(self) -> None:
         given = self.settings.text
         names = [given] if isfile(given) else [name.strip() for name in given.split(",")]
-        return {name: read_text(name) for name in names}
-
-    def prepare(self) -> None:
-        _ = self._texts
+        self._texts = {name: read_text(name) for name in names}
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
         from ..models.positions import check_table, warn_beyond
@@ -138,11 +132,10 @@ class PerplexityMetric(Metric):
         for model in models:
             check_table(model.config, window, what, hint, f"'{model.name}'")
             warn_beyond(model.config, window, what, hint, f"'{model.name}'")
-        for text in self._texts.values():
-            if self.settings.kl:
-                check_same_tokens(models, text[:_COMPARED])
-        text = next(iter(self._texts.values()))[:_COMPARED]
-        if len({len(tokens_of(model.tokenizer, text)) for model in models if model.tokenizer is not None}) > 1:
+        starts = [text[:_COMPARED] for text in self._texts.values()]
+        for text in starts if self.settings.kl else ():
+            check_same_tokens(models, text)
+        if len({len(tokens_of(model.tokenizer, starts[0])) for model in models if model.tokenizer is not None}) > 1:
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
@@ -153,11 +146,9 @@ class PerplexityMetric(Metric):
         tokenizer = tokenizer_of(self, subject)
         options = self.settings.model_dump(exclude={"text", "kl"})
         options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
-        results = {
-            name: asdict(perplexity(subject.model, tokenizer, text, **options)) for name, text in self._texts.items()
-        }
-        first = next(iter(results))
-        return {**results.pop(first), "text": first, "others": results}
+        measured = [perplexity(subject.model, tokenizer, text, **options) for text in self._texts.values()]
+        (first, result), *others = zip(self._texts, map(asdict, measured), strict=True)
+        return {**result, "text": first, "others": dict(others)}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         results = {result["text"]: result, **result["others"]}
@@ -197,13 +188,8 @@ class TasksMetric(Metric):
 
     settings: Settings
 
-    @cached_property
-    def _tasks(self) -> Tasks:
-        """The tasks with their data, loaded on first use."""
-        return load_tasks(self.settings.names, include_path=self.settings.include_path)
-
     def prepare(self) -> None:
-        _ = self._tasks
+        self._tasks = load_tasks(self.settings.names, include_path=self.settings.include_path)
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         options = self.settings.model_dump(exclude={"names", "include_path"})

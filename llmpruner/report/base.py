@@ -28,8 +28,9 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs(Size):
-    """What a model takes, by the shapes of its weights. ``cache_bytes``: bytes that the key/value cache grows by with
-    every token; None where that cannot be known without weights."""
+    """What a model takes, by the shapes of its weights: parameters (tied ones once), those of the decoder layers, bytes
+    of all weights, and multiply-accumulate operations to decode one token with ``context`` tokens in the cache.
+    ``cache_bytes``: what the cache grows by with every token; None where that cannot be known without weights."""
 
     cache_bytes: int | None = None
 
