@@ -17,7 +17,6 @@ from .values import ComponentValues, Count, Layers, Names, Numbers, Text, names_
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "prod", "last"]
-LossOn = Literal["all", "answers"]
 Shape = Literal["uniform", "free"]
 
 _MACHINE = "Memory and time"

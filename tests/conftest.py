@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmpruner import Catalog, build_graph
 from llmpruner.models.model import Model
-from llmpruner.testing import processes
+from llmpruner.testing import family
 
-processes.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
+family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
 
 
 def llama_config(**changes) -> LlamaConfig:

@@ -21,8 +21,8 @@ from .conversations import Completion, Conversation, Example, Instruction
 
 if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
-    from ..settings import LossOn
 
+LossOn = Literal["all", "answers"]
 IGNORED = -100
 """The label of tokens that have no loss (the convention of PyTorch's cross entropy and of transformers)."""
 

@@ -173,7 +173,7 @@ class RecipeRun:
         title = f"step {step.number} of {len(self.recipe.steps)}, {step.name}"
         if before and before["inputs"] == inputs and not self.run.restart:
             self.progress.status(f"{title}: done before with the same inputs, skipped")
-            return self._finished(step, before, skipped=True)
+            return _finished(step, folder, skipped=True)
         again = ""
         if before and not self.run.restart:
             changed = [key for key, value in inputs.items() if before["inputs"].get(key) != value]
@@ -185,14 +185,12 @@ class RecipeRun:
         else:
             again = ", continued"
         self.progress.status(title + again)
-        value = None
-        if not _record(work / "result"):
-            value = self._work(step, work / "result", inputs)
+        value = None if _record(work / "result") else self._work(step, work / "result", inputs)
         if folder.exists():
             folder.rename(work / "before")
         (work / "result").rename(folder)
         shutil.rmtree(work, ignore_errors=True)
-        return self._finished(step, read_json(folder / STEP_FILE), value=value)
+        return _finished(step, folder, value=value)
 
     def _work(self, step: Step, result: Path, inputs: Mapping[str, Any]) -> Any:
         """Run the command of a step into the folder ``result``; returns its value."""
@@ -212,24 +210,18 @@ class RecipeRun:
         _write_record(result, {**record, "seconds": round(time.monotonic() - started, 1), "result": facts})
         return value
 
-    def _finished(
-        self, step: Step, record: Mapping[str, Any], *, skipped: bool = False, value: Any = None
-    ) -> StepResult:
-        folder, facts = self.output / step.name, record["result"]
-        if facts is None:
-            facts = json.loads((folder / RESULTS_FILE).read_text(encoding="utf-8"))
-        return StepResult(step.name, step.command, folder, skipped, record["seconds"], facts, value)
+
+def _finished(step: Step, folder: Path, *, skipped: bool = False, value: Any = None) -> StepResult:
+    record = read_json(folder / STEP_FILE)
+    facts = json.loads((folder / RESULTS_FILE).read_bytes()) if record["result"] is None else record["result"]
+    return StepResult(step.name, step.command, folder, skipped, record["seconds"], facts, value)
 
 
 def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     model = run.call(step, output=output, run=run.run.model_copy(update={"restart": False}))
     outcome = model.outcome
-    facts = {
-        "checkpoint": model.form,
-        "parameters": outcome.parameters_after,
-        "decoder_parameters": outcome.decoder_after,
-        "decoder_removed": outcome.decoder_removed,
-    }
+    facts = {"checkpoint": model.form, "parameters": outcome.parameters_after}
+    facts |= {"decoder_parameters": outcome.decoder_after, "decoder_removed": outcome.decoder_removed}
     return facts, (model.plans[-1], outcome)
 
 
@@ -239,11 +231,8 @@ def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
     facts = {key: record[key] for key in kept if key in record}
     if (losses := first_and_last(record)) is not None:
-        facts |= {
-            "steps": len(record["losses"]),
-            "losses": list(losses[1:]),
-            "loss": no_better(record) or loss_text(record),
-        }
+        facts |= {"steps": len(record["losses"]), "losses": list(losses[1:])}
+        facts["loss"] = no_better(record) or loss_text(record)
     return {"checkpoint": model.form, **facts}, None
 
 

@@ -17,7 +17,7 @@ import llmpruner
 from llmpruner.calibration.documents import read_text
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
-from llmpruner.testing.processes import run_probe
+from llmpruner.testing.family import run_probe
 
 DATA = os.environ.get("LLMPRUNER_DATA")
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
