@@ -27,7 +27,7 @@ from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import logits_at, position_blocks
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
-from .products import ReduceProducts, WatchProducts
+from .products import ReduceProducts
 from .walk import (
     Call,
     LayerCheck,
@@ -317,9 +317,7 @@ class GradientWalk:
         if reduced is None:
             yield
             return
-        watch = WatchProducts(self.model, (), lambda _: None)
-        reduced.next_batch(batch.first, batch.input_ids, self._scale)
-        with eager_experts(self._experts), reduced.following(watch), watch:
+        with eager_experts(self._experts), reduced.watching(batch.first, batch.input_ids, self._scale):
             yield
 
     def _head(self, position: int) -> tuple[torch.Tensor, float]:

@@ -85,28 +85,18 @@ class WatchedProduct:
         self.result.register_hook(lambda grad: call(_rows(grad if part is None else grad[part])))  # type: ignore[no-untyped-call]
 
 
-Seen = Callable[[WatchedProduct], object]
-
-
 class WatchProducts(TorchFunctionMode):
     """While active, calls ``seen`` for every product with one of the parameters ``names``. They are matched by storage,
     so that views are found too: a slice, a transpose, one expert of a stack. Products that ``seen`` computes are not
     observed."""
 
-    def __init__(self, model: nn.Module, names: Iterable[str], seen: Seen) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], seen: Callable[[WatchedProduct], object]) -> None:
         super().__init__()
-        self._model = model
-        self._seen: dict[str, list[Seen]] = {}
+        self._seen = seen
         self._by_storage: dict[int, list[tuple[str, torch.Tensor]]] = {}
-        self.add(names, seen)
-
-    def add(self, names: Iterable[str], seen: Seen) -> None:
-        """Add an observer, which is called after those added earlier."""
         for name in names:
-            if name not in self._seen:
-                parameter = self._model.get_parameter(name)
-                self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
-            self._seen.setdefault(name, []).append(seen)
+            parameter = model.get_parameter(name)
+            self._by_storage.setdefault(parameter.untyped_storage().data_ptr(), []).append((name, parameter))
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -120,8 +110,7 @@ class WatchProducts(TorchFunctionMode):
             if owner is not None:
                 linear = func is functional.linear
                 for product in _products(*owner, weight, inputs, result, _bias(func, args, kwargs), transposed=linear):
-                    for seen in self._seen[product.parameter]:
-                        seen(product)
+                    self._seen(product)
         return result
 
     def _owner(self, weight: torch.Tensor) -> tuple[str, torch.Tensor] | None:
@@ -287,22 +276,17 @@ class ReduceProducts:
         self._model, self._names, self._positions, self._measure = model, names, positions, measure
         self._num_samples, self._gradients = num_samples, gradients
         self._routing = Routing(model, names)
-        self._first, self._shape = 0, (0, 0)
         self._sums: dict[str, dict[str, torch.Tensor]] = {}
         self._axes: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def following(self, watch: WatchProducts) -> Iterator[None]:
-        """While active, takes the products that ``watch`` observes."""
-        watch.add(self._routing.names, self._routing.rows_of)
-        watch.add(self._names, self._add)
-        with self._routing.following():
-            yield
-
-    def next_batch(self, first: int, ids: torch.Tensor, scale: float = 1.0) -> None:
-        """Set the next micro-batch. ``ids``: token ids (samples, length); ``first``: number of its first sample;
-        ``scale``: by which its loss is multiplied before the backward pass."""
+    def watching(self, first: int, ids: torch.Tensor, scale: float = 1.0) -> Iterator[None]:
+        """While active, observes the products of one micro-batch. ``ids``: token ids (samples, length); ``first``:
+        number of its first sample; ``scale``: by which its loss is multiplied before the backward pass."""
         self._first, self._shape, self._scale = first, (ids.shape[0], ids.shape[1]), scale
+        watched = dict.fromkeys([*self._names, *self._routing.names])
+        with self._routing.following(), WatchProducts(self._model, watched, self._add):
+            yield
 
     def statistics(self, ranks: Ranks = SINGLE) -> dict[str, ProductStats]:
         """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
@@ -315,16 +299,16 @@ class ReduceProducts:
             own = self._sums.get(name, {}).get(of)
             if own is None:
                 own = torch.zeros(shape, dtype=torch.float64, device=self._model.get_parameter(name).device)
-            if own.shape != shape:
-                raise _shapes_differ(of, own.shape, shape)
             every[name][of] = own
         ranks.sum_(tensor for sums in every.values() for tensor in sums.values())
         return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
+        rows = self._routing.rows_of(watched)
+        if watched.parameter not in self._names:
+            return
         parameter = self._model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
-        rows = None if watched.slot is None else self._routing.rows_of(watched)
         tokens = all_tokens(watched, *self._shape) if rows is None else rows.tokens
         outputs, bias = watched.outputs, self._expert_bias(watched)
         # A later operation may overwrite a tensor before the backward pass reads it.
@@ -370,12 +354,8 @@ class ReduceProducts:
                 sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
             total = sums[name] if slot is None else sums[name][slot]
             if total.shape != value.shape:
-                raise _shapes_differ(name, value.shape, total.shape)
+                raise PluginError(
+                    f"measure returns '{name}' of shape {tuple(value.shape)} for one product with a weight and of "
+                    f"shape {tuple(total.shape)} for another; sums of one name must have one shape"
+                )
             total += value
-
-
-def _shapes_differ(name: str, shape: torch.Size, other: torch.Size) -> PluginError:
-    return PluginError(
-        f"measure returns '{name}' of shape {tuple(shape)} for one product with a weight and of shape {tuple(other)} "
-        "for another; sums of one name must have one shape"
-    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from math import nan, pi
@@ -96,12 +96,10 @@ def forward_statistics(
         names = inside[number]
         with walk.layer(number):
             sums = InputSums(model, gram=gram)
-            watch = WatchProducts(model, names if inputs else (), sums.add)
             reduced = None if reduce is None else reduce(names)
-            with contextlib.nullcontext() if reduced is None else reduced.following(watch), watch:
-                for position, batch in enumerate(walk.batches):
-                    if reduced is not None:
-                        reduced.next_batch(batch.first, batch.input_ids)
+            for position, batch in enumerate(walk.batches):
+                products = nullcontext() if reduced is None else reduced.watching(batch.first, batch.input_ids)
+                with products, WatchProducts(model, names if inputs else (), sums.add):
                     states[position] = walk.run(number, batch, states[position], states.passed)
             of_inputs = sums.statistics(walk.tokens, walk.ranks)
             of_products = {} if reduced is None else reduced.statistics(walk.ranks)

@@ -90,15 +90,15 @@ class _Sizes:
         widest = max(max(shape[-2:]) for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
         self.forwards = 3 * widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * widest + 10 * self.hidden) * self.item
+        self.stages = [self._written(), self._scores(), self._fits()]
 
     def of(self, streamed: bool) -> Forecast:
         """With all weights in memory, or two layers of them."""
         weights = self.outside + 2 * self.layer if streamed else self.weights
         if isinstance(self.job, PruneJob) and self.job.steps > 1:
             weights += self.weights  # of a copy that is cut
-        stages = [self._written(), self._scores(), self._fits()]
-        peak = max(stage.memory + min(stage.states, DEFAULT_LIMIT) for stage in stages)
-        files = max(max(0, stage.states - DEFAULT_LIMIT) + stage.files for stage in stages)
+        peak = max(stage.memory + min(stage.states, DEFAULT_LIMIT) for stage in self.stages)
+        files = max(max(0, stage.states - DEFAULT_LIMIT) + stage.files for stage in self.stages)
         if self.saves:
             groups = [(self.graph.by_name[name], share) for name, share in self.left.items()]
             gone = sum((1 - share) * self.graph.parameters_per_unit(g) * g.units for g, share in groups)

@@ -80,8 +80,6 @@ def select(
 
     Raises `SelectionError` when the demand cannot be met.
     """
-    if allocation.measures and loss is None:
-        raise SelectionError(f"{allocation.label()} measures the model on calibration text, and none is given")
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:

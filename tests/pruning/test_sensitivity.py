@@ -11,7 +11,6 @@ from torch.nn import functional
 import llmpruner
 from llmpruner import ModelError
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.errors import SelectionError
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.selection import select, trial_loss
@@ -65,11 +64,6 @@ def test_shares_of_units_remove_what_equal_shares_do(gqa, kinds, allocation):
             for how in (Uniform(), allocation)
         )
         assert 2 * abs(found - equal) <= min(graph.parameters_per_unit(g) for g in groups)
-
-
-def test_without_a_loss_it_is_refused(gqa):
-    with pytest.raises(SelectionError, match="allocation sensitivity measures the model on calibration text"):
-        choose(gqa.graph, ("mlp",), Demand(amount=1000), None, Sensitivity())
 
 
 @pytest.mark.parametrize(("levels", "cuts"), [((), 4), ((0.5,), 8), ((0.1, 0.5, 0.9), 16)])
