@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from llmpruner import hookimpl
 
-from .family import ChatGLMFamily
-from .glm import ChatGLM2Family, ChatGLM3Family, GlmFamily
+from .family import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
 from .readers import ChatGLM6BReader, ChatGLMReader
 
 

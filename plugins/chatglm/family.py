@@ -1,16 +1,22 @@
-"""The coupled structure of ChatGLM-6B."""
+"""The families of ChatGLM and GLM: their prompts. Their structure is discovered."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from llmpruner import ATTENTION, LAYER, MLP, CoupledGroup, ModelFamily, layouts
+from llmpruner import ModelFamily
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
-    from .configuration_chatglm import ChatGLMConfig
+CHAT_FORMAT = "chat_format"
+"""Attribute that `ChatGLMReader` adds to a converted configuration: `ROUNDS` for prompts of ChatGLM2, `ROLES` for those
+of ChatGLM3."""
+ROUNDS = "rounds"
+ROLES = "roles"
+LATER_KEY = "multi_query_group_num"
+"""A key of the released ``config.json`` from ChatGLM2 on; all generations have one model type."""
 
 
 def register() -> None:
@@ -44,28 +50,6 @@ class ChatGLMFamily(ModelFamily):
         """Register ``model_type: chatglm`` with the auto classes of transformers."""
         register()
 
-    def coupled_groups(self, config: ChatGLMConfig) -> Sequence[CoupledGroup]:
-        groups = []
-        layers = [f"transformer.layers.{n}" for n in range(config.num_layers)]
-        for n, path in enumerate(layers):
-            heads = layouts.interleaved_qkv_attention(
-                f"{path}.attention.query_key_value",
-                f"{path}.attention.dense",
-                config.num_attention_heads,
-                config.head_dim or config.hidden_size // config.num_attention_heads,
-                bias=True,
-            )
-            channels = layouts.two_layer_mlp(
-                f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h", config.inner_hidden_size
-            )
-            groups += [
-                CoupledGroup(f"layers.{n}.attention", ATTENTION, config.num_attention_heads, heads, layer=n),
-                CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_hidden_size, channels, layer=n),
-            ]
-        groups.append(layouts.vocabulary(config.vocab_size, "transformer.word_embeddings", "lm_head"))
-        groups.append(CoupledGroup("layers", LAYER, config.num_layers, modules=tuple(layers)))
-        return groups
-
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
         """Nothing to set: modules compute numbers of heads from the shapes of their weights."""
 
@@ -87,10 +71,83 @@ class ChatGLMFamily(ModelFamily):
     def format_conversation(
         self, exchanges: Sequence[tuple[str, str]], system: str | None = None
     ) -> Sequence[tuple[str, str]]:
-        """One pair, as ``[gMASK]<sop>`` is before the last answer alone."""
+        """One pair, as `answer_separator`, and here ``[gMASK]<sop>``, are before the last answer alone."""
         *history, (query, answer) = exchanges
         before = "" if system is None else self.format_system(system)
         return [(before + self.format_chat(history, query), self.answer_separator + answer)]
+
+
+class GlmFamily(ModelFamily):
+    """GLM-4 in transformers' own format (``glm`` and ``glm4``, which adds norms after each sub-layer)."""
+
+    name = "glm"
+    summary = "GLM-4 in transformers' own format"
+    model_types = ("glm", "glm4")
+    answer_separator: ClassVar[str] = "\n"
+    eos_after: ClassVar[Literal["every", "last", "none"]] = "last"
+
+    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+        """Set the number of query heads per KV head, by which eager attention repeats keys."""
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+
+    def format_prompt(self, instruction: str, input: str = "") -> str:
+        """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
+        return f"<|user|>\n{_query(instruction, input)}<|assistant|>"
+
+    def format_system(self, system: str) -> str:
+        """A turn with the role ``<|system|>``."""
+        return f"<|system|>{self.answer_separator}{system}"
+
+
+class ChatGLM2Family(GlmFamily):
+    """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
+
+    name = "chatglm2"
+    summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
+    extends = "glm"
+    answer_separator = " "
+    one_answer_per_text: ClassVar[bool] = True
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROUNDS
+
+    def format_prompt(self, instruction: str, input: str = "") -> str:
+        return self.format_chat((), _query(instruction, input))
+
+    def format_system(self, system: str) -> str:
+        """Plain text before the first round, as the format has no system turns."""
+        return f"{system}\n\n"
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
+        rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, start=1))
+        return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    # The blank before the last answer is what the tokenizer adds where the released training code encodes an answer.
+    format_conversation = ChatGLMFamily.format_conversation
+
+
+class ChatGLM3Family(GlmFamily):
+    """ChatGLM3-6B, converted to GLM: prompts with a special token per role."""
+
+    name = "chatglm3"
+    summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
+    extends = "glm"
+    answer_separator = "\n "
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROLES
+
+    def format_prompt(self, instruction: str, input: str = "") -> str:
+        return self.format_chat((), _query(instruction, input))
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        """A query after earlier rounds of question and answer. The blank after each line break is the one that the
+        released tokenizer adds before every message."""
+        rounds = "".join(f"<|user|>\n {q}<|assistant|>\n {a}" for q, a in history)
+        return f"{rounds}<|user|>\n {query}<|assistant|>"
 
 
 def _query(instruction: str, input: str) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmpruner import CheckpointReader
 
-from .glm import LATER_KEY
+from .family import LATER_KEY
 
 if TYPE_CHECKING:
     import torch

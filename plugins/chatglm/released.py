@@ -12,8 +12,7 @@ from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrain
 from llmpruner import ModelError, UnsupportedModelError
 
 from .configuration_chatglm import ChatGLMConfig
-from .family import register
-from .glm import CHAT_FORMAT, LATER_KEY, ROLES, ROUNDS
+from .family import CHAT_FORMAT, LATER_KEY, ROLES, ROUNDS, register
 from .tokenization_chatglm import VOCABULARY_FILE, ChatGLMTokenizer
 from .tokenizers import chat_format, one_line, role_stops
 from .weights import Convert, read_json, read_model
@@ -145,24 +144,17 @@ def _rope(ratio: float, interpolate: bool) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
 
 
+_GLM_HAS = {
+    "quantization_bit": 0, "pre_seq_len": None, "add_bias_linear": False, "rmsnorm": True, "post_layer_norm": True,
+    "apply_residual_connection_post_layernorm": False, "original_rope": True,
+}  # fmt: skip
+"""Options of the original code, with the only values that GLM of transformers can state and released models have."""
+
+
 def _refuse_variants(values: Mapping[str, Any], path: Path) -> None:
-    """Raise `UnsupportedModelError` for options of the original code that GLM does not have and no released model uses:
-    GLM has RMS norms before each sub-layer and at the end, biases on queries, keys and values only, and rotates half of
-    each head."""
-    refused = {
-        "it is quantized; use the 16-bit release": values.get("quantization_bit", 0),
-        "it carries a P-tuning prefix (pre_seq_len)": values.get("pre_seq_len"),
-        "it has biases on all projections (add_bias_linear)": values.get("add_bias_linear", False),
-        "it uses LayerNorm (rmsnorm is false)": not values.get("rmsnorm", True),
-        "it has no final norm (post_layer_norm is false)": not values.get("post_layer_norm", True),
-        "its residuals start after the norm (apply_residual_connection_post_layernorm)": values.get(
-            "apply_residual_connection_post_layernorm", False
-        ),
-        "it has other rotary embeddings (original_rope is false)": not values.get("original_rope", True),
-    }
-    for reason, applies in refused.items():
-        if applies:
-            raise UnsupportedModelError(f"{path} cannot be read as GLM: {reason}")
+    for name, expected in _GLM_HAS.items():
+        if bool(values.get(name, expected)) != bool(expected):
+            raise UnsupportedModelError(f"{path} cannot be read as GLM: {name} is {values[name]!r} in its config.json")
 
 
 def _with_generation_config(model: PreTrainedModel, path: Path) -> PreTrainedModel:

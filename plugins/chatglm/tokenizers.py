@@ -16,7 +16,7 @@ from transformers.convert_slow_tokenizer import SpmConverter, TikTokenConverter,
 
 from llmpruner import CheckpointError, LlmprunerError
 
-from .glm import ROLES, ROUNDS
+from .family import ROLES, ROUNDS
 from .weights import read_json
 
 VOCABULARY_FILE = "tokenizer.model"

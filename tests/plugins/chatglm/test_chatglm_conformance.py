@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from llmpruner_chatglm.family import ChatGLMFamily
-from llmpruner_chatglm.glm import ChatGLM2Family, ChatGLM3Family, GlmFamily
+from llmpruner_chatglm.family import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
 from transformers import Glm4Config, GlmConfig
 
 from llmpruner.testing import FamilyConformance
