@@ -12,13 +12,11 @@ import torch
 
 from llmpruner import CheckpointError, ExportTask, UnsupportedModelError
 
-from .model import KEYS, Facts, described, layer_and_part
+from .model import KEYS, Architecture, Facts, described, layer_and_part
 from .vocabulary import add_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .architectures import Architecture
 
 TYPES = {
     "f32": (torch.float32, gguf.GGMLQuantizationType.F32, gguf.LlamaFileType.ALL_F32),

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from transformers import LlamaConfig
 
 from llmpruner import CheckpointError, UnsupportedModelError
@@ -31,64 +31,42 @@ def ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> i
     return multiple_of * ((width + multiple_of - 1) // multiple_of)
 
 
-@dataclass(frozen=True, slots=True)
-class MetaParams:
+class MetaParams(BaseModel):
     """The fields that decide the model. ``vocab_size`` −1: as many as the embedding has rows."""
 
-    dim: int
-    n_layers: int
-    n_heads: int
-    n_kv_heads: int
-    multiple_of: int
-    ffn_dim_multiplier: float | None
-    norm_eps: float
+    model_config = ConfigDict(frozen=True, strict=True)
+
+    dim: PositiveInt
+    n_layers: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt
+    multiple_of: PositiveInt = 256
+    ffn_dim_multiplier: PositiveFloat | None = None
+    norm_eps: PositiveFloat = 1e-5
     vocab_size: int = -1
-    rope_theta: float = 10000.0
-    rope_scaling_factor: float | None = None
+    rope_theta: PositiveFloat = 10000.0
+    rope_scaling_factor: PositiveFloat | None = None
     """None: rotary frequencies are not scaled."""
-    max_seq_len: int | None = None
+    max_seq_len: PositiveInt | None = None
 
     @classmethod
     def read(cls, path: Path) -> MetaParams:
         """Raises `CheckpointError` when a field is missing or invalid."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            stated = json.loads(path.read_text(encoding="utf-8"))
+            values = {name: value for name, value in stated.items() if value is not None}
+            params = cls.model_validate({"n_kv_heads": values.get("n_heads"), **values})
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise CheckpointError(f"{path}: {first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+        except (OSError, ValueError, AttributeError) as error:
             raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}): download it again") from error
-
-        def count(key: str, default: int | None = None) -> int:
-            value = values.get(key, default) if values.get(key) is not None else default
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise CheckpointError(f"{path}: {key} is {value!r}; expected a positive integer")
-            return value
-
-        def number(key: str, default: float | None) -> float | None:
-            value = values.get(key) if values.get(key) is not None else default
-            if value is not None and (not isinstance(value, int | float) or value <= 0):
-                raise CheckpointError(f"{path}: {key} is {value!r}; expected a positive number")
-            return value
-
-        heads, dim = count("n_heads"), count("dim")
-        params = cls(
-            dim=dim,
-            n_layers=count("n_layers"),
-            n_heads=heads,
-            n_kv_heads=count("n_kv_heads", heads),
-            multiple_of=count("multiple_of", 256),
-            ffn_dim_multiplier=number("ffn_dim_multiplier", None),
-            norm_eps=number("norm_eps", 1e-5) or 1e-5,
-            vocab_size=-1 if values.get("vocab_size", -1) == -1 else count("vocab_size"),
-            rope_theta=float(number("rope_theta", 10000.0) or 10000.0),
-            rope_scaling_factor=(
-                number("rope_scaling_factor", scaled_rope_factor(dim)) if values.get("use_scaled_rope") else None
-            ),
-            max_seq_len=count("max_seq_len") if values.get("max_seq_len") is not None else None,
-        )
-        if params.dim % (2 * heads) or heads % params.n_kv_heads:
+        if params.dim % (2 * params.n_heads) or params.n_heads % params.n_kv_heads:
             raise CheckpointError(
-                f"{path}: dim {params.dim}, n_heads {heads}, n_kv_heads {params.n_kv_heads} do not fit"
+                f"{path}: dim {params.dim}, n_heads {params.n_heads}, n_kv_heads {params.n_kv_heads} do not fit"
             )
-        return params
+        factor = params.rope_scaling_factor or scaled_rope_factor(params.dim)
+        return params.model_copy(update={"rope_scaling_factor": factor if values.get("use_scaled_rope") else None})
 
     @classmethod
     def of(cls, config: LlamaConfig, *, width: int, vocabulary: int) -> MetaParams:

@@ -18,15 +18,11 @@ from llmpruner import (
     MissingExtraError,
     SettingsError,
     UnsupportedModelError,
-    read_text,
 )
 
 if TYPE_CHECKING:
-    import torch
     from torch import nn
     from transformers import PreTrainedModel
-
-_TOKENS = 512
 
 
 class TorchAoExporter(Exporter):
@@ -35,8 +31,7 @@ class TorchAoExporter(Exporter):
     has for NVIDIA GPUs of compute capability 8.0 or newer, so that it must be exported with ``--device cuda``.
 
     The written checkpoint is loaded again, and must give the logits of the quantised model in memory. The line that is
-    printed states bytes before and after, and the KL divergence from the model before, on the first 512 tokens of
-    Python's help topics (random tokens for a model without a tokenizer).
+    printed states bytes before and after; ``llmpruner evaluate`` with both checkpoints measures what rounding costs.
     """
 
     name = "torchao"
@@ -60,8 +55,6 @@ class TorchAoExporter(Exporter):
         loaded, model = task.loaded, task.model
         if self.settings.scheme == "int4":
             self._check_int4(model)
-        tokens, what = _tokens(model, loaded.tokenizer)
-        expected = _logits(model, tokens)
         dense = task.directory / "dense"
         save_checkpoint(model, dense, record=loaded.record, tokenizer=loaded.tokenizer, family=loaded.family)
         before = _weight_bytes(dense)
@@ -72,10 +65,8 @@ class TorchAoExporter(Exporter):
         task.save_tokenizer()
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again, quantised)
-        kl = _divergence(expected, _logits(again, tokens))
         return (
-            f"{before / 2**20:,.1f} MiB of weights became {_weight_bytes(task.directory) / 2**20:,.1f} MiB; KL "
-            f"divergence from the model before: {kl:.4f} nats per token on {tokens.shape[1]} {what}; "
+            f"{before / 2**20:,.1f} MiB of weights became {_weight_bytes(task.directory) / 2**20:,.1f} MiB; "
             "AutoModelForCausalLM.from_pretrained loads it, with torchao installed"
         )
 
@@ -155,31 +146,3 @@ def _complete(directory: Path, dense: Path) -> None:
 
 def _weight_bytes(directory: Path) -> int:
     return sum(file.stat().st_size for file in directory.glob("*.safetensors"))
-
-
-def _tokens(model: PreTrainedModel, tokenizer: Any | None) -> tuple[torch.Tensor, str]:
-    """Token ids of shape (1, T) to compare predictions on, and what they are."""
-    import torch
-
-    config = model.config.get_text_config()
-    count = min(_TOKENS, getattr(config, "max_position_embeddings", _TOKENS))
-    if tokenizer is None:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randint(config.vocab_size, (1, count), generator=generator), "random tokens"
-    ids = tokenizer(read_text("pydoc")[: 20 * count], add_special_tokens=False)["input_ids"][:count]
-    return torch.tensor([ids]), "tokens of Python's help topics"
-
-
-def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    import torch
-
-    with torch.no_grad():
-        logits: torch.Tensor = model(input_ids=tokens.to(model.device), use_cache=False).logits
-    return logits[0].float()
-
-
-def _divergence(expected: torch.Tensor, logits: torch.Tensor) -> float:
-    """KL(expected ‖ logits), in nats per token; both (T, V)."""
-    from torch.nn.functional import kl_div
-
-    return float(kl_div(logits.log_softmax(-1), expected.log_softmax(-1), reduction="batchmean", log_target=True))

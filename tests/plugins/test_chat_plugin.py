@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import tiny_models
 from llmpruner_chat import terminal
-from llmpruner_chat.conversation import Chat
+from llmpruner_chat.terminal import Chat
 from llmpruner_llama.family import LlamaFamily
 from typer.testing import CliRunner
 

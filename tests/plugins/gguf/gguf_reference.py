@@ -13,7 +13,7 @@ from typing import Any
 
 import gguf
 import torch
-from llmpruner_gguf.architectures import BY_MODEL_TYPE, Architecture
+from llmpruner_gguf.model import BY_MODEL_TYPE, Architecture
 from torch.nn import functional as F
 
 BY_NAME = {architecture.name: architecture for row in BY_MODEL_TYPE.values() for architecture in row}

@@ -49,7 +49,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"is not a plain dictionary of floating-point tensors",
     ),
     "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"params\.json is damaged"),
-    "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"n_heads is None; expected"),
+    "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"params\.json: dim is .*: Field required"),
     "dim of another model": (lambda f: set_param(f, dim=96), r"belong to different models"),
     "width of another model": (
         lambda f: set_param(f, multiple_of=100),

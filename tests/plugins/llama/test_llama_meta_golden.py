@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +85,7 @@ def test_the_factor_of_scaled_rope_follows_the_release(dim: int, factor: float, 
     params = MetaParams.read(file)
     assert params.rope_scaling_factor == factor and "rope_scaling_factor" not in params.to_json()
     for other in (8.0, 32.0, 16.0):
-        written = replace(params, rope_scaling_factor=other).to_json()
+        written = params.model_copy(update={"rope_scaling_factor": other}).to_json()
         assert written.get("rope_scaling_factor") == (None if other == factor else other)
         file.write_text(json.dumps(written))
         assert MetaParams.read(file).rope_scaling_factor == other

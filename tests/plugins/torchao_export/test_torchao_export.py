@@ -51,18 +51,15 @@ def test_eight_bits(installed, tmp_path, cut):
     with torch.no_grad():
         found = again(INPUT_IDS).logits
     assert 0 < (found - expected).abs().max() < 0.05 * expected.abs().max()
-    assert "MiB of weights became" in line and "on 64 random tokens" in line
+    assert "MiB of weights became" in line
     assert first_not_finite(again.named_parameters()) is None
 
 
-def test_it_is_measured_on_text_and_can_be_used_further(installed, tmp_path):
+def test_it_can_be_used_further(installed, tmp_path):
     folder = tmp_path / "dense"
     tiny_models.llama().save_pretrained(folder)
     tiny_models.tokenizer().save_pretrained(folder)
-    line = llmpruner.export(
-        folder, to="torchao", output=tmp_path / "out", load=llmpruner.LoadSettings(dtype="bfloat16")
-    )
-    assert "on 512 tokens of Python's help topics" in line
+    llmpruner.export(folder, to="torchao", output=tmp_path / "out", load=llmpruner.LoadSettings(dtype="bfloat16"))
     result = llmpruner.bench([folder, tmp_path / "out"], batch=1, prompt=4, new=2, rounds=1)
     assert result.cases[0].decode[1].ideal > 1.5
 
