@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llmpruner import LlmprunerError, MissingExtraError, SettingsError
 
-from .terminal import Chat, Exchange
+from . import Chat, Exchange
 
 try:
     import uvicorn

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from llmpruner import hookimpl
-
-if TYPE_CHECKING:
-    import typer
 
 
 @hookimpl
 def llmpruner_commands(app: typer.Typer) -> None:
-    from .command import push
+    app.command("push")(_push)
 
-    app.command()(push)
+
+def _push(
+    ctx: typer.Context,
+    model: Annotated[
+        Path, typer.Argument(metavar="DIR", help="A checkpoint with llmpruner.json, as prune and recover write it.")
+    ],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME on the Hugging Face Hub.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Send it; else nothing leaves this machine.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; else it is private.")] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="Licence, such as apache-2.0; by default what the dense model's card states."),
+    ] = None,
+    base_model: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Hub id of the dense model, if it was pruned from local files."),
+    ] = None,
+    evaluation: Annotated[
+        Path | None, typer.Option(help="Figures for the card: a file that `evaluate --json` wrote.")
+    ] = None,
+) -> None:
+    """Publish a checkpoint on the Hugging Face Hub, with a model card from its record.
+
+    A README.md in DIR is sent as it is. Otherwise one is written from llmpruner.json: what was cut, how, and how to
+    load the model. Without --yes, the card and the files are shown, and nothing is sent.
+    """
+    from .push import prepare, send
+
+    upload = prepare(model, repo, license=license, base_model=base_model, evaluation=evaluation, catalog=ctx.obj)
+    if yes:
+        typer.echo(f"✓ {send(upload, public=public)}")
+        return
+    typer.echo(upload.card)
+    for name, size in upload.sizes.items():
+        typer.echo(f"{size:>15,} bytes  {name}")
+    typer.echo(f"nothing was sent; --yes sends these files to {repo}", err=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import llmpruner_chat
 import pytest
 import tiny_models
-from llmpruner_chat import terminal
-from llmpruner_chat.terminal import Chat
+from llmpruner_chat import Chat
 from llmpruner_llama.family import LlamaFamily
 from typer.testing import CliRunner
 
+import llmpruner
 from llmpruner import DataError, Model, build_graph
 from llmpruner.cli.app import build_app
 from llmpruner.models.generation import generate
@@ -89,8 +90,8 @@ def test_a_conversation_beyond_the_models_positions_is_refused_and_not_kept(mode
 
 def talk(monkeypatch, chats, lines):
     waiting = iter(chats)
-    monkeypatch.setattr(terminal.llmpruner, "load", lambda *_, **__: None, raising=False)
-    monkeypatch.setattr(terminal, "Chat", lambda *_, **__: next(waiting))
+    monkeypatch.setattr(llmpruner, "load", lambda *_, **__: None, raising=False)
+    monkeypatch.setattr(llmpruner_chat, "Chat", lambda *_, **__: next(waiting))
     names = [one.name for one in chats]
     return CliRunner().invoke(build_app(), ["chat", *names], input="\n".join(lines) + "\n")
 

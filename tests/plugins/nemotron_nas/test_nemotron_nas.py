@@ -13,8 +13,7 @@ import torch
 from checkpoint_cases import LLAMA, SIZES
 from export_cases import Source, llama_source
 from llmpruner_llama.family import LlamaFamily
-from llmpruner_nemotron_nas import layers
-from llmpruner_nemotron_nas.exporter import NemotronNasExporter
+from llmpruner_nemotron_nas import NemotronNasExporter, layers
 from llmpruner_nemotron_nas.layers import LayerSizes, Sizes, multiplier, stated, width_of
 from safetensors.torch import load_file
 from torch.nn.functional import linear, silu

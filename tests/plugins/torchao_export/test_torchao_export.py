@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import llmpruner_torchao
 import pytest
 import tiny_models
 import torch
 from checkpoint_cases import INPUT_IDS, cut_llama
 from llmpruner_llama.family import LlamaFamily
-from llmpruner_torchao import exporter as torchao_exporter
-from llmpruner_torchao.exporter import TorchAoExporter, linear_layers
+from llmpruner_torchao import TorchAoExporter, linear_layers
 
 import llmpruner
 from llmpruner import LlmprunerError, MissingExtraError, load_pruned
@@ -30,7 +30,7 @@ def installed():
 @pytest.fixture
 def assumed(monkeypatch):
     """For what is refused before torchao is used."""
-    monkeypatch.setattr(torchao_exporter, "find_spec", lambda name: True)
+    monkeypatch.setattr(llmpruner_torchao, "find_spec", lambda name: True)
 
 
 @pytest.mark.parametrize("cut", ["mlp-uniform", "mlp"])
@@ -65,22 +65,21 @@ def test_it_can_be_used_further(installed, tmp_path):
 
 
 def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
-    read = torchao_exporter.load_pruned
 
     def damaged(*arguments, **options):
-        model = read(*arguments, **options)
+        model = load_pruned(*arguments, **options)
         with torch.no_grad():
             model.get_output_embeddings().weight[5] += 1.0
         return model
 
-    monkeypatch.setattr(torchao_exporter, "load_pruned", damaged)
+    monkeypatch.setattr(llmpruner, "load_pruned", damaged)
     with pytest.raises(LlmprunerError, match="gives other outputs"):
         export(tmp_path, TorchAoExporter(), tmp_path / "out", loaded(cut_llama("mlp")))
     assert not list(tmp_path.iterdir())
 
 
 def test_without_torchao(tmp_path, monkeypatch):
-    monkeypatch.setattr(torchao_exporter, "find_spec", lambda name: None)
+    monkeypatch.setattr(llmpruner_torchao, "find_spec", lambda name: None)
     with pytest.raises(MissingExtraError, match=r"llmpruner\[torchao\]"):
         export(tmp_path, TorchAoExporter(), tmp_path / "out", None)
 
