@@ -87,20 +87,9 @@ def _sentencepiece(file: Path) -> Any:
         return sentencepiece.SentencePieceProcessor(model_file=str(file))
 
 
-def _messages() -> Any:
-    """The module of protobuf messages of SentencePiece."""
-    try:
-        return import_protobuf()
-    except Exception as error:  # protobuf's own, where sentencepiece was built for a newer one
-        raise LlmprunerError(
-            f"the installed sentencepiece and protobuf do not work together ({' '.join(str(error).split())[:200]}); "
-            "pip install --upgrade sentencepiece protobuf"
-        ) from error
-
-
 def _from_sentencepiece(directory: Path) -> Any:
     processor = _sentencepiece(directory / VOCABULARY_FILE)
-    proto = _messages().ModelProto.FromString(processor.serialized_model_proto())
+    proto = import_protobuf().ModelProto.FromString(processor.serialized_model_proto())
     pieces = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     unigram = [(piece.piece, piece.score) for piece in proto.pieces]
     is_bpe = proto.trainer_spec.model_type == proto.trainer_spec.BPE

@@ -77,13 +77,6 @@ class LlamaFamily(ModelFamily):
 
         if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
             return ()
-        skip = {
-            "model_type",
-            "architectures",
-            "transformers_version",
-            "attention_bias",
-            "mlp_bias",
-            "pretraining_tp",
-        }
+        skip = {"model_type", "architectures", "transformers_version", "attention_bias", "mlp_bias", "pretraining_tp"}
         values = {k: v for k, v in config.to_dict().items() if k not in skip}
         return [MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])]

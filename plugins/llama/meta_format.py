@@ -72,7 +72,14 @@ class MetaFolder:
         self.directory, self.params = directory, MetaParams.read(directory / PARAMS)
         paths = _shard_paths(directory)
         self._shards = [_mapped(path) for path in paths]
-        self._check_count(paths)
+        # The query projection is split by rows.
+        name, expected = "layers.0.attention.wq.weight", (self.params.dim // len(paths), self.params.dim)
+        shape = tuple(self._shards[0][name].shape) if name in self._shards[0] else "missing"
+        if shape != expected:
+            raise CheckpointError(
+                f"{directory}: {name} is {shape}, and {len(paths)} shards and {PARAMS} make it {expected}: a "
+                "consolidated.NN.pth is missing, or of another model"
+            )
         self.tied = "output.weight" not in self._shards[0]
         embedding = self._shards[0].get("tok_embeddings.weight")
         axis = 0 if embedding is not None and embedding.shape[-1] == self.params.dim else 1
@@ -85,20 +92,6 @@ class MetaFolder:
                 raise CheckpointError(f"{path} holds {name}, which no LLaMA with {self.params.n_layers} layers has")
         self.dtype = self._shards[0]["norm.weight"].dtype
         self.vocabulary = self._shards[0]["tok_embeddings.weight"].shape[0] * (1 if axis else len(paths))
-
-    def _check_count(self, paths: list[Path]) -> None:
-        """Compare the number of shards with that computed from the query projection, which is split by rows."""
-        name, dim = "layers.0.attention.wq.weight", self.params.dim
-        first = self._shards[0].get(name)
-        if first is None or first.ndim != 2 or first.shape[1] != dim or dim % first.shape[0]:
-            raise CheckpointError(
-                f"{paths[0]}: {name} does not have the width {dim} of {PARAMS}: they belong to different models"
-            )
-        count = dim // first.shape[0]
-        if count != len(paths):
-            missing = ", ".join(f"consolidated.{n:02}.pth" for n in range(len(paths), count))
-            what = f"{missing} missing" if missing else "the others belong to another model"
-            raise CheckpointError(f"{self.directory} has {len(paths)} of {count} shards: {what}")
 
     def state(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         """The weights by Hugging Face's names, merged over the shards; ``dtype`` None: as stored."""

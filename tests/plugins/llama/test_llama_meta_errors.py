@@ -33,7 +33,7 @@ def rename_tensor(state: dict[str, Any]) -> None:
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "last shard missing": (
         lambda f: (f / "consolidated.01.pth").unlink(),
-        r"has 1 of 2 shards: consolidated\.01\.pth missing",
+        r"1 shards and .* a consolidated\.NN\.pth is missing",
     ),
     "first shard missing": (
         lambda f: (f / "consolidated.00.pth").unlink(),
@@ -41,7 +41,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "a shard too many": (
         lambda f: (f / "consolidated.02.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),
-        r"has 3 of 2 shards",
+        r"3 shards and .* a consolidated",
     ),
     "no params.json": (lambda f: (f / "params.json").unlink(), r"it has no params\.json"),
     "whole numbers": (
@@ -50,7 +50,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"params\.json is damaged"),
     "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"params\.json: dim is .*: Field required"),
-    "dim of another model": (lambda f: set_param(f, dim=96), r"belong to different models"),
+    "dim of another model": (lambda f: set_param(f, dim=96), r"a consolidated.NN.pth is missing, or of another model"),
     "width of another model": (
         lambda f: set_param(f, multiple_of=100),
         r"\(128, 48\); .* makes it \(200, 48\)",
