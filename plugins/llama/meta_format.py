@@ -73,11 +73,11 @@ class MetaFolder:
         paths = _shard_paths(directory)
         self._shards = [_mapped(path) for path in paths]
         # The query projection is split by rows.
-        name, expected = "layers.0.attention.wq.weight", (self.params.dim // len(paths), self.params.dim)
+        name, size = "layers.0.attention.wq.weight", (self.params.dim // len(paths), self.params.dim)
         shape = tuple(self._shards[0][name].shape) if name in self._shards[0] else "missing"
-        if shape != expected:
+        if shape != size:
             raise CheckpointError(
-                f"{directory}: {name} is {shape}, and {len(paths)} shards and {PARAMS} make it {expected}: a "
+                f"{directory}: {name} is {shape}, and {len(paths)} shards and {PARAMS} make it {size}: a "
                 "consolidated.NN.pth is missing, or of another model"
             )
         self.tied = "output.weight" not in self._shards[0]
