@@ -17,7 +17,7 @@ from transformers.convert_slow_tokenizer import SpmConverter, TikTokenConverter,
 from llmpruner import CheckpointError, LlmprunerError
 
 from .family import ROLES, ROUNDS
-from .weights import read_json
+from .readers import read_json
 
 VOCABULARY_FILE = "tokenizer.model"
 

@@ -12,8 +12,7 @@ import torch
 
 from llmpruner import CheckpointError, UnsupportedModelError
 
-from .meta_format import PARAMS, MetaFolder, Placement, placements, to_neighbours, tokenizer_in
-from .meta_params import META_FACTOR, MetaParams
+from .meta_format import META_FACTOR, PARAMS, MetaFolder, MetaParams, Placement, placements, to_neighbours, tokenizer_in
 from .meta_tokenizer import TOKENIZER, is_tiktoken
 
 if TYPE_CHECKING:

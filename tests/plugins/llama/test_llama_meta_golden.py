@@ -9,8 +9,7 @@ import pytest
 import torch
 from llama_cases import DATA, LAYOUTS, MODELS, copy_of, logits, read, resave, set_param, tokens_of
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_format import to_neighbours, to_rotate_half
-from llmpruner_llama.meta_params import MetaParams
+from llmpruner_llama.meta_format import MetaParams, to_neighbours, to_rotate_half
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from llama_cases import DATA, MODELS, TOKENIZER, copy_of, logits, read, set_param, tokens_of, write
 from llmpruner_llama import LlamaFamily, MetaReader
-from llmpruner_llama.meta_params import ffn_width
+from llmpruner_llama.meta_format import ffn_width
 
 from llmpruner import UnsupportedModelError, build_graph
 from llmpruner.models.surgery import cut
