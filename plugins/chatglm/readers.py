@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpruner import CheckpointError, CheckpointReader
+from llmpruner import CheckpointReader
 
 from .family import LATER_KEY
 
@@ -15,24 +15,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError` when the file is missing or holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged: expected a JSON object, found {type(values).__name__}")
-    return values
-
-
 def _peek(path: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint in a released format, empty for any other. Never raises."""
     try:
-        values = read_json(path / "config.json")
-    except CheckpointError:
+        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
-    return values if values.get("model_type") == "chatglm" else {}
+    return values if isinstance(values, dict) and values.get("model_type") == "chatglm" else {}
 
 
 class ChatGLM6BReader(CheckpointReader):

@@ -54,7 +54,10 @@ class NemotronNasExporter(Exporter):
         task.save_tokenizer()
         task.check_logits(read(task.directory, model))
         before, after = sum(p.numel() for p in model.parameters()), sum(t.numel() for t in state.values())
-        others = ["SGLang"] * stated.equal_heads + ["mlx-lm"] * stated.fills_hidden
+        # SGLang expects as many key/value heads in all layers, mlx-lm query heads as wide as the hidden states.
+        equal_heads = len({layer.kv_heads for layer in stated.layers}) == 1
+        fills_hidden = stated.heads * stated.head_dim == stated.hidden
+        others = ["SGLang"] * equal_heads + ["mlx-lm"] * fills_hidden
         also = f", and {' and '.join(others)} read{'s' * (len(others) == 1)} it" if others else ""
         return (
             f"vLLM loads it as DeciLMForCausalLM with --trust-remote-code{also}; padded with zeros from {before:,} to "

@@ -41,16 +41,6 @@ class Sizes:
         """Query heads of every layer if they are equal; else of the layer with the most."""
         return max(layer.kv_heads * layer.queries for layer in self.layers)
 
-    @property
-    def equal_heads(self) -> bool:
-        """Whether all layers have the same number of key/value heads, which SGLang expects."""
-        return len({layer.kv_heads for layer in self.layers}) == 1
-
-    @property
-    def fills_hidden(self) -> bool:
-        """Whether the query heads together are as wide as the hidden states, which mlx-lm expects."""
-        return self.heads * self.head_dim == self.hidden
-
 
 def sizes_of(model: PreTrainedModel) -> Sizes:
     head_dim = model.model.layers[0].self_attn.head_dim
