@@ -30,9 +30,9 @@ class MetaReader(CheckpointReader):
         return weights or ((path / "params.json").is_file() and not any(path.glob("*.safetensors")))
 
     def read_config(self, path: Path) -> LlamaConfig:
-        from .meta_format import config_in
+        from .meta_format import MetaFolder, tokenizer_in
 
-        return config_in(path)
+        return MetaFolder(path).config(tokenizer_in(path))
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         from .meta_format import model_in

@@ -274,10 +274,6 @@ class MetaFolder:
         return config
 
 
-def config_in(directory: Path) -> LlamaConfig:
-    return MetaFolder(directory).config(tokenizer_in(directory))
-
-
 def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     """The model in ``directory``; ``dtype`` None: as stored."""
     folder = MetaFolder(directory)

@@ -16,14 +16,9 @@ from llmpruner import CheckpointError, load, new_directory
 from .conversation import V0, V1_1, chat_template
 
 _TOKENIZER = (
-    "tokenizer.model",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
+    "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "chat_template.jinja", "generation_config.json",
+)  # fmt: skip
 
 
 def apply_delta(base: Path, delta: Path, target: Path) -> None:
