@@ -156,7 +156,10 @@ DAMAGE: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
         lambda d, t: save_safe(d, {**t, "transformer.prefix_encoder.weight": torch.ones(2)}),
         "Unexpected key",
     ),
-    "misshapen tensor": (lambda d, t: save_safe(d, {k: v[:-1].clone() for k, v in t.items()}), "size mismatch for"),
+    "misshapen tensor": (
+        lambda d, t: save_safe(d, {k: v[:-1].clone() if "final_layernorm" in k else v for k, v in t.items()}),
+        "size mismatch for",
+    ),
     "damaged index": (
         lambda d, t: (d / "pytorch_model.bin.index.json").write_text("{"), r"index\.json is damaged"
     ),
