@@ -62,6 +62,11 @@ COLUMNS = {
     "code": "code",
 }
 """Text → the heading of its column."""
+LABELS = {
+    "best": "best, the default",
+    "best, recovered": "best, 15 minutes of recovery",
+    "llm-pruner": "LLM-Pruner's method",
+}
 HEADS = ("method", "shape", "calibrated on", "decoder", "bytes", "repeat", "cut off", "minutes", "GiB")
 ABOUT = f"""# Quality for size
 
@@ -72,17 +77,19 @@ first tokens in windows of {WINDOW}. No model was calibrated or trained on them:
 C4, answers to instructions (after the instruction in the model's chat format, and as plain text), and modules of
 Python's standard library.
 
-- *Uniform*: every layer has one width; *free*: the layers of both ends stay whole.
-- *Decoder*, *bytes*: the share that is gone, of the decoder's parameters and of all bytes.
-- FLAP, Wanda-sp and ShortGPT are this project's implementations of those papers' criteria.
-- *Recovered*: after `llmpruner recover --minutes 15`. All other rows are without training.
-- *With tokens*: as many bytes less, of channels and of tokens that the calibration text does not need. Perplexity is
-  per token of the dense model.
-- *Repeat*, *cut off*: of the model's own answers to 40 instructions, those that repeat themselves, and those that do
-  not end within 128 tokens.
-- *Minutes*, *GiB*: of the commands, from start to end, and of their memory.
-
 ![Mean divergence from the dense model by method](pictures/quality.svg)"""
+NOTES = {
+    "uniform": "every layer has one width; *free*: the layers of both ends stay whole.",
+    "decoder": "the share of its parameters that is gone; *bytes*: of all weights.",
+    "FLAP": "as Wanda-sp and ShortGPT, this project's implementation of that paper's criterion.",
+    "recovered": "after `llmpruner recover --minutes 15`. All other rows are without training.",
+    "with tokens": "as many bytes less, of channels and of tokens that the calibration text does not need. Perplexity "
+    "is per token of the dense model.",
+    "repeat": "of the model's own answers to 40 instructions, those that repeat themselves; *cut off*: those that do "
+    "not end within 128 tokens.",
+    "minutes": "of the commands, from start to end; *GiB*: of their memory.",
+}
+"""A word in a table → what it means."""
 C4_JUDGED = slice(150, 200)
 """Documents of the C4 sample that are measured; no row is calibrated on them."""
 CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarfile", "typing")
@@ -109,7 +116,8 @@ def rows() -> Iterator[Row]:
         for ratio in (0.2, 0.1, 0.3):
             for method, shape in (("best", "uniform"), ("best, recovered", "uniform"), ("best", "free")):
                 yield Row(model, method, ratio, shape, "self-written")
-            yield Row(model, "fast", ratio, "uniform", "self-written")
+            for method in ("fast", "llm-pruner"):
+                yield Row(model, method, ratio, "uniform", "self-written")
             for method, shape in (("best", "uniform"), ("best by energy", "uniform"), ("best", "free")):
                 yield Row(model, method, ratio, shape, "C4", samples)
             for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
@@ -129,7 +137,8 @@ def main() -> None:
             done = read()
             if row in done or row.model not in options.models or not any(word in str(row) for word in options.only):
                 continue
-            done[row] = measure(row, data_folder(), Path(work), options.tokens)
+            tokens = done[Row(row.model)]["tokens"] if Row(row.model) in done else options.tokens
+            done[row] = measure(row, data_folder(), Path(work), tokens)
             RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
             print(row, as_json(done[row]), flush=True)
     PAGE.write_text(page(read()), encoding="utf-8")
@@ -209,6 +218,7 @@ def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens
     models += () if trimmed or model == dense else ("--set", "given-answers.kl=true")
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
     report = work / "evaluation.json"
+    report.unlink(missing_ok=True)
     run(
         "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
         "--metrics", metrics, *options, "--json", str(report), timeout=7200,
@@ -224,13 +234,13 @@ def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens
 
 
 def picture(done: dict[Row, dict[str, Any]]) -> str:
-    """The picture of README: the first model at 20 %, a bar for the mean divergence of each row that has all texts."""
+    """The picture of README: the first model at 20 %, a bar for the mean divergence of each method without corpus."""
     means = {}
     for row, entry in done.items():
-        if row.model == next(iter(MODELS)) and row.ratio == 0.2 and COLUMNS.keys() == entry["texts"].keys():
+        if row.model == next(iter(MODELS)) and row.ratio == 0.2 and row.text == "self-written":
             means[row] = fmean(one["kl_per_token"] for one in entry["texts"].values())
     scale, height = 420 / max(means.values(), default=1), 92 + 30 * len(means)
-    title = "SmolLM2-135M without a fifth of its decoder"
+    title = "SmolLM2-135M without a fifth of its decoder, and without any corpus"
     measure = "Divergence (KL) from the dense model, nats per token, mean of five texts; shorter is better"
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {height}" width="760" height="{height}" role="img" '
@@ -241,40 +251,34 @@ def picture(done: dict[Row, dict[str, Any]]) -> str:
         f'<text x="24" y="58" fill="#666666">{measure}</text>',
     ]
     for place, (row, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
-        y, width, own = 78 + 30 * place, mean * scale, row.method.partition(",")[0] in ("best", "fast")
+        y, width, own = 78 + 30 * place, mean * scale, row.method != "llm-pruner"
+        widths = ", free widths" if row.shape == "free" else ""
         parts += [
-            f'<text x="260" y="{y + 15}" text-anchor="end">{label(row, own)}</text>',
+            f'<text x="260" y="{y + 15}" text-anchor="end">{LABELS.get(row.method, row.method)}{widths}</text>',
             f'<rect x="272" y="{y}" width="{width:.0f}" height="20" rx="3" fill="{"#00798c" if own else "#b9b6ad"}"/>',
             f'<text x="{280 + width:.0f}" y="{y + 15}">{mean:.2f}</text>',
         ]
     return "\n".join([*parts, "</svg>", ""])
 
 
-def label(row: Row, own: bool) -> str:
-    names = {"best, recovered": "best, recovered in 15 minutes", "llm-pruner": "LLM-Pruner, as published"}
-    further = [", free widths"] if own and row.shape == "free" else []
-    return "".join([names.get(row.method, row.method), *further, *([", on C4"] if own and row.text == "C4" else [])])
-
-
 def page(done: dict[Row, dict[str, Any]]) -> str:
     """``docs/quality.md``"""
-    lines = [ABOUT]
+    sections: list[str] = []
     for model in MODELS:
         chosen = {row: entry for row, entry in done.items() if row.model == model}
         if chosen:
             first = chosen[Row(model)]
             made = " and ".join(sorted({entry["commit"] for entry in chosen.values()}))
-            lines += ["", f"## {model}", "", f"{first['tokens']:,} tokens of each text; commit {made}; "]
-            lines[-1] += f"{first['machine']['cpu']}, {first['machine']['cores']} cores."
-            lines += ["", *table(chosen)]
-    return "\n".join([*lines, ""])
+            on = f"{first['machine']['cpu']}, {first['machine']['cores']} cores"
+            about = f"{first['tokens']:,} tokens of each text; {on}; measured at {made}."
+            sections += [f"## {model}", "", about, "", *table(chosen), ""]
+    notes = [f"- *{word}*: {what}" for word, what in NOTES.items() if any(word in line for line in sections)]
+    return "\n".join([ABOUT, "", *notes, "", *sections])
 
 
 def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
-    heads = (*HEADS[:5], *COLUMNS.values(), *HEADS[5:])
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    order = list(rows())
-    for row, entry in sorted(done.items(), key=lambda item: (item[0].ratio, order.index(item[0]))):
+    lines = [(*HEADS[:5], *COLUMNS.values(), *HEADS[5:])]
+    for row, entry in sorted(done.items(), key=lambda item: item[0].ratio):
         dense = done[Row(row.model)]["texts"]
         cells = [row.method, row.shape or "–", row.text or "–"]
         cells += [f"−{entry[name]:.1%}" if name in entry else "–" for name in ("decoder_removed", "gone")]
@@ -282,8 +286,10 @@ def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
         asked = entry.get("asked")
         cells += [f"{asked[name]:.0%}" if asked else "–" for name in ("repeat_themselves", "cut_off")]
         took = (f"{entry['seconds'] / 60:.1f}", f"{entry['peak_mib'] / 1024:.1f}") if "seconds" in entry else ("–", "–")
-        lines.append(f"| {' | '.join([*cells, *took])} |")
-    return lines
+        lines.append((*cells, *took))
+    columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"–"}]
+    heads, *rest = zip(*columns, strict=True)
+    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rest)]
 
 
 def cell(one: dict[str, float] | None, dense: dict[str, float]) -> str:
