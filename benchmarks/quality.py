@@ -289,7 +289,8 @@ def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
         lines.append((*cells, *took))
     columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"–"}]
     heads, *rest = zip(*columns, strict=True)
-    return [f"| {' | '.join(cells)} |" for cells in (heads, ["---"] * len(heads), *rest)]
+    shown = [f"| {' | '.join(cells)} |" for cells in (heads, *rest)]
+    return [shown[0], "|---" * len(heads) + "|", *shown[1:]]
 
 
 def cell(one: dict[str, float] | None, dense: dict[str, float]) -> str:
