@@ -20,12 +20,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from .measure import as_json, machine, run
+from .measure import as_json, machine, run, write_table
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
+PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "deploy.md"
 SHAPE = os.environ.get("LLMPRUNER_SHAPE", "1b")
 RATIOS = (0.2, 0.4)
 CASES = ("--batch", "1,4", "--prompt", "128,512", "--new", "32", "--rounds", os.environ.get("LLMPRUNER_ROUNDS", "7"))
+STAGES = ("prefill", "decode")
 BAR = 0.95
 """The share of the ideal speed-up that is to be reached."""
 
@@ -51,6 +53,7 @@ def main() -> None:
             }
             RESULTS.write_text(as_json(results))
             print(runtime, results[runtime]["lowest share of ideal"])
+    write_table(PAGE, "speed", table(results))
     shares = {name: min(found["lowest share of ideal"].values()) for name, found in results.items()}
     met = [name for name, share in shares.items() if share >= BAR]
     print(f"at least {BAR} of the ideal speed-up in: {', '.join(met) or 'no runtime'}")
@@ -80,7 +83,20 @@ def gguf_of(model: Path) -> Path:
 def lowest(found: dict[str, Any]) -> dict[str, float]:
     """The lowest share of the ideal speed-up over all cases and cut models, of prefill and of decoding."""
     cut = [model for case in found["cases"] for model in case["models"][1:]]
-    return {stage: round(min(model[stage]["share_of_ideal"] for model in cut), 3) for stage in ("prefill", "decode")}
+    return {stage: round(min(model[stage]["share_of_ideal"] for model in cut), 3) for stage in STAGES}
+
+
+def table(results: dict[str, Any]) -> str:
+    """The speed-up, and what sizes allow in parentheses, for one sequence after the longest prompt."""
+    lines = ["| runtime | decoder | prompt | decoding |", "|---|---|---|---|"]
+    for runtime, found in results.items():
+        case = [case for case in found["cases"] if case["batch"] == 1][-1]
+        for ratio, model in zip(RATIOS, case["models"][1:], strict=True):
+            times = (f"{model[stage]['speedup']['median']:.2f} × ({model[stage]['ideal']:.2f})" for stage in STAGES)
+            lines.append(f"| {runtime} | −{ratio:.0%} | {' | '.join(times)} |")
+    on = next(iter(results.values()))["machine"]
+    about = f"A LLaMA of 1B in bfloat16, {case['prompt_tokens']} tokens of prompt; {on['cpu']}, {on['cores']} cores"
+    return "\n".join([*lines, "", f"{about}; `python -m benchmarks.speed`."])
 
 
 if __name__ == "__main__":

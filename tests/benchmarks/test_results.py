@@ -6,11 +6,13 @@ import json
 
 import pytest
 
-from benchmarks import criteria, quality, sizes, support_matrix, vocabulary
+from benchmarks import criteria, quality, sizes, speed, support_matrix, vocabulary
 from benchmarks.measure import marks
 
+TABLES = {"criteria": criteria, "vocabulary": vocabulary, "sizes": sizes, "speed": speed}
 
-@pytest.mark.parametrize("name, module", [("criteria", criteria), ("vocabulary", vocabulary), ("sizes", sizes)])
+
+@pytest.mark.parametrize("name, module", TABLES.items())
 def test_a_page_shows_what_was_measured(name, module):
     begin, end = marks(name)
     table = module.table(json.loads(module.RESULTS.read_text(encoding="utf-8")))
