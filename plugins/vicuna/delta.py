@@ -13,7 +13,7 @@ import torch
 
 from llmpruner import CheckpointError, load, new_directory
 
-from .conversation import V0, V1_1, chat_template
+from .conversation import V0, V1_1, Template, chat_template
 
 _TOKENIZER = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -23,10 +23,21 @@ _TOKENIZER = (
 
 def apply_delta(base: Path, delta: Path, target: Path) -> None:
     """Write ``base`` + ``delta``, in float16, to ``target``, with the delta's configuration and tokenizer. Raises
-    `CheckpointError` when the delta is for another base, or files are missing or damaged; nothing is written then."""
+    `OutputError` when ``target`` exists, and `CheckpointError` when the delta is for another base, or files are missing
+    or damaged; nothing is written then."""
     tokenizer = [delta / name for name in _TOKENIZER if (delta / name).is_file()]
     if not any(file.name in _TOKENIZER[:2] for file in tokenizer):
         raise CheckpointError(f"{delta} has no tokenizer ({' or '.join(_TOKENIZER[:2])}): download it again, in full")
+    with new_directory(target) as stage:  # refused before the weights are read
+        template = _add(base, delta, stage)
+        for file in tokenizer:
+            shutil.copyfile(file, stage / file.name)
+        if not (stage / "chat_template.jinja").exists():
+            (stage / "chat_template.jinja").write_text(chat_template(template), encoding="utf-8")
+
+
+def _add(base: Path, delta: Path, stage: Path) -> Template:
+    """Write the sum to ``stage``; returns the conversation format of the delta's version."""
     dense, total = (load(str(path), dtype="float16").model for path in (base, delta))
     difference = f"{delta} is no delta for {base}"
     for name in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
@@ -48,10 +59,5 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
                 f"{difference}: {name} is {tuple(tensor.shape)} there and {tuple(summand.shape)} in the base"
             )
         tensor.add_(summand)
-    with new_directory(target) as stage:
-        total.save_pretrained(stage)
-        for file in tokenizer:
-            shutil.copyfile(file, stage / file.name)
-        if not (stage / "chat_template.jinja").exists():
-            template = chat_template(V0 if extra else V1_1)
-            (stage / "chat_template.jinja").write_text(template, encoding="utf-8")
+    total.save_pretrained(stage)
+    return V0 if extra else V1_1

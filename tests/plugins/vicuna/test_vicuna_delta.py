@@ -16,7 +16,7 @@ from llmpruner_vicuna.delta import apply_delta
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llmpruner import Catalog, CheckpointError, LlmprunerError
+from llmpruner import Catalog, CheckpointError, LlmprunerError, OutputError
 from llmpruner.cli import main
 from llmpruner.plugins.manager import plugin_manager
 
@@ -92,18 +92,28 @@ def widen(name: str, rows: int) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
-    "a shard of the base is missing": (lambda b, d: (b / "pytorch_model-00002-of-00002.bin").unlink(), ""),
-    "the delta has no weights": (lambda b, d: (d / "pytorch_model.bin").unlink(), ""),
+    "a shard of the base is missing": (
+        lambda b, d: (b / "pytorch_model-00002-of-00002.bin").unlink(),
+        r"cannot load model '.*/base' .*pytorch_model-00002-of-00002\.bin",
+    ),
+    "the delta has no weights": (lambda b, d: (d / "pytorch_model.bin").unlink(), r"'.*/delta' .*pytorch_model\.bin"),
     "the delta is truncated": (
-        lambda b, d: (d / "pytorch_model.bin").write_bytes((d / "pytorch_model.bin").read_bytes()[:9000]), ""
+        lambda b, d: (d / "pytorch_model.bin").write_bytes((d / "pytorch_model.bin").read_bytes()[:9000]),
+        r"cannot load model '.*/delta' \(",
     ),
     "the delta has no tokenizer": (lambda b, d: (d / "tokenizer.model").unlink(), r"delta has no tokenizer \(tokeni"),
-    "the delta has no configuration": (lambda b, d: (d / "config.json").unlink(), ""),
-    "the base is no LLaMA": (lambda b, d: set_config(b, model_type="gpt2"), ""),
+    "the delta has no configuration": (lambda b, d: (d / "config.json").unlink(), r"'.*/delta' .*config\.json"),
+    "the base is no LLaMA": (lambda b, d: set_config(b, model_type="gpt2"), r"'.*/base' lacks tensor 'transformer\."),
     "other heads": (lambda b, d: set_config(b, num_attention_heads=2), "num_attention_heads is 4 there and 2 in the"),
-    "another depth": (edit(lambda s: s.pop("model.layers.1.mlp.up_proj.weight")), ""),
-    "another width": (edit(widen("model.layers.0.mlp.up_proj.weight", 40)), ""),
-}  # fmt: skip
+    "another depth": (
+        edit(lambda s: s.pop("model.layers.1.mlp.up_proj.weight")),
+        r"'.*/delta' lacks tensor 'model\.layers\.1\.mlp\.up_proj\.weight'",
+    ),
+    "another width": (
+        edit(widen("model.layers.0.mlp.up_proj.weight", 40)),
+        r"'.*/delta' has in another shape .* 'model\.layers\.0\.mlp\.up_proj\.weight'",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -122,6 +132,14 @@ def test_the_deltas_of_the_two_releases_are_not_interchangeable(tmp_path: Path) 
         with pytest.raises(CheckpointError, match="is no delta for"):
             apply_delta(DATA / base / "base", DATA / delta / "delta", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_an_output_that_exists_is_refused_before_weights_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("llmpruner_vicuna.delta.load", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(OutputError, match="exists already"):
+        apply_delta(DATA / "delta_v0" / "base", DATA / "delta_v0" / "delta", tmp_path)
 
 
 def test_at_the_command_line(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
