@@ -70,12 +70,8 @@ def visibility(
 ) -> torch.Tensor:
     """Bool ``[B, 1, T, S]``, True where a query may attend. Queries of padding attend to all keys, so that no attention
     function divides by zero; no other query attends to them."""
-    if attention_mask is not None and attention_mask.dim() == 4:
-        visible = ~attention_mask if attention_mask.dtype == torch.bool else attention_mask >= 0
-        visible = nn.functional.pad(visible, (0, keys.shape[0] - visible.shape[-1]), value=False)
-    else:
-        visible = layout.visible(queries, keys)
-        if attention_mask is not None:
-            real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
-            visible = visible & real[:, None, None, :]
+    visible = layout.visible(queries, keys)
+    if attention_mask is not None:
+        real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
+        visible = visible & real[:, None, None, :]
     return visible | ~visible.any(-1, keepdim=True)

@@ -182,20 +182,19 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
 
-        ``attention_mask``: ``[B, S]`` with 0 on padding, or the released tokenizer's bool ``[B, 1, T, S]``, **True
-        where masked**. ``position_ids`` ``[B, 2, T]`` override the positions of the input; one-dimensional ones, which
-        generic callers pass, are ignored.
+        ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
         """
+        del position_ids
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -207,10 +206,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, cache, past, batch)
         columns = torch.arange(past, past + length, device=hidden.device)
-        if position_ids is None or position_ids.dim() != 3:
-            position_ids = layout.position_ids(columns)
         visible = visibility(attention_mask, layout, columns, _key_columns(cache, past + length, hidden.device))
-        position_embeddings = rotary_embedding(position_ids, self.config.head_dim, hidden.dtype)
+        position_embeddings = rotary_embedding(layout.position_ids(columns), self.config.head_dim, hidden.dtype)
         states = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings, visible, cache=cache, **kwargs)
@@ -233,7 +230,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         if input_ids is None:
             layout = Layout.without_context(batch, self.device)
         else:
-            layout = Layout.of(input_ids, mask if mask is not None and mask.dim() == 2 else None, self.config)
+            layout = Layout.of(input_ids, mask, self.config)
         if cache is not None:
             cache.chatglm_layout = layout
         return layout
@@ -273,7 +270,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
         cache: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -290,7 +286,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         output = self.transformer(
             input_ids,
             attention_mask,
-            position_ids,
             cache,
             inputs_embeds,
             use_cache,
@@ -303,8 +298,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             if input_ids is not None:
-                padding = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-                sop = Layout.of(input_ids, padding, self.config).sop
+                sop = Layout.of(input_ids, attention_mask, self.config).sop
                 columns = torch.arange(labels.shape[1], device=labels.device)
                 labels = labels.masked_fill(columns < sop[:, None], -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
@@ -313,52 +307,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         )
         return result.to_tuple() if return_dict is False else result
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """As in transformers; also takes the released tokenizer's four-dimensional ``attention_mask``."""
-        mask = kwargs.get("attention_mask")
-        if mask is not None and mask.dim() == 4:
-            kwargs["attention_mask"] = (~mask[:, 0, -1]).long()
-        return super().generate(*args, **kwargs)
-
-    # GenerationMixin would pass positions 0, 1, 2, …; here they depend on the input ids, or are given.
-
-    def _prepare_position_ids_for_generation(self, inputs_tensor: torch.Tensor, model_kwargs: dict[str, Any]) -> None:
-        return None
-
-    def _expand_inputs_for_generation(
-        self,
-        expand_size: int = 1,
-        is_encoder_decoder: bool = False,
-        input_ids: torch.Tensor | None = None,
-        **model_kwargs: Any,
-    ) -> tuple[torch.Tensor | None, dict[str, Any]]:
-        position_ids = model_kwargs.pop("position_ids", None)
-        input_ids, model_kwargs = super()._expand_inputs_for_generation(
-            expand_size, is_encoder_decoder, input_ids, **model_kwargs
-        )
-        if position_ids is not None:
-            model_kwargs["position_ids"] = position_ids.repeat_interleave(expand_size, dim=0)
-        return input_ids, model_kwargs
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
-    ) -> dict[str, Any]:
-        position_ids = model_kwargs.pop("position_ids", None)
-        model_kwargs = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, is_encoder_decoder, num_new_tokens
-        )
-        if position_ids is not None:
-            step = torch.arange(1, num_new_tokens + 1, device=position_ids.device)
-            new = position_ids[..., -1:] + torch.stack((torch.zeros_like(step), step))
-            model_kwargs["position_ids"] = torch.cat((position_ids, new), dim=-1)
-        return model_kwargs
-
-    def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, *args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any
-    ) -> dict[str, Any]:
-        # With a static cache, transformers would replace the mask by a causal one.
-        inputs = super().prepare_inputs_for_generation(input_ids, *args, attention_mask=None, **kwargs)
-        return {**inputs, "attention_mask": attention_mask}
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor | None:
+        """The mask as it is: for a static cache, transformers would make a causal one."""
+        return attention_mask
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

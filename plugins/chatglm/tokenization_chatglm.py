@@ -32,8 +32,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def __init__(
         self,
         vocab_file: str,
-        do_lower_case: bool = False,
-        remove_space: bool = False,
         bos_token: str = "<sop>",
         eos_token: str = "<eop>",
         end_token: str = "</s>",
@@ -45,8 +43,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         **kwargs: Any,
     ) -> None:
         self.vocab_file = vocab_file
-        self.do_lower_case = do_lower_case
-        self.remove_space = remove_space
         self.end_token = end_token
         self.gmask_token = str(gmask_token)
         self.num_image_tokens = num_image_tokens
@@ -54,8 +50,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         kwargs.pop("extra_special_tokens", None)
         kwargs.setdefault("padding_side", self.padding_side)
         super().__init__(
-            do_lower_case=do_lower_case,
-            remove_space=remove_space,
             bos_token=bos_token,
             eos_token=eos_token,
             end_token=end_token,
@@ -82,10 +76,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         del kwargs
-        if self.remove_space:
-            text = " ".join(text.split())
-        if self.do_lower_case:
-            text = text.lower()
         text = text.replace("\n", _LINE_BREAK).replace("\t", _TAB)
         text = _BLANKS.sub(lambda blanks: f"<|blank_{len(blanks.group())}|>", text)
         return self.sp_model.encode(text, out_type=str)

@@ -94,14 +94,12 @@ def test_token_by_token_with_a_cache_equals_one_pass(attention: str) -> None:
 @pytest.mark.parametrize(
     "options", [{"num_beams": 3}, {"num_return_sequences": 2, "do_sample": True, "top_k": 1}], ids=str
 )
-def test_beams_and_copies_agree_with_and_without_cache_and_given_positions(options: dict[str, Any]) -> None:
+def test_beams_and_copies_agree_with_and_without_cache(options: dict[str, Any]) -> None:
     model = tiny_model("chatglm", "sdpa")
     ids, mask = prompts("chatglm")
-    positions = Layout.of(ids, mask, model.config).position_ids(torch.arange(ids.shape[1]))
     common = {"attention_mask": mask, "max_new_tokens": 5, "min_new_tokens": 5, **options}
     expected = model.generate(ids, use_cache=False, **common)
     assert torch.equal(model.generate(ids, **common), expected)
-    assert torch.equal(model.generate(ids, position_ids=positions, **common), expected)
 
 
 def test_loss_is_of_the_labelled_tokens_shifted_by_one() -> None:
