@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_utils import load_state_dict
 
 from llmpruner import CheckpointError, ModelError, UnsupportedModelError, meta_model
 
@@ -29,8 +27,8 @@ def read_6b_config(path: Path) -> PreTrainedConfig:
     try:
         # The released auto_map names files that do not work with current transformers; saving writes a new one.
         config = ChatGLMConfig.from_dict({k: v for k, v in values.items() if k != "auto_map"})
-    except (TypeError, ValueError) as error:
-        raise UnsupportedModelError(f"{path}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # its checks of values raise what they like
+        raise UnsupportedModelError(f"{path}/config.json: {' '.join(str(error).split())}") from error
     config.name_or_path = str(path)
     return config
 
@@ -139,7 +137,7 @@ def glm_config(values: Mapping[str, Any], path: Path, *, interpolate: bool = Fal
         )
     except KeyError as error:
         raise ModelError(f"{path}/config.json lacks {error}, which every ChatGLM2, ChatGLM3 and GLM-4 has") from None
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # its checks of values raise what they like
         raise ModelError(f"{path}/config.json: {' '.join(str(error).split())}") from error
 
 
@@ -222,12 +220,7 @@ def weight_files(directory: Path) -> list[Path]:
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
     """Raises `CheckpointError` when the file is damaged, or contains anything but tensors."""
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            # Files from before torch 1.6 are plain pickles.
-            return {**torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))}
+        return dict(load_state_dict(file))
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(
             f"{file} is damaged, or holds pickled code, which is never run; download it again, or a safetensors version"
