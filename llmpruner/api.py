@@ -80,7 +80,7 @@ from .structure.plan import PruningPlan
 
 
 def load(
-    model: str | Path,
+    model: Source,
     *,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,

@@ -70,7 +70,8 @@ def chat(
 
         listening = listen(port)
     options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    chats = [Chat(llmpruner.load(model, **load), **options) for model in models]
+    structures = [llmpruner.discover(model, **load) for model in models]  # mistakes are found before weights are read
+    chats = [Chat(llmpruner.load(each, **load), **options) for each in structures]
     if web:
         _note(f"http://127.0.0.1:{listening.getsockname()[1]}/ on this machine alone; Ctrl-C ends it")
         serve(chats, listening)

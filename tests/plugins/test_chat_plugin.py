@@ -10,7 +10,7 @@ from llmpruner_llama.family import LlamaFamily
 from typer.testing import CliRunner
 
 import llmpruner
-from llmpruner import DataError, Model, build_graph
+from llmpruner import DataError, Model, ModelError, build_graph
 from llmpruner.cli.app import build_app
 from llmpruner.models.generation import generate
 
@@ -90,7 +90,8 @@ def test_a_conversation_beyond_the_models_positions_is_refused_and_not_kept(mode
 
 def talk(monkeypatch, chats, lines):
     waiting = iter(chats)
-    monkeypatch.setattr(llmpruner, "load", lambda *_, **__: None, raising=False)
+    for name in ("discover", "load"):
+        monkeypatch.setattr(llmpruner, name, lambda *_, **__: None, raising=False)
     monkeypatch.setattr(llmpruner_chat, "Chat", lambda *_, **__: next(waiting))
     names = [one.name for one in chats]
     return CliRunner().invoke(build_app(), ["chat", *names], input="\n".join(lines) + "\n")
@@ -116,6 +117,13 @@ def test_an_interrupt_stops_one_answer_and_the_next_model_answers(model, monkeyp
     monkeypatch.setattr(stopped, "ask", interrupted)
     result = talk(monkeypatch, [stopped, other], ["Why?"])
     assert result.exit_code == 0 and "[…]" in result.output and len(other.exchanges) == 1
+
+
+def test_every_model_is_known_before_one_is_loaded(model, monkeypatch, tmp_path):
+    model.save_pretrained(tmp_path / "dense")
+    monkeypatch.setattr(llmpruner, "load", lambda *_, **__: pytest.fail("loaded"), raising=False)
+    found = CliRunner().invoke(build_app(), ["chat", str(tmp_path / "dense"), str(tmp_path / "none")])
+    assert isinstance(found.exception, ModelError) and "none' does not exist" in str(found.exception)
 
 
 @pytest.fixture
