@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import torch
@@ -34,8 +34,7 @@ class Architecture:
     ``rope_factors``: a divisor for every rotary frequency may be stored.
     ``window_period``: of so many layers in a row, all but the last have a sliding window, counted from the first layer;
     0: no layer has. llama.cpp knows it by the architecture; an array in the file changes nothing.
-    ``head``: whether the output head is stored: "absent", it is the embedding; "required", even if it is the embedding;
-    "optional", unless it is.
+    ``stores_head``: the output head is stored even if it is the embedding.
     ``soft_caps``: attention logits and output logits are soft-capped, always. ``output_cap``: the latter may be.
     ``is_gemma``: embeddings are multiplied by √hidden, norms store 1 + weight, the activation is GELU (tanh), else
     SiLU.
@@ -52,7 +51,7 @@ class Architecture:
     weights_sum_to_one: bool = True
     rope_factors: bool = False
     window_period: int = 0
-    head: Literal["optional", "absent", "required"] = "optional"
+    stores_head: bool = False
     soft_caps: bool = False
     output_cap: bool = False
     is_gemma: bool = False
@@ -73,11 +72,9 @@ BY_MODEL_TYPE: Mapping[str, tuple[Architecture, ...]] = {
     "qwen2": (Architecture("qwen2", fills_hidden=True, output_bias=True), _LLAMA, _DECI),
     "qwen3": (Architecture("qwen3"),),
     "qwen3_moe": (Architecture("qwen3moe"),),
-    "olmoe": (Architecture("olmoe", weights_sum_to_one=False, fills_hidden=True, head="required"),),
-    "gemma": (Architecture("gemma", head="absent", is_gemma=True),),
-    "gemma2": (
-        Architecture("gemma2", head="absent", is_gemma=True, window_period=2, soft_caps=True, wide_scale_layers=46),
-    ),
+    "olmoe": (Architecture("olmoe", weights_sum_to_one=False, fills_hidden=True, stores_head=True),),
+    "gemma": (Architecture("gemma", is_gemma=True),),
+    "gemma2": (Architecture("gemma2", is_gemma=True, window_period=2, soft_caps=True, wide_scale_layers=46),),
     "gemma3_text": (Architecture("gemma3", is_gemma=True, window_period=6, output_cap=True, wide_scale_layers=62),),
 }
 """``model_type`` of transformers → architectures; the first that can state a model is used. All of these types turn the
@@ -165,7 +162,7 @@ def tensors_of(model: PreTrainedModel, architecture: Architecture) -> dict[str, 
             raise UnsupportedModelError(f"{name}: GGUF's architecture '{architecture.name}' has no such tensor")
         # Experts are parameters without a module of their own.
         tensors[gguf_name if gguf_name.endswith((".weight", ".bias")) else f"{gguf_name}.weight"] = tensor
-    if architecture.head == "required":
+    if architecture.stores_head:
         tensors.setdefault("output.weight", embedding.detach())
     return tensors
 
