@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.initialization import no_init_weights
@@ -23,13 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..structure.coupling import CouplingGraph
-
-
-REFUSALS = (
-    *(ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, LookupError, AttributeError),
-    StrictDataclassError,
-)
-"""The exceptions of configurations and constructors that refuse sizes."""
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -57,13 +49,6 @@ def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of ``model``; where that is a pruned class, the dense class that it resizes."""
     base: type[PreTrainedModel] = getattr(model, "pruned_base", type(model))
     return base
-
-
-def put_parameters(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Give ``model`` other parameters under the names of its own."""
-    for name, parameter in parameters.items():
-        path, _, leaf = name.rpartition(".")
-        model.get_submodule(path)._parameters[leaf] = parameter
 
 
 def graph_of(model: PreTrainedModel, groups: Iterable[CoupledGroup]) -> CouplingGraph:

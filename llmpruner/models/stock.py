@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from ..errors import UnsupportedModelError
 from .messages import quiet_transformers
-from .meta import REFUSALS, base_of, decoder_layers, empty_model, meta_model
+from .meta import base_of, decoder_layers, empty_model, meta_model
 from .modeling_llmpruner import layer_overrides
 
 if TYPE_CHECKING:
@@ -46,8 +45,8 @@ def stock_model(
     ``config``: the stock configuration that ``model`` was cut from."""
     try:
         reference = empty_model(base_of(model), config)
-    except REFUSALS:
-        return None  # no configuration has the remaining layers
+    except Exception:  # no configuration has the remaining layers
+        return None
     for candidate, moved in _candidates(model, reference, config):
         # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
@@ -60,7 +59,7 @@ def stock_model(
                         built.validate()
                 built._attn_implementation = other._attn_implementation
                 stock = meta_model(built)
-            except (*REFUSALS, UnsupportedModelError):
+            except Exception:  # configurations and constructors refuse sizes by any of them
                 continue
             if type(stock).__module__.startswith("transformers.") and is_same(model, stock, moved):
                 return stock
@@ -340,7 +339,7 @@ def _layer_sizes(
     for sizes in choices(text, size_options(text, changed_axes(before, after))):
         try:
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
-        except REFUSALS:
+        except Exception:
             continue
         if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
             return sizes

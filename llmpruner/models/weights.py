@@ -26,7 +26,6 @@ from ..structure.coupling import layer_number
 from ..structure.kept import layer_numbers
 from .checkpoint import model_class
 from .messages import quiet_transformers
-from .meta import put_parameters
 from .record import names_in
 from .surgery import CutValues
 
@@ -169,7 +168,9 @@ class StreamedWeights(Weights):
     def _leave(self, part: int | None) -> None:
         self._users[part] -= 1
         if not self._users[part]:
-            put_parameters(self.model, self._meta[part])
+            for name, parameter in self._meta[part].items():
+                path, _, leaf = name.rpartition(".")
+                self.model.get_submodule(path)._parameters[leaf] = parameter
 
     def _read(self, part: int | None) -> Mapping[str, torch.Tensor]:
         """`read`, by the thread if it has begun with ``part``; it goes on with the next one."""
