@@ -66,8 +66,7 @@ def prune(model: Path, output: Path, dtype: str, **settings):
     return api.prune(str(model), output=output, load=LoadSettings(dtype=dtype), **settings)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize(("name", "dtype"), zip(TYPES, [*DTYPES] * 3, strict=True))
 def test_a_cut_model_equals_the_silenced_one(dense, tmp_path, name, dtype):
     folder = dense(name, dtype)
     pruned = prune(folder, tmp_path / "pruned", dtype, method="fast", kinds="mlp,attention")

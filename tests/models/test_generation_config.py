@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -24,32 +23,26 @@ REFUSED = {
 }
 
 
-def model_with(folder: Path, options: dict, where: str) -> Path:
-    tiny_models.llama().save_pretrained(folder)
-    tiny_models.tokenizer().save_pretrained(folder)
-    file = folder / "generation_config.json"
-    if where == "config.json":
-        file.unlink()
-        file = folder / "config.json"
-        options = {**json.loads(file.read_text()), **options}
-    file.write_text(json.dumps({**options, **TOKENS}))
-    return folder
-
-
-@pytest.mark.parametrize(
-    ("options", "kept", "where"),
-    [
-        *((*case, "generation_config.json") for case in REFUSED.values()),
-        ({"pad_token_id": -1}, {}, "config.json"),
-    ],
-    ids=[*REFUSED, "in config.json"],
-)
-def test_it_is_saved_without_what_is_refused(options, kept, where, tmp_path):
-    model = model_with(tmp_path / "model", options, where)
-    llmpruner.prune(model, unit_ratio=0.25, importance="l1", compensate="none", output=tmp_path / "pruned")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
+@pytest.mark.parametrize(("options", "kept"), REFUSED.values(), ids=REFUSED)
+def test_it_is_valid_without_what_is_refused(options, kept):
+    model = tiny_models.llama()
+    model.generation_config = GenerationConfig.from_dict({**options, **TOKENS})
+    found = valid_generation_config(model)
     found.validate(strict=True)
     assert {name: getattr(found, name) for name in (*TOKENS, *kept)} == {**TOKENS, **kept}
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_a_pruned_model_has_the_valid_one(place, tmp_path):
+    tiny_models.llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    file = tmp_path / "model" / place
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**values, "pad_token_id": -1, **TOKENS}))
+    llmpruner.prune(tmp_path / "model", unit_ratio=0.25, importance="l1", output=tmp_path / "pruned")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
+    found.validate(strict=True)
+    assert {name: getattr(found, name) for name in TOKENS} == TOKENS and found.pad_token_id is None
 
 
 def test_the_last_resort_has_the_tokens(monkeypatch):

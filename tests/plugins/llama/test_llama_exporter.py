@@ -83,14 +83,6 @@ def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tu
         MetaExporter(tokenizer=tmp_path / "nowhere")
 
 
-def test_a_model_of_several_widths_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    checkpoint(tmp_path / "shim", "gqa", {"layers.0.mlp": range(130)})
-    with pytest.raises(UnsupportedModelError, match=r"all MLPs have the same width.*prune.unit_ratio") as caught:
-        export(tmp_path / "shim", tmp_path / "meta")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "meta").exists()
-
-
 def test_a_wrong_order_of_rotary_dimensions_is_noticed(
     pruned: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
