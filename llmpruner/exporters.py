@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,9 +60,7 @@ class ExportTask:
         if generation is not None:
             generation.save_pretrained(self.directory)
         if tokenizer is not None:
-            tokenizer.save_pretrained(self.directory)
-        for file in save.vocabulary_files(tokenizer):
-            shutil.copyfile(file, self.directory / file.name)
+            save.save_tokenizer(tokenizer, self.directory)
 
     def check_logits(self, written: PreTrainedModel, expected: PreTrainedModel | None = None) -> None:
         """Raise `CheckpointError` unless ``written`` gives the logits of ``expected``, by default of `model`."""
@@ -192,7 +189,6 @@ class StockExporter(Exporter):
             record=task.loaded.record,
             tokenizer=task.loaded.tokenizer,
             family=task.loaded.family,
-            extra_files=save.vocabulary_files(task.loaded.tokenizer),
             stock_only=True,
         )
         for file in written.iterdir():

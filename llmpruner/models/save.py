@@ -6,7 +6,7 @@ import contextlib
 import copy
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -35,7 +35,6 @@ def save_checkpoint(
     record: Mapping[str, Any] | None,
     tokenizer: Any | None = None,
     family: ModelFamily | None = None,
-    extra_files: Sequence[Path] = (),
     stock_only: bool = False,
     parts: StreamedWeights | None = None,
 ) -> Literal["stock", "shim"]:
@@ -46,9 +45,9 @@ def save_checkpoint(
     rebuilt from the configuration, sharing the weights, and must give the same logits on its ``dummy_inputs``.
 
     ``record``: JSON values for ``llmpruner.json``, which also gets the size and the SHA-256 of every file; None writes
-    no such file. ``family``: may propose further stock configurations. ``extra_files``: copied into the directory.
-    ``stock_only``: raise `UnsupportedModelError` instead of writing a shim. ``parts``: the weights of ``model`` where
-    they are not in memory; each part is written as a shard.
+    no such file. ``family``: may propose further stock configurations. ``stock_only``: raise `UnsupportedModelError`
+    instead of writing a shim. ``parts``: the weights of ``model`` where they are not in memory; each part is written as
+    a shard.
 
     Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights that are not
     finite and for a model that no configuration and record can state. ``directory`` does not exist then.
@@ -74,9 +73,7 @@ def save_checkpoint(
             if form == "stock":
                 add_earlier_names(partial, shell.config.attribute_map)
             if tokenizer is not None:
-                tokenizer.save_pretrained(partial)
-        for file in extra_files:
-            shutil.copyfile(file, partial / file.name)
+                save_tokenizer(tokenizer, partial)
         if record is not None:
             write_record(partial / RECORD_FILE, record)
     return form
@@ -183,10 +180,12 @@ def gives_logits(expected: torch.Tensor, model: PreTrainedModel) -> bool:
     return logits.shape == expected.shape and float((logits - expected).abs().max()) <= tolerance * max(scale, 1e-3)
 
 
-def vocabulary_files(tokenizer: Any | None) -> list[Path]:
-    """``tokenizer.model`` of a SentencePiece tokenizer: a fast one does not save it, and other formats need it."""
+def save_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """With ``tokenizer.model`` of a SentencePiece tokenizer: a fast one does not save it, and other formats need it."""
+    tokenizer.save_pretrained(directory)
     file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
-    return [file] if file.name == "tokenizer.model" and file.is_file() else []
+    if file.name == "tokenizer.model" and file.is_file():
+        shutil.copyfile(file, directory / file.name)
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:

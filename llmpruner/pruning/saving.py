@@ -16,7 +16,7 @@ from ..errors import ModelError
 from ..models.meta import meta_model
 from ..models.numbers import stored_dtype
 from ..models.record import read_any_record, stated
-from ..models.save import save_checkpoint, vocabulary_files
+from ..models.save import save_checkpoint
 from ..models.surgery import cut
 from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
@@ -208,9 +208,8 @@ def save(model: Model, directory: Path) -> str:
         "base_config": stated(model.config),
     }
     return save_checkpoint(
-        model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family,
-        extra_files=vocabulary_files(model.tokenizer), parts=model.streamed,
-    )  # fmt: skip
+        model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed
+    )
 
 
 def _check_fits(model: Model) -> None:

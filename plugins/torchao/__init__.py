@@ -57,15 +57,16 @@ class TorchAoExporter(Exporter):
         if self.settings.scheme == "int4":
             self._check_int4(model)
         dense = task.directory / "dense"
-        save_checkpoint(model, dense, record=loaded.record, tokenizer=loaded.tokenizer, family=loaded.family)
+        save_checkpoint(model, dense, record=None, tokenizer=loaded.tokenizer, family=loaded.family)
         before = _weight_bytes(dense)
         task.progress.status(f"Quantising to {self.settings.scheme}")
         quantised = self._quantised(dense, model)
         quantised.save_pretrained(task.directory)
         _complete(task.directory, dense)
-        task.save_tokenizer()
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again, quantised)
+        if loaded.record is not None:
+            (task.directory / "llmpruner.json").write_text(json.dumps(loaded.record), encoding="utf-8")
         return (
             f"{before / 2**20:,.1f} MiB of weights became {_weight_bytes(task.directory) / 2**20:,.1f} MiB; "
             "AutoModelForCausalLM.from_pretrained loads it, with torchao installed"
@@ -137,12 +138,6 @@ def _complete(directory: Path, dense: Path) -> None:
         if not weights and not (directory / file.name).exists():
             file.rename(directory / file.name)
     shutil.rmtree(dense)
-    record = directory / "llmpruner.json"
-    if record.is_file():
-        # Hashes of the dense files; the command writes those of the new ones.
-        values = json.loads(record.read_text(encoding="utf-8"))
-        values.pop("files", None)
-        record.write_text(json.dumps(values), encoding="utf-8")
 
 
 def _weight_bytes(directory: Path) -> int:
