@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Where transformers copies the code of checkpoints, also for the processes that tests start.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmpruner-modules-")
 
 import pytest
 import torch
@@ -73,6 +77,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.slow)
     order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

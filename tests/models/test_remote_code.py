@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,14 +27,6 @@ config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
 model.save_pretrained(sys.argv[1])
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep the copies that transformers makes of a checkpoint's code out of the user's cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_MODULES_CACHE", str(tmp_path_factory.mktemp("modules")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -106,10 +106,9 @@ config.save_pretrained(sys.argv[2])
 
 
 @pytest.mark.slow
-def test_the_configuration_is_read_in_a_fresh_process(tmp_path, monkeypatch):
+def test_the_configuration_is_read_in_a_fresh_process(tmp_path):
     from fresh import run_fresh
 
-    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", llama_source("gqa").load)
     done = run_fresh(FRESH, tmp_path / "out", tmp_path / "again", folder=tmp_path, timeout=120)
     assert done.stdout.split("\n")[0] == "[4, 2, 2] False", done.stderr[-2000:]
