@@ -148,6 +148,11 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
     config = _read_config(ref, options)
+    if getattr(config, "llmpruner", None) is not None:
+        raise ModelError(
+            f"'{text}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not there; "
+            "download the whole repository (hf download REPO --local-dir DIR), and name its folder"
+        )
     family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
     try:
         return Structure(text, config, family, build_graph(family, config), path=ref.local_path)

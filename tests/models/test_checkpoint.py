@@ -16,7 +16,7 @@ from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import CheckpointError, OutputError, build_graph, load_pruned, save_checkpoint
+from llmpruner import CheckpointError, ModelError, OutputError, build_graph, load_pruned, save_checkpoint
 from llmpruner.models.modeling_llmpruner import pruned_config
 from llmpruner.models.record import read_record
 from llmpruner.models.surgery import cut
@@ -96,6 +96,14 @@ def test_damaged_checkpoints(shim: Path) -> None:
     weights.unlink()
     with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
         load_pruned(shim)
+
+
+def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
+    """As the hub id of one, whose record is not on this machine."""
+    (shim / "llmpruner.json").unlink()
+    for opened in (llmpruner.load, llmpruner.discover):
+        with pytest.raises(ModelError, match=r"shim' was pruned to layers of different sizes, .*hf download REPO"):
+            opened(shim)
 
 
 def test_missing_tensor(shim: Path) -> None:

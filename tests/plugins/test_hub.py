@@ -106,6 +106,7 @@ def test_the_card_of_a_shim_checkpoint(folders):
     assert 'from_pretrained("me/odd", trust_remote_code=True)' in text and "`modeling_llmpruner.py`" in text
     assert "| 1 | 24 of 48 |" in text
     assert "base_model" not in text and "which its files do not state" in text
+    assert "hf download me/odd --local-dir odd\nllmpruner evaluate dense ./odd " in text
 
 
 @pytest.mark.parametrize("cached", [False, True])
