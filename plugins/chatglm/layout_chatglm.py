@@ -54,24 +54,21 @@ class Layout:
         block = torch.where(in_context, 0, columns - sop + 1)
         return torch.stack((position, block), dim=1).clamp_min(0)
 
-    def visible(self, queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Columns ``[T]`` of queries and ``[S]`` of keys → bool ``[B, 1, T, S]``, True where a query may attend."""
+    def visible(
+        self, queries: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Columns ``[T]`` of queries and ``[S]`` of keys → bool ``[B, 1, T, S]``, True where a query may attend.
+
+        Queries of padding attend to all keys, so that no attention function divides by zero; no other attends to them.
+        """
         causal = keys[None, None, None, :] <= queries[None, None, :, None]
-        return causal | (keys < self.sop[:, None])[:, None, None, :]
+        visible = causal | (keys < self.sop[:, None])[:, None, None, :]
+        if attention_mask is not None:
+            real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
+            visible = visible & real[:, None, None, :]
+        return visible | ~visible.any(-1, keepdim=True)
 
 
 def _first(found: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """Column of the first True of every row, ``otherwise`` where there is none."""
     return torch.where(found.any(-1), found.int().argmax(-1), otherwise)
-
-
-def visibility(
-    attention_mask: torch.Tensor | None, layout: Layout, queries: torch.Tensor, keys: torch.Tensor
-) -> torch.Tensor:
-    """Bool ``[B, 1, T, S]``, True where a query may attend. Queries of padding attend to all keys, so that no attention
-    function divides by zero; no other query attends to them."""
-    visible = layout.visible(queries, keys)
-    if attention_mask is not None:
-        real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
-        visible = visible & real[:, None, None, :]
-    return visible | ~visible.any(-1, keepdim=True)

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
-from .layout_chatglm import Layout, visibility
+from .layout_chatglm import Layout
 
 # transformers renamed `past_key_values` to `cache`; this file works under either name.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
@@ -206,7 +206,7 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, cache, past, batch)
         columns = torch.arange(past, past + length, device=hidden.device)
-        visible = visibility(attention_mask, layout, columns, _key_columns(cache, past + length, hidden.device))
+        visible = layout.visible(columns, _key_columns(cache, past + length, hidden.device), attention_mask)
         position_embeddings = rotary_embedding(layout.position_ids(columns), self.config.head_dim, hidden.dtype)
         states = [hidden]
         for layer in self.layers:
