@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import sentencepiece
+from tiktoken.load import load_tiktoken_bpe
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
@@ -102,11 +104,19 @@ def _from_sentencepiece(directory: Path) -> Any:
     return _fast(tokenizer, [*controls, *_MARKS, *roles], eos, names)
 
 
+class _Converter(TikTokenConverter):  # type: ignore[misc]
+    """tiktoken keeps a copy of every file that it read, and takes it by the path, unless it is told the hash."""
+
+    @staticmethod
+    def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+        return load_tiktoken_bpe(tiktoken_url, hashlib.sha256(Path(tiktoken_url).read_bytes()).hexdigest())
+
+
 def _from_tiktoken(directory: Path) -> Any:
     file = directory / "tokenizer_config.json"
     stored = read_json(file).get("added_tokens_decoder", {}) if file.is_file() else {}
     special = [stored[key]["content"] for key in sorted(stored, key=int)] or list(_GLM4_TOKENS)
-    tokenizer = TikTokenConverter(str(directory / VOCABULARY_FILE)).converted()
+    tokenizer = _Converter(str(directory / VOCABULARY_FILE)).converted()
     first = tokenizer.get_vocab_size()
     if stored and sorted(map(int, stored)) != list(range(first, first + len(stored))):
         raise CheckpointError(f"{file}: the added tokens do not follow the {first} tokens of {VOCABULARY_FILE}")

@@ -132,6 +132,10 @@ def test_tiktoken_vocabulary_of_glm4(tmp_path: Path) -> None:
     ids = tokenizer("fox fox")["input_ids"]
     assert ids == [len(tokens) + 2, len(tokens) + 4, 257, 258]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "fox fox"
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines[:257]))  # another file at the same path
+    changed: Any = read_glm_tokenizer(tmp_path)
+    assert len(changed) == len(tokenizer) - 3
+    (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     stored = {str(len(tokens) + 1): {"content": "<|endoftext|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": stored}))
     with pytest.raises(CheckpointError, match="do not follow the 260 tokens"):
