@@ -19,8 +19,8 @@ from llmpruner import Catalog, CheckpointError, DataError, ModelError, OutputErr
 from .card import CARD_FILE, base_of, model_card
 
 _RECORD = "llmpruner.json"
-_STAYS = ("run.json", "report.html")
-"""Files about the machine that the checkpoint was made on."""
+_STAYS = ("run.json", "report.html", "step.json")
+"""Files about the machine that the checkpoint was made on: they have paths of it."""
 _BEFORE_PATH = re.compile(r"(?:\d+(?:\.\d+)?\*)?(?:[\w-]{2,}:(?!//))?")
 """A share and the name of a calibration source. A single letter and a colon are a drive of Windows."""
 
