@@ -80,7 +80,7 @@ from .structure.plan import PruningPlan
 
 
 def load(
-    model: Source,
+    model: str | Path | Structure,
     *,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,

@@ -204,7 +204,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once(keep=True):
+    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
         )

@@ -21,15 +21,13 @@ _OWN_LOAD = legacy.load_gguf_checkpoint
 
 
 @contextlib.contextmanager
-def gguf_parsed_once(*, keep: bool = False) -> Iterator[None]:
+def gguf_parsed_once() -> Iterator[None]:
     """Share what is parsed of a GGUF file, and its map of tensor names, between the calls of transformers, which parses
-    the file four times (seconds each, for a large vocabulary) and makes the map for every module. ``keep``: what was
-    parsed stays for the next block."""
+    the file four times (seconds each, for a large vocabulary) and makes the map for every module. What was parsed stays
+    for the next block, until `forget_gguf`."""
     import gguf
 
     with contextlib.ExitStack() as stack:
-        if not keep:
-            stack.callback(forget_gguf)
         for module, name, replacement in (
             (gguf, "GGUFReader", gguf_reader),
             (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from ..errors import ModelError
 from ..settings import LoadSettings
 from .checkpoint import adapter_base, load_pruned, with_adapter
-from .gguf import stored_twice
+from .gguf import forget_gguf, stored_twice
 from .messages import in_one_line, quiet_transformers
 from .model import Model, Structure
 from .numbers import dtype_of
@@ -76,6 +76,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
         )
     check_loaded(ref.text, model, info)
     if ref.gguf_file:
+        forget_gguf()
         forget_quantisation(model)
         if stored_twice(model):
             _LOG.warning(

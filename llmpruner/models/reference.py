@@ -78,14 +78,13 @@ class Reference:
         """What ``from_pretrained`` of transformers needs for a GGUF file; empty for other models."""
         return {"gguf_file": self.gguf_file} if self.gguf_file else {}
 
-    def parsed_once(self, *, keep: bool = False) -> AbstractContextManager[None]:
-        """For what reads a GGUF file several times, see `gguf_parsed_once`. ``keep``: its weights are still to be
-        loaded."""
+    def parsed_once(self) -> AbstractContextManager[None]:
+        """For what reads a GGUF file several times, see `gguf_parsed_once`."""
         if not self.gguf_file:
             return nullcontext()
         from .gguf import gguf_parsed_once
 
-        return gguf_parsed_once(keep=keep)
+        return gguf_parsed_once()
 
 
 def resolve(text: str, catalog: Catalog) -> Reference:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
     ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog)
-    with ref.parsed_once(keep=True):
+    with ref.parsed_once():
         return read_tokenizer(ref, options, structure.config)
 
 
