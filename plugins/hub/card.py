@@ -69,7 +69,7 @@ def model_card(
         parameters=parameters,
         shim="llmpruner" in config,
         quantised=(config.get("quantization_config") or {}).get("quant_method"),
-        steps=[(plan, *_cuts(plan)) for plan in plans],
+        steps=[(plan, *plan.table()) for plan in plans],
         recoveries=[(training, _losses(training)) for training in record.get("recovery") or ()],
         rows=_figures(evaluations),
         measured=evaluations[0].get("perplexity") if evaluations else None,
@@ -78,30 +78,6 @@ def model_card(
     if (read := ModelCard(text).data.to_dict()) != data.to_dict():
         raise CheckpointError(f"the metadata of the model card cannot be read back: {read}")
     return text
-
-
-def _cuts(plan: PruningPlan) -> tuple[list[str], list[str], list[tuple[str, tuple[str, ...]]]]:
-    """Lines about what is not of one layer; kinds of units; and, for layers that lose the same, their numbers with a
-    cell for each kind."""
-    whole: list[str] = []
-    kinds = list(dict.fromkeys(cut.kind for cut in plan.cuts.values() if cut.layer is not None))
-    units: dict[int, dict[str, tuple[int, int]]] = {}
-    for cut in plan.cuts.values():
-        if cut.layer is None:
-            gone = sorted(set(range(cut.units)) - set(cut.kept)) if cut.kind == "layer" else []
-            numbers = f" (gone: {', '.join(map(str, gone))})" if gone else ""
-            whole.append(f"{cut.kind}: {len(cut.kept):,} of {cut.units:,} units kept{numbers}")
-        else:
-            kept, total = units.setdefault(cut.layer, {}).get(cut.kind, (0, 0))
-            units[cut.layer][cut.kind] = kept + len(cut.kept), total + cut.units
-    rows: list[tuple[list[int], tuple[str, ...]]] = []
-    for layer, numbers_of in sorted(units.items()):
-        cells = tuple("{:,} of {:,}".format(*numbers_of[kind]) if kind in numbers_of else "all" for kind in kinds)
-        if rows and rows[-1][0][-1] == layer - 1 and rows[-1][1] == cells:
-            rows[-1][0].append(layer)
-        else:
-            rows.append(([layer], cells))
-    return whole, kinds, [("–".join(map(str, dict.fromkeys((n[0], n[-1])))), cells) for n, cells in rows]
 
 
 def _losses(training: Mapping[str, Any]) -> str:

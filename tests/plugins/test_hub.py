@@ -80,7 +80,7 @@ def test_the_card_of_a_stock_checkpoint(folders):
     share = f"{100 * (1 - graph.decoder_parameters / dense.decoder_parameters):.1f} %"
     assert f"with {share} of its decoder's parameters removed" in read.text
     assert f"| All parameters | {dense.total_parameters:,} | {graph.total_parameters:,} |" in read.text
-    assert "| 0–1 | 24 of 48 |" in read.text and "Criterion: `l1`" in read.text
+    assert "| 0-1 | 24 of 48 |" in read.text and "Criterion: `l1`" in read.text
     assert 'from_pretrained("me/small")' in read.text and "trust_remote_code" not in read.text
     assert "pip install" not in read.text and "licence" not in read.text
     assert "llmpruner evaluate org/dense me/small" in read.text
@@ -99,7 +99,7 @@ def test_the_card_of_a_model_that_lost_tokens_alone(tmp_path):
     text = push.prepare(tmp_path / "out", "me/small").card
     share = 2 * 12 * 32 / sum(p.numel() for p in dense.parameters())
     assert f"with {100 * share:.1f} % of its parameters removed" in text
-    assert "Amount: 288 tokens to remain" in text and "vocabulary: 288 of 300 units kept" in text
+    assert "Amount: 288 tokens to remain" in text and "| whole model | 288 of 300 |" in text
 
 
 def test_the_card_of_a_shim_checkpoint(folders):
