@@ -43,6 +43,7 @@ from .evaluation.runtime import work_of as work_of
 from .exporters import Exporter as Exporter
 from .exporters import ExportTask as ExportTask
 from .files import new_directory as new_directory
+from .files import read_json as read_json
 from .models.checkpoint import load_pruned as load_pruned
 from .models.meta import meta_model as meta_model
 from .models.model import Model as Model

@@ -10,12 +10,12 @@ import torch
 from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_utils import load_state_dict
 
-from llmpruner import CheckpointError, ModelError, UnsupportedModelError, meta_model
+from llmpruner import CheckpointError, ModelError, UnsupportedModelError, meta_model, read_json
 
 from .configuration_chatglm import ChatGLMConfig
 from .family import CHAT_FORMAT, LATER_KEY, ROLES, ROUNDS, register
 from .tokenization_chatglm import VOCABULARY_FILE, ChatGLMTokenizer
-from .tokenizers import chat_format, one_line, read_json, role_stops
+from .tokenizers import chat_format, one_line, role_stops
 
 Convert = Callable[[str, torch.Tensor], Iterable[tuple[str, torch.Tensor]]]
 """Stored name and tensor → the model's parameters that it holds; none for what is not needed."""

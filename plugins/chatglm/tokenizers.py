@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import SpmConverter, TikTokenConverter, import_protobuf
 
-from llmpruner import CheckpointError, LlmprunerError
+from llmpruner import CheckpointError, LlmprunerError, read_json
 
 from .family import ROLES, ROUNDS
 
@@ -140,14 +139,3 @@ def _fast(tokenizer: Any, special: Sequence[str], eos: str, names: dict[str, str
         extra_special_tokens=[token for token in special if token not in names.values()],
         **names,
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `CheckpointError` when the file is missing or holds anything else."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is damaged: expected a JSON object, found {type(values).__name__}")
-    return values

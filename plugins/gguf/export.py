@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from functools import cache
 from importlib.util import find_spec
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import torch
 
-from llmpruner import CheckpointError, ExportTask
+from llmpruner import CheckpointError, ExportTask, read_json
 
 from .vocabulary import RECORDED_PRE, stop_texts
 from .write import TYPES, write_gguf
@@ -63,7 +62,7 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
 def _stored_type(task: ExportTask) -> str:
     """The type that the user set for loading; else that of the checkpoint, as float16 is float32 in memory on a CPU."""
     file = task.source / "config.json"
-    stated = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    stated = read_json(file) if file.is_file() else {}
     dtype = task.dtype or stated.get("dtype") or stated.get("torch_dtype") or task.model.dtype
     name = str(dtype).removeprefix("torch.")
     return next((kind for kind, (known, *_) in TYPES.items() if str(known) == f"torch.{name}"), "f32")

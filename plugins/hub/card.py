@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from llmpruner import CheckpointError, PruningPlan, SettingsError, Structure, build_graph
+from llmpruner import CheckpointError, PruningPlan, SettingsError, Structure, build_graph, read_json
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -49,7 +48,7 @@ def model_card(
         base_model=base, library_name="transformers", license=identifier, license_name=name, license_link=link,
         pipeline_tag="text-generation", tags=["llmpruner", "pruned"],
     )  # fmt: skip
-    config = json.loads((Path(structure.path or structure.ref) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(structure.path or structure.ref) / "config.json")
     dense, graph = build_graph(structure.family, structure.config), structure.graph
     decoder = (dense.decoder_parameters, graph.decoder_parameters)
     parameters = (dense.total_parameters, graph.total_parameters)

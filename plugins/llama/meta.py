@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, FilePath
 
-from llmpruner import CheckpointReader, ComponentSettings, Exporter, ExportTask, UnsupportedModelError
+from llmpruner import CheckpointReader, ComponentSettings, Exporter, ExportTask, UnsupportedModelError, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -70,7 +69,7 @@ class MetaExporter(Exporter):
         from .meta_writer import check_written, remarks, write_meta
 
         record = task.source / "llmpruner.json"
-        plans = json.loads(record.read_text(encoding="utf-8")).get("plans", []) if record.is_file() else []
+        plans = read_json(record).get("plans", []) if record.is_file() else []
         if any("vocabulary" in plan["cuts"] for plan in plans):
             raise UnsupportedModelError(
                 "Meta's format cannot hold this model: tokens were removed, and tokenizer.model has no form without "

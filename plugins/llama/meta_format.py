@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import zipfile
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
 from transformers import GenerationConfig, LlamaConfig
 
-from llmpruner import CheckpointError, UnsupportedModelError, meta_model
+from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
 
 from .meta_tokenizer import find_tokenizer, read_tokenizer, stop_tokens
 
@@ -63,15 +62,12 @@ class MetaParams(BaseModel):
     @classmethod
     def read(cls, path: Path) -> MetaParams:
         """Raises `CheckpointError` when a field is missing or invalid."""
+        values = {name: value for name, value in read_json(path).items() if value is not None}
         try:
-            stated = json.loads(path.read_text(encoding="utf-8"))
-            values = {name: value for name, value in stated.items() if value is not None}
             params = cls.model_validate({"n_kv_heads": values.get("n_heads"), **values})
         except ValidationError as error:
             first = error.errors()[0]
             raise CheckpointError(f"{path}: {first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
-        except (OSError, ValueError, AttributeError) as error:
-            raise CheckpointError(f"{path} is damaged ({str(error).splitlines()[0]}): download it again") from error
         if params.dim % (2 * params.n_heads) or params.n_heads % params.n_kv_heads:
             raise CheckpointError(
                 f"{path}: dim {params.dim}, n_heads {params.n_heads}, n_kv_heads {params.n_kv_heads} do not fit"

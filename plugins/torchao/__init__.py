@@ -19,6 +19,7 @@ from llmpruner import (
     SettingsError,
     UnsupportedModelError,
     hookimpl,
+    read_json,
 )
 
 if TYPE_CHECKING:
@@ -129,9 +130,8 @@ def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
 def _complete(directory: Path, dense: Path) -> None:
     """Move what else ``dense`` has into ``directory``, and add the quantisation to its configuration, which states
     sizes under the names of other programs, too."""
-    written = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config = json.loads((dense / "config.json").read_text(encoding="utf-8"))
-    config["quantization_config"] = written["quantization_config"]
+    config = read_json(dense / "config.json")
+    config["quantization_config"] = read_json(directory / "config.json")["quantization_config"]
     (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     for file in dense.iterdir():
         weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")

@@ -161,7 +161,7 @@ DAMAGE: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
         "size mismatch for",
     ),
     "damaged index": (
-        lambda d, t: (d / "pytorch_model.bin.index.json").write_text("{"), r"index\.json is damaged"
+        lambda d, t: (d / "pytorch_model.bin.index.json").write_text("{"), r"index\.json cannot be read"
     ),
 }  # fmt: skip
 

@@ -48,7 +48,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: [resave(f, n, lambda s: s.update({"norm.weight": s["norm.weight"].int()})) for n in (0, 1)],
         r"is not a plain dictionary of floating-point tensors",
     ),
-    "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"params\.json is damaged"),
+    "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"params\.json cannot be read"),
     "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"params\.json: dim is .*: Field required"),
     "dim of another model": (lambda f: set_param(f, dim=96), r"a consolidated.NN.pth is missing, or of another model"),
     "width of another model": (
