@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmpruner import CheckpointReader
+from llmpruner import CheckpointError, CheckpointReader, read_json
 
 from .family import LATER_KEY
 
@@ -18,10 +17,10 @@ if TYPE_CHECKING:
 def _peek(path: Path) -> dict[str, Any]:
     """``config.json`` of a checkpoint in a released format, empty for any other. Never raises."""
     try:
-        values = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        values = read_json(path / "config.json")
+    except CheckpointError:
         return {}
-    return values if isinstance(values, dict) and values.get("model_type") == "chatglm" else {}
+    return values if values.get("model_type") == "chatglm" else {}
 
 
 class ChatGLM6BReader(CheckpointReader):

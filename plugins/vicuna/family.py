@@ -5,7 +5,6 @@ Vicuna has the configuration of LLaMA; it is recognised by its name or chat temp
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from llmpruner_llama.family import LlamaFamily
+
+from llmpruner import CheckpointError, read_json
 
 from .conversation import V0, V1_1, Template
 
@@ -106,7 +107,6 @@ def _version_in_template(directory: Path) -> Version | None:
 def _read(path: Path) -> dict[str, Any]:
     """The JSON object in a file, empty if it cannot be read; loading the checkpoint will report that."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except CheckpointError:
         return {}
-    return values if isinstance(values, dict) else {}
