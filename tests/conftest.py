@@ -51,10 +51,11 @@ def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
 
 
 LONGEST = [
+    "models/test_streamed.py",
+    "models/test_16_bits.py",
+    "models/test_checkpoint_roundtrip.py",
     "plugins/chatglm/test_chatglm_conformance.py",
-    "plugins/llama/test_llama_family.py",
     "discovery/test_model_types.py",
-    "models/test_remote_code.py",
     "real/test_real_model.py",
     "cli/test_new_plugin.py",
     "docs/test_tutorial_regular.py",

@@ -68,12 +68,11 @@ def probe(directory: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for attention in sorted({"eager", "sdpa"} & expected.keys()):
         found[attention] = distance(load(directory, attn_implementation=attention), attention)
-    model = load(directory)
+    placed = {"device": "cpu"} if MODE == "load_pruned" else {"device_map": "cpu"}
+    model = load(directory, **placed)
     found["default"] = distance(model, "default")
     found["class"] = type(model).__name__
     found["bfloat16"] = distance(load(directory, dtype=torch.bfloat16), "bfloat16")
-    placed = {"device": "cpu"} if MODE == "load_pruned" else {"device_map": "cpu"}
-    found["device"] = distance(load(directory, **placed), "default")
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(ids, use_cache=False, **options)
     for cache in ("dynamic", "static"):

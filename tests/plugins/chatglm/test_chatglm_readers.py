@@ -186,7 +186,6 @@ def test_damage_is_one_line(checkpoint: tuple[Path, Any], what: str) -> None:
         ("chatglm2", {"quantization_bit": 8}, "quantization_bit is 8"),
         ("chatglm2", {"add_bias_linear": True}, "add_bias_linear"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
-        ("chatglm_v1", {"num_layers": "many"}, "config.json: .*'num_layers'"),
         ("chatglm2", {"num_layers": "many"}, "config.json: .*'num_hidden_layers'"),
     ],
 )
