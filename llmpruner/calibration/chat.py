@@ -22,7 +22,6 @@ from .conversations import Completion, Conversation, Example, Instruction
 if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
 
-LossOn = Literal["all", "answers"]
 IGNORED = -100
 """The label of tokens that have no loss (the convention of PyTorch's cross entropy and of transformers)."""
 
@@ -227,9 +226,17 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
     return rows
 
 
-def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: LossOn) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text``, None: of all. A label is its token; with
-    ``loss_on="answers"``, `IGNORED` for tokens that have no character of an answer."""
+def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
+    """The tokens of ``text``."""
+    from ..models.tokenizer import ids_to_continue
+
+    joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
+    return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)
+
+
+def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str, list[int]]:
+    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text``, None: of all. A label is its token, or
+    `IGNORED` for tokens that have no character of an answer."""
     from ..models.tokenizer import ids_to_continue
 
     special = not text.has_special_tokens
@@ -238,7 +245,7 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: Lo
     for turn in text.closed_turns(tokenizer.eos_token or ""):
         answers.append((len(joined) + len(turn.prompt), len(joined) + len(turn.prompt + turn.answer)))
         joined += turn.prompt + turn.answer
-    ids = ids_to_continue(tokenizer, joined, special=special)
+    ids = token_ids(text, tokenizer)
     if tokenizer.is_fast:
         encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         # The token before a text without a prompt, which has no characters, is trained on too.
@@ -249,5 +256,5 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None, loss_on: Lo
             for ends in answers
         ]
         answered = [any(start <= index < end for start, end in spans) for index in range(len(ids))]
-    labels = [token if loss_on == "all" or yes else IGNORED for token, yes in zip(ids, answered, strict=False)]
+    labels = [token if yes else IGNORED for token, yes in zip(ids, answered, strict=False)]
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}

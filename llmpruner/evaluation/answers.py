@@ -134,7 +134,7 @@ class GivenAnswersMetric(Metric):
 
         tokenizer, family, cutoff = tokenizer_of(self, subject), subject.family, self.settings.cutoff
         texts = [text for example in self._examples for text in training_texts(example, family, tokenizer)]
-        rows = [labelled(text, tokenizer, cutoff, "answers") for text in texts]
+        rows = [labelled(text, tokenizer, cutoff) for text in texts]
         # The first token of a text is not predicted.
         rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
         if not rows:

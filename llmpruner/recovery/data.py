@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import labelled, training_texts
+from ..calibration.chat import token_ids, training_texts
 from ..calibration.conversations import Completion, Example, example
 from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture, read_records
 from ..errors import DataError
@@ -103,7 +103,7 @@ def _held_out(validation: float, examples: int, source: str) -> int:
 
 def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int) -> list[Row]:
     """Rows of 2 to ``cutoff`` tokens."""
-    rows: list[Row] = []
+    rows: list[list[int]] = []
     joined: list[int] = []
     for place, found in examples:
         try:
@@ -112,15 +112,13 @@ def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tok
             raise DataError(f"{place}: {error}") from error
         if isinstance(found, Completion):
             for text in texts:
-                ids = labelled(text, tokenizer, None, "all")["input_ids"]
+                ids = token_ids(text, tokenizer)
                 end = tokenizer.eos_token_id
                 joined += ids if end is None or ids[-1:] == [end] else [*ids, end]
         else:
-            rows += [labelled(text, tokenizer, cutoff, "all") for text in texts]
+            rows += [token_ids(text, tokenizer)[:cutoff] for text in texts]
     # What fills no row at the end is left out, unless it is all there is.
     whole = max(len(joined) - len(joined) % cutoff, min(len(joined), cutoff))
-    for start in range(0, whole, cutoff):
-        ids = joined[start : start + cutoff]
-        rows.append({"input_ids": ids, "labels": ids})
+    rows += [joined[start : start + cutoff] for start in range(0, whole, cutoff)]
     # The first token of a row is not predicted.
-    return [row for row in rows if len(row["input_ids"]) > 1]
+    return [{"input_ids": ids, "labels": ids} for ids in rows if len(ids) > 1]

@@ -81,8 +81,8 @@ def trained(row, chosen):
     return [chosen.decode(ids) for ids in stretches]
 
 
-def rows(example, chosen, loss_on="answers"):
-    return [labelled(text, chosen, 512, loss_on) for text in training_texts(example, FAMILY, chosen)]
+def rows(example, chosen):
+    return [labelled(text, chosen, 512) for text in training_texts(example, FAMILY, chosen)]
 
 
 def rendered(chat):
@@ -107,8 +107,6 @@ def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
     assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(messages)["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1
     assert trained(row, chosen) == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
-    (everything,) = rows(Conversation(CHAT), chosen, "all")
-    assert everything["labels"] == everything["input_ids"] == row["input_ids"]
 
 
 def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
@@ -176,7 +174,7 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
 
     def read(family):
         texts = tuple(training_texts(example, family, chosen))
-        made = [labelled(text, chosen, 512, "answers") for text in texts]
+        made = [labelled(text, chosen, 512) for text in texts]
         return [(chosen.decode(row["input_ids"]), trained(row, chosen)) for row in made]
 
     joined = "<s> Q0: Two rivers? A: Elbe, Loire. Q1: The longer? A: Elbe.</s>"

@@ -84,7 +84,7 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
     )
     (text,) = training_texts(chat, family, chosen)
     assert "".join(a + b for a, b in text.closed_turns("</s>")) == expected["full"]
-    row = labelled(text, chosen, 512, "answers")
+    row = labelled(text, chosen, 512)
     assert row["input_ids"] == chosen(expected["full"])["input_ids"]
     (single,) = training_texts(Instruction(first, said), family, chosen)
     (turn,) = single.closed_turns("</s>")
@@ -145,5 +145,5 @@ def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, versi
     (one,) = read_examples(str(tmp_path / "data.json"))
     (text,) = training_texts(one, VicunaFamily(), chosen)
     cutoff = len(expected["input_ids"]) if version.endswith("full-6") else 256
-    row = labelled(text, chosen, cutoff, "answers")
+    row = labelled(text, chosen, cutoff)
     assert row == {"input_ids": expected["input_ids"], "labels": expected["labels"]}
