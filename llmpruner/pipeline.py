@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 from typing import TYPE_CHECKING, Any
@@ -21,10 +20,9 @@ import torch
 from .calibration.calibration import CalibrationSet
 from .discovery.opening import Opener, Source, load_structure
 from .engine.execution import Execution
-from .engine.journal import Journal
+from .engine.journal import Journal, recalled
 from .engine.ranks import Ranks
 from .engine.stages import write_run
-from .errors import DataError
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
@@ -34,15 +32,13 @@ from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, job_of
 from .pruning.quality import compared, dense_predictions
-from .pruning.saving import cut_model, outcome_of, plan_of, recorded_cost, save
+from .pruning.saving import cut_model, outcome_of, plan_of, save
 from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings
 from .structure.plan import Outcome, PruningPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from .pruning.budgets import Cost
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -94,15 +90,15 @@ def prune_model(
     ``unfinished``. The plan is the last of the result's ``plans``."""
     execution = execution or Execution(model.weights)
     text = calibrate(model, job, execution)
-    made, cost = select(model, job, text, execution)
+    made = select(model, job, text, execution)
     made.check(model.graph)
+    outcome = outcome_of(model, made, job.budget, text)
     dense = dense_predictions(model, made, job, text, execution)
     with model.changing("prune"):
         fits = compensate(model, made, job, text, execution)
-        outcome = outcome_of(model, made, cost, text)
         with execution.stages.stage("cut"):
             pruned = cut_model(model, made)
-        ahead = None if expected is None else expected.as_json()
+        ahead = None if expected is None else asdict(expected)
         outcome = replace(outcome, forecast=ahead, quality=compared(dense, pruned, execution))
         work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
         work |= {name: asdict(value) for name in ("tokens", "quality") if (value := getattr(outcome, name)) is not None}
@@ -111,48 +107,25 @@ def prune_model(
 
 def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> CalibrationSet | None:
     """The calibration text of a job, read, written by the model, or as an interrupted run left it; None where no
-    component reads text. Raises `DataError` for a text that is not that of the plan that is replayed."""
-    if job.calibration is None:
+    component reads text."""
+    text = job.calibration
+    if text is None:
         return None
-    journal, text, progress = execution.shared, job.calibration.text, execution.progress
-    earlier = None if journal is None else journal.load("calibration")
-    if earlier is not None:
-        return CalibrationSet(torch.tensor(earlier["input_ids"]), earlier["source"])
-    progress.status("The model writes its calibration text" if text.writes else f"Reading {text.text}")
-    sample = partial(
-        text.sample, model.model, model.tokenizer,
-        samples=job.calibration.samples, length=job.calibration.length_for(model.config), seed=job.seed,
-        progress=progress, family=model.family,
-    )  # fmt: skip
     with execution.stages.stage("calibration text"), model.weights.outside():
-        calibration = execution.ranks.from_first(sample)
-    record = job.plan.compensation if isinstance(job, ReplayJob) else None
-    # Generated text depends on rounding, so that it may differ on another machine.
-    if record is not None and not text.writes and calibration.fingerprint != record.fingerprint:
-        raise DataError(f"'{text.text}' is not the text that this plan was made with; make a new plan")
-    if journal is not None:
-        ids = calibration.input_ids.tolist()
-        journal.store("calibration", {"input_ids": ids, "source": calibration.source})
-    return calibration
+        return text.sample("calibration", model, execution, text.samples, job.seed)
 
 
-def select(
-    model: Model, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
-) -> tuple[PruningPlan, Cost]:
-    """Score the units and decide which stay, unless a plan that is replayed, or an interrupted run, did. Returns the
-    plan and the cost of the model by its budget."""
+def select(model: Model, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution) -> PruningPlan:
+    """Score the units and decide which stay, unless a plan that is replayed, or an interrupted run, did."""
     if isinstance(job, ReplayJob):
-        return job.plan, recorded_cost(model, job.plan, job.budget)
-    journal = execution.journal
-    earlier = None if journal is None else journal.load("plan")
-    if journal is not None and earlier is not None:
-        made = PruningPlan.model_validate(earlier)
-        return made, recorded_cost(model, made, job.budget)
-    kept, cost = choose(model, job, text, execution)
-    made = plan_of(model, job, kept, text)
-    if journal is not None:
-        journal.store("plan", made.model_dump(mode="json"))
-    return made, cost
+        job.check_text(text)
+        return job.plan
+
+    def made() -> dict[str, Any]:
+        kept = choose(model, job, text, execution)
+        return plan_of(model, job, kept, text).model_dump(mode="json")
+
+    return PruningPlan.model_validate(recalled(execution.journal, "plan", made))
 
 
 def compensate(
@@ -176,15 +149,14 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
     model = opener.weights(structure, streamed=expected.streamed)
     execution = Execution(model.weights, ranks, None, opener.progress)
     text = calibrate(model, job, execution)
-    made, cost = select(model, job, text, execution)
-    return made, replace(outcome_of(model, made, cost, text), forecast=expected.as_json())
+    made = select(model, job, text, execution)
+    return made, replace(outcome_of(model, made, job.budget, text), forecast=asdict(expected))
 
 
-def make_plan(model: Model, job: PruneJob, execution: Execution | None = None) -> tuple[PruningPlan, Cost]:
-    """Calibrate, score and select; returns the plan and the cost of its budget. The model is not changed."""
-    execution = execution or Execution(model.weights)
-    text = calibrate(model, job, execution)
-    return select(model, job, text, execution)
+def make_plan(model: Model, job: PruneJob) -> PruningPlan:
+    """Calibrate, score and select. The model is not changed."""
+    execution = Execution(model.weights)
+    return select(model, job, calibrate(model, job, execution), execution)
 
 
 def prune_each(
@@ -257,8 +229,4 @@ def _running(
         ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
-        if journal is not None:
-            earlier = journal.load("streamed")
-            expected = expected if earlier is None else replace(expected, streamed=earlier)
-            journal.store("streamed", expected.streamed)
-        yield expected
+        yield replace(expected, streamed=recalled(journal, "streamed", lambda: expected.streamed))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -175,3 +175,13 @@ class Journal:
         """The file with hidden states of this process after so many layers."""
         own = f"{name}-{self._ranks.rank}" if self._ranks.count > 1 else name
         return self.folder / f"{own}-{layers}.states"
+
+
+def recalled(journal: Journal | None, name: str, make: Callable[[], Any]) -> Any:
+    """The JSON value ``name`` of ``journal``; where there is none, that of ``make``, which is stored."""
+    value = None if journal is None else journal.load(name)
+    if value is None:
+        value = make()
+        if journal is not None:
+            journal.store(name, value)
+    return value

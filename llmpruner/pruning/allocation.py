@@ -44,25 +44,23 @@ class Demand:
 
 
 class Meter:
-    """Computes the amount of a cost that removal steps save. ``members``: the name of a queue → the groups that take
-    its steps together; by default each group its own."""
+    """Computes the amount of a cost that removal steps save. ``members``: the name of a queue → the queues of the
+    groups that take its steps together."""
 
-    def __init__(self, cost: Cost, queues: Sequence[Queue], members: Mapping[str, Sequence[str]] | None = None) -> None:
-        self.cost, self._queues, self._members = cost, queues, members
-        self._dense = cost.remaining()
+    def __init__(self, cost: Cost, members: Mapping[str, Sequence[Queue]]) -> None:
+        self.cost, self._members, self._dense = cost, members, cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
         """The amount of the cost that ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing
-        groups lose none."""
-        taken = taken if self._members is None else _expanded(taken, self._members)
+        queues lose none."""
         kept: dict[str, int] = {}
         gone: set[int] = set()
-        for queue in self._queues:
-            steps = taken.get(queue.group.name, 0)
-            if queue.group.kind == LAYER:
-                gone.update(unit for step in queue.steps[:steps] for unit in step)
-            elif steps:
-                kept[queue.group.name] = queue.group.units - queue.removed_after(steps)
+        for name, steps in taken.items():
+            for queue in self._members[name] if steps else ():
+                if queue.group.kind == LAYER:
+                    gone.update(unit for step in queue.steps[:steps] for unit in step)
+                else:
+                    kept[queue.group.name] = queue.group.units - queue.removed_after(steps)
         return self._dense - self.cost.remaining(kept, gone)
 
 
@@ -70,9 +68,10 @@ class Meter:
 class AllocationTask:
     """The inputs of an allocation.
 
-    ``queues``: the removal steps of every group in scope, least important first, each with its mean score.
-    ``demand``: what must be removed. ``meter``: computes the removed amount. ``loss``: for allocations that measure,
-    the mean KL divergence per token, in nats, of the cut model from the current one on calibration text; else None.
+    ``queues``: the removal steps of every group in scope, least important first, each with its mean score; of groups
+    that must keep the same number of units, one queue, named after the first. ``demand``: what must be removed.
+    ``meter``: computes the removed amount. ``loss``: for allocations that measure, the mean KL divergence per token, in
+    nats, of the cut model from the current one on calibration text; else None.
     """
 
     queues: Sequence[Queue]
@@ -157,38 +156,6 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
     if best is not None:
         taken[best[2]] += 1
     return taken
-
-
-def allocate_alike(allocation: Allocation, task: AllocationTask, alike: Sequence[Sequence[str]]) -> Taken:
-    """The result of ``allocation`` with the same number of steps in all groups of each entry of ``alike``.
-
-    The allocation is given one queue for each entry, named after its first group; a step of it removes a step of every
-    group, and its score is their mean. Groups that are equal but for their layers have equally long queues.
-    """
-    queues = {queue.group.name: queue for queue in task.queues}
-    scored = ([name for name in names if name in queues] for names in alike)
-    members = {names[0]: names for names in scored if names}
-
-    def joined(names: Sequence[str]) -> Queue:
-        own = [queues[name] for name in names]
-        scores = tuple(sum(each) / len(own) for each in zip(*(queue.scores for queue in own), strict=True))
-        return replace(own[0], scores=scores)
-
-    loss, units = task.loss, task.demand.units
-    taken = allocation.allocate(
-        replace(
-            task,
-            queues=[joined(names) for names in members.values()],
-            demand=replace(task.demand, units=None if units is None else {name: units[name] for name in members}),
-            meter=Meter(task.meter.cost, task.queues, members),
-            loss=None if loss is None else lambda steps: loss(_expanded(steps, members)),
-        )
-    )
-    return _expanded(taken, members)
-
-
-def _expanded(taken: Mapping[str, int], members: Mapping[str, Sequence[str]]) -> Taken:
-    return {name: taken[first] for first, names in members.items() if first in taken for name in names}
 
 
 class Uniform(Allocation):

@@ -19,7 +19,7 @@ from ..component import Component, ComponentSettings
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
 from ..structure.coupling import ATTENTION, VOCABULARY, CoupledGroup, CouplingGraph, Role
-from ..structure.kept import kept_indices, layer_numbers, renamed, restrict, surviving_units
+from ..structure.kept import kept_indices, layer_numbers, surviving_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -64,32 +64,6 @@ class Budget(Component):
     def cost(self, subject: BudgetSubject) -> Cost:
         """The cost. Raises `UnsupportedModelError` where it cannot be known for this model."""
         raise NotImplementedError
-
-
-class CutCost(Cost):
-    """The cost of a cut model, from ``cost`` of the model before the cut.
-
-    ``graph``: before the cut; ``cut``: group name → kept units. The arguments of `remaining` are in groups and layer
-    numbers of the cut model.
-    """
-
-    def __init__(self, cost: Cost, graph: CouplingGraph, cut: Mapping[str, Sequence[int]]) -> None:
-        self.label, self.unit, self._cost = cost.label, cost.unit, cost
-        self._kept, self._gone = counts(graph, cut)
-        self._numbers = {new: old for old, new in layer_numbers(graph, cut).items()}
-        present = restrict(graph, cut).by_name
-        self._groups = {
-            new: (old, self._kept.get(old, graph.by_name[old].units), present[new].units)
-            for old, new in renamed(graph, cut).items()
-            if not present[new].modules
-        }
-
-    def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
-        now = dict(self._kept)
-        for name, units in (kept or {}).items():
-            old, before, present = self._groups[name]
-            now[old] = before * units // present
-        return self._cost.remaining(now, self._gone | {self._numbers[layer] for layer in gone})
 
 
 def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:

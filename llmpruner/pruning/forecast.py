@@ -1,15 +1,15 @@
 """What a prune will take: peak memory within a quarter, and disk. By it, weights are loaded in memory or read layer by
 layer.
 
-Memory is that of the process, the weights (or two layers of them), the hidden states up to their limit, and what the
-largest stage needs: logits of text that is written, gradients or statistics of one layer, or the sums of one fit.
+Memory is that of the process, the weights (or two layers of them), and the largest stage: its hidden states up to their
+limit, and logits of text that is written, gradients or statistics of one layer, or the sums of one fit.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from math import inf, prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -51,9 +51,6 @@ class Forecast:
     memory: int
     disk: int
 
-    def as_json(self) -> dict[str, Any]:
-        return asdict(self)
-
     def __str__(self) -> str:
         disk = f" and {bytes_text(self.disk)} of disk" if self.disk else ""
         weights = "read layer by layer" if self.streamed else "in memory"
@@ -72,28 +69,26 @@ class _Sizes:
     """Sums the bytes of ``job`` for a model in ``dtype``. ``saves``: whether the result is cut and saved."""
 
     def __init__(self, job: PruneJob | ReplayJob, structure: Structure, dtype: torch.dtype, device: str, saves: bool):
-        graph = structure.graph
+        graph, text = structure.graph, job.calibration
         self.job, self.graph, self.saves, self.item = job, graph, saves, dtype.itemsize
-        # Of a number in a matrix product.
-        self.product = 2 if dtype == torch.float32 and multiplies_bfloat16_fast(device) else self.item
         self.config: Any = structure.config.get_text_config()
         self.hidden, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
-        own = {name: prod(shape) for name, shape in graph.shapes.items() if name not in graph.ties}
-        self.weights, self.layer = graph.total_parameters * self.item, self._largest_layer(own) * self.item
-        self.outside = sum(size for name, size in own.items() if graph.layer_of(name) is None) * self.item
-        self.samples, self.length = 0, 1
-        if job.calibration is not None:
-            self.samples, self.length = job.calibration.samples, job.calibration.length_for(structure.config)
+        own = {name: prod(shape) * self.item for name, shape in graph.shapes.items() if name not in graph.ties}
+        self.weights, self.layer = sum(own.values()), self._largest_layer(own)
+        self.outside = sum(size for name, size in own.items() if graph.layer_of(name) is None)
+        self.samples, self.length = (text.samples, text.length_for(structure.config)) if text else (0, 1)
         self.tokens = self.samples * self.length
         self.left = _left(job, structure)
-        # Bytes that a layer takes for each token, by those of a gated MLP: forwards, and kept for the backward pass.
-        widest = max(max(shape[-2:]) for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
-        self.forwards = 3 * widest * self.product + 2 * self.hidden * F32
-        self.backwards = (4 * widest + 10 * self.hidden) * self.item
-        self.stages = [self._written(), self._scores(), self._fits()]
+        # Of a number in a matrix product.
+        self.product = 2 if dtype == torch.float32 and multiplies_bfloat16_fast(device) else self.item
+        # Bytes that a layer takes for each token, by those of a gated MLP: forwards, and with gradients.
+        self.widest = max(max(shape[-2:]) for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
+        self.forwards = self.widest * (self.product + 10) + 6 * self.hidden * F32
+        self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
+        self.stages = [_Stage(self.layer), self._written(), self._scores(), self._fits()]
 
-    def of(self, streamed: bool) -> Forecast:
-        """With all weights in memory, or two layers of them."""
+    def of(self, streamed: bool, process: int) -> Forecast:
+        """With all weights in memory, or two layers of them. ``process``: bytes of all else."""
         weights = self.outside + 2 * self.layer if streamed else self.weights
         if isinstance(self.job, PruneJob) and self.job.steps > 1:
             weights += self.weights  # of a copy that is cut
@@ -103,8 +98,7 @@ class _Sizes:
             groups = [(self.graph.by_name[name], share) for name, share in self.left.items()]
             gone = sum((1 - share) * self.graph.parameters_per_unit(g) * g.units for g, share in groups)
             files += round(self.weights - min(gone * self.item, self.weights))
-            peak = max(peak, self.layer if streamed else 0)
-        return Forecast(streamed, weights + peak, files)
+        return Forecast(streamed, process + weights + peak, files)
 
     def _written(self) -> _Stage:
         """Text that is read, or that the model writes."""
@@ -120,44 +114,34 @@ class _Sizes:
         job, graph = self.job, self.graph
         if isinstance(job, ReplayJob):
             return _Stage()
-        signals, shapes = job.criterion.signals, dict[str, tuple[int, ...]]()
-        if not signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-            groups = [g for name in self.left if (g := graph.by_name[name]).kind != VOCABULARY]
-            shapes = {name: graph.shapes[name] for name in scored_spans(graph, groups, job.criterion)}
-        memory = 3 * F32 * max((prod(s[-2:]) for s in shapes.values()), default=0) if Signal.WEIGHT in signals else 0
+        signals, groups = job.criterion.signals, [graph.by_name[name] for name in self.left]
+        spans = scored_spans(graph, [group for group in groups if group.kind != VOCABULARY], job.criterion)
+        shapes = {name: graph.shapes[name] for name in spans}
+        matrix = F32 * max((prod(shape[-2:]) for shape in shapes.values()), default=0)
+        scoring = 3 * matrix if Signal.WEIGHT in signals else 0
         if VOCABULARY in job.kinds:
-            memory = max(memory, 3 * self.length * self.vocabulary * F32)
-        if not signals - {Signal.WEIGHT, Signal.TOKENS}:
-            return _Stage(memory)
-        if signals & GRADIENTS:
-            return self._gradients(signals, shapes, memory)
-        matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
-        grams = 0
-        if Signal.GRAM in signals:
-            grams = self._largest_layer({name: prod(s[:-2]) * s[-1] ** 2 * F32 for name, s in matrices.items()})
-        widest = max((shape[-1] for shape in matrices.values()), default=0)
-        each = max(self.forwards, 3 * self.hidden * F32 + widest * (self.product + 12))
-        kept = graph.num_layers if Signal.STREAM_BLOCKS in signals else 1
-        memory = max(each * self._at_once(TOKENS_AT_ONCE) + grams, 3 * grams + memory)
-        return _Stage(memory, self.tokens * self.hidden * F32 * kept)
-
-    def _gradients(self, signals: frozenset[Signal], shapes: Mapping[str, tuple[int, ...]], scoring: int) -> _Stage:
-        """Logits; or the activations of a layer with its gradients, or with a product and its gradients."""
-        scored = min(self.tokens, GRADIENT_TOKENS) if self.job.compensation.reads_text else self.tokens
+            scoring = max(scoring, 3 * self.length * self.vocabulary * F32)
+        if signals <= {Signal.WEIGHT, Signal.TOKENS}:
+            return _Stage(scoring)
+        if not signals & GRADIENTS:
+            squares = {name: prod(s[:-2]) * s[-1] ** 2 for name, s in shapes.items() if len(s) > 1}
+            grams = F32 * self._largest_layer(squares) if Signal.GRAM in signals else 0
+            blocks = graph.num_layers if Signal.STREAM_BLOCKS in signals else 1
+            memory = max(self.forwards * self._at_once(TOKENS_AT_ONCE) + grams, 3 * grams + scoring)
+            return _Stage(memory, self.tokens * self.hidden * F32 * blocks)
+        tokens = min(self.tokens, GRADIENT_TOKENS) if job.compensation.reads_text else self.tokens
         at_once = self._at_once(1 if Signal.GRAD_SQ in signals else TOKENS_WITH_GRADIENTS)
         logits = min(at_once * self.vocabulary, max(LOGIT_ELEMENTS, self.vocabulary)) * (self.item + 3 * F32)
+        layer = at_once * self.backwards
         if Signal.PRODUCT_GRAD in signals:
-            matrices = [shape[-2:] for shape in shapes.values() if len(shape) > 1]
-            layer = at_once * self.backwards + F32 * max(prod(s) + 5 * at_once * max(s) for s in matrices)
+            layer += matrix + 5 * at_once * self.widest * F32
         else:
-            summed = Signal.GRAD_SQ in signals or scored > at_once
-            kinds = len(signals & {Signal.GRAD, Signal.GRAD_SQ}) if summed else 0
-            each = self.item + F32 * (kinds + 0.5 * (self.item != F32 and summed))
-            own = round(each * self._largest_layer({name: prod(shape) for name, shape in shapes.items()}))
+            sums = F32 * (1 + len(signals & {Signal.GRAD, Signal.GRAD_SQ}))
+            each = sums if Signal.GRAD_SQ in signals or tokens > at_once else self.item
+            own = each * self._largest_layer({name: prod(shape) for name, shape in shapes.items()})
             # Gradients take the place of what was kept.
-            layer = max(at_once * self.backwards, at_once * self.forwards + own)
-        states = scored * self.hidden * self.item * (self.graph.num_layers + 2)
-        return _Stage(max(logits, layer + scoring), states)
+            layer = max(layer, at_once * self.forwards + own)
+        return _Stage(max(logits, layer + scoring), tokens * self.hidden * self.item * (graph.num_layers + 2))
 
     def _fits(self) -> _Stage:
         """A compensation: the sums and the solution of each fit."""
@@ -175,8 +159,7 @@ class _Sizes:
                 sums = max(sums, 2 * prod(shape[:-2]) * kept * (kept + out) * F32)
                 solving = max(solving, 8 * kept**2 + 20 * kept * out)
         states = self.tokens * (self.hidden * F32 * (3 if count > self.graph.num_layers else 2) + full * self.product)
-        each = max(self.forwards, self.hidden * 9 * F32 + full * (2 * self.product + F32))
-        memory = sums + max(self._at_once(TOKENS_AT_ONCE) * each, solving)
+        memory = sums + max(self._at_once(TOKENS_AT_ONCE) * self.forwards, solving)
         return _Stage(memory, states, weights + 4 * self.tokens * self.hidden * F32)
 
     def _at_once(self, tokens: int) -> int:
@@ -212,14 +195,9 @@ def forecast(
     else:
         dtype, device = loaded.model.dtype, loaded.model.device.type
         resident -= 0 if loaded.streamed else sum(p.nbytes for p in loaded.model.parameters())
-    sizes = _Sizes(job, structure, dtype, device, saves)
-
-    def of(streamed: bool) -> Forecast:
-        expected = sizes.of(streamed)
-        return replace(expected, memory=max(resident, 0) + MODULES + expected.memory)
-
+    sizes, process = _Sizes(job, structure, dtype, device, saves), max(resident, 0) + MODULES
     if loaded is not None and loaded.streamed is not None:
-        return of(streamed=True)
+        return sizes.of(True, process)
     whole = "it is loaded already" if loaded is not None else _why_in_memory(job, saves=saves, in_memory=in_memory)
     whole = whole or why_not_streamed(structure, opener.catalog, load)
     choices = (False,) if whole else (False, True)
@@ -233,7 +211,7 @@ def forecast(
         if device == "cpu":
             limit = psutil.virtual_memory().total + psutil.swap_memory().total
         name, advice = f"this machine has {bytes_text(limit)} of memory", "give --max-memory, or "
-    tried = [of(streamed) for streamed in choices]
+    tried = [sizes.of(streamed, process) for streamed in choices]
     fitting = next((each for each in tried if each.memory <= limit), None)
     if fitting is None:
         raise SettingsError(

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ..calibration.calibration import CalibrationText, parse_calibration
+from ..calibration.calibration import CalibrationSet, CalibrationText, parse_calibration
 from ..component import check_chosen
 from ..engine.signals import Signal
-from ..errors import MEANT, SettingsError, UnknownNameError
+from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import KINDS, VOCABULARY
 from ..structure.plan import PruningPlan
@@ -20,6 +20,8 @@ from .methods import TEN_SAMPLES
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+    from ..engine.execution import Execution
+    from ..models.model import Model
     from ..plugins.catalog import Catalog
     from .allocation import Allocation
     from .budgets import Budget
@@ -50,6 +52,26 @@ class CalibrationJob:
         from ..models.positions import positions_of
 
         return self.length if self.fixed_length else min(self.length, positions_of(config) or self.length)
+
+    def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
+        """``samples`` of the text, in the shares that all have, read or written by the model; or those that an
+        interrupted run, or one with another ratio, kept as ``name``."""
+        import torch
+
+        from ..engine.journal import recalled
+
+        def sampled() -> list[list[int]]:
+            writes = self.text.writes
+            execution.progress.status(f"The model writes its {name} text" if writes else f"Reading {self.text.text}")
+            text = self.text.sample(
+                model.model, model.tokenizer,
+                samples=samples, length=self.length_for(model.config), seed=seed, progress=execution.progress,
+                family=model.family, of=self.samples,
+            )  # fmt: skip
+            return text.input_ids.tolist()
+
+        ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(sampled))
+        return CalibrationSet(torch.tensor(ids), self.text.text)
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,15 @@ class ReplayJob:
     compensation: Compensation
     calibration: CalibrationJob | None
     seed: int
+
+    def check_text(self, text: CalibrationSet | None) -> None:
+        """Raise `DataError` for a text that is not that of the plan; but what a model writes depends on rounding, so
+        that it may differ on another machine."""
+        record, job = self.plan.compensation, self.calibration
+        if text is None or record is None or job is None or job.text.writes:
+            return
+        if text.fingerprint != record.fingerprint:
+            raise DataError(f"'{text.source}' is not the text that this plan was made with; make a new plan")
 
 
 def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> PruneJob | ReplayJob:

@@ -26,7 +26,7 @@ from ..structure.plan import PruningPlan, Quality
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
     from ..models.model import Model
-    from .job import CalibrationJob, PruneJob, ReplayJob
+    from .job import PruneJob, ReplayJob
 
 TOKENS = 2048
 """Tokens that are read: at least one sample, and no more samples than of calibration."""
@@ -51,29 +51,12 @@ def dense_predictions(
     is cut: of removed tokens, or of removed channels of the residual stream."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
+    samples = min(job.calibration.samples, -(-TOKENS // text.input_ids.shape[1]))
     with execution.stages.stage("quality"), execution.weights.outside():
-        ids = _text(model, job, job.calibration, text.input_ids.shape[1], execution)
+        ids = job.calibration.sample("comparison", model, execution, samples, job.seed + 1).input_ids
         at = _unseen(ids, text.input_ids)
         hidden_STD = execution.ranks.from_first(lambda: _at_head(execution, ids)[0])
     return Dense(ids, at, hidden_STD[at]) if hidden_STD is not None and len(at[0]) else None
-
-
-def _text(
-    model: Model, job: PruneJob | ReplayJob, calibration: CalibrationJob, length: int, execution: Execution
-) -> torch.Tensor:
-    """Token ids (samples, ``length``) of the calibration's sources; runs that share their text share these too."""
-    journal = execution.shared
-    if journal is not None and (earlier := journal.load("comparison")) is not None:
-        return torch.tensor(earlier)
-    sample = partial(
-        calibration.text.sample, model.model, model.tokenizer,
-        samples=min(calibration.samples, -(-TOKENS // length)), length=length, seed=job.seed + 1,
-        progress=execution.progress, family=model.family, of=calibration.samples,
-    )  # fmt: skip
-    ids: torch.Tensor = execution.ranks.from_first(lambda: sample().input_ids)
-    if journal is not None:
-        journal.store("comparison", ids.tolist())
-    return ids
 
 
 def _unseen(ids: torch.Tensor, calibration: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     from ..models.model import Model, Structure
     from ..structure.kept import Kept
     from ..structure.plan import GroupCut
-    from .budgets import Budget, Cost
+    from .budgets import Budget
     from .job import PruneJob
 
 SCRIPTS: Final = 6
@@ -109,16 +109,17 @@ def _compensation_record(
     return CompensationRecord(name=compensation.name, settings=compensation.record(), **read)
 
 
-def outcome_of(model: Model, plan: PruningPlan, cost: Cost, text: CalibrationSet | None) -> Outcome:
-    """The `Outcome` of a plan. ``model``: before the cut. ``cost``: of the plan's budget. ``text``: of calibration."""
+def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: CalibrationSet | None) -> Outcome:
+    """The `Outcome` of a plan. ``model``: before the cut. ``counted``: the plan's budget. ``text``: of calibration."""
     graph, target = model.graph, plan.target
+    groups = [graph.by_name[name] for name in plan.cuts]
     total, decoder = parameters_after(graph, plan.kept)
     left = counts(graph, plan.kept)
-    weights = byte_cost(model.model, graph, [graph.by_name[name] for name in plan.cuts])
+    weights = byte_cost(model.model, graph, groups)
     budget = None
     if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
-        whole, after = cost.remaining(), cost.remaining(*left)
-        budget = BudgetOutcome(target.budget, cost.label, whole, after)
+        cost = counted.cost(BudgetSubject(model.model, graph, groups, model.family))
+        budget = BudgetOutcome(target.budget, cost.label, cost.remaining(), cost.remaining(*left))
     before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
     # The budget of bytes, by which the plan was made, counts those in memory.
     if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
@@ -160,12 +161,6 @@ def token_outcome(tokenizer: Any, cut: GroupCut, text: CalibrationSet | None) ->
 def _bytes_per_token(texts: list[str], tokenizer: Any) -> float:
     ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return len("".join(texts).encode()) / max(1, sum(map(len, ids)))
-
-
-def recorded_cost(model: Model, plan: PruningPlan, budget: Budget) -> Cost:
-    """The cost of a plan's budget, in the model before the cut."""
-    groups = [model.graph.by_name[name] for name in plan.cuts]
-    return budget.cost(BudgetSubject(model.model, model.graph, groups, model.family))
 
 
 def cut_model(model: Model, plan: PruningPlan) -> Model:

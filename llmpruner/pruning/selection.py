@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import torch
 from ..calibration.calibration import CalibrationSet
 from ..discovery.verify import with_rules
 from ..engine.execution import Execution
+from ..engine.journal import recalled
 from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
 from ..engine.walk import check_tokens
@@ -25,10 +26,10 @@ from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
 from ..structure.kept import compose, layer_numbers, removed_layers
-from ..structure.scope import Scope, build_queue
+from ..structure.scope import Queue, Scope, build_queue
 from ..structure.widths import ANY, Widths
-from .allocation import Allocation, AllocationTask, Demand, Meter, Taken, Uniform, allocate_alike
-from .budgets import BudgetSubject, Cost, CutCost, parameter_cost, saving_units
+from .allocation import Allocation, AllocationTask, Demand, Meter, Taken, Uniform
+from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Removal, Scores, estimate
 from .targets import demand, lost, part_of, scope_of, widths_of
 
@@ -45,16 +46,13 @@ TRIED = 2048
 """Number of tokens that the predictions of a trial cut are compared on."""
 
 
-def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> tuple[Kept, Cost]:
-    """Group name → kept units; and the cost of the model by the job's budget. Raises `SelectionError` for an amount
-    that cannot be removed, or that is less than one unit."""
-    with execution.stages.stage("budget"):
-        groups = scope_of(job, model).groups(model.graph)
-        cost = job.budget.cost(BudgetSubject(model.model, model.graph, groups, model.family, execution.progress))
-    kept = _Choice(model, job, cost, text, execution).units()
+def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> Kept:
+    """Group name → kept units. Raises `SelectionError` for an amount that cannot be removed, or that is less than one
+    unit."""
+    kept = _Choice(model, job, text, execution).units()
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
-    return kept, cost
+    return kept
 
 
 def select(
@@ -84,20 +82,31 @@ def select(
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
         allowed = saving_units(cost, groups, allowed, widths.alike(groups))
-    queues = [
-        build_queue(g, scores[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
+    queues = {
+        g.name: build_queue(g, scores[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
         for g in groups
         if g.name in allowed
-    ]
+    }
+    together = [[queues[name] for name in names if name in queues] for names in widths.alike(groups)]
+    members = {own[0].group.name: own for own in together if own}
+    steps_of = {queue.group.name: name for name, own in members.items() for queue in own}
 
     def chosen(taken: Taken) -> Kept:
-        kept = {q.group.name: q.kept_after(taken[q.group.name]) for q in queues if taken.get(q.group.name)}
+        steps = {name: taken.get(steps_of[name], 0) for name in queues}
+        kept = {name: queue.kept_after(steps[name]) for name, queue in queues.items() if steps[name]}
         gone = removed_layers(graph, kept)
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
-    task = AllocationTask(queues, demand, Meter(cost, queues), measured, progress)
-    return chosen(allocate_alike(allocation, task, widths.alike(groups)))
+    joint = [_joint(own) for own in members.values()]
+    return chosen(allocation.allocate(AllocationTask(joint, demand, Meter(cost, members), measured, progress)))
+
+
+def _joint(queues: Sequence[Queue]) -> Queue:
+    """One queue for groups that lose the same number of units: the score of a step is the mean of theirs. Groups that
+    are equal but for their layers have equally long queues."""
+    scores = tuple(sum(each) / len(queues) for each in zip(*(queue.scores for queue in queues), strict=True))
+    return replace(queues[0], scores=scores)
 
 
 def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
@@ -114,27 +123,29 @@ class _Current:
     network: PreTrainedModel
     graph: CouplingGraph
     scope: Scope
+    groups: Sequence[CoupledGroup]
     widths: Widths
     cost: Cost
     ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
     loss: Callable[[Kept], float] | None = None
 
-    @cached_property
-    def groups(self) -> tuple[CoupledGroup, ...]:
-        return self.scope.groups(self.graph)
-
 
 class _Choice:
-    """Chooses the units of ``model`` that ``job`` removes. ``whole``: the cost of the model; ``text``: for scores and
-    trials. With several steps, copies of the model are cut."""
+    """Chooses the units of ``model`` that ``job`` removes. ``text``: for scores and trials. With several steps, copies
+    of the model are cut."""
 
-    def __init__(
-        self, model: Model, job: PruneJob, whole: Cost, text: CalibrationSet | None, execution: Execution
-    ) -> None:
-        self.model, self.job, self.whole, self.text, self.execution = model, job, whole, text, execution
+    def __init__(self, model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> None:
+        self.model, self.job, self.text, self.execution = model, job, text, execution
         self.kept: Kept = {}
         """By the steps so far, in numbers of the model before the first one."""
-        self.now = _Current(model.model, model.graph, scope_of(job, model), widths_of(job, model), whole)
+        self.now = self._current(model.model, model.graph, scope_of(job, model), widths_of(job, model))
+        self.whole = self.now.cost
+
+    def _current(self, network: PreTrainedModel, graph: CouplingGraph, scope: Scope, widths: Widths) -> _Current:
+        groups = scope.groups(graph)
+        with self.execution.stages.stage("budget"):
+            subject = BudgetSubject(network, graph, groups, self.model.family, self.execution.progress)
+            return _Current(network, graph, scope, groups, widths, self.job.budget.cost(subject))
 
     def units(self) -> Kept:
         """As `choose`."""
@@ -150,13 +161,13 @@ class _Choice:
             with stages.stage("selection"):
                 if once and step == 1:
                     all_of_it = demand(job, self.whole, self.whole, now.groups, now.scope, job.steps)
-                    numbers = lost(now.graph, now.groups, self._select(all_of_it))
+                    numbers = lost(now.graph, now.groups, self._select(all_of_it, job.allocation))
                 chosen = None
                 if once and not last:
                     part = part_of(self.model.graph, self.kept, numbers, step / job.steps, now.groups)
-                    chosen = self._select(part, decided=True)
+                    chosen = self._select(part, Uniform())
                 if chosen is None or self._is_more_than_all(chosen, amount):
-                    chosen = self._select(amount)
+                    chosen = self._select(amount, job.allocation)
             self.kept = compose(self.model.graph, self.kept, chosen)
             # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
             if chosen and not last:
@@ -171,8 +182,7 @@ class _Choice:
         layers = tuple(numbers[n] for n in scope.layers if n in numbers)
         removable = None if scope.removable is None else tuple(numbers[n] for n in scope.removable if n in numbers)
         widths = widths_of(job, model).after(model.graph, kept)
-        cost = CutCost(self.whole, model.graph, kept)
-        return _Current(network, graph, Scope(scope.kinds, layers, removable), widths, cost)
+        return self._current(network, graph, Scope(scope.kinds, layers, removable), widths)
 
     def _rank(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
@@ -190,13 +200,11 @@ class _Choice:
         if now.network is not self.model.model:
             execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
             shared = None
-        earlier = None if shared is None else shared.load("scores")
-        if earlier is None:
-            scores = self._estimate(execution, removal)
-            if shared is not None:
-                shared.store("scores", {name: values.tolist() for name, values in scores.items()})
-        else:
-            scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in earlier.items()}
+
+        def scored() -> dict[str, list[float]]:
+            return {name: values.tolist() for name, values in self._estimate(execution, removal).items()}
+
+        scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
         now.ranked = job.allocation.comparable(scores, now.graph)
 
     def _estimate(self, execution: Execution, removal: Removal | None) -> Scores:
@@ -222,18 +230,16 @@ class _Choice:
             scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
         return scores
 
-    def _select(self, amount: Demand, *, decided: bool = False) -> Kept:
-        """By the job's allocation. ``decided``: ``amount`` has the number of units of each group."""
-        now, job = self.now, self.job
-        if now.loss is None and job.allocation.measures and not decided and self.text is not None:
+    def _select(self, amount: Demand, allocation: Allocation) -> Kept:
+        now = self.now
+        if now.loss is None and allocation.measures and self.text is not None:
             kinds = {group.kind for group in now.groups} - {VOCABULARY}
             trial = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
             now.loss = partial(with_tokens, trial, now.graph, now.ranked)
 
         def chosen() -> Kept:
             return select(
-                now.graph, now.groups, now.ranked, now.scope, amount,
-                Uniform() if decided else job.allocation,
+                now.graph, now.groups, now.ranked, now.scope, amount, allocation,
                 cost=now.cost, widths=now.widths, loss=now.loss, progress=self.execution.progress,
             )  # fmt: skip
 
@@ -245,8 +251,8 @@ class _Choice:
         if amount.whole is None or not chosen:
             return False
         graph = self.model.graph
-        after = CutCost(self.whole, graph, compose(graph, self.kept, chosen))
-        return self.now.cost.remaining() - after.remaining() > amount.whole
+        after = self.whole.remaining(*counts(graph, compose(graph, self.kept, chosen)))
+        return self.now.cost.remaining() - after > amount.whole
 
 
 def counted_part(text: CalibrationSet) -> CalibrationSet:

@@ -116,7 +116,7 @@ class CriterionConformance:
                 self._check_cut(criterion, copy.deepcopy(loaded), kind)
 
     def _check_cut(self, criterion: ImportanceCriterion, loaded: Model, kind: str) -> None:
-        plan, _ = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
+        plan = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
         reference = copy.deepcopy(loaded.model)
         mode = silenced(reference, loaded.graph, plan.kept)
         cut = cut_by(loaded, plan).model

@@ -161,7 +161,7 @@ class FamilyConformance:
         """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
-        made, _ = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(loaded, groups)))
+        made = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(loaded, groups)))
         if uneven:
             kept = random_plan(groups, seed=3, uneven=True)
             cuts = {n: made.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in made.cuts if n in kept}
@@ -171,7 +171,7 @@ class FamilyConformance:
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
         loaded = self.loaded()
-        plan, _ = make_plan(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
+        plan = make_plan(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
         pruned = cut_by(loaded, plan)
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)

@@ -155,10 +155,10 @@ def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
     config = wide_llama()
     family = catalog.family_for(config, "auto")
     loaded = Model("wide", config, family, build_graph(family, config), model=random_instance(config), tokenizer=None)
-    plan, _ = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
+    plan = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
     assert {len(cut.kept) for cut in plan.cuts.values()} == {320}
     # A second prune of the result.
-    again, _ = make_plan(cut_by(loaded, plan), small_job(shape="uniform", amount=0.1, kinds=("mlp",)))
+    again = make_plan(cut_by(loaded, plan), small_job(shape="uniform", amount=0.1, kinds=("mlp",)))
     assert {(cut.units, len(cut.kept)) for cut in again.cuts.values()} == {(320, 256)}
 
 
@@ -171,7 +171,7 @@ def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step(catalog):
     graph = build_graph(family, config)
     loaded = Model("experts", config, family, graph, model=random_instance(config), tokenizer=None)
     for amount, steps in ((0.3, 2), (0.55, 2), (0.55, 3)):
-        plan, _ = make_plan(loaded, small_job(shape="uniform", amount=amount, steps=steps, kinds=("expert",)))
+        plan = make_plan(loaded, small_job(shape="uniform", amount=amount, steps=steps, kinds=("expert",)))
         assert {len(cut.kept) % 4 for cut in plan.cuts.values()} == {0}, (amount, steps, plan.kept)
 
 
@@ -195,7 +195,7 @@ def test_groups_with_equal_numbers_left_of_different_ones_need_not_agree():
 
 
 def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_path):
-    plan, _ = make_plan(gqa, small_job(shape="uniform"))
+    plan = make_plan(gqa, small_job(shape="uniform"))
     assert {len(cut.kept) for cut in plan.cuts.values()} == {64}  # of 96, in multiples of 4
     assert len(plan.cuts) == gqa.graph.num_layers
     pruned = cut_by(gqa, plan)
