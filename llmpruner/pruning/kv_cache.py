@@ -7,7 +7,6 @@ each group cut. An uneven cut without one layer checks that they are proportiona
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -67,14 +66,11 @@ class KvCache(Budget):
         dense = bytes_per_token(model, graph)
         if not sum(dense):
             raise _unknown(model, "does not grow with the tokens")
-        # Each trial cuts groups of one kind, one per layer, so that the change in a layer is that of one group.
+        # Each trial cuts one group of each layer, so that the change in a layer is that of this group.
         queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
-        seen: Counter[tuple[str, int | None]] = Counter()
-        rounds: dict[tuple[str, int, bool], list[Queue]] = {}
+        rounds: dict[str, list[Queue]] = {}
         for queue in queues:
-            place = queue.group.kind, queue.group.layer
-            rounds.setdefault((queue.group.kind, seen[place], queue.group.layer is None), []).append(queue)
-            seen[place] += 1
+            rounds.setdefault(queue.group.in_layer(0), []).append(queue)
         per_unit: dict[tuple[str, int], Fraction] = {}
         for together in subject.progress.track(list(rounds.values()), "key/value cache"):
             cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)

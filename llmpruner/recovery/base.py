@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,22 +36,15 @@ class RecoveryJob:
     """Those that all strategies share, with their defaults filled in; a strategy's own are its ``self.settings``."""
     work_dir: Path
     """A directory for the state of the training, from which `fit` resumes."""
-    load_teacher: Callable[[], PreTrainedModel]
+    teacher: Callable[[], PreTrainedModel]
+    """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
+    without gradients. Loaded by the first call; later ones return the same object. Raises `ModelError` where it cannot
+    be opened."""
     on_step: Callable[[int, int, float], None] | None = None
     """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
     on_validation: Callable[[int, float, float], None] | None = None
     """Called after each validation with the number of steps before it, the loss in nats per token, and the standard
     error of its difference from the first; in a resumed training also for those before the interruption."""
-
-    def teacher(self) -> PreTrainedModel:
-        """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
-        without gradients. Loaded by the first call; later ones return the same object. Raises `ModelError` where it
-        cannot be opened."""
-        return self._teacher
-
-    @cached_property
-    def _teacher(self) -> PreTrainedModel:
-        return self.load_teacher().to(self.model.device).eval().requires_grad_(False)
 
 
 def helped(start: float, loss: float, error: float) -> bool:

@@ -3,6 +3,7 @@ Imports no torch."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -91,13 +92,17 @@ def train(
     processes.from_first(lambda: _claim(work_dir, {**about, "processes": processes.count, "model": _sampled(model)}))
     validations: list[dict[str, Any]] = []
 
+    @functools.cache
+    def teacher() -> PreTrainedModel:
+        return load_teacher().to(model.device).eval().requires_grad_(False)
+
     def validated(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
         if on_validation is not None:
             on_validation(step, loss, error)
 
     job = RecoveryJob(
-        model, tokenizer, data.rows, data.validation, graph, settings, work_dir, load_teacher, on_step, validated
+        model, tokenizer, data.rows, data.validation, graph, settings, work_dir, teacher, on_step, validated
     )  # fmt: skip
     with writing(work_dir):
         result = strategy.train(job)
