@@ -18,7 +18,6 @@ from llmpruner.pruning.allocation import (
     AllocationTask,
     Demand,
     Meter,
-    take_if_it_fits,
     target_of,
     top_up,
 )
@@ -48,7 +47,7 @@ CLASSES: dict[str, tuple[type, ...]] = {
 """Hook → the class that it returns, then those that this class is given or gives back."""
 SHARED = (Component, ComponentSettings)
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "llmpruner_allocations": (target_of, take_if_it_fits, top_up),
+    "llmpruner_allocations": (target_of, top_up),
     "llmpruner_recovery_strategies": (fit,),
     "llmpruner_runtimes": (work_of,),
 }

@@ -1,7 +1,7 @@
 """Allocation: how many units each coupled group loses. Imports no torch.
 
-`Allocation` is the contract, `target_of`, `take_if_it_fits` and `top_up` help to implement it. Built in are `Uniform`
-(equal shares), `GlobalRanking` (one ranking of all units) and `Sensitivity` (by measured divergence, see `trials`).
+`Allocation` is the contract, `target_of` and `top_up` help to implement it. Built in are `Uniform` (equal shares),
+`GlobalRanking` (one ranking of all units) and `Sensitivity` (by measured divergence).
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def target_of(task: AllocationTask) -> int:
     return target
 
 
-def take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
+def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
     """Add one step of group ``name`` to ``taken`` if that removes something and no more than ``target`` in all;
     otherwise leave ``taken`` as it is. Returns whether the step was taken."""
     before = task.meter.removed(taken)
@@ -144,7 +144,7 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
         moved = False
         for queue in task.queues:
             name = queue.group.name
-            if taken[name] < len(queue.steps) and take_if_it_fits(task, taken, name, target):
+            if taken[name] < len(queue.steps) and _take_if_it_fits(task, taken, name, target):
                 moved = True
     gap = target - task.meter.removed(taken)
     over = [
@@ -190,7 +190,7 @@ class Uniform(Allocation):
             for n in range(taken[queue.group.name], upper[queue.group.name])
         ]
         for _, name in sorted(pending):
-            take_if_it_fits(task, taken, name, target)
+            _take_if_it_fits(task, taken, name, target)
         return top_up(task, taken)
 
 
@@ -242,7 +242,7 @@ class GlobalRanking(Allocation):
             start, above = (middle, above) if task.meter.removed(first(middle)) <= target else (start, middle)
         taken, full = first(start), set[str]()
         for name in order[start:]:
-            if name in full or take_if_it_fits(task, taken, name, target):
+            if name in full or _take_if_it_fits(task, taken, name, target):
                 continue
             if _waits(task, taken, name, target):
                 return taken

@@ -1,13 +1,13 @@
 """Fitting the weights of one layer: the order of their use, their targets, and the fits.
 
 The targets are those of `llmpruner.pruning.compensation.repair`, which also explains the symbols. A `Stage` has the
-matrices of a layer that read the same inputs and are fitted together; `StageFits` fits them.
+matrices of a layer that read the same inputs and are fitted together; `LayerFit` fits them.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -34,43 +34,6 @@ _DIRECT = 2e-2
 outputs."""
 
 
-def layer_uses(
-    walk: ForwardWalk, graph: CouplingGraph, number: int, states: States, names: Collection[str]
-) -> tuple[list[list[str]], list[str], str | None, float | None]:
-    """How layer ``number`` of the dense model uses the matrices ``names``: in which order, with those that read the
-    same inputs in one list; their biases; the last of the `stream_writers` that is used, None without any; and c, where
-    the output of the layer is its input plus c times the outputs of these, else None.
-
-    ``states``: hidden states before the layer, of which the first is used. c is the least-squares solution, taken if
-    its relative residual is below `_DIRECT`.
-    """
-    uses: dict[str, WatchedProduct] = {}
-    outputs: list[torch.Tensor] = []
-
-    # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
-    # which may have changed by then, are not read.
-    def seen(use: WatchedProduct) -> None:
-        uses.setdefault(use.parameter, use)
-        if use.parameter in writers:
-            # The layer may add to them in place afterwards.
-            outputs.append(use.outputs.to(torch.float32, copy=True))
-
-    model, writers, hidden = walk.execution.model, stream_writers(graph, number), states[0]
-    with WatchProducts(model, dict.fromkeys([*names, *writers]), seen):
-        change = (walk.run(number, walk.batches[0], hidden, states.passed, tried=True) - hidden).flatten(0, -2)
-    last = next((name for name in reversed(uses) if name in writers), None)
-    uses = {name: use for name, use in uses.items() if name in names}
-    together = groupby(uses.values(), key=lambda use: use.inputs.data_ptr())
-    stages = [[use.parameter for use in same] for _, same in together]
-    biases = names_in_layer(model, graph, number, [use.bias for use in uses.values() if use.bias is not None])
-    if not outputs or any(part.shape != change.shape for part in outputs):
-        return stages, biases, last, None
-    total = torch.stack(outputs).sum(0)
-    factor = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
-    direct = float((change - factor * total).norm()) < _DIRECT * float(change.norm())
-    return stages, biases, last, factor if direct else None
-
-
 @dataclass(frozen=True)
 class Stage:
     """Weights of one layer that read the same inputs. ``factor``: c, None where the layer's output is not such a sum,
@@ -93,6 +56,43 @@ class Stage:
         """Whether targets need the outputs of the matrices in the dense model."""
         additive = self.factor is not None
         return (additive and not self.last) or any(reader.from_stream for reader in self.readers.values())
+
+
+def stages_of(
+    walk: ForwardWalk, graph: CouplingGraph, number: int, states: States, readers: Mapping[str, Reader]
+) -> tuple[list[Stage], list[str]]:
+    """How layer ``number`` of the dense model uses the matrices of ``readers``: the stages in the order of their use,
+    and the names of the biases. ``states``: hidden states before the layer, of which the first is used.
+
+    c is the least-squares solution of change = c · outputs, taken if its relative residual is below `_DIRECT`.
+    """
+    uses: dict[str, WatchedProduct] = {}
+    outputs: list[torch.Tensor] = []
+
+    # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
+    # which may have changed by then, are not read.
+    def seen(use: WatchedProduct) -> None:
+        uses.setdefault(use.parameter, use)
+        if use.parameter in writers:
+            # The layer may add to them in place afterwards.
+            outputs.append(use.outputs.to(torch.float32, copy=True))
+
+    model, writers, hidden, factor = walk.execution.model, stream_writers(graph, number), states[0], None
+    with WatchProducts(model, dict.fromkeys([*readers, *writers]), seen):
+        change = (walk.run(number, walk.batches[0], hidden, states.passed, tried=True) - hidden).flatten(0, -2)
+    if outputs and all(part.shape == change.shape for part in outputs):
+        total = torch.stack(outputs).sum(0)
+        solution = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
+        if float((change - solution * total).norm()) < _DIRECT * float(change.norm()):
+            factor = solution
+    last = next((name for name in reversed(uses) if name in writers), None)
+    read = [use for name, use in uses.items() if name in readers]
+    together = [[use.parameter for use in same] for _, same in groupby(read, key=lambda use: use.inputs.data_ptr())]
+    stages = [
+        Stage({n: readers[n] for n in names}, factor if set(writers).issuperset(names) else None, last in names)
+        for names in together
+    ]
+    return stages, names_in_layer(model, graph, number, [use.bias for use in read if use.bias is not None])
 
 
 @dataclass

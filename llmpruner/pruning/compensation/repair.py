@@ -33,16 +33,9 @@ from ...engine.execution import Execution
 from ...engine.walk import ForwardWalk
 from ...structure.kept import removed_layers
 from .base import Fit, RepairTask
-from .layer_fit import LayerFit, Stage, layer_uses
+from .layer_fit import LayerFit, stages_of
 from .least_squares import Fitter
-from .readers import (
-    ProducerRows,
-    Reader,
-    names_in_layer,
-    readers_of,
-    removed_channels,
-    stream_writers,
-)
+from .readers import ProducerRows, Reader, names_in_layer, readers_of, removed_channels
 
 
 @torch.no_grad()
@@ -129,7 +122,8 @@ class _Repair:
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of one layer, and move h and ĥ to after it."""
         pruned = self._keep_apart()
-        stages, biases = self._stages(number, readers)
+        uses = partial(stages_of, self.walk, self.graph, number, self.dense, readers)
+        stages, biases = self.ranks.from_first(uses)
         needs_dense = any(stage.needs_dense for stage in stages)
         if needs_dense:
             after = self.dense.empty(continued=True)
@@ -139,7 +133,7 @@ class _Repair:
             after = self.dense
             self.walk.advance(number, after)
         producers = ProducerRows(self.model, self.graph, self.kept, number)
-        changed = [*(self.model.get_parameter(name) for name in readers), *biases, *producers.parameters]
+        changed = [*map(self.model.get_parameter, (*readers, *biases)), *producers.parameters]
         original = [(p, p.detach().clone()) for p in {id(p): p for p in changed}.values()] if needs_dense else []
         producers.zero()
         layer = LayerFit(
@@ -163,14 +157,3 @@ class _Repair:
         self.dense = after
         if self.journal is not None:
             self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
-
-    def _stages(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[Stage], list[torch.nn.Parameter]]:
-        """The stages of a layer in the order of their use, and the biases of ``readers``."""
-        uses = partial(layer_uses, self.walk, self.graph, number, self.dense, readers)
-        together, biases, last, factor = self.ranks.from_first(uses)
-        writers = set(stream_writers(self.graph, number))
-        stages = [
-            Stage({n: readers[n] for n in names}, factor if writers.issuperset(names) else None, last in names)
-            for names in together
-        ]
-        return stages, [self.model.get_parameter(name) for name in biases]
