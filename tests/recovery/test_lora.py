@@ -11,11 +11,6 @@ from llmpruner import MLP, Blocks, Catalog, CoupledGroup, Role, Span, Unsupporte
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.strategies import LoraStrategy, adapter_targets
-from llmpruner.testing import RecoveryConformance
-
-
-class TestConformance(RecoveryConformance):
-    strategy = LoraStrategy
 
 
 def test_merging_keeps_the_dtype(tiny):

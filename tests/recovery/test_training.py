@@ -53,8 +53,9 @@ def test_tied_weights_stay_tied(tiny):
     assert result.model.lm_head.weight is result.model.model.embed_tokens.weight
 
 
-@by_name
+@pytest.mark.parametrize("strategy", STRATEGIES[1::2], ids=["lora", "distil lora"])
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, tmp_path, strategy):
+    """With dropout, and with a teacher; the kit of strategies tries the others."""
     whole = tiny(strategy, name="whole")
 
     def interrupt(step, *_):
