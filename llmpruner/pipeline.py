@@ -27,7 +27,7 @@ from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
 from .progress import QUIET, Progress
-from .pruning.checks import check_job, check_tokens, identity
+from .pruning.checks import check_job, check_vocabulary, identity
 from .pruning.compensation.base import Fit, RepairTask
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, job_of
@@ -211,7 +211,7 @@ def _settle(
     decides whether weights are read layer by layer."""
     structure = opener.structure(source)
     check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    check_tokens(job, lambda: opener.tokenizer(structure))
+    check_vocabulary(job, lambda: opener.tokenizer(structure))
     expected = ranks.from_first(
         lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
     )

@@ -43,7 +43,7 @@ def identity(
     }
 
 
-def check_tokens(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
+def check_vocabulary(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
     """Where tokens go, raise `UnsupportedModelError` for a tokenizer that cannot be rewritten, and `PlanError` for a
     plan without tokens that it needs. ``tokenizer``: reads it."""
     cuts = [cut for cut in job.plan.cuts.values() if cut.kind == VOCABULARY] if isinstance(job, ReplayJob) else []

@@ -27,8 +27,8 @@ from ..models.remote import ALLOW
 from ..models.weights import StreamedWeights, Weights
 from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
-from ..structure.coupling import Role, layer_number
-from ..structure.kept import Kept, compose, layer_numbers, restrict
+from ..structure.coupling import Role
+from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
 from ..values import counted
 from .saving import cut_model
 
@@ -223,14 +223,9 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
                 for name in plan.kept
                 for span in graph.by_name[name].spans_with(Role.CONSUMES)
             }
-        numbers, after = layer_numbers(graph, plan.kept), set[str]()
-        for path in changed:
-            number = layer_number(path, graph.layers)
-            if number is None:
-                after.add(path)
-            elif number in numbers:
-                after.add(f"{graph.layers}.{numbers[number]}{path.removeprefix(f'{graph.layers}.{number}')}")
-        changed, graph = after, restrict(graph, plan.kept)
+        numbers = layer_numbers(graph, plan.kept)
+        changed = {after for path in changed if (after := path_after(path, graph.layers, numbers))}
+        graph = restrict(graph, plan.kept)
     return changed
 
 

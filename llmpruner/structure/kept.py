@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import TYPE_CHECKING, Protocol
 
@@ -141,15 +142,7 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     axes = kept_indices(graph, kept)
     names = renamed(graph, kept)
     numbers = layer_numbers(graph, kept)
-
-    def move(path: str) -> str | None:
-        """The path after the cut; None when it was removed."""
-        number = layer_number(path, graph.layers)
-        if number is None:
-            return path
-        rest = path.removeprefix(f"{graph.layers}.{number}")
-        return f"{graph.layers}.{numbers[number]}{rest}" if number in numbers else None
-
+    move = partial(path_after, layers=graph.layers, numbers=numbers)
     groups = []
     for group in graph.groups:
         if group.name not in names:
@@ -233,3 +226,13 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
     gone = set(removed_modules(graph, kept))
     remaining = [n for n in range(graph.num_layers) if f"{graph.layers}.{n}" not in gone]
     return {old: new for new, old in enumerate(remaining)}
+
+
+def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
+    """The path of a module or parameter after a cut that renumbers layers by ``numbers``, see `layer_numbers`; None
+    where its layer was removed. ``layers``: the path of their list."""
+    number = layer_number(path, layers)
+    if number is None:
+        return path
+    rest = path.removeprefix(f"{layers}.{number}")
+    return f"{layers}.{numbers[number]}{rest}" if number in numbers else None
