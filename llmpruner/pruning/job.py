@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from .criteria.base import ImportanceCriterion
     from .methods import Method
 
-_AMOUNTS: Final[Mapping[str, Literal["ratio", "parameters", "units"]]] = {
+By = Literal["ratio", "parameters", "units", "tokens"]
+_AMOUNTS: Final[Mapping[str, By]] = {
     "ratio": "ratio",
     "target_params": "parameters",
     "unit_ratio": "units",
@@ -78,7 +79,7 @@ class CalibrationJob:
 class PruneJob:
     """All that a plan and a cut depend on, besides the model."""
 
-    by: Literal["ratio", "parameters", "units", "tokens"]
+    by: By
     """What ``amount`` is: a share of ``budget`` to remove, the total parameters to keep, the share of the units of
     every group to remove, or the number of tokens to keep."""
     amount: float
@@ -130,30 +131,21 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     for kind in settings.kinds:
         if kind.lower() in MEANT:  # families may have other kinds than those known
             raise UnknownNameError("kind", kind, KINDS)
-    amounts = [name for name in _AMOUNTS if getattr(settings, name) is not None]
-    tokens = own.get(VOCABULARY, {}).get("tokens")
-    if tokens is not None and (amounts or settings.kinds != (VOCABULARY,)):
-        raise SettingsError("vocabulary.tokens says how much to remove by itself, with --kinds vocabulary and no other")
-    if tokens is None and len(amounts) != 1:
-        raise SettingsError(
-            "say how much to remove with one of --ratio, --set prune.target_params and --set prune.unit_ratio"
-            + (f"; {len(amounts)} are given" if amounts else "")
-        )
-    amount = amounts[0] if amounts else "tokens"
-    methods: list[Method] = []
+    by, amount = _amount(settings)
+    method = None
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
-        methods = [catalog.methods.create(name, own.get(name))]
+        method = catalog.methods.create(name, own.get(name))
     text = parse_calibration(settings.calibration, catalog.sources, own)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
-    settings, of_components = _filled(settings, explicit, methods, writes=text.writes)
+    settings, of_components = _filled(settings, explicit, method, writes=text.writes)
     text = parse_calibration(settings.calibration, catalog.sources, own)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
     def of(name: str) -> dict[str, Any]:
         return {**of_components.get(name, {}), **own.get(name, {})}
 
-    counted = {"ratio": settings.budget, "unit_ratio": "decoder"}.get(amount, "parameters")
+    counted = {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters")
     budget = catalog.budgets.create(counted, of(counted))
     criterion = catalog.criteria.create(settings.importance, of(settings.importance))
     of_tokens = None
@@ -164,19 +156,20 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         shares = "sensitivity"  # equal shares of tokens and of channels would compare what has no common measure
     allocation = catalog.allocations.create(shares, of(shares))
     compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
-    if settings.steps > 1 and amount == "unit_ratio":
+    if settings.steps > 1 and by == "units":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     if settings.steps > 1 and VOCABULARY in settings.kinds:
         raise SettingsError("tokens go in one step; leave --steps out")
     criteria = [criterion, *([] if of_tokens is None else [of_tokens])]
+    methods = [] if method is None else [method]
     check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in text.parts)])
     calibration = None
     if any(each.signals - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
         text.order(settings.samples)  # refuses samples that are fewer than the sources
         calibration = CalibrationJob(text, settings.samples, settings.length, "length" in explicit)
     return PruneJob(
-        by=_AMOUNTS.get(amount, "tokens"),
-        amount=float(getattr(settings, amount) if tokens is None else tokens),
+        by=by,
+        amount=float(amount),
         budget=budget,
         kinds=settings.kinds,
         layers=settings.layers,
@@ -193,15 +186,30 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     )
 
 
+def _amount(settings: PruneSettings) -> tuple[By, Any]:
+    """`PruneJob.by`, and its ``amount`` as the user gave it."""
+    amounts = [(by, value) for name, by in _AMOUNTS.items() if (value := getattr(settings, name)) is not None]
+    tokens = settings.settings.get(VOCABULARY, {}).get("tokens")
+    if tokens is not None and (amounts or settings.kinds != (VOCABULARY,)):
+        raise SettingsError("vocabulary.tokens says how much to remove by itself, with --kinds vocabulary and no other")
+    if tokens is not None:
+        return "tokens", tokens
+    if len(amounts) != 1:
+        raise SettingsError(
+            "say how much to remove with one of --ratio, --set prune.target_params and --set prune.unit_ratio"
+            + (f"; {len(amounts)} are given" if amounts else "")
+        )
+    return amounts[0]
+
+
 def _filled(
-    settings: PruneSettings, explicit: Collection[str], methods: Collection[Method], *, writes: bool
+    settings: PruneSettings, explicit: Collection[str], method: Method | None, *, writes: bool
 ) -> tuple[PruneSettings, Mapping[str, Mapping[str, Any]]]:
-    """``settings`` with the defaults of ``methods``, and of `TEN_SAMPLES` for what they leave open, where they are not
+    """``settings`` with the defaults of ``method``, and of `TEN_SAMPLES` for what it leaves open, where they are not
     ``explicit``; and the defaults for settings of components. Raises `SettingsError` for a default that is refused."""
     defaults, name = dict(TEN_SAMPLES), ""
-    for method in methods:
-        defaults |= method.defaults(settings, writes=writes)
-        name = method.name
+    if method is not None:
+        defaults, name = {**defaults, **method.defaults(settings, writes=writes)}, method.name
     of_components: Mapping[str, Mapping[str, Any]] = defaults.pop("settings", {})
     if settings.importance is None and defaults.get("importance") is None:
         raise SettingsError(f"method {name} gives no criterion; choose one with --importance")
