@@ -14,7 +14,6 @@ from pydantic import Field
 from llmpruner import Catalog, ComponentSettings, ImportanceCriterion, ParameterSignals, Product, Role, Signal
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.testing import CriterionConformance
 
 CALIBRATION = tokens(6, 16)
 LENGTH = 16
@@ -169,10 +168,3 @@ def test_ema_follows_the_samples_of_each_expert():
     handle.remove()
     scores = scores_of(loaded, Ema(of="activation"), [group])[group.name]
     torch.testing.assert_close(scores, average.sum(0), rtol=1e-3, atol=1e-9)
-
-
-class TestEma(CriterionConformance):
-    criterion = Ema
-
-    def test_it_is_a_component_that_an_entry_point_registers(self):
-        """It is not."""
