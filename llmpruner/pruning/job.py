@@ -69,7 +69,8 @@ class CalibrationJob:
                 samples=samples, length=self.length_for(model.config), seed=seed, progress=execution.progress,
                 family=model.family, of=self.samples,
             )  # fmt: skip
-            return text.input_ids.tolist()
+            rows: list[list[int]] = text.input_ids.tolist()
+            return rows
 
         ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(sampled))
         return CalibrationSet(torch.tensor(ids), self.text.text)

@@ -77,7 +77,8 @@ def stages_of(
             # The layer may add to them in place afterwards.
             outputs.append(use.outputs.to(torch.float32, copy=True))
 
-    model, writers, hidden, factor = walk.execution.model, stream_writers(graph, number), states[0], None
+    factor: float | None = None
+    model, writers, hidden = walk.execution.model, stream_writers(graph, number), states[0]
     with WatchProducts(model, dict.fromkeys([*readers, *writers]), seen):
         change = (walk.run(number, walk.batches[0], hidden, states.passed, tried=True) - hidden).flatten(0, -2)
     if outputs and all(part.shape == change.shape for part in outputs):
