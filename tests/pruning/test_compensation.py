@@ -28,11 +28,10 @@ CALIBRATION, HELD_OUT = tokens(48, 32, seed=0), tokens(8, 32, seed=9).input_ids
 
 PLANS = [
     *(("llama-gqa", kinds) for kinds in ("mlp", "attention", "query", "hidden", "layer+mlp", "mlp+attention+hidden")),
-    *(("llama-mha", kinds) for kinds in ("attention", "mlp+attention")),
-    *((name, "mlp+attention") for name in ("gpt2", "gptj", "phi", "granite", "gemma2", "glm")),
-    ("granite", "hidden"), ("glm", "hidden"), ("mixtral", "mlp"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
+    *((name, "mlp+attention") for name in ("llama-mha", "gpt2", "gptj", "phi", "granite", "gemma2", "glm")),
+    ("granite", "hidden"), ("glm", "hidden"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
     ("gpt_oss", "mlp"), ("olmo2", "attention"), ("minimax_m2", "query"),
-    ("falcon", "mlp"), ("falcon", "mlp+attention"), ("falcon-7b", "mlp"), ("falcon-7b", "mlp+query"),
+    ("falcon", "mlp+attention"), ("falcon-7b", "mlp+query"),
 ]  # fmt: skip
 
 
