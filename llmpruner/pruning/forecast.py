@@ -20,7 +20,7 @@ from ..calibration.written import passages_at_once
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
-from ..errors import SettingsError
+from ..errors import ModelError, SettingsError
 from ..models.generation import cached_bytes
 from ..models.model import Model
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
@@ -186,7 +186,7 @@ def forecast(
 ) -> Forecast:
     """How a prune runs: with all weights in memory where they fit into half of what is free, or all that it takes into
     ``max_memory``; else layer by layer. ``in_memory``: the result stays in memory. Reads no weights. Raises
-    `SettingsError` where nothing fits."""
+    `SettingsError` where nothing fits, and `ModelError` for a streamed model whose weights are needed in memory."""
     load, loaded = opener.load, structure if isinstance(structure, Model) else None
     resident = psutil.Process().memory_info().rss
     if loaded is None:
@@ -197,6 +197,8 @@ def forecast(
         resident -= 0 if loaded.streamed else sum(p.nbytes for p in loaded.model.parameters())
     sizes, process = _Sizes(job, structure, dtype, device, saves), max(resident, 0) + MODULES
     if loaded is not None and loaded.streamed is not None:
+        if _why_in_memory(job, saves=saves, in_memory=False) or (saves and job.compensation.reads_text):
+            raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
         return sizes.of(True, process)
     whole = "it is loaded already" if loaded is not None else _why_in_memory(job, saves=saves, in_memory=in_memory)
     whole = whole or why_not_streamed(structure, opener.catalog, load)
@@ -230,13 +232,12 @@ def _why_in_memory(job: PruneJob | ReplayJob, *, saves: bool, in_memory: bool) -
     """What needs the whole model in memory; None if nothing does."""
     if in_memory:
         return "the result stays in memory"
-    if isinstance(job, PruneJob):
-        if job.steps > 1:
-            return "--steps cuts copies of the model"
-        if job.allocation.measures:
-            return f"{job.allocation.label()} runs copies of the model"
-        if not job.budget.from_shapes:
-            return f"{job.budget.label()} measures the model"
+    if isinstance(job, PruneJob) and job.steps > 1:
+        return "--steps cuts copies of the model"
+    if isinstance(job, PruneJob) and job.allocation.measures:
+        return f"{job.allocation.label()} runs copies of the model"
+    if not job.budget.from_shapes:
+        return f"{job.budget.label()} measures the model"
     if saves and job.compensation.reads_text and not job.compensation.by_layer:
         return f"{job.compensation.label()} changes weights of the whole model"
     return None

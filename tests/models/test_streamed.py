@@ -14,7 +14,7 @@ from transformers import CONFIG_MAPPING
 from llmpruner import api
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.walk import ForwardWalk
-from llmpruner.errors import CheckpointError, SettingsError
+from llmpruner.errors import CheckpointError, ModelError, SettingsError
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.weights import CheckpointWeights
 from llmpruner.settings import RunSettings
@@ -142,6 +142,21 @@ def test_what_needs_the_whole_model_is_refused_beforehand(settings, why, dense, 
             **{"ratio": 0.2, **settings},
         )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_plan_of_a_measured_budget_is_replayed_in_memory(dense, tmp_path):
+    made = api.plan(str(dense("llama-gqa")), ratio=0.3, budget="kv-cache", kinds="attention", importance="l2")
+    pruned = prune(dense("llama-gqa"), tmp_path / "out", streamed=True, ratio=None, plan=made)
+    assert pruned.streamed is None and pruned.outcome.budget.removed == pytest.approx(1 / 3)
+
+
+@pytest.mark.parametrize("options", [METHODS["best"], {"importance": "l2", "steps": 2}], ids=["fits", "copies"])
+def test_a_streamed_model_that_must_be_in_memory_is_refused(options, dense, tmp_path):
+    """A fit ended in a traceback, after the scores."""
+    streamed = prune(dense("llama-gqa"), tmp_path / "once", streamed=True, importance="l2")
+    with pytest.raises(ModelError, match="once' is read layer by layer; pass its folder"):
+        api.prune(streamed, ratio=0.2, output=tmp_path / "twice", **options)
+    assert api.prune(streamed, ratio=0.2, output=tmp_path / "twice", importance="l2").plans[1:]
 
 
 WEIGHTS = {"ratio": None, "importance": "l1", "compensate": "none"}

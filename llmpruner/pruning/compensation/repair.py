@@ -50,8 +50,7 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
     """
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
-    if execution.weights.streamed and execution.journal is None:
-        raise ValueError("changed weights of a streamed model are kept in a journal, and there is none")
+    assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
     return _Repair(task, ForwardWalk.over(execution, task.calibration), fitter, mix).run()
 
 
