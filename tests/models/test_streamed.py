@@ -154,7 +154,7 @@ def test_a_plan_of_a_measured_budget_is_replayed_in_memory(dense, tmp_path):
 def test_a_streamed_model_that_must_be_in_memory_is_refused(options, dense, tmp_path):
     """A fit ended in a traceback, after the scores."""
     streamed = prune(dense("llama-gqa"), tmp_path / "once", streamed=True, importance="l2")
-    with pytest.raises(ModelError, match="once' is read layer by layer; pass its folder"):
+    with pytest.raises(ModelError, match="dense' is read layer by layer; pass its folder"):
         api.prune(streamed, ratio=0.2, output=tmp_path / "twice", **options)
     assert api.prune(streamed, ratio=0.2, output=tmp_path / "twice", importance="l2").plans[1:]
 
