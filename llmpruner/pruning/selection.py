@@ -150,7 +150,7 @@ class _Choice:
     def units(self) -> Kept:
         """As `choose`."""
         job, stages = self.job, self.execution.stages
-        # A group of layers alone loses as many as the amounts of all steps so far come to.
+        # With equal shares, the numbers of units are decided once. Where layers alone go, each step takes its amount.
         once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
         numbers: dict[str, float] = {}
         for step in range(1, job.steps + 1):
@@ -246,8 +246,8 @@ class _Choice:
         return self.execution.ranks.from_first(chosen)
 
     def _is_more_than_all(self, chosen: Kept, amount: Demand) -> bool:
-        """Whether a part removes more than the whole amount, as layers that cost more go than those whose number was
-        decided."""
+        """Whether ``chosen`` removes more than all steps are to: its layers may be larger than those that were counted
+        when their number was decided."""
         if amount.whole is None or not chosen:
             return False
         graph = self.model.graph
