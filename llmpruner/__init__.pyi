@@ -54,7 +54,6 @@ from .plugins.catalog import Catalog as Catalog
 from .plugins.catalog import register as register
 from .plugins.hookspecs import hookimpl as hookimpl
 from .pruning.allocation import Allocation as Allocation
-from .pruning.allocation import target_of as target_of
 from .pruning.allocation import top_up as top_up
 from .pruning.budgets import Budget as Budget
 from .pruning.budgets import SizeModel as SizeModel

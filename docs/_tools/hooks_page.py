@@ -16,9 +16,7 @@ from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.pruning.allocation import (
     AllocationTask,
-    Demand,
     Meter,
-    target_of,
     top_up,
 )
 from llmpruner.pruning.budgets import BudgetSubject, Cost
@@ -29,7 +27,7 @@ from llmpruner.report.base import Costs, Measurements, ReportSubject
 from llmpruner.structure.scope import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {
-    "allocation": (AllocationTask, Demand, Meter, Queue),
+    "allocation": (AllocationTask, Meter, Queue),
     "budget": (BudgetSubject, Cost),
     "compensation": (RepairTask, Fit),
     "calibration source": (SampleTask,),
@@ -47,7 +45,7 @@ CLASSES: dict[str, tuple[type, ...]] = {
 """Hook → the class that it returns, then those that this class is given or gives back."""
 SHARED = (Component, ComponentSettings)
 FUNCTIONS: dict[str, tuple[Any, ...]] = {
-    "llmpruner_allocations": (target_of, top_up),
+    "llmpruner_allocations": (top_up,),
     "llmpruner_recovery_strategies": (fit,),
     "llmpruner_runtimes": (work_of,),
 }

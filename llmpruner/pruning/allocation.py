@@ -1,7 +1,7 @@
 """Allocation: how many units each coupled group loses. Imports no torch.
 
-`Allocation` is the contract, `target_of` and `top_up` help to implement it. Built in are `Uniform` (equal shares),
-`GlobalRanking` (one ranking of all units) and `Sensitivity` (by measured divergence).
+`Allocation` is the contract, `top_up` helps to implement it. Built in are `Uniform` (equal shares), `GlobalRanking`
+(one ranking of all units) and `Sensitivity` (by measured divergence).
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import BeforeValidator, Field
 
 from ..component import Component, ComponentSettings
-from ..errors import SelectionError
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY
 from ..structure.scope import Queue
@@ -29,18 +28,6 @@ if TYPE_CHECKING:
 
 Taken = dict[str, int]
 """Group name → number of removal steps taken from the group's queue, in order."""
-
-
-@dataclass(frozen=True)
-class Demand:
-    """What must be removed: an ``amount`` of a cost, as in `Cost.remaining` (parameters, bytes …); or ``units``: group
-    name → number of units, which need not be whole. ``whole``: in all but the last of several cuts (``--steps``), the
-    amount that this one and those to come remove together. What this one leaves is added to the amount of the next one,
-    so that a unit that is too large for one cut can be left to a later one."""
-
-    amount: int | None = None
-    units: Mapping[str, float] | None = None
-    whole: int | None = None
 
 
 class Meter:
@@ -69,20 +56,25 @@ class AllocationTask:
     """The inputs of an allocation.
 
     ``queues``: the removal steps of every group in scope, least important first, each with its mean score; of groups
-    that must keep the same number of units, one queue, named after the first. ``demand``: what must be removed.
-    ``meter``: computes the removed amount. ``loss``: for allocations that measure, the mean KL divergence per token, in
-    nats, of the cut model from the current one on calibration text; else None.
+    that must keep the same number of units, one queue, named after the first. ``amount``: what is to be removed, in the
+    units of `Cost.remaining` (parameters, bytes …), which the queues can give. ``meter``: computes the removed amount.
+
+    ``whole``: in all but the last of several cuts (``--steps``), the amount that this one and those to come remove
+    together. What this one leaves is added to the amount of the next one, so that a unit that is too large for one cut
+    can be left to a later one. ``loss``: for allocations that measure, the mean KL divergence per token, in nats, of
+    the cut model from the current one on calibration text; else None.
     """
 
     queues: Sequence[Queue]
-    demand: Demand
+    amount: int
     meter: Meter
+    whole: int | None = None
     loss: Callable[[Taken], float] | None = None
     progress: Progress = QUIET
 
 
 class Allocation(Component):
-    """Decides how many removal steps are taken from each group so that the demand is met."""
+    """Decides how many removal steps are taken from each group so that the amount is removed."""
 
     kind: ClassVar[str] = "allocation"
     measures: ClassVar[bool] = False
@@ -93,7 +85,7 @@ class Allocation(Component):
     otherwise `allocate` is called in every step for its amount."""
 
     def allocate(self, task: AllocationTask) -> Taken:
-        """Steps to take from each queue (by group name). Raises `SelectionError` when the demand cannot be met."""
+        """Steps to take from each queue (by group name)."""
         raise NotImplementedError
 
     def comparable(self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph) -> Mapping[str, torch.Tensor]:
@@ -103,26 +95,12 @@ class Allocation(Component):
         return scores
 
 
-def target_of(task: AllocationTask) -> int:
-    """The requested amount of ``task``, in the units of `Cost.remaining`; 0 where the demand is in units. Raises
-    `SelectionError` when all steps of all queues remove less than it, or than what further cuts are to remove."""
-    target, cost = task.demand.amount or 0, task.meter.cost
-    most = task.meter.removed({queue.group.name: len(queue.steps) for queue in task.queues})
-    whole = max(target, task.demand.whole or 0)
-    if whole > most:
-        raise SelectionError(
-            f"cannot remove {whole:,} {cost.unit}: the selected kinds and layers can give at most {most:,}; select "
-            "more with --kinds or --set prune.layers, or ask for less"
-        )
-    return target
-
-
-def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
-    """Add one step of group ``name`` to ``taken`` if that removes something and no more than ``target`` in all;
+def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
+    """Add one step of group ``name`` to ``taken`` if that removes something and no more than the amount in all;
     otherwise leave ``taken`` as it is. Returns whether the step was taken."""
     before = task.meter.removed(taken)
     taken[name] += 1
-    if before < task.meter.removed(taken) <= target:
+    if before < task.meter.removed(taken) <= task.amount:
         return True
     taken[name] -= 1
     return False
@@ -135,20 +113,17 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
     One step of every queue in turn is taken if it fits, until none fits: where a step of large units (a KV head has
     the parameters of hundreds of MLP channels) would exceed the amount, smaller ones are taken. Finally, one step
     beyond the amount is taken if that is nearer to it.
-
-    Raises `SelectionError` as `target_of` does.
     """
-    target = target_of(task)
     moved = True
     while moved:
         moved = False
         for queue in task.queues:
             name = queue.group.name
-            if taken[name] < len(queue.steps) and _take_if_it_fits(task, taken, name, target):
+            if taken[name] < len(queue.steps) and _take_if_it_fits(task, taken, name):
                 moved = True
-    gap = target - task.meter.removed(taken)
+    gap = task.amount - task.meter.removed(taken)
     over = [
-        (task.meter.removed({**taken, q.group.name: taken[q.group.name] + 1}) - target, number, q.group.name)
+        (task.meter.removed({**taken, q.group.name: taken[q.group.name] + 1}) - task.amount, number, q.group.name)
         for number, q in enumerate(task.queues)
         if taken[q.group.name] < len(q.steps)
     ]
@@ -171,18 +146,15 @@ class Uniform(Allocation):
     equal_shares = True
 
     def allocate(self, task: AllocationTask) -> Taken:
-        queues, units, meter = task.queues, task.demand.units, task.meter
-        if units is not None:
-            return {q.group.name: q.steps_for(units[q.group.name]) for q in queues}
+        queues, meter = task.queues, task.meter
 
         def at(share: float) -> Taken:
             return {q.group.name: q.steps_for(share * q.group.units) for q in queues}
 
-        target = target_of(task)
         low, high = 0.0, 1.0
         for _ in range(50):
             middle = (low + high) / 2
-            low, high = (middle, high) if meter.removed(at(middle)) <= target else (low, middle)
+            low, high = (middle, high) if meter.removed(at(middle)) <= task.amount else (low, middle)
         taken, upper = at(low), at(high)
         pending = [
             (queue.scores[n], queue.group.name)
@@ -190,7 +162,7 @@ class Uniform(Allocation):
             for n in range(taken[queue.group.name], upper[queue.group.name])
         ]
         for _, name in sorted(pending):
-            _take_if_it_fits(task, taken, name, target)
+            _take_if_it_fits(task, taken, name)
         return top_up(task, taken)
 
 
@@ -202,10 +174,9 @@ class GlobalRanking(Allocation):
     requested amount. A group whose next step does not fit loses no more, and the others go on in the same order; the
     last step is as `top_up` says.
 
-    Where further cuts follow (`Demand.whole`), a step that only the whole amount has room for is not passed over: the
-    cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more or less.
-
-    Where shares of units are asked for, the amount is what equal shares save: a head is not worth one MLP channel.
+    Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount has room for is not passed
+    over: the cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more
+    or less.
     """
 
     name = "global"
@@ -232,32 +203,28 @@ class GlobalRanking(Allocation):
             counted = Counter(order[:count])
             return {name: counted[name] for name in queues}
 
-        if task.demand.units is not None:
-            amount = task.meter.removed(Uniform().allocate(task))
-            task = replace(task, demand=Demand(amount=amount))
-        target = target_of(task)
         start, above = 0, len(order) + 1
         while above - start > 1:
             middle = (start + above) // 2
-            start, above = (middle, above) if task.meter.removed(first(middle)) <= target else (start, middle)
+            start, above = (middle, above) if task.meter.removed(first(middle)) <= task.amount else (start, middle)
         taken, full = first(start), set[str]()
         for name in order[start:]:
-            if name in full or _take_if_it_fits(task, taken, name, target):
+            if name in full or _take_if_it_fits(task, taken, name):
                 continue
-            if _waits(task, taken, name, target):
+            if _waits(task, taken, name):
                 return taken
             full.add(name)
-        return taken if task.demand.whole is not None else top_up(task, taken)
+        return taken if task.whole is not None else top_up(task, taken)
 
 
-def _waits(task: AllocationTask, taken: Taken, name: str, target: int) -> bool:
+def _waits(task: AllocationTask, taken: Taken, name: str) -> bool:
     """Whether a step of group ``name``, which does not fit into this cut, fits into this one and those to come
-    together. Takes it if that is nearer to ``target``."""
+    together. Takes it if that is nearer to the amount."""
     more = {**taken, name: taken[name] + 1}
     before, after = task.meter.removed(taken), task.meter.removed(more)
-    if task.demand.whole is None or not before < after <= task.demand.whole:
+    if task.whole is None or not before < after <= task.whole:
         return False
-    if after - target < target - before:
+    if after - task.amount < task.amount - before:
         taken.update(more)
     return True
 

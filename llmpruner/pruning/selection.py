@@ -28,10 +28,10 @@ from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
 from ..structure.kept import compose, layer_numbers, removed_layers
 from ..structure.scope import Queue, Scope, build_queue
 from ..structure.widths import ANY, Widths
-from .allocation import Allocation, AllocationTask, Demand, Meter, Taken, Uniform
+from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Removal, Scores, estimate
-from .targets import demand, lost, part_of, scope_of, widths_of
+from .targets import Demand, demand, lost, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,10 +71,11 @@ def select(
     """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit.
     Deterministic: equal scores are ordered by unit number.
 
-    ``allocation``: decides how many units each group loses; the scores decide which. ``cost``: of ``demand.amount``
-    (default: the decoder's parameters); units that save nothing of it are kept, unless ``widths`` forbids it. ``loss``:
-    for an allocation that measures, kept units → divergence of the cut model from the current one. ``widths``: what
-    groups may keep.
+    ``allocation``: decides how many units each group loses; the scores decide which. Where ``demand`` has numbers of
+    units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
+    MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
+    kept, unless ``widths``, what groups may keep, forbids it. ``loss``: for an allocation that measures, kept units →
+    divergence of the cut model from the current one.
 
     Raises `SelectionError` when the demand cannot be met.
     """
@@ -98,8 +99,19 @@ def select(
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
-    joint = [_joint(own) for own in members.values()]
-    return chosen(allocation.allocate(AllocationTask(joint, demand, Meter(cost, members), measured, progress)))
+    joint, meter, amount = list(map(_joint, members.values())), Meter(cost, members), demand.amount
+    if demand.units is not None:
+        taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
+        if isinstance(allocation, Uniform):
+            return chosen(taken)
+        amount = meter.removed(taken)
+    most = meter.removed({queue.group.name: len(queue.steps) for queue in joint})
+    if (whole := max(amount, demand.whole or 0)) > most:
+        raise SelectionError(
+            f"cannot remove {whole:,} {cost.unit}: the selected kinds and layers can give at most {most:,}; select "
+            "more with --kinds or --set prune.layers, or ask for less"
+        )
+    return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))
 
 
 def _joint(queues: Sequence[Queue]) -> Queue:

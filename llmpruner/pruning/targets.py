@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, like, widths_for
 from ..values import layer_numbers as numbers_of
-from .allocation import Demand
 
 if TYPE_CHECKING:
     from ..models.model import Structure
@@ -23,6 +23,16 @@ if TYPE_CHECKING:
     from ..structure.kept import Kept
     from .budgets import Cost
     from .job import PruneJob
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What must be removed: an ``amount`` of a cost, and the ``whole``, as in `AllocationTask`; or ``units``: group
+    name → number of units, which need not be whole."""
+
+    amount: int = 0
+    whole: int | None = None
+    units: Mapping[str, float] | None = None
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:

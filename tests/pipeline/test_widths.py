@@ -12,11 +12,12 @@ from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.pipeline import make_plan
-from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform
+from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.saving import plan_of, save
 from llmpruner.pruning.selection import select
+from llmpruner.pruning.targets import Demand
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope

@@ -23,10 +23,11 @@ from llmpruner.models.surgery import cut, cut_copy
 from llmpruner.pipeline import make_plan
 from llmpruner.plugins.builtin import llmpruner_budgets
 from llmpruner.pruning import kv_cache
-from llmpruner.pruning.allocation import Demand, GlobalRanking, Uniform
+from llmpruner.pruning.allocation import GlobalRanking, Uniform
 from llmpruner.pruning.budgets import BudgetSubject, Macs, counts, savings
 from llmpruner.pruning.saving import outcome_of
 from llmpruner.pruning.selection import select
+from llmpruner.pruning.targets import Demand
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
 from llmpruner.testing.models import cut_by, small_job

@@ -7,9 +7,10 @@ import torch
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import SelectionError, UnknownNameError
-from llmpruner.pruning.allocation import Demand, GlobalRanking, Uniform
+from llmpruner.pruning.allocation import GlobalRanking, Uniform
 from llmpruner.pruning.budgets import counts, parameter_cost
 from llmpruner.pruning.selection import select
+from llmpruner.pruning.targets import Demand
 from llmpruner.structure.kept import parameters_after, restrict
 from llmpruner.structure.scope import Scope, build_queue
 from llmpruner.structure.widths import Widths

@@ -12,8 +12,9 @@ import llmpruner
 from llmpruner import ModelError
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.surgery import cut
-from llmpruner.pruning.allocation import Demand, GlobalRanking, Sensitivity, Uniform
+from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.selection import select, trial_loss
+from llmpruner.pruning.targets import Demand
 from llmpruner.structure.kept import parameters_after
 from llmpruner.structure.scope import Scope
 
@@ -48,7 +49,16 @@ def test_shares_go_where_the_loss_rises_least(gqa):
     assert shares == sorted(shares, reverse=True)
 
 
-@pytest.mark.parametrize("allocation", (Sensitivity(), GlobalRanking()), ids=lambda one: one.name)
+class OfAPlugin(Allocation):
+    """It knows the amount alone."""
+
+    name = "of-a-plugin"
+
+    def allocate(self, task):
+        return top_up(task, {queue.group.name: 0 for queue in task.queues})
+
+
+@pytest.mark.parametrize("allocation", (Sensitivity(), GlobalRanking(), OfAPlugin()), ids=lambda one: one.name)
 @pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("layer", "mlp")], ids="+".join)
 def test_shares_of_units_remove_what_equal_shares_do(gqa, kinds, allocation):
     """A head or a layer was counted as one MLP channel, and channels of layers that go as removed ones: 0.3 of the

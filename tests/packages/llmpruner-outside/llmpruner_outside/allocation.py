@@ -2,7 +2,7 @@
 
 from pydantic import Field
 
-from llmpruner import Allocation, ComponentSettings, target_of, top_up
+from llmpruner import Allocation, ComponentSettings, top_up
 
 
 class Tapered(Allocation):
@@ -27,8 +27,8 @@ class Tapered(Allocation):
                 for queue, layer in zip(task.queues, layers, strict=True)
             }
 
-        target, low, high = target_of(task), 0.0, 1.0
+        low, high = 0.0, 1.0
         for _ in range(40):
             share = (low + high) / 2
-            low, high = (share, high) if task.meter.removed(at(share)) <= target else (low, share)
+            low, high = (share, high) if task.meter.removed(at(share)) <= task.amount else (low, share)
         return top_up(task, at(low))
