@@ -80,9 +80,9 @@ class Allocation(Component):
     measures: ClassVar[bool] = False
     """Whether it calls ``task.loss``, which needs calibration text."""
     equal_shares: ClassVar[bool] = False
-    """Whether the numbers of units do not depend on scores, but for which group loses the last unit. A compensation may
-    choose the units then, and with ``--steps`` the numbers are decided once, and each step takes a part of them;
-    otherwise `allocate` is called in every step for its amount."""
+    """Whether the numbers of units do not depend on scores, but for which group loses the last unit. With
+    ``--steps``, they are decided once then, and each step takes a part of them; otherwise `allocate` is called in every
+    step for its amount."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name)."""
