@@ -28,11 +28,10 @@ if TYPE_CHECKING:
 
 
 class Cost(ABC):
-    """The cost of a model as a function of the number of units that its groups keep. ``label``: name of the cost;
-    ``unit``: of its numbers."""
+    """The cost of a model as a function of the number of units that its groups keep. ``label``: what is counted, in the
+    plural."""
 
     label: str
-    unit: str
 
     @abstractmethod
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
@@ -171,10 +170,8 @@ class SizeModel:
 class WeightCost(Cost):
     """Σ weights[p] · elements(p) over parameters p: weights[p] is 1 to count parameters, or the bytes of an element."""
 
-    def __init__(
-        self, sizes: SizeModel, weights: Mapping[str, int], label: str = "parameters", unit: str = "parameters"
-    ) -> None:
-        self.label, self.unit = label, unit
+    def __init__(self, sizes: SizeModel, weights: Mapping[str, int], label: str = "parameters") -> None:
+        self.label = label
         self._sizes, self._weights = sizes, weights
 
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
@@ -195,7 +192,7 @@ def parameter_cost(graph: CouplingGraph, groups: Collection[CoupledGroup], *, de
 def byte_cost(model: PreTrainedModel, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> WeightCost:
     """Bytes of all weights of ``model`` in the dtypes that they have in memory; tied ones count once."""
     weights = {name: parameter.element_size() for name, parameter in model.named_parameters()}
-    return WeightCost(SizeModel(graph, groups), weights, "weights", "bytes")
+    return WeightCost(SizeModel(graph, groups), weights, "bytes of weights")
 
 
 class MacsCost(Cost):
@@ -208,7 +205,7 @@ class MacsCost(Cost):
     ``multiplied``: parameter → how many of the experts stacked in it a token is routed to; None without experts.
     """
 
-    label, unit = "MACs per token", "MACs per token"
+    label = "MACs per token"
 
     def __init__(
         self, graph: CouplingGraph, groups: Collection[CoupledGroup], multiplied: Mapping[str, int | None], context: int

@@ -31,7 +31,7 @@ class CacheCost(Cost):
     layer that are saved with each unit of the group. ``units``: group name → its number of units.
     """
 
-    label, unit = "KV-cache bytes per token", "bytes of KV cache per token"
+    label = "KV-cache bytes per token"
 
     def __init__(
         self, layers: Sequence[int], per_unit: Mapping[tuple[str, int], Fraction], units: Mapping[str, int]

@@ -108,7 +108,7 @@ def select(
     most = meter.removed({queue.group.name: len(queue.steps) for queue in joint})
     if (whole := max(amount, demand.whole or 0)) > most:
         raise SelectionError(
-            f"cannot remove {whole:,} {cost.unit}: the selected kinds and layers can give at most {most:,}; select "
+            f"cannot remove {whole:,} {cost.label}: the selected kinds and layers can give at most {most:,}; select "
             "more with --kinds or --set prune.layers, or ask for less"
         )
     return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))

@@ -104,7 +104,7 @@ def test_a_share_of_units_counts_every_group_that_is_cut(gqa, allocation):
 class FirstLayers(Cost):
     """Counts the channels of the first two layers alone, as a budget does whose layers differ."""
 
-    label, unit = "first layers", "channels"
+    label = "channels of the first layers"
 
     def remaining(self, kept=None, gone=()):
         return sum((kept or {}).get(f"layers.{layer}.mlp", 96) for layer in (0, 1))

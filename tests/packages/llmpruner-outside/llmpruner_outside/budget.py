@@ -11,4 +11,4 @@ class MatrixParameters(Budget):
     def cost(self, subject):
         graph = subject.graph
         names = {n: 1 for n, shape in graph.shapes.items() if len(shape) > 1 and n not in graph.ties}
-        return WeightCost(SizeModel(graph, subject.groups), names, "matrix parameters", "parameters")
+        return WeightCost(SizeModel(graph, subject.groups), names, "matrix parameters")
