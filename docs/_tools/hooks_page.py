@@ -14,11 +14,7 @@ from llmpruner.evaluation.runtime import BenchSubject, Session, Work, work_of
 from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
-from llmpruner.pruning.allocation import (
-    AllocationTask,
-    Meter,
-    top_up,
-)
+from llmpruner.pruning.allocation import AllocationTask, Meter, top_up
 from llmpruner.pruning.budgets import BudgetSubject, Cost
 from llmpruner.pruning.compensation.base import Fit, RepairTask
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
