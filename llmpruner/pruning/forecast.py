@@ -83,9 +83,9 @@ class _Sizes:
         self.product = 2 if dtype == torch.float32 and multiplies_bfloat16_fast(device) else self.item
         # Bytes that a layer takes for each token, by those of a gated MLP: forwards, and with gradients.
         self.widest = max(max(shape[-2:]) for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
-        self.forwards = self.widest * (self.product + 10) + 6 * self.hidden * F32
+        self.forwards = 3 * self.widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
-        self.stages = [_Stage(self.layer), self._written(), self._scores(), self._fits()]
+        self.stages = [_Stage(self.layer if saves else 0), self._written(), self._scores(), self._fits()]
 
     def of(self, streamed: bool, process: int) -> Forecast:
         """With all weights in memory, or two layers of them. ``process``: bytes of all else."""
@@ -124,10 +124,12 @@ class _Sizes:
         if signals <= {Signal.WEIGHT, Signal.TOKENS}:
             return _Stage(scoring)
         if not signals & GRADIENTS:
-            squares = {name: prod(s[:-2]) * s[-1] ** 2 for name, s in shapes.items() if len(s) > 1}
-            grams = F32 * self._largest_layer(squares) if Signal.GRAM in signals else 0
+            matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
+            squares = {name: prod(s[:-2]) * s[-1] ** 2 * F32 for name, s in matrices.items()}
+            grams = self._largest_layer(squares) if Signal.GRAM in signals else 0
+            width = 0 if Signal.STREAM in signals else max((s[-1] for s in matrices.values()), default=0)
             blocks = graph.num_layers if Signal.STREAM_BLOCKS in signals else 1
-            memory = max(self.forwards * self._at_once(TOKENS_AT_ONCE) + grams, 3 * grams + scoring)
+            memory = max(self._walk(width) + grams, 3 * grams + scoring)
             return _Stage(memory, self.tokens * self.hidden * F32 * blocks)
         tokens = min(self.tokens, GRADIENT_TOKENS) if job.compensation.reads_text else self.tokens
         at_once = self._at_once(1 if Signal.GRAD_SQ in signals else TOKENS_WITH_GRADIENTS)
@@ -159,8 +161,13 @@ class _Sizes:
                 sums = max(sums, 2 * prod(shape[:-2]) * kept * (kept + out) * F32)
                 solving = max(solving, 8 * kept**2 + 20 * kept * out)
         states = self.tokens * (self.hidden * F32 * (3 if count > self.graph.num_layers else 2) + full * self.product)
-        memory = sums + max(self._at_once(TOKENS_AT_ONCE) * self.forwards, solving)
+        memory = sums + max(self._walk(full), solving)
         return _Stage(memory, states, weights + 4 * self.tokens * self.hidden * F32)
+
+    def _walk(self, width: int) -> int:
+        """A micro-batch in a walk forwards, with what is summed of matrices with ``width`` inputs."""
+        each = max(self.forwards, 6 * self.hidden * F32 + width * (self.product + 10))
+        return self._at_once(TOKENS_AT_ONCE) * each
 
     def _at_once(self, tokens: int) -> int:
         """Tokens of a micro-batch, of whole samples."""
