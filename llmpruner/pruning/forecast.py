@@ -127,7 +127,8 @@ class _Sizes:
             matrices = {name: shape for name, shape in shapes.items() if len(shape) > 1}
             squares = {name: prod(s[:-2]) * s[-1] ** 2 * F32 for name, s in matrices.items()}
             grams = self._largest_layer(squares) if Signal.GRAM in signals else 0
-            width = 0 if Signal.STREAM in signals else max((s[-1] for s in matrices.values()), default=0)
+            observed = signals - {Signal.STREAM, Signal.STREAM_BLOCKS}
+            width = max((s[-1] for s in matrices.values()), default=0) if observed else 0
             blocks = graph.num_layers if Signal.STREAM_BLOCKS in signals else 1
             memory = max(self._walk(width) + grams, 3 * grams + scoring)
             return _Stage(memory, self.tokens * self.hidden * F32 * blocks)
