@@ -107,8 +107,9 @@ def test_costs_are_those_of_the_cut_model(loaded):
         pytest.param("gpt_neox", {}, marks=pytest.mark.slow),
         *(pytest.param(name, {}, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),  # laid out as others
         pytest.param("gemma3_text", {}, marks=pytest.mark.slow),  # sliding windows, norms over heads
-        pytest.param("mixtral", {}, marks=pytest.mark.slow),  # experts
-        pytest.param("deepseek_v3", {}, marks=pytest.mark.slow),  # caches a latent and one shared key, not its heads
+        pytest.param("mixtral", {}, marks=pytest.mark.long),  # experts
+        # Experts, too; caches a latent and one shared key, not its heads.
+        pytest.param("deepseek_v3", {}, marks=pytest.mark.slow),
     ],
 )
 def test_costs_of_other_architectures(catalog, model_type, options):
