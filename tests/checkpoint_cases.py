@@ -150,9 +150,8 @@ def cut_phi3() -> Any:
 def cut_gpt_neox() -> Any:
     def groups(n: int) -> list[CoupledGroup]:
         path = f"gpt_neox.layers.{n}"
-        attention = layouts.interleaved_qkv_attention(
-            f"{path}.attention.query_key_value", f"{path}.attention.dense", 4, 8, bias=True
-        )
+        qkv, dense = (f"{path}.attention.{m}" for m in ("query_key_value", "dense"))
+        attention = (*layouts.produces(qkv, Blocks(4, 24), bias=True), *layouts.consumes(dense, Blocks(4, 8)))
         mlp = layouts.two_layer_mlp(f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h", 48)
         return [
             CoupledGroup(f"layers.{n}.attention", ATTENTION, 4, attention, layer=n),
@@ -218,7 +217,8 @@ def gated(n: int) -> CoupledGroup:
 
 def packed(n: int) -> CoupledGroup:
     gate_up, down = (f"model.layers.{n}.mlp.{m}_proj" for m in ("gate_up", "down"))
-    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, layouts.packed_gated_mlp(gate_up, down, 48), layer=n)
+    rows = (*layouts.produces(gate_up, Blocks(48)), *layouts.produces(gate_up, Blocks(48, start=48)))
+    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, (*rows, *layouts.consumes(down, Blocks(48))), layer=n)
 
 
 def _cut(

@@ -34,15 +34,6 @@ def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) 
     return (*produces(gate, channel, bias=bias), *produces(up, channel, bias=bias), *consumes(down, channel))
 
 
-def packed_gated_mlp(gate_up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """As `gated_mlp`, with F = ``width`` gate rows ``0…F−1`` and up rows ``F…2F−1`` in one projection, (2F, hidden)."""
-    return (
-        *produces(gate_up, Blocks(width), bias=bias),
-        *produces(gate_up, Blocks(width, start=width), bias=bias),
-        *consumes(down, Blocks(width)),
-    )
-
-
 def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
     """``down(act(up(x)))``; a unit is one of F = ``width`` channels.
 
@@ -73,20 +64,6 @@ def query_heads(q: str, o: str, heads: int, head_dim: int, *, bias: bool = False
     `grouped_query_attention`."""
     head = Blocks(heads, head_dim)
     return (*produces(q, head, bias=bias), *consumes(o, head))
-
-
-def interleaved_qkv_attention(
-    qkv: str, o: str, kv_heads: int, head_dim: int, *, queries: int = 1, bias: bool = False
-) -> tuple[Span, ...]:
-    """One projection with, for each KV head, its ``queries`` query heads, then its key, then its value (GPT-NeoX,
-    BLOOM, ChatGLM-6B with ``queries=1``; Falcon's new decoder with more).
-
-    Weights: ``qkv`` (kv_heads · (queries + 2) · head_dim, hidden), ``o`` (hidden, kv_heads · queries · head_dim).
-    """
-    return (
-        *produces(qkv, Blocks(kv_heads, (queries + 2) * head_dim), bias=bias),
-        *consumes(o, Blocks(kv_heads, queries * head_dim)),
-    )
 
 
 def hidden_channels(
