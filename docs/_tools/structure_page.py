@@ -11,7 +11,6 @@ from llmpruner.engine import signals
 from llmpruner.engine.signals import (
     InputStats,
     ParameterSignals,
-    Position,
     Product,
     ProductStats,
     Signal,
@@ -23,7 +22,7 @@ from llmpruner.structure import coupling, layouts
 from llmpruner.structure.coupling import Blocked, Blocks, CoupledGroup, CouplingGraph, Explicit, Role, Span, index_map
 
 STRUCTURE = (Role, Span, Blocks, Explicit, CoupledGroup, CouplingGraph, Blocked)
-SIGNALS = (Signal, ParameterSignals, InputStats, Product, ProductStats, StreamStats, TokenStats, Position, UnitAxis)
+SIGNALS = (Signal, ParameterSignals, InputStats, Product, ProductStats, StreamStats, TokenStats, UnitAxis)
 CLASSES = (*STRUCTURE, *SIGNALS)
 BUILDERS: tuple[Any, ...] = tuple(
     function

@@ -13,7 +13,7 @@ import torch
 from ..errors import ModelError
 from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts
-from .signals import GRADIENTS, ParameterSignals, Position, Signal, positions
+from .signals import GRADIENTS, ParameterSignals, Signal, kinds_read
 from .statistics import NOTHING, Measured, forward_statistics
 
 if TYPE_CHECKING:
@@ -48,17 +48,17 @@ def walk_signals(
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
     Raises `ModelError` for values that are not finite.
     """
-    where, needed = positions(graph), frozenset(needs)
-    make = partial(_signals, execution.model, where, needed, seed, by_matrix)
+    needed = frozenset(needs)
+    make = partial(_signals, execution.model, needed, seed, by_matrix)
     if needed <= {Signal.WEIGHT}:
         yield from _of_weights(execution.weights, wanted, make)
         return
     assert calibration is not None, "all signals but weights are measured on text"
-    samples, gradients = len(calibration.input_ids), Signal.PRODUCT_GRAD in needed
+    samples, gradients, reads = len(calibration.input_ids), Signal.PRODUCT_GRAD in needed, kinds_read(graph)
 
     def reduce(names: Collection[str]) -> ReduceProducts:
         assert measure is not None, "statistics of products need a function that measures them"
-        return ReduceProducts(execution.model, names, where, measure, samples, gradients=gradients)
+        return ReduceProducts(execution.model, names, reads, measure, samples, gradients=gradients)
 
     def forward() -> Iterator[tuple[str, Measured]]:
         inputs = bool(needed & {Signal.INPUT_STATS, Signal.GRAM})
@@ -133,7 +133,6 @@ def _of_gradients(
 
 def _signals(
     model: PreTrainedModel,
-    where: Mapping[str, Position],
     needs: Collection[Signal],
     seed: int,
     by_matrix: bool,
@@ -153,7 +152,7 @@ def _signals(
     dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
     if not (by_matrix and parameter.dim() == 3):
         grad = None if grad is None else grad.float()
-        yield name, ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products, where[name])
+        yield name, ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products)
         return
     for number in range(len(parameter)):
         matrix = slice(number, number + 1)
@@ -166,7 +165,6 @@ def _signals(
                 generator,
                 inputs and inputs.of_matrix(number),
                 products and products.of_matrix(number),
-                where[name],
                 number,
             ),
         )

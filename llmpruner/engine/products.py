@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import PluginError
 from ..models.numbers import multiplies_bfloat16_fast
 from .ranks import SINGLE, Ranks
-from .signals import Position, Product, ProductStats
+from .signals import Product, ProductStats
 
 if TYPE_CHECKING:
     from torch import nn
@@ -259,7 +259,7 @@ Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 class ReduceProducts:
     """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer.
 
-    ``positions``: of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
+    ``reads``: `kinds_read`, of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
     ``measure`` is called in the backward pass, with the gradient of the outputs, instead of the forward pass.
     """
 
@@ -267,13 +267,13 @@ class ReduceProducts:
         self,
         model: PreTrainedModel,
         names: Collection[str],
-        positions: Mapping[str, Position],
+        reads: Mapping[str, frozenset[str]],
         measure: Measure,
         num_samples: int,
         *,
         gradients: bool = False,
     ) -> None:
-        self._model, self._names, self._positions, self._measure = model, names, positions, measure
+        self._model, self._names, self._reads, self._measure = model, names, reads, measure
         self._num_samples, self._gradients = num_samples, gradients
         self._routing = Routing(model, names)
         self._sums: dict[str, dict[str, torch.Tensor]] = {}
@@ -317,7 +317,7 @@ class ReduceProducts:
             inputs=watched.inputs.to(torch.float32, copy=copy),
             outputs=outputs.to(torch.float32, copy=copy) if bias is None else outputs.float() + bias.detach().float(),
             weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
-            position=self._positions[watched.parameter],
+            reads=self._reads[watched.parameter],
             expert=watched.slot,
             num_samples=self._num_samples,
             row_samples=None if tokens is None else self._first + tokens // self._shape[1],

@@ -7,33 +7,17 @@ Shapes: ``rows`` is the number of calibration tokens that a weight is multiplied
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..structure.coupling import VOCABULARY, Role
+from ..structure.coupling import Role
 
 if TYPE_CHECKING:
     import torch
 
     from ..structure.coupling import CouplingGraph
-
-
-@dataclass(frozen=True, slots=True)
-class Position:
-    """The position of a parameter in the model.
-
-    ``reads`` and ``produces`` contain the kinds of units of all coupled groups, whether they are scored or not; an axis
-    that no coupled group owns is not represented. A down projection reads ``"mlp"`` and produces ``"hidden"``.
-    """
-
-    layer: int | None = None
-    """Number of its decoder layer, from 0; None outside the decoder layers (embeddings, final norm, head)."""
-    reads: frozenset[str] = frozenset()
-    """Kinds of the units whose activations the parameter is multiplied with (spans with `Role.CONSUMES`)."""
-    produces: frozenset[str] = frozenset()
-    """Kinds of the units whose activations it computes (spans with `Role.PRODUCES`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,23 +30,18 @@ class UnitAxis:
     """Role of the span; None where a unit is a layer, which owns the whole parameter."""
     axis: int
     """The axis of the parameter; 0 where a unit is a layer."""
-    position: Position
+    reads: frozenset[str]
+    """As `Product.reads`, of the parameter."""
 
 
-def positions(graph: CouplingGraph) -> dict[str, Position]:
-    """Name → position of every stored parameter; tied parameters are under the name they are stored by."""
-    reads: dict[str, set[str]] = {}
-    produces: dict[str, set[str]] = {}
+def kinds_read(graph: CouplingGraph) -> dict[str, frozenset[str]]:
+    """Name of a stored parameter → the kinds of the units whose activations it is multiplied with, whether they are
+    scored or not. Tied parameters are under the name they are stored by."""
+    found: dict[str, set[str]] = {name: set() for name in graph.shapes if name not in graph.ties}
     for group in graph.groups:
-        # Rows of an embedding are looked up, not computed.
-        for span in group.spans_with(Role.CONSUMES, Role.PRODUCES) if group.kind != VOCABULARY else ():
-            kinds = reads if span.role is Role.CONSUMES else produces
-            kinds.setdefault(graph.ties.get(span.parameter, span.parameter), set()).add(group.kind)
-    return {
-        name: Position(graph.layer_of(name), frozenset(reads.get(name, ())), frozenset(produces.get(name, ())))
-        for name in graph.shapes
-        if name not in graph.ties
-    }
+        for span in group.spans_with(Role.CONSUMES):
+            found[graph.ties.get(span.parameter, span.parameter)].add(group.kind)
+    return {name: frozenset(kinds) for name, kinds in found.items()}
 
 
 class Signal(str, Enum):
@@ -112,10 +91,6 @@ class InputStats:
     """The input axis of the weight."""
     gram: torch.Tensor | None = None
     """E[xxᵀ] in float32, (d_in, d_in) or (experts, d_in, d_in); None unless `Signal.GRAM` was asked for."""
-    routed: torch.Tensor | None = None
-    """For a stack: how many calibration tokens were routed to each expert, (experts,), int64. None for one matrix."""
-    all_tokens: bool = True
-    """Whether every calibration token was multiplied with the weight. False for experts with routing."""
 
     def of_matrix(self, number: int) -> InputStats:
         """Those of one matrix of a stack, with a first axis of length one."""
@@ -125,7 +100,6 @@ class InputStats:
             mean=self.mean[one],
             second_moment=self.second_moment[one],
             gram=None if self.gram is None else self.gram[one],
-            routed=None if self.routed is None else self.routed[one],
         )
 
     @property
@@ -182,7 +156,8 @@ class Product:
     outputs: torch.Tensor
     weight: torch.Tensor
     """(d_out, d_in), in the model's dtype; for a stack, the matrix of this expert."""
-    position: Position
+    reads: frozenset[str]
+    """Kinds of the units whose activations the inputs are: ``{"mlp"}`` for a down projection."""
     expert: int | None
     """Number of the expert in a stacked parameter; None where the parameter is one matrix."""
     num_samples: int
@@ -271,7 +246,6 @@ class ParameterSignals:
     """None also for parameters that are not used in a matrix product, and for those outside the decoder layers."""
     products: ProductStats | None = None
     """None also for the same parameters as ``inputs``."""
-    position: Position = field(default_factory=Position)
     matrix: int | None = None
     """The number of a matrix in a stack, for a criterion that gets them one at a time
     (`ImportanceCriterion.by_matrix`); all tensors have a first axis of length one then."""

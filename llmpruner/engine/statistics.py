@@ -128,22 +128,20 @@ class InputSums:
             name: self._sums.get(name) or _Sums(self._model.get_parameter(name), axis, self._gram)
             for name, axis in axes.items()
         }
-        tensors = [t for sums in every.values() for t in (sums.total, sums.square, sums.tokens, sums.outer)]
+        tensors = [t for sums in every.values() for t in (sums.total, sums.square, sums.outer)]
         ranks.sum_(tensor for tensor in tensors if tensor is not None)
         return {name: sums.finish(tokens) for name, sums in every.items()}
 
 
 class _Sums:
     """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares
-    (S, d_in), in float64; of outer products (S, d_in, d_in), lower triangles, in float32; and the number of tokens of
-    each matrix (S,)."""
+    (S, d_in), in float64; and of outer products (S, d_in, d_in), lower triangles, in float32."""
 
     def __init__(self, parameter: torch.Tensor, axis: int, gram: bool) -> None:
         self.axis, self.dim = axis, parameter.dim()
         slots, width, device = parameter.shape[0] if self.dim == 3 else 1, parameter.shape[axis], parameter.device
         self.total = torch.zeros(slots, width, dtype=torch.float64, device=device)
         self.square = torch.zeros_like(self.total)
-        self.tokens = torch.zeros(slots, dtype=torch.int64, device=device)
         self.outer = torch.zeros(slots, width, width, device=device) if gram else None
 
     def add(self, product: WatchedProduct) -> None:
@@ -151,8 +149,6 @@ class _Sums:
         # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
         self.total[slot] += inputs.sum(0)
         self.square[slot] += inputs.square().sum(0)
-        # In some models the inputs of every expert are all tokens, with zeros for those that are not routed to it.
-        self.tokens[slot] += len(inputs) if self.dim == 2 else inputs.any(1).sum()
         if self.outer is not None:
             add_gram(self.outer[slot], inputs)
 
@@ -167,8 +163,6 @@ class _Sums:
             second_moment=(self.square / tokens).float().view(shape),
             axis=self.axis,
             gram=gram if gram is None or self.dim == 3 else gram[0],
-            routed=self.tokens if self.dim == 3 else None,
-            all_tokens=bool((self.tokens >= tokens).all()),
         )
 
 

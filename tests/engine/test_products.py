@@ -16,7 +16,7 @@ from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.products import ReduceProducts
-from llmpruner.engine.signals import Position, positions
+from llmpruner.engine.signals import kinds_read
 from llmpruner.engine.statistics import forward_statistics
 from llmpruner.errors import PluginError
 from llmpruner.models.meta import decoder_layers
@@ -40,11 +40,11 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
         found.append(product)
         return {}
 
-    where = defaultdict(Position)
+    reads = defaultdict(frozenset)
     list(
         forward_statistics(
             Execution.of(model, path), names, calibration, inputs=False,
-            reduce=lambda some: ReduceProducts(model, some, where, measure, len(calibration.input_ids)),
+            reduce=lambda some: ReduceProducts(model, some, reads, measure, len(calibration.input_ids)),
         )
     )  # fmt: skip
     return found
@@ -147,11 +147,11 @@ def test_sums_are_added_up_over_micro_batches_and_kept_apart_by_expert(name):
     width = found.inputs.second_moment.shape[found.inputs.axis]
     expected = found.inputs.second_moment.double() * total
     torch.testing.assert_close(sums["square"].flatten(), expected.flatten(), rtol=1e-5, atol=1e-8)
-    if found.inputs.routed is None:
+    if found.weight.dim() == 2:
         assert sums["square"].shape == (width,) and int(sums["rows"]) == total
     else:
         assert sums["square"].shape == (4, width)
-        assert torch.equal(sums["rows"], found.inputs.routed.double())
+        assert int(sums["rows"].sum()) == 2 * total, "every token goes to two experts"
     (other,) = (s for n, s in signals.items() if n != reader)
     assert other.products is None and other.inputs is None
 
@@ -216,15 +216,11 @@ def test_sums_of_one_name_have_one_shape():
         signals_of(loaded, [name], lambda p: {"rows": p.inputs[:, 0]}, Signal.PRODUCT)
 
 
-def test_positions_have_layers_and_kinds():
-    graph = make("mixtral").graph
-    where = positions(graph)
-    assert where["model.layers.2.mlp.experts.down_proj"] == Position(
-        2, frozenset({"mlp"}), frozenset({"expert", "hidden"})
-    )
-    assert where["model.layers.0.self_attn.o_proj.weight"].reads == {"attention", "query"}
-    assert where["model.embed_tokens.weight"] == Position(None, frozenset(), frozenset({"hidden"}))
-    assert where["model.layers.1.input_layernorm.weight"] == Position(1)
+def test_a_parameter_reads_kinds_of_units():
+    reads = kinds_read(make("mixtral").graph)
+    assert reads["model.layers.2.mlp.experts.down_proj"] == {"mlp"}
+    assert reads["model.layers.0.self_attn.o_proj.weight"] == {"attention", "query"}
+    assert reads["model.embed_tokens.weight"] == reads["model.layers.1.input_layernorm.weight"] == set()
 
 
 class Recording(ImportanceCriterion):
@@ -242,21 +238,20 @@ class Recording(ImportanceCriterion):
         return signals.weight.abs()
 
     def score_units(self, signals, axis, index_UK):
-        assert axis.position is not None and axis.position == signals.position
-        self.axes.append((axis.kind, axis.role, axis.axis, axis.position.layer, tuple(index_UK.shape)))
+        self.axes.append((axis.kind, axis.role, axis.axis, axis.reads, tuple(index_UK.shape)))
 
 
-def test_a_criterion_gets_kind_role_and_layer_of_every_axis():
+def test_a_criterion_gets_kind_and_role_of_every_axis_and_what_the_parameter_reads():
     loaded = make("llama-gqa")
     criterion = Recording()
     groups = [group for group in loaded.graph.groups if criterion.accepts(group.kind)]
     estimate(loaded.model, loaded.graph, groups, criterion, None)
-    assert ("mlp", Role.PRODUCES, 0, 1, (56, 1)) in criterion.axes
-    assert ("mlp", Role.CONSUMES, 1, 1, (56, 1)) in criterion.axes
-    assert ("attention", Role.CONSUMES, 1, 2, (3, 16)) in criterion.axes
-    assert ("hidden", Role.NORM, 0, 0, (48, 1)) in criterion.axes
-    assert ("hidden", Role.PRODUCES, 1, None, (48, 1)) in criterion.axes
-    assert ("layer", None, 0, 2, (1, 56)) in criterion.axes
+    assert ("mlp", Role.PRODUCES, 0, {"hidden"}, (56, 1)) in criterion.axes
+    assert ("mlp", Role.CONSUMES, 1, {"mlp"}, (56, 1)) in criterion.axes
+    assert ("attention", Role.CONSUMES, 1, {"attention", "query"}, (3, 16)) in criterion.axes
+    assert ("hidden", Role.NORM, 0, set(), (48, 1)) in criterion.axes
+    assert ("hidden", Role.PRODUCES, 1, set(), (48, 1)) in criterion.axes
+    assert ("layer", None, 0, {"hidden"}, (1, 56)) in criterion.axes
     assert criterion.saliencies == len(loaded.graph.shapes) < len(criterion.axes)
 
 
@@ -273,7 +268,7 @@ def fast(monkeypatch, *, yes: bool = True) -> None:
 @pytest.mark.parametrize(("name", "near"), [("llama-gqa", 0.05), ("gpt2", 0.05), ("mixtral", 0.2), ("gemma2", 0.05)])
 def test_fast_products_with_gradients_stay_near(name, near, monkeypatch):
     loaded = make(name)
-    names = [name for name, position in positions(loaded.graph).items() if "mlp" in position.reads]
+    names = [name for name, kinds in kinds_read(loaded.graph).items() if "mlp" in kinds]
     sums = {}
     for way in (False, True):
         fast(monkeypatch, yes=way)

@@ -155,20 +155,3 @@ def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
         model(CALIBRATION.input_ids, use_cache=False)
     of_text = torch.cosine_similarity(states[:, own:], after[0][:, own:], dim=-1)
     assert float(found.cosine[0, 0]) == pytest.approx(float(of_text.double().mean()), abs=1e-5)
-
-
-@pytest.mark.parametrize(("name", "each"), [("mixtral", 2), ("gpt_oss", 2), ("llama4", 1)])
-def test_tokens_routed_to_each_expert_are_counted(name, each):
-    loaded = make(name)
-    experts = next(m for n, m in layers_of(loaded)[1].named_modules() if n.endswith("experts"))
-    parameter = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
-    stats = statistics(loaded, [parameter], gram=False)[parameter]
-    assert stats.routed.shape == (4,) and not stats.all_tokens
-    assert int(stats.routed.sum()) == each * CALIBRATION.input_ids.numel()
-
-
-def test_one_matrix_gets_all_tokens():
-    loaded = make("llama-gqa")
-    name = "model.layers.1.mlp.down_proj.weight"
-    stats = statistics(loaded, [name])[name]
-    assert stats.routed is None and stats.all_tokens

@@ -12,7 +12,7 @@ from criteria_cases import layers_of, make, tokens
 
 from llmpruner import Catalog, ModelError
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.engine.signals import InputStats, ParameterSignals, Position, Signal, UnitAxis
+from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
 from llmpruner.errors import SelectionError
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.allocation import Normalization, normalized
@@ -154,7 +154,7 @@ def test_a_transposed_weight_scores_alike(name):
 
 
 def columns(axis: int) -> UnitAxis:
-    return UnitAxis("mlp", Role.CONSUMES, axis, Position())
+    return UnitAxis("mlp", Role.CONSUMES, axis, frozenset({"mlp"}))
 
 
 def obs_problem(units: int, width: int = 1, out: int = 5, seed: int = 0):

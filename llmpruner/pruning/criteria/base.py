@@ -39,9 +39,9 @@ class ImportanceCriterion(Component):
     - `score_layers`: scores of all layers, from the residual stream.
     - `score_tokens`: scores of all tokens of the vocabulary, from their use.
 
-    A criterion gets the signals in `signals`. It does not get module names: the position of a parameter is described by
-    kinds of units, roles and the number of its layer. Arguments must not be changed in place. Scores that are not
-    finite end the command with `ModelError`; raise `UnsupportedModelError` for a model whose signals do not suffice.
+    A criterion gets the signals in `signals`. It does not get module names: kinds of units and roles describe what a
+    parameter is for. Arguments must not be changed in place. Scores that are not finite end the command with
+    `ModelError`; raise `UnsupportedModelError` for a model whose signals do not suffice.
     """
 
     kind: ClassVar[str] = "criterion"

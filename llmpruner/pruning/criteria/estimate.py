@@ -15,7 +15,7 @@ import torch
 
 from ...engine.execution import Execution
 from ...engine.parameter_signals import walk_signals
-from ...engine.signals import ParameterSignals, Signal, UnitAxis, positions
+from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
 from ...engine.statistics import stream_statistics, token_statistics
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import CoupledGroup, CouplingGraph
@@ -147,18 +147,18 @@ def scored_spans(
 ) -> dict[str, list[_Use]]:
     """Parameter → the spans that are scored; tied parameters are under the name they are stored by."""
     uses: dict[str, list[_Use]] = {}
-    where = positions(graph)
+    reads = kinds_read(graph)
     for group in groups:
         stored = [(n, span) for n, span in enumerate(group.spans) if span.parameter not in graph.ties]
         found = [
-            (span.parameter, _Use(group, n, UnitAxis(group.kind, span.role, span.axis, where[span.parameter])))
+            (span.parameter, _Use(group, n, UnitAxis(group.kind, span.role, span.axis, reads[span.parameter])))
             for n, span in stored
         ]
         scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
         for name, use in scored or found:
             uses.setdefault(name, []).append(use)
         for number, name in enumerate(_module_parameters(graph, group)):
-            axis = UnitAxis(group.kind, None, 0, where[name])
+            axis = UnitAxis(group.kind, None, 0, reads[name])
             uses.setdefault(name, []).append(_Use(group, number, axis))
     return uses
 

@@ -30,10 +30,10 @@ class OfExpertOutputs(ImportanceCriterion):
 
     def counts(self, axis: UnitAxis) -> bool:
         """Of all that an expert owns, the projection that reads its inner channels: it computes the output."""
-        return MLP in axis.position.reads
+        return MLP in axis.reads
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
-        if product.expert is None or MLP not in product.position.reads:
+        if product.expert is None or MLP not in product.reads:
             return {}
         # Where a model computes every expert on all tokens, those that are not routed to one have inputs of zero.
         routed = product.inputs.any(1) if product.row_gates is None else product.inputs.new_ones(len(product.inputs))

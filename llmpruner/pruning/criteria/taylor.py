@@ -95,7 +95,7 @@ class Fisher(ImportanceCriterion):
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
         effects = product.inputs * product.input_grads
         found = {"squares": effects.square().sum(0) / product.num_samples}
-        if product.expert is None and product.position.reads & _HEADS:
+        if product.expert is None and product.reads & _HEADS:
             found["products"] = effects.mT @ effects / product.num_samples
         return found
 
