@@ -102,6 +102,7 @@ def examine(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
+    from llmpruner.discovery.family import AutoFamily
     from llmpruner.discovery.tiny import random_instance
     from llmpruner.discovery.verify import representative, verify
     from llmpruner.errors import UnsupportedModelError, first_line
@@ -113,7 +114,7 @@ def examine(model_type: str) -> dict[str, Any]:
         small = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})))
         model = random_instance(small)
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
-        verdicts = verify(None, small, shrink=False)
+        verdicts = verify(AutoFamily(), small, shrink=False)
     except UnsupportedModelError as error:
         result["reason"] = str(error)
     except Exception as error:

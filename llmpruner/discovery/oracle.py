@@ -66,7 +66,7 @@ class Verdict:
 class Oracle:
     """Compares cut with silenced copies of one random model."""
 
-    def __init__(self, config: PreTrainedConfig, graph: CouplingGraph, family: ModelFamily | None, seed: int) -> None:
+    def __init__(self, config: PreTrainedConfig, graph: CouplingGraph, family: ModelFamily, seed: int) -> None:
         self.config, self.graph, self.family, self.seed = config, graph, family, seed
         self.models, self.skipped = _instances(config, seed)
         generator = torch.Generator().manual_seed(seed + 1)
@@ -102,7 +102,7 @@ class Oracle:
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
         if kind == LAYER and len(types) == self.graph.num_layers:
             plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
-        if self.family is None and kind != LAYER:
+        if self.family.is_discovered and kind != LAYER:
             verdict.follows = self._follows(groups, plans["uneven"])
         for name, kept in plans.items():
             for implementation, dense in self.models.items():
@@ -173,7 +173,7 @@ class Oracle:
 
     def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
         model = copy.deepcopy(dense)
-        cut(model, self.graph, kept, self.family or Follower(follows))
+        cut(model, self.graph, kept, Follower(follows) if self.family.is_discovered else self.family)
         return model
 
     def _compare(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from itertools import islice
 from operator import itemgetter
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from ..models.meta import graph_of
@@ -20,7 +20,7 @@ from .tiny import HEADS, fingerprint, random_instance, small_config, small_confi
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..structure.kept import Follows
+    from ..models.surgery import Follows
     from .family import ModelFamily
 
 _FOUND: dict[tuple[object, str], Verdict] = {}
@@ -29,25 +29,23 @@ the same small model."""
 
 
 def verify(
-    source: ModelFamily | None,
+    family: ModelFamily,
     config: PreTrainedConfig,
     *,
     kinds: Iterable[str] | None = None,
     seed: int = 0,
     shrink: bool = True,
 ) -> list[Verdict]:
-    """Check every kind of unit of ``source`` on a small random model of the architecture of ``config``.
-
-    ``source``: a family, or None for discovery. One verdict per kind, in order of appearance. Raises
+    """Check every kind of unit of ``family`` on a small random model of the architecture of ``config``. One verdict per
+    kind, in order of appearance. ``shrink``: whether ``config`` must be made small first. Raises
     `UnsupportedModelError` when the small model cannot be built or traced.
     """
     kinds = None if kinds is None else list(kinds)
-    family = None if source is None or source.is_discovered else source
     small = config
     if shrink:
-        small = representative(config, kinds) if family is None else small_config(config)
+        small = representative(config, kinds) if family.is_discovered else small_config(config)
     model = random_instance(small, seed)
-    graph = graph_of(model, discover_graph(small).groups if source is None else source.coupled_groups(small))
+    graph = graph_of(model, family.coupled_groups(small))
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 
@@ -107,9 +105,9 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
     return facts
 
 
-def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily | None = None) -> tuple[Rule, ...]:
-    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found once in a process. ``family``:
-    declares the groups; None: they are discovered. Raises `UnsupportedModelError` when a kind cannot be cut exactly."""
+def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily) -> tuple[Rule, ...]:
+    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found once in a process. Raises
+    `UnsupportedModelError` when a kind cannot be cut exactly."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
     missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]
@@ -130,8 +128,8 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
     return tuple(rules)
 
 
-def with_rules(family: Follows, model: PreTrainedModel, kinds: Collection[str]) -> Follows:
+def with_rules(family: ModelFamily, model: PreTrainedModel, kinds: Collection[str]) -> Follows:
     """``family``, or if its rules are discovered, the rules for cuts of ``kinds``."""
-    if not getattr(family, "is_discovered", False):
+    if not family.is_discovered:
         return family
-    return Follower(rules_of(stock_config(model), set(kinds) - {LAYER}, cast("ModelFamily", family)))
+    return Follower(rules_of(stock_config(model), set(kinds) - {LAYER}, family))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +25,12 @@ from .vocabulary import renumber
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..structure.kept import Follows
+
+class Follows(Protocol):
+    """Updates module attributes after a cut, such as the number of heads that an attention module stores."""
+
+    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+        """``model``: after the cut; changed in place. ``graph``: before the cut. ``kept``: group name → units kept."""
 
 
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:

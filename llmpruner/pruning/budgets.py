@@ -24,7 +24,7 @@ from ..structure.kept import kept_indices, layer_numbers, surviving_units
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..structure.kept import Follows
+    from ..discovery.family import ModelFamily
 
 
 class Cost(ABC):
@@ -48,7 +48,7 @@ class BudgetSubject:
     model: PreTrainedModel
     graph: CouplingGraph
     groups: Sequence[CoupledGroup]
-    family: Follows
+    family: ModelFamily
     progress: Progress = QUIET
 
 

@@ -62,7 +62,7 @@ class KvCache(Budget):
         from ..models.surgery import cut_copy
 
         model, graph, groups = subject.model, subject.graph, subject.groups
-        family = with_rules(subject.family, model, {g.kind for g in groups})
+        follows = with_rules(subject.family, model, {g.kind for g in groups})
         dense = bytes_per_token(model, graph)
         if not sum(dense):
             raise _unknown(model, "does not grow with the tokens")
@@ -73,7 +73,7 @@ class KvCache(Budget):
             rounds.setdefault(queue.group.in_layer(0), []).append(queue)
         per_unit: dict[tuple[str, int], Fraction] = {}
         for together in subject.progress.track(list(rounds.values()), "key/value cache"):
-            cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, family)
+            cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, follows)
             after = bytes_per_token(cut, graph)
             for queue in together:
                 layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
@@ -87,7 +87,7 @@ class KvCache(Budget):
         whole = next((g for g in groups if g.kind == LAYER and g.units > 1), None)
         if whole is not None:
             kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
-        measured = bytes_per_token(cut_copy(model, graph, kept, family) if kept else model, graph)
+        measured = bytes_per_token(cut_copy(model, graph, kept, follows) if kept else model, graph)
         if sum(measured) != cost.remaining(*counts(graph, kept)):
             raise _unknown(model, "is not proportional to the units that are kept")
         return cost

@@ -36,8 +36,9 @@ from .targets import Demand, demand, lost, part_of, scope_of, widths_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ..discovery.family import ModelFamily
     from ..models.model import Model
-    from ..structure.kept import Follows, Kept
+    from ..structure.kept import Kept
     from .job import PruneJob
 
 GRADIENT_TOKENS = 32768
@@ -288,7 +289,7 @@ def trial_loss(
     model: PreTrainedModel,
     graph: CouplingGraph,
     kinds: Collection[str],
-    family: Follows,
+    family: ModelFamily,
     calibration: CalibrationSet,
 ) -> Callable[[Kept], float]:
     """A function from kept units to the mean KL divergence per token, in nats, of the model cut to them from ``model``.
@@ -296,7 +297,7 @@ def trial_loss(
     ``kinds``: of the units that are cut. Every trial cuts a copy that shares the weights that are not cut. Memory
     beyond the model: the logits of 2,048 tokens.
     """
-    family = with_rules(family, model, set(kinds))
+    follows = with_rules(family, model, set(kinds))
     ids = check_tokens(model, calibration.input_ids)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
@@ -309,7 +310,7 @@ def trial_loss(
 
     @torch.no_grad()
     def loss(kept: Kept) -> float:
-        copied = cut_copy(model, graph, kept, family)
+        copied = cut_copy(model, graph, kept, follows)
         total = sum(divergence(before, logits(copied, part)) for before, part in zip(dense, tried, strict=True))
         if not isfinite(total):
             raise ModelError(

@@ -80,6 +80,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
     ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
     structure is not proved."""
+    from ..discovery.family import AutoFamily
     from ..discovery.oracle import VERIFIED
     from ..discovery.tiny import small_config
     from ..discovery.verify import verify
@@ -96,7 +97,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
             )
         small = small_config(config)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
-        verdicts = verify(None, small, shrink=False)
+        verdicts = verify(AutoFamily(), small, shrink=False)
         for verdict in verdicts:
             if verdict.verdict != VERIFIED:
                 raise UnsupportedModelError(

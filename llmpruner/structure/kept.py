@@ -10,22 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from math import prod
-from typing import TYPE_CHECKING, Protocol
 
 from ..errors import PlanError
 from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map, layer_number
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 Kept = Mapping[str, Sequence[int]]
-
-
-class Follows(Protocol):
-    """Updates module attributes after a cut, such as the number of heads that an attention module stores."""
-
-    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        """``model``: after the cut; changed in place. ``graph``: before the cut. ``kept``: group name → units kept."""
 
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:

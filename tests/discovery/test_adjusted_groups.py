@@ -13,15 +13,15 @@ import torch
 from composed import ComposedConfig
 from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig, PreTrainedConfig
 
-from llmpruner import Catalog, CoupledGroup, ModelFamily, UnsupportedModelError, build_graph
+from llmpruner import CoupledGroup, ModelFamily, UnsupportedModelError, build_graph
 from llmpruner.discovery import verify as rules
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow
 from llmpruner.discovery.oracle import VERIFIED, logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative, verify
 from llmpruner.errors import CouplingError, UnknownNameError
 from llmpruner.models.surgery import cut, silence
-from llmpruner.plugins.manager import plugin_manager
 from llmpruner.structure.kept import renamed, restrict
 from llmpruner.structure.scope import Scope
 
@@ -69,20 +69,20 @@ def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch: pytest.M
 
     monkeypatch.setattr(rules, "verify", counting)
     monkeypatch.setattr(rules, "_FOUND", {})
-    first = rules.rules_of(SMALL, ["attention"])
+    first = rules.rules_of(SMALL, ["attention"], AutoFamily())
     assert first == (Follow("attention", "transformer.h.*.attn", "split_size"),)
     larger = copy.deepcopy(SMALL)
     larger.n_layer, larger.n_inner = 12, 400
-    assert rules.rules_of(larger, ["attention"]) == first
-    rules.rules_of(SMALL, ["attention", "mlp"])
+    assert rules.rules_of(larger, ["attention"], AutoFamily()) == first
+    rules.rules_of(SMALL, ["attention", "mlp"], AutoFamily())
     assert asked == [["attention"], ["mlp"]]
-    rules.rules_of(GPT2Config(reorder_and_upcast_attn=True), ["mlp"])
+    rules.rules_of(GPT2Config(reorder_and_upcast_attn=True), ["mlp"], AutoFamily())
     assert asked[2:] == [["mlp"]], "a flag makes another architecture"
 
 
 def test_a_kind_that_small_models_lack_is_refused() -> None:
     with pytest.raises(UnsupportedModelError, match="cut of gadget units cannot be found: a small gpt2 model has none"):
-        rules.rules_of(SMALL, ["gadget"])
+        rules.rules_of(SMALL, ["gadget"], AutoFamily())
 
 
 def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_an_equal_number_of_another_module_stays() -> None:
     """Jamba's `time_step_rank` follows the cut of its own channels, which are of the kind `mlp` as those of the layer's
     MLP are. After a first cut, the MLP had as many as the rank, and a second cut made the rank smaller too."""
     small = small_config(representative(CONFIG_MAPPING["jamba"]()))
-    family = Catalog(plugin_manager()).families["auto"]()
+    family = AutoFamily()
     model, graph = random_instance(small, 0), build_graph(family, small)
     rank = model.get_submodule("model.layers.0.mamba").time_step_rank
     (mlp,) = [g for g in graph.of_kinds(["mlp"]) if g.layer == 0 and "feed_forward" in g.spans[0].parameter]
@@ -166,7 +166,7 @@ def test_two_groups_of_a_module_with_equal_numbers_of_units() -> None:
         vocab_size=40, hidden_size=16, num_hidden_layers=2, state_size=4, time_step_rank=32, pad_token_id=0,
         bos_token_id=1, eos_token_id=2,
     )  # fmt: skip
-    family = Catalog(plugin_manager()).families["auto"]()
+    family = AutoFamily()
     model, graph = random_instance(config, 0), build_graph(family, config)
     rank, channels = [
         [g for g in graph.of_kinds(["mlp"]) if any(s.parameter.endswith(end) and s.axis == 1 for s in g.spans)]

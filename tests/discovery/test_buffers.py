@@ -13,6 +13,7 @@ from composed import ComposedConfig
 from transformers import FalconH1Config, Glm4MoeConfig, PreTrainedConfig, ZayaConfig
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follower
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
@@ -43,7 +44,7 @@ def test_the_selection_bias_belongs_to_the_experts() -> None:
 
 @pytest.mark.slow
 def test_experts_with_a_selection_bias_are_verified() -> None:
-    (verdict,) = verify(None, experts(), kinds=["expert"], shrink=False)
+    (verdict,) = verify(AutoFamily(), experts(), kinds=["expert"], shrink=False)
     assert verdict.verdict == VERIFIED, verdict
     assert "save and load" in verdict.checks
 
@@ -88,7 +89,7 @@ def test_groups_of_experts_keep_the_same_number_each() -> None:
     group = discover_graph(config).by_name["layers.1.experts"]
     assert (config.n_group, group.units, group.blocks) == (2, 8, 2)
     assert group.minimum == 2 * config.num_experts_per_tok, "all that are chosen may come from one group"
-    (verdict,) = verify(None, config, kinds=["expert"], shrink=False)
+    (verdict,) = verify(AutoFamily(), config, kinds=["expert"], shrink=False)
     assert verdict.verdict == VERIFIED, verdict
 
 
@@ -105,7 +106,7 @@ def test_a_computed_buffer_is_cut_and_saved_from_then_on(keeps: range, tmp_path:
     assert [str(s) for s in graph.by_name["layers.0.mlp"].buffers] == ["layers.0.mlp.scale[axis 0] 0:40 (produces)"]
     model = random_instance(SCALED)
     expected = copy.deepcopy(model.layers[1].mlp.scale[list(kept["layers.1.mlp"])])
-    cut(model, graph, kept, Follower(rules_of(SCALED, ["mlp"])))
+    cut(model, graph, kept, Follower(rules_of(SCALED, ["mlp"], AutoFamily())))
     assert save_checkpoint(model, tmp_path / "pruned", record={}) == "shim"
     loaded = load_pruned(tmp_path / "pruned")
     assert torch.equal(loaded.layers[1].mlp.scale, expected)

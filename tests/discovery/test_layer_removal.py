@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits
 from llmpruner.discovery.shrink import Small
 from llmpruner.discovery.tiny import random_instance, tiny_config
@@ -41,7 +42,7 @@ TOKENS = torch.randint(40, 128, (2, 9), generator=torch.Generator().manual_seed(
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
 def test_layers_of_every_sort_of_configuration_are_removable(model_type: str) -> None:
-    (verdict,) = verify(None, CONFIG_MAPPING[model_type](), kinds=[LAYER])
+    (verdict,) = verify(AutoFamily(), CONFIG_MAPPING[model_type](), kinds=[LAYER])
     assert verdict.verdict == VERIFIED, verdict.reason
     assert "save and load" in verdict.checks
 

@@ -13,6 +13,7 @@ from fresh import run_fresh
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api, load_pruned
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, why_no_generation
 from llmpruner.discovery.tiny import random_instance, small_config
@@ -181,5 +182,5 @@ def test_every_layer_is_found_where_a_layer_counts_as_two() -> None:
 
 @pytest.mark.long
 def test_an_uneven_cut_is_saved_in_the_convention_of_transformers() -> None:
-    verdicts = verify(None, CONFIG_MAPPING["gemma4_text"](), kinds=["mlp", "attention"])
+    verdicts = verify(AutoFamily(), CONFIG_MAPPING["gemma4_text"](), kinds=["mlp", "attention"])
     assert {v.kind: v.verdict for v in verdicts} == {"mlp": VERIFIED, "attention": VERIFIED}, verdicts

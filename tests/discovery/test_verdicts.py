@@ -12,6 +12,7 @@ from llmpruner_llama.family import LlamaFamily
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import REFUSED, VERIFIED
 from llmpruner.discovery.verify import differences, verify
@@ -39,7 +40,7 @@ class Forgetful(ModelFamily):
 
 def test_the_small_model_has_heads() -> None:
     """CodeGen spreads its heads over four parts: with five heads, no head is in one part alone."""
-    (verdict,) = verify(None, CodeGenConfig(), kinds=["attention"])
+    (verdict,) = verify(AutoFamily(), CodeGenConfig(), kinds=["attention"])
     assert verdict.verdict == VERIFIED
 
 
@@ -94,7 +95,7 @@ def test_what_is_written_in_another_way_is_no_difference() -> None:
 
 def test_checks_that_are_not_possible_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ComposedForCausalLM, "_supports_sdpa", False)
-    (verdict,) = verify(None, BIASED, kinds=["mlp"], shrink=False)
+    (verdict,) = verify(AutoFamily(), BIASED, kinds=["mlp"], shrink=False)
     sdpa, generation = verdict.skipped
     assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")
     assert generation.startswith("cached generation: the dense model gives other logits with a cache")
@@ -105,7 +106,7 @@ def test_a_model_with_everything_skips_nothing() -> None:
     config = LlamaConfig(
         hidden_size=48, intermediate_size=40, num_attention_heads=6, num_hidden_layers=2, vocab_size=96
     )
-    (verdict,) = verify(None, config, kinds=["mlp"], shrink=False)
+    (verdict,) = verify(AutoFamily(), config, kinds=["mlp"], shrink=False)
     assert verdict.verdict == VERIFIED and verdict.skipped == []
 
 
