@@ -240,30 +240,13 @@ def dense_structure(
 
     Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
     """
-    dense = _structure(pruned, catalog, load or LoadSettings(), named)
-    recorded = None if named else (pruned.record or {}).get(_WEIGHTS)
-    if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
-        _LOG.warning(
-            "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "
-            "stored in other files", dense.ref, pruned.ref,
-        )  # fmt: skip
-    return dense
-
-
-def open_dense(pruned: Structure, catalog: Catalog, load: LoadSettings) -> Model:
-    """The dense model with its tokenizer, in the dtype and on the device of ``load``. Raises as `dense_structure`."""
-    return load_model(_structure(pruned, catalog, load, None), catalog, load)
-
-
-def _structure(pruned: Structure, catalog: Catalog, load: LoadSettings, named: str | None) -> Structure:
     if not pruned.plans:
         raise not_pruned(pruned.ref)
-    base, path = pruned.plans[0].base, (pruned.record or {}).get(_PATH)
+    base, record = pruned.plans[0].base, pruned.record or {}
+    path = record.get(_PATH)
     ref = named or (path if isinstance(path, str) and exists(path) else base.model)
-    options = load.model_copy(update={"family": None, "revision": None})
-    if named is None:
-        revision = None if exists(ref) else base.revision
-        options = options.model_copy(update={"family": pruned.family.name, "revision": revision})
+    family, revision = (None, None) if named else (pruned.family.name, None if exists(ref) else base.revision)
+    options = (load or LoadSettings()).model_copy(update={"family": family, "revision": revision})
     try:
         dense = load_structure(ref, catalog, options)
     except LlmprunerError as error:
@@ -275,12 +258,17 @@ def _structure(pruned: Structure, catalog: Catalog, load: LoadSettings, named: s
             f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "
             "or shape"
         )
+    recorded = None if named else record.get(_WEIGHTS)
+    if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
+        _LOG.warning(
+            "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "
+            "stored in other files", dense.ref, pruned.ref,
+        )  # fmt: skip
     return dense
 
 
 def placed_as(loaded: Model, trust_remote_code: bool) -> LoadSettings:
     """Settings that load another model in the dtype and on the device of ``loaded``."""
-    device = loaded.model.device if loaded.streamed is None else loaded.streamed.device
-    dtype = str(loaded.model.dtype).removeprefix("torch.")
-    values = {"dtype": dtype, "device": str(device), "trust_remote_code": trust_remote_code}
+    dtype, device = str(loaded.model.dtype).removeprefix("torch."), str(loaded.model.device)
+    values = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
     return settings_from(LoadSettings, values)

@@ -16,14 +16,14 @@ import psutil
 import torch
 
 from ..calibration.conversations import Completion, Example, Instruction
-from ..discovery.opening import Opener, Source, check_source, dense_structure, open_dense, placed_as
+from ..discovery.opening import Opener, Source, check_source, dense_structure, placed_as
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
 from ..errors import LlmprunerError, ModelError, SettingsError, no_tokenizer
 from ..files import alone_in, check_new_directory, write_text
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
-from ..models.opening import reopened
+from ..models.opening import load_model, reopened
 from ..models.positions import table_of
 from ..models.trimmed import in_tokens_of
 from ..pruning.saving import save
@@ -60,7 +60,7 @@ def recover(
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
     tokenizer, positions = opener.tokenizer(opened), table_of(opened.config)
     data = None if own else prepare(settings, opened.family, tokenizer, positions=positions)
-    _check_model(strategy, opened, opener, own)
+    dense = _check_model(strategy, opened, opener, own)
     if output is not None:
         opener.say_widened(opened)
     with alone_in(folder, anew=restart) if ranks.first else nullcontext():
@@ -68,17 +68,21 @@ def recover(
         with stages.stage("loading"):
             loaded = opener.weights(opened)
         load = placed_as(loaded, opener.load.trust_remote_code)
-        dense = functools.cache(lambda: open_dense(loaded, opener.catalog, load))
+
+        @functools.cache
+        def dense_model() -> Model:
+            return load_model(dense or dense_structure(loaded, opener.catalog, opener.load), opener.catalog, load)
+
         if data is None:
             assert own is not None
             with stages.stage("writing examples"):
-                written = ranks.from_first(lambda: _written(own, loaded, dense, folder, settings.seed, opener))
+                written = ranks.from_first(lambda: _written(own, loaded, dense_model, folder, settings.seed, opener))
             data = prepare(settings, opened.family, tokenizer, positions=positions, written={own.source: written})
             if not strategy.needs_dense:
-                dense.cache_clear()
+                dense_model.cache_clear()
         with stages.stage("training"):
             teacher = functools.partial(in_tokens_of, loaded, teaching=True)
-            result = _trained(job, loaded, data, folder, lambda: teacher(dense()), opener)
+            result = _trained(job, loaded, data, folder, lambda: teacher(dense_model()), opener)
         history = [*(loaded.record or {}).get("recovery", []), result.details]
         recovered = replace(loaded, model=result.model, record={**(loaded.record or {}), "recovery": history})
         if output is None:
@@ -93,8 +97,12 @@ def recover(
         return loaded
 
 
-def _check_model(strategy: RecoveryStrategy, opened: Structure, opener: Opener, own: DenseText | None) -> None:
-    """Refuse what needs a dense model that cannot be opened, or more memory than the machine has."""
+def _check_model(
+    strategy: RecoveryStrategy, opened: Structure, opener: Opener, own: DenseText | None
+) -> Structure | None:
+    """The dense model; None where it is not needed. Refuses one that cannot be opened, and more memory than the machine
+    has."""
+    dense: Structure | None = None
     models = [opened]
     if own is not None or strategy.needs_dense:
         try:
@@ -116,6 +124,7 @@ def _check_model(strategy: RecoveryStrategy, opened: Structure, opener: Opener, 
             "--strategy lora and --dtype bfloat16 take less"
         )
     opener.progress.status(f"strategy {strategy.name}: at least {needed / 2**30:.1f} GiB of memory")
+    return dense
 
 
 def _written(
