@@ -147,7 +147,8 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
-    config = _read_config(ref, options)
+    revision = ref.commit(options.revision)
+    config = _read_config(ref, options, revision)
     if getattr(config, "llmpruner", None) is not None:
         raise ModelError(
             f"'{text}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not there; "
@@ -155,7 +156,8 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
         )
     family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
     try:
-        return Structure(text, config, family, build_graph(family, config), path=ref.local_path)
+        graph = build_graph(family, config)
+        return Structure(text, config, family, graph, path=ref.local_path, revision=revision)
     except LlmprunerError:
         raise
     except Exception as error:  # of the model's class, which refuses its configuration
@@ -201,15 +203,15 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
 
 
-def _read_config(ref: Reference, options: LoadSettings) -> PreTrainedConfig:
+def _read_config(ref: Reference, options: LoadSettings, revision: str | None) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
     with in_one_line(ref), quiet_transformers(), ref.parsed_once():
         config: PreTrainedConfig = AutoConfig.from_pretrained(
-            ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
+            ref.location, revision=revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
         )
         if options.trust_remote_code:
-            register_model_class(config, options.revision)
+            register_model_class(config, revision)
         return config
 
 
@@ -245,7 +247,7 @@ def dense_structure(
     base, record = pruned.plans[0].base, pruned.record or {}
     path = record.get(_PATH)
     ref = named or (path if isinstance(path, str) and exists(path) else base.model)
-    family, revision = (None, None) if named else (pruned.family.name, None if exists(ref) else base.revision)
+    family, revision = (None, None) if named else (pruned.family.name, base.revision)
     options = (load or LoadSettings()).model_copy(update={"family": family, "revision": revision})
     try:
         dense = load_structure(ref, catalog, options)

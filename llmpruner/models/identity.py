@@ -20,16 +20,14 @@ from .record import OF_THIS_MACHINE, sampled_sha256, sha256
 from .reference import resolve
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ..plugins.catalog import Catalog
     from .reference import Reference
 
 
-def model_identity(ref: str, catalog: Catalog, config: PreTrainedConfig | None = None) -> str | None:
-    """A digest of the files of a model, and of those of the base of adapters; of a model of the hub, of the commit in
-    its ``config``. None where that is not known."""
-    files = _model_files(ref, getattr(config, "_commit_hash", None), catalog)
+def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
+    """A digest of the files of a model, and of those of the base of adapters; of a model of the hub, of its ``commit``.
+    None where that is not known."""
+    files = _model_files(ref, commit, catalog)
     return None if files is None else hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 

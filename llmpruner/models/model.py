@@ -26,6 +26,7 @@ class Structure:
     ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model.
     ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter, that of its base,
     with the adapter's training. ``path``: the absolute path of local files, None for a hub id and the demo model.
+    ``revision``: the commit of a hub model, from which weights and tokenizer are read too; of an adapter, its base's.
     """
 
     ref: str
@@ -35,6 +36,7 @@ class Structure:
     plans: tuple[PruningPlan, ...] = ()
     record: Mapping[str, Any] | None = None
     path: str | None = field(default=None, kw_only=True)
+    revision: str | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         graph, state = self.graph, f"pruned {len(self.plans)} times" if self.plans else "not pruned"

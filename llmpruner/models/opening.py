@@ -41,7 +41,7 @@ def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | N
         check_weights(Path(structure.ref))  # before the base is read
     ref = resolve(base or structure.ref, catalog)
     with ref.parsed_once():
-        tokenizer = read_tokenizer(ref, options, structure.config)
+        tokenizer = read_tokenizer(ref, structure, options)
         model = _read_model(ref, structure, options)
     model = model.to(options.device).eval()
     check_shapes(model, structure.graph, ref.text)
@@ -68,7 +68,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
         model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
             dtype=dtype,
-            revision=options.revision,
+            revision=structure.revision,
             trust_remote_code=options.trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
@@ -101,7 +101,7 @@ def open_streamed(structure: Structure, catalog: Catalog, options: LoadSettings,
     layer by layer. ``scratch``: see `CheckpointWeights`."""
     ref = resolve(structure.ref, catalog)
     check_files(ref)
-    tokenizer = read_tokenizer(ref, options, structure.config)
+    tokenizer = read_tokenizer(ref, structure, options)
     weights = open_weights(structure, catalog, options, scratch)
     return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
 

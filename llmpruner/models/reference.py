@@ -73,6 +73,17 @@ class Reference:
             return None
         return str((self.directory / (self.gguf_file or "")).resolve())
 
+    def commit(self, revision: str | None) -> str | None:
+        """The commit that ``revision`` (None: the default branch) of a hub model is now; ``revision`` itself where the
+        hub does not say. None for a local model."""
+        if self.directory.exists():
+            return None
+        from transformers.utils.hub import resolve_revision
+
+        found = resolve_revision(self.location, revision)
+        commit: str | None = getattr(found, "resolved", found)
+        return commit
+
     @property
     def gguf_argument(self) -> dict[str, Any]:
         """What ``from_pretrained`` of transformers needs for a GGUF file; empty for other models."""

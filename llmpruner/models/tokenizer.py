@@ -20,8 +20,6 @@ from .reference import Reference, resolve
 from .trimmed import InTokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
     from ..plugins.catalog import Catalog
     from .model import Structure
 
@@ -30,7 +28,7 @@ def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings
     """The tokenizer of a model, without its weights; None where it has none."""
     ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog)
     with ref.parsed_once():
-        return read_tokenizer(ref, options, structure.config)
+        return read_tokenizer(ref, structure, options)
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
@@ -43,16 +41,16 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
     return any((ref.directory / name).is_file() for name in TOKENIZER_FILES)
 
 
-def read_tokenizer(ref: Reference, options: LoadSettings, config: PreTrainedConfig) -> Any | None:
+def read_tokenizer(ref: Reference, structure: Structure, options: LoadSettings) -> Any | None:
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory)
     if ref.directory.is_dir() and not ref.gguf_file and not any((ref.directory / f).is_file() for f in TOKENIZER_FILES):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
-    extra: dict[str, Any] = ref.gguf_argument or {"config": config}
+    extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}
     with in_one_line(ref), quiet_transformers():
         tokenizer = AutoTokenizer.from_pretrained(
-            ref.location, revision=options.revision, trust_remote_code=options.trust_remote_code, **extra
+            ref.location, revision=structure.revision, trust_remote_code=options.trust_remote_code, **extra
         )
     if ref.gguf_file:
         pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")

@@ -35,7 +35,7 @@ def identity(
     """JSON values that tell a run from others: all that its result, and the shapes of its hidden states, depend on."""
     return {
         "model": structure.path or structure.ref,
-        "files": model_identity(structure.ref, opener.catalog, structure.config),
+        "files": model_identity(structure.ref, opener.catalog, structure.revision),
         "data": data_identity(job),
         "prune": what.model_dump(mode="json"),
         "load": opener.load.model_dump(mode="json"),

@@ -65,11 +65,7 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
     if job.by == "ratio":
         target = Target(by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record())
     return PruningPlan(
-        base=BaseRef(
-            model=model.ref,
-            revision=getattr(model.config, "_commit_hash", None),
-            structure=structure_of(model.graph),
-        ),
+        base=BaseRef(model=model.ref, revision=model.revision, structure=structure_of(model.graph)),
         family=model.family.name,
         estimation=EstimationRecord(
             criterion=job.criterion.name,

@@ -136,7 +136,7 @@ class RecipeRun:
     def inputs(self, step: Step) -> dict[str, Any]:
         """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
         models = {
-            name: model_identity(self.dense.ref, self.catalog, self.dense.config) or self.model
+            name: model_identity(self.dense.ref, self.catalog, self.dense.revision) or self.model
             if name == DENSE
             else model_identity(str(self.output / name), self.catalog)
             for name in step.reads
