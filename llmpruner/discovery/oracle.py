@@ -77,6 +77,8 @@ class Oracle:
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
+        """Cut random units of one kind, unevenly and evenly, and compare the logits with those of silenced models, for
+        each implementation of attention; then generate with a cache; then save and load the cut model."""
         every = self.graph.of_kinds([kind])
         groups = [g for g in every if _choices(g)]
         verdict = Verdict(kind, len(every), max((g.units for g in every), default=0), skipped=list(self.skipped))

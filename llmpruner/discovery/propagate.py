@@ -1,4 +1,16 @@
-"""Abstract interpretation of an exported graph: which indices of which axes can only be removed together."""
+"""Abstract interpretation of an exported graph: which indices of which axes can only be removed together.
+
+Every tensor becomes a `Value`: for each of its axes, one identity (`ids`) per index. The axes of a parameter begin with
+identities of their own. The rule of an operator gives the axes of its result, and ties identities that belong together.
+In ``down(silu(up(x)))`` with ``up`` (3, 2), whose rows are p, q, r, and ``down`` (2, 3), whose columns are u, v, w:
+
+    linear(x, up)       last axis [p q r]       the columns of ``up`` are tied to the channels of x, and CONSUMED
+    silu(…)             last axis [p q r]
+    linear(…, down)     last axis [s t]         [u v w] is tied to [p q r], and CONSUMED
+
+So row p of ``up`` and column u of ``down`` are one unit, which is silenced by zeros in column u. Operators that mix the
+indices of an axis (a sum, a LayerNorm), or pick them by number, block them with a reason.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +39,8 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Tag:
-    """A stage of an RMS norm, ``x · (mean(x²) + ε)^−½ · weight``, over the identities ``ids``."""
+    """A stage of an RMS norm over the identities ``ids``, which models write in several ways: ``square`` x², then
+    ``mean_square``, its ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root. A product with a weight ends it."""
 
     stage: str
     ids: Ids

@@ -1,4 +1,7 @@
-"""From connected identities to sets of units with index maps."""
+"""From connected identities to sets of units with index maps.
+
+Tied identities form a component. Components that own equally many indices of the same axes are the units of one set.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,6 @@ class Boundaries:
     def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
         self.limit, self._folder = limit, folder
         self.in_memory = 0
-        self.in_file = 0
         self._file: IO[bytes] | None = None
         self._free: dict[int, list[int]] = {}
         """Bytes → offsets of the file's unused places of that size."""
@@ -62,7 +61,6 @@ class Boundaries:
                 self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-")  # noqa: SIM115
             self._file.seek(offset)
             _write(self._file, tensor)
-        self.in_file += size
         return _Place(offset, tensor.shape, tensor.dtype, tensor.device)
 
     def read(self, kept: torch.Tensor | _Place) -> torch.Tensor:
@@ -77,7 +75,6 @@ class Boundaries:
             self.in_memory -= kept.nbytes
         else:
             size = kept.dtype.itemsize * kept.shape.numel()
-            self.in_file -= size
             self._free.setdefault(size, []).append(kept.offset)
 
 
