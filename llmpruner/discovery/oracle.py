@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,48 +104,85 @@ class Oracle:
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
         if kind == LAYER and len(types) == self.graph.num_layers:
             plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
+        cases = {name: self._case(kept) for name, kept in plans.items()}
+        no_cache = self._why_no_cache(cases["uneven"])
         if self.family.is_discovered and kind != LAYER:
-            verdict.follows = self._follows(groups, plans["uneven"])
-        for name, kept in plans.items():
-            for implementation, dense in self.models.items():
-                difference = self._compare(dense, implementation, kept, verdict.follows, strict=name == "uneven")
+            verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
+        for name, case in cases.items():
+            for implementation, reference in case.references.items():
+                if name == "uneven" and distance(reference.logits, self.dense[implementation]) < VISIBLE:
+                    raise LlmprunerError("silencing the units does not change the logits, so the cut can't be verified")
+                model = self._cut(implementation, case, verdict.follows)
+                difference = distance(logits(model, case.tokens.after), reference.logits)
+                if not difference <= TOLERANCE:
+                    where = first_difference(model, reference.model, case.tokens, reference.mode)
+                    raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
                 verdict.difference = max(verdict.difference, difference)
                 verdict.checks.append(f"{name} {implementation}")
-        if why_not := self._generate(plans["uneven"], verdict.follows):
-            verdict.skipped.append(f"cached generation: {why_not}")
+        if no_cache:
+            verdict.skipped.append(f"cached generation: {no_cache}")
         else:
+            case = cases["uneven"]
+            difference = cached_difference(self._cut("eager", case, verdict.follows), case.tokens.after)
+            if not difference <= TOLERANCE:
+                raise Disagreement("generation with a cache differs from generation without", difference)
             verdict.checks.append("cached generation")
-        for name, kept in plans.items():
-            model = self._cut(self.models["eager"], kept, verdict.follows)
-            tokens = kept_tokens(self.tokens, self.graph, kept).after
+        for name, case in cases.items():
+            model, tokens = self._cut("eager", case, verdict.follows), case.tokens.after
             expected = logits(model, tokens)
             with tempfile.TemporaryDirectory() as parent:
                 save_checkpoint(model, Path(parent) / "pruned", record={})
                 loaded = load_pruned(Path(parent) / "pruned", attn_implementation="eager")
                 difference = distance(logits(loaded, tokens), expected)
             if not difference <= TOLERANCE:
-                raise Disagreement(f"the saved and reloaded model differs ({name})", difference, "")
+                raise Disagreement(f"the saved and reloaded model differs ({name})", difference)
         verdict.checks.append("save and load")
 
-    def _follows(self, groups: Sequence[CoupledGroup], kept: Kept) -> tuple[Rule, ...]:
-        errors: list[Exception] = []
-        dense = next(iter(self.models.values()))
+    def _case(self, kept: Kept) -> Case:
+        tokens = kept_tokens(self.tokens, self.graph, kept)
+        references: dict[str, Reference] = {}
+        for implementation, dense in self.models.items():
+            model = copy.deepcopy(dense)
+            mode = silenced(model, self.graph, kept)
+            with mode:
+                expected = logits(model, tokens.before)[..., tokens.predicted]
+            references[implementation] = Reference(model, mode, expected)
+        return Case(kept, tokens, references)
+
+    def _cut(self, implementation: str, case: Case, follows: Sequence[Rule]) -> PreTrainedModel:
+        model = copy.deepcopy(self.models[implementation])
+        cut(model, self.graph, case.kept, Follower(follows) if self.family.is_discovered else self.family)
+        return model
+
+    def _why_no_cache(self, case: Case) -> str:
+        """Why generation with a cache cannot be checked; empty when it can."""
+        if self.no_cache:
+            return f"the dense model {self.no_cache}"
+        reference = case.references["eager"]
+        with reference.mode:
+            why_not = why_no_generation(reference.model, case.tokens.before)
+        return f"the model with silenced units {why_not}" if why_not else ""
+
+    def _follows(self, groups: Sequence[CoupledGroup], case: Case, *, cached: bool) -> tuple[Rule, ...]:
+        """The fewest rules with which a cut gives the logits of its reference, ``cached`` ones too; none where no rules
+        do."""
 
         def agrees(chosen: Sequence[Rule]) -> bool:
             try:
-                for name, model in self.models.items():
-                    self._compare(model, name, kept, chosen, strict=False)
-                self._generate(kept, chosen)
-            except Exception as error:  # a model cut with the wrong rules may raise anything
-                errors.append(error)
+                for implementation, reference in case.references.items():
+                    model = self._cut(implementation, case, chosen)
+                    if not distance(logits(model, case.tokens.after), reference.logits) <= TOLERANCE:
+                        return False
+                model = self._cut("eager", case, chosen)
+                return not cached or cached_difference(model, case.tokens.after) <= TOLERANCE
+            except Exception:  # a model cut with the wrong rules may raise anything
                 return False
-            return True
 
-        attributes: list[Rule] = [*candidates(dense, self.graph, groups)]
+        attributes: list[Rule] = [*candidates(self.models["eager"], self.graph, groups)]
         found = find(attributes, agrees)
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
-            for table in tables(dense, self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
+            for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
 
                 def with_table(chosen: Sequence[Rule], table: Rule = table) -> bool:
                     return table in chosen and agrees(chosen)
@@ -153,53 +190,25 @@ class Oracle:
                 found = find([table, *attributes], with_table)
                 if found is not None:
                     break
-        if found is None:
-            raise errors[0]
-        return found
+        return found or ()
 
-    def _generate(self, kept: Kept, follows: Sequence[Rule]) -> str:
-        """Check generation with a cache. Returns why it cannot be checked, else an empty string."""
-        if self.no_cache:
-            return f"the dense model {self.no_cache}"
-        dense = self.models["eager"]
-        _, reference, mode = self._reference(dense, kept)
-        tokens = kept_tokens(self.tokens, self.graph, kept)
-        with mode:
-            why_not = why_no_generation(reference, tokens.before)
-        if why_not:
-            return f"the model with silenced units {why_not}"
-        difference = cached_difference(self._cut(dense, kept, follows), tokens.after)
-        if not difference <= TOLERANCE:
-            raise Disagreement("generation with a cache differs from generation without", difference, "")
-        return ""
 
-    def _cut(self, dense: PreTrainedModel, kept: Kept, follows: Sequence[Rule]) -> PreTrainedModel:
-        model = copy.deepcopy(dense)
-        cut(model, self.graph, kept, Follower(follows) if self.family.is_discovered else self.family)
-        return model
+@dataclass(frozen=True)
+class Reference:
+    """The ``model`` with units silenced, which must run inside ``mode``, and its ``logits`` (B, T, V)."""
 
-    def _compare(
-        self, dense: PreTrainedModel, implementation: str, kept: Kept, follows: Sequence[Rule], *, strict: bool
-    ) -> float:
-        model = self._cut(dense, kept, follows)
-        expected, reference, mode = self._reference(dense, kept)
-        if strict and distance(expected, self.dense[implementation]) < VISIBLE:
-            raise LlmprunerError("silencing the units does not change the logits, so the cut cannot be verified")
-        tokens = kept_tokens(self.tokens, self.graph, kept)
-        difference = distance(logits(model, tokens.after), expected)
-        if not difference <= TOLERANCE:
-            where = first_difference(model, reference, tokens, mode)
-            raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
-        return difference
+    model: PreTrainedModel
+    mode: AbstractContextManager[object]
+    logits: torch.Tensor
 
-    def _reference(
-        self, dense: PreTrainedModel, kept: Kept
-    ) -> tuple[torch.Tensor, PreTrainedModel, AbstractContextManager[object]]:
-        """The logits of a silenced copy of ``dense``, that copy, and the context in which it must run."""
-        model, tokens = copy.deepcopy(dense), kept_tokens(self.tokens, self.graph, kept)
-        mode = silenced(model, self.graph, kept)
-        with mode:
-            return logits(model, tokens.before)[..., tokens.predicted], model, mode
+
+@dataclass(frozen=True)
+class Case:
+    """Which units a cut keeps, the tokens to compare, and for each implementation the reference."""
+
+    kept: Kept
+    tokens: Tokens
+    references: Mapping[str, Reference]
 
 
 @dataclass(frozen=True)
@@ -224,7 +233,7 @@ def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Token
 class Disagreement(LlmprunerError):
     """The cut model runs, and its outputs are wrong."""
 
-    def __init__(self, message: str, difference: float, where: str) -> None:
+    def __init__(self, message: str, difference: float, where: str = "") -> None:
         super().__init__(message)
         self.difference, self.where = difference, where
 

@@ -40,7 +40,8 @@ class Origin(Enum):
 @dataclass(frozen=True)
 class Tag:
     """A stage of an RMS norm over the identities ``ids``, which models write in several ways: ``square`` x², then
-    ``mean_square``, its ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root. A product with a weight ends it."""
+    ``mean_square``, its ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root; a product with a weight ends
+    it."""
 
     stage: str
     ids: Ids

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -41,11 +41,13 @@ def verify(
     `UnsupportedModelError` when the small model cannot be built or traced.
     """
     kinds = None if kinds is None else list(kinds)
-    small = config
-    if shrink:
-        small = representative(config, kinds) if family.is_discovered else small_config(config)
+    if shrink and family.is_discovered:
+        small, groups = _representative(config, kinds, family.coupled_groups)
+    else:
+        small = small_config(config) if shrink else config
+        groups = family.coupled_groups(small)
     model = random_instance(small, seed)
-    graph = graph_of(model, family.coupled_groups(small))
+    graph = graph_of(model, groups)
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 
@@ -54,23 +56,33 @@ def representative(config: PreTrainedConfig, kinds: Collection[str] | None = Non
     """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
     any): a class may spread its heads over a fixed number of parts, and has none with another number of heads. Raises
     `UnsupportedModelError` when no small model can be traced."""
+    return _representative(config, kinds, lambda small: discover_graph(small).groups)[0]
+
+
+def _representative(
+    config: PreTrainedConfig,
+    kinds: Collection[str] | None,
+    groups_of: Callable[[PreTrainedConfig], Sequence[CoupledGroup]],
+) -> tuple[PreTrainedConfig, Sequence[CoupledGroup]]:
+    """`representative`, with the groups of its model."""
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
     required = heads if kinds is None else set(kinds)
-    runnable: list[tuple[int, PreTrainedConfig]] = []
+    runnable: list[tuple[int, PreTrainedConfig, Sequence[CoupledGroup]]] = []
     failed: list[UnsupportedModelError] = []
     for small in islice(small_configs(config), len(HEADS)):
         try:
-            missing = required - {group.kind for group in discover_graph(small).groups}
+            groups = groups_of(small)
         except UnsupportedModelError as error:
             failed.append(error)
             continue
+        missing = required - {group.kind for group in groups}
         if not missing:
-            return small
-        runnable.append((len(missing), small))
+            return small, groups
+        runnable.append((len(missing), small, groups))
     if not runnable:
         raise failed[0]
-    return min(runnable, key=itemgetter(0))[1]
+    return min(runnable, key=itemgetter(0))[1:]
 
 
 def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> list[str]:
