@@ -138,22 +138,23 @@ def few_heads(heads: tuple[int, int], target: tuple[int, int]) -> tuple[int, int
 def _shrink_attention(
     config: PreTrainedConfig,
     values: dict[str, Any],
-    every: tuple[int, int],
+    heads: tuple[int, int],
     target: tuple[int, int],
-    wide: Mapping[int, int],
+    hidden_sizes: Mapping[int, int],
 ) -> None:
-    """``every``: heads; 0 for a model without, whose hidden size alone is made small. ``wide``: see `Around.hidden`."""
+    """``heads``: of `_heads`; zeros for a model without, whose hidden size alone is made small. ``target``: as
+    `Small.heads`; ``hidden_sizes``: as `Around.hidden`."""
     before, hidden = dict(values), config.hidden_size
-    (heads, shared), (few, few_shared) = every, few_heads(every, target)
+    (queries, shared), (few, few_shared) = heads, few_heads(heads, target)
     own = getattr(config, "head_dim", None)
-    scale = HEAD_DIM / (own if isinstance(own, int) else max(hidden // max(heads, 1), 1))
-    small_hidden = wide.get(hidden, few * HEAD_DIM)
+    scale = HEAD_DIM / (own if isinstance(own, int) else max(hidden // max(queries, 1), 1))
+    small_hidden = hidden_sizes.get(hidden, few * HEAD_DIM)
 
     def small(meaning: str, value: int) -> int:
         if _SHARED.search(meaning):
-            return few_shared if value == shared else few if value == heads else min(value, few_shared)
+            return few_shared if value == shared else few if value == queries else min(value, few_shared)
         if _HEADS.search(meaning):
-            return few if value == heads else min(value, 4)
+            return few if value == queries else min(value, 4)
         if _HEAD_DIM.search(meaning):
             return max(8, int(value * scale) // 8 * 8)
         if _ROTARY.search(meaning):
@@ -165,9 +166,9 @@ def _shrink_attention(
     meanings = {v: k for k, v in config.attribute_map.items()}
     values |= {n: small(meanings.get(n, n), v) for n, v in before.items() if type(v) is int and v > 0}
     for name in [n for n in before if _SHARED.search(n) and "." in n]:
-        queries = f"{name.partition('.')[0]}.num_attention_heads"
-        if before[name] == before.get(queries):
-            values[name] = values[queries]
+        of_queries = f"{name.partition('.')[0]}.num_attention_heads"
+        if before[name] == before.get(of_queries):
+            values[name] = values[of_queries]
     _keep_ratios(config, values, target[1])
     if values.get("head_dim", HEAD_DIM) is None:
         values["head_dim"] = HEAD_DIM
