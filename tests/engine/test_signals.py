@@ -26,6 +26,10 @@ def stored(graph):
     return [name for name in graph.shapes if name not in graph.ties]
 
 
+def walk(model, graph, calibration, names=None, needs=BOTH):
+    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0)
+
+
 def test_gradients_equal_plain_autograd(loaded):
     assert_autograd(loaded.model, loaded.graph, calibrate(loaded))
 
@@ -48,9 +52,8 @@ def test_layers_that_use_more_than_hidden_states_of_earlier_ones_are_refused(mod
     config = small_config(CONFIG_MAPPING[model_type]())
     model, graph = random_instance(config), build_graph(catalog.families["auto"](), config)
     calibration = CalibrationSet(torch.arange(3, 12)[None], "counted")
-    walk = walk_signals(Execution.of(model, graph.layers), graph, stored(graph), BOTH, calibration, 0)
     with pytest.raises(UnsupportedModelError, match=r"pass other values .*use --importance l1, l2 or random"):
-        list(walk)
+        list(walk(model, graph, calibration))
 
 
 def assert_autograd(model, graph, calibration):
@@ -67,7 +70,7 @@ def assert_autograd(model, graph, calibration):
     model.zero_grad()
 
     seen = set()
-    for name, signals in walk_signals(Execution.of(model, graph.layers), graph, stored(graph), BOTH, calibration, 0):
+    for name, signals in walk(model, graph, calibration):
         torch.testing.assert_close(
             signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
         )
@@ -81,10 +84,7 @@ def assert_autograd(model, graph, calibration):
 
 def test_gradients_of_one_layer_exist_at_a_time(gqa):
     alive: list[tuple[int, weakref.ref]] = []
-    walk = walk_signals(
-        Execution.of(gqa.model, gqa.graph.layers), gqa.graph, stored(gqa.graph), BOTH, calibrate(gqa), 0
-    )
-    for name, signals in walk:
+    for name, signals in walk(gqa.model, gqa.graph, calibrate(gqa)):
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
         alive.append((layer, weakref.ref(signals.grad)))
         layers = {number for number, reference in alive if reference() is not None}
@@ -96,13 +96,8 @@ def test_protected_layers_are_not_walked(gqa):
     differentiated = []
     for layer in gqa.model.model.layers:
         layer.register_forward_hook(lambda _, args, __: differentiated.append(args[0].requires_grad))
-    names = [
-        n
-        for n, _ in walk_signals(
-            Execution.of(gqa.model, gqa.graph.layers), gqa.graph, wanted, BOTH, calibrate(gqa, 1), 0
-        )
-    ]
-    assert sorted(names) == sorted(wanted)
+    found = [name for name, _ in walk(gqa.model, gqa.graph, calibrate(gqa, 1), wanted)]
+    assert sorted(found) == sorted(wanted)
     assert sum(differentiated) == 2, "layers 3 and 2 are walked back, 1 and 0 are not"
 
 
@@ -111,24 +106,6 @@ def test_damaged_weights_are_named(gqa):
     with torch.no_grad():
         gqa.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="are not finite numbers"):
-        list(
-            walk_signals(
-                Execution.of(gqa.model, gqa.graph.layers),
-                gqa.graph,
-                stored(gqa.graph),
-                BOTH,
-                calibration,
-                0,
-            )
-        )
+        list(walk(gqa.model, gqa.graph, calibration))
     with pytest.raises(ModelError, match=r"'model.layers.1.mlp.up_proj.weight' holds NaN"):
-        list(
-            walk_signals(
-                Execution.of(gqa.model, gqa.graph.layers),
-                gqa.graph,
-                stored(gqa.graph),
-                {Signal.WEIGHT},
-                None,
-                0,
-            )
-        )
+        list(walk(gqa.model, gqa.graph, None, needs={Signal.WEIGHT}))
