@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import ValidationError
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
@@ -116,7 +115,7 @@ class Opener:
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:
     """One model or several, as a list. Raises `SettingsError` for none, and as `check_source`."""
-    several = isinstance(models, Iterable) and not isinstance(models, (str, Path, Structure, nn.Module))
+    several = isinstance(models, Iterable) and not isinstance(models, str)
     sources: list[Source] = list(models) if several else [models]  # type: ignore[arg-type, list-item]
     if not sources:
         raise SettingsError("no model is named; name at least one")
