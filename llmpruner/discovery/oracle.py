@@ -94,17 +94,7 @@ class Oracle:
         return verdict
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
-        plans = {
-            "uneven": random_plan(groups, self.seed, uneven=True),
-            "even": random_plan(groups, self.seed + 1, uneven=False),
-        }
-        if kind == VOCABULARY:
-            named = named_tokens(self.models["eager"])
-            plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
-        types = getattr(self.config.get_text_config(), "layer_types", None) or ()
-        if kind == LAYER and len(types) == self.graph.num_layers:
-            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
-        cases = {name: self._case(kept) for name, kept in plans.items()}
+        cases = {name: self._case(kept) for name, kept in self._plans(kind, groups).items()}
         no_cache = self._why_no_cache(cases["uneven"])
         if self.family.is_discovered and kind != LAYER:
             verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
@@ -137,6 +127,20 @@ class Oracle:
             if not difference <= TOLERANCE:
                 raise Disagreement(f"the saved and reloaded model differs ({name})", difference)
         verdict.checks.append("save and load")
+
+    def _plans(self, kind: str, groups: Sequence[CoupledGroup]) -> dict[str, dict[str, list[int]]]:
+        """Random units to keep: other numbers in each group, or the same share; with those that must stay."""
+        plans: dict[str, dict[str, list[int]]] = {
+            "uneven": random_plan(groups, self.seed, uneven=True),
+            "even": random_plan(groups, self.seed + 1, uneven=False),
+        }
+        if kind == VOCABULARY:
+            named = named_tokens(self.models["eager"])
+            plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
+        types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        if kind == LAYER and len(types) == self.graph.num_layers:
+            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
+        return plans
 
     def _case(self, kept: Kept) -> Case:
         tokens = kept_tokens(self.tokens, self.graph, kept)
