@@ -130,7 +130,7 @@ class Oracle:
 
     def _plans(self, kind: str, groups: Sequence[CoupledGroup]) -> dict[str, dict[str, list[int]]]:
         """Random units to keep: other numbers in each group, or the same share; with those that must stay."""
-        plans: dict[str, dict[str, list[int]]] = {
+        plans = {
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
