@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 _PATH, _WEIGHTS = "base_path", "base_weights"
-AnyStructure = TypeVar("AnyStructure", bound="Structure")
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -140,7 +139,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
-        return adapted(load_structure(base, catalog, options), text)
+        return _adapted(load_structure(base, catalog, options), text)
     ref = resolve(text, catalog)
     catalog.register_models()
     record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
@@ -164,7 +163,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
         raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
 
 
-def adapted(base: AnyStructure, text: str) -> AnyStructure:
+def _adapted(base: Structure, text: str) -> Structure:
     """``base`` with the adapter in folder ``text``, which names the base."""
     folder, record = Path(text), base.record
     if record is not None:
