@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from operator import itemgetter
 
 import numpy as np
 import numpy.typing as npt
@@ -108,16 +109,13 @@ def _by_pattern(
     if not len(roots):
         return {}
     pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])
-    sizes = np.diff(np.r_[pair, len(roots)])
+    runs = zip(roots[pair].tolist(), owner[pair].tolist(), np.diff(np.r_[pair, len(roots)]).tolist(), strict=True)
     found: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
-    start = 0
-    pattern: list[tuple[int, int]] = []
-    pair_root, pair_owner = roots[pair].tolist(), owner[pair].tolist()
-    for n, (at, size) in enumerate(zip(pair.tolist(), sizes.tolist(), strict=True)):
-        pattern.append((pair_owner[n], size))
-        if n + 1 == len(pair_root) or pair_root[n + 1] != pair_root[n]:
-            found.setdefault((parts.blocks.get(pair_root[n], 1), tuple(pattern)), []).append((start, at + size))
-            start, pattern = at + size, []
+    stop = 0
+    for root, of_root in itertools.groupby(runs, key=itemgetter(0)):
+        pattern = tuple((slot, size) for _, slot, size in of_root)
+        start, stop = stop, stop + sum(size for _, size in pattern)
+        found.setdefault((parts.blocks.get(root, 1), pattern), []).append((start, stop))
     return found
 
 
