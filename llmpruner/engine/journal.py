@@ -71,17 +71,17 @@ class Journal:
         """Lock the folder. Raises `OutputError` where it is not that of this run."""
         stack.enter_context(alone_in(self.folder, anew=anew))
         identity = self.folder / _RUN
-        if identity.is_file():
-            if identity.read_text(encoding="utf-8") != self._own and not self._done():
-                for file in self.folder.iterdir():
-                    file.unlink()
-            elif identity.read_text(encoding="utf-8") != self._own:
+        if not identity.is_file():
+            if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
+                raise OutputError(f"'{self.folder}' is not the folder of an interrupted run; move it away")
+        elif identity.read_text(encoding="utf-8") != self._own:
+            if self._done():
                 raise OutputError(
                     f"'{self.folder}' has the results of an interrupted run with other settings; continue that one "
                     "with its own command, or start anew with --restart, which removes them"
                 )
-        elif any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
-            raise OutputError(f"'{self.folder}' is not the folder of an interrupted run; move it away")
+            for file in self.folder.iterdir():
+                file.unlink()
 
     def _done(self) -> str:
         """What is finished; empty for nothing."""
