@@ -69,12 +69,9 @@ class Journal:
 
     def _enter(self, stack: ExitStack, anew: bool) -> None:
         """Lock the folder. Raises `OutputError` where it is not that of this run."""
-        stack.enter_context(alone_in(self.folder, anew=anew))
+        stack.enter_context(alone_in(self.folder, _RUN, anew=anew))
         identity = self.folder / _RUN
-        if not identity.is_file():
-            if any(not file.name.endswith(".partial") for file in self.folder.iterdir()):
-                raise OutputError(f"'{self.folder}' is not the folder of an interrupted run; move it away")
-        elif identity.read_text(encoding="utf-8") != self._own:
+        if identity.is_file() and identity.read_text(encoding="utf-8") != self._own:
             if self._done():
                 raise OutputError(
                     f"'{self.folder}' has the results of an interrupted run with other settings; continue that one "

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 
+JOB_FILE = "job.json"
+"""Identifies the recovery of which a folder has the state."""
+
+
 @dataclass(frozen=True)
 class RecoverJob:
     """The settings of a recovery, and the strategy that they name."""
@@ -133,7 +137,7 @@ def _best_step(validations: Sequence[Mapping[str, Any]]) -> int | None:
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     """Create ``work_dir`` for this job. Raises `OutputError` where it belongs to another."""
-    file = work_dir / "job.json"
+    file = work_dir / JOB_FILE
     if not file.is_file():
         with writing(work_dir):
             work_dir.mkdir(parents=True, exist_ok=True)

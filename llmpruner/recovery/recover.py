@@ -30,7 +30,7 @@ from ..pruning.saving import save
 from .base import RecoveryStrategy, TrainingResult
 from .data import TrainingData, prepare
 from .dense_text import DenseText, dense_text_in, write_examples
-from .job import RecoverJob, check_recover, train
+from .job import JOB_FILE, RecoverJob, check_recover, train
 
 _TRAINED = 16
 """Bytes of each trained number in memory: itself, its gradient and two moments of AdamW, in float32."""
@@ -63,7 +63,7 @@ def recover(
     dense = _check_model(strategy, opened, opener, own)
     if output is not None:
         opener.say_widened(opened)
-    with alone_in(folder, anew=restart) if ranks.first else nullcontext():
+    with alone_in(folder, JOB_FILE, anew=restart) if ranks.first else nullcontext():
         stages = Stages()
         with stages.stage("loading"):
             loaded = opener.weights(opened)
@@ -139,6 +139,8 @@ def _written(
         if model.tokenizer is None:
             raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
         examples = write_examples(own, model.model, model.tokenizer, model.family, seed, opener.progress)
+        if not (folder / JOB_FILE).is_file():
+            write_text(folder / JOB_FILE, "{}\n")  # until the training identifies itself
         write_text(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples))
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
     return [Instruction(**row) if "instruction" in row else Completion(**row) for row in rows]

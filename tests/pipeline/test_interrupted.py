@@ -119,10 +119,11 @@ def test_a_continued_run_holds_the_model_as_before(streamed, dense, tmp_path, mo
     assert (api.prune(str(dense), output=tmp_path / "out", **SETTINGS).streamed is not None) == streamed
 
 
-def test_a_folder_of_the_user_is_not_touched(tmp_path):
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_folder_of_the_user_is_not_touched(anew, tmp_path):
     (tmp_path / "out.pruning").mkdir()
     (tmp_path / "out.pruning" / "thesis.txt").write_text("mine")
-    with pytest.raises(OutputError, match="move it away"), Journal(tmp_path / "out.pruning", {}).running():
+    with pytest.raises(OutputError, match="move it away"), Journal(tmp_path / "out.pruning", {}).running(anew=anew):
         pass
     assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
 

@@ -145,6 +145,11 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
         recover(home, tmp_path / "other", work_dir=tmp_path / "work", seed=3)
     recover(home, tmp_path / "anew", work_dir=tmp_path / "work", restart=True)
     assert rows_in(tmp_path / "work") == rows
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").touch()
+    with pytest.raises(OutputError, match="is not the folder of an interrupted run"):
+        recover(home, tmp_path / "other", work_dir=tmp_path / "mine", restart=True)
+    assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
 def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_path, monkeypatch):
