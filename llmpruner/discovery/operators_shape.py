@@ -1,4 +1,8 @@
-"""Rules for operators that rearrange elements: views, slices, concatenations, repetitions, indexing."""
+"""Rules for operators that rearrange elements: views, slices, concatenations, repetitions, indexing.
+
+A view of 12 channels as 3 heads of 4 ties every four identities into one unit, on the axis of heads; the axis inside a
+head is `FIXED`. Flattened again, the axis is p p p p q q q q r r r r: each unit owns four indices.
+"""
 
 from __future__ import annotations
 
