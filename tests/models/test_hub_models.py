@@ -36,8 +36,6 @@ def test_the_dense_model_is_the_commit_that_was_pruned(hub, catalog, tmp_path):
     dense = load_model(dense_structure(load_structure(str(tmp_path / "out"), catalog), catalog), catalog)
     expected = (tiny_models.llama(seed=seed).lm_head.weight for seed in range(2))
     assert [torch.equal(dense.model.lm_head.weight, weight) for weight in expected] == [True, False]
-    states = {check.name: check.state for check in api.verify_checkpoint(tmp_path / "out", catalog=catalog).checks}
-    assert set(states.values()) == {"passed"}, states
 
 
 def test_another_commit_is_another_model(hub, catalog):
