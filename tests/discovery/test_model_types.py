@@ -9,12 +9,9 @@ from transformers import CONFIG_MAPPING, FalconConfig
 
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow, FollowTable
-from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import VERIFIED, Verdict
-from llmpruner.discovery.tiny import small_config, tiny_config
+from llmpruner.discovery.tiny import tiny_config
 from llmpruner.discovery.verify import verify
-from llmpruner.errors import UnsupportedModelError
-from llmpruner.structure.scope import Scope
 
 UNITS, TOKENS = ("mlp", "attention"), ("vocabulary",)
 REQUIRED = {
@@ -66,10 +63,3 @@ def test_key_value_heads_are_shrunk_whatever_a_configuration_calls_them() -> Non
     assert (small.num_attention_heads, small.num_kv_heads) == (6, 3)
     (verdict,) = verify(AutoFamily(), config, kinds=["attention"])
     assert (verdict.verdict, verdict.units) == (VERIFIED, 3), verdict.reason
-
-
-@pytest.mark.slow
-def test_tokens_with_rows_of_several_tables_are_not_offered() -> None:
-    graph = discover_graph(small_config(CONFIG_MAPPING["gemma3n_text"]()))
-    with pytest.raises(UnsupportedModelError, match=r"embed_tokens\.weight axis 0: token ids are read by ge in model"):
-        Scope(("vocabulary",), (0,)).groups(graph)

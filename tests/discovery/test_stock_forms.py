@@ -50,6 +50,9 @@ def test_layers_that_are_counted_in_a_table_outside_them_are_not_offered(model_t
     assert ("model.layers", 0, reason) in {(b.parameter, b.axis, b.reason) for b in graph.blocked}
     with pytest.raises(UnsupportedModelError, match=f"^this model has no layer units .*could not follow .*: {reason}"):
         Scope(("layer",), (0, 1)).groups(graph)
+    if model_type == "gemma3n_text":  # token ids choose rows of several tables
+        with pytest.raises(UnsupportedModelError, match=r"embed_tokens.* axis 0: token ids are read by ge in model"):
+            Scope(("vocabulary",), (0,)).groups(graph)
 
 
 def test_a_cut_model_that_cannot_run_is_not_saved(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from llmpruner import PruningPlan, UnsupportedModelError
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import with_rules
 from llmpruner.errors import SelectionError
 from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
@@ -116,7 +115,6 @@ def test_costs_of_other_architectures(catalog, model_type, options):
     config = small_config(AutoConfig.for_model(model_type, **options))
     family = catalog.family_for(config, "auto")
     graph, model = build_graph(family, config), random_instance(config)
-    family = with_rules(family, model, graph.kinds)
     check_counts(Model("tiny", config, family, graph, model=model, tokenizer=None))
 
 
