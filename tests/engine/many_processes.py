@@ -26,7 +26,7 @@ from llmpruner.errors import LlmprunerError
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.experts import ExpertContribution
 
-BEST = {"method": "best", "samples": 80, "length": 128}  # three micro-batches
+BEST = {"method": "best", "samples": 12, "length": 128}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "best": ("llama-gqa", BEST),
     "experts": ("mixtral", BEST | {"importance": "energy"}),
@@ -40,7 +40,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "mixtral",
         {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 7, "length": 16},
     ),
-    "layers": ("llama-gqa", {"method": "best", "kinds": "layer", "samples": 80, "length": 128, "ratio": 0.35}),
+    "layers": ("llama-gqa", BEST | {"kinds": "layer", "ratio": 0.35}),
 }
 
 PLANNED = ("best", "taylor")
@@ -105,7 +105,7 @@ def scores() -> dict[str, Any]:
     model = model_of("mixtral")
     criterion = ExpertContribution()
     execution = Execution.of(model.model, model.graph.layers, Ranks.current())
-    groups, text = model.graph.of_kinds(["expert"]), tokens(80, 128)
+    groups, text = model.graph.of_kinds(["expert"]), tokens(12, 128)
     return {"weights": estimate(model.model, model.graph, groups, criterion, text, execution=execution)}
 
 
@@ -119,11 +119,12 @@ def refusal() -> str:
 
 
 def prepare() -> None:
-    """Makes text at once, and few tokens at once for gradients, so that there are several micro-batches."""
+    """Makes text at once, and micro-batches small, so that there are three or more."""
     torch.set_num_threads(1)
     llmpruner.pipeline.calibrate = lambda model, job, execution: tokens(job.calibration.samples, job.calibration.length)
     for module in (llmpruner.engine.walk, llmpruner.engine.gradients):
         module.computes_bfloat16_fast = lambda model: False
+    llmpruner.engine.walk.TOKENS_AT_ONCE = 4 * 128
     llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS = 4 * 32
 
 

@@ -18,9 +18,7 @@ from criteria_cases import make
 from llmpruner.engine.ranks import SINGLE, Ranks
 
 HERE = Path(__file__).parent
-PATHS = os.pathsep.join(
-    filter(None, (os.environ.get("PYTHONPATH"), str(HERE), str(HERE.parent / "unit"), str(HERE.parent)))
-)
+PATHS = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE), str(HERE.parent))))
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": PATHS}
 
 
