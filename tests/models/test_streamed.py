@@ -193,10 +193,9 @@ def test_a_layer_is_removed_where_the_others_state_sizes_of_their_own(dense, tmp
     assert {check.state for check in api.verify_checkpoint(tmp_path / "twice").checks} == {"passed"}
 
 
-@pytest.mark.parametrize("model_type", ["mamba", "falcon_mamba"])
-def test_a_pruned_model_whose_code_initializes_by_its_own_sizes(model_type, tmp_path):
-    """transformers initializes what is not in memory too, and their code takes sizes of the dense model for it."""
-    random_instance(small_config(CONFIG_MAPPING[model_type]())).save_pretrained(tmp_path / "dense")
+def test_a_pruned_model_whose_code_initializes_by_its_own_sizes(tmp_path):
+    """transformers initializes what is not in memory too, and Mamba's code takes sizes of the dense model for it."""
+    random_instance(small_config(CONFIG_MAPPING["mamba"]())).save_pretrained(tmp_path / "dense")
     settings = {**WEIGHTS, "unit_ratio": 0.2, "kinds": "mlp"}
     prune(tmp_path / "dense", tmp_path / "once", streamed=True, **settings)
     states = {check.name: check.state for check in api.verify_checkpoint(tmp_path / "once").checks}
