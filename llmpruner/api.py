@@ -332,7 +332,7 @@ def export(
 
 
 def run(
-    recipe: Recipe | Mapping[str, Any] | str | Path,
+    recipe: Mapping[str, Any] | str | Path,
     *,
     model: str | Path | None = None,
     output: str | Path | None = None,
@@ -346,20 +346,20 @@ def run(
     """Do the steps of a recipe, each with its result in a folder of ``output``; a step that was done before with the
     same inputs is skipped, and an interrupted one goes on.
 
-    ``recipe``: a file, the name of a recipe of llmpruner or of a plugin, a `Recipe`, or a mapping with the keys of a
-    recipe file. ``model``, ``output``, ``values`` (see `Recipe.with_values`) and ``load`` replace what the recipe has.
-    ``on_step``: called after each step, skipped ones too.
+    ``recipe``: a file, the name of a recipe of llmpruner or of a plugin, or a mapping with the keys of a recipe file.
+    ``model``, ``output``, ``values`` and ``load`` replace what the recipe has. A key of ``values``, such as
+    ``prune.ratio``, has a command (for all its steps), the name of a step, or its number before the dot, and after it a
+    setting, or ``settings.NAME.key`` for one of a component. ``on_step``: called after each step, skipped ones too.
     """
     catalog = catalog or Catalog()
     if isinstance(recipe, (str, Path)):
-        recipe = Recipe.read(recipe, catalog)
-    elif isinstance(recipe, Mapping):
-        recipe = Recipe.of(recipe)
-    recipe = recipe.with_values(values or {})
+        steps = Recipe.read(recipe, catalog, values)
+    else:
+        steps = Recipe.of(recipe, values=values)
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
     load, run = load or LoadSettings(), run or RunSettings()
-    return RecipeRun(recipe, model, output, load, run, catalog, progress, functions).do(on_step)
+    return RecipeRun(steps, model, output, load, run, catalog, progress, functions).do(on_step)
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:

@@ -15,7 +15,6 @@ from llmpruner.evaluation.bench import BenchCase, BenchResult, Measurement, Rate
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations
 from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
-from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.run import RecipeResult, StepResult
 from llmpruner.structure.plan import (
     BudgetOutcome,
@@ -50,7 +49,6 @@ VALUES = (
     Verdict,
     Verification,
     Check,
-    Recipe,
     RecipeResult,
     StepResult,
 )

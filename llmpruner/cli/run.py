@@ -134,14 +134,13 @@ def demo(
     Python's own documentation. `llmpruner recipes demo` shows the settings.
     """
     from .. import api
-    from ..recipes.recipe import Recipe
 
     started = time.monotonic()
     check_new_directory(output)
     catalog = catalog_of(ctx)
-    recipe = Recipe.read(DEMO, catalog).with_values({"pruned.ratio": ratio, "prune.seed": seed})
+    values = {"pruned.ratio": ratio, "prune.seed": seed}
     with RichProgress() as progress:
-        api.run(recipe, output=output, on_step=show_step, progress=progress, catalog=catalog)
+        api.run(DEMO, output=output, values=values, on_step=show_step, progress=progress, catalog=catalog)
     write_next_to(output, catalog, say=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)

@@ -91,16 +91,13 @@ class Recipe:
     output: Path | None = None
     load: LoadSettings = field(default_factory=LoadSettings)
     source: str = "recipe"
-    _value: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
-    _changes: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def read(cls, reference: str | Path, catalog: Catalog | None = None) -> Recipe:
-        """The recipe in a file; with a ``catalog``, also one of llmpruner or of a plugin by its name. Raises
-        `SettingsError`, in one line with the step and the key, for what is no recipe."""
+    def read(cls, reference: str | Path, catalog: Catalog, values: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe in a file, or the one of that name. ``values``: as of `of`. Raises `SettingsError`."""
         text, source = _text(str(reference), catalog)
         try:
-            return cls.of(yaml.safe_load(text), source)
+            return cls.of(yaml.safe_load(text), source, values)
         except (yaml.YAMLError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             place = source if mark is None else f"{source}, line {mark.line + 1}"
@@ -108,31 +105,25 @@ class Recipe:
             raise SettingsError(f"{place}: not valid YAML: {problem}") from error
 
     @classmethod
-    def of(cls, value: Mapping[str, Any], source: str = "recipe", changes: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe in ``value``, which has the keys of a recipe file. ``changes``: see `with_values`. Raises
-        `SettingsError`."""
+    def of(cls, value: Mapping[str, Any], source: str = "recipe", values: Mapping[str, Any] | None = None) -> Recipe:
+        """The recipe in ``value``, which has the keys of a recipe file. ``values``: other settings, as of
+        `llmpruner.run`. Raises `SettingsError`, in one line with the step and the key, for what is no recipe."""
         top = _settings(RecipeSettings, value, source)
         steps: list[Step] = []
         for entry in _written_out(top.steps, source):
-            steps.append(_step(entry, steps, changes or {}, source))
+            steps.append(_step(entry, steps, values or {}, source))
         if not steps:
             raise SettingsError(f"{source}: expected at least one step under 'steps'")
         known = {name for step in steps for name in (step.command, step.name, str(step.number))}
-        for key in changes or {}:
+        for key in values or {}:
             if key.partition(".")[0] not in known:
                 raise SettingsError(f"{key}: {UnknownNameError('step', key.partition('.')[0], known)}")
-        return cls(tuple(steps), top.model, top.output, top.load, source, value, changes or {})
-
-    def with_values(self, values: Mapping[str, Any]) -> Recipe:
-        """The same recipe with other settings: ``{"prune.ratio": 0.3}``. Before the dot: a command (all its steps), the
-        name of a step, or its number; after it a setting, or ``settings.NAME.key`` for one of a component. Raises
-        `SettingsError`."""
-        return Recipe.of(self._value, self.source, {**self._changes, **values})
+        return cls(tuple(steps), top.model, top.output, top.load, source)
 
 
 def values_of(texts: Sequence[str]) -> dict[str, Any]:
-    """``["prune.ratio=0.3"]``, as the command line gives it, for `Recipe.with_values`. Values are read as YAML. Raises
-    `SettingsError`."""
+    """``["prune.ratio=0.3"]``, as the command line gives it, as ``{"prune.ratio": 0.3}``: values are read as YAML.
+    Raises `SettingsError`."""
     values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -145,9 +136,9 @@ def values_of(texts: Sequence[str]) -> dict[str, Any]:
     return values
 
 
-def _text(reference: str, catalog: Catalog | None) -> tuple[str, str]:
+def _text(reference: str, catalog: Catalog) -> tuple[str, str]:
     """The text of a recipe, and its name in messages."""
-    if catalog is not None and reference in catalog.recipes:
+    if reference in catalog.recipes:
         return catalog.recipes[reference]().text(), f"recipe {reference}"
     path = Path(reference)
     try:
@@ -155,7 +146,7 @@ def _text(reference: str, catalog: Catalog | None) -> tuple[str, str]:
             return path.read_text(encoding="utf-8"), reference
     except (OSError, ValueError) as error:
         raise SettingsError(f"{reference} cannot be read: {first_line(error)}") from error
-    if path.suffix or len(path.parts) > 1 or catalog is None:
+    if path.suffix or len(path.parts) > 1:
         raise SettingsError(f"recipe file '{reference}' does not exist")
     raise UnknownNameError("recipe", reference, catalog.recipes)
 
@@ -195,16 +186,20 @@ def _step(entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str
     for key, value in changes.items():
         step, *path = key.split(".")
         if step in (command, name, str(number)):
-            _put(values, path, value)
+            _put(values, path, value, f"{place}: {key}")
     settings = _settings(COMMANDS[command], values, place)
     return Step(number, command, name, settings, _reads(command, own, before, place), own.prompt, place)
 
 
-def _put(values: dict[str, Any], path: Sequence[str], value: Any) -> None:
-    for key in path[:-1]:
+def _put(values: Any, path: Sequence[str], value: Any, place: str) -> None:
+    if not isinstance(values, dict):
+        raise SettingsError(f"{place}: expected a mapping of settings, got '{values}'")
+    key, *inner = path
+    if inner:
         values[key] = values.get(key) or {}
-        values = values[key]
-    values[path[-1]] = value
+        _put(values[key], inner, value, place)
+    else:
+        values[key] = value
 
 
 def _reads(command: str, own: StepSettings, before: Sequence[Step], place: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from llmpruner import LoadSettings, SettingsError, api
+from llmpruner import Catalog, LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
 from llmpruner.recipes.recipe import Recipe, recipe_jobs, values_of
 
@@ -29,8 +29,7 @@ steps:
 def read(text: str, tmp_path, **values) -> Recipe:
     file = tmp_path / "r.yaml"
     file.write_text(text, encoding="utf-8")
-    recipe = Recipe.read(file)
-    return recipe.with_values(values) if values else recipe
+    return Recipe.read(file, Catalog(), values)
 
 
 def test_a_file_means_what_the_commands_mean(tmp_path, catalog):
@@ -62,10 +61,10 @@ def test_rounds_are_steps_of_their_own():
     recipe = Recipe.of({"steps": steps})
     assert [step.name for step in recipe.steps] == ["1-prune", "2-recover", "3-prune", "4-recover", "5-evaluate"]
     assert recipe.steps[2].reads == ("2-recover",)
-    changed = recipe.with_values({"3.ratio": 0.3, "recover.settings.lora.rank": 4})
+    changed = Recipe.of({"steps": steps}, values={"3.ratio": 0.3, "recover.settings.lora.rank": 4})
     assert [step.settings.given().get("ratio") for step in changed.steps] == [0.1, None, 0.3, None, None]
     assert changed.steps[1].settings.settings == {"lora": {"rank": 4}} == changed.steps[3].settings.settings
-    assert recipe.steps[1].settings.settings == {}, "the recipe itself stays as it is"
+    assert Recipe.of({"steps": steps}) == recipe, "the mapping itself stays as it is"
 
 
 def test_values_on_the_command_line_are_read_as_in_a_file():
@@ -151,9 +150,11 @@ def test_what_the_commands_refuse_is_refused_with_its_place(what, tmp_path, cata
     assert str(error.value).startswith(f"{tmp_path / 'r.yaml'}, step 1 ({step.partition(':')[0]}): ")
 
 
-def test_a_step_that_is_not_there(tmp_path):
+def test_values_that_replace_nothing(tmp_path):
     with pytest.raises(SettingsError, match=r"prun\.ratio: unknown step 'prun'; did you mean prune or 1-prune"):
         read(STEPS, tmp_path, **{"prun.ratio": 0.3})
+    with pytest.raises(SettingsError, match=r"\(prune\): prune\.ratio\.x: expected a mapping of settings, got '0\.2'"):
+        read(STEPS, tmp_path, **{"prune.ratio.x": 0.3})
 
 
 def test_a_recipe_that_is_not_there(tmp_path, catalog):
@@ -163,7 +164,7 @@ def test_a_recipe_that_is_not_there(tmp_path, catalog):
         Recipe.read("papr", catalog)
     (tmp_path / "latin.yaml").write_bytes(b"model: \xe9\n")
     with pytest.raises(SettingsError, match=r"latin\.yaml cannot be read: 'utf-8' codec"):
-        Recipe.read(tmp_path / "latin.yaml")
+        Recipe.read(tmp_path / "latin.yaml", catalog)
     with pytest.raises(SettingsError, match="names no model; add 'model: …'"):
         api.run({"steps": ["evaluate"]}, output=tmp_path / "out")
     with pytest.raises(SettingsError, match="names no output; add 'output: …'"):
