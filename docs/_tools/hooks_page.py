@@ -19,7 +19,7 @@ from llmpruner.pruning.budgets import BudgetSubject, Cost
 from llmpruner.pruning.compensation.base import Fit, RepairTask
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
-from llmpruner.report.base import Costs, Measurements, ReportSubject
+from llmpruner.report.base import Costs, ReportSubject
 from llmpruner.structure.scope import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {
@@ -31,7 +31,7 @@ _GIVEN: dict[str, tuple[type, ...]] = {
     "metric": (MetricSubject, Row, ComparedModel),
     "exporter": (ExportTask,),
     "runtime": (BenchSubject, Session, Work),
-    "report section": (ReportSubject, Measurements, Costs, Size),
+    "report section": (ReportSubject, Costs, Size),
 }
 """Kind of component → the classes that it is given or gives back."""
 CLASSES: dict[str, tuple[type, ...]] = {

@@ -166,6 +166,10 @@ class Evaluations(tuple[Evaluation, ...]):
                 lines.append(Line(label, tuple(r.value for r in rows), better, tuple(r.error for r in rows)))
         return lines
 
+    def of(self, name: str) -> Mapping[str, Mapping[str, Any]]:
+        """The results of one model by metric; empty for a model that was not measured."""
+        return next((each.results for each in self if each.name == name), {})
+
     def as_json(self) -> list[dict[str, Any]]:
         """One object per model; see `Evaluation.as_json`."""
         return [evaluation.as_json() for evaluation in self]

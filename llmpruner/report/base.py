@@ -18,7 +18,7 @@ from ..values import bytes_text, count_text, counted
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from ..evaluation.evaluate import Line
+    from ..evaluation.evaluate import Evaluations
     from ..structure.coupling import CouplingGraph
     from ..structure.plan import PruningPlan, Quality
 
@@ -36,25 +36,12 @@ class Costs(Size):
 
 
 @dataclass(frozen=True)
-class Measurements:
-    """One call of ``llmpruner evaluate``. ``results``: what ``--json`` writes for each model, with the names of the
-    page. ``lines``: the table of the same."""
-
-    results: tuple[Mapping[str, Any], ...]
-    lines: tuple[Line, ...]
-
-    def of(self, name: str) -> Mapping[str, Any]:
-        """The results of one model; empty for a model that was not measured."""
-        return next((result for result in self.results if result["name"] == name), {})
-
-
-@dataclass(frozen=True)
 class ReportSubject:
     """A checkpoint on the page. ``name``: of its folder. ``graph``: its coupled groups. ``record``: its
     ``llmpruner.json``, with ``plans`` parsed. ``dense``, ``costs``: of the dense model and of this one.
 
-    ``measured``: one for each call of ``evaluate`` with this checkpoint; ``benches``: what ``bench --json`` wrote, with
-    the names of the page. ``answers``: lists with ``name``, ``prompt`` and ``text`` of several models. ``runs``:
+    ``measured``: one for each call of ``evaluate`` with this checkpoint, and ``benches``: what ``bench --json`` wrote,
+    with the names of the page. ``answers``: lists with ``name``, ``prompt`` and ``text`` of several models. ``runs``:
     ``run.json`` of the checkpoints that led to this one, oldest first. ``steps``: of a recipe, with ``name``,
     ``command`` and ``seconds``."""
 
@@ -65,7 +52,7 @@ class ReportSubject:
     plans: tuple[PruningPlan, ...]
     dense: Costs
     costs: Costs
-    measured: tuple[Measurements, ...] = ()
+    measured: tuple[Evaluations, ...] = ()
     benches: tuple[Mapping[str, Any], ...] = ()
     answers: tuple[tuple[Mapping[str, str], ...], ...] = ()
     runs: tuple[Mapping[str, Any], ...] = ()

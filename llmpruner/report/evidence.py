@@ -19,7 +19,7 @@ from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
 from ..models.surgery import cut
 from ..pruning.kv_cache import bytes_per_token
-from .base import DENSE, Costs, Measurements, ReportSubject
+from .base import DENSE, Costs, ReportSubject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,7 +68,7 @@ def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
     try:
         value = json.loads(path.read_bytes())
-        if isinstance(value, list | dict) and all("name" in model for model in _models(value)):
+        if isinstance(value, list | dict) and all(isinstance(model["name"], str) for model in _models(value)):
             return value
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
@@ -105,13 +105,13 @@ def _subject(
             results = read_results(step["folder"] / RESULTS_FILE)
             if name in (model["name"] for model in _models(results)):
                 found[step["command"]].append(results)
-    measured = [_measurements(results, catalog) for results in found["evaluate"]]
+    measured = [_evaluations(results, catalog) for results in found["evaluate"]]
     for path, results in files.items():
         try:
             if name not in (model["name"] for model in renamed(_models(results))):
                 continue
             if isinstance(results, list):
-                measured.append(_measurements(renamed(results), catalog))
+                measured.append(_evaluations(renamed(results), catalog))
             else:
                 cases = [{**case, "models": renamed(case["models"])} for case in results["cases"]]
                 found["bench"].append({**results, "cases": cases})
@@ -126,14 +126,14 @@ def _subject(
     )  # fmt: skip
 
 
-def _measurements(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Measurements:
-    """With the lines that the metrics give; those of metrics that are not installed are left out."""
+def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evaluations:
+    """What ``evaluate --json`` wrote, without metrics that are not installed."""
     evaluations = []
     for model in models:
         results = {key: value for key, value in model.items() if value and key in catalog.metrics}
         rows = [row for key, value in results.items() for row in catalog.metrics.create(key).rows(value)]
         evaluations.append(Evaluation(model["name"], results, tuple(rows)))
-    return Measurements(tuple(models), tuple(Evaluations(evaluations).lines))
+    return Evaluations(evaluations)
 
 
 def _runs(checkpoint: Path) -> tuple[Mapping[str, Any], ...]:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..values import bytes_text, count_text, counted
-from .base import Measurements, ReportSection, ReportSubject, bare, rendered
+from .base import ReportSection, ReportSubject, bare, rendered
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Evaluations
 
 SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
 
@@ -26,15 +29,16 @@ class QualitySection(ReportSection):
         return rendered("quality.html.j2", tables=tables, calibration=read, name=subject.name, cut=subject.cut_quality)
 
 
-def _texts(measured: Measurements) -> str:
+def _texts(measured: Evaluations) -> str:
     """What the perplexity was measured on."""
-    first = next((result["perplexity"] for result in measured.results if result.get("perplexity")), None)
-    if first is None:
+    perplexities = [each.results["perplexity"] for each in measured if "perplexity" in each.results]
+    if not perplexities:
         return ""
+    first = perplexities[0]
     texts = {first["text"]: first, **first["others"]}
     each = "; ".join(f"{counted(result['tokens'], 'token')} of {bare(text)}" for text, result in texts.items())
     window, predicted = counted(first["window"], "token"), counted(first["window"] - 1, "prediction")
-    rates = {round(tokens_per_byte(result["perplexity"]), 6) for result in measured.results if result.get("perplexity")}
+    rates = {round(tokens_per_byte(result), 6) for result in perplexities}
     differ = " It is per token, and the tokens differ between models: compare bits per byte." if len(rates) > 1 else ""
     return f"Perplexity: {each}; windows of {window} with {predicted} each.{differ}"
 

@@ -55,7 +55,7 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
             note = "" if ideal is None else f", where its size allows {ideal:.2f}"
             pairs.setdefault("decode", Pair("Decoding, tokens/s", before, after, "{:,.1f}".format, note))
     for measured in subject.measured:
-        first, second = (measured.of(name).get("perplexity") or {} for name in (DENSE, subject.name))
+        first, second = (measured.of(name).get("perplexity", {}) for name in (DENSE, subject.name))
         if first.get("perplexity") is not None and second.get("perplexity") is not None:
             more = round(tokens_per_byte(second) / tokens_per_byte(first), 6)
             note = f" on {bare(first['text'])}{' (per token of the dense model)' if more != 1 else ''}"
@@ -71,7 +71,7 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
 
 def _accuracies(subject: ReportSubject, name: str) -> dict[str, float]:
     """Task → accuracy of one model, normalised by length where lm-eval has that, as LLM-Pruner reports it."""
-    tasks = [pair for measured in subject.measured for pair in (measured.of(name).get("tasks") or {}).items()]
+    tasks = [pair for measured in subject.measured for pair in measured.of(name).get("tasks", {}).items()]
     return {task: values.get("acc_norm", values.get("acc")) for task, values in tasks if "acc" in values}
 
 
@@ -148,8 +148,8 @@ def method_of(record: Mapping[str, Any]) -> str:
 def _row(subject: ReportSubject, pairs: Mapping[str, Pair]) -> list[tuple[str, Any] | None]:
     """(text, value to sort by) of every column; None where it is not known."""
     parameters, weights = pairs["parameters"], pairs["weights"]
-    measured = {name: (pairs[name].text(pairs[name].pruned), pairs[name].pruned) for name in pairs}
-    perplexities = [results.of(subject.name).get("perplexity") or {} for results in subject.measured]
+    cells = {name: (pairs[name].text(pairs[name].pruned), pairs[name].pruned) for name in pairs}
+    perplexities = [measured.of(subject.name).get("perplexity", {}) for measured in subject.measured]
     known = (kl for result in perplexities if (kl := result.get("kl_per_token")) is not None)
     divergence = next(known, None)
     cut = None if subject.record.get("recovery") else subject.cut_quality
@@ -160,10 +160,10 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair]) -> list[tuple[str, A
         (count_text(parameters.pruned), parameters.pruned),
         (f"{1 - parameters.ratio:.1%}", 1 - parameters.ratio),
         (bytes_text(weights.pruned), weights.pruned),
-        measured.get("perplexity"),
+        cells.get("perplexity"),
         None if divergence is None else (f"{divergence:.4f}", divergence),
         None if divergence is not None or cut is None else (f"{cut.kl_per_token:.4f}", cut.kl_per_token),
-        measured.get("tasks"),
+        cells.get("tasks"),
         None if decode is None else (f"{decode.ratio:.2f}", decode.ratio),
     ]
 
