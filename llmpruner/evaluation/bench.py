@@ -6,9 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import product
 from statistics import median, quantiles
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -131,7 +131,7 @@ def _measure(
     rounds: int,
     progress: Progress,
 ) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
-    """Case → for every model, the milliseconds of the prefill and of all decoding steps, in each counted round."""
+    """Case → for every model, the seconds of the prefill and of all decoding steps, in each counted round."""
     times: dict[tuple[int, int], list[list[tuple[float, float]]]] = {case: [[] for _ in sessions] for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
     steps = [
@@ -145,10 +145,13 @@ def _measure(
         tokens = torch.randint(vocabulary, case, generator=torch.Generator().manual_seed(number))
         session, (batch, length) = sessions[place], case
         session.start(batch, length + new_tokens)
-        prefill = session.milliseconds(partial(session.prefill, tokens))
-        decode = session.milliseconds(partial(session.decode, new_tokens))
+        began = perf_counter()
+        session.prefill(tokens)
+        prefilled = perf_counter()
+        session.decode(new_tokens)
+        decoded = perf_counter()
         if number:
-            times[case][place].append((prefill, decode))
+            times[case][place].append((prefilled - began, decoded - prefilled))
     return times
 
 
@@ -161,17 +164,17 @@ def _case(
     return BenchCase(
         batch,
         prompt,
-        _rates([[ms for ms, _ in own] for own in times], batch * prompt, prefill),
-        _rates([[ms for _, ms in own] for own in times], batch * new_tokens, decode),
+        _rates([[seconds for seconds, _ in own] for own in times], batch * prompt, prefill),
+        _rates([[seconds for _, seconds in own] for own in times], batch * new_tokens, decode),
     )
 
 
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:
-    """Speeds from milliseconds per model and round, and from what the steps of each model cost."""
+    """Speeds from seconds per model and round, and from what the steps of each model cost."""
     rates = []
     for own, cost in zip(times, costs, strict=True):
-        speedup = measurement([first / ms for first, ms in zip(times[0], own, strict=True)])
+        speedup = measurement([first / seconds for first, seconds in zip(times[0], own, strict=True)])
         ideal = None if costs[0] is None or cost is None else costs[0] / cost
         share = None if ideal is None else speedup.median / ideal
-        rates.append(Rate(measurement([tokens * 1e3 / ms for ms in own]), speedup, ideal, share))
+        rates.append(Rate(measurement([tokens / seconds for seconds in own]), speedup, ideal, share))
     return tuple(rates)

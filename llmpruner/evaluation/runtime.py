@@ -3,9 +3,8 @@ Imports torch when a model is opened."""
 
 from __future__ import annotations
 
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -93,8 +92,8 @@ class Work:
 
 
 class Session:
-    """One model, ready to run. ``vocabulary``: its number of tokens. ``dtype``: of its weights, as the result names
-    it.
+    """One model, ready to run. ``vocabulary``: its number of tokens. ``dtype``: of its weights, as the result names it.
+    `prefill` and `decode` are timed, and return once their results are there.
 
     ::
 
@@ -127,13 +126,6 @@ class Session:
     def decode(self, count: int) -> None:
         """Add ``count`` tokens to every sequence, the likeliest one each time."""
         raise NotImplementedError
-
-    def milliseconds(self, step: Callable[[], None]) -> float:
-        """The time that ``step``, a prefill or decoding, takes until its results are there; by default until it
-        returns."""
-        begin = time.perf_counter()
-        step()
-        return (time.perf_counter() - begin) * 1e3
 
     def close(self) -> None:
         """Free the model."""
@@ -178,17 +170,12 @@ class TorchSession(Session):
 
     def prefill(self, tokens: torch.Tensor) -> None:
         self._logits = self._cached.process(tokens)
+        self._wait()
 
     def decode(self, count: int) -> None:
         for _ in range(count):
             self._logits = self._cached.process(self._logits.argmax(-1, keepdim=True))
-
-    def milliseconds(self, step: Callable[[], None]) -> float:
         self._wait()
-        begin = time.perf_counter()
-        step()
-        self._wait()
-        return (time.perf_counter() - begin) * 1e3
 
     def _wait(self) -> None:
         import torch
