@@ -14,7 +14,7 @@ from .console import show_warnings, warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
-from .plugins import list_plugins, new_plugin
+from .plugins import new_plugin, plugins
 from .prune import plan, prune
 from .run import demo, recipes, run
 
@@ -26,7 +26,10 @@ MODEL is a directory, a hub id, a .gguf file, or 'demo'. Try `llmpruner demo` fi
 """
 
 
-COMMANDS = (discover, plan, prune, recover, evaluate, bench, generate, export, verify, run, recipes, demo, report)
+COMMANDS = (
+    discover, plan, prune, recover, evaluate, bench, generate, export, verify, run, recipes, demo, report, plugins,
+    new_plugin,
+)  # fmt: skip
 
 
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
@@ -59,8 +62,6 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
 
     for command in COMMANDS:
         app.command(cls=Command)(command)
-    app.command("plugins")(list_plugins)
-    app.command()(new_plugin)
     _add_plugin_commands(app, manager)
     return app
 

@@ -109,7 +109,7 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
 def sizes_text(output: Path, checkpoint: Path) -> str:
     """The bytes of the weights in ``output``, next to those of the dense model of ``checkpoint``; and how to get fewer
     than there."""
-    source = Path((read_record(checkpoint) or {}).get("base_path", checkpoint))
+    source = Path((read_record(checkpoint) or {}).get("base_path") or checkpoint)
     after, before = weights_size(output), weights_size(source)
     if not (after and before) or source == output:
         return ""

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
-from ..scaffold.package import KINDS, PluginName, describe, kind_named, render, write
+from ..scaffold.package import KINDS, describe, distribution_of, render, write
 from .console import note, out, print_json, table
 from .derive import Json, bounds_of, catalog_of, type_text
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..component import Component
 
 
-def list_plugins(
+def plugins(
     ctx: typer.Context,
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Show one component with its settings.", show_default=False)
@@ -102,21 +102,24 @@ def new_plugin(
     """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
     strategy."""
     catalog = catalog_of(ctx)
-    plugin = PluginName(name)
-    adds = kind_named(kind)
-    registry = catalog.registries[adds.name]
+    distribution = distribution_of(name)
+    if kind not in KINDS:
+        raise UnknownNameError("kind of plugin", kind, KINDS)
+    if source is not None and kind != "family":
+        raise LlmprunerError(f"a {kind} works for all models; leave --from out")
+    registry = catalog.registries[KINDS[kind]]
     if name in registry:
         raise LlmprunerError(
             f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"
         )
-    directory = check_new_directory(output or Path(plugin.distribution))
+    directory = check_new_directory(output or Path(distribution))
     facts = None
     if source is not None:
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
-    write(directory, render(plugin, facts, kind=kind))
+    write(directory, render(name, facts, kind=kind))
     types = f" for model type {facts.model_type}" if facts else ""
-    lines = [f"{directory}: {adds.name} {name}{types}"]
+    lines = [f"{directory}: {registry.kind} {name}{types}"]
     if facts and facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")
     lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")

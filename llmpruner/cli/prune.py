@@ -77,6 +77,7 @@ def prune(
         write_next_to(output, arguments["catalog"], say=not as_json, of=[Path(each.ref) for each in pruned])
         if as_json:
             print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in pruned])
+            return
         done_line(f"{', '.join(each.ref for each in pruned)} in {time.monotonic() - started:.1f} s")
         return
     made, outcome = pruned.plans[-1], pruned.outcome

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
-from ..errors import LlmprunerError, ModelError, UnknownNameError, UnsupportedModelError, first_line
+from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..files import new_directory
 from ..settings import LoadSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..plugins.catalog import Catalog, Kind
+    from ..plugins.catalog import Catalog
 
 FILES = {
     "pyproject.toml": "pyproject.toml.j2",
@@ -30,8 +30,8 @@ FILES = {
 }
 """Path in the package → template, both with placeholders for the names of the module and of the kind."""
 
-KINDS = {"family": "families", "criterion": "criteria", "strategy": "strategies"}
-"""What a package can add → the attribute of `Catalog` with the components of that kind."""
+KINDS = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
+"""What a package can add → the kind of component, as the catalog names it."""
 
 PREFIX = "llmpruner-"
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
@@ -39,26 +39,14 @@ _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map"
 _NAME = re.compile(rf"(?!{PREFIX})[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
-@dataclass(frozen=True, slots=True)
-class PluginName:
-    """The word that all names in a plugin package are derived from."""
-
-    word: str
-
-    def __post_init__(self) -> None:
-        if not _NAME.fullmatch(self.word):
-            raise LlmprunerError(
-                f"'{self.word}' cannot name a plugin; expected lower case letters, digits and single dashes, a letter "
-                f"first, as in 'my-model'; '{PREFIX}' is added"
-            )
-
-    @property
-    def distribution(self) -> str:
-        return PREFIX + self.word
-
-    @property
-    def module(self) -> str:
-        return self.distribution.replace("-", "_")
+def distribution_of(name: str) -> str:
+    """``llmpruner-odd`` for the plugin ``odd``. Raises `LlmprunerError` for a word that cannot name a plugin."""
+    if not _NAME.fullmatch(name):
+        raise LlmprunerError(
+            f"'{name}' cannot name a plugin; expected lower case letters, digits and single dashes, a letter first, as "
+            f"in 'my-model'; '{PREFIX}' is added"
+        )
+    return PREFIX + name
 
 
 @dataclass(frozen=True)
@@ -142,23 +130,14 @@ def _import(package: str) -> str:
     return min(metadata.packages_distributions().get(top, [top]))
 
 
-def kind_named(word: str) -> Kind[Any]:
-    """The kind of component that ``word`` of `KINDS` names. Raises `UnknownNameError`."""
-    from ..plugins.catalog import Catalog
-
-    if word not in KINDS:
-        raise UnknownNameError("kind of plugin", word, KINDS)
-    kind: Kind[Any] = getattr(Catalog, KINDS[word])
-    return kind
-
-
-def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
-    """Path in the package → text. ``kind``: one of `KINDS`. ``model``: of a family; other kinds take none."""
+def render(name: str, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
+    """Path in the package → text. ``kind``: one of `KINDS`. ``model``: of a family."""
     from jinja2 import Environment, StrictUndefined
 
-    adds = kind_named(kind)
-    if model is not None and kind != "family":
-        raise LlmprunerError(f"a {kind} works for all models; leave the model out")
+    from ..plugins import catalog
+
+    distribution = distribution_of(name)
+    module = distribution.replace("-", "_")
     model = model or ModelFacts()
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
@@ -166,14 +145,16 @@ def render(name: PluginName, model: ModelFacts | None = None, *, kind: str = "fa
     folder = resources.files("llmpruner.scaffold") / "templates"
     values = {
         "name": name,
+        "distribution": distribution,
+        "module": module,
         "model": model,
         "version": __version__,
-        "word": kind,
-        "kind": adds,
-        "cls": "".join(part.capitalize() for part in (*name.word.split("-"), kind)),
+        "kind": kind,
+        "adds": catalog.KINDS[KINDS[kind]],
+        "cls": "".join(part.capitalize() for part in (*name.split("-"), kind)),
     }
     files = {
-        path.format(module=name.module, kind=kind): environment.from_string(
+        path.format(module=module, kind=kind): environment.from_string(
             (folder / template.format(kind=kind)).read_text(encoding="utf-8")
         ).render(values)
         for path, template in FILES.items()

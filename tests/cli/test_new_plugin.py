@@ -12,7 +12,7 @@ import pytest
 from fresh import run_fresh
 
 import llmpruner
-from llmpruner.scaffold.package import ModelFacts, PluginName, render, write
+from llmpruner.scaffold.package import ModelFacts, render, write
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
@@ -127,9 +127,9 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
         kinds=("mlp",),
     )
     packages = {
-        "bare": render(PluginName("bare")),
-        "odd": render(PluginName(LONG), odd),
-        **{kind: render(PluginName(LONG), kind=kind) for kind in ("criterion", "strategy")},
+        "bare": render("bare"),
+        "odd": render(LONG, odd),
+        **{kind: render(LONG, kind=kind) for kind in ("criterion", "strategy")},
     }
     for name, files in packages.items():
         write(tmp_path / name, files)
@@ -140,7 +140,7 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
 @pytest.mark.parametrize("kind", ["criterion", "strategy"])
 def test_a_criterion_and_a_strategy_pass_their_own_tests(kind, tmp_path):
     package = tmp_path / f"llmpruner-my-{kind}"
-    write(package, render(PluginName(f"my-{kind}"), kind=kind))
+    write(package, render(f"my-{kind}", kind=kind))
     install(tmp_path / "site", package)
     passed = run_tests(package, tmp_path / "site", choose="")
     assert int(passed.split()[0]) >= 5 and "failed" not in passed and "skipped" not in passed
@@ -191,6 +191,7 @@ def test_names_that_are_refused(run, tmp_path, monkeypatch, name, message):
         (["--from", "unheard_of"], "neither a model directory nor a model type that transformers knows"),
         (["--from", "llama", "--import", "no_such_package"], "--import no_such_package: ModuleNotFoundError"),
         (["--from", "./nowhere"], "model directory './nowhere' does not exist"),
+        (["--from", "llama", "--kind", "strategy"], "a strategy works for all models; leave --from out"),
     ],
 )
 def test_models_that_are_refused(run, tmp_path, options, message):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -226,6 +227,7 @@ def test_kill_minus_nine(dense, tmp_path):
     process.wait()
     again = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout), "nothing else is on standard output"
     options = {"ratio": [0.2, 0.4], "samples": 64, "length": 64, "method": "best"}
     api.prune(str(dense), output=tmp_path / "other", **options)
     for ratio in ("0.2", "0.4"):
