@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from inspect import Parameter, cleandoc, signature
 from pathlib import Path
 from typing import Any, get_args
@@ -58,30 +57,18 @@ def _parameter(parameter: Parameter) -> Shown | None:
     info = next((mark for mark in marks if isinstance(mark, (OptionInfo, ArgumentInfo))), None)
     if info is None:
         return None
-    kind = next((k for k in (kind, *get_args(kind)) if isinstance(k, type) and k in (*_TYPES, bool)), kind)
+    kind = next((k for k in (kind, *get_args(kind)) if k in (*_TYPES, bool)), kind)
     required = parameter.default is Parameter.empty
-    default = None if required or parameter.default is None else _text(parameter.default)
-    if isinstance(info.show_default, str):
-        default = info.show_default
+    default = None if required or parameter.default is None else str(parameter.default)
     if isinstance(info, OptionInfo):
         # Inside Annotated, Typer takes the first name for a default.
         declared = [d for d in (info.default, *(info.param_decls or ())) if isinstance(d, str)]
         names = tuple(n for d in declared for n in d.split("/")) or ("--" + parameter.name.replace("_", "-"),)
-        value = "" if kind is bool else info.metavar or _value(kind)
+        value = "" if kind is bool else info.metavar or _TYPES[kind]
         default = None if kind is bool else default
     else:
         names, value = (), info.metavar or parameter.name.upper()
     return Shown(names, value, info.help or "", info.rich_help_panel or GENERAL, default, required)
-
-
-def _value(kind: Any) -> str:
-    if isinstance(kind, type) and issubclass(kind, Enum):
-        return "|".join(str(member.value) for member in kind)
-    return _TYPES[kind]
-
-
-def _text(default: Any) -> str:
-    return str(default.value if isinstance(default, Enum) else default)
 
 
 def render() -> str:

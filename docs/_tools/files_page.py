@@ -19,8 +19,7 @@ RECORD = {
     "base_config": "`config.json` of the dense model, from which the structure of the pruned one follows. Numbers that "
     'JSON does not have are stated as transformers does: `{"__float__": "Infinity"}`.',
     "adapters": "Names of the adapters, on a pruned model, that its weights contain. Absent without any.",
-    "base_path": "Absolute path of the dense model's files, where they were local; null for a hub id and the demo "
-    "model.",
+    "base_path": "Absolute path of the dense model's files; absent for a hub id and the demo model.",
     "base_weights": "SHA-256 over samples of the dense model's files with weights, where they were local: `recover` "
     "and `verify` warn where they find others. Absent in checkpoints of earlier versions.",
     "files": "Path → `bytes` and `sha256` of every other file of the checkpoint, as it was saved; "
@@ -45,9 +44,8 @@ RUN = {
     "command": "`prune` or `recover`.",
     "model": "The model that was read, as the user named it.",
     "settings": "The settings that the user gave.",
-    "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process "
-    "had taken "
-    "by the end of the stage. What an interrupted run had done before is not among them.",
+    "stages": "The stages in their order: `name`, `seconds`, and `peak_bytes`, the most memory that the process had "
+    "taken by the end of the stage. What an interrupted run had done before is not among them.",
     "machine": "System, processor, cores, and bytes of memory.",
     "versions": "Versions of Python and of the libraries that results depend on most.",
 }
@@ -102,13 +100,11 @@ ORIGIN_TEXT = (
     "transformers does not read it."
 )
 RUN_TEXT = (
-    "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and "
-    "`push` leave it "
-    "aside, as they do `report.html`."
+    "What it took to make a checkpoint, beside its `llmpruner.json`. No result depends on it; recipes and `push` leave "
+    "it aside, as they do `report.html`."
 )
 RECORD_TEXT = (
-    "What a checkpoint keeps of how it was made, so that it can be pruned again, and so that its layers can be built. "
-    "Keyword `notes` of [`save`](api.md#save) adds keys of your own."
+    "What a checkpoint keeps of how it was made, so that it can be pruned again, and so that its layers can be built."
 )
 
 

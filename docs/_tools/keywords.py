@@ -22,19 +22,14 @@ WIDER = {
     "kinds": "str | Sequence[str]",
     "tasks": "str | Sequence[str]",
     "metrics": "str | Sequence[str]",
-    "report_to": "str | Sequence[str]",
     "layers": "str | Sequence[int]",
     "batch": "str | int | Sequence[int]",
-    "shares": "str | Sequence[float]",
     "prompt": "str | int | Sequence[int]",
     "target_params": "str | float",
     "settings": "Mapping[str, Mapping[str, Any]]",
     "calibration": "str | Path",
     "data": "str | Path",
-    "validation_data": "str | Path",
     "perplexity": "str | Path",
-    "include_path": "str | Path",
-    "evaluation": "str | Path",
 }
 """Fields whose validators take more than the type that they hold."""
 
