@@ -10,7 +10,6 @@ held-out text rises when it alone is silenced. Writes ``benchmarks/results/crite
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -21,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .measure import as_json, machine, write_table
+from .measure import as_json, data_folder, machine, write_table
 
 RESULTS = Path(__file__).parent / "results" / "criteria.json"
 PAGE = Path(__file__).parents[1] / "docs" / "criteria-measured.md"
@@ -35,18 +34,10 @@ FEW = 8
 
 def main() -> None:
     if "--render" not in sys.argv:
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(as_json(measure(_text())), encoding="utf-8")
+        lines = (data_folder() / "wikitext2_unk_validation.jsonl").read_text(encoding="utf-8").splitlines()
+        text = "".join(json.loads(line)["page"] for line in lines)
+        RESULTS.write_text(as_json(measure(text.encode())), encoding="utf-8")
     write_table(PAGE, "criteria", table(json.loads(RESULTS.read_text(encoding="utf-8"))))
-
-
-def _text() -> bytes:
-    data = os.environ.get("LLMPRUNER_DATA")
-    if not data:
-        raise SystemExit("set LLMPRUNER_DATA to the folder that holds the shared data sets")
-    name = "wikitext2_unk_validation.jsonl"
-    file = next(f / name for f in (Path(data) / "data", Path(data)) if (f / name).is_file())
-    return "".join(json.loads(line)["page"] for line in file.read_text(encoding="utf-8").splitlines()).encode()
 
 
 def measure(text: bytes) -> dict[str, Any]:

@@ -38,18 +38,6 @@ THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PLUGINS = ("llama", "vicuna", "chatglm")
 PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{name}": f"plugins/{name}" for name in PLUGINS}}
 """Package → its folder in a checkout."""
-OPTIONS = ("length", "compensate", "allocation", "unit_ratio", "layers", "round_to", "reduction", "seed",
-           "target_params")  # fmt: skip
-SPELLINGS = {
-    "llmpruner/recipes/pipeline.py": {
-        **{f"--set prune.{name}=": f"--{name.replace('_', '-')} " for name in OPTIONS},
-        "--set taylor.variant=": "--variant ",
-        "--set global.normalize=": "--normalize ",
-        **{f"models/{name} ": f"models/{name} --no-tokenizer " for name in ("dense", "chatglm", "fused", "experts")},
-    },
-    "llmpruner/api.py": {"--family auto ": ""},
-}
-"""A file by which a version is recognised → words of the jobs below, and what stands for them in that version."""
 
 TEXT, BLOCK = "--samples 8 --set prune.length=32", "--kinds attention,mlp"
 GLOBAL = "--set prune.allocation=global --set global.normalize"
@@ -74,7 +62,7 @@ ON_TINY = {
     "steps": f"--importance taylor {BLOCK} --steps 2 --ratio 0.2 {TEXT}",
     "unit-ratio": f"--importance l2 {BLOCK} --set prune.unit_ratio=0.25",
 }  # fmt: skip
-"""Name → options of ``prune``; no option without effect, which a version may refuse."""
+"""Name → options of ``prune``."""
 ON_PLUGINS_MODELS = {
     **{name: f"--importance {name} --ratio 0.2" for name in ("random", "l1")},
     **{name: f"--importance {name} --ratio 0.2 {TEXT}" for name in ("wanda-sp", "activation", "pca")},
@@ -160,7 +148,7 @@ def jobs() -> dict[str, str]:
         for name, words in {**ON_TINY, **ON_PLUGINS_MODELS}.items():
             found[f"{model}: {name}"] = f"models/{model} {words}"
     for model in ("fused", "experts"):
-        found |= {f"{model}: {n}": f"models/{model} --family auto {w}" for n, w in ON_TINY.items()}
+        found |= {f"{model}: {n}": f"models/{model} {w}" for n, w in ON_TINY.items()}
     return found
 
 
@@ -170,10 +158,7 @@ def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, di
     links = {name: checkout / place for name, place in PACKAGES.items()}
     for name, target in {**links, "benchmarks": ROOT / "benchmarks", "models": folder.parent / "models"}.items():
         (folder / name).symlink_to(target, target_is_directory=True)
-    text = json.dumps(dict(chosen))
-    for old, new in [pair for file, table in SPELLINGS.items() if (checkout / file).exists() for pair in table.items()]:
-        text = text.replace(old, new)
-    (folder / "jobs.json").write_text(text, encoding="utf-8")
+    (folder / "jobs.json").write_text(json.dumps(dict(chosen)), encoding="utf-8")
     settings = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": THREADS}
     code = f"from benchmarks.same_results import inside; inside({str(checkout)!r})"
     environment = {**os.environ, **settings, "PYTHONPATH": str(folder)}
@@ -217,9 +202,7 @@ def prune(words: list[str], output: Path) -> dict[str, Any]:
             return {"exit": code, "reason": " ".join(errors.getvalue().rpartition("error:")[2].split())}
         plan = json.loads(shown.getvalue())["plan"]
         kept = {group: cut["kept"] for group, cut in plan["cuts"].items()}
-        # Plans of later versions record a budget's settings and measurements in other fields.
-        target = {key: plan["target"].get(key) for key in ("by", "amount", "budget")}
-        return {"exit": code, "target": target, "kept": kept, "tensors": digests(output)}
+        return {"exit": code, "target": plan["target"], "kept": kept, "tensors": digests(output)}
     finally:
         shutil.rmtree(output, ignore_errors=True)
 
