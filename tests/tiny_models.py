@@ -47,21 +47,22 @@ def gpt2(positions: int = 32) -> Any:
     return GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4, n_positions=positions)).eval()
 
 
-def llama(*, layers: int = 2, tied: bool = False, seed: int = 0) -> Any:
+def llama(*, layers: int = 2, tied: bool = False, seed: int = 0, **changes: Any) -> Any:
+    """``changes``: of the configuration."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=300,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        tie_word_embeddings=tied,
-        bos_token_id=0,
-        eos_token_id=1,
-        max_position_embeddings=512,
-    )
-    return LlamaForCausalLM(config).eval()
+    values = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "max_position_embeddings": 512,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()

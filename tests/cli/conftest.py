@@ -10,17 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tokenizers import ByteLevelBPETokenizer
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import tiny_models
 
 import llmpruner
 from llmpruner.cli import console, main
 
-TEXT = (
-    "The quick brown fox jumps over the lazy dog. A model predicts the next token from those before it. "
-    "Paris is the capital of France, and Rome is the capital of Italy. Two and two make four.\n"
-) * 20
 INSTRUCTIONS = [
     {"instruction": "Name the capital of France.", "input": "", "output": "Paris."},
     {"instruction": "Add the numbers.", "input": "2 and 2", "output": "Four."},
@@ -89,11 +83,12 @@ def listing(folder: Path) -> dict[str, int]:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What tests read and never write: models ``dense``, ``other`` (wider), ``bare`` (no tokenizer), ``nan`` and
-    ``packed`` (says that it is quantised), ``text.txt``, ``data.jsonl``."""
+    ``packed`` (says that it is quantised), ``text.txt``, ``data.jsonl``. Four layers of 2 KV heads with 2 query heads
+    each; 30,976 decoder parameters of 50,208."""
     folder = tmp_path_factory.mktemp("shared")
-    tokenizer = tiny_tokenizer()
+    tokenizer = tiny_models.tokenizer()
     for name, width in (("dense", 48), ("other", 40), ("bare", 48), ("nan", 48)):
-        model = tiny_llama(intermediate_size=width)
+        model = tiny_models.llama(layers=4, intermediate_size=width, initializer_range=0.2)
         if name == "nan":
             model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
         model.save_pretrained(folder / name)
@@ -103,7 +98,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "packed" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "packed" / "config.json").write_text(json.dumps(config))
-    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    (folder / "text.txt").write_text(tiny_models.TEXT * 3, encoding="utf-8")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS), encoding="utf-8")
     return folder
 
@@ -120,28 +115,3 @@ def pruned(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     model = llmpruner.prune(shared / "dense", unit_ratio=0.25, layers=[1, 2], importance="l1", output=folder)
     assert model.form == "shim"
     return folder
-
-
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    base = ByteLevelBPETokenizer()
-    base.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
-    return PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
-
-
-def tiny_llama(**changes: Any) -> LlamaForCausalLM:
-    """Four layers of 2 KV heads with 2 query heads each; 30,976 decoder parameters of 50,208."""
-    torch.manual_seed(0)
-    values = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-    }
-    return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()

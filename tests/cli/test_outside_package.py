@@ -7,25 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from installed import install
 from safetensors.torch import load_file
 
 import llmpruner
 from llmpruner import Catalog
 from llmpruner.plugins.manager import plugin_manager
 
-SOURCE = Path(__file__).parents[1] / "packages" / "llmpruner-outside"
+PACKAGES = Path(__file__).parents[1] / "packages"
 
 
 @pytest.fixture(autouse=True)
 def outside(tmp_path_factory, monkeypatch):
     """The package as it is installed: on the path, with its entry point."""
     site = tmp_path_factory.mktemp("site")
-    info = site / "llmpruner_outside-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: llmpruner-outside\nVersion: 1.0\n", encoding="utf-8")
-    (info / "entry_points.txt").write_text("[llmpruner]\noutside = llmpruner_outside\n", encoding="utf-8")
+    install(site, "llmpruner-outside")
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.syspath_prepend(str(SOURCE))
+    monkeypatch.syspath_prepend(str(PACKAGES))
 
 
 PRUNES = {

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import typer
+from installed import install
 from typer.testing import CliRunner
 
 from llmpruner import ImportanceCriterion, LlmprunerError, hookimpl
@@ -21,50 +18,34 @@ PACKAGES = Path(__file__).parents[1] / "packages"
 WARNING = "plugin 'broken' (llmpruner-broken) is broken and was skipped: RuntimeError: this plugin is broken on purpose"
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    """Two packages, one that works and one that breaks, as pip installs them."""
-    folder = tmp_path_factory.mktemp("site")
-    sources = [folder / "source" / path.name for path in sorted(PACKAGES.iterdir())]
-    for source in sources:
-        # The build leaves its traces beside the source.
-        shutil.copytree(PACKAGES / source.name, source)
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    done = subprocess.run([*pip, "--target", folder / "site", *sources], capture_output=True, text=True, timeout=250)
-    assert done.returncode == 0, done.stderr
-    return folder / "site"
-
-
-@pytest.fixture
-def installed(site, monkeypatch):
-    """The two packages, for this process."""
+@pytest.fixture(autouse=True)
+def packages(tmp_path, monkeypatch):
+    """Two packages, one that works and one that breaks."""
+    site = tmp_path / "site"
+    site.mkdir()
+    for name in ("llmpruner-outside", "llmpruner-broken"):
+        install(site, name)
     monkeypatch.syspath_prepend(str(site))
-    yield site
-    for name in [name for name in sys.modules if name.startswith("llmpruner_outside")]:
-        del sys.modules[name]
+    monkeypatch.syspath_prepend(str(PACKAGES))
 
 
-@pytest.mark.slow
-def test_installed_packages_in_another_process(site):
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(site), os.environ.get("PYTHONPATH")]))}
-    command = [sys.executable, "-m", "llmpruner", "plugins", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0
-    assert done.stderr.splitlines() == [f"warning: {WARNING}"]
-    shown = json.loads(done.stdout)
+def test_installed_packages_are_listed(run):
+    done = run("plugins", "--json")
+    assert done.err.splitlines() == [f"warning: {WARNING}"]
+    shown = done.json()
     outside = {row["name"]: row["kind"] for row in shown["plugins"] if row["package"] == "llmpruner-outside"}
     assert (outside["unknown"], outside["nothing"]) == ("family", "recovery strategy") and len(outside) == 13
     assert shown["broken"] == [WARNING]
 
 
-def test_an_installed_strategy_recovers(run, pruned, shared, installed, tmp_path):
+def test_an_installed_strategy_recovers(run, pruned, shared, tmp_path):
     options = ("--data", shared / "data.jsonl", "--strategy", "nothing", "-o", tmp_path / "out")
     result = run("recover", pruned, *options)
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
 
 
-def test_an_installed_reader_reads(run, dense, installed, tmp_path):
+def test_an_installed_reader_reads(run, dense, tmp_path):
     (tmp_path / "pointer").mkdir()
     (tmp_path / "pointer" / "pointer.txt").write_text(str(dense))
     answers = run("generate", tmp_path / "pointer", dense, "-p", "The", "--max-new-tokens", 4, "--json").json()
@@ -72,13 +53,13 @@ def test_an_installed_reader_reads(run, dense, installed, tmp_path):
     assert first == second
 
 
-def test_an_installed_command_runs(run, installed):
+def test_an_installed_command_runs(run):
     result = run("hello", "--name", "llama")
     assert (result.code, result.out) == (0, "hello, llama\n")
     assert "Greet someone" in run("--help").out
 
 
-def test_a_blocked_plugin_prints_nothing(run, installed, monkeypatch):
+def test_a_blocked_plugin_prints_nothing(run, monkeypatch):
     monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,outside")
     result = run("plugins", "--json")
     assert result.err == ""
@@ -102,7 +83,7 @@ class Greeter:
 
 
 def app_with(**plugins) -> typer.Typer:
-    manager = plugin_manager()
+    manager = plugin_manager(entry_points=False)
     for name, plugin in plugins.items():
         manager.register(plugin, name)
     return build_app(manager)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
+import installed
 import pytest
 from pydantic import Field
 from transformers import BertConfig, LlamaConfig
@@ -53,19 +54,14 @@ def plugin(function, hook: str = METRICS):
 def install(tmp_path, monkeypatch):
     """Put a package with one entry point on the path, as an installer would."""
     monkeypatch.syspath_prepend(str(tmp_path))
-    installed: list[str] = []
+    modules: list[str] = []
 
     def install(package: str, code: str, *, entry: str | None = None) -> None:
-        module = package.replace("-", "_")
-        (tmp_path / f"{module}.py").write_text(f"from llmpruner import *\n{code}\n", encoding="utf-8")
-        info = tmp_path / f"{module}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n", encoding="utf-8")
-        (info / "entry_points.txt").write_text(f"[llmpruner]\n{entry or package} = {module}\n", encoding="utf-8")
-        installed.append(module)
+        modules.append(installed.install(tmp_path, package, entry=entry))
+        (tmp_path / f"{modules[-1]}.py").write_text(f"from llmpruner import *\n{code}\n", encoding="utf-8")
 
     yield install
-    for module in installed:
+    for module in modules:
         sys.modules.pop(module, None)
 
 
@@ -116,14 +112,13 @@ def test_a_hook_is_called_once_and_only_when_its_kind_is_asked_for(kind):
 # Plugins that are installed
 
 
-def test_fifty_plugins_and_a_broken_one_among_them(install):
-    for number in range(50):
-        install(f"plugin-{number:02}", CRITERION.format(name=f"mine-{number:02}"))
+def test_plugins_and_a_broken_one_among_them(install):
+    for letter in "abz":
+        install(f"plugin-{letter}", CRITERION.format(name=f"mine-{letter}"))
     install("plugin-broken", "1 / 0")
     catalog = Catalog()
-    mine = [name for name in catalog.criteria if name.startswith("mine-")]
-    assert mine == [f"mine-{number:02}" for number in range(50)]
-    assert catalog.criteria.package_of("mine-07") == "plugin-07" and catalog.families.package_of("llama") == "llmpruner"
+    assert [name for name in catalog.criteria if name.startswith("mine-")] == ["mine-a", "mine-b", "mine-z"]
+    assert catalog.criteria.package_of("mine-b") == "plugin-b" and catalog.families.package_of("llama") == "llmpruner"
     (line,) = catalog.manager.broken
     assert line.startswith("plugin 'plugin-broken' (plugin-broken) is broken and was skipped: ZeroDivisionError: ")
 
