@@ -1,7 +1,6 @@
 """The page in a browser: headless Chromium, driven by selenium, and axe-core for its accessibility.
 
 ``LLMPRUNER_AXE``: path of ``axe.min.js`` from the npm package axe-core. Skipped where one of the three is missing.
-``LLMPRUNER_REPORTS``: a folder of ``python -m benchmarks.reports``, whose pages of the real model are opened, too.
 """
 
 from __future__ import annotations
@@ -27,17 +26,13 @@ FLAGS = (
     "--disable-background-networking", "--disable-component-update",
 )  # fmt: skip
 WIDE, NARROW = 1100, 380
-REAL = os.environ.get("LLMPRUNER_REPORTS", "")
-REAL_PAGES = ("best-wikitext", "compared") if REAL else ()
-SEVERAL = ("several", "compared") if REAL else ("several",)
-NAMES = ("one", "several", *REAL_PAGES)
+NAMES = ("one", "several")
 
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory):
-    """Name → page of one tiny checkpoint, and of three; and pages of the real model."""
-    places = build(tmp_path_factory.mktemp("places"))
-    pages = {name: Path(REAL).absolute() / f"{name}.html" for name in REAL_PAGES}
+    """Name → page of one tiny checkpoint, and of three."""
+    places, pages = build(tmp_path_factory.mktemp("places")), {}
     for name, names in (("one", ("small",)), ("several", ("small", "smaller", "worse"))):
         folder = tmp_path_factory.mktemp(name)
         page_of(places, folder, *names)
@@ -83,11 +78,9 @@ def test_nothing_is_loaded_and_nothing_is_complained_of(browser, pages, name):
     assert browser.get_log("browser") == []
 
 
-@pytest.mark.parametrize("name", SEVERAL)
-def test_the_table_is_sorted_by_keyboard(browser, pages, name):
+def test_the_table_is_sorted_by_keyboard(browser, pages):
     keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
-    page = pages[name]
-    opened(browser, page)
+    opened(browser, pages["several"])
 
     def column(number):
         return browser.execute_script(
