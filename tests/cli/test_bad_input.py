@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import llmpruner
+
 L1 = ("--importance", "l1")
 FIFTH = ("--ratio", 0.2)
 OUT = ("-o", "{tmp}/out")
@@ -135,19 +137,10 @@ def test_mistakes(refused, what, shared, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "command",
-    [
-        ("evaluate", DENSE, "--json"),
-        ("bench", DENSE, "--json"),
-        ("report", "{pruned}", "-o"),
-    ],
-    ids=lambda command: command[0],
-)
-def test_a_file_of_another_kind_is_not_replaced(refused, pruned, tmp_path, command):
-    command = [one.replace("{pruned}", str(pruned)) for one in command]
+def test_a_file_of_another_kind_is_not_replaced(refused, pruned, tmp_path):
     write(tmp_path / "config.json", '{"model_type": "llama"}')
-    assert f"{tmp_path}/config.json' exists already; choose" in refused(*command, tmp_path / "config.json")
+    for command in (("evaluate", DENSE, "--json"), ("bench", DENSE, "--json"), ("report", pruned, "-o")):
+        assert f"{tmp_path}/config.json' exists already; choose" in refused(*command, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("command", ["prune", "recover"])
@@ -179,15 +172,8 @@ BEYOND_THE_FIRST_RECORD = {"empty.txt", "short.txt", "broken.jsonl"}
 def test_calibration_data(refused, tmp_path, name):
     content, message = BAD_TEXT[name]
     write(tmp_path / name, content)
-    line = refused(
-        "prune",
-        DENSE,
-        *FIFTH,
-        "--calibration",
-        f"{tmp_path}/{name}",
-        *OUT,
-        read=name in BEYOND_THE_FIRST_RECORD,
-    )
+    arguments = (*FIFTH, "--calibration", f"{tmp_path}/{name}", *OUT)
+    line = refused("prune", DENSE, *arguments, read=name in BEYOND_THE_FIRST_RECORD)
     assert name in line and message in line
 
 
@@ -204,17 +190,21 @@ def write(path: Path, content: str | bytes) -> None:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+@pytest.fixture(scope="module")
+def planned(shared) -> str:
+    """A plan for the dense model."""
+    return llmpruner.plan(shared / "dense", ratio=0.2, importance="l1").to_json()
+
+
 @pytest.fixture
-def replay(run, shared, tmp_path, refused):
-    """Make a plan for the dense model, spoil it, and replay it."""
+def replay(planned, shared, tmp_path, refused):
+    """Spoil a plan for the dense model, and replay it."""
 
     def replay(spoil, model: str = "dense") -> str:
-        file = tmp_path / "plan.json"
-        assert run("plan", shared / "dense", *FIFTH, *L1, "-o", file).code == 0
-        values = json.loads(file.read_text())
+        values = json.loads(planned)
         spoil(values)
-        file.write_text(json.dumps(values))
-        return refused("prune", f"{shared}/{model}", "--plan", file, *OUT)
+        (tmp_path / "plan.json").write_text(json.dumps(values))
+        return refused("prune", f"{shared}/{model}", "--plan", "{tmp}/plan.json", *OUT)
 
     return replay
 
@@ -259,31 +249,18 @@ def test_a_plan_for_another_model(replay, shared):
     assert f"this plan was made for '{shared}/dense' (llama)" in replay(lambda plan: None, "other")
 
 
-def full_disk(*arguments, **options):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.fixture
-def disk_full(run, shared, tmp_path):
-    """The last line of a prune whose result cannot be written; what was computed for it stays."""
-
-    def disk_full() -> str:
-        result = run("prune", shared / "dense", *FIFTH, *L1, "-o", tmp_path / "out")
-        assert result.code == 2 and [path.name for path in tmp_path.iterdir()] == ["out.pruning"]
-        return result.err.splitlines()[-1]
-
-    return disk_full
-
-
-def test_disk_full_while_weights_are_written(disk_full, monkeypatch):
+def test_disk_full_while_weights_are_written(run, dense, tmp_path, monkeypatch):
+    """What was computed for them stays."""
     from transformers import modeling_utils
 
     def half_way(tensors, filename, **options):
         Path(filename).write_bytes(b"half of the weights")
-        full_disk()
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(modeling_utils, "safe_save_file", half_way)
-    assert "/out cannot be written: no space left on device" in disk_full()
+    result = run("prune", dense, *FIFTH, *L1, "-o", tmp_path / "out")
+    assert result.code == 2 and [path.name for path in tmp_path.iterdir()] == ["out.pruning"]
+    assert "/out cannot be written: no space left on device" in result.err.splitlines()[-1]
 
 
 def test_demo_without_its_model(run, refused, monkeypatch, tmp_path):

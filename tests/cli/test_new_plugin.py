@@ -90,15 +90,9 @@ def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypat
         assert done.stdout.strip() == expected, done.stderr
 
 
-@pytest.fixture(scope="module")
-def mypy_cache(tmp_path_factory) -> Path:
-    """What mypy has read of torch and of llmpruner, for all packages."""
-    return tmp_path_factory.mktemp("mypy")
-
-
 def check_style(package: Path, cache: Path) -> None:
     """ruff and strict mypy. llmpruner is read from this checkout; errors of mypy in it do not count. transformers is
-    not read, which would take longer than all else."""
+    not read, which would take longer than all else. ``cache``: what mypy has read, for all packages."""
     config = cache / f"{package.name}.toml"
     unread = '[[tool.mypy.overrides]]\nmodule = ["transformers.*", "made_up.*"]\nfollow_imports = "skip"\n'
     unread += "ignore_missing_imports = true\n"
@@ -116,7 +110,8 @@ def check_style(package: Path, cache: Path) -> None:
 
 
 @pytest.mark.long
-def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
+def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
+    (tmp_path / "mypy").mkdir()
     odd = ModelFacts(
         model_type="made_up",
         config_class="MadeUpConfig",
@@ -133,17 +128,19 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path, mypy_cache):
     }
     for name, files in packages.items():
         write(tmp_path / name, files)
-        check_style(tmp_path / name, mypy_cache)
+        check_style(tmp_path / name, tmp_path / "mypy")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["criterion", "strategy"])
-def test_a_criterion_and_a_strategy_pass_their_own_tests(kind, tmp_path):
-    package = tmp_path / f"llmpruner-my-{kind}"
-    write(package, render(f"my-{kind}", kind=kind))
-    install(tmp_path / "site", package)
-    passed = run_tests(package, tmp_path / "site", choose="")
-    assert int(passed.split()[0]) >= 5 and "failed" not in passed and "skipped" not in passed
+def test_a_criterion_and_a_strategy_pass_their_own_tests(tmp_path):
+    packages = [tmp_path / f"llmpruner-my-{kind}" for kind in ("criterion", "strategy")]
+    for package in packages:
+        kind = package.name.rpartition("-")[2]
+        write(package, render(f"my-{kind}", kind=kind))
+    install(tmp_path / "site", *packages)
+    for package in packages:
+        passed = run_tests(package, tmp_path / "site", choose="")
+        assert int(passed.split()[0]) >= 5 and "failed" not in passed and "skipped" not in passed
 
 
 def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
