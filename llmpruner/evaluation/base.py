@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..progress import QUIET, Progress
+from ..values import bytes_text, count_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -25,6 +27,21 @@ class Row:
     value: float | None
     higher_is_better: bool | None = None
     error: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The value as the table has it; ``-`` for None."""
+        value = self.value
+        if value is None:
+            return "-"
+        if self.label.endswith("bytes"):
+            return bytes_text(value)
+        if 1e5 <= value < math.inf:
+            return count_text(value)
+        if value >= 1e3 and float(value).is_integer():
+            return f"{value:,.0f}"
+        digits = 4 if value < 10 else 2
+        return f"{value:.{digits}f}" + ("" if self.error is None else f" ± {self.error:.4f}")
 
 
 @dataclass(frozen=True)

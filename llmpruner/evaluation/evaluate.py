@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..component import check_chosen
 from ..errors import ModelError, SettingsError
 from ..progress import QUIET, Progress
-from ..values import bytes_text, count_text, html_table
+from ..values import html_table
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .tasks import Scores
 
@@ -155,15 +154,15 @@ class Evaluations(tuple[Evaluation, ...]):
 
     @property
     def lines(self) -> list[Line]:
-        """The table: a line for each label of the rows, in the order of first occurrence, with a value for each model;
-        without labels that have no value."""
+        """The table: a line for each label of the rows, in the order of first occurrence, without labels that have no
+        value."""
         columns = [{row.label: row for row in evaluation.rows} for evaluation in self]
         lines = []
         for label in dict.fromkeys(label for column in columns for label in column):
-            rows = [column.get(label) or Row(label, None) for column in columns]
             better = next(column[label].higher_is_better for column in columns if label in column)
+            rows = [column.get(label) or Row(label, None) for column in columns]
             if any(row.value is not None for row in rows):
-                lines.append(Line(label, tuple(r.value for r in rows), better, tuple(r.error for r in rows)))
+                lines.append(Line(label, tuple(row.text for row in rows), better))
         return lines
 
     def of(self, name: str) -> Mapping[str, Mapping[str, Any]]:
@@ -181,27 +180,8 @@ class Evaluations(tuple[Evaluation, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One quantity for all models; None for models without it. ``higher_is_better``: None for neither. ``errors``:
-    standard errors, None where not known."""
+    """One quantity for all models. ``cells``: the text for each."""
 
     label: str
-    values: tuple[float | None, ...]
+    cells: tuple[str, ...]
     higher_is_better: bool | None
-    errors: tuple[float | None, ...]
-
-    @property
-    def cells(self) -> tuple[str, ...]:
-        """The formatted values, ``-`` for None."""
-        return tuple(self._cell(value, error) for value, error in zip(self.values, self.errors, strict=True))
-
-    def _cell(self, value: float | None, error: float | None) -> str:
-        if value is None:
-            return "-"
-        if self.label.endswith("bytes"):
-            return bytes_text(value)
-        if 1e5 <= value < math.inf:
-            return count_text(value)
-        if value >= 1e3 and float(value).is_integer():
-            return f"{value:,.0f}"
-        digits = 4 if value < 10 else 2
-        return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.4f}")
