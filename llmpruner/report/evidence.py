@@ -4,7 +4,7 @@ files that ``evaluate --json`` and ``bench --json`` wrote. No weights are read."
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,14 +35,24 @@ def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog:
     is neither, `DataError` for a file that has results of none."""
     places = [_place(directory) for directory in directories]
     results = {path: read_results(path) for path in files}
-    checkpoints = [checkpoint.resolve() for checkpoint, _ in places]
+    checkpoints = [checkpoint.absolute() for checkpoint, _ in places]
+    resolved = {checkpoint.resolve() for checkpoint in checkpoints}
     for path, value in results.items():
-        if not any(Path(model["name"]).resolve() in checkpoints for model in _models(value)):
+        if not any(Path(model["name"]).resolve() in resolved for model in _models(value)):
             raise DataError(
-                f"{path} has no results of {', '.join(str(checkpoint) for checkpoint, _ in places)}; measure the "
-                "checkpoint by its present path, or leave the file out"
+                f"{path} has no results of {', '.join(map(str, checkpoints))}; measure the checkpoint by its present "
+                "path, or leave the file out"
             )
-    return [_subject(checkpoint, steps, results, catalog) for checkpoint, steps in places]
+    named = zip(checkpoints, _names(checkpoints), places, strict=True)
+    return [_subject(checkpoint, name, steps, results, catalog) for checkpoint, name, (_, steps) in named]
+
+
+def _names(checkpoints: Sequence[Path]) -> list[str]:
+    """The names of folders; with that of the folder above, or all of the path, where several are alike."""
+    for names in ([path.name for path in checkpoints], [f"{path.parent.name}/{path.name}" for path in checkpoints]):
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in checkpoints]
 
 
 def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
@@ -84,46 +94,46 @@ def _models(results: Any) -> list[dict[str, Any]]:
 
 
 def _subject(
-    checkpoint: Path, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], catalog: Catalog
+    checkpoint: Path, name: str, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], catalog: Catalog
 ) -> ReportSubject:
     structure = load_structure(str(checkpoint), catalog)
     base, record = structure.plans[0].base.model, structure.record or {}
-    name = checkpoint.name or checkpoint.resolve().name
-
-    def renamed(models: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-        """With the names of the page, and without models that are not on it."""
-        names = []
-        for model in models:
-            path = Path(model["name"]).resolve()
-            is_dense = model["name"] in (base, DENSE) or str(path) == record.get("base_path")
-            names.append(name if path == checkpoint.resolve() else DENSE if is_dense else None)
-        return [{**model, "name": new} for model, new in zip(models, names, strict=True) if new is not None]
-
     found: dict[str, list[Any]] = {command: [] for command in ("evaluate", "bench", "generate")}
+
+    def add(command: str, results: Any, rename: Callable[[str], str | None]) -> None:
+        results = _renamed(results, rename)
+        if name in (model["name"] for model in _models(results)):
+            found[command].append(_evaluations(results, catalog) if command == "evaluate" else results)
+
+    def by_path(model: str) -> str | None:
+        path = Path(model).resolve()
+        is_dense = model in (base, DENSE) or str(path) == record.get("base_path")
+        return name if path == checkpoint.resolve() else DENSE if is_dense else None
+
     for step in steps:
         if step["command"] in found:
             results = read_results(step["folder"] / RESULTS_FILE)
-            if name in (model["name"] for model in _models(results)):
-                found[step["command"]].append(results)
-    measured = [_evaluations(results, catalog) for results in found["evaluate"]]
+            add(step["command"], results, lambda model: name if model == checkpoint.name else model)
     for path, results in files.items():
         try:
-            if name not in (model["name"] for model in renamed(_models(results))):
-                continue
-            if isinstance(results, list):
-                measured.append(_evaluations(renamed(results), catalog))
-            else:
-                cases = [{**case, "models": renamed(case["models"])} for case in results["cases"]]
-                found["bench"].append({**results, "cases": cases})
+            add("evaluate" if isinstance(results, list) else "bench", results, by_path)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             problem = f"{type(error).__name__}: {first_line(error)}"
             raise DataError(f"{path} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
     dense, costs = _costs(structure, checkpoint)
     return ReportSubject(
         f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
-        tuple(measured), tuple(found["bench"]), tuple(map(tuple, found["generate"])), _runs(checkpoint),
+        tuple(found["evaluate"]), tuple(found["bench"]), tuple(map(tuple, found["generate"])), _runs(checkpoint),
         tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
     )  # fmt: skip
+
+
+def _renamed(results: Any, rename: Callable[[str], str | None]) -> Any:
+    """``results`` with other names of models, without those that ``rename`` gives None."""
+    if isinstance(results, dict):
+        cases = [{**case, "models": _renamed(case["models"], rename)} for case in results["cases"]]
+        return {**results, "cases": cases}
+    return [{**model, "name": new} for model in results if (new := rename(model["name"])) is not None]
 
 
 def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evaluations:

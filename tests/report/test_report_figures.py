@@ -152,6 +152,21 @@ def test_several_checkpoints_are_compared(places, tmp_path):
     assert html.count('<details class="one">') == 3
 
 
+def test_checkpoints_of_one_name_are_told_apart(places, tmp_path):
+    """As the outputs of two runs of a recipe are."""
+    shutil.copytree(places / "smaller", tmp_path / "small")
+    both, results = (places / "small", tmp_path / "small"), [{"name": "dense", **tiny_report.EVALUATED["dense"]}]
+    for place, like in zip(both, ("small", "smaller"), strict=True):
+        results.append({"name": str(place), **tiny_report.EVALUATED[like]})
+    (tmp_path / "quality.json").write_text(json.dumps(results))
+    made = llmpruner.write_report(both, tmp_path / "page.html", results=[tmp_path / "quality.json"])
+    assert list(made.sentences) == [f"{place.parent.name}/small" for place in both]
+    first, second = made.sentences.values()
+    assert "went from 20.00 to 30.00" in first and "went from 20.00 to 50.00" in second
+    removed = [re.search(r"([\d.]+%) of the decoder", sentence)[1] for sentence in (first, second)]
+    assert removed[0] != removed[1] and all(f">{share}</td>" in made.path.read_text() for share in removed)
+
+
 def test_folders_of_paths_are_left_out():
     for text, shown in {
         "/x/c4.jsonl": "c4.jsonl", "2*/data/wiki.txt,self": "2*wiki.txt,self", "3*self,1*chat:/a/b.jsonl":
