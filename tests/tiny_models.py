@@ -15,9 +15,10 @@ TEXT = (
 ) * 4
 
 
-def tokenizer() -> Any:
-    """A copy of its own for each caller, as some libraries add a padding token to what they are given."""
-    return copy.deepcopy(_trained())
+def tokenizer(text: str = TEXT) -> Any:
+    """A copy of its own for each caller, as some libraries add a padding token to what they are given. ``text``: that
+    it is trained on."""
+    return copy.deepcopy(_trained(text))
 
 
 def with_bos() -> Any:
@@ -30,12 +31,12 @@ def with_bos() -> Any:
 
 
 @cache
-def _trained() -> Any:
+def _trained(text: str) -> Any:
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
     base = ByteLevelBPETokenizer()
-    base.train_from_iterator([TEXT], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
+    base.train_from_iterator([text], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
 
 

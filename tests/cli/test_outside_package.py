@@ -127,9 +127,3 @@ def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):
     monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
     left = {(row["kind"], row["name"]) for row in run("plugins", "--json").json()["plugins"]}
     assert left == everything - theirs and ("criterion", "magnitude") in left
-
-
-def test_plugins_shows_the_settings_of_one(run):
-    done = run("plugins", "magnitude")
-    assert done.code == 0 and "magnitude.power" in done.out and "llmpruner-outside" in done.out
-    assert "The power." in done.out and "1.0" in done.out

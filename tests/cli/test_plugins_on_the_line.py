@@ -70,12 +70,9 @@ def test_a_blocked_plugin_prints_nothing(run, monkeypatch):
 class Greeter:
     """A plugin registered by a test."""
 
-    def __init__(self, name: str = "greet") -> None:
-        self.name = name
-
     @hookimpl
     def llmpruner_commands(self, app: typer.Typer) -> None:
-        @app.command(name=self.name)
+        @app.command()
         def greet(who: str = "you") -> None:
             if who == "nobody":
                 raise LlmprunerError("nobody cannot be greeted")

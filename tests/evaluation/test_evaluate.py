@@ -211,14 +211,8 @@ def test_too_few_positions_are_found_before_weights_are_read(text, tmp_path):
 
 def _unloadable(folder: Path, vocabulary: int = 300, text: str = tiny_models.TEXT) -> str:
     """A model whose weights cannot be read, with a tokenizer that was trained on ``text``."""
-    from tokenizers import ByteLevelBPETokenizer
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
-
-    base = ByteLevelBPETokenizer()
-    base.train_from_iterator([text], vocab_size=300, special_tokens=["<s>", "</s>"], show_progress=False)
-    made = PreTrainedTokenizerFast(tokenizer_object=base._tokenizer, bos_token="<s>", eos_token="</s>")
-    made.save_pretrained(folder)
-    LlamaConfig(**{**tiny_models.llama().config.to_dict(), "vocab_size": vocabulary}).save_pretrained(folder)
+    tiny_models.tokenizer(text).save_pretrained(folder)
+    tiny_models.llama(vocab_size=vocabulary).config.save_pretrained(folder)
     (folder / "model.safetensors").write_bytes(b"no weights")
     return str(folder)
 
