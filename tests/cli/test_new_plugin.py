@@ -113,15 +113,7 @@ def check_style(package: Path, cache: Path) -> None:
 @pytest.mark.long
 def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
     (tmp_path / "mypy").mkdir()
-    odd = ModelFacts(
-        model_type="made_up",
-        config_class="MadeUpConfig",
-        config_module="made_up",
-        config_values={"hidden_size": 8},
-        package="made_up",
-        requires="made-up",
-        kinds=("mlp",),
-    )
+    odd = ModelFacts("made_up", "MadeUpConfig", "made_up", {"hidden_size": 8}, "made_up", "made-up", ("mlp",))
     packages = {
         "bare": render("bare"),
         "odd": render(LONG, odd),

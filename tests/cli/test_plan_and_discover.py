@@ -6,10 +6,7 @@ import json
 import shutil
 
 import pytest
-from transformers import (
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
 

@@ -37,18 +37,8 @@ def test_the_result_loads_and_has_the_size_that_was_printed(run, dense, tmp_path
 
 
 def test_an_equal_cut_is_a_stock_model_with_the_rows_that_were_kept(run, dense, tmp_path):
-    options = (
-        "--set",
-        "prune.unit_ratio=0.25",
-        "--importance",
-        "l1",
-        "--set",
-        "prune.layers=all",
-        "-o",
-        tmp_path / "out",
-        "--json",
-    )
-    found = run("prune", dense, *options).json()
+    options = ("--set", "prune.unit_ratio=0.25", "--importance", "l1", "--set", "prune.layers=all")
+    found = run("prune", dense, *options, "-o", tmp_path / "out", "--json").json()
     assert found["result"]["checkpoint"] == "stock"
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.intermediate_size == 36
@@ -120,18 +110,8 @@ def test_a_plan_is_compensated_on_its_own_text_only(run, dense, shared, tmp_path
 def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
     context = ("--set", "macs.context=32") if budget == "macs" else ()
     options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", "attention,mlp", "--shape", "free")
-    found = run(
-        "plan",
-        dense,
-        *options,
-        "--set",
-        "prune.layers=all",
-        "--importance",
-        "l1",
-        "-o",
-        tmp_path / "plan.json",
-        "--json",
-    ).json()
+    more = ("--set", "prune.layers=all", "--importance", "l1", "-o", tmp_path / "plan.json", "--json")
+    found = run("plan", dense, *options, *more).json()
     target, result = found["plan"]["target"], found["result"]
     assert target["budget"] == budget and target.get("settings") == ({"context": 32} if context else None)
     before, after = {

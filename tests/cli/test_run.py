@@ -21,32 +21,18 @@ from llmpruner.structure.plan import Outcome, PruningPlan
 NAMES = ["1-prune", "2-recover", "table", "4-export"]
 
 
-def recipe_of(shared: Path, model: Path | None = None, **more: object) -> dict:
+def recipe_of(shared: Path) -> dict:
     """Prune, recover, evaluate, export, on a tiny model."""
+    training = {"max_steps": 3, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 0.001}
+    text = {"perplexity": str(shared / "text.txt"), "window": 64, "settings": {"perplexity": {"tokens": 256}}}
     return {
-        "model": str(model or shared / "dense"),
+        "model": str(shared / "dense"),
         "steps": [
             {"prune": {"ratio": 0.2, "samples": 4, "length": 16}},
-            {
-                "recover": {
-                    "data": str(shared / "data.jsonl"),
-                    "max_steps": 3,
-                    "batch_size": 2,
-                    "micro_batch_size": 1,
-                    "learning_rate": 0.001,
-                }
-            },
-            {
-                "evaluate": {
-                    "perplexity": str(shared / "text.txt"),
-                    "window": 64,
-                    "settings": {"perplexity": {"tokens": 256}},
-                },
-                "name": "table",
-            },
+            {"recover": {"data": str(shared / "data.jsonl"), **training}},
+            {"evaluate": text, "name": "table"},
             {"export": {"to": "stock"}},
         ],
-        **more,
     }
 
 

@@ -331,14 +331,8 @@ class FamilyCase(FamilyConformance):
     family = WithoutBias
 
     def config(self):
-        return LlamaConfig(
-            hidden_size=48,
-            intermediate_size=40,
-            num_hidden_layers=2,
-            num_attention_heads=6,
-            vocab_size=96,
-            mlp_bias=True,
-        )
+        sizes = {"hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6}
+        return LlamaConfig(**sizes, vocab_size=96, mlp_bias=True)
 
 
 def test_the_parameter_that_a_family_has_wrong_is_named():
@@ -376,10 +370,7 @@ def test_a_check_that_was_not_possible_is_a_warning(monkeypatch):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (
-            {"model_types": ("llama")},
-            r"model_types is a text; expected a tuple",
-        ),
+        ({"model_types": ("llama")}, r"model_types is a text; expected a tuple"),
         ({"extends": "lama"}, r"extends 'lama', which is no known family; did you mean llama"),
     ],
 )
