@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from docstrings import class_section, document, markdown
+from docstrings import class_section, document, markdown, signature_of
 
 from llmpruner import api
 from llmpruner.discovery.oracle import Verdict
@@ -106,41 +106,10 @@ def _shared() -> Iterator[str]:
 
 def _function(function: Any) -> Iterator[str]:
     name = function.__name__
-    signature = inspect.signature(function)
-    yield from ("", f"### {name}", "", "```python", _call(name, signature), "```", "", markdown(document(function)))
-    for parameter in signature.parameters.values():
+    called = signature_of(function, name, _OWN).replace("Source", "str | Path | Model")
+    yield from ("", f"### {name}", "", "```python", called, "```", "", markdown(document(function)))
+    for parameter in inspect.signature(function).parameters.values():
         found = re.search(r"(\w+)Keywords", str(parameter.annotation))
         if parameter.kind is inspect.Parameter.VAR_KEYWORD and found and found[1] != "Load":
             command = found[1].lower()
             yield from ("", f"`**{parameter.name}`: the options of [`llmpruner {command}`](cli.md#{command}).")
-
-
-def _call(name: str, signature: inspect.Signature) -> str:
-    """The signature as it is called, with public names only."""
-    inside, marked = [], False
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not marked:
-            inside.append("*")
-            marked = True
-        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
-            inside.append(f"**{parameter.name}")
-        elif parameter.name in _OWN:
-            inside.append(f"{parameter.name}=…")
-        else:
-            default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
-            inside.append(f"{parameter.name}: {_plain(parameter.annotation)}{default}")
-    line = f"llmpruner.{name}({', '.join(inside)}) -> {_plain(signature.return_annotation)}"
-    if len(line) <= 88:
-        return line
-    return (
-        f"llmpruner.{name}(\n" + "".join(f"    {p},\n" for p in inside) + f") -> {_plain(signature.return_annotation)}"
-    )
-
-
-def _plain(annotation: Any) -> str:
-    return (
-        str(annotation)
-        .strip("'")
-        .replace("Sequence[Source]", "Sequence[str | Path | Model]")
-        .replace("Source", "str | Path | Model")
-    )

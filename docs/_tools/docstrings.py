@@ -6,7 +6,7 @@ import ast
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -112,27 +112,25 @@ def function_of(member: Any) -> Any:
     return getattr(member, "__func__", member)
 
 
-def signature_of(member: Any, name: str) -> str:
-    """How a function reads in code: one line, or one per parameter where that is too long."""
+def signature_of(member: Any, name: str, brief: Collection[str] = ()) -> str:
+    """How a function reads in code: one line, or one per parameter where that is too long. ``brief``: parameters that
+    are named alone, as ``**`` ones are."""
     signature = inspect.signature(function_of(member))
     decorator = f"@{type(member).__name__}\n" if isinstance(member, classmethod | staticmethod) else ""
-    line = f"def {name}{_unquoted(signature)}"
-    if len(line) <= 88:
-        return decorator + line
-    inside = "".join(f"    {_unquoted(p)},\n" for p in _with_marks(signature))
-    return f"{decorator}def {name}(\n{inside}) -> {signature.return_annotation}"
-
-
-def _with_marks(signature: inspect.Signature) -> Iterator[Any]:
-    """The parameters, with the ``*`` before the first that is keyword-only."""
-    marked = False
+    inside: list[str] = []
     for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            marked = True
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY and not marked:
-            marked = True
-            yield "*"
-        yield parameter
+        if parameter.kind is parameter.KEYWORD_ONLY and not any(text.startswith("*") for text in inside):
+            inside.append("*")
+        if parameter.kind is parameter.VAR_KEYWORD:
+            inside.append(f"**{parameter.name}")
+        else:
+            inside.append(f"{parameter.name}=…" if parameter.name in brief else _unquoted(parameter))
+    returned = "" if signature.return_annotation is signature.empty else f" -> {signature.return_annotation}"
+    line = f"def {name}({', '.join(inside)}){returned}"
+    if len(line) > 88:
+        lines = "".join(f"    {text},\n" for text in inside)
+        line = f"def {name}(\n{lines}){returned}"
+    return decorator + line
 
 
 def class_section(cls: type) -> Iterator[str]:
