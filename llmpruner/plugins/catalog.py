@@ -11,7 +11,7 @@ from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..calibration.sources import CalibrationSource
-from ..component import check_chosen
+from ..component import Component, check_chosen
 from ..discovery.family import AUTO, ModelFamily
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError
 from ..evaluation.base import Metric
@@ -31,7 +31,7 @@ from .manager import PluginManager, plugin_manager
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-T = TypeVar("T")
+T = TypeVar("T", bound=Component)
 
 
 class Registry(dict[str, type[T]]):
@@ -63,10 +63,9 @@ class Registry(dict[str, type[T]]):
 
     def create_only(self, name: str, own: Mapping[str, Mapping[str, Any]]) -> T:
         """`create` for a command with one component; ``own``: name → settings, of which no other is accepted."""
-        component: Any = self.create(name, own.get(name))
+        component = self.create(name, own.get(name))
         check_chosen(own, [component])
-        created: T = component
-        return created
+        return component
 
 
 def problem_of(cls: Any, base: type) -> str | None:
@@ -82,32 +81,32 @@ def problem_of(cls: Any, base: type) -> str | None:
 
 class Kind(cached_property[Registry[T]], Generic[T]):
     """A kind of component, as an attribute of `Catalog`: its `Registry`, filled when the attribute is first read.
-    ``name``: in messages. ``hook``: returns the classes. ``base``: their base class."""
+    ``hook``: returns the classes. ``base``: their base class. ``name``: in messages, such as ``budget``."""
 
     attrname: str
 
-    def __init__(self, name: str, hook: str, base: type[T]) -> None:
+    def __init__(self, hook: str, base: type[T]) -> None:
         super().__init__(lambda catalog: Registry(catalog.manager, self))
-        self.name, self.hook, self.base = name, hook, base
+        self.hook, self.base, self.name = hook, base, base.kind
 
 
 class Catalog:
     """The components of all plugins: a `Registry` for each kind. ``manager``: by default with all installed plugins."""
 
-    families = Kind("family", "llmpruner_model_families", ModelFamily)
-    criteria = Kind("criterion", "llmpruner_importance_criteria", ImportanceCriterion)
-    allocations = Kind("allocation", "llmpruner_allocations", Allocation)
-    budgets = Kind("budget", "llmpruner_budgets", Budget)
-    compensations = Kind("compensation", "llmpruner_compensations", Compensation)
-    sources = Kind("calibration source", "llmpruner_calibration_sources", CalibrationSource)
-    strategies = Kind("recovery strategy", "llmpruner_recovery_strategies", RecoveryStrategy)
-    metrics = Kind("metric", "llmpruner_metrics", Metric)
-    exporters = Kind("exporter", "llmpruner_exporters", Exporter)
-    runtimes = Kind("runtime", "llmpruner_runtimes", Runtime)
-    readers = Kind("checkpoint reader", "llmpruner_checkpoint_readers", CheckpointReader)
-    sections = Kind("report section", "llmpruner_report_sections", ReportSection)
-    methods = Kind("method", "llmpruner_methods", Method)
-    recipes = Kind("recipe", "llmpruner_recipes", NamedRecipe)
+    families = Kind("llmpruner_model_families", ModelFamily)
+    criteria = Kind("llmpruner_importance_criteria", ImportanceCriterion)
+    allocations = Kind("llmpruner_allocations", Allocation)
+    budgets = Kind("llmpruner_budgets", Budget)
+    compensations = Kind("llmpruner_compensations", Compensation)
+    sources = Kind("llmpruner_calibration_sources", CalibrationSource)
+    strategies = Kind("llmpruner_recovery_strategies", RecoveryStrategy)
+    metrics = Kind("llmpruner_metrics", Metric)
+    exporters = Kind("llmpruner_exporters", Exporter)
+    runtimes = Kind("llmpruner_runtimes", Runtime)
+    readers = Kind("llmpruner_checkpoint_readers", CheckpointReader)
+    sections = Kind("llmpruner_report_sections", ReportSection)
+    methods = Kind("llmpruner_methods", Method)
+    recipes = Kind("llmpruner_recipes", NamedRecipe)
 
     def __init__(self, manager: PluginManager | None = None) -> None:
         self.manager = manager or plugin_manager()
