@@ -6,8 +6,6 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
-from math import ceil
-from statistics import fmean
 from typing import Any
 
 from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
@@ -15,8 +13,6 @@ from .base import ReportSection, ReportSubject, bare, rendered
 from .chart import Point, Series, drawn
 
 _MODELS: Mapping[str, type[Settings]] = {"prune": PruneSettings, "recover": RecoverSettings}
-_MOST_POINTS = 400
-"""Of a curve; of longer trainings, neighbouring steps are averaged."""
 
 
 class PlanSection(ReportSection):
@@ -60,11 +56,8 @@ def trainings(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def loss_curve(training: Mapping[str, Any]) -> str:
     """An SVG of a training's losses. ``training``: an element of ``recovery`` in ``llmpruner.json``."""
-    losses = training["losses"]
-    size = ceil(len(losses) / _MOST_POINTS)
-    parts = [range(first, min(first + size, len(losses))) for first in range(0, len(losses), size)]
-    points = [Point(fmean(step + 1 for step in part), fmean(losses[step] for step in part)) for part in parts]
-    series = [Series("loss", tuple(points), accent=True)]
+    points = tuple(Point(step, loss) for step, loss in enumerate(training["losses"], 1))
+    series = [Series("loss", points, accent=True)]
     if validation := training.get("validation"):
         checks = (
             Point(check["step"], check["loss"], f"step {check['step']}: {check['loss']:.3f}") for check in validation

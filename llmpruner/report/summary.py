@@ -21,13 +21,15 @@ _COLUMNS = ("Model", "Method", "Decoder", "Removed", "Weights", "Perplexity", "K
 
 @dataclass(frozen=True)
 class Pair:
-    """One figure of the dense model and of the pruned one. ``text``: formats it; ``note``: of what it is."""
+    """One figure of the dense model and of the pruned one. ``text``: formats it; ``note``: of what it is. ``on``: the
+    hash of the text that was measured on, and the window; only figures on the same are compared."""
 
     label: str
     dense: float
     pruned: float
     text: Callable[[float], str]
     note: str = ""
+    on: tuple[Any, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -60,7 +62,8 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
             more = round(tokens_per_byte(second) / tokens_per_byte(first), 6)
             note = f" on {bare(first['text'])}{' (per token of the dense model)' if more != 1 else ''}"
             before, after = first["perplexity"], second["perplexity"] ** more
-            pairs.setdefault("perplexity", Pair("Perplexity", before, after, "{:,.2f}".format, note))
+            on = (second.get("text_sha256"), second["window"])
+            pairs.setdefault("perplexity", Pair("Perplexity", before, after, "{:,.2f}".format, note, on))
     scores, own_scores = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
     if tasks := [task for task in scores if task in own_scores]:
         before, after = (fmean(of_model[task] for task in tasks) for of_model in (scores, own_scores))
@@ -121,14 +124,15 @@ class ComparisonSection(ReportSection):
 
     def compare(self, subjects: Sequence[ReportSubject]) -> str:
         pairs = {subject.name: figures(subject) for subject in subjects}
-        measured = {name: of_model for name, of_model in pairs.items() if "perplexity" in of_model}
-        places = {name: (each["parameters"].pruned, each["perplexity"].pruned) for name, each in measured.items()}
+        measured = {name: of_model["perplexity"] for name, of_model in pairs.items() if "perplexity" in of_model}
+        on = next((each.on for each in measured.values()), ())
+        places = {n: (pairs[n]["parameters"].pruned, each.pruned) for n, each in measured.items() if each.on == on}
 
         def beaten(place: tuple[float, float]) -> bool:
             return any(other != place and other[0] <= place[0] and other[1] <= place[1] for other in places.values())
 
         best = [name for name, place in places.items() if not beaten(place)]
-        rows = [_row(subject, pairs[subject.name]) for subject in subjects]
+        rows = [_row(subject, pairs[subject.name], on) for subject in subjects]
         # The table is wide: without the columns that are known of no model.
         known = [number for number in range(len(_COLUMNS)) if any(row[number] is not None for row in rows)]
         methods = {subject.name: method_of(subject.record) for subject in subjects if subject.name in places}
@@ -145,10 +149,12 @@ def method_of(record: Mapping[str, Any]) -> str:
     return " + ".join(parts) + (", recovered" if record.get("recovery") else "")
 
 
-def _row(subject: ReportSubject, pairs: Mapping[str, Pair]) -> list[tuple[str, Any] | None]:
-    """(text, value to sort by) of every column; None where it is not known."""
+def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...]) -> list[tuple[str, Any] | None]:
+    """(text, value to sort by) of every column; None where it is not known. ``on``: that of the chart."""
     parameters, weights = pairs["parameters"], pairs["weights"]
-    cells = {name: (pairs[name].text(pairs[name].pruned), pairs[name].pruned) for name in pairs}
+    cells = {name: (pair.text(pair.pruned), pair.pruned) for name, pair in pairs.items()}
+    if (perplexity := pairs.get("perplexity")) is not None and perplexity.on != on:
+        cells["perplexity"] = perplexity.text(perplexity.pruned) + perplexity.note, perplexity.pruned
     perplexities = [measured.of(subject.name).get("perplexity", {}) for measured in subject.measured]
     known = (kl for result in perplexities if (kl := result.get("kl_per_token")) is not None)
     divergence = next(known, None)

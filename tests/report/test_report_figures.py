@@ -152,6 +152,18 @@ def test_several_checkpoints_are_compared(places, tmp_path):
     assert html.count('<details class="one">') == 3
 
 
+def test_perplexities_on_other_texts_are_not_compared(places, tmp_path):
+    first, second = evaluated(places, "small"), evaluated(places, "smaller")
+    for result in second:
+        result["perplexity"] = {**result["perplexity"], "text": "c4", "text_sha256": "6" * 64, "perplexity": 9.0}
+    for number, results in enumerate((first, second)):
+        (tmp_path / f"{number}.json").write_text(json.dumps(results))
+    files = [tmp_path / "0.json", tmp_path / "1.json"]
+    made = llmpruner.write_report([places / "small", places / "smaller"], tmp_path / "page.html", results=files)
+    html = made.path.read_text(encoding="utf-8")
+    assert ">30.00</td>" in html and ">9.00 on c4</td>" in html and html.count('class="ring"') == 1
+
+
 def test_checkpoints_of_one_name_are_told_apart(places, tmp_path):
     """As the outputs of two runs of a recipe are."""
     shutil.copytree(places / "smaller", tmp_path / "small")
