@@ -14,10 +14,7 @@ from llmpruner import load_pruned
 FAST = ("--samples", 2, "--set", "prune.length=16")
 TAYLOR = ("--importance", "taylor", *FAST)
 CHOICES = {
-    "random": ("--importance", "random", "--set", "prune.reduction=last"),
-    "l1": ("--importance", "l1", "--set", "prune.reduction=max"),
     "l2": ("--importance", "l2", "--set", "prune.reduction=prod"),
-    "element1": TAYLOR,
     "element2": (*TAYLOR, "--set", "taylor.variant=element2", "--set", "prune.allocation=global", "--shape", "free"),
     "mix": (*TAYLOR, "--set", "taylor.variant=mix", "--set", "prune.reduction=mean", "--steps", 2),
     "vector": (*TAYLOR, "--set", "taylor.variant=vector", "--kinds", "mlp,attention"),
@@ -65,15 +62,6 @@ def test_replaying_a_plan_gives_the_same_files(run, dense, tmp_path):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(direct)
 
 
-def test_a_pruned_model_can_be_pruned_again(run, pruned, tmp_path):
-    found = run("prune", pruned, "--ratio", 0.1, "--importance", "l1", "-o", tmp_path / "out", "--json").json()
-    assert found["result"]["decoder_before"] == 30_976 - 2 * 12 * 96
-    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
-    assert len(record["plans"]) == 2
-    parameters = sum(p.numel() for p in load_pruned(tmp_path / "out").parameters())
-    assert parameters == found["result"]["parameters_after"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "criterion", "compensation", "tokens"),
@@ -106,21 +94,14 @@ def test_a_plan_is_compensated_on_its_own_text_only(run, dense, shared, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("budget", ["parameters", "bytes", "macs", "kv-cache"])
-def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget):
+@pytest.mark.parametrize(("budget", "label"), [("macs", "MACs per token"), ("kv-cache", "KV-cache bytes per token")])
+def test_a_ratio_of_any_budget_is_met_and_shown(run, dense, tmp_path, budget, label):
     context = ("--set", "macs.context=32") if budget == "macs" else ()
     options = ("--ratio", 0.25, "--budget", budget, *context, "--kinds", "attention,mlp", "--shape", "free")
     more = ("--set", "prune.layers=all", "--importance", "l1", "-o", tmp_path / "plan.json", "--json")
     found = run("plan", dense, *options, *more).json()
-    target, result = found["plan"]["target"], found["result"]
+    target, cost = found["plan"]["target"], found["result"]["budget"]
     assert target["budget"] == budget and target.get("settings") == ({"context": 32} if context else None)
-    before, after = {
-        "parameters": (result["parameters_before"], result["parameters_after"]),
-        "bytes": (result["bytes_before"], result["bytes_after"]),
-    }.get(budget) or (result["budget"]["before"], result["budget"]["after"])
-    assert 1 - after / before == pytest.approx(0.25, abs=0.005)
-    assert ("budget" in result) == (budget in ("macs", "kv-cache"))
+    assert 1 - cost["after"] / cost["before"] == pytest.approx(0.25, abs=0.005)
     replayed = run("prune", dense, "--plan", tmp_path / "plan.json", "-o", tmp_path / "out")
-    assert replayed.code == 0
-    label = {"macs": "MACs per token", "kv-cache": "KV-cache bytes per token"}.get(budget)
-    assert label is None or label in replayed.out
+    assert replayed.code == 0 and label in replayed.out
