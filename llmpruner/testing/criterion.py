@@ -39,8 +39,8 @@ class CriterionConformance:
     def _cases(self) -> Iterator[tuple[ImportanceCriterion, Model, tuple[CoupledGroup, ...]]]:
         """Each instance with `loaded`, and with a mixture if it scores stacks and `loaded` has none; and the groups
         that it scores."""
+        loaded, mixture = self.loaded(), tiny_mixture()
         for criterion in settings_grid(self.criterion):
-            loaded, mixture = self.loaded(), tiny_mixture()
             yield criterion, loaded, scorable(loaded.graph, criterion)
             if stacks(mixture.graph, criterion) and not stacks(loaded.graph, criterion):
                 yield criterion, mixture, scorable(mixture.graph, criterion)

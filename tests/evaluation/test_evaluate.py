@@ -136,19 +136,6 @@ def test_a_model_with_nan_is_refused_by_name():
         evaluated([lambda: in_memory(model=damaged)], [SizeMetric()])
 
 
-@pytest.mark.parametrize(
-    ("metric", "values", "message"),
-    [
-        (PerplexityMetric, {"window": 1}, "metric perplexity: window 1: input should be greater than or equal to 2"),
-        (PerplexityMetric, {"width": 1}, "metric perplexity: unknown setting 'width'; did you mean window"),
-        (TasksMetric, {"names": ""}, "metric tasks: names .* at least 1 item"),
-    ],
-)
-def test_settings_out_of_bounds_are_refused(metric, values, message):
-    with pytest.raises(SettingsError, match=message):
-        metric(**values)
-
-
 def scored(name, *rows):
     return Evaluation(name, {}, rows)
 
