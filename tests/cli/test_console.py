@@ -15,17 +15,17 @@ def test_a_line_a_minute(capsys, monkeypatch):
     with RichProgress() as progress, progress.bar("Measuring [inputs]") as at:
         at(0.25, "Measuring [inputs]")
     assert capsys.readouterr().err == "", "no minute has passed"
-    monkeypatch.setattr(console, "_LINE_EVERY", 0.1)
+    monkeypatch.setattr(console, "_LINE_EVERY", 0.02)
     with RichProgress() as progress:
         progress.status("loading model")
-        time.sleep(0.35)
+        time.sleep(0.1)
         assert set(capsys.readouterr().err.splitlines()) == {"• loading model"}
         for _ in progress.track(["a", "b", "c", "d"], "Measuring [inputs]"):
-            time.sleep(0.35)
+            time.sleep(0.1)
     said = capsys.readouterr().err.splitlines()
     assert "• Measuring [inputs], 0% done" in said and len(said) > 4
     assert said[-1].startswith("• Measuring [inputs], 75% done, 0:00:0")
-    time.sleep(0.3)
+    time.sleep(0.1)
     assert capsys.readouterr().err == "", "the command has ended"
 
 

@@ -28,8 +28,8 @@ def mypy(folder: Path, code: str) -> str:
     (folder / "mypy.ini").write_text(
         # What is installed is not reported on; following all of torch and transformers would take minutes.
         "[mypy]\nstrict = True\n[mypy-llmpruner.*]\nfollow_imports = silent\n"
-        "[mypy-transformers.*,torch.*,peft.*,datasets.*,lm_eval.*]\nfollow_imports = skip\n"
-        "ignore_missing_imports = True\n",
+        "[mypy-transformers.*,torch.*,peft.*,datasets.*,lm_eval.*,numpy.*,safetensors.*,tokenizers.*,rich.*,typer.*,"
+        "jinja2.*]\nfollow_imports = skip\nignore_missing_imports = True\n",
         encoding="utf-8",
     )
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(folder / "cache"), str(file)]
