@@ -34,18 +34,24 @@ def evaluate(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile 
     """Measure models side by side: size, perplexity, divergence, lm-eval tasks."""
     from .. import api
 
-    show_evaluations(_written(api.evaluate, models, arguments, json_file))
+    _measure(api.evaluate, show_evaluations, models, arguments, json_file)
     next_line("evaluate")
 
 
-def _written(measure: Callable[..., Any], models: list[str], arguments: dict[str, Any], file: Path | None) -> Any:
-    """What ``measure`` returns, which is written to ``file`` too."""
+def _measure(
+    measure: Callable[..., Any],
+    show: Callable[[Any], None],
+    models: list[str],
+    arguments: dict[str, Any],
+    file: Path | None,
+) -> None:
+    """Show what ``measure`` returns, and write it to ``file``."""
     if file is not None:
         check_new_file(file)
     result = measure(models, **arguments)
+    show(result)
     if file is not None:
         write_text(file, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
-    return result
 
 
 def show_evaluations(results: Evaluations) -> None:
@@ -64,7 +70,7 @@ def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = N
     """
     from .. import api
 
-    show_bench(_written(api.bench, models, arguments, json_file))
+    _measure(api.bench, show_bench, models, arguments, json_file)
 
 
 def show_bench(result: BenchResult) -> None:
