@@ -24,10 +24,10 @@ def llmpruner(*arguments, **environment) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
-    plain = llmpruner("plugins", "tailor")
+    plain = llmpruner("recipes", "tailor")
     assert (plain.returncode, plain.stdout, plain.stderr.count("\n")) == (2, "", 1)
     message = plain.stderr.removeprefix("error: ")
-    for debug in (llmpruner("--debug", "plugins", "tailor"), llmpruner("plugins", "tailor", "--debug")):
+    for debug in (llmpruner("--debug", "recipes", "tailor"), llmpruner("recipes", "tailor", "--debug")):
         assert debug.returncode == 1
         assert "Traceback (most recent call last)" in debug.stderr
         assert debug.stderr.endswith(f"UnknownNameError: {message}")

@@ -62,27 +62,6 @@ def test_replaying_a_plan_gives_the_same_files(run, dense, tmp_path):
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(direct)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("options", "criterion", "compensation", "tokens"),
-    [
-        ((), "fisher", "refit", 320 * 512),
-        (("--method", "fast"), "energy", None, None),
-        (("--method", "fast", "--kinds", "layer", "--set", "prune.layers=all"), "angular", None, None),
-        (("--method", "llm-pruner"), "taylor", None, None),
-        (("--importance", "wanda-sp"), "wanda-sp", None, None),
-        (("--importance", "obs", "--set", "prune.compensate=refit", "--samples", 3), "obs", "refit", 3 * 64),
-    ],
-)
-def test_a_method_is_a_set_of_defaults(run, dense, shared, options, criterion, compensation, tokens):
-    text = ("--calibration", shared / "text.txt")
-    plan = run("plan", dense, "--ratio", 0.2, *options, *text, "--json").json()["plan"]
-    assert plan["estimation"]["criterion"] == criterion
-    found = plan["compensation"]
-    assert (found and found["name"]) == compensation
-    assert found is None or found["samples"] * found["length"] == tokens
-
-
 def test_a_plan_is_compensated_on_its_own_text_only(run, dense, shared, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text((shared / "text.txt").read_text())
