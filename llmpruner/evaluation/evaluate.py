@@ -77,6 +77,9 @@ def evaluate(
             results[metric.name] = metric.measure(subject)
         rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
         evaluations.append(Evaluation(named.name, results, rows))
+        if len(models) > 1:  # of which a later one may fail
+            shown = ", ".join(f"{row.label} {row.text}" for row in rows if row.value is not None)
+            progress.status(f"{named.name}: {shown}")
         # The next model is loaded into the memory of this one.
         del model, subject, first
     return Evaluations(evaluations)

@@ -10,6 +10,7 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner import Metric, Model, build_graph
 from llmpruner.evaluation.base import ComparedModel
 from llmpruner.evaluation.evaluate import Evaluations, evaluate
+from llmpruner.progress import QUIET, Progress
 
 
 def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -> Model:
@@ -20,7 +21,8 @@ def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -
     return Model(name, model.config, family or LlamaFamily(), graph, model=model, tokenizer=own)
 
 
-def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric]) -> Evaluations:
+def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric], progress: Progress = QUIET) -> Evaluations:
     """The models that ``loaders`` load, of which nothing is known before."""
     named = tiny_models.llama().config, tiny_models.tokenizer(), LlamaFamily()
-    return evaluate([ComparedModel(f"model {n}", *named) for n in range(len(loaders))], loaders, metrics)
+    models = [ComparedModel(f"model {n}", *named) for n in range(len(loaders))]
+    return evaluate(models, loaders, metrics, progress)

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 from evaluated_models import evaluated, in_memory
 from pydantic import Field
+from said import Said
 
 import llmpruner
 from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, ModelError, ModelFamily, Row
@@ -132,8 +133,10 @@ def test_a_model_with_nan_is_refused_by_name():
     damaged = tiny_models.llama()
     with torch.no_grad():
         damaged.model.norm.weight[3] = torch.nan
+    said = Said()
     with pytest.raises(ModelError, match=r"model 'tiny': parameter 'model\.norm\.weight' holds NaN"):
-        evaluated([lambda: in_memory(model=damaged)], [SizeMetric()])
+        evaluated([in_memory, lambda: in_memory(model=damaged)], [SizeMetric()], said)
+    assert said.lines[-1].startswith("model 0: parameters 34,720, decoder"), "what was measured before is not lost"
 
 
 def scored(name, *rows):
