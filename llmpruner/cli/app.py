@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 import typer.main
+from typer.core import TyperCommand
+from typer.models import CommandInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
@@ -86,6 +88,8 @@ def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
                 manager.broken.append(f"a plugin's command '{name}' was skipped: it exists already")
                 continue
             names.add(name)
+            if isinstance(command, CommandInfo) and command.cls is TyperCommand:
+                command.cls = Command
             commands.append(command)  # type: ignore[arg-type]
 
 

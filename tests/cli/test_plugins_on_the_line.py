@@ -91,6 +91,8 @@ def test_a_command_registered_in_process():
     assert CliRunner().invoke(app, ["greet", "--who", "me"]).output == "hello, me\n"
     mistake = CliRunner().invoke(app, ["greet", "--who", "nobody"])
     assert isinstance(mistake.exception, LlmprunerError)
+    mistake = CliRunner().invoke(app, ["greet", "--whom", "me"])
+    assert str(mistake.exception) == "`llmpruner greet` has no option --whom; did you mean --who?"
 
 
 class Other:
