@@ -137,14 +137,18 @@ def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], cat
 
 
 class Command(TyperCommand):
-    """A command that answers an unknown option in one line, with the one that was meant."""
+    """A command that answers mistakes of its line in one line; for an unknown option, with the one that was meant."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            if type(error).__name__ != "NoSuchOption":  # its module depends on the version of typer
+            if not hasattr(error, "format_message"):  # the module of click's exceptions depends on the version of typer
                 raise
+            if type(error).__name__ != "NoSuchOption":
+                message = " ".join(error.format_message().split()).rstrip(".")
+                text = f"`llmpruner {self.name}`: {message[:1].lower()}{message[1:]}; see llmpruner {self.name} --help"
+                raise SettingsError(text) from error
             option = str(getattr(error, "option_name", ""))
             model = _GROUPS.get(self.name or "")
             field = option.lstrip("-").replace("-", "_")

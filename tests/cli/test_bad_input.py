@@ -23,6 +23,9 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "model: no such folder": (("plan", "{tmp}/nowhere", *FIFTH), "{tmp}/nowhere' does not exist"),
     "model: no such hub id": (("plan", "nobody/nothing", *FIFTH), "cannot load model 'nobody/nothing'"),
     "model: a folder without one": (("discover", "{tmp}"), "cannot load model '{tmp}'"),
+    "model: not named": (("prune", *FIFTH, *OUT), "`llmpruner prune`: missing argument 'MODEL'; see llmpruner prune -"),
+    "seed: words": (("discover", DENSE, "--seed", "x"), "`llmpruner discover`: invalid value for '--seed': "),
+    "output: no name": (("prune", DENSE, "-o"), "`llmpruner prune`: option '-o' requires an argument"),
     "model: quantised": (
         ("prune", "{models}/packed", *FIFTH, *OUT),
         "packed' is quantised (gptq), and its packed weights cannot be cut; prune the unquantised model",
