@@ -15,8 +15,8 @@ _UNBOUNDED = 100_000
 
 
 def table(model: type[BaseModel], first: str = "setting", *, links: bool = False) -> list[str]:
-    """A Markdown table of the fields; without a column of descriptions where there are none. ``links``: types that are
-    models of their own become links to headings of their name."""
+    """A Markdown table of the fields; without a column of descriptions where there are none. ``links``: as JSON has
+    them; types that are models of their own become links to headings of their name."""
     fields = model.model_fields
     described = any(field.description for field in fields.values())
     lines = [f"| {first} | type | default |" + " what it is |" * described, "|---|---|---|" + "---|" * described]
@@ -24,6 +24,7 @@ def table(model: type[BaseModel], first: str = "setting", *, links: bool = False
         kind = ", ".join([type_text(_written(field)), *bounds_of(field, below=_UNBOUNDED)])
         if links:
             kind = re.sub(r"\b[A-Z]\w+", lambda found: f"[{found[0]}](#{found[0].lower()})", kind)
+            kind = kind.replace("dict", "object")
         line = f"| `{name}` | {cell(kind)} | {cell(_default(field))} |"
         lines.append(line + f" {cell(markdown(field.description or ''))} |" * described)
     return lines
