@@ -15,6 +15,10 @@ import tiny_models
 import llmpruner
 from llmpruner.cli import console, main
 
+TEXT = (
+    "The quick brown fox jumps over the lazy dog. A model predicts the next token from those before it. "
+    "Paris is the capital of France, and Rome is the capital of Italy. Two and two make four.\n"
+) * 20
 INSTRUCTIONS = [
     {"instruction": "Name the capital of France.", "input": "", "output": "Paris."},
     {"instruction": "Add the numbers.", "input": "2 and 2", "output": "Four."},
@@ -86,7 +90,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ``packed`` (says that it is quantised), ``text.txt``, ``data.jsonl``. Four layers of 2 KV heads with 2 query heads
     each; 30,976 decoder parameters of 50,208."""
     folder = tmp_path_factory.mktemp("shared")
-    tokenizer = tiny_models.tokenizer()
+    tokenizer = tiny_models.tokenizer(TEXT)
     for name, width in (("dense", 48), ("other", 40), ("bare", 48), ("nan", 48)):
         model = tiny_models.llama(layers=4, intermediate_size=width, initializer_range=0.2)
         if name == "nan":
@@ -98,7 +102,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = json.loads((folder / "packed" / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     (folder / "packed" / "config.json").write_text(json.dumps(config))
-    (folder / "text.txt").write_text(tiny_models.TEXT * 3, encoding="utf-8")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS), encoding="utf-8")
     return folder
 
