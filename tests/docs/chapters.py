@@ -20,7 +20,8 @@ TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial"
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<quote>file|part): (?P<path>\S+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.S | re.M
 )
-_PROGRAMS = ("llmpruner", "python", "pytest")
+_PROGRAMS = ("llmpruner", "python")
+"""Not pytest, which warns of plugins that were imported before it."""
 _PROGRAM = """
 import importlib.metadata, json, os, runpy, sys
 environment, joined, name, *arguments = json.loads(sys.argv[1])
