@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from installed import install
+from as_installed import install
 from safetensors.torch import load_file
 
 import llmpruner

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from installed import install
+from as_installed import install
 from typer.testing import CliRunner
 
 from llmpruner import ImportanceCriterion, LlmprunerError, hookimpl

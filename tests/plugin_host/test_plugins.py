@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-import installed
+import as_installed
 import pytest
 from pydantic import Field
 from transformers import BertConfig, LlamaConfig
@@ -56,7 +56,7 @@ def install(tmp_path, monkeypatch):
     modules: list[str] = []
 
     def install(package: str, code: str, *, entry: str | None = None) -> None:
-        modules.append(installed.install(tmp_path, package, entry=entry))
+        modules.append(as_installed.install(tmp_path, package, entry=entry))
         (tmp_path / f"{modules[-1]}.py").write_text(f"from llmpruner import *\n{code}\n", encoding="utf-8")
 
     yield install
