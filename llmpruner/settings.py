@@ -213,7 +213,7 @@ class RecoverSettings(Settings):
     cutoff: int = option(256, _TRAINING, ge=2, le=2**20)
     """Tokens per example; longer instructions and conversations are cut, texts are joined to rows of so many."""
     validation: float = option(0.02, _TRAINING, ge=0)
-    """Examples that are measured and not trained on: below 1 a share of --data (16 to 128 examples, at most a fifth),
+    """Examples that are measured and not trained on: below 1 a share of --data (48 to 128 examples, at most a fifth),
     else a number. The weights with the lowest loss on them, the start's included, are the result. With 0, all are
     trained on, and some of them measured."""
     seed: Seed = 0

@@ -48,20 +48,20 @@ def test_rows_have_the_length_of_the_cutoff(tmp_path):
 
 
 def test_a_share_is_held_back(tmp_path):
-    rows = [{**ASKED, "instruction": f"Question {number}"} for number in range(100)]
+    rows = [{**ASKED, "instruction": f"Question {number}"} for number in range(300)]
     source = write_lines(tmp_path / "a.jsonl", rows)
     counts = {}
     for validation, limit in ((0.02, None), (0.3, None), (0.02, 12), (5, None), (0.02, 4)):
         data = prepared(source, validation=validation, limit=limit)
         counts[validation, limit] = len(data.validation) if data.held_out else 0
         if data.held_out:
-            assert len(data.rows) + len(data.validation) == (limit or 100)
+            assert len(data.rows) + len(data.validation) == (limit or 300)
             assert not set(texts(data.rows)) & set(texts(data.validation))
-    assert counts == {(0.02, None): 16, (0.3, None): 20, (0.02, 12): 2, (5, None): 5, (0.02, 4): 0}
+    assert counts == {(0.02, None): 48, (0.3, None): 60, (0.02, 12): 2, (5, None): 5, (0.02, 4): 0}
     none = prepared(source)
-    assert not none.held_out and none.validation == none.rows[0:96:6]
-    with pytest.raises(DataError, match="--validation takes 100 of them; leave some to train on"):
-        prepared(source, validation=100)
+    assert not none.held_out and none.validation == none.rows[0:288:6]
+    with pytest.raises(DataError, match="--validation takes 300 of them; leave some to train on"):
+        prepared(source, validation=300)
 
 
 def test_a_limit_draws_by_seed(tmp_path):
