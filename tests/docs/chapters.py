@@ -20,8 +20,7 @@ TUTORIAL = Path(__file__).parents[2] / "docs" / "tutorial"
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<quote>file|part): (?P<path>\S+) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.S | re.M
 )
-_PROGRAMS = ("llmpruner", "python")
-"""Not pytest, which warns of plugins that were imported before it."""
+_PROGRAMS = ("llmpruner", "python", "pytest")
 _PROGRAM = """
 import importlib.metadata, json, os, runpy, sys
 environment, joined, name, *arguments = json.loads(sys.argv[1])
@@ -147,7 +146,7 @@ def _environment(site: Path) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         # Warnings of other packages depend on their versions.
         "PYTHONWARNINGS": "ignore",
-        "PYTEST_ADDOPTS": "-p no:warnings",
+        "PYTEST_ADDOPTS": "-p no:warnings -W ignore",
         "PIP_TARGET": str(site),
         "PIP_NO_INDEX": "1",
         "PIP_NO_DEPS": "1",
