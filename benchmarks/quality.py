@@ -65,7 +65,7 @@ COLUMNS = {
 LABELS = {
     "best": "best, the default",
     "best, recovered": "best, 15 minutes of recovery",
-    "llm-pruner": "LLM-Pruner's method",
+    "llm-pruner": "LLM-Pruner",
 }
 HEADS = ("method", "shape", "calibrated on", "decoder", "bytes", "repeat", "cut off", "minutes", "GiB")
 ABOUT = f"""# Quality for size
