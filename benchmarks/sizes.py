@@ -1,5 +1,5 @@
-"""Memory and time of a prune against the size of the model, and the memory that was forecast: random LLaMAs of 0.2 to
-13 billion parameters, streamed from their files.
+"""Memory and time of a prune against the size of the model: random LLaMAs of 0.2 to 13 billion parameters, streamed
+from their files.
 
     LLMPRUNER_DATA=… python -m benchmarks.sizes [SHAPE …]
 
@@ -36,30 +36,29 @@ def main() -> None:
 
 
 def pruned(name: str) -> dict[str, Any]:
-    """One prune of a random model, with its forecast."""
+    """One prune of a random model."""
     text = data_folder() / TEXT
     with tempfile.TemporaryDirectory() as work:
         model = Path(work) / name
         subprocess.run([sys.executable, "-m", "benchmarks.shapes", name, str(model)], check=True)
         weights = sum(file.stat().st_size for file in model.glob("*.safetensors"))
         options = ("--method", "llm-pruner", "--ratio", "0.2", "--calibration", str(text), "--max-memory", LIMITS[name])
-        done = run("prune", str(model), *options, "-o", f"{work}/out", "--json")
-    forecast = json.loads(done.pop("output"))["forecast"]
+        done = run("prune", str(model), *options, "-o", f"{work}/out")
+    done.pop("output")
     command = done["command"].replace(work, "$WORK").replace(str(text.parent), "$LLMPRUNER_DATA")
-    return {**done, "command": command, "weights": weights, "forecast": forecast}
+    return {**done, "command": command, "weights": weights}
 
 
 def table(results: dict[str, Any]) -> str:
     lines = [
-        "| model | weights | `--max-memory` | peak memory (forecast) | seconds |",
+        "| model | weights | `--max-memory` | peak memory | seconds |",
         "|---|---|---|---|---|",
     ]
     for name in (name for name in LIMITS if name in results):
-        row, expected = results[name], results[name]["forecast"]
+        row = results[name]
         lines.append(
             f"| {name} | {row['weights'] / 2**30:.1f} GiB | {LIMITS[name]} "
-            f"| {row['peak_mib'] / 1024:.1f} GiB ({expected['memory'] / 2**30:.1f}) "
-            f"| {row['seconds']:.0f} |"
+            f"| {row['peak_mib'] / 1024:.1f} GiB | {row['seconds']:.0f} |"
         )
     measured = next(results[name]["machine"] for name in LIMITS if name in results)
     return "\n".join([*lines, "", f"{measured['cpu']}, {measured['cores']} cores; `python -m benchmarks.sizes`."])
