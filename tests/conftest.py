@@ -99,8 +99,7 @@ def own_cache(tmp_path_factory, monkeypatch):
 @pytest.fixture
 def full_precision(monkeypatch):
     """Products are in the model's own precision on every processor."""
-    for module in ("engine.walk", "engine.gradients"):
-        monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: False)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from ..models.meta import decoder_list
 from ..models.weights import Weights
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .journal import Journal
+    from .walk import LayerForm
 
 
 TOKENS_AT_ONCE = 4096
@@ -38,6 +40,8 @@ class Execution:
     progress: Progress = QUIET
     stages: Stages = field(default_factory=Stages)
     """Times the stages."""
+    forms: WeakKeyDictionary[PreTrainedModel, LayerForm] = field(default_factory=WeakKeyDictionary)
+    """Models of which `walk.check_layers` has compared the layers, by the first walk."""
     shared: Journal | None = None
     """Keeps the calibration text and the scores, which runs with other amounts have in common."""
 

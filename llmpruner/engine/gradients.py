@@ -6,8 +6,8 @@ runs each layer again, from last to first, frees the hidden states after it, and
 parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
 of one layer only.
 
-Layers run one by one, with what a run of the model calls them with (`walk.record`); this is checked on one sample.
-Layers may use keys and values of earlier ones (`Inputs`).
+Layers run one by one, with what a run of the model calls them with (`walk.record`), once `check_layers` has compared
+them. They may use keys and values of earlier ones (`Inputs`).
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ModelError
-from ..models.numbers import autocast_to, computes_bfloat16_fast
+from ..models.numbers import autocast_to
 from ..models.positions import logits_at, position_blocks
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts
 from .walk import (
     Call,
-    LayerCheck,
     Stop,
     call_layer,
+    check_layers,
     check_tokens,
     eager_experts,
     expert_configs,
@@ -40,7 +40,6 @@ from .walk import (
     hidden_of,
     record,
     replaced_layers,
-    shares_keys,
     with_own_dictionaries,
 )
 
@@ -166,9 +165,9 @@ class GradientWalk:
 
     ``squares``: squared gradients of single samples are summed too, in micro-batches of one sample. ``outer``: the
     parameters outside the layers of which `backward_outer` will be asked. ``exact``: products of layers and of the head
-    are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
-    (`computes_bfloat16_fast`) and the layers accept it (`LayerCheck.runs_in`), with hidden states, their gradients and
-    the loss in float32. Gradients and ``requires_grad`` flags of parameters are restored.
+    are in the model's own precision; otherwise in bfloat16 under autocast where that is faster (`LayerForm.products`),
+    with hidden states, their gradients and the loss in float32. Gradients and ``requires_grad`` flags of parameters are
+    restored.
     """
 
     def __init__(
@@ -184,9 +183,9 @@ class GradientWalk:
         self._experts, self._ranks, self._squares = expert_configs(self.model), execution.ranks, squares
         with self.weights.outside():
             ids = check_tokens(self.model, calibration.input_ids)
-            # The device of weights that are read when they are needed is known here alone.
-            self._mixed = not exact and computes_bfloat16_fast(self.model) and not shares_keys(self.model)
-            """Whether layers and head run under autocast."""
+            self._tuples, products, _ = check_layers(execution, calibration)
+        self._mixed = not exact and products != self.model.dtype
+        """Whether layers and head run under autocast."""
         rows = 1 if squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
         self.batches = self._ranks.mine(
             [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
@@ -207,19 +206,12 @@ class GradientWalk:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """Keep the hidden states between layers. Raises `UnsupportedModelError` for a decoder that cannot be run layer
-        by layer."""
+        """Keep the hidden states between layers."""
         if not self.batches:
             return
         with self.weights.outside():
-            check = LayerCheck(self.model, self.layers, self.batches[0].input_ids)
-        for number in range(len(self.layers)):
-            with self.weights.layer(number):
-                check.layer(number)
-                self._mixed = self._mixed and check.runs_in(torch.bfloat16, number)
-        with self.weights.outside():
             for batch in self.batches:
-                recorded, embedded = record(self.model, self.layers, batch.input_ids, check.tuples)
+                recorded, embedded = record(self.model, self.layers, batch.input_ids, self._tuples)
                 batch.calls = recorded.calls
                 self.hidden[0].append(embedded)
         for number, layer in enumerate(self.layers):

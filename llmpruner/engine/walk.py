@@ -2,7 +2,7 @@
 
 Layers are called with the arguments that a run of the model gives them, which are recorded once, by running the model
 with layers that return their inputs. The caller keeps the hidden states, and may pass those of the dense and of the
-pruned model through a layer. `LayerCheck` makes sure that layers compute, called one by one, what they compute in the
+pruned model through a layer. `check_layers` makes sure that layers compute, called one by one, what they compute in the
 model: each is called on its own inputs in a run of the whole model, and half of the tokens must agree. Rounding may
 route a token to another expert, but a value that a layer lacks changes nearly all tokens.
 """
@@ -14,7 +14,7 @@ import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -123,7 +123,7 @@ def record(
     """Run the model with layers that return their hidden states unchanged, and record their other arguments. Returns
     them, and the hidden states before the first layer.
 
-    ``tuples``: how many further values each layer returns, None for a bare tensor. ``first``: see `Batch`.
+    ``tuples``: see `LayerForm`. ``first``: see `Batch`.
     """
     batch = Batch(ids, [], first)
     before: list[torch.Tensor] = []
@@ -170,84 +170,111 @@ _TOLERANCE = 1e-3
 """Largest accepted relative difference of a token's hidden states, in the model's own precision."""
 
 
-def shares_keys(model: PreTrainedModel) -> bool:
+class LayerForm(NamedTuple):
+    """What the layers of a model take and return when they run one by one."""
+
+    tuples: Sequence[int | None]
+    """How many further values each layer returns; None for a bare tensor."""
+    products: torch.dtype
+    """The dtype of matrix products, to which autocast is set for hidden states in float32: bfloat16 where that is
+    faster and all layers take it, else that of the model."""
+    narrow: bool
+    """Whether layers of a model in 16 bits refuse hidden states in float32, and get them in its dtype."""
+
+
+@torch.no_grad()
+def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm:
+    """Run the whole model on the first `TOKENS` of the text, and each layer alone on its own inputs there. Later walks
+    of the run take the result of the first. Raises `ModelError` for states that are not finite, and
+    `UnsupportedModelError` for layers that fail alone, give other hidden states, or are not called one after the
+    other."""
+    model = execution.model
+    if model not in execution.forms:
+        with execution.weights.outside(), eager_experts(expert_configs(model)):
+            ids = check_tokens(model, calibration.input_ids[:1, :TOKENS])
+            execution.forms[model] = _form(execution, ids)
+    return execution.forms[model]
+
+
+def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
+    model, layers = execution.model, execution.layers
+    before, outputs = _whole_run(model, layers, ids)
+    after = [first_output(output) for output in outputs]
+    if not bool(torch.isfinite(after[-1]).all()):
+        raise ModelError("the hidden states of the calibration text are not finite numbers; the weights are damaged")
+    for number in range(1, len(layers)):
+        _compare(model, after[number - 1], before[number], number)
+    tuples = [len(output) - 1 if isinstance(output, tuple | list) else None for output in outputs]
+    products, takes = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype, True
+    calls = record(model, layers, ids, tuples)[0].calls
+    for number, (hidden, call) in enumerate(zip(before, calls, strict=True)):
+        with execution.weights.layer(number):
+            try:
+                output = first_output(call_layer(layers[number], hidden, call))
+            except LlmprunerError:
+                raise
+            except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
+                raise not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
+            _compare(model, output, after[number], number)
+            takes = takes and _takes_float32(model, layers[number], hidden, call, products)
+    return LayerForm(tuples, products if takes else model.dtype, not takes and products == model.dtype)
+
+
+def _whole_run(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
+) -> tuple[list[torch.Tensor], list[Any]]:
+    """Hidden states before each layer, and its outputs."""
+    called, outputs = list[int](), list[Any]()
+    before: list[torch.Tensor] = []
+
+    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        before.append(hidden_of(args, kwargs))
+
+    def leave(number: int, output: Any) -> None:
+        called.append(number)
+        outputs.append(output)
+
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hook = layer.register_forward_hook(lambda _, __, output, number=number: leave(number, output))
+            stack.callback(hook.remove)
+        # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
+        last = {} if _shares_keys(model) else last_logits(model)
+        model(input_ids=ids, use_cache=False, **last)
+    if called != list(range(len(layers))):
+        raise not_walkable(model, "they are not called once each, in order")
+    return before, outputs
+
+
+def _takes_float32(
+    model: PreTrainedModel, layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype
+) -> bool:
+    """Whether operators of a layer take what autocast to ``products`` gives them with hidden states in float32. Where
+    layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of models in
+    ``products`` alone: others may have keys of another dtype than the queries."""
+    if products == torch.float32 or _shares_keys(model):
+        return products == model.dtype
+    try:
+        with autocast_to(hidden.device.type, products):
+            call_layer(layer, hidden.float(), call)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _shares_keys(model: PreTrainedModel) -> bool:
     """Whether layers use keys and values of earlier ones."""
     return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
 
 
-class LayerCheck:
-    """Runs the whole model on the first `TOKENS` of ``input_ids`` (samples, length), and keeps the hidden states
-    between layers; `layer` compares one layer. Raises `ModelError` for states that are not finite, and
-    `UnsupportedModelError` for layers that are not called one after the other.
-
-    ``tuples``: as for `record`.
-    """
-
-    def __init__(self, model: PreTrainedModel, layers: nn.ModuleList, input_ids: torch.Tensor) -> None:
-        self.model, self.layers = model, layers
-        ids = input_ids[:1, :TOKENS]
-        called: list[int] = []
-        outputs: list[Any] = []
-        self._before: list[torch.Tensor] = []
-
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._before.append(hidden_of(args, kwargs))
-
-        def after(number: int, output: Any) -> None:
-            called.append(number)
-            outputs.append(output)
-
-        with contextlib.ExitStack() as stack:
-            for number, layer in enumerate(layers):
-                stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
-                hook = layer.register_forward_hook(lambda _, __, output, number=number: after(number, output))
-                stack.callback(hook.remove)
-            # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
-            last = {} if shares_keys(model) else last_logits(model)
-            model(input_ids=ids, use_cache=False, **last)
-        if called != list(range(len(layers))):
-            raise not_walkable(model, "they are not called once each, in order")
-        self._after = [first_output(output) for output in outputs]
-        if not bool(torch.isfinite(self._after[-1]).all()):
-            raise ModelError(
-                "the hidden states of the calibration text are not finite numbers; the weights are damaged"
-            )
-        self.tuples = [len(output) - 1 if isinstance(output, tuple | list) else None for output in outputs]
-        for number in range(1, len(layers)):
-            self._compare(self._after[number - 1], self._before[number], number)
-        self._calls = record(model, layers, ids, self.tuples)[0].calls
-
-    def layer(self, number: int) -> None:
-        """Call layer ``number``. Raises `UnsupportedModelError` where it fails, or gives other hidden states."""
-        try:
-            output = first_output(call_layer(self.layers[number], self._before[number], self._calls[number]))
-        except LlmprunerError:
-            raise
-        except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
-            raise not_walkable(self.model, f"{type(error).__name__}: {first_line(error)}") from error
-        self._compare(output, self._after[number], number)
-
-    def runs_in(self, products: torch.dtype, number: int) -> bool:
-        """Whether operators of layer ``number`` take what autocast to ``products`` gives them with hidden states in
-        float32. Where layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of
-        models in ``products`` alone: others may have keys of another dtype than the queries."""
-        if shares_keys(self.model):
-            return bool(products == self.model.dtype)
-        hidden = self._before[number].float()
-        try:
-            with autocast_to(hidden.device.type, products):
-                call_layer(self.layers[number], hidden, self._calls[number])
-        except RuntimeError:
-            return False
-        return True
-
-    def _compare(self, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
-        expected = expected.float()
-        differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
-        typical = float(differences.median())
-        if not typical < _TOLERANCE:
-            reason = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
-            raise not_walkable(self.model, reason)
+def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
+    expected = expected.float()
+    differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
+    typical = float(differences.median())
+    if not typical < _TOLERANCE:
+        reason = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
+        raise not_walkable(model, reason)
 
 
 @dataclass
@@ -264,14 +291,11 @@ class ForwardWalk:
     embedded: States
     """Hidden states before the first layer, (samples, length, hidden size) in float32, one tensor for each
     micro-batch."""
-    products: torch.dtype
-    """The dtype of matrix products."""
+    form: LayerForm
     experts: list[PreTrainedConfig]
     """Configurations that select the implementation of experts."""
     tokens: int
     """In the calibration set, of all processes."""
-    narrow: bool = False
-    """Whether layers of a model in 16 bits refuse hidden states in float32, and get them in its dtype."""
 
     @property
     def ranks(self) -> Ranks:
@@ -285,34 +309,21 @@ class ForwardWalk:
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = check_tokens(model, calibration.input_ids)
-            products = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype
             states, experts = States(execution.boundaries()), expert_configs(model)
-            walk = cls(execution, layers, [], states, products, experts, ids.numel())
+            walk = cls(execution, layers, [], states, check_layers(execution, calibration), experts, ids.numel())
+            parts = torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1]))
+            firsts = accumulate(map(len, parts[:-1]), initial=0)
+            shapes: dict[torch.Size, Batch] = {}
             with eager_experts(experts):
-                walk._embed(torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1])))
+                for first, part in execution.ranks.mine(list(zip(firsts, parts, strict=True))):
+                    batch, hidden = record(model, layers, part, walk.form.tuples, first)
+                    # As a rule they depend on the shape alone, and a long text has many micro-batches.
+                    like = shapes.setdefault(part.shape, batch)
+                    if _same(like.calls, batch.calls):
+                        batch.calls = like.calls
+                    walk.batches.append(batch)
+                    states.append(hidden.float())
         return walk
-
-    def _embed(self, ids: Sequence[torch.Tensor]) -> None:
-        model, layers = self.execution.model, self.layers
-        # In the model's own precision.
-        check = LayerCheck(model, layers, ids[0])
-        for number in range(len(layers)):
-            with self.layer(number):
-                check.layer(number)
-                if self.products == torch.float32 or self.narrow or check.runs_in(self.products, number):
-                    continue
-                self.narrow = self.products == model.dtype
-                self.products = model.dtype
-        firsts = accumulate((len(batch) for batch in ids[:-1]), initial=0)
-        shapes: dict[torch.Size, Batch] = {}
-        for first, part in self.ranks.mine(list(zip(firsts, ids, strict=True))):
-            batch, hidden = record(model, layers, part, check.tuples, first)
-            # As a rule they depend on the shape alone, and a long text has many micro-batches.
-            like = shapes.setdefault(part.shape, batch)
-            if _same(like.calls, batch.calls):
-                batch.calls = like.calls
-            self.batches.append(batch)
-            self.embedded.append(hidden.float())
 
     def restored(self, file: Path) -> States:
         """Hidden states that `States.dump` wrote in a walk over the same calibration set."""
@@ -341,9 +352,10 @@ class ForwardWalk:
             own = copied(own)
         args, kwargs = batch.calls[number]
         shared = {n: own.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
-        inputs = hidden.to(self.products) if self.narrow else hidden
-        mixed = self.products != torch.float32 and not self.narrow
-        with autocast_to(hidden.device.type, self.products, enabled=mixed), eager_experts(self.experts):
+        _, products, narrow = self.form
+        inputs = hidden.to(products) if narrow else hidden
+        mixed = products != torch.float32 and not narrow
+        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.experts):
             return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
 
     @property

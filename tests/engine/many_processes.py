@@ -122,8 +122,7 @@ def prepare() -> None:
     """Makes text at once, and micro-batches small, so that there are three or more."""
     torch.set_num_threads(1)
     llmpruner.pipeline.calibrate = lambda model, job, execution: tokens(job.calibration.samples, job.calibration.length)
-    for module in (llmpruner.engine.walk, llmpruner.engine.gradients):
-        module.computes_bfloat16_fast = lambda model: False
+    llmpruner.engine.walk.computes_bfloat16_fast = lambda model: False
     llmpruner.engine.walk.TOKENS_AT_ONCE = 4 * 128
     llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS = 4 * 32
 

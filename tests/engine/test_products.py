@@ -260,7 +260,7 @@ def effects(product: Product) -> dict[str, torch.Tensor]:
 
 
 def fast(monkeypatch, *, yes: bool = True) -> None:
-    monkeypatch.setattr("llmpruner.engine.gradients.computes_bfloat16_fast", lambda model: yes)
+    monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: yes)
     monkeypatch.setattr("llmpruner.engine.products.multiplies_bfloat16_fast", lambda device: yes)
 
 

@@ -199,6 +199,15 @@ def test_real_types_whose_layers_pass_more_than_hidden_states_are_refused(model_
         ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9))
 
 
+def test_layers_are_compared_in_the_first_walk_of_a_run(monkeypatch):
+    """A streamed model was read twice more for it in every walk."""
+    loaded = make("llama-gqa")
+    execution = Execution.of(loaded.model, loaded.graph.layers)
+    form = ForwardWalk.over(execution, tokens(4, 16)).form
+    monkeypatch.setattr("llmpruner.engine.walk.call_layer", None)
+    assert ForwardWalk.over(execution, tokens(4, 16)).form is form
+
+
 def test_layers_that_return_lists_are_walked():
     model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
     assert len(ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9)).batches) == 1
@@ -246,7 +255,7 @@ def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch)
     for module in ("engine.walk", "models.numbers"):
         monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: True)
     walk, _ = walked(loaded, tokens(4, 16))
-    assert walk.products == torch.float32
+    assert walk.form.products == torch.float32
     written = self_generated(loaded.model, None, 2, 8, 0)
     monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
     assert torch.equal(written, self_generated(loaded.model, None, 2, 8, 0))
