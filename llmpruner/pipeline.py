@@ -171,7 +171,7 @@ def prune_each(
     ranks = Ranks.current()
     opener = opener.of_ranks(ranks)
     folder = output.with_name(output.name + ".pruning")
-    if run.restart or not folder.is_dir():
+    if run.restart or not ranks.from_first(folder.is_dir):
         ranks.from_first(lambda: check_new_directory(output))
     jobs = [job_of(each, opener.catalog) for each in sizes.values()]
     structure = opener.structure(source)
@@ -192,8 +192,9 @@ def prune_each(
                 opener.progress.status(f"ratio {name}")
                 prune(structure, each, output / name, opener, run, each.given(), journal)
         finally:
-            with suppress(OSError):  # unless nothing is in it
-                ranks.from_first(output.rmdir)
+            if ranks.first:
+                with suppress(OSError):  # something is in it
+                    output.rmdir()
     return [load_structure(str(output / name), opener.catalog) for name in sizes if (output / name).is_dir()]
 
 

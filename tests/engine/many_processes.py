@@ -72,12 +72,13 @@ class Interrupted(Exception):
 
 
 def continued(folder: Path) -> dict[str, Any]:
-    """The weights of a run that was interrupted after its second layer, and continued."""
+    """The weights of a run with two ratios that was interrupted after its second layer, and continued."""
     model, output = folder / "model", folder / "output"
     if int(os.environ.get("RANK", "0")) == 0:
         model_of("llama-gqa").model.save_pretrained(model)
     Ranks.current().wait()
-    settings = {"ratio": 0.2, "calibration": "self", "output": output, **BEST}
+    ratios = [0.2, 0.3]
+    settings = {"ratio": ratios, "calibration": "self", "output": output, **BEST}
     done: list[int] = []
 
     def once(self: Journal, state: Any, states: Any) -> None:
@@ -95,9 +96,10 @@ def continued(folder: Path) -> dict[str, Any]:
         with contextlib.suppress(Interrupted):
             api.prune(model, **settings)
         api.prune(model, **settings)
-    assert done == [1, 2, 3]
+    assert done == [1, 2, 3, 1, 2, 3]
     assert not (folder / "output.pruning").exists() or not Ranks.current().first
-    return {"weights": load_file(output / "model.safetensors")}
+    files = {ratio: load_file(output / f"{ratio}" / "model.safetensors") for ratio in ratios}
+    return {"weights": {(ratio, name): tensor for ratio in ratios for name, tensor in files[ratio].items()}}
 
 
 def scores() -> dict[str, Any]:
