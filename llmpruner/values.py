@@ -100,7 +100,7 @@ def validated(model: type[M], values: Mapping[str, Any], place: str = "", label:
         return model(**values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = str(first["loc"][0])
+        key = str(first["loc"][0]) if first["loc"] else ""
         if first["type"] == "extra_forbidden":
             known = ", ".join(model.model_fields) or "none"
             reason = f"unknown setting '{key}'{near(key, model.model_fields) or '.'} Known: {known}"

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from llmpruner.errors import MissingExtraError, UnknownNameError
+import pytest
+from pydantic import model_validator
+
+from llmpruner import ComponentSettings
+from llmpruner.errors import MissingExtraError, SettingsError, UnknownNameError
+from llmpruner.values import validated
 
 
 def test_an_unknown_name_offers_near_misses_and_lists_all():
@@ -13,3 +18,19 @@ def test_an_unknown_name_offers_near_misses_and_lists_all():
 
 def test_the_message_on_a_missing_extra_names_the_command():
     assert str(MissingExtraError("peft", "recover")) == "peft is not installed; run: pip install 'llmpruner[recover]'"
+
+
+class Ordered(ComponentSettings):
+    low: int = 0
+    high: int = 1
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Ordered:
+        if self.low > self.high:
+            raise ValueError("low is above high")
+        return self
+
+
+def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
+    with pytest.raises(SettingsError, match=r"^criterion mine: value \{'low': 2\}: low is above high$"):
+        validated(Ordered, {"low": 2}, "criterion mine")
