@@ -50,7 +50,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2_moe",
         SMALL
         | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 40}
-        | {"shared_expert_intermediate_size": 24, "norm_topk_prob": True, "mlp_only_layers": []},
+        | {"shared_expert_intermediate_size": 24, "norm_topk_prob": False, "mlp_only_layers": []},
     ),
     "glm": ("glm", SMALL),
     "olmo2": ("olmo2", SMALL),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner import ModelError, Signal, UnsupportedModelError, build_graph
+from llmpruner import ModelError, Signal, build_graph
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.tiny import random_instance, small_config
@@ -45,15 +45,6 @@ def test_gradients_of_keys_and_values_that_later_layers_use_are_sums(model_type,
     ids = torch.randint(3, config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))
     graph = build_graph(catalog.families["auto"](), config)
     assert_autograd(random_instance(config), graph, CalibrationSet(ids, "random"))
-
-
-@pytest.mark.parametrize("model_type", ["zaya", "hy_v4"])
-def test_layers_that_use_more_than_hidden_states_of_earlier_ones_are_refused(model_type, catalog):
-    config = small_config(CONFIG_MAPPING[model_type]())
-    model, graph = random_instance(config), build_graph(catalog.families["auto"](), config)
-    calibration = CalibrationSet(torch.arange(3, 12)[None], "counted")
-    with pytest.raises(UnsupportedModelError, match=r"pass other values .*use --importance l1, l2 or random"):
-        list(walk(model, graph, calibration))
 
 
 def assert_autograd(model, graph, calibration):

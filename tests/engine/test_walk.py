@@ -190,7 +190,7 @@ def test_layers_that_keep_count_of_one_another_are_refused():
         ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
 
 
-@pytest.mark.parametrize("model_type", ["hrm_text", "hy_v4"])
+@pytest.mark.parametrize("model_type", ["hrm_text", "hy_v4", "zaya"])
 def test_real_types_whose_layers_pass_more_than_hidden_states_are_refused(model_type):
     """Layers that run again and again, and layers that need what another has computed."""
     config = small_config(CONFIG_MAPPING[model_type]())

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from criteria_cases import layers_of, tokens
+from criteria_cases import tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
@@ -120,32 +120,6 @@ def test_no_criterion_sees_that_two_experts_are_alike(name):
             for stack, values in zip(stacks, before, strict=True):
                 stack.copy_(values)
     assert torch.equal(alone[COPIED], scores("mixtral", name)[0, COPIED])
-
-
-def test_reap_renormalises_the_routers_weights_unless_told_not_to():
-    """OLMoE takes its weights as a softmax over all experts gives them."""
-    loaded = planted("olmoe")
-    (group, *_) = loaded.graph.of_kinds(["expert"])
-    calibration = tokens(4, 16, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
-    experts = layers_of(loaded)[group.layer].mlp.experts
-    seen = []
-    handle = experts.register_forward_pre_hook(lambda _, args: seen.append(args))
-    with torch.no_grad():
-        loaded.model(input_ids=calibration.input_ids, use_cache=False)
-    handle.remove()
-    hidden, chosen, gates = seen[0]
-    assert not torch.allclose(gates.sum(1), torch.ones(len(gates)))
-    criteria = Catalog(plugin_manager(entry_points=False)).criteria
-    for renormalize, weights in ((True, gates / gates.sum(1, keepdim=True)), (False, gates)):
-        expected = []
-        for number in range(group.units):
-            token, rank = torch.where(chosen == number)
-            gate, up = (hidden[token] @ experts.gate_up_proj[number].T).chunk(2, -1)
-            norms = ((experts.act_fn(gate) * up) @ experts.down_proj[number].T).norm(dim=-1)
-            expected.append(float((weights[token, rank] * norms.detach()).sum()) / max(1, len(token)))
-        criterion = criteria["expert-reap"](renormalize=renormalize)
-        found = estimate(loaded.model, loaded.graph, [group], criterion, calibration)[group.name]
-        torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(
