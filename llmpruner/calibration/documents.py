@@ -40,6 +40,8 @@ _SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 """What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
 _PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
+_HALVES = re.compile(r"\\u[dD][89a-fA-F]")
+"""Escapes in JSON for halves of a character. One alone, where a text was cut, is read as ?: tokenizers refuse it."""
 
 
 class Record(NamedTuple):
@@ -202,11 +204,16 @@ def _decoded(data: bytes, place: str) -> str:
 def _parsed(text: str, path: Path, line: int = 1) -> Any:
     """The JSON value in ``text``, which begins at line ``line`` of the file. Raises `DataError`."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if _HALVES.search(text):
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+        return value
     except json.JSONDecodeError as error:
         several = path.suffix.lower() == ".json" and error.msg == "Extra data"
         hint = "; name it .jsonl if every line is a record" if several else ""
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
+    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
+        raise DataError(f"{path}, line {line}: not JSON that can be read: {first_line(error)}") from None
 
 
 class Part(NamedTuple):

@@ -168,6 +168,8 @@ MALFORMED = {
     "blank": ("a.txt", " \n", r"a\.txt holds no text"),
     "blank lines": ("a.jsonl", "\n\n", r"a\.jsonl holds no text"),
     "empty list": ("a.json", "[]", r"a\.json holds no text"),
+    "digits": ("a.jsonl", "9" * 5000, r"a\.jsonl, line 1: not JSON that can be read: Exceeds the limit"),
+    "brackets": ("a.json", "[" * 200_000, r"a\.json, line 1: not JSON that can be read: maximum recursion depth"),
     "no table": ("a.parquet", "x,y", r"a\.parquet: not a readable Parquet file: "),
 }  # fmt: skip
 
@@ -181,8 +183,9 @@ def test_malformed_files_are_named_with_the_place(tmp_path, what):
     assert "\n" not in str(caught.value) and str(tmp_path) in str(caught.value)
 
 
-def test_a_whole_character_written_as_two_escapes_is_read(tmp_path):
-    assert read_documents(write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}')) == ["😀"]
+def test_a_character_written_as_two_escapes_is_read_and_half_of_one_is_a_question_mark(tmp_path):
+    texts = '{"text": "\\ud83d\\ude00"}\n{"text": "cut: \\ud83d"}'
+    assert read_documents(write(tmp_path / "a.jsonl", texts)) == ["😀", "cut: ?"]
 
 
 MISSING = {
