@@ -54,7 +54,7 @@ def _layers(value: Any) -> Any:
     return value
 
 
-def layer_numbers(text: str | None, count: int) -> tuple[int, ...] | None:
+def chosen_layers(text: str | None, count: int) -> tuple[int, ...] | None:
     """The layer numbers that ``prune.layers`` selects in a model of ``count`` layers; None for None."""
     if text is None:
         return None
@@ -88,7 +88,7 @@ Names = Annotated[tuple[str, ...], BeforeValidator(names_of), Field(min_length=1
 Numbers = Annotated[tuple[Annotated[int, Field(ge=1, le=2**20)], ...], BeforeValidator(names_of), Field(min_length=1)]
 Count = Annotated[float, BeforeValidator(_count)]
 Layers = Annotated[str, BeforeValidator(_layers)]
-"""Numbers of layers, which `layer_numbers` reads."""
+"""Numbers of layers, which `chosen_layers` reads."""
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 """Settings of components, by the component's name."""
 

@@ -211,8 +211,7 @@ class GradientWalk:
             return
         with self.weights.outside():
             for batch in self.batches:
-                recorded, embedded = record(self.model, self.layers, batch.input_ids, self._tuples)
-                batch.calls = recorded.calls
+                batch.calls, embedded = record(self.model, self.layers, batch.input_ids, self._tuples)
                 self.hidden[0].append(embedded)
         for number, layer in enumerate(self.layers):
             with self.weights.layer(number), self._computing():

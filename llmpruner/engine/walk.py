@@ -117,43 +117,32 @@ def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., A
                 layer.forward = forward
 
 
-def record(
-    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None], first: int = 0
-) -> tuple[Batch, torch.Tensor]:
-    """Run the model with layers that return their hidden states unchanged, and record their other arguments. Returns
-    them, and the hidden states before the first layer.
+class Stop(Exception):
+    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
 
-    ``tuples``: see `LayerForm`. ``first``: see `Batch`.
-    """
-    batch = Batch(ids, [], first)
+
+def record(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]
+) -> tuple[list[Call], torch.Tensor]:
+    """Run the model with layers that return their hidden states unchanged. Returns the other arguments of each layer,
+    and the hidden states before the first one. ``tuples``: see `LayerForm`."""
+    calls: list[Call] = []
     before: list[torch.Tensor] = []
 
     def stub(number: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_of(args, kwargs)
-            if not before:
-                before.append(hidden)
-            batch.calls.append((args[1:], kwargs))
+            before.append(hidden := hidden_of(args, kwargs))
+            calls.append((args[1:], kwargs))
+            if len(calls) == len(layers):
+                raise Stop
             further = tuples[number]
             return hidden if further is None else (hidden, *(None for _ in range(further)))
 
         return forward
 
     with replaced_layers(layers, stub), contextlib.suppress(Stop):
-        handle = layers[-1].register_forward_hook(_stop)
-        try:
-            model(input_ids=ids, use_cache=False)
-        finally:
-            handle.remove()
-    return batch, before[0]
-
-
-class Stop(Exception):
-    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
-
-
-def _stop(*_: Any) -> None:
-    raise Stop
+        model(input_ids=ids, use_cache=False)
+    return calls, before[0]
 
 
 def not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
@@ -206,7 +195,7 @@ def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
         _compare(model, after[number - 1], before[number], number)
     tuples = [len(output) - 1 if isinstance(output, tuple | list) else None for output in outputs]
     products, takes = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype, True
-    calls = record(model, layers, ids, tuples)[0].calls
+    calls, _ = record(model, layers, ids, tuples)
     for number, (hidden, call) in enumerate(zip(before, calls, strict=True)):
         with execution.weights.layer(number):
             try:
@@ -316,7 +305,8 @@ class ForwardWalk:
             shapes: dict[torch.Size, Batch] = {}
             with eager_experts(experts):
                 for first, part in execution.ranks.mine(list(zip(firsts, parts, strict=True))):
-                    batch, hidden = record(model, layers, part, walk.form.tuples, first)
+                    calls, hidden = record(model, layers, part, walk.form.tuples)
+                    batch = Batch(part, calls, first)
                     # As a rule they depend on the shape alone, and a long text has many micro-batches.
                     like = shapes.setdefault(part.shape, batch)
                     if _same(like.calls, batch.calls):

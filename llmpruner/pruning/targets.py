@@ -15,7 +15,7 @@ from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, like, widths_for
-from ..values import layer_numbers as numbers_of
+from ..values import chosen_layers
 
 if TYPE_CHECKING:
     from ..models.model import Structure
@@ -39,7 +39,7 @@ def scope_of(job: PruneJob, structure: Structure) -> Scope:
     """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
     removal of whole layers, `inner_layers`."""
     count = structure.graph.num_layers
-    chosen = numbers_of(job.layers, count)
+    chosen = chosen_layers(job.layers, count)
     tokens = None
     if VOCABULARY in job.kinds and isinstance(structure, Model):
         tokens = removable_tokens(structure.model, structure.tokenizer)
