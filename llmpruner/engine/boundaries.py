@@ -27,15 +27,15 @@ class _Place(NamedTuple):
 
 
 class Boundaries:
-    """Keeps tensors for several `States`; together they take at most ``limit`` bytes of memory (None: no limit).
+    """Keeps tensors for several `States`; together they take at most ``limit`` bytes of memory.
 
     ``folder``: where the file is created; None for the system's folder of temporary files. The file grows up to the
     largest amount that was kept in it at one time. Values come back bit for bit, on the device that they were on.
     Raises `OutputError` where the file cannot be written.
     """
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None) -> None:
-        self.limit, self._folder = limit, folder
+    def __init__(self, folder: Path | None = None, limit: int = DEFAULT_LIMIT) -> None:
+        self._folder, self._limit = folder, limit
         self.in_memory = 0
         self._file: IO[bytes] | None = None
         self._free: dict[int, list[int]] = {}
@@ -45,7 +45,7 @@ class Boundaries:
     def keep(self, tensor: torch.Tensor) -> torch.Tensor | _Place:
         """What `States` holds for ``tensor``: itself, or where it is in the file."""
         size = tensor.nbytes
-        if self.limit is None or self.in_memory + size <= self.limit:
+        if self.in_memory + size <= self._limit:
             self.in_memory += size
             # A view would keep the tensor that it is a view of.
             return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 from ..models.meta import decoder_list
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
-from .boundaries import DEFAULT_LIMIT, Boundaries
+from .boundaries import Boundaries
 from .ranks import SINGLE, Ranks
 from .stages import Stages
 
@@ -62,4 +62,4 @@ class Execution:
     def boundaries(self) -> Boundaries:
         """For hidden states; those beyond the limit are in a file in the folder of the journal, or in the system's
         folder of temporary files."""
-        return Boundaries(DEFAULT_LIMIT, None if self.journal is None else self.journal.folder)
+        return Boundaries(None if self.journal is None else self.journal.folder)

@@ -26,7 +26,7 @@ def states_of(kept: Boundaries, tensors: list[torch.Tensor]) -> States:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_values_come_back_bit_for_bit(dtype, tmp_path):
-    kept = Boundaries(2 * 15 * dtype.itemsize, tmp_path)
+    kept = Boundaries(tmp_path, 2 * 15 * dtype.itemsize)
     states = states_of(kept, tensors(4, dtype))
     assert (kept.in_memory, kept._end) == (2 * 15 * dtype.itemsize,) * 2
     assert all(torch.equal(found, wanted) for found, wanted in zip(states, tensors(4, dtype), strict=True))
@@ -34,7 +34,7 @@ def test_values_come_back_bit_for_bit(dtype, tmp_path):
 
 
 def test_places_in_the_file_are_used_again(tmp_path):
-    kept = Boundaries(0, tmp_path)
+    kept = Boundaries(tmp_path, 0)
     states = states_of(kept, tensors(2))
     states[0] = states[1] + 1
     states.clear()
@@ -44,7 +44,7 @@ def test_places_in_the_file_are_used_again(tmp_path):
 
 
 def test_what_was_dumped_is_loaded(tmp_path):
-    kept = Boundaries(60, tmp_path)
+    kept = Boundaries(tmp_path, 60)
     states = states_of(kept, tensors(3))
     states.dump(tmp_path / "states")
     found = States(Boundaries())
@@ -58,4 +58,4 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "_write", full)
     with pytest.raises(OutputError, match=r"hidden states in a temporary file in '.*' cannot be written: no space"):
-        states_of(Boundaries(0, tmp_path), tensors(1))
+        states_of(Boundaries(tmp_path, 0), tensors(1))
