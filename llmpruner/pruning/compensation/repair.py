@@ -33,7 +33,7 @@ from ...engine.execution import Execution
 from ...engine.walk import ForwardWalk
 from ...structure.kept import removed_layers
 from .base import Fit, RepairTask
-from .layer_fit import LayerFit, stages_of
+from .layer_fit import LayerFit, fit_steps
 from .least_squares import Fitter
 from .readers import ProducerRows, Reader, names_in_layer, readers_of, removed_channels
 
@@ -121,9 +121,9 @@ class _Repair:
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of one layer, and move h and ĥ to after it."""
         pruned = self._keep_apart()
-        uses = partial(stages_of, self.walk, self.graph, number, self.dense, readers)
-        stages, biases = self.ranks.from_first(uses)
-        needs_dense = any(stage.needs_dense for stage in stages)
+        uses = partial(fit_steps, self.walk, self.graph, number, self.dense, readers)
+        steps, biases = self.ranks.from_first(uses)
+        needs_dense = any(step.needs_dense for step in steps)
         if needs_dense:
             after = self.dense.empty(continued=True)
             for batch, hidden in zip(self.walk.batches, self.dense, strict=True):
@@ -140,8 +140,8 @@ class _Repair:
             self.dense, after, pruned, producers, original,
         )  # fmt: skip
         moved = False
-        for stage in stages:
-            fits, moved = layer.fit(stage)
+        for step in steps:
+            fits, moved = layer.fit(step)
             self.fits += fits
         for reader in readers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
