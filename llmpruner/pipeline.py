@@ -63,7 +63,7 @@ def prune(
     if output is None:
         model = opener.weights(structure)
         execution = Execution(model.weights, ranks, None, opener.progress)
-        return model.become(prune_model(model, job, execution, expected))
+        return prune_model(model, job, execution, expected)
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
