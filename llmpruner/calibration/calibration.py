@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..engine.execution import Execution
+    from ..models.model import Model
+
 
 @dataclass(frozen=True)
 class CalibrationSet:
@@ -49,11 +52,16 @@ class Part:
 
 
 @dataclass(frozen=True)
-class CalibrationText:
-    """The parsed value of ``--calibration``. ``text``: the value; ``parts``: mixed by their shares."""
+class CalibrationJob:
+    """The calibration text to read or to let the model write. ``text``: the value of ``--calibration``; ``parts``:
+    mixed by their shares; ``samples``: how many; ``length``: tokens of each."""
 
     text: str
     parts: tuple[Part, ...]
+    samples: int
+    length: int
+    fixed_length: bool = True
+    """Whether the user asked for this length; a default is limited to the model's positions."""
 
     @property
     def writes(self) -> bool:
@@ -69,31 +77,54 @@ class CalibrationText:
         for part in self.parts:
             part.source.check(part.reference)
 
-    def sample(
+    def length_for(self, config: PreTrainedConfig) -> int:
+        """Tokens per sample for a model with this configuration. Raises `DataError` for more than it has positions."""
+        from ..models.positions import positions_of
+
+        limit = positions_of(config) or self.length
+        if self.length > limit and self.fixed_length:
+            raise DataError(
+                f"calibration length {self.length} is beyond the model's {limit} positions; lower --set prune.length"
+            )
+        return min(self.length, limit)
+
+    def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
+        """``samples`` of the text, in the shares that all have, read or written by the model; or those that an
+        interrupted run, or one with another ratio, kept as ``name``."""
+        import torch
+
+        from ..engine.journal import recalled
+
+        def sampled() -> list[list[int]]:
+            execution.progress.status(f"The model writes its {name} text" if self.writes else f"Reading {self.text}")
+            drawn = self.draw(model.model, model.tokenizer, samples, seed, execution.progress, model.family)
+            rows: list[list[int]] = drawn.input_ids.tolist()
+            return rows
+
+        ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(sampled))
+        return CalibrationSet(torch.tensor(ids), self.text)
+
+    def draw(
         self,
         model: PreTrainedModel,
         tokenizer: Any | None,
-        *,
         samples: int,
-        length: int,
         seed: int,
         progress: Progress = QUIET,
         family: Any | None = None,
-        of: int | None = None,
     ) -> CalibrationSet:
-        """``samples`` sequences of ``length`` tokens, taken from the parts in turn, from those with larger shares more
-        often. ``family``: the model's, for sources of conversations. ``of``: the number of samples by which every part
-        has its share, if it is larger.
+        """``samples`` of the text, at most all, taken from the parts in turn, from those with larger shares more often.
+        ``family``: the model's, for sources of conversations.
 
-        Raises `DataError` when a source is missing, malformed or too short, or ``length`` is beyond the model's
+        Raises `DataError` when a source is missing, malformed or too short, or samples are longer than the model's
         positions, and `PluginError` when a source returns another shape or dtype.
         """
         import torch
 
         from ..models.tokenizer import check_ids
 
-        check_length(model.config, length)
-        order = self.order(of or samples)[:samples]
+        length = self.length_for(model.config)
+        order = self.order()[:samples]
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
@@ -108,39 +139,28 @@ class CalibrationText:
             rows.append(iter(check_ids(ids.cpu(), model)))
         return CalibrationSet(torch.stack([next(rows[number]) for number in order]), self.text)
 
-    def order(self, samples: int) -> list[int]:
+    def order(self) -> list[int]:
         """The number of the part of each sample: always the one that is furthest behind its share, the first of those
-        that are alike. Raises `DataError` where ``samples`` are too few for every part to have one."""
+        that are alike. Raises `DataError` where samples are too few for every part to have one."""
         shares = [1.0 if part.share is None else part.share for part in self.parts]
         taken = [0] * len(shares)
         order: list[int] = []
-        for total in range(1, samples + 1):
+        for total in range(1, self.samples + 1):
             behind = [total * share / sum(shares) - had for share, had in zip(shares, taken, strict=True)]
             order.append(behind.index(max(behind)))
             taken[order[-1]] += 1
         if 0 in taken:
             named = self.text.split(",")[taken.index(0)].strip()
-            raise DataError(f"--samples {samples} gives '{named}' none by its share; raise --samples")
+            raise DataError(f"--samples {self.samples} gives '{named}' none by its share; raise --samples")
         return order
-
-
-def check_length(config: PreTrainedConfig, length: int) -> None:
-    """Raise `DataError` for samples of more tokens than the model has positions for."""
-    from ..models.positions import positions_of
-
-    limit = positions_of(config)
-    if limit is not None and length > limit:
-        raise DataError(
-            f"calibration length {length} is beyond the model's {limit} positions; lower --set prune.length"
-        )
 
 
 def parse_calibration(
     text: str,
     sources: Mapping[str, type[CalibrationSource]],
     settings: Mapping[str, Mapping[str, Any]] | None = None,
-) -> CalibrationText:
-    """Parse the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text.
+) -> tuple[Part, ...]:
+    """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text.
 
     A part that is the name of a source, alone or before a colon, selects that source, unless there is such a file. Any
     other is text: a file or the name of a data set. ``settings``: source name → values. Raises `DataError` for an empty
@@ -152,4 +172,4 @@ def parse_calibration(
         if name == TextSource.name or name not in sources or isfile(reference):
             name, rest = TextSource.name, reference
         parts.append(Part(sources[name](**(settings or {}).get(name, {})), rest, share))
-    return CalibrationText(text, tuple(parts))
+    return tuple(parts)

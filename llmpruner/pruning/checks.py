@@ -9,7 +9,6 @@ import torch
 import transformers
 
 from .. import __version__
-from ..calibration.calibration import check_length
 from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
 from ..models.identity import data_identity, model_identity
 from ..models.vocabulary import Vocabulary
@@ -67,12 +66,12 @@ def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: boo
         check_accepted(job.criterion, others, graph)
     job.compensation.check(graph, groups)
     if job.calibration is not None:
-        check_length(structure.config, job.calibration.length_for(structure.config))
-        for part in job.calibration.text.parts:
+        job.calibration.length_for(structure.config)  # refuses samples beyond its positions
+        for part in job.calibration.parts:
             if not part.source.writes and not tokenizer:
                 advice = f"it cannot be calibrated on '{part.reference}'; use 'self'"
                 raise no_tokenizer(f"model '{structure.ref}'", advice)
-        job.calibration.text.check()
+        job.calibration.check()
     if isinstance(job, PruneJob) and job.budget.from_shapes:
         _check_amount(job, structure)
 

@@ -103,7 +103,7 @@ class _Sizes:
     def _written(self) -> _Stage:
         """Text that is read, or that the model writes."""
         text, passage = self.job.calibration, min(64, self.length)
-        if text is None or not text.text.writes:
+        if text is None or not text.writes:
             return _Stage(self.tokens * 64)
         rows = min(passages_at_once(self.config, passage, self.item), -(-self.tokens // passage))
         cache = passage * cached_bytes(self.config, self.item)

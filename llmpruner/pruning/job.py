@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from ..calibration.calibration import CalibrationSet, CalibrationText, parse_calibration
+from ..calibration.calibration import CalibrationJob, CalibrationSet, parse_calibration
 from ..component import check_chosen
 from ..engine.signals import Signal
 from ..errors import MEANT, DataError, SettingsError, UnknownNameError
@@ -18,10 +18,6 @@ from ..structure.plan import PruningPlan
 from .methods import TEN_SAMPLES
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
-    from ..engine.execution import Execution
-    from ..models.model import Model
     from ..plugins.catalog import Catalog
     from .allocation import Allocation
     from .budgets import Budget
@@ -35,45 +31,6 @@ _AMOUNTS: Final[Mapping[str, By]] = {
     "target_params": "parameters",
     "unit_ratio": "units",
 }
-
-
-@dataclass(frozen=True)
-class CalibrationJob:
-    """The calibration text to read or to let the model write."""
-
-    text: CalibrationText
-    samples: int
-    length: int
-    """Tokens per sample."""
-    fixed_length: bool
-    """Whether the user asked for this length; a default is limited to the model's positions."""
-
-    def length_for(self, config: PreTrainedConfig) -> int:
-        """Tokens per sample for a model with this configuration."""
-        from ..models.positions import positions_of
-
-        return self.length if self.fixed_length else min(self.length, positions_of(config) or self.length)
-
-    def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
-        """``samples`` of the text, in the shares that all have, read or written by the model; or those that an
-        interrupted run, or one with another ratio, kept as ``name``."""
-        import torch
-
-        from ..engine.journal import recalled
-
-        def sampled() -> list[list[int]]:
-            writes = self.text.writes
-            execution.progress.status(f"The model writes its {name} text" if writes else f"Reading {self.text.text}")
-            text = self.text.sample(
-                model.model, model.tokenizer,
-                samples=samples, length=self.length_for(model.config), seed=seed, progress=execution.progress,
-                family=model.family, of=self.samples,
-            )  # fmt: skip
-            rows: list[list[int]] = text.input_ids.tolist()
-            return rows
-
-        ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(sampled))
-        return CalibrationSet(torch.tensor(ids), self.text.text)
 
 
 @dataclass(frozen=True)
@@ -115,7 +72,7 @@ class ReplayJob:
         """Raise `DataError` for a text that is not that of the plan; but what a model writes depends on rounding, so
         that it may differ on another machine."""
         record, job = self.plan.compensation, self.calibration
-        if text is None or record is None or job is None or job.text.writes:
+        if text is None or record is None or job is None or job.writes:
             return
         if text.fingerprint != record.fingerprint:
             raise DataError(f"'{text.source}' is not the text that this plan was made with; make a new plan")
@@ -137,10 +94,10 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
         method = catalog.methods.create(name, own.get(name))
-    text = parse_calibration(settings.calibration, catalog.sources, own)
+    parts = parse_calibration(settings.calibration, catalog.sources, own)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
-    settings, of_components = _filled(settings, explicit, method, writes=text.writes)
-    text = parse_calibration(settings.calibration, catalog.sources, own)  # a method may name it
+    settings, of_components = _filled(settings, explicit, method, writes=any(part.source.writes for part in parts))
+    parts = parse_calibration(settings.calibration, catalog.sources, own)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
     def of(name: str) -> dict[str, Any]:
@@ -163,11 +120,12 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         raise SettingsError("tokens go in one step; leave --steps out")
     criteria = [criterion, *([] if of_tokens is None else [of_tokens])]
     methods = [] if method is None else [method]
-    check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in text.parts)])
+    check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in parts)])
     calibration = None
     if any(each.signals - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
-        text.order(settings.samples)  # refuses samples that are fewer than the sources
-        calibration = CalibrationJob(text, settings.samples, settings.length, "length" in explicit)
+        fixed = "length" in explicit
+        calibration = CalibrationJob(settings.calibration, parts, settings.samples, settings.length, fixed)
+        calibration.order()  # refuses samples that are fewer than the sources
     return PruneJob(
         by=by,
         amount=float(amount),
@@ -229,6 +187,6 @@ def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:
     compensation = catalog.compensations.create(record.name, record.settings)
     calibration = None
     if record.calibration is not None and record.samples and record.length:
-        text = parse_calibration(record.calibration, catalog.sources, record.sources)
-        calibration = CalibrationJob(text, record.samples, record.length, fixed_length=True)
+        parts = parse_calibration(record.calibration, catalog.sources, record.sources)
+        calibration = CalibrationJob(record.calibration, parts, record.samples, record.length)
     return ReplayJob(plan, budget, compensation, calibration, plan.seed)

@@ -60,7 +60,7 @@ SCRIPTS: Final = 6
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
     scored = text if job.criterion.signals - {Signal.WEIGHT} or job.allocation.measures else None
-    sources = job.calibration.text.record() if job.calibration else {}
+    sources = job.calibration.record() if job.calibration else {}
     target = Target(by=job.by, amount=job.amount)
     if job.by == "ratio":
         target = Target(by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record())

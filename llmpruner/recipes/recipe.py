@@ -50,7 +50,7 @@ COMMANDS: Final[Mapping[str, type[Settings]]] = {
 }
 """The commands that a step can run."""
 JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], object]]] = {
-    "prune": (prune_job, lambda job: job.calibration is None or job.calibration.text.check()),
+    "prune": (prune_job, lambda job: job.calibration is None or job.calibration.check()),
     "recover": (recover_job, check_recover),
     "evaluate": (chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
     "bench": (lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings), lambda job: None),

@@ -13,7 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from ..calibration.calibration import CalibrationText, Part
+from ..calibration.calibration import CalibrationJob, Part
 from ..calibration.sources import SelfWritten
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
@@ -22,7 +22,7 @@ from ..pipeline import prune_model
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
 from ..pruning.criteria.base import ImportanceCriterion
-from ..pruning.job import CalibrationJob, PruneJob, job_of, prune_job
+from ..pruning.job import PruneJob, job_of, prune_job
 from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
 
@@ -91,8 +91,7 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
     replace."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
     job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
-    text = CalibrationText("self", (Part(SelfWritten(), ""),))
-    calibration = CalibrationJob(text, samples=1, length=4, fixed_length=True)
+    calibration = CalibrationJob("self", (Part(SelfWritten(), ""),), samples=1, length=4)
     values: dict[str, Any] = {"criterion": criterion or job.criterion, "calibration": calibration, **changes}
     return replace(job, **values)
 

@@ -15,7 +15,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, UnsupportedModelError
 from llmpruner.calibration import written
-from llmpruner.calibration.calibration import parse_calibration
+from llmpruner.calibration.calibration import CalibrationJob, parse_calibration
 from llmpruner.calibration.chat import packed
 from llmpruner.calibration.sources import CalibrationSource, ChatSource, SelfWritten, TextSource
 from llmpruner.calibration.written import _Draw
@@ -49,12 +49,16 @@ def wide(gqa):
 SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counting)}
 
 
-def calibration_set(text, model, tokenizer, settings=None, **amount):
-    return parse_calibration(text, SOURCES, settings).sample(model, tokenizer, **amount)
+def job_of(text, settings=None, samples=1, length=2):
+    return CalibrationJob(text, parse_calibration(text, SOURCES, settings), samples, length)
+
+
+def calibration_set(text, model, tokenizer, settings=None, *, samples, length, seed):
+    return job_of(text, settings, samples, length).draw(model, tokenizer, samples, seed)
 
 
 def parts_of(text):
-    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES).parts]
+    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES)]
 
 
 class Words:
@@ -268,11 +272,11 @@ def test_conversations_are_sampled_in_the_models_own_chat_template(wide, tmp_pat
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = TEMPLATE
     rendered = {f"<s>user: {q}</s><s>assistant: {a}</s>" for q, a in said}
-    text = parse_calibration(f"1*self,3*chat:{file}", SOURCES)
-    text.check()
-    ids = text.sample(wide.model, tokenizer, samples=4, length=48, seed=0, family=wide.family).input_ids
+    job = job_of(f"1*self,3*chat:{file}", samples=4, length=48)
+    job.check()
+    ids = job.draw(wide.model, tokenizer, 4, 0, family=wide.family).input_ids
     assert ids.shape == (4, 48)
-    chats = [row for row, part in zip(ids, text.order(4), strict=True) if part == 1]
+    chats = [row for row, part in zip(ids, job.order(), strict=True) if part == 1]
     assert len(chats) == 3
     for row in chats:
         whole = tokenizer.decode(row)
@@ -307,7 +311,7 @@ def test_every_conversation_is_used_before_one_is_used_again():
 def test_a_source_of_conversations_without_any_is_refused_before_a_model_is_loaded(tmp_path, reference, message):
     (tmp_path / "a.jsonl").write_text('{"body": "no conversation"}')
     with pytest.raises(DataError, match=message):
-        parse_calibration(f"chat:{reference and tmp_path / reference}", SOURCES).check()
+        job_of(f"chat:{reference and tmp_path / reference}").check()
 
 
 def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
@@ -370,15 +374,15 @@ def test_what_is_wrong_with_a_part_is_found_before_a_model_is_loaded(tmp_path):
         "self:more": "--calibration self:more: the model writes this text",
     }.items():
         with pytest.raises(DataError, match=message):
-            parse_calibration(text, SOURCES).check()
-    parse_calibration("self,counting", SOURCES).check()
+            job_of(text).check()
+    job_of("self,counting").check()
 
 
 def test_settings_reach_their_source_and_are_recorded(gqa):
-    text = parse_calibration("counting:5, counting", SOURCES, {"counting": {"start": "2"}})
-    assert text.record() == {"counting": {"start": 2}} and not text.writes
-    assert text.sample(gqa.model, None, samples=2, length=3, seed=0).input_ids.tolist() == [[7, 8, 9], [2, 3, 4]]
-    assert parse_calibration("self,a.txt", SOURCES).writes
+    job = job_of("counting:5, counting", {"counting": {"start": "2"}}, samples=2, length=3)
+    assert job.record() == {"counting": {"start": 2}} and not job.writes
+    assert job.draw(gqa.model, None, 2, 0).input_ids.tolist() == [[7, 8, 9], [2, 3, 4]]
+    assert job_of("self,a.txt").writes
     with pytest.raises(SettingsError, match=r"calibration source counting: unknown setting 'end'\. Known: start"):
         parse_calibration("counting", SOURCES, {"counting": {"end": 2}})
 

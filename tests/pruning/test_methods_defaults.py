@@ -106,7 +106,7 @@ def test_the_text_that_a_method_names_is_read_and_known_by_its_content(job, tmp_
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps. " * 40)
     found = job({"importance": "energy", "calibration": str(text)})
-    assert found.calibration.text.text == str(text)
+    assert found.calibration.text == str(text)
     before = data_identity(found)
     text.write_text("The brown quick fox jumps. " * 40)
     assert before.keys() == {str(text)} and data_identity(found) != before

@@ -12,7 +12,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
 
 import llmpruner
-from llmpruner.calibration.calibration import parse_calibration
+from llmpruner.calibration.calibration import CalibrationJob, parse_calibration
 from llmpruner.calibration.sources import SelfWritten, TextSource
 
 TEXT = " ".join(f"{n} and {n + 1} make {2 * n + 1}, but {n} times {n} is {n * n}." for n in range(1500))
@@ -80,7 +80,9 @@ def test_it_is_the_divergence_of_the_saved_models(name, streamed, options, round
     dense = AutoModelForCausalLM.from_pretrained(folder / name)
     tokenizer = AutoTokenizer.from_pretrained(folder / name) if name == "llama" else None
     calibrated, read = (
-        parse_calibration(source, SOURCES).sample(dense, tokenizer, samples=SAMPLES, length=LENGTH, seed=seed).input_ids
+        CalibrationJob(source, parse_calibration(source, SOURCES), SAMPLES, LENGTH)
+        .draw(dense, tokenizer, SAMPLES, seed)
+        .input_ids
         for seed in (3, 4)
     )
     kl, agreement, tokens = by_hand(dense, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)
