@@ -59,7 +59,8 @@ SCRIPTS: Final = 6
 
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
-    scored = text if job.criterion.signals - {Signal.WEIGHT} or job.allocation.measures else None
+    signals = job.criterion.signals | (job.tokens.signals if job.tokens else set())
+    scored = text if signals - {Signal.WEIGHT} or job.allocation.measures else None
     sources = job.calibration.record() if job.calibration else {}
     target = Target(by=job.by, amount=job.amount)
     if job.by == "ratio":
