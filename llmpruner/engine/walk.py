@@ -247,7 +247,7 @@ def _takes_float32(
     try:
         with autocast_to(hidden.device.type, products):
             call_layer(layer, hidden.float(), call)
-    except RuntimeError:
+    except Exception:  # the layer ran with hidden states in the dtype of the model
         return False
     return True
 
