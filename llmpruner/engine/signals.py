@@ -65,7 +65,7 @@ class Signal(str, Enum):
     STREAM = "stream"
     """Hidden states before and after each layer, compared; for `ImportanceCriterion.score_layers` alone."""
     STREAM_BLOCKS = "stream_blocks"
-    """As `STREAM`, for blocks of consecutive layers of every length."""
+    """As `STREAM`, for blocks of as many consecutive layers as the plan removes."""
     TOKENS = "tokens"
     """How often tokens are written and expected; for `ImportanceCriterion.score_tokens` alone."""
 
@@ -122,21 +122,19 @@ class TokenStats:
 
 @dataclass(frozen=True, slots=True)
 class StreamStats:
-    """Comparison of the hidden states before and after blocks of consecutive layers, averaged over all calibration
-    tokens.
+    """Comparison of the hidden states before and after blocks of ``length`` consecutive layers, averaged over all
+    calibration tokens: of single layers for `Signal.STREAM`, of as many as the plan will remove for
+    `Signal.STREAM_BLOCKS` (layers of different sizes may make it one more or less).
 
-    Both tensors are float64 of shape (lengths, layers): element [n − 1, i] compares the hidden states of a token before
-    layer i with those after layer i + n − 1; it is NaN where there is no layer i + n − 1. ``lengths`` is 1 for
-    `Signal.STREAM`, and the number of layers for `Signal.STREAM_BLOCKS`.
+    Both tensors are float64 of shape (layers,): element i compares the hidden states of a token before layer i with
+    those after layer i + length − 1; it is NaN where there is no such layer.
     """
 
     cosine: torch.Tensor
     """Mean cosine similarity."""
     angle: torch.Tensor
     """Mean angle, in units of π."""
-    removed: int | None = None
-    """How many layers the plan will remove, where it asks for `Signal.STREAM_BLOCKS`; else None. Layers of different
-    sizes may make it one more or less."""
+    length: int = 1
     removable: frozenset[int] | None = None
     """The layers that may be removed; None: all."""
 

@@ -167,38 +167,38 @@ class _Sums:
 
 
 @torch.no_grad()
-def stream_statistics(execution: Execution, calibration: CalibrationSet, *, blocks: bool = False) -> StreamStats:
-    """Compare the hidden states before and after each layer; with ``blocks``, each block of consecutive layers.
+def stream_statistics(
+    execution: Execution, calibration: CalibrationSet, length: int = 1, removable: frozenset[int] | None = None
+) -> StreamStats:
+    """Compare the hidden states before and after each block of ``length`` layers. ``removable``: as in `StreamStats`.
 
-    Memory: the hidden states of the whole calibration set in float32, up to the limit of the execution; with ``blocks``
-    those before every layer, and every layer is compared with all earlier ones.
+    Memory: the hidden states of the whole calibration set in float32 before ``length`` layers, and after the last, up
+    to the limit of the execution.
     """
     walk = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
-    lengths = count if blocks else 1
-    cosine, angle = torch.full((2, lengths, count), nan, dtype=torch.float64)
+    cosine, angle = torch.full((2, count), nan, dtype=torch.float64)
     before = [walk.embedded]
     for number in execution.progress.track(range(count), "Measuring layers"):
         # One value for each token of the calibration set, in order; each process fills in its own.
-        cosines = torch.zeros(len(before), walk.tokens, dtype=torch.float64)
-        after = before[-1].empty(continued=True)
+        cosines = torch.zeros(walk.tokens, dtype=torch.float64)
+        after, start = before[-1].empty(continued=True), number + 1 - length
         with walk.layer(number):
             for position, batch in enumerate(walk.batches):
                 states = walk.run(number, batch, before[-1][position], after.passed)
-                first = batch.first * batch.input_ids.shape[1]
-                tokens = slice(first, first + batch.input_ids.numel())
-                for length, earlier in enumerate(reversed(before)):
-                    similar = torch.cosine_similarity(earlier[position], states, dim=-1)
+                if start >= 0:
+                    first = batch.first * batch.input_ids.shape[1]
+                    similar = torch.cosine_similarity(before[0][position], states, dim=-1)
                     # Some models put prompts of their own before the text (CPM-Ant).
-                    cosines[length, tokens] = similar[:, -batch.input_ids.shape[1] :].flatten()
+                    of_text = similar[:, -batch.input_ids.shape[1] :].flatten()
+                    cosines[first : first + batch.input_ids.numel()] = of_text
                 after.append(states)
-        walk.ranks.sum_([cosines])
-        before = [*before, after][-lengths:]
-        for length, of_length in enumerate(cosines):
-            of_tokens = of_length.clamp(-1, 1)
-            cosine[length, number - length] = float(of_tokens.mean())
-            angle[length, number - length] = float(of_tokens.arccos().mean()) / pi
-    return StreamStats(cosine, angle)
+        if start >= 0:
+            walk.ranks.sum_([cosines])
+            cosines.clamp_(-1, 1)
+            cosine[start], angle[start] = float(cosines.mean()), float(cosines.arccos().mean()) / pi
+        before = [*before, after][-length:]
+    return StreamStats(cosine, angle, length, removable)
 
 
 @torch.no_grad()

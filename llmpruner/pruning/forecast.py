@@ -129,7 +129,9 @@ class _Sizes:
             grams = self._largest_layer(squares) if Signal.GRAM in signals else 0
             observed = signals - {Signal.STREAM, Signal.STREAM_BLOCKS}
             width = max((s[-1] for s in matrices.values()), default=0) if observed else 0
-            blocks = graph.num_layers if Signal.STREAM_BLOCKS in signals else 1
+            blocks = 1
+            if Signal.STREAM_BLOCKS in signals:
+                blocks = max(1, round(sum((1 - self.left[group.name]) * group.units for group in groups)))
             memory = max(self._walk(width) + grams, 3 * grams + scoring)
             return _Stage(memory, self.tokens * self.hidden * F32 * blocks)
         tokens = min(self.tokens, GRADIENT_TOKENS) if job.compensation.reads_text else self.tokens

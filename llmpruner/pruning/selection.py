@@ -200,16 +200,17 @@ class _Choice:
     def _rank(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
         now, job, execution = self.now, self.job, self.execution
-        removal = None
-        if Signal.STREAM_BLOCKS in job.criterion.signals:
+        removal = Removal()
+        blocks = Signal.STREAM_BLOCKS in job.criterion.signals
+        if now.ranked and not blocks:
+            return
+        if blocks:
             # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
             group = now.groups[0]
             kept = select(now.graph, [group], equal_scores([group]), now.scope, amount, Uniform(), cost=now.cost)
             removed = group.units - len(kept.get(group.name, range(group.units)))
-            removal = Removal(removed, now.scope.allowed_units(group))
-        if now.ranked and removal is None:
-            return
-        shared = execution.shared if removal is None else None
+            removal = Removal(max(1, removed), now.scope.allowed_units(group))
+        shared = None if blocks else execution.shared
         if now.network is not self.model.model:
             execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
             shared = None
@@ -220,7 +221,7 @@ class _Choice:
         scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
         now.ranked = job.allocation.comparable(scores, now.graph)
 
-    def _estimate(self, execution: Execution, removal: Removal | None) -> Scores:
+    def _estimate(self, execution: Execution, removal: Removal) -> Scores:
         now, job, text = self.now, self.job, self.text
         of_tokens = [group for group in now.groups if group.kind == VOCABULARY]
         scores: dict[str, torch.Tensor] = {}

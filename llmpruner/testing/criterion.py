@@ -168,7 +168,7 @@ def _checked(criterion: ImportanceCriterion) -> tuple[ImportanceCriterion, list[
         "score_units": lambda signals, axis, index_UK: check(
             "score_units", criterion.score_units(signals, axis, index_UK), index_UK.shape[:1]
         ),
-        "score_layers": lambda stream: check("score_layers", criterion.score_layers(stream), stream.cosine.shape[1:]),
+        "score_layers": lambda stream: check("score_layers", criterion.score_layers(stream), stream.cosine.shape),
         "score_tokens": lambda use: check("score_tokens", criterion.score_tokens(use), use.counts.shape),
     }
     vars(checked).update(replaced)

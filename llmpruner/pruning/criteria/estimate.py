@@ -8,7 +8,7 @@ unit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,8 +39,8 @@ Scores = Mapping[str, torch.Tensor]
 class Removal:
     """How many ``layers`` go, and which are ``removable`` (None: all), for criteria of blocks of layers."""
 
-    layers: int
-    removable: frozenset[int] | None
+    layers: int = 1
+    removable: frozenset[int] | None = None
 
 
 def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
@@ -62,11 +62,11 @@ def estimate(
     reduction: str = "sum",
     seed: int = 0,
     execution: Execution | None = None,
-    removal: Removal | None = None,
+    removal: Removal = Removal(),
     tokenizer: Any | None = None,
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
-    ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers, None where not known.
+    ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers.
     ``tokenizer``: for a criterion of tokens.
 
     Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
@@ -80,9 +80,7 @@ def estimate(
         raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
     if signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         assert calibration is not None
-        stream = stream_statistics(execution, calibration, blocks=Signal.STREAM_BLOCKS in signals)
-        if removal is not None:
-            stream = replace(stream, removed=removal.layers, removable=removal.removable)
+        stream = stream_statistics(execution, calibration, removal.layers, removal.removable)
         values = criterion.score_layers(stream).double().cpu()
         scores = {group.name: values for group in groups}
     elif Signal.TOKENS in signals:

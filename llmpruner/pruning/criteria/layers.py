@@ -21,7 +21,7 @@ class BlockInfluence(ImportanceCriterion):
     needs = frozenset({Signal.STREAM})
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
-        return 1.0 - stream.cosine[0]
+        return 1.0 - stream.cosine
 
 
 class AngularDistance(ImportanceCriterion):
@@ -32,7 +32,7 @@ class AngularDistance(ImportanceCriterion):
     needs = frozenset({Signal.STREAM})
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
-        return stream.angle[0]
+        return stream.angle
 
 
 class AngularBlock(ImportanceCriterion):
@@ -41,8 +41,8 @@ class AngularBlock(ImportanceCriterion):
     input (Gromov et al., 2024, algorithm 1). `AngularDistance` scores each layer alone, and may remove layers that
     change little by themselves and much together.
 
-    Blocks are of layers that may be removed. Hidden states before every layer are kept, in memory up to a
-    limit, then on disk.
+    Blocks are of layers that may be removed. Hidden states before n layers are kept, in memory up to a limit, then on
+    disk.
     """
 
     name = "angular-block"
@@ -50,7 +50,7 @@ class AngularBlock(ImportanceCriterion):
     needs = frozenset({Signal.STREAM_BLOCKS})
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
-        n, layers = stream.removed or 1, stream.angle.shape[1]
+        n, layers = stream.length, len(stream.angle)
         removable = range(layers) if stream.removable is None else stream.removable
         # Beyond any angle, so that layers outside of all blocks go last.
         scores = stream.angle.new_full((layers,), 2.0)
@@ -59,7 +59,7 @@ class AngularBlock(ImportanceCriterion):
             block = range(start, start + n)
             if all(layer in removable for layer in block):
                 found = True
-                scores[list(block)] = scores[list(block)].clamp_max(stream.angle[n - 1, start])
+                scores[list(block)] = scores[list(block)].clamp_max(stream.angle[start])
         if not found:
             raise SelectionError(
                 f"criterion {self.name} removes a block of layers, and no {n} successive layers may be removed; choose "
