@@ -132,11 +132,10 @@ RANKING = GlobalRanking(normalize="parameters")
 
 
 @pytest.mark.parametrize(
-    ("allocation", "steps"),
-    [(Uniform(), 1), (Uniform(), 3), (RANKING, 3)],
-    ids=["uniform", "uniform in 3", "global in 3"],
+    ("kinds", "allocation", "steps"),
+    [*((kinds, Uniform(), 1) for kinds in KINDS), (KINDS[2], Uniform(), 3), (KINDS[2], RANKING, 3)],
+    ids=[*map("+".join, KINDS), "uniform in 3", "global in 3"],
 )
-@pytest.mark.parametrize("kinds", KINDS, ids="+".join)
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, steps):
     graph = gqa.graph

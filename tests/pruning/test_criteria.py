@@ -296,7 +296,9 @@ def test_a_kv_group_of_large_heads_comes_first(llama, criterion):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["gpt2", "phi", "gemma2", "gpt_oss", "glm"])
+@pytest.mark.parametrize(
+    "model", ["gpt2", "gpt_oss", "glm", *(pytest.param(name, marks=pytest.mark.long) for name in ("phi", "gemma2"))]
+)
 def test_every_criterion_scores_every_kind(model):
     """Of a LLaMA and a mixture, the kit of criteria does."""
     loaded = make(model)
