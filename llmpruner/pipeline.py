@@ -71,7 +71,7 @@ def prune(
     if not isinstance(structure, Model):  # of a model in memory, it is not known what it was read from
         folder = output.with_name(output.name + ".pruning")
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
-    with _running(output, journal, expected, ranks, QUIET if shared else opener.progress, anew=run.restart) as expected:
+    with _running(output, journal, expected, ranks, QUIET if shared else opener.progress, run) as expected:
         model = opener.weights(structure, streamed=expected.streamed, scratch=output.resolve().parent)
         execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
         pruned = prune_model(model, job, execution, expected)
@@ -222,12 +222,13 @@ def _settle(
 
 @contextmanager
 def _running(
-    output: Path, journal: Journal | None, expected: Forecast, ranks: Ranks, progress: Progress, *, anew: bool
+    output: Path, journal: Journal | None, expected: Forecast, ranks: Ranks, progress: Progress, run: RunSettings
 ) -> Iterator[Forecast]:
-    """A block that writes ``output``; it begins where an earlier run stopped, unless ``anew``. Yields ``expected`` with
-    weights streamed as they were then: the bytes of the result depend on it, and more or less memory may be free."""
-    with nullcontext() if journal is None else journal.running(progress, anew=anew):
+    """A block that writes ``output``; it begins where an earlier run stopped, unless anew. Yields ``expected`` with
+    weights streamed as they were then with the same ``--max-memory``: the bytes of the result depend on it, and more or
+    less memory may be free."""
+    with nullcontext() if journal is None else journal.running(progress, anew=run.restart):
         ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
-        yield replace(expected, streamed=recalled(journal, "streamed", lambda: expected.streamed))
+        yield replace(expected, streamed=recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed))

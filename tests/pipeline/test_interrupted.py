@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import tiny_models
 import torch
 from criteria_cases import make
 
-from llmpruner import api
+from llmpruner import api, pipeline
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
@@ -107,6 +108,16 @@ def test_restart_removes_what_was_done(dense, tmp_path):
         api.prune(str(dense), output=tmp_path / "out", **other)
     api.prune(str(dense), output=tmp_path / "out", run=RunSettings(restart=True), **other)
     assert not (tmp_path / "out.pruning").exists()
+
+
+def test_a_limit_of_memory_holds_for_the_continued_run_too(dense, tmp_path, monkeypatch):
+    """The system may have ended the first one because it took too much."""
+    with pytest.raises(Killed):
+        api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Compensating", 1), **SETTINGS)
+    own = pipeline.forecast
+    monkeypatch.setattr(pipeline, "forecast", lambda *a, **options: replace(own(*a, **options), streamed=True))
+    pruned = api.prune(str(dense), output=tmp_path / "out", run=RunSettings(max_memory=1 << 40), **SETTINGS)
+    assert pruned.streamed is not None
 
 
 @pytest.mark.parametrize("anew", [False, True])
