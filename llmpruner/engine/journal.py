@@ -74,8 +74,8 @@ class Journal:
         if identity.is_file() and identity.read_text(encoding="utf-8") != self._own:
             if self._done():
                 raise OutputError(
-                    f"'{self.folder}' has the results of an interrupted run with other settings; continue that one "
-                    "with its own command, or start anew with --restart, which removes them"
+                    f"'{self.folder}' has the results of an interrupted run with other settings, files or versions; "
+                    "continue that one with its own command, or start anew with --restart, which removes them"
                 )
             for file in self.folder.iterdir():
                 file.unlink()
