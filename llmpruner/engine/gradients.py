@@ -149,8 +149,6 @@ class _Batch:
     input_ids: torch.Tensor
     share: float
     """Its share of the calibration set, by which its mean loss counts."""
-    first: int
-    """The number of its first sample."""
     calls: list[Call] = field(default_factory=list)
     rests: list[tuple[Any, ...] | None] = field(default_factory=list)
     passed: dict[Place, torch.Tensor] = field(default_factory=dict)
@@ -187,9 +185,7 @@ class GradientWalk:
         self._mixed = not exact and products != self.model.dtype
         """Whether layers and head run under autocast."""
         rows = 1 if squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
-        self.batches = self._ranks.mine(
-            [_Batch(part, len(part) / len(ids), number * rows) for number, part in enumerate(torch.split(ids, rows))]
-        )
+        self.batches = self._ranks.mine([_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)])
         tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
         self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
         """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
@@ -308,7 +304,7 @@ class GradientWalk:
         if reduced is None:
             yield
             return
-        with eager_experts(self._experts), reduced.watching(batch.first, batch.input_ids, self._scale):
+        with eager_experts(self._experts), reduced.watching(len(batch.input_ids) / self._scale):
             yield
 
     def _head(self, position: int) -> tuple[torch.Tensor, float]:

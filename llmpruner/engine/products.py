@@ -67,16 +67,10 @@ class WatchedProduct:
     part: int | None
     """Index of ``outputs`` in ``result``; None for all of it."""
 
-    @property
-    def leading_shape(self) -> tuple[int, ...]:
-        """The original leading axes of ``outputs``, before they were flattened to rows."""
-        return tuple(self.result.shape[:-1] if self.part is None else self.result.shape[1:-1])
-
     def copied(self) -> WatchedProduct:
         """The product with inputs and outputs of its own, to be read later; its ``result`` has no autograd graph."""
         inputs, outputs = (t.clone(memory_format=torch.contiguous_format) for t in (self.inputs, self.outputs))
-        result = outputs.view(*self.leading_shape, outputs.shape[-1])
-        return replace(self, inputs=inputs, outputs=outputs, result=result, part=None)
+        return replace(self, inputs=inputs, outputs=outputs, result=outputs, part=None)
 
     def on_gradient(self, call: Callable[[torch.Tensor], None]) -> None:
         """Call ``call`` with the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""
@@ -170,36 +164,26 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
 
 
-def all_tokens(product: WatchedProduct, samples: int, length: int) -> torch.Tensor | None:
-    """The number of the token of each row, int64, of a product whose rows are all tokens of a micro-batch (samples,
-    length); None for others, and for a model that puts time first, whose rows would be those of wrong samples."""
-    rows = samples * length
-    if len(product.inputs) == rows and product.leading_shape[0] in (1, samples, rows):
-        return torch.arange(rows, device=product.inputs.device)
-    return None
+class Gates(NamedTuple):
+    """Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen
+    for the token; float32."""
 
-
-class Rows(NamedTuple):
-    """What the rows of an expert's product are, one value for each: the number of the token, int64; the router weight,
-    float32; and that weight divided by the sum over all experts chosen for the token, float32."""
-
-    tokens: torch.Tensor
-    gates: torch.Tensor
+    weights: torch.Tensor
     shares: torch.Tensor
 
 
 class Routing:
     """Records, while `following`, the calls of the modules that contain stacked parameters of ``names``.
 
-    The attribute ``names`` lists all stacked parameters of these modules: `rows_of` must be called for every product
+    The attribute ``names`` lists all stacked parameters of these modules: `gates_of` must be called for every product
     with one of them.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         paths = {n.rpartition(".")[0] for n in names if model.get_parameter(n).dim() == 3}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
-        # Module → hidden states, experts chosen, their weights, and the rows of each expert once they are known.
-        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Rows | None]]] = {}
+        # Module → hidden states, experts chosen, their weights, and the gates of each expert once they are known.
+        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates | None]]] = {}
         self.names = [
             f"{path}.{name}"
             for path, module in self._modules.items()
@@ -217,8 +201,8 @@ class Routing:
         self._calls.clear()
 
     @torch.no_grad()
-    def rows_of(self, product: WatchedProduct) -> Rows | None:
-        """The `Rows` of an expert's product; None where its inputs are not the hidden states of the tokens routed to
+    def gates_of(self, product: WatchedProduct) -> Gates | None:
+        """The `Gates` of an expert's product; None where its inputs are not the hidden states of the tokens routed to
         it. Must be called for every product with ``names``, in order."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
@@ -231,9 +215,9 @@ class Routing:
             if len(token) == len(product.inputs) and torch.equal(product.inputs, hidden[token]):
                 of_token = weights[token].float()
                 gates, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
-                known[product.slot] = Rows(token, gates, torch.where(total == 0, 0.0, gates / total))
-        rows = known[product.slot]
-        return rows if rows is not None and len(rows.tokens) == len(product.inputs) else None
+                known[product.slot] = Gates(gates, torch.where(total == 0, 0.0, gates / total))
+        found = known[product.slot]
+        return found if found is not None and len(found.weights) == len(product.inputs) else None
 
     def _hook(self, path: str) -> Any:
         def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -280,10 +264,10 @@ class ReduceProducts:
         self._axes: dict[str, int] = {}
 
     @contextlib.contextmanager
-    def watching(self, first: int, ids: torch.Tensor, scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. ``ids``: token ids (samples, length); ``first``:
-        number of its first sample; ``scale``: by which its loss is multiplied before the backward pass."""
-        self._first, self._shape, self._scale = first, (ids.shape[0], ids.shape[1]), scale
+    def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
+        """While active, observes the products of one micro-batch. ``loss_scale``: by which gradients are multiplied, so
+        that they are those of the mean loss of each sample."""
+        self._loss_scale = loss_scale
         watched = dict.fromkeys([*self._names, *self._routing.names])
         with self._routing.following(), WatchProducts(self._model, watched, self._add):
             yield
@@ -304,12 +288,11 @@ class ReduceProducts:
         return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
-        rows = self._routing.rows_of(watched)
+        gates = self._routing.gates_of(watched)
         if watched.parameter not in self._names:
             return
         parameter = self._model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
-        tokens = all_tokens(watched, *self._shape) if rows is None else rows.tokens
         outputs, bias = watched.outputs, self._expert_bias(watched)
         # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self._gradients
@@ -320,18 +303,15 @@ class ReduceProducts:
             reads=self._reads[watched.parameter],
             expert=watched.slot,
             num_samples=self._num_samples,
-            row_samples=None if tokens is None else self._first + tokens // self._shape[1],
-            row_gates=None if rows is None else rows.gates,
-            row_gate_shares=None if rows is None else rows.shares,
+            row_gates=None if gates is None else gates.weights,
+            row_gate_shares=None if gates is None else gates.shares,
             in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
         # The hook must not refer to the graph, which refers to the hook: neither would be freed.
-        parameter_name, axis, slot = watched.parameter, watched.axis, watched.slot
-        samples = self._shape[0] / self._scale
+        parameter_name, axis, slot, scale = watched.parameter, watched.axis, watched.slot, self._loss_scale
 
         def measure(grad: torch.Tensor) -> None:
-            # The gradient is that of the mean loss over the samples of the micro-batch, scaled.
-            self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * samples))
+            self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * scale))
 
         if self._gradients:
             watched.on_gradient(measure)

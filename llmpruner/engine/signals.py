@@ -163,8 +163,6 @@ class Product:
     output_grads: torch.Tensor | None = None
     """Gradient, with respect to ``outputs``, of the mean next-token loss of the sample that each row belongs to, (rows,
     d_out); None unless `Signal.PRODUCT_GRAD` was asked for."""
-    row_samples: torch.Tensor | None = None
-    """As `samples`; None where unknown."""
     row_gates: torch.Tensor | None = None
     """As `gates`, for an expert; None where unknown."""
     row_gate_shares: torch.Tensor | None = None
@@ -183,14 +181,6 @@ class Product:
         return self.output_grads @ self.weight.float()
 
     @property
-    def samples(self) -> torch.Tensor:
-        """Number of the calibration sample of each row, in the order of calibration, (rows,), int64.
-
-        Raises `UnsupportedModelError` where rows cannot be assigned to tokens (see `gates`).
-        """
-        return _known(self.row_samples, "which calibration token each row of an input belongs to")
-
-    @property
     def gates(self) -> torch.Tensor:
         """Router weight of this expert for each row's token, as the model applies it (renormalised over the chosen
         experts if the model does so), (rows,), float32. Ones where ``expert`` is None.
@@ -200,7 +190,7 @@ class Product:
         """
         if self.expert is None:
             return self.inputs.new_ones(len(self.inputs))
-        return _known(self.row_gates, "the router weight of each token of an expert")
+        return _known(self.row_gates)
 
     @property
     def gate_shares(self) -> torch.Tensor:
@@ -211,7 +201,7 @@ class Product:
         """
         if self.expert is None:
             return self.gates
-        return _known(self.row_gate_shares, "the router weight of each token of an expert")
+        return _known(self.row_gate_shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +254,9 @@ class ParameterSignals:
         return (values.reshape(shape) / (self.weight.numel() / values.numel())).expand_as(self.weight)
 
 
-def _known(values: torch.Tensor | None, what: str) -> torch.Tensor:
-    if values is None:
-        raise UnsupportedModelError(f"{what} is not known for this model; choose another criterion")
-    return values
+def _known(gates: torch.Tensor | None) -> torch.Tensor:
+    if gates is None:
+        raise UnsupportedModelError(
+            "the router weight of each token of an expert is not known for this model; choose another criterion"
+        )
+    return gates

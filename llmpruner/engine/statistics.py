@@ -98,7 +98,7 @@ def forward_statistics(
             sums = InputSums(model, gram=gram)
             reduced = None if reduce is None else reduce(names)
             for position, batch in enumerate(walk.batches):
-                products = nullcontext() if reduced is None else reduced.watching(batch.first, batch.input_ids)
+                products = nullcontext() if reduced is None else reduced.watching()
                 with products, WatchProducts(model, names if inputs else (), sums.add):
                     states[position] = walk.run(number, batch, states[position], states.passed)
             of_inputs = sums.statistics(walk.tokens, walk.ranks)

@@ -64,7 +64,7 @@ MIXTURES = [
 
 @pytest.mark.parametrize("model_type", MIXTURES)
 def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_type):
-    """So rows, router weights, samples and biases belong together."""
+    """So rows, router weights and biases belong together."""
     model = random_instance(small_config(CONFIG_MAPPING[model_type]()))
     path = decoder_layers(model)
     layers = model.get_submodule(path)
@@ -81,17 +81,15 @@ def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_
     assert name.startswith(f"{path}.{number}.")
     found = shown(model, path, [name], calibration)
     handle.remove()
-    of_samples = torch.zeros(3, returned[-1].shape[1])
-    for product in found:
-        of_samples.index_add_(0, product.samples, product.gates[:, None] * product.outputs)
-    expected = returned[-1].view(3, 9, -1).sum(1)
-    torch.testing.assert_close(of_samples, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    total = sum((product.gates[:, None] * product.outputs).sum(0) for product in found)
+    expected = returned[-1].sum(0)
+    torch.testing.assert_close(total, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_rows_of_one_matrix_have_their_sample_and_a_gate_of_one():
+def test_rows_of_one_matrix_have_a_gate_of_one():
     loaded = make("llama-gqa")
     found = shown(loaded.model, loaded.graph.layers, ["model.layers.1.mlp.down_proj.weight"])
-    assert torch.equal(torch.cat([p.samples for p in found]), torch.arange(6).repeat_interleave(16))
+    assert [len(product.inputs) for product in found] == [4 * 16, 2 * 16]
     for product in found:
         assert product.expert is None and product.num_samples == 6
         assert torch.equal(product.gates, torch.ones(len(product.inputs)))
@@ -112,12 +110,11 @@ def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own():
     loaded = make("llama4")
     name = next(n for n, _ in loaded.model.named_parameters() if n.endswith("1.feed_forward.experts.down_proj"))
     (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
-    assert len(product.samples) == 4 * 16
     with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
         _ = product.gates
 
 
-def test_rows_that_are_not_in_the_routers_order_are_not_assigned_to_tokens(monkeypatch):
+def test_rows_that_are_not_in_the_routers_order_have_no_router_weights(monkeypatch):
     loaded = make("mixtral")
     experts = layers_of(loaded)[1].mlp.experts
     own = type(experts).forward
@@ -125,8 +122,8 @@ def test_rows_that_are_not_in_the_routers_order_are_not_assigned_to_tokens(monke
     # The hook sees what the module is called with, and the products see it reversed.
     name = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
     (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
-    with pytest.raises(UnsupportedModelError, match="which calibration token each row of an input belongs to"):
-        _ = product.samples
+    with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
+        _ = product.gates
 
 
 def squares(product: Product) -> dict[str, torch.Tensor]:
@@ -199,14 +196,14 @@ def test_no_activation_outlives_its_micro_batch(need):
 
     def measure(product: Product) -> dict[str, torch.Tensor]:
         gc.collect()
-        batch = int(product.samples[0])
+        batch = len(product.inputs)
         assert {number for number, reference in alive if reference() is not None} <= {batch}
         alive.append((batch, weakref.ref(product.outputs)))
         return {}
 
     names = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
     signals_of(loaded, names, measure, need)
-    assert {number for number, _ in alive} == {0, 4}, "two micro-batches, of four samples and of two"
+    assert {number for number, _ in alive} == {4 * 16, 2 * 16}, "two micro-batches"
 
 
 def test_sums_of_one_name_have_one_shape():

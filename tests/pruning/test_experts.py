@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from criteria_cases import tokens
+from criteria_cases import layers_of, make, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
@@ -120,6 +120,43 @@ def test_no_criterion_sees_that_two_experts_are_alike(name):
             for stack, values in zip(stacks, before, strict=True):
                 stack.copy_(values)
     assert torch.equal(alone[COPIED], scores("mixtral", name)[0, COPIED])
+
+
+def expert_output(experts, number: int, rows: torch.Tensor) -> torch.Tensor:
+    """f_j(x), as the module of experts computes it."""
+    if hasattr(experts, "down_proj_bias"):
+        inner = experts._apply_gate(rows @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number])
+        return inner @ experts.down_proj[number] + experts.down_proj_bias[number]
+    gate, up = (rows @ experts.gate_up_proj[number].T).chunk(2, -1)
+    return (experts.act_fn(gate) * up) @ experts.down_proj[number].T
+
+
+@pytest.mark.parametrize(
+    ("name", "renormalize"), [("mixtral", True), ("qwen2_moe", True), ("qwen2_moe", False), ("gpt_oss", False)]
+)
+def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name, renormalize):
+    loaded, calibration = make(name), tokens(6, 16)
+    groups = loaded.graph.of_kinds(["expert"])
+    reap = Catalog(plugin_manager(entry_points=False)).criteria["expert-reap"](renormalize=renormalize)
+    found = estimate(loaded.model, loaded.graph, groups, reap, calibration)
+    for group in groups:
+        experts = next(m for n, m in layers_of(loaded)[group.layer].named_modules() if n.endswith("experts"))
+        seen = []
+        handle = experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
+        with torch.no_grad():
+            loaded.model(input_ids=calibration.input_ids, use_cache=False)
+        handle.remove()
+        hidden, chosen, gates = seen[0]
+        # Qwen2 takes its weights as a softmax over all experts gives them.
+        assert torch.allclose(gates.sum(1), torch.ones(len(gates))) == (name != "qwen2_moe")
+        if renormalize:
+            gates = gates / gates.sum(1, keepdim=True)
+        expected = []
+        for number in range(4):
+            token, rank = torch.where(chosen == number)
+            outputs = expert_output(experts, number, hidden[token]).detach()
+            expected.append((gates[token, rank] * outputs.norm(dim=-1)).sum() / max(len(token), 1))
+        torch.testing.assert_close(found[group.name], torch.stack(expected).double(), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -87,9 +87,9 @@ class ImportanceCriterion(Component):
         """Statistics of one product of tokens with a weight, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
 
         Called for every product with a parameter that counts, for each micro-batch, and each expert that tokens are
-        routed to, in any order; use `Product.samples` where the order of samples matters. The tensors of one name must
-        have one shape for all products with a parameter; they are summed in float64 and available to `saliency` and
-        `score_units` as ``signals.products.sums[name]``. Return an empty mapping for products that are not needed.
+        routed to, in any order. The tensors of one name must have one shape for all products with a parameter; they are
+        summed in float64 and available to `saliency` and `score_units` as ``signals.products.sums[name]``. Return an
+        empty mapping for products that are not needed.
         """
         raise NotImplementedError
 
