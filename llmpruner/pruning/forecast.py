@@ -82,7 +82,8 @@ class _Sizes:
         # Of a number in a matrix product.
         self.product = 2 if dtype == torch.float32 and multiplies_bfloat16_fast(device) else self.item
         # Bytes that a layer takes for each token, by those of a gated MLP: forwards, and with gradients.
-        self.widest = max(max(shape[-2:]) for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
+        inside = (shape for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
+        self.widest = max(size for shape in inside for size in shape[-2:])
         self.forwards = 3 * self.widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
         self.stages = [_Stage(self.layer if saves else 0), self._written(), self._scores(), self._fits()]
