@@ -56,7 +56,7 @@ class Execution:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers. Raises `UnsupportedModelError` where they are not a list."""
+        """The decoder layers."""
         return decoder_list(self.weights.model, self.weights.path)
 
     def boundaries(self) -> Boundaries:
