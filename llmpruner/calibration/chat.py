@@ -127,6 +127,14 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     return texts
 
 
+def texts_at(place: str, example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
+    """`training_texts` of the example at ``place``, which errors name."""
+    try:
+        return training_texts(example, family, tokenizer)
+    except DataError as error:
+        raise DataError(f"{place}: {error}") from error
+
+
 def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
     """Whether prompts are in the tokenizer's chat template, not in the format of the family."""
     template: Any = getattr(tokenizer, "chat_template", None)

@@ -68,10 +68,10 @@ class Completion:
 Example = Instruction | Conversation | Completion
 
 
-def read_examples(source: str) -> list[Example]:
-    """The records of a source (see `calibration.documents`) as examples, in order. Raises `DataError` with the
-    place of the first malformed record, or when there is no record."""
-    examples = [example(record) for record in read_records(source, EXPECTED_EXAMPLES)]
+def read_examples(source: str) -> list[tuple[str, Example]]:
+    """The records of a source (see `calibration.documents`) as examples, in order, each with its place, such as
+    ``a.jsonl, line 3``. Raises `DataError` with the place of the first malformed record, or when there is no record."""
+    examples = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not examples:
         raise DataError(f"{source} has no examples")
     return examples

@@ -96,13 +96,13 @@ class ChatSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         import torch
 
-        from .chat import packed, token_ids, training_texts
+        from .chat import packed, texts_at, token_ids
 
         if task.tokenizer is None or task.family is None:
             raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         examples = read_examples(task.reference)
-        texts = [text for record in examples for text in training_texts(record, task.family, task.tokenizer)]
-        encoded = [token_ids(text, task.tokenizer) for text in texts]
+        texts = [texts_at(place, found, task.family, task.tokenizer) for place, found in examples]
+        encoded = [token_ids(text, task.tokenizer) for each in texts for text in each]
         return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
 
 

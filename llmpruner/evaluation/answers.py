@@ -121,19 +121,19 @@ class GivenAnswersMetric(Metric):
         for model in models:
             check_table(model.config, self.settings.cutoff, what, hint, f"'{model.name}'")
         if self.settings.kl:
-            check_same_tokens(models, "\n".join(str(example) for example in self._examples[:64]))
+            check_same_tokens(models, "\n".join(str(example) for _, example in self._examples[:64]))
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
         ``nll_per_token`` and ``kl_per_token``: means over them, in nats, the latter None without ``kl``."""
         import torch
 
-        from ..calibration.chat import IGNORED, labelled, training_texts
+        from ..calibration.chat import IGNORED, labelled, texts_at
         from ..models.tokenizer import check_ids
         from .perplexity import Scored
 
         tokenizer, family, cutoff = tokenizer_of(self, subject), subject.family, self.settings.cutoff
-        texts = [text for example in self._examples for text in training_texts(example, family, tokenizer)]
+        texts = [text for at, example in self._examples for text in texts_at(at, example, family, tokenizer)]
         rows = [labelled(text, tokenizer, cutoff) for text in texts]
         # The first token of a text is not predicted.
         rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]

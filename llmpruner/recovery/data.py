@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import token_ids, training_texts
-from ..calibration.conversations import Completion, Example, example
-from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture, read_records
+from ..calibration.chat import texts_at, token_ids
+from ..calibration.conversations import Completion, Example, example, read_examples
+from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture
 from ..errors import DataError
 from ..values import counted
 from .base import Row
@@ -77,10 +77,7 @@ def _read(settings: RecoverSettings, written: Mapping[str, Sequence[Example]]) -
     def of(source: str) -> list[tuple[str, Example]]:
         if source in written:
             return [(f"{source}, example {number}", found) for number, found in enumerate(written[source], start=1)]
-        found = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
-        if not found:
-            raise DataError(f"{source} has no examples")
-        return found
+        return read_examples(source)
 
     examples = mixed([(part, of(part.source)) for part in parse_mixture(settings.data)], settings.seed)
     if settings.limit is not None:
@@ -106,10 +103,7 @@ def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tok
     rows: list[list[int]] = []
     joined: list[int] = []
     for place, found in examples:
-        try:
-            texts = training_texts(found, family, tokenizer)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from error
+        texts = texts_at(place, found, family, tokenizer)
         if isinstance(found, Completion):
             for text in texts:
                 ids = token_ids(text, tokenizer)

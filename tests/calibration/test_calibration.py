@@ -281,6 +281,9 @@ def test_conversations_are_sampled_in_the_models_own_chat_template(wide, tmp_pat
     for row in chats:
         whole = tokenizer.decode(row)
         assert any("".join(joined).startswith(whole) for joined in product(rendered, repeat=4))
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(DataError, match=r"messages\.jsonl, line 1: the chat template of .* refuses it: no"):
+        job_of(f"chat:{file}", samples=1, length=8).draw(wide.model, tokenizer, 1, 0, family=wide.family)
 
 
 def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypatch):

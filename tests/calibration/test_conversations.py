@@ -127,7 +127,9 @@ def test_examples_are_read_from_a_source_in_order(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     (tmp_path / "a.json").write_text(json.dumps(values))
     expected = [normal for _, normal in FORMS.values()]
-    assert read_examples(str(tmp_path / "a.jsonl")) == read_examples(str(tmp_path / "a.json")) == expected
+    for name, kind in (("a.jsonl", "line"), ("a.json", "record")):
+        places = [f"{tmp_path / name}, {kind} {number}" for number in range(1, len(values) + 1)]
+        assert read_examples(str(tmp_path / name)) == list(zip(places, expected, strict=True))
 
 
 def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
@@ -137,7 +139,8 @@ def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
     table = datasets.Dataset.from_list([{name: value.get(name) for name in fields} for value in values])
     table.to_parquet(tmp_path / "a.parquet")
     (tmp_path / "a.json").write_text(json.dumps(values))
-    assert read_examples(str(tmp_path / "a.parquet")) == read_examples(str(tmp_path / "a.json"))
+    one, other = (read_examples(str(tmp_path / f"a.{kind}")) for kind in ("parquet", "json"))
+    assert [found for _, found in one] == [found for _, found in other]
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:
     expected = PROMPTS["one_turn"]["prompts"]["head/vicuna_v1.1"]
     assert chat_prompt(VicunaFamily(), templated, "What is pruning?") == (expected["generation"], False)
     (tmp_path / "data.json").write_text(json.dumps([PROMPTS["one_turn"]]))
-    (one,) = read_examples(str(tmp_path / "data.json"))
+    ((_, one),) = read_examples(str(tmp_path / "data.json"))
     (text,) = training_texts(one, VicunaFamily(), templated)
     assert "".join(a + b for a, b in text.turns) == expected["full"]
     assert not text.has_special_tokens
@@ -142,7 +142,7 @@ def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, versi
     (tmp_path / "data.json").write_text(json.dumps([PROMPTS[conversation]]))
     chosen = tokenizer("legacy=True" in version)
     expected = MASKS[conversation][version]
-    (one,) = read_examples(str(tmp_path / "data.json"))
+    ((_, one),) = read_examples(str(tmp_path / "data.json"))
     (text,) = training_texts(one, VicunaFamily(), chosen)
     cutoff = len(expected["input_ids"]) if version.endswith("full-6") else 256
     row = labelled(text, chosen, cutoff)
