@@ -36,6 +36,7 @@ def choose(graph, kinds, demand, layers=ALL, allocation=Uniform, **options):
     ids="+".join,
 )
 @pytest.mark.parametrize("ratio", [0.07, 0.2, 0.45])
+@pytest.mark.parametrize("loaded", ["gqa", "mha"], indirect=True)
 def test_the_amount_is_hit_within_one_unit(loaded, kinds, ratio, allocation):
     graph = loaded.graph
     if "query" in kinds and "query" not in graph.kinds:
