@@ -73,8 +73,8 @@ class TokenUse(ImportanceCriterion):
         if use.tokenizer is not None:
             share[len(use.tokenizer) :] = 0  # rows that no token has
             for text in (document for name in self.settings.keep for document in read_documents(name)):
-                ids = use.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-                share[[token for token in ids if token < len(share)]] += 1  # added tokens may have no row
+                ids = torch.tensor(use.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long()
+                share[ids[ids < len(share)]] += 1  # added tokens may have no row
             if self.settings.scripts:
                 wanted = {name.upper() for name in self.settings.scripts}
                 for token, text in enumerate(texts_of(use.tokenizer)[: len(share)]):
