@@ -2,12 +2,13 @@
 layer.
 
 Memory is that of the process, the weights (or two layers of them), and the largest stage: its hidden states up to their
-limit, and logits of text that is written, gradients or statistics of one layer, or the sums of one fit.
+limit, and logits of text that is written, gradients or statistics of one layer, a trial cut, or the sums of one fit.
 """
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, prod
@@ -30,7 +31,7 @@ from ..structure.coupling import VOCABULARY, Role
 from ..values import bytes_text
 from .criteria.estimate import scored_spans
 from .job import PruneJob, ReplayJob
-from .selection import GRADIENT_TOKENS
+from .selection import GRADIENT_TOKENS, TRIED
 from .targets import scope_of
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ class _Sizes:
         self.widest = max(size for shape in inside for size in shape[-2:])
         self.forwards = 3 * self.widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
-        self.stages = [_Stage(self.layer if saves else 0), self._written(), self._scores(), self._fits()]
+        cut = _Stage(self.layer if saves else 0)
+        self.stages = [cut, self._written(), self._scores(), self._trials(), self._fits()]
 
     def of(self, streamed: bool, process: int) -> Forecast:
         """With all weights in memory, or two layers of them. ``process``: bytes of all else."""
@@ -148,6 +150,18 @@ class _Sizes:
             # Gradients take the place of what was kept.
             layer = max(layer, at_once * self.forwards + own)
         return _Stage(max(logits, layer + scoring), tokens * self.hidden * self.item * (graph.num_layers + 2))
+
+    def _trials(self) -> _Stage:
+        """Trial cuts of an allocation: the weights that one cuts, and logits of the uncut model and of the cut one."""
+        if isinstance(self.job, ReplayJob) or not self.job.allocation.measures:
+            return _Stage()
+        weights = Counter[str]()
+        for group in (self.graph.by_name[name] for name in self.left):
+            if group.kind != VOCABULARY:
+                together = group.kind if self.job.shape == "uniform" else group.name
+                weights[together] += self.graph.parameters_per_unit(group) * group.units * self.item
+        logits = self.vocabulary * (TRIED * 5 // 4 * self.item + 3 * self.length * F32)
+        return _Stage(max(weights.values(), default=0) + logits)
 
     def _fits(self) -> _Stage:
         """A compensation: the sums and the solution of each fit."""

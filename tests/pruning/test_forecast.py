@@ -16,6 +16,7 @@ from llmpruner.settings import RunSettings
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 2048}
 SETTINGS = {"ratio": 0.2, "importance": "taylor", "samples": 4, "length": 64, "calibration": "self"}
+TRIALS = {**SETTINGS, "importance": "l2", "allocation": "sensitivity"}
 PROBE = """
 import json, re, sys
 from pathlib import Path
@@ -49,10 +50,13 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("streamed", [pytest.param(False, marks=pytest.mark.long), True])
-def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, streamed):
+@pytest.mark.parametrize(
+    ("settings", "streamed"),
+    [(SETTINGS, True), *(pytest.param(each, False, marks=pytest.mark.long) for each in (SETTINGS, TRIALS))],
+)
+def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, settings, streamed):
     free = 0 if streamed else 1 << 50
-    arguments = [dense, tmp_path / "out", free, json.dumps(SETTINGS)]
+    arguments = [dense, tmp_path / "out", free, json.dumps(settings)]
     run = subprocess.run([sys.executable, "-c", PROBE, *map(str, arguments)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
