@@ -19,7 +19,7 @@ from ..component import Component, ComponentSettings
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
 from ..structure.coupling import ATTENTION, VOCABULARY, CoupledGroup, CouplingGraph, Role
-from ..structure.kept import kept_indices, removed_layers, surviving_units
+from ..structure.kept import kept_indices, layer_numbers, surviving_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -78,7 +78,7 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
         # A block without remaining units was removed by the enclosing group, whose number of units counts that.
         per_block = group.units // group.blocks
         numbers[name] = len(units) * group.blocks // len({u // per_block for u in units})
-    return numbers, removed_layers(graph, kept)
+    return numbers, set(range(graph.num_layers)) - set(layer_numbers(graph, kept))
 
 
 def savings(cost: Cost, group: CoupledGroup) -> list[float]:
