@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -114,18 +114,20 @@ class States:
         self._kept.append(self._boundaries.keep(tensor))
 
     def dump(self, file: Path) -> None:
-        """Write all tensors to ``file``, whole or not at all; `load` reads them."""
+        """Write all tensors to ``file``, whole or not at all; `loaded` reads them."""
         aside = file.with_suffix(".partial")
         with aside.open("wb") as stream:
             for tensor in self:
                 _write(stream, tensor)
         aside.replace(file)
 
-    def load(self, file: Path, like: Sequence[torch.Size], dtype: torch.dtype, device: torch.device) -> None:
-        """Append the tensors of `dump`. ``like``: the shape of each."""
+    def loaded(self, file: Path) -> States:
+        """The tensors that `dump` wrote, which have the shapes and dtypes of these."""
+        states = self.empty()
         with file.open("rb") as stream:
-            for shape in like:
-                self.append(_read(stream, shape, dtype).to(device))
+            for like in self:
+                states.append(_read(stream, like.shape, like.dtype).to(like.device))
+        return states
 
     def clear(self) -> None:
         while self._kept:

@@ -134,7 +134,7 @@ class Journal:
         self._took = self._written - began
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
-        """The last state, and the files of its hidden states, which `States.load` reads; None if there is none, or if
+        """The last state, and the files of its hidden states, which `States.loaded` reads; None if there is none, or if
         it is that of another number of processes. The weights of finished layers are used from now on."""
         state = self.load("state")
         if state is None or state.get("processes", 1) != self._ranks.count:

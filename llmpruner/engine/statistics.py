@@ -88,8 +88,8 @@ def forward_statistics(
     whole calibration set in float32, up to the execution's limit; the statistics of one layer; and the other arguments
     of each layer (masks, rotary tables).
     """
-    walk = ForwardWalk.over(execution, calibration)
-    model, states, weights = execution.model, walk.embedded, execution.weights
+    walk, states = ForwardWalk.over(execution, calibration)
+    model, weights = execution.model, execution.weights
     inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
     count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
     for number in execution.progress.track(range(count), "Measuring inputs"):
@@ -172,17 +172,19 @@ def stream_statistics(
 ) -> StreamStats:
     """Compare the hidden states before and after each block of ``length`` layers. ``removable``: as in `StreamStats`.
 
-    Memory: the hidden states of the whole calibration set in float32 before ``length`` layers, and after the last, up
-    to the limit of the execution.
+    Memory: the hidden states of the whole calibration set in float32 before ``length`` layers, up to the limit of the
+    execution.
     """
-    walk = ForwardWalk.over(execution, calibration)
+    walk, embedded = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
     cosine, angle = torch.full((2, count), nan, dtype=torch.float64)
-    before = [walk.embedded]
+    before = [embedded]
     for number in execution.progress.track(range(count), "Measuring layers"):
         # One value for each token of the calibration set, in order; each process fills in its own.
         cosines = torch.zeros(walk.tokens, dtype=torch.float64)
-        after, start = before[-1].empty(continued=True), number + 1 - length
+        start = number + 1 - length
+        # What was before a block gives way to what is after it.
+        after = before[0] if start >= 0 else before[-1].empty(continued=True)
         with walk.layer(number):
             for position, batch in enumerate(walk.batches):
                 states = walk.run(number, batch, before[-1][position], after.passed)
@@ -192,7 +194,9 @@ def stream_statistics(
                     # Some models put prompts of their own before the text (CPM-Ant).
                     of_text = similar[:, -batch.input_ids.shape[1] :].flatten()
                     cosines[first : first + batch.input_ids.numel()] = of_text
-                after.append(states)
+                    after[position] = states
+                else:
+                    after.append(states)
         if start >= 0:
             walk.ranks.sum_([cosines])
             cosines.clamp_(-1, 1)

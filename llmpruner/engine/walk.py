@@ -27,8 +27,6 @@ from .boundaries import States, copied
 from .execution import TOKENS_AT_ONCE, Execution
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
@@ -277,9 +275,6 @@ class ForwardWalk:
     execution: Execution
     layers: nn.ModuleList
     batches: list[Batch]
-    embedded: States
-    """Hidden states before the first layer, (samples, length, hidden size) in float32, one tensor for each
-    micro-batch."""
     form: LayerForm
     experts: list[PreTrainedConfig]
     """Configurations that select the implementation of experts."""
@@ -292,14 +287,15 @@ class ForwardWalk:
 
     @classmethod
     @torch.no_grad()
-    def over(cls, execution: Execution, calibration: CalibrationSet) -> ForwardWalk:
-        """Embed the calibration set. Raises `UnsupportedModelError` for a decoder whose layers pass on other values
-        than hidden states, and `ModelError` for hidden states that are not finite."""
+    def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
+        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32, one tensor
+        for each micro-batch. Raises `UnsupportedModelError` for a decoder whose layers pass on other values than hidden
+        states, and `ModelError` for hidden states that are not finite."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = check_tokens(model, calibration.input_ids)
             states, experts = States(execution.boundaries()), expert_configs(model)
-            walk = cls(execution, layers, [], states, check_layers(execution, calibration), experts, ids.numel())
+            walk = cls(execution, layers, [], check_layers(execution, calibration), experts, ids.numel())
             parts = torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1]))
             firsts = accumulate(map(len, parts[:-1]), initial=0)
             shapes: dict[torch.Size, Batch] = {}
@@ -313,15 +309,7 @@ class ForwardWalk:
                         batch.calls = like.calls
                     walk.batches.append(batch)
                     states.append(hidden.float())
-        return walk
-
-    def restored(self, file: Path) -> States:
-        """Hidden states that `States.dump` wrote in a walk over the same calibration set."""
-        states = self.embedded.empty()
-        if len(self.embedded):
-            shapes, first = [hidden.shape for hidden in self.embedded], self.embedded[0]
-            states.load(file, shapes, first.dtype, first.device)
-        return states
+        return walk, states
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
         """While active, the weights of a layer are in memory."""

@@ -47,8 +47,7 @@ def test_what_was_dumped_is_loaded(tmp_path):
     kept = Boundaries(tmp_path, 60)
     states = states_of(kept, tensors(3))
     states.dump(tmp_path / "states")
-    found = States(Boundaries())
-    found.load(tmp_path / "states", [torch.Size((3, 5))] * 3, torch.float32, torch.device("cpu"))
+    found = states_of(kept, [torch.zeros(3, 5)] * 3).loaded(tmp_path / "states")
     assert all(torch.equal(one, other) for one, other in zip(found, states, strict=True))
 
 

@@ -140,7 +140,7 @@ def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
     model = random_instance(representative(CONFIG_MAPPING["cpmant"]())).eval()
     own = model.config.prompt_length
     execution = Execution.of(model, "cpmant.encoder.layers")
-    states = ForwardWalk.over(execution, CALIBRATION).embedded[0]
+    _, (states,) = ForwardWalk.over(execution, CALIBRATION)
     assert own > 0 and states.shape[1] == own + 16
     found = stream_statistics(execution, CALIBRATION)
     after = []

@@ -31,12 +31,12 @@ def joined(states) -> torch.Tensor:
 
 
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
-    walk = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
-    states = list(walk.embedded)
+    walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
+    states = list(embedded)
     found = []
     with torch.no_grad():
         for number in range(len(walk.layers)):
-            pairs, passed = zip(walk.batches, states, strict=True), walk.embedded.passed
+            pairs, passed = zip(walk.batches, states, strict=True), embedded.passed
             states = [walk.run(number, batch, hidden, passed) for batch, hidden in pairs]
             found.append(joined(states))
     return walk, found
@@ -203,14 +203,15 @@ def test_layers_are_compared_in_the_first_walk_of_a_run(monkeypatch):
     """A streamed model was read twice more for it in every walk."""
     loaded = make("llama-gqa")
     execution = Execution.of(loaded.model, loaded.graph.layers)
-    form = ForwardWalk.over(execution, tokens(4, 16)).form
+    form = ForwardWalk.over(execution, tokens(4, 16))[0].form
     monkeypatch.setattr("llmpruner.engine.walk.call_layer", None)
-    assert ForwardWalk.over(execution, tokens(4, 16)).form is form
+    assert ForwardWalk.over(execution, tokens(4, 16))[0].form is form
 
 
 def test_layers_that_return_lists_are_walked():
     model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
-    assert len(ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9)).batches) == 1
+    walk, _ = ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9))
+    assert len(walk.batches) == 1
 
 
 def test_a_layer_that_runs_twice_is_refused():

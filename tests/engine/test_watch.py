@@ -137,7 +137,7 @@ def test_parameters_in_one_storage_are_told_apart():
 
 def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
     loaded = make(name)
-    walk = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
+    walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
     found: dict[str, list[WatchedProduct]] = {}
     names = [
         n
@@ -148,7 +148,7 @@ def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
         torch.no_grad(),
         WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
     ):
-        walk.run(0, walk.batches[0], walk.embedded[0], {})
+        walk.run(0, walk.batches[0], embedded[0], {})
     assert sorted(found) == sorted(names)
     return found, loaded.model, 4 * 16
 

@@ -139,9 +139,9 @@ def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
     loaded.model.bfloat16()
     layers_of(loaded)[1].input_layernorm = OneDtype(torch.ones(48, dtype=torch.bfloat16))
     calibration = CalibrationSet(tokens(4, 16).input_ids, "steps")
-    walk = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
+    walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
     assert (walk.form.narrow, walk.form.products) == (True, torch.bfloat16)
-    hidden, (batch,) = walk.embedded[0], walk.batches
+    (hidden,), (batch,) = embedded, walk.batches
     with torch.no_grad():
         for number, layer in enumerate(walk.layers):
             wanted = call_layer(layer, hidden.bfloat16(), copy.deepcopy(batch.calls[number]))

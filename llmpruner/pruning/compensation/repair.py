@@ -51,19 +51,19 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
-    return _Repair(task, ForwardWalk.over(execution, task.calibration), fitter, mix).run()
+    return _Repair(task, *ForwardWalk.over(execution, task.calibration), fitter, mix).run()
 
 
 class _Repair:
     """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor per batch; ``pruned`` is None as long as
     no unit was removed, when both are the same."""
 
-    def __init__(self, task: RepairTask, walk: ForwardWalk, fitter: type[Fitter], mix: float) -> None:
+    def __init__(self, task: RepairTask, walk: ForwardWalk, embedded: States, fitter: type[Fitter], mix: float) -> None:
         self.model, self.graph, self.kept = task.model, task.graph, task.kept
         self.walk, self.fitter, self.mix, self.execution = walk, fitter, mix, walk.execution
         self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, walk.execution.journal
         self.channels = removed_channels(self.graph, self.kept)
-        self.dense = walk.embedded
+        self.dense = embedded
         self.pruned: States | None = None
         if len(self.channels):
             self._keep_apart()
@@ -99,8 +99,8 @@ class _Repair:
             return 0
         state, states = earlier
         self.fits = [Fit(*values) for values in state["fits"]]
-        self.dense = self.walk.restored(states["dense"])
-        self.pruned = self.walk.restored(states["pruned"]) if "pruned" in states else None
+        self.pruned = self.dense.loaded(states["pruned"]) if "pruned" in states else None
+        self.dense = self.dense.loaded(states["dense"])
         return int(state["layers"])
 
     def _record(self, number: int) -> None:
