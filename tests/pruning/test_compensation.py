@@ -281,6 +281,11 @@ def test_bias_compensation_needs_a_bias():
     loaded = make("llama-gqa")
     with pytest.raises(UnsupportedModelError, match=r"down_proj.weight' has no bias.*prune.compensate=refit or none"):
         repaired(loaded, {"layers.0.mlp": list(range(30))}, BiasShift)
+    # Found before text is written, of experts too.
+    graph = make("mixtral").graph
+    with pytest.raises(UnsupportedModelError, match=r"experts\.down_proj' has no bias"):
+        BiasShift().check(graph, graph.of_kinds(["mlp"]))
+    BiasShift().check(graph, graph.of_kinds(["expert"]))
 
 
 def test_mix_moves_the_target_towards_the_dense_hidden_states():

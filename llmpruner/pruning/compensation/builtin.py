@@ -41,13 +41,13 @@ class BiasShift(Compensation):
     changes_readers_alone = True
 
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
-        """Biases of stacked matrices, whose names differ between models, are not looked for."""
-        for group in groups:
-            for span in group.spans_with(Role.CONSUMES):
-                name = span.parameter
-                plain = name.endswith(".weight") and len(graph.shapes[name]) == 2 and graph.is_decoder(name)
-                if plain and f"{name.removesuffix('weight')}bias" not in graph.shapes:
-                    raise no_bias(name)
+        """Of stacked matrices, whose biases have other names in other models, any bias of their module will do."""
+        with_bias = {name.rpartition(".")[0] for name in graph.shapes if "bias" in name.rpartition(".")[2]}
+        for span in (span for group in groups for span in group.spans_with(Role.CONSUMES)):
+            name, axes = span.parameter, len(graph.shapes[span.parameter])
+            matrix = (axes == 2 and name.endswith(".weight")) or (axes == 3 and span.axis > 0)
+            if matrix and graph.is_decoder(name) and name.rpartition(".")[0] not in with_bias:
+                raise no_bias(name)
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
         from . import least_squares, repair
