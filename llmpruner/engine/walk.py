@@ -241,7 +241,7 @@ def _takes_float32(
     layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of models in
     ``products`` alone: others may have keys of another dtype than the queries."""
     if products == torch.float32 or _shares_keys(model):
-        return products == model.dtype
+        return bool(products == model.dtype)
     try:
         with autocast_to(hidden.device.type, products):
             call_layer(layer, hidden.float(), call)
