@@ -1,4 +1,8 @@
-"""Small models that every test can build in milliseconds, and a fresh plugin catalog."""
+"""Small models that every test can build in milliseconds, and a fresh plugin catalog.
+
+With ``-n``, one process hands tests to the others: it needs none of what takes seconds to import, so that this is
+imported where it is used.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import gc
 import os
 import shutil
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -16,39 +21,12 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="llmpruner-modules-")
 
 import pytest
-import torch
 from fresh import run_fresh
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpruner import Catalog, build_graph
-from llmpruner.models.model import Model
-from llmpruner.testing import family
+if TYPE_CHECKING:
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
-
-
-def llama_config(**changes) -> LlamaConfig:
-    values = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 128,
-        "max_position_embeddings": 128,
-    }
-    return LlamaConfig(**{**values, **changes})
-
-
-def random_llama(config: LlamaConfig, seed: int = 0) -> LlamaForCausalLM:
-    """Weights large enough that a wrong index shows in the logits."""
-    torch.manual_seed(seed)
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    return model
-
+    from llmpruner import Catalog, Model
 
 LONGEST = [
     "models/test_streamed.py",
@@ -71,6 +49,35 @@ LONGEST = [
 """Files of over twenty seconds, longest first: begun last, they would leave the other worker without work."""
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if session.config.getoption("numprocesses", None):
+        return  # the workers run the tests
+    from llmpruner.discovery import groups, verify
+    from llmpruner.testing import family
+
+    family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
+    once = traced_once(groups.discover_graph)
+    for module in (groups, verify, family):
+        module.discover_graph = once
+
+
+def traced_once(discover: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``discover``, which remembers the graphs of transformers' own classes: many tests open the same few models."""
+    known: dict[Any, Any] = {}
+
+    def discovered(config: Any) -> Any:
+        if not type(config).__module__.startswith("transformers.models."):
+            return discover(config)  # a class of a test, which may change it
+        values = config.to_dict()
+        values.pop("_name_or_path", None)
+        key = type(config), repr(values)
+        if key not in known:
+            known[key] = discover(config)
+        return known[key]
+
+    return discovered
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     # A test of the kits for plugin authors, whose projects need no such mark, starts two processes.
     for item in items:
@@ -90,10 +97,40 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    """No test finds results that an earlier one kept."""
-    monkeypatch.setenv("LLMPRUNER_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{time.monotonic_ns()}"))
+def llama_config(**changes: Any) -> LlamaConfig:
+    from transformers import LlamaConfig
+
+    values = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+    }
+    return LlamaConfig(**{**values, **changes})
+
+
+def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
+    """Weights large enough that a wrong index shows in the logits."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
+    return model
+
+
+def make_loaded(catalog: Catalog, config: LlamaConfig) -> Model:
+    from llmpruner import Model, build_graph
+
+    family = catalog.family_for(config)
+    graph = build_graph(family, config)
+    return Model("tiny", config, family, graph, model=random_llama(copy.deepcopy(config)), tokenizer=None)
 
 
 @pytest.fixture
@@ -104,6 +141,8 @@ def full_precision(monkeypatch):
 
 @pytest.fixture
 def catalog() -> Catalog:
+    from llmpruner import Catalog
+
     return Catalog()
 
 
@@ -117,9 +156,3 @@ def loaded(request, catalog) -> Model:
 @pytest.fixture
 def gqa(catalog) -> Model:
     return make_loaded(catalog, llama_config())
-
-
-def make_loaded(catalog: Catalog, config: LlamaConfig, seed: int = 0) -> Model:
-    family = catalog.family_for(config)
-    graph = build_graph(family, config)
-    return Model("tiny", config, family, graph, model=random_llama(copy.deepcopy(config), seed), tokenizer=None)

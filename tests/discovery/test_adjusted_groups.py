@@ -86,7 +86,7 @@ def test_a_kind_that_small_models_lack_is_refused() -> None:
 
 
 def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmpruner.discovery.groups.trace", pytest.fail)
+    monkeypatch.setattr("llmpruner.discovery.groups.discover_graph", pytest.fail)
     groups = (CoupledGroup("layers", "layer", 2, modules=("transformer.h.0", "transformer.h.1")),)
     family = type("Declared", (ModelFamily,), {"coupled_groups": lambda self, config: groups})()
     assert build_graph(family, SMALL).blocked == ()
