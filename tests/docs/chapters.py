@@ -23,12 +23,21 @@ _BLOCK = re.compile(
 _PROGRAMS = ("llmpruner", "python", "pytest")
 _PROGRAM = """
 import importlib.metadata, json, os, runpy, sys
-environment, joined, name, *arguments = json.loads(sys.argv[1])
+environment, joined, tests, name, *arguments = json.loads(sys.argv[1])
 if joined:
     os.dup2(1, 2)
 os.environ.clear()
 os.environ.update(environment)
 sys.path[:1] = [environment["PIP_TARGET"]]
+if name == "pytest" and "fork_server" in globals():
+    # The processes that tests of a package start are forked, too.
+    server = fork_server()
+    sys.path.append(tests)
+    import fresh
+    sys.path.remove(tests)
+    fresh.ask(*server)
+    from llmpruner.testing import family
+    family.run_python = fresh.run_fresh
 if name != "python":
     sys.argv = [name, *arguments]
     script = next(iter(importlib.metadata.entry_points(group="console_scripts", name=name)))
@@ -120,7 +129,7 @@ def _run(command: str, work: Path, environment: dict[str, str]) -> tuple[int, st
     given, beside = None, ""
     if words[0] in _PROGRAMS:
         joined = not pipe or first.endswith(" 2>&1")
-        told = json.dumps([environment, joined, *words])
+        told = json.dumps([environment, joined, str(Path(__file__).parents[1]), *words])
         done = run_fresh(
             _PROGRAM, told, folder=work, environment={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250
         )  # fmt: skip

@@ -14,19 +14,39 @@ import many_processes
 import pytest
 import torch
 from criteria_cases import make
+from fresh import run_fresh
 
 from llmpruner.engine.ranks import SINGLE, Ranks
 
-HERE = Path(__file__).parent
-PATHS = os.pathsep.join(filter(None, (os.environ.get("PYTHONPATH"), str(HERE), str(HERE.parent))))
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300", "PYTHONPATH": PATHS}
+PATHS = (Path(__file__).parent, Path(__file__).parents[1])
+RANKS = """
+import os, runpy, socket, sys
+paths, count, *sys.argv = sys.argv[1:]
+sys.path[:0] = paths.split(os.pathsep)
+with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    os.environ |= {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+ranks = []
+for rank in range(int(count)):
+    ranks.append(os.fork())
+    if not ranks[-1]:
+        os.environ["RANK"] = str(rank)
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        sys.exit()
+sys.exit(any([os.waitpid(rank, 0)[1] for rank in ranks]))
+"""
+
+
+def run_ranks(count: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """What ``torchrun --nproc-per-node COUNT -m MODULE ARGUMENTS`` does, in processes that are forked."""
+    return run_fresh(RANKS, os.pathsep.join(map(str, PATHS)), count, module, *arguments)
 
 
 def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
     launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
     return subprocess.Popen(
         [sys.executable, *launcher, *map(str, arguments)],
-        env=ENVIRONMENT,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,8 +60,8 @@ EVERY = (*many_processes.CASES, "continued", "scores")
 def one(tmp_path_factory) -> Path:
     """What one process gives."""
     folder = tmp_path_factory.mktemp("one")
-    command = [sys.executable, HERE / "many_processes.py", folder, *EVERY]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=300)
+    done = run_ranks(1, "many_processes", folder, *EVERY)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -50,9 +70,8 @@ def one(tmp_path_factory) -> Path:
     ("count", "cases"), [(2, EVERY), pytest.param(4, ("best", "experts", "squares"), marks=pytest.mark.long)]
 )
 def test_several_processes_give_the_result_of_one(count, cases, one, tmp_path):
-    run = start(count, HERE / "many_processes.py", tmp_path, *cases)
-    output, _ = run.communicate(timeout=400)
-    assert run.returncode == 0, output
+    done = run_ranks(count, "many_processes", tmp_path, *cases)
+    assert done.returncode == 0, done.stderr
     for case in cases:
         expected = torch.load(one / f"{case}-0.pt")
         for rank in range(count):
@@ -73,9 +92,8 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
     (line,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert "missing" in line and "(exitcode: 2)" in output
     assert not (tmp_path / "out").exists()
-    run = start(2, "-m", "llmpruner", "evaluate", tmp_path / "missing")
-    output, _ = run.communicate(timeout=100)
-    (line,) = (line for line in output.splitlines() if line.startswith("error: "))
+    done = run_ranks(2, "llmpruner", "evaluate", tmp_path / "missing")
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert line == "error: `llmpruner evaluate` runs in one process; start it without torchrun or accelerate launch"
 
 
@@ -83,24 +101,23 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
 def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_path):
     dense, output = tmp_path / "dense", tmp_path / "out"
     make("llama-gqa").model.save_pretrained(dense)
-    settings = ("--ratio", 0.2, "--samples", 400, "--set", "prune.length=128", "--calibration", "self")
-    command = ("-m", "llmpruner", "prune", dense, "-o", output, *settings)
-    run = start(2, *command)
+    settings = ("--ratio", 0.2, "--samples", 200, "--set", "prune.length=128", "--calibration", "self")
+    command = ("llmpruner", "prune", dense, "-o", output, *settings)
+    run = start(2, "-m", *command)
     journal = tmp_path / "out.pruning"
     while not (journal / "plan.json").exists():
         assert run.poll() is None, run.communicate()[0]
-        time.sleep(0.05)
+        time.sleep(0.01)
     os.kill(process(run.pid, "1"), signal.SIGKILL)
     text, _ = run.communicate(timeout=60)
     assert run.returncode != 0
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     assert line.startswith("error: another process of this run ended; the same command continues")
     assert (journal / "plan.json").exists() and not output.exists()
-    run = start(2, *command)
-    text, _ = run.communicate(timeout=200)
-    assert run.returncode == 0, text
+    done = run_ranks(2, *command)
+    assert done.returncode == 0, done.stderr
     assert output.exists() and not journal.exists()
-    assert text.count("✓") == 1
+    assert (done.stdout + done.stderr).count("✓") == 1
 
 
 def process(launcher: int, rank: str) -> int:

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
 from criteria_cases import make
+from fresh import run_fresh
 
 from llmpruner import api, pipeline
 from llmpruner.engine import journal as journal_module
@@ -211,21 +207,33 @@ def test_several_ratios_that_cannot_be_are_refused_before_anything_is_written(op
     assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
 
 
+KILLED = """
+import os, signal, sys, time
+from pathlib import Path
+state, *arguments = sys.argv[1:]
+child = os.fork()
+if not child:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    from llmpruner.cli import main
+    sys.argv = ["llmpruner", *arguments]
+    main()
+while not any(Path(state).glob("layer-*.safetensors")):
+    if os.waitpid(child, os.WNOHANG)[0]:
+        sys.exit("it ended by itself")
+    time.sleep(0.002)
+os.kill(child, signal.SIGKILL)
+os.waitpid(child, 0)
+"""
+
+
 @pytest.mark.slow
 def test_kill_minus_nine(dense, tmp_path):
     """The command itself, killed when the folder of the second ratio has the first layer."""
-    command = [
-        *(sys.executable, "-m", "llmpruner", "prune", str(dense), "-o", str(tmp_path / "out"), "--ratio", "0.2,0.4"),
-        *("--samples", "64", "--set", "prune.length=64", "--method", "best", "--json"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    state = tmp_path / "out" / "0.4.pruning"
-    while process.poll() is None and not any(state.glob("layer-*.safetensors")):
-        pass
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    again = subprocess.run(command, env=environment, capture_output=True, text=True)
+    command = ("prune", dense, "-o", tmp_path / "out", "--ratio", "0.2,0.4", "--samples", 64, "--method", "best")
+    command = (*command, "--set", "prune.length=64", "--json")
+    killed = run_fresh(KILLED, tmp_path / "out" / "0.4.pruning", *command)
+    assert killed.returncode == 0, killed.stderr
+    again = run_fresh("from llmpruner.cli import main; main()", *command)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout), "nothing else is on standard output"
     options = {"ratio": [0.2, 0.4], "samples": 64, "length": 64, "method": "best"}
