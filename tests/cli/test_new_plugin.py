@@ -14,7 +14,7 @@ from fresh import run_fresh
 import llmpruner
 from llmpruner.scaffold.package import ModelFacts, render, write
 
-MADE_UP = Path(__file__).parents[1] / "made_up_package"
+MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
 RUN = """
 import os, sys
@@ -49,9 +49,12 @@ def run_tests(package: Path, site: Path, choose: str = QUICK) -> str:
 def site(tmp_path_factory) -> Path:
     """An architecture without a plugin, installed as a package of its own."""
     folder = tmp_path_factory.mktemp("site")
-    shutil.copytree(MADE_UP, folder / "source")
-    install(folder / "site", folder / "source")
-    return folder / "site"
+    shutil.copytree(MADE_UP, folder / "made_up")
+    info = folder / "made_up-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up\nVersion: 0.1.0\n")
+    (info / "top_level.txt").write_text("made_up\n")
+    return folder
 
 
 @pytest.mark.slow
