@@ -13,19 +13,21 @@ from . import builtin, hookspecs
 
 
 class PluginManager(pluggy.PluginManager):
-    """pluggy's manager with the hooks of llmpruner. ``packages``: the distribution of each top-level module that an
-    entry point names. ``broken``: a line for each plugin, and each class of one, that was left out."""
+    """pluggy's manager with the hooks of llmpruner. ``broken``: a line for each plugin, and each class of one, that was
+    left out."""
 
     def __init__(self) -> None:
         super().__init__(hookspecs.PROJECT)
         self.add_hookspecs(hookspecs)
-        self.packages = {"llmpruner": "llmpruner"}
+        self._distributions: dict[str, metadata.Distribution] = {}
+        """Of each top-level module that an entry point names. Reading a name takes milliseconds."""
         self.broken: list[str] = []
 
     def package_of(self, thing: Any) -> str:
         """The distribution of a class or function; its top-level module where no entry point names that."""
         module = str(thing.__module__).partition(".")[0]
-        return self.packages.get(module, module)
+        distribution = self._distributions.get(module)
+        return module if distribution is None else distribution.name
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
         """What all implementations of a hook return. Raises `PluginError` where one raises."""
@@ -42,7 +44,6 @@ class PluginManager(pluggy.PluginManager):
 
     def load(self, entry: metadata.EntryPoint) -> None:
         """Register the plugin of an entry point; one that is broken is left out, with a line in ``broken``."""
-        package = entry.dist.name if entry.dist else "unknown package"
         plugin = None
         # Importing a plugin may raise anything, even SystemExit, which must not end the program.
         try:
@@ -53,9 +54,11 @@ class PluginManager(pluggy.PluginManager):
             if plugin is not None and self.is_registered(plugin):
                 self.unregister(plugin)
             reason = f"{type(error).__name__}: {first_line(error)}"
+            package = entry.dist.name if entry.dist else "unknown package"
             self.broken.append(f"plugin '{entry.name}' ({package}) is broken and was skipped: {reason}")
         else:
-            self.packages[entry.module.partition(".")[0]] = package
+            if entry.dist is not None:
+                self._distributions[entry.module.partition(".")[0]] = entry.dist
 
 
 def plugin_manager(*, entry_points: bool = True) -> PluginManager:
