@@ -43,6 +43,10 @@ def stock_model(
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
     ``config``: the stock configuration that ``model`` was cut from."""
+    # Otherwise no configuration of this type, of which many would be tried, builds a class of transformers.
+    own = any(cls.__module__.startswith("transformers.") for cls in (base_of(model), type(config)))
+    if not own and family is None:
+        return None
     try:
         reference = empty_model(base_of(model), config)
     except Exception:  # no configuration has the remaining layers
@@ -50,7 +54,7 @@ def stock_model(
     for candidate, moved in _candidates(model, reference, config):
         # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
-        for other in (candidate, *others):
+        for other in (candidate, *others) if own else others:
             try:
                 with quiet_transformers():
                     built = type(other).from_dict(other.to_dict())  # as it would be read from its file
