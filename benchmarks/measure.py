@@ -13,8 +13,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-TOKENS, WINDOW = 20480, 512
-"""Of the text that perplexity is measured on."""
+WINDOW = 512
+"""Tokens that are read together where perplexity is measured."""
 PROMPTS = (
     "The capital of France is", "Once upon a time there was a", "To bake a loaf of bread, you need",
     "In 1969, the first people", "Write a short poem about the sea.", "def fibonacci(n):",
@@ -63,35 +63,20 @@ def instructions(data: Path) -> str:
     return "\n\n".join(json.loads(line)["output"] for line in lines)
 
 
-def measured(model: str, text: Path, work: Path, *, kl: bool = True) -> dict[str, float]:
-    """Perplexity of ``model`` and, with ``kl``, its divergence from the dense one."""
-    file = work / "evaluation.json"
-    options = ("--set", f"perplexity.tokens={TOKENS}", "--window", str(WINDOW), "--dtype", "float32")
-    options = (*options, "--set", "perplexity.autocast=true")
-    models = ("demo", model, "--kl") if kl else (model,)
-    run("evaluate", *models, "--perplexity", str(text), *options, "--json", str(file))
-    found: dict[str, float] = json.loads(file.read_text())[-1]["perplexity"]
-    return found
-
-
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     packages = ("torch", "transformers", "peft", "lm-eval")
-    return {**processor(), "versions": {p: version(p) for p in packages}}
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )
+    return {"cpu": model, "cores": os.cpu_count(), "versions": {p: version(p) for p in packages}}
 
 
 def commit(checkout: Path) -> str:
     """The commit of a checkout; ``-dirty`` follows where its files differ from it."""
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
-def processor() -> dict[str, Any]:
-    model = next(
-        (line.split(":", 1)[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),  # noqa: PTH123, SIM115
-        platform.processor(),
-    )
-    return {"cpu": model, "cores": os.cpu_count()}
 
 
 def marks(name: str) -> tuple[str, str]:

@@ -81,8 +81,7 @@ def test_two_processes_make_the_same_plan(real, tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(DATA is None, reason="LLMPRUNER_DATA does not name the directory of the larger test data")
 def test_its_perplexity_on_wikitext(real):
-    """What a plain loop over the windows, in float64 from the logits on, gives. `benchmarks.main_job` checks ten times
-    as many tokens."""
+    """What a plain loop over the windows, in float64 from the logits on, gives."""
     text = read_text(str(Path(DATA) / "data" / "wikitext2_unk_test.txt"))
     result = perplexity(real.model, real.tokenizer, text, tokens=2048, batch_size=3)
     assert result.perplexity == pytest.approx(25.4944, abs=1e-3)
