@@ -21,8 +21,8 @@ from .card import CARD_FILE, base_of, model_card
 _RECORD = "llmpruner.json"
 _STAYS = ("run.json", "report.html", "step.json")
 """Files about the machine that the checkpoint was made on: they have paths of it."""
-_BEFORE_PATH = re.compile(r"(?:\d+(?:\.\d+)?\*)?(?:[\w-]{2,}:(?!//))?")
-"""A share and the name of a calibration source. A single letter and a colon are a drive of Windows."""
+_SOURCE = re.compile(r"((?:\d+(?:\.\d+)?\*)?(?:[\w-]{2,}:(?!//))?)(.*)", re.S)
+"""A share and the name of a calibration source, then a path. A single letter and a colon are a drive of Windows."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,7 @@ def _without_folders(value: Any) -> Any:
 
 def _name_of_path(text: str) -> str:
     """``3*chat:a.jsonl`` for ``3*chat:/home/me/a.jsonl``; what is no absolute path stays."""
-    start = _BEFORE_PATH.match(text)
-    before, path = (start.group(), text[start.end() :]) if start else ("", text)
+    before, path = _SOURCE.fullmatch(text).groups()
     absolute = next((p for p in (PurePosixPath(path), PureWindowsPath(path)) if p.is_absolute()), None)
     return text if absolute is None else before + absolute.name
 
