@@ -120,7 +120,6 @@ def test_every_width_is_read_as_it_was_written():
     for hidden in (*range(64, 1024, 24), 2048, 3072, 4096, 5120, 8192):
         for width in range(256, 40960, 256):
             assert width_of(multiplier(width, hidden), hidden) == width
-            assert width_of(round(multiplier(width, hidden), 6), hidden) == width
 
 
 @pytest.mark.parametrize(
@@ -200,7 +199,7 @@ def test_groups_that_were_discovered_are_padded_too(tmp_path):
     config, family = MistralConfig(**SIZES, sliding_window=None), AutoFamily()
     model = MistralForCausalLM(copy.deepcopy(config)).eval()
     kept = {"layers.0.attention": [1], "layers.1.mlp": range(17)}
-    cut(model, build_graph(family, config), kept, family)
+    cut(model, build_graph(family, config), kept)  # as many query heads to a key/value head as before
     source = Source(model, family, config, [SimpleNamespace(kept=kept)])
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", source.load)
     with torch.no_grad():
