@@ -56,26 +56,25 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from llmpruner.testing import family
 
     family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
-    once = traced_once(groups.discover_graph)
-    for module in (groups, verify, family):
-        module.discover_graph = once
+    groups.discover_graph = verify.discover_graph = family.discover_graph = remembered(groups.discover_graph)
+    verify.fingerprint = remembered(verify.fingerprint)
 
 
-def traced_once(discover: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """``discover``, which remembers the graphs of transformers' own classes: many tests open the same few models."""
+def remembered(found_for: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """``found_for`` a configuration, once in a process: many tests open the same few models."""
     known: dict[Any, Any] = {}
 
-    def discovered(config: Any) -> Any:
+    def remembering(config: Any) -> Any:
         if not type(config).__module__.startswith("transformers.models."):
-            return discover(config)  # a class of a test, which may change it
+            return found_for(config)  # a class of a test, which may change it
         values = config.to_dict()
         values.pop("_name_or_path", None)
         key = type(config), repr(values)
         if key not in known:
-            known[key] = discover(config)
+            known[key] = found_for(config)
         return known[key]
 
-    return discovered
+    return remembering
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
