@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 import pytest
 from composed import ComposedConfig, ComposedForCausalLM, register
@@ -20,8 +21,12 @@ from llmpruner.structure.coupling import Explicit
 
 register()
 BIASED = ComposedConfig(mlp_bias=True, num_hidden_layers=3)
-FOUND = discover_graph(BIASED).groups
 UP, BIAS, DOWN = (f"layers.0.mlp.{name}" for name in ("up.weight", "up.bias", "down.weight"))
+
+
+@cache
+def found() -> tuple[CoupledGroup, ...]:
+    return discover_graph(BIASED).groups
 
 
 def with_spans(group: CoupledGroup, change: Callable[[Span], Span | None]) -> CoupledGroup:
@@ -47,7 +52,7 @@ def test_the_small_model_has_heads() -> None:
 def test_a_forgotten_bias_is_refused_and_named() -> None:
     mlp, layer = verify(Forgetful(), BIASED, kinds=["mlp", "layer"], shrink=False)
     assert mlp.verdict == REFUSED and layer.verdict == VERIFIED
-    assert differences(Forgetful().coupled_groups(BIASED), FOUND) == [
+    assert differences(Forgetful().coupled_groups(BIASED), found()) == [
         f"group layers.0.mlp: {BIAS} axis 0: nothing; discovery finds 0:40 (produces)"
     ]
 
@@ -77,20 +82,20 @@ REVERSED = Explicit(tuple((39 - unit,) for unit in range(40)))
     ],
 )
 def test_every_sort_of_difference_is_named(change: Callable[[Span], Span | None], line: str) -> None:
-    (group,) = (g for g in FOUND if g.name == "layers.0.mlp")
-    assert f"group layers.0.mlp: {line}" in differences([with_spans(group, change)], FOUND)
+    (group,) = (g for g in found() if g.name == "layers.0.mlp")
+    assert f"group layers.0.mlp: {line}" in differences([with_spans(group, change)], found())
     halves = [replace(s, index=Blocks(20, 2)) for s in group.spans]
     line = "group layers.0.mlp: 20 units in 1 blocks; discovery finds 40 units in 1 blocks"
-    assert differences([replace(group, units=20, spans=tuple(halves))], FOUND)[0] == line
+    assert differences([replace(group, units=20, spans=tuple(halves))], found())[0] == line
 
 
 def test_what_is_written_in_another_way_is_no_difference() -> None:
     explicit = [
         with_spans(g, lambda s: replace(s, index=Explicit(tuple(tuple(s.index.of(u)) for u in range(s.index.units)))))
-        for g in FOUND
+        for g in found()
         if g.spans
     ]
-    assert differences([replace(g, spans=g.spans[::-1]) for g in explicit], FOUND) == []
+    assert differences([replace(g, spans=g.spans[::-1]) for g in explicit], found()) == []
 
 
 def test_checks_that_are_not_possible_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +118,7 @@ def test_a_model_with_everything_skips_nothing() -> None:
 def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
     """All units are one multiple, or every block has one unit: there is nothing to remove."""
     uncut = {"layers.0.mlp": {"multiple": 40}, "layers.1.mlp": {"blocks": 40}}
-    groups = [replace(g, **uncut.get(g.name, {})) for g in FOUND if g.kind == "mlp"]
+    groups = [replace(g, **uncut.get(g.name, {})) for g in found() if g.kind == "mlp"]
     family = type("Uncut", (ModelFamily,), {"coupled_groups": lambda _self, _config: groups})
     (verdict,) = verify(family(), BIASED, shrink=False)
     assert (verdict.verdict, verdict.groups) == (VERIFIED, 3)
