@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,9 +25,10 @@ import pytest
 from fresh import run_fresh
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig
 
     from llmpruner import Catalog, Model
+    from llmpruner.structure.coupling import CouplingGraph
 
 LONGEST = [
     "models/test_streamed.py",
@@ -96,42 +98,6 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-def llama_config(**changes: Any) -> LlamaConfig:
-    from transformers import LlamaConfig
-
-    values = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 128,
-        "max_position_embeddings": 128,
-    }
-    return LlamaConfig(**{**values, **changes})
-
-
-def random_llama(config: LlamaConfig) -> LlamaForCausalLM:
-    """Weights large enough that a wrong index shows in the logits."""
-    import torch
-    from transformers import LlamaForCausalLM
-
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.normal_(1.0 if "norm" in name else 0.0, 0.2)
-    return model
-
-
-def make_loaded(catalog: Catalog, config: LlamaConfig) -> Model:
-    from llmpruner import Model, build_graph
-
-    family = catalog.family_for(config)
-    graph = build_graph(family, config)
-    return Model("tiny", config, family, graph, model=random_llama(copy.deepcopy(config)), tokenizer=None)
-
-
 @pytest.fixture
 def full_precision(monkeypatch):
     """Products are in the model's own precision on every processor."""
@@ -145,13 +111,52 @@ def catalog() -> Catalog:
     return Catalog()
 
 
-@pytest.fixture(params=["gqa", "mha", "tied"])
+LLAMAS = {"gqa": {}, "mha": {"num_key_value_heads": 8}, "tied": {"tie_word_embeddings": True}}
+
+
+@cache
+def structure(name: str) -> tuple[LlamaConfig, CouplingGraph]:
+    from llmpruner_llama import LlamaFamily
+    from transformers import LlamaConfig
+
+    from llmpruner import build_graph
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "vocab_size": 128,
+        "max_position_embeddings": 128,
+    }
+    config = LlamaConfig(**{**sizes, **LLAMAS[name]})
+    return config, build_graph(LlamaFamily(), config)
+
+
+def tiny(catalog: Catalog, name: str) -> Model:
+    """Weights large enough that a wrong index shows in the logits."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    from llmpruner import Model
+
+    config, graph = structure(name)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
+    config = copy.deepcopy(config)
+    return Model("tiny", config, catalog.family_for(config), graph, model=model, tokenizer=None)
+
+
+@pytest.fixture(params=LLAMAS)
 def loaded(request, catalog) -> Model:
     """A tiny llama: grouped-query, multi-head, or with tied embeddings."""
-    changes = {"gqa": {}, "mha": {"num_key_value_heads": 8}, "tied": {"tie_word_embeddings": True}}[request.param]
-    return make_loaded(catalog, llama_config(**changes))
+    return tiny(catalog, request.param)
 
 
 @pytest.fixture
 def gqa(catalog) -> Model:
-    return make_loaded(catalog, llama_config())
+    return tiny(catalog, "gqa")

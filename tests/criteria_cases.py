@@ -76,8 +76,13 @@ def make(name: str, seed: int = 0) -> Model:
     """The model ``name`` of `CASES`; its weights have rank 12, so that units are correlated and the rest can replace a
     cut one."""
     config, family, graph = _structure(name)
-    config = copy.deepcopy(config)
-    return Model("tiny", config, family, graph, model=correlated(random_instance(config, seed), seed), tokenizer=None)
+    model = copy.deepcopy(_instance(name, seed))
+    return Model("tiny", copy.deepcopy(config), family, graph, model=model, tokenizer=None)
+
+
+@cache
+def _instance(name: str, seed: int) -> PreTrainedModel:
+    return correlated(random_instance(_structure(name)[0], seed), seed)
 
 
 def correlated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
