@@ -6,9 +6,8 @@ from llmpruner.plugins.manager import PluginManager, plugin_manager
 
 
 def own_manager() -> PluginManager:
-    manager = plugin_manager(entry_points=True)
+    manager = plugin_manager()
     for name, plugin in manager.list_name_plugin():
-        module = plugin.__name__.partition(".")[0] if hasattr(plugin, "__name__") else type(plugin).__module__
-        if manager.packages.get(module) != "llmpruner":
+        if manager.package_of(plugin) != "llmpruner":
             manager.unregister(name=name)
     return manager

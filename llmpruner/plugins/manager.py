@@ -24,8 +24,8 @@ class PluginManager(pluggy.PluginManager):
         self.broken: list[str] = []
 
     def package_of(self, thing: Any) -> str:
-        """The distribution of a class or function; its top-level module where no entry point names that."""
-        module = str(thing.__module__).partition(".")[0]
+        """The distribution of a module, class or function; its top-level module where no entry point names that."""
+        module = str(getattr(thing, "__module__", None) or thing.__name__).partition(".")[0]
         distribution = self._distributions.get(module)
         return module if distribution is None else distribution.name
 

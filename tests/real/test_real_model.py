@@ -45,9 +45,11 @@ def test_a_cut_equals_silencing(real, kinds):
 
 def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path):
     loaded = replace(real, model=copy.deepcopy(real.model))
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     pruned = llmpruner.prune(
         loaded, ratio=0.2, kinds="mlp,attention", importance="taylor", shape="free", samples=2, length=32,
-        output=tmp_path / "out",
+        calibration=str(text), output=tmp_path / "out",
     )  # fmt: skip
     removed = 1 - pruned.graph.decoder_parameters / 106_202_880
     assert abs(removed - 0.2) < 1728 / 106_202_880
