@@ -20,7 +20,7 @@ from llmpruner.engine.ranks import SINGLE, Ranks
 
 PATHS = (Path(__file__).parent, Path(__file__).parents[1])
 RANKS = """
-import os, runpy, socket, sys
+import os, runpy, signal, socket, sys
 paths, count, *sys.argv = sys.argv[1:]
 sys.path[:0] = paths.split(os.pathsep)
 with socket.socket() as free:
@@ -30,6 +30,7 @@ ranks = []
 for rank in range(int(count)):
     ranks.append(os.fork())
     if not ranks[-1]:
+        signal.alarm(300)
         os.environ["RANK"] = str(rank)
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         sys.exit()
