@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
 from llmpruner import Model, api
+from llmpruner.discovery.verify import with_rules
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
@@ -118,6 +119,13 @@ def refusal() -> str:
     except LlmprunerError as error:
         return str(error)
     raise AssertionError
+
+
+def find_rules() -> None:
+    """Find what follows a cut, which takes seconds for each kind of unit; before processes are forked, once for all."""
+    for name, settings in CASES.values():
+        model = make(name)
+        with_rules(model.family, model.model, settings.get("kinds", "mlp").split(","))
 
 
 def prepare() -> None:

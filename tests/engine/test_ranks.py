@@ -3,11 +3,13 @@ them does."""
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import many_processes
@@ -20,27 +22,38 @@ from llmpruner.engine.ranks import SINGLE, Ranks
 
 PATHS = (Path(__file__).parent, Path(__file__).parents[1])
 RANKS = """
-import os, runpy, signal, socket, sys
-paths, count, *sys.argv = sys.argv[1:]
+import json, os, runpy, signal, socket, sys
+paths, module, runs = sys.argv[1:]
 sys.path[:0] = paths.split(os.pathsep)
-with socket.socket() as free:
-    free.bind(("127.0.0.1", 0))
-    os.environ |= {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-ranks = []
-for rank in range(int(count)):
-    ranks.append(os.fork())
-    if not ranks[-1]:
-        signal.alarm(300)
-        os.environ["RANK"] = str(rank)
-        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
-        sys.exit()
-sys.exit(any([os.waitpid(rank, 0)[1] for rank in ranks]))
+if module == "many_processes":
+    import many_processes
+    many_processes.find_rules()
+
+def run(count, arguments):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    os.environ |= {"WORLD_SIZE": str(count), **place}
+    sys.argv = [module, *arguments]
+    ranks = []
+    for rank in range(count):
+        ranks.append(os.fork())
+        if not ranks[-1]:
+            signal.alarm(300)
+            os.environ["RANK"] = str(rank)
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+            sys.exit()
+    return any([os.waitpid(rank, 0)[1] for rank in ranks])
+
+sys.exit(any([run(*each) for each in json.loads(runs)]))
 """
 
 
-def run_ranks(count: int, module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """What ``torchrun --nproc-per-node COUNT -m MODULE ARGUMENTS`` does, in processes that are forked."""
-    return run_fresh(RANKS, os.pathsep.join(map(str, PATHS)), count, module, *arguments)
+def run_ranks(module: str, **runs: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """What ``torchrun --nproc-per-node COUNT -m MODULE ARGUMENTS`` does, in processes that are forked, for each of
+    several counts (``of_2``) with its arguments."""
+    told = [(int(count.removeprefix("of_")), list(map(str, arguments))) for count, arguments in runs.items()]
+    return run_fresh(RANKS, os.pathsep.join(map(str, PATHS)), module, json.dumps(told))
 
 
 def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
@@ -57,32 +70,26 @@ def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
 EVERY = (*many_processes.CASES, "continued", "scores")
 
 
-@pytest.fixture(scope="module")
-def one(tmp_path_factory) -> Path:
-    """What one process gives."""
-    folder = tmp_path_factory.mktemp("one")
-    done = run_ranks(1, "many_processes", folder, *EVERY)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "cases"), [(2, EVERY), pytest.param(4, ("best", "experts", "squares"), marks=pytest.mark.long)]
 )
-def test_several_processes_give_the_result_of_one(count, cases, one, tmp_path):
-    done = run_ranks(count, "many_processes", tmp_path, *cases)
+def test_several_processes_give_the_result_of_one(count, cases, tmp_path):
+    one, several = tmp_path / "one", tmp_path / "several"
+    one.mkdir()
+    several.mkdir()
+    done = run_ranks("many_processes", of_1=(one, *cases), **{f"of_{count}": (several, *cases)})
     assert done.returncode == 0, done.stderr
     for case in cases:
         expected = torch.load(one / f"{case}-0.pt")
         for rank in range(count):
-            found = torch.load(tmp_path / f"{case}-{rank}.pt")
+            found = torch.load(several / f"{case}-{rank}.pt")
             assert (found.get("plan"), found.get("kept")) == (expected.get("plan"), expected.get("kept")), case
             # Normed channels of the residual stream are correlated most, so that the fit amplifies rounding most.
             tolerance = 1e-3 if "residual" in case else 1e-5
             for name, wanted in expected["weights"].items():
                 assert (found["weights"][name] - wanted).norm() <= tolerance * wanted.norm(), (case, rank, name)
-    messages = {(tmp_path / f"refusal-{rank}.txt").read_text() for rank in range(count)}
+    messages = {(several / f"refusal-{rank}.txt").read_text() for rank in range(count)}
     assert messages == {(one / "refusal-0.txt").read_text()}
 
 
@@ -93,7 +100,7 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
     (line,) = (line for line in output.splitlines() if line.startswith("error: "))
     assert "missing" in line and "(exitcode: 2)" in output
     assert not (tmp_path / "out").exists()
-    done = run_ranks(2, "llmpruner", "evaluate", tmp_path / "missing")
+    done = run_ranks("llmpruner", of_2=("evaluate", tmp_path / "missing"))
     (line,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert line == "error: `llmpruner evaluate` runs in one process; start it without torchrun or accelerate launch"
 
@@ -103,8 +110,8 @@ def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_pat
     dense, output = tmp_path / "dense", tmp_path / "out"
     make("llama-gqa").model.save_pretrained(dense)
     settings = ("--ratio", 0.2, "--samples", 200, "--set", "prune.length=128", "--calibration", "self")
-    command = ("llmpruner", "prune", dense, "-o", output, *settings)
-    run = start(2, "-m", *command)
+    command = ("prune", dense, "-o", output, *settings)
+    run = start(2, "-m", "llmpruner", *command)
     journal = tmp_path / "out.pruning"
     while not (journal / "plan.json").exists():
         assert run.poll() is None, run.communicate()[0]
@@ -115,7 +122,7 @@ def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_pat
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
     assert line.startswith("error: another process of this run ended; the same command continues")
     assert (journal / "plan.json").exists() and not output.exists()
-    done = run_ranks(2, *command)
+    done = run_ranks("llmpruner", of_2=command)
     assert done.returncode == 0, done.stderr
     assert output.exists() and not journal.exists()
     assert (done.stdout + done.stderr).count("✓") == 1
