@@ -124,17 +124,19 @@ def _truth(loaded: Any, group: Any, held_out: torch.Tensor, dense: float) -> tor
     """By how much the loss rises, nats per token, when one unit is silenced: (units,)."""
     rises = []
     for unit in range(group.units):
-        with _silenced(loaded.model, group, unit):
+        with _silenced(loaded, group, unit):
             rises.append(_loss(loaded.model, held_out) - dense)
     return torch.tensor(rises, dtype=torch.float64)
 
 
 @contextmanager
-def _silenced(model: Any, group: Any, unit: int) -> Iterator[None]:
-    from llmpruner.structure.coupling import Role
+def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
+    from llmpruner.structure.coupling import LAYER, Role
 
-    if group.modules:
-        handle = model.get_submodule(group.modules[unit]).register_forward_hook(lambda _, args, __: args[0])
+    model = loaded.model
+    if group.kind == LAYER:
+        layer = model.get_submodule(f"{loaded.graph.layers}.{unit}")
+        handle = layer.register_forward_hook(lambda _, args, __: args[0])
         yield
         handle.remove()
         return

@@ -104,7 +104,7 @@ def cut_qwen2() -> Any:
             *(s for m in (k, v) for s in layouts.produces(m, Blocks(2, 8), bias=True)),
             *layouts.consumes(o, Blocks(2, 16)),
         ]
-        return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, tuple(spans), layer=n), gated(n)]
+        return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, tuple(spans)), gated(n)]
 
     kept = {"layers.0.attention": [1], "layers.1.mlp": range(17)}
     return _cut("Qwen2", {**SIZES, "layer_types": ["full_attention"] * LAYERS}, groups, kept)
@@ -136,7 +136,7 @@ def cut_phi3() -> Any:
         query = Blocks(2, 16)
         fused = [s for index in (query, Blocks(2, 8, 32), Blocks(2, 8, 48)) for s in layouts.produces(qkv, index)]
         spans = (*fused, *layouts.consumes(o, query))
-        return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans, layer=n), packed(n)]
+        return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans), packed(n)]
 
     sizes = {k: v for k, v in SIZES.items() if k != "head_dim"}
     model = _cut("Phi3", sizes, groups, {"layers.1.attention": [0], "layers.0.mlp": range(9)})
@@ -154,8 +154,8 @@ def cut_gpt_neox() -> Any:
         attention = (*layouts.produces(qkv, Blocks(4, 24), bias=True), *layouts.consumes(dense, Blocks(4, 8)))
         mlp = layouts.two_layer_mlp(f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h", 48)
         return [
-            CoupledGroup(f"layers.{n}.attention", ATTENTION, 4, attention, layer=n),
-            CoupledGroup(f"layers.{n}.mlp", MLP, 48, mlp, layer=n),
+            CoupledGroup(f"layers.{n}.attention", ATTENTION, 4, attention),
+            CoupledGroup(f"layers.{n}.mlp", MLP, 48, mlp),
         ]
 
     sizes = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
@@ -170,7 +170,7 @@ def cut_mixtral() -> Any:
             Span(gate_up, 1, Role.PRODUCES, Blocks(48, start=48)),
             Span(down, 2, Role.CONSUMES, Blocks(48)),
         )
-        return [grouped(n), CoupledGroup(f"layers.{n}.mlp", MLP, 48, spans, layer=n)]
+        return [grouped(n), CoupledGroup(f"layers.{n}.mlp", MLP, 48, spans)]
 
     sizes = {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2}
     return _cut("Mixtral", sizes, groups, {"layers.1.attention": [0], "layers.0.mlp": range(16)})
@@ -184,7 +184,7 @@ def cut_mixtral_uniform() -> Any:
             Span(down, 0, Role.PRODUCES, Blocks(3)),
             Span(f"model.layers.{n}.mlp.gate.weight", 0, Role.PRODUCES, Blocks(3)),
         )
-        return [CoupledGroup(f"layers.{n}.expert", "expert", 3, spans, layer=n)]
+        return [CoupledGroup(f"layers.{n}.expert", "expert", 3, spans)]
 
     sizes = {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2}
     model = _cut("Mixtral", sizes, groups, every_layer("expert", [0, 2]))
@@ -207,18 +207,18 @@ OTHERS: dict[str, tuple[Callable[[], Any], str, str]] = {
 def grouped(n: int) -> CoupledGroup:
     q, k, v, o = (f"model.layers.{n}.self_attn.{m}_proj" for m in "qkvo")
     spans = layouts.grouped_query_attention(q, k, v, o, 4, 2, 8)
-    return CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans, layer=n)
+    return CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans)
 
 
 def gated(n: int) -> CoupledGroup:
     gate, up, down = (f"model.layers.{n}.mlp.{m}_proj" for m in ("gate", "up", "down"))
-    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, layouts.gated_mlp(gate, up, down, 48), layer=n)
+    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, layouts.gated_mlp(gate, up, down, 48))
 
 
 def packed(n: int) -> CoupledGroup:
     gate_up, down = (f"model.layers.{n}.mlp.{m}_proj" for m in ("gate_up", "down"))
     rows = (*layouts.produces(gate_up, Blocks(48)), *layouts.produces(gate_up, Blocks(48, start=48)))
-    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, (*rows, *layouts.consumes(down, Blocks(48))), layer=n)
+    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, (*rows, *layouts.consumes(down, Blocks(48))))
 
 
 def _cut(

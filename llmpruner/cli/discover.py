@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from ..errors import CouplingError
 from ..settings import LoadSettings
-from ..structure.coupling import HIDDEN, VOCABULARY, CoupledGroup, CouplingGraph, Span
+from ..structure.coupling import HIDDEN, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Span
 from ..values import count_text, counted
 from .console import next_line, out, print_json, table
 from .derive import Json, ModelName, takes
@@ -86,7 +86,7 @@ def _kind_row(graph: CouplingGraph, kind: str) -> tuple[str, ...]:
 
 
 def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:
-    """One group as a tree: its spans by role, then those of buffers, or its modules."""
+    """One group as a tree: its spans by role, then those of buffers, or the layers."""
     constraint = f", the same number in each of {group.blocks} blocks" if group.blocks > 1 else ""
     tree = Tree(f"[bold]{group.name}[/]: {group.units} units{constraint}")
     for what, spans, shapes in (("", group.spans, graph.shapes), (" (buffers)", group.buffers, graph.buffers)):
@@ -97,8 +97,8 @@ def _tree(graph: CouplingGraph, group: CoupledGroup) -> Tree:
                 branch.add(f"{s.parameter} {list(shapes[s.parameter])} axis {s.axis}: {s.index}", highlight=False)
             if len(of_role) > 8:
                 branch.add(f"… and {len(of_role) - 8} more")
-    if group.modules:
-        tree.add(f"{group.modules[0]} … {group.modules[-1]}")
+    if group.kind == LAYER:
+        tree.add(f"{graph.layers}.0 … {graph.layers}.{group.units - 1}")
     return tree
 
 
@@ -115,7 +115,7 @@ def _graph_json(graph: CouplingGraph) -> dict[str, Any]:
                 "minimum": g.minimum,
                 "spans": [_span_json("parameter", s) for s in g.spans],
                 "buffers": [_span_json("buffer", s) for s in g.buffers],
-                "modules": list(g.modules),
+                "modules": [f"{graph.layers}.{n}" for n in range(g.units)] if g.kind == LAYER else [],
             }
             for g in graph.groups
         ],

@@ -68,7 +68,7 @@ class Follower:
         modules = dict(model.named_modules(remove_duplicate=False))
         for name, units in kept.items():
             group = graph.by_name[name]
-            if group.modules or len(units) == group.units:
+            if len(units) == group.units:
                 continue
             layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
             near = {_pattern(graph, path) for path in _around(graph, group)}

@@ -68,22 +68,22 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     model = meta_model(config)
     whole = graph_of(model, ())
     groups = list(_groups([n for n in named if n.kind != _CROSS_LAYER], traced, whole.ties))
-    layers = [f"{traced.layers}.{m}" for m in sorted(m for ms in traced.stands_for.values() for m in ms)]
-    blocked: tuple[Blocked, ...] = ()
     if traced.repeats:
-        blocked = (Blocked(traced.layers, 0, "a layer runs more than once"),)
+        stay = "a layer runs more than once"
     elif table := _table_of_layers(model, traced.layers):
-        blocked = (Blocked(traced.layers, 0, f"'{table}' has a part for every layer, which does not follow"),)
-    elif traced.streams == 1:
-        groups.append(CoupledGroup("layers", LAYER, len(layers), modules=tuple(layers)))
+        stay = f"'{table}' has a part for every layer, which does not follow"
+    elif traced.streams > 1:
+        stay = "layers are given more than the residual stream"
     else:
-        blocked = (Blocked(traced.layers, 0, "layers are given more than the residual stream"),)
-    blocked += tuple(
+        stay = ""
+        groups.append(CoupledGroup("layers", LAYER, whole.num_layers))
+    blocked = [Blocked(traced.layers, 0, stay)] if stay else []
+    blocked += [
         Blocked(name, axis, reason)
         for (parameter, axis), reason in reasons.items()
         for name in _everywhere(parameter, traced)
-    )
-    return replace(whole, groups=tuple(groups), blocked=blocked)
+    ]
+    return replace(whole, groups=tuple(groups), blocked=tuple(blocked))
 
 
 def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:
@@ -204,7 +204,7 @@ def _group(
     elif any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
         multiple = next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
-    return CoupledGroup(name, named.kind, unit_set.units, spans, layer, blocks, minimum, multiple, buffers=buffers)
+    return CoupledGroup(name, named.kind, unit_set.units, spans, blocks, minimum, multiple, buffers)
 
 
 def _spans(owned: Iterable[OwnedAxis], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:

@@ -30,8 +30,6 @@ class Mark(str, Enum):
     """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
     RMS = "rms"
     """It is an element of the weight of an RMS norm."""
-    LAYER_NORM = "layer norm"
-    """It is an element of the weight or bias of a LayerNorm."""
     ATTENDS = "attends"
     """It selects one softmax over positions, or one product of two activations: a head of attention, of linear
     attention or of a gated delta net."""

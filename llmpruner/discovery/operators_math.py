@@ -259,7 +259,6 @@ def layer_norm(run: Propagation, node: Node, x: Value, shape: list[int], *args: 
         run.ids.block(ids, f"a LayerNorm runs over it, which no cut can reproduce ({run.where})")
         for weight in [a for a in args if isinstance(a, Value)]:
             run.tie(ids, weight.axes[-n])
-            run.ids.mark(weight.axes[-n], Mark.LAYER_NORM)
     return Value(x.axes)
 
 

@@ -21,7 +21,7 @@ from ..models.save import save_checkpoint
 from ..models.surgery import cut, silence
 from ..models.vocabulary import named_tokens
 from ..structure.coupling import EXPERT, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Role
-from ..structure.kept import Kept, removed_modules
+from ..structure.kept import Kept, removed_layers
 from .follow import Follower, Rule, candidates, find, tables
 from .tiny import random_instance
 
@@ -347,10 +347,10 @@ def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> Abstra
         entering = args[0] if args else kwargs["hidden_states"]
         return entering if isinstance(output, torch.Tensor) else (entering, *output[1:])
 
-    for path in removed_modules(graph, kept):
-        model.get_submodule(path).register_forward_hook(pass_on, with_kwargs=True)
+    for number in removed_layers(graph, kept):
+        model.get_submodule(f"{graph.layers}.{number}").register_forward_hook(pass_on, with_kwargs=True)
     routed = {name: units for name, units in kept.items() if graph.by_name[name].kind == EXPERT}
-    silence(model, graph, {n: u for n, u in kept.items() if n not in routed and not graph.by_name[n].modules})
+    silence(model, graph, {n: u for n, u in kept.items() if graph.by_name[n].kind not in (EXPERT, LAYER)})
     return ClosedRoutes(model, graph, routed) if routed else nullcontext()
 
 

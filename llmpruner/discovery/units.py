@@ -120,8 +120,6 @@ def _by_pattern(
 
 
 def _role(parts: Components, identity: int) -> Role:
-    if parts.element[Mark.LAYER_NORM][identity]:
-        return Role.LAYER_NORM
     if parts.element[Mark.RMS][identity]:
         return Role.NORM
     return Role.CONSUMES if parts.element[Mark.CONSUMED][identity] else Role.PRODUCES

@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from ..errors import PlanError
-from ..structure.coupling import VOCABULARY, CouplingGraph, Role
-from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_modules, restrict
+from ..structure.coupling import LAYER, VOCABULARY, CouplingGraph, Role
+from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_layers, restrict
 from .modeling_llmpruner import drop_layers, follow_shape
 from .vocabulary import renumber
 
@@ -56,7 +56,7 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     for name in (*graph.shapes, *graph.buffers):
         if values.changes(name):
             _replace(model, name, values, replaced)
-    if removed_modules(graph, kept):
+    if removed_layers(graph, kept):
         drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
     remaining = restrict(graph, kept)
     if family is not None:
@@ -66,13 +66,13 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
     """Silence all units that ``kept`` leaves out, in place: the weights that consume them are set to zero; where a norm
-    is computed over the units, the weights that produce them too. Raises `PlanError` for groups of modules, as zeros do
-    not silence a layer in general."""
+    is computed over the units, the weights that produce them too. Raises `PlanError` for layers, which zeros do not
+    silence in general."""
     check_kept(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]
-        if group.modules:
-            raise PlanError(f"group '{name}' consists of whole modules, which cannot be silenced by zeros")
+        if group.kind == LAYER:
+            raise PlanError(f"group '{name}' consists of whole layers, which cannot be silenced by zeros")
         removed = sorted(set(range(group.units)) - set(units))
         # A normalised query head whose query is zero still attends, to all positions alike: its output must go too.
         roles = {Role.PRODUCES, Role.CONSUMES} if group.is_normalized else {Role.CONSUMES}

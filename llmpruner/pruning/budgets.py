@@ -18,8 +18,8 @@ from pydantic import Field
 from ..component import Component, ComponentSettings
 from ..errors import SelectionError
 from ..progress import QUIET, Progress
-from ..structure.coupling import ATTENTION, VOCABULARY, CoupledGroup, CouplingGraph, Role
-from ..structure.kept import kept_indices, layer_numbers, surviving_units
+from ..structure.coupling import ATTENTION, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Role
+from ..structure.kept import kept_indices, removed_layers, surviving_units
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -72,20 +72,20 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
     numbers: dict[str, int] = {}
     for name in kept:
         group = graph.by_name[name]
-        if group.modules:
+        if group.kind == LAYER:
             continue
         units = surviving_units(kept, group, axes)
         # A block without remaining units was removed by the enclosing group, whose number of units counts that.
         per_block = group.units // group.blocks
         numbers[name] = len(units) * group.blocks // len({u // per_block for u in units})
-    return numbers, set(range(graph.num_layers)) - set(layer_numbers(graph, kept))
+    return numbers, removed_layers(graph, kept)
 
 
 def savings(cost: Cost, group: CoupledGroup) -> list[float]:
     """The saving of each unit of ``group``: for layers, of each one; for other units, the mean over all units that may
     be removed."""
     whole = cost.remaining()
-    if group.modules:
+    if group.kind == LAYER:
         return [whole - cost.remaining(gone=(unit,)) for unit in range(group.units)]
     least = max(group.minimum, group.blocks if group.blocks > 1 else 1)
     if least >= group.units:

@@ -81,7 +81,7 @@ class KvCache(Budget):
                     if after[layer] != dense[layer]:
                         saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
                         per_unit[queue.group.name, layer] = saved
-        cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if not g.modules})
+        cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if g.kind != LAYER})
         # An uneven cut, without one layer.
         kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
         whole = next((g for g in groups if g.kind == LAYER and g.units > 1), None)

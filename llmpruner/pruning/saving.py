@@ -21,7 +21,7 @@ from ..models.surgery import cut
 from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
 from ..structure.coupling import VOCABULARY
-from ..structure.kept import parameters_after
+from ..structure.kept import restrict
 from ..structure.plan import (
     BaseRef,
     BudgetOutcome,
@@ -110,8 +110,7 @@ def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: Calibrati
     """The `Outcome` of a plan. ``model``: before the cut. ``counted``: the plan's budget. ``text``: of calibration."""
     graph, target = model.graph, plan.target
     groups = [graph.by_name[name] for name in plan.cuts]
-    total, decoder = parameters_after(graph, plan.kept)
-    left = counts(graph, plan.kept)
+    after, left = restrict(graph, plan.kept), counts(graph, plan.kept)
     weights = byte_cost(model.model, graph, groups)
     budget = None
     if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
@@ -123,8 +122,8 @@ def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: Calibrati
         before = before * stored.itemsize // memory.itemsize
     tokens = [token_outcome(model.tokenizer, cut, text) for cut in plan.cuts.values() if cut.kind == VOCABULARY]
     return Outcome(
-        graph.total_parameters, total, graph.decoder_parameters, decoder, before, weights.remaining(*left), budget,
-        tokens=tokens[0] if tokens else None,
+        graph.total_parameters, after.total_parameters, graph.decoder_parameters, after.decoder_parameters, before,
+        weights.remaining(*left), budget, tokens=tokens[0] if tokens else None,
     )  # fmt: skip
 
 

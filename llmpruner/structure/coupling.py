@@ -30,7 +30,7 @@ LATENT = "latent"
 model."""
 KINDS = (MLP, ATTENTION, QUERY, HIDDEN, LAYER, EXPERT, VOCABULARY, LATENT)
 
-_IN_A_LAYER = re.compile(r"layers\.(\d+)\.(?=.)")
+_IN_A_LAYER = re.compile(r"^layers\.(\d+)\.(?=.)")
 
 
 class Role(str, Enum):
@@ -44,8 +44,6 @@ class Role(str, Enum):
     """The weight of an RMS norm over the units (Zhang & Sennrich, 2019), ``w · x / √(mean(x²) + ε)``. With N − N' units
     silenced, the mean over the N' others is N/N' times that over all N; so cutting multiplies w by √(N/N') and ε by
     N/N', which keeps the result equal to the model with the units silenced."""
-    LAYER_NORM = "layer_norm"
-    """The weight or bias of a LayerNorm over the units; cutting has no exact equivalent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,19 +157,17 @@ class Span:
 class CoupledGroup:
     """Units of one kind that can be removed one by one, each with all parameters that must be removed with it.
 
-    ``name``: unique in a graph, and the key of the group in plans. A group inside decoder layer N is named
-    ``layers.N.WORD`` (``layers.3.attention``) and has ``layer=N``; no other name begins like that. When layers are
-    removed, the groups of the remaining layers are renumbered by this rule, so that their names are those of a model
-    with fewer layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
-    their number; unit ``u`` of every span belongs to unit ``u`` of the others. ``layer``: the decoder layer that all
-    spans are in, None for groups across layers.
+    ``name``: unique in a graph, and the key of the group in plans. A group whose spans are all in decoder layer N is
+    named ``layers.N.WORD`` (``layers.3.attention``); no other name begins like that. When layers are removed, the
+    groups of the remaining layers are renumbered by this rule, so that their names are those of a model with fewer
+    layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``: their number;
+    unit ``u`` of every span belongs to unit ``u`` of the others. A group of kind `LAYER` has no spans: its units are
+    the decoder layers.
 
     ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
-    a multiple of it (kernels that need aligned rows). ``modules``: for groups of whole modules (layers,
-    sub-layers), the module path of each unit; such a group has no spans. ``buffers``: spans of buffers with
-    an entry for each unit (the selection bias of experts); they are cut with the parameters, and neither scored nor
-    counted.
+    a multiple of it (kernels that need aligned rows). ``buffers``: spans of buffers with an entry for each unit (the
+    selection bias of experts); they are cut with the parameters, and neither scored nor counted.
 
     Raises `CouplingError` where one of these rules is broken.
     """
@@ -180,28 +176,16 @@ class CoupledGroup:
     kind: str
     units: int
     spans: tuple[Span, ...] = ()
-    layer: int | None = None
     blocks: int = 1
     minimum: int = 1
     multiple: int = 1
-    modules: tuple[str, ...] = ()
     buffers: tuple[Span, ...] = ()
 
     def __post_init__(self) -> None:
-        numbered = _IN_A_LAYER.match(self.name)
-        if self.layer is not None and (numbered is None or int(numbered[1]) != self.layer):
-            raise CouplingError(
-                f"group '{self.name}' is in layer {self.layer}, so its name must be 'layers.{self.layer}.WORD', "
-                f"such as 'layers.{self.layer}.mlp': removing other layers renumbers it"
-            )
-        if self.layer is None and numbered is not None:
-            raise CouplingError(f"group '{self.name}' is named after layer {numbered[1]}; give it layer={numbered[1]}")
         if self.units < 1:
             raise CouplingError(f"group '{self.name}' has no units")
-        if bool(self.spans) == bool(self.modules):
-            raise CouplingError(f"group '{self.name}' must have either spans or modules")
-        if self.modules and len(self.modules) != self.units:
-            raise CouplingError(f"group '{self.name}': {self.units} units but {len(self.modules)} modules")
+        if bool(self.spans) == (self.kind == LAYER):
+            raise CouplingError(f"group '{self.name}' must have {'no' if self.spans else 'some'} spans")
         if self.units % self.blocks:
             raise CouplingError(f"group '{self.name}': {self.units} units do not fill {self.blocks} equal blocks")
         for span in self.cut_spans:
@@ -210,14 +194,20 @@ class CoupledGroup:
                     f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
                 )
 
+    @cached_property
+    def layer(self) -> int | None:
+        """The decoder layer that the units are in; None for groups across layers."""
+        numbered = _IN_A_LAYER.match(self.name)
+        return int(numbered[1]) if numbered else None
+
     def in_layer(self, layer: int) -> str:
         """The name of this group after its layer is renumbered to ``layer``."""
-        return self.name if self.layer is None else f"layers.{layer}.{self.name.removeprefix(f'layers.{self.layer}.')}"
+        return _IN_A_LAYER.sub(f"layers.{layer}.", self.name)
 
     @cached_property
     def is_normalized(self) -> bool:
         """Whether a norm is computed over the units, so that they must be silenced where they are produced."""
-        return any(s.role in (Role.NORM, Role.LAYER_NORM) for s in self.spans)
+        return any(s.role is Role.NORM for s in self.spans)
 
     @property
     def cut_spans(self) -> tuple[Span, ...]:
@@ -255,8 +245,9 @@ class CouplingGraph:
     ``blocked``: axes without removable units, where the groups come from discovery.
     ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
 
-    Raises `CouplingError` for groups of one name, and for spans and modules that do not fit the shapes: a parameter or
-    an axis that does not exist, an index outside of its axis, or one that two units of a group own.
+    Raises `CouplingError` for groups of one name, for a name of another layer than that of the spans, for a group of
+    layers that are not all decoder layers, and for spans that do not fit the shapes: a parameter or an axis that does
+    not exist, an index outside of its axis, or one that two units of a group own.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -275,9 +266,18 @@ class CouplingGraph:
                 self._check(group, span, self.shapes, "parameter")
             for span in group.buffers:
                 self._check(group, span, self.buffers, "buffer")
-            for module in group.modules:
-                if not any(p.startswith(module + ".") for p in self.shapes):
-                    raise CouplingError(f"group '{group.name}': the model has no parameters below '{module}'")
+            self._check_layer(group)
+
+    def _check_layer(self, group: CoupledGroup) -> None:
+        if group.kind == LAYER and group.units != self.num_layers:
+            raise CouplingError(f"group '{group.name}' has {group.units} layers, and the decoder {self.num_layers}")
+        layers = {self.layer_of(span.parameter) for span in group.spans}
+        layer = layers.pop() if len(layers) == 1 else None
+        if layer != group.layer:
+            where, name = "not in one layer alone", "must not begin with 'layers.N.'"
+            if layer is not None:
+                where, name = f"in layer {layer}", f"must be 'layers.{layer}.WORD', such as 'layers.{layer}.mlp'"
+            raise CouplingError(f"group '{group.name}' is {where}, so its name {name}")
 
     def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
         shape = shapes.get(span.parameter)
@@ -338,10 +338,9 @@ class CouplingGraph:
         return sum(prod(s) for p, s in self.shapes.items() if self.is_decoder(p) and p not in self.ties)
 
     def parameters_per_unit(self, group: CoupledGroup) -> int:
-        """Number of parameters that removing one unit alone removes (for modules, the mean over units)."""
-        if group.modules:
-            own = (prod(s) for p, s in self.shapes.items() if p.startswith(tuple(m + "." for m in group.modules)))
-            return sum(own) // group.units
+        """Number of parameters that removing one unit alone removes (for layers, the mean over units)."""
+        if group.kind == LAYER:
+            return self.decoder_parameters // group.units
         axes: dict[tuple[str, int], int] = {}
         for span in group.spans:
             if span.parameter not in self.ties:

@@ -1,7 +1,6 @@
 """Which units stay: ``kept`` maps group names to the units that stay; a group that is not named keeps everything.
 
-Index arithmetic without tensors: which indices of each axis remain, the groups and names of the cut model, and its
-number of parameters.
+Index arithmetic without tensors: which indices of each axis remain, and the groups and names of the cut model.
 """
 
 from __future__ import annotations
@@ -9,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from math import prod
 
 from ..errors import PlanError
 from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map, layer_number
@@ -21,20 +19,6 @@ def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
     """Numbers of the decoder layers that are removed."""
     layers = [(graph.by_name[name].units, units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
     return {unit for count, units in layers for unit in set(range(count)) - set(units)}
-
-
-def parameters_after(graph: CouplingGraph, kept: Kept) -> tuple[int, int]:
-    """(total, decoder) parameters that remain. Tied parameters count once."""
-    axes = {key: len(index) for key, index in kept_indices(graph, kept).items()}
-    gone = tuple(f"{module}." for module in removed_modules(graph, kept))
-    total = decoder = 0
-    for name, shape in graph.shapes.items():
-        if name in graph.ties or (gone and name.startswith(gone)):
-            continue
-        count = prod(axes.get((name, axis), size) for axis, size in enumerate(shape))
-        total += count
-        decoder += count if graph.is_decoder(name) else 0
-    return total, decoder
 
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
@@ -116,16 +100,6 @@ def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tup
     }
 
 
-def removed_modules(graph: CouplingGraph, kept: Kept) -> list[str]:
-    """Paths of whole modules that the plan removes."""
-    return [
-        module
-        for name, units in kept.items()
-        for unit, module in enumerate(graph.by_name[name].modules)
-        if unit not in set(units)
-    ]
-
-
 def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
     axes = kept_indices(graph, kept)
@@ -155,10 +129,8 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
                 name=names[group.name],
                 units=len(units),
                 spans=spans,
-                layer=None if group.layer is None else numbers[group.layer],
                 blocks=blocks,
                 minimum=min(minimum, len(units)),
-                modules=tuple(move(group.modules[u]) or "" for u in units) if group.modules else (),
                 buffers=buffers,
             )
         )
@@ -212,8 +184,8 @@ def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> Ind
 
 def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
     """Layer number before the cut → after it, for the layers that remain."""
-    gone = set(removed_modules(graph, kept))
-    remaining = [n for n in range(graph.num_layers) if f"{graph.layers}.{n}" not in gone]
+    gone = removed_layers(graph, kept)
+    remaining = [n for n in range(graph.num_layers) if n not in gone]
     return {old: new for new, old in enumerate(remaining)}
 
 

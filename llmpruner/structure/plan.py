@@ -266,7 +266,7 @@ def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str,
                 numbers = [cut.kept[number] for number in numbers]
         for group in graph.groups:
             before = group.name if group.layer is None else group.in_layer(numbers[group.layer])
-            if before in plan.cuts and not group.modules:
+            if before in plan.cuts:
                 found[group.name] = plan.cuts[before].units
     return found
 

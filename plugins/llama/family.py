@@ -41,7 +41,7 @@ class LlamaFamily(ModelFamily):
         )
         groups.append(CoupledGroup("hidden", HIDDEN, config.hidden_size, hidden))
         groups.append(layouts.vocabulary(config.vocab_size, "model.embed_tokens", "lm_head"))
-        groups.append(CoupledGroup("layers", LAYER, config.num_hidden_layers, modules=tuple(layers)))
+        groups.append(CoupledGroup("layers", LAYER, config.num_hidden_layers))
         return groups
 
     def _layer(self, config: LlamaConfig, n: int) -> list[CoupledGroup]:
@@ -54,14 +54,12 @@ class LlamaFamily(ModelFamily):
         )
         mlp = layouts.gated_mlp(gate, up, down, config.intermediate_size, bias=config.mlp_bias)
         groups = [
-            CoupledGroup(f"layers.{n}.attention", ATTENTION, kv_heads, attention, layer=n),
-            CoupledGroup(f"layers.{n}.mlp", MLP, config.intermediate_size, mlp, layer=n),
+            CoupledGroup(f"layers.{n}.attention", ATTENTION, kv_heads, attention),
+            CoupledGroup(f"layers.{n}.mlp", MLP, config.intermediate_size, mlp),
         ]
         if heads > kv_heads:
             spans = layouts.query_heads(q, o, heads, config.head_dim, bias=config.attention_bias)
-            groups.append(
-                CoupledGroup(f"layers.{n}.query", QUERY, heads, spans, layer=n, blocks=kv_heads, minimum=kv_heads)
-            )
+            groups.append(CoupledGroup(f"layers.{n}.query", QUERY, heads, spans, blocks=kv_heads, minimum=kv_heads))
         return groups
 
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:

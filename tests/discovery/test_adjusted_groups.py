@@ -13,7 +13,7 @@ import torch
 from composed import ComposedConfig
 from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig, PreTrainedConfig
 
-from llmpruner import CoupledGroup, ModelFamily, UnsupportedModelError, build_graph
+from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span, UnsupportedModelError, build_graph
 from llmpruner.discovery import verify as rules
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow
@@ -22,6 +22,7 @@ from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative, verify
 from llmpruner.errors import CouplingError, UnknownNameError
 from llmpruner.models.surgery import cut, silence
+from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import renamed, restrict
 from llmpruner.structure.scope import Scope
 
@@ -87,7 +88,7 @@ def test_a_kind_that_small_models_lack_is_refused() -> None:
 
 def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("llmpruner.discovery.groups.discover_graph", pytest.fail)
-    groups = (CoupledGroup("layers", "layer", 2, modules=("transformer.h.0", "transformer.h.1")),)
+    groups = (CoupledGroup("layers", "layer", 3),)
     family = type("Declared", (ModelFamily,), {"coupled_groups": lambda self, config: groups})()
     assert build_graph(family, SMALL).blocked == ()
 
@@ -113,11 +114,19 @@ def test_a_kind_that_was_not_found_is_refused_with_operator_and_module(monkeypat
 
 
 def test_names_are_checked() -> None:
+    def graph(name: str, *layers: int) -> CouplingGraph:
+        spans = tuple(Span(f"layers.{n}.w", 0, Role.PRODUCES, Blocks(2)) for n in layers)
+        shapes = {f"layers.{n}.w": (2,) for n in range(4)}
+        return CouplingGraph((CoupledGroup(name, "mlp", 2, spans),), shapes, "layers")
+
     for name in ("block3.mlp", "layers.2.mlp", "layers.3."):
         with pytest.raises(CouplingError, match=r"must be 'layers\.3\.WORD', such as 'layers\.3\.mlp'"):
-            CoupledGroup(name, "mlp", 1, modules=("a",), layer=3)
-    with pytest.raises(CouplingError, match="is named after layer 3; give it layer=3"):
-        CoupledGroup("layers.3.mlp", "mlp", 1, modules=("a",))
+            graph(name, 3)
+    with pytest.raises(CouplingError, match="is not in one layer alone, so its name must not begin with"):
+        graph("layers.3.mlp", 2, 3)
+    assert (graph("layers.3.mlp", 3).groups[0].layer, graph("both", 2, 3).groups[0].layer) == (3, None)
+    with pytest.raises(CouplingError, match="group 'layers' has 3 layers, and the decoder 4"):
+        replace(graph("both", 2, 3), groups=(CoupledGroup("layers", "layer", 3),))
 
 
 def test_names_follow_the_layers_that_stay() -> None:

@@ -174,8 +174,8 @@ def test_a_cut_that_breaks_a_constraint_is_refused(gqa, kept, message):
 
 def test_a_number_of_units_that_is_no_multiple_is_refused():
     """Before the cut, not when the checkpoint is saved. All units may stay, whatever their number is."""
-    group = CoupledGroup("layers.0.mlp", MLP, 20, (Span("w", 0, Role.PRODUCES, Blocks(20)),), 0, multiple=8)
-    graph = CouplingGraph((group,), {"w": (20,), "layers.0.w": (1,)}, "layers")
+    group = CoupledGroup("layers.0.mlp", MLP, 20, (Span("layers.0.w", 0, Role.PRODUCES, Blocks(20)),), multiple=8)
+    graph = CouplingGraph((group,), {"layers.0.w": (20,)}, "layers")
     for count in (8, 16, 20):
         check_kept(graph, {group.name: range(count)})
     with pytest.raises(PlanError, match=r"'layers.0.mlp' must keep a multiple of 8 units, the plan keeps 12"):
@@ -184,9 +184,9 @@ def test_a_number_of_units_that_is_no_multiple_is_refused():
 
 @pytest.mark.parametrize(("blocks", "multiple"), [(1, 8), (2, 8), (3, 2), (1, 1)])
 def test_random_plans_obey_every_constraint(blocks, multiple):
-    span = Span("w", 0, Role.PRODUCES, Blocks(42))
-    group = CoupledGroup("layers.0.mlp", MLP, 42, (span,), 0, blocks=blocks, minimum=blocks, multiple=multiple)
-    graph = CouplingGraph((group,), {"w": (42,), "layers.0.w": (1,)}, "layers")
+    span = Span("layers.0.w", 0, Role.PRODUCES, Blocks(42))
+    group = CoupledGroup("layers.0.mlp", MLP, 42, (span,), blocks=blocks, minimum=blocks, multiple=multiple)
+    graph = CouplingGraph((group,), {"layers.0.w": (42,)}, "layers")
     for seed in range(8):
         kept = random_plan([group], seed, uneven=seed % 2 == 0)
         check_kept(graph, kept)
@@ -203,7 +203,7 @@ def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
     parts = {"q": nn.Linear(3, 8, bias=False), "norm": nn.RMSNorm(8), "out": nn.Linear(8, 3, bias=False)}
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    group = CoupledGroup("layers.0.query", QUERY, 4, spans, layer=0, blocks=2)
+    group = CoupledGroup("layers.0.query", QUERY, 4, spans, blocks=2)
     silence(model, CouplingGraph((group,), shapes, "layers"), {"layers.0.query": [0, 3]})
     for weight in (parts["q"].weight, parts["out"].weight.T):
         assert [bool(row.any()) for row in weight.reshape(4, 2, 3)] == [True, False, False, True]
@@ -221,7 +221,7 @@ def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
     spans = (*spans, Span("layers.0.up.bias", 0, Role.PRODUCES, Blocks(6)))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    graph = CouplingGraph((CoupledGroup("hidden", HIDDEN, 6, spans),), shapes, "layers")
+    graph = CouplingGraph((CoupledGroup("layers.0.hidden", HIDDEN, 6, spans),), shapes, "layers")
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
     def outputs(model):
@@ -230,8 +230,8 @@ def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
         return layer["out"](layer["norm"](torch.cat([up, up], -1)))
 
     silenced = copy.deepcopy(model)
-    silence(silenced, graph, {"hidden": [0, 2, 5]})
-    cut(model, graph, {"hidden": [0, 2, 5]})
+    silence(silenced, graph, {"layers.0.hidden": [0, 2, 5]})
+    cut(model, graph, {"layers.0.hidden": [0, 2, 5]})
     assert torch.allclose(outputs(model), outputs(silenced), atol=1e-6)
 
 
@@ -259,7 +259,7 @@ def test_layers_that_share_weights_are_cut_together():
     named = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(p.shape) for name, p in named.items()}
     ties = {f"layers.1.{name}.weight": f"layers.0.{name}.weight" for name in ("norm", "out")}
-    graph = CouplingGraph((CoupledGroup("layers.0.mlp", MLP, 6, spans, layer=0),), shapes, "layers", ties)
+    graph = CouplingGraph((CoupledGroup("layers.0.mlp", MLP, 6, spans),), shapes, "layers", ties)
     remaining = cut(model, graph, {"layers.0.mlp": [1, 2, 4]})
     for name in ("norm", "out"):
         first, second = (layer[name] for layer in layers)

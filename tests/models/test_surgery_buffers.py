@@ -12,7 +12,7 @@ from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import CouplingError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.coupling import CouplingGraph
-from llmpruner.structure.kept import parameters_after, restrict
+from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import structure_of
 
 BUFFER = Span("layers.0.table", 0, Role.PRODUCES, Blocks(3, width=2))
@@ -26,7 +26,7 @@ def model() -> nn.Module:
 
 
 def graph(*buffers: Span, shape: tuple[int, ...] = (6,)) -> CouplingGraph:
-    group = CoupledGroup("layers.0.mlp", "mlp", 3, (WEIGHT,), 0, buffers=buffers)
+    group = CoupledGroup("layers.0.mlp", "mlp", 3, (WEIGHT,), buffers=buffers)
     return CouplingGraph((group,), {"layers.0.weight": (4, 6)}, "layers", buffers={"layers.0.table": shape})
 
 
@@ -54,7 +54,7 @@ def test_an_untouched_buffer_stays_as_it_was() -> None:
 
 def test_units_under_a_norm_are_silenced_in_buffers_too() -> None:
     norm = Span("layers.0.weight", 1, Role.NORM, Blocks(3, width=2))
-    group = CoupledGroup("layers.0.hidden", "hidden", 3, (norm,), 0, buffers=(BUFFER,))
+    group = CoupledGroup("layers.0.hidden", "hidden", 3, (norm,), buffers=(BUFFER,))
     tiny = model()
     silence(tiny, replace(graph(), groups=(group,)), {"layers.0.hidden": [0, 2]})
     assert tiny["layers"][0].table.tolist() == [0.0, 1.0, 0.0, 0.0, 4.0, 5.0]
@@ -64,7 +64,7 @@ def test_buffers_do_not_count() -> None:
     with_buffer, without = graph(BUFFER), replace(graph(), buffers={})
     assert structure_of(with_buffer) == structure_of(without)
     assert with_buffer.total_parameters == with_buffer.decoder_parameters == 24
-    assert parameters_after(with_buffer, {"layers.0.mlp": [0]}) == (8, 8)
+    assert restrict(with_buffer, {"layers.0.mlp": [0]}).total_parameters == 8
     assert with_buffer.parameters_per_unit(with_buffer.groups[0]) == without.parameters_per_unit(without.groups[0])
 
 

@@ -22,7 +22,7 @@ from llmpruner.pipeline import make_plan
 from llmpruner.pruning.compensation.builtin import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.targets import inner_layers
-from llmpruner.structure.kept import parameters_after
+from llmpruner.structure.kept import restrict
 from llmpruner.testing.models import small_job
 
 LITTLE_TEXT = {"samples": 2, "length": 12}
@@ -300,7 +300,7 @@ def test_layers_go_in_many_steps_as_in_one(deep, shape):
     gone = set(range(8)) - set(many.cuts["layers"].kept)
     widths = {len(each.kept) for each in many.cuts.values() if each.kind == "mlp" and each.layer not in gone}
     assert widths <= {63, 64, 65}
-    parameters = [parameters_after(deep.graph, made.kept)[1] for made in (one, many)]
+    parameters = [restrict(deep.graph, made.kept).decoder_parameters for made in (one, many)]
     assert abs(parameters[0] - parameters[1]) <= 3 * 64
 
 
@@ -311,7 +311,7 @@ def test_a_ranking_in_many_steps_takes_the_layer_that_is_first(deep):
     one, many = (llmpruner.plan(deep, ratio=0.3, **options, steps=steps) for steps in (1, 10))
     assert set(range(8)) - set(many.cuts["layers"].kept) == set(range(8)) - set(one.cuts["layers"].kept) == {3}
     for made in (one, many):
-        assert abs(parameters_after(deep.graph, made.kept)[1] / deep.graph.decoder_parameters - 0.7) < 0.001
+        assert abs(restrict(deep.graph, made.kept).decoder_parameters / deep.graph.decoder_parameters - 0.7) < 0.001
     # A layer that the whole amount has no room for is passed over, and the ranking goes on.
     few = [llmpruner.plan(deep, ratio=0.1, **options, steps=steps) for steps in (1, 10)]
     assert few[0].cuts == few[1].cuts and {each.kind for each in few[0].cuts.values()} == {"mlp"}

@@ -18,7 +18,7 @@ from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.saving import plan_of, save
 from llmpruner.pruning.selection import select
 from llmpruner.pruning.targets import Demand
-from llmpruner.structure.kept import parameters_after, restrict
+from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope
 from llmpruner.structure.widths import Widths, widths_for
@@ -28,9 +28,7 @@ UNIFORM = Widths(uniform=True, round_to=8)
 
 
 def group(units: int, kind: str = "mlp", layer: int = 0, **more) -> CoupledGroup:
-    return CoupledGroup(
-        f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), layer, **more
-    )
+    return CoupledGroup(f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), **more)
 
 
 def chosen(loaded, kinds, ratio, allocation=Uniform, widths=UNIFORM, loss=None):
@@ -44,7 +42,7 @@ def chosen(loaded, kinds, ratio, allocation=Uniform, widths=UNIFORM, loss=None):
     }
     demand = Demand(amount=round(ratio * graph.decoder_parameters))
     kept = select(graph, groups, scores, scope, demand, allocation(), widths=widths, loss=loss)
-    return kept, 1 - parameters_after(graph, kept)[1] / graph.decoder_parameters
+    return kept, 1 - restrict(graph, kept).decoder_parameters / graph.decoder_parameters
 
 
 @pytest.mark.parametrize("allocation", [Uniform, GlobalRanking], ids=lambda cls: cls.name)
@@ -183,7 +181,7 @@ def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
     left = restrict(pruned.graph, second)
     plans = (*pruned.plans, plan_of(pruned, small_job(), second, None))
     found = dense_units(plans, left)
-    assert found == {"layers.0.mlp": 96, "layers.1.mlp": 96}
+    assert found == {"layers": 4, "layers.0.mlp": 96, "layers.1.mlp": 96}
     widths = widths_for("uniform", None, 512, dense_units(pruned.plans, pruned.graph))
     assert widths.after(pruned.graph, second).dense.items() >= found.items()
 

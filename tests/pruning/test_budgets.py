@@ -85,7 +85,7 @@ def check_counts(loaded: Model, kinds: tuple[str, ...] = ()) -> None:
     costs = {budget: cost_for(loaded, budget, groups) for budget in BUDGETS}
     for budget, cost in costs.items():
         assert cost.remaining() == real(budget, loaded.model, graph), budget
-    inner = [g for g in groups if not g.modules and g.units > g.minimum]
+    inner = [g for g in groups if g.spans and g.units > g.minimum]
     for seed in range(2):
         kept = random_plan(inner, seed, uneven=True)
         if seed and "layers" in graph.by_name:

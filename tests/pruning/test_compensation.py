@@ -21,6 +21,7 @@ from llmpruner.pruning.compensation.builtin import BiasShift, NoCompensation, Re
 from llmpruner.pruning.compensation.least_squares import WeightFitter, write_all
 from llmpruner.pruning.compensation.readers import Reader, readers_of, stream_writers
 from llmpruner.structure.coupling import LAYER, Role
+from llmpruner.structure.kept import removed_layers
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -84,11 +85,10 @@ def observed(model, path: str) -> tuple[torch.Tensor, torch.Tensor]:
 def skipping(model, loaded, kept):
     """The repaired model at full size, its removed layers skipped."""
     model = copy.deepcopy(model)
-    for number, path in enumerate(loaded.graph.by_name["layers"].modules if "layers" in kept else ()):
-        if number not in kept["layers"]:
-            model.get_submodule(path).register_forward_hook(
-                lambda _, args, out: args[0] if isinstance(out, torch.Tensor) else (args[0], *out[1:])
-            )
+    for number in removed_layers(loaded.graph, kept):
+        model.get_submodule(f"{loaded.graph.layers}.{number}").register_forward_hook(
+            lambda _, args, out: args[0] if isinstance(out, torch.Tensor) else (args[0], *out[1:])
+        )
     silence(model, loaded.graph, {name: units for name, units in kept.items() if name != "layers"})
     return model
 

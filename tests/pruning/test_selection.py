@@ -11,7 +11,7 @@ from llmpruner.pruning.allocation import GlobalRanking, Uniform
 from llmpruner.pruning.budgets import counts, parameter_cost
 from llmpruner.pruning.selection import select
 from llmpruner.pruning.targets import Demand
-from llmpruner.structure.kept import parameters_after, restrict
+from llmpruner.structure.kept import restrict
 from llmpruner.structure.scope import Scope, build_queue
 from llmpruner.structure.widths import Widths
 
@@ -43,10 +43,9 @@ def test_the_amount_is_hit_within_one_unit(loaded, kinds, ratio, allocation):
         kinds = tuple(k for k in kinds if k != "query")
     target = round(ratio * graph.decoder_parameters)
     kept = choose(graph, kinds, Demand(amount=target), allocation=allocation)
-    removed = graph.decoder_parameters - parameters_after(graph, kept)[1]
+    removed = graph.decoder_parameters - restrict(graph, kept).decoder_parameters
     finest = min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
     assert abs(removed - target) <= finest
-    assert parameters_after(graph, kept)[1] == restrict(graph, kept).decoder_parameters
 
 
 def test_uniform_takes_the_least_important_of_every_group(gqa):
@@ -109,7 +108,8 @@ def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
     numbers = {name: len(units) for name, units in kept.items()}
     assert counts(gqa.graph, kept) == (numbers, set())
     left = [parameter_cost(gqa.graph, groups, decoder=decoder).remaining(numbers) for decoder in (False, True)]
-    assert tuple(left) == parameters_after(gqa.graph, kept)
+    after = restrict(gqa.graph, kept)
+    assert left == [after.total_parameters, after.decoder_parameters]
 
 
 def test_numbers_of_units_do_not_count_what_another_group_took(gqa):

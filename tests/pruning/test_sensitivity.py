@@ -15,7 +15,7 @@ from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.selection import select, trial_loss
 from llmpruner.pruning.targets import Demand
-from llmpruner.structure.kept import parameters_after
+from llmpruner.structure.kept import restrict
 from llmpruner.structure.scope import Scope
 
 
@@ -70,7 +70,7 @@ def test_shares_of_units_remove_what_equal_shares_do(gqa, kinds, allocation):
         demand = Demand(units={g.name: share * g.units for g in groups})
         equal, found = (
             graph.decoder_parameters
-            - parameters_after(graph, choose(graph, kinds, demand, quadratic(graph, weights), how))[1]
+            - restrict(graph, choose(graph, kinds, demand, quadratic(graph, weights), how)).decoder_parameters
             for how in (Uniform(), allocation)
         )
         assert 2 * abs(found - equal) <= min(graph.parameters_per_unit(g) for g in groups)

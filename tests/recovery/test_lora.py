@@ -28,13 +28,12 @@ def test_experts_are_skipped():
     path, wide = "model.layers.0", Blocks(2, 16)
     experts = f"{path}.mlp.experts.down_proj"
     groups = [
-        CoupledGroup("layers.0.mlp", MLP, 16, (Span(experts, 2, Role.CONSUMES, Blocks(16)),), layer=0),
+        CoupledGroup("layers.0.mlp", MLP, 16, (Span(experts, 2, Role.CONSUMES, Blocks(16)),)),
         CoupledGroup(
             "layers.0.attention",
             "attention",
             2,
             (Span(f"{path}.self_attn.o_proj.weight", 1, Role.CONSUMES, wide),),
-            layer=0,
         ),
     ]
     graph = graph_of(model, groups)

@@ -80,7 +80,7 @@ def removed_channels(graph: CouplingGraph, kept: Kept) -> torch.Tensor:
     for name, units in kept.items():
         group = graph.by_name[name]
         if group.is_normalized and group.layer is None:
-            norm = next(group.spans_with(Role.NORM, Role.LAYER_NORM))
+            norm = next(group.spans_with(Role.NORM))
             gone.update(norm.indices(set(range(group.units)) - set(units)))
     return torch.tensor(sorted(gone), dtype=torch.long)
 

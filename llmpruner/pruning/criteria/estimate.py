@@ -18,7 +18,7 @@ from ...engine.parameter_signals import walk_signals
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
 from ...engine.statistics import stream_statistics, token_statistics
 from ...errors import ModelError, SelectionError
-from ...structure.coupling import CoupledGroup, CouplingGraph
+from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
@@ -132,11 +132,11 @@ def _score(
             found = _per_index(saliency, use, criterion.signed).cpu()
             if key in sums:
                 _, before = sums[key]
-                follows = use.axis.axis == 0 and not use.group.modules
+                follows = use.axis.axis == 0 and use.group.kind != LAYER
                 found = torch.cat([before, found]) if follows else before + found
             sums[key] = use, found
     for key, (use, values) in sums.items():
-        partial[key] = values if use.group.modules else values.abs()[_index(use, values)].sum(1)
+        partial[key] = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
     return {group.name: _reduce(graph, group, partial, reduction) for group in groups}
 
 
@@ -155,19 +155,19 @@ def scored_spans(
         scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
         for name, use in scored or found:
             uses.setdefault(name, []).append(use)
-        for number, name in enumerate(_module_parameters(graph, group)):
+        for number, name in enumerate(_in_layers(graph) if group.kind == LAYER else ()):
             axis = UnitAxis(group.kind, None, 0, reads[name])
             uses.setdefault(name, []).append(_Use(group, number, axis))
     return uses
 
 
-def _module_parameters(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
-    return [p for m in group.modules for p in graph.shapes if p.startswith(m + ".") and p not in graph.ties]
+def _in_layers(graph: CouplingGraph) -> list[str]:
+    return [name for name in graph.shapes if graph.is_decoder(name) and name not in graph.ties]
 
 
 def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
     """The indices on the axis that each unit owns, (units, width)."""
-    if use.group.modules:
+    if use.group.kind == LAYER:
         return torch.arange(weight.shape[0] if weight.dim() else 1, device=weight.device)[None]
     units = use.group.units
     owned = use.group.spans[use.number].indices(range(units))
@@ -175,9 +175,9 @@ def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
-    """Sums of saliencies over all axes but that of the units, float64; for modules one sum, (1,). Those of the matrices
+    """Sums of saliencies over all axes but that of the units, float64; for layers one sum, (1,). Those of the matrices
     of a stack add up, or follow one another where the units are the matrices."""
-    if use.group.modules:
+    if use.group.kind == LAYER:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
         return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
     others = [axis for axis in range(saliency.dim()) if axis != use.axis.axis]
@@ -192,15 +192,13 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
 def _reduce(
     graph: CouplingGraph, group: CoupledGroup, partial: Mapping[tuple[str, int], torch.Tensor], reduction: str
 ) -> torch.Tensor:
-    if not group.modules:
+    if group.kind != LAYER:
         spans = [partial[group.name, n] for n in range(len(group.spans)) if (group.name, n) in partial]
         return reduce_spans(torch.stack(spans), reduction)
-    names = _module_parameters(graph, group)
-    of_module = [
-        [partial[group.name, n] for n, name in enumerate(names) if name.startswith(module + ".")]
-        for module in group.modules
-    ]
-    return torch.cat([reduce_spans(torch.stack(values), reduction) for values in of_module])
+    of_layer: dict[int | None, list[torch.Tensor]] = {}
+    for number, name in enumerate(_in_layers(graph)):
+        of_layer.setdefault(graph.layer_of(name), []).append(partial[group.name, number])
+    return torch.cat([reduce_spans(torch.stack(of_layer[unit]), reduction) for unit in range(group.units)])
 
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:

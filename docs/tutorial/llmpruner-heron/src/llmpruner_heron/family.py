@@ -22,7 +22,7 @@ class HeronFamily(ModelFamily):
         for n, block in enumerate(blocks):
             groups += [self._attention(config, n, block), self._mlp(config, n, block)]
         groups.append(self._hidden(config, blocks))
-        groups.append(CoupledGroup("layers", LAYER, len(blocks), modules=tuple(blocks)))
+        groups.append(CoupledGroup("layers", LAYER, len(blocks)))
         return groups
 
     def _attention(self, config, n, block):
@@ -35,12 +35,12 @@ class HeronFamily(ModelFamily):
             Span(f"{block}.attention.out.weight", 1, Role.CONSUMES, Blocks(heads, head_dim)),
         )
         slopes = Span(f"{block}.attention.slopes", 0, Role.PRODUCES, Blocks(heads))
-        return CoupledGroup(f"layers.{n}.attention", ATTENTION, heads, spans, layer=n, buffers=(slopes,))
+        return CoupledGroup(f"layers.{n}.attention", ATTENTION, heads, spans, buffers=(slopes,))
 
     def _mlp(self, config, n, block):
         """A unit is one channel: a row of ``up`` with its bias, and a column of ``down``."""
         spans = layouts.two_layer_mlp(f"{block}.up", f"{block}.down", config.inner_size)
-        return CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_size, spans, layer=n)
+        return CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_size, spans)
 
     def _hidden(self, config, blocks):
         """A unit is one channel of the residual stream, all the way from the embedding to the head."""
