@@ -15,7 +15,7 @@ from pydantic import Field
 
 from .component import Component, ComponentSettings
 from .errors import CheckpointError, PluginError, SettingsError
-from .files import new_directory, read_json
+from .files import new_directory
 from .progress import QUIET, Progress
 
 if TYPE_CHECKING:
@@ -138,22 +138,19 @@ def export(
         if not any(partial.iterdir()):
             raise PluginError(f"{exporter.label()} wrote no file")
         if (partial / "config.json").is_file():
-            _add_hashes(partial, source, exporter)
+            _add_origin(partial, source, exporter)
     return line
 
 
-def _add_hashes(directory: Path, source: Path, exporter: Exporter) -> None:
-    """Record the hash of every file, in ``llmpruner.json`` or, for a dense model, with where it is from."""
+def _add_origin(directory: Path, source: Path, exporter: Exporter) -> None:
+    """Record where a model is from, and the hash of every file, unless it has a record of its own."""
     from . import __version__
     from .models import record
 
-    file = directory / record.RECORD_FILE
-    if file.is_file():
-        record.write_record(file, read_json(file))
-        return
-    origin = {"llmpruner": __version__, "exported_from": str(source)}
-    form = {"format": exporter.name} if exporter.for_other_programs else {}
-    record.write_record(directory / record.ORIGIN_FILE, origin | form)
+    if not (directory / record.RECORD_FILE).is_file():
+        origin = {"llmpruner": __version__, "exported_from": str(source)}
+        form = {"format": exporter.name} if exporter.for_other_programs else {}
+        record.write_record(directory / record.ORIGIN_FILE, origin | form)
 
 
 class StockExporter(Exporter):
