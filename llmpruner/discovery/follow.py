@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.modeling_llmpruner import slice_argument
-from ..structure.coupling import CoupledGroup, CouplingGraph
+from ..structure.coupling import CoupledGroup, CouplingGraph, in_layer
 from ..structure.kept import Kept, layer_numbers
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class Follower:
             if len(units) == group.units:
                 continue
             layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
-            near = {_pattern(graph, path) for path in _around(graph, group)}
+            near = {in_layer(path, graph.layers, "*") for path in _around(graph, group)}
             axes = _axes(graph, group)
             for rule in self.rules:
                 if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
@@ -120,12 +120,12 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
             axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
             for name, value in _integers(module):
                 if _counts(value, group):
-                    found.setdefault(Follow(group.kind, _pattern(graph, path), name, axes))
+                    found.setdefault(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
     return sorted(found)
 
 
 def _axes(graph: CouplingGraph, group: CoupledGroup) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted({(_pattern(graph, span.parameter), span.axis) for span in group.spans}))
+    return tuple(sorted({(in_layer(span.parameter, graph.layers, "*"), span.axis) for span in group.spans}))
 
 
 def tables(
@@ -139,7 +139,7 @@ def tables(
         for name, value in first.items():
             if all(torch.equal(value, other[name]) for other in others if name in other):
                 axes = (axis for axis, size in enumerate(value.shape) if size % group.units == 0)
-                found.update(FollowTable(group.kind, _pattern(graph, path), name, axis) for axis in axes)
+                found.update(FollowTable(group.kind, in_layer(path, graph.layers, "*"), name, axis) for axis in axes)
     return sorted(found)
 
 
@@ -160,14 +160,6 @@ def _named_tensors(
     finally:
         handle.remove()
     return calls if len(calls) == len(batches) else []
-
-
-def _pattern(graph: CouplingGraph, path: str) -> str:
-    prefix = graph.layers + "."
-    if not path.startswith(prefix):
-        return path
-    _, dot, rest = path[len(prefix) :].partition(".")
-    return f"{prefix}*{dot}{rest}"
 
 
 def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -> Iterator[tuple[str, nn.Module]]:

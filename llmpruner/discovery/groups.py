@@ -26,6 +26,7 @@ from ..structure.coupling import (
     CouplingGraph,
     Role,
     Span,
+    in_layer,
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
@@ -189,7 +190,7 @@ def _group(
             for parameter in (
                 _everywhere(span.parameter, traced)
                 if layer is None
-                else [_renumber(span.parameter, traced.layers, layer)]
+                else [in_layer(span.parameter, traced.layers, layer)]
             )
         )
         for owned in (unit_set.owned, unit_set.buffers)
@@ -234,18 +235,12 @@ def _names(members: Sequence[Named], traced: Trace) -> list[str]:
     return names
 
 
-def _renumber(parameter: str, layers: str, number: int) -> str:
-    prefix = layers + "."
-    rest = parameter[len(prefix) :].partition(".")[2]
-    return f"{prefix}{number}.{rest}"
-
-
 def _everywhere(parameter: str, traced: Trace) -> list[str]:
     """The names of the parameter in all real layers that its traced layer represents."""
     layer = layer_number(parameter, traced.layers)
     if layer is None:
         return [parameter]
-    return [_renumber(parameter, traced.layers, number) for number in traced.stands_for[layer]]
+    return [in_layer(parameter, traced.layers, number) for number in traced.stands_for[layer]]
 
 
 def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:

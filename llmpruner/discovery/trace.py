@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
 from ..models.meta import decoder_layers, decoder_list, meta_model
+from ..models.modeling_llmpruner import drop_layers, per_layer_lists
 from ..progress import only_errors
 
 if TYPE_CHECKING:
@@ -150,28 +151,15 @@ def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int
     """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns
     `Trace.stands_for`."""
     modules = decoder_list(model, layers)
-    config = model.config.get_text_config()
+    lists = per_layer_lists(model.config.get_text_config(), len(modules)).values()
     like: dict[Any, list[int]] = {}
     for number, layer in enumerate(modules):
-        types = tuple(str(values[number]) for _, values in _per_layer_lists(config, len(modules)))
+        types = tuple(str(values[number]) for values in lists)
         like.setdefault((types, _signature(layer, number)), []).append(number)
-    keep = sorted(numbers[0] for numbers in like.values())
-    members = {numbers[0]: tuple(numbers) for numbers in like.values()}
-    if len(keep) == len(modules):
-        return members
-    parent, _, leaf = layers.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.ModuleList([modules[n] for n in keep]))
-    for new, old in enumerate(keep):
-        for module in modules[old].modules():
-            for name in ("layer_idx", "layer_id", "layer_number"):
-                if getattr(module, name, None) == old:
-                    setattr(module, name, new)
-    for name, values in _per_layer_lists(config, len(modules)):
-        setattr(config, name, [values[n] for n in keep])
-    # Where a layer counts as several, its own number is another field.
-    counted = "num_layers" if vars(config).get("num_layers") == len(modules) else "num_hidden_layers"
-    setattr(config, counted, len(keep))
-    return {new: members[old] for new, old in enumerate(keep)}
+    members = sorted(like.values())
+    if len(members) < len(modules):
+        drop_layers(model, layers, [first for first, *_ in members])
+    return {new: tuple(numbers) for new, numbers in enumerate(members)}
 
 
 def _signature(layer: nn.Module, number: int) -> Any:
@@ -185,14 +173,6 @@ def _signature(layer: nn.Module, number: int) -> Any:
         and name not in ("layer_idx", "layer_id", "layer_number")
     )
     return tuple(type(m).__qualname__ for m in layer.modules()), parameters, attributes
-
-
-def _per_layer_lists(config: PreTrainedConfig, count: int) -> list[tuple[str, list[Any]]]:
-    return [
-        (name, value)
-        for name, value in vars(config).items()
-        if isinstance(value, list) and len(value) == count and not name.startswith("_")
-    ]
 
 
 Numbers = npt.NDArray[np.int64]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ..errors import CheckpointError, first_line
-from ..structure.coupling import layer_number
+from ..structure.coupling import in_layer, layer_number
 from ..structure.kept import layer_numbers
 from .checkpoint import model_class
 from .messages import quiet_transformers
@@ -287,6 +287,6 @@ class DerivedWeights(StreamedWeights):
         with self._source.part(old):
             for name, tensor in self._source.model.state_dict().items():
                 if self._source.number(name) == old:
-                    new = name if old == part else f"{self.path}.{part}.{name.removeprefix(f'{self.path}.{old}.')}"
-                    tensors[new] = tensor if self._values is None else self._values.of(name, tensor)
+                    value = tensor if self._values is None else self._values.of(name, tensor)
+                    tensors[in_layer(name, self.path, part)] = value
         return tensors

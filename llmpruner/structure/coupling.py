@@ -236,6 +236,13 @@ def layer_number(name: str, layers: str) -> int | None:
     return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
 
 
+def in_layer(path: str, layers: str, number: object) -> str:
+    """The path of a module or parameter with another number of its layer; outside the layers, as it is. ``layers``: as
+    in `layer_number`."""
+    old = layer_number(path, layers)
+    return path if old is None else f"{layers}.{number}{path.removeprefix(f'{layers}.{old}')}"
+
+
 @dataclass(frozen=True)
 class CouplingGraph:
     """All coupled groups of a model, with the shapes of its tensors.

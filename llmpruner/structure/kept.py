@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from ..errors import PlanError
-from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, index_map, layer_number
+from .coupling import LAYER, Blocks, CoupledGroup, CouplingGraph, IndexMap, Span, in_layer, index_map, layer_number
 
 Kept = Mapping[str, Sequence[int]]
 
@@ -195,5 +195,4 @@ def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None
     number = layer_number(path, layers)
     if number is None:
         return path
-    rest = path.removeprefix(f"{layers}.{number}")
-    return f"{layers}.{numbers[number]}{rest}" if number in numbers else None
+    return in_layer(path, layers, numbers[number]) if number in numbers else None
