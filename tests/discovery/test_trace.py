@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import composed
 import pytest
 import torch
 from torch import nn
@@ -10,7 +11,6 @@ from transformers import CONFIG_MAPPING
 from llmpruner import Role
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.propagate import Propagation
-from llmpruner.discovery.tiny import small_config
 from llmpruner.discovery.trace import export, trace
 from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
@@ -74,10 +74,22 @@ def test_a_loop_over_experts_is_traced_for_all_of_them():
     assert reasons["router.weight", 0].startswith("numbered otherwise"), "experts are picked by number"
 
 
-@pytest.mark.slow
-def test_a_configuration_that_refuses_another_depth_is_traced_whole():
-    found = trace(small_config(CONFIG_MAPPING["prophetnet"]()))
-    assert found.stands_for == {n: (n,) for n in range(found.model.config.num_decoder_layers)}
+class Placed(composed.Layer):
+    """Reads one of as many numbers as there are layers."""
+
+    def __init__(self, config, number):
+        super().__init__(config, number)
+        self.config, self.place = config, number
+
+    def forward(self, x):
+        return super().forward(x) * [1.0 for _ in range(self.config.num_hidden_layers)][self.place]
+
+
+def test_a_model_that_does_not_run_with_fewer_layers_is_traced_whole(monkeypatch):
+    config = composed.ComposedConfig(num_hidden_layers=4, linear=(3,))
+    assert trace(config).stands_for == {0: (0, 1, 2), 1: (3,)}
+    monkeypatch.setattr(composed, "Layer", Placed)
+    assert trace(config).stands_for == {n: (n,) for n in range(4)}
 
 
 def test_experts_are_found_where_the_configuration_asks_for_their_balance():
