@@ -101,8 +101,8 @@ def estimate(
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One span of a group; for a group of modules, one parameter of a module. ``number``: among the group's spans, or
-    among the parameters of its modules."""
+    """One span of a group; for a group of layers, one parameter of a layer. ``number``: among the group's spans, or
+    among the parameters of all layers."""
 
     group: CoupledGroup
     number: int
