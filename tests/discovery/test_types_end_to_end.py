@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from fresh import run_fresh
-from transformers import CONFIG_MAPPING
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from llmpruner import api, load_pruned
 from llmpruner.discovery.family import AutoFamily
@@ -128,6 +129,11 @@ def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path
     assert torch.allclose(logits(again, TOKENS), logits(recovered.model, TOKENS), atol=1e-4)
 
 
+@cache
+def small_of(model_type: str) -> PreTrainedConfig:
+    return small_config(CONFIG_MAPPING[model_type]())
+
+
 def test_sizes_of_single_layers_stay_different_when_a_configuration_is_made_small() -> None:
     config = CONFIG_MAPPING["gemma4_text"](attention_k_eq_v=True, num_global_key_value_heads=2)
     small = small_config(config)
@@ -137,7 +143,7 @@ def test_sizes_of_single_layers_stay_different_when_a_configuration_is_made_smal
 
 
 def test_layers_that_use_keys_of_others_are_among_the_few() -> None:
-    small = small_config(CONFIG_MAPPING["gemma3n_text"]())
+    small = small_of("gemma3n_text")
     assert set(small.kv_sharing_modes) == {None, "store", "reuse"} or set(small.kv_sharing_modes) == {"store", "reuse"}
     reusing = [kind for kind, mode in zip(small.layer_types, small.kv_sharing_modes, strict=True) if mode == "reuse"]
     assert set(reusing) == {"sliding_attention", "full_attention"}
@@ -150,17 +156,16 @@ def test_layers_that_use_keys_of_others_are_among_the_few() -> None:
 def test_numbers_that_depend_on_each_other_are_made_small_together(model_type: str) -> None:
     """Without a sum, a product, a number of heads, a width of another part that must hold, or two layers that share
     weights, none of these can be built or run."""
-    small = small_config(CONFIG_MAPPING[model_type]())
-    assert random_instance(small).num_parameters() < 3_000_000
+    assert random_instance(small_of(model_type)).num_parameters() < 3_000_000
 
 
 def test_layers_that_are_counted_in_another_field_are_few() -> None:
-    small = {name: small_config(CONFIG_MAPPING[name]()) for name in ("longcat_flash", "prophetnet", "xlstm")}
+    small = {name: small_of(name) for name in ("longcat_flash", "prophetnet", "xlstm")}
     assert small["longcat_flash"].num_layers == small["prophetnet"].num_decoder_layers == small["xlstm"].num_blocks == 3
 
 
 def test_heads_of_a_further_kind_of_layer_divide_no_other_size() -> None:
-    small = small_config(CONFIG_MAPPING["qwen3_next"]())
+    small = small_of("qwen3_next")
     assert (small.linear_num_key_heads, small.linear_num_value_heads) == (3, 6)
     assert all(
         size % 3 for size in (small.linear_key_head_dim, small.linear_value_head_dim, small.linear_conv_kernel_dim)
@@ -169,7 +174,7 @@ def test_heads_of_a_further_kind_of_layer_divide_no_other_size() -> None:
 
 def test_heads_of_all_layers_and_of_state_spaces_are_told_from_channels() -> None:
     """The heads of cpmant share a table of biases; those of falcon_h1 are no channels of an MLP, and no attention."""
-    shared, mixed = (discover_graph(small_config(CONFIG_MAPPING[name]())) for name in ("cpmant", "falcon_h1"))
+    shared, mixed = (discover_graph(small_of(name)) for name in ("cpmant", "falcon_h1"))
     assert [(g.layer, g.units) for g in shared.of_kinds(["attention"])] == [(None, 5)]
     assert [(g.layer, g.units) for g in shared.of_kinds(["hidden"])] == [(None, 80)]
     assert [(g.name, g.units) for g in mixed.groups if g.layer == 0] == [
@@ -179,7 +184,7 @@ def test_heads_of_all_layers_and_of_state_spaces_are_told_from_channels() -> Non
 
 @pytest.mark.long
 def test_every_layer_is_found_where_a_layer_counts_as_two() -> None:
-    graph = discover_graph(small_config(CONFIG_MAPPING["longcat_flash"]()))
+    graph = discover_graph(small_of("longcat_flash"))
     assert Counter(g.layer for g in graph.groups if g.layer is not None) == dict.fromkeys(range(3), 9)
 
 
