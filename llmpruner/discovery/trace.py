@@ -73,9 +73,9 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     if shallow and max(owners.values(), default=0) <= 1:
         try:
             return export(model, layers, keep_one_of_each(model, layers))
-        except (UnsupportedModelError, NotImplementedError):
-            # Some models index per-layer lists by the original numbers, and some configurations refuse another depth:
-            # trace them at full depth.
+        except Exception:
+            # Some models index per-layer lists by the original numbers, and some configurations refuse another depth, by
+            # errors of any type: trace them at full depth.
             return trace(config, shallow=False)
     return export(model, layers, {n: (n,) for n in range(len(modules))})
 

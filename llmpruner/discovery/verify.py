@@ -8,14 +8,14 @@ from operator import itemgetter
 from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
-from ..models.meta import graph_of
+from ..models.meta import graph_of, meta_model
 from ..models.shim import stock_config
 from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule
 from .groups import discover_graph
 from .oracle import VERIFIED, Oracle, Verdict
-from .tiny import HEADS, fingerprint, random_instance, small_config, small_configs
+from .tiny import HEADS, fingerprint, small_config, small_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,8 +46,7 @@ def verify(
     else:
         small = small_config(config) if shrink else config
         groups = family.coupled_groups(small)
-    model = random_instance(small, seed)
-    graph = graph_of(model, groups)
+    graph = graph_of(meta_model(small), groups)
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 
