@@ -74,8 +74,8 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         try:
             return export(model, layers, keep_one_of_each(model, layers))
         except Exception:
-            # Some models index per-layer lists by the original numbers, and some configurations refuse another depth, by
-            # errors of any type: trace them at full depth.
+            # Some models index per-layer lists by the original numbers, and some configurations refuse another depth,
+            # by errors of any type: trace them at full depth.
             return trace(config, shallow=False)
     return export(model, layers, {n: (n,) for n in range(len(modules))})
 
