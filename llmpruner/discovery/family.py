@@ -179,7 +179,3 @@ class AutoFamily(ModelFamily):
 
     name = AUTO
     summary = "any decoder: structure is discovered by tracing, and every cut is verified on a small model"
-
-    def matches(self, config: PreTrainedConfig) -> bool:
-        del config
-        return False

@@ -21,8 +21,6 @@ from .remote import register_model_class
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..structure.coupling import CouplingGraph
-
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)

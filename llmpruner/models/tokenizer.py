@@ -36,6 +36,10 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
     ref = resolve(adapter_base(Path(text)) or text, catalog)
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory) is not None
+    return _may_have_tokenizer(ref)
+
+
+def _may_have_tokenizer(ref: Reference) -> bool:
     if ref.gguf_file or not ref.directory.is_dir():
         return True
     return any((ref.directory / name).is_file() for name in TOKENIZER_FILES)
@@ -44,7 +48,7 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
 def read_tokenizer(ref: Reference, structure: Structure, options: LoadSettings) -> Any | None:
     if ref.reader is not None:
         return ref.reader.read_tokenizer(ref.directory)
-    if ref.directory.is_dir() and not ref.gguf_file and not any((ref.directory / f).is_file() for f in TOKENIZER_FILES):
+    if not _may_have_tokenizer(ref):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}

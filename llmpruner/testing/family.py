@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -31,6 +31,7 @@ from ..pruning.saving import save
 from ..recovery.base import RecoveryJob
 from ..recovery.strategies import LoraStrategy
 from ..settings import RecoverSettings
+from ..structure.coupling import ATTENTION, MLP, CoupledGroup
 from .components import label, settings_grid
 from .criterion import scorable
 from .models import cut_by, letters, small_job
@@ -161,7 +162,7 @@ class FamilyConformance:
         """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
-        made = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(loaded, groups)))
+        made = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(groups)))
         if uneven:
             kept = random_plan(groups, seed=3, uneven=True)
             cuts = {n: made.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in made.cuts if n in kept}
@@ -171,7 +172,7 @@ class FamilyConformance:
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
         loaded = self.loaded()
-        plan = make_plan(loaded, small_job(kinds=_kinds(loaded, loaded.graph.groups)))
+        plan = make_plan(loaded, small_job(kinds=_kinds(loaded.graph.groups)))
         pruned = cut_by(loaded, plan)
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
@@ -184,10 +185,10 @@ class FamilyConformance:
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
 
 
-def _kinds(loaded: Model, groups: Sequence[Any]) -> tuple[str, ...]:
-    return tuple(
-        kind for kind in ("mlp", "attention") if kind in loaded.graph.kinds and any(g.kind == kind for g in groups)
-    )
+def _kinds(groups: Iterable[CoupledGroup]) -> tuple[str, ...]:
+    """MLP channels and heads, or where a family has neither, the kinds of its own."""
+    found = dict.fromkeys(group.kind for group in groups if group.layer is not None)
+    return tuple(kind for kind in found if kind in (MLP, ATTENTION)) or tuple(found)
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
 from ..calibration.calibration import CalibrationJob, Part
 from ..calibration.sources import SelfWritten
+from ..discovery.family import AutoFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..models.model import Model
@@ -49,22 +50,29 @@ _SIZES = {
 def tiny_llama(seed: int = 0) -> Model:
     """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
     48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
-    return _copy(_built("llama", seed))
+    return _copy(_built(LlamaConfig, seed))
 
 
 def tiny_mixture(seed: int = 0) -> Model:
     """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 3 layers, of which a token gets 2."""
-    return _copy(_built("auto", seed))
+    return _copy(_built(MixtralConfig, seed, num_local_experts=7, num_experts_per_tok=2))
+
+
+class _MixtureFamily(AutoFamily):
+    """States what follows a cut, which otherwise is searched for on small models, in ten seconds."""
+
+    def refresh(self, model: Any, counts: Mapping[str, int]) -> None:
+        for layer in model.model.layers:
+            attention, experts, router = layer.self_attn, layer.mlp.experts, layer.mlp.gate
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+            experts.num_experts, router.hidden_dim = router.weight.shape
+            router.num_experts = experts.num_experts
 
 
 @cache
-def _built(family_name: str, seed: int) -> Model:
-    config: PreTrainedConfig
-    if family_name == "llama":
-        config = LlamaConfig(num_hidden_layers=3, **_SIZES)
-    else:
-        config = MixtralConfig(num_hidden_layers=3, num_local_experts=7, num_experts_per_tok=2, **_SIZES)
-    family = Catalog().families[family_name]()
+def _built(configuration: type[PreTrainedConfig], seed: int, **sizes: int) -> Model:
+    config = configuration(num_hidden_layers=3, **_SIZES, **sizes)
+    family = _MixtureFamily() if configuration is MixtralConfig else Catalog().families["llama"]()
     model = random_instance(config, seed)
     return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
 

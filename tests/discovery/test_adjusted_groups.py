@@ -18,7 +18,7 @@ from llmpruner.discovery import verify as rules
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow
 from llmpruner.discovery.oracle import logits
-from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative, verify
 from llmpruner.errors import CouplingError, UnknownNameError
 from llmpruner.models.surgery import cut, silence
@@ -147,7 +147,7 @@ def replace_layers(config: GPT2Config, count: int) -> GPT2Config:
 def test_an_equal_number_of_another_module_stays() -> None:
     """Jamba's `time_step_rank` follows the cut of its own channels, which are of the kind `mlp` as those of the layer's
     MLP are. After a first cut, the MLP had as many as the rank, and a second cut made the rank smaller too."""
-    small = small_config(representative(CONFIG_MAPPING["jamba"]()))
+    small = representative(CONFIG_MAPPING["jamba"]())
     family = AutoFamily()
     model, graph = random_instance(small, 0), build_graph(family, small)
     rank = model.get_submodule("model.layers.0.mamba").time_step_rank

@@ -166,15 +166,21 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize("second", CUTS)
-@pytest.mark.parametrize("first", CUTS)
-def test_a_pruned_model_is_pruned_again(first, second, tmp_path):
-    """Modules of GPT-2 keep counts, which follow from those after the first cut."""
+@pytest.fixture(scope="module", params=CUTS)
+def once(request, tmp_path_factory) -> Path:
+    """A pruned model, whose modules keep counts."""
+    folder = tmp_path_factory.mktemp("gpt2")
     config = CONFIG_MAPPING["gpt2"](vocab_size=96, n_embd=32, n_layer=4, n_head=8, n_positions=64)
-    random_instance(config).save_pretrained(tmp_path / "dense")
-    prune(tmp_path / "dense", tmp_path / "once", streamed=False, **CUTS[first])
+    random_instance(config).save_pretrained(folder / "dense")
+    prune(folder / "dense", folder / "once", streamed=False, **CUTS[request.param])
+    return folder / "once"
+
+
+@pytest.mark.parametrize("second", CUTS)
+def test_a_pruned_model_is_pruned_again(once, second, tmp_path):
+    """Counts follow from those after the first cut."""
     for way in ("resident", "streamed"):
-        prune(tmp_path / "once", tmp_path / way, streamed=way == "streamed", **CUTS[second])
+        prune(once, tmp_path / way, streamed=way == "streamed", **CUTS[second])
     assert_same(tmp_path / "resident", tmp_path / "streamed")
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
