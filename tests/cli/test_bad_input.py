@@ -126,7 +126,6 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
 
 KNOWN_LATE = {
     "calibration: no data set",
-    "recovery: no data set",
     "evaluation: short text",
     *(what for what in MISTAKES if what.startswith("weights")),
 }
@@ -167,7 +166,7 @@ BAD_INSTRUCTIONS = {
 }
 
 
-BEYOND_THE_FIRST_RECORD = {"empty.txt", "short.txt", "broken.jsonl"}
+BEYOND_THE_FIRST_RECORD = {"short.txt", "broken.jsonl"}
 """Before weights are read, the first record of a file is."""
 
 

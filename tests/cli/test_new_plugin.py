@@ -12,7 +12,7 @@ import pytest
 from fresh import run_fresh
 
 import llmpruner
-from llmpruner.scaffold.package import ModelFacts, render, write
+from llmpruner.scaffold.package import KINDS, ModelFacts, render, write
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
@@ -25,8 +25,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [site, os.environ.get("P
 import pytest
 sys.exit(pytest.main(options))
 """
-QUICK = "recognises or cut_equals or agree or found or may_name"
-"""Tests of a generated package that take seconds."""
 
 
 def install(site: Path, *sources: Path) -> None:
@@ -35,12 +33,11 @@ def install(site: Path, *sources: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def run_tests(package: Path, site: Path, choose: str = QUICK) -> str:
-    """The last line of a package's own tests, run where it is installed."""
-    options = ("-q", "-p", "no:cacheprovider", "-k", choose)
-    done = run_fresh(
-        RUN, site, *options, folder=package, environment={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=250
-    )
+def run_tests(site: Path, *packages: Path, choose: str) -> str:
+    """The last line of what pytest says of the packages' own tests, run where they are installed."""
+    options = ("-q", "-p", "no:cacheprovider", "-k", choose, *packages)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_fresh(RUN, site, *options, folder=packages[0].parent, environment=environment, timeout=250)
     assert done.returncode == 0, done.stdout
     return done.stdout.splitlines()[-1]
 
@@ -58,16 +55,19 @@ def site(tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_plugin_for_a_model_type_passes_its_own_tests(run, tmp_path):
-    package = tmp_path / "llmpruner-neo"
-    done = run("new-plugin", "neo", "--from", "gpt_neox", "-o", package)
-    assert done.code == 0, done.err
-    assert "can remove: attention, mlp, vocabulary, layer" in done.out
-    code = (package / "src" / "llmpruner_neo" / "family.py").read_text()
+def test_plugins_of_every_kind_pass_their_own_tests(run, tmp_path):
+    packages = [tmp_path / f"llmpruner-my-{kind}" for kind in KINDS]
+    for package, kind in zip(packages, KINDS, strict=True):
+        model = ("--from", "gpt_neox") if kind == "family" else ()
+        done = run("new-plugin", f"my-{kind}", "--kind", kind, *model, "-o", package)
+        assert done.code == 0, done.err
+        assert ("can remove: attention, mlp, vocabulary, layer" in done.out) == (kind == "family")
+    code = (packages[0] / "src" / "llmpruner_my_family" / "family.py").read_text()
     assert 'model_types = ("gpt_neox",)' in code
-    install(tmp_path / "site", package)
-    # Its cuts were proved when it was written.
-    assert run_tests(package, tmp_path / "site", "recognises or found").startswith("2 passed")
+    install(tmp_path / "site", *packages)
+    # The cuts of the family were proved when it was written.
+    quick = "recognises or found or entry_point or finite or trains or interrupted"
+    assert run_tests(tmp_path / "site", *packages, choose=quick).startswith("7 passed")
 
 
 @pytest.mark.slow
@@ -81,7 +81,8 @@ def test_a_plugin_for_an_architecture_without_one(run, site, tmp_path, monkeypat
     assert '[project.entry-points."llmpruner.models"]\nodd = "made_up"' in project
     install(tmp_path / "site", package)
     shutil.copytree(site, tmp_path / "site", dirs_exist_ok=True)
-    assert run_tests(package, tmp_path / "site").startswith("5 passed")
+    quick = "recognises or cut_equals or agree or found or may_name"
+    assert run_tests(tmp_path / "site", package, choose=quick).startswith("5 passed")
     # A pruned checkpoint names the module of its class: importing it is for the plugin to allow.
     code = """if True:
         import sys
@@ -125,18 +126,6 @@ def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
     for name, files in packages.items():
         write(tmp_path / name, files)
         check_style(tmp_path / name, tmp_path / "mypy")
-
-
-@pytest.mark.slow
-def test_a_criterion_and_a_strategy_pass_their_own_tests(tmp_path):
-    packages = [tmp_path / f"llmpruner-my-{kind}" for kind in ("criterion", "strategy")]
-    for package in packages:
-        kind = package.name.rpartition("-")[2]
-        write(package, render(f"my-{kind}", kind=kind))
-    install(tmp_path / "site", *packages)
-    for package, count in zip(packages, (2, 3), strict=True):
-        passed = run_tests(package, tmp_path / "site", "entry_point or finite or trains or interrupted")
-        assert passed.startswith(f"{count} passed")
 
 
 def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):
@@ -185,6 +174,7 @@ def test_names_that_are_refused(run, tmp_path, monkeypatch, name, message):
         (["--from", "llama", "--import", "no_such_package"], "--import no_such_package: ModuleNotFoundError"),
         (["--from", "./nowhere"], "model directory './nowhere' does not exist"),
         (["--from", "llama", "--kind", "strategy"], "a strategy works for all models; leave --from out"),
+        (["--import", "json"], "--import goes with --from"),
     ],
 )
 def test_models_that_are_refused(run, tmp_path, options, message):

@@ -1,4 +1,4 @@
-"""``plugins``, ``discover`` and ``plan``: what can be chosen, what is found, and what would be removed."""
+"""``discover`` and ``plan``: what is found, and what would be removed."""
 
 from __future__ import annotations
 
@@ -9,15 +9,6 @@ import pytest
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
-
-
-def test_plugins_names_everything_with_its_package(run):
-    rows = run("plugins", "--json").json()["plugins"]
-    found = {(row["kind"], row["name"]) for row in rows}
-    assert {("criterion", name) for name in ("random", "l1", "l2", "taylor")} <= found
-    assert {("family", name) for name in ("llama", "vicuna", "chatglm")} <= found
-    assert {("recovery strategy", "lora"), ("recovery strategy", "full")} <= found
-    assert all(row["package"] and row["summary"] for row in rows)
 
 
 def test_discover_as_json(run, dense):
@@ -32,13 +23,6 @@ def test_discover_as_json(run, dense):
     assert {(span["parameter"].split(".")[-2], span["axis"]) for span in mlp["spans"]} == {
         ("gate_proj", 0), ("up_proj", 0), ("down_proj", 1),
     }  # fmt: skip
-
-
-def test_discover_as_a_table(run, dense):
-    result = run("discover", dense)
-    assert result.code == 0
-    assert "family llama, 4 layers, 50.21 K parameters, 30.98 K of them in the decoder" in result.out
-    assert "model.layers.0.mlp.down_proj.weight" in result.out
 
 
 def test_target_params(run, dense):
