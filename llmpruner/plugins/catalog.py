@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 from ..calibration.sources import CalibrationSource
 from ..component import Component, check_chosen
 from ..discovery.family import AUTO, ModelFamily
-from ..errors import ModelError, UnknownNameError, UnsupportedModelError
+from ..errors import ModelError, UnknownNameError, UnsupportedModelError, first_line
 from ..evaluation.base import Metric
 from ..evaluation.runtime import Runtime
 from ..exporters import Exporter
@@ -41,7 +40,7 @@ class Registry(dict[str, type[T]]):
     def __init__(self, manager: PluginManager, kind: Kind[T]) -> None:
         self.kind, self._manager = kind.name, manager
         classes: dict[str, type[T]] = {}
-        for cls in chain.from_iterable(manager.call(kind.hook)):
+        for cls in manager.call(kind.hook):
             problem = problem_of(cls, kind.base)
             if problem is None and classes.setdefault(cls.name, cls) is not cls:
                 other = classes[cls.name]
@@ -117,9 +116,15 @@ class Catalog:
         return {name: getattr(self, kind.attrname) for name, kind in KINDS.items()}
 
     def register_models(self) -> None:
-        """Call `ModelFamily.register_models` of every family."""
-        for cls in self.families.values():
-            cls().register_models()
+        """Call `ModelFamily.register_models` of every family. One that raises is named in ``manager.broken``."""
+        for name, cls in self.families.items():
+            try:
+                cls().register_models()
+            except Exception as error:  # of the package that the models come from
+                reason = f"{type(error).__name__}: {first_line(error)}"
+                line = f"family '{name}' ({self.families.package_of(name)}) cannot register its models: {reason}"
+                if line not in self.manager.broken:
+                    self.manager.broken.append(line)
 
     def matching(self, config: PreTrainedConfig) -> tuple[ModelFamily, ...]:
         """The families that match a model."""

@@ -30,11 +30,11 @@ class PluginManager(pluggy.PluginManager):
         return module if distribution is None else distribution.name
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
-        """What all implementations of a hook return. Raises `PluginError` where one raises."""
-        results = []
+        """What the implementations of a hook return, in one list. Raises `PluginError` where one raises."""
+        results: list[Any] = []
         for implementation in getattr(self.hook, hook).get_hookimpls():
             try:
-                results.append(implementation.function(**arguments))
+                results += implementation.function(**arguments) or ()
             except Exception as error:
                 name, reason = implementation.plugin_name, f"{type(error).__name__}: {first_line(error)}"
                 raise PluginError(

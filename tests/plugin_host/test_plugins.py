@@ -139,9 +139,16 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_skipped(install, what):
     assert "half" not in catalog.criteria and {"good", "taylor"} <= {*catalog.criteria}
 
 
-def test_a_hook_that_raises_is_an_error_that_names_its_module(install):
-    install("a-bad-plugin", "@hookimpl\ndef llmpruner_metrics(): raise ValueError('not today')")
-    message = "^llmpruner_metrics of plugin 'a-bad-plugin' failed: ValueError: not today; LLMPRUNER_BLOCK=a-bad"
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ("raise ValueError('not today')", "ValueError: not today"),
+        ("return ImportanceCriterion", "TypeError: 'type' object is not iterable"),
+    ],
+)
+def test_a_hook_that_fails_is_an_error_that_names_its_module(install, body, reason):
+    install("a-bad-plugin", f"@hookimpl\ndef llmpruner_metrics(): {body}")
+    message = f"^llmpruner_metrics of plugin 'a-bad-plugin' failed: {reason}; LLMPRUNER_BLOCK=a-bad"
     with pytest.raises(PluginError, match=message):
         list(Catalog().metrics)
     assert "taylor" in Catalog().criteria
@@ -284,6 +291,17 @@ def test_neither_order_nor_installation_chooses(order):
 
 def test_what_no_family_matches_is_discovered(catalog):
     assert catalog.family_for(BertConfig()).name == "auto"
+
+
+def test_a_family_that_cannot_register_its_models_is_named_and_stops_nothing():
+    def register_models(self):
+        raise ModuleNotFoundError("No module named 'zebra'")
+
+    catalog = catalog_with(component(ModelFamily, register_models=register_models))
+    for _ in range(2):
+        catalog.register_models()
+    (line,) = catalog.manager.broken
+    assert line == f"family 'zoo' ({__name__}) cannot register its models: ModuleNotFoundError: No module named 'zebra'"
 
 
 def test_one_reader_may_recognise_a_path():
