@@ -79,7 +79,7 @@ def prune(
         with execution.stages.stage("saving"):
             form = ranks.from_first(lambda: save(pruned, output))
         if ranks.first:
-            write_run(output, execution.stages, "prune", structure.ref, options)
+            write_run(output, execution.stages, "prune", structure.ref, {**options, **opener.load.given()})
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
 
 

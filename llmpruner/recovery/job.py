@@ -82,7 +82,7 @@ def train(
     from ..engine.ranks import Ranks
     from ..models.tokenizer import check_ids
 
-    check_ids(torch.tensor([max(max(row["input_ids"]) for row in data.rows)]), model)
+    check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
     from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
 
     settings = filled_in(settings, len(data.rows), adapters=strategy.adapters)

@@ -27,7 +27,7 @@ from ..models.opening import load_model, reopened
 from ..models.positions import table_of
 from ..models.trimmed import in_tokens_of
 from ..pruning.saving import save
-from .base import RecoveryStrategy, TrainingResult
+from .base import TrainingResult
 from .data import TrainingData, prepare
 from .dense_text import DenseText, dense_text_in, write_examples
 from .job import JOB_FILE, RecoverJob, check_recover, train
@@ -59,8 +59,8 @@ def recover(
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
     tokenizer, positions = opener.tokenizer(opened), table_of(opened.config)
+    dense = _check_model(job, opened, opener)
     data = None if own else prepare(settings, opened.family, tokenizer, positions=positions)
-    dense = _check_model(strategy, opened, opener, own)
     if output is not None:
         opener.say_widened(opened)
     with alone_in(folder, JOB_FILE, anew=restart) if ranks.first else nullcontext():
@@ -90,21 +90,19 @@ def recover(
         with stages.stage("saving"):
             form = ranks.from_first(lambda: save(recovered, output))
         if ranks.first:
-            write_run(output, stages, "recover", opened.ref, settings.given())
+            write_run(output, stages, "recover", opened.ref, {**settings.given(), **opener.load.given()})
         loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=opener.load.trust_remote_code))
         if work_dir is None and ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         return loaded
 
 
-def _check_model(
-    strategy: RecoveryStrategy, opened: Structure, opener: Opener, own: DenseText | None
-) -> Structure | None:
+def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structure | None:
     """The dense model; None where it is not needed. Refuses one that cannot be opened, and more memory than the machine
     has."""
     dense: Structure | None = None
-    models = [opened]
-    if own is not None or strategy.needs_dense:
+    models, strategy = [opened], job.strategy
+    if job.reads_dense:
         try:
             dense = dense_structure(opened, opener.catalog, opener.load)
         except LlmprunerError as error:

@@ -65,7 +65,7 @@ def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
             raise ModelError(f"the recipe in '{directory}' has made no checkpoint yet; run it first")
         return made[-1], steps
     if not (directory / RECORD_FILE).is_file():
-        raise ModelError(f"'{directory}' is neither a checkpoint that prune or recover wrote nor the output of run")
+        raise ModelError(f"'{directory}' is neither a pruned checkpoint nor the output of a recipe")
     return directory, _steps_in(directory.resolve().parent) if (directory / STEP_FILE).is_file() else []
 
 

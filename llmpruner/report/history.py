@@ -88,16 +88,16 @@ def command_of(run: Mapping[str, Any]) -> str:
 
 
 def _option(flag: str, value: Any) -> Iterator[Any]:
-    if isinstance(value, bool):
-        yield flag if value else f"--no-{flag[2:]}"
-    elif isinstance(value, Mapping):
+    if isinstance(value, Mapping):
         for component, settings in value.items():
             for key, setting in settings.items():
-                yield from ("--set", f"{component}.{key}={setting}")
+                yield from _option(f"--set {component}.{key}", setting)
     elif isinstance(value, list | tuple):
         yield from _option(flag, ",".join(map(str, value)))
     elif value is not None and flag.startswith("--set "):
         yield from ("--set", f"{flag.removeprefix('--set ')}={value}")
+    elif isinstance(value, bool):
+        yield from (flag,) if value else ()
     elif value is not None:
         yield from (flag, bare(str(value)))
 

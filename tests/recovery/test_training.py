@@ -16,6 +16,8 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import PluginError
 from llmpruner.recovery import training
 from llmpruner.recovery.base import TrainingResult
+from llmpruner.recovery.data import TrainingData
+from llmpruner.recovery.job import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
 from llmpruner.settings import RecoverSettings
@@ -206,11 +208,13 @@ def test_what_a_strategy_returns_is_checked(tiny):
         tiny(Odd())
 
 
-def test_a_tokenizer_of_another_model_is_named(tiny):
+def test_a_tokenizer_of_another_model_is_named(tmp_path):
     model, graph = pruned_model()
     model.resize_token_embeddings(50)
-    with pytest.raises(DataError, match="it is that of another model"):
-        tiny(FullStrategy(), (model, graph))
+    known, unknown = ([{"input_ids": [3, token], "labels": [3, token]}] for token in (49, 50))
+    for data in (TrainingData(unknown, known, True), TrainingData(known, unknown, True)):
+        with pytest.raises(DataError, match="it is that of another model"):
+            train(model, None, graph, data, FullStrategy(), RecoverSettings(), tmp_path, load_teacher=dense_model)
 
 
 def test_the_record(tiny):

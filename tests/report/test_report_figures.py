@@ -19,6 +19,7 @@ from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.kv_cache import bytes_per_token
 from llmpruner.report.base import Costs, bare
 from llmpruner.report.evidence import report_subjects
+from llmpruner.report.history import command_of
 from llmpruner.report.summary import Pair
 from llmpruner.structure.plan import Quality
 
@@ -95,7 +96,8 @@ def test_the_page_has_the_figures_of_the_files(places, tmp_path):
     assert "perplexity on wikitext2 went from 20.00 to 30.00 (+50%)" in sentences["small"]
     assert "it decodes 1.25 times as fast, where its size allows 1.50" in sentences["small"]
     command = re.search(r"<pre[^>]*>(.*?)</pre>", html)[1]
-    assert command == "llmpruner prune dense --ratio 0.2 --calibration text.txt --samples 8 --set prune.length=24 -o …"
+    text = "--calibration text.txt --samples 8 --set prune.length=24"
+    assert command == f"llmpruner prune dense --ratio 0.2 {text} --dtype float32 -o …"
     stages = json.loads((places / "small" / "run.json").read_text())["stages"]
     assert [stage["name"] for stage in stages][-3:] == ["compensation", "cut", "saving"]
     assert all(stage["peak_bytes"] > 1e6 and stage["seconds"] >= 0 for stage in stages)
@@ -105,7 +107,7 @@ def test_perplexity_of_other_tokens_is_told_of_those_of_the_dense_model(places, 
     results = evaluated(places, "small")
     results[1]["perplexity"] = {**results[1]["perplexity"], "bits_per_byte": 1.2}  # a fifth more tokens
     (tmp_path / "quality.json").write_text(json.dumps(results))
-    made = llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "quality.json"])
+    made = llmpruner.write_report(places / "small", tmp_path / "page.html", results=tmp_path / "quality.json")
     expected = f"perplexity on wikitext2 (per token of the dense model) went from 20.00 to {30**1.2:.2f}"
     assert expected in made.sentences["small"]
     assert "the tokens differ between models: compare bits per byte" in text_of(made.path.read_text())
@@ -122,6 +124,16 @@ def test_tokens_that_go_are_in_the_record_and_on_the_page(places, tmp_path):
     shown = text_of(llmpruner.write_report(tmp_path / "fewer", tmp_path / "page.html").path.read_text())
     assert "whole model 288 of 300 Tokens that go Tokens of Such as Go Of Share" in shown
     assert "all 288 stay 12 300 4.00%" in shown
+
+
+def test_a_command_has_all_settings_as_they_are_typed():
+    of_component = {"vocabulary": {"scripts": ["latin", "greek"], "tokens": 280}}
+    settings = {"kinds": ["vocabulary"], "settings": of_component, "seed": 0, "trust_remote_code": True}
+    command = command_of({"command": "prune", "model": "/a/m", "settings": settings})
+    assert command == (
+        "llmpruner prune m --kinds vocabulary --set vocabulary.scripts=latin,greek --set vocabulary.tokens=280 "
+        "--set prune.seed=0 --trust-remote-code -o …"
+    )
 
 
 def test_figures_that_are_shown_alike_did_not_change():
@@ -218,7 +230,7 @@ def test_a_plugin_adds_a_section(places, tmp_path):
 
 
 def test_what_is_no_checkpoint_is_refused(places, tmp_path):
-    with pytest.raises(ModelError, match="is neither a checkpoint that prune or recover wrote nor the output of run"):
+    with pytest.raises(ModelError, match="is neither a pruned checkpoint nor the output of a recipe"):
         llmpruner.write_report(places / "dense", tmp_path / "page.html")
     (tmp_path / "odd.json").write_text('{"a": 1}')
     with pytest.raises(DataError, match="is not "):

@@ -36,7 +36,8 @@ def build(folder: Path) -> Path:
     tiny_models.tokenizer().save_pretrained(folder / "dense")
     (folder / "text.txt").write_text(TEXT)
     text = {"calibration": str(folder / "text.txt"), "samples": 8, "length": 24}
-    llmpruner.prune(folder / "dense", ratio=0.2, output=folder / "small", **text)
+    load = llmpruner.LoadSettings(dtype="float32")
+    llmpruner.prune(folder / "dense", ratio=0.2, output=folder / "small", load=load, **text)
     llmpruner.prune(folder / "dense", ratio=0.2, importance="l1", output=folder / "worse")
     llmpruner.prune(folder / "dense", ratio=0.4, importance="l1", output=folder / "smaller")
     return folder
