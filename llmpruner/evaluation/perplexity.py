@@ -165,7 +165,7 @@ def _in_full_windows(ids: list[int], tokens: int | None, window: int, opening: i
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
     of_text = window - opening
-    windows = min(len(ids), tokens if tokens is not None else len(ids)) // of_text
+    windows = len(ids[:tokens]) // of_text if of_text > 0 else 0
     if windows == 0:
         raise DataError(
             f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"

@@ -128,3 +128,5 @@ def test_of_several_tokens_before_a_text_none_is_predicted():
     result = perplexity(model, tokenizer, tiny_models.TEXT, window=16, tokens=64, reference=reference)
     assert result.nll_per_token == pytest.approx(-float(log_q.gather(-1, table[:, 2:, None]).mean()), rel=1e-6)
     assert result.kl_per_token == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
+    with pytest.raises(DataError, match="no full window of 2"):
+        perplexity(model, tokenizer, tiny_models.TEXT, window=2)
