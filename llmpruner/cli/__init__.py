@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from ..errors import LlmprunerError, first_line, is_out_of_memory
-from ..files import write_failure
 from . import app
 from .console import error_line
-from .process import exit_on_sigterm, is_first, keep_freed_memory, let_first_print, run_together, shares_work
+from .process import (
+    exit_on_sigterm,
+    is_first,
+    keep_freed_memory,
+    let_first_print,
+    message_of,
+    run_together,
+    shares_work,
+)
 
 
 def main() -> None:
@@ -22,24 +28,10 @@ def main() -> None:
             run_together(lambda: app.build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
         app.build_app()(args=arguments, prog_name="llmpruner")
     except Exception as error:
-        line = _line(error)
+        line = message_of(error)
         if debug or line is None:
             raise
         if is_first():
             error_line(line)
         let_first_print()
         sys.exit(2)
-
-
-def _line(error: Exception) -> str | None:
-    """The message for the user; None for a defect of the program, and for other errors of the system."""
-    if isinstance(error, LlmprunerError):
-        return str(error)
-    if (reason := write_failure(error)) is not None:
-        return f"an output cannot be written: {reason}"
-    if is_out_of_memory(error):
-        return (
-            f"out of memory ({first_line(error)}); take fewer or shorter samples, a smaller batch, a "
-            "smaller --dtype, or a machine with more memory"
-        )
-    return None

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..engine.stages import launched
-from ..errors import LlmprunerError, ProcessError, SettingsError
+from ..errors import LlmprunerError, ProcessError, SettingsError, first_line, is_out_of_memory
+from ..files import write_failure
 from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
@@ -69,6 +70,20 @@ def let_first_print() -> None:
         time.sleep(2)
 
 
+def message_of(error: Exception) -> str | None:
+    """The line for the user; None for a defect of the program, and for other errors of the system."""
+    if isinstance(error, LlmprunerError):
+        return str(error)
+    if (reason := write_failure(error)) is not None:
+        return f"an output cannot be written: {reason}"
+    if is_out_of_memory(error):
+        return (
+            f"out of memory ({first_line(error)}); take fewer or shorter samples, a smaller batch, a "
+            "smaller --dtype, or a machine with more memory"
+        )
+    return None
+
+
 def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
     """Run the command, and exit. All but the first process are silent, except that one of them, the first to fail,
     writes the line of an error."""
@@ -81,11 +96,14 @@ def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
         signal.signal(signal.SIGTERM, _ended)
         with contextlib.nullcontext() if ranks.first else _silent():
             run()
-    except LlmprunerError as error:
+    except Exception as error:
+        line = message_of(error)
+        if line is None:
+            raise
         if ranks is None or ranks.claim("error"):
             if debug:
                 raise
-            error_line(str(error))
+            error_line(line)
         _exit(2)
     except SystemExit as exit:
         code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)

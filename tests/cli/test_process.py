@@ -8,7 +8,10 @@ import signal
 import subprocess
 import sys
 
+import pytest
 from fresh import run_fresh
+
+from llmpruner.cli import process
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
 
@@ -81,6 +84,27 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     done = run_fresh(TERMINATED, tmp_path, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     assert not list(tmp_path.iterdir())
+
+
+class Second:
+    """The second of several processes, and the first to fail."""
+
+    first = False
+
+    def claim(self, what: str) -> bool:
+        return what == "error"
+
+
+def test_lack_of_memory_in_any_process_is_told(monkeypatch, capsys):
+    def short_of_memory():
+        raise MemoryError("17 GiB")
+
+    monkeypatch.setattr("llmpruner.engine.ranks.Ranks.current", Second)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(process, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        process.run_together(short_of_memory, debug=False)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (17 GiB); take fewer")
 
 
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
