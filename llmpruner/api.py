@@ -203,32 +203,38 @@ def recover(
 
 @overload
 def evaluate(  # type: ignore[overload-overlap]
-    models: Source, *, load: LoadSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
-    **settings: Unpack[EvaluateKeywords],
+    models: Source, *, on_result: Callable[[Evaluation], None] | None = None, load: LoadSettings | None = None,
+    progress: Progress = QUIET, catalog: Catalog | None = None, **settings: Unpack[EvaluateKeywords],
 ) -> Evaluation: ...  # fmt: skip
 @overload
 def evaluate(
-    models: Sequence[Source], *, load: LoadSettings | None = None, progress: Progress = QUIET,
-    catalog: Catalog | None = None, **settings: Unpack[EvaluateKeywords],
+    models: Sequence[Source], *, on_result: Callable[[Evaluation], None] | None = None,
+    load: LoadSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
+    **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations: ...  # fmt: skip
 def evaluate(
     models: Source | Sequence[Source],
     *,
+    on_result: Callable[[Evaluation], None] | None = None,
     load: LoadSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluation | Evaluations:
     """Measure models: size, perplexity, KL divergence, lm-eval tasks, and metrics of plugins. The first model is
-    the reference of those that compare. One is in memory at a time (with ``kl``, next to the first).
+    the reference of those that compare. One is in memory at a time (with ``kl``, next to the first). ``on_result``:
+    called with the result of each model, as a later one may fail.
 
     One model gives one `Evaluation` (``evaluate(model, perplexity="text.txt").perplexity``), a list one of each.
     """
     opener = _opener(load, catalog, progress)
     metrics = chosen_metrics(settings_from(EvaluateSettings, settings), opener.catalog)
     opened = [opener.readable(source, "be evaluated") for source in listed(models)]
-    compared = [ComparedModel(model.ref, model.config, opener.tokenizer(model), model.family) for model in opened]
-    results = _evaluate(compared, [partial(opener.weights, model) for model in opened], metrics, progress)
+    compared = [
+        ComparedModel(model.ref, model.config, opener.tokenizer(model), partial(opener.weights, model))
+        for model in opened
+    ]
+    results = _evaluate(compared, metrics, progress, on_result)
     return results[0] if isinstance(models, (str, Path, Structure)) else results
 
 
@@ -355,7 +361,7 @@ def run(
     if isinstance(recipe, (str, Path)):
         steps = Recipe.read(recipe, catalog, values)
     else:
-        steps = Recipe.of(recipe, values=values)
+        steps = Recipe.of(recipe, catalog, values=values)
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
     load, run = load or LoadSettings(), run or RunSettings()
@@ -377,7 +383,7 @@ def verify_checkpoint(
     directory: str | Path,
     *,
     base: str | Path | None = None,
-    trust_remote_code: bool = False,
+    load: LoadSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
 ) -> Verification:
@@ -385,15 +391,15 @@ def verify_checkpoint(
     logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
     Damage is in the result.
     """
-    load, named = LoadSettings(trust_remote_code=trust_remote_code), None if base is None else str(base)
-    return _verify_checkpoint(Path(directory), named, load, catalog or Catalog(), progress)
+    named = None if base is None else str(base)
+    return _verify_checkpoint(Path(directory), named, load or LoadSettings(), catalog or Catalog(), progress)
 
 
 def write_report(
     directories: str | Path | Sequence[str | Path],
     path: str | Path | None = None,
     *,
-    results: Sequence[str | Path] = (),
+    results: str | Path | Sequence[str | Path] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     catalog: Catalog | None = None,
 ) -> Report:
@@ -404,7 +410,7 @@ def write_report(
     folder. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are known.
     """
     catalog = catalog or Catalog()
-    places = [Path(place) for place in ([directories] if isinstance(directories, (str, Path)) else directories)]
+    places = _paths(directories)
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
     sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
@@ -412,7 +418,7 @@ def write_report(
     target = Path(path or default)
     if not (target.is_file() and target.read_bytes()[:100].lower().startswith(b"<!doctype html")):
         check_new_file(target)  # a page may replace another page
-    subjects = report_subjects(places, list(map(Path, results)), catalog)
+    subjects = report_subjects(places, _paths(results), catalog)
     page, warnings = report_page(subjects, sections)
     write_text(target, page)
     return Report(target, {subject.name: sentence(subject) for subject in subjects}, warnings)
@@ -424,6 +430,10 @@ def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
     return Opener(catalog or Catalog(), load or LoadSettings(), progress)
+
+
+def _paths(places: str | Path | Sequence[str | Path]) -> list[Path]:
+    return [Path(place) for place in ([places] if isinstance(places, (str, Path)) else places)]
 
 
 def _path(place: str | Path | None) -> Path | None:

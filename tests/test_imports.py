@@ -41,6 +41,7 @@ def test_mistakes_are_answered_without_torch(tmp_path):
         ),
         *("recover . -o out", "export . --to ggfu -o out", "evaluate . --metrics x", "bench . --runtime x"),
         *("prune none/ --ratio 0.2 -o out", "prune . --ratio 0.2 --calibration none.txt -o out", "prune . --rato 0.2"),
+        *("run quolity -o out", "run quality --set prune.ratoi=1", "report none", "bench . --json config.json"),
     ]
     code = f"""if True:
         import sys

@@ -11,8 +11,8 @@ import typer
 from ..report.history import loss_text, no_better
 from ..settings import ExportSettings, LoadSettings, RecoverSettings
 from ..values import counted
-from .console import RichProgress, done_line, error_line, next_line, print_json, sizes_text, table, warning_line
-from .derive import Json, ModelName, Output, catalog_of, takes
+from .console import done_line, error_line, next_line, print_json, sizes_text, table, warning_line
+from .derive import Json, ModelName, Output, takes
 
 Restart = Annotated[bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")]
 
@@ -34,7 +34,8 @@ def recover(
 
     started = time.monotonic()
     recovered = api.recover(model, output=output, restart=restart, **arguments)
-    record = recovered.record["recovery"][-1] if recovered.record else {}
+    assert recovered.record is not None
+    record = recovered.record["recovery"][-1]
     seconds = round(time.monotonic() - started, 1)
     if as_json:
         result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
@@ -50,16 +51,14 @@ def recover(
         raise typer.Exit(3)
 
 
+@takes(LoadSettings, omit=("family", "dtype", "device", "revision"))
 def verify(
-    ctx: typer.Context,
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune, recover or export wrote.")],
+    arguments: dict[str, Any],
     base: Annotated[
         str | None,
         typer.Option("--base", metavar="MODEL", help="The dense model; by default the one that the record names."),
     ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run model code that is part of a checkpoint.")
-    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check a checkpoint: its files against the hashes in its record, shapes, and its weights against the dense model.
@@ -68,10 +67,7 @@ def verify(
     """
     from .. import api
 
-    with RichProgress() as progress:
-        result = api.verify_checkpoint(
-            directory, base=base, trust_remote_code=trust_remote_code, progress=progress, catalog=catalog_of(ctx)
-        )
+    result = api.verify_checkpoint(directory, base=base, **arguments)
     if as_json:
         print_json(result.as_json())
     else:

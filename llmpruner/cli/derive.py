@@ -18,8 +18,8 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from ..calibration.documents import PYDOC, check_source, parse_mixture
-from ..errors import SettingsError, near, not_pruned
-from ..files import check_new_directory
+from ..errors import ModelError, SettingsError, near, not_pruned
+from ..files import check_new_directory, check_new_file
 from ..models.record import read_record
 from ..models.reference import resolve
 from ..settings import (
@@ -59,16 +59,10 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON for a machine to 
 Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write; must not exist.")]
 
 
-def catalog_of(ctx: typer.Context) -> Catalog:
-    """The catalog of plugins of this run."""
-    catalog: Catalog = ctx.obj
-    return catalog
-
-
 def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """A decorator that adds the options of settings models to a command. The command gets ``arguments``: keywords for
-    the function of the Python API, with ``load`` and ``run`` of `LoadSettings` and `RunSettings`, the progress and the
-    catalog. ``omit``: fields without an option."""
+    the function of the Python API: the settings that the user gave, the progress and the catalog, and ``load`` and
+    ``run`` where they are among ``models``. ``omit``: fields without an option."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         written = inspect.signature(command, eval_str=True).parameters.values()
@@ -79,12 +73,10 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
         }
         context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
         every = [context, *kept, *(_parameter(model, name) for model, names in options.items() for name in names)]
-        # Python requires parameters without defaults first.
-        every.sort(key=lambda p: p.default is not Parameter.empty)
 
         def run(**values: Any) -> None:
             progress = RichProgress()
-            arguments: dict[str, Any] = {"progress": progress, "catalog": catalog_of(values["ctx"])}
+            arguments: dict[str, Any] = {"progress": progress, "catalog": values["ctx"].obj}
             own: Sequence[Settings] = ()
             for model, names in options.items():
                 explicit = _explicit(values, names, model.group)
@@ -113,23 +105,31 @@ _GROUPS: dict[str, type[Settings]] = {"plan": PruneSettings, "prune": PruneSetti
 def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], catalog: Catalog) -> None:
     """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters.
     ``settings``: several for several ratios."""
-    from ..recipes.recipe import JOBS
+    from ..recipes.recipe import COMMANDS, Recipe, values_of
 
     models = values.get("models") or [model for model in (values.get("model"),) if model is not None]
     references = [resolve(str(model), catalog) for model in models]
+    for folder in values.get("directories", [values.get("directory")]):
+        if folder is not None and not folder.is_dir():
+            raise ModelError(f"directory '{folder}' does not exist")
     if command in ("prune", "recover", "export"):
         output = values["output"]
         if len(settings) == 1 or not output.with_name(output.name + ".pruning").is_dir():
             check_new_directory(output)
-    if command not in ("plan", *JOBS) or values.get("plan_file") is not None:
+    file = values["output"] if command == "plan" else values.get("json_file")
+    if file is not None:
+        check_new_file(file)
+    if command == "run":
+        Recipe.read(values["recipe"], catalog, values_of(values["values"] or ()))
+    if command not in ("plan", *COMMANDS) or values.get("plan_file") is not None:
         return
-    create, check_data = JOBS["prune" if command == "plan" else command]
-    job, *_ = [create(each, catalog) for each in settings]
+    kind = COMMANDS["prune" if command == "plan" else command]
+    job, *_ = [kind.create(each, catalog) for each in settings]
     if command == "evaluate":  # whose metrics read all of their data
         for part in parse_mixture(settings[0].perplexity or PYDOC):
             check_source(part.source)
     else:
-        check_data(job)
+        kind.check(job)
     if command == "recover":
         folder = references[0].directory
         if job.reads_dense and (folder / "config.json").is_file() and read_record(folder) is None:
@@ -174,12 +174,10 @@ def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[s
 def _parameter(model: type[Settings], name: str) -> Parameter:
     field, option = model.model_fields[name], option_of(model, name)
     kind = type_text(field.annotation).removesuffix(" | none")
-    flag = flag_of(model, name)
     without_option = [other for other in model.model_fields if option_of(model, other)["advanced"]]
     advanced = f" Of {model.group}: {', '.join(without_option)}." if name == "settings" and without_option else ""
-    flags = f"{flag}/--no-{flag[2:]}" if field.default is True else flag
     info = typer.Option(
-        flags,
+        flag_of(model, name),
         help=_help(field) + advanced,
         rich_help_panel=option["panel"],
         metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
@@ -194,9 +192,7 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
 
 def _help(field: FieldInfo) -> str:
     value, facts = field.default, bounds_of(field, below=_OBVIOUS)
-    if value is True:
-        facts.append("default yes")
-    elif value not in (None, False, {}) and not field.is_required():
+    if value not in (None, False, {}) and not field.is_required():
         facts.append(f"default {','.join(map(str, value)) if isinstance(value, tuple) else value}")
     return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +11,7 @@ import typer
 from rich.markup import escape
 
 from ..errors import LlmprunerError
-from ..files import check_new_file, write_text
+from ..files import write_text
 from ..models.record import REPORT_FILE
 from ..report.measured import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
@@ -22,7 +22,7 @@ from .process import is_first
 
 if TYPE_CHECKING:
     from ..evaluation.bench import BenchResult
-    from ..evaluation.evaluate import Evaluations
+    from ..evaluation.evaluate import Evaluation, Evaluations
     from ..plugins.catalog import Catalog
 
 
@@ -34,24 +34,18 @@ def evaluate(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile 
     """Measure models side by side: size, perplexity, divergence, lm-eval tasks."""
     from .. import api
 
-    _measure(api.evaluate, show_evaluations, models, arguments, json_file)
+    results: list[Evaluation] = []
+    try:
+        show_evaluations(api.evaluate(models, on_result=results.append, **arguments))
+    finally:
+        if results:  # those before one that failed, too
+            _write_json(json_file, [result.as_json() for result in results])
     next_line("evaluate")
 
 
-def _measure(
-    measure: Callable[..., Any],
-    show: Callable[[Any], None],
-    models: list[str],
-    arguments: dict[str, Any],
-    file: Path | None,
-) -> None:
-    """Show what ``measure`` returns, and write it to ``file``."""
+def _write_json(file: Path | None, value: Any) -> None:
     if file is not None:
-        check_new_file(file)
-    result = measure(models, **arguments)
-    show(result)
-    if file is not None:
-        write_text(file, json.dumps(result.as_json(), indent=2, ensure_ascii=False) + "\n")
+        write_text(file, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def show_evaluations(results: Evaluations) -> None:
@@ -70,7 +64,9 @@ def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = N
     """
     from .. import api
 
-    _measure(api.bench, show_bench, models, arguments, json_file)
+    result = api.bench(models, **arguments)
+    show_bench(result)
+    _write_json(json_file, result.as_json())
 
 
 def show_bench(result: BenchResult) -> None:
@@ -97,13 +93,14 @@ def generate(
 
     shared = {"progress": arguments["progress"], "catalog": arguments["catalog"]}
     structures = [api.discover(model, **shared, **arguments["load"].given()) for model in models]
-    answers = {each.ref: api.generate(each, prompt, **arguments) for each in structures}
+    answers = {}
+    for each in structures:
+        answer = answers[each.ref] = api.generate(each, prompt, **arguments)
+        if not as_json:
+            out.print(f"[bold cyan]{escape(each.ref)}[/]")
+            out.print(escape(answer), highlight=False)
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
-        return
-    for model, answer in answers.items():
-        out.print(f"[bold cyan]{escape(model)}[/]")
-        out.print(escape(answer), highlight=False)
 
 
 @takes(PageSettings)

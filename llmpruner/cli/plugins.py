@@ -12,21 +12,22 @@ from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
 from ..scaffold.package import KINDS, describe, distribution_of, render, write
 from .console import note, out, print_json, table
-from .derive import Json, bounds_of, catalog_of, type_text
+from .derive import Json, bounds_of, takes, type_text
 
 if TYPE_CHECKING:
     from ..component import Component
 
 
+@takes()
 def plugins(
-    ctx: typer.Context,
+    arguments: dict[str, Any],
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Show one component with its settings.", show_default=False)
     ] = None,
     as_json: Json = False,
 ) -> None:
     """List the components of all plugins with their packages; or show one component with its settings."""
-    catalog = catalog_of(ctx)
+    catalog = arguments["catalog"]
     rows: list[dict[str, Any]] = [
         {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": cls.summary}
         for registry in catalog.registries.values()
@@ -73,9 +74,10 @@ def settings_of(cls: type[Component]) -> list[dict[str, Any]]:
     ]
 
 
+@takes()
 def new_plugin(
-    ctx: typer.Context,
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of what is added; the package is llmpruner-NAME.")],
+    arguments: dict[str, Any],
     kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(KINDS)}.", metavar="KIND")] = "family",
     source: Annotated[
         str | None,
@@ -101,12 +103,14 @@ def new_plugin(
 ) -> None:
     """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
     strategy."""
-    catalog = catalog_of(ctx)
+    catalog = arguments["catalog"]
     distribution = distribution_of(name)
     if kind not in KINDS:
         raise UnknownNameError("kind of plugin", kind, KINDS)
     if source is not None and kind != "family":
         raise LlmprunerError(f"a {kind} works for all models; leave --from out")
+    if package is not None and source is None:
+        raise LlmprunerError("--import goes with --from, which names the model")
     registry = catalog.registries[KINDS[kind]]
     if name in registry:
         raise LlmprunerError(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.stages import peak_memory
-from ..files import check_new_file
 from ..settings import LoadSettings, PruneSettings, RunSettings, settings_from
 from ..structure.widths import COUNTED, QUANTISED
 from ..values import bytes_text, count_text
@@ -35,8 +34,6 @@ def plan(
     from .. import pipeline
     from ..discovery.opening import Opener
 
-    if output is not None:
-        check_new_file(output)
     started = time.monotonic()
     load, run, progress, catalog = (arguments.pop(name) for name in ("load", "run", "progress", "catalog"))
     settings = settings_from(PruneSettings, arguments)

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..files import check_new_directory
 from ..settings import LoadSettings, RunSettings
 from ..values import counted
-from .console import RichProgress, done_line, out, print_json, table, warning_line
-from .derive import Json, catalog_of, takes
+from .console import done_line, out, print_json, table, warning_line
+from .derive import Json, takes
 from .measure import show_bench, show_evaluations, write_next_to
 from .prune import show_plan
 
@@ -71,15 +70,16 @@ def run(
     done_line(f"{result.output}: {done}; {seconds:.0f} s")
 
 
+@takes()
 def recipes(
-    ctx: typer.Context,
+    arguments: dict[str, Any],
     name: Annotated[
         str | None,
         typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change.", show_default=False),
     ] = None,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
-    known = catalog_of(ctx).recipes
+    known = arguments["catalog"].recipes
     if name is None:
         rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
         table(None, ("Name", "Package", "What it does"), rows, left=3)
@@ -116,12 +116,10 @@ def show_step(step: StepResult) -> None:
         done_line(line)
 
 
+@takes()
 def demo(
-    ctx: typer.Context,
-    output: Annotated[
-        Path,
-        typer.Option("--output", "-o", help="Directory for the pruned and the recovered model; must not exist."),
-    ] = Path("demo-output"),
+    arguments: dict[str, Any],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for all results.")] = Path("demo-output"),
     ratio: Annotated[
         float, typer.Option(min=0.01, max=0.5, help="Share of the decoder's parameters to remove.")
     ] = 0.08,
@@ -131,17 +129,15 @@ def demo(
 
     Fewer tokens, then narrower MLPs as by default, on fewer samples, then distillation from the dense model. Text for
     them is written by the model itself, but for some instructions that come with llmpruner; perplexity is measured on
-    Python's own documentation. `llmpruner recipes demo` shows the settings.
+    Python's own documentation. `llmpruner recipes demo` shows the settings. After an interruption, the same command
+    goes on.
     """
     from .. import api
 
     started = time.monotonic()
-    check_new_directory(output)
-    catalog = catalog_of(ctx)
     values = {"pruned.ratio": ratio, "prune.seed": seed}
-    with RichProgress() as progress:
-        api.run(DEMO, output=output, values=values, on_step=show_step, progress=progress, catalog=catalog)
-    write_next_to(output, catalog, say=True)
+    api.run(DEMO, output=output, values=values, on_step=show_step, **arguments)
+    write_next_to(output, arguments["catalog"], say=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)
     out.print("  llmpruner recover pruned -o recovered", highlight=False)

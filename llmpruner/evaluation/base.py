@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..discovery.family import ModelFamily
+    from ..models.model import Model
     from ..structure.coupling import CouplingGraph
 
 
@@ -47,12 +48,12 @@ class Row:
 @dataclass(frozen=True)
 class ComparedModel:
     """A model that is not loaded yet. ``name``: as the user gave it. ``config``: of the dense model where it was
-    pruned."""
+    pruned. ``tokenizer``: None where it has none."""
 
     name: str
     config: PreTrainedConfig
     tokenizer: Any
-    family: ModelFamily
+    load: Callable[[], Model]
 
 
 @dataclass(frozen=True)

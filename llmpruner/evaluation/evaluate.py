@@ -44,12 +44,12 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
 
 def evaluate(
     models: Sequence[ComparedModel],
-    loaders: Sequence[Callable[[], Model]],
     metrics: Sequence[Metric],
     progress: Progress = QUIET,
+    on_result: Callable[[Evaluation], None] | None = None,
 ) -> Evaluations:
-    """Measure every model by every metric. ``loaders``: load the model of the same place, once the previous one was
-    measured and freed; the first stays in memory as ``subject.reference`` where a metric needs it. Raises
+    """Measure every model by every metric. A model is loaded once the previous one was measured and freed; the first
+    stays in memory as ``subject.reference`` where a metric needs it. ``on_result``: called after each model. Raises
     `SettingsError` when that is the only one, `ModelError` for weights that are not finite, and what metrics raise."""
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
@@ -61,8 +61,8 @@ def evaluate(
 
     reference: Model | None = None
     evaluations = []
-    for named, load in zip(models, loaders, strict=True):
-        model = load()
+    for named in models:
+        model = named.load()
         _check_finite(model)
         if comparing and reference is None:
             reference = model
@@ -80,6 +80,8 @@ def evaluate(
         if len(models) > 1:  # of which a later one may fail
             shown = ", ".join(f"{row.label} {row.text}" for row in rows if row.value is not None)
             progress.status(f"{named.name}: {shown}")
+        if on_result is not None:
+            on_result(evaluations[-1])
         # The next model is loaded into the memory of this one.
         del model, subject, first
     return Evaluations(evaluations)

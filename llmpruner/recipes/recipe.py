@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 
 import yaml
 
@@ -40,27 +40,29 @@ DENSE: Final = "dense"
 """The model of the recipe, among the models that a step reads."""
 LAST: Final = "last"
 """The newest checkpoint."""
-COMMANDS: Final[Mapping[str, type[Settings]]] = {
-    "prune": PruneSettings,
-    "recover": RecoverSettings,
-    "evaluate": EvaluateSettings,
-    "bench": BenchSettings,
-    "generate": GenerateSettings,
-    "export": ExportSettings,
-}
-"""The commands that a step can run."""
-JOBS: Mapping[str, tuple[Callable[[Any, Catalog], Any], Callable[[Any], object]]] = {
-    "prune": (prune_job, lambda job: job.calibration is None or job.calibration.check()),
-    "recover": (recover_job, check_recover),
-    "evaluate": (chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
-    "bench": (lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings), lambda job: None),
-    "generate": (lambda settings, catalog: settings, lambda job: None),
-    "export": (
+
+
+class StepKind(NamedTuple):
+    """A command that a step can run. ``create``: makes its job of its ``settings``, and refuses those that contradict
+    each other; ``check``: refuses a job whose data or libraries are missing."""
+
+    settings: type[Settings]
+    create: Callable[[Any, Catalog], Any]
+    check: Callable[[Any], object] = lambda job: None
+
+
+COMMANDS: Final[Mapping[str, StepKind]] = {
+    "prune": StepKind(PruneSettings, prune_job, lambda job: job.calibration is None or job.calibration.check()),
+    "recover": StepKind(RecoverSettings, recover_job, check_recover),
+    "evaluate": StepKind(EvaluateSettings, chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
+    "bench": StepKind(BenchSettings, lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings)),
+    "generate": StepKind(GenerateSettings, lambda own, catalog: own),
+    "export": StepKind(
+        ExportSettings,
         lambda own, catalog: catalog.exporters.create_only(own.to, own.settings),
-        lambda job: job.check(),
+        lambda exporter: exporter.check(),
     ),
 }
-"""Command → what creates its job from settings, and what checks its data."""
 CHECKPOINTS: Final = ("prune", "recover")
 """Commands whose result later steps take; each takes the newest one."""
 MEASURES: Final = ("evaluate", "bench", "generate")
@@ -70,7 +72,7 @@ MEASURES: Final = ("evaluate", "bench", "generate")
 @dataclass(frozen=True)
 class Step:
     """One command. ``name``: of its folder. ``reads``: the models it takes: ``dense``, and names of earlier steps.
-    ``place``: the file and the step, for messages."""
+    ``place``: the file and the step, for messages. ``job``: see `StepKind`."""
 
     number: int
     command: str
@@ -79,6 +81,7 @@ class Step:
     reads: tuple[str, ...]
     prompt: str | None
     place: str
+    job: Any = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -97,28 +100,41 @@ class Recipe:
         """The recipe in a file, or the one of that name. ``values``: as of `of`. Raises `SettingsError`."""
         text, source = _text(str(reference), catalog)
         try:
-            return cls.of(yaml.safe_load(text), source, values)
+            value = yaml.safe_load(text)
         except (yaml.YAMLError, ValueError) as error:
             mark = getattr(error, "problem_mark", None)
             place = source if mark is None else f"{source}, line {mark.line + 1}"
             problem = getattr(error, "problem", None) or first_line(error)
             raise SettingsError(f"{place}: not valid YAML: {problem}") from error
+        return cls.of(value, catalog, source, values)
 
     @classmethod
-    def of(cls, value: Mapping[str, Any], source: str = "recipe", values: Mapping[str, Any] | None = None) -> Recipe:
+    def of(
+        cls,
+        value: Mapping[str, Any],
+        catalog: Catalog,
+        source: str = "recipe",
+        values: Mapping[str, Any] | None = None,
+    ) -> Recipe:
         """The recipe in ``value``, which has the keys of a recipe file. ``values``: other settings, as of
-        `llmpruner.run`. Raises `SettingsError`, in one line with the step and the key, for what is no recipe."""
+        `llmpruner.run`. Raises `LlmprunerError`, in one line with the step and the key, for what is no recipe, and for
+        mistakes that need no model and no file to be seen."""
         top = _settings(RecipeSettings, value, source)
+        values = values or {}
+        for key in values:
+            if not all(key.partition(".")):
+                raise SettingsError(f"{key}: expected STEP.setting, such as prune.ratio")
         steps: list[Step] = []
         for entry in _written_out(top.steps, source):
-            steps.append(_step(entry, steps, values or {}, source))
+            steps.append(_step(entry, steps, values, source))
         if not steps:
             raise SettingsError(f"{source}: expected at least one step under 'steps'")
         known = {name for step in steps for name in (step.command, step.name, str(step.number))}
-        for key in values or {}:
+        for key in values:
             if key.partition(".")[0] not in known:
                 raise SettingsError(f"{key}: {UnknownNameError('step', key.partition('.')[0], known)}")
-        return cls(tuple(steps), top.model, top.output, top.load, source)
+        ready = tuple(replace(step, job=_job(step, catalog)) for step in steps)
+        return cls(ready, top.model, top.output, top.load, source)
 
 
 def values_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -127,7 +143,7 @@ def values_of(texts: Sequence[str]) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
-        if not equals or not all(key.partition(".")):
+        if not equals:
             raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
         try:
             values[key] = yaml.safe_load(value)
@@ -159,11 +175,16 @@ def _written_out(entries: Any, place: str) -> Iterator[Mapping[str, Any]]:
         step = {entry: {}} if isinstance(entry, str) else entry
         if not isinstance(step, Mapping):
             raise SettingsError(f"{place}: '{entry}': expected a step: a command ({', '.join(COMMANDS)}) with settings")
-        rounds = step.get("rounds", 1)
+        if "rounds" not in step:
+            yield step
+            continue
+        rounds = step["rounds"]
         if not isinstance(rounds, int) or rounds < 1:
             raise SettingsError(f"{place}: rounds: '{rounds}': expected a whole number of at least 1")
+        if more := [key for key in step if key not in ("rounds", "steps")]:
+            raise SettingsError(f"{place}: rounds: '{more[0]}' belongs to a step; put it under 'steps'")
         for _ in range(rounds):
-            yield from _written_out(step.get("steps"), place) if "rounds" in step else [step]
+            yield from _written_out(step.get("steps"), place)
 
 
 def _step(entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str, Any], source: str) -> Step:
@@ -187,7 +208,7 @@ def _step(entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str
         step, *path = key.split(".")
         if step in (command, name, str(number)):
             _put(values, path, value, f"{place}: {key}")
-    settings = _settings(COMMANDS[command], values, place)
+    settings = _settings(COMMANDS[command].settings, values, place)
     return Step(number, command, name, settings, _reads(command, own, before, place), own.prompt, place)
 
 
@@ -222,17 +243,14 @@ def _settings(model: type[S], values: Any, place: str) -> S:
     return validated(model, {str(key): value for key, value in values.items() if value is not None}, place)
 
 
-def recipe_jobs(recipe: Recipe, catalog: Catalog) -> dict[str, Any]:
-    """Name → job of every step. Raises `LlmprunerError` for a mistake that needs no model and no file to be seen."""
-    jobs = {}
-    for step in recipe.steps:
-        with naming(step):
-            job = jobs[step.name] = JOBS[step.command][0](step.settings, catalog)
-            metrics = job if step.command == "evaluate" else ()
-            compares = next((metric for metric in metrics if metric.needs_reference), None)
-            if compares is not None and len(step.reads) == 1:
-                raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
-    return jobs
+def _job(step: Step, catalog: Catalog) -> Any:
+    with naming(step):
+        job = COMMANDS[step.command].create(step.settings, catalog)
+        metrics = job if step.command == "evaluate" else ()
+        compares = next((metric for metric in metrics if metric.needs_reference), None)
+        if compares is not None and len(step.reads) == 1:
+            raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
+        return job
 
 
 @contextmanager

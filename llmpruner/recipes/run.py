@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..discovery.opening import load_structure
-from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer
+from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
 from ..models.identity import data_identity, model_identity
@@ -29,7 +29,7 @@ from ..progress import Progress
 from ..pruning.checks import check_job
 from ..report.history import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
-from .recipe import DENSE, JOBS, Recipe, Step, naming, recipe_jobs
+from .recipe import COMMANDS, DENSE, Recipe, Step, naming
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -41,8 +41,8 @@ class StepResult:
     ``seconds``: without those before an interruption.
 
     ``result``: JSON values: sizes of a prune, facts of a training, what ``evaluate --json`` and ``bench --json`` write,
-    generated texts, files of an export. ``value``: what the function of the command returned: for prune (`PruningPlan`,
-    `Outcome`), for evaluate `Evaluations`, for bench `BenchResult`; None for other commands and for skipped steps.
+    generated texts, files of an export. ``value``: of prune (`PruningPlan`, `Outcome`), of evaluate `Evaluations`, of
+    bench `BenchResult`, of export the line that `llmpruner.export` returned; None of others, and of skipped steps.
     """
 
     name: str
@@ -98,16 +98,18 @@ class RecipeRun:
         self.recipe, self.model, self.output = recipe, str(model), Path(output)
         self.run, self.catalog, self.progress, self.functions = run, catalog, progress, functions
         self.load = recipe.load.model_copy(update=load.given())
-        self.jobs = recipe_jobs(recipe, catalog)
         check_device(self.load.device)
         resolve(self.model, catalog)
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:
             with naming(step):
-                JOBS[step.command][1](self.jobs[step.name])
+                COMMANDS[step.command].check(step.job)
                 if step.command == "prune" and step.reads == (DENSE,):
-                    check_job(self.jobs[step.name], self.dense, tokenizer=True)
+                    check_job(step.job, self.dense, tokenizer=True)
+                learns = step.command == "recover" and step.job.reads_dense
+                if learns and step.reads == (DENSE,) and not self.dense.plans:
+                    raise not_pruned(self.model)
             folder = self.output / step.name
             if folder.exists() and not (folder / STEP_FILE).is_file():
                 raise OutputError(f"'{folder}' exists already, and no step of a recipe made it; move it away")
@@ -147,7 +149,7 @@ class RecipeRun:
             "settings": settings,
             "load": self.load.model_dump(mode="json"),
             "models": models,
-            "data": data_identity(settings, self.jobs[step.name]),
+            "data": data_identity(settings, step.job),
             "prompt": step.prompt,
         }
         plain: dict[str, Any] = json.loads(json.dumps(inputs))

@@ -47,3 +47,5 @@ def test_the_demo_shows_what_prune_does_by_default(run, small, tmp_path):
         assert f">{title}</h2>" in page
     assert "3*self,1*chat:instructions.jsonl." in page
     assert run("generate", tmp_path / "demo" / "pruned", "-p", "The fox", "--max-new-tokens", 2).code == 0
+    again = run("demo", "-o", tmp_path / "demo", "--ratio", 0.3, "--seed", 3)
+    assert again.code == 0 and again.err.count("done before with the same inputs, skipped") == 8

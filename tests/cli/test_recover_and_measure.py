@@ -101,3 +101,12 @@ def test_a_tokenizer_without_a_padding_token_trains(run, shared, tmp_path):
     (model / "special_tokens_map.json").unlink(missing_ok=True)
     options = ("--max-steps", 1, "--batch-size", 2, "--strategy", "full")
     assert run("recover", model, "--data", shared / "data.jsonl", "-o", tmp_path / "out", *options).code == 0
+
+
+def test_results_before_a_model_that_fails_are_kept(run, shared, tmp_path):
+    dense, file = shared / "dense", tmp_path / "results.json"
+    result = run("evaluate", dense, shared / "nan", "--metrics", "size", "--json", file)
+    assert result.code == 2 and "holds NaN" in result.err
+    assert [row["name"] for row in json.loads(file.read_text())] == [str(dense)]
+    result = run("generate", dense, shared / "bare", "-p", "The fox", "--max-new-tokens", 2)
+    assert result.code == 2 and "brings no tokenizer" in result.err and str(dense) in result.out

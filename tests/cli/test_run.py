@@ -128,8 +128,11 @@ def test_only_what_depends_on_a_change_is_done_again(run, file, out, shared, tmp
     assert skipped(recipe, out, model=copy, values={"table.window": 32}) == [True] * 4, "a model is its files"
     shutil.rmtree(out / "table")
     assert skipped(recipe, out) == [True, True, False, True]
-    assert skipped(recipe, out, load=LoadSettings(dtype="bfloat16")) == [False] * 4
-    assert skipped(recipe, out, model=shared / "other")[0] is False
+    narrow = LoadSettings(dtype="bfloat16")
+    assert skipped(recipe, out, load=narrow) == [False] * 4
+    stop = StopAt("step 1 of 4, 1-prune, again: models changed")
+    with pytest.raises(Killed):
+        api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
 
 
 class Killed(BaseException):
@@ -276,3 +279,10 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     monkeypatch.setattr("llmpruner.recovery.job.find_spec", lambda name: None)
     adapters = ("--set", "recover.strategy=lora")
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
+
+
+def test_a_recovery_of_what_was_not_pruned_is_refused_before_other_steps(refused, file, tmp_path):
+    recipe = yaml.safe_load(file.read_text())
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:0:-1]}))
+    message = "step 3 (recover): '{}' was not pruned by llmpruner".format(recipe["model"])
+    assert message in refused("run", file, "-o", "{tmp}/out")

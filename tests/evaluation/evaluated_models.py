@@ -23,6 +23,6 @@ def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -
 
 def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric], progress: Progress = QUIET) -> Evaluations:
     """The models that ``loaders`` load, of which nothing is known before."""
-    named = tiny_models.llama().config, tiny_models.tokenizer(), LlamaFamily()
-    models = [ComparedModel(f"model {n}", *named) for n in range(len(loaders))]
-    return evaluate(models, loaders, metrics, progress)
+    config, tokenizer = tiny_models.llama().config, tiny_models.tokenizer()
+    models = [ComparedModel(f"model {n}", config, tokenizer, load) for n, load in enumerate(loaders)]
+    return evaluate(models, metrics, progress)

@@ -120,7 +120,7 @@ def test_models_that_cannot_be_measured_are_named(data):
 
 
 def test_an_example_beyond_a_table_of_positions_is_refused(data):
-    gpt2 = ComparedModel("gpt2", tiny_models.gpt2(positions=32).config, tokenizer(), ModelFamily())
+    gpt2 = ComparedModel("gpt2", tiny_models.gpt2(positions=32).config, tokenizer(), subject)
     with pytest.raises(DataError, match=r"of 2,000 tokens are beyond the 32 positions of 'gpt2'; lower --set"):
         GivenAnswersMetric(data=data, cutoff=2000).check_models([gpt2])
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from said import Said
 
 import llmpruner
-from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, ModelError, ModelFamily, Row
+from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, ModelError, Row
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.base import ComparedModel
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
@@ -246,7 +246,7 @@ def test_a_tokenizer_that_splits_otherwise_has_the_same_tokens(text):
             return self.fast.convert_ids_to_tokens(ids)
 
     config, fast = tiny_models.llama().config, tiny_models.tokenizer()
-    models = [ComparedModel(name, config, one, ModelFamily()) for name, one in (("fast", fast), ("slow", Slow(fast)))]
+    models = [ComparedModel(name, config, one, in_memory) for name, one in (("fast", fast), ("slow", Slow(fast)))]
     assert fast("fox")["input_ids"] != Slow(fast)("fox")["input_ids"]
     metric = PerplexityMetric(text=text, kl=True)
     metric.prepare()

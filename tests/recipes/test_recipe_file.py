@@ -8,7 +8,7 @@ import pytest
 
 from llmpruner import Catalog, LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
-from llmpruner.recipes.recipe import Recipe, recipe_jobs, values_of
+from llmpruner.recipes.recipe import Recipe, values_of
 
 GOOD = """\
 model: some/model
@@ -32,12 +32,12 @@ def read(text: str, tmp_path, **values) -> Recipe:
     return Recipe.read(file, Catalog(), values)
 
 
-def test_a_file_means_what_the_commands_mean(tmp_path, catalog):
+def test_a_file_means_what_the_commands_mean(tmp_path):
     recipe = read(GOOD, tmp_path)
     assert (recipe.model, str(recipe.output)) == ("some/model", "out")
     assert recipe.load == LoadSettings(dtype="bfloat16")
     assert [step.name for step in recipe.steps] == ["1-prune", "trained", "3-evaluate", "4-export"]
-    prune, recover, evaluate, export = recipe_jobs(recipe, catalog).values()
+    prune, recover, evaluate, export = (step.job for step in recipe.steps)
     assert (prune.kinds, prune.layers, prune.amount) == (("mlp", "attention"), "3", 0.2)
     assert recover.settings.learning_rate == 2e-4 and recover.strategy.name == "distil"
     assert [metric.name for metric in evaluate] == ["size", "perplexity"]
@@ -50,21 +50,22 @@ def test_a_file_means_what_the_commands_mean(tmp_path, catalog):
     ]
 
 
-def test_the_same_from_python():
-    recipe = Recipe.of({"steps": [{"prune": {"ratio": 0.2, "layers": [1, 2]}}, {"evaluate": None, "models": "last"}]})
+def test_the_same_from_python(catalog):
+    steps = [{"prune": {"ratio": 0.2, "layers": [1, 2]}}, {"evaluate": None, "models": "last"}]
+    recipe = Recipe.of({"steps": steps}, catalog)
     assert recipe.steps[0].settings.layers == "1,2"
     assert recipe.steps[1].reads == ("1-prune",)
 
 
-def test_rounds_are_steps_of_their_own():
+def test_rounds_are_steps_of_their_own(catalog):
     steps = [{"rounds": 2, "steps": [{"prune": {"ratio": 0.1}}, {"recover": {"data": "a"}}]}, "evaluate"]
-    recipe = Recipe.of({"steps": steps})
+    recipe = Recipe.of({"steps": steps}, catalog)
     assert [step.name for step in recipe.steps] == ["1-prune", "2-recover", "3-prune", "4-recover", "5-evaluate"]
     assert recipe.steps[2].reads == ("2-recover",)
-    changed = Recipe.of({"steps": steps}, values={"3.ratio": 0.3, "recover.settings.lora.rank": 4})
+    changed = Recipe.of({"steps": steps}, catalog, values={"3.ratio": 0.3, "recover.settings.distil.rank": 4})
     assert [step.settings.given().get("ratio") for step in changed.steps] == [0.1, None, 0.3, None, None]
-    assert changed.steps[1].settings.settings == {"lora": {"rank": 4}} == changed.steps[3].settings.settings
-    assert Recipe.of({"steps": steps}) == recipe, "the mapping itself stays as it is"
+    assert changed.steps[1].settings.settings == {"distil": {"rank": 4}} == changed.steps[3].settings.settings
+    assert Recipe.of({"steps": steps}, catalog) == recipe, "the mapping itself stays as it is"
 
 
 def test_values_on_the_command_line_are_read_as_in_a_file():
@@ -78,9 +79,8 @@ def test_values_on_the_command_line_are_read_as_in_a_file():
         "recover.limit": None,
         "1.calibration": "*",
     }
-    for wrong in ("ratio=0.3", "prune.ratio", ".ratio=1"):
-        with pytest.raises(SettingsError, match=r"expected STEP\.setting=value"):
-            values_of([wrong])
+    with pytest.raises(SettingsError, match=r"expected STEP\.setting=value"):
+        values_of(["prune.ratio"])
 
 
 STEPS = "steps:\n  - prune: {ratio: 0.2}\n"
@@ -115,6 +115,10 @@ WRONG = {
         STEPS + "    name: pruned\n  - evaluate:\n    models: [dense, prund]\n",
         "r.yaml, step 2 (evaluate): models: unknown model 'prund'; did you mean pruned?",
     ),
+    "a step beside rounds": (
+        "steps:\n  - rounds: 2\n    steps: [evaluate]\n    prune: {ratio: 0.2}\n",
+        "r.yaml: rounds: 'prune' belongs to a step",
+    ),
     "a later model": (
         "steps:\n  - evaluate:\n    models: 2-prune\n  - prune: {ratio: 0.2}\n", "models: unknown model '2-prune'"
     ),
@@ -142,11 +146,10 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_the_commands_refuse_is_refused_with_its_place(what, tmp_path, catalog):
+def test_what_the_commands_refuse_is_refused_with_its_place(what, tmp_path):
     step, message = REFUSED[what]
-    recipe = read(f"steps:\n  - {step}\n", tmp_path)
     with pytest.raises(Exception, match=re.escape(message)) as error:
-        recipe_jobs(recipe, catalog)
+        read(f"steps:\n  - {step}\n", tmp_path)
     assert str(error.value).startswith(f"{tmp_path / 'r.yaml'}, step 1 ({step.partition(':')[0]}): ")
 
 
@@ -155,6 +158,9 @@ def test_values_that_replace_nothing(tmp_path):
         read(STEPS, tmp_path, **{"prun.ratio": 0.3})
     with pytest.raises(SettingsError, match=r"\(prune\): prune\.ratio\.x: expected a mapping of settings, got '0\.2'"):
         read(STEPS, tmp_path, **{"prune.ratio.x": 0.3})
+    for key in ("prune", "ratio", ".ratio"):
+        with pytest.raises(SettingsError, match=r"expected STEP\.setting, such as prune\.ratio"):
+            read(STEPS, tmp_path, **{key: {"ratio": 0.3}})
 
 
 def test_a_recipe_that_is_not_there(tmp_path, catalog):
@@ -175,6 +181,6 @@ def test_every_shipped_recipe_is_valid(catalog):
     found = {name: Recipe.read(name, catalog) for name, _ in catalog.recipes.items()}
     assert set(found) >= {"paper", "quality", "llama-cpp", "experts", "demo"}
     for name, recipe in found.items():
-        assert len(recipe_jobs(recipe, catalog)) == len(recipe.steps) > 2, name
+        assert len(recipe.steps) > 2, name
         assert recipe.model == ("demo" if name == "demo" else None) and recipe.output is None
         assert catalog.recipes.package_of(name) == "llmpruner"
