@@ -18,7 +18,7 @@ from ..files import write_text, writing
 from ..settings import RecoverSettings
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult, helped
 from .data import TrainingData, check_data
-from .dense_text import dense_text_in
+from .dense_text import DenseText, dense_text_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,20 +33,22 @@ JOB_FILE = "job.json"
 
 @dataclass(frozen=True)
 class RecoverJob:
-    """The settings of a recovery, and the strategy that they name."""
+    """The settings of a recovery, and what they name. ``dense_text``: of the data, what the dense model writes."""
 
     settings: RecoverSettings
     strategy: RecoveryStrategy
+    dense_text: DenseText | None
 
     @property
     def reads_dense(self) -> bool:
         """Whether the dense model writes examples, or teaches."""
-        return self.strategy.needs_dense or dense_text_in(self.settings.data) is not None
+        return self.strategy.needs_dense or self.dense_text is not None
 
 
 def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
-    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong."""
-    return RecoverJob(settings, catalog.strategies.create_only(settings.strategy, settings.settings))
+    """Raises `SettingsError` (or `UnknownNameError`, or `DataError`) for settings that are wrong."""
+    strategy = catalog.strategies.create_only(settings.strategy, settings.settings)
+    return RecoverJob(settings, strategy, dense_text_in(settings.data))
 
 
 def check_recover(job: RecoverJob) -> None:

@@ -29,7 +29,7 @@ from ..models.trimmed import in_tokens_of
 from ..pruning.saving import save
 from .base import TrainingResult
 from .data import TrainingData, prepare
-from .dense_text import DenseText, dense_text_in, write_examples
+from .dense_text import DenseText, write_examples
 from .job import JOB_FILE, RecoverJob, check_recover, train
 
 _TRAINED = 16
@@ -44,7 +44,7 @@ def recover(
     check_source(source)
     if output is None and work_dir is None:
         raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
-    settings, strategy = job.settings, job.strategy
+    settings, strategy, dense_text = job.settings, job.strategy, job.dense_text
     check_device(opener.load.device)
     # Processes connect only now.
     ranks = Ranks.current()
@@ -53,14 +53,12 @@ def recover(
         ranks.from_first(lambda: check_new_directory(output))
     folder = work_dir or Path(f"{output}.recovery")
     check_recover(job)
-    own = dense_text_in(settings.data)
-
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
     tokenizer, positions = opener.tokenizer(opened), table_of(opened.config)
     dense = _check_model(job, opened, opener)
-    data = None if own else prepare(settings, opened.family, tokenizer, positions=positions)
+    data = None if dense_text else prepare(settings, opened.family, tokenizer, positions=positions)
     if output is not None:
         opener.say_widened(opened)
     with alone_in(folder, JOB_FILE, anew=restart) if ranks.first else nullcontext():
@@ -74,10 +72,13 @@ def recover(
             return load_model(dense or dense_structure(loaded, opener.catalog, opener.load), opener.catalog, load)
 
         if data is None:
-            assert own is not None
+            assert dense_text is not None
             with stages.stage("writing examples"):
-                written = ranks.from_first(lambda: _written(own, loaded, dense_model, folder, settings.seed, opener))
-            data = prepare(settings, opened.family, tokenizer, positions=positions, written={own.source: written})
+                written = ranks.from_first(
+                    lambda: _written(dense_text, loaded, dense_model, folder, settings.seed, opener)
+                )
+            examples = {dense_text.source: written}
+            data = prepare(settings, opened.family, tokenizer, positions=positions, written=examples)
             if not strategy.needs_dense:
                 dense_model.cache_clear()
         with stages.stage("training"):
@@ -126,17 +127,17 @@ def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structur
 
 
 def _written(
-    own: DenseText, loaded: Model, dense: Callable[[], Model], folder: Path, seed: int, opener: Opener
+    dense_text: DenseText, loaded: Model, dense: Callable[[], Model], folder: Path, seed: int, opener: Opener
 ) -> list[Example]:
     """The examples that the dense model writes, kept in ``folder`` for an interrupted run."""
     base = loaded.plans[0].base
-    identity = json.dumps([asdict(own), seed, base.model, base.structure, str(loaded.model.dtype)])
+    identity = json.dumps([asdict(dense_text), seed, base.model, base.structure, str(loaded.model.dtype)])
     file = folder / f"self-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
     if not file.is_file():
         model = dense()
         if model.tokenizer is None:
             raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
-        examples = write_examples(own, model.model, model.tokenizer, model.family, seed, opener.progress)
+        examples = write_examples(dense_text, model.model, model.tokenizer, model.family, seed, opener.progress)
         if not (folder / JOB_FILE).is_file():
             write_text(folder / JOB_FILE, "{}\n")  # until the training identifies itself
         write_text(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples))
