@@ -34,7 +34,7 @@ def test_installed_packages_are_listed(run):
     assert done.err.splitlines() == [f"warning: {WARNING}"]
     shown = done.json()
     outside = {row["name"]: row["kind"] for row in shown["plugins"] if row["package"] == "llmpruner-outside"}
-    assert (outside["unknown"], outside["nothing"]) == ("family", "recovery strategy") and len(outside) == 13
+    assert (outside["unknown"], outside["nothing"]) == ("family", "recovery strategy") and len(outside) == 14
     assert shown["broken"] == [WARNING]
 
 
@@ -43,6 +43,13 @@ def test_an_installed_strategy_recovers(run, pruned, shared, tmp_path):
     result = run("recover", pruned, *options)
     assert result.code == 0, result.err
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_an_installed_strategy_trains_by_its_own_loss(run, pruned, shared, tmp_path):
+    options = ("--max-steps", 2, "--batch-size", 2, "--learning-rate", 0.01, "-o", tmp_path / "out")
+    assert run("recover", pruned, "--data", shared / "data.jsonl", "--strategy", "imitation", *options).code in (0, 3)
+    (record,) = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]
+    assert record["strategy"] == "imitation" and record["losses"][1] != record["losses"][0] > 0
 
 
 def test_an_installed_reader_reads(run, dense, tmp_path):

@@ -1,4 +1,4 @@
-"""One component of every kind, written with public names alone."""
+"""Components of every kind, written with public names alone."""
 
 import typer
 
@@ -7,12 +7,9 @@ from llmpruner import hookimpl
 from .allocation import Tapered
 from .budget import MatrixParameters
 from .compensation import KeepNorm
-from .criterion import Magnitude
-from .exporter import OneFile
+from .examples import Imitation, Magnitude, Slow, Vocabulary, Weights
 from .loading import Pointer, Unknown
 from .method import Cautious
-from .metric import Accuracy
-from .runtime import WithoutCache
 from .section import Widths
 from .source import Counting
 from .strategy import Nothing
@@ -45,17 +42,17 @@ def llmpruner_importance_criteria():
 
 @hookimpl
 def llmpruner_metrics():
-    return [Accuracy]
+    return [Vocabulary]
 
 
 @hookimpl
 def llmpruner_exporters():
-    return [OneFile]
+    return [Weights]
 
 
 @hookimpl
 def llmpruner_runtimes():
-    return [WithoutCache]
+    return [Slow]
 
 
 @hookimpl
@@ -75,7 +72,7 @@ def llmpruner_model_families():
 
 @hookimpl
 def llmpruner_recovery_strategies():
-    return [Nothing]
+    return [Nothing, Imitation]
 
 
 @hookimpl
