@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..evaluation.bench import BenchResult
     from ..evaluation.evaluate import Evaluation, Evaluations
     from ..plugins.catalog import Catalog
+    from ..report.base import Report
 
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")]
@@ -138,10 +139,7 @@ def report(
 
     catalog, settings = arguments["catalog"], arguments.get("settings")
     made = api.write_report(directories, output, results=results or (), catalog=catalog, settings=settings)
-    for warning in made.warnings:
-        warning_line(warning)
-    for name, sentence in made.sentences.items():
-        out.print(f"[bold]{escape(name)}[/]: {escape(sentence)}", highlight=False, soft_wrap=True)
+    _tell(made, sentences=True)
     done_line(str(made.path))
 
 
@@ -157,9 +155,12 @@ def write_next_to(directory: Path, catalog: Catalog, *, say: bool = False, of: S
     except LlmprunerError as error:
         warning_line(f"no report was written: {error}")
         return
+    _tell(made, sentences=say)
+    note(f"report written to {made.path}")
+
+
+def _tell(made: Report, *, sentences: bool) -> None:
     for warning in made.warnings:
         warning_line(warning)
-    for name, sentence in made.sentences.items() if say else ():
-        text = f"{name}: {sentence}" if of else sentence[:1].upper() + sentence[1:]
-        out.print(text, highlight=False, markup=False)
-    note(f"report written to {made.path}")
+    for name, sentence in made.sentences.items() if sentences else ():
+        out.print(f"[bold]{escape(name)}[/]: {escape(sentence)}", highlight=False, soft_wrap=True)
