@@ -220,7 +220,7 @@ def _finished(step: Step, folder: Path, *, skipped: bool = False, value: Any = N
 
 
 def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    model = run.call(step, output=output, run=run.run.model_copy(update={"restart": False}))
+    model = run.call(step, output=output, run=run.run)
     outcome = model.outcome
     facts = {"checkpoint": model.form, "parameters": outcome.parameters_after}
     facts |= {"decoder_parameters": outcome.decoder_after, "decoder_removed": outcome.decoder_removed}

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ def _import(package: str) -> str:
 
 def render(name: str, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
     """Path in the package → text. ``kind``: one of `KINDS`. ``model``: of a family."""
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from ..plugins import catalog
 
@@ -140,9 +140,9 @@ def render(name: str, model: ModelFacts | None = None, *, kind: str = "family") 
     module = distribution.replace("-", "_")
     model = model or ModelFacts()
     environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    folder = resources.files("llmpruner.scaffold") / "templates"
+        loader=PackageLoader("llmpruner.scaffold", "templates"), undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
     values = {
         "name": name,
         "distribution": distribution,
@@ -154,9 +154,7 @@ def render(name: str, model: ModelFacts | None = None, *, kind: str = "family") 
         "cls": "".join(part.capitalize() for part in (*name.split("-"), kind)),
     }
     files = {
-        path.format(module=module, kind=kind): environment.from_string(
-            (folder / template.format(kind=kind)).read_text(encoding="utf-8")
-        ).render(values)
+        path.format(module=module, kind=kind): environment.get_template(template.format(kind=kind)).render(values)
         for path, template in FILES.items()
     }
     if model.config_values:
