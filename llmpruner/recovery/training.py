@@ -102,7 +102,9 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     settings = settings.model_copy(update={"batch_size": size})
     rate = settings.learning_rate
     if rate is None:
-        rate = 1e-4 if adapters else 1e-4 * min(1.0, planned_steps(settings, rows) / 100)
+        # With minutes, the schedule lowers it.
+        few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
+        rate = 1e-4 * min(1.0, few)
     return settings.model_copy(update={"learning_rate": rate})
 
 
@@ -365,7 +367,8 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
             # Of a step, every example is computed forwards and backwards: three times the work.
             affordable = _CHECKING_SHARE * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
         else:
-            affordable = _CHECKING_SHARE * 60 * settings.minutes / trainer.check_seconds
+            # After an interruption, it is not known yet how long a validation takes.
+            affordable = _CHECKING_SHARE * 60 * settings.minutes / (trainer.check_seconds or 1.0)
         ends = done >= 1
         control.should_training_stop = ends
         control.should_evaluate = ends or self._completes(max(1, min(_PARTS, int(affordable))), done)

@@ -88,6 +88,8 @@ def test_a_few_steps_of_all_weights_have_a_lower_rate():
     settings = RecoverSettings(data="a", max_steps=12)
     assert filled_in(settings, 50, adapters=False).learning_rate == pytest.approx(1.2e-5)
     assert filled_in(settings, 50, adapters=True).learning_rate == 1e-4
+    timed = settings.model_copy(update={"minutes": 1.0})
+    assert filled_in(timed, 50, adapters=False).learning_rate == 1e-4, "the schedule lowers it"
     assert filled_in(RecoverSettings(data="a", max_steps=300), 50, adapters=False).learning_rate == 1e-4
     named = settings.model_copy(update={"learning_rate": 3e-4})
     assert filled_in(named, 50, adapters=False).learning_rate == 3e-4

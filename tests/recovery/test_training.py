@@ -156,6 +156,18 @@ def test_minutes_end_a_training(tiny):
     assert result.details["validation"][-1]["step"] == len(result.losses)
 
 
+def test_a_training_of_minutes_goes_on_after_an_interruption(tiny):
+    options = {"max_steps": None, "minutes": 0.03, "batch_size": None}
+
+    def interrupt(step, *_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny(FullStrategy(), on_step=interrupt, **options)
+    result = tiny(FullStrategy(), **options)
+    assert result.details["validation"][-1]["step"] == len(result.losses) > 0
+
+
 def test_batches_and_steps():
     of = RecoverSettings(data="a")
     sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
