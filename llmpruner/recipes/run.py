@@ -140,7 +140,7 @@ class RecipeRun:
         models = {
             name: model_identity(self.dense.ref, self.catalog, self.dense.revision) or self.model
             if name == DENSE
-            else model_identity(str(self.output / name), self.catalog)
+            else model_identity(self.reference(name), self.catalog)
             for name in step.reads
         }
         settings = step.settings.model_dump(mode="json")

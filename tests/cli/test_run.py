@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmpruner import LoadSettings, OutputError, api
+from llmpruner import LoadSettings, OutputError, RunSettings, api
 from llmpruner.engine import journal
 from llmpruner.files import alone_in
 from llmpruner.progress import Progress
+from llmpruner.recipes.recipe import Recipe
+from llmpruner.recipes.run import RecipeRun
 from llmpruner.structure.plan import Outcome, PruningPlan
 
 NAMES = ["1-prune", "2-recover", "table", "4-export"]
@@ -286,3 +288,16 @@ def test_a_recovery_of_what_was_not_pruned_is_refused_before_other_steps(refused
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:0:-1]}))
     message = "step 3 (recover): '{}' was not pruned by llmpruner".format(recipe["model"])
     assert message in refused("run", file, "-o", "{tmp}/out")
+
+
+def test_the_model_of_an_export_to_one_file_is_that_file(shared, tmp_path, catalog):
+    steps = [{"export": {"to": "stock"}, "name": "file"}, {"evaluate": {"metrics": "size"}, "models": ["file"]}]
+    recipe = Recipe.of({"steps": steps}, catalog)
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "step.json").write_text("{}")
+    found = RecipeRun(recipe, shared / "dense", tmp_path, LoadSettings(), RunSettings(), catalog, Progress(), {})
+    identities = set()
+    for content in (b"one", b"another"):
+        (tmp_path / "file" / "model.gguf").write_bytes(content)
+        identities.add(found.inputs(recipe.steps[1])["models"]["file"])
+    assert found.reference("file") == str(tmp_path / "file" / "model.gguf") and len(identities - {None}) == 2
