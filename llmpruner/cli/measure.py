@@ -91,9 +91,10 @@ def generate(
 ) -> None:
     """Generate the continuation of a prompt by one or several models."""
     from .. import api
+    from ..discovery.opening import Opener
 
-    shared = {"progress": arguments["progress"], "catalog": arguments["catalog"]}
-    structures = [api.discover(model, **shared, **arguments["load"].given()) for model in models]
+    opener = Opener(arguments["catalog"], arguments["load"], arguments["progress"])
+    structures = [opener.readable(model, "read a prompt") for model in models]
     answers = {}
     for each in structures:
         answer = answers[each.ref] = api.generate(each, prompt, **arguments)

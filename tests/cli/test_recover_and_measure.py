@@ -108,5 +108,9 @@ def test_results_before_a_model_that_fails_are_kept(run, shared, tmp_path):
     result = run("evaluate", dense, shared / "nan", "--metrics", "size", "--json", file)
     assert result.code == 2 and "holds NaN" in result.err
     assert [row["name"] for row in json.loads(file.read_text())] == [str(dense)]
+    damaged = shutil.copytree(dense, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"noise")
+    result = run("generate", dense, damaged, "-p", "The fox", "--max-new-tokens", 2)
+    assert result.code == 2 and "damaged" in result.err and str(dense) in result.out
     result = run("generate", dense, shared / "bare", "-p", "The fox", "--max-new-tokens", 2)
-    assert result.code == 2 and "brings no tokenizer" in result.err and str(dense) in result.out
+    assert result.code == 2 and "brings no tokenizer" in result.err and result.out == ""
