@@ -350,11 +350,13 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
         """``_before``: `_LossTrainer.share_done` at the step before."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del args, control
+        del control
         trainer = self._trainer
         if not state.log_history:
             trainer.save_start()
             return
+        # The folder may have been moved, or be named otherwise, since the interruption.
+        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
         trainer.began = time.monotonic() - state.log_history[-1]["seconds"]
         self._before = trainer.share_done()
         for entry in state.log_history:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from recovery_cases import pruned_model
+from recovery_cases import pruned_model, train_tiny
 
 from llmpruner import RecoveryStrategy, TrainingResult, fit
 from llmpruner.recovery.losses import next_token_loss
@@ -61,6 +61,22 @@ def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, opt
     assert "no better than before" in no_better(record) and first_and_last(record)[2] == first["loss"]
     for name, value in result.model.state_dict().items():
         assert torch.equal(value, before[name]), name
+
+
+def test_the_weights_of_the_start_are_found_in_a_folder_that_was_moved(tmp_path):
+    """Between an interruption and the rest of the training."""
+
+    def interrupt(step, *_):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tiny(tmp_path / "before", With(away), on_step=interrupt)
+    (tmp_path / "before").rename(tmp_path / "after")
+    result = train_tiny(tmp_path / "after", With(away))
+    assert result.details["best_step"] == 0 and len(result.losses) == 6
+    for name, value in pruned_model()[0].state_dict().items():
+        assert torch.equal(result.model.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
