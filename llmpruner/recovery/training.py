@@ -269,7 +269,8 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         loss, start = sum(sums) / sum(counts), sum(before) / sum(counts)
         error = _standard_error([now - then for now, then in zip(sums, before, strict=True)], counts)
         self.log({"eval_loss": loss, "eval_error": error, **({} if history else {"eval_rows": sums})})
-        self.check_seconds = time.monotonic() - began
+        # All processes must decide alike when to validate again.
+        self.check_seconds = self.ranks.from_first(lambda: time.monotonic() - began)
         metrics = {"eval_loss": loss, "eval_lower": loss if helped(start, loss, error) else math.inf}
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
