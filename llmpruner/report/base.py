@@ -59,6 +59,12 @@ class ReportSubject:
     steps: tuple[Mapping[str, Any], ...] = ()
 
     @property
+    def recovered(self) -> bool:
+        """Whether it was trained after the last cut."""
+        trained_last = not self.runs or self.runs[-1]["command"] == "recover"
+        return bool(self.record.get("recovery")) and trained_last
+
+    @property
     def cut_quality(self) -> Quality | None:
         """What the last `prune` measured."""
         from ..structure.plan import Quality

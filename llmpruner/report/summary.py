@@ -96,9 +96,10 @@ def sentence(subject: ReportSubject) -> str:
     if tasks := pairs.get("tasks"):
         lost.append(f"accuracy{tasks.note} {tasks.change}")
     if not lost and (quality := subject.cut_quality):
-        lost.append(f"{quality}{', before it was trained' if subject.record.get('recovery') else ''}")
+        lost.append(f"{quality}{', before it was trained' if subject.recovered else ''}")
     told = f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
-    return " ".join([told, *(verdict(each) for each in trainings(subject.record)[-1:])])
+    last = trainings(subject.record)[-1:] if subject.recovered else ()
+    return " ".join([told, *map(verdict, last)])
 
 
 class SummarySection(ReportSection):
@@ -135,18 +136,18 @@ class ComparisonSection(ReportSection):
         rows = [_row(subject, pairs[subject.name], on) for subject in subjects]
         # The table is wide: without the columns that are known of no model.
         known = [number for number in range(len(_COLUMNS)) if any(row[number] is not None for row in rows)]
-        methods = {subject.name: method_of(subject.record) for subject in subjects if subject.name in places}
+        methods = {subject.name: method_of(subject) for subject in subjects if subject.name in places}
         return rendered(
             "comparison.html.j2", rows=[[row[number] for number in known] for row in rows], best=best,
             columns=[_COLUMNS[number] for number in known], picture=_chart(pairs, methods, best) if places else None,
         )  # fmt: skip
 
 
-def method_of(record: Mapping[str, Any]) -> str:
+def method_of(subject: ReportSubject) -> str:
     """``taylor``, ``output-energy + refit``, ``output-energy + refit, recovered``."""
-    plan = record["plans"][-1]
-    parts = [plan["estimation"]["criterion"], *([plan["compensation"]["name"]] if plan["compensation"] else [])]
-    return " + ".join(parts) + (", recovered" if record.get("recovery") else "")
+    plan = subject.plans[-1]
+    parts = [plan.estimation.criterion, *([plan.compensation.name] if plan.compensation else [])]
+    return " + ".join(parts) + (", recovered" if subject.recovered else "")
 
 
 def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...]) -> list[tuple[str, Any] | None]:
@@ -158,8 +159,8 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
     perplexities = [measured.of(subject.name).get("perplexity", {}) for measured in subject.measured]
     known = (kl for result in perplexities if (kl := result.get("kl_per_token")) is not None)
     divergence = next(known, None)
-    cut = None if subject.record.get("recovery") else subject.cut_quality
-    decode, method = pairs.get("decode"), method_of(subject.record)
+    cut = None if subject.recovered else subject.cut_quality
+    decode, method = pairs.get("decode"), method_of(subject)
     return [
         (subject.name, subject.name),
         (method, method),

@@ -82,6 +82,10 @@ def test_a_recovered_model_is_told_to_be_better_only_if_that_was_measured(traini
     shutil.copytree(places / "small", tmp_path / "small")
     record = json.loads((tmp_path / "small" / "llmpruner.json").read_text())
     (tmp_path / "small" / "llmpruner.json").write_text(json.dumps({**record, "recovery": [trained]}))
+    cut_again = llmpruner.write_report(tmp_path / "small", tmp_path / "page.html").sentences["small"]
+    assert words not in cut_again and "before it was trained" not in cut_again, "as run.json is that of a prune"
+    run = json.loads((tmp_path / "small" / "run.json").read_text())
+    (tmp_path / "small" / "run.json").write_text(json.dumps({**run, "command": "recover", "settings": {}}))
     made = llmpruner.write_report(tmp_path / "small", tmp_path / "page.html")
     assert words in made.sentences["small"]
     told = unescape(made.path.read_text(encoding="utf-8"))
