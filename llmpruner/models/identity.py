@@ -61,7 +61,7 @@ def _files_named(value: Any) -> Iterator[Path]:
     """Data is named by a file, several with commas between them, with shares (``3*FILE``), and after the name of a
     calibration source (``NAME:FILE``). A path of a folder stands for all files in it."""
     if isinstance(value, Component):
-        value = value.record()
+        value = value.settings.model_dump()
     if is_dataclass(value) and not isinstance(value, type):
         value = tuple(getattr(value, field.name) for field in fields(value))
     if isinstance(value, Mapping):

@@ -8,6 +8,7 @@ import pytest
 
 from llmpruner import Catalog, LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
+from llmpruner.models.identity import data_identity
 from llmpruner.recipes.recipe import Recipe, values_of
 
 GOOD = """\
@@ -184,3 +185,15 @@ def test_every_shipped_recipe_is_valid(catalog):
         assert len(recipe.steps) > 2, name
         assert recipe.model == ("demo" if name == "demo" else None) and recipe.output is None
         assert catalog.recipes.package_of(name) == "llmpruner"
+
+
+def test_a_folder_that_a_setting_names_is_known_by_its_files(tmp_path, catalog):
+    """As the folder of lm-eval's task files is."""
+    steps = [{"evaluate": {"tasks": "own", "settings": {"tasks": {"include_path": str(tmp_path)}}}}]
+    (step,) = Recipe.of({"steps": steps}, catalog).steps
+    file = tmp_path / "own.yaml"
+    identities = []
+    for text in ("task: own", "task: other"):
+        file.write_text(text)
+        identities.append(data_identity(step.settings.given(), step.job))
+    assert identities[0].keys() == identities[1].keys() == {str(file)} and identities[0] != identities[1]
