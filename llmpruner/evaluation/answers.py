@@ -13,7 +13,7 @@ from ..calibration.conversations import read_examples
 from ..component import ComponentSettings
 from ..errors import DataError, SettingsError
 from .base import ComparedModel, Metric, MetricSubject, Row
-from .metrics import check_same_tokens, tokenizer_of
+from .metrics import check_same_tokens
 
 _FIRST = 16
 _RUN, _REPEATED = 4, 0.25
@@ -47,7 +47,7 @@ class AnswersMetric(Metric):
         from ..models.generation import text_before
         from ..models.tokenizer import ids_to_continue, tokens_of
 
-        tokenizer, stop = tokenizer_of(self, subject), subject.family.stop_text
+        tokenizer, stop = subject.tokenizer, subject.family.stop_text
         lines = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
         asked = [chat_prompt(subject.family, tokenizer, line) for line in lines]
         prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]
@@ -132,7 +132,7 @@ class GivenAnswersMetric(Metric):
         from ..models.tokenizer import check_ids
         from .perplexity import Scored
 
-        tokenizer, family, cutoff = tokenizer_of(self, subject), subject.family, self.settings.cutoff
+        tokenizer, family, cutoff = subject.tokenizer, subject.family, self.settings.cutoff
         texts = [text for at, example in self._examples for text in texts_at(at, example, family, tokenizer)]
         rows = [labelled(text, tokenizer, cutoff) for text in texts]
         # The first token of a text is not predicted.

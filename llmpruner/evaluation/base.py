@@ -48,7 +48,7 @@ class Row:
 @dataclass(frozen=True)
 class ComparedModel:
     """A model that is not loaded yet. ``name``: as the user gave it. ``config``: of the dense model where it was
-    pruned. ``tokenizer``: None where it has none."""
+    pruned."""
 
     name: str
     config: PreTrainedConfig
@@ -64,7 +64,7 @@ class MetricSubject:
 
     name: str
     model: PreTrainedModel
-    tokenizer: Any | None
+    tokenizer: Any
     family: ModelFamily
     graph: CouplingGraph
     reference: PreTrainedModel | None = None
@@ -107,7 +107,7 @@ class Metric(Component):
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
         is written as null. Names state units where they are not plain (``kl_per_token``, in nats; ``weight_bytes``).
-        Raises `ModelError` for a model that cannot be measured, such as one without a tokenizer."""
+        Raises `ModelError` for a model that cannot be measured."""
         raise NotImplementedError
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:

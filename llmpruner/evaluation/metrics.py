@@ -14,7 +14,7 @@ from pydantic import Field
 
 from ..calibration.documents import PYDOC, read_text
 from ..component import ComponentSettings
-from ..errors import ModelError, no_tokenizer
+from ..errors import ModelError
 from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
 from .tasks import evaluate_tasks, load_tasks
@@ -55,13 +55,6 @@ def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) ->
         macs_per_token=macs_per_token(model, graph, context=context),
         context=context,
     )
-
-
-def tokenizer_of(metric: Metric, subject: MetricSubject) -> Any:
-    """Raises `ModelError` for a model without a tokenizer."""
-    if subject.tokenizer is None:
-        raise no_tokenizer(f"model '{subject.name}'", f"its {metric.name} cannot be measured")
-    return subject.tokenizer
 
 
 class SizeMetric(Metric):
@@ -135,7 +128,7 @@ class PerplexityMetric(Metric):
         starts = [text[:_COMPARED] for text in self._texts.values()]
         for text in starts if self.settings.kl else ():
             check_same_tokens(models, text)
-        if len({len(tokens_of(model.tokenizer, starts[0])) for model in models if model.tokenizer is not None}) > 1:
+        if len({len(tokens_of(model.tokenizer, starts[0])) for model in models}) > 1:
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
@@ -143,10 +136,9 @@ class PerplexityMetric(Metric):
         texts by their names."""
         from .perplexity import perplexity
 
-        tokenizer = tokenizer_of(self, subject)
         options = self.settings.model_dump(exclude={"text", "kl"})
         options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
-        measured = [perplexity(subject.model, tokenizer, text, **options) for text in self._texts.values()]
+        measured = [perplexity(subject.model, subject.tokenizer, text, **options) for text in self._texts.values()]
         (first, result), *others = zip(self._texts, map(asdict, measured), strict=True)
         return {**result, "text": first, "others": dict(others)}
 
@@ -193,7 +185,7 @@ class TasksMetric(Metric):
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         options = self.settings.model_dump(exclude={"names", "include_path"})
-        return evaluate_tasks(subject.model, tokenizer_of(self, subject), self._tasks, **options)
+        return evaluate_tasks(subject.model, subject.tokenizer, self._tasks, **options)
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         return [

@@ -14,11 +14,10 @@ from llmpruner.progress import QUIET, Progress
 
 
 def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -> Model:
-    """``tokenizer``: False for none."""
     model = model or tiny_models.llama(**options)
     graph = build_graph(LlamaFamily(), model.config) if model.config.model_type == "llama" else None
-    own = None if tokenizer is False else tokenizer or tiny_models.tokenizer()
-    return Model(name, model.config, family or LlamaFamily(), graph, model=model, tokenizer=own)
+    tokenizer = tokenizer or tiny_models.tokenizer()
+    return Model(name, model.config, family or LlamaFamily(), graph, model=model, tokenizer=tokenizer)
 
 
 def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric], progress: Progress = QUIET) -> Evaluations:

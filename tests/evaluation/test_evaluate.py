@@ -122,13 +122,6 @@ def test_texts_and_tasks_are_read_before_any_model_is_loaded(tmp_path):
         evaluated([never], [PerplexityMetric(kl=True)])
 
 
-def test_a_model_without_a_tokenizer_has_a_size_but_no_perplexity(text):
-    bare = in_memory(tokenizer=False)
-    assert evaluated([lambda: bare], [SizeMetric()])[0].parameters
-    with pytest.raises(ModelError, match="model 'model 0' brings no tokenizer, so its perplexity cannot be measured"):
-        evaluated([lambda: bare], [PerplexityMetric(text=text)])
-
-
 def test_a_model_with_nan_is_refused_by_name():
     damaged = tiny_models.llama()
     with torch.no_grad():
