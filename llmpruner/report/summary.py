@@ -52,9 +52,10 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
     for bench in subject.benches:
         models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
         if {DENSE, subject.name} <= models.keys():
-            before, after = (models[name]["tokens_per_second"]["median"] for name in (DENSE, subject.name))
-            ideal = models[subject.name]["ideal"]
-            note = "" if ideal is None else f", where its size allows {ideal:.2f}"
+            rates = [models[name] for name in (DENSE, subject.name)]
+            before, after = (rate["tokens_per_second"]["median"] for rate in rates)
+            ideals = [rate["ideal"] for rate in rates]  # next to the first model, which may be another
+            note = "" if None in ideals else f", where its size allows {ideals[1] / ideals[0]:.2f}"
             pairs.setdefault("decode", Pair("Decoding, tokens/s", before, after, "{:,.1f}".format, note))
     for measured in subject.measured:
         first, second = (measured.of(name).get("perplexity", {}) for name in (DENSE, subject.name))
@@ -156,9 +157,12 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
     cells = {name: (pair.text(pair.pruned), pair.pruned) for name, pair in pairs.items()}
     if (perplexity := pairs.get("perplexity")) is not None and perplexity.on != on:
         cells["perplexity"] = perplexity.text(perplexity.pruned) + perplexity.note, perplexity.pruned
-    perplexities = [measured.of(subject.name).get("perplexity", {}) for measured in subject.measured]
-    known = (kl for result in perplexities if (kl := result.get("kl_per_token")) is not None)
-    divergence = next(known, None)
+    divergences = [
+        [measured.of(name).get("perplexity", {}).get("kl_per_token") for name in (DENSE, subject.name)]
+        for measured in subject.measured
+    ]
+    # Of the dense model it is 0 where the others were compared with it.
+    divergence = next((own for of_dense, own in divergences if of_dense == 0 and own is not None), None)
     cut = None if subject.recovered else subject.cut_quality
     decode, method = pairs.get("decode"), method_of(subject)
     return [

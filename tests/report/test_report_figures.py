@@ -180,6 +180,21 @@ def test_perplexities_on_other_texts_are_not_compared(places, tmp_path):
     assert ">30.00</td>" in html and ">9.00 on c4</td>" in html and html.count('class="ring"') == 1
 
 
+def test_figures_are_next_to_the_dense_model_whichever_was_named_first(places, tmp_path):
+    bench, results = tiny_report.benched(places, "small"), evaluated(places, "small", "smaller")
+    dense, small = bench["cases"][0]["models"]
+    dense["decode"]["ideal"], small["decode"]["ideal"] = 1 / 1.5, 1.0
+    bench["cases"][0]["models"] = [small, dense]
+    for result, kl in zip(results, (0.3, 0.2, 0.0), strict=True):
+        result["perplexity"] = {**result["perplexity"], "kl_per_token": kl}
+    files = [tmp_path / "speed.json", tmp_path / "quality.json"]
+    for file, value in zip(files, (bench, results[::-1]), strict=True):
+        file.write_text(json.dumps(value))
+    made = llmpruner.write_report([places / "small", places / "smaller"], tmp_path / "page.html", results=files)
+    assert "it decodes 1.25 times as fast, where its size allows 1.50" in made.sentences["small"]
+    assert ">Perplexity</th>" in made.path.read_text() and ">KL</th>" not in made.path.read_text()
+
+
 def test_checkpoints_of_one_name_are_told_apart(places, tmp_path):
     """As the outputs of two runs of a recipe are."""
     shutil.copytree(places / "smaller", tmp_path / "small")
