@@ -50,7 +50,8 @@ def evaluate(
 ) -> Evaluations:
     """Measure every model by every metric. A model is loaded once the previous one was measured and freed; the first
     stays in memory as ``subject.reference`` where a metric needs it. ``on_result``: called after each model. Raises
-    `SettingsError` when that is the only one, `ModelError` for weights that are not finite, and what metrics raise."""
+    `SettingsError` where one model is to be compared, `ModelError` for weights that are not finite, and what metrics
+    raise."""
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
         raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")
