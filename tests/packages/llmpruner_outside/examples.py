@@ -4,17 +4,29 @@ import inspect
 import re
 import textwrap
 
-import torch
-from pydantic import Field
+import torch  # noqa: F401
+from pydantic import Field  # noqa: F401
 
-import llmpruner
-
-names = {"__name__": __name__, "torch": torch, "Field": Field}
-names |= {name: getattr(llmpruner, name) for name in llmpruner.__all__}
-BASES = ("ImportanceCriterion", "Metric", "Exporter", "Session", "Runtime", "RecoveryStrategy")
-for base in BASES:
-    text = inspect.cleandoc(getattr(llmpruner, base).__doc__)
-    exec(textwrap.dedent(re.search(r"::\n\n((?:(?: {4}.*)?\n)+)", text + "\n")[1]), names)
-Magnitude, Vocabulary, Weights, Slow, Imitation = (
-    names[name] for name in ("Magnitude", "Vocabulary", "Weights", "Slow", "Imitation")
+from llmpruner import (
+    ComponentSettings,  # noqa: F401
+    Exporter,
+    ImportanceCriterion,
+    Metric,
+    OutputError,  # noqa: F401
+    RecoveryStrategy,
+    Runtime,
+    Session,
+    TrainingResult,  # noqa: F401
+    work_of,  # noqa: F401
 )
+
+
+def fit(*arguments):
+    from llmpruner import fit  # takes seconds to import
+
+    return fit(*arguments)
+
+
+for base in (ImportanceCriterion, Metric, Exporter, Session, Runtime, RecoveryStrategy):
+    example = re.search(r"::\n\n((?:(?: {4}.*)?\n)+)", f"{inspect.cleandoc(base.__doc__)}\n")[1]
+    exec(textwrap.dedent(example))
