@@ -15,8 +15,6 @@ from .history import trainings, verdict
 from .measured import tokens_per_byte
 
 _DASHES = ("", "6 4", "2 3", "8 3 2 3")
-_COLUMNS = ("Model", "Method", "Decoder", "Removed", "Weights", "Perplexity", "KL", "KL of the cut", "Accuracy",
-            "Speed-up")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ class ComparisonSection(ReportSection):
     """A chart and a table on the page of several checkpoints."""
 
     name = "comparison"
-    summary = "several checkpoints: quality against size, the best of each size, a table to sort"
+    summary = "several checkpoints: quality against size, the best of each size, a table"
     order = 1
 
     def render(self, subject: ReportSubject) -> None:
@@ -136,11 +134,11 @@ class ComparisonSection(ReportSection):
         best = [name for name, place in places.items() if not beaten(place)]
         rows = [_row(subject, pairs[subject.name], on) for subject in subjects]
         # The table is wide: without the columns that are known of no model.
-        known = [number for number in range(len(_COLUMNS)) if any(row[number] is not None for row in rows)]
+        known = [column for column in rows[0] if any(row[column] is not None for row in rows)]
         methods = {subject.name: method_of(subject) for subject in subjects if subject.name in places}
         return rendered(
-            "comparison.html.j2", rows=[[row[number] for number in known] for row in rows], best=best,
-            columns=[_COLUMNS[number] for number in known], picture=_chart(pairs, methods, best) if places else None,
+            "comparison.html.j2", rows=[[row[column] for column in known] for row in rows], best=best,
+            columns=known, picture=_chart(pairs, methods, best) if places else None,
         )  # fmt: skip
 
 
@@ -151,12 +149,11 @@ def method_of(subject: ReportSubject) -> str:
     return " + ".join(parts) + (", recovered" if subject.recovered else "")
 
 
-def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...]) -> list[tuple[str, Any] | None]:
-    """(text, value to sort by) of every column; None where it is not known. ``on``: that of the chart."""
-    parameters, weights = pairs["parameters"], pairs["weights"]
-    cells = {name: (pair.text(pair.pruned), pair.pruned) for name, pair in pairs.items()}
+def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...]) -> dict[str, str | None]:
+    """Column → text; None where it is not known. ``on``: that of the chart."""
+    cells = {name: pair.text(pair.pruned) for name, pair in pairs.items()}
     if (perplexity := pairs.get("perplexity")) is not None and perplexity.on != on:
-        cells["perplexity"] = perplexity.text(perplexity.pruned) + perplexity.note, perplexity.pruned
+        cells["perplexity"] += perplexity.note
     divergences = [
         [measured.of(name).get("perplexity", {}).get("kl_per_token") for name in (DENSE, subject.name)]
         for measured in subject.measured
@@ -164,19 +161,19 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
     # Of the dense model it is 0 where the others were compared with it.
     divergence = next((own for of_dense, own in divergences if of_dense == 0 and own is not None), None)
     cut = None if subject.recovered else subject.cut_quality
-    decode, method = pairs.get("decode"), method_of(subject)
-    return [
-        (subject.name, subject.name),
-        (method, method),
-        (count_text(parameters.pruned), parameters.pruned),
-        (f"{1 - parameters.ratio:.1%}", 1 - parameters.ratio),
-        (bytes_text(weights.pruned), weights.pruned),
-        cells.get("perplexity"),
-        None if divergence is None else (f"{divergence:.4f}", divergence),
-        None if divergence is not None or cut is None else (f"{cut.kl_per_token:.4f}", cut.kl_per_token),
-        cells.get("tasks"),
-        None if decode is None else (f"{decode.ratio:.2f}", decode.ratio),
-    ]
+    decode = pairs.get("decode")
+    return {
+        "Model": subject.name,
+        "Method": method_of(subject),
+        "Decoder": cells["parameters"],
+        "Removed": f"{1 - pairs['parameters'].ratio:.1%}",
+        "Weights": cells["weights"],
+        "Perplexity": cells.get("perplexity"),
+        "KL": None if divergence is None else f"{divergence:.4f}",
+        "KL of the cut": None if divergence is not None or cut is None else f"{cut.kl_per_token:.4f}",
+        "Accuracy": cells.get("tasks"),
+        "Speed-up": None if decode is None else f"{decode.ratio:.2f}",
+    }
 
 
 def _chart(pairs: Mapping[str, Mapping[str, Pair]], methods: Mapping[str, str], best: Sequence[str]) -> str:

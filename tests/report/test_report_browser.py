@@ -78,34 +78,6 @@ def test_nothing_is_loaded_and_nothing_is_complained_of(browser, pages, name):
     assert browser.get_log("browser") == []
 
 
-def test_the_table_is_sorted_by_keyboard(browser, pages):
-    keys = pytest.importorskip("selenium.webdriver.common.keys").Keys
-    opened(browser, pages["several"])
-
-    def column(number):
-        return browser.execute_script(
-            "const [place] = arguments;"
-            "return [...document.querySelectorAll('table.sort tbody tr')].map(row => row.cells[place].innerText)",
-            number,
-        )
-
-    heads = browser.execute_script(
-        "return [...document.querySelectorAll('table.sort th button')].map(b => b.innerText)"
-    )
-    place = heads.index("Perplexity")
-    for _ in range(40):
-        browser.switch_to.active_element.send_keys(keys.TAB)
-        if browser.switch_to.active_element.text == "Perplexity":
-            break
-    names, values = column(0), [float(text.replace(",", "")) for text in column(place)]
-    ordered = [names[number] for number in sorted(range(len(names)), key=values.__getitem__)]
-    for order, direction in ((ordered, "ascending"), (ordered[::-1], "descending")):
-        browser.switch_to.active_element.send_keys(keys.ENTER)
-        assert column(0) == order
-        head = browser.execute_script("return document.activeElement.closest('th').getAttribute('aria-sort')")
-        assert head == direction
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_on_a_narrow_screen_tables_and_drawings_scroll_and_the_page_does_not(browser, pages, name):
     opened(browser, pages[name], width=NARROW)

@@ -157,14 +157,11 @@ def test_the_page_loads_nothing_and_names_its_regions(places, tmp_path):
 def test_several_checkpoints_are_compared(places, tmp_path):
     html, sentences = page_of(places, tmp_path, "small", "smaller", "worse")
     assert list(sentences) == ["small", "smaller", "worse"]
-    rows = {
-        row[0]: row
-        for body in re.findall(r"<tr>(<th scope=\"row\" data-value.*?)</tr>", html)
-        for row in [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", body)]
-    }
+    table = html.partition('<table class="wide">')[2].partition("</table>")[0]
+    rows = {row[0]: row for row in (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("<tr>")[2:])}
     assert {name: row[5] for name, row in rows.items()} == {"small": "30.00", "smaller": "50.00", "worse": "60.00"}
     assert "small and smaller have rings: no other model is as small with a lower perplexity" in html
-    assert html.count('class="ring"') == 2 and "<script>" in html
+    assert html.count('class="ring"') == 2 and "<script" not in html
     assert html.count('<details class="one">') == 3
 
 
