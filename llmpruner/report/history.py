@@ -1,18 +1,14 @@
 """The sections of what was done to a model: ``plan``, kept units of every layer; ``recovery``, losses of trainings;
-``origin``, commands, time, memory and versions."""
+``origin``, settings, time, memory and versions."""
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from itertools import chain, repeat
 from typing import Any
 
-from ..settings import PruneSettings, RecoverSettings, Settings, flag_of
-from .base import ReportSection, ReportSubject, bare, rendered
+from .base import ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
-
-_MODELS: Mapping[str, type[Settings]] = {"prune": PruneSettings, "recover": RecoverSettings}
 
 
 class PlanSection(ReportSection):
@@ -67,39 +63,22 @@ def loss_curve(training: Mapping[str, Any]) -> str:
 
 
 class OriginSection(ReportSection):
-    """Commands with their stages, machines, plans, and the steps of a recipe."""
+    """Runs with their settings, stages and machines, plans, and the steps of a recipe."""
 
     name = "origin"
-    summary = "how the checkpoint was made: commands, plans, seconds and memory of every stage, machine, versions"
+    summary = "how the checkpoint was made: settings, plans, seconds and memory of every stage, machine, versions"
     order = 40
 
     def render(self, subject: ReportSubject) -> str:
-        runs = [(command_of(run), run) for run in subject.runs]
+        runs = [(run, _listed(run["settings"])) for run in subject.runs]
         return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=subject.steps)
 
 
-def command_of(run: Mapping[str, Any]) -> str:
-    """The command line with which the same is done again, but for the output."""
-    words = ["llmpruner", run["command"], bare(run["model"])]
-    model = _MODELS[run["command"]]
-    for name, value in run["settings"].items():
-        words += _option("--plan" if name == "plan" else flag_of(model, name), value)
-    return " ".join(shlex.quote(str(word)) for word in words) + " -o …"
-
-
-def _option(flag: str, value: Any) -> Iterator[Any]:
-    if isinstance(value, Mapping):
-        for component, settings in value.items():
-            for key, setting in settings.items():
-                yield from _option(f"--set {component}.{key}", setting)
-    elif isinstance(value, list | tuple):
-        yield from _option(flag, ",".join(map(str, value)))
-    elif value is not None and flag.startswith("--set "):
-        yield from ("--set", f"{flag.removeprefix('--set ')}={value}")
-    elif isinstance(value, bool):
-        yield from (flag,) if value else ()
-    elif value is not None:
-        yield from (flag, bare(str(value)))
+def _listed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``settings`` with those of components under names such as ``vocabulary.tokens``."""
+    of_components = settings.get("settings", {}).items()
+    own = {f"{name}.{key}": value for name, values in of_components for key, value in values.items()}
+    return {**{key: value for key, value in settings.items() if key != "settings"}, **own}
 
 
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:

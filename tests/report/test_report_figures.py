@@ -19,7 +19,6 @@ from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.kv_cache import bytes_per_token
 from llmpruner.report.base import Costs, bare
 from llmpruner.report.evidence import report_subjects
-from llmpruner.report.history import command_of
 from llmpruner.report.summary import Pair
 from llmpruner.structure.plan import Quality
 
@@ -99,9 +98,8 @@ def test_the_page_has_the_figures_of_the_files(places, tmp_path):
         assert text in shown, text
     assert "perplexity on wikitext2 went from 20.00 to 30.00 (+50%)" in sentences["small"]
     assert "it decodes 1.25 times as fast, where its size allows 1.50" in sentences["small"]
-    command = re.search(r"<pre[^>]*>(.*?)</pre>", html)[1]
-    text = "--calibration text.txt --samples 8 --set prune.length=24"
-    assert command == f"llmpruner prune dense --ratio 0.2 {text} --dtype float32 -o …"
+    assert "llmpruner prune dense" in shown
+    assert "ratio 0.2, calibration text.txt, samples 8, length 24, dtype float32 Machine" in shown
     stages = json.loads((places / "small" / "run.json").read_text())["stages"]
     assert [stage["name"] for stage in stages][-3:] == ["compensation", "cut", "saving"]
     assert all(stage["peak_bytes"] > 1e6 and stage["seconds"] >= 0 for stage in stages)
@@ -127,17 +125,7 @@ def test_tokens_that_go_are_in_the_record_and_on_the_page(places, tmp_path):
     assert work["tokens"]["texts"]["held_out"]["tokens"] == 24
     shown = text_of(llmpruner.write_report(tmp_path / "fewer", tmp_path / "page.html").path.read_text())
     assert "whole model 288 of 300 Tokens that go Tokens of Such as Go Of Share" in shown
-    assert "all 288 stay 12 300 4.00%" in shown
-
-
-def test_a_command_has_all_settings_as_they_are_typed():
-    of_component = {"vocabulary": {"scripts": ["latin", "greek"], "tokens": 280}}
-    settings = {"kinds": ["vocabulary"], "settings": of_component, "seed": 0, "trust_remote_code": True}
-    command = command_of({"command": "prune", "model": "/a/m", "settings": settings})
-    assert command == (
-        "llmpruner prune m --kinds vocabulary --set vocabulary.scripts=latin,greek --set vocabulary.tokens=280 "
-        "--set prune.seed=0 --trust-remote-code -o …"
-    )
+    assert "all 288 stay 12 300 4.00%" in shown and "vocabulary.tokens 288 Machine" in shown
 
 
 def test_figures_that_are_shown_alike_did_not_change():
