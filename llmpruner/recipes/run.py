@@ -29,7 +29,7 @@ from ..progress import Progress
 from ..pruning.checks import check_job
 from ..report.history import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
-from .recipe import COMMANDS, DENSE, Recipe, Step, naming
+from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -201,6 +201,10 @@ class RecipeRun:
         try:
             with naming(step):
                 facts, value = _DO[step.command](self, step, result)
+            if step.command in MEASURES:
+                with new_directory(result) as partial:
+                    write_text(partial / RESULTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
+                facts = None
         except (KeyboardInterrupt, SystemExit):  # of the user, or of SIGTERM
             self.progress.status(f"stopped in {step.name}; the same command goes on there")
             raise
@@ -245,14 +249,12 @@ def _export(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
 
 def _evaluate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     named = Evaluations(replace(each, name=name) for each, name in zip(run.call(step), step.reads, strict=True))
-    _write_results(output, named.as_json())
-    return None, named
+    return named.as_json(), named
 
 
 def _bench(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     named = replace(run.call(step), models=step.reads)
-    _write_results(output, named.as_json())
-    return None, named
+    return named.as_json(), named
 
 
 def _generate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
@@ -260,21 +262,15 @@ def _generate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
         {"name": name, "prompt": step.prompt, "text": run.call(replace(step, reads=(name,)), prompt=step.prompt)}
         for name in step.reads
     ]
-    _write_results(output, texts)
-    return None, None
+    return texts, None
 
 
 _DO: Mapping[str, Callable[[RecipeRun, Step, Path], tuple[Any, Any]]] = {
     "prune": _prune, "recover": _recover, "evaluate": _evaluate, "bench": _bench, "generate": _generate,
     "export": _export,
 }  # fmt: skip
-"""Command → what does it: writes the folder, and returns facts as JSON values (None where they are in results.json) and
-the value of `StepResult`."""
-
-
-def _write_results(folder: Path, value: Any) -> None:
-    with new_directory(folder) as partial:
-        write_text(partial / RESULTS_FILE, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+"""Command → what does it: writes the folder, unless the command measures, and returns the result and the value of
+`StepResult`."""
 
 
 def _record(folder: Path) -> dict[str, Any] | None:
