@@ -11,16 +11,19 @@ from criteria_cases import CASES, boundaries, layers_of, make, tokens
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from llmpruner import ModelError, UnsupportedModelError, api
+from llmpruner import ModelError, UnsupportedModelError
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.groups import build_graph
+from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.model import Model
 from llmpruner.models.numbers import computes_bfloat16_fast
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.builtin import Refit
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -82,7 +85,6 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
     """The targets of a compensation are the dense model's hidden states, in every layer."""
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
-    monkeypatch.setattr("llmpruner.pipeline.calibrate", lambda *_: calibration)
     expected, seen = boundaries(sharing, calibration.input_ids)[1:], []
 
     def record(self, number):
@@ -90,10 +92,9 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
         seen.append(number)
 
     monkeypatch.setattr("llmpruner.pruning.compensation.repair._Repair._record", record)
-    api.prune(
-        sharing, ratio=0.15, kinds="mlp,query", importance="energy", compensate="refit", calibration="self",
-        samples=5, length=16, layers="all", shape="free",
-    )  # fmt: skip
+    groups = [group for group in sharing.graph.of_kinds(["mlp", "query"]) if group.units > group.minimum]
+    kept = random_plan(groups, seed=1, uneven=False)
+    Refit().repair(RepairTask(sharing.model, sharing.graph, kept, calibration))
     assert len(seen) == len(expected)
 
 
