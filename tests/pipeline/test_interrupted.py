@@ -241,7 +241,7 @@ def test_kill_minus_nine(dense, tmp_path):
     for ratio in ("0.2", "0.4"):
         assert checksums(tmp_path / "out" / ratio) == checksums(tmp_path / "other" / ratio)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert "2 pruned models compared" in page and 'data-value="0.4"' in page
+    assert "2 pruned models compared" in page and "0.4" in page.partition("<thead>")[2].partition("</table>")[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other", "out"]
 
 
