@@ -108,7 +108,8 @@ def validated(model: type[M], values: Mapping[str, Any], place: str = "", label:
             reason = f"{label(key)} must be given"
         else:
             reason = refusal(error, label)
-        raise SettingsError(f"{place}: {reason}" if place else reason) from error
+        # In a notebook, pydantic's traceback would hide the line.
+        raise SettingsError(f"{place}: {reason}" if place else reason) from None
 
 
 def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
