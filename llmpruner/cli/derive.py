@@ -131,9 +131,11 @@ def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], cat
     else:
         kind.check(job)
     if command == "recover":
-        folder = references[0].directory
-        if job.reads_dense and (folder / "config.json").is_file() and read_record(folder) is None:
-            raise not_pruned(references[0].text)
+        (model,) = references
+        folder = model.directory
+        dense = model.gguf_file or ((folder / "config.json").is_file() and read_record(folder) is None)
+        if job.reads_dense and dense:
+            raise not_pruned(model.text)
 
 
 class Command(TyperCommand):
