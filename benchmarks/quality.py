@@ -63,10 +63,14 @@ COLUMNS = {
 }
 """Text → the heading of its column."""
 LABELS = {
-    "best": "best, the default",
-    "best, recovered": "best, 15 minutes of recovery",
-    "llm-pruner": "LLM-Pruner",
+    ("best", "uniform"): "best, the default",
+    ("best", "free"): "best, free widths",
+    ("best, recovered", "uniform"): "best, 15 minutes of recovery",
+    ("llm-pruner", "uniform"): "LLM-Pruner",
+    ("llm-pruner", "free"): "LLM-Pruner, free widths",
+    ("FLAP", "free"): "FLAP, free widths",
 }
+"""Method and shape → the label of a bar; else the method alone."""
 HEADS = ("method", "shape", "calibrated on", "decoder", "bytes", "repeat", "cut off", "minutes", "GiB")
 ABOUT = f"""# Quality for size
 
@@ -253,8 +257,7 @@ def picture(done: dict[Row, dict[str, Any]]) -> str:
     ]
     for place, (row, mean) in enumerate(sorted(means.items(), key=lambda item: item[1])):
         y, width, colour = 78 + 30 * place, mean * scale, "#00798c" if is_own(row) else "#b9b6ad"
-        label = LABELS.get(row.method, row.method)
-        label += (", free widths" if row.shape == "free" else "") + (", on C4" if row.text == "C4" else "")
+        label = LABELS.get((row.method, row.shape), row.method) + (", on C4" if row.text == "C4" else "")
         parts += [
             f'<text x="304" y="{y + 15}" text-anchor="end">{label}</text>',
             f'<rect x="316" y="{y}" width="{width:.0f}" height="20" rx="3" fill="{colour}"/>',
