@@ -17,7 +17,7 @@ from typing import Any, overload
 
 from typing_extensions import Unpack
 
-from .calibration.chat import Prompt, chat_prompt, conversation_prompt, format_note
+from .calibration.chat import Prompt, chat_prompt, format_note
 from .component import check_chosen
 from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
@@ -291,8 +291,7 @@ def generate(
     loaded = opener.weights(opened)
     asked = Prompt(prompt, False)
     if options.chat:
-        talk = conversation_prompt(loaded.family, loaded.tokenizer, history, prompt) if history else None
-        asked = talk or chat_prompt(loaded.family, loaded.tokenizer, prompt)
+        asked = chat_prompt(loaded.family, loaded.tokenizer, prompt, history)
         if note := format_note(loaded.ref, loaded.family, loaded.tokenizer):
             progress.status(note)
     return _generate(

@@ -1,4 +1,4 @@
-"""Chat formats: prompts for one instruction, and the training text of examples with its tokens.
+"""Chat formats: prompts for questions, and the training text of examples with its tokens.
 
 The tokenizer's chat template is used if it has one, unless the family has its own format
 (`ModelFamily.has_own_format`); without either, Stanford Alpaca's format.
@@ -12,15 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 
+from ..discovery.family import ModelFamily, alpaca_prompt
 from ..errors import DataError, first_line
-from .conversations import Completion, Conversation, Example, Instruction
-
-if TYPE_CHECKING:
-    from ..discovery.family import ModelFamily
+from .conversations import Completion, Example, Instruction
 
 IGNORED = -100
 """The label of tokens that have no loss (the convention of PyTorch's cross entropy and of transformers)."""
@@ -69,32 +67,21 @@ class TrainingText:
         ]
 
 
-def chat_prompt(family: ModelFamily, tokenizer: Any, instruction: str, input: str = "") -> Prompt:
-    """The prompt for ``instruction``. ``input``: the text that the instruction refers to, if it is separate. Raises
-    `DataError` when the tokenizer's chat template fails."""
-    if not has_chat_template(family, tokenizer):
-        return Prompt(family.format_prompt(instruction, input), False)
-    return Prompt(_render(tokenizer, [_question(instruction, input)], add_generation_prompt=True), True)
-
-
-def conversation_prompt(
-    family: ModelFamily, tokenizer: Any, exchanges: Sequence[tuple[str, str]], question: str
-) -> Prompt | None:
-    """The prompt for ``question`` after earlier (question, answer) pairs; None for a model without a chat format. White
-    space around answers is left out: models generate what their format has before and after an answer. Raises
-    `DataError` when the tokenizer's chat template fails."""
-    exchanges = [(asked, answered.strip()) for asked, answered in exchanges]
+def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
+    """The prompt for ``question`` after earlier (question, answer) pairs, which a model without a chat format is not
+    shown. White space around answers is left out: models generate what their format has before and after an answer.
+    Raises `DataError` when the tokenizer's chat template fails."""
+    history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
         messages = [
             {"role": role, "content": text}
-            for exchange in exchanges
+            for exchange in history
             for role, text in zip(("user", "assistant"), exchange, strict=True)
         ]
-        return Prompt(_render(tokenizer, [*messages, _question(question, "")], add_generation_prompt=True), True)
-    if not family.has_own_format:
-        return None
+        messages.append({"role": "user", "content": question})
+        return Prompt(_render(tokenizer, messages, add_generation_prompt=True), True)
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
-    pairs = family.format_conversation([*exchanges, (question, "-")])
+    pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
     # Closed with the last pair, as the last answer may be the only one that gets an end.
     text = TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)
     past = text.closed_turns(getattr(tokenizer, "eos_token", None) or "")[:-1]
@@ -111,11 +98,15 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     """
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
-    if has_chat_template(family, tokenizer):
-        return _rendered(tokenizer, _messages(example))
+    has_template = has_chat_template(family, tokenizer)
     if isinstance(example, Instruction):
-        pair = family.training_pair(example.instruction, example.output, example.input)
-        return [TrainingText((Turn(*pair),), eos_after=family.eos_after)]
+        if not has_template and not family.has_own_format:
+            turn = Turn(alpaca_prompt(example.instruction, example.input), example.output)
+            return [TrainingText((turn,), eos_after=family.eos_after)]
+        example = example.conversation
+    if has_template:
+        messages = [{"role": message.role, "content": message.content} for message in example.messages]
+        return _rendered(tokenizer, messages)
     if not family.one_answer_per_text:
         pairs = family.format_conversation(example.exchanges, example.system)
         return [TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)]
@@ -154,17 +145,6 @@ def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
 def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The number of equal items (characters, tokens) at the start of both."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _question(instruction: str, input: str) -> dict[str, str]:
-    return {"role": "user", "content": f"{instruction}\n{input}" if input else instruction}
-
-
-def _messages(example: Instruction | Conversation) -> list[dict[str, str]]:
-    if isinstance(example, Instruction):
-        answer = {"role": "assistant", "content": example.output}
-        return [_question(example.instruction, example.input), answer]
-    return [{"role": message.role, "content": message.content} for message in example.messages]
 
 
 def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[TrainingText]:

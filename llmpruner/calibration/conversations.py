@@ -31,6 +31,12 @@ class Instruction:
     output: str
     input: str = ""
 
+    @property
+    def conversation(self) -> Conversation:
+        """One question, which ends with ``input``, and its answer."""
+        question = f"{self.instruction}\n{self.input}" if self.input else self.instruction
+        return Conversation((Message("user", question), Message("assistant", self.output)))
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -99,10 +105,10 @@ def example(record: Record) -> Example:
     if {"instruction", "output"} <= fields.keys():
         instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
         subject = _text({"input": "", **fields}, "input", where)
+        task = Instruction(instruction, output, subject)
         if not _text({"system": "", **fields}, "system", where).strip():
-            return Instruction(instruction, output, subject)
-        question = f"{instruction}\n{subject}" if subject else instruction
-        return _conversation([Message("user", question), Message("assistant", output)], fields, where)
+            return task
+        return _conversation(task.conversation.messages, fields, where)
     for name in ("messages", "conversations"):
         if name in fields:
             return _conversation(_messages(fields[name], name, where), fields, where)

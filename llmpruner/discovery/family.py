@@ -39,7 +39,7 @@ class ModelFamily(Component):
     """Shares of the first and of the last layers that keep all units unless the user selects layers: three each of 30.
     LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
     answer_separator: ClassVar[str | None] = None
-    """Text between prompt and answer in `training_pair`; None: a blank, unless one of them has white space there."""
+    """Text between a prompt and its answer; None: a blank, unless one of them has white space there."""
 
     eos_after: ClassVar[Literal["every", "last", "none"]] = "every"
     """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
@@ -123,10 +123,10 @@ class ModelFamily(Component):
         """Training text without a chat format: unchanged, unless a model needs special tokens before it."""
         return text
 
-    def format_prompt(self, instruction: str, input: str = "") -> str:
-        """The prompt for one instruction, for recovery and ``generate --chat``; used if it is overridden or the
-        tokenizer has no chat template. The default is Stanford Alpaca's format."""
-        return alpaca_prompt(instruction, input)
+    def format_prompt(self, question: str) -> str:
+        """The prompt for one question, of which the default `format_conversation` makes a conversation. The default is
+        Stanford Alpaca's format."""
+        return alpaca_prompt(question)
 
     def format_system(self, system: str) -> str:
         """The text of a system message, before the first prompt of a conversation."""
@@ -135,24 +135,21 @@ class ModelFamily(Component):
     def format_conversation(
         self, exchanges: Sequence[tuple[str, str]], system: str | None = None
     ) -> Sequence[tuple[str, str]]:
-        """A conversation as training text: (prompt, answer) pairs, whose texts are joined in order.
+        """A conversation as (prompt, answer) pairs, whose texts are joined in order: what is trained on, and up to the
+        last prompt what ``generate --chat`` asks. Override it for a format that `format_prompt` alone does not give.
 
         ``exchanges``: (question, answer) pairs. ``system``: the system message. The caller adds end-of-sequence tokens,
         see `eos_after`.
         """
-        pairs = [self.training_pair(question, answer) for question, answer in exchanges]
+        pairs = []
+        for question, answer in exchanges:
+            prompt, gap = self.format_prompt(question), self.answer_separator
+            if gap is None:
+                gap = " " if prompt and not prompt[-1].isspace() and not answer[:1].isspace() else ""
+            pairs.append((prompt, gap + answer))
         if system is not None:
             pairs[0] = (self.format_system(system) + pairs[0][0], pairs[0][1])
         return pairs
-
-    def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
-        """The prompt for one instruction, and the answer with `answer_separator` before it; joined, they are the
-        training text of an instruction."""
-        prompt = self.format_prompt(instruction, input)
-        gap = self.answer_separator
-        if gap is None:
-            gap = " " if prompt and not prompt[-1].isspace() and not answer[:1].isspace() else ""
-        return prompt, gap + answer
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:

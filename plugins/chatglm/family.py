@@ -53,18 +53,15 @@ class ChatGLMFamily(ModelFamily):
     def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
         """Nothing to set: modules compute numbers of heads from the shapes of their weights."""
 
-    def format_prompt(self, instruction: str, input: str = "") -> str:
-        """The query alone, as the released model was tuned, and the two tokens before an answer."""
-        return f"{_query(instruction, input)}[gMASK]<sop>"
-
     def format_text(self, text: str) -> str:
         """Text as the answer to an empty context, as the context is not trained on."""
         return f"[gMASK]<sop>{text}"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
+        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method: without
+        any, the query alone. Two tokens come before an answer."""
         if not history:
-            return self.format_prompt(query)
+            return f"{query}[gMASK]<sop>"
         rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
         return f"{rounds}[Round {len(history)}]\n问：{query}\n答：[gMASK]<sop>"
 
@@ -92,9 +89,9 @@ class GlmFamily(ModelFamily):
             attention = layer.self_attn
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
-    def format_prompt(self, instruction: str, input: str = "") -> str:
+    def format_prompt(self, question: str) -> str:
         """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
-        return f"<|user|>\n{_query(instruction, input)}<|assistant|>"
+        return f"<|user|>\n{question}<|assistant|>"
 
     def format_system(self, system: str) -> str:
         """A turn with the role ``<|system|>``."""
@@ -112,9 +109,6 @@ class ChatGLM2Family(GlmFamily):
 
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROUNDS
-
-    def format_prompt(self, instruction: str, input: str = "") -> str:
-        return self.format_chat((), _query(instruction, input))
 
     def format_system(self, system: str) -> str:
         """Plain text before the first round, as the format has no system turns."""
@@ -140,15 +134,6 @@ class ChatGLM3Family(GlmFamily):
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROLES
 
-    def format_prompt(self, instruction: str, input: str = "") -> str:
-        return self.format_chat((), _query(instruction, input))
-
-    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer. The blank after each line break is the one that the
-        released tokenizer adds before every message."""
-        rounds = "".join(f"<|user|>\n {q}<|assistant|>\n {a}" for q, a in history)
-        return f"{rounds}<|user|>\n {query}<|assistant|>"
-
-
-def _query(instruction: str, input: str) -> str:
-    return f"{instruction}\n{input}" if input else instruction
+    def format_prompt(self, question: str) -> str:
+        """The blank after each line break is the one that the released tokenizer adds before every message."""
+        return f"<|user|>\n {question}<|assistant|>"

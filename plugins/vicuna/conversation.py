@@ -29,18 +29,14 @@ class Template:
     stop: str | None = None
     """Text at which generation must stop, if it is not the end-of-sequence token."""
 
-    def prompt(self, question: str) -> str:
-        """The prompt for one question."""
-        return f"{self.system}{self.lead}{self._asked(question)}"
-
     def exchanges(self, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
         """Questions and answers as (prompt, answer) pairs that are joined to the text of the conversation."""
-        pairs = [(self._asked(question), f" {answer}{self.closing[1]}") for question, answer in exchanges]
-        return [(f"{self.system}{self.lead}{pairs[0][0]}", pairs[0][1]), *pairs[1:]]
-
-    def _asked(self, question: str) -> str:
         human, assistant = self.names
-        return f"{human}: {question}{self.closing[0]}{assistant}:"
+        pairs = [
+            (f"{human}: {question}{self.closing[0]}{assistant}:", f" {answer}{self.closing[1]}")
+            for question, answer in exchanges
+        ]
+        return [(f"{self.system}{self.lead}{pairs[0][0]}", pairs[0][1]), *pairs[1:]]
 
 
 def chat_template(template: Template) -> str:

@@ -35,19 +35,11 @@ class VicunaFamily(LlamaFamily):
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and version_of(config) == self.version
 
-    def format_prompt(self, instruction: str, input: str = "") -> str:
-        return self.template.prompt(f"{instruction}\n{input}" if input else instruction)
-
     def format_conversation(
         self, exchanges: Sequence[tuple[str, str]], system: str | None = None
     ) -> list[tuple[str, str]]:
         """(prompt, answer) pairs of Vicuna's training text. ``system`` replaces Vicuna's system message."""
         return (self.template if system is None else replace(self.template, system=system)).exchanges(exchanges)
-
-    def training_pair(self, instruction: str, answer: str, input: str = "") -> tuple[str, str]:
-        """With the closing text of the answer."""
-        prompt, answered = super().training_pair(instruction, answer, input)
-        return prompt, answered + self.template.closing[1]
 
 
 class VicunaV0Family(VicunaFamily):

@@ -41,8 +41,8 @@ CHAT = (
 
 
 class Own(ModelFamily):
-    def format_prompt(self, instruction, input=""):
-        return f"Q: {instruction} {input} A:"
+    def format_prompt(self, question):
+        return f"Q: {question} A:"
 
 
 def tokenizer(template=None):
@@ -91,12 +91,12 @@ def rendered(chat):
 
 def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_family():
     expected = "<s>[user] Add them.\n2, 2</s>\n[assistant] "
-    assert chat_prompt(FAMILY, tokenizer(CHATML), "Add them.", "2, 2") == (expected, True)
-    assert chat_prompt(FAMILY, tokenizer({"default": CHATML, "tools": ""}), "Add them.", "2, 2") == (expected, True)
-    alpaca = (alpaca_prompt("Add them.", "2, 2"), False)
+    assert chat_prompt(FAMILY, tokenizer(CHATML), "Add them.\n2, 2") == (expected, True)
+    assert chat_prompt(FAMILY, tokenizer({"default": CHATML, "tools": ""}), "Add them.\n2, 2") == (expected, True)
+    alpaca = (alpaca_prompt("Add them.\n2, 2"), False)
     for none in (None, "", {"tools": CHATML}):
-        assert chat_prompt(FAMILY, tokenizer(none), "Add them.", "2, 2") == alpaca
-    assert chat_prompt(Own(), tokenizer(CHATML), "Add them.", "2, 2") == ("Q: Add them. 2, 2 A:", False)
+        assert chat_prompt(FAMILY, tokenizer(none), "Add them.\n2, 2") == alpaca
+    assert chat_prompt(Own(), tokenizer(CHATML), "Add them.\n2, 2") == ("Q: Add them.\n2, 2 A:", False)
 
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
@@ -112,8 +112,12 @@ def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
 def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     chosen = tokenizer(CHATML)
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, chosen)
-    assert text.turns[0].prompt == chat_prompt(FAMILY, chosen, "Add them.", "2, 2").text
+    assert text.turns[0].prompt == chat_prompt(FAMILY, chosen, "Add them.\n2, 2").text
     assert text == TrainingText((Turn("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
+    (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), Own(), chosen)
+    assert text == TrainingText((Turn(chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4"),))
+    (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, tokenizer())
+    assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4"),))
 
 
 def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each_answer():

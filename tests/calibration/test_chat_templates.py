@@ -7,7 +7,7 @@ from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
 from test_chat import FAMILY, rows, tokenizer, trained
 
 from llmpruner import DataError
-from llmpruner.calibration.chat import chat_prompt, conversation_prompt, training_texts
+from llmpruner.calibration.chat import chat_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message
 
 SYSTEM = Message("system", "Answer in French.")
@@ -69,11 +69,11 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
 def test_prompts_of_training_are_those_of_instructions_and_chats(name):
     chosen, opener = tokenizer(TEMPLATES[name]), OPENERS.get(name, "")
     ((prompt, _),) = prompts_and_answers(training_texts(Instruction("Add.", "4", "2, 2"), FAMILY, chosen))
-    assert prompt == chat_prompt(FAMILY, chosen, "Add.", "2, 2").text.removesuffix(opener)
+    assert prompt == chat_prompt(FAMILY, chosen, "Add.\n2, 2").text.removesuffix(opener)
     exchanges = list(zip((m.content for m in THREE[::2]), (m.content for m in THREE[1::2]), strict=True))
     found = prompts_and_answers(training_texts(Conversation(THREE), FAMILY, chosen))
     for number, (prompt, _) in enumerate(found):
-        wanted = conversation_prompt(FAMILY, chosen, exchanges[:number], exchanges[number][0])
+        wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
         assert prompt == wanted.text.removesuffix(opener)
 
 

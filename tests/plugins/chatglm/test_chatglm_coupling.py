@@ -10,7 +10,7 @@ from chatglm_tiny import prompts, tiny_config, tiny_model
 from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
 
 from llmpruner import ATTENTION, MLP, Catalog, ModelFamily, build_graph
-from llmpruner.calibration.chat import conversation_prompt, training_texts
+from llmpruner.calibration.chat import chat_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation, Message
 from llmpruner.models.surgery import cut
 from llmpruner.plugins.manager import plugin_manager
@@ -56,22 +56,14 @@ def test_later_generations_win_over_glm_by_their_config() -> None:
 
 
 def test_prompts_of_each_generation() -> None:
-    first, second, third = ChatGLMFamily(), ChatGLM2Family(), ChatGLM3Family()
-    assert first.format_prompt("你好") == "你好[gMASK]<sop>"
-    assert first.format_prompt("Sum up.", "A text.") == "Sum up.\nA text.[gMASK]<sop>"
-    assert first.format_chat([("a", "b")], "c") == "[Round 0]\n问：a\n答：b\n[Round 1]\n问：c\n答：[gMASK]<sop>"
-    assert second.format_prompt("你好") == "[Round 1]\n\n问：你好\n\n答："
-    assert second.format_chat([("a", "b")], "c") == "[Round 1]\n\n问：a\n\n答：b\n\n[Round 2]\n\n问：c\n\n答："
-    assert third.format_prompt("你好") == "<|user|>\n 你好<|assistant|>"
-    assert third.format_chat([("a", "b")], "c") == "<|user|>\n a<|assistant|>\n b<|user|>\n c<|assistant|>"
-    assert GlmFamily().format_prompt("hi") == "<|user|>\nhi<|assistant|>"
-    for family, expected in (
-        (first, "Be brief.\n\nhi[gMASK]<sop>"),
-        (second, "Be brief.\n\n[Round 1]\n\n问：hi\n\n答："),
-        (third, "<|system|>\n Be brief.<|user|>\n hi<|assistant|>"),
-        (GlmFamily(), "<|system|>\nBe brief.<|user|>\nhi<|assistant|>"),
+    for family, expected, after_system in (
+        (ChatGLMFamily, "你好[gMASK]<sop>", "Be brief.\n\n你好[gMASK]<sop>"),
+        (ChatGLM2Family, "[Round 1]\n\n问：你好\n\n答：", "Be brief.\n\n[Round 1]\n\n问：你好\n\n答："),
+        (ChatGLM3Family, "<|user|>\n 你好<|assistant|>", "<|system|>\n Be brief.<|user|>\n 你好<|assistant|>"),
+        (GlmFamily, "<|user|>\n你好<|assistant|>", "<|system|>\nBe brief.<|user|>\n你好<|assistant|>"),
     ):
-        assert family.format_conversation([("hi", "ho")], "Be brief.")[0][0] == expected
+        assert chat_prompt(family(), None, "你好") == (expected, False)
+        assert family().format_conversation([("你好", "ho")], "Be brief.")[0][0] == after_system
 
 
 class Marked:
@@ -95,8 +87,7 @@ LATER = {
 def test_later_questions_of_a_conversation_are_asked_as_published(family: type[ModelFamily]) -> None:
     eos, expected = LATER[family]
     for answer in ("a1", "\n a1 "):
-        asked = conversation_prompt(family(), Marked(eos), [("q1", answer)], "q2")
-        assert asked is not None and asked == (expected, False)
+        assert chat_prompt(family(), Marked(eos), "q2", [("q1", answer)]) == (expected, False)
 
 
 @pytest.mark.parametrize("family", LATER)
@@ -108,7 +99,7 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
     closed = ["".join(a + b for a, b in text.closed_turns(eos)) for text in texts]
     whole = f"{expected}{gap}a2{eos}"
     if family in (ChatGLMFamily, ChatGLM2Family):
-        assert closed == [f"{family().format_prompt('q1')}{gap}a1{eos}", whole]
+        assert closed == [f"{chat_prompt(family(), None, 'q1').text}{gap}a1{eos}", whole]
         assert [turn.answer for text in texts for turn in text.turns] == [f"{gap}a1", f"{gap}a2"]
     else:
         assert closed == [whole]

@@ -17,6 +17,7 @@ from llmpruner_chatglm.tokenizers import chat_format, read_glm_tokenizer, role_s
 from transformers import AutoTokenizer
 
 from llmpruner import CheckpointError
+from llmpruner.calibration.chat import chat_prompt
 
 BLANKS = [f"<|blank_{k}|>" for k in range(2, 81)]
 PIECES = ["<n>", "<|tab|>", *BLANKS, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<pad>"]
@@ -50,7 +51,7 @@ def test_a_prompt_is_followed_by_gmask_and_sop(ice_text: Path) -> None:
     assert ids == piece.encode("你好") + marks
     assert tokenizer("你好", add_special_tokens=False)["input_ids"] == piece.encode("你好")
     assert tokenizer("你好", "世界")["input_ids"] == [*ids, *piece.encode("世界"), piece.piece_to_id("<eop>")]
-    assert tokenizer(ChatGLMFamily().format_prompt("你好"))["input_ids"] == ids
+    assert tokenizer(chat_prompt(ChatGLMFamily(), tokenizer, "你好").text)["input_ids"] == ids
     assert (tokenizer.gmask_token_id, tokenizer.bos_token_id) == tuple(marks)
     assert tokenizer.eos_token == "<eop>"
     assert tokenizer.pad_token_id == piece.piece_to_id("<pad>")
@@ -107,10 +108,10 @@ def test_fast_tokenizer_equals_sentencepiece(bpe: Path, roles: bool) -> None:
     assert tokenizer.padding_side == "left"
     if roles:
         assert role_stops(bpe.parent) == [size + 6, size + 8]
-        prompt = tokenizer(ChatGLM3Family().format_prompt("你好"), add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(chat_prompt(ChatGLM3Family(), tokenizer, "你好").text, add_special_tokens=False)["input_ids"]
         assert prompt == [size + 6, *piece.encode("\n"), *piece.encode("你好"), size + 7]
     else:
-        prompt = tokenizer(ChatGLM2Family().format_prompt("你好"), add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(chat_prompt(ChatGLM2Family(), tokenizer, "你好").text, add_special_tokens=False)["input_ids"]
         assert prompt == piece.encode("[Round 1]\n\n问：你好\n\n答：")
 
 

@@ -12,7 +12,7 @@ import pytest
 from llmpruner_vicuna.conversation import V0, V1_1, Template, chat_template
 from llmpruner_vicuna.family import VicunaFamily, VicunaV0Family
 
-from llmpruner.calibration.chat import chat_prompt, conversation_prompt, labelled, training_texts
+from llmpruner.calibration.chat import chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
@@ -38,7 +38,7 @@ def test_prompts_to_the_character(conversation: str, template: str) -> None:
     expected = PROMPTS[conversation]["prompts"][template]
     assert text_of(ours, exchanges) == expected["full"]
     if len(exchanges) == 1:
-        assert ours.prompt(exchanges[0][0]) == expected["generation"]
+        assert ours.exchanges(exchanges)[0][0] == expected["generation"]
     if expected["stop_str"]:
         assert ours.stop == expected["stop_str"]
 
@@ -61,8 +61,7 @@ def test_the_families_prompt_and_train_with_their_template() -> None:
     question, answer = "What is pruning?", "Pruning removes weights from a network."
     for family, template in ((VicunaFamily(), "head/vicuna_v1.1"), (VicunaV0Family(), "head/zero_shot")):
         expected = PROMPTS["one_turn"]["prompts"][template]
-        assert family.format_prompt(question) == expected["generation"]
-        assert family.format_prompt("What is", "pruning?") == expected["generation"].replace("What is ", "What is\n")
+        assert chat_prompt(family, None, question) == (expected["generation"], False)
         assert [prompt for prompt, _ in family.format_conversation([(question, answer)])] == [expected["generation"]]
     expected = PROMPTS["two_turns"]
     exchanges = VicunaFamily().format_conversation(
@@ -78,7 +77,7 @@ def test_the_families_prompt_and_train_with_their_template() -> None:
 def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: VicunaFamily, template: str) -> None:
     ((first, said), (second, last)) = exchanges_of("two_turns")
     expected, chosen = PROMPTS["two_turns"]["prompts"][template], tokenizer(False)
-    assert conversation_prompt(family, chosen, [(first, f" {said}\n")], second) == (expected["generation"], False)
+    assert chat_prompt(family, chosen, second, [(first, f" {said}\n")]) == (expected["generation"], False)
     chat = Conversation(
         (Message("user", first), Message("assistant", said), Message("user", second), Message("assistant", last))
     )
@@ -88,7 +87,7 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
     assert row["input_ids"] == chosen(expected["full"])["input_ids"]
     (single,) = training_texts(Instruction(first, said), family, chosen)
     (turn,) = single.closed_turns("</s>")
-    assert turn == (family.format_prompt(first), f" {said}{family.template.closing[1]}")
+    assert turn == (chat_prompt(family, chosen, first).text, f" {said}{family.template.closing[1]}")
 
 
 def test_answers_of_v0_stop_where_fastchat_stops_them() -> None:

@@ -46,4 +46,4 @@ def test_a_missing_array_is_named(stored):
 
 
 def test_the_prompt():
-    assert HeronFamily().format_prompt("Add them.", "2, 2") == "<visitor> Add them.\n2, 2\n<heron> "
+    assert HeronFamily().format_prompt("Add them.") == "<visitor> Add them.\n<heron> "

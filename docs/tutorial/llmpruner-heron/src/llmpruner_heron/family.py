@@ -60,6 +60,5 @@ class HeronFamily(ModelFamily):
             attention = block.attention
             attention.num_heads = attention.qkv.out_features // (3 * attention.head_dim)
 
-    def format_prompt(self, instruction, input=""):
-        question = f"{instruction}\n{input}" if input else instruction
+    def format_prompt(self, question):
         return f"<visitor> {question}\n<heron> "
