@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from ..component import Component
 from ..structure.coupling import CoupledGroup, CouplingGraph
-from ..structure.kept import renamed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -69,12 +68,11 @@ class ModelFamily(Component):
 
         return discover_graph(config).groups
 
-    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        """Update attributes of modules after a cut, such as the number of heads. A family whose modules have no such
-        attributes overrides it with a docstring alone, which avoids the search for them.
-
-        ``model``: after the cut of parameters; changed in place. ``counts``: group name → units kept, for every group
-        that lost units, with renumbered layers. Changed attributes are saved with the checkpoint.
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Update attributes of modules after a cut, such as the number of heads, from the shapes of their parameters. A
+        family whose modules have no such attributes overrides it with a docstring alone, which avoids the search for
+        them. ``model``: after the cut of parameters; changed in place. Changed attributes are saved with the
+        checkpoint.
         """
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
@@ -90,8 +88,7 @@ class ModelFamily(Component):
 
             with_rules(self, model, {graph.by_name[name].kind for name in kept}).follow(model, graph, kept)
         else:
-            names = renamed(graph, kept)
-            self.refresh(model, {names[name]: len(units) for name, units in kept.items() if name in names})
+            self.refresh(model)
 
     @property
     def is_discovered(self) -> bool:

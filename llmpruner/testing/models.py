@@ -61,7 +61,7 @@ def tiny_mixture(seed: int = 0) -> Model:
 class _MixtureFamily(AutoFamily):
     """States what follows a cut, which otherwise is searched for on small models, in ten seconds."""
 
-    def refresh(self, model: Any, counts: Mapping[str, int]) -> None:
+    def refresh(self, model: Any) -> None:
         for layer in model.model.layers:
             attention, experts, router = layer.self_attn, layer.mlp.experts, layer.mlp.gate
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from llmpruner import ModelFamily
@@ -50,7 +50,7 @@ class ChatGLMFamily(ModelFamily):
         """Register ``model_type: chatglm`` with the auto classes of transformers."""
         register()
 
-    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+    def refresh(self, model: PreTrainedModel) -> None:
         """Nothing to set: modules compute numbers of heads from the shapes of their weights."""
 
     def format_text(self, text: str) -> str:
@@ -83,7 +83,7 @@ class GlmFamily(ModelFamily):
     answer_separator: ClassVar[str] = "\n"
     eos_after: ClassVar[Literal["every", "last", "none"]] = "last"
 
-    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+    def refresh(self, model: PreTrainedModel) -> None:
         """Set the number of query heads per KV head, by which eager attention repeats keys."""
         for layer in model.model.layers:
             attention = layer.self_attn

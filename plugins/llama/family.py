@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, QUERY, CoupledGroup, ModelFamily, layouts
@@ -62,9 +62,8 @@ class LlamaFamily(ModelFamily):
             groups.append(CoupledGroup(f"layers.{n}.query", QUERY, heads, spans, blocks=kv_heads, minimum=kv_heads))
         return groups
 
-    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
+    def refresh(self, model: PreTrainedModel) -> None:
         """Set the number of query heads per KV head, by which eager attention repeats keys."""
-        del counts
         for layer in model.model.layers:
             attention = layer.self_attn
             attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-from composed import ComposedConfig
+from composed import ComposedConfig, LinearAttention
 from transformers import PreTrainedModel
 
 from llmpruner import QUERY, Blocks, CoupledGroup, ModelFamily, Role, Span
@@ -109,13 +109,13 @@ class ComposedFamily(ModelFamily):
 
     name = "composed"
 
-    def refresh(self, model: PreTrainedModel, counts: Mapping[str, int]) -> None:
-        for number, layer in enumerate(model.layers):
-            kept = counts.get(f"layers.{number}.attention")
-            if kept is not None and number in model.config.linear:
-                layer.attention.keys, layer.attention.values = 8 * kept, 16 * kept
-            elif kept is not None:
-                layer.attention.kv_heads, layer.attention.heads = kept, 2 * kept
+    def refresh(self, model: PreTrainedModel) -> None:
+        for layer in model.layers:
+            attention, width = layer.attention, layer.attention.out.weight.shape[1]
+            if isinstance(attention, LinearAttention):
+                attention.keys, attention.values = width // 2, width
+            else:
+                attention.kv_heads, attention.heads = width // 32, width // 16
 
 
 @pytest.fixture(scope="module")

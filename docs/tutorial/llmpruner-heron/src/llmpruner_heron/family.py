@@ -55,7 +55,7 @@ class HeronFamily(ModelFamily):
         )
         return CoupledGroup("hidden", HIDDEN, config.hidden_size, spans)
 
-    def refresh(self, model, counts):
+    def refresh(self, model):
         for block in model.blocks:
             attention = block.attention
             attention.num_heads = attention.qkv.out_features // (3 * attention.head_dim)
