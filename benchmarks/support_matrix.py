@@ -111,7 +111,7 @@ def examine(model_type: str) -> dict[str, Any]:
     result: dict[str, Any] = {}
     started = time.monotonic()
     try:
-        small = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})))
+        small, _ = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
         model = random_instance(small)
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
         verdicts = verify(AutoFamily(), small, shrink=False)

@@ -64,7 +64,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     from llmpruner.testing import family
 
     family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
-    groups.discover_graph = verify.discover_graph = family.discover_graph = remembered(groups.discover_graph)
+    groups.discover_graph = family.discover_graph = remembered(groups.discover_graph)
     verify.fingerprint = remembered(verify.fingerprint)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING
@@ -13,9 +13,8 @@ from ..models.shim import stock_config
 from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule
-from .groups import discover_graph
 from .oracle import VERIFIED, Oracle, Verdict
-from .tiny import HEADS, fingerprint, small_config, small_configs
+from .tiny import HEADS, fingerprint, small_configs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -41,29 +40,18 @@ def verify(
     `UnsupportedModelError` when the small model cannot be built or traced.
     """
     kinds = None if kinds is None else list(kinds)
-    if shrink and family.is_discovered:
-        small, groups = _representative(config, kinds, family.coupled_groups)
-    else:
-        small = small_config(config) if shrink else config
-        groups = family.coupled_groups(small)
+    small, groups = representative(config, family, kinds) if shrink else (config, family.coupled_groups(config))
     graph = graph_of(meta_model(small), groups)
     oracle = Oracle(small, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 
 
-def representative(config: PreTrainedConfig, kinds: Collection[str] | None = None) -> PreTrainedConfig:
-    """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
-    any): a class may spread its heads over a fixed number of parts, and has none with another number of heads. Raises
-    `UnsupportedModelError` when no small model can be traced."""
-    return _representative(config, kinds, lambda small: discover_graph(small).groups)[0]
-
-
-def _representative(
-    config: PreTrainedConfig,
-    kinds: Collection[str] | None,
-    groups_of: Callable[[PreTrainedConfig], Sequence[CoupledGroup]],
+def representative(
+    config: PreTrainedConfig, family: ModelFamily, kinds: Collection[str] | None = None
 ) -> tuple[PreTrainedConfig, Sequence[CoupledGroup]]:
-    """`representative`, with the groups of its model."""
+    """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
+    any), and the groups of that model: a class may spread its heads over a fixed number of parts, and has none with
+    another number of heads. Raises `UnsupportedModelError` when no small model can be traced."""
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
     required = heads if kinds is None else set(kinds)
@@ -71,7 +59,7 @@ def _representative(
     failed: list[UnsupportedModelError] = []
     for small in islice(small_configs(config), len(HEADS)):
         try:
-            groups = groups_of(small)
+            groups = family.coupled_groups(small)
         except UnsupportedModelError as error:
             failed.append(error)
             continue

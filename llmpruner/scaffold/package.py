@@ -70,8 +70,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     structure is not proved."""
     from ..discovery.family import AutoFamily
     from ..discovery.oracle import VERIFIED
-    from ..discovery.tiny import small_config
-    from ..discovery.verify import verify
+    from ..discovery.verify import representative, verify
     from ..models.messages import quiet_transformers
 
     distribution = _import(package) if package else None
@@ -83,7 +82,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
                 f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
                 f"{cls.__name__} of {cls.__module__}"
             )
-        small = small_config(config)
+        small, _ = representative(config, AutoFamily())
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
         verdicts = verify(AutoFamily(), small, shrink=False)
         for verdict in verdicts:

@@ -147,8 +147,8 @@ def replace_layers(config: GPT2Config, count: int) -> GPT2Config:
 def test_an_equal_number_of_another_module_stays() -> None:
     """Jamba's `time_step_rank` follows the cut of its own channels, which are of the kind `mlp` as those of the layer's
     MLP are. After a first cut, the MLP had as many as the rank, and a second cut made the rank smaller too."""
-    small = representative(CONFIG_MAPPING["jamba"]())
     family = AutoFamily()
+    small, _ = representative(CONFIG_MAPPING["jamba"](), family)
     model, graph = random_instance(small, 0), build_graph(family, small)
     rank = model.get_submodule("model.layers.0.mamba").time_step_rank
     (mlp,) = [g for g in graph.of_kinds(["mlp"]) if g.layer == 0 and "feed_forward" in g.spans[0].parameter]

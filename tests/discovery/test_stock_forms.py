@@ -10,6 +10,7 @@ import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 from llmpruner import UnsupportedModelError, api
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import logits
 from llmpruner.discovery.tiny import random_instance, small_config
@@ -21,7 +22,7 @@ TOKENS = torch.arange(20, 40).reshape(2, 10)
 
 
 def tiny(model_type: str, folder: Path) -> Path:
-    random_instance(representative(CONFIG_MAPPING[model_type]())).save_pretrained(folder / "dense")
+    random_instance(representative(CONFIG_MAPPING[model_type](), AutoFamily())[0]).save_pretrained(folder / "dense")
     return folder / "dense"
 
 
@@ -56,7 +57,7 @@ def test_layers_that_are_counted_in_a_table_outside_them_are_not_offered(model_t
 
 
 def test_a_cut_model_that_cannot_run_is_not_saved(tmp_path: Path) -> None:
-    model = random_instance(representative(CONFIG_MAPPING["llama"]()))
+    model = random_instance(representative(CONFIG_MAPPING["llama"](), AutoFamily())[0])
     norm = model.model.norm
     norm.weight = torch.nn.Parameter(norm.weight[:-1].detach())
     with pytest.raises(UnsupportedModelError, match=r"^the cut model cannot run: in model.norm, `.*` needs a size"):

@@ -89,7 +89,7 @@ with torch.no_grad():
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path) -> None:
     model_type = name.partition(",")[0]
-    dense = random_instance(representative(CONFIG_MAPPING[model_type](**TYPES[name])))
+    dense = random_instance(representative(CONFIG_MAPPING[model_type](**TYPES[name]), AutoFamily())[0])
     dense.save_pretrained(tmp_path / "dense")
     letters().save_pretrained(tmp_path / "dense")
     how = {"method": method, "calibration": "self", "samples": 4, "length": 16}

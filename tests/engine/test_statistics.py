@@ -9,6 +9,7 @@ import torch
 from criteria_cases import boundaries, layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
@@ -137,7 +138,7 @@ def test_the_stream_is_compared_over_blocks_of_layers(at_once, monkeypatch):
 
 def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
     """CPM-Ant has hidden states of its own before those of a text."""
-    model = random_instance(representative(CONFIG_MAPPING["cpmant"]())).eval()
+    model = random_instance(representative(CONFIG_MAPPING["cpmant"](), AutoFamily())[0]).eval()
     own = model.config.prompt_length
     execution = Execution.of(model, "cpmant.encoder.layers")
     _, (states,) = ForwardWalk.over(execution, CALIBRATION)
