@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from ..errors import LlmprunerError, first_line
 from ..models.checkpoint import load_pruned
@@ -26,7 +27,7 @@ from .follow import Follower, Rule, candidates, find, tables
 from .tiny import random_instance
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from .family import ModelFamily
 
@@ -328,7 +329,7 @@ def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
 
 
 def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
-    """One model per implementation: eager, and the fused kernels of the class; and why it lacks others."""
+    """One model for each implementation that the class has: eager, and fused kernels; and why it lacks others."""
     eager = copy.deepcopy(config)
     for part in (eager, eager.get_text_config()):
         part._experts_implementation = "eager"
@@ -336,8 +337,11 @@ def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTraine
     try:
         return {**models, "sdpa": random_instance(config, seed, "sdpa")}, []
     except LlmprunerError as error:
-        # Where attention has no fused kernel, experts may have one.
-        return {**models, "fused experts": random_instance(config, seed)}, [f"sdpa attention: {error}"]
+        skipped = [f"sdpa attention: {error}"]
+    parts = (module for module in models["eager"].modules() if isinstance(module, PreTrainedModel))
+    if any(part._can_set_experts_implementation() for part in parts):
+        models["fused experts"] = random_instance(config, seed)
+    return models, skipped
 
 
 def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:

@@ -259,7 +259,6 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = ComposedConfig
     base_model_prefix = "decoder"
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
-    _supports_sdpa = True
 
     def __init__(self, config: ComposedConfig) -> None:
         super().__init__(config)

@@ -16,10 +16,10 @@ from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig, PreTrainedConf
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span, UnsupportedModelError, build_graph
 from llmpruner.discovery import verify as rules
 from llmpruner.discovery.family import AutoFamily
-from llmpruner.discovery.follow import Follow
+from llmpruner.discovery.follow import Follow, Follower
 from llmpruner.discovery.oracle import logits
-from llmpruner.discovery.tiny import random_instance
-from llmpruner.discovery.verify import representative, verify
+from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.discovery.verify import verify
 from llmpruner.errors import CouplingError, UnknownNameError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.coupling import CouplingGraph
@@ -147,17 +147,17 @@ def replace_layers(config: GPT2Config, count: int) -> GPT2Config:
 def test_an_equal_number_of_another_module_stays() -> None:
     """Jamba's `time_step_rank` follows the cut of its own channels, which are of the kind `mlp` as those of the layer's
     MLP are. After a first cut, the MLP had as many as the rank, and a second cut made the rank smaller too."""
-    family = AutoFamily()
-    small, _ = representative(CONFIG_MAPPING["jamba"](), family)
-    model, graph = random_instance(small, 0), build_graph(family, small)
+    small = small_config(CONFIG_MAPPING["jamba"]())
+    model, graph = random_instance(small, 0), build_graph(AutoFamily(), small)
+    follower = Follower([Follow("mlp", "model.layers.*.mamba", "time_step_rank")])
     rank = model.get_submodule("model.layers.0.mamba").time_step_rank
     (mlp,) = [g for g in graph.of_kinds(["mlp"]) if g.layer == 0 and "feed_forward" in g.spans[0].parameter]
-    again = cut(model, graph, {mlp.name: tuple(range(rank))}, family)
+    again = cut(model, graph, {mlp.name: tuple(range(rank))}, follower)
     assert again.by_name[mlp.name].units == rank
     half = {mlp.name: tuple(range(rank // 2))}
     reference = random_instance(small, 0)
     silence(reference, graph, half)
-    cut(model, again, half, family)
+    cut(model, again, half, follower)
     assert model.get_submodule("model.layers.0.mamba").time_step_rank == rank
     ids = torch.arange(8)[None]
     torch.testing.assert_close(logits(model, ids), logits(reference, ids))

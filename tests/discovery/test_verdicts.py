@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from composed import ComposedConfig, ComposedForCausalLM, register
+from composed import ComposedConfig, register
 from llmpruner_llama.family import LlamaFamily
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
@@ -98,8 +98,7 @@ def test_what_is_written_in_another_way_is_no_difference() -> None:
     assert differences([replace(g, spans=g.spans[::-1]) for g in explicit], found()) == []
 
 
-def test_checks_that_are_not_possible_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ComposedForCausalLM, "_supports_sdpa", False)
+def test_checks_that_are_not_possible_are_listed() -> None:
     (verdict,) = verify(AutoFamily(), BIASED, kinds=["mlp"], shrink=False)
     sdpa, generation = verdict.skipped
     assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")

@@ -76,7 +76,6 @@ class MadeUpForCausalLM(PreTrainedModel, GenerationMixin):
     config_class = MadeUpConfig
     base_model_prefix = "decoder"
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
-    _supports_sdpa = True
 
     def __init__(self, config):
         super().__init__(config)
