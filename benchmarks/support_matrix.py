@@ -155,7 +155,8 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         f"All {len(results)} causal language model types of transformers {version('transformers')}: discovery, then "
         "the oracle (random uneven cuts equal the silenced model, with the cache, after saving and loading) on a small "
-        f"random instance of each. {len(results) - len(runnable)} cannot be built or run on a CPU. Your own model: "
+        f"random instance of each. {len(results) - len(runnable)} cannot be built or run on a CPU. Tokens (kind "
+        "`vocabulary`) came later; the tests verify them for a dozen of these types. Your own model: "
         "`llmpruner discover MODEL --verify`.",
         "",
         "| kind | verified | types that have it |",

@@ -87,8 +87,10 @@ def llmpruner_calibration_sources() -> Sequence[type[CalibrationSource]]:
 
 @hookspec
 def llmpruner_recovery_strategies() -> Sequence[type[RecoveryStrategy]]:
-    """Recovery strategies for ``recover --strategy``. Settings that all strategies share are in the job; when one
-    raises, files in the job's ``work_dir`` are kept."""
+    """Recovery strategies for ``recover --strategy``.
+
+    Settings that all strategies share are in the job; when one raises, files in the job's ``work_dir`` are kept.
+    """
 
 
 @hookspec
