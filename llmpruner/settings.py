@@ -130,8 +130,7 @@ class PruneSettings(Settings):
     compressed KV cache; vocabulary: tokens, of the model and of its tokenizer. `llmpruner discover` lists a model's."""
     layers: Layers | None = option(None, advanced=True)
     """Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with free, and for whole
-    layers, all but both ends (the first and last 10 %, as the paper protects the ends of LLaMA, or what the family
-    says)."""
+    layers, all but both ends (the first and last 10 %, as the paper protects the ends of LLaMA)."""
     shape: Shape = option("uniform", _WHAT)
     """uniform: all layers keep the same widths, in multiples that suit kernels, so that the result is an ordinary model
     for every runtime; free: every layer keeps its own number of units, which --method llm-pruner sets."""

@@ -34,12 +34,8 @@ class ModelFamily(Component):
     extends: ClassVar[str | None] = None
     """Name of the family this one specialises; when both match a model, this one is used. Two families that extend the
     same one are of one rank: their `matches` must not take the same models."""
-    protected_layers: ClassVar[tuple[float, float]] = (0.1, 0.1)
-    """Shares of the first and of the last layers that keep all units unless the user selects layers: three each of 30.
-    LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32."""
     answer_separator: ClassVar[str | None] = None
     """Text between a prompt and its answer; None: a blank, unless one of them has white space there."""
-
     eos_after: ClassVar[Literal["every", "last", "none"]] = "every"
     """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
     answer, the last one, or none. Does not apply to chat templates, which have their own."""

@@ -45,16 +45,15 @@ def scope_of(job: PruneJob, structure: Structure) -> Scope:
         tokens = removable_tokens(structure.model, structure.tokenizer)
     if chosen is not None:
         return Scope(job.kinds, chosen, tokens=tokens)
-    inner = inner_layers(structure)
-    every = tuple(range(count))
+    every, inner = tuple(range(count)), inner_layers(count)
     return Scope(job.kinds, every, inner, tokens) if job.shape == "uniform" else Scope(job.kinds, inner, tokens=tokens)
 
 
-def inner_layers(structure: Structure) -> tuple[int, ...]:
-    """All layers except the family's protected shares of the first and last ones."""
-    count = structure.graph.num_layers
-    first, last = (round(share * count) for share in structure.family.protected_layers)
-    return tuple(range(first, count - last))
+def inner_layers(count: int) -> tuple[int, ...]:
+    """All of ``count`` layers but a tenth at either end, three each of 30. LLM-Pruner protects layers 0–3 and 30–31 of
+    LLaMA-7B's 32."""
+    ends = round(0.1 * count)
+    return tuple(range(ends, count - ends))
 
 
 def widths_of(job: PruneJob, structure: Structure) -> Widths:
