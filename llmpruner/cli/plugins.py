@@ -61,7 +61,7 @@ def plugins(
 
 def settings_of(cls: type[Component]) -> list[dict[str, Any]]:
     """The settings of a component, in order of definition: key, type, default, bounds, description."""
-    defaults = cls.Settings().model_dump(mode="json")
+    defaults = cls().record()  # a setting without a default is a `SettingsError`
     return [
         {
             "key": key,

@@ -158,9 +158,11 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
         return Structure(text, config, family, graph, path=ref.local_path, revision=revision)
     except LlmprunerError:
         raise
-    except Exception as error:  # of the model's class, which refuses its configuration
+    except Exception as error:  # of the family, or of the model's class, which refuses its configuration
         reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(f"no model can be built of the configuration of '{text}' ({reason})") from error
+        raise ModelError(
+            f"family '{family.name}' finds no structure in the configuration of '{text}' ({reason})"
+        ) from error
 
 
 def _adapted(base: Structure, text: str) -> Structure:
