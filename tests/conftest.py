@@ -73,7 +73,7 @@ def remembered(found_for: Callable[[Any], Any]) -> Callable[[Any], Any]:
     known: dict[Any, Any] = {}
 
     def remembering(config: Any) -> Any:
-        if not type(config).__module__.startswith("transformers.models."):
+        if not type(config).__module__.startswith(("transformers.models.", "llmpruner_chatglm.")):
             return found_for(config)  # a class of a test, which may change it
         values = config.to_dict()
         values.pop("_name_or_path", None)

@@ -202,7 +202,7 @@ def _group(
     complex_numbers = (n.target is torch.ops.aten.view_as_complex.default for n in traced.program.graph.nodes)
     if named.kind == LATENT and unit_set.units % 2 == 0 and any(complex_numbers):
         multiple = 2  # what lies next to the units in one row is read as complex numbers
-    elif any(s.rank == 3 and s.axis > 0 for s in unit_set.owned):
+    elif any(s.axis > 0 and traced.model.get_parameter(s.parameter).ndim == 3 for s in unit_set.owned):
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
         multiple = next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
     return CoupledGroup(name, named.kind, unit_set.units, spans, blocks, minimum, multiple, buffers)

@@ -22,14 +22,13 @@ Slot = tuple[str, int]
 
 @dataclass(frozen=True)
 class OwnedAxis:
-    """The indices of one axis that units own. ``rows``: (units, k). ``rank``: number of axes of the parameter."""
+    """The indices of one axis that units own. ``rows``: (units, k)."""
 
     parameter: str
     axis: int
     role: Role
     rows: Ids
     offset: float = 0.0
-    rank: int = 2
 
     def index_maps(self) -> list[IndexMap]:
         """One map for every run of columns in which the indices of all units are consecutive."""
@@ -78,8 +77,8 @@ def unit_sets(run: Propagation) -> tuple[list[UnitSet], dict[Slot, str]]:
             name, axis = slots[slot]
             first = run.parameters[slots[slot]][matrix[0, column]]
             role = _role(parts, int(first))
-            rows, rank = matrix[:, column : column + width], sum(n == name for n, _ in slots)
-            owned.append(OwnedAxis(name, axis, role, rows, offsets.get(int(first), 0.0), rank))
+            rows = matrix[:, column : column + width]
+            owned.append(OwnedAxis(name, axis, role, rows, offsets.get(int(first), 0.0)))
             column += width
         root = int(roots[members[0][0]])
         marks = frozenset(m for m in Mark if parts.marked[m][root])
