@@ -145,7 +145,8 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
     if record is not None:
         return _pruned_structure(ref, record, catalog, options)
-    revision = ref.commit(options.revision)
+    with in_one_line(ref):
+        revision = ref.commit(options.revision)
     config = _read_config(ref, options, revision)
     if getattr(config, "llmpruner", None) is not None:
         raise ModelError(

@@ -74,14 +74,15 @@ class Reference:
         return str((self.directory / (self.gguf_file or "")).resolve())
 
     def commit(self, revision: str | None) -> str | None:
-        """The commit that ``revision`` (None: the default branch) of a hub model is now; ``revision`` itself where the
-        hub does not say. None for a local model."""
+        """The commit that ``revision`` (None: the default branch) of a hub model is now, or was when it was cached, if
+        the hub can't be reached; None for a local model. Raises where neither is known: `from_pretrained` would ask for
+        half a minute."""
         if self.directory.exists():
             return None
-        from transformers.utils.hub import resolve_revision
+        from huggingface_hub import is_offline_mode, resolve_revision
 
-        found = resolve_revision(self.location, revision)
-        commit: str | None = getattr(found, "resolved", found)
+        found = resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode())
+        commit: str = found.resolved
         return commit
 
     @property
