@@ -84,9 +84,9 @@ class Opener:
         check_device(self.load.device)
         if streamed:
             self.progress.status(f"{opened.ref} is read layer by layer")
-            return open_streamed(opened, self.catalog, self.load, scratch)
+            return open_streamed(opened, self.load, scratch)
         self.progress.status(f"loading {opened.ref}")
-        return load_model(opened, self.catalog, self.load)
+        return load_model(opened, self.load)
 
     def say_widened(self, opened: Structure) -> None:
         """Say where a result will be saved in a wider dtype than the model is stored in."""
@@ -98,7 +98,7 @@ class Opener:
         """The tokenizer of a model, without its weights; None where it has none."""
         if isinstance(opened, Model):
             return opened.tokenizer
-        return load_tokenizer(opened, self.catalog, self.load)
+        return load_tokenizer(opened, self.load)
 
     def has_tokenizer(self, opened: Structure) -> bool:
         """Whether a model has a tokenizer, or its folder the files of one."""
@@ -156,7 +156,7 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
     try:
         graph = build_graph(family, config)
-        return Structure(text, config, family, graph, path=ref.local_path, revision=revision)
+        return Structure(text, config, family, graph, path=ref.local_path, revision=revision, place=ref)
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
@@ -168,6 +168,8 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
 
 def _adapted(base: Structure, text: str) -> Structure:
     """``base`` with the adapter in folder ``text``, which names the base."""
+    if base.adapter is not None:
+        raise ModelError(f"'{text}' is an adapter for an adapter, '{base.ref}'; merge that into its model first")
     folder, record = Path(text), base.record
     if record is not None:
         trained = (read_any_record(folder) or {}).get("recovery")
@@ -175,7 +177,7 @@ def _adapted(base: Structure, text: str) -> Structure:
         record = {**record, "adapters": [*record.get("adapters", ()), folder.resolve().name]}
         if trained:
             record["recovery"] = trained
-    return replace(base, ref=text, record=record, path=str(folder.resolve()))
+    return replace(base, ref=text, record=record, path=str(folder.resolve()), adapter=folder)
 
 
 def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
@@ -193,7 +195,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         for plan in plans:
             plan.check(graph)
             graph = restrict(graph, plan.kept)
-        return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path)
+        return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path, place=ref)
     except LlmprunerError:
         raise
     except ValidationError as error:

@@ -10,9 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ModelError
 from ..structure.plan import Outcome, PruningPlan
 from ..values import html_table
+from .reference import Reference
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..discovery.family import ModelFamily
@@ -27,6 +30,8 @@ class Structure:
     ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter, that of its base,
     with the adapter's training. ``path``: the absolute path of local files, None for a hub id and the demo model.
     ``revision``: the commit of a hub model, from which weights and tokenizer are read too; of an adapter, its base's.
+    ``place``: where the files are; of an adapter, its base's; nowhere for a model that was made in memory.
+    ``adapter``: the folder of a peft adapter.
     """
 
     ref: str
@@ -37,6 +42,8 @@ class Structure:
     record: Mapping[str, Any] | None = None
     path: str | None = field(default=None, kw_only=True)
     revision: str | None = field(default=None, kw_only=True)
+    place: Reference = field(default=Reference("", ""), kw_only=True)
+    adapter: Path | None = field(default=None, kw_only=True)
 
     def __repr__(self) -> str:
         graph, state = self.graph, f"pruned {len(self.plans)} times" if self.plans else "not pruned"

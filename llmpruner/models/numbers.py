@@ -14,8 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LlmprunerError, first_line
 from ..files import read_json
-from ..settings import DEMO, LoadSettings
-from .checkpoint import adapter_base
+from ..settings import LoadSettings
 
 if TYPE_CHECKING:
     from .model import Structure
@@ -47,13 +46,13 @@ def widened(structure: Structure, options: LoadSettings) -> str | None:
 def stored_dtype(structure: Structure) -> torch.dtype | None:
     """The dtype that the configuration of a model states; None where it states none, and for GGUF files, which have
     types of their own."""
-    text = adapter_base(Path(structure.ref)) or structure.ref
-    if text == DEMO or text.endswith(".gguf"):
+    if structure.place.gguf_file:
         return None
     stated = getattr(structure.config, "dtype", None)
     if structure.record is not None and structure.path is not None:
         # The configuration of the structure is that of the dense model, which may be stored in another dtype.
-        file = Path(adapter_base(Path(structure.path)) or structure.path) / "config.json"
+        folder = Path(structure.path) if structure.adapter is None else structure.place.directory
+        file = folder / "config.json"
         stated = read_json(file).get("dtype", stated) if file.is_file() else stated
     return getattr(torch, stated, None) if isinstance(stated, str) else stated
 

@@ -13,50 +13,45 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import ModelError
 from ..settings import LoadSettings
-from .checkpoint import adapter_base, load_pruned, with_adapter
+from .checkpoint import load_pruned, with_adapter
 from .gguf import forget_gguf, stored_twice
 from .messages import in_one_line, quiet_transformers
 from .model import Model, Structure
 from .numbers import dtype_of
 from .record import check_weights, has_shards, read_any_record
-from .reference import Reference, resolve
-from .tokenizer import read_tokenizer
+from .reference import Reference
+from .tokenizer import load_tokenizer
 from .weights import CheckpointWeights, tied_differ
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..plugins.catalog import Catalog
     from ..structure.coupling import CouplingGraph
 
 _LOG = logging.getLogger("llmpruner")
 
 
-def load_model(structure: Structure, catalog: Catalog, options: LoadSettings | None = None) -> Model:
+def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
     """The model of ``structure``, pruned or not, with weights on ``options.device``, in evaluation mode. An adapter is
     merged. Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
-    options = options or LoadSettings()
-    base = adapter_base(Path(structure.ref))
-    if base is not None:
-        check_weights(Path(structure.ref))  # before the base is read
-    ref = resolve(base or structure.ref, catalog)
-    with ref.parsed_once():
-        tokenizer = read_tokenizer(ref, structure, options)
-        model = _read_model(ref, structure, options)
-    model = model.to(options.device).eval()
+    options, ref = options or LoadSettings(), structure.place
+    if structure.adapter is not None:
+        check_weights(structure.adapter)  # before the base is read
+    tokenizer = load_tokenizer(structure, options)
+    model = _read_model(structure, options).to(options.device).eval()
     check_shapes(model, structure.graph, ref.text)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, other in structure.graph.ties.items():
         # transformers leaves them separate where the files hold both, with different values; a cut would keep one.
         if parameters[name] is not parameters[other]:
             raise tied_differ(ref.directory, name, other)
-    if base is not None:
-        model = with_adapter(model, Path(structure.ref)).merge_and_unload().eval()
+    if structure.adapter is not None:
+        model = with_adapter(model, structure.adapter).merge_and_unload().eval()
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
-def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> PreTrainedModel:
-    dtype = dtype_of(structure, options)
+def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
+    ref, dtype = structure.place, dtype_of(structure, options)
     if structure.record is not None:
         return load_pruned(
             ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
@@ -64,7 +59,7 @@ def _read_model(ref: Reference, structure: Structure, options: LoadSettings) -> 
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
     check_files(ref)
-    with in_one_line(ref), quiet_transformers():
+    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
         model, info = AutoModelForCausalLM.from_pretrained(
             ref.location,
             dtype=dtype,
@@ -96,21 +91,18 @@ def forget_quantisation(model: Any) -> None:
         vars(model).pop(name, None)
 
 
-def open_streamed(structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None) -> Model:
+def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
     """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
     layer by layer. ``scratch``: see `CheckpointWeights`."""
-    ref = resolve(structure.ref, catalog)
-    check_files(ref)
-    tokenizer = read_tokenizer(ref, structure, options)
-    weights = open_weights(structure, catalog, options, scratch)
+    check_files(structure.place)
+    tokenizer = load_tokenizer(structure, options)
+    weights = open_weights(structure, options, scratch)
     return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
 
 
-def open_weights(
-    structure: Structure, catalog: Catalog, options: LoadSettings, scratch: Path | None = None
-) -> CheckpointWeights:
+def open_weights(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> CheckpointWeights:
     """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
-    ref, graph = resolve(structure.ref, catalog), structure.graph
+    ref, graph = structure.place, structure.graph
     with in_one_line(ref):
         weights = CheckpointWeights(
             ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
@@ -133,13 +125,13 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
     return replace(pruned, model=weights.model, streamed=weights)
 
 
-def why_not_streamed(structure: Structure, catalog: Catalog, options: LoadSettings, *, cuts: bool = True) -> str | None:
+def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
     """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
-    ref = resolve(structure.ref, catalog)
+    ref = structure.place
     shares = any(structure.graph.is_decoder(name) for name in structure.graph.ties)
     convert = f"convert it once by llmpruner export {structure.ref} --to stock -o DIR, and take DIR"
     reasons = {
-        "it is an adapter, which is added to a model in memory": adapter_base(Path(structure.ref)) is not None,
+        "it is an adapter, which is added to a model in memory": structure.adapter is not None,
         "it is not on this machine; download it first": not ref.directory.is_dir(),
         f"its weights are not in safetensors files; {convert}": (
             ref.gguf_file or (ref.reader is not None and structure.record is None) or not has_shards(ref.directory)

@@ -24,11 +24,25 @@ if TYPE_CHECKING:
     from .model import Structure
 
 
-def load_tokenizer(structure: Structure, catalog: Catalog, options: LoadSettings) -> Any | None:
+def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
-    ref = resolve(adapter_base(Path(structure.ref)) or structure.ref, catalog)
-    with ref.parsed_once():
-        return read_tokenizer(ref, structure, options)
+    ref = structure.place
+    if ref.reader is not None:
+        return ref.reader.read_tokenizer(ref.directory)
+    if not _may_have_tokenizer(ref):
+        return None
+    # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
+    extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}
+    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
+        tokenizer = AutoTokenizer.from_pretrained(
+            ref.location, revision=structure.revision, trust_remote_code=options.trust_remote_code, **extra
+        )
+    if ref.gguf_file:
+        pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
+        if pre is not None:
+            # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
+            tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
+    return tokenizer
 
 
 def brings_tokenizer(text: str, catalog: Catalog) -> bool:
@@ -43,25 +57,6 @@ def _may_have_tokenizer(ref: Reference) -> bool:
     if ref.gguf_file or not ref.directory.is_dir():
         return True
     return any((ref.directory / name).is_file() for name in TOKENIZER_FILES)
-
-
-def read_tokenizer(ref: Reference, structure: Structure, options: LoadSettings) -> Any | None:
-    if ref.reader is not None:
-        return ref.reader.read_tokenizer(ref.directory)
-    if not _may_have_tokenizer(ref):
-        return None
-    # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
-    extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}
-    with in_one_line(ref), quiet_transformers():
-        tokenizer = AutoTokenizer.from_pretrained(
-            ref.location, revision=structure.revision, trust_remote_code=options.trust_remote_code, **extra
-        )
-    if ref.gguf_file:
-        pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
-        if pre is not None:
-            # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
-            tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
-    return tokenizer
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")

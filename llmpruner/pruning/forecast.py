@@ -226,7 +226,7 @@ def forecast(
             raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
         return sizes.of(True, process)
     whole = "it is loaded already" if loaded is not None else _why_in_memory(job, saves=saves, in_memory=in_memory)
-    whole = whole or why_not_streamed(structure, opener.catalog, load)
+    whole = whole or why_not_streamed(structure)
     choices = (False,) if whole else (False, True)
     limit: float = inf
     if max_memory is not None:

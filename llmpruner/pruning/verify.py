@@ -179,9 +179,9 @@ def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Stru
         check_index(directory)
         load = _typed(directory, load)
         structure = load_structure(str(directory), catalog, load)
-        if (why := why_not_streamed(structure, catalog, load, cuts=False)) is not None:
+        if (why := why_not_streamed(structure, cuts=False)) is not None:
             raise _NotComparable(f"only weights that can be read layer by layer are compared: {why}")
-        weights = open_weights(structure, catalog, load)
+        weights = open_weights(structure, load)
     except LlmprunerError as error:
         # A plugin, a library or the leave to run code is missing, which is no damage.
         if isinstance(error, (PluginError, UnsupportedModelError, MissingExtraError)) or ALLOW in str(error):
@@ -200,9 +200,9 @@ def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog:
     try:
         dense = dense_structure(structure, catalog, load, named=named)
         large = loaded_bytes(dense, load) > psutil.virtual_memory().available // 2
-        if large and why_not_streamed(dense, catalog, load, cuts=False) is None:
-            return open_streamed(dense, catalog, load)
-        return load_model(dense, catalog, load)
+        if large and why_not_streamed(dense, cuts=False) is None:
+            return open_streamed(dense, load)
+        return load_model(dense, load)
     except LlmprunerError as error:
         if named is not None:
             raise

@@ -23,7 +23,6 @@ from ..files import alone_in, check_new_directory, new_directory, read_json, wri
 from ..models.identity import data_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
-from ..models.reference import resolve
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job
@@ -99,7 +98,6 @@ class RecipeRun:
         self.run, self.catalog, self.progress, self.functions = run, catalog, progress, functions
         self.load = recipe.load.model_copy(update=load.given())
         check_device(self.load.device)
-        resolve(self.model, catalog)
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:

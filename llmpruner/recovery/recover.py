@@ -69,7 +69,7 @@ def recover(
 
         @functools.cache
         def dense_model() -> Model:
-            return load_model(dense or dense_structure(loaded, opener.catalog, opener.load), opener.catalog, load)
+            return load_model(dense or dense_structure(loaded, opener.catalog, opener.load), load)
 
         if data is None:
             assert dense_text is not None

@@ -64,11 +64,11 @@ def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    pruned = load_model(load_structure("../pruned", catalog), catalog)
+    pruned = load_model(load_structure("../pruned", catalog))
     dense = dense_structure(pruned, catalog)
     assert pruned.record["base_path"] == str(adapter) == dense.path
-    whole = load_model(load_structure(str(adapter), catalog), catalog)
-    assert torch.equal(logits(load_model(dense, catalog, placed_as(pruned, False)).model), logits(whole.model))
+    whole = load_model(load_structure(str(adapter), catalog))
+    assert torch.equal(logits(load_model(dense, placed_as(pruned, False)).model), logits(whole.model))
     assert not torch.allclose(logits(whole.model), logits(load_pruned(tmp_path / "base")), atol=1e-2)
     states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
     assert set(states.values()) == {"passed"}, states
@@ -82,7 +82,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
         lambda own, model, *_: wrote.append(logits(model)) or [Completion("The quick brown fox jumps over it. " * 4)],
     )
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
-    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog), catalog).model))
+    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model))
 
 
 def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):

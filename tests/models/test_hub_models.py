@@ -33,7 +33,7 @@ def test_the_dense_model_is_the_commit_that_was_pruned(hub, catalog, tmp_path):
     pruned = api.prune("some/model", ratio=0.2, importance="l1", compensate="none", output=tmp_path / "out")
     assert pruned.plans[-1].base.revision == FIRST
     (hub / "refs" / "main").write_text(SECOND)
-    dense = load_model(dense_structure(load_structure(str(tmp_path / "out"), catalog), catalog), catalog)
+    dense = load_model(dense_structure(load_structure(str(tmp_path / "out"), catalog), catalog))
     expected = (tiny_models.llama(seed=seed).lm_head.weight for seed in range(2))
     assert [torch.equal(dense.model.lm_head.weight, weight) for weight in expected] == [True, False]
 

@@ -62,7 +62,7 @@ def gguf_file(tmp_path):
 
 
 def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
-    loaded = load_model(load_structure(str(gguf_file), catalog), catalog)
+    loaded = load_model(load_structure(str(gguf_file), catalog))
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
     assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"

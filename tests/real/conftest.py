@@ -24,4 +24,4 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def real() -> Model:
     catalog = Catalog(plugin_manager())
-    return load_model(load_structure("demo", catalog), catalog)
+    return load_model(load_structure("demo", catalog))
