@@ -126,10 +126,6 @@ class Catalog:
                 if line not in self.manager.broken:
                     self.manager.broken.append(line)
 
-    def matching(self, config: PreTrainedConfig) -> tuple[ModelFamily, ...]:
-        """The families that match a model."""
-        return tuple(family for cls in self.families.values() if (family := cls()).matches(config))
-
     def family_for(self, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
         """The family ``name``; by default the one that matches and is not extended by another that matches, else
         ``auto``, which discovers the structure.
@@ -138,7 +134,7 @@ class Catalog:
         """
         if name is not None:
             return self.families[name]()
-        matches, extended = self.matching(config), set[str]()
+        matches, extended = [family for cls in self.families.values() if (family := cls()).matches(config)], set[str]()
         for family in matches:
             parent = family.extends
             while parent is not None and parent not in extended:

@@ -68,7 +68,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
     ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
     structure is not proved."""
-    from ..discovery.family import AutoFamily
+    from ..discovery.family import AUTO
     from ..discovery.oracle import VERIFIED
     from ..discovery.verify import representative, verify
     from ..models.messages import quiet_transformers
@@ -76,15 +76,16 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     distribution = _import(package) if package else None
     with quiet_transformers():
         config = read_config(source, catalog)
-        if catalog.matching(config):
-            cls = type(catalog.family_for(config))
+        family = catalog.family_for(config)
+        if family.name != AUTO:
+            cls = type(family)
             raise UnsupportedModelError(
                 f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
                 f"{cls.__name__} of {cls.__module__}"
             )
-        small, _ = representative(config, AutoFamily())
+        small, _ = representative(config, family)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
-        verdicts = verify(AutoFamily(), small, shrink=False)
+        verdicts = verify(family, small, shrink=False)
         for verdict in verdicts:
             if verdict.verdict != VERIFIED:
                 raise UnsupportedModelError(
