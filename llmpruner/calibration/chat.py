@@ -91,10 +91,10 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """An example in the chat format of the model.
 
-    There is one text for each example, except where a chat template, or the format of the family
-    (`ModelFamily.one_answer_per_text`), renders earlier turns differently once others follow (Qwen3's leaves out their
-    reasoning, Mistral's the system message): then there is one for each answer, with the prompt that the model would
-    get for it. Raises `DataError` when the chat template fails, and when it renders no answers.
+    There is one text for each example, except where the format renders earlier turns differently once others follow
+    (Qwen3's leaves out their reasoning, Mistral's the system message, ChatGLM's numbers rounds): then there is one for
+    each answer, with the prompt that the model would get for it. Raises `DataError` when the chat template fails, and
+    when it renders no answers.
     """
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
@@ -106,16 +106,26 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
         example = example.conversation
     if has_template:
         messages = [{"role": message.role, "content": message.content} for message in example.messages]
-        return _rendered(tokenizer, messages)
-    if not family.one_answer_per_text:
-        pairs = family.format_conversation(example.exchanges, example.system)
-        return [TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)]
-    texts = []
-    for count in range(1, len(example.exchanges) + 1):
-        *past, (prompt, answer) = family.format_conversation(example.exchanges[:count], example.system)
-        before = "".join(asked + answered for asked, answered in past)
-        texts.append(TrainingText((Turn(before + prompt, answer),), eos_after=family.eos_after))
-    return texts
+        answered = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
+        answers = [_answered(tokenizer, messages[: number + 1]) for number in answered]
+    else:
+        exchanges = example.exchanges
+        answers = [_formatted(family, exchanges[: number + 1], example.system) for number in range(len(exchanges))]
+    whole = answers[-1][0]
+    ends = [0, *(len(text) for text, _ in answers)]
+    if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
+        turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
+        return [TrainingText(tuple(turns), has_template, family.eos_after)]
+    return [
+        TrainingText((Turn(text[:start], text[start:]),), has_template, family.eos_after) for text, start in answers
+    ]
+
+
+def _formatted(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
+    """The text of a conversation in the format of the family, and where in it the last answer begins."""
+    *past, (prompt, answer) = family.format_conversation(exchanges, system)
+    before = "".join(asked + answered for asked, answered in past) + prompt
+    return before + answer, len(before)
 
 
 def texts_at(place: str, example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
@@ -145,21 +155,6 @@ def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
 def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
     """The number of equal items (characters, tokens) at the start of both."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-def _rendered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[TrainingText]:
-    """The conversation up to each answer, as one text where every text is the beginning of the next."""
-    answers = [
-        _answered(tokenizer, messages[: number + 1])
-        for number, message in enumerate(messages)
-        if message["role"] == "assistant"
-    ]
-    whole = answers[-1][0]
-    ends = [0, *(len(text) for text, _ in answers)]
-    if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
-        turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
-        return [TrainingText(tuple(turns), True)]
-    return [TrainingText((Turn(text[:start], text[start:]),), True) for text, start in answers]
 
 
 _ANSWER = "\ue000"

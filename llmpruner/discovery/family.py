@@ -42,9 +42,6 @@ class ModelFamily(Component):
     stop_text: ClassVar[str | None] = None
     """Text at which generation in the chat format stops, besides the end-of-sequence token; the answer is what is
     before it."""
-    one_answer_per_text: ClassVar[bool] = False
-    """Whether earlier answers of a conversation have another form than the last. Then there is one training text for
-    each answer, and of the pairs of `format_conversation` the last alone is trained on."""
 
     def register_models(self) -> None:
         """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded, so
@@ -131,8 +128,8 @@ class ModelFamily(Component):
         """A conversation as (prompt, answer) pairs, whose texts are joined in order: what is trained on, and up to the
         last prompt what ``generate --chat`` asks. Override it for a format that `format_prompt` alone does not give.
 
-        ``exchanges``: (question, answer) pairs. ``system``: the system message. The caller adds end-of-sequence tokens,
-        see `eos_after`.
+        ``exchanges``: (question, answer) pairs, of which earlier ones may get another form than the last. ``system``:
+        the system message. The caller adds end-of-sequence tokens, see `eos_after`.
         """
         pairs = []
         for question, answer in exchanges:

@@ -44,7 +44,6 @@ class ChatGLMFamily(ModelFamily):
     summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
     answer_separator: ClassVar[str] = ""
-    one_answer_per_text: ClassVar[bool] = True
 
     def register_models(self) -> None:
         """Register ``model_type: chatglm`` with the auto classes of transformers."""
@@ -105,7 +104,6 @@ class ChatGLM2Family(GlmFamily):
     summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
     answer_separator = " "
-    one_answer_per_text: ClassVar[bool] = True
 
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROUNDS

@@ -164,8 +164,6 @@ class Numbered(ModelFamily):
 
 
 class Alone(Numbered):
-    one_answer_per_text = True
-
     def format_conversation(self, exchanges, system=None):
         pairs = super().format_conversation(exchanges, system)
         return [("".join(a + b for a, b in pairs[:-1]) + pairs[-1][0] + "!", pairs[-1][1])]

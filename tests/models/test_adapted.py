@@ -96,3 +96,11 @@ def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path)
     checks = {check.name: check for check in api.verify_checkpoint(out, catalog=catalog).checks}
     assert "damaged" not in {check.state for check in checks.values()}, checks
     assert "trained after the cut" in checks["weights"].detail
+
+
+def test_an_adapter_for_an_adapter_is_refused(one, catalog, tmp_path):
+    two = tmp_path / "two"
+    two.mkdir()
+    (two / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(one)}))
+    with pytest.raises(llmpruner.ModelError, match=r"two' is an adapter for an adapter, '.*one'; merge"):
+        load_structure(str(two), catalog)
