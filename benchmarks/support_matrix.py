@@ -104,17 +104,17 @@ def examine(model_type: str) -> dict[str, Any]:
 
     from llmpruner.discovery.family import AutoFamily
     from llmpruner.discovery.tiny import random_instance
-    from llmpruner.discovery.verify import representative, verify
+    from llmpruner.discovery.verify import check_kinds, representative
     from llmpruner.errors import UnsupportedModelError, first_line
 
     logging.set_verbosity_error()
     result: dict[str, Any] = {}
     started = time.monotonic()
     try:
-        small, _ = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
+        small, groups = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
         model = random_instance(small)
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
-        verdicts = verify(AutoFamily(), small, shrink=False)
+        verdicts = check_kinds(AutoFamily(), small, groups)
     except UnsupportedModelError as error:
         result["reason"] = str(error)
     except Exception as error:

@@ -28,21 +28,26 @@ the same small model."""
 
 
 def verify(
+    family: ModelFamily, config: PreTrainedConfig, *, kinds: Collection[str] | None = None, seed: int = 0
+) -> list[Verdict]:
+    """`check_kinds` on a small random model of the architecture of ``config``. Raises `UnsupportedModelError` when that
+    cannot be built or traced."""
+    small, groups = representative(config, family, kinds)
+    return check_kinds(family, small, groups, kinds=kinds, seed=seed)
+
+
+def check_kinds(
     family: ModelFamily,
     config: PreTrainedConfig,
+    groups: Sequence[CoupledGroup] | None = None,
     *,
-    kinds: Iterable[str] | None = None,
+    kinds: Collection[str] | None = None,
     seed: int = 0,
-    shrink: bool = True,
 ) -> list[Verdict]:
-    """Check every kind of unit of ``family`` on a small random model of the architecture of ``config``. One verdict per
-    kind, in order of appearance. ``shrink``: whether ``config`` must be made small first. Raises
-    `UnsupportedModelError` when the small model cannot be built or traced.
-    """
-    kinds = None if kinds is None else list(kinds)
-    small, groups = representative(config, family, kinds) if shrink else (config, family.coupled_groups(config))
-    graph = graph_of(meta_model(small), groups)
-    oracle = Oracle(small, graph, family, seed)
+    """Check every kind of unit of ``family``, or ``kinds``, on a random model of ``config``: one verdict for each, in
+    order of appearance. ``groups``: of the family in this model, where they are known."""
+    graph = graph_of(meta_model(config), family.coupled_groups(config) if groups is None else groups)
+    oracle = Oracle(config, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
 
 

@@ -70,7 +70,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     structure is not proved."""
     from ..discovery.family import AUTO
     from ..discovery.oracle import VERIFIED
-    from ..discovery.verify import representative, verify
+    from ..discovery.verify import check_kinds, representative
     from ..models.messages import quiet_transformers
 
     distribution = _import(package) if package else None
@@ -83,9 +83,9 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
                 f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
                 f"{cls.__name__} of {cls.__module__}"
             )
-        small, _ = representative(config, family)
+        small, groups = representative(config, family)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
-        verdicts = verify(family, small, shrink=False)
+        verdicts = check_kinds(family, small, groups)
         for verdict in verdicts:
             if verdict.verdict != VERIFIED:
                 raise UnsupportedModelError(

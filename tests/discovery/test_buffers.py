@@ -18,7 +18,7 @@ from llmpruner.discovery.follow import Follower
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import rules_of, verify
+from llmpruner.discovery.verify import check_kinds, rules_of
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import graph_of
 from llmpruner.models.save import save_checkpoint
@@ -82,7 +82,7 @@ def test_groups_of_experts_keep_the_same_number_each() -> None:
     group = discover_graph(config).by_name["layers.1.experts"]
     assert (config.n_group, group.units, group.blocks) == (2, 8, 2)
     assert group.minimum == 2 * config.num_experts_per_tok, "all that are chosen may come from one group"
-    (verdict,) = verify(AutoFamily(), config, kinds=["expert"], shrink=False)
+    (verdict,) = check_kinds(AutoFamily(), config, kinds=["expert"])
     assert verdict.verdict == VERIFIED, verdict
     assert "save and load" in verdict.checks
 

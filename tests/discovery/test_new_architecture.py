@@ -12,7 +12,7 @@ from llmpruner import Blocks
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import VERIFIED
-from llmpruner.discovery.verify import verify
+from llmpruner.discovery.verify import check_kinds
 
 STRANGE = ComposedConfig(
     qkv="backwards", mlp="swapped", norm="offset", rotary=0.5, parallel=True, qkv_bias=True, mlp_bias=True
@@ -39,7 +39,7 @@ def test_structure_of_a_strange_architecture() -> None:
 
 
 def test_a_strange_architecture_is_verified_without_code() -> None:
-    verdicts, kinds = verify(AutoFamily(), STRANGE, shrink=False), ("attention", "mlp", "hidden", "vocabulary", "layer")
+    verdicts, kinds = check_kinds(AutoFamily(), STRANGE), ("attention", "mlp", "hidden", "vocabulary", "layer")
     assert {v.kind: v.verdict for v in verdicts} == dict.fromkeys(kinds, VERIFIED), [
         (v.kind, v.where, v.reason) for v in verdicts
     ]
@@ -99,7 +99,7 @@ COVERING = (
 def test_random_architectures(seeds: Iterable[int]) -> None:
     for seed in seeds:
         config = random_config(seed)
-        verdicts = verify(AutoFamily(), config, shrink=False, seed=seed)
+        verdicts = check_kinds(AutoFamily(), config, seed=seed)
         found = {v.kind: v.verdict for v in verdicts}
         expected = {"attention", "mlp", "layer"} | ({"hidden"} if config.norm != "layer" else set())
         assert expected <= found.keys(), (seed, found)

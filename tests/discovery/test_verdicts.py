@@ -16,7 +16,7 @@ from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import REFUSED, VERIFIED
-from llmpruner.discovery.verify import differences, verify
+from llmpruner.discovery.verify import check_kinds, differences, verify
 from llmpruner.structure.coupling import Explicit
 
 register()
@@ -50,7 +50,7 @@ def test_the_small_model_has_heads() -> None:
 
 
 def test_a_forgotten_bias_is_refused_and_named() -> None:
-    mlp, layer = verify(Forgetful(), BIASED, kinds=["mlp", "layer"], shrink=False)
+    mlp, layer = check_kinds(Forgetful(), BIASED, kinds=["mlp", "layer"])
     assert mlp.verdict == REFUSED and layer.verdict == VERIFIED
     assert differences(Forgetful().coupled_groups(BIASED), found()) == [
         f"group layers.0.mlp: {BIAS} axis 0: nothing; discovery finds 0:40 (produces)"
@@ -99,7 +99,7 @@ def test_what_is_written_in_another_way_is_no_difference() -> None:
 
 
 def test_checks_that_are_not_possible_are_listed() -> None:
-    (verdict,) = verify(AutoFamily(), BIASED, kinds=["mlp"], shrink=False)
+    (verdict,) = check_kinds(AutoFamily(), BIASED, kinds=["mlp"])
     sdpa, generation = verdict.skipped
     assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")
     assert generation.startswith("cached generation: the dense model gives other logits with a cache")
@@ -110,7 +110,7 @@ def test_a_model_with_everything_skips_nothing() -> None:
     config = LlamaConfig(
         hidden_size=48, intermediate_size=40, num_attention_heads=6, num_hidden_layers=2, vocab_size=96
     )
-    (verdict,) = verify(AutoFamily(), config, kinds=["mlp"], shrink=False)
+    (verdict,) = check_kinds(AutoFamily(), config, kinds=["mlp"])
     assert verdict.verdict == VERIFIED and verdict.skipped == []
 
 
@@ -119,11 +119,11 @@ def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
     uncut = {"layers.0.mlp": {"multiple": 40}, "layers.1.mlp": {"blocks": 40}}
     groups = [replace(g, **uncut.get(g.name, {})) for g in found() if g.kind == "mlp"]
     family = type("Uncut", (ModelFamily,), {"coupled_groups": lambda _self, _config: groups})
-    (verdict,) = verify(family(), BIASED, shrink=False)
+    (verdict,) = check_kinds(family(), BIASED)
     assert (verdict.verdict, verdict.groups) == (VERIFIED, 3)
     assert "2 of 3 groups: no unit can be removed" in verdict.skipped
     groups = groups[:2]
-    (verdict,) = verify(family(), BIASED, shrink=False)
+    (verdict,) = check_kinds(family(), BIASED)
     assert (verdict.verdict, verdict.reason) == (REFUSED, "no unit can be removed from any group")
     assert verdict.checks == []
 

@@ -8,7 +8,7 @@ from llmpruner_chatglm.family import ChatGLMFamily, GlmFamily
 from transformers import Glm4Config, GlmConfig
 
 from llmpruner.discovery.oracle import VERIFIED
-from llmpruner.discovery.verify import verify
+from llmpruner.discovery.verify import check_kinds
 from llmpruner.testing import FamilyConformance
 
 GLM: dict[str, Any] = {
@@ -40,5 +40,5 @@ class TestGlm(FamilyConformance):
 
 
 def test_numbers_of_heads_follow_in_glm4_too() -> None:
-    verdicts = verify(GlmFamily(), Glm4Config(**GLM), kinds=("attention", "query"), shrink=False)
+    verdicts = check_kinds(GlmFamily(), Glm4Config(**GLM), kinds=("attention", "query"))
     assert [verdict.verdict for verdict in verdicts] == [VERIFIED, VERIFIED], verdicts
