@@ -22,7 +22,7 @@ from .component import check_chosen
 from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
-from .errors import DataError, ModelError, PlanError, SettingsError
+from .errors import DataError, PlanError, SettingsError
 from .evaluation.base import ComparedModel
 from .evaluation.bench import BenchResult
 from .evaluation.bench import bench as _bench
@@ -320,20 +320,14 @@ def export(
     catalog: Catalog | None = None,
     **settings: Unpack[ExportKeywords],
 ) -> str:
-    """Write the checkpoint directory ``model`` (for ``stock``, also a .gguf file) in the format of the exporter ``to``;
-    returns one line on how to load it. Raises `CheckpointError` where the result gives other outputs than ``model``.
+    """Write a model in the format of the exporter ``to``; returns one line on how to load it. Raises `CheckpointError`
+    where the result gives other outputs than ``model``.
     """
-    catalog = catalog or Catalog()
-    source = Path(model)
-    options = settings_from(ExportSettings, settings)
-    exporter = catalog.exporters.create_only(options.to, options.settings)
+    opener, options = _opener(load, catalog, progress), settings_from(ExportSettings, settings)
+    exporter = opener.catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
-    if not source.is_dir() and not (exporter.takes_files and source.suffix == ".gguf" and source.is_file()):
-        raise ModelError(f"'{model}' is no checkpoint directory (a .gguf file can be exported --to stock)")
-    opener = _opener(load, catalog, progress)
-    asked = None if opener.load.dtype == "auto" else opener.load.dtype
-    read = partial(opener.model, model, keep_dtype=exporter.keeps_dtype)
-    return _export(source, exporter, directory, read, progress, asked)
+    resolve(str(model), opener.catalog)
+    return _export(Path(model), exporter, directory, partial(opener.model, model, keep_dtype=True), progress)
 
 
 def run(

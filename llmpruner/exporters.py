@@ -26,21 +26,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportTask:
-    """``source``: the directory of the checkpoint, or a file (see `Exporter.takes_files`). ``directory``: new and
-    empty; it gets its final name when `Exporter.export` returns, and is removed when it raises. ``load``: loads the
-    source, when `loaded` or `model` is first read. ``dtype``: "float32", "bfloat16" or "float16" if the user set
-    ``--dtype``, else None."""
+    """``source``: the model as the user named it, as a rule a folder. ``directory``: new and empty; it gets its final
+    name when `Exporter.export` returns, and is removed when it raises. ``load``: loads the source, when `loaded` or
+    `model` is first read, in the dtype that the user set, by default as it is stored."""
 
     source: Path
     directory: Path
     load: Callable[[], Model]
     progress: Progress = QUIET
-    dtype: str | None = None
 
     @property
     def name(self) -> str:
-        """The name of the model's folder."""
-        return self.source.resolve().name
+        """The name of the model's folder or file."""
+        return self.source.resolve().name.removesuffix(".gguf")
 
     @cached_property
     def loaded(self) -> Model:
@@ -95,11 +93,6 @@ class Exporter(Component):
     """
 
     kind: ClassVar[str] = "exporter"
-    takes_files: ClassVar[bool] = False
-    """Whether the source may also be a .gguf file instead of a directory. `ExportTask.load` reads either."""
-    keeps_dtype: ClassVar[bool] = False
-    """Whether float16 weights are loaded in float16 on a CPU, too, to be written so; otherwise in float32, in which a
-    CPU computes."""
     for_other_programs: ClassVar[bool] = False
     """Whether llmpruner can't open what is written."""
 
@@ -122,10 +115,9 @@ def export(
     directory: Path,
     load: Callable[[], Model],
     progress: Progress = QUIET,
-    dtype: str | None = None,
 ) -> str:
-    """Write the checkpoint ``source`` to the new ``directory``; see `ExportTask` for the rest. Returns one line on how
-    to load the result.
+    """Write the model ``source`` to the new ``directory``; see `ExportTask` for the rest. Returns one line on how to
+    load the result.
 
     Raises `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing,
     and whatever the exporter raises; no files remain then.
@@ -134,23 +126,27 @@ def export(
 
     exporter.check()
     with new_directory(directory) as partial, quiet_transformers():
-        line = exporter.export(ExportTask(source, partial, load, progress, dtype))
+        task = ExportTask(source, partial, load, progress)
+        line = exporter.export(task)
         if not any(partial.iterdir()):
             raise PluginError(f"{exporter.label()} wrote no file")
         if (partial / "config.json").is_file():
-            _add_origin(partial, source, exporter)
+            _add_record(task, exporter)
     return line
 
 
-def _add_origin(directory: Path, source: Path, exporter: Exporter) -> None:
-    """Record where a model is from, and the hash of every file, unless it has a record of its own."""
+def _add_record(task: ExportTask, exporter: Exporter) -> None:
+    """Write the record of a pruned model; for a dense one, and for other programs, where it is from. Both have the hash
+    of every file."""
     from . import __version__
-    from .models import record
+    from .models.record import ORIGIN_FILE, RECORD_FILE, write_record
 
-    if not (directory / record.RECORD_FILE).is_file():
-        origin = {"llmpruner": __version__, "exported_from": str(source)}
-        form = {"format": exporter.name} if exporter.for_other_programs else {}
-        record.write_record(directory / record.ORIGIN_FILE, origin | form)
+    if task.loaded.record is not None and not exporter.for_other_programs:
+        write_record(task.directory / RECORD_FILE, task.loaded.record)
+        return
+    origin = {"llmpruner": __version__, "exported_from": str(task.source)}
+    form = {"format": exporter.name} if exporter.for_other_programs else {}
+    write_record(task.directory / ORIGIN_FILE, origin | form)
 
 
 class StockExporter(Exporter):
@@ -159,8 +155,6 @@ class StockExporter(Exporter):
 
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"
-    takes_files = True
-    keeps_dtype = True
 
     class Settings(ComponentSettings):
         tie: bool = Field(
@@ -183,7 +177,7 @@ class StockExporter(Exporter):
         save.save_checkpoint(
             task.model,
             written,
-            record=task.loaded.record,
+            record=None,
             tokenizer=task.loaded.tokenizer,
             family=task.loaded.family,
             stock_only=True,

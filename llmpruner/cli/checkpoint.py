@@ -82,17 +82,8 @@ def verify(
 
 
 @takes(ExportSettings, LoadSettings)
-def export(
-    model: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR", help="A checkpoint that prune, recover or save wrote; for stock, also a .gguf file."
-        ),
-    ],
-    output: Output,
-    arguments: dict[str, Any],
-) -> None:
-    """Write a checkpoint in the format of another runtime, and verify it."""
+def export(model: ModelName, output: Output, arguments: dict[str, Any]) -> None:
+    """Write a model in the format of another runtime, and verify it."""
     from .. import api
 
     line = api.export(model, output=output, **arguments)

@@ -106,7 +106,7 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
     out.print(grid)
 
 
-def sizes_text(output: Path, checkpoint: Path) -> str:
+def sizes_text(output: Path, checkpoint: str | Path) -> str:
     """The bytes of the weights in ``output``, next to those of the dense model of ``checkpoint``; and how to get fewer
     than there."""
     source = Path((read_record(checkpoint) or {}).get("base_path") or checkpoint)

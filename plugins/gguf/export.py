@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import torch
 
-from llmpruner import CheckpointError, ExportTask, read_json
+from llmpruner import CheckpointError, ExportTask
 
 from .vocabulary import RECORDED_PRE, stop_texts
 from .write import TYPES, write_gguf
@@ -32,7 +32,8 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
     """Write a GGUF file and a ``Modelfile`` by `GgufExporter.Settings`; returns what was written and how it was
     checked."""
     model, tokenizer = task.model, task.loaded.tokenizer
-    kind = _stored_type(task) if kind == "auto" else kind
+    if kind == "auto":
+        kind = next((name for name, (dtype, *_) in TYPES.items() if dtype == model.dtype), "f32")
     target = task.directory / f"{task.name}.gguf"
     written = target if quant is None else task.directory / f"{task.name}-{kind}.gguf"
     architecture, pre = write_gguf(task, written, kind, pre)
@@ -59,15 +60,6 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
     return f"{target.name} ({architecture}, {kind}, {size}): {checked}; llama-cli -m {target.name} runs it"
 
 
-def _stored_type(task: ExportTask) -> str:
-    """The type that the user set for loading; else that of the checkpoint, as float16 is float32 in memory on a CPU."""
-    file = task.source / "config.json"
-    stated = read_json(file) if file.is_file() else {}
-    dtype = task.dtype or stated.get("dtype") or stated.get("torch_dtype") or task.model.dtype
-    name = str(dtype).removeprefix("torch.")
-    return next((kind for kind, (known, *_) in TYPES.items() if str(known) == f"torch.{name}"), "f32")
-
-
 def quantise(source: Path, target: Path, quant: str) -> None:
     """Write ``source``, a file with float tensors, as ``quant`` to ``target``. Raises `CheckpointError`."""
     import llama_cpp
@@ -82,6 +74,8 @@ def quantise(source: Path, target: Path, quant: str) -> None:
 
 def check_logits(model: PreTrainedModel, path: Path, kind: str) -> None:
     """Raise `CheckpointError` unless llama.cpp gives the logits of ``model``. ``kind``: the type of the file."""
+    if model.dtype == torch.float16 and model.device.type == "cpu":
+        model = model.float()  # in which a CPU computes
     config = model.config.get_text_config()
     # Random tokens: a model that repeats its input would hide mistakes in attention.
     length, generator = min(32, config.max_position_embeddings), torch.Generator().manual_seed(0)

@@ -55,7 +55,6 @@ class MetaExporter(Exporter):
 
     name = "meta"
     summary = "Meta's LLaMA format: params.json, consolidated.NN.pth and tokenizer.model"
-    keeps_dtype = True
 
     class Settings(ComponentSettings):
         shards: int = Field(1, ge=1, description="Number of consolidated.NN.pth files.")

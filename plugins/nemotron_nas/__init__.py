@@ -26,7 +26,6 @@ class NemotronNasExporter(Exporter):
 
     name = "nemotron-nas"
     summary = "LLaMA with widths per layer (block_configs), for vLLM, SGLang and mlx-lm"
-    keeps_dtype = True
     for_other_programs = True
 
     class Settings(ComponentSettings):

@@ -66,8 +66,6 @@ class TorchAoExporter(Exporter):
         _complete(task.directory, dense)
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again, quantised)
-        if loaded.record is not None:
-            (task.directory / "llmpruner.json").write_text(json.dumps(loaded.record), encoding="utf-8")
         return (
             f"{before / 2**20:,.1f} MiB of weights became {_weight_bytes(task.directory) / 2**20:,.1f} MiB; "
             "AutoModelForCausalLM.from_pretrained loads it, with torchao installed"

@@ -88,7 +88,8 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
 
 def test_a_uniform_model_becomes_a_checkpoint_of_transformers(tmp_path):
     model = cut_llama("mlp-uniform")
-    line = export(tmp_path, StockExporter(), tmp_path / "out", loaded(model, {"plans": []}))
+    of_source = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}
+    line = export(tmp_path, StockExporter(), tmp_path / "out", loaded(model, of_source))
     assert "LlamaForCausalLM of transformers" in line
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(stock) is LlamaForCausalLM

@@ -163,11 +163,8 @@ def test_types(kind, stored, tmp_path):
 
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")])
 def test_auto_is_the_type_of_the_checkpoint(dtype, kind, tmp_path):
-    model = random_model("llama").to(dtype)
-    save_checkpoint(model, tmp_path / "tiny", record={})
-    # As a checkpoint of float16 is loaded on a CPU.
-    loaded = SimpleNamespace(model=model.float(), tokenizer=None, family=None, record={})
-    assert f"(llama, {kind}, " in export(tmp_path / "tiny", GgufExporter(), tmp_path / "out", lambda: loaded)
+    random_model("llama").to(dtype).save_pretrained(tmp_path / "tiny")
+    assert f"(llama, {kind}, " in llmpruner.export(tmp_path / "tiny", to="gguf", output=tmp_path / "out")
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path):
@@ -394,7 +391,7 @@ def test_a_gguf_file_becomes_a_stock_checkpoint(tmp_path):
     assert_same_logits(model, logits(again, prompt(model)))
     read = AutoTokenizer.from_pretrained(tmp_path / "stock")
     assert read(tiny_models.TEXT)["input_ids"] == tokenizer(tiny_models.TEXT)["input_ids"]
-    with pytest.raises(ModelError, match=r"tiny\.gguf' is no checkpoint directory"):
-        llmpruner.export(file, to="gguf", output=tmp_path / "gguf")
-    with pytest.raises(ModelError, match=r"none\.gguf' is no checkpoint directory"):
-        llmpruner.export(tmp_path / "none.gguf", to="stock", output=tmp_path / "gguf")
+    llmpruner.export(file, to="gguf", output=tmp_path / "gguf")
+    assert_same_logits(model, gguf_logits(tmp_path / "gguf" / file.name, prompt(model)))
+    with pytest.raises(ModelError, match=r"none\.gguf' does not exist"):
+        llmpruner.export(tmp_path / "none.gguf", to="stock", output=tmp_path / "none")

@@ -19,7 +19,8 @@ from llmpruner.models.numbers import first_not_finite, stored_bytes
 
 
 def loaded(model, tokenizer=None):
-    return lambda: SimpleNamespace(model=model, tokenizer=tokenizer, family=LlamaFamily(), record={"plans": []})
+    record = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}  # of the source
+    return lambda: SimpleNamespace(model=model, tokenizer=tokenizer, family=LlamaFamily(), record=record)
 
 
 @pytest.fixture
@@ -61,7 +62,7 @@ def test_it_can_be_used_further(installed, tmp_path):
     tiny_models.tokenizer().save_pretrained(folder)
     llmpruner.export(folder, to="torchao", output=tmp_path / "out", load=llmpruner.LoadSettings(dtype="bfloat16"))
     result = llmpruner.bench([folder, tmp_path / "out"], batch=1, prompt=4, new=2, rounds=1)
-    assert result.cases[0].decode[1].ideal > 1.5
+    assert result.cases[0].models[1].decode.ideal > 1.5
 
 
 def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
