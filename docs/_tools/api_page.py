@@ -11,7 +11,7 @@ from docstrings import class_section, document, markdown, signature_of
 
 from llmpruner import api
 from llmpruner.discovery.oracle import Verdict
-from llmpruner.evaluation.bench import BenchCase, BenchResult, Measurement, Rate
+from llmpruner.evaluation.bench import BenchCase, BenchResult, Measurement, ModelSpeed, Rate
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations
 from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
@@ -44,6 +44,7 @@ VALUES = (
     Evaluation,
     BenchResult,
     BenchCase,
+    ModelSpeed,
     Rate,
     Measurement,
     Verdict,

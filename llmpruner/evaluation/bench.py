@@ -45,45 +45,40 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSpeed:
+    """One model in one case. ``name``: as it was named."""
+
+    name: str
+    prefill: Rate
+    decode: Rate
+
+
+@dataclass(frozen=True, slots=True)
 class BenchCase:
-    """All models at one batch size and one length of prompt; ``prefill`` and ``decode`` in the order of the models."""
+    """All models, in their order, at one batch size and one length of prompt."""
 
     batch: int
     prompt_tokens: int
-    prefill: tuple[Rate, ...]
-    decode: tuple[Rate, ...]
+    models: tuple[ModelSpeed, ...]
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The speed of several models in one runtime. ``models``: as they were named. ``runtime``: its name, with
-    ``settings``. ``facts``: what the times depend on: dtype, device, threads, versions."""
+    """The speed of several models in one runtime. ``runtime``: its name, with ``settings``. ``device``, ``threads``,
+    ``dtypes``: what the times depend on, the last for each model."""
 
-    models: tuple[str, ...]
     runtime: str
     settings: dict[str, Any]
     new_tokens: int
     rounds: int
-    facts: dict[str, Any]
+    device: str
+    threads: int
+    dtypes: tuple[str, ...]
     cases: tuple[BenchCase, ...]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values; each case has ``models``, a list with ``name``, ``prefill`` and ``decode``."""
-        cases = [
-            {
-                "batch": case.batch,
-                "prompt_tokens": case.prompt_tokens,
-                "models": [
-                    {"name": name, "prefill": asdict(prefill), "decode": asdict(decode)}
-                    for name, prefill, decode in zip(self.models, case.prefill, case.decode, strict=True)
-                ],
-            }
-            for case in self.cases
-        ]
-        return {
-            "runtime": self.runtime, "settings": self.settings, "new_tokens": self.new_tokens, "rounds": self.rounds,
-            **self.facts, "cases": cases,
-        }  # fmt: skip
+        """JSON values by the names of the fields."""
+        return asdict(self)
 
 
 def bench(
@@ -114,14 +109,11 @@ def bench(
             sessions.append(session)
             works.append(work)
         times = _measure(sessions, list(product(batches, prompts)), new_tokens, rounds, progress)
-        cases = tuple(_case(works, *case, new_tokens, of_models) for case, of_models in times.items())
-        facts = {
-            "device": device,
-            "threads": torch.get_num_threads(),
-            "dtypes": [session.dtype for session in sessions],
-        }
-    names = tuple(subject.ref for subject in subjects)
-    return BenchResult(names, runtime.name, runtime.record(), new_tokens, rounds, facts, cases)
+        dtypes = tuple(session.dtype for session in sessions)
+    names = [subject.ref for subject in subjects]
+    cases = tuple(_case(names, works, *case, new_tokens, of_models) for case, of_models in times.items())
+    threads = torch.get_num_threads()
+    return BenchResult(runtime.name, runtime.record(), new_tokens, rounds, device, threads, dtypes, cases)
 
 
 def _measure(
@@ -156,17 +148,19 @@ def _measure(
 
 
 def _case(
-    works: Sequence[Work], batch: int, prompt: int, new_tokens: int, times: Sequence[Sequence[tuple[float, float]]]
+    names: Sequence[str],
+    works: Sequence[Work],
+    batch: int,
+    prompt: int,
+    new_tokens: int,
+    times: Sequence[Sequence[tuple[float, float]]],
 ) -> BenchCase:
     prefill = [work.prefill(prompt) for work in works]
     # The cache grows by a token with every step.
     decode = [work.decode(batch, prompt + new_tokens / 2) for work in works]
-    return BenchCase(
-        batch,
-        prompt,
-        _rates([[seconds for seconds, _ in own] for own in times], batch * prompt, prefill),
-        _rates([[seconds for _, seconds in own] for own in times], batch * new_tokens, decode),
-    )
+    prefills = _rates([[seconds for seconds, _ in own] for own in times], batch * prompt, prefill)
+    decodes = _rates([[seconds for _, seconds in own] for own in times], batch * new_tokens, decode)
+    return BenchCase(batch, prompt, tuple(map(ModelSpeed, names, prefills, decodes)))
 
 
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:

@@ -251,7 +251,12 @@ def _evaluate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
 
 
 def _bench(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    named = replace(run.call(step), models=step.reads)
+    result = run.call(step)
+    cases = tuple(
+        replace(case, models=tuple(replace(each, name=n) for each, n in zip(case.models, step.reads, strict=True)))
+        for case in result.cases
+    )
+    named = replace(result, cases=cases)
     return named.as_json(), named
 
 

@@ -247,7 +247,7 @@ def test_models_by_name_and_texts(shared, whole, out):
     assert [one["name"] for one in found["texts"].result] == ["dense", "2-recover"]
     assert found["texts"].result[0]["prompt"] == "The fox"
     assert [one.name for one in found["4-evaluate"].value] == ["1-prune"]
-    assert found["speed"].value.models == ("2-recover",)
+    assert [model.name for model in found["speed"].value.cases[0].models] == ["2-recover"]
     assert found["speed"].result["cases"][0]["models"][0]["name"] == "2-recover"
     with pytest.raises(KeyError):
         found["none"]

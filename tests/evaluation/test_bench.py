@@ -147,11 +147,13 @@ def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
     assert prompts[0] == prompts[1] != prompts[2] == prompts[3] and len(prompts[0][0]) == 5
     assert log[-2:] == ["pruned closed", "dense closed"]
     (case,) = result.cases
-    dense, pruned = case.prefill
-    assert dense.tokens_per_second == measurement([1, 0.5]) and dense.speedup.median == 1
-    assert pruned.speedup == measurement([2, 2]) and pruned.ideal == 2 and pruned.share_of_ideal == 1
-    assert case.decode[1].tokens_per_second == measurement([0.32, 0.16])
-    assert case.decode[1].speedup.median == pytest.approx(1.6) and case.decode[1].share_of_ideal == pytest.approx(0.8)
+    dense, pruned = case.models
+    assert (dense.name, pruned.name) == ("dense", "pruned")
+    assert dense.prefill.tokens_per_second == measurement([1, 0.5]) and dense.prefill.speedup.median == 1
+    assert pruned.prefill.speedup == measurement([2, 2])
+    assert pruned.prefill.ideal == 2 and pruned.prefill.share_of_ideal == 1
+    assert pruned.decode.tokens_per_second == measurement([0.32, 0.16])
+    assert pruned.decode.speedup.median == pytest.approx(1.6) and pruned.decode.share_of_ideal == pytest.approx(0.8)
     written = result.as_json()["cases"][0]["models"][1]
     assert written["name"] == "pruned" and written["decode"]["share_of_ideal"] == pytest.approx(0.8)
 
@@ -186,6 +188,7 @@ def test_what_a_runtime_cannot_run(dense, runtime, options, message):
 def test_a_loaded_model_is_measured_as_it_is(dense):
     model = llmpruner.load(dense, dtype="bfloat16")
     result = llmpruner.bench([model, dense], batch=1, prompt=[4, 8], new=2, rounds=1)
-    assert result.facts["dtypes"] == ["bfloat16", "float32"] and [case.prompt_tokens for case in result.cases] == [4, 8]
+    assert result.dtypes == ("bfloat16", "float32") and [case.prompt_tokens for case in result.cases] == [4, 8]
     # Halving the bytes doubles the ideal of decoding, and changes no number of operations.
-    assert result.cases[0].decode[1].ideal == pytest.approx(0.5) and result.cases[0].prefill[1].ideal == 1
+    _, stored = result.cases[0].models
+    assert stored.decode.ideal == pytest.approx(0.5) and stored.prefill.ideal == 1
