@@ -67,6 +67,8 @@ from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
 from .report.base import ReportSection as ReportSection
+from .report.evidence import read_evaluations as read_evaluations
+from .report.history import loss_text as loss_text
 from .settings import LoadSettings as LoadSettings
 from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts
@@ -80,5 +82,6 @@ from .structure.coupling import CoupledGroup as CoupledGroup
 from .structure.coupling import Role as Role
 from .structure.coupling import Span as Span
 from .structure.plan import PruningPlan as PruningPlan
+from .values import without_folders as without_folders
 
 __version__: str

@@ -151,3 +151,13 @@ def html_table(rows: Iterable[Sequence[str]], head: Sequence[str] = ()) -> str:
     for title, *cells in rows:
         lines.append(f"<tr><th>{escape(title)}</th>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>")
     return f"<table>{''.join(lines)}</table>"
+
+
+_FOLDERS = re.compile(r"(^|,|\*|[\w-]{2,}:)(?:/(?!/)|[A-Za-z]:[\\/])(?:[^,]*[/\\])?(?=[^,/\\])")
+"""The folders of an absolute path: at the start, after a comma, a share (``3*``) or the name of a source."""
+
+
+def without_folders(text: str) -> str:
+    """``text`` without the folders of absolute paths, which mean nothing on another machine: ``3*self,1*chat:b.jsonl``
+    for ``3*self,1*chat:/a/b.jsonl``."""
+    return _FOLDERS.sub(r"\1", text)

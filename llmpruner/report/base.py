@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from ..component import Component
 from ..errors import SettingsError, first_line
 from ..evaluation.metrics import Size
-from ..values import bytes_text, count_text, counted
+from ..values import bytes_text, count_text, counted, without_folders
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -120,18 +120,9 @@ def _environment() -> Environment:
         loader=PackageLoader("llmpruner.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"bare": bare, "bytes": bytes_text, "count": count_text, "counted": counted}
+    environment.filters |= {"bytes": bytes_text, "count": count_text, "counted": counted}
+    environment.filters["without_folders"] = without_folders
     return environment
-
-
-_FOLDERS = re.compile(r"(^|,|\*|[\w-]{2,}:)(?:/(?!/)|[A-Za-z]:\\)(?:[^,]*[/\\])?(?=[^,/\\])")
-"""The folders of an absolute path: at the start, after a comma, a share (``3*``) or the name of a source."""
-
-
-def bare(text: str) -> str:
-    """``text`` without the folders of absolute paths, which mean nothing elsewhere: ``3*self,1*chat:b.jsonl`` for
-    ``3*self,1*chat:/a/b.jsonl``."""
-    return _FOLDERS.sub(r"\1", text)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ files that ``evaluate --json`` and ``bench --json`` wrote. No weights are read."
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,7 +79,7 @@ def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
     try:
         value = json.loads(path.read_bytes())
-        if isinstance(value, list | dict) and all(isinstance(model["name"], str) for model in _models(value)):
+        if value and isinstance(value, list | dict) and all(isinstance(model["name"], str) for model in _models(value)):
             return value
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
@@ -115,11 +116,8 @@ def _subject(
             results = read_results(step["folder"] / RESULTS_FILE)
             add(step["command"], results, lambda model: name if model == checkpoint.name else model)
     for path, results in files.items():
-        try:
+        with _as_written(path):
             add("evaluate" if isinstance(results, list) else "bench", results, by_path)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            problem = f"{type(error).__name__}: {first_line(error)}"
-            raise DataError(f"{path} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
     dense, costs = _costs(structure, checkpoint)
     return ReportSubject(
         f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
@@ -134,6 +132,23 @@ def _renamed(results: Any, rename: Callable[[str], str | None]) -> Any:
         cases = [{**case, "models": _renamed(case["models"], rename)} for case in results["cases"]]
         return {**results, "cases": cases}
     return [{**model, "name": new} for model in results if (new := rename(model["name"])) is not None]
+
+
+@contextmanager
+def _as_written(file: Path) -> Iterator[None]:
+    """Raise `DataError` where values are missing in the results of ``file``, or of another type."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        problem = f"{type(error).__name__}: {first_line(error)}"
+        raise DataError(f"{file} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
+
+
+def read_evaluations(file: Path, catalog: Catalog) -> Evaluations:
+    """What ``evaluate --json`` wrote. Raises `DataError`."""
+    results = read_results(file)
+    with _as_written(file):
+        return _evaluations(results, catalog)
 
 
 def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evaluations:

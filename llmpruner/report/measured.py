@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..values import bytes_text, count_text, counted
-from .base import ReportSection, ReportSubject, bare, rendered
+from ..values import bytes_text, count_text, counted, without_folders
+from .base import ReportSection, ReportSubject, rendered
 
 if TYPE_CHECKING:
     from ..evaluation.evaluate import Evaluations
@@ -25,8 +25,10 @@ class QualitySection(ReportSection):
         tables = [(measured, _texts(measured)) for measured in subject.measured]
         # Texts of an earlier plan count: the weights that it fitted are in the model.
         parts = [part for plan in subject.plans for part in (plan.estimation, plan.compensation)]
-        read = ", ".join(dict.fromkeys(bare(part.calibration) for part in parts if part and part.calibration))
-        return rendered("quality.html.j2", tables=tables, calibration=read, name=subject.name, cut=subject.cut_quality)
+        read = dict.fromkeys(without_folders(part.calibration) for part in parts if part and part.calibration)
+        return rendered(
+            "quality.html.j2", tables=tables, calibration=", ".join(read), name=subject.name, cut=subject.cut_quality
+        )
 
 
 def _texts(measured: Evaluations) -> str:
@@ -36,7 +38,7 @@ def _texts(measured: Evaluations) -> str:
         return ""
     first = perplexities[0]
     texts = {first["text"]: first, **first["others"]}
-    each = "; ".join(f"{counted(result['tokens'], 'token')} of {bare(text)}" for text, result in texts.items())
+    each = "; ".join(f"{counted(one['tokens'], 'token')} of {without_folders(text)}" for text, one in texts.items())
     window, predicted = counted(first["window"], "token"), counted(first["window"] - 1, "prediction")
     rates = {round(tokens_per_byte(result), 6) for result in perplexities}
     differ = " It is per token, and the tokens differ between models: compare bits per byte." if len(rates) > 1 else ""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ..values import bytes_text, count_text, counted
-from .base import DENSE, ReportSection, ReportSubject, bare, rendered
+from ..values import bytes_text, count_text, counted, without_folders
+from .base import DENSE, ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
 from .history import trainings, verdict
 from .measured import tokens_per_byte
@@ -59,7 +59,7 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
         first, second = (measured.of(name).get("perplexity", {}) for name in (DENSE, subject.name))
         if first.get("perplexity") is not None and second.get("perplexity") is not None:
             more = round(tokens_per_byte(second) / tokens_per_byte(first), 6)
-            note = f" on {bare(first['text'])}{' (per token of the dense model)' if more != 1 else ''}"
+            note = f" on {without_folders(first['text'])}{' (per token of the dense model)' if more != 1 else ''}"
             before, after = first["perplexity"], second["perplexity"] ** more
             on = (second.get("text_sha256"), second["window"])
             pairs.setdefault("perplexity", Pair("Perplexity", before, after, "{:,.2f}".format, note, on))

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from llmpruner import CheckpointError, PruningPlan, SettingsError, Structure, build_graph, read_json
+from llmpruner import CheckpointError, PruningPlan, SettingsError, Structure, build_graph, loss_text, read_json
 
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
@@ -32,12 +32,12 @@ def model_card(
     *,
     base: str | None = None,
     license: str | None = None,
-    evaluations: Sequence[Mapping[str, Any]] = (),
+    evaluations: Any = None,
 ) -> str:
     """The text of ``README.md``, with metadata that the hub reads.
 
     ``record``: of the checkpoint, as it is published. ``base``: the hub id of the dense model; None where it is not
-    known. ``evaluations``: what ``evaluate --json`` wrote. Raises `CheckpointError` for a record without a plan.
+    known. ``evaluations``: of `llmpruner.evaluate`. Raises `CheckpointError` for a record without a plan.
     """
     if not structure.plans:
         raise CheckpointError("the record of the checkpoint has no plan, so there is nothing to write a card from")
@@ -69,19 +69,15 @@ def model_card(
         shim="llmpruner" in config,
         quantised=(config.get("quantization_config") or {}).get("quant_method"),
         steps=[(plan, *plan.table()) for plan in plans],
-        recoveries=[(training, _losses(training)) for training in record.get("recovery") or ()],
-        rows=_figures(evaluations),
-        measured=evaluations[0].get("perplexity") if evaluations else None,
+        recoveries=record.get("recovery") or (),
+        loss_text=loss_text,
+        evaluations=evaluations,
+        names=[Path(each.name).name for each in evaluations or ()],
         version=record.get("llmpruner", ""),
     )
     if (read := ModelCard(text).data.to_dict()) != data.to_dict():
         raise CheckpointError(f"the metadata of the model card cannot be read back: {read}")
     return text
-
-
-def _losses(training: Mapping[str, Any]) -> str:
-    losses = training.get("losses")
-    return f"loss {losses[0]:.3f} → {losses[-1]:.3f}" if losses else ""
 
 
 def base_of(record: Mapping[str, Any]) -> str | None:
@@ -115,23 +111,3 @@ def _named(identifier: str) -> Licence:
     if not _LICENCE.fullmatch(identifier):
         raise SettingsError(f"--license '{identifier}': expected an identifier in lower case, such as apache-2.0, mit")
     return Licence(identifier)
-
-
-def _figures(evaluations: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows of the table of figures: a label, and a cell for each model; the first row has their names."""
-    if not evaluations:
-        return []
-    rows = [("", [Path(str(model["name"])).name for model in evaluations])]
-    perplexities = [model.get("perplexity") or {} for model in evaluations]
-    for key, label in (("perplexity", "perplexity"), ("kl_per_token", "KL divergence from the first, nats per token")):
-        if any(values.get(key) is not None for values in perplexities):
-            rows.append((label, [_cell(values.get(key)) for values in perplexities]))
-    tasks = [model.get("tasks") or {} for model in evaluations]
-    for task, metric in dict.fromkeys((t, m) for of_model in tasks for t, values in of_model.items() for m in values):
-        if not metric.endswith("_stderr"):
-            rows.append((f"{task} {metric}", [_cell(of_model.get(task, {}).get(metric)) for of_model in tasks]))
-    return rows
-
-
-def _cell(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}"

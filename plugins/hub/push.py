@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi
@@ -14,15 +13,13 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from huggingface_hub.utils import validate_repo_id
 
 import llmpruner
-from llmpruner import Catalog, CheckpointError, DataError, ModelError, OutputError, SettingsError
+from llmpruner import Catalog, CheckpointError, ModelError, OutputError, SettingsError
 
 from .card import CARD_FILE, base_of, model_card
 
 _RECORD = "llmpruner.json"
 _STAYS = ("run.json", "report.html", "step.json")
 """Files about the machine that the checkpoint was made on: they have paths of it."""
-_SOURCE = re.compile(r"((?:\d+(?:\.\d+)?\*)?(?:[\w-]{2,}:(?!//))?)(.*)", re.S)
-"""A share and the name of a calibration source, then a path. A single letter and a colon are a drive of Windows."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +46,11 @@ def prepare(
     evaluation: Path | None = None,
     catalog: Catalog | None = None,
 ) -> Upload:
-    """The files of a checkpoint with its model card; a ``README.md`` that is there already is kept as it is.
+    """The files of a checkpoint with its model card, unless there is a ``README.md`` already.
 
     ``evaluation``: what ``evaluate --json`` wrote. Raises `ModelError` for what is no pruned checkpoint of
-    transformers, `SettingsError` for a wrong name of a repository, and `DataError` for a wrong ``evaluation``.
+    transformers, `SettingsError` for a wrong name of a repository, or what a card that is there would not show, and
+    `DataError` for a wrong ``evaluation``.
     """
     _check_repo(repo)
     if not (directory / "config.json").is_file() or not (directory / _RECORD).is_file():
@@ -65,9 +63,13 @@ def prepare(
     base = base_model or base_of(record)
     record = public_record(record, base)
     if (directory / CARD_FILE).is_file():
+        if license is not None or evaluation is not None:
+            raise SettingsError(
+                f"'{directory}' has a {CARD_FILE}, which --license and --evaluation do not change; edit or move it"
+            )
         card = (directory / CARD_FILE).read_text(encoding="utf-8")
     else:
-        figures = () if evaluation is None else _figures(evaluation)
+        figures = None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or Catalog())
         card = model_card(structure, repo, record, base=base, license=license, evaluations=figures)
     files: dict[str, bytes | Path] = {
         path.relative_to(directory).as_posix(): path
@@ -98,24 +100,7 @@ def _without_folders(value: Any) -> Any:
         return {key: _without_folders(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in value]
-    return ",".join(map(_name_of_path, value.split(","))) if isinstance(value, str) else value
-
-
-def _name_of_path(text: str) -> str:
-    """``3*chat:a.jsonl`` for ``3*chat:/home/me/a.jsonl``; what is no absolute path stays."""
-    before, path = _SOURCE.fullmatch(text).groups()
-    absolute = next((p for p in (PurePosixPath(path), PureWindowsPath(path)) if p.is_absolute()), None)
-    return text if absolute is None else before + absolute.name
-
-
-def _figures(file: Path) -> list[dict[str, Any]]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-        if not all("name" in model for model in value):
-            raise ValueError("it has no models")
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{file} is not what `llmpruner evaluate --json` wrote: {error}") from error
-    return list(value)
+    return llmpruner.without_folders(value) if isinstance(value, str) else value
 
 
 def _check_repo(repo: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,12 +127,28 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
 
 
 def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
-    folder = tmp_path / "own"
-    folder.mkdir()
-    for file in (folders / "stock").iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(folders / "stock", tmp_path / "own")
     (folder / "README.md").write_text("# Mine\n")
     assert push.prepare(folder, "me/own").card == "# Mine\n"
+    for option in ({"license": "mit"}, {"evaluation": tmp_path / "quality.json"}):
+        with pytest.raises(SettingsError, match=r"own' has a README\.md, which --license and --evaluation do not"):
+            push.prepare(folder, "me/own", **option)
+
+
+def test_the_card_has_figures_and_says_which_trainings_were_undone(folders, tmp_path):
+    folder = shutil.copytree(folders / "stock", tmp_path / "own")
+    losses = {"losses": [4.0, 1.0], "validation": [{"step": 0, "loss": 3.0}, {"step": 2, "loss": 2.5}]}
+    trained = {"strategy": "full", "examples": 9, "data": "/x/a.jsonl", **losses}
+    record = json.loads((folder / "llmpruner.json").read_text())
+    record["recovery"] = [{**trained, "best_step": 2}, {**trained, "best_step": 0}]
+    (folder / "llmpruner.json").write_text(json.dumps(record))
+    scores = {"dense": {"acc": 0.75, "acc_stderr": 0.1}, "own": {"acc": 0.5, "acc_stderr": 0.1}}
+    results = [{"name": str(tmp_path / name), "tasks": {"piqa": values}} for name, values in scores.items()]
+    (tmp_path / "quality.json").write_text(json.dumps(results))
+    text = push.prepare(folder, "me/own", evaluation=tmp_path / "quality.json").card
+    assert "- `full` on 9 examples of `a.jsonl`, 2 steps: held-out loss 3.000 → 2.500\n" in text
+    assert "- `full` on 9 examples of `a.jsonl`, 2 steps: undone, as no step helped\n" in text
+    assert "| | dense | own |\n|---|---|---|\n| piqa acc | 0.7500 ± 0.1000 | 0.5000 ± 0.1000 |\n" in text
 
 
 # The files
@@ -210,7 +227,7 @@ def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
         ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
         ("stock", "x", {}, SettingsError, "'x' is no name of a repository: it has no owner; expected OWNER/NAME"),
         ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
-        ("stock", "me/x", {"evaluation": Path("none.json")}, DataError, "none.json is not what"),
+        ("stock", "me/x", {"evaluation": Path("none.json")}, DataError, "none.json cannot be read"),
     ],
 )
 def test_mistakes(folders, folder, repo, options, kind, message):

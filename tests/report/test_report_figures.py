@@ -17,10 +17,11 @@ from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.metrics import size
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.kv_cache import bytes_per_token
-from llmpruner.report.base import Costs, bare
+from llmpruner.report.base import Costs
 from llmpruner.report.evidence import report_subjects
 from llmpruner.report.summary import Pair
 from llmpruner.structure.plan import Quality
+from llmpruner.values import without_folders
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +201,7 @@ def test_folders_of_paths_are_left_out():
         "/x/c4.jsonl": "c4.jsonl", "2*/data/wiki.txt,self": "2*wiki.txt,self", "3*self,1*chat:/a/b.jsonl":
         "3*self,1*chat:b.jsonl", "a/b": "a/b", "https://x.org/y": "https://x.org/y", "C:\\models\\a": "a", "/a": "a",
     }.items():  # fmt: skip
-        assert bare(text) == shown
+        assert without_folders(text) == shown
 
 
 class Flops(ReportSection):
