@@ -96,7 +96,8 @@ def table(results: dict[str, Any]) -> str:
             lines.append(f"| {runtime} | −{ratio:.0%} | {' | '.join(times)} |")
     on = next(iter(results.values()))["machine"]
     about = f"A LLaMA of 1B in bfloat16, {case['prompt_tokens']} tokens of prompt; {on['cpu']}, {on['cores']} cores"
-    return "\n".join([*lines, "", f"{about}; `python -m benchmarks.speed`."])
+    used = f"torch {on['versions']['torch']}, transformers {on['versions']['transformers']}"
+    return "\n".join([*lines, "", f"{about}; {used}; `python -m benchmarks.speed`."])
 
 
 if __name__ == "__main__":
