@@ -135,8 +135,8 @@ def _measure(
     for case, number, place in progress.track(steps, "measuring"):
         # Tokens change from round to round, as a runtime may keep what it computed for a prompt.
         tokens = torch.randint(vocabulary, case, generator=torch.Generator().manual_seed(number))
-        session, (batch, length) = sessions[place], case
-        session.start(batch, length + new_tokens)
+        session = sessions[place]
+        session.start()
         began = perf_counter()
         session.prefill(tokens)
         prefilled = perf_counter()

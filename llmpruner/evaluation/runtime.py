@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 class BenchSubject:
     """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``batch``, ``length``: the
     largest number of sequences, and of tokens in each, prompt and continuation together. The model is opened when
-    `structure` or `dtype` is first read, so that a runtime which loads models by itself needs neither."""
+    `structure` is first read, so that a runtime which loads models by itself does not need it."""
 
     ref: str
     path: Path | None
@@ -44,15 +44,6 @@ class BenchSubject:
     def structure(self) -> Structure:
         """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
         return self.opener.structure(self.source)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights in memory."""
-        from ..models.model import Model
-        from ..models.numbers import dtype_of
-
-        structure = self.structure
-        return structure.model.dtype if isinstance(structure, Model) else dtype_of(structure, self.opener.load)
 
     def load(self) -> Model:
         """The same with its ``model``, of transformers, in evaluation mode."""
@@ -116,8 +107,8 @@ class Session:
     vocabulary: int
     dtype: str
 
-    def start(self, batch: int, length: int) -> None:
-        """Prepare an empty cache for ``batch`` sequences of up to ``length`` tokens. Not timed."""
+    def start(self) -> None:
+        """Forget all tokens. Not timed."""
 
     def prefill(self, tokens: torch.Tensor) -> None:
         """Process ``tokens``, ids of shape (batch, length), int64 on the CPU, and predict the next ones."""
@@ -162,10 +153,9 @@ class TorchSession(Session):
         self.dtype = str(model.dtype).removeprefix("torch.")
         self.model = model
 
-    def start(self, batch: int, length: int) -> None:
+    def start(self) -> None:
         from ..models.generation import CachedModel
 
-        del batch, length
         self._cached = CachedModel(self.model)
 
     def prefill(self, tokens: torch.Tensor) -> None:

@@ -20,25 +20,24 @@ if TYPE_CHECKING:
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
 
-Tasks = Mapping[str, tuple[Any, ...]]
-"""Name → lm-eval's task and group objects, with their data loaded, for any number of models."""
 Scores = dict[str, dict[str, float]]
 """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error."""
 
 
-def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> Tasks:
-    """Find tasks and load their data. ``names``: lm-eval's tasks, groups and patterns (``mmlu_*``), or ``paper``.
-    ``include_path``: folder of more task files, preferred to others of the same name. Raises `DataError`."""
+def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> list[Any]:
+    """lm-eval's task and group objects, with their data loaded, for any number of models. ``names``: of tasks, groups
+    and patterns (``mmlu_*``), or ``paper``. ``include_path``: folder of more task files, preferred to others of the
+    same name. Raises `DataError`."""
     # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
     with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
         manager = _manager(names, include_path)
-        return {name: tuple(_load(manager, name)) for name in expand(names, manager.all_tasks)}
+        return [task for name in expand(names, manager.all_tasks) for task in _load(manager, name)]
 
 
 def evaluate_tasks(
     model: PreTrainedModel,
     tokenizer: Any,
-    tasks: Tasks,
+    tasks: Sequence[Any],
     *,
     limit: int | None = None,
     batch_size: int = 8,
@@ -59,7 +58,7 @@ def evaluate_tasks(
         wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(padded), batch_size=batch_size, backend="causal")
         results = lm_eval.simple_evaluate(
             model=wrapped,
-            tasks=[task for objects in tasks.values() for task in objects],
+            tasks=list(tasks),
             num_fewshot=num_fewshot,
             limit=limit,
             log_samples=False,

@@ -42,13 +42,12 @@ class LlamaCppSession(Session):
         self._tokens = llama_cpp.llama_batch_init(batch * length, 0, 1)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
-    def start(self, batch: int, length: int) -> None:
-        del length
+    def start(self) -> None:
         self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
         self._position = 0
-        self._outputs = [0] * batch
 
     def prefill(self, tokens: torch.Tensor) -> None:
+        self._outputs = [0] * len(tokens)
         self._process(tokens.tolist())
 
     def decode(self, count: int) -> None:

@@ -35,20 +35,20 @@ class VllmRuntime(Runtime):
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         # transformers' model is needed for its sizes alone, and freed before vLLM loads its own.
         loaded = subject.load()
-        work, vocabulary = work_of(loaded.model, loaded.graph), int(loaded.model.config.get_text_config().vocab_size)
+        work, dtype = work_of(loaded.model, loaded.graph), str(loaded.model.dtype).removeprefix("torch.")
+        vocabulary = int(loaded.model.config.get_text_config().vocab_size)
         del loaded
-        return VllmSession(subject, vocabulary, self.settings), work
+        return VllmSession(subject, vocabulary, dtype, self.settings), work
 
 
 class VllmSession(Session):
     """vLLM generates whole texts. The prefill is a text of one token; decoding is a longer text after the same prompt,
     whose keys and values vLLM has kept."""
 
-    def __init__(self, subject: BenchSubject, vocabulary: int, settings: VllmRuntime.Settings) -> None:
+    def __init__(self, subject: BenchSubject, vocabulary: int, dtype: str, settings: VllmRuntime.Settings) -> None:
         from vllm import LLM
 
-        self.vocabulary = vocabulary
-        self.dtype = str(subject.dtype).removeprefix("torch.")
+        self.vocabulary, self.dtype = vocabulary, dtype
         self._llm: Any = LLM(
             model=str(subject.path),
             dtype=self.dtype,

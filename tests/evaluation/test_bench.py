@@ -35,7 +35,7 @@ def test_work_of_a_prefill_agrees_with_the_profiler():
     model.set_attn_implementation("eager")
     work, tokens = work_of(model, graph), 24
     session = TorchSession(model)
-    session.start(1, tokens)
+    session.start()
     with FlopCounterMode(display=False) as counter:
         session.prefill(torch.arange(tokens)[None])
     # Eager attention also multiplies what the causal mask hides. A multiply-accumulate is two operations.
@@ -68,7 +68,7 @@ def test_a_session_decodes_greedily():
     session = TorchSession(model)
     prompt = torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(1))
     for _ in range(2):  # a second start forgets the first
-        session.start(2, 12)
+        session.start()
         session.prefill(prompt)
         session.decode(4)
     expected = prompt
@@ -100,8 +100,8 @@ class Scripted(Session):
     def __init__(self, name, seconds, log, clock):
         self.name, self.seconds, self.log, self.clock = name, iter(seconds), log, clock
 
-    def start(self, batch, length):
-        self.log.append((self.name, batch, length))
+    def start(self):
+        self.log.append(self.name)
 
     def prefill(self, tokens):
         self.log.append(tokens.tolist())
@@ -140,11 +140,10 @@ def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
         "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log, clock),
     }
     result = bench(subjects(), Script(sessions), batches=[2], prompts=[5], new_tokens=4, rounds=2)
-    started = [entry[0] for entry in log if isinstance(entry, tuple)]
+    started = [entry for entry in log if entry in ("dense", "pruned")]
     assert started == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
-    assert {entry[1:] for entry in log if isinstance(entry, tuple)} == {(2, 9)}
     prompts = [entry for entry in log if isinstance(entry, list)]
-    assert prompts[0] == prompts[1] != prompts[2] == prompts[3] and len(prompts[0][0]) == 5
+    assert prompts[0] == prompts[1] != prompts[2] == prompts[3] and [len(row) for row in prompts[0]] == [5, 5]
     assert log[-2:] == ["pruned closed", "dense closed"]
     (case,) = result.cases
     dense, pruned = case.models
