@@ -95,7 +95,7 @@ INTRODUCTION = (
 )
 WORK_TEXT = "What the compensation of each plan did."
 ORIGIN_TEXT = (
-    "Beside what `export --to stock` and `--to nemotron-nas` wrote: where it comes from, and its hashes, by which "
+    "Beside an export of a dense model, or for other programs: where it comes from, and its hashes, by which "
     "[`llmpruner verify`](../how-to/verify.md) and every command that loads it find damage. "
     "transformers does not read it."
 )
