@@ -43,16 +43,14 @@ class Size:
 
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
     """The `Size` of ``model``, which may be on the meta device. ``graph``: the coupling graph of this model (after a
-    cut, of the cut one), for the widths of attention."""
-    from ..models.meta import decoder_layers, macs_per_token
+    cut, of the cut one)."""
+    from ..models.meta import macs_per_token
     from ..models.numbers import stored_bytes
 
-    prefix = decoder_layers(model) + "."
-    own = dict(model.named_parameters())
     return Size(
-        parameters=sum(p.numel() for p in own.values()),
-        decoder_parameters=sum(p.numel() for name, p in own.items() if name.startswith(prefix)),
-        weight_bytes=sum(map(stored_bytes, own.values())),
+        parameters=graph.total_parameters,
+        decoder_parameters=graph.decoder_parameters,
+        weight_bytes=sum(map(stored_bytes, model.parameters())),
         macs_per_token=macs_per_token(model, graph, context=context),
         context=context,
     )
