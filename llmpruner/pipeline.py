@@ -61,7 +61,7 @@ def prune(
         ranks.from_first(lambda: check_new_directory(output))
     structure, expected = _settle(job, source, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
-        model = opener.weights(structure)
+        model = opener.weights(structure, streamed=expected.streamed)
         execution = Execution(model.weights, ranks, None, opener.progress)
         return prune_model(model, job, execution, expected)
     if ranks.first and not opener.has_tokenizer(structure):

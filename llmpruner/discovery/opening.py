@@ -78,8 +78,10 @@ class Opener:
 
     def weights(self, opened: Structure, *, streamed: bool = False, scratch: Path | None = None) -> Model:
         """``opened`` with its weights, in memory or, ``streamed``, read layer by layer; a model as it is. ``scratch``:
-        see `open_streamed`."""
+        see `open_streamed`. Raises `ModelError` for a model that is read layer by layer, unless ``streamed``."""
         if isinstance(opened, Model):
+            if opened.streamed is not None and not streamed:
+                raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
             return opened
         check_device(self.load.device)
         if streamed:

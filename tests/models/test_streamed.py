@@ -156,6 +156,8 @@ def test_a_streamed_model_that_must_be_in_memory_is_refused(options, dense, tmp_
     streamed = prune(dense("llama-gqa"), tmp_path / "once", streamed=True, importance="l2")
     with pytest.raises(ModelError, match="dense' is read layer by layer; pass its folder"):
         api.prune(streamed, ratio=0.2, output=tmp_path / "twice", **options)
+    with pytest.raises(ModelError, match="dense' is read layer by layer; pass its folder"):
+        api.bench(streamed, batch=1, prompt=4, new=1, rounds=1)
     assert api.prune(streamed, ratio=0.2, output=tmp_path / "twice", importance="l2").plans[1:]
 
 
