@@ -63,6 +63,17 @@ def test_it_can_be_used_further(installed, tmp_path):
     llmpruner.export(folder, to="torchao", output=tmp_path / "out", load=llmpruner.LoadSettings(dtype="bfloat16"))
     result = llmpruner.bench([folder, tmp_path / "out"], batch=1, prompt=4, new=2, rounds=1)
     assert result.cases[0].models[1].decode.ideal > 1.5
+    dense, quantised = llmpruner.evaluate([folder, tmp_path / "out"], metrics="size")
+    assert quantised.parameters == dense.parameters and quantised.weight_bytes < dense.weight_bytes
+
+
+def test_a_pruned_model_is_whole_after_the_export(installed, tmp_path):
+    tiny_models.llama().save_pretrained(tmp_path / "dense")
+    llmpruner.prune(tmp_path / "dense", ratio=0.2, importance="l1", output=tmp_path / "pruned")
+    llmpruner.export(tmp_path / "pruned", to="torchao", output=tmp_path / "out")
+    states = {check.name: check.state for check in llmpruner.verify_checkpoint(tmp_path / "out").checks}
+    assert states == {"files": "passed", **dict.fromkeys(("shapes", "weights", "logits"), "not checked")}
+    assert llmpruner.load(tmp_path / "out").plans
 
 
 def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
