@@ -48,13 +48,19 @@ def stored_dtype(structure: Structure) -> torch.dtype | None:
     types of their own."""
     if structure.place.gguf_file:
         return None
-    stated = getattr(structure.config, "dtype", None)
-    if structure.record is not None and structure.path is not None:
-        # The configuration of the structure is that of the dense model, which may be stored in another dtype.
-        folder = Path(structure.path) if structure.adapter is None else structure.place.directory
-        file = folder / "config.json"
-        stated = read_json(file).get("dtype", stated) if file.is_file() else stated
+    stated = stored_value(structure, "dtype")
     return getattr(torch, stated, None) if isinstance(stated, str) else stated
+
+
+def stored_value(structure: Structure, name: str) -> Any:
+    """The value of ``name`` in ``config.json``: the configuration of a pruned structure is that of the dense model,
+    which may be stored in another dtype, or unquantised."""
+    stated = getattr(structure.config, name, None)
+    if structure.record is None or structure.path is None:
+        return stated
+    folder = Path(structure.path) if structure.adapter is None else structure.place.directory
+    file = folder / "config.json"
+    return read_json(file).get(name, stated) if file.is_file() else stated
 
 
 T = TypeVar("T")

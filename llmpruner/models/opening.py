@@ -17,7 +17,7 @@ from .checkpoint import load_pruned, with_adapter
 from .gguf import forget_gguf, stored_twice
 from .messages import in_one_line, quiet_transformers
 from .model import Model, Structure
-from .numbers import dtype_of
+from .numbers import dtype_of, stored_value
 from .record import check_weights, has_shards, read_any_record
 from .reference import Reference
 from .tokenizer import load_tokenizer
@@ -137,7 +137,7 @@ def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
             ref.gguf_file or (ref.reader is not None and structure.record is None) or not has_shards(ref.directory)
         ),
         "it was pruned before, and is loaded as a whole": cuts and bool(structure.plans),
-        "it is quantised": getattr(structure.config, "quantization_config", None) is not None,
+        "it is quantised": stored_value(structure, "quantization_config") is not None,
         "its layers share parameters": shares,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

@@ -11,6 +11,7 @@ import transformers
 from .. import __version__
 from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
 from ..models.identity import data_identity, model_identity
+from ..models.numbers import stored_value
 from ..models.vocabulary import Vocabulary
 from ..settings import PruneSettings
 from ..structure.coupling import VOCABULARY
@@ -79,7 +80,7 @@ def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: boo
 def _check_unquantised(structure: Structure) -> None:
     """Raise `UnsupportedModelError` for a checkpoint whose weights are packed (bitsandbytes, GPTQ, AWQ, …): they have
     neither the shapes of the architecture nor values that can be cut and fitted."""
-    stated: Any = getattr(structure.config, "quantization_config", None)
+    stated = stored_value(structure, "quantization_config")
     method = stated.get("quant_method") if isinstance(stated, Mapping) else getattr(stated, "quant_method", None)
     name = str(getattr(method, "value", method))
     # transformers itself turns MXFP4 into bfloat16 where there is no kernel for it.

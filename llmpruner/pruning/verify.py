@@ -177,8 +177,6 @@ def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Stru
         raise _NotComparable(f"the format {form} is for other programs, and llmpruner does not open it")
     try:
         check_index(directory)
-        if read_json(directory / "config.json").get("quantization_config") is not None:
-            raise _NotComparable("its weights are quantised")
         load = _typed(directory, load)
         structure = load_structure(str(directory), catalog, load)
         if (why := why_not_streamed(structure, cuts=False)) is not None:

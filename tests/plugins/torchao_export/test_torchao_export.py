@@ -13,7 +13,7 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner_torchao import TorchAoExporter, linear_layers
 
 import llmpruner
-from llmpruner import LlmprunerError, MissingExtraError, load_pruned
+from llmpruner import LlmprunerError, MissingExtraError, UnsupportedModelError, load_pruned
 from llmpruner.exporters import export
 from llmpruner.models.numbers import first_not_finite, stored_bytes
 
@@ -73,6 +73,8 @@ def test_a_pruned_model_is_whole_after_the_export(installed, tmp_path):
     llmpruner.export(tmp_path / "pruned", to="torchao", output=tmp_path / "out")
     states = {check.name: check.state for check in llmpruner.verify_checkpoint(tmp_path / "out").checks}
     assert states == {"files": "passed", **dict.fromkeys(("shapes", "weights", "logits"), "not checked")}
+    with pytest.raises(UnsupportedModelError, match="is quantised"):
+        llmpruner.prune(tmp_path / "out", ratio=0.2, importance="l1", output=tmp_path / "again")
     assert llmpruner.load(tmp_path / "out").plans
 
 
