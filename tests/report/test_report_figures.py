@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from html import unescape
 
 import pytest
@@ -19,7 +19,8 @@ from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.kv_cache import bytes_per_token
 from llmpruner.report.base import Costs
 from llmpruner.report.evidence import report_subjects
-from llmpruner.report.summary import Pair
+from llmpruner.report.history import RecoverySection
+from llmpruner.report.summary import Pair, sentence
 from llmpruner.structure.plan import Quality
 from llmpruner.values import without_folders
 
@@ -30,16 +31,23 @@ def places(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def record(places):
-    return json.loads((places / "small" / "llmpruner.json").read_text())
+def small(places):
+    (subject,) = report_subjects([places / "small"], [], Catalog())
+    return subject
+
+
+@pytest.fixture(scope="module")
+def page(places, tmp_path_factory):
+    """The page about one checkpoint, and its sentences."""
+    return page_of(places, tmp_path_factory.mktemp("page"), "small")
 
 
 def text_of(html: str) -> str:
     return re.sub(r"\s+", " ", unescape(re.sub(r"<[^>]+>", " ", html.partition("<main>")[2])))
 
 
-def test_the_record_tells_the_fits_of_every_layer(record):
-    (work,) = record["work"]
+def test_the_record_tells_the_fits_of_every_layer(small):
+    (work,) = small.record["work"]
     assert {fit["parameter"] for fit in work["fits"]} == {f"model.layers.{n}.mlp.down_proj.weight" for n in range(3)}
     for fit in work["fits"]:
         assert list(fit) == ["parameter", "slot", "rows", "ridge", "before", "after"]
@@ -48,16 +56,15 @@ def test_the_record_tells_the_fits_of_every_layer(record):
     assert any(fit["after"] < fit["before"] for fit in work["fits"])
 
 
-def test_costs_are_those_of_the_model(places, tmp_path):
-    (subject,) = report_subjects([places / "small"], [], Catalog())
+def test_costs_are_those_of_the_model(places, small, tmp_path):
     loaded = llmpruner.load(places / "small")
-    own, dense = subject.costs, subject.dense
+    own, dense = small.costs, small.dense
     cache = sum(bytes_per_token(loaded.model, loaded.graph))
     assert own == Costs(**asdict(size(loaded.model, loaded.graph)), cache_bytes=cache) and dense.cache_bytes == cache
     removed = 1 - own.decoder_parameters / dense.decoder_parameters
     made = llmpruner.write_report(places / "small", tmp_path / "page.html")
     assert removed > 0 and f"{removed:.1%} of the decoder's parameters are gone" in made.sentences["small"]
-    quality = Quality(**subject.record["work"][-1]["quality"])
+    quality = Quality(**small.record["work"][-1]["quality"])
     assert made.sentences["small"].endswith(f"); {quality}.") and str(quality).startswith("KL ")
     assert f"Right after the cut: {quality}." in made.path.read_text(encoding="utf-8")
     plain = llmpruner.write_report(places / "worse", tmp_path / "page.html")
@@ -76,24 +83,20 @@ def test_costs_are_those_of_the_model(places, tmp_path):
         ({"validation": [(0, 3.0), (2, 1.0)], "best_step": 2, "held_out": False}, "was not measured, as no rows were"),
     ],
 )
-def test_a_recovered_model_is_told_to_be_better_only_if_that_was_measured(training, words, places, tmp_path):
+def test_a_recovered_model_is_told_to_be_better_only_if_that_was_measured(training, words, small):
     checks = [{"step": step, "loss": loss} for step, loss in training["validation"]]
     trained = {"strategy": "lora", "data": "x", "examples": 2, "losses": [4.0, 1.0], **training, "validation": checks}
-    shutil.copytree(places / "small", tmp_path / "small")
-    record = json.loads((tmp_path / "small" / "llmpruner.json").read_text())
-    (tmp_path / "small" / "llmpruner.json").write_text(json.dumps({**record, "recovery": [trained]}))
-    cut_again = llmpruner.write_report(tmp_path / "small", tmp_path / "page.html").sentences["small"]
-    assert words not in cut_again and "before it was trained" not in cut_again, "as run.json is that of a prune"
-    run = json.loads((tmp_path / "small" / "run.json").read_text())
-    (tmp_path / "small" / "run.json").write_text(json.dumps({**run, "command": "recover", "settings": {}}))
-    made = llmpruner.write_report(tmp_path / "small", tmp_path / "page.html")
-    assert words in made.sentences["small"]
-    told = unescape(made.path.read_text(encoding="utf-8"))
-    assert f"<p>{made.sentences['small'].partition(', before it was trained. ')[2]}</p>" in told
+    cut_again = replace(small, record={**small.record, "recovery": [trained]})
+    told = sentence(cut_again)
+    assert words not in told and "before it was trained" not in told, "as the last run is a prune"
+    recovered = replace(cut_again, runs=(*small.runs, {"command": "recover"}))
+    told = sentence(recovered)
+    assert words in told
+    assert f"<p>{told.partition(', before it was trained. ')[2]}</p>" in unescape(RecoverySection().render(recovered))
 
 
-def test_the_page_has_the_figures_of_the_files(places, tmp_path):
-    html, sentences = page_of(places, tmp_path, "small")
+def test_the_page_has_the_figures_of_the_files(places, page):
+    html, sentences = page
     shown = text_of(html)
     for text in ("20.00", "30.00", "0.4000", "MACs per token", "KV cache per token", "1.25", "(quartiles)"):
         assert text in shown, text
@@ -106,7 +109,7 @@ def test_the_page_has_the_figures_of_the_files(places, tmp_path):
     assert all(stage["peak_bytes"] > 1e6 and stage["seconds"] >= 0 for stage in stages)
 
 
-def test_perplexity_of_other_tokens_is_told_of_those_of_the_dense_model(places, tmp_path):
+def test_perplexity_of_other_tokens_is_told_of_those_of_the_dense_model(places, page, tmp_path):
     results = evaluated(places, "small")
     results[1]["perplexity"] = {**results[1]["perplexity"], "bits_per_byte": 1.2}  # a fifth more tokens
     (tmp_path / "quality.json").write_text(json.dumps(results))
@@ -114,7 +117,7 @@ def test_perplexity_of_other_tokens_is_told_of_those_of_the_dense_model(places, 
     expected = f"perplexity on wikitext2 (per token of the dense model) went from 20.00 to {30**1.2:.2f}"
     assert expected in made.sentences["small"]
     assert "the tokens differ between models: compare bits per byte" in text_of(made.path.read_text())
-    assert "compare bits per byte" not in text_of(page_of(places, tmp_path, "small")[0])
+    assert "compare bits per byte" not in text_of(page[0])
 
 
 def test_tokens_that_go_are_in_the_record_and_on_the_page(places, tmp_path):
@@ -134,8 +137,8 @@ def test_figures_that_are_shown_alike_did_not_change():
     assert Pair("", 0.5, 0.25, "{:.1%}".format).change == "went from 50.0% to 25.0%"
 
 
-def test_the_page_loads_nothing_and_names_its_regions(places, tmp_path):
-    html, _ = page_of(places, tmp_path, "small")
+def test_the_page_loads_nothing_and_names_its_regions(page):
+    html, _ = page
     assert not re.search(r"<(script|link|img|iframe)\b|https?://|@import|url\(", html)
     assert "default-src 'none'" in html
     assert html.count('class="scroll') == html.count('role="region"') > 3
@@ -241,20 +244,6 @@ def test_what_is_no_checkpoint_is_refused(places, tmp_path):
     with pytest.raises(DataError, match="is not "):
         llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "odd.json"])
     assert not (tmp_path / "page.html").exists()
-
-
-@pytest.mark.parametrize(
-    ("amount", "words"),
-    [
-        ({"unit_ratio": 0.25}, "25.0% of the units of every group"),
-        ({"target_params": 38_000}, "38,000 parameters to keep"),
-        ({"ratio": 0.25}, "25.0% of decoder"),
-    ],
-)
-def test_every_way_to_ask_for_an_amount_is_told(places, tmp_path, amount, words):
-    llmpruner.prune(places / "dense", **amount, importance="l1", output=tmp_path / "asked")
-    made = llmpruner.write_report([tmp_path / "asked"], tmp_path / "asked.html")
-    assert made.warnings == () and f"Asked for {words}" in text_of(made.path.read_text())
 
 
 @pytest.mark.parametrize("perplexity", [{"text": "a.txt"}, {"perplexity": 10.0, "others": 3}, {"perplexity": "x"}])

@@ -12,7 +12,7 @@ from pydantic import Field
 from llmpruner import ComponentSettings, ReportSection
 from llmpruner.plugins.builtin import llmpruner_report_sections
 from llmpruner.report.base import Costs, ReportSubject, report_page
-from llmpruner.report.history import PlanSection
+from llmpruner.report.history import OriginSection, PlanSection
 from llmpruner.report.measured import CostSection
 from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import restrict
@@ -161,3 +161,17 @@ def test_costs_of_a_model_without_keys_and_values():
     row = re.search(r"KV cache per token, bytes</th>(.*)", section)
     assert re.findall(r">([^<>]+)<", row[1]) == ["0", "0", "–"]
     assert section.count("25.0%") == 4
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (Target(by="units", amount=0.25), "25.0% of the units of every group"),
+        (Target(by="parameters", amount=38_000), "38,000 parameters to keep"),
+        (Target(by="tokens", amount=288), "288 tokens to keep"),
+        (Target(by="ratio", amount=0.25), "25.0% of decoder"),
+    ],
+)
+def test_every_way_to_ask_for_an_amount_is_told(gqa, target, words):
+    plan = plan_of(gqa, {"layers.0.mlp": range(9)}).model_copy(update={"target": target})
+    assert f"<dt>Asked for</dt><dd>{words}</dd>" in OriginSection().render(subject_of(gqa.graph, plan))
