@@ -78,19 +78,18 @@ def accuracy(model, tokenizer, count):
     return hits / count
 
 
-@pytest.fixture
-def few(monkeypatch):
+@pytest.fixture(scope="module")
+def few():
     """lm-eval's index of some folders: that of all ten thousand files takes a quarter of a minute."""
     from lm_eval import tasks
 
     folder = Path(tasks.__file__).parent
     names = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue", "winogrande")
-    manager = tasks.TaskManager(include_path=[str(folder / name) for name in names], include_defaults=False)
-    monkeypatch.setattr("llmpruner.evaluation.tasks.builtin_manager", lambda: manager)
-    return manager
+    return tasks.TaskManager(include_path=[str(folder / name) for name in names], include_defaults=False)
 
 
-def test_an_unknown_task_is_refused(few):
+def test_an_unknown_task_is_refused(few, monkeypatch):
+    monkeypatch.setattr("llmpruner.evaluation.tasks.builtin_manager", lambda: few)
     with pytest.raises(DataError, match=r"unknown task 'piqqa'; did you mean .*piqa") as caught:
         load_tasks(["openbookqa", "piqqa"])
     assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
