@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import linecache
-import logging as standard
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import nn
 from transformers.utils import logging
 
 from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line
+from ..progress import only_errors
 from .record import names_in
 from .remote import ALLOW
 
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence the warnings and progress bars of transformers, and accelerate's of weights that stay in files."""
-    placing = standard.getLogger("accelerate.big_modeling")
-    with contextlib.ExitStack() as before:
-        before.callback(placing.setLevel, placing.level)
-        placing.setLevel(standard.ERROR)
+    with only_errors("accelerate.big_modeling"), contextlib.ExitStack() as before:
         before.callback(logging.set_verbosity, logging.get_verbosity())
         logging.set_verbosity_error()
         if logging.is_progress_bar_enabled():
