@@ -19,7 +19,11 @@ def small(monkeypatch, dense, tmp_path):
     steps = recipe["steps"]
     steps[0]["prune"].update(samples=4, settings={"vocabulary": {"tokens": 280}})
     steps[1]["prune"]["samples"] = 4
-    steps[2]["recover"].update(max_steps=2, cutoff=512)
+    data = steps[2]["recover"]["data"].replace("self-text:192", "self-text:8")
+    steps[2]["recover"].update(data=data, max_steps=2, cutoff=512)
+    steps[3]["evaluate"]["settings"]["perplexity"]["tokens"] = 1024
+    for step in steps[4:7]:
+        step["generate"]["max_new_tokens"] = 8
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(commands, "DEMO", str(tmp_path / "small.yaml"))
     return dense
