@@ -9,11 +9,11 @@ held-out text rises when it alone is silenced. Writes ``benchmarks/results/crite
 
 from __future__ import annotations
 
-import copy
 import json
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, pstdev
 from typing import Any
@@ -122,14 +122,33 @@ def _loss(model: Any, rows: torch.Tensor) -> float:
 
 def _truth(loaded: Any, group: Any, held_out: torch.Tensor, dense: float) -> torch.Tensor:
     """By how much the loss rises, nats per token, when one unit is silenced: (units,)."""
-    from llmpruner.discovery.oracle import silenced
-
     rises = []
     for unit in range(group.units):
-        model = copy.deepcopy(loaded.model)
-        with silenced(model, loaded.graph, {group.name: [u for u in range(group.units) if u != unit]}):
-            rises.append(_loss(model, held_out) - dense)
+        with _silenced(loaded, group, unit):
+            rises.append(_loss(loaded.model, held_out) - dense)
     return torch.tensor(rises, dtype=torch.float64)
+
+
+@contextmanager
+def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
+    from llmpruner.structure.coupling import LAYER, Role
+
+    model = loaded.model
+    if group.kind == LAYER:
+        layer = model.get_submodule(f"{loaded.graph.layers}.{unit}")
+        handle = layer.register_forward_hook(lambda _, args, __: args[0])
+        yield
+        handle.remove()
+        return
+    role = Role.PRODUCES if group.is_normalized else Role.CONSUMES
+    spans = [(model.get_parameter(s.parameter).data, s.axis, torch.tensor(list(s.index.of(unit))))
+             for s in group.spans_with(role)]  # fmt: skip
+    before = [parameter.index_select(axis, index) for parameter, axis, index in spans]
+    for parameter, axis, index in spans:
+        parameter.index_fill_(axis, index, 0.0)
+    yield
+    for (parameter, axis, index), values in zip(spans, before, strict=True):
+        parameter.index_copy_(axis, index, values)
 
 
 def _criteria() -> Iterator[tuple[str, Any]]:
