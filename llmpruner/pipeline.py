@@ -72,7 +72,7 @@ def prune(
         folder = output.with_name(output.name + ".pruning")
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
     with _running(output, journal, expected, ranks, QUIET if shared else opener.progress, run) as expected:
-        model = opener.weights(structure, streamed=expected.streamed, scratch=output.resolve().parent)
+        model = opener.weights(structure, streamed=expected.streamed, scratch=journal and journal.folder)
         execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")

@@ -56,8 +56,6 @@ class Boundaries:
             offset, self._end = self._end, self._end + size
         with writing(f"hidden states in a temporary file in '{self._folder or tempfile.gettempdir()}'"):
             if self._file is None:
-                if self._folder is not None:
-                    self._folder.mkdir(exist_ok=True)
                 self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-")  # noqa: SIM115
             self._file.seek(offset)
             _write(self._file, tensor)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import LlmprunerError, OutputError, ProcessError
 from ..files import alone_in, write_text, writing
 from ..progress import QUIET, Progress
+from ..values import counted
 from .ranks import SINGLE, Ranks
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ SHARE = 0.02
 
 
 class Journal:
-    """The results of one run in ``folder``, which is created with the first result; used inside `running`.
+    """The results of one run in ``folder``; used inside `running`, which creates it.
 
     ``run``: JSON values that identify the run. ``ranks``: the processes that share the run. The first one writes all
     but hidden states, of which each writes its own; they may have one file system or several. All must call `load`,
@@ -51,6 +52,8 @@ class Journal:
         Raises `OutputError` where another run works there, and where the folder has the results of another one."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
+            with writing(self.folder):
+                self.folder.mkdir(exist_ok=True)  # where other processes have another file system
             if done := self._done():
                 progress.status(f"continuing the interrupted run in {self.folder}; done: {done}")
             try:
@@ -70,6 +73,8 @@ class Journal:
     def _enter(self, stack: ExitStack, anew: bool) -> None:
         """Lock the folder. Raises `OutputError` where it is not that of this run."""
         stack.enter_context(alone_in(self.folder, _RUN, anew=anew))
+        for left in self.folder.glob(".*.partial"):  # weights that a killed process converted
+            shutil.rmtree(left, ignore_errors=True)
         identity = self.folder / _RUN
         if identity.is_file() and identity.read_text(encoding="utf-8") != self._own:
             if self._done():
@@ -84,7 +89,7 @@ class Journal:
         """What is finished; empty for nothing."""
         done = [name for name in ("calibration", "plan") if (self.folder / f"{name}.json").is_file()]
         layers = len(list(self.folder.glob("layer-*")))
-        return ", ".join([*done, f"{layers} layers"] if layers else done)
+        return ", ".join([*done, counted(layers, "layer")] if layers else done)
 
     @property
     def kept(self) -> bool:
@@ -120,7 +125,6 @@ class Journal:
             # Before hidden states, without which a folder is not known as that of an interrupted run.
             self._create()
         with writing(self.folder):
-            self.folder.mkdir(exist_ok=True)
             for name, hidden in states.items():
                 hidden.dump(self._states(name, layers))
         # A state is complete only when the hidden states of all processes are written.
@@ -161,8 +165,6 @@ class Journal:
 
     def _create(self) -> None:
         if not self.kept:
-            with writing(self.folder):
-                self.folder.mkdir(exist_ok=True)
             write_text(self.folder / _RUN, self._own)
 
     def _layer(self, number: int) -> Path:

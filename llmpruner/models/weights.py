@@ -209,7 +209,7 @@ class CheckpointWeights(StreamedWeights):
         *,
         trust_remote_code: bool = False,
     ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".llmpruner-converted-", dir=scratch)
+        self._folder = tempfile.TemporaryDirectory(prefix=".converted-", suffix=".partial", dir=scratch)
         with quiet_transformers():
             model, self.info = model_class(directory, trust_remote_code).from_pretrained(
                 str(directory),
