@@ -7,6 +7,7 @@ import copy
 import json
 import shutil
 from collections.abc import Mapping
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +20,7 @@ from .messages import quiet_transformers, why_it_stops
 from .numbers import first_not_finite
 from .record import INDEX, RECORD_FILE, SINGLE, names_in, write_record
 from .shim import shim_model, stock_config
-from .stock import same_buffers, stock_model
+from .stock import per_layer_sizes, same_buffers, stock_model
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
@@ -114,13 +115,14 @@ def _shell(
             if is_out_of_memory(error):
                 raise
             raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
-    stock = stock_model(model, config, family)
+    of_layers = cache(partial(per_layer_sizes, model, config))
+    stock = stock_model(model, config, family, of_layers)
     if stock is not None and _fill(stock, model):
         of_stock = weights.like(stock)
         with of_stock.outside():
             if gives_logits(expected, stock):
                 return stock, "stock", of_stock
-    pruned = shim_model(model, config)
+    pruned = shim_model(model, config, of_layers())
     if not _fill(pruned, model):
         raise CheckpointError(
             f"{type(model).__name__} has buffers that a checkpoint cannot keep; they must be persistent"

@@ -16,12 +16,10 @@ from .modeling_llmpruner import (
     RECORD_VERSION,
     apply_record,
     derive_lists,
-    drop_layers,
     layer_overrides,
     pruned_model,
-    with_all_layers,
 )
-from .stock import is_same_by_type, merged, per_layer_sizes, plain_attributes, tensor_shapes
+from .stock import LayerSizes, is_same_by_type, merged, plain_attributes, tensor_shapes, uncut_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,9 +28,9 @@ _NUMBERS = (int, float, bool)
 _PLAIN = (*_NUMBERS, str, type(None))
 
 
-def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: LayerSizes) -> PreTrainedModel:
     """An instance, without weights, of the pruned class with the shapes and attributes of ``model``. ``config``: the
-    stock configuration that ``model`` was cut from, less the removed layers."""
+    stock configuration that ``model`` was cut from, less the removed layers. ``sizes``: `per_layer_sizes`."""
     base = base_of(model)
     record = {"version": RECORD_VERSION, "base": base.__name__, "module": _module_of(model), **derive(model, config)}
     pruned = pruned_model(base)
@@ -40,7 +38,6 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     own = layer_overrides(config)
     if own is not None:
         record["per_layer"] = own
-    sizes = per_layer_sizes(model, uncut_model(model, config), config)
     if sizes or own:
         stated = merged(own, sizes)
         values["per_layer_config"] = stated if own is None or is_same_by_type(config, stated) else own
@@ -49,16 +46,6 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedMo
     stored = pruned.config_class.from_dict({**values, "llmpruner": record})
     stored._attn_implementation = config._attn_implementation
     return empty_model(pruned, stored)
-
-
-def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
-    """An instance of ``config``, without weights, with the layers that ``model`` has, at their full size."""
-    layers = vars(model).get(LAYERS)
-    if not layers:
-        return empty_model(base_of(model), config)
-    built = empty_model(base_of(model), with_all_layers(copy.deepcopy(config), layers))
-    drop_layers(built, layers["path"], layers["kept"])
-    return built
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import nn
 
 from .messages import quiet_transformers
 from .meta import base_of, decoder_layers, empty_model, meta_model
-from .modeling_llmpruner import layer_overrides
+from .modeling_llmpruner import LAYERS, drop_layers, layer_overrides, with_all_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 Axis = tuple[int, int]
 """Size of an axis before and after the cut."""
+LayerSizes = dict[int, dict[str, int]]
+"""Number of a layer → sizes that differ from the configuration."""
 
 WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
@@ -39,10 +41,10 @@ _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "m
 
 
 def stock_model(
-    model: PreTrainedModel, config: PreTrainedConfig, family: ModelFamily | None = None
+    model: PreTrainedModel, config: PreTrainedConfig, family: ModelFamily | None, of_layers: Callable[[], LayerSizes]
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
-    ``config``: the stock configuration that ``model`` was cut from."""
+    ``config``: the stock configuration that ``model`` was cut from. ``of_layers``: computes its `per_layer_sizes`."""
     # Otherwise no configuration of this type, of which many would be tried, builds a class of transformers.
     own = any(cls.__module__.startswith("transformers.") for cls in (base_of(model), type(config)))
     if not own and family is None:
@@ -51,7 +53,7 @@ def stock_model(
         reference = empty_model(base_of(model), config)
     except Exception:  # no configuration has the remaining layers
         return None
-    for candidate, moved in _candidates(model, reference, config):
+    for candidate, moved in _candidates(model, reference, config, of_layers):
         # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
         for other in (candidate, *others) if own else others:
@@ -68,6 +70,16 @@ def stock_model(
             if type(stock).__module__.startswith("transformers.") and is_same(model, stock, moved):
                 return stock
     return None
+
+
+def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
+    """An instance of ``config``, without weights, with the layers that ``model`` has, at their full size."""
+    layers = vars(model).get(LAYERS)
+    if not layers:
+        return empty_model(base_of(model), config)
+    built = empty_model(base_of(model), with_all_layers(copy.deepcopy(config), layers))
+    drop_layers(built, layers["path"], layers["kept"])
+    return built
 
 
 def tensor_shapes(model: nn.Module) -> dict[str, Shape]:
@@ -208,13 +220,16 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrained
 
 
 def _candidates(
-    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
+    model: PreTrainedModel,
+    reference: PreTrainedModel,
+    config: PreTrainedConfig,
+    of_layers: Callable[[], LayerSizes],
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
     before, after = tensor_shapes(reference), tensor_shapes(model)
     if before.keys() != after.keys():
         return
     if not _is_uniform(before, after):
-        yield from _per_layer_candidates(model, reference, config)
+        yield from _per_layer_candidates(config, of_layers())
         return
     # What differs by layer already, one number for all layers cannot state.
     differs = config.get_text_config().per_layer_attributes or set()
@@ -242,14 +257,13 @@ def _candidates(
                     moved.setdefault(old, set()).add(new)
             yield candidate, moved
     if differs:
-        yield from _per_layer_candidates(model, reference, config)
+        yield from _per_layer_candidates(config, of_layers())
 
 
 def _per_layer_candidates(
-    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
+    config: PreTrainedConfig, sizes: LayerSizes
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
-    """Configurations with ``per_layer_config``, for the classes that obey it."""
-    sizes = per_layer_sizes(model, reference, config)
+    """Configurations with ``per_layer_config``, for the classes that obey it. ``sizes``: `per_layer_sizes`."""
     if not sizes:
         return
     moved: dict[int, set[int]] = {}
@@ -290,12 +304,10 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
     return {n: next(iter(values[v])) for n, v in floats.items() if len(values.get(v, ())) == 1}
 
 
-def per_layer_sizes(
-    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig
-) -> dict[int, dict[str, int]]:
+def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSizes:
     """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``. Each layer's sizes are
     verified by building one such layer. Empty unless they represent all layers."""
-    layers, before, after = decoder_layers(model), tensor_shapes(reference), tensor_shapes(model)
+    layers, before, after = decoder_layers(model), tensor_shapes(uncut_model(model, config)), tensor_shapes(model)
     outside = {n for n in after if not n.startswith(layers + ".")}
     if any(before.get(n) != after[n] for n in outside):
         return {}
@@ -305,7 +317,7 @@ def per_layer_sizes(
         return {}
     overrides = layer_overrides(config) or {}
     known: dict[Any, dict[str, int] | None] = {}
-    sizes: dict[int, dict[str, int]] = {}
+    sizes: LayerSizes = {}
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
     for n in range(len(model.get_submodule(layers))):
         prefix = f"{layers}.{n}."
