@@ -20,7 +20,6 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from os.path import isdir, isfile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -106,12 +105,8 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Read the first record of a source, before long work starts; for a data set, check that ``datasets`` is installed.
-    ``read``: applied to the record. Raises as `read_records` and ``read`` do, and `DataError` where there is none."""
-    if source != PYDOC and _existing_file(source, expected) is None:
-        if find_spec("datasets") is None:
-            raise MissingExtraError("datasets", "recover")
-        return
+    """Read the first record of a source, before long work starts; a data set is downloaded. ``read``: applied to the
+    record. Raises as `read_records` and ``read`` do, and `DataError` where there is none."""
     first = next(read_records(source, expected), None)
     if first is None:
         raise DataError(f"{source} holds no records")
