@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
+from .errors import SettingsError
 from .values import ComponentValues, Count, Layers, Names, Numbers, Text, names_of, validated
 
 DEMO = "demo"
@@ -56,6 +57,10 @@ S = TypeVar("S", bound=Settings)
 
 def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
     """An instance of ``model``. Raises `SettingsError`, in one line that names the option."""
+    for name in sorted(values.keys() & LoadSettings.model_fields.keys() - model.model_fields.keys()):
+        raise SettingsError(
+            f"unknown setting '{name}'; write load=LoadSettings({name}=…), or {flag_of(LoadSettings, name)}"
+        )
     return validated(model, values, label=lambda name: flag_of(model, name))
 
 

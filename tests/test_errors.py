@@ -7,6 +7,7 @@ from pydantic import model_validator
 
 from llmpruner import ComponentSettings
 from llmpruner.errors import MissingExtraError, SettingsError, UnknownNameError
+from llmpruner.settings import PruneSettings, settings_from
 from llmpruner.values import validated
 
 
@@ -34,3 +35,8 @@ class Ordered(ComponentSettings):
 def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
     with pytest.raises(SettingsError, match=r"^criterion mine: value \{'low': 2\}: low is above high$"):
         validated(Ordered, {"low": 2}, "criterion mine")
+
+
+def test_a_setting_of_loading_is_said_to_be_one():
+    with pytest.raises(SettingsError, match=r"setting 'dtype'; write load=LoadSettings\(dtype=…\), or --dtype$"):
+        settings_from(PruneSettings, {"ratio": 0.2, "dtype": "bfloat16"})
