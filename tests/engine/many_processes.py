@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -19,7 +20,7 @@ from safetensors.torch import load_file
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
 from llmpruner import Model, api
-from llmpruner.discovery.verify import with_rules
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
@@ -48,9 +49,22 @@ PLANNED = ("best", "taylor")
 """Cases that also make a plan alone."""
 
 
+class Stated(AutoFamily):
+    """States what follows a cut, for which small models are searched otherwise, for seconds."""
+
+    def refresh(self, model: Any, counts: Any) -> None:
+        for module in model.modules():
+            if hasattr(module, "num_experts") and hasattr(module, "weight"):  # a router
+                module.num_experts = len(module.weight)
+            if hasattr(module, "num_experts") and hasattr(module, "down_proj"):
+                module.num_experts = len(module.down_proj)
+
+
 def model_of(name: str) -> Model:
     """One of the models of `make`, with noise: the fit of weights of low rank would amplify rounding."""
     model = make(name)
+    if model.family.is_discovered:
+        model = replace(model, family=Stated())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.model.parameters():
@@ -119,13 +133,6 @@ def refusal() -> str:
     except LlmprunerError as error:
         return str(error)
     raise AssertionError
-
-
-def find_rules() -> None:
-    """Find what follows a cut, which takes seconds for each kind of unit; before processes are forked, once for all."""
-    for name, settings in CASES.values():
-        model = make(name)
-        with_rules(model.family, model.model, settings.get("kinds", "mlp").split(","))
 
 
 def prepare() -> None:
