@@ -11,12 +11,16 @@ from criteria_cases import make
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
-from llmpruner import api
+from llmpruner import Signal, api
+from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance, small_config
+from llmpruner.engine.execution import Execution
+from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import CheckpointError, ModelError, SettingsError
 from llmpruner.models.checkpoint import load_pruned
-from llmpruner.models.weights import CheckpointWeights
+from llmpruner.models.meta import graph_of
+from llmpruner.models.weights import CheckpointWeights, Weights
 from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")
@@ -26,7 +30,6 @@ METHODS = {
     "taylor": {"method": "llm-pruner", "samples": 4, "length": 12},
     "squares": {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 3, "length": 8},
     "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
-    "weights": {"importance": "l2", "compensate": "none"},
 }
 
 
@@ -65,9 +68,10 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 PAIRS = [
-    *((name, "best") for name in ("gpt2", "gemma2", "gpt_oss", "llama4", "mixtral")),
+    *((name, "best") for name in ("gpt2", "gpt_oss", "llama4", "mixtral")),
     *(("llama-gqa", method) for method in METHODS),
     ("mixtral", "squares"),
+    pytest.param("gemma2", "best", marks=pytest.mark.long),  # laid out as others
 ]
 """Layouts: separate and fused projections, tied heads, experts one by one in the files, stacked, and with biases."""
 
@@ -77,8 +81,6 @@ PAIRS = [
 def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
     kinds = {"kinds": "mlp,attention"} if method != "obs" else {}
     settings = {**METHODS[method], **kinds, "calibration": "self"}
-    if method == "weights":
-        del settings["calibration"]
     resident = prune(dense(name), tmp_path / "resident", streamed=False, **settings)
     streamed = prune(dense(name), tmp_path / "streamed", streamed=True, **settings)
     assert resident.streamed is None and streamed.streamed is not None
@@ -94,11 +96,18 @@ def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
 
 
 def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
-    random_instance(small_config(CONFIG_MAPPING["gemma3n_text"]())).save_pretrained(tmp_path / "dense")
-    settings = {"calibration": "self", "samples": 2, "length": 8, "kinds": "mlp,query", "layers": "all"}
-    for way in ("resident", "streamed"):
-        prune(tmp_path / "dense", tmp_path / way, streamed=way == "streamed", importance="taylor", **settings)
-    assert_same(tmp_path / "resident", tmp_path / "streamed")
+    model = random_instance(small_config(CONFIG_MAPPING["gemma3n_text"]()))
+    model.save_pretrained(tmp_path)
+    graph = graph_of(model, ())
+    opened = CheckpointWeights(tmp_path, torch.float32, graph.layers, torch.device("cpu"))
+    text = CalibrationSet(torch.arange(3, 19).view(2, 8), "numbers")
+    names, found = graph.shapes.keys() - graph.ties, []
+    for weights in (Weights(model, graph.layers), opened):
+        signals = walk_signals(Execution(weights), graph, names, {Signal.WEIGHT, Signal.GRAD}, text, 0)
+        found.append({name: torch.stack([own.weight, own.grad]) for name, own in signals})
+    resident, streamed = found
+    assert resident.keys() == streamed.keys() == names
+    assert [name for name in names if not torch.equal(resident[name], streamed[name])] == []
 
 
 @pytest.mark.parametrize("kinds", ["hidden", "layer", "query"])
@@ -181,13 +190,8 @@ def once(request, tmp_path_factory) -> Path:
 @pytest.mark.parametrize("second", CUTS)
 def test_a_pruned_model_is_pruned_again(once, second, tmp_path):
     """Counts follow from those after the first cut."""
-    for way in ("resident", "streamed"):
-        prune(once, tmp_path / way, streamed=way == "streamed", **CUTS[second])
-    assert_same(tmp_path / "resident", tmp_path / "streamed")
-    ids = torch.arange(24).view(2, 12)
-    with torch.no_grad():
-        resident, streamed = (load_pruned(tmp_path / way)(ids).logits for way in ("resident", "streamed"))
-    assert torch.equal(resident, streamed)
+    prune(once, tmp_path / "twice", streamed=False, **CUTS[second])
+    assert {check.state for check in api.verify_checkpoint(tmp_path / "twice").checks} == {"passed"}
 
 
 def test_a_layer_is_removed_where_the_others_state_sizes_of_their_own(dense, tmp_path):
@@ -208,9 +212,6 @@ def test_a_pruned_model_whose_code_initializes_by_its_own_sizes(tmp_path):
     prune(tmp_path / "dense", tmp_path / "once", streamed=True, **settings)
     states = {check.name: check.state for check in api.verify_checkpoint(tmp_path / "once").checks}
     assert set(states.values()) == {"passed"}, states
-    for way in ("resident", "streamed"):
-        prune(tmp_path / "once", tmp_path / way, streamed=way == "streamed", **settings)
-    assert_same(tmp_path / "resident", tmp_path / "streamed")
 
 
 def test_tied_parameters_that_are_stored_twice(tmp_path):
