@@ -29,12 +29,13 @@ CALIBRATION, HELD_OUT = tokens(48, 32, seed=0), tokens(8, 32, seed=9).input_ids
 
 PLANS = [
     *(("llama-gqa", kinds) for kinds in ("mlp", "attention", "query", "hidden", "layer+mlp", "mlp+attention+hidden")),
-    *((name, "mlp+attention") for name in ("gpt2", "gptj", "granite", "gemma2", "glm")),
+    *((name, "mlp+attention") for name in ("gpt2", "granite", "gemma2", "glm")),
     ("granite", "hidden"), ("mixtral", "mlp+attention"), ("mixtral", "hidden"),
     ("gpt_oss", "mlp"), ("olmo2", "attention"), ("minimax_m2", "query"), ("falcon-7b", "mlp+query"),
     # Laid out as others.
     *(pytest.param(*plan, marks=pytest.mark.long) for plan in (
         ("llama-mha", "mlp+attention"), ("phi", "mlp+attention"), ("falcon", "mlp+attention"), ("glm", "hidden"),
+        ("gptj", "mlp+attention"),
     )),
 ]  # fmt: skip
 
