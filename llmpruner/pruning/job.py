@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final
 
 from ..calibration.calibration import CalibrationJob, CalibrationSet, parse_calibration
 from ..component import check_chosen
@@ -14,7 +14,7 @@ from ..engine.signals import Signal
 from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import KINDS, VOCABULARY
-from ..structure.plan import PruningPlan
+from ..structure.plan import By, PruningPlan
 from .methods import TEN_SAMPLES
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .criteria.base import ImportanceCriterion
     from .methods import Method
 
-By = Literal["ratio", "parameters", "units", "tokens"]
 _AMOUNTS: Final[Mapping[str, By]] = {
     "ratio": "ratio",
     "target_params": "parameters",
@@ -38,8 +37,7 @@ class PruneJob:
     """All that a plan and a cut depend on, besides the model."""
 
     by: By
-    """What ``amount`` is: a share of ``budget`` to remove, the total parameters to keep, the share of the units of
-    every group to remove, or the number of tokens to keep."""
+    """What ``amount`` is, as in `Target`."""
     amount: float
     budget: Budget
     kinds: tuple[str, ...]

@@ -62,9 +62,6 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
     signals = job.criterion.signals | (job.tokens.signals if job.tokens else set())
     scored = text if signals - {Signal.WEIGHT} or job.allocation.measures else None
     sources = job.calibration.record() if job.calibration else {}
-    target = Target(by=job.by, amount=job.amount)
-    if job.by == "ratio":
-        target = Target(by="ratio", amount=job.amount, budget=job.budget.name, settings=job.budget.record())
     return PruningPlan(
         base=BaseRef(model=model.ref, revision=model.revision, structure=structure_of(model.graph)),
         family=model.family.name,
@@ -86,7 +83,7 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
             round_to=widths_of(job, model).round_to,
         ),
         compensation=_compensation_record(job, text, sources),
-        target=target,
+        target=Target(by=job.by, amount=job.amount, budget=job.budget.name, settings=job.budget.record()),
         seed=job.seed,
         cuts=cuts_of(model.graph, kept),
     )

@@ -229,11 +229,11 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
     return changed
 
 
-def _compare_weights(checked: Weights, expected: Weights, changed: set[str], base: str) -> str:
+def _compare_weights(checked: StreamedWeights, expected: Weights, changed: set[str], base: str) -> str:
     """Compare all weights but those in ``changed`` modules, bit for bit; returns what was compared. Raises
     `CheckpointError` with the first tensor that differs."""
     count = left = 0
-    for part in (None, *range(len(checked.model.get_submodule(checked.path)))):
+    for part in checked.numbers:
         with checked.part(part), expected.part(part):
             own, others = (dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, expected))
             for name in sorted(name for name in others if checked.number(name) == part):

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 
 SCHEMA_VERSION: Final = 2
+By = Literal["ratio", "parameters", "units", "tokens"]
 
 
 def _pack(units: Sequence[int]) -> str:
@@ -84,7 +85,7 @@ class Target(Frozen):
     ``settings``: of the budget.
     """
 
-    by: Literal["ratio", "parameters", "units", "tokens"]
+    by: By
     amount: float
     budget: str = "decoder"
     settings: dict[str, Any] = {}
