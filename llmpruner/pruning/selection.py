@@ -30,7 +30,7 @@ from ..structure.scope import Queue, Scope, build_queue
 from ..structure.widths import ANY, Widths
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
-from .criteria.estimate import Removal, Scores, estimate
+from .criteria.estimate import Scores, estimate
 from .targets import Demand, demand, lost, part_of, scope_of, widths_of
 
 if TYPE_CHECKING:
@@ -200,28 +200,27 @@ class _Choice:
     def _rank(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
         now, job, execution = self.now, self.job, self.execution
-        removal = Removal()
         blocks = Signal.STREAM_BLOCKS in job.criterion.signals
         if now.ranked and not blocks:
             return
+        group, length = now.groups[0], 1
         if blocks:
             # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
-            group = now.groups[0]
             kept = select(now.graph, [group], equal_scores([group]), now.scope, amount, Uniform(), cost=now.cost)
-            removed = group.units - len(kept.get(group.name, range(group.units)))
-            removal = Removal(max(1, removed), now.scope.allowed_units(group))
+            length = max(1, group.units - len(kept.get(group.name, range(group.units))))
         shared = None if blocks else execution.shared
         if now.network is not self.model.model:
             execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
             shared = None
 
         def scored() -> dict[str, list[float]]:
-            return {name: values.tolist() for name, values in self._estimate(execution, removal).items()}
+            return {name: values.tolist() for name, values in self._estimate(execution, length).items()}
 
         scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
         now.ranked = job.allocation.comparable(scores, now.graph)
 
-    def _estimate(self, execution: Execution, removal: Removal) -> Scores:
+    def _estimate(self, execution: Execution, length: int) -> Scores:
+        """``length``: as in `StreamStats`."""
         now, job, text = self.now, self.job, self.text
         of_tokens = [group for group in now.groups if group.kind == VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
@@ -238,7 +237,8 @@ class _Choice:
                 read = counted_part(text)
             scores |= estimate(
                 now.network, now.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
-                execution=execution, removal=removal, tokenizer=self.model.tokenizer,
+                execution=execution, length=length, removable=now.scope.allowed_units(now.groups[0]),
+                tokenizer=self.model.tokenizer,
             )  # fmt: skip
         for group in of_tokens:
             scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)

@@ -35,14 +35,6 @@ Scores = Mapping[str, torch.Tensor]
 """Group name → scores of its units, (units,), float64; higher is more important."""
 
 
-@dataclass(frozen=True)
-class Removal:
-    """How many ``layers`` go, and which are ``removable`` (None: all), for criteria of blocks of layers."""
-
-    layers: int = 1
-    removable: frozenset[int] | None = None
-
-
 def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
     """Raise `SelectionError` for units that ``criterion`` does not score."""
     refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
@@ -62,12 +54,13 @@ def estimate(
     reduction: str = "sum",
     seed: int = 0,
     execution: Execution | None = None,
-    removal: Removal = Removal(),
+    length: int = 1,
+    removable: frozenset[int] | None = None,
     tokenizer: Any | None = None,
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
-    ``model``; None for a model in memory. ``removal``: for a criterion of blocks of layers.
-    ``tokenizer``: for a criterion of tokens.
+    ``model``; None for a model in memory. ``length``, ``removable``: as in `StreamStats`, for a criterion of blocks of
+    layers. ``tokenizer``: for a criterion of tokens.
 
     Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
 
@@ -80,7 +73,7 @@ def estimate(
         raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
     if signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         assert calibration is not None
-        stream = stream_statistics(execution, calibration, removal.layers, removal.removable)
+        stream = stream_statistics(execution, calibration, length, removable)
         values = criterion.score_layers(stream).double().cpu()
         scores = {group.name: values for group in groups}
     elif Signal.TOKENS in signals:
