@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .calibration.calibration import CalibrationSet
-from .discovery.opening import Opener, Source, load_structure
+from .discovery.opening import Opener, Source
 from .engine.execution import Execution
 from .engine.journal import Journal, recalled
 from .engine.ranks import Ranks
@@ -195,7 +195,7 @@ def prune_each(
             if ranks.first:
                 with suppress(OSError):  # something is in it
                     output.rmdir()
-    return [load_structure(str(output / name), opener.catalog) for name in sizes if (output / name).is_dir()]
+    return [opener.structure(output / name) for name in sizes if (output / name).is_dir()]
 
 
 def _settle(

@@ -217,9 +217,9 @@ class GradientWalk:
                     batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
                     self.hidden[number + 1].append(first_output(output))
 
-    def backward_head(self) -> float:
+    def backward_head(self) -> None:
         """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
-        head; returns the mean loss (nats per token). Raises `ModelError` when it is not finite."""
+        head. Raises `ModelError` when the loss is not finite."""
         loss = 0.0
         with self.weights.outside():
             if self._outer and self.batches:
@@ -232,7 +232,6 @@ class GradientWalk:
         (loss,) = self._ranks.totals(loss)
         if not isfinite(loss):
             raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
-        return loss
 
     def backward_layer(
         self, number: int, wanted: Collection[str], reduced: ReduceProducts | None = None

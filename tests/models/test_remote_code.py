@@ -68,8 +68,8 @@ def test_without_the_flag_one_line_names_it(folder: Path) -> None:
 
 def test_with_the_flag_it_is_pruned_and_used(folder: Path, tmp_path: Path) -> None:
     trusted = ("--family", "auto", "--trust-remote-code")
-    options = ("--set", "prune.unit_ratio=0.3", "--set", "prune.layers=0", "--importance", "l1", "--kinds", "mlp")
-    pruned = tmp_path / "pruned"
-    llmpruner("prune", folder, *trusted, *options, "-o", pruned)
+    options = ("--ratio", "0.1,0.2", "--set", "prune.layers=0", "--importance", "l1", "--kinds", "mlp")
+    pruned = tmp_path / "pruned" / "0.1"
+    llmpruner("prune", folder, *trusted, *options, "-o", pruned.parent)
     assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr
     llmpruner("generate", pruned, "--trust-remote-code", "-p", "a b", "--max-new-tokens", "3")
