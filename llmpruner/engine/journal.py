@@ -53,7 +53,7 @@ class Journal:
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):
-                self.folder.mkdir(exist_ok=True)  # where other processes have another file system
+                self.folder.mkdir(parents=True, exist_ok=True)  # where other processes have another file system
             if done := self._done():
                 progress.status(f"continuing the interrupted run in {self.folder}; done: {done}")
             try:
