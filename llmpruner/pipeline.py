@@ -153,12 +153,6 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
     return made, replace(outcome_of(model, made, job.budget, text), forecast=asdict(expected))
 
 
-def make_plan(model: Model, job: PruneJob) -> PruningPlan:
-    """Calibrate, score and select. The model is not changed."""
-    execution = Execution(model.weights)
-    return select(model, job, calibrate(model, job, execution), execution)
-
-
 def prune_each(
     source: str | Path | Structure,
     sizes: Mapping[str, PruneSettings],

@@ -11,12 +11,11 @@ import torch
 from ..calibration.calibration import CalibrationSet
 from ..discovery.oracle import TOLERANCE, Tokens, distance, first_difference, logits, silenced
 from ..engine.signals import Signal
-from ..pipeline import make_plan
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_spans
 from ..structure.coupling import EXPERT, VOCABULARY, CoupledGroup, CouplingGraph
 from .components import check_component, label, settings_grid
-from .models import cut_by, first_change, scramble, small_job, tiny_llama, tiny_mixture
+from .models import cut_by, first_change, make_plan, scramble, small_job, tiny_llama, tiny_mixture
 
 if TYPE_CHECKING:
     from ..models.model import Model

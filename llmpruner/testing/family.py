@@ -24,7 +24,6 @@ from ..errors import UnsupportedModelError, near
 from ..models.meta import base_of
 from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
-from ..pipeline import make_plan
 from ..plugins.catalog import Catalog
 from ..pruning.criteria.estimate import estimate
 from ..pruning.saving import save
@@ -34,7 +33,7 @@ from ..settings import RecoverSettings
 from ..structure.coupling import ATTENTION, MLP, CoupledGroup, CouplingGraph
 from .components import label, settings_grid
 from .criterion import scorable
-from .models import cut_by, letters, small_job
+from .models import cut_by, letters, make_plan, small_job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -18,8 +18,9 @@ from ..calibration.sources import SelfWritten
 from ..discovery.family import AutoFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
+from ..engine.execution import Execution
 from ..models.model import Model
-from ..pipeline import prune_model
+from ..pipeline import calibrate, prune_model, select
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
 from ..pruning.criteria.base import ImportanceCriterion
@@ -102,6 +103,12 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
     calibration = CalibrationJob("self", (Part(SelfWritten(), ""),), samples=1, length=4)
     values: dict[str, Any] = {"criterion": criterion or job.criterion, "calibration": calibration, **changes}
     return replace(job, **values)
+
+
+def make_plan(model: Model, job: PruneJob) -> PruningPlan:
+    """The plan of ``job`` for ``model``, which is not changed."""
+    execution = Execution(model.weights)
+    return select(model, job, calibrate(model, job, execution), execution)
 
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:

@@ -17,12 +17,11 @@ from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
-from llmpruner.pipeline import make_plan
 from llmpruner.pruning.compensation.builtin import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.targets import inner_layers
 from llmpruner.structure.kept import restrict
-from llmpruner.testing.models import small_job
+from llmpruner.testing.models import make_plan, small_job
 
 LITTLE_TEXT = {"samples": 2, "length": 12}
 

@@ -11,7 +11,6 @@ from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
-from llmpruner.pipeline import make_plan
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
@@ -22,7 +21,7 @@ from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope
 from llmpruner.structure.widths import Widths, widths_for
-from llmpruner.testing.models import cut_by, small_job
+from llmpruner.testing.models import cut_by, make_plan, small_job
 
 UNIFORM = Widths(uniform=True, round_to=8)
 

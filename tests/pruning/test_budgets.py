@@ -19,7 +19,6 @@ from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut, cut_copy
-from llmpruner.pipeline import make_plan
 from llmpruner.plugins.builtin import llmpruner_budgets
 from llmpruner.pruning import kv_cache
 from llmpruner.pruning.allocation import GlobalRanking, Uniform
@@ -29,7 +28,7 @@ from llmpruner.pruning.selection import select
 from llmpruner.pruning.targets import Demand
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
-from llmpruner.testing.models import cut_by, small_job
+from llmpruner.testing.models import cut_by, make_plan, small_job
 
 ALL = (0, 1, 2, 3)
 CONTEXT = 24
