@@ -8,12 +8,13 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner import ModelError, Signal, build_graph
+from llmpruner import ModelError, Signal
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.parameter_signals import walk_signals
+from llmpruner.models.meta import graph_of
 
 BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
 
@@ -38,13 +39,13 @@ def test_gradients_equal_plain_autograd(loaded):
     ("model_type", "sizes"),
     [("gemma3n_text", {}), ("gemma4_text", {"num_kv_shared_layers": 4, "attention_k_eq_v": True})],
 )
-def test_gradients_of_keys_and_values_that_later_layers_use_are_sums(model_type, sizes, catalog):
+def test_gradients_of_keys_and_values_that_later_layers_use_are_sums(model_type, sizes):
     """These types also compute an input of each layer from embeddings of its own."""
     config = small_config(CONFIG_MAPPING[model_type](**sizes))
     assert "reuse" in config.kv_sharing_modes and config.hidden_size_per_layer_input
     ids = torch.randint(3, config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))
-    graph = build_graph(catalog.families["auto"](), config)
-    assert_autograd(random_instance(config), graph, CalibrationSet(ids, "random"))
+    model = random_instance(config)
+    assert_autograd(model, graph_of(model, ()), CalibrationSet(ids, "random"))
 
 
 def assert_autograd(model, graph, calibration):
