@@ -196,7 +196,7 @@ class GradientWalk:
         """Before each layer, and after the last: a tensor for each micro-batch."""
         self.grads = States(kept)
         """The gradient of the loss with respect to the hidden states after the layer that backward computes next."""
-        self._outer = [self.model.get_parameter(name) for name in outer]
+        self._outer = outer
         self._places: list[Collection[Place]] = [()] * len(self.layers)
         """Of each layer, the arguments that the model computes from ``outer`` parameters."""
 
@@ -223,7 +223,7 @@ class GradientWalk:
         loss = 0.0
         with self.weights.outside():
             if self._outer and self.batches:
-                with requiring_grad(self._outer):
+                with requiring_grad(map(self.model.get_parameter, self._outer)):
                     self._places = [list(arguments) for arguments in self._inputs(0)[1]]
             for position, batch in enumerate(self.batches):
                 grad, of_batch = self._head(position)
