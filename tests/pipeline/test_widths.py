@@ -151,7 +151,7 @@ def wide_llama() -> LlamaConfig:
 @pytest.mark.parametrize("steps", [2, 4])
 def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
     config = wide_llama()
-    family = catalog.family_for(config, "auto")
+    family = catalog.family_for(config)
     loaded = Model("wide", config, family, build_graph(family, config), model=random_instance(config), tokenizer=None)
     plan = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
     assert {len(cut.kept) for cut in plan.cuts.values()} == {320}

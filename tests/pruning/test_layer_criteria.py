@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
+from llmpruner_llama import LlamaFamily
 
 import llmpruner
-from llmpruner import Catalog, StreamStats
+from llmpruner import StreamStats
 from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
-from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.criteria.layers import AngularBlock
 
 FIRST, SECOND = 2, 3
@@ -25,8 +25,7 @@ LITTLE_TEXT = {"samples": 4, "length": 24, "kinds": "layer"}
 @pytest.fixture(scope="module")
 def planted() -> Model:
     model = tiny_models.llama(layers=6)
-    catalog = Catalog(plugin_manager(entry_points=False))
-    family = catalog.families["auto"]()
+    family = LlamaFamily()
     loaded = Model("tiny", model.config, family, build_graph(family, model.config), model=model, tokenizer=None)
     shift = torch.randn(32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
