@@ -97,8 +97,8 @@ def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
 
 def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
     """And to embeddings of which an input of each layer is computed."""
-    model = random_instance(small_config(CONFIG_MAPPING["gemma3n_text"]()))
-    model.save_pretrained(tmp_path)
+    random_instance(small_config(CONFIG_MAPPING["gemma3n_text"]())).save_pretrained(tmp_path)
+    model = load_pruned(tmp_path)
     graph = graph_of(model, ())
     opened = CheckpointWeights(tmp_path, torch.float32, graph.layers, torch.device("cpu"))
     text = CalibrationSet(torch.arange(3, 19).view(2, 8), "numbers")

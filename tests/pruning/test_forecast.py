@@ -15,7 +15,7 @@ from llmpruner import SettingsError, api
 from llmpruner.settings import RunSettings
 
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 2048}
-SETTINGS = {"ratio": 0.2, "importance": "taylor", "samples": 4, "length": 64, "calibration": "self"}
+SETTINGS = {"ratio": 0.2, "importance": "taylor", "samples": 16, "length": 16, "calibration": "self"}
 TRIALS = {**SETTINGS, "importance": "l2", "allocation": "sensitivity"}
 PROBE = """
 import json, re, sys
