@@ -72,7 +72,8 @@ def prune(
         folder = output.with_name(output.name + ".pruning")
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
     with _running(output, journal, expected, ranks, QUIET if shared else opener.progress, run) as expected:
-        model = opener.weights(structure, streamed=expected.streamed, scratch=journal and journal.folder)
+        scratch = None if journal is None else journal.folder
+        model = opener.weights(structure, streamed=expected.streamed, scratch=scratch)
         execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
         pruned = prune_model(model, job, execution, expected)
         opener.progress.status("saving")
