@@ -111,6 +111,8 @@ class CriterionConformance:
         """Plan and cut half the units of every kind: the logits equal those of the model with these units silenced.
         Not of tokens, as a model without them reads other text."""
         for criterion, loaded, groups in self._cases():
+            if criterion.settings != self.criterion().settings:
+                continue  # which units go does not matter to the cut
             for kind in dict.fromkeys(group.kind for group in groups if group.kind != VOCABULARY):
                 self._check_cut(criterion, copy.deepcopy(loaded), kind)
 
