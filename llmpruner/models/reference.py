@@ -75,13 +75,18 @@ class Reference:
 
     def commit(self, revision: str | None) -> str | None:
         """The commit that ``revision`` (None: the default branch) of a hub model is now, or was when it was cached, if
-        the hub can't be reached; None for a local model. Raises where neither is known: `from_pretrained` would ask for
+        the hub can't be reached; ``revision`` where the hub refuses to say, and `from_pretrained` tells why, or takes
+        cached files; None for a local model. Raises where neither hub nor cache knows: `from_pretrained` would ask for
         half a minute."""
         if self.directory.exists():
             return None
         from huggingface_hub import is_offline_mode, resolve_revision
+        from huggingface_hub.errors import HfHubHTTPError
 
-        found = resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode())
+        try:
+            found = resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode())
+        except HfHubHTTPError:
+            return revision
         commit: str = found.resolved
         return commit
 
