@@ -52,7 +52,7 @@ PLANNED = ("best", "taylor")
 class Stated(AutoFamily):
     """States what follows a cut, for which small models are searched otherwise, for seconds."""
 
-    def refresh(self, model: Any, counts: Any) -> None:
+    def refresh(self, model: Any) -> None:
         for module in model.modules():
             if hasattr(module, "num_experts") and hasattr(module, "weight"):  # a router
                 module.num_experts = len(module.weight)

@@ -34,6 +34,8 @@ ALL = (0, 1, 2, 3)
 CONTEXT = 24
 BUDGETS = {cls.name: cls for cls in llmpruner_budgets()}
 KINDS = [("mlp",), ("attention",), ("mlp", "attention", "layer"), ("hidden",)]
+HEADS = ("attention", "query", "layer")
+INSIDE = ("mlp", "expert", "latent", *HEADS)
 FALCON_40B = {"new_decoder_architecture": True, "hidden_size": 4096, "num_attention_heads": 64, "num_kv_heads": 8}
 
 
@@ -100,24 +102,24 @@ def test_costs_are_those_of_the_cut_model(loaded):
 
 
 @pytest.mark.parametrize(
-    ("model_type", "options"),
+    ("model_type", "options", "kinds"),
     [
-        ("gpt2", {}),  # transposed weights, tied
-        ("phi3", {"num_key_value_heads": 8}),  # query, key and value heads in one matrix
-        pytest.param("falcon", FALCON_40B, marks=pytest.mark.slow),  # the same, block by block
-        pytest.param("gpt_neox", {}, marks=pytest.mark.slow),
-        *(pytest.param(name, {}, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),  # laid out as others
-        pytest.param("gemma3_text", {}, marks=pytest.mark.slow),  # sliding windows, norms over heads
-        pytest.param("mixtral", {}, marks=pytest.mark.long),  # experts
+        ("gpt2", {}, ()),  # transposed weights, tied
+        ("phi3", {"num_key_value_heads": 8}, INSIDE),  # query, key and value heads in one matrix
+        pytest.param("falcon", FALCON_40B, HEADS, marks=pytest.mark.slow),  # the same, block by block
+        pytest.param("gpt_neox", {}, HEADS, marks=pytest.mark.slow),
+        # Laid out as others.
+        *(pytest.param(name, {}, INSIDE, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),
+        pytest.param("gemma3_text", {}, HEADS, marks=pytest.mark.slow),  # sliding windows, norms over heads
+        pytest.param("mixtral", {}, INSIDE, marks=pytest.mark.long),  # experts
         # Experts, too; caches a latent and one shared key, not its heads.
-        pytest.param("deepseek_v3", {}, marks=pytest.mark.slow),
+        pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
     ],
 )
-def test_costs_of_other_architectures(catalog, model_type, options):
+def test_costs_of_other_architectures(catalog, model_type, options, kinds):
     config = small_config(AutoConfig.for_model(model_type, **options))
     family = catalog.family_for(config, "auto")
     graph, model = build_graph(family, config), random_instance(config)
-    kinds = () if model_type == "gpt2" else ("mlp", "attention", "query", "expert", "latent", "layer")
     check_counts(Model("tiny", config, family, graph, model=model, tokenizer=None), kinds)
 
 
