@@ -15,7 +15,7 @@ from .sources import CalibrationSource, SampleTask, TextSource
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
     from ..engine.execution import Execution
     from ..models.model import Model
@@ -95,26 +95,15 @@ class CalibrationJob:
 
         from ..engine.journal import recalled
 
-        def sampled() -> list[list[int]]:
+        def drawn() -> Any:
             execution.progress.status(f"The model writes its {name} text" if self.writes else f"Reading {self.text}")
-            drawn = self.draw(model.model, model.tokenizer, samples, seed, execution.progress, model.family)
-            rows: list[list[int]] = drawn.input_ids.tolist()
-            return rows
+            return self.draw(model, samples, seed, execution.progress).tolist()
 
-        ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(sampled))
+        ids = recalled(execution.shared, name, lambda: execution.ranks.from_first(drawn))
         return CalibrationSet(torch.tensor(ids), self.text)
 
-    def draw(
-        self,
-        model: PreTrainedModel,
-        tokenizer: Any | None,
-        samples: int,
-        seed: int,
-        progress: Progress = QUIET,
-        family: Any | None = None,
-    ) -> CalibrationSet:
+    def draw(self, model: Model, samples: int, seed: int, progress: Progress = QUIET) -> torch.Tensor:
         """``samples`` of the text, at most all, taken from the parts in turn, from those with larger shares more often.
-        ``family``: the model's, for sources of conversations.
 
         Raises `DataError` when a source is missing, malformed or too short, or samples are longer than the model's
         positions, and `PluginError` when a source returns another shape or dtype.
@@ -123,21 +112,22 @@ class CalibrationJob:
 
         from ..models.tokenizer import check_ids
 
-        length = self.length_for(model.config)
+        network, tokenizer = model.model, model.tokenizer
+        length = self.length_for(network.config)
         order = self.order()[:samples]
         rows: list[Iterator[torch.Tensor]] = []
         for number, part in enumerate(self.parts):
             # Equal parts are all of the size of the largest.
             needed = -(-samples // len(self.parts)) if part.share is None else max(1, order.count(number))
-            task = SampleTask(model, tokenizer, part.reference, needed, length, seed, progress, family)
+            task = SampleTask(network, tokenizer, part.reference, needed, length, seed, model.family, progress)
             ids = part.source.sample(task)
             if ids.dtype != torch.int64 or tuple(ids.shape) != (needed, length):
                 raise PluginError(
                     f"{part.source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of "
                     f"shape {(needed, length)}"
                 )
-            rows.append(iter(check_ids(ids.cpu(), model)))
-        return CalibrationSet(torch.stack([next(rows[number]) for number in order]), self.text)
+            rows.append(iter(check_ids(ids.cpu(), network)))
+        return torch.stack([next(rows[number]) for number in order])
 
     def order(self) -> list[int]:
         """The number of the part of each sample: always the one that is furthest behind its share, the first of those

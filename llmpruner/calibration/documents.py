@@ -119,7 +119,8 @@ def _existing_file(source: str, expected: str) -> Path | None:
         raise DataError(f"{source}: a folder or a model, and no text; {expected}")
     if isfile(source):
         return Path(source)
-    if Path(source.partition(":")[0]).suffix.lower() in _SUFFIXES or not _DATASET.fullmatch(source):
+    named = any(Path(piece).suffix.lower() in _SUFFIXES for piece in source.split(":"))  # as in chat:FILE
+    if named or not _DATASET.fullmatch(source):
         raise DataError(f"{source or 'the source of data'}: no such file; {expected}")
     return None
 

@@ -18,14 +18,15 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from ..discovery.family import ModelFamily
+
 
 @dataclass(frozen=True)
 class SampleTask:
     """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
 
     ``model``: with its weights, in evaluation mode. ``reference``: a file or data set; for other sources than text,
-    what follows ``NAME:``. ``tokenizer``: None where the model has none. ``family``: the model's `ModelFamily`, with
-    its chat format; None where it is not known.
+    what follows ``NAME:``. ``tokenizer``: None where the model has none. ``family``: with the model's chat format.
     """
 
     model: PreTrainedModel
@@ -34,8 +35,8 @@ class SampleTask:
     samples: int
     length: int
     seed: int
+    family: ModelFamily
     progress: Progress = QUIET
-    family: Any | None = None
 
 
 class CalibrationSource(Component):
@@ -98,7 +99,7 @@ class ChatSource(CalibrationSource):
 
         from .chat import packed, texts_at, token_ids
 
-        if task.tokenizer is None or task.family is None:
+        if task.tokenizer is None:
             raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         examples = read_examples(task.reference)
         texts = [texts_at(place, found, task.family, task.tokenizer) for place, found in examples]

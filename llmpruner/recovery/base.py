@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 Row = Mapping[str, list[int]]
 """``input_ids`` and ``labels`` of one example, of equal length, not padded. A label is the token at the same position,
 or −100 for tokens that are not trained on."""
+
+
+def nothing(*_: object) -> None:
+    """Reports nothing."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,9 @@ class RecoveryJob:
     """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
     without gradients. Loaded by the first call; later ones return the same object. Raises `ModelError` where it cannot
     be opened."""
-    on_step: Callable[[int, int, float], None] | None = None
+    on_step: Callable[[int, int, float], object] = nothing
     """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
-    on_validation: Callable[[int, float, float], None] | None = None
+    on_validation: Callable[[int, float, float], object] = nothing
     """Called after each validation with the number of steps before it, the loss in nats per token, and the standard
     error of its difference from the first; in a resumed training also for those before the interruption."""
 
@@ -62,8 +66,6 @@ class TrainingResult:
     """Of every optimizer step, as means over its trained tokens, including those before an interruption."""
     trainable_parameters: int
     """How many numbers were trained."""
-    details: Mapping[str, Any] = field(default_factory=dict)
-    """Further JSON values for the record."""
 
 
 class RecoveryStrategy(Component):
@@ -85,7 +87,7 @@ class RecoveryStrategy(Component):
                     return difference[:, :-1][batch["labels"][:, 1:] != -100].square().mean()
 
                 job.model.requires_grad_(True)
-                return TrainingResult(job.model, fit(job.model, job, loss), job.model.num_parameters())
+                return fit(job.model, job, loss)
     """
 
     kind: ClassVar[str] = "recovery strategy"

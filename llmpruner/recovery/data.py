@@ -41,26 +41,38 @@ class TrainingData:
         return hashlib.sha256(json.dumps([self.rows, self.validation]).encode()).hexdigest()
 
 
-def check_data(source: str) -> None:
+def check_data(data: str) -> None:
     """Raise `DataError` for data that is missing or begins malformed; nothing is downloaded."""
-    written = dense_text_in(source)
-    for part in parse_mixture(source):
-        if written is None or part.source != written.source:
-            check_source(part.source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
+    for source in _stored(data):
+        check_source(source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
+
+
+def read_data(data: str) -> dict[str, Sequence[tuple[str, Example]]]:
+    """The examples of each source that ``data`` names, but for what the dense model writes; each with its place, such
+    as ``a.jsonl, line 3``. Raises `DataError`."""
+    return {source: read_examples(source) for source in _stored(data)}
+
+
+def _stored(data: str) -> list[str]:
+    """The files and data sets that ``data`` names."""
+    written = dense_text_in(data)
+    return [part.source for part in parse_mixture(data) if written is None or part.source != written.source]
 
 
 def prepare(
     settings: RecoverSettings,
+    read: Mapping[str, Sequence[tuple[str, Example]]],
     family: ModelFamily,
     tokenizer: Any,
-    *,
     positions: int | None = None,
-    written: Mapping[str, Sequence[Example]] | None = None,
 ) -> TrainingData:
-    """Read the data, hold some back for validation, and tokenise it: an instruction or a conversation is a row, in the
-    model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff`` tokens. ``positions``: of a model
-    with a table of them. ``written``: examples of sources that are not read. Raises `DataError`."""
-    examples = _read(settings, written or {})
+    """Mix the examples ``read`` of each source, hold some back for validation, and tokenise them: an instruction or a
+    conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff``
+    tokens. ``positions``: of a model with a table of them. Raises `DataError`."""
+    examples = mixed([(part, read[part.source]) for part in parse_mixture(settings.data)], settings.seed)
+    if settings.limit is not None:
+        random.Random(settings.seed).shuffle(examples)
+        examples = examples[: settings.limit]
     count = _held_out(settings.validation, len(examples), settings.data)
     chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
     cutoff = settings.cutoff if positions is None else min(settings.cutoff, positions)
@@ -69,21 +81,6 @@ def prepare(
     if not rows:
         raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
     return TrainingData(rows, validation or rows[:: max(1, len(rows) // _LEAST)][:_LEAST], bool(validation))
-
-
-def _read(settings: RecoverSettings, written: Mapping[str, Sequence[Example]]) -> list[tuple[str, Example]]:
-    """The examples of all sources, each with its place, such as ``a.jsonl, line 3``."""
-
-    def of(source: str) -> list[tuple[str, Example]]:
-        if source in written:
-            return [(f"{source}, example {number}", found) for number, found in enumerate(written[source], start=1)]
-        return read_examples(source)
-
-    examples = mixed([(part, of(part.source)) for part in parse_mixture(settings.data)], settings.seed)
-    if settings.limit is not None:
-        random.Random(settings.seed).shuffle(examples)
-        examples = examples[: settings.limit]
-    return examples
 
 
 def _held_out(validation: float, examples: int, source: str) -> int:

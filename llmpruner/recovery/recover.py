@@ -1,4 +1,4 @@
-"""The story of a recovery: open → data → strategy → train → save."""
+"""The story of a recovery: open → data → train → save."""
 
 from __future__ import annotations
 
@@ -6,32 +6,38 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 
-from ..calibration.conversations import Completion, Example, Instruction
-from ..discovery.opening import Opener, Source, check_source, dense_structure, placed_as
+from ..calibration.conversations import Example, read_examples
+from ..discovery.opening import Opener, Source, dense_structure, placed_as
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
-from ..errors import LlmprunerError, ModelError, SettingsError, no_tokenizer
-from ..files import alone_in, check_new_directory, write_text
+from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
+from ..files import alone_in, check_new_directory, write_text, writing
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import load_model, reopened
 from ..models.positions import table_of
+from ..models.tokenizer import check_ids
 from ..models.trimmed import in_tokens_of
 from ..pruning.saving import save
-from .base import TrainingResult
-from .data import TrainingData, prepare
+from .base import RecoveryJob, TrainingResult, helped, nothing
+from .data import TrainingData, prepare, read_data
 from .dense_text import DenseText, write_examples
-from .job import JOB_FILE, RecoverJob, check_recover, train
+from .job import RecoverJob, check_recover
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_JOB_FILE = "job.json"
+"""Identifies the recovery of which a folder has the state."""
 _TRAINED = 16
 """Bytes of each trained number in memory: itself, its gradient and two moments of AdamW, in float32."""
 
@@ -41,7 +47,6 @@ def recover(
 ) -> Model:
     """The trained model. ``output``: where to save it; None: nowhere. ``work_dir``: of the state of the training; by
     default ``OUTPUT.recovery``. Raises as `llmpruner.recover`."""
-    check_source(source)
     if output is None and work_dir is None:
         raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
     settings, strategy, dense_text = job.settings, job.strategy, job.dense_text
@@ -58,10 +63,11 @@ def recover(
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
     tokenizer, positions = opener.tokenizer(opened), table_of(opened.config)
     dense = _check_model(job, opened, opener)
-    data = None if dense_text else prepare(settings, opened.family, tokenizer, positions=positions)
+    examples = read_data(settings.data)
+    data = None if dense_text else prepare(settings, examples, opened.family, tokenizer, positions)
     if output is not None:
         opener.say_widened(opened)
-    with alone_in(folder, JOB_FILE, anew=restart) if ranks.first else nullcontext():
+    with alone_in(folder, _JOB_FILE, anew=restart) if ranks.first else nullcontext():
         stages = Stages()
         with stages.stage("loading"):
             loaded = opener.weights(opened)
@@ -71,21 +77,21 @@ def recover(
         def dense_model() -> Model:
             return load_model(dense or dense_structure(loaded, opener.catalog, opener.load), load)
 
-        if data is None:
-            assert dense_text is not None
+        if dense_text is not None:
             with stages.stage("writing examples"):
-                written = ranks.from_first(
+                examples[dense_text.source] = ranks.from_first(
                     lambda: _written(dense_text, loaded, dense_model, folder, settings.seed, opener)
                 )
-            examples = {dense_text.source: written}
-            data = prepare(settings, opened.family, tokenizer, positions=positions, written=examples)
             if not strategy.needs_dense:
                 dense_model.cache_clear()
+        data = data or prepare(settings, examples, opened.family, tokenizer, positions)
         with stages.stage("training"):
-            teacher = functools.partial(in_tokens_of, loaded, teaching=True)
-            result = _trained(job, loaded, data, folder, lambda: teacher(dense_model()), opener)
-        history = [*(loaded.record or {}).get("recovery", []), result.details]
-        recovered = replace(loaded, model=result.model, record={**(loaded.record or {}), "recovery": history})
+            result, record = _trained(
+                loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True), opener
+            )
+        before = dict(loaded.record or {})
+        history = [*before.get("recovery", []), record]
+        recovered = replace(loaded, model=result.model, record={**before, "recovery": history})
         if output is None:
             return loaded.become(recovered)
         with stages.stage("saving"):
@@ -128,7 +134,7 @@ def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structur
 
 def _written(
     dense_text: DenseText, loaded: Model, dense: Callable[[], Model], folder: Path, seed: int, opener: Opener
-) -> list[Example]:
+) -> list[tuple[str, Example]]:
     """The examples that the dense model writes, kept in ``folder`` for an interrupted run."""
     base = loaded.plans[0].base
     identity = json.dumps([asdict(dense_text), seed, base.model, base.structure, str(loaded.model.dtype)])
@@ -138,16 +144,15 @@ def _written(
         if model.tokenizer is None:
             raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
         examples = write_examples(dense_text, model.model, model.tokenizer, model.family, seed, opener.progress)
-        if not (folder / JOB_FILE).is_file():
-            write_text(folder / JOB_FILE, "{}\n")  # until the training identifies itself
+        if not (folder / _JOB_FILE).is_file():
+            write_text(folder / _JOB_FILE, "{}\n")  # until the training identifies itself
         write_text(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples))
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
-    return [Instruction(**row) if "instruction" in row else Completion(**row) for row in rows]
+    return read_examples(str(file))
 
 
 def _trained(
-    job: RecoverJob, loaded: Model, data: TrainingData, folder: Path, load_teacher: Callable[[], Any], opener: Opener
-) -> TrainingResult:
+    loaded: Model, job: RecoverJob, data: TrainingData, folder: Path, load_teacher: Callable[[], Any], opener: Opener
+) -> tuple[TrainingResult, dict[str, Any]]:
     """Of `train`, with messages for the user."""
     progress = opener.progress
     what = "held-out loss" if data.held_out else "loss on examples"
@@ -155,8 +160,103 @@ def _trained(
         progress.status(f"continuing the training in {folder} from step {max(steps)}")
     with progress.bar("Recovering") as at, loaded.changing("recovery"):
         return train(
-            loaded.model, loaded.tokenizer, loaded.graph, data, job.strategy, job.settings, folder,
-            load_teacher=load_teacher,
+            loaded, job, data, folder, load_teacher,
             on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
             on_validation=lambda step, loss, _: progress.status(f"step {step}: {what} {loss:.4f}"),
         )  # fmt: skip
+
+
+def train(
+    loaded: Model,
+    job: RecoverJob,
+    data: TrainingData,
+    work_dir: Path,
+    load_teacher: Callable[[], PreTrainedModel],
+    *,
+    on_step: Callable[[int, int, float], object] = nothing,
+    on_validation: Callable[[int, float, float], object] = nothing,
+) -> tuple[TrainingResult, dict[str, Any]]:
+    """Train a model, in place, and return what its strategy returns, and the training's record for ``llmpruner.json``.
+
+    Where ``work_dir`` has the state of the same job, the training goes on from it; delete it once the result is saved.
+    In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
+    ``work_dir`` has the state of another job, and `ModelError` when the training diverges.
+    """
+    from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
+
+    model, strategy = loaded.model, job.strategy
+    check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
+    settings = filled_in(job.settings, len(data.rows), adapters=strategy.adapters)
+    about = {
+        "strategy": strategy.name,
+        "strategy_settings": strategy.record(),
+        "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
+        "fingerprint": data.fingerprint,
+    }
+    ranks = Ranks.current()
+    ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
+    validations: list[dict[str, Any]] = []
+
+    @functools.cache
+    def teacher() -> PreTrainedModel:
+        return load_teacher().to(model.device).eval().requires_grad_(False)
+
+    def validated(step: int, loss: float, error: float) -> None:
+        validations.append({"step": step, "loss": loss, "error": error})
+        on_validation(step, loss, error)
+
+    with writing(work_dir):
+        result = strategy.train(
+            RecoveryJob(
+                model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
+                validated,
+            )
+        )  # fmt: skip
+    if not isinstance(result, TrainingResult):
+        raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
+    result.model.eval().requires_grad_(True)
+    best = _best_step(validations)
+    record = {
+        **about,
+        "data": settings.data,
+        "examples": len(data.rows),
+        "trainable_parameters": result.trainable_parameters,
+        "losses": list(result.losses),
+        "held_out": data.held_out,
+        "validation_examples": len(data.validation),
+        "validation": validations,
+        "best_step": best,
+        "improved": None if best is None else best != 0,
+    }
+    return result, record
+
+
+def _best_step(validations: Sequence[Mapping[str, Any]]) -> int | None:
+    """The step with the lowest loss that `helped`; without any, the first."""
+    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
+    return min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
+
+
+def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
+    """Create ``work_dir`` for this job. Raises `OutputError` where it has a checkpoint of another."""
+    file = work_dir / _JOB_FILE
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    changed = [key for key, value in identity.items() if kept.get(key) != value]
+    if changed and any(work_dir.glob("checkpoint-*")):
+        raise OutputError(
+            f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
+            "or choose another output"
+        )
+    with writing(work_dir):
+        work_dir.mkdir(parents=True, exist_ok=True)
+    write_text(file, json.dumps(identity, indent=2) + "\n")
+
+
+def _sampled(model: PreTrainedModel) -> str:
+    """SHA-256 over name, shape, dtype and about 64 evenly spaced weights of every parameter."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 64)].float().cpu().tolist()
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} {sample}\n".encode())
+    return digest.hexdigest()

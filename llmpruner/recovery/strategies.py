@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -97,7 +98,7 @@ def _all_trained(job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
     from .training import fit
 
     job.model.requires_grad_(True)
-    return TrainingResult(job.model, fit(job.model, job, loss), job.model.num_parameters())
+    return fit(job.model, job, loss)
 
 
 def _adapters_trained(job: RecoveryJob, settings: AdapterSettings, loss: Loss | None = None) -> TrainingResult:
@@ -128,9 +129,8 @@ def _adapters_trained(job: RecoveryJob, settings: AdapterSettings, loss: Loss | 
             raise UnsupportedModelError(
                 f"peft has no adapters for a {job.model.config.model_type} model: {first_line(error)}"
             ) from error
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    losses = fit(model, job, loss)
-    return TrainingResult(model.merge_and_unload(), losses, trained)
+    result = fit(model, job, loss)
+    return replace(result, model=model.merge_and_unload())
 
 
 def adapter_targets(model: nn.Module, graph: CouplingGraph) -> list[str]:

@@ -32,7 +32,7 @@ from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
-from .base import RecoveryJob, helped
+from .base import RecoveryJob, TrainingResult, helped
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
 
 if TYPE_CHECKING:
@@ -48,8 +48,8 @@ _PARTS, _CHECKING_SHARE = 10, 0.1
 """Validations of a training at most, and the share of its work, or time, that they may take."""
 
 
-def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, ...]:
-    """Train the parameters of ``model`` that require gradients, in place, and return the loss of every optimizer step.
+def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
+    """Train the parameters of ``model`` that require gradients, in place.
 
     ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro-batch. Micro-
     batches are weighted by their numbers of trained tokens, so that a step does not depend on ``micro_batch_size`` and
@@ -64,6 +64,7 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
 
     The same loss is measured on each row of ``job.validation``, without gradients, in evaluation mode. The model ends
     with the weights that had the lowest one; or with those of the start, unless it is lower by more than its error.
+    Adapters of weights of 16 bits are merged for that, as merging rounds.
 
     Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption
     (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
@@ -78,7 +79,8 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> tuple[float, 
         if use_cache is not None:
             model.config.use_cache = use_cache
         model.eval()
-    return tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    return TrainingResult(model, losses, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> RecoverSettings:
@@ -261,7 +263,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self.model.eval()
         rows = [self.data_collator([row]) for row in self.job.validation]
         sums, counts = [0.0] * len(rows), [trained_tokens(row) for row in rows]
-        with self.rounded(), self.compute_loss_context_manager():
+        with self.as_saved(), self.compute_loss_context_manager():
             for n in range(self.ranks.rank, len(rows), self.ranks.count):
                 sums[n] = counts[n] * float(self.loss(self.model, self._prepare_inputs(rows[n])))
         sums, history = list(self.ranks.totals(*sums)), self.state.log_history
@@ -276,13 +278,14 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     @contextlib.contextmanager
-    def rounded(self) -> Iterator[None]:
+    def as_saved(self) -> Iterator[None]:
         """A block with the weights as they will be saved."""
         exact = {parameter: parameter.data for parameter in self.widened}
         try:
             for parameter, dtype in self.widened.items():
                 parameter.data = parameter.data.to(dtype).float()
-            yield
+            with _merging_adapters(self.model):
+                yield
         finally:
             for parameter, data in exact.items():
                 parameter.data = data
@@ -294,15 +297,15 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
     def report(self, entry: dict[str, Any], again: bool = False) -> None:
         """``again``: of a training that goes on, whose steps are not repeated."""
-        job = self.job
+        job, step = self.job, entry["step"]
         for name, what in (("loss", "loss"), ("eval_loss", "validation loss")):
             if not math.isfinite(entry.get(name, 0.0)):
-                raise ModelError(f"the {what} became {entry[name]} at step {entry['step']}; lower the learning rate")
-        if "loss" in entry and job.on_step is not None and not again:
-            done, step = self.share_done(), entry["step"]
-            job.on_step(step, self.state.max_steps if done <= 0 else max(step, round(step / done)), entry["loss"])
-        if "eval_loss" in entry and job.on_validation is not None:
-            job.on_validation(entry["step"], entry["eval_loss"], entry["eval_error"])
+                hint = "lower the learning rate" if step else "the weights of the model are damaged"
+                raise ModelError(f"the {what} became {entry[name]} at step {step}; {hint}")
+        if "loss" in entry and not again:
+            job.on_step(step, max(step, round(step / self.share_done())), entry["loss"])
+        if "eval_loss" in entry:
+            job.on_validation(step, entry["eval_loss"], entry["eval_error"])
 
     def save_start(self) -> None:
         """Measure the loss before the first step, and keep these weights: they may stay the best."""
@@ -334,6 +337,34 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         super()._save_rng_state(output_dir)
         # `trainer_state.json`, which says that a checkpoint is complete, is written after the files of all processes.
         self.ranks.wait()
+
+
+@contextlib.contextmanager
+def _merging_adapters(model: Any) -> Iterator[None]:
+    """A block in which layers of 16 bits compute with their adapters merged, as they will be saved: each only while it
+    computes, as a second copy of all weights may not fit into memory."""
+    exact: dict[Any, torch.Tensor] = {}
+
+    def merge(layer: Any, _: Any) -> None:
+        weight = layer.get_base_layer().weight
+        exact[layer] = weight.data
+        weight.data = weight.data.clone()
+        with torch.autocast(weight.device.type, enabled=False):
+            layer.merge()
+
+    def restore(layer: Any, *_: Any) -> None:
+        layer.merged_adapters.clear()
+        layer.get_base_layer().weight.data = exact.pop(layer)
+
+    adapted = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]
+    narrow = [layer for layer in adapted if layer.get_base_layer().weight.dtype in _NARROW]
+    hooks = [layer.register_forward_pre_hook(merge) for layer in narrow]
+    hooks += [layer.register_forward_hook(restore) for layer in narrow]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:

@@ -15,9 +15,10 @@ import torch
 from ..models.checkpoint import load_pruned
 from ..models.surgery import cut
 from ..pruning.saving import save
-from ..recovery.base import RecoveryStrategy
-from ..recovery.data import prepare
-from ..recovery.job import train
+from ..recovery.base import RecoveryStrategy, nothing
+from ..recovery.data import prepare, read_data
+from ..recovery.job import RecoverJob
+from ..recovery.recover import train
 from ..settings import RecoverSettings
 from .components import check_component
 from .models import first_change, scramble, tiny_llama
@@ -121,7 +122,7 @@ class RecoveryConformance:
         loaded: Model,
         work_dir: Path,
         steps: int = _STEPS,
-        on_step: Callable[[int, int, float], None] | None = None,
+        on_step: Callable[[int, int, float], object] = nothing,
     ) -> TrainingResult:
         words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
         answers = [f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}" for n in range(12)]
@@ -133,11 +134,10 @@ class RecoveryConformance:
             data=str(file), max_steps=steps, batch_size=4, micro_batch_size=2, learning_rate=1e-3, cutoff=32,
             validation=0,
         )  # fmt: skip
-        data = prepare(settings, loaded.family, loaded.tokenizer)
-        return train(
-            loaded.model, loaded.tokenizer, loaded.graph, data, self.strategy(), settings, work_dir,
-            load_teacher=lambda: tiny_llama().model, on_step=on_step,
-        )  # fmt: skip
+        data = prepare(settings, read_data(settings.data), loaded.family, loaded.tokenizer)
+        job = RecoverJob(settings, self.strategy())
+        result, _ = train(loaded, job, data, work_dir, lambda: tiny_llama().model, on_step=on_step)
+        return result
 
 
 def _interrupt(step: int, *_: object) -> None:

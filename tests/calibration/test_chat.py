@@ -11,7 +11,7 @@ from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Completion, Conversation, Instruction, Message
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.data import prepare
+from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
@@ -202,7 +202,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"messages": plain}, {"messages": system}]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
-        prepare(RecoverSettings(data=str(file)), FAMILY, tokenizer(STRICT))
+        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(STRICT))
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])

@@ -191,6 +191,7 @@ def test_a_character_written_as_two_escapes_is_read_and_half_of_one_is_a_questio
 MISSING = {
     "nowhere.txt": r"nowhere\.txt: no such file; expected a \.txt, \.json, \.jsonl or \.parquet file, .*or 'pydoc'",
     "nowhere.txt:train": "no such file",
+    "chat:nowhere.jsonl": "chat:nowhere.jsonl: no such file",
     "../nowhere": "no such file",
     "/nowhere/at/all": "no such file",
     "a/b/c": "no such file",

@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from criteria_cases import SMALL
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, GraniteConfig, GraniteForCausalLM
+from transformers import GraniteConfig, GraniteForCausalLM
 
 import llmpruner
 from llmpruner.calibration.calibration import CalibrationJob, parse_calibration
@@ -77,15 +77,12 @@ def test_it_is_the_divergence_of_the_saved_models(name, streamed, options, round
     chosen = {"calibration": source, "samples": SAMPLES, "length": LENGTH, "ratio": 0.3, "seed": 3}
     found = llmpruner.prune(str(folder / name), output=tmp_path / "out", **chosen, **options)
     assert (found.streamed is not None) == streamed
-    dense = AutoModelForCausalLM.from_pretrained(folder / name)
-    tokenizer = AutoTokenizer.from_pretrained(folder / name) if name == "llama" else None
+    dense = llmpruner.load(folder / name)
     calibrated, read = (
-        CalibrationJob(source, parse_calibration(source, SOURCES), SAMPLES, LENGTH)
-        .draw(dense, tokenizer, SAMPLES, seed)
-        .input_ids
+        CalibrationJob(source, parse_calibration(source, SOURCES), SAMPLES, LENGTH).draw(dense, SAMPLES, seed)
         for seed in (3, 4)
     )
-    kl, agreement, tokens = by_hand(dense, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)
+    kl, agreement, tokens = by_hand(dense.model, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)
     quality = found.outcome.quality
     assert kl > 0.01
     assert quality.tokens == tokens

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import copy
 import json
+from types import SimpleNamespace
 
 import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
 
-from llmpruner import build_graph
+from llmpruner import Model, build_graph
 from llmpruner.models.surgery import cut
-from llmpruner.recovery.data import prepare
-from llmpruner.recovery.job import train
+from llmpruner.recovery.base import nothing
+from llmpruner.recovery.data import prepare, read_data
+from llmpruner.recovery.job import RecoverJob
+from llmpruner.recovery.recover import train
 from llmpruner.settings import RecoverSettings
 
 FAMILY = LlamaFamily()
@@ -42,13 +45,16 @@ def write_lines(path, rows=ROWS):
     return str(path)
 
 
-def train_tiny(folder, strategy, pruned=None, rows=ROWS, **changes):
-    """The result of a training in ``folder``; ``changes``: of `SETTINGS`, and keywords of `train`."""
+def model_of(model, graph):
+    return Model("tiny", model.config, FAMILY, graph, model=model, tokenizer=tiny_models.tokenizer())
+
+
+def train_tiny(folder, strategy, pruned=None, *, load_teacher=None, on_step=nothing, **changes):
+    """The result of a training in ``folder``, with its ``record``. ``changes``: of `SETTINGS`."""
     folder.mkdir(exist_ok=True)
-    options = {name: changes.pop(name) for name in ("on_step", "on_validation", "load_teacher") if name in changes}
-    settings = RecoverSettings(data=write_lines(folder / "data.jsonl", rows), **{**SETTINGS, **changes})
-    model, graph = pruned or pruned_model()
-    tokenizer = tiny_models.tokenizer()
-    data = prepare(settings, FAMILY, tokenizer)
-    options = {"load_teacher": lambda: copy.deepcopy(dense_model(model.dtype)), **options}
-    return train(model, tokenizer, graph, data, strategy, settings, folder / "work", **options)
+    settings = RecoverSettings(data=write_lines(folder / "data.jsonl"), **{**SETTINGS, **changes})
+    loaded = model_of(*(pruned or pruned_model()))
+    data = prepare(settings, read_data(settings.data), FAMILY, loaded.tokenizer)
+    teacher = load_teacher or (lambda: copy.deepcopy(dense_model(loaded.model.dtype)))
+    result, record = train(loaded, RecoverJob(settings, strategy), data, folder / "work", teacher, on_step=on_step)
+    return SimpleNamespace(**vars(result), record=record)

@@ -152,10 +152,12 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 
-def test_a_model_that_was_not_pruned_is_refused_before_it_is_loaded(home, tmp_path, monkeypatch):
+def test_what_needs_no_weights_is_refused_before_they_are_loaded(home, tmp_path, monkeypatch):
     monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
         api.recover(str(home / "dense"), data="self", output=tmp_path / "out")
+    with pytest.raises(DataError, match="'some/thing' is no file here, and cannot be loaded as a data set"):
+        recover(home, tmp_path / "out", data="self:8,some/thing")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from recovery_cases import pruned_model, train_tiny
 
-from llmpruner import RecoveryStrategy, TrainingResult, fit
+from llmpruner import RecoveryStrategy, fit
 from llmpruner.recovery.losses import next_token_loss
-from llmpruner.recovery.strategies import FullStrategy
+from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.recovery.training import filled_in
 from llmpruner.report.history import first_and_last, no_better
 from llmpruner.settings import RecoverSettings
@@ -43,7 +43,7 @@ class With(RecoveryStrategy):
 
     def train(self, job):
         job.model.requires_grad_(True)
-        return TrainingResult(job.model, fit(job.model, job, self.loss), 1)
+        return fit(job.model, job, self.loss)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, opt
     model, graph = pruned_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     result = tiny(With(loss), (model, graph), **options)
-    record = result.details
+    record = result.record
     first, *_, last = record["validation"]
     assert record["best_step"] == 0 and record["improved"] is False
     assert last["loss"] + last["error"] > first["loss"] and (last["loss"] < first["loss"]) == (loss is not away)
@@ -74,22 +74,26 @@ def test_the_weights_of_the_start_are_found_in_a_folder_that_was_moved(tmp_path)
         train_tiny(tmp_path / "before", With(away), on_step=interrupt)
     (tmp_path / "before").rename(tmp_path / "after")
     result = train_tiny(tmp_path / "after", With(away))
-    assert result.details["best_step"] == 0 and len(result.losses) == 6
+    assert result.record["best_step"] == 0 and len(result.losses) == 6
     for name, value in pruned_model()[0].state_dict().items():
         assert torch.equal(result.model.state_dict()[name], value), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, dtype):
-    """At a rate of which bfloat16 keeps little."""
+@pytest.mark.parametrize(
+    ("base", "dtype", "rate"),
+    [(FullStrategy, torch.float32, 1e-4), (FullStrategy, torch.bfloat16, 1e-4), (LoraStrategy, torch.bfloat16, 5e-3)],
+)
+def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, base, dtype, rate):
+    """At a rate of which bfloat16 keeps little, and where merging adapters rounds."""
     rows = []
 
-    class Kept(FullStrategy):
+    class Kept(base):
         def train(self, job):
             rows.extend(job.validation)
             return super().train(job)
 
-    result = tiny(Kept(), pruned_model(dtype), learning_rate=1e-4, max_steps=3)
+    result = tiny(Kept(), pruned_model(dtype), learning_rate=rate, max_steps=3)
+    assert result.record["best_step"] > 0
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
         model, total = result.model.float(), 0.0
         for row in rows:
@@ -97,7 +101,7 @@ def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, dtype):
             batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
             total += float(next_token_loss(model, batch)) * (ids.numel() - 1)
     mean = total / sum(len(row["input_ids"]) - 1 for row in rows)
-    assert first_and_last(result.details)[2] == pytest.approx(mean, abs=1e-6)
+    assert first_and_last(result.record)[2] == pytest.approx(mean, abs=1e-6)
 
 
 def test_a_few_steps_of_all_weights_have_a_lower_rate():

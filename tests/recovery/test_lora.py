@@ -50,7 +50,7 @@ def test_adapters_for_conv1d_modules(tiny):
     graph = cut(model, graph, {"layers.1.mlp": range(0, 64, 2)})
     result = tiny(LoraStrategy(), (model, graph))
     assert isinstance(result.model.transformer.h[1].mlp.c_fc, Conv1D)
-    assert result.details["best_step"] > 0
+    assert result.record["best_step"] > 0
 
 
 def test_modules_that_peft_refuses_are_named(tiny):

@@ -9,15 +9,15 @@ import time
 
 import pytest
 import torch
-from recovery_cases import dense_model, pruned_model
+from recovery_cases import dense_model, model_of, pruned_model
 
 from llmpruner import DataError, ModelError, OutputError, RecoveryStrategy, SettingsError
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import PluginError
 from llmpruner.recovery import training
-from llmpruner.recovery.base import TrainingResult
 from llmpruner.recovery.data import TrainingData
-from llmpruner.recovery.job import train
+from llmpruner.recovery.job import RecoverJob
+from llmpruner.recovery.recover import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
 from llmpruner.settings import RecoverSettings
@@ -42,7 +42,7 @@ def test_training_lowers_the_loss_and_returns_the_same_kind_of_model(tiny, strat
         n: v.shape for n, v in before.items()
     }
     assert seen == [(n, 6, loss) for n, loss in enumerate(result.losses, start=1)]
-    assert result.details["validation"][-1]["loss"] < result.details["validation"][0]["loss"]
+    assert result.record["validation"][-1]["loss"] < result.record["validation"][0]["loss"]
     assert not result.model.training and all(p.requires_grad for p in result.model.parameters())
     assert result.model.config.use_cache
     moved = {name for name in after if not torch.equal(after[name], before[name])}
@@ -70,7 +70,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, tmp_path, st
     resumed = tiny(strategy, name="parts", on_step=lambda step, *_: steps.append(step))
     assert 1 < steps[0] <= 5 and steps[-1] == 6
     assert resumed.losses == pytest.approx(whole.losses, abs=1e-6)
-    assert resumed.details["validation"] == whole.details["validation"]
+    assert resumed.record["validation"] == whole.record["validation"]
     for name, value in whole.model.state_dict().items():
         torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=0)
 
@@ -92,14 +92,14 @@ class Scripted(RecoveryStrategy):
             self.weights.append(head.detach().clone())
             return value * 0 + next(calls)
 
-        return TrainingResult(model, fit(model, job, loss), head.numel())
+        return fit(model, job, loss)
 
 
 def test_the_result_has_the_weights_with_the_lowest_loss(tiny, tmp_path):
     strategy = Scripted()
     # One micro-batch of rows, so that each validation calls the loss once.
     result = tiny(strategy, validation=1, batch_size=8)
-    record = result.details
+    record = result.record
     assert [one["loss"] for one in record["validation"]] == list(Scripted.losses)
     assert record["best_step"] == 2 and [one["step"] for one in record["validation"]] == [0, 1, 2, 3, 4, 5, 6]
     assert torch.equal(result.model.lm_head.weight, strategy.weights[2])
@@ -131,7 +131,7 @@ def test_weights_of_16_bits_are_trained_in_float32(tiny, dtype):
 
             job.teacher()
             job.model.requires_grad_(True)
-            return TrainingResult(job.model, fit(job.model, job, loss), 0)
+            return fit(job.model, job, loss)
 
     result = tiny(Watching(), pruned_model(dtype))
     products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
@@ -144,16 +144,16 @@ def test_a_model_in_bfloat16_learns_as_one_in_float32(tiny):
     options = {"max_steps": 20, "learning_rate": 1e-4}
     wide, narrow = (tiny(FullStrategy(), pruned_model(dtype), name=str(dtype), **options) for dtype in (
         torch.float32, torch.bfloat16))  # fmt: skip
-    before, after = (wide.details["validation"][place]["loss"] for place in (0, -1))
-    assert narrow.details["validation"][-1]["loss"] == pytest.approx(after, abs=0.1 * (before - after))
+    before, after = (wide.record["validation"][place]["loss"] for place in (0, -1))
+    assert narrow.record["validation"][-1]["loss"] == pytest.approx(after, abs=0.1 * (before - after))
 
 
 def test_minutes_end_a_training(tiny):
     began = time.monotonic()
     result = tiny(FullStrategy(), max_steps=None, minutes=0.05, batch_size=None)
     assert 2 < time.monotonic() - began < 30
-    assert len(result.losses) > 3 and result.details["settings"]["batch_size"] == 2
-    assert result.details["validation"][-1]["step"] == len(result.losses)
+    assert len(result.losses) > 3 and result.record["settings"]["batch_size"] == 2
+    assert result.record["validation"][-1]["step"] == len(result.losses)
 
 
 def test_a_training_of_minutes_goes_on_after_an_interruption(tiny):
@@ -165,7 +165,7 @@ def test_a_training_of_minutes_goes_on_after_an_interruption(tiny):
     with pytest.raises(KeyboardInterrupt):
         tiny(FullStrategy(), on_step=interrupt, **options)
     result = tiny(FullStrategy(), **options)
-    assert result.details["validation"][-1]["step"] == len(result.losses) > 0
+    assert result.record["validation"][-1]["step"] == len(result.losses) > 0
 
 
 def test_batches_and_steps():
@@ -205,7 +205,7 @@ def test_a_training_that_diverges_stops(tiny):
     model, graph = pruned_model()
     with torch.no_grad():
         model.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(ModelError, match="the validation loss became nan at step 0; lower the learning rate"):
+    with pytest.raises(ModelError, match="became nan at step 0; the weights of the model are damaged"):
         tiny(LoraStrategy(), (model, graph))
 
 
@@ -221,17 +221,17 @@ def test_what_a_strategy_returns_is_checked(tiny):
 
 
 def test_a_tokenizer_of_another_model_is_named(tmp_path):
-    model, graph = pruned_model()
-    model.resize_token_embeddings(50)
+    loaded = model_of(*pruned_model())
+    loaded.model.resize_token_embeddings(50)
     known, unknown = ([{"input_ids": [3, token], "labels": [3, token]}] for token in (49, 50))
     for data in (TrainingData(unknown, known, True), TrainingData(known, unknown, True)):
         with pytest.raises(DataError, match="it is that of another model"):
-            train(model, None, graph, data, FullStrategy(), RecoverSettings(), tmp_path, load_teacher=dense_model)
+            train(loaded, RecoverJob(RecoverSettings(), FullStrategy()), data, tmp_path, dense_model)
 
 
 def test_the_record(tiny):
     result = tiny(LoraStrategy(rank=4), max_steps=2)
-    record = json.loads(json.dumps(result.details))
+    record = json.loads(json.dumps(result.record))
     assert record.pop("settings") == {
         "learning_rate": 5e-3, "epochs": 2.0, "max_steps": 2, "minutes": None, "batch_size": 4, "micro_batch_size": 2,
         "cutoff": 24, "validation": 0.02, "seed": 0,

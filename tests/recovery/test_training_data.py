@@ -11,17 +11,17 @@ from recovery_cases import write_lines
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.data import check_data, prepare
+from llmpruner.recovery.data import check_data, prepare, read_data
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
 ASKED = {"instruction": "Name the capital of France.", "input": "", "output": "Paris."}
 
 
-def prepared(source, **options):
-    more = {name: options.pop(name) for name in ("positions", "written") if name in options}
+def prepared(source, *, positions=None, written=None, **options):
     settings = RecoverSettings(data=str(source), **{"validation": 0, "cutoff": 400, **options})
-    return prepare(settings, FAMILY, tiny_models.tokenizer(), **more)
+    read = {**read_data(settings.data), **(written or {})}
+    return prepare(settings, read, FAMILY, tiny_models.tokenizer(), positions)
 
 
 def texts(rows):
@@ -72,7 +72,7 @@ def test_a_limit_draws_by_seed(tmp_path):
 
 def test_sources_are_mixed_in_shares(tmp_path):
     file = write_lines(tmp_path / "a.jsonl", [ASKED] * 12)
-    written = {"self:4": [Completion("The fox jumps over it.")] * 4}
+    written = {"self:4": [("a place", Completion("The fox jumps over it."))] * 4}
     data = prepared(f"3*{file},1*self:4", written=written, cutoff=6)
     assert len([text for text in texts(data.rows) if "fox" in text]) >= 1
     assert len(data.rows) > 12

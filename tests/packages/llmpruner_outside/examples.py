@@ -16,7 +16,6 @@ from llmpruner import (
     RecoveryStrategy,
     Runtime,
     Session,
-    TrainingResult,  # noqa: F401
     work_of,  # noqa: F401
 )
 

@@ -6,7 +6,6 @@ from llmpruner import (
     RecoveryStrategy,
     Role,
     Signal,
-    TrainingResult,
     hookimpl,
 )
 
@@ -42,9 +41,7 @@ class Consumers(RecoveryStrategy):
         chosen = {span.parameter for group in inside for span in group.spans_with(*roles)}
         for name, parameter in job.model.named_parameters():
             parameter.requires_grad_(name in chosen)
-        losses = fit(job.model, job)
-        trained = sum(p.numel() for p in job.model.parameters() if p.requires_grad)
-        return TrainingResult(job.model, losses, trained)
+        return fit(job.model, job)
 
 
 @hookimpl
