@@ -49,7 +49,7 @@ _PARTS, _CHECKING_SHARE = 10, 0.1
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
-    """Train the parameters of ``model`` that require gradients, in place.
+    """Train the parameters of ``model`` that require gradients, in place. Returns what `RecoveryStrategy.train` does.
 
     ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro-batch. Micro-
     batches are weighted by their numbers of trained tokens, so that a step does not depend on ``micro_batch_size`` and

@@ -94,17 +94,19 @@ def random_model():
     return model
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["family's format", "template"])
-def home(request, tmp_path_factory, random_model):
+def dense_and_pruned(home, random_model, template=None):
     """A folder with a dense and a pruned model, with a chat template or without."""
-    home = tmp_path_factory.mktemp("home")
     tokenizer = tiny_models.tokenizer()
-    if request.param:
-        tokenizer.chat_template = TEMPLATE
+    tokenizer.chat_template = template
     random_model.save_pretrained(home / "dense")
     tokenizer.save_pretrained(home / "dense")
     api.prune(str(home / "dense"), output=home / "pruned", ratio=0.2, importance="l1", compensate="none")
     return home
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, random_model):
+    return dense_and_pruned(tmp_path_factory.mktemp("home"), random_model)
 
 
 @pytest.fixture(autouse=True)
@@ -124,8 +126,9 @@ def rows_in(folder):
     return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
-def test_a_model_recovers_without_a_corpus(home, tmp_path):
-    made = recover(home, tmp_path / "out", work_dir=tmp_path / "work")
+@pytest.mark.parametrize("template", [None, TEMPLATE], ids=["family's format", "template"])
+def test_a_model_recovers_without_a_corpus(tmp_path, random_model, template):
+    made = recover(dense_and_pruned(tmp_path, random_model, template), tmp_path / "out", work_dir=tmp_path / "work")
     rows = rows_in(tmp_path / "work")
     asked = [row["instruction"] for row in rows if "instruction" in row]
     assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6

@@ -116,26 +116,25 @@ def test_a_killed_training_ends_with_the_same_bytes(home, strategy):
 @pytest.mark.long
 def test_two_processes_train_as_one(home):
     """On the command line; the first process writes the result."""
-    flags = on_the_line(TRAINING)
-    records = {}
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmpruner"]
     for strategy in ("full", "distil", "lora"):
+        data = "self:24" if strategy == "distil" else str(home / "data.jsonl")
         # Dropout draws other numbers in another process.
-        settings = ["--set", "lora.dropout=0"] if strategy == "lora" else []
-        data = "self:24" if strategy == "distil" else home / "data.jsonl"
-        for count in (1, 2):
-            out = home / f"{strategy}-{count}"
-            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-            command = [
-                *launcher, "-m", "llmpruner", "recover", home / "pruned", "--data", data, "-o", out,
-                "--dtype", "float32", "--strategy", strategy, *flags, *settings,
-            ]  # fmt: skip
-            done = subprocess.run(
-                [sys.executable, *map(str, command)], text=True, capture_output=True, timeout=200,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-            )  # fmt: skip
-            assert done.returncode == 0, done.stderr
-            assert (done.stdout + done.stderr).count("✓") == 1 and not Path(f"{out}.recovery").exists()
-            (records[count],) = json.loads((out / "llmpruner.json").read_text())["recovery"]
-        assert records[1]["losses"] == pytest.approx(records[2]["losses"], rel=1e-2)
-        losses = [[one["loss"] for one in records[count]["validation"]] for count in (1, 2)]
+        own = {"lora": {"dropout": 0}} if strategy == "lora" else {}
+        alone, _ = recover(home, strategy=strategy, data=data, settings=own, output=home / f"{strategy}-alone")
+        out = home / strategy
+        command = [
+            *launcher, "recover", home / "pruned", "--data", data, "-o", out, "--strategy", strategy,
+            *on_the_line(TRAINING), *(["--set", "lora.dropout=0"] if own else []),
+        ]  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *map(str, command)], text=True, capture_output=True, timeout=200,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert (done.stdout + done.stderr).count("✓") == 1 and not Path(f"{out}.recovery").exists()
+        (together,) = json.loads((out / "llmpruner.json").read_text())["recovery"]
+        records = alone.record["recovery"][0], together
+        assert records[0]["losses"] == pytest.approx(records[1]["losses"], rel=1e-2)
+        losses = [[each["loss"] for each in record["validation"]] for record in records]
         assert losses[0] == pytest.approx(losses[1], rel=1e-2)

@@ -150,14 +150,14 @@ def test_a_model_in_bfloat16_learns_as_one_in_float32(tiny):
 
 def test_minutes_end_a_training(tiny):
     began = time.monotonic()
-    result = tiny(FullStrategy(), max_steps=None, minutes=0.05, batch_size=None)
-    assert 2 < time.monotonic() - began < 30
+    result = tiny(FullStrategy(), max_steps=None, minutes=0.02, batch_size=None)
+    assert 1 < time.monotonic() - began < 30
     assert len(result.losses) > 3 and result.record["settings"]["batch_size"] == 2
     assert result.record["validation"][-1]["step"] == len(result.losses)
 
 
 def test_a_training_of_minutes_goes_on_after_an_interruption(tiny):
-    options = {"max_steps": None, "minutes": 0.03, "batch_size": None}
+    options = {"max_steps": None, "minutes": 0.02, "batch_size": None}
 
     def interrupt(step, *_):
         raise KeyboardInterrupt
