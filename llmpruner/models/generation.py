@@ -138,8 +138,8 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
         if is_out_of_memory(error):
             raise ModelError("memory is too small for so many tokens; take fewer at once") from error
         raise UnsupportedModelError(
-            f"a {model.config.model_type} model does not run with a key/value cache, so its cost cannot be measured "
-            f"({type(error).__name__}: {first_line(error)[:160]}); choose another --budget"
+            f"a {model.config.model_type} model does not run with a key/value cache, so it cannot be measured with one "
+            f"({type(error).__name__}: {first_line(error)[:160]})"
         ) from error
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
@@ -81,7 +81,7 @@ class Step:
     reads: tuple[str, ...]
     prompt: str | None
     place: str
-    job: Any = field(default=None, compare=False)
+    job: Any = field(compare=False)
 
 
 @dataclass(frozen=True)
@@ -126,15 +126,14 @@ class Recipe:
                 raise SettingsError(f"{key}: expected STEP.setting, such as prune.ratio")
         steps: list[Step] = []
         for entry in _written_out(top.steps, source):
-            steps.append(_step(entry, steps, values, source))
+            steps.append(_step(entry, steps, values, source, catalog))
         if not steps:
             raise SettingsError(f"{source}: expected at least one step under 'steps'")
         known = {name for step in steps for name in (step.command, step.name, str(step.number))}
         for key in values:
             if key.partition(".")[0] not in known:
                 raise SettingsError(f"{key}: {UnknownNameError('step', key.partition('.')[0], known)}")
-        ready = tuple(replace(step, job=_job(step, catalog)) for step in steps)
-        return cls(ready, top.model, top.output, top.load, source)
+        return cls(tuple(steps), top.model, top.output, top.load, source)
 
 
 def values_of(texts: Sequence[str]) -> dict[str, Any]:
@@ -187,7 +186,9 @@ def _written_out(entries: Any, place: str) -> Iterator[Mapping[str, Any]]:
             yield from _written_out(step.get("steps"), place)
 
 
-def _step(entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str, Any], source: str) -> Step:
+def _step(
+    entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str, Any], source: str, catalog: Catalog
+) -> Step:
     """``before``: the steps before this one."""
     number = len(before) + 1
     commands = [key for key in entry if key in COMMANDS]
@@ -209,7 +210,14 @@ def _step(entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str
         if step in (command, name, str(number)):
             _put(values, path, value, f"{place}: {key}")
     settings = _settings(COMMANDS[command].settings, values, place)
-    return Step(number, command, name, settings, _reads(command, own, before, place), own.prompt, place)
+    reads = _reads(command, own, before, place)
+    with naming(place):
+        job = COMMANDS[command].create(settings, catalog)
+        metrics = job if command == "evaluate" else ()
+        compares = next((metric for metric in metrics if metric.needs_reference), None)
+        if compares is not None and len(reads) == 1:
+            raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
+    return Step(number, command, name, settings, reads, own.prompt, place, job)
 
 
 def _put(values: Any, path: Sequence[str], value: Any, place: str) -> None:
@@ -243,21 +251,11 @@ def _settings(model: type[S], values: Any, place: str) -> S:
     return validated(model, {str(key): value for key, value in values.items() if value is not None}, place)
 
 
-def _job(step: Step, catalog: Catalog) -> Any:
-    with naming(step):
-        job = COMMANDS[step.command].create(step.settings, catalog)
-        metrics = job if step.command == "evaluate" else ()
-        compares = next((metric for metric in metrics if metric.needs_reference), None)
-        if compares is not None and len(step.reads) == 1:
-            raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
-        return job
-
-
 @contextmanager
-def naming(step: Step) -> Iterator[None]:
-    """Put the place of a step before the message of every error."""
+def naming(place: str) -> Iterator[None]:
+    """Put the ``place`` of a step before the message of every error."""
     try:
         yield
     except LlmprunerError as error:
-        error.args = (f"{step.place}: {error}",)
+        error.args = (f"{place}: {error}",)
         raise

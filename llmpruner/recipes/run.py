@@ -101,7 +101,7 @@ class RecipeRun:
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:
-            with naming(step):
+            with naming(step.place):
                 COMMANDS[step.command].check(step.job)
                 if step.command == "prune" and step.reads == (DENSE,):
                     check_job(step.job, self.dense, tokenizer=True)
@@ -197,7 +197,7 @@ class RecipeRun:
         shutil.rmtree(result, ignore_errors=True)
         started = time.monotonic()
         try:
-            with naming(step):
+            with naming(step.place):
                 facts, value = _DO[step.command](self, step, result)
             if step.command in MEASURES:
                 with new_directory(result) as partial:

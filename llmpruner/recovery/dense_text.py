@@ -23,9 +23,7 @@ from ..errors import DataError
 from ..progress import QUIET, Progress
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..discovery.family import ModelFamily
+    from ..models.model import Model
 
 ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
@@ -74,41 +72,33 @@ def instructions() -> tuple[str, ...]:
     return tuple(line for line in text.splitlines() if line.strip())
 
 
-def write_examples(
-    text: DenseText,
-    model: PreTrainedModel,
-    tokenizer: Any,
-    family: ModelFamily,
-    seed: int,
-    progress: Progress = QUIET,
-) -> list[Example]:
-    """Let the dense ``model`` write the examples of ``text``. Raises `DataError` where that gives none."""
+def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress = QUIET) -> list[Example]:
+    """Let the ``dense`` model write the examples of ``text``. Raises `DataError` where that gives none."""
     from ..calibration.written import self_generated
 
     examples: list[Example] = []
     if text.answers:
-        examples += _answers(text, model, tokenizer, family, seed, progress)
+        examples += _answers(text, dense, seed, progress)
     if text.texts:
         ids = self_generated(
-            model, tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS, batch=_BATCH, progress=progress,
-            label="The dense model writes texts",
+            dense.model, dense.tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS, batch=_BATCH,
+            progress=progress, label="The dense model writes texts",
         )  # fmt: skip
-        texts = (_decoded(tokenizer, row, finished=False) for row in ids.tolist())
+        texts = (_decoded(dense.tokenizer, row, finished=False) for row in ids.tolist())
         examples += [Completion(written) for written in texts if written]
     if not examples:
         raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
     return examples
 
 
-def _answers(
-    text: DenseText, model: PreTrainedModel, tokenizer: Any, family: ModelFamily, seed: int, progress: Progress
-) -> list[Example]:
+def _answers(text: DenseText, dense: Model, seed: int, progress: Progress) -> list[Example]:
     from torch.quasirandom import SobolEngine
 
     from ..calibration.written import answered
     from ..models.positions import table_of
     from ..models.tokenizer import ids_to_continue
 
+    model, tokenizer, family = dense.model, dense.tokenizer, dense.family
     prompts: dict[str, list[int]] = {}
     for instruction in instructions():
         prompt = chat_prompt(family, tokenizer, instruction)

@@ -143,7 +143,7 @@ def _written(
         model = dense()
         if model.tokenizer is None:
             raise no_tokenizer(f"the dense model '{model.ref}'", "it cannot write examples")
-        examples = write_examples(dense_text, model.model, model.tokenizer, model.family, seed, opener.progress)
+        examples = write_examples(dense_text, model, seed, opener.progress)
         if not (folder / _JOB_FILE).is_file():
             write_text(folder / _JOB_FILE, "{}\n")  # until the training identifies itself
         write_text(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples))

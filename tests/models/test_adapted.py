@@ -79,7 +79,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     wrote = []
     monkeypatch.setattr(
         "llmpruner.recovery.recover.write_examples",
-        lambda own, model, *_: wrote.append(logits(model)) or [Completion("The quick brown fox jumps over it. " * 4)],
+        lambda own, dense, *_: wrote.append(logits(dense.model)) or [Completion("The fox jumps over it. " * 4)],
     )
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
     assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model))

@@ -45,7 +45,7 @@ def write_lines(path, rows=ROWS):
     return str(path)
 
 
-def model_of(model, graph):
+def model_of(model, graph=None):
     return Model("tiny", model.config, FAMILY, graph, model=model, tokenizer=tiny_models.tokenizer())
 
 

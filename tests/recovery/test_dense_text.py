@@ -7,6 +7,7 @@ import json
 import pytest
 import tiny_models
 import torch
+from recovery_cases import model_of
 
 from llmpruner import api
 from llmpruner.calibration.written import answered
@@ -165,8 +166,6 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(home, tmp_path,
 
 
 def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):
-    from llmpruner_llama.family import LlamaFamily
-
     monkeypatch.setattr(dense_text, "_decoded", lambda *_, **__: "")
     with pytest.raises(DataError, match="writes nothing but blanks"):
-        write_examples(DenseText("self:4", 1, 3), random_model, tiny_models.tokenizer(), LlamaFamily(), 0)
+        write_examples(DenseText("self:4", 1, 3), model_of(random_model), 0)
