@@ -95,7 +95,7 @@ def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, monkeypatch, ba
             return super().train(job)
 
     result = tiny(Kept(), pruned_model(dtype), learning_rate=rate, max_steps=3)
-    assert result.record["best_step"] > 0
+    assert result.record["best_step"] > 0 and {p.dtype for p in result.model.parameters()} == {dtype}
     # Weights that are trained are in float32, under autocast.
     widened = base is FullStrategy and dtype == torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=widened):

@@ -5,17 +5,11 @@ from __future__ import annotations
 import pytest
 import tiny_models
 import torch
-from recovery_cases import pruned_model
 
 from llmpruner import MLP, Blocks, Catalog, CoupledGroup, Role, Span, UnsupportedModelError, build_graph
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.strategies import LoraStrategy, adapter_targets
-
-
-def test_merging_keeps_the_dtype(tiny):
-    result = tiny(LoraStrategy(), pruned_model(torch.bfloat16))
-    assert {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
 
 
 def test_experts_are_skipped():

@@ -78,22 +78,6 @@ def test_sources_are_mixed_in_shares(tmp_path):
     assert len(data.rows) > 12
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON"),
-        ("a.jsonl", "\n", r"a\.jsonl has no examples"),
-        ("a.jsonl", '{"question": "x"}', r"line 1: expected 'instruction', 'output'.*found 'question'"),
-        ("a.jsonl", '{"instruction": "x", "output": 4}', r"line 1: 'output' must be text, found int"),
-        ("a.csv", "x,y", r"a\.csv: expected 'instruction', 'output'.*; found str"),
-    ],
-)
-def test_malformed_data_is_named_with_its_place(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
-        prepared(tmp_path / name)
-
-
 def test_data_is_looked_at_before_anything_long(tmp_path):
     with pytest.raises(DataError, match="no such file"):
         check_data(f"self:8,{tmp_path / 'none.jsonl'}")
