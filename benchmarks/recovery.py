@@ -97,7 +97,7 @@ def write_rows(dense: str, file: Path) -> None:
 
     model, text = llmpruner.load(dense), dense_text_in(WRITTEN)
     assert text is not None
-    examples = write_examples(text, model.model, model.tokenizer, model.family, seed=0)
+    examples = write_examples(text, model, seed=0)
     file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in examples), encoding="utf-8")
 
 
