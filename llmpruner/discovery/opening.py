@@ -20,7 +20,7 @@ from ..files import WEIGHTS
 from ..models.checkpoint import adapter_base
 from ..models.messages import in_one_line, quiet_transformers
 from ..models.model import Model, Structure
-from ..models.numbers import check_device, widened
+from ..models.numbers import check_device, dtype_of, widened
 from ..models.opening import load_model, open_streamed
 from ..models.record import read_any_record, read_record, sampled_sha256
 from ..models.reference import Reference, resolve
@@ -274,8 +274,9 @@ def dense_structure(
     return dense
 
 
-def placed_as(loaded: Model, trust_remote_code: bool) -> LoadSettings:
-    """Settings that load another model in the dtype and on the device of ``loaded``."""
-    dtype, device = str(loaded.model.dtype).removeprefix("torch."), str(loaded.model.device)
-    values = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+def placed_as(other: Structure, load: LoadSettings) -> LoadSettings:
+    """Settings that load a model in the dtype and on the device that ``other`` has, or will have by ``load``."""
+    device = str(other.model.device) if isinstance(other, Model) else load.device
+    dtype = str(dtype_of(other, load)).removeprefix("torch.")
+    values = {"dtype": dtype, "device": device, "trust_remote_code": load.trust_remote_code}
     return settings_from(LoadSettings, values)

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 
 def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
-    """The dtype that weights will have in memory."""
+    """The dtype that weights have in memory, or will have."""
+    loaded: Any = getattr(structure, "model", None)  # of a `Model`
+    if loaded is not None:
+        return cast("torch.dtype", loaded.dtype)
     if options.dtype != "auto":
         return cast("torch.dtype", getattr(torch, options.dtype))
     stored = stored_dtype(structure) or torch.float32

@@ -61,30 +61,28 @@ def recover(
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
-    tokenizer, positions = opener.tokenizer(opened), table_of(opened.config)
     dense = _check_model(job, opened, opener)
     examples = read_data(settings.data)
-    data = None if dense_text else prepare(settings, examples, opened.family, tokenizer, positions)
     if output is not None:
         opener.say_widened(opened)
     with alone_in(folder, _JOB_FILE, anew=restart) if ranks.first else nullcontext():
         stages = Stages()
-        with stages.stage("loading"):
-            loaded = opener.weights(opened)
-        load = placed_as(loaded, opener.load.trust_remote_code)
 
         @functools.cache
         def dense_model() -> Model:
-            return load_model(dense or dense_structure(loaded, opener.catalog, opener.load), load)
+            structure = dense or dense_structure(opened, opener.catalog, opener.load)
+            return load_model(structure, placed_as(opened, opener.load))
 
         if dense_text is not None:
             with stages.stage("writing examples"):
                 examples[dense_text.source] = ranks.from_first(
-                    lambda: _written(dense_text, loaded, dense_model, folder, settings.seed, opener)
+                    lambda: _written(dense_text, opened, dense_model, folder, settings.seed, opener)
                 )
             if not strategy.needs_dense:
                 dense_model.cache_clear()
-        data = data or prepare(settings, examples, opened.family, tokenizer, positions)
+        data = prepare(settings, examples, opened.family, opener.tokenizer(opened), table_of(opened.config))
+        with stages.stage("loading"):
+            loaded = opener.weights(opened)
         with stages.stage("training"):
             result, record = _trained(
                 loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True), opener
@@ -116,9 +114,8 @@ def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structur
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
         models += [dense] if strategy.needs_dense else []
     device = opened.model.device if isinstance(opened, Model) else torch.device(opener.load.device)
-    dtype = opened.model.dtype if isinstance(opened, Model) else dtype_of(opened, opener.load)
     needed = sum(loaded_bytes(model, opener.load) for model in models)
-    needed += strategy.trained_parameters(opened.graph) * (_TRAINED - dtype.itemsize)
+    needed += strategy.trained_parameters(opened.graph) * (_TRAINED - dtype_of(opened, opener.load).itemsize)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -133,11 +130,11 @@ def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structur
 
 
 def _written(
-    dense_text: DenseText, loaded: Model, dense: Callable[[], Model], folder: Path, seed: int, opener: Opener
+    dense_text: DenseText, opened: Structure, dense: Callable[[], Model], folder: Path, seed: int, opener: Opener
 ) -> list[tuple[str, Example]]:
     """The examples that the dense model writes, kept in ``folder`` for an interrupted run."""
-    base = loaded.plans[0].base
-    identity = json.dumps([asdict(dense_text), seed, base.model, base.structure, str(loaded.model.dtype)])
+    base, dtype = opened.plans[0].base, str(dtype_of(opened, opener.load))
+    identity = json.dumps([asdict(dense_text), seed, base.model, base.structure, dtype])
     file = folder / f"self-{hashlib.sha256(identity.encode()).hexdigest()[:12]}.jsonl"
     if not file.is_file():
         model = dense()

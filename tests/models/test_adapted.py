@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 import llmpruner
-from llmpruner import api
+from llmpruner import LoadSettings, api
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
 from llmpruner.models.checkpoint import load_pruned
@@ -68,7 +68,7 @@ def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     dense = dense_structure(pruned, catalog)
     assert pruned.record["base_path"] == str(adapter) == dense.path
     whole = load_model(load_structure(str(adapter), catalog))
-    assert torch.equal(logits(load_model(dense, placed_as(pruned, False)).model), logits(whole.model))
+    assert torch.equal(logits(load_model(dense, placed_as(pruned, LoadSettings())).model), logits(whole.model))
     assert not torch.allclose(logits(whole.model), logits(load_pruned(tmp_path / "base")), atol=1e-2)
     states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
     assert set(states.values()) == {"passed"}, states
