@@ -42,7 +42,7 @@ class TrainingData:
 
 
 def check_data(data: str) -> None:
-    """Raise `DataError` for data that is missing or begins malformed; nothing is downloaded."""
+    """Raise `DataError` for data that is missing or begins malformed."""
     for source in _stored(data):
         check_source(source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
 
@@ -61,15 +61,15 @@ def _stored(data: str) -> list[str]:
 
 def prepare(
     settings: RecoverSettings,
-    read: Mapping[str, Sequence[tuple[str, Example]]],
+    sources: Mapping[str, Sequence[tuple[str, Example]]],
     family: ModelFamily,
     tokenizer: Any,
     positions: int | None = None,
 ) -> TrainingData:
-    """Mix the examples ``read`` of each source, hold some back for validation, and tokenise them: an instruction or a
+    """Mix the examples of all ``sources``, hold some back for validation, and tokenise them: an instruction or a
     conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff``
     tokens. ``positions``: of a model with a table of them. Raises `DataError`."""
-    examples = mixed([(part, read[part.source]) for part in parse_mixture(settings.data)], settings.seed)
+    examples = mixed([(part, sources[part.source]) for part in parse_mixture(settings.data)], settings.seed)
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)
         examples = examples[: settings.limit]

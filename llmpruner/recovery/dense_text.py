@@ -30,8 +30,8 @@ ROWS = 512
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
 """The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
 _MIXED, _TEXTS = "self", "self-text"
-_OF = 4
-"""One of so many rows of ``self`` is an answer."""
+_ROWS_PER_ANSWER = 4
+"""One of so many rows of ``self`` answers an instruction."""
 _BATCH = 64
 """Rows that are written at once; memory grows with it."""
 _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
@@ -62,7 +62,7 @@ def _parsed(source: str) -> DenseText | None:
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
         raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
     rows = int(count) if colon else ROWS
-    answers = math.ceil(rows / _OF) if name == _MIXED else 0
+    answers = math.ceil(rows / _ROWS_PER_ANSWER) if name == _MIXED else 0
     return DenseText(source, answers, rows - answers)
 
 
