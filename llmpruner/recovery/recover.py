@@ -61,7 +61,8 @@ def recover(
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
-    dense = _check_model(job, opened, opener)
+    dense = _dense_of(job, opened, opener)
+    _check_memory(job, opened, dense, opener)
     examples = read_data(settings.data)
     if output is not None:
         opener.say_widened(opened)
@@ -102,20 +103,24 @@ def recover(
         return loaded
 
 
-def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structure | None:
-    """The dense model; None where it is not needed. Refuses one that cannot be opened, and more memory than the machine
-    has."""
-    dense: Structure | None = None
-    models, strategy = [opened], job.strategy
-    if job.reads_dense:
-        try:
-            dense = dense_structure(opened, opener.catalog, opener.load)
-        except LlmprunerError as error:
-            raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
-        models += [dense] if strategy.needs_dense else []
-    device = opened.model.device if isinstance(opened, Model) else torch.device(opener.load.device)
-    needed = sum(loaded_bytes(model, opener.load) for model in models)
-    needed += strategy.trained_parameters(opened.graph) * (_TRAINED - dtype_of(opened, opener.load).itemsize)
+def _dense_of(job: RecoverJob, opened: Structure, opener: Opener) -> Structure | None:
+    """The dense model, where the job reads it. Raises `ModelError` for one that cannot be opened."""
+    if not job.reads_dense:
+        return None
+    try:
+        return dense_structure(opened, opener.catalog, opener.load)
+    except LlmprunerError as error:
+        raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
+
+
+def _check_memory(job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> None:
+    """Say what a training needs. Raises `SettingsError` for more memory than the machine has."""
+    strategy, load = job.strategy, opener.load
+    needed = loaded_bytes(opened, load)
+    needed += strategy.trained_parameters(opened.graph) * (_TRAINED - dtype_of(opened, load).itemsize)
+    if dense is not None and strategy.needs_dense:
+        needed += loaded_bytes(dense, load)
+    device = opened.model.device if isinstance(opened, Model) else torch.device(load.device)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -126,7 +131,6 @@ def _check_model(job: RecoverJob, opened: Structure, opener: Opener) -> Structur
             "--strategy lora and --dtype bfloat16 take less"
         )
     opener.progress.status(f"strategy {strategy.name}: at least {needed / 2**30:.1f} GiB of memory")
-    return dense
 
 
 def _written(
