@@ -14,7 +14,7 @@ from llmpruner.recipes.named import DemoRecipe
 
 @pytest.fixture
 def small(monkeypatch, dense, tmp_path):
-    recipe = yaml.safe_load(DemoRecipe().text().replace("self-text:192", "self-text:24"))
+    recipe = yaml.safe_load(DemoRecipe().text())
     recipe["model"] = str(dense)
     steps = recipe["steps"]
     steps[0]["prune"].update(samples=4, settings={"vocabulary": {"tokens": 280}})
