@@ -24,6 +24,7 @@ def small(monkeypatch, dense, tmp_path):
     steps[3]["evaluate"]["settings"]["perplexity"]["tokens"] = 1024
     for step in steps[4:7]:
         step["generate"]["max_new_tokens"] = 8
+    steps[7]["bench"].update(prompt=32, rounds=1)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
     monkeypatch.setattr(commands, "DEMO", str(tmp_path / "small.yaml"))
     return dense
