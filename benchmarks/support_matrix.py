@@ -121,7 +121,12 @@ def examine(model_type: str) -> dict[str, Any]:
         result["reason"] = f"the class cannot be used: {first_line(error)} ({type(error).__name__})"
     else:
         result["verdicts"] = [
-            {"kind": v.kind, "verdict": v.verdict, "reason": v.reason, "difference": min(v.difference, 1e30)}
+            {
+                "kind": v.kind,
+                "verdict": v.verdict,
+                "reason": re.sub(r"/\S+/", "", v.reason),
+                "difference": min(v.difference, 1e30),
+            }
             for v in verdicts
         ]
     return {**result, "seconds": round(time.monotonic() - started, 1)}

@@ -76,7 +76,8 @@ def measured(
         result = json.loads(cut.pop("output"))["result"]
         cut |= {"gone": 1 - result["parameters_after"] / result["parameters_before"]}
         cut["tokens"] = (result.get("tokens") or {}).get("after")
-        cut["command"] = cut["command"].replace(str(folder), "$WORK").replace(str(data_folder()), "$LLMPRUNER_DATA")
+        for place, name in ((str(folder), "$WORK"), (str(data_folder()), "$LLMPRUNER_DATA"), (model, Path(model).name)):
+            cut["command"] = cut["command"].replace(place, name)
         model = str(output)
     file = folder / "evaluation.json"
     file.unlink(missing_ok=True)
