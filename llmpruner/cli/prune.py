@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..structure.plan import Outcome, PruningPlan
 
 
-@takes(PruneSettings, LoadSettings, RunSettings)
+@takes(PruneSettings, LoadSettings, RunSettings, omit=("restart",))
 def plan(
     model: ModelName,
     arguments: dict[str, Any],
