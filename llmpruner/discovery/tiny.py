@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from ..errors import UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
-from ..models.remote import register_model_class
+from ..models.meta import register_model_class
 from .shrink import Around, Small, shrink
 
 if TYPE_CHECKING:

@@ -8,14 +8,14 @@ from os.path import exists, isdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from ..errors import CheckpointError, MissingExtraError, first_line
 from ..files import read_json
-from .messages import quiet_transformers
+from .messages import ALLOW, quiet_transformers
 from .modeling_llmpruner import base_class, pruned_model
 from .record import check_weights, names_in
-from .remote import ALLOW, pruned_class
 
 if TYPE_CHECKING:
     import torch
@@ -119,3 +119,14 @@ def model_class(path: str | Path, trust_remote_code: bool) -> Any:
         if trust_remote_code:
             return pruned_class(path)
         raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
+
+
+def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
+    """The class of the pruned checkpoint in ``directory``, loaded from the code in it. The dense classes that it was
+    made from are registered with AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
+    values, _ = PreTrainedConfig.get_config_dict(str(directory))
+    pruned: Any = get_class_from_dynamic_module(values["auto_map"]["AutoModelForCausalLM"], str(directory))
+    base: type[PreTrainedModel] = pruned.pruned_base
+    AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(base.config_class, base, exist_ok=True)
+    return cast("type[PreTrainedModel]", pruned)

@@ -16,10 +16,13 @@ from transformers.utils import logging
 from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line
 from ..progress import only_errors
 from .record import names_in
-from .remote import ALLOW
 
 if TYPE_CHECKING:
     from .reference import Reference
+
+ALLOW = "allow it with --trust-remote-code (trust_remote_code=True) if you trust it"
+"""End of the messages that refuse to run code of a checkpoint. transformers asks on the terminal where its argument
+``trust_remote_code`` is not given, so every call of its auto classes gives it."""
 
 
 @contextlib.contextmanager

@@ -10,16 +10,35 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from ..errors import UnsupportedModelError
+from ..errors import ModelError, UnsupportedModelError
 from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
-from .messages import quiet_transformers
-from .remote import register_model_class
+from .messages import ALLOW, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
+    """Make sure that AutoModelForCausalLM has a class for ``config``. Code of a checkpoint (of
+    ``revision``, on the hub) runs only where the class of ``config`` is from it too: the user allowed it when the
+    configuration was read. Raises `ModelError` for code that may not run, `UnsupportedModelError` for no class."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if reference is None:
+        raise UnsupportedModelError(
+            f"there is no causal language model for model type '{config.model_type}' ({type(config).__name__})"
+        )
+    if type(config).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
+        raise ModelError(f"the model class of '{config.name_or_path}' is code that the checkpoint brings; {ALLOW}")
+    model_class = get_class_from_dynamic_module(reference, config.name_or_path, revision=revision)
+    AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(model_class), exist_ok=True)
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
