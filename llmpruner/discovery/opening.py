@@ -18,7 +18,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
 from ..files import WEIGHTS
 from ..models.checkpoint import adapter_base, pruned_class
-from ..models.messages import ALLOW, in_one_line, quiet_transformers
+from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, widened
@@ -211,13 +211,12 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _read_config(ref: Reference, options: LoadSettings, revision: str | None) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            ref.location, revision=revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
-        )
-        if options.trust_remote_code:
+    allowed = options.trust_remote_code
+    config: PreTrainedConfig = from_pretrained(AutoConfig, ref, revision, trust_remote_code=allowed)
+    if allowed:
+        with in_one_line(ref), quiet_transformers():
             register_model_class(config, revision)
-        return config
+    return config
 
 
 def base_record(loaded: Structure) -> dict[str, str]:

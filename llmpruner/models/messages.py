@@ -7,7 +7,7 @@ import linecache
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line
 from ..progress import only_errors
+from .gguf import gguf_parsed_once
 from .record import names_in
 
 if TYPE_CHECKING:
@@ -92,3 +93,11 @@ def in_one_line(ref: Reference) -> Iterator[None]:
         known = ref.directory.exists()
         what = "" if known else ": no such directory or .gguf file, and the hub has no such model, or can't be reached"
         raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error
+
+
+def from_pretrained(auto_class: Any, ref: Reference, revision: str | None, **options: Any) -> Any:
+    """What transformers reads from ``ref``, without its messages and with one line for its exceptions. A GGUF file is
+    parsed once for several calls."""
+    gguf = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+    with in_one_line(ref), quiet_transformers(), gguf_parsed_once() if gguf else contextlib.nullcontext():
+        return auto_class.from_pretrained(ref.location, revision=revision, **gguf, **options)

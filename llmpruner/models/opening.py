@@ -15,7 +15,7 @@ from ..errors import ModelError
 from ..settings import LoadSettings
 from .checkpoint import load_pruned, with_adapter
 from .gguf import forget_gguf, stored_twice
-from .messages import in_one_line, quiet_transformers
+from .messages import from_pretrained, in_one_line
 from .model import Model, Structure
 from .numbers import dtype_of, stored_value
 from .record import check_weights, has_shards, read_any_record
@@ -59,16 +59,10 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
     check_files(ref)
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            ref.location,
-            dtype=dtype,
-            revision=structure.revision,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **ref.gguf_argument,
-        )
+    model, info = from_pretrained(
+        AutoModelForCausalLM, ref, structure.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
     check_loaded(ref.text, model, info)
     if ref.gguf_file:
         forget_gguf()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
 from os.path import exists, isfile
@@ -89,19 +88,6 @@ class Reference:
             return revision
         commit: str = found.resolved
         return commit
-
-    @property
-    def gguf_argument(self) -> dict[str, Any]:
-        """What ``from_pretrained`` of transformers needs for a GGUF file; empty for other models."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-    def parsed_once(self) -> AbstractContextManager[None]:
-        """For what reads a GGUF file several times, see `gguf_parsed_once`."""
-        if not self.gguf_file:
-            return nullcontext()
-        from .gguf import gguf_parsed_once
-
-        return gguf_parsed_once()
 
 
 def resolve(text: str, catalog: Catalog) -> Reference:

@@ -15,7 +15,7 @@ from ..errors import DataError, ModelError
 from ..settings import LoadSettings
 from .checkpoint import adapter_base
 from .gguf import RECORDED_PRE, gguf_reader
-from .messages import in_one_line, quiet_transformers
+from .messages import from_pretrained
 from .reference import Reference, resolve
 from .trimmed import InTokens
 
@@ -32,11 +32,10 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     if not _may_have_tokenizer(ref):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
-    extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
-        tokenizer = AutoTokenizer.from_pretrained(
-            ref.location, revision=structure.revision, trust_remote_code=options.trust_remote_code, **extra
-        )
+    extra = {} if ref.gguf_file else {"config": structure.config}
+    tokenizer = from_pretrained(
+        AutoTokenizer, ref, structure.revision, trust_remote_code=options.trust_remote_code, **extra
+    )
     if ref.gguf_file:
         pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
         if pre is not None:
