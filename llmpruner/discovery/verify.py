@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from ..models.meta import graph_of, meta_model
-from ..models.shim import stock_config
+from ..models.save import stock_config
 from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule

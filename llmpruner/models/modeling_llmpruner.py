@@ -48,7 +48,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 MODEL_TYPE_PREFIX = "llmpruner_"
 CODE_NAME = "modeling_llmpruner"
-RECORD_VERSION = 1
 SLICED = "sliced_argument"
 PER_LAYER = "per_layer_config"
 LAYERS = "layers_kept"

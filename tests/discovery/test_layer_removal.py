@@ -17,8 +17,7 @@ from llmpruner.discovery.verify import verify
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers
-from llmpruner.models.save import save_checkpoint
-from llmpruner.models.shim import stock_config
+from llmpruner.models.save import save_checkpoint, stock_config
 from llmpruner.structure.coupling import LAYER
 
 TYPES = {
