@@ -58,7 +58,7 @@ def evaluate(
     for metric in metrics:
         metric.prepare()
         metric.check_models(models)
-    from ..models.trimmed import in_tokens_of
+    from ..models.vocabulary import in_tokens_of
 
     reference: Model | None = None
     evaluations = []

@@ -207,7 +207,7 @@ def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
     of ``text``, unless the other is a part of the first. The ids may differ: a fast and a slow tokenizer of one
     vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
-    from ..models.trimmed import old_ids
+    from ..models.vocabulary import old_ids
 
     first, *others = models
     for other in others:

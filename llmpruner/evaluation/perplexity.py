@@ -15,7 +15,7 @@ from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
 from ..models.numbers import autocast_to, multiplies_bfloat16_fast
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
-from ..models.trimmed import InTokens
+from ..models.vocabulary import InTokens
 from ..progress import QUIET, Progress
 from ..values import counted
 

@@ -1,4 +1,4 @@
-"""Saving a cut model as an ordinary Hugging Face directory: stock, or a shim with a record of how it differs from one."""
+"""Saving a cut model as an ordinary Hugging Face directory: stock, or with a record of how it differs from a stock one."""
 
 from __future__ import annotations
 

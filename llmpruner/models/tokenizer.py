@@ -17,7 +17,7 @@ from .checkpoint import adapter_base
 from .gguf import RECORDED_PRE, gguf_reader
 from .messages import from_pretrained
 from .reference import Reference, resolve
-from .trimmed import InTokens
+from .vocabulary import InTokens
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog

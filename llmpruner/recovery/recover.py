@@ -26,7 +26,7 @@ from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import load_model, reopened
 from ..models.positions import table_of
 from ..models.tokenizer import check_ids
-from ..models.trimmed import in_tokens_of
+from ..models.vocabulary import in_tokens_of
 from ..pruning.saving import save
 from .base import RecoveryJob, TrainingResult, helped, nothing
 from .data import TrainingData, prepare, read_data

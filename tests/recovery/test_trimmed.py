@@ -9,7 +9,7 @@ from recovery_cases import dense_model, write_lines
 
 import llmpruner
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.trimmed import in_tokens_of, old_ids
+from llmpruner.models.vocabulary import in_tokens_of, old_ids
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.losses import distillation_loss
 from llmpruner.settings import RecoverSettings
