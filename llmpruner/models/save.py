@@ -1,4 +1,4 @@
-"""Saving a cut model as an ordinary Hugging Face directory: stock, or with a record of how it differs from a stock one."""
+"""Saving a cut model as an ordinary Hugging Face directory: stock, or with a record of how it differs from stock."""
 
 from __future__ import annotations
 

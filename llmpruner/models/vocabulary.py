@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import inf, nextafter
@@ -65,7 +65,7 @@ class Vocabulary:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """The ids that always stay: special and added tokens, bytes, and single characters."""
+        """The ids that always stay: special and added tokens, bytes, single characters, and what no merge makes."""
         added = {token["id"] for token in self._spec["added_tokens"]}
         prefix = self._model.get("continuing_subword_prefix") or ""
         unknown = self._model.get("unk_token")
@@ -76,7 +76,10 @@ class Vocabulary:
         }
         if self._model["type"] == "Unigram" and self._model.get("unk_id") is not None:
             single.add(self._model["unk_id"])
-        return frozenset(added | single | {self.ids[t] for t in self._made_of_nothing()})
+        if self._model["type"] == "BPE":
+            made = {left + right for left, right in self._ranks}
+            single.update(number for token, number in self.ids.items() if token not in made)
+        return frozenset(added | single)
 
     @cached_property
     def parts(self) -> Mapping[int, tuple[int, ...]]:
@@ -100,16 +103,7 @@ class Vocabulary:
 
     @cached_property
     def _ranks(self) -> Mapping[Pair, int]:
-        merges = self._model.get("merges") or ()
-        pairs = (tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges)
-        return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
-
-    def _made_of_nothing(self) -> Iterable[str]:
-        """Tokens of BPE that no merge makes."""
-        if self._model["type"] != "BPE":
-            return ()
-        made = {left + right for left, right in self._ranks}
-        return (token for token in self.ids if token not in made)
+        return {(left, right): rank for rank, (left, right) in enumerate(self._model.get("merges") or ())}
 
     def check_kept(self, kept: Iterable[int], rows: int) -> None:
         """Raise `PlanError` unless ``kept``, of this many ``rows``, has what `trimmed` needs."""
@@ -203,14 +197,10 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
 
 def named_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The ids of tokens that the configurations of ``model`` name."""
-    named: list[int] = []
-
-    def note(number: int) -> int:
-        named.append(number)
-        return number
-
+    named: set[int] = set()
     for config in _configs(model):
-        _each_id(config, note)
+        for _, value in _token_ids(config):
+            named.update(value if isinstance(value, list | tuple) else [value])
     return frozenset(named)
 
 
@@ -221,7 +211,9 @@ def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
     new = {old: number for number, old in enumerate(kept)}
     configs = {id(c): c for c in _configs(model)}
     for named in (*configs.values(), *model.modules()):
-        _each_id(named, new.get)
+        for name, value in _token_ids(named):
+            stay = [new[v] for v in value if v in new] if isinstance(value, list | tuple) else new.get(value)
+            setattr(named, name, stay)
         if vars(named).get("vocab_size") == before:
             named.vocab_size = len(kept)
 
@@ -233,14 +225,10 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
     yield from (module.config for module in model.modules() if vars(module).get("config") is not None)
 
 
-def _each_id(named: Any, change: Callable[[int], int | None]) -> None:
-    for name, value in list(vars(named).items()):
-        if not _IDS.search(name):
-            continue
-        if isinstance(value, list | tuple):
-            setattr(named, name, [n for n in (change(v) for v in value) if n is not None])
-        elif isinstance(value, int) and value >= 0:
-            setattr(named, name, change(value))
+def _token_ids(named: Any) -> list[tuple[str, Any]]:
+    """The attributes of a configuration or module that are the id of a token, or a list of ids."""
+    values = [(name, value) for name, value in vars(named).items() if _IDS.search(name)]
+    return [(n, v) for n, v in values if isinstance(v, list | tuple) or (isinstance(v, int) and v >= 0)]
 
 
 def old_ids(dense: Any, trimmed: Any) -> list[int] | None:

@@ -76,7 +76,7 @@ def stop_texts(tokenizer: Any | None, generation: Any) -> list[str]:
 def _scores(content: Mapping[str, Any], size: int) -> list[float]:
     """The scores order the merges, as those of SentencePiece do: the earlier a merge, the higher its score."""
     vocab: Mapping[str, int] = content["model"]["vocab"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in content["model"]["merges"]]
+    merges = content["model"]["merges"]
     scores = [-float(len(merges))] * (max(vocab.values()) + 1)
     for rank, pair in reversed(list(enumerate(merges))):
         scores[vocab["".join(pair)]] = -float(rank)
