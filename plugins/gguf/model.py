@@ -242,17 +242,6 @@ def _same(values: Iterator[Any], what: str, default: Any = None) -> Any:
 
 def _refusals(architecture: Architecture, tensors: Mapping[str, torch.Tensor], facts: Facts) -> Iterator[str]:
     """Why the architecture can't state the model."""
-    yield from _refused_sizes(architecture, facts)
-    for name in tensors:
-        layer, part = layer_and_part(name)
-        allowed = architecture.output_bias if layer is None else part in architecture.biases
-        if name.endswith(".bias") and not allowed:
-            yield f"it has no bias '{name}'"
-    yield from _refused_computations(architecture, facts)
-    yield from _refused_rope(architecture, facts.rope)
-
-
-def _refused_sizes(architecture: Architecture, facts: Facts) -> Iterator[str]:
     sizes = facts.heads, facts.kv_heads, facts.widths, facts.experts
     if not architecture.per_layer and any(len(set(row)) > 1 for row in sizes):
         yield "its layers have different numbers of channels, heads or experts; prune with --shape uniform"
@@ -263,6 +252,13 @@ def _refused_sizes(architecture: Architecture, facts: Facts) -> Iterator[str]:
             f"{facts.heads[0]} heads of {facts.head_size} must make up the {facts.hidden} hidden channels; keep all "
             "heads and all hidden channels"
         )
+    for name in tensors:
+        layer, part = layer_and_part(name)
+        allowed = architecture.output_bias if layer is None else part in architecture.biases
+        if name.endswith(".bias") and not allowed:
+            yield f"it has no bias '{name}'"
+    yield from _refused_computations(architecture, facts)
+    yield from _refused_rope(architecture, facts.rope)
 
 
 def _refused_computations(architecture: Architecture, facts: Facts) -> Iterator[str]:

@@ -63,7 +63,11 @@ def stated(sizes: Sizes, *, equal: bool = False) -> Sizes:
         layers = tuple(LayerSizes(layer.width, most_kv, most_queries) for layer in layers)
     possible: dict[int, list[int]] = {}
     for heads in range(sizes.heads, most_kv * most_queries + 1):
-        numbers = [_fewest_kv_heads(heads, layer) for layer in layers]
+        # The fewest key/value heads of each layer that divide them and leave room for its own; 0 if there are none.
+        numbers = [
+            next((n for n in range(layer.kv_heads, heads // layer.queries + 1) if heads % n == 0), 0)
+            for layer in layers
+        ]
         if all(numbers):
             possible[heads] = numbers
     # The largest number, the groups of the layer with the most, suits every layer. A layer has two projections of query
@@ -74,11 +78,6 @@ def stated(sizes: Sizes, *, equal: bool = False) -> Sizes:
         for layer, number in zip(layers, possible[heads], strict=True)
     )
     return Sizes(sizes.hidden, sizes.head_dim, tuple(wide))
-
-
-def _fewest_kv_heads(heads: int, layer: LayerSizes) -> int:
-    """The fewest key/value heads that divide ``heads`` and leave room for those of ``layer``; 0 if there are none."""
-    return next((n for n in range(layer.kv_heads, heads // layer.queries + 1) if heads % n == 0), 0)
 
 
 def padded(model: PreTrainedModel, sizes: Sizes, wide: Sizes) -> dict[str, torch.Tensor]:
