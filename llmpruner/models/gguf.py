@@ -90,9 +90,3 @@ def stored_twice(model: Any) -> bool:
     rows = slice(None, None, max(1, len(head.weight) // 1000))
     a, b = head.weight[rows].detach().float(), embedding.weight[rows].detach().float()
     return float((a - b).norm() / b.norm()) < 0.1
-
-
-def tie(model: Any) -> None:
-    """Make the head of a model with `stored_twice` its embedding too: llama.cpp gives it more bits."""
-    model.get_input_embeddings().weight = model.get_output_embeddings().weight
-    model.config.tie_word_embeddings = True
