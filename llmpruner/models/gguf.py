@@ -59,27 +59,20 @@ def _parsed(path: str, changed: int) -> Any:
     def put(reader: Any, mapped: np.ndarray[Any, Any]) -> None:
         vars(reader)["bytes"] = mapped.view(np.ndarray)
 
-    del changed
     return type("PlainReader", (GGUFReader,), {"data": property(lambda reader: vars(reader)["bytes"], put)})(path)
 
 
 @lru_cache(maxsize=1)
-def _metadata(path: str, changed: int) -> dict[str, Any]:
+def _metadata(path: str, changed: int) -> Any:
     """What transformers makes of a file without its tensors: ``config``, ``tokenizer``, …"""
-    del changed
-    read: dict[str, Any] = _OWN_LOAD(path)
-    return read
+    return _OWN_LOAD(path)
 
 
-def _load_gguf_checkpoint(
-    gguf_checkpoint_path: str, return_tensors: bool = False, *arguments: Any, **options: Any
-) -> dict[str, Any]:
+def _load_gguf_checkpoint(gguf_checkpoint_path: str, return_tensors: bool = False, *args: Any, **options: Any) -> Any:
+    path = os.path.realpath(gguf_checkpoint_path)
     if not return_tensors:
-        return copy.deepcopy(
-            _metadata(os.path.realpath(gguf_checkpoint_path), Path(gguf_checkpoint_path).stat().st_mtime_ns)
-        )
-    loaded: dict[str, Any] = _OWN_LOAD(gguf_checkpoint_path, return_tensors, *arguments, **options)
-    return loaded
+        return copy.deepcopy(_metadata(path, Path(path).stat().st_mtime_ns))
+    return _OWN_LOAD(path, return_tensors, *args, **options)
 
 
 def stored_twice(model: Any) -> bool:

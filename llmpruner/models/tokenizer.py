@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,23 +56,24 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
 def _may_have_tokenizer(ref: Reference) -> bool:
     if ref.gguf_file or not ref.directory.is_dir():
         return True
-    return any((ref.directory / name).is_file() for name in TOKENIZER_FILES)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return any((ref.directory / name).is_file() for name in names)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-"""A model that has none of them brings no tokenizer."""
 LONGEST_WORD = 2000
 """Characters without a blank that are encoded at once. Words are shorter, and so are most paragraphs in scripts without
 blanks."""
-_WORD = re.compile(r"\S+")
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
     """The token ids of ``text``, without special tokens. Text is encoded as one string, but for runs of more than
     `LONGEST_WORD` characters without a blank, which are cut at every so many."""
+    starts = [0]
+    for word in re.finditer(r"\S+", text) if len(text) > LONGEST_WORD else ():
+        starts += range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)
     ids: list[int] = []
-    for piece in _pieces(text):
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    for start, stop in pairwise([*starts, len(text)]):
+        ids += tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -85,16 +87,6 @@ def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
         if own and ids[:-1][-len(own) :] == own:
             ids.pop()
     return ids
-
-
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    for word in _WORD.finditer(text) if len(text) > LONGEST_WORD else ():
-        for stop in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
-            yield text[start:stop]
-            start = stop
-    if start < len(text) or not text:
-        yield text[start:]
 
 
 def predicted_tokens(model: Any) -> int:

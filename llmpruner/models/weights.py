@@ -48,7 +48,6 @@ class Weights:
     def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
         """While active, the parameters of a layer, or outside the layers, have their values; after it, changes in place
         are lost unless `keep` was called."""
-        del number
         return contextlib.nullcontext()
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
@@ -104,8 +103,10 @@ class StreamedWeights(Weights):
         """Part → its parameters; of tied ones, the first."""
         for name, _ in model.named_parameters():
             self._names.setdefault(self.number(name), []).append(name)
-        self._layers: Any = model.get_submodule(path)
-        for number, layer in enumerate(self._layers):
+        layers: Any = model.get_submodule(path)
+        self.numbers: list[int | None] = [None, *range(len(layers))]
+        """All parts."""
+        for number, layer in enumerate(layers):
             layer.forward = self._reading(number, layer.forward)
         model.register_forward_pre_hook(lambda *_: self._enter(None))
         model.register_forward_hook(lambda *_: self._leave(None), always_call=True)
@@ -113,11 +114,6 @@ class StreamedWeights(Weights):
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         """Parameter or buffer → its value, on the CPU. Raises `CheckpointError` for files that are damaged or gone."""
         raise NotImplementedError
-
-    @property
-    def numbers(self) -> list[int | None]:
-        """All parts."""
-        return [None, *range(len(self._layers))]
 
     @contextlib.contextmanager
     def part(self, number: int | None) -> Iterator[None]:
@@ -179,7 +175,7 @@ class StreamedWeights(Weights):
         if part is not None:
             following = part + (1 if part > self._last else -1)
             self._last = part
-            if self._thread is not None and 0 <= following < len(self._layers):
+            if self._thread is not None and following in self.numbers:
                 self._next = following, self._thread.submit(self._read_pages, following)
         return tensors
 
@@ -275,9 +271,7 @@ class DerivedWeights(StreamedWeights):
         super().__init__(model, source.path, source.device)
         self._source, self._cut = source, cut
         self._values = None if cut is None else CutValues(*cut)
-        self._old: dict[int | None, int] = {}
-        if cut is not None:
-            self._old.update({new: old for old, new in layer_numbers(*cut).items()})
+        self._old: dict[int | None, int] = {} if cut is None else {n: old for old, n in layer_numbers(*cut).items()}
 
     def like(self, model: PreTrainedModel) -> DerivedWeights:
         return DerivedWeights(model, self._source, self._cut)
