@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from os.path import exists, isdir
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -22,14 +21,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_ADAPTER_FILE = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
-
-
 def adapter_base(path: Path) -> str | None:
     """Reference of the base model of the peft adapter in directory ``path``, None when ``path`` is no adapter.
     Raises `CheckpointError` when its file is damaged."""
-    file = path / _ADAPTER_FILE
+    file = path / "adapter_config.json"
     if not exists(file):
         return None
     base = read_json(file).get("base_model_name_or_path")
@@ -45,7 +40,6 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise MissingExtraError("peft", "recover") from error
-    load: Callable[..., Any] = PeftModel.from_pretrained
     # A damaged adapter can raise anything, from the parser of its configuration to torch.
     try:
         with warnings.catch_warnings():
@@ -53,9 +47,10 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
             warnings.filterwarnings("error", message="Found missing adapter keys")
             # peft reads a name that transformers has deprecated.
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
-            adapted = load(model, str(path)).eval()
-        if (path / ADAPTER_WEIGHTS).is_file():  # there are older formats
-            unknown = set(names_in(path / ADAPTER_WEIGHTS)) - get_peft_model_state_dict(adapted).keys()
+            adapted = PeftModel.from_pretrained(model, str(path)).eval()
+        weights = path / "adapter_model.safetensors"
+        if weights.is_file():  # there are older formats
+            unknown = set(names_in(weights)) - get_peft_model_state_dict(adapted).keys()
             if unknown:
                 raise ValueError(f"the model has no place for its tensor {min(unknown)}")
         return adapted

@@ -21,7 +21,6 @@ from .reference import resolve
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
-    from .reference import Reference
 
 
 def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
@@ -33,23 +32,22 @@ def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str
 
 def _model_files(ref: str, commit: str | None, catalog: Catalog) -> dict[str, Any] | None:
     place = resolve(ref, catalog)
-    if not place.gguf_file and not place.directory.exists():
-        return None if commit is None else {"hub": ref, "commit": commit}
-    files: dict[str, Any] = {file.name: sampled_sha256(file) for file in _files(place)}
-    base = adapter_base(place.directory) if place.directory.is_dir() else None
-    if base is None:
-        return files
-    base_files = _model_files(base, commit, catalog)
-    return None if base_files is None else {**files, "base of the adapter": base_files}
-
-
-def _files(place: Reference) -> list[Path]:
+    folder = place.directory
     if place.gguf_file:
-        return [place.directory / place.gguf_file]
-    if place.directory.is_file():
-        return [place.directory]
-    files = (file for file in sorted(place.directory.iterdir()) if file.is_file() and file.name[0] != ".")
-    return [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
+        files = [folder / place.gguf_file]
+    elif folder.is_dir():
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."]
+        files = [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
+    elif folder.exists():
+        files = [folder]
+    else:
+        return None if commit is None else {"hub": ref, "commit": commit}
+    sums: dict[str, Any] = {file.name: sampled_sha256(file) for file in files}
+    base = adapter_base(folder)
+    if base is None:
+        return sums
+    base_sums = _model_files(base, commit, catalog)
+    return None if base_sums is None else {**sums, "base of the adapter": base_sums}
 
 
 def data_identity(*values: Any) -> dict[str, str]:
