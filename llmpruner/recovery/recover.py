@@ -23,7 +23,7 @@ from ..errors import LlmprunerError, ModelError, OutputError, PluginError, Setti
 from ..files import alone_in, check_new_directory, write_text, writing
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
-from ..models.opening import load_model, reopened
+from ..models.opening import load_model
 from ..models.positions import table_of
 from ..models.tokenizer import check_ids
 from ..models.vocabulary import in_tokens_of
@@ -97,7 +97,7 @@ def recover(
             form = ranks.from_first(lambda: save(recovered, output))
         if ranks.first:
             write_run(output, stages, "recover", opened.ref, {**settings.given(), **opener.load.given()})
-        loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=opener.load.trust_remote_code))
+        loaded.become(replace(recovered, form=form))
         if work_dir is None and ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         return loaded
