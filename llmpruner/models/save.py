@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import transformers
-from torch import nn
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
@@ -98,7 +97,7 @@ def save_checkpoint(
 
 def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path, *, original: bool) -> None:
     """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
-    names: dict[str, list[str]] = {}
+    weight_map: dict[str, str] = {}
     size = 0
     for position, number in enumerate(parts.numbers):
         aside = directory / "part"
@@ -108,13 +107,12 @@ def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path,
             shell.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
         shard = f"model-{position + 1:05}-of-{len(parts.numbers):05}.safetensors"
         (aside / SINGLE).rename(directory / shard)
-        names[shard] = names_in(directory / shard)
+        weight_map |= dict.fromkeys(sorted(names_in(directory / shard)), shard)
         size += (directory / shard).stat().st_size
         if position == 0:
             for file in aside.iterdir():
                 file.rename(directory / file.name)
         shutil.rmtree(aside)
-    weight_map = {name: shard for shard, stored in names.items() for name in sorted(stored)}
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -185,11 +183,6 @@ def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
         raise CheckpointError(f"only the {whose} has the parameter '{name}'; they must describe the same layers")
     shapes = {name: list(shape) for name, shape in after.items() if before[name] != shape}
     apply_record(built, {"shapes": shapes})
-    record = {"layers": vars(model).get(LAYERS), "shapes": shapes, **_differences(model, built)}
-    return {key: value for key, value in record.items() if value}
-
-
-def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
     attributes: dict[str, dict[str, Any]] = {}
     configs: dict[str, dict[str, Any]] = {}
     modules = dict(built.named_modules())
@@ -200,8 +193,7 @@ def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
         # A class that replaced modules while it ran will do so again: which mode it is in need not be stored.
         kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
         ours, theirs = plain_attributes(module, kinds), vars(modules[path])
-        changed = {n: v for n, v in ours.items() if n in theirs and theirs[n] != v}
-        changed |= {n: v for n, v in ours.items() if n not in theirs and v is not None}
+        changed = {n: v for n, v in ours.items() if theirs.get(n) != v}
         if changed:
             attributes[path] = changed
         own = vars(module).get("config")
@@ -210,7 +202,8 @@ def _differences(model: nn.Module, built: nn.Module) -> dict[str, Any]:
             changed = {n: v for n, v in _plain_values(own).items() if n in stored and stored[n] != v}
             if changed:
                 configs[path] = changed
-    return {"attributes": attributes, "configs": configs}
+    record = {"layers": vars(model).get(LAYERS), "shapes": shapes, "attributes": attributes, "configs": configs}
+    return {key: value for key, value in record.items() if value}
 
 
 def _plain_values(config: Any) -> dict[str, Any]:
