@@ -174,8 +174,7 @@ def write_failure(error: BaseException) -> str | None:
 
 
 def check_space(path: Path, size: float, what: str) -> None:
-    """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free. ``what``: which
-    bytes these are."""
+    """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free for ``what``."""
     free = shutil.disk_usage(path.resolve().parent).free
     if size > free:
         raise OutputError(

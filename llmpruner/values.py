@@ -94,8 +94,7 @@ ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_componen
 
 
 def validated(model: type[M], values: Mapping[str, Any], place: str = "", label: Callable[[str], str] = str) -> M:
-    """An instance of ``model``. Raises `SettingsError` in one line, which begins with ``place``, and names a field by
-    ``label``."""
+    """An instance of ``model``. The line of a `SettingsError` begins with ``place``, and names a field by ``label``."""
     try:
         return model(**values)
     except ValidationError as error:

@@ -149,8 +149,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def cached_bytes(config: Any, item: int) -> int:
-    """Bytes of the keys and values of one token, with numbers of ``item`` bytes, by the configuration; a layer's twice,
-    as it is copied when it grows."""
+    """Bytes of a token's keys and values, of ``item`` bytes each; one layer's twice, as it is copied when it grows."""
     config = config.get_text_config()
     heads = _number(config, "num_attention_heads", 1)
     width = _number(config, "head_dim", config.hidden_size // heads) * _number(config, "num_key_value_heads", heads)

@@ -22,9 +22,8 @@ _OWN_LOAD = legacy.load_gguf_checkpoint
 
 @contextlib.contextmanager
 def gguf_parsed_once() -> Iterator[None]:
-    """Share what is parsed of a GGUF file, and its map of tensor names, between the calls of transformers, which parses
-    the file four times (seconds each, for a large vocabulary) and makes the map for every module. What was parsed stays
-    for the next block, until `forget_gguf`."""
+    """Share what is parsed of a GGUF file, also with later blocks until `forget_gguf`. transformers parses it four
+    times (seconds each, for a large vocabulary), and makes a map of its tensor names for every module."""
     import gguf
 
     with contextlib.ExitStack() as stack:

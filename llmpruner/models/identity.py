@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
 
 def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
-    """A digest of the files of a model, and of those of the base of adapters; of a model of the hub, of its ``commit``.
-    None where that is not known."""
+    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model if known."""
     files = _model_files(ref, commit, catalog)
     return None if files is None else hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 

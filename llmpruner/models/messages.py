@@ -96,8 +96,7 @@ def in_one_line(ref: Reference) -> Iterator[None]:
 
 
 def from_pretrained(auto_class: Any, ref: Reference, revision: str | None, **options: Any) -> Any:
-    """What transformers reads from ``ref``, without its messages and with one line for its exceptions. A GGUF file is
-    parsed once for several calls."""
+    """What transformers reads from ``ref``, silently and with exceptions in one line. A GGUF file is parsed once."""
     gguf = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
     with in_one_line(ref), quiet_transformers(), gguf_parsed_once() if gguf else contextlib.nullcontext():
         return auto_class.from_pretrained(ref.location, revision=revision, **gguf, **options)

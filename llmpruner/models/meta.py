@@ -54,8 +54,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pr
 
 
 def empty_model(build: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """What ``build``, a class or a function, makes of ``config``, with parameters on the meta device and buffers with
-    their values."""
+    """What ``build`` makes of ``config``, with parameters on the meta device and buffers with their values."""
     with init_empty_weights(include_buffers=False), quiet_transformers(), no_init_weights():
         model = build(copy.deepcopy(config))
     model.tie_weights()

@@ -58,8 +58,7 @@ _COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_lay
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _LAST = re.compile(r"layer_end_index$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""Attributes of configurations that hold a number of layers, a number of first layers, the number of a last layer, and
-lists of layer numbers."""
+"""Attributes of configurations: how many layers there are, how many first ones, the last one, and lists of layers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -113,8 +112,7 @@ def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreT
 
 
 def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:
-    """What transformers' ``per_layer_config`` states of single layers: number → name → value; None where all layers
-    have the same sizes."""
+    """Layer number → name → value, of transformers' ``per_layer_config``; None where all layers have the same sizes."""
     stated = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     return None if stated is None else {int(number): dict(values) for number, values in stated.items()}
 

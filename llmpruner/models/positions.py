@@ -25,15 +25,13 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def table_of(config: PreTrainedConfig) -> int | None:
-    """`positions_of` where the model cannot read more, as it looks positions up in a table (GPT-2, OPT); None for a
-    rotary model, which computes them."""
+    """`positions_of` a model that looks them up in a table (GPT-2, OPT), and reads no more; None for a rotary one."""
     rotary = getattr(config.get_text_config(), "rope_parameters", None)
     return None if rotary else positions_of(config)
 
 
 def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
-    """Raise `DataError` for more ``tokens`` than the model has a table of positions for. ``what``: they are, in the
-    plural. ``advice``: to get fewer."""
+    """Raise `DataError` for more ``tokens`` (``what``: named) than a table has positions, with ``advice``."""
     limit = table_of(config)
     if limit is not None and tokens > limit:
         raise DataError(f"{what} are beyond the {limit:,} positions of {ref}; {advice}")
@@ -61,8 +59,7 @@ def last_logits(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64. A model that `computes_some_logits` computes
-    no others."""
+    """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64; computes no others if the model can."""
     if computes_some_logits(model):
         logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
         return logits

@@ -105,8 +105,7 @@ def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str
 def damaged_files(
     directory: Path, recorded: Mapping[str, tuple[int, str]], *, hashes: bool = True
 ) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of the files that are not as ``recorded``: missing, of another size, or, with ``hashes``,
-    of another content."""
+    """(path, what is wrong) of the files that are missing, or whose size or, with ``hashes``, content has changed."""
     for name, (size, digest) in recorded.items():
         file = directory / name
         if not file.is_file():
@@ -150,8 +149,7 @@ def names_in(file: Path) -> list[str]:
 
 
 def check_index(directory: Path) -> None:
-    """Raise `CheckpointError` for a safetensors file of ``directory`` that is missing or damaged, or has other tensors
-    than the index says."""
+    """Raise `CheckpointError` for a safetensors file that is missing, damaged, or not as the index states."""
     if not (directory / INDEX).is_file():
         if (directory / SINGLE).is_file():
             names_in(directory / SINGLE)

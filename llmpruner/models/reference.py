@@ -53,8 +53,7 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 @dataclass(frozen=True)
 class Reference:
-    """``text``: as the user gave it. ``location``: a directory or a hub id. ``reader``: for its format; None for those
-    of transformers."""
+    """``text``: the user's. ``location``: a directory or a hub id. ``reader``: None for formats of transformers."""
 
     text: str
     location: str

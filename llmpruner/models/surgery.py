@@ -65,9 +65,8 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
 
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    """Silence all units that ``kept`` leaves out, in place: the weights that consume them are set to zero; where a norm
-    is computed over the units, the weights that produce them too. Raises `PlanError` for layers, which zeros do not
-    silence in general."""
+    """Silence all units that ``kept`` leaves out, in place: zero the weights that consume them, and where a norm is
+    computed over the units, those that produce them. Raises `PlanError` for layers, which zeros do not silence."""
     check_kept(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]
@@ -146,8 +145,7 @@ def _replace(model: nn.Module, name: str, values: CutValues, replaced: dict[int,
 
 
 def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:
-    """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
-    ones."""
+    """A copy of ``model`` cut to ``kept``, which shares the weights that are not cut."""
     copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     cut(copied, graph, kept, family)
     return copied

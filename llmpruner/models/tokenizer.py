@@ -61,8 +61,7 @@ def _may_have_tokenizer(ref: Reference) -> bool:
 
 
 LONGEST_WORD = 2000
-"""Characters without a blank that are encoded at once. Words are shorter, and so are most paragraphs in scripts without
-blanks."""
+"""Characters without a blank that are encoded at once: more than in words, or paragraphs of scripts without."""
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
@@ -114,17 +113,15 @@ def embedding_rows(model: Any) -> int:
 
 
 def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
-    """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, if ``model``
-    can read it, which it cannot where one was added to the tokenizer alone; else one of ``others``, the end of the
-    sequence, or 0."""
+    """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, unless it is
+    in the tokenizer alone and ``model`` can't read it; else one of ``others``, the end of the sequence, or 0."""
     rows = embedding_rows(model)
     candidates = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
     return next(int(token) for token in candidates if token is not None and 0 <= token < rows)
 
 
 def with_padding(tokenizer: Any, model: Any) -> Any:
-    """``tokenizer`` with `padding_id` as its padding token; a copy where that is another one, as the tokenizer is saved
-    with the model."""
+    """``tokenizer``, which is saved with the model, or a copy of it with `padding_id` as its padding token."""
     token = padding_id(tokenizer, model)
     if token == tokenizer.pad_token_id:
         return tokenizer

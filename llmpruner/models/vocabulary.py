@@ -205,9 +205,8 @@ def named_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
-    """Number the tokens that the configurations and modules of ``model`` name anew, in place, and set the size of the
-    vocabulary, which was ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or are
-    None."""
+    """Number the tokens that configurations and modules of ``model`` name anew, in place, and set the vocabulary size,
+    which was ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or become None."""
     new = {old: number for number, old in enumerate(kept)}
     configs = {id(c): c for c in _configs(model)}
     for named in (*configs.values(), *model.modules()):

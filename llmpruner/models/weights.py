@@ -46,8 +46,7 @@ class Weights:
         self.model, self.path = model, path
 
     def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
-        """While active, the parameters of a layer, or outside the layers, have their values; after it, changes in place
-        are lost unless `keep` was called."""
+        """While active, the parameters of a part have their values. Changes in place last only if `keep` is called."""
         return contextlib.nullcontext()
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
@@ -57,8 +56,7 @@ class Weights:
         return self.part(None)
 
     def like(self, model: PreTrainedModel) -> Weights:
-        """The same weights for another model with the same parameters, which for streamed ones is on the meta device,
-        and for others has them already."""
+        """The same weights for another model, which has them already, or is on the meta device if they are streamed."""
         return Weights(model, self.path)
 
     def number(self, name: str) -> int | None:
@@ -262,8 +260,7 @@ def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
 
 
 class DerivedWeights(StreamedWeights):
-    """The weights of ``source`` for another model: the same, or cut when they are read. ``cut``: the graph of the model
-    of ``source``, and what is kept."""
+    """The weights of ``source`` for another model. ``cut``: the graph of the source's model, and what is kept of it."""
 
     def __init__(
         self, model: PreTrainedModel, source: StreamedWeights, cut: tuple[CouplingGraph, Kept] | None = None

@@ -1,5 +1,4 @@
-"""Export as GGUF: write, with one tensor in memory besides the model; quantise with llama.cpp; compare its logits and
-tokens with those of the source."""
+"""Export as GGUF: write, quantise with llama.cpp, compare its logits and tokens with those of the source."""
 
 from __future__ import annotations
 
@@ -37,8 +36,7 @@ TEXT = (
 
 
 def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None) -> str:
-    """Write a GGUF file and a ``Modelfile`` by `GgufExporter.Settings`; returns what was written and how it was
-    checked."""
+    """Write a GGUF file and a ``Modelfile``; returns what was written and how it was checked."""
     model, tokenizer = task.model, task.loaded.tokenizer
     if kind == "auto":
         kind = next((name for name, (dtype, *_) in TYPES.items() if dtype == model.dtype), "f32")
@@ -69,7 +67,7 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
 
 
 def write_gguf(task: ExportTask, path: Path, kind: str, pre: str | None) -> tuple[str, str | None]:
-    """Write the model to ``path``, and read every tensor back; returns the names of the architecture and of the
+    """Write the model to ``path``, one tensor at a time, and read all back; returns the names of architecture and
     pre-tokenizer. ``kind``: type of matrices; vectors and routers are float32. ``pre``: see `add_tokenizer`.
 
     Raises `UnsupportedModelError` for a model that no architecture states, and for weights too large for ``kind``.
@@ -259,8 +257,7 @@ def _opened(path: Path, **options: Any) -> Any:
 
 @cache
 def be_quiet() -> Any:
-    """Without this, llama.cpp prints hundreds of lines on standard error. It may log at any time: the cache keeps what
-    it calls."""
+    """Keep llama.cpp from printing hundreds of lines. It may log at any time: the cache keeps what it calls."""
     import llama_cpp
 
     silent = llama_cpp.llama_log_callback(lambda level, text, data: None)

@@ -1,6 +1,5 @@
-"""A model in the terms of GGUF: the architectures that models are written as (what the graphs of llama.cpp compute, as
-far as they differ), tensors under GGUF's names, sizes, what modules compute, and the architecture that states all of it
-exactly."""
+"""A model in the terms of GGUF: how the architectures of llama.cpp differ, tensors under GGUF's names, sizes, what
+modules compute, and the architecture that states all of it exactly."""
 
 from __future__ import annotations
 

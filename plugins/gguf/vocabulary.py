@@ -140,8 +140,7 @@ _PRE_TOKENIZERS: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
 
 
 def _known_name(content: Mapping[str, Any]) -> str | None:
-    """None for settings that are not known, and where text is normalised by other rules than NFC, as GGUF does not
-    normalise."""
+    """None for unknown settings, and for a normalizer other than NFC, as llama.cpp does not normalise."""
     if content.get("normalizer") not in (None, {"type": "NFC"}):
         return None
     settings = content.get("pre_tokenizer") or {"type": "Sequence", "pretokenizers": []}

@@ -53,9 +53,8 @@ def sizes_of(model: PreTrainedModel) -> Sizes:
 
 
 def stated(sizes: Sizes, *, equal: bool = False) -> Sizes:
-    """The smallest sizes, none below ``sizes``, that the format can state: MLP widths in multiples of 256, and the same
-    number of query heads in all layers, which the key/value heads of each layer divide. ``equal``: the same number of
-    key/value heads in all layers, too."""
+    """The smallest sizes, none below ``sizes``, that the format can state: MLP widths in multiples of 256, one number
+    of query heads, which the key/value heads of each layer divide. ``equal``: one number of key/value heads, too."""
     layers = sizes.layers
     most_kv = max(layer.kv_heads for layer in layers)
     most_queries = max(layer.queries for layer in layers)
@@ -81,8 +80,7 @@ def stated(sizes: Sizes, *, equal: bool = False) -> Sizes:
 
 
 def padded(model: PreTrainedModel, sizes: Sizes, wide: Sizes) -> dict[str, torch.Tensor]:
-    """The state dict of ``model``, whose layers have ``sizes``, with zeros up to ``wide``: what reads an added channel
-    is zero, so that outputs are equal."""
+    """The state dict of ``model``, of ``sizes``, with zeros up to ``wide``: outputs are equal."""
     state = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
