@@ -61,12 +61,7 @@ def generate(
     )
     streamer = None if on_text is None else _Pieces(tokenizer, on_text, stop_text)
     devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        quiet_transformers(),
-        torch.random.fork_rng(devices=devices),
-        torch.inference_mode(),
-        generating_as(model, config),
-    ):
+    with quiet_transformers(), generating_as(model, config), torch.inference_mode(), torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         mask = torch.ones_like(ids_1T)
         output = model.generate(input_ids=ids_1T, attention_mask=mask, streamer=streamer, tokenizer=tokenizer)
@@ -165,34 +160,24 @@ def _number(config: Any, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-_NAME = "sdpa"
-
-
 @contextmanager
 def fast_one_token_attention() -> Iterator[None]:
     """While active, models with the attention ``sdpa`` on a CPU compute that of a single query in each sequence, to all
     of the keys, by matrix products. Results are those of ``sdpa`` up to rounding."""
-    own: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
+    own: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
-        module: Any,
-        query_BHQD: torch.Tensor,
-        key_BGTD: torch.Tensor,
-        value_BGTE: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **options: Any,
-    ) -> tuple[torch.Tensor, None]:
+        module: Any, query_BHQD: Any, key_BGTD: Any, value_BGTE: Any, attention_mask: Any, **options: Any
+    ) -> Any:
         batch, heads, queries, dim = query_BHQD.shape
+        # A bias of positions, soft caps, weights as a result.
+        others = [options.get(name) for name in ("position_bias", "softcap", "output_attentions")]
+        more = options.get("dropout") or any(value is not None and value is not False for value in others)
         # Masks of one query are left out by transformers where it attends to all tokens.
-        if queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu" or _has_more(dropout, options):
-            attended: tuple[torch.Tensor, None] = own(
-                module, query_BHQD, key_BGTD, value_BGTE, attention_mask, dropout=dropout, scaling=scaling, **options
-            )
-            return attended
+        if more or queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu":
+            return own(module, query_BHQD, key_BGTD, value_BGTE, attention_mask, **options)
         # The query heads of a group, which share keys and values, are the rows of one product.
-        groups = key_BGTD.shape[1]
+        groups, scaling = key_BGTD.shape[1], options.get("scaling")
         scale = dim**-0.5 if scaling is None else scaling
         # In float32, as oneDNN, which multiplies bfloat16, keeps code of its own for every number of cached tokens.
         with torch.autocast("cpu", enabled=False):
@@ -202,16 +187,8 @@ def fast_one_token_attention() -> Iterator[None]:
         # As many sequences as have keys, also where their queries are the same.
         return attended_BGRE.reshape(len(attended_BGRE), 1, heads, -1).to(value_BGTE.dtype), None
 
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS[_NAME] = own
-
-
-def _has_more(dropout: float, options: dict[str, Any]) -> bool:
-    """Whether something else than scaled products is asked for: a bias of positions, soft caps, weights as a result."""
-    return bool(dropout) or any(
-        options.get(name) is not None and options[name] is not False
-        for name in ("position_bias", "softcap", "output_attentions")
-    )
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = own
