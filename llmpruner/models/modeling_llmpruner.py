@@ -105,19 +105,14 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     setattr(model, LAYERS, {"path": path, "kept": list(kept), "config": stated})
 
 
-def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:
-    """Restore the values of ``config`` from before `drop_layers` made ``record``, in place."""
-    _set(config.get_text_config(), record["config"])
-    return config
-
-
 def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:
     """Layer number → name → value, of transformers' ``per_layer_config``; None where all layers have the same sizes."""
     stated = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     return None if stated is None else {int(number): dict(values) for number, values in stated.items()}
 
 
-def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+def set_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """Set the values of a text configuration that `drop_layers` changed."""
     # transformers checks the numbers of layers in ``per_layer_config`` against the number of layers, so it comes last.
     for name in sorted(values, key=lambda name: name == PER_LAYER):
         setattr(config, name, values[name])
@@ -240,13 +235,13 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     overrides = layer_overrides(config)
     config.per_layer_config = record.get("per_layer")
     derive_lists(text)
-    with_all_layers(config, layers)
+    set_values(text, layers["config"])
     try:
         yield
     finally:
         if _DERIVING in vars(cls):
             text.__class__ = cls
-        _set(text, pruned)
+        set_values(text, pruned)
         config.per_layer_config = overrides
 
 
@@ -311,8 +306,7 @@ class PrunedModelMixin:
     def is_custom_code(cls) -> bool:
         """As for the stock class, whose code fills the buffers that are not saved: of custom code, transformers skips
         the initialization of modules without tensors of their own."""
-        custom: bool = cls.pruned_base.is_custom_code()
-        return custom
+        return bool(cls.pruned_base.is_custom_code())
 
     def initialize_weights(self) -> None:
         """Of parameters that stay in files (``device_map`` with ``disk``) none has a value to initialize, and the code

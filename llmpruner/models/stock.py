@@ -18,7 +18,7 @@ from torch import nn
 
 from .messages import quiet_transformers
 from .meta import base_of, decoder_layers, empty_model, meta_model
-from .modeling_llmpruner import LAYERS, drop_layers, layer_overrides, with_all_layers
+from .modeling_llmpruner import LAYERS, drop_layers, layer_overrides, set_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -77,7 +77,9 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     layers = vars(model).get(LAYERS)
     if not layers:
         return empty_model(base_of(model), config)
-    built = empty_model(base_of(model), with_all_layers(copy.deepcopy(config), layers))
+    config = copy.deepcopy(config)
+    set_values(config.get_text_config(), layers["config"])
+    built = empty_model(base_of(model), config)
     drop_layers(built, layers["path"], layers["kept"])
     return built
 
