@@ -207,8 +207,8 @@ def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> I
         yield {n: v for n, v in zip(options, values, strict=True) if v != getattr(config, n)}
 
 
-def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy with new sizes, not validated: stock classes refuse some sizes that they compute correctly."""
+def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, float]) -> PreTrainedConfig:
+    """A copy with new values, not validated: stock classes refuse some sizes that they compute correctly."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
     for name, value in sizes.items():
@@ -222,10 +222,7 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrained
 
 
 def _candidates(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    config: PreTrainedConfig,
-    of_layers: Callable[[], LayerSizes],
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig, of_layers: Callable[[], LayerSizes]
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
     before, after = tensor_shapes(reference), tensor_shapes(model)
     if before.keys() != after.keys():
@@ -248,12 +245,11 @@ def _candidates(
     floats = _moved_floats(model, reference, text)
     others = {n: v for n, v in other_widths(text, axes).items() if n not in differs}
     for named in [options, options | others] if others else [options]:
-        for sizes in choices(text, named):
-            candidate = with_sizes(config, {**sizes, **always})
-            for name, value in floats.items():
-                setattr(candidate.get_text_config(), name, value)
+        for chosen in choices(text, named):
+            sizes = {**chosen, **always}
+            candidate = with_sizes(config, {**sizes, **floats})
             moved: dict[int, set[int]] = {}
-            for name, new in {**sizes, **always}.items():
+            for name, new in sizes.items():
                 value = getattr(text, name)
                 for old in [before for before, after in axes if after == new] if value is None else [value]:
                     moved.setdefault(old, set()).add(new)
