@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
 
 Shape = tuple[int, ...]
+Shapes = dict[str, Shape]
 Axis = tuple[int, int]
 """Size of an axis before and after the cut."""
 LayerSizes = dict[int, dict[str, int]]
@@ -84,7 +85,7 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     return built
 
 
-def tensor_shapes(model: nn.Module) -> dict[str, Shape]:
+def tensor_shapes(model: nn.Module) -> Shapes:
     """Name → shape of all tensors in the state dict, with tied parameters under each of their names."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -136,7 +137,7 @@ def same_buffers(model: nn.Module, other: nn.Module) -> bool:
     return True
 
 
-def changed_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> Counter[Axis]:
+def changed_axes(before: Shapes, after: Shapes) -> Counter[Axis]:
     """How many axes of the tensors in both changed from each size to each other size."""
     axes: Counter[Axis] = Counter()
     for name, shape in after.items():
@@ -277,7 +278,7 @@ def _per_layer_candidates(
         yield candidate, moved
 
 
-def _is_uniform(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> bool:
+def _is_uniform(before: Shapes, after: Shapes) -> bool:
     """Whether parameters of one name, apart from numbers, and one old shape have one new shape."""
     seen: dict[tuple[str, Shape], Shape] = {}
     for name, shape in after.items():
@@ -306,8 +307,7 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
     """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``. Each layer's sizes are
     verified by building one such layer. Empty unless they represent all layers."""
     layers, before, after = decoder_layers(model), tensor_shapes(uncut_model(model, config)), tensor_shapes(model)
-    outside = {n for n in after if not n.startswith(layers + ".")}
-    if any(before.get(n) != after[n] for n in outside):
+    if any(before.get(name) != shape for name, shape in after.items() if not name.startswith(f"{layers}.")):
         return {}
     text = config.get_text_config()
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
@@ -342,11 +342,7 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
 
 
 def _layer_sizes(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    prefix: str,
-    before: Mapping[str, Shape],
-    after: Mapping[str, Shape],
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, prefix: str, before: Shapes, after: Shapes
 ) -> dict[str, int] | None:
     """Sizes with which the only layer of a model of ``config`` has the shapes ``after``; None if there are none."""
     text = config.get_text_config()
@@ -355,7 +351,7 @@ def _layer_sizes(
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
         except Exception:
             continue
-        if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
+        if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == after:
             return sizes
     return None
 
