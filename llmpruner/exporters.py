@@ -110,11 +110,7 @@ class Exporter(Component):
 
 
 def export(
-    source: Path,
-    exporter: Exporter,
-    directory: Path,
-    load: Callable[[], Model],
-    progress: Progress = QUIET,
+    source: Path, exporter: Exporter, directory: Path, load: Callable[[], Model], progress: Progress = QUIET
 ) -> str:
     """Write the model ``source`` to the new ``directory``; see `ExportTask` for the rest. Returns one line on how to
     load the result.
