@@ -44,10 +44,10 @@ from .exporters import Exporter as Exporter
 from .exporters import ExportTask as ExportTask
 from .files import new_directory as new_directory
 from .files import read_json as read_json
-from .models.checkpoint import load_pruned as load_pruned
 from .models.meta import meta_model as meta_model
 from .models.model import Model as Model
 from .models.model import Structure as Structure
+from .models.opening import load_pruned as load_pruned
 from .models.reference import CheckpointReader as CheckpointReader
 from .models.save import save_checkpoint as save_checkpoint
 from .plugins.catalog import Catalog as Catalog

@@ -155,7 +155,7 @@ class StockExporter(Exporter):
 
     def export(self, task: ExportTask) -> str:
         from .models import gguf, save
-        from .models.checkpoint import load_pruned
+        from .models.opening import load_pruned
 
         loaded, model = task.loaded, task.model
         if self.settings.tie:

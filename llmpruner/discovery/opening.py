@@ -17,14 +17,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
 from ..files import WEIGHTS
-from ..models.checkpoint import adapter_base, pruned_class
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, widened
-from ..models.opening import load_model, open_streamed
+from ..models.opening import load_model, open_streamed, pruned_class
 from ..models.record import read_any_record, read_record, sampled_sha256
-from ..models.reference import Reference, resolve
+from ..models.reference import Reference, adapter_base, resolve
 from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings, settings_from

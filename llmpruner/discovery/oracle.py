@@ -16,8 +16,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import LlmprunerError, first_line
-from ..models.checkpoint import load_pruned
 from ..models.messages import quiet_transformers, why_it_stops
+from ..models.opening import load_pruned
 from ..models.save import save_checkpoint
 from ..models.surgery import cut, silence
 from ..models.vocabulary import named_tokens

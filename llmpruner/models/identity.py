@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..component import Component
-from .checkpoint import adapter_base
 from .record import OF_THIS_MACHINE, sampled_sha256, sha256
-from .reference import resolve
+from .reference import adapter_base, resolve
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog

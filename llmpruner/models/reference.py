@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from os.path import exists, isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..errors import ModelError
-from ..files import WEIGHTS
+from ..errors import CheckpointError, ModelError
+from ..files import WEIGHTS, read_json
 from ..settings import DEMO
 from .record import read_any_record
 
@@ -106,6 +106,18 @@ def resolve(text: str, catalog: Catalog) -> Reference:
     if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"model directory '{text}' does not exist")
     return Reference(text, text)
+
+
+def adapter_base(path: Path) -> str | None:
+    """Reference of the base model of the peft adapter in directory ``path``, None when ``path`` is no adapter.
+    Raises `CheckpointError` when its file is damaged."""
+    file = path / "adapter_config.json"
+    if not exists(file):
+        return None
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
+    return str(path / base) if isdir(path / base) else base
 
 
 def _check_directory(path: Path) -> None:

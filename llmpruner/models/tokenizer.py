@@ -14,10 +14,9 @@ from transformers import AutoTokenizer
 
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
-from .checkpoint import adapter_base
 from .gguf import RECORDED_PRE, gguf_reader
 from .messages import from_pretrained
-from .reference import Reference, resolve
+from .reference import Reference, adapter_base, resolve
 from .vocabulary import InTokens
 
 if TYPE_CHECKING:

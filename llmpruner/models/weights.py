@@ -10,22 +10,17 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import CheckpointError, first_line
 from ..structure.coupling import in_layer, layer_number
 from ..structure.kept import layer_numbers
-from .checkpoint import model_class
-from .messages import quiet_transformers
 from .record import names_in
 from .surgery import CutValues
 
@@ -183,80 +178,6 @@ class StreamedWeights(Weights):
         for tensor in filter(torch.numel, tensors.values()):
             tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
         return tensors
-
-
-class CheckpointWeights(StreamedWeights):
-    """The weights in the safetensors files of ``directory``.
-
-    transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
-    has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
-    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype,
-        path: str,
-        device: torch.device,
-        scratch: Path | None = None,
-        *,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".converted-", suffix=".partial", dir=scratch)
-        with quiet_transformers():
-            model, self.info = model_class(directory, trust_remote_code).from_pretrained(
-                str(directory),
-                dtype=dtype,
-                device_map={"": "disk"},
-                offload_folder=self._folder.name,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-            )
-        self._stored = _offloaded(model)
-        remove_hook_from_submodules(model)
-        vars(model).pop("hf_device_map", None)
-        _tie(directory, model, self._stored)
-        super().__init__(model.eval(), path, device, ahead=True)
-
-    def read(self, part: int | None) -> dict[str, torch.Tensor]:
-        try:
-            return {name: self._stored[name] for name in self._names.get(part, ())}
-        except Exception as error:  # safetensors, torch and the system raise what they like
-            raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
-
-
-def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """accelerate's map from parameters to their values in files, which its hooks on ``model`` share."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None:
-                stored: Mapping[str, torch.Tensor] = getattr(weights, "dataset", weights)
-                return stored
-    raise CheckpointError("accelerate keeps none of this model's weights on disk")
-
-
-def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
-    """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
-    values to compare. Raises `CheckpointError` where the values differ."""
-    before = dict(model.named_parameters(remove_duplicate=False))
-    model.tie_weights()
-    after = dict(model.named_parameters(remove_duplicate=False))
-    kept = {id(value): name for name, value in after.items() if before[name] is value}
-    for name, value in before.items():
-        if after[name] is not value and not torch.equal(stored[name], stored[kept[id(after[name])]]):
-            raise tied_differ(directory, name, kept[id(after[name])])
-
-
-def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
-    """For parameters that the configuration ties, and that are stored with different values."""
-    return CheckpointError(
-        f"{directory}: {name} and {other} differ, but the configuration ties them; "
-        'set "tie_word_embeddings": false in config.json'
-    )
 
 
 class DerivedWeights(StreamedWeights):

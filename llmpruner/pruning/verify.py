@@ -19,11 +19,11 @@ from ..discovery.opening import dense_structure, load_structure
 from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
-from ..models.checkpoint import adapter_base
 from ..models.messages import ALLOW
 from ..models.numbers import loaded_bytes
 from ..models.opening import load_model, open_streamed, open_weights, why_not_streamed
 from ..models.record import RECORD_FILE, check_index, damaged_files, has_shards, read_any_record, recorded_files
+from ..models.reference import adapter_base
 from ..models.weights import StreamedWeights, Weights
 from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings

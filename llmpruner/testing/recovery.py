@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import pytest
 import torch
 
-from ..models.checkpoint import load_pruned
+from ..models.opening import load_pruned
 from ..models.surgery import cut
 from ..pruning.saving import save
 from ..recovery.base import RecoveryStrategy, nothing

@@ -19,8 +19,8 @@ from llmpruner.discovery.oracle import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk, call_layer
-from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.numbers import autocast_to
+from llmpruner.models.opening import load_pruned
 from llmpruner.settings import LoadSettings
 
 TYPES = {

@@ -14,8 +14,7 @@ import llmpruner
 from llmpruner import LoadSettings, api
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
-from llmpruner.models.checkpoint import load_pruned
-from llmpruner.models.opening import load_model
+from llmpruner.models.opening import load_model, load_pruned
 
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)

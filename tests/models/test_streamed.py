@@ -18,9 +18,9 @@ from llmpruner.engine.execution import Execution
 from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import CheckpointError, ModelError, SettingsError
-from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import graph_of
-from llmpruner.models.weights import CheckpointWeights, Weights
+from llmpruner.models.opening import CheckpointWeights, load_pruned
+from llmpruner.models.weights import Weights
 from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")
