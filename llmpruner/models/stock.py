@@ -366,17 +366,7 @@ def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     return plain
 
 
-def merged(
-    overrides: Mapping[int, Mapping[str, Any]] | None, sizes: Mapping[int, Mapping[str, Any]]
-) -> dict[int, dict[str, Any]]:
+def merged(overrides: dict[int, dict[str, Any]] | None, sizes: LayerSizes) -> dict[int, dict[str, Any]]:
     """``per_layer_config`` with the ``overrides`` of a model and ``sizes`` after a cut, which replace them."""
     overrides = overrides or {}
     return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}
-
-
-def is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether layers of one type have the same ``overrides``: classes whose layer types differ in size read the sizes
-    of a type (for rotary tables), which transformers refuses where layers of a type differ."""
-    types = getattr(config, "layer_types", None) or ()
-    first: dict[str, Mapping[str, Any]] = {}
-    return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))
