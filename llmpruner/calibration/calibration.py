@@ -79,7 +79,7 @@ class CalibrationJob:
 
     def length_for(self, config: PreTrainedConfig) -> int:
         """Tokens per sample for a model with this configuration. Raises `DataError` for more than it has positions."""
-        from ..models.positions import positions_of
+        from ..models.generation import positions_of
 
         limit = positions_of(config) or self.length
         if self.length > limit and self.fixed_length:

@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ModelError
+from ..models.generation import logits_at, position_blocks
 from ..models.numbers import autocast_to
-from ..models.positions import logits_at, position_blocks
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts

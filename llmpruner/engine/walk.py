@@ -21,8 +21,8 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
+from ..models.generation import last_logits
 from ..models.numbers import autocast_to, computes_bfloat16_fast
-from ..models.positions import last_logits
 from .boundaries import States, copied
 from .execution import TOKENS_AT_ONCE, Execution
 

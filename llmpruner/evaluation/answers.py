@@ -115,7 +115,7 @@ class GivenAnswersMetric(Metric):
         self._examples = read_examples(self.settings.data)[: self.settings.limit]
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.positions import check_table
+        from ..models.generation import check_table
 
         what, hint = f"examples of {self.settings.cutoff:,} tokens", f"lower --set {self.name}.cutoff"
         for model in models:

@@ -116,7 +116,7 @@ class PerplexityMetric(Metric):
         self._texts = {name: read_text(name) for name in names}
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.positions import check_table, warn_beyond
+        from ..models.generation import check_table, warn_beyond
         from ..models.tokenizer import tokens_of
 
         window = self.settings.window

@@ -183,7 +183,7 @@ class TransformersRuntime(Runtime):
     summary = "transformers, step by step, with a cache that grows"
 
     def check(self, subject: BenchSubject) -> None:
-        from ..models.positions import check_table
+        from ..models.generation import check_table
 
         what = f"{subject.length:,} tokens"
         check_table(subject.structure.config, subject.length, what, "lower --prompt or --new", f"'{subject.ref}'")

@@ -1,9 +1,16 @@
-"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises."""
+"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises; and the
+identity of what a result depends on: the files of a model, and the data files that settings name.
+
+Interrupted runs, steps of recipes and kept measurements compare identities to tell whether they may be used again.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
 from os.path import exists, isdir, isfile
 from pathlib import Path
@@ -13,7 +20,7 @@ from ..component import Component
 from ..errors import CheckpointError, ModelError
 from ..files import WEIGHTS, read_json
 from ..settings import DEMO
-from .record import read_any_record
+from .record import OF_THIS_MACHINE, read_any_record, sampled_sha256, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -148,3 +155,56 @@ def _demo() -> Reference:
             "(or `make demo`, which does it)"
         )
     return Reference(DEMO, str(files[0].parent), files[0].name)
+
+
+def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
+    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model if known."""
+    files = _model_files(ref, commit, catalog)
+    return None if files is None else hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
+def _model_files(ref: str, commit: str | None, catalog: Catalog) -> dict[str, Any] | None:
+    place = resolve(ref, catalog)
+    folder = place.directory
+    if place.gguf_file:
+        files = [folder / place.gguf_file]
+    elif folder.is_dir():
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."]
+        files = [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
+    elif folder.exists():
+        files = [folder]
+    else:
+        return None if commit is None else {"hub": ref, "commit": commit}
+    sums: dict[str, Any] = {file.name: sampled_sha256(file) for file in files}
+    base = adapter_base(folder)
+    if base is None:
+        return sums
+    base_sums = _model_files(base, commit, catalog)
+    return None if base_sums is None else {**sums, "base of the adapter": base_sums}
+
+
+def data_identity(*values: Any) -> dict[str, str]:
+    """Path → SHA-256 of every file that ``values`` name: settings, components, or jobs, which are made of them."""
+    return {str(file): sha256(file) for file in sorted(set(_files_named(values)))}
+
+
+def _files_named(value: Any) -> Iterator[Path]:
+    """Data is named by a file, several with commas between them, with shares (``3*FILE``), and after the name of a
+    calibration source (``NAME:FILE``). A path of a folder stands for all files in it."""
+    if isinstance(value, Component):
+        value = value.settings.model_dump()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = tuple(getattr(value, field.name) for field in fields(value))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for element in value:
+            yield from _files_named(element)
+    elif isinstance(value, Path) and value.is_dir():
+        yield from (file for file in value.rglob("*") if file.is_file())
+    elif isinstance(value, (str, Path)):
+        text = str(value)
+        for part in (text, *re.split(r"\s*,\s*", text)):
+            share = re.fullmatch(r"\d+(?:\.\d+)?\*(.+)", part, re.S)
+            name = share[1] if share else part
+            yield from (Path(path) for path in (name, name.partition(":")[2]) if path and isfile(path))

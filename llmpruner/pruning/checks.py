@@ -10,8 +10,8 @@ import transformers
 
 from .. import __version__
 from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
-from ..models.identity import data_identity, model_identity
 from ..models.numbers import stored_value
+from ..models.reference import data_identity, model_identity
 from ..models.vocabulary import Vocabulary
 from ..settings import PruneSettings
 from ..structure.coupling import VOCABULARY

@@ -22,11 +22,10 @@ from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
-from ..models.generation import cached_bytes
+from ..models.generation import LOGIT_ELEMENTS, cached_bytes
 from ..models.model import Model
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
-from ..models.positions import LOGIT_ELEMENTS
 from ..structure.coupling import VOCABULARY, Role
 from ..values import bytes_text
 from .criteria.estimate import scored_spans

@@ -17,8 +17,8 @@ import torch
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
 from ..engine.walk import Stop, check_tokens, hidden_of, replaced_layers
+from ..models.generation import LOGIT_ELEMENTS
 from ..models.numbers import with_fast_products
-from ..models.positions import LOGIT_ELEMENTS
 from ..models.tokenizer import predicted_tokens
 from ..structure.coupling import LAYER
 from ..structure.plan import PruningPlan, Quality

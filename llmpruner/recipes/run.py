@@ -20,9 +20,9 @@ from ..discovery.opening import load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
-from ..models.identity import data_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
+from ..models.reference import data_identity, model_identity
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job

@@ -95,7 +95,7 @@ def _answers(text: DenseText, dense: Model, seed: int, progress: Progress) -> li
     from torch.quasirandom import SobolEngine
 
     from ..calibration.written import answered
-    from ..models.positions import table_of
+    from ..models.generation import table_of
     from ..models.tokenizer import ids_to_continue
 
     model, tokenizer, family = dense.model, dense.tokenizer, dense.family

@@ -21,10 +21,10 @@ from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
 from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
 from ..files import alone_in, check_new_directory, write_text, writing
+from ..models.generation import table_of
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import load_model
-from ..models.positions import table_of
 from ..models.tokenizer import check_ids
 from ..models.vocabulary import in_tokens_of
 from ..pruning.saving import save

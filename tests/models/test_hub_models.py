@@ -10,8 +10,8 @@ import torch
 
 from llmpruner import api
 from llmpruner.discovery.opening import dense_structure, load_structure
-from llmpruner.models.identity import model_identity
 from llmpruner.models.opening import load_model
+from llmpruner.models.reference import model_identity
 
 FIRST, SECOND = "1" * 40, "2" * 40
 

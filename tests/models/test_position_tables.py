@@ -16,7 +16,7 @@ from transformers import (
 
 import llmpruner
 from llmpruner import DataError
-from llmpruner.models.positions import positions_of, table_of
+from llmpruner.models.generation import positions_of, table_of
 
 SIZES = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
