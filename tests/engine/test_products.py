@@ -29,7 +29,7 @@ CALIBRATION = tokens(6, 16)
 def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 4 * 16)
     monkeypatch.setattr("llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS", 4 * 16)
-    monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
+    monkeypatch.setattr("llmpruner.models.generation.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
 def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
