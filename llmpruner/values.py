@@ -18,8 +18,6 @@ from .errors import SettingsError, near
 
 M = TypeVar("M", bound=BaseModel)
 _UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
-_LONGEST = 200
-"""Characters of a value that are shown in a message."""
 
 
 def names_of(value: Any) -> Any:
@@ -115,8 +113,8 @@ def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
     """The first error that pydantic reports, in one line: ``--ratio '0': input should be greater than 0``."""
     first = error.errors()[0]
     value = repr(first["input"])
-    if len(value) > _LONGEST:
-        value = f"{value[:_LONGEST]}…"
+    if len(value) > 200:
+        value = f"{value[:200]}…"
     key = ".".join(map(str, (label(str(first["loc"][0])), *first["loc"][1:]))) if first["loc"] else "value"
     message = first["msg"].removeprefix("Value error, ")
     hint = ""

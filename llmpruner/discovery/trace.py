@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
-from ..models.meta import decoder_layers, decoder_list, meta_model
+from ..models.meta import decoder_layers, meta_model
 from ..models.modeling_llmpruner import drop_layers, per_layer_lists
 from ..progress import only_errors
 
@@ -67,7 +67,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {reason}") from error
     layers = decoder_layers(model)
-    modules = decoder_list(model, layers)
+    modules: Any = model.get_submodule(layers)
     owners = Counter(id(p) for layer in modules.children() for p in {id(p): p for p in layer.parameters()}.values())
     # Where a parameter belongs to several layers, one of them does not represent the others.
     if shallow and max(owners.values(), default=0) <= 1:
@@ -150,7 +150,7 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
     """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns
     `Trace.stands_for`."""
-    modules = decoder_list(model, layers)
+    modules: Any = model.get_submodule(layers)
     lists = per_layer_lists(model.config.get_text_config(), len(modules)).values()
     like: dict[Any, list[int]] = {}
     for number, layer in enumerate(modules):

@@ -4,10 +4,9 @@ is killed needs to go on, and who sees its progress. It is all that stages take 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
-from ..models.meta import decoder_list
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from .boundaries import Boundaries
@@ -57,7 +56,7 @@ class Execution:
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder layers."""
-        return decoder_list(self.weights.model, self.weights.path)
+        return cast("nn.ModuleList", self.weights.model.get_submodule(self.weights.path))
 
     def boundaries(self) -> Boundaries:
         """For hidden states; those beyond the limit are in a file in the folder of the journal, or in the system's

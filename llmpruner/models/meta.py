@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
@@ -87,22 +87,18 @@ def decoder_layers(model: Any) -> str:
     # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")
-    every = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    every = [
+        (len(m), -n.count("."), n)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())
+    ]
     # Some classes call their head the decoder.
-    lists = [entry for entry in every if entry[2].startswith(inside)] or every
-    with_parameters = [entry for entry in lists if any(True for _ in model.get_submodule(entry[2]).parameters())]
+    every = [entry for entry in every if entry[2].startswith(inside)] or every
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    exact = [entry for entry in with_parameters if entry[0] == expected]
-    if not with_parameters:
+    exact = [entry for entry in every if entry[0] == expected]
+    if not every:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
-    path: str = max(exact or with_parameters)[2]
-    return path
-
-
-def decoder_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    """The list of layers at ``path``."""
-    modules: Any = model.get_submodule(path)
-    return cast("nn.ModuleList", modules)
+    return max(exact or every)[2]
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:

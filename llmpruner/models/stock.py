@@ -27,8 +27,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-Axis = tuple[int, int]
-"""Size of an axis before and after the cut."""
+Axis = tuple[int, int]  # its size before and after the cut
 LayerSizes = dict[int, dict[str, int]]
 """Number of a layer → sizes that differ from the configuration."""
 

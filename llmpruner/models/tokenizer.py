@@ -106,15 +106,10 @@ def check_one_head(reference: Any, model: Any) -> None:
         )
 
 
-def embedding_rows(model: Any) -> int:
-    """How many tokens a model reads. Reads no weights."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
 def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
     """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, unless it is
     in the tokenizer alone and ``model`` can't read it; else one of ``others``, the end of the sequence, or 0."""
-    rows = embedding_rows(model)
+    rows = model.get_input_embeddings().weight.shape[0]
     candidates = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
     return next(int(token) for token in candidates if token is not None and 0 <= token < rows)
 
@@ -133,7 +128,7 @@ def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:
     """``ids``, once it is sure that ``model`` can read them. Raises `DataError` for a tokenizer of another model."""
     if not ids.numel():
         return ids
-    rows = embedding_rows(model)
+    rows = model.get_input_embeddings().weight.shape[0]
     largest = int(ids.max())
     if largest >= rows:
         raise DataError(

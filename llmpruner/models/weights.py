@@ -92,8 +92,7 @@ class StreamedWeights(Weights):
         self._meta: dict[int | None, dict[str, nn.Parameter]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._meta.setdefault(self.number(name), {})[name] = parameter
-        self._names: dict[int | None, list[str]] = {}
-        """Part → its parameters; of tied ones, the first."""
+        self._names: dict[int | None, list[str]] = {}  # of tied parameters, the first
         for name, _ in model.named_parameters():
             self._names.setdefault(self.number(name), []).append(name)
         layers: Any = model.get_submodule(path)

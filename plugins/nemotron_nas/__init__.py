@@ -21,10 +21,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-CODE = "configuration_nemotron_nas"
-"""The file with the class of the configuration."""
-STEP = 256
-"""MLP widths are multiples of it."""
+CODE = "configuration_nemotron_nas"  # the file with the class of the configuration
+STEP = 256  # MLP widths are multiples of it
 
 
 class NemotronNasExporter(Exporter):

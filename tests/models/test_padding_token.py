@@ -10,7 +10,7 @@ import torch
 
 import llmpruner
 from llmpruner.calibration.written import answered
-from llmpruner.models.tokenizer import embedding_rows, padding_id, with_padding
+from llmpruner.models.tokenizer import padding_id, with_padding
 
 
 @pytest.fixture
@@ -21,10 +21,10 @@ def model():
 @pytest.fixture
 def tokenizer(model):
     tokenizer = tiny_models.tokenizer()
-    extra = embedding_rows(model) - len(tokenizer)
+    extra = model.get_input_embeddings().num_embeddings - len(tokenizer)
     tokenizer.add_tokens([f"<extra {n}>" for n in range(extra)])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id >= embedding_rows(model)
+    assert tokenizer.pad_token_id >= model.get_input_embeddings().num_embeddings
     return tokenizer
 
 
