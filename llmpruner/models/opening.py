@@ -118,15 +118,12 @@ def load_pruned(
         return cast("PreTrainedModel", with_adapter(model, place))
     try:
         with quiet_transformers():
+            # Sizes that do not match are an error below, which names the tensor.
             model, info = model_class(path, trust_remote_code).from_pretrained(
-                str(path),
-                dtype=dtype or "auto",
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are an error below, which names the tensor
-                trust_remote_code=trust_remote_code,
+                str(path), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code,
+                output_loading_info=True, ignore_mismatched_sizes=True,
                 **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
-            )
+            )  # fmt: skip
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
@@ -216,26 +213,15 @@ class CheckpointWeights(StreamedWeights):
     """
 
     def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype,
-        path: str,
-        device: torch.device,
-        scratch: Path | None = None,
-        *,
+        self, directory: Path, dtype: torch.dtype, path: str, device: torch.device, scratch: Path | None = None, *,
         trust_remote_code: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix=".converted-", suffix=".partial", dir=scratch)
         with quiet_transformers():
             model, self.info = model_class(directory, trust_remote_code).from_pretrained(
-                str(directory),
-                dtype=dtype,
-                device_map={"": "disk"},
-                offload_folder=self._folder.name,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-            )
+                str(directory), dtype=dtype, device_map={"": "disk"}, offload_folder=self._folder.name,
+                output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
         self._stored = _offloaded(model)
         remove_hook_from_submodules(model)
         vars(model).pop("hf_device_map", None)

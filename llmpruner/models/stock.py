@@ -181,10 +181,8 @@ def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
     for name, value in vars(config).items():
         if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
             continue
-        if type(value) is int:
-            sizes = [new for old, new in axes if old == value and new]
-        else:
-            sizes = [new for _, new in axes if new] if value is None and _OPEN_WIDTH.search(name) else []
+        is_open = value is None and _OPEN_WIDTH.search(name)
+        sizes = [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]
         if sizes:
             options[name] = list(dict.fromkeys(sizes))
     return options
