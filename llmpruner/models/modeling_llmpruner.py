@@ -34,7 +34,7 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,10 @@ _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attentio
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
-    resized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    resized: dict[int, torch.Tensor] = {}
     for name, shape in record.get("shapes", {}).items():
-        _resize(model, name, tuple(shape), resized)
+        index = tuple(slice(size) for size in shape)
+        replace_tensor(model, name, lambda data, index=index: data[index].clone(), resized)
     for path, values in record.get("attributes", {}).items():
         module = model.get_submodule(path)
         for name, value in values.items():
@@ -188,19 +189,21 @@ def _pass_slice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, argument: split.flatten(axis, axis + 1)}
 
 
-def _resize(
-    model: nn.Module, name: str, shape: tuple[int, ...], resized: dict[int, tuple[torch.Tensor, torch.Tensor]]
+def replace_tensor(
+    model: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor], replaced: dict[int, torch.Tensor]
 ) -> None:
+    """Put ``change`` of a parameter or buffer in its place. ``replaced``: id of an old tensor → the new one, as tied
+    parameters are one object and must stay one."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     old = table[leaf]
-    # Tied parameters are one object and must stay one. Keeping the old one prevents that its id is used again.
-    if id(old) not in resized:
-        data = old.detach()[tuple(slice(n) for n in shape)].clone()
+    if id(old) not in replaced:
+        data = change(old.detach())
         new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
-        resized[id(old)] = old, new
-    table[leaf] = resized[id(old)][1]
+        # Also by its own id, which may be that of an old one that is gone; a module with two names comes here twice.
+        replaced[id(old)] = replaced[id(new)] = new
+    table[leaf] = replaced[id(old)]
     follow_shape(module, leaf)
 
 

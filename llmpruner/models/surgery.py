@@ -10,16 +10,16 @@ too.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
 
 from ..errors import PlanError
 from ..structure.coupling import LAYER, VOCABULARY, CouplingGraph, Role
 from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_layers, restrict
-from .modeling_llmpruner import drop_layers, follow_shape
+from .modeling_llmpruner import drop_layers, replace_tensor
 from .vocabulary import renumber
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     replaced: dict[int, torch.Tensor] = {}
     for name in (*graph.shapes, *graph.buffers):
         if values.changes(name):
-            _replace(model, name, values, replaced)
+            replace_tensor(model, name, partial(values.of, name), replaced)
     if removed_layers(graph, kept):
         drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
     remaining = restrict(graph, kept)
@@ -128,20 +128,6 @@ def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, 
         for (name, axis), index in stay.items()
         if (place := (name if (name, axis) in offsets else graph.ties.get(name, name), axis)) in offsets
     }
-
-
-def _replace(model: nn.Module, name: str, values: CutValues, replaced: dict[int, torch.Tensor]) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    table: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
-    old = table[leaf]
-    if id(old) not in replaced:
-        # Keeping the old tensor alive in `replaced` would hold the memory of every cut parameter: keep the new.
-        data = values.of(name, old.data)
-        is_parameter = isinstance(old, nn.Parameter)
-        replaced[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad) if is_parameter else data
-    table[leaf] = replaced[id(old)]
-    follow_shape(module, leaf)
 
 
 def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:
