@@ -128,8 +128,7 @@ def check_new_directory(path: Path) -> Path:
 
 
 def check_new_file(path: Path) -> Path:
-    """``path``, once it is sure that a file can be written there. Raises `OutputError` where that would replace another
-    one; devices, pipes and empty files are written to."""
+    """``path``, once a file can be written there without replacing one that is not empty. Raises `OutputError`."""
     with writing(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")

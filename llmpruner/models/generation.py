@@ -179,8 +179,7 @@ class CachedModel:
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``tokens``: ids of shape (B, n). Returns the logits of the last ones, of shape (B, V). Raises
-        `UnsupportedModelError` when the model cannot continue from a cache."""
+        """The logits (B, V) of the last of ``tokens``, ids (B, n). Raises `UnsupportedModelError` if no cache works."""
         with _in_one_line(self.model):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **self._options).logits
             return logits[:, -1]

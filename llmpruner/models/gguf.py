@@ -51,8 +51,8 @@ def forget_gguf() -> None:
 
 @lru_cache(maxsize=1)
 def _parsed(path: str, changed: int) -> Any:
-    """The reader keeps a view of the file's bytes for every token of the vocabulary. Views of a ``numpy.memmap`` take
-    three times the time and twice the memory of those of a plain array."""
+    # The reader keeps a view of the file's bytes for every token of the vocabulary. Views of a ``numpy.memmap`` take
+    # three times the time and twice the memory of those of a plain array.
     from gguf.gguf_reader import GGUFReader
 
     def put(reader: Any, mapped: np.ndarray[Any, Any]) -> None:

@@ -83,9 +83,8 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
 
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and update the numbers and counts of
-    layers in modules and configuration. ``model.layers_kept`` records what is needed to do the same to a new instance.
-    """
+    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and follow in modules and configuration.
+    ``model.layers_kept`` records what is needed to do the same to a new instance."""
     layers: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList([layers[n] for n in kept]))
@@ -226,10 +225,8 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``config`` describe the uniform model with all layers, before it is resized, for code of transformers.
-
-    ``per_layer_config`` is that of the uniform model too, as a rule none: code that reads the global sizes would warn.
-    """
+    """Let ``config`` describe the uniform model with all layers, for code of transformers, which warns when it reads
+    global sizes beside those of single layers."""
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()

@@ -55,8 +55,7 @@ def stored_dtype(structure: Structure) -> torch.dtype | None:
 
 
 def stored_value(structure: Structure, name: str) -> Any:
-    """The value of ``name`` in ``config.json``: the configuration of a pruned structure is that of the dense model,
-    which may be stored in another dtype, or unquantised."""
+    """The value of ``name`` in ``config.json``: of a pruned structure, ``config`` is that of the dense model."""
     stated = getattr(structure.config, name, None)
     if structure.record is None or structure.path is None:
         return stated

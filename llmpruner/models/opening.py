@@ -157,8 +157,7 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
-    """``model`` with the peft adapter in directory ``path``, as a peft model in evaluation mode. Raises
-    `CheckpointError` when the adapter is damaged or belongs to another model."""
+    """``model`` with the peft adapter in ``path``. Raises `CheckpointError` when that is damaged or does not fit."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
@@ -183,8 +182,8 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 
 
 def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
-    """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
-    layer by layer. ``scratch``: see `CheckpointWeights`."""
+    """As `load_model`, for a model that `why_not_streamed` accepts: its weights are read from their files layer by
+    layer. ``scratch``: see `CheckpointWeights`."""
     check_files(structure.place)
     tokenizer = load_tokenizer(structure, options)
     weights = open_weights(structure, options, scratch)

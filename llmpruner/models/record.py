@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
-"""The record of a directory whose model has no plans, with origin and hashes: of adapters, and what an export wrote for
+"""The record, with origin and hashes, of a directory whose model has no plans: adapters, and what an export wrote for
 transformers. A ``llmpruner.json`` would make it a pruned model."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
@@ -48,8 +48,7 @@ def read_any_record(path: str | Path) -> dict[str, Any] | None:
 
 
 HASHED = 1 << 30
-"""Bytes of weights up to which their hashes are compared when a checkpoint is loaded; beyond, sizes and the names of
-tensors are, and ``llmpruner verify`` compares the rest."""
+"""Bytes of weights up to which loading compares hashes; beyond, it compares sizes and names, and `verify` the rest."""
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
 
@@ -63,8 +62,7 @@ def sha256(file: Path) -> str:
 
 
 def sampled_sha256(file: Path) -> str:
-    """Of the size and of 64 evenly spaced pieces of 64 KiB, of a smaller file of all of it: distinguishes files with
-    weights of two models without reading them whole."""
+    """Of the size and 64 evenly spaced pieces of 64 KiB: tells weights of two models apart without reading all."""
     size = file.stat().st_size
     if size <= _SAMPLES * _SAMPLE:
         return hashlib.sha256(str(size).encode() + file.read_bytes()).hexdigest()
@@ -91,8 +89,7 @@ def write_record(record: Path, values: Mapping[str, Any]) -> None:
 
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str]] | None:
-    """Path → size and hash, as ``record`` has them; None for a record without them, as earlier versions wrote it.
-    Raises `CheckpointError` where they are malformed."""
+    """Path → size and hash; None for a record of an earlier version, without them. Raises `CheckpointError`."""
     entries = None if record is None else record.get("files")
     if entries is None:
         return None

@@ -79,10 +79,9 @@ class Reference:
         return str((self.directory / (self.gguf_file or "")).resolve())
 
     def commit(self, revision: str | None) -> str | None:
-        """The commit that ``revision`` (None: the default branch) of a hub model is now, or was when it was cached, if
-        the hub can't be reached; ``revision`` where the hub refuses to say, and `from_pretrained` tells why, or takes
-        cached files; None for a local model. Raises where neither hub nor cache knows: `from_pretrained` would ask for
-        half a minute."""
+        """The commit that ``revision`` (None: the default branch) of a hub model is, or was when it was cached; None
+        for a local model. ``revision`` itself where the hub refuses to say: `from_pretrained` tells why, or takes
+        cached files. Raises where neither hub nor cache knows it: `from_pretrained` would ask for half a minute."""
         if self.directory.exists():
             return None
         from huggingface_hub import is_offline_mode, resolve_revision
@@ -116,8 +115,7 @@ def resolve(text: str, catalog: Catalog) -> Reference:
 
 
 def adapter_base(path: Path) -> str | None:
-    """Reference of the base model of the peft adapter in directory ``path``, None when ``path`` is no adapter.
-    Raises `CheckpointError` when its file is damaged."""
+    """Reference of the base model of the peft adapter in folder ``path``; None when it is no adapter."""
     file = path / "adapter_config.json"
     if not exists(file):
         return None

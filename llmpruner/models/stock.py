@@ -354,8 +354,7 @@ def _layer_sizes(
 
 
 def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config``, or where layers differ by ``per_layer_config``, a copy of which the values for all layers can be
-    read: transformers refuses to read them from a configuration with others."""
+    """``config`` without ``per_layer_config``, beside which transformers refuses to read the values for all layers."""
     if not config.is_heterogeneous:
         return config
     plain = copy.deepcopy(config)

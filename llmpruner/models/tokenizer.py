@@ -64,8 +64,7 @@ LONGEST_WORD = 2000
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of ``text``, without special tokens. Text is encoded as one string, but for runs of more than
-    `LONGEST_WORD` characters without a blank, which are cut at every so many."""
+    """The token ids of ``text``, without special tokens. Only words of more than `LONGEST_WORD` characters are cut."""
     starts = [0]
     for word in re.finditer(r"\S+", text) if len(text) > LONGEST_WORD else ():
         starts += range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)
@@ -97,8 +96,7 @@ def predicted_tokens(model: Any) -> int:
 
 
 def check_one_head(reference: Any, model: Any) -> None:
-    """Raise `ModelError` for models that predict different numbers of tokens: one cannot read what the other can, and
-    their predictions are not of the same tokens."""
+    """Raise `ModelError` for models that predict different numbers of tokens, so not the same tokens."""
     expected, predicted = predicted_tokens(reference), predicted_tokens(model)
     if expected != predicted:
         raise ModelError(

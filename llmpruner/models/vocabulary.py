@@ -37,10 +37,7 @@ Pair = tuple[str, str]
 
 
 class Vocabulary:
-    """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece.
-
-    Raises `UnsupportedModelError` for a tokenizer that is none of these.
-    """
+    """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece; raises for any other."""
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -157,8 +154,7 @@ def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-    """``scores`` of tokens, (V,), float64, raised where needed so that a token goes before the parts that it is made of
-    by merges, without which text would not be tokenised as before."""
+    """``scores`` of tokens, (V,), raised so that tokens go before the parts that they are merged of, as float64."""
     values = scores.tolist()
     for whole, parts in Vocabulary(tokenizer).longest_first():
         for part in parts:

@@ -76,8 +76,8 @@ BY_MODEL_TYPE: Mapping[str, tuple[Architecture, ...]] = {
     "gemma2": (Architecture("gemma2", is_gemma=True, window_period=2, soft_caps=True, wide_scale_layers=46),),
     "gemma3_text": (Architecture("gemma3", is_gemma=True, window_period=6, output_cap=True, wide_scale_layers=62),),
 }
-"""``model_type`` of transformers → architectures; the first that can state a model is used. All of these types turn the
-rotary channels i and i + head size / 2 together."""
+"""``model_type`` of transformers → architectures, of which the first that can state a model is used. All of these types
+turn the rotary channels i and i + head size / 2 together."""
 
 KEYS = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 """Name of an architecture → the ``gguf`` package's key for it."""
@@ -118,8 +118,7 @@ class Facts:
 
 
 def described(model: PreTrainedModel) -> tuple[Architecture, dict[str, torch.Tensor], Facts]:
-    """The architecture that states ``model`` exactly, the tensors under its names, and the facts. Raises
-    `UnsupportedModelError` with the reason if there is none."""
+    """The architecture that states ``model`` exactly, the tensors under its names, and the facts; or why none can."""
     model_type = model.config.model_type.removeprefix("llmpruner_")
     if model_type not in BY_MODEL_TYPE:
         raise UnsupportedModelError(

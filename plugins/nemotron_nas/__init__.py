@@ -205,8 +205,7 @@ def configuration(model: PreTrainedModel, sizes: Sizes) -> dict[str, Any]:
 
 
 def multiplier(width: int, hidden: int) -> float:
-    """``ffn_mult`` for a width that is a multiple of 256: in the middle of the interval that gives it, as readers round
-    the product, and mlx-lm the multiplier, too."""
+    """``ffn_mult`` for a multiple of 256: the middle of its interval, as readers round the product, mlx-lm this too."""
     return round(3 * (width - STEP // 2) / (2 * hidden), 6)
 
 
@@ -216,8 +215,7 @@ def width_of(ffn_mult: float, hidden: int) -> int:
 
 
 def read(directory: Path, like: PreTrainedModel) -> PreTrainedModel:
-    """The model in ``directory``, built from its files alone, on the device of ``like``. Raises `CheckpointError` when
-    tensors have other shapes than the configuration states."""
+    """The model in ``directory`` on the device of ``like``, built from files alone, whose sizes must be as stated."""
     from safetensors.torch import load_file
     from torch import nn
     from transformers import LlamaConfig
