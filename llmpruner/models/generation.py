@@ -66,11 +66,9 @@ def last_logits(model: PreTrainedModel) -> dict[str, Any]:
 
 def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64; computes no others if the model can."""
-    if computes_some_logits(model):
-        logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
-        return logits
-    every: torch.Tensor = model(input_ids=input_ids, use_cache=False).logits
-    return every.index_select(1, positions)
+    some = {"logits_to_keep": positions} if computes_some_logits(model) else {}
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, **some).logits
+    return logits if some else logits.index_select(1, positions)
 
 
 def position_blocks(model: PreTrainedModel, input_ids: torch.Tensor, vocabulary: int) -> list[torch.Tensor]:
