@@ -122,7 +122,7 @@ def generate(
     )
     streamer = None if on_text is None else _Pieces(tokenizer, on_text, stop_text)
     devices = [model.device] if model.device.type == "cuda" else []
-    with quiet_transformers(), generating_as(model, config), torch.inference_mode(), torch.random.fork_rng(devices):
+    with quiet_transformers(), torch.random.fork_rng(devices), torch.inference_mode(), generating_as(model, config):
         torch.manual_seed(seed)
         mask = torch.ones_like(ids_1T)
         output = model.generate(input_ids=ids_1T, attention_mask=mask, streamer=streamer, tokenizer=tokenizer)
