@@ -4,9 +4,11 @@ not run unless the caller allows it."""
 from __future__ import annotations
 
 import logging
+import mmap
 import tempfile
 import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -209,6 +211,9 @@ class CheckpointWeights(StreamedWeights):
     transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
     has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
     in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``.
+
+    At most two layers are in memory: the one in use, and the next one in the direction of the walk, which a thread
+    reads meanwhile.
     """
 
     def __init__(
@@ -225,11 +230,28 @@ class CheckpointWeights(StreamedWeights):
         remove_hook_from_submodules(model)
         vars(model).pop("hf_device_map", None)
         _tie(directory, model, self._stored)
-        super().__init__(model.eval(), path, device, ahead=True)
+        super().__init__(model.eval(), path, device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmpruner-read")
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        running, self._next = self._next, None
+        tensors = running[1].result() if running is not None and running[0] == part else self._read(part)
+        if part is not None:
+            following = part + (1 if part > self._last else -1)
+            self._last = part
+            if following in self.numbers:
+                self._next = following, self._thread.submit(self._read, following, pages=True)
+        return tensors
+
+    def _read(self, part: int | None, *, pages: bool = False) -> dict[str, torch.Tensor]:
+        """``pages``: read one byte of each, so that mapped files are read from the disk now."""
         try:
-            return {name: self._stored[name] for name in self._names.get(part, ())}
+            tensors = {name: self._stored[name] for name in self._names.get(part, ())}
+            for tensor in filter(torch.numel, tensors.values()) if pages else ():
+                tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
+            return tensors
         except Exception as error:  # safetensors, torch and the system raise what they like
             raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
 

@@ -9,9 +9,7 @@ A *part* is the number of a decoder layer, or None for everything outside the la
 from __future__ import annotations
 
 import contextlib
-import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,22 +71,15 @@ class Weights:
 
 class StreamedWeights(Weights):
     """Weights that are read part by part. ``model``: with parameters on the meta device. ``device``: of the
-    computation. Subclasses say what `read` gives.
-
-    At most two layers are in memory: the one in use and, unless ``ahead`` is False, the next one in the direction of
-    the walk, which a thread reads meanwhile.
-    """
+    computation. Subclasses say what `read` gives."""
 
     streamed = True
 
-    def __init__(self, model: PreTrainedModel, path: str, device: torch.device, *, ahead: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, path: str, device: torch.device) -> None:
         super().__init__(model, path)
         self.device = device
         self._users: dict[int | None, int] = {}
         self._kept: dict[int | None, Path] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmpruner-read") if ahead else None
-        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
-        self._last = -1
         self._meta: dict[int | None, dict[str, nn.Parameter]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._meta.setdefault(self.number(name), {})[name] = parameter
@@ -136,7 +127,7 @@ class StreamedWeights(Weights):
         self._users[part] = self._users.get(part, 0) + 1
         if self._users[part] > 1:
             return
-        for name, tensor in self._read(part).items():
+        for name, tensor in self.read(part).items():
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
             if leaf in module._buffers:
@@ -159,24 +150,6 @@ class StreamedWeights(Weights):
             for name, parameter in self._meta[part].items():
                 path, _, leaf = name.rpartition(".")
                 self.model.get_submodule(path)._parameters[leaf] = parameter
-
-    def _read(self, part: int | None) -> Mapping[str, torch.Tensor]:
-        """`read`, by the thread if it has begun with ``part``; it goes on with the next one."""
-        running, self._next = self._next, None
-        tensors = running[1].result() if running is not None and running[0] == part else self.read(part)
-        if part is not None:
-            following = part + (1 if part > self._last else -1)
-            self._last = part
-            if self._thread is not None and following in self.numbers:
-                self._next = following, self._thread.submit(self._read_pages, following)
-        return tensors
-
-    def _read_pages(self, part: int) -> dict[str, torch.Tensor]:
-        """`read`, and one byte of every page, so that mapped files are read from the disk now."""
-        tensors = self.read(part)
-        for tensor in filter(torch.numel, tensors.values()):
-            tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
-        return tensors
 
 
 class DerivedWeights(StreamedWeights):
