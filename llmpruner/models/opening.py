@@ -81,7 +81,7 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
                 "export it by --to stock --set stock.tie=true, and take the result",
                 ref.text, model.get_output_embeddings().weight.numel() / 1e6,
             )  # fmt: skip
-    return cast("PreTrainedModel", model)
+    return model
 
 
 def forget_quantisation(model: Any) -> None:
@@ -113,11 +113,11 @@ def load_pruned(
     if place.is_dir():
         check_weights(place)
     if base is not None:
-        model: Any = load_pruned(
+        model = load_pruned(
             base, dtype=dtype, device=device, attn_implementation=attn_implementation,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        return cast("PreTrainedModel", with_adapter(model, place))
+        return with_adapter(model, place)
     try:
         with quiet_transformers():
             # Sizes that do not match are an error below, which names the tensor.
@@ -131,7 +131,7 @@ def load_pruned(
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         for key in sorted(map(str, info[trouble])):
             raise CheckpointError(f"the weights of {path} are incomplete or damaged: {trouble[:-5]} tensor {key}")
-    return cast("PreTrainedModel", model.to(device).eval())
+    return model.to(device).eval()
 
 
 def model_class(path: str | Path, trust_remote_code: bool) -> Any:

@@ -16,7 +16,7 @@ import torch
 from llmpruner import CheckpointError, ExportTask, UnsupportedModelError
 
 from .model import KEYS, Architecture, Facts, described, layer_and_part
-from .vocabulary import RECORDED_PRE, add_tokenizer, stop_texts
+from .vocabulary import RECORDED_PRE, add_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,7 +60,10 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
         # Rows that do not fill the blocks of a type get one of more bits.
         kind = f"{quant}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common() if name != "f32")
     # Ollama's description of a model; it takes the chat template from the file.
-    stops = [f'PARAMETER stop "{t}"\n' for t in stop_texts(tokenizer, model.generation_config) if '"' not in t]
+    end = getattr(model.generation_config, "eos_token_id", None)
+    ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id] if tokenizer is not None else []
+    texts = [tokenizer.convert_ids_to_tokens(number) for number in dict.fromkeys(ids) if number is not None]
+    stops = [f'PARAMETER stop "{text}"\n' for text in texts if '"' not in text]
     (task.directory / "Modelfile").write_text(f"FROM ./{target.name}\n{''.join(stops)}", encoding="utf-8")
     size = f"{target.stat().st_size / 1e6:,.1f} MB"
     return f"{target.name} ({architecture}, {kind}, {size}): {checked}; llama-cli -m {target.name} runs it"

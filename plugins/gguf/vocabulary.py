@@ -64,15 +64,6 @@ def _pre_tokenizer(content: Mapping[str, Any], tokenizer: Any, pre: str | None) 
     return name
 
 
-def stop_texts(tokenizer: Any | None, generation: Any) -> list[str]:
-    """Texts of the tokens that end an answer."""
-    if tokenizer is None:
-        return []
-    stated = getattr(generation, "eos_token_id", None)
-    ids = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
-    return [tokenizer.convert_ids_to_tokens(number) for number in dict.fromkeys(ids) if number is not None]
-
-
 def _scores(content: Mapping[str, Any], size: int) -> list[float]:
     """The scores order the merges, as those of SentencePiece do: the earlier a merge, the higher its score."""
     vocab: Mapping[str, int] = content["model"]["vocab"]
