@@ -151,14 +151,12 @@ def _check_directory(path: Path) -> None:
 
 
 def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
-    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model if known."""
-    files = _model_files(ref, commit, catalog)
-    return None if files is None else hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
-
-
-def _model_files(ref: str, commit: str | None, catalog: Catalog) -> dict[str, Any] | None:
+    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model. None where
+    that is not known."""
     place = resolve(ref, catalog)
     folder = place.directory
+    facts: dict[str, str | None] = {}
+    files: list[Path] = []
     if place.gguf_file:
         files = [folder / place.gguf_file]
     elif folder.is_dir():
@@ -167,13 +165,14 @@ def _model_files(ref: str, commit: str | None, catalog: Catalog) -> dict[str, An
     elif folder.exists():
         files = [folder]
     else:
-        return None if commit is None else {"hub": ref, "commit": commit}
-    sums: dict[str, Any] = {file.name: sampled_sha256(file) for file in files}
+        facts = {"hub": ref, "commit": commit}
+    facts |= {file.name: sampled_sha256(file) for file in files}
     base = adapter_base(folder)
-    if base is None:
-        return sums
-    base_sums = _model_files(base, commit, catalog)
-    return None if base_sums is None else {**sums, "base of the adapter": base_sums}
+    if base is not None:
+        facts["base of the adapter"] = model_identity(base, catalog, commit)
+    if None in facts.values():
+        return None
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def data_identity(*values: Any) -> dict[str, str]:
