@@ -98,7 +98,7 @@ def decoder_layers(model: Any) -> str:
     exact = [entry for entry in every if entry[0] == expected]
     if not every:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
-    return max(exact or every)[2]
+    return str(max(exact or every)[2])
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
