@@ -81,7 +81,6 @@ turn the rotary channels i and i + head size / 2 together."""
 
 KEYS = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 """Name of an architecture → the ``gguf`` package's key for it."""
-_STACKED = "gate_up_proj"
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,8 @@ def tensors_of(model: PreTrainedModel, architecture: Architecture) -> dict[str, 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name == "lm_head.weight" and tensor is embedding:
             continue
-        if name.endswith(_STACKED):
-            stem = name.removesuffix(_STACKED)
+        stem = name.removesuffix("gate_up_proj")
+        if stem != name:
             stored[f"{stem}gate_proj"], stored[f"{stem}up_proj"] = tensor.detach().chunk(2, 1)
         else:
             stored[name] = tensor.detach()
