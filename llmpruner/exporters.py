@@ -1,7 +1,4 @@
-"""Export: a checkpoint in another format, checked against its source, or nothing at all.
-
-`Exporter` is the base class for formats; `StockExporter` is the built-in one. Others come from plugins.
-"""
+"""Export: a checkpoint in another format, checked against its source, or nothing at all."""
 
 from __future__ import annotations
 
