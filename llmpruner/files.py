@@ -75,11 +75,10 @@ def new_directory(directory: Path) -> Iterator[Path]:
 @contextmanager
 def alone_in(folder: Path, mark: str | None = None, *, anew: bool = False) -> Iterator[None]:
     """While active, no other process is in this block for the same ``folder``, which is created, and removed at the end
-    if nothing is in it. ``mark``: a file by which a folder is known as one of such a block. ``anew``: whether all that
-    is in it is removed first.
+    if nothing is in it. ``mark``: a file without which a folder must be empty. ``anew``: empty the folder first.
 
-    Raises `OutputError` where another process is in such a block, and for files in a folder without ``mark``. Where
-    directories cannot be locked (Windows, some network file systems), nothing keeps other processes out.
+    Raises `OutputError` where another process is in such a block. Where directories cannot be locked (Windows, some
+    network file systems), nothing keeps other processes out.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)

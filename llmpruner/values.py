@@ -17,7 +17,6 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from .errors import SettingsError, near
 
 M = TypeVar("M", bound=BaseModel)
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
 
 
 def names_of(value: Any) -> Any:
@@ -32,7 +31,7 @@ def names_of(value: Any) -> Any:
 def _count(value: Any) -> Any:
     """``5.4B``, ``120M``, ``98000000`` as a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
-    count = float(match[1]) * _UNITS[match[2]] if match else value
+    count = float(match[1]) * {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else value
     if isinstance(value, str) and (match is None or count < 1):
         raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000 (--ratio takes the share to remove)")
     return count

@@ -38,14 +38,11 @@ def quiet_transformers() -> Iterator[None]:
         yield
 
 
-_AROUND = Path(torch.__file__).parent, Path(__file__).parents[1]
-"""Packages that call the code of a model, and are called by it: torch and this one."""
-
-
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
     """The statement that raised ``error``, of code outside torch and this package, and the path of the module that ran
     it; empty where no module of ``model`` (None: of the first module in the traceback) was running."""
     paths: dict[int, str] = {} if model is None else {id(m): path for path, m in model.named_modules()}
+    around = Path(torch.__file__).parent, Path(__file__).parents[1]
     statement, inside = "", ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         running = frame.f_locals.get("self")
@@ -55,7 +52,7 @@ def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, st
         path = paths.get(id(running))
         if path is not None:
             inside = path or type(model).__name__
-        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, _AROUND)):
+        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, around)):
             statement = linecache.getline(frame.f_code.co_filename, line).strip()
     return statement, inside
 

@@ -1,8 +1,5 @@
 """References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises; and the
-identity of what a result depends on: the files of a model, and the data files that settings name.
-
-Interrupted runs, steps of recipes and kept measurements compare identities to tell whether they may be used again.
-"""
+identity of the files that a result depends on, by which interrupted runs and recipes know what they may use again."""
 
 from __future__ import annotations
 

@@ -181,7 +181,7 @@ def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
     for name, value in vars(config).items():
         if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
             continue
-        is_open = value is None and _OPEN_WIDTH.search(name)
+        is_open = value is None and re.search("inner|ffn|intermediate", name)
         sizes = [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]
         if sizes:
             options[name] = list(dict.fromkeys(sizes))
@@ -189,7 +189,6 @@ def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
 
 
 _NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
-_OPEN_WIDTH = re.compile(r"inner|ffn|intermediate")
 
 
 def head_size(config: PreTrainedConfig) -> int:

@@ -111,10 +111,8 @@ class Vocabulary:
             raise PlanError(f"the plan removes {len(lost)} tokens that others or the tokenizer need, first {lost[0]}")
 
     def trimmed(self, kept: Iterable[int]) -> Any:
-        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in their order.
-
-        ``kept``: ids, of rows of the embedding, with `required` and `parts` of each. Added tokens may have no row.
-        """
+        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in order. ``kept``: ids, of rows of
+        the embedding, with `required` and `parts` of each. Added tokens may have no row."""
         new = {old: number for number, old in enumerate(sorted({*kept, *self.required}))}
         spec = copy.deepcopy(self._spec)
         model = spec["model"]
