@@ -109,12 +109,9 @@ class Exporter(Component):
 def export(
     source: Path, exporter: Exporter, directory: Path, load: Callable[[], Model], progress: Progress = QUIET
 ) -> str:
-    """Write the model ``source`` to the new ``directory``; see `ExportTask` for the rest. Returns one line on how to
-    load the result.
-
-    Raises `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing,
-    and whatever the exporter raises; no files remain then.
-    """
+    """Write the model ``source`` to the new ``directory`` (see `ExportTask`); returns a line on how to load it. Raises
+    `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing, and
+    whatever the exporter raises; no files remain then."""
     from . import __version__
     from .models.messages import quiet_transformers
     from .models.record import ORIGIN_FILE, RECORD_FILE, write_record

@@ -345,10 +345,8 @@ def _pruned(mixin: type, stock: type, members: dict[str, Any]) -> type[Any]:
 
 
 def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
-    """The class that a record resizes. Raises `ValueError` when it cannot be found.
-
-    A module named by a checkpoint is imported only when it belongs to transformers or to an installed plugin,
-    or has been imported already, so that a checkpoint cannot run other code.
+    """The class that a record resizes. Raises `ValueError` when it cannot be found. So that a checkpoint cannot run any
+    code, its module is imported only when it belongs to transformers or an installed plugin, or was imported already.
     """
     name: str = record["base"]
     module: str = record.get("module") or ""

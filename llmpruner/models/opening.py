@@ -206,15 +206,12 @@ def open_weights(structure: Structure, options: LoadSettings, scratch: Path | No
 
 
 class CheckpointWeights(StreamedWeights):
-    """The weights in the safetensors files of ``directory``.
+    """The weights in the safetensors files of ``directory``. At most two layers are in memory: the one in use, and the
+    next one in the direction of the walk, which a thread reads meanwhile.
 
     transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
     has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
-    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``.
-
-    At most two layers are in memory: the one in use, and the next one in the direction of the walk, which a thread
-    reads meanwhile.
-    """
+    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``."""
 
     def __init__(
         self, directory: Path, dtype: torch.dtype, path: str, device: torch.device, scratch: Path | None = None, *,

@@ -88,7 +88,6 @@ def save_checkpoint(
 def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path, *, original: bool) -> None:
     """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
     weight_map: dict[str, str] = {}
-    size = 0
     for position, number in enumerate(parts.numbers):
         aside = directory / "part"
         with parts.part(number):
@@ -98,11 +97,11 @@ def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path,
         shard = f"model-{position + 1:05}-of-{len(parts.numbers):05}.safetensors"
         (aside / SINGLE).rename(directory / shard)
         weight_map |= dict.fromkeys(sorted(names_in(directory / shard)), shard)
-        size += (directory / shard).stat().st_size
         if position == 0:
             for file in aside.iterdir():
                 file.rename(directory / file.name)
         shutil.rmtree(aside)
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 

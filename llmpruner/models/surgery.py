@@ -36,11 +36,9 @@ class Follows(Protocol):
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:
     """Remove all units that ``kept`` leaves out, in place, and return the coupling graph of the cut model.
 
-    Replaces parameters (tied ones stay tied) and buffers, updates the sizes that linear, embedding and norm modules
-    store, rescales RMS norms over cut units so that the result equals the silenced model, deletes removed layers,
-    renumbers tokens and layers; then ``family.follow`` updates other attributes. Raises `PlanError` for invalid
-    ``kept``.
-    """
+    Replaces parameters and buffers, updates the sizes that linear, embedding and norm modules store, rescales RMS norms
+    over cut units so that the result equals the silenced model, deletes removed layers, renumbers tokens and layers;
+    then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``."""
     check_kept(graph, kept)
     sizes = {model.get_submodule(name.rpartition(".")[0]): size for (name, _), size in norms(graph, kept).items()}
     for module, (before, after, _) in sizes.items():
@@ -58,10 +56,9 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
             replace_tensor(model, name, partial(values.of, name), replaced)
     if removed_layers(graph, kept):
         drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
-    remaining = restrict(graph, kept)
     if family is not None:
         family.follow(model, graph, kept)
-    return remaining
+    return restrict(graph, kept)
 
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
@@ -115,10 +112,8 @@ class CutValues:
 
 def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, int, float]]:
     """(weight of an RMS norm, axis) → the number of its entries before and after the cut, and what is added to them.
-
-    The mean runs over all entries, of whichever groups: a norm over two concatenated copies of the residual stream has
-    two spans of one group, and one over all heads spans of key/value and of query heads.
-    """
+    The mean runs over all entries, of whichever groups: a norm over two copies of the residual stream has two spans of
+    one group, and one over all heads spans of key/value and of query heads."""
     stay = kept_indices(graph, kept)
     offsets = {
         (span.parameter, span.axis): span.offset for name in kept for span in graph.by_name[name].spans_with(Role.NORM)

@@ -71,10 +71,8 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
 
 def write_gguf(task: ExportTask, path: Path, kind: str, pre: str | None) -> tuple[str, str | None]:
     """Write the model to ``path``, one tensor at a time, and read all back; returns the names of architecture and
-    pre-tokenizer. ``kind``: type of matrices; vectors and routers are float32. ``pre``: see `add_tokenizer`.
-
-    Raises `UnsupportedModelError` for a model that no architecture states, and for weights too large for ``kind``.
-    """
+    pre-tokenizer. ``kind``: type of matrices; vectors and routers are float32. ``pre``: see `add_tokenizer`. Raises
+    `UnsupportedModelError` for a model that no architecture states, and for weights too large for ``kind``."""
     model = task.model
     architecture, tensors, facts = described(model)
     if facts.rope.get("rope_type") == "llama3":
