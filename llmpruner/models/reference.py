@@ -135,12 +135,10 @@ def _check_directory(path: Path) -> None:
         advice = "name the directory that it is in" if path.suffix in WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
     record = read_any_record(path) or {}
-    form, source = record.get("format"), record.get("exported_from")
-    if form is not None:
-        of = f", '{source}'" if isinstance(source, str) else ""
+    if "format" in record:
         raise ModelError(
-            f"'{path}' is an export in the format {form}, for other programs; llmpruner does not open it: name the "
-            f"checkpoint that it was exported from{of}"
+            f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
+            f"name the checkpoint that it was exported from, '{record.get('exported_from')}'"
         )
     files = sorted(file.name for file in path.glob("*.gguf"))
     if files and not (path / "config.json").exists():

@@ -235,10 +235,9 @@ def _candidates(
     rows, hidden = model.get_input_embeddings().weight.shape
     old_rows, old_hidden = reference.get_input_embeddings().weight.shape
     always = {}
-    if old_hidden == text.hidden_size and hidden != old_hidden:
-        always["hidden_size"] = hidden
-    if old_rows == text.vocab_size and rows != old_rows:
-        always["vocab_size"] = rows
+    for name, old, new in (("hidden_size", old_hidden, hidden), ("vocab_size", old_rows, rows)):
+        if getattr(text, name) == old != new:
+            always[name] = new
     floats = _moved_floats(model, reference, text)
     others = {n: v for n, v in other_widths(text, axes).items() if n not in differs}
     for named in [options, options | others] if others else [options]:

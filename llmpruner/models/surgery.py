@@ -3,8 +3,7 @@
 To *cut* units is to remove their indices from all tensors, which changes shapes. To *silence* them is to set weights to
 zero so that they contribute nothing, without changing shapes. Both give the same outputs, up to rounding.
 
-``kept`` maps group names to the units that stay; a group that is not named keeps all. Functions work on the meta device
-too.
+``kept`` maps group names to the units that stay; a group that is not named keeps all. The meta device works too.
 """
 
 from __future__ import annotations

@@ -33,9 +33,8 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra = {} if ref.gguf_file else {"config": structure.config}
-    tokenizer = from_pretrained(
-        AutoTokenizer, ref, structure.revision, trust_remote_code=options.trust_remote_code, **extra
-    )
+    allowed = options.trust_remote_code
+    tokenizer = from_pretrained(AutoTokenizer, ref, structure.revision, trust_remote_code=allowed, **extra)
     if ref.gguf_file:
         pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
         if pre is not None:
