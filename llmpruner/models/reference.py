@@ -138,7 +138,7 @@ def _check_directory(path: Path) -> None:
     if "format" in record:
         raise ModelError(
             f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
-            f"name the checkpoint that it was exported from, '{record.get('exported_from')}'"
+            f"name the checkpoint that it was exported from, '{record['exported_from']}'"
         )
     files = sorted(file.name for file in path.glob("*.gguf"))
     if files and not (path / "config.json").exists():
