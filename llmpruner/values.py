@@ -112,8 +112,7 @@ def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
     """The first error that pydantic reports, in one line: ``--ratio '0': input should be greater than 0``."""
     first = error.errors()[0]
     value = repr(first["input"])
-    if len(value) > 200:
-        value = f"{value[:200]}…"
+    value = value if len(value) <= 200 else f"{value[:200]}…"
     key = ".".join(map(str, (label(str(first["loc"][0])), *first["loc"][1:]))) if first["loc"] else "value"
     message = first["msg"].removeprefix("Value error, ")
     hint = ""

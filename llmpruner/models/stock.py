@@ -108,8 +108,7 @@ def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -
     if modules.keys() != others.keys():
         return False
     for path, module in modules.items():
-        ours = plain_attributes(module, (int, float, bool))
-        theirs = plain_attributes(others[path], (int, float, bool))
+        ours, theirs = (plain_attributes(each, (int, float, bool)) for each in (module, others[path]))
         if ours.keys() != theirs.keys():
             return False
         for name, value in ours.items():
@@ -276,11 +275,8 @@ def _per_layer_candidates(
 def _is_uniform(before: Shapes, after: Shapes) -> bool:
     """Whether parameters of one name, apart from numbers, and one old shape have one new shape."""
     seen: dict[tuple[str, Shape], Shape] = {}
-    for name, shape in after.items():
-        key = re.sub(r"\d+", "*", name), before[name]
-        if seen.setdefault(key, shape) != shape:
-            return False
-    return True
+    changes = ((re.sub(r"\d+", "*", name), before[name], shape) for name, shape in after.items())
+    return all(seen.setdefault((name, old), new) == new for name, old, new in changes)
 
 
 def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConfig) -> dict[str, float]:
