@@ -1,4 +1,4 @@
-"""What transformers and the code of models say: silenced, or as one sentence."""
+"""Calls of transformers, and what it and the code of models say: silenced, or as one sentence."""
 
 from __future__ import annotations
 
