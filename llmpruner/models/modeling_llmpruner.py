@@ -35,6 +35,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -65,8 +66,7 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
     resized: dict[int, torch.Tensor] = {}
     for name, shape in record.get("shapes", {}).items():
-        index = tuple(slice(size) for size in shape)
-        replace_tensor(model, name, lambda data, index=index: data[index].clone(), resized)
+        replace_tensor(model, name, partial(_corner, tuple(slice(size) for size in shape)), resized)
     for path, values in record.get("attributes", {}).items():
         module = model.get_submodule(path)
         for name, value in values.items():
@@ -80,6 +80,10 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
         for name, value in values.items():
             setattr(config, name, value)
         module.config = config
+
+
+def _corner(index: tuple[slice, ...], tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[index].clone()
 
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
