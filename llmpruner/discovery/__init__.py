@@ -5,7 +5,7 @@ configuration ─trace→ graph of operators ─propagate→ tied indices ─uni
 - `trace`: the model is built on the meta device, with one layer of every kind, and exported as ATen operators.
 - `propagate`, `operators_math`, `operators_shape`: every index of every parameter axis gets an identity (`ids`); a rule
   for each operator ties the identities that can only be removed together, and blocks those that can't be removed.
-- `units`, `groups`: connected identities become units, their kind (mlp, attention, …) follows from their marks, and the
+- `groups`: connected identities become units, their kind (mlp, attention, …) follows from their marks, and the
   groups of a traced layer are repeated for all layers that it stands for.
 
 A trace shows neither head counts stored in attributes nor mistakes. So the `oracle` takes a small random model of the

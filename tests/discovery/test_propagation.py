@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import nn
 
+from llmpruner import Blocks
+from llmpruner.discovery.groups import unit_sets
 from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
 from llmpruner.discovery.operators_shape import regroup
 from llmpruner.discovery.propagate import RULES, Propagation
-from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
 
 
@@ -99,8 +100,8 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
     run.run(program, {})
-    found, reasons = unit_sets(run)
-    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.owned)
+    found, reasons = unit_sets(run, "layers")
+    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.spans)
     assert reason in reasons["up.weight", 0]
     assert ("down.weight", 1) in reasons
 
@@ -158,7 +159,8 @@ class Turned(nn.Module):
 def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
     run = Propagation()
     run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {})
-    (heads,) = [f for f in unit_sets(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.owned)]
-    rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.owned}
-    assert rows["heads.weight", 0] == [list(range(u * 4, u * 4 + 4)) for u in range(3)]
-    assert rows["out.weight", 1] == [list(range(u * consumed, (u + 1) * consumed)) for u in range(3)]
+    (heads,) = [
+        f for f in unit_sets(run, "layers")[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.spans)
+    ]
+    maps = {(s.parameter, s.axis): s.index for s in heads.spans}
+    assert (maps["heads.weight", 0], maps["out.weight", 1]) == (Blocks(3, 4), Blocks(3, consumed))

@@ -8,11 +8,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Role
-from llmpruner.discovery.groups import discover_graph
+from llmpruner.discovery.groups import discover_graph, unit_sets
 from llmpruner.discovery.propagate import Propagation
 from llmpruner.discovery.trace import export, trace
-from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
 
 
@@ -65,11 +63,12 @@ def test_a_loop_over_experts_is_traced_for_all_of_them():
     traced = export(Loop(), "layers", {})
     run = Propagation()
     run.run(traced.program, {})
-    usable, reasons = unit_sets(run)
-    (found,) = (units for units in usable if units.owned[0].parameter == "layers.0.up")
-    assert [(s.parameter, s.axis, s.role, s.rows[:, 0].tolist(), s.rows.shape) for s in found.owned] == [
-        ("layers.0.up", 0, Role.PRODUCES, [0, 1, 2, 3, 4], (5, 3)),
-        ("layers.0.down", 0, Role.CONSUMES, [0, 1, 2, 3, 4], (5, 3)),
+    usable, reasons = unit_sets(run, "layers")
+    (found,) = (units for units in usable if units.spans[0].parameter == "layers.0.up")
+    assert [str(s) for s in found.spans] == [
+        f"layers.0.{name}[axis 0] {rows} ({role})"
+        for name, role in (("up", "produces"), ("down", "consumes"))
+        for rows in ("0:5", "5:10", "10:15")
     ]
     assert reasons["router.weight", 0].startswith("numbered otherwise"), "experts are picked by number"
 
