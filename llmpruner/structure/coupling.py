@@ -101,17 +101,6 @@ class Explicit:
 IndexMap = Blocks | Explicit
 
 
-def runs(indices: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of every run of consecutive numbers in ``indices``, which must be in ascending order."""
-    found: list[tuple[int, int]] = []
-    for index in indices:
-        if found and found[-1][1] == index - 1:
-            found[-1] = found[-1][0], index
-        else:
-            found.append((index, index))
-    return found
-
-
 def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
     """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular. Raises
     `CouplingError` where units have different numbers of indices."""

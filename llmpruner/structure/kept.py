@@ -5,6 +5,7 @@ Index arithmetic without tensors: which indices of each axis remain, and the gro
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -34,21 +35,13 @@ def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[
             group = graph.by_name[original]
             survivors = surviving_units(first, group, axes)
             units = [survivors[unit] for unit in second[current]]
-            kept[original] = (*units,) if group.blocks == 1 else _with_gone_blocks(group, units, survivors, first)
+            size = group.units // group.blocks
+            live = {unit // size for unit in survivors}
+            each = len(units) // len(live)
+            for gone in set(range(group.blocks)) - live:
+                units += [u for u in first.get(original, range(group.units)) if u // size == gone][:each]
+            kept[original] = tuple(sorted(units))
     return kept
-
-
-def _with_gone_blocks(
-    group: CoupledGroup, units: Sequence[int], survivors: Sequence[int], first: Kept
-) -> tuple[int, ...]:
-    size = group.units // group.blocks
-    live = {unit // size for unit in survivors}
-    gone: dict[int, list[int]] = {}
-    for unit in first.get(group.name, range(group.units)):
-        if unit // size not in live:
-            gone.setdefault(unit // size, []).append(unit)
-    each = len(units) // len(live)
-    return tuple(sorted([*units, *(unit for block in gone.values() for unit in block[:each])]))
 
 
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:
@@ -66,11 +59,8 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
                 f"group '{name}' must keep a multiple of {group.multiple} units, the plan keeps {len(units)}"
             )
         if group.blocks > 1:
-            per_block = group.units // group.blocks
-            counts = [0] * group.blocks
-            for unit in units:
-                counts[unit // per_block] += 1
-            if len(set(counts)) > 1:
+            counts = Counter(unit * group.blocks // group.units for unit in units)
+            if len({counts[block] for block in range(group.blocks)}) > 1:
                 raise PlanError(
                     f"group '{name}' must keep the same number of units in each of its {group.blocks} blocks"
                 )
@@ -107,9 +97,8 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     numbers = layer_numbers(graph, kept)
     move = partial(path_after, layers=graph.layers, numbers=numbers)
     groups = []
-    for group in graph.groups:
-        if group.name not in names:
-            continue
+    for old_name, new_name in names.items():
+        group = graph.by_name[old_name]
         units = surviving_units(kept, group, axes)
         spans, buffers = (
             tuple(
@@ -119,21 +108,10 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
             )
             for owned in (group.spans, group.buffers)
         )
-        per_block = group.units // group.blocks
-        blocks = len({u // per_block for u in units})
+        blocks = len({unit * group.blocks // group.units for unit in units})
         # The minimum is shared equally by the blocks; removed blocks no longer need their share.
-        minimum = -(-group.minimum * blocks // group.blocks)
-        groups.append(
-            replace(
-                group,
-                name=names[group.name],
-                units=len(units),
-                spans=spans,
-                blocks=blocks,
-                minimum=min(minimum, len(units)),
-                buffers=buffers,
-            )
-        )
+        minimum = min(-(-group.minimum * blocks // group.blocks), len(units))
+        groups.append(CoupledGroup(new_name, group.kind, len(units), spans, blocks, minimum, group.multiple, buffers))
     shapes, sizes = (
         {
             name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))

@@ -14,10 +14,8 @@ from .coupling import VOCABULARY, Blocks, CoupledGroup, IndexMap, Role, Span
 
 def produces(module: str, index: IndexMap, *, bias: bool = False) -> list[Span]:
     """Rows of ``module.weight`` (and of ``module.bias``)."""
-    spans = [Span(f"{module}.weight", 0, Role.PRODUCES, index)]
-    if bias:
-        spans.append(Span(f"{module}.bias", 0, Role.PRODUCES, index))
-    return spans
+    leaves = ("weight", "bias") if bias else ("weight",)
+    return [Span(f"{module}.{leaf}", 0, Role.PRODUCES, index) for leaf in leaves]
 
 
 def consumes(module: str, index: IndexMap) -> list[Span]:

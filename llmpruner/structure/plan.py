@@ -11,7 +11,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 from pydantic import (
     BaseModel,
@@ -26,12 +26,8 @@ from pydantic import (
 from ..errors import PlanError
 from ..files import write_text
 from ..values import html_table
-from .coupling import LAYER, CouplingGraph, runs
-from .kept import check_kept
-
-if TYPE_CHECKING:
-    from .kept import Kept
-
+from .coupling import LAYER, CouplingGraph
+from .kept import Kept, check_kept
 
 SCHEMA_VERSION: Final = 2
 By = Literal["ratio", "parameters", "units", "tokens"]
@@ -39,7 +35,13 @@ By = Literal["ratio", "parameters", "units", "tokens"]
 
 def _pack(units: Sequence[int]) -> str:
     """``0-4,7`` for ``(0, 1, 2, 3, 4, 7)``, which is easier to read and to diff."""
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(units))
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and runs[-1][1] == unit - 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _unpack(value: Any) -> Any:
@@ -80,10 +82,7 @@ class BaseRef(Frozen):
 class Target(Frozen):
     """The requested amount. ``by``: the meaning of ``amount``: ``ratio``, the share of ``budget`` (a registered name)
     to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
-    in scope to remove, as LLM-Pruner counts; ``tokens``, the number of tokens to keep.
-
-    ``settings``: of the budget.
-    """
+    in scope to remove, as LLM-Pruner counts; ``tokens``, the number of tokens to keep. ``settings``: of the budget."""
 
     by: By
     amount: float
@@ -130,12 +129,8 @@ class SelectionRecord(Frozen):
 
 class CompensationRecord(Frozen):
     """How the weights that read removed units are adapted before the cut: ``name`` of the compensation and its
-    ``settings``.
-
-    ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the shape of the
-    calibration tokens, which are drawn with the seed of the plan. All are None or empty for a compensation that reads
-    no text.
-    """
+    ``settings``. ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the
+    shape of the calibration tokens, drawn with the plan's seed. All None or empty for one that reads no text."""
 
     name: str
     settings: dict[str, Any] = {}
@@ -239,13 +234,13 @@ class PruningPlan(Frozen):
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
         except ValidationError as error:
-            first, *_ = found = error.errors()
-            version = next((each["input"] for each in found if each["loc"] == ("schema_version",)), SCHEMA_VERSION)
-            if version != SCHEMA_VERSION:
-                raise PlanError(
-                    f"{path} is a plan of version {version}, and this llmpruner reads version {SCHEMA_VERSION}; make a "
-                    "new plan with `llmpruner plan`"
-                ) from error
+            for each in error.errors():
+                if each["loc"] == ("schema_version",):
+                    raise PlanError(
+                        f"{path} is a plan of version {each['input']}, and this llmpruner reads version "
+                        f"{SCHEMA_VERSION}; make a new plan with `llmpruner plan`"
+                    ) from error
+            first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise PlanError(f"{path} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
 

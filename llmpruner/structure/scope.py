@@ -110,12 +110,11 @@ def build_queue(
     for block in range(group.blocks):
         units = range(block * per_block, (block + 1) * per_block)
         free = [u for u in units if allowed is None or u in allowed]
-        columns.append(sorted(free, key=lambda u: (scores[u], u)))
-    rows = list(zip(*columns, strict=False))
+        columns.append(sorted(free, key=scores.__getitem__))
     steps: list[tuple[int, ...]] = []
     pending: list[int] = []
     left = group.units
-    for row in rows:
+    for row in zip(*columns, strict=False):
         pending += row
         left -= len(row)
         if left < max(group.minimum, 1):
