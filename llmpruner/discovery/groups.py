@@ -88,14 +88,9 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     model = meta_model(config)
     whole = graph_of(model, ())
     groups = list(_groups([each for each in found if each.kind != _CROSS_LAYER], traced, whole.ties))
-    if traced.repeats:
-        stay = "a layer runs more than once"
-    elif table := _table_of_layers(model, traced.layers):
-        stay = f"'{table}' has a part for every layer, which does not follow"
-    elif traced.streams > 1:
-        stay = "layers are given more than the residual stream"
-    else:
-        stay = ""
+    table = _table_of_layers(model, traced.layers)
+    stay = f"'{table}' has a part for every layer, which does not follow" if table else traced.stay
+    if not stay:
         groups.append(CoupledGroup("layers", LAYER, whole.num_layers))
     blocked = [Blocked(traced.layers, 0, stay)] if stay else []
     blocked += [

@@ -155,12 +155,14 @@ class Propagation:
 
     def call(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = operator_name(node.target)
-        self.where = f"{name} in {_module_of(node)}"
+        modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+        self.where = f"{name} in {modules[-1] if modules else 'the model'}"
         operands = _tensors([args, kwargs])
         for value in operands:
             if value.tag and value.tag.stage != "square" and name not in KEEPS_TAG:
                 self.ids.block(value.tag.ids, f"a norm without a weight of its own ({self.where})")
         result: Any = NotImplemented
+        meta = node.meta.get("val")
         if name in RULES:
             try:
                 result = RULES[name](self, node, *args, **kwargs)
@@ -174,21 +176,17 @@ class Propagation:
         constant = all(value.origin is Origin.CONSTANT for value in operands)
         origin = Origin.CONSTANT if constant else Origin.ACTIVATION
         if result is NotImplemented:
-            return self.unknown_operator(node, name, operands, origin)
-        meta = node.meta.get("val")
+            # The operands of constants have no identities.
+            for value in operands:
+                for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
+                    self.ids.block(ids, f"operator {name} is not understood ({self.where})")
+            return self.opaque(meta, origin)
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
             raise UnsupportedModelError(
                 f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
                 f"and the rule {result.shape}"
             )
         return _of_origin(result, origin)
-
-    def unknown_operator(self, node: Node, name: str, operands: Sequence[Value], origin: Origin) -> Any:
-        """Block all operands of an operator without a rule; those of constants have no identities."""
-        for value in operands:
-            for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
-                self.ids.block(ids, f"operator {name} is not understood ({self.where})")
-        return self.opaque(node.meta.get("val"), origin)
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
         """A value of the shape of ``meta`` whose axes have no identities."""
@@ -303,9 +301,3 @@ def _tensors(item: Any) -> list[Value]:
     if isinstance(item, list | tuple):
         return [v for i in item for v in _tensors(i)]
     return []
-
-
-def _module_of(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values() if path]
-    return paths[-1] if paths else "the model"

@@ -33,17 +33,14 @@ BATCH, TIME = 2, 7
 @dataclass(frozen=True)
 class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
-    ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
-    ``streams``: how many tensors a layer is given that are of hidden width or were returned by the layer before; where
-    it is more than one, the residual stream, a layer cannot be removed by passing its input on.
-    ``repeats``: whether some layer runs more than once in a forward pass."""
+    ``stands_for``: number of each traced layer → the numbers of the real layers it represents. ``stay``: why no layer
+    can be removed by passing its input on; empty where it can."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
     layers: str
     stands_for: Mapping[int, tuple[int, ...]]
-    streams: int
-    repeats: bool
+    stay: str
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
@@ -68,7 +65,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {reason}") from error
     layers = decoder_layers(model)
     modules = decoder_list(model, layers)
-    owners = Counter(id(p) for layer in modules.children() for p in {id(p): p for p in layer.parameters()}.values())
+    owners = Counter(id(p) for layer in modules.children() for p in layer.parameters())
     # Where a parameter belongs to several layers, one of them does not represent the others.
     if shallow and max(owners.values(), default=0) <= 1:
         try:
@@ -86,6 +83,7 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
+    # How many tensors a layer is given that are of hidden width or were returned by the layer before.
     streams = [1]
     calls: Counter[int] = Counter()
     outputs: dict[int, torch.Tensor] = {}
@@ -100,25 +98,25 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
         # The tensors are kept so that their ids are not used again.
         outputs.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
 
-    handles = []
     for layer in model.get_submodule(layers).children():
-        handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
-        handles.append(layer.register_forward_hook(keep))
+        layer.register_forward_pre_hook(count, with_kwargs=True)
+        layer.register_forward_hook(keep)
     with torch.no_grad(), quiet_transformers():
         try:
             try:
                 program = _program(model, inputs, EveryPosition())
             except IndexError:
+                calls.clear()
                 program = _program(model, inputs, EveryPosition(unused=1))
-            return Trace(program, model, layers, stands_for, max(streams), max(calls.values(), default=0) > 1)
         except Exception as error:  # export reports unsupported code in many exception types
             statement, inside = where(error, model)
             reason = f"{type(error).__name__}: {first_line(error)}"[:200]
             reason += f" (at `{statement}` in {inside})" if inside else ""
             raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {reason}") from error
-        finally:
-            for handle in handles:
-                handle.remove()
+    stay = "layers are given more than the residual stream" if max(streams) > 1 else ""
+    if max(calls.values(), default=0) > 1:
+        stay = "a layer runs more than once"
+    return Trace(program, model, layers, stands_for, stay)
 
 
 def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:

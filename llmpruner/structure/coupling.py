@@ -219,15 +219,13 @@ class Blocked:
 
 
 def layer_number(name: str, layers: str) -> int | None:
-    """The number of the decoder layer that a parameter or buffer is in; None outside the layers. ``layers``: path of
-    their list."""
+    """The number of the decoder layer that a tensor is in; None outside ``layers``, the path of their list."""
     prefix = f"{layers}."
     return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
 
 
 def in_layer(path: str, layers: str, number: object) -> str:
-    """The path of a module or parameter with another number of its layer; outside the layers, as it is. ``layers``: as
-    in `layer_number`."""
+    """The path of a module or parameter with another number of its layer; outside ``layers``, as it is."""
     old = layer_number(path, layers)
     return path if old is None else f"{layers}.{number}{path.removeprefix(f'{layers}.{old}')}"
 
@@ -281,12 +279,9 @@ class CouplingGraph:
             raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
         if not 0 <= span.axis < len(shape):
             raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
-        owned: Sequence[int]
-        if isinstance(span.index, Blocks) and span.index.step >= span.index.width:
-            # Disjoint by construction, so the first and last unit suffice; checking millions of indices is slow.
-            owned = [*span.index.of(0), *span.index.of(group.units - 1)] if group.units > 1 else span.index.of(0)
-        else:
-            owned = span.indices(range(group.units))
+        # Blocks that do not overlap: the first and the last suffice, as checking millions of indices is slow.
+        apart = isinstance(span.index, Blocks) and span.index.step >= span.index.width
+        owned = span.indices({0, group.units - 1} if apart else range(group.units))
         if min(owned) < 0 or max(owned) >= shape[span.axis]:
             raise CouplingError(
                 f"group '{group.name}': span {span} reaches index {max(owned)}, "
@@ -337,9 +332,8 @@ class CouplingGraph:
         """Number of parameters that removing one unit alone removes (for layers, the mean over units)."""
         if group.kind == LAYER:
             return self.decoder_parameters // group.units
-        axes: dict[tuple[str, int], int] = {}
-        for span in group.spans:
-            if span.parameter not in self.ties:
-                key = span.parameter, span.axis
-                axes[key] = axes.get(key, 0) + span.index.width
-        return sum(width * prod(self.shapes[p]) // self.shapes[p][axis] for (p, axis), width in axes.items())
+        return sum(
+            span.index.width * prod(self.shapes[span.parameter]) // self.shapes[span.parameter][span.axis]
+            for span in group.spans
+            if span.parameter not in self.ties
+        )

@@ -78,8 +78,7 @@ def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mappin
     """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels.
     ``dense``: as in `Widths`."""
     if shape == "free":
-        return Widths(uniform=False, round_to=round_to or 1)
+        return Widths(round_to=round_to or 1)
     # Less for models too small for any kernel to matter.
     default = ALIGNMENT if hidden_size >= NARROW else min(32, 2 ** max(0, (hidden_size // 16).bit_length() - 1))
-    own = round_to or default
-    return Widths(uniform=True, round_to=own, adapts=round_to is None, dense=dense or {})
+    return Widths(uniform=True, round_to=round_to or default, adapts=round_to is None, dense=dense or {})
