@@ -81,20 +81,15 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
     if name != operator_name(node.target):
-        _written(run, operands)
+        # Other views of the target show what is written; where it has no identities, these cannot be removed.
+        for value in operands[1:]:
+            for mine, theirs in zip(operands[0].axes[::-1], value.axes[::-1], strict=False):
+                if len(mine) == len(theirs):
+                    run.ids.block(theirs[mine < 0], f"written into another tensor ({run.where})")
     if name == "masked_fill" and operands[0].selects is not None:
         run.ids.block(operands[0].selects, f"a choice is replaced by a fixed position ({run.where})")
     tag = _norm_step(run, name, operands)
     return Value(run.broadcast(operands), tag=tag)
-
-
-def _written(run: Propagation, operands: list[Value]) -> None:
-    """Block what an operator in place writes, which other views of the target show, where that has no identities."""
-    target = operands[0]
-    for value in operands[1:]:
-        for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
-            if len(mine) == len(theirs):
-                run.ids.block(theirs[mine < 0], f"written into another tensor ({run.where})")
 
 
 def _with_scalar(run: Propagation, name: str, args: Sequence[Any], operands: list[Value]) -> Value:
@@ -255,20 +250,18 @@ def conv1d(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
 @rule("layer_norm")
 def layer_norm(run: Propagation, node: Node, x: Value, shape: list[int], *args: Any) -> Value:
     for n in range(1, len(shape) + 1):
-        ids = x.axes[-n]
-        run.ids.block(ids, f"a LayerNorm runs over it, which no cut can reproduce ({run.where})")
+        run.ids.block(x.axes[-n], f"a LayerNorm runs over it, which no cut can reproduce ({run.where})")
         for weight in [a for a in args if isinstance(a, Value)]:
-            run.tie(ids, weight.axes[-n])
+            run.tie(x.axes[-n], weight.axes[-n])
     return Value(x.axes)
 
 
 @rule("rms_norm")
 def rms_norm(run: Propagation, node: Node, x: Value, shape: list[int], weight: Value | None = None, *_: Any) -> Value:
-    ids = x.axes[-1]
     if weight is not None and weight.origin is Origin.WEIGHT and len(shape) == 1:
         run.ids.mark(weight.axes[-1], Mark.RMS)
         run.offsets.append((weight.axes[-1], weight.offset))
-        return Value((*x.axes[:-1], run.tie(ids, weight.axes[-1])))
+        return Value((*x.axes[:-1], run.tie(x.axes[-1], weight.axes[-1])))
     for n in range(1, len(shape) + 1):
         run.ids.block(x.axes[-n], f"a norm without a weight of its own ({run.where})")
         if weight is not None:

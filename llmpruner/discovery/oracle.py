@@ -136,12 +136,17 @@ class Oracle:
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
-        if kind == VOCABULARY:
-            named = named_tokens(self.models["eager"])
-            plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        attention: list[int] = []
         if kind == LAYER and len(types) == self.graph.num_layers:
-            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
+            # Without an attention layer, the cache of transformers does not count tokens, and generation raises.
+            attention = [n for n, what in enumerate(types) if what.endswith("attention") and what != "linear_attention"]
+        for kept in plans.values():
+            for name, units in kept.items():
+                if kind == VOCABULARY:
+                    kept[name] = sorted({*units, *named_tokens(self.models["eager"])})
+                elif attention and set(attention).isdisjoint(units):
+                    kept[name] = sorted([*units[:-1], attention[0]])
         return plans
 
     def _case(self, kept: Kept) -> Case:
@@ -188,11 +193,7 @@ class Oracle:
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
             for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-
-                def with_table(chosen: Sequence[Rule], table: Rule = table) -> bool:
-                    return table in chosen and agrees(chosen)
-
-                found = find([table, *attributes], with_table)
+                found = find([table, *attributes], lambda chosen, table=table: table in chosen and agrees(chosen))
                 if found is not None:
                     break
         return found or ()
@@ -268,15 +269,6 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
     if not kept:
         raise LlmprunerError("no unit can be removed from any group")
     return kept
-
-
-def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
-    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
-    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
-    attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
-    if not attention or set(attention) & set(layers):
-        return layers
-    return sorted([*layers[:-1], attention[0]])
 
 
 def first_difference(
