@@ -111,7 +111,7 @@ def _with_scalar(run: Propagation, name: str, args: Sequence[Any], operands: lis
 def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None:
     """Follow an RMS norm through a product or quotient of two tensors."""
     left, right = operands[0], operands[1]
-    if name == "mul" and left.tag is None and right.tag is None and left is right:
+    if name == "mul" and left is right and left.tag is None:
         return Tag("square", left.axes[-1])
     tags = [v.tag for v in operands if v.tag is not None and v.tag.stage != "square"]
     if not tags:
