@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -95,32 +95,33 @@ class Oracle:
         return verdict
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
-        cases = {name: self._case(kept) for name, kept in self._plans(kind, groups).items()}
-        no_cache = self._why_no_cache(cases["uneven"])
+        cases = {name: self._references(kept) for name, kept in self._plans(kind, groups).items()}
+        no_cache = self._why_no_cache(cases["uneven"][0])
         if self.family.is_discovered and kind != LAYER:
             verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
         eager: dict[str, PreTrainedModel] = {}
-        for name, case in cases.items():
-            for implementation, reference in case.references.items():
-                if name == "uneven" and distance(reference.logits, self.dense[implementation]) < VISIBLE:
+        for name, references in cases.items():
+            for reference in references:
+                dense = self.dense[reference.implementation]
+                if name == "uneven" and distance(reference.logits, dense) < VISIBLE:
                     raise LlmprunerError("silencing the units does not change the logits, so the cut can't be verified")
-                model = self._cut(implementation, case, verdict.follows)
+                model = self._cut(reference, verdict.follows)
                 eager.setdefault(name, model)  # of the first implementation
-                difference = distance(logits(model, case.tokens.after), reference.logits)
+                difference = distance(logits(model, reference.tokens.after), reference.logits)
                 if not difference <= TOLERANCE:
-                    where = first_difference(model, reference.model, case.tokens, reference.mode)
-                    raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
+                    where = first_difference(model, reference.model, reference.tokens, reference.mode)
+                    raise Disagreement(f"the cut model disagrees ({reference.implementation})", difference, where)
                 verdict.difference = max(verdict.difference, difference)
-                verdict.checks.append(f"{name} {implementation}")
+                verdict.checks.append(f"{name} {reference.implementation}")
         if no_cache:
             verdict.skipped.append(f"cached generation: {no_cache}")
         else:
-            difference = cached_difference(eager["uneven"], cases["uneven"].tokens.after)
+            difference = cached_difference(eager["uneven"], cases["uneven"][0].tokens.after)
             if not difference <= TOLERANCE:
                 raise Disagreement("generation with a cache differs from generation without", difference)
             verdict.checks.append("cached generation")
         for name, model in eager.items():
-            tokens = cases[name].tokens.after
+            tokens = cases[name][0].tokens.after
             expected = logits(model, tokens)
             with tempfile.TemporaryDirectory() as parent:
                 save_checkpoint(model, Path(parent) / "pruned", record={})
@@ -149,42 +150,45 @@ class Oracle:
                     kept[name] = sorted([*units[:-1], attention[0]])
         return plans
 
-    def _case(self, kept: Kept) -> Case:
+    def _references(self, kept: Kept) -> list[Reference]:
+        """For a cut to ``kept``, one for each implementation."""
         tokens = kept_tokens(self.tokens, self.graph, kept)
-        references: dict[str, Reference] = {}
+        references = []
         for implementation, dense in self.models.items():
             model = copy.deepcopy(dense)
             mode = silenced(model, self.graph, kept)
             with mode:
                 expected = logits(model, tokens.before)[..., tokens.predicted]
-            references[implementation] = Reference(model, mode, expected)
-        return Case(kept, tokens, references)
+            references.append(Reference(implementation, kept, tokens, model, mode, expected))
+        return references
 
-    def _cut(self, implementation: str, case: Case, follows: Sequence[Rule]) -> PreTrainedModel:
-        model = copy.deepcopy(self.models[implementation])
-        cut(model, self.graph, case.kept, Follower(follows) if self.family.is_discovered else self.family)
+    def _cut(self, reference: Reference, follows: Sequence[Rule]) -> PreTrainedModel:
+        model = copy.deepcopy(self.models[reference.implementation])
+        cut(model, self.graph, reference.kept, Follower(follows) if self.family.is_discovered else self.family)
         return model
 
-    def _why_no_cache(self, case: Case) -> str:
+    def _why_no_cache(self, reference: Reference) -> str:
         """Why generation with a cache cannot be checked; empty when it can."""
         if self.no_cache:
             return f"the dense model {self.no_cache}"
-        reference = case.references["eager"]
         with reference.mode:
-            why_not = why_no_generation(reference.model, case.tokens.before)
+            why_not = why_no_generation(reference.model, reference.tokens.before)
         return f"the model with silenced units {why_not}" if why_not else ""
 
-    def _follows(self, groups: Sequence[CoupledGroup], case: Case, *, cached: bool) -> tuple[Rule, ...]:
-        """The fewest rules with which a cut gives the logits of its reference, ``cached`` ones too; none where no rules
-        do."""
+    def _follows(
+        self, groups: Sequence[CoupledGroup], references: Sequence[Reference], *, cached: bool
+    ) -> tuple[Rule, ...]:
+        """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; none where no
+        rules do."""
 
         def agrees(chosen: Sequence[Rule]) -> bool:
             try:
-                for implementation, reference in case.references.items():
-                    model = self._cut(implementation, case, chosen)
-                    if not distance(logits(model, case.tokens.after), reference.logits) <= TOLERANCE:
+                for reference in references:
+                    model = self._cut(reference, chosen)
+                    if not distance(logits(model, reference.tokens.after), reference.logits) <= TOLERANCE:
                         return False
-                return not cached or cached_difference(self._cut("eager", case, chosen), case.tokens.after) <= TOLERANCE
+                eager = references[0]
+                return not cached or cached_difference(self._cut(eager, chosen), eager.tokens.after) <= TOLERANCE
             except Exception:  # a model cut with the wrong rules may raise anything
                 return False
 
@@ -201,20 +205,15 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Reference:
-    """The ``model`` with units silenced, which must run inside ``mode``, and its ``logits`` (B, T, V)."""
+    """What a cut to ``kept`` is compared with: the ``model`` with the other units silenced, of one ``implementation``,
+    which must run inside ``mode``; and its ``logits`` (B, T, V) for ``tokens``."""
 
+    implementation: str
+    kept: Kept
+    tokens: Tokens
     model: PreTrainedModel
     mode: AbstractContextManager[object]
     logits: torch.Tensor
-
-
-@dataclass(frozen=True)
-class Case:
-    """Which units a cut keeps, the tokens to compare, and for each implementation the reference."""
-
-    kept: Kept
-    tokens: Tokens
-    references: Mapping[str, Reference]
 
 
 @dataclass(frozen=True)
