@@ -144,16 +144,12 @@ class ModelFamily(Component):
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """The instruction format of Stanford Alpaca, which the paper's recovery uses."""
-    if input:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        )
+    paired = ", paired with an input that provides further context" if input else ""
+    given = f"### Input:\n{input}\n\n" if input else ""
     return (
-        "Below is an instruction that describes a task. "
+        f"Below is an instruction that describes a task{paired}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Response:\n"
+        f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
     )
 
 

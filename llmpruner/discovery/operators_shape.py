@@ -229,13 +229,10 @@ def getitem(run: Propagation, node: Node, values: Any, index: int) -> Any:
 @rule("pad")
 def pad(run: Propagation, node: Node, value: Value, amounts: list[int], *_: Any) -> Value:
     axes = list(value.axes)
-    for n in range(len(amounts) // 2):
-        before, after = amounts[2 * n], amounts[2 * n + 1]
-        if before == after == 0:
-            continue
-        d = value.ndim - 1 - n
-        run.ids.block(axes[d], f"padded ({run.where})")
-        axes[d] = uniform(len(axes[d]) + before + after, FIXED)
+    for n, amount in enumerate(zip(amounts[::2], amounts[1::2], strict=True), start=1):
+        if any(amount):
+            run.ids.block(axes[-n], f"padded ({run.where})")
+            axes[-n] = uniform(len(axes[-n]) + sum(amount), FIXED)
     return Value(tuple(axes))
 
 
@@ -249,21 +246,17 @@ def triangle(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
 
 @rule("index")
 def index(run: Propagation, node: Node, value: Value, chosen: Sequence[Value | None]) -> Value:
-    picks = [*chosen, *[None] * (value.ndim - len(chosen))]
-    known = [(n, p.numbers) for n, p in enumerate(picks) if p is not None and p.numbers is not None]
-    if len(known) == sum(p is not None for p in picks) == 1 and known[0][1].ndim == 1:
-        ((dim, numbers),) = known
-        return with_axes(value, [ids[numbers] if d == dim else ids for d, ids in enumerate(value.axes)])
-    for ids, pick in zip(value.axes, picks, strict=True):
-        if pick is not None:
-            pick_from(run, ids, pick)
-    indices = [p for p in picks if p is not None]
-    common = run.broadcast(indices)
-    positions = [n for n, p in enumerate(picks) if p is not None]
-    adjacent = positions == list(range(positions[0], positions[-1] + 1))
-    axes = [a for a, p in zip(value.axes, picks, strict=True) if p is None]
-    at = positions[0] if adjacent else 0
-    axes[at:at] = common
+    picks = {dim: pick for dim, pick in enumerate(chosen) if pick is not None}
+    if len(picks) == 1:
+        ((dim, only),) = picks.items()
+        if only.numbers is not None and only.numbers.ndim == 1:
+            return with_axes(value, [ids[only.numbers] if d == dim else ids for d, ids in enumerate(value.axes)])
+    for dim, pick in picks.items():
+        pick_from(run, value.axes[dim], pick)
+    axes = [ids for dim, ids in enumerate(value.axes) if dim not in picks]
+    adjacent = max(picks) - min(picks) + 1 == len(picks)
+    at = min(picks) if adjacent else 0
+    axes[at:at] = run.broadcast(list(picks.values()))
     return replace(with_axes(value, axes), selects=value.selects)
 
 

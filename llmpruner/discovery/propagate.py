@@ -84,8 +84,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register the rule for ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
