@@ -8,20 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_serializer
 
 from ..errors import PlanError
 from ..files import write_text
@@ -95,10 +87,13 @@ class Target(Frozen):
         return {"ratio": self.budget, "units": "decoder"}.get(self.by, "parameters")
 
     @model_serializer(mode="wrap")
-    def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
-        unused = ({"settings"} if not self.settings else set()) | ({"budget"} if self.by != "ratio" else set())
-        return {name: value for name, value in values.items() if name not in unused}
+    def _what_applies(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = serialize(self)
+        if not self.settings:
+            values.pop("settings", None)
+        if self.by != "ratio":
+            values.pop("budget", None)
+        return values
 
 
 class EstimationRecord(Frozen):
