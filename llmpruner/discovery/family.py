@@ -52,11 +52,9 @@ class ModelFamily(Component):
         return config.model_type in self.model_types
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
-        """The coupled groups of a model with this configuration, without its weights.
-
-        The default discovers them by tracing the model on the meta device, and raises `UnsupportedModelError` when it
-        cannot be traced. Groups that contradict the shapes of the model's parameters are a `CouplingError`.
-        """
+        """The coupled groups of a model with this configuration, without its weights. The default discovers them by
+        tracing the model on the meta device, and raises `UnsupportedModelError` when it cannot be traced. Groups that
+        contradict the shapes of the model's parameters are a `CouplingError`."""
         from .groups import discover_graph
 
         return discover_graph(config).groups
@@ -64,18 +62,13 @@ class ModelFamily(Component):
     def refresh(self, model: PreTrainedModel) -> None:
         """Update attributes of modules after a cut, such as the number of heads, from the shapes of their parameters. A
         family whose modules have no such attributes overrides it with a docstring alone, which avoids the search for
-        them. ``model``: after the cut of parameters; changed in place. Changed attributes are saved with the
-        checkpoint.
-        """
+        them. ``model``: after the cut of parameters; changed in place. Changed attributes are saved."""
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         """Update attributes of modules and tables after a cut. ``model``: after the cut of parameters, changed in
-        place. ``graph``: before the cut. ``kept``: group name → units kept.
-
-        If `refresh` is not overridden, the attributes and tables (head counts, slopes) are found on a small model, once
-        in a process for each architecture and kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut
-        exactly in this architecture.
-        """
+        place. ``graph``: before the cut. ``kept``: group name → units kept. If `refresh` is not overridden, they are
+        found on a small model, once in a process for each architecture and kind. Raises `UnsupportedModelError` when a
+        kind of unit cannot be cut exactly in this architecture."""
         if self.is_discovered:
             from .verify import with_rules
 
@@ -95,9 +88,7 @@ class ModelFamily(Component):
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
         """Configurations of other stock classes for a uniformly cut model that its own class cannot represent.
-
-        ``config``: the candidate of its own class. The results are verified against the real shapes.
-        """
+        ``config``: the candidate of its own class. The results are verified against the real shapes."""
         del config
         return ()
 

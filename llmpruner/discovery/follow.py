@@ -30,12 +30,10 @@ _AUTOMATIC = frozenset(
 
 @dataclass(frozen=True, order=True)
 class Follow:
-    """``attribute`` of the modules at ``path`` is scaled with the number of units of ``kind``.
-
-    ``path``: with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the module's own copy of
-    the configuration, which is made when it is set. ``axes``: where a layer has several groups of the kind at this
-    module (Mamba's channels and its rank), parameters, with ``*``, and axes of the group whose units are counted.
-    """
+    """``attribute`` of the modules at ``path`` (``*`` for the number of the layer) is scaled with the number of units
+    of ``kind``. ``config.name`` belongs to the module's own copy of the configuration, which is made when it is set.
+    ``axes``: where a layer has several groups of the kind at this module (Mamba's channels and its rank), the
+    parameters and axes of the group whose units are counted."""
 
     kind: str
     path: str
@@ -195,8 +193,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """The fewest of ``rules`` with which a cut model agrees with its reference: none, all, or a small change of these;
-    None when none do."""
+    """The fewest of ``rules`` with which a cut model agrees with its reference; None when it never does."""
     chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 2) if agrees(subset)), None)
     for rule in reversed(chosen or ()):
         fewer = tuple(r for r in chosen or () if r != rule)

@@ -304,9 +304,7 @@ def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
-    Raises `CouplingError` where the family's groups contradict them. Where all groups are discovered, ``blocked`` lists
-    the axes without units.
-    """
+    Raises `CouplingError` where the family's groups contradict them."""
     if family.declares_groups:
         return graph_of(meta_model(config), family.coupled_groups(config))
     return discover_graph(config)

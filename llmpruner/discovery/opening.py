@@ -1,5 +1,4 @@
-"""Opening what users name: references, structures without weights, models in memory, and the dense model that a pruned
-one was made from."""
+"""Opening what users name: structures without weights, models in memory, and the dense model of a pruned one."""
 
 from __future__ import annotations
 
@@ -58,8 +57,7 @@ class Opener:
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:
-        """The structure of a reference; a structure as it is. Reads no weights. Raises `ModelError` for a model in
-        memory that a stage left half-changed, `SettingsError` for what is none of the three."""
+        """The structure of a reference; a structure as it is. Reads no weights. Raises as `check_source`."""
         check_source(source)
         if isinstance(source, Structure):
             return source
@@ -233,7 +231,7 @@ def _sampled_weights(place: Path) -> str | None:
     """SHA-256 over names and `sampled_sha256` of a model's files with weights; None without readable ones."""
     try:
         files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in WEIGHTS)
-        sums = {file.name: sampled_sha256(file) for file in files if file.is_file()}
+        sums = {file.name: sampled_sha256(file) for file in files}
     except OSError:
         return None
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else None
@@ -244,9 +242,7 @@ def dense_structure(
 ) -> Structure:
     """The structure of the dense model that the record of ``pruned`` names, or ``named``. Reads no weights, but samples
     of the files, for a warning where they are not those of the record: another model of the same shapes.
-
-    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
-    """
+    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced."""
     if not pruned.plans:
         raise not_pruned(pruned.ref)
     base, record = pruned.plans[0].base, pruned.record or {}

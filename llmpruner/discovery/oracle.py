@@ -44,13 +44,11 @@ VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
 @dataclass
 class Verdict:
-    """The result of the oracle for one kind of unit.
-
-    ``verdict``: *verified*; *failed* (the cut model runs and its outputs are wrong); *refused* (the cut model cannot
-    run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
-    largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
-    attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
-    """
+    """The result of the oracle for one kind of unit. ``verdict``: *verified*; *failed* (the cut model runs and its
+    outputs are wrong); *refused* (the cut model cannot run, or the checks gave no evidence: see ``reason``).
+    ``difference``: largest difference of logits relative to the largest logit, over ``checks``. ``where``: path of the
+    first module whose output differs. ``follows``: rules for attributes that must change with the cut. ``skipped``:
+    checks that were not possible, each with the reason."""
 
     kind: str
     groups: int
@@ -178,8 +176,7 @@ class Oracle:
     def _follows(
         self, groups: Sequence[CoupledGroup], references: Sequence[Reference], *, cached: bool
     ) -> tuple[Rule, ...]:
-        """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; none where no
-        rules do."""
+        """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; else none."""
 
         def agrees(chosen: Sequence[Rule]) -> bool:
             try:
@@ -218,8 +215,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The same tokens by their ids ``before`` a cut and ``after`` it, (B, T); and those before it that the cut model
-    ``predicted``."""
+    """The same tokens by their ids ``before`` and ``after`` a cut, (B, T); and the ids before, ``predicted``."""
 
     before: torch.Tensor
     after: torch.Tensor

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import reduce
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
@@ -49,13 +50,10 @@ class Tag:
 
 @dataclass(frozen=True)
 class Value:
-    """The abstract value of a tensor: the identities along each axis.
-
-    ``origin``: None in the result of a rule stands for what follows from the operands, see `Propagation.call`.
-    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
-    a weight. ``numbers``: the values of an integer constant. ``is_input``: whether it is the token ids that the model
-    is given, moved but not changed.
-    """
+    """The abstract value of a tensor: the identities along each axis. ``origin``: None in the result of a rule stands
+    for what follows from the operands, see `Propagation.call`. ``offset``: the constant added to a weight.
+    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``numbers``: the values of an
+    integer constant. ``is_input``: whether it is the token ids that the model is given, moved but not changed."""
 
     axes: tuple[Ids, ...]
     origin: Origin | None = None
@@ -75,8 +73,7 @@ class Value:
 
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
-"""Called as the operator is, with a `Propagation` and the node in front. Gives the values of the operator's results;
-``NotImplemented`` for arguments that it was not written for."""
+"""Called as the operator is, after a `Propagation` and the node; ``NotImplemented`` for arguments it can't follow."""
 RULES: dict[str, Callable[..., Any]] = {}
 
 
@@ -230,13 +227,10 @@ class Propagation:
         for position in range(rank, 0, -1):
             column = [v.axes[-position] for v in operands if v.ndim >= position]
             size = next((len(c) for c in column if len(c) != 1), 1)
-            result: Ids | None = None
             for ids in column:
-                if len(ids) == size:
-                    result = ids if result is None else self.tie(result, ids)
-                else:
+                if len(ids) != size:
                     self.ids.block(ids, f"broadcast ({self.where})")
-            axes.append(uniform(size, FREE) if result is None else result)
+            axes.append(reduce(self.tie, [ids for ids in column if len(ids) == size]))
         return tuple(axes)
 
     def contract(self, a: Ids, b: Ids, left: Value, right: Value) -> None:

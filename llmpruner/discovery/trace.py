@@ -126,8 +126,8 @@ def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPos
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake ones on the CPU: on the meta device, constants of the forward pass (``x[..., [-1],
-    :]``) would have no values either. Ties are kept."""
+    """Replace all tensors by fake ones on the CPU, with their ties: on the meta device, constants of the forward pass
+    (``x[..., [-1], :]``) would have no values either."""
     known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
@@ -146,8 +146,7 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns
-    `Trace.stands_for`."""
+    """Remove decoder layers that equal an earlier one in modules, shapes and attributes; returns `Trace.stands_for`."""
     modules = decoder_list(model, layers)
     lists = per_layer_lists(model.config.get_text_config(), len(modules)).values()
     like: dict[Any, list[int]] = {}

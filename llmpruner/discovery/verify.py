@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from .family import ModelFamily
 
 _FOUND: dict[tuple[object, str], Verdict] = {}
-"""Verdicts of this process by architecture and kind. They hold for all sizes of one architecture, which are reduced to
-the same small model."""
+"""Verdicts of this process by architecture and kind: all sizes of one are reduced to the same small model."""
 
 
 def verify(
     family: ModelFamily, config: PreTrainedConfig, *, kinds: Collection[str] | None = None, seed: int = 0
 ) -> list[Verdict]:
-    """`check_kinds` on a small random model of the architecture of ``config``. Raises `UnsupportedModelError` when that
-    cannot be built or traced."""
+    """`check_kinds` on a small model of the architecture of ``config``, or `UnsupportedModelError` where none runs."""
     small, groups = representative(config, family, kinds)
     return check_kinds(family, small, groups, kinds=kinds, seed=seed)
 
@@ -44,8 +42,8 @@ def check_kinds(
     kinds: Collection[str] | None = None,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Check every kind of unit of ``family``, or ``kinds``, on a random model of ``config``: one verdict for each, in
-    order of appearance. ``groups``: of the family in this model, where they are known."""
+    """A verdict for every kind of unit of ``family``, or ``kinds``, on a random model of ``config``. ``groups``: of the
+    family in this model, where they are known."""
     graph = graph_of(meta_model(config), family.coupled_groups(config) if groups is None else groups)
     oracle = Oracle(config, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]

@@ -26,8 +26,7 @@ LAYER = "layer"
 EXPERT = "expert"
 VOCABULARY = "vocabulary"
 LATENT = "latent"
-"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
-model."""
+"""Channels inside a sub-layer: the low rank of multi-head latent attention, heads of a state space model."""
 KINDS = (MLP, ATTENTION, QUERY, HIDDEN, LAYER, EXPERT, VOCABULARY, LATENT)
 
 _IN_A_LAYER = re.compile(r"^layers\.(\d+)\.(?=.)")
@@ -102,8 +101,7 @@ IndexMap = Blocks | Explicit
 
 
 def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
-    """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular. Raises
-    `CouplingError` where units have different numbers of indices."""
+    """The most compact map for ``rows``, the indices of each unit. Raises `CouplingError` for rows of other lengths."""
     width = len(rows[0]) if rows else 0
     if any(len(row) != width for row in rows):
         raise CouplingError("every unit of a span must own the same number of indices")
@@ -118,11 +116,8 @@ def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The indices of one axis of one parameter (or buffer) that each unit of a group owns.
-
-    ``offset`` is what the forward pass adds to the parameter before use (1.0 for Gemma's ``1 + weight`` norms);
-    rescaling a norm needs it.
-    """
+    """The indices of one axis of one parameter (or buffer) that each unit of a group owns. ``offset``: what the forward
+    pass adds to the parameter before use (1.0 for Gemma's ``1 + weight`` norms); rescaling a norm needs it."""
 
     parameter: str
     axis: int
@@ -239,9 +234,8 @@ class CouplingGraph:
     ``blocked``: axes without removable units, where the groups come from discovery.
     ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
 
-    Raises `CouplingError` for groups of one name, for a name of another layer than that of the spans, for a group of
-    layers that are not all decoder layers, and for spans that do not fit the shapes: a parameter or an axis that does
-    not exist, an index outside of its axis, or one that two units of a group own.
+    Raises `CouplingError` for two groups of one name, a name of another layer than that of the spans, a group of layers
+    that are not all decoder layers, and spans that do not fit the shapes.
     """
 
     groups: tuple[CoupledGroup, ...]

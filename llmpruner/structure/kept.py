@@ -1,7 +1,5 @@
-"""Which units stay: ``kept`` maps group names to the units that stay; a group that is not named keeps everything.
-
-Index arithmetic without tensors: which indices of each axis remain, and the groups and names of the cut model.
-"""
+"""Which units stay, as index arithmetic without tensors. ``kept`` maps group names to the units that stay; a group that
+is not named keeps everything."""
 
 from __future__ import annotations
 
@@ -24,10 +22,8 @@ def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
     """One ``kept`` for two successive cuts, in units of ``graph``; ``second`` is in groups and units of the cut model.
-
     A block of which the first cut left nothing (the query heads of a removed key/value head) keeps as many units as the
-    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds.
-    """
+    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds."""
     kept = {name: tuple(units) for name, units in first.items()}
     axes = kept_indices(graph, first)
     for original, current in renamed(graph, first).items():
@@ -67,8 +63,7 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
-    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tied parameter. ``prefix``: of
-    names."""
+    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tensor that has ``prefix``."""
     # Layers that share weights have several names for one tensor, and groups know one of them.
     aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
     owners = set(aliases.values())
@@ -168,8 +163,7 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
 
 
 def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
-    """The path of a module or parameter after a cut that renumbers layers by ``numbers``, see `layer_numbers`; None
-    where its layer was removed. ``layers``: the path of their list."""
+    """The path of a module or parameter after a cut, see `layer_numbers`; None where its layer was removed."""
     number = layer_number(path, layers)
     if number is None:
         return path

@@ -137,8 +137,7 @@ class CompensationRecord(Frozen):
 
 
 class GroupCut(Frozen):
-    """One group that loses units: their number ``units`` before the cut, and which of them are ``kept``, by their
-    numbers from 0."""
+    """One group that loses units: how many ``units`` it had, and the numbers, from 0, of those that are ``kept``."""
 
     kind: str
     layer: int | None = None
@@ -222,8 +221,7 @@ class PruningPlan(Frozen):
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
-        """The plan in the file ``path``. Raises `PlanError` for a file that cannot be read, is no plan, or has another
-        version."""
+        """The plan in a file. Raises `PlanError` for one that cannot be read, is no plan, or has another version."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
@@ -247,8 +245,7 @@ def structure_of(graph: CouplingGraph) -> str:
 
 
 def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str, int]:
-    """Group name → its number of units before the first of ``plans``, for the groups of ``graph``, which is left after
-    the last one, that lost units."""
+    """Group name → its units before the first of ``plans``, for the groups of ``graph``, cut by all, that lost some."""
     found: dict[str, int] = {}
     numbers = list(range(graph.num_layers))
     for plan in reversed(plans):

@@ -55,8 +55,7 @@ class Scope:
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
-        """The units of ``group`` that may be removed: of the decoder layers and of the tokens, the removable ones; else
-        None: all."""
+        """The units of ``group`` that may be removed; None: all."""
         if group.kind == VOCABULARY:
             return self.tokens
         if group.kind != LAYER:
