@@ -1,6 +1,6 @@
 """Discovery: finding the coupled groups of any decoder by tracing it without weights, and proving them.
 
-configuration ─trace→ graph of operators ─propagate→ tied indices (`ids`) ─groups→ `CouplingGraph`
+configuration ─trace→ graph of operators ─propagate→ tied indices ─groups→ `CouplingGraph`
 
 A trace shows neither head counts stored in attributes nor mistakes. So the `oracle` takes a small random model of the
 same architecture (`tiny`), cuts units, and compares its logits with those of the model in which the units are silenced;

@@ -14,6 +14,7 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..models.meta import graph_of, meta_model
@@ -36,8 +37,7 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .ids import Components, Ids, Mark
-from .propagate import Propagation
+from .propagate import Ids, Mark, Propagation
 from .trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -121,7 +121,7 @@ def _found(traced: Trace) -> tuple[list[UnitSet], dict[Slot, str]]:
 def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, str]]:
     """The tokens, and the sets of several units that a weight consumes or a router chooses: others cannot be silenced,
     and so not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
-    parts = run.ids.components()
+    parts = components(run)
     slots = list(run.parameters)
     owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
     index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
@@ -164,6 +164,58 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
             minimum = parts.minimum.get(root, 1)
             found.append(UnitSet(kind, layer, len(members), spans, buffers, marks, blocks, minimum))
     return found, reasons
+
+
+@dataclass(frozen=True)
+class Components:
+    """``label``: identity → root of its component. ``marked[mark][root]``: whether any member has the mark;
+    ``element[mark][id]``: whether this identity has. ``reasons``: root → why it is blocked. ``blocks``: root → number
+    of equal blocks. ``minimum``: root → how many such units must stay."""
+
+    label: Ids
+    marked: dict[Mark, npt.NDArray[np.bool_]]
+    element: dict[Mark, npt.NDArray[np.bool_]]
+    reasons: dict[int, str]
+    blocks: dict[int, int]
+    minimum: dict[int, int]
+
+
+def components(run: Propagation) -> Components:
+    label = connected_components(run.count, run.edges)
+    marked = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
+    element = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
+    reasons: dict[int, str] = {}
+    for mark, entries in run.marks.items():
+        for ids, reason in entries:
+            roots = label[ids]
+            marked[mark][roots] = True
+            element[mark][ids] = True
+            if mark is Mark.BLOCKED:
+                for root in np.unique(roots).tolist():
+                    reasons.setdefault(root, reason)
+    blocks = {int(root): n for ids, n in run.blocks for root in np.unique(label[ids[ids >= 0]])}
+    minimum: dict[int, int] = {}
+    for ids, least in run.minimum:
+        for root in np.unique(label[ids[ids >= 0]]).tolist():
+            minimum[root] = max(least, minimum.get(root, 1))
+    return Components(label, marked, element, reasons, blocks, minimum)
+
+
+def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
+    """Smallest member of the component of every node, by hooking and pointer jumping."""
+    label = np.arange(count, dtype=np.int64)
+    if not edges:
+        return label
+    a = np.concatenate([e[0] for e in edges])
+    b = np.concatenate([e[1] for e in edges])
+    while True:
+        la, lb = label[a], label[b]
+        differ = la != lb
+        if not differ.any():
+            return label
+        np.minimum.at(label, np.maximum(la, lb)[differ], np.minimum(la, lb)[differ])
+        while (label != (jumped := label[label])).any():
+            label = jumped
 
 
 def _by_pattern(

@@ -1,7 +1,8 @@
 """Abstract interpretation of an exported graph: which indices of which axes can only be removed together.
 
-Every tensor becomes a `Value`: for each of its axes, one identity (`ids`) per index. The axes of a parameter begin with
-identities of their own. The rule of an operator gives the axes of its result, and ties identities that belong together.
+Every index of every parameter axis gets an identity (a number from 0), and every tensor becomes a `Value`: for each of
+its axes, one identity per index. The rule of an operator gives the axes of its result, ties identities that can only be
+removed together, and blocks those that can't be removed.
 In ``down(silu(up(x)))`` with ``up`` (3, 2), whose rows are p, q, r, and ``down`` (2, 3), whose columns are u, v, w:
 
     linear(x, up)       last axis [p q r]       the columns of ``up`` are tied to the channels of x, and CONSUMED
@@ -22,12 +23,40 @@ from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..errors import UnsupportedModelError, first_line
-from .ids import FIXED, FREE, TABLE, Identities, Ids, Mark
+
+Ids = npt.NDArray[np.int64]
+
+FIXED = -1
+"""Cannot be removed: a position in the batch or in time, or inside a head."""
+TABLE = -2
+"""An index of a computed constant (ALiBi slopes, sinusoids): it is cut along with the axis that it is tied to."""
+FREE = -3
+"""A copy of one value; any number of copies will do."""
+
+
+class Mark(str, Enum):
+    """What a pass through the graph found about an identity."""
+
+    BLOCKED = "blocked"
+    CONSUMED = "consumed"
+    """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
+    RMS = "rms"
+    """It is an element of the weight of an RMS norm."""
+    ATTENDS = "attends"
+    """It selects one softmax over positions, or one product of two activations: a head of attention, of linear
+    attention or of a gated delta net."""
+    ROUTED = "routed"
+    """A top-k choice is made among these identities: experts."""
+    SOFTMAX = "softmax"
+    """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
+    VOCABULARY = "vocabulary"
+    """It is a token: of the rows that token ids look up, and of the logits."""
 
 
 class Origin(Enum):
@@ -96,16 +125,25 @@ class Propagation:
     """One pass over a graph. ``elastic``: repeated keys and values may be repeated fewer times, so that single query
     heads can be removed. ``parameters``: (name, axis) → identities, of parameters and of the floating point
     ``buffers``, whose entries may belong to units just as well. ``tokens``: of the vocabulary, once token ids were
-    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module."""
+    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module.
+
+    ``edges``: pairs of axes whose identities are tied. ``marks``: each with a reason. ``blocks``: identities that form
+    equal blocks, each of which must keep the same number of units. ``minimum``: identities of which so many must stay.
+    """
 
     elastic: bool = False
-    ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
     tokens: Ids | None = None
     readers: list[str] = field(default_factory=list)
     where: str = ""
+    count: int = 0
+    edges: list[tuple[Ids, Ids]] = field(default_factory=list)
+    marks: dict[Mark, list[tuple[Ids, str]]] = field(default_factory=dict)
+    blocks: list[tuple[Ids, int]] = field(default_factory=list)
+    minimum: list[tuple[Ids, int]] = field(default_factory=list)
+    blocked: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def run(self, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> None:
         """Interpret ``program``. ``ties``: tied parameter → the name that it is stored under."""
@@ -123,7 +161,7 @@ class Propagation:
                 logits, *others = _tensors(args)
                 self.predict(logits.axes[-1])
                 for ids in (*logits.axes[:-1], *(ids for value in others for ids in value.axes)):
-                    self.ids.block(ids, "it is an axis of the output")
+                    self.mark(ids, Mark.BLOCKED, "it is an axis of the output")
 
     def input(self, node: Node, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> Any:
         signature, meta = program.graph_signature, cast("Any", node.meta.get("val"))
@@ -145,7 +183,7 @@ class Propagation:
         axes = []
         for axis, size in enumerate(shape):
             if (name, axis) not in self.parameters:
-                self.parameters[name, axis] = self.ids.new(size)
+                self.parameters[name, axis] = self.new(size)
             axes.append(self.parameters[name, axis])
         return Value(tuple(axes), Origin.WEIGHT)
 
@@ -156,7 +194,7 @@ class Propagation:
         operands = _tensors([args, kwargs])
         for value in operands:
             if value.tag and value.tag.stage != "square" and name not in KEEPS_TAG:
-                self.ids.block(value.tag.ids, f"a norm without a weight of its own ({self.where})")
+                self.block(value.tag.ids, "a norm without a weight of its own")
         result: Any = NotImplemented
         meta = node.meta.get("val")
         if name in RULES:
@@ -175,7 +213,7 @@ class Propagation:
             # The operands of constants have no identities.
             for value in operands:
                 for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
-                    self.ids.block(ids, f"operator {name} is not understood ({self.where})")
+                    self.block(ids, f"operator {name} is not understood")
             return self.opaque(meta, origin)
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
             raise UnsupportedModelError(
@@ -199,6 +237,43 @@ class Propagation:
 
     # The building blocks of rules.
 
+    def new(self, size: int) -> Ids:
+        ids = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
+        if self.count > len(self.blocked):
+            self.blocked = np.r_[self.blocked, np.zeros(self.count, dtype=bool)]
+        return ids
+
+    def tie(self, left: Ids, right: Ids) -> Ids:
+        """Index *i* of both axes can only be removed together; where one of them cannot, the other is blocked. Returns
+        the identities of the common axis."""
+        if left is right:
+            return left
+        both = (left >= 0) & (right >= 0)
+        if both.any():
+            self.edges.append((left[both], right[both]))
+        for mine, other in ((left, right), (right, left)):
+            self.block(mine[other == FIXED], "tied to an axis that cannot be cut")
+        known = np.where(left >= 0, left, right)
+        stuck = (left == FIXED) | (right == FIXED)
+        return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))
+
+    def mark(self, ids: Ids, mark: Mark, reason: str = "") -> None:
+        ids = ids[ids >= 0]
+        if ids.size:
+            self.marks.setdefault(mark, []).append((ids, reason))
+            if mark is Mark.BLOCKED:
+                self.blocked[ids] = True
+
+    def removable(self, ids: Ids) -> bool:
+        """Whether some of ``ids`` are not blocked yet; ties are not considered."""
+        own = ids[ids >= 0]
+        return bool(own.size) and not self.blocked[own].all()
+
+    def block(self, ids: Ids, reason: str) -> None:
+        """They cannot be removed; ``reason`` is what the operator at work does."""
+        self.mark(ids, Mark.BLOCKED, f"{reason} ({self.where})")
+
     def look_up(self, rows: Ids) -> None:
         """Token ids choose ``rows`` of a table."""
         if self.tokens is None:
@@ -212,13 +287,10 @@ class Propagation:
         if self.tokens is not None and self.readers:
             reason = f"token ids are read by {self.readers[0]}"
         elif self.tokens is not None and len(self.tokens) == len(last):
-            self.ids.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
+            self.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
             return
         for ids in (last, *([] if self.tokens is None else [self.tokens])):
-            self.ids.block(ids, reason)
-
-    def tie(self, left: Ids, right: Ids) -> Ids:
-        return self.ids.tie(left, right, f"tied to an axis that cannot be cut ({self.where})")
+            self.mark(ids, Mark.BLOCKED, reason)
 
     def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
         """Align shapes from the right, tie axes of equal size, and repeat axes of size one."""
@@ -229,7 +301,7 @@ class Propagation:
             size = next((len(c) for c in column if len(c) != 1), 1)
             for ids in column:
                 if len(ids) != size:
-                    self.ids.block(ids, f"broadcast ({self.where})")
+                    self.block(ids, "broadcast")
             axes.append(reduce(self.tie, [ids for ids in column if len(ids) == size]))
         return tuple(axes)
 
@@ -239,21 +311,20 @@ class Propagation:
             a, b, left, right = b, a, right, left
         self.tie(a, b)
         if right.origin is Origin.WEIGHT and right.offset == 0:
-            self.ids.mark(b, Mark.CONSUMED)
+            self.mark(b, Mark.CONSUMED)
         else:
-            reason = f"summed over in a product of two activations ({self.where})"
-            self.ids.block(a, reason)
-            self.ids.block(b, reason)
+            for ids in (a, b):
+                self.block(ids, "summed over in a product of two activations")
 
-    def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
+    def reduce(self, value: Value, dims: Sequence[int], keepdim: bool) -> tuple[Ids, ...]:
         """Axes after a reduction; blocks the reduced ones."""
-        gone = {d % value.ndim for d in (range(value.ndim) if dims is None else dims)}
+        gone = {d % value.ndim for d in dims}
         axes = []
         for d, ids in enumerate(value.axes):
             if d not in gone:
                 axes.append(ids)
                 continue
-            self.ids.block(ids, f"reduced ({self.where})")
+            self.block(ids, "reduced")
             if keepdim:
                 axes.append(uniform(1, FREE))
         return tuple(axes)
