@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -101,13 +102,18 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
     for layer in model.get_submodule(layers).children():
         layer.register_forward_pre_hook(count, with_kwargs=True)
         layer.register_forward_hook(keep)
-    with torch.no_grad(), quiet_transformers():
+    exported = partial(torch.export.export, model, (), kwargs=inputs, strict=False)
+    # Where an export fails, torch logs names of its symbols and prints the graph, which no option turns off.
+    silent = contextlib.redirect_stderr(io.StringIO())
+    with torch.no_grad(), quiet_transformers(), silent, only_errors("torch.fx.experimental.symbolic_shapes"):
         try:
             try:
-                program = _program(model, inputs, EveryPosition())
+                with EveryPosition():
+                    program = exported()
             except IndexError:
                 calls.clear()
-                program = _program(model, inputs, EveryPosition(unused=1))
+                with EveryPosition(unused=1):
+                    program = exported()
         except Exception as error:  # export reports unsupported code in many exception types
             statement, inside = where(error, model)
             reason = f"{type(error).__name__}: {first_line(error)}"[:200]
@@ -117,12 +123,6 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
     if max(calls.values(), default=0) > 1:
         stay = "a layer runs more than once"
     return Trace(program, model, layers, stands_for, stay)
-
-
-def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:
-    # Where an export fails, torch logs names of its symbols and prints the graph, which no option turns off.
-    with contextlib.redirect_stderr(io.StringIO()), only_errors("torch.fx.experimental.symbolic_shapes"), positions:
-        return torch.export.export(model, (), kwargs=inputs, strict=False)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

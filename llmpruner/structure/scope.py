@@ -41,8 +41,7 @@ class Scope:
         and `UnknownNameError` for any other that the model does not have."""
         for kind in self.kinds:
             if kind not in graph.kinds:
-                why = _why_not(graph, kind)
-                if why:
+                if why := _why_not(graph, kind):
                     raise UnsupportedModelError(
                         f"this model has no {kind} units that can be removed exactly "
                         f"(it has: {', '.join(graph.kinds) or 'none'}); discovery could not follow {why}"
