@@ -57,10 +57,16 @@ class Opener:
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:
-        """The structure of a reference; a structure as it is. Reads no weights. Raises as `check_source`."""
-        check_source(source)
+        """The structure of a reference; a structure as it is. Reads no weights. Raises `ModelError` for a model in
+        memory that a stage left half-changed, `SettingsError` for what is none of the three."""
+        if isinstance(source, Model):
+            source.check_whole()
         if isinstance(source, Structure):
             return source
+        if not isinstance(source, (str, Path)):
+            raise SettingsError(
+                f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
+            )
         found = load_structure(str(source), self.catalog, self.load)
         if found.family.name == AUTO and self.load.family is None and not found.plans:
             self.progress.status(f"structure of this {found.config.model_type} model discovered by tracing")
@@ -113,25 +119,12 @@ class Opener:
 
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:
-    """One model or several, as a list. Raises `SettingsError` for none, and as `check_source`."""
+    """One model or several, as a list. Raises `SettingsError` for none."""
     several = isinstance(models, Iterable) and not isinstance(models, str)
     sources: list[Source] = list(models) if several else [models]  # type: ignore[arg-type, list-item]
     if not sources:
         raise SettingsError("no model is named; name at least one")
-    for source in sources:
-        check_source(source)
     return sources
-
-
-def check_source(source: object) -> None:
-    """Raise `SettingsError` for another object than a reference, a structure or a model, and `ModelError` for a model
-    that a stage left half-changed."""
-    if not isinstance(source, (str, Path, Structure)):
-        raise SettingsError(
-            f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
-        )
-    if isinstance(source, Model):
-        source.check_whole()
 
 
 def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
