@@ -85,11 +85,10 @@ class Oracle:
             verdict.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
         try:
             self._try(kind, groups, verdict)
-        except Disagreement as error:
-            verdict.verdict, verdict.difference, verdict.where = FAILED, error.difference, error.where
-            verdict.reason = str(error)
         except Exception as error:  # the cut model may raise anything
-            verdict.verdict, verdict.difference, verdict.reason = REFUSED, 0.0, why_it_stops(error)
+            if verdict.verdict != FAILED:
+                verdict.verdict, verdict.difference = REFUSED, 0.0
+            verdict.reason = why_it_stops(error)
         return verdict
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
@@ -107,16 +106,15 @@ class Oracle:
                 eager.setdefault(name, model)  # of the first implementation
                 difference = distance(logits(model, reference.tokens.after), reference.logits)
                 if not difference <= TOLERANCE:
-                    where = first_difference(model, reference.model, reference.tokens, reference.mode)
-                    raise Disagreement(f"the cut model disagrees ({reference.implementation})", difference, where)
+                    verdict.where = first_difference(model, reference.model, reference.tokens, reference.mode)
+                _require(verdict, difference, f"the cut model disagrees ({reference.implementation})")
                 verdict.difference = max(verdict.difference, difference)
                 verdict.checks.append(f"{name} {reference.implementation}")
         if no_cache:
             verdict.skipped.append(f"cached generation: {no_cache}")
         else:
             difference = cached_difference(eager["uneven"], cases["uneven"][0].tokens.after)
-            if not difference <= TOLERANCE:
-                raise Disagreement("generation with a cache differs from generation without", difference)
+            _require(verdict, difference, "generation with a cache differs from generation without")
             verdict.checks.append("cached generation")
         for name, model in eager.items():
             tokens = cases[name][0].tokens.after
@@ -125,8 +123,7 @@ class Oracle:
                 save_checkpoint(model, Path(parent) / "pruned", record={})
                 loaded = load_pruned(Path(parent) / "pruned", attn_implementation="eager")
                 difference = distance(logits(loaded, tokens), expected)
-            if not difference <= TOLERANCE:
-                raise Disagreement(f"the saved and reloaded model differs ({name})", difference)
+            _require(verdict, difference, f"the saved and reloaded model differs ({name})")
         verdict.checks.append("save and load")
 
     def _plans(self, kind: str, groups: Sequence[CoupledGroup]) -> dict[str, dict[str, list[int]]]:
@@ -231,12 +228,11 @@ def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Token
     return Tokens(tokens, tokens, slice(None))
 
 
-class Disagreement(LlmprunerError):
-    """The cut model runs, and its outputs are wrong."""
-
-    def __init__(self, message: str, difference: float, where: str = "") -> None:
-        super().__init__(message)
-        self.difference, self.where = difference, where
+def _require(verdict: Verdict, difference: float, otherwise: str) -> None:
+    """Fail, with the reason ``otherwise``, where the cut model runs and its outputs are wrong."""
+    if not difference <= TOLERANCE:
+        verdict.verdict, verdict.difference = FAILED, difference
+        raise LlmprunerError(otherwise)
 
 
 def _choices(group: CoupledGroup) -> list[int]:

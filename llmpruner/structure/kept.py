@@ -16,8 +16,8 @@ Kept = Mapping[str, Sequence[int]]
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
     """Numbers of the decoder layers that are removed."""
-    layers = [(graph.by_name[name].units, units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
-    return {unit for count, units in layers for unit in set(range(count)) - set(units)}
+    stay = [set(units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
+    return {number for units in stay for number in range(graph.num_layers) if number not in units}
 
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
@@ -88,11 +88,9 @@ def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tup
 def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
     axes = kept_indices(graph, kept)
-    names = renamed(graph, kept)
-    numbers = layer_numbers(graph, kept)
-    move = partial(path_after, layers=graph.layers, numbers=numbers)
+    move = partial(path_after, layers=graph.layers, numbers=layer_numbers(graph, kept))
     groups = []
-    for old_name, new_name in names.items():
+    for old_name, new_name in renamed(graph, kept).items():
         group = graph.by_name[old_name]
         units = surviving_units(kept, group, axes)
         spans, buffers = (
