@@ -40,8 +40,7 @@ class ModelFamily(Component):
     """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
     answer, the last one, or none. Does not apply to chat templates, which have their own."""
     stop_text: ClassVar[str | None] = None
-    """Text at which generation in the chat format stops, besides the end-of-sequence token; the answer is what is
-    before it."""
+    """Text before which an answer in the chat format ends, besides the end-of-sequence token."""
 
     def register_models(self) -> None:
         """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded, so
@@ -105,8 +104,7 @@ class ModelFamily(Component):
         return text
 
     def format_prompt(self, question: str) -> str:
-        """The prompt for one question, of which the default `format_conversation` makes a conversation. The default is
-        Stanford Alpaca's format."""
+        """The prompt for one question, which `format_conversation` uses; by default in Stanford Alpaca's format."""
         return alpaca_prompt(question)
 
     def format_system(self, system: str) -> str:
@@ -148,8 +146,7 @@ AUTO = "auto"
 
 
 class AutoFamily(ModelFamily):
-    """Any decoder: its structure is discovered by tracing, and every cut is verified on a small model. The catalog
-    uses it when no other family matches."""
+    """Used when no other family matches."""
 
     name = AUTO
     summary = "any decoder: structure is discovered by tracing, and every cut is verified on a small model"

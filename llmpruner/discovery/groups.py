@@ -76,8 +76,7 @@ class UnitSet:
 
 
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
-    """The coupled groups of a model of ``config``, and the reason of every axis that belongs to none. Raises
-    `UnsupportedModelError` when it cannot be traced."""
+    """The coupled groups of a model of ``config``, and why other axes have none. Raises `UnsupportedModelError`."""
     traced = trace(config)
     found, reasons = _found(traced)
     is_shallow = any(len(members) > 1 for members in traced.stands_for.values())
@@ -346,8 +345,7 @@ def _everywhere(parameter: str, traced: Trace) -> list[str]:
 
 
 def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
-    """The name of a parameter outside ``layers`` with a part for every layer, which a cut of layers does not follow:
-    embeddings that each layer is given besides the hidden states."""
+    """The name of a parameter outside ``layers`` with a part for each: embeddings that it is given in every layer."""
     size = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None) or 0
     every = len(model.get_submodule(layers)) * size
     outside = ((name, p.shape) for name, p in model.named_parameters() if not name.startswith(f"{layers}."))

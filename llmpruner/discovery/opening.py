@@ -212,8 +212,7 @@ def _read_config(ref: Reference, options: LoadSettings, revision: str | None) ->
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
-    """The entries of ``llmpruner.json`` of a local model that was not pruned before: its absolute path and a hash of
-    its weights. Empty for others."""
+    """What ``llmpruner.json`` says of a local dense model: its absolute path and a hash of its weights."""
     if (loaded.record or {}).get("plans") or loaded.path is None:
         return {}
     weights = _sampled_weights(Path(loaded.path))

@@ -35,18 +35,15 @@ def regroup(
 ) -> list[Ids]:
     """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
     result: list[Ids] = []
-    i = j = 0
-    while i < len(axes) or j < len(shape):
-        left, right = [axes[i]] if i < len(axes) else [], [shape[j]] if j < len(shape) else []
-        i, j = i + len(left), j + len(right)
-        while prod(len(a) for a in left) != prod(right):
-            if prod(len(a) for a in left) < prod(right):
-                left.append(axes[i])
-                i += 1
+    rest, sizes = list(axes), list(shape)
+    while rest or sizes:
+        left, right = rest[:1], sizes[:1]
+        del rest[:1], sizes[:1]
+        while prod(map(len, left)) != prod(right):
+            if prod(map(len, left)) < prod(right):
+                left.append(rest.pop(0))
             else:
-                right.append(shape[j])
-                j += 1
-        # Axes of size one at the end of a run belong to it.
+                right.append(sizes.pop(0))
         if len(left) == 1 and len(right) == 1:
             result.append(left[0])
         else:

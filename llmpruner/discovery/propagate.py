@@ -49,8 +49,7 @@ class Mark(str, Enum):
     RMS = "rms"
     """It is an element of the weight of an RMS norm."""
     ATTENDS = "attends"
-    """It selects one softmax over positions, or one product of two activations: a head of attention, of linear
-    attention or of a gated delta net."""
+    """It selects one softmax over positions, or one product of two activations: a head, of linear attention too."""
     ROUTED = "routed"
     """A top-k choice is made among these identities: experts."""
     SOFTMAX = "softmax"
@@ -69,9 +68,8 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Tag:
-    """A stage of an RMS norm over the identities ``ids``, which models write in several ways: ``square`` x², then
-    ``mean_square``, its ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root; a product with a weight ends
-    it."""
+    """A stage of an RMS norm over ``ids``, which models write in several ways: ``square`` x², then ``mean_square``, its
+    ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root; a product with a weight ends it."""
 
     stage: str
     ids: Ids
@@ -334,8 +332,7 @@ KEEPS_TAG: set[str] = set()
 READS_NO_TOKENS = {
     "embedding", "eq", "ne", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "_assert_tensor_metadata",
 }  # fmt: skip
-"""Operators that are given token ids and read only their shape, or compare them with a token that the configuration
-names, as `surgery.cut` numbers it anew."""
+"""Operators that read only the shape of token ids, or compare them with a token of the configuration, which follows."""
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:

@@ -1,5 +1,4 @@
-"""A small model of the same architecture: the numbers of its configuration made small, by what each of them means and
-by what holds between them."""
+"""A small model of the same architecture: its configuration with smaller numbers, by what each of them means."""
 
 from __future__ import annotations
 
@@ -76,8 +75,7 @@ class Around:
 
 
 def tiny_config(config: PreTrainedConfig, small: Small = ATTEMPTS[0]) -> PreTrainedConfig:
-    """A configuration of the same class with few narrow layers. Raises `UnsupportedModelError` where the class refuses
-    the small numbers."""
+    """A configuration of the same class with few narrow layers. Raises `UnsupportedModelError` if the class refuses."""
     register_model_class(config)  # the small configuration has lost the reference to the code of its class
     try:
         return cast("PreTrainedConfig", type(config).from_dict(_shrink(config, small, Around())))
@@ -191,8 +189,7 @@ def _shrink(config: PreTrainedConfig, small: Small, around: Around) -> dict[str,
 
 
 def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tuple[int, int], around: Around) -> Around:
-    """Make the hidden size and the sizes of heads small; returns ``around`` for the parts of ``config``. ``target``: as
-    `Small.heads`."""
+    """Make the hidden size and heads small (``target``: `Small.heads`); returns ``around`` for parts of ``config``."""
     hidden = getattr(config, "hidden_size", None)
     if not isinstance(hidden, int):
         for name in [n for n in values if _SHARED.search(n)]:

@@ -52,9 +52,9 @@ def check_kinds(
 def representative(
     config: PreTrainedConfig, family: ModelFamily, kinds: Collection[str] | None = None
 ) -> tuple[PreTrainedConfig, Sequence[CoupledGroup]]:
-    """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
-    any), and the groups of that model: a class may spread its heads over a fixed number of parts, and has none with
-    another number of heads. Raises `UnsupportedModelError` when no small model can be traced."""
+    """The first small configuration whose model has the most of ``kinds`` (None: heads, if the configuration counts
+    any), and its groups: a class that spreads heads over a fixed number of parts has none with another number.
+    Raises `UnsupportedModelError` when no small model can be traced."""
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
     required = heads if kinds is None else set(kinds)
@@ -108,8 +108,7 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily) -> tuple[Rule, ...]:
-    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found once in a process. Raises
-    `UnsupportedModelError` when a kind cannot be cut exactly."""
+    """The rules for cuts of ``kinds`` in an architecture. Raises `UnsupportedModelError` if one can't be cut exactly."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
     missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]

@@ -84,8 +84,7 @@ class Widths:
     """``uniform``: whether groups of the same kind and size in all layers keep the same number of units, so that one
     number in a configuration describes them. ``round_to``: kept widths are multiples of it. ``adapts``: whether
     `round_to` is a default, which is halved for groups that it would leave too few widths (`FEWEST_WIDTHS`).
-    ``dense``: group name → number of units in the dense model, for groups that were cut before: multiples stay those of
-    the dense model in further steps and prunes."""
+    ``dense``: group name → units in the dense model, for groups that were cut before: multiples stay the same then."""
 
     uniform: bool = False
     round_to: int = 1
@@ -133,8 +132,7 @@ ANY = Widths()
 
 
 def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mapping[str, int] | None = None) -> Widths:
-    """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels.
-    ``dense``: as in `Widths`."""
+    """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels."""
     if shape == "free":
         return Widths(round_to=round_to or 1)
     # Less for models too small for any kernel to matter.
