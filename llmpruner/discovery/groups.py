@@ -273,28 +273,18 @@ def _groups(found: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) ->
     for number in sorted(real):
         members = sorted(by_layer.get(real[number], []), key=lambda each: _ORDER.index(each.kind))
         for name, each in zip(_names(members, traced), members, strict=True):
-            yield _group(f"layers.{number}.{name}", each, number, traced, {})
+            yield _group(f"layers.{number}.{name}", each, number, traced)
     tied = {name: [name, *(alias for alias, first in ties.items() if first == name)] for name in ties.values()}
     count: Counter[str] = Counter()
     for each in sorted(by_layer.get(None, []), key=lambda each: (each.kind == VOCABULARY, -each.units)):
         name = f"{each.kind}.{count[each.kind]}" if count[each.kind] else each.kind
         count[each.kind] += 1
-        yield _group(name, each, None, traced, tied)
+        yield _group(name, replace(each, spans=tuple(_with_ties(each.spans, tied))), None, traced)
 
 
-def _group(
-    name: str, each: UnitSet, layer: int | None, traced: Trace, tied: Mapping[str, Sequence[str]]
-) -> CoupledGroup:
+def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> CoupledGroup:
     spans, buffers = (
-        tuple(
-            replace(span, parameter=parameter)
-            for span in _with_ties(part, tied)
-            for parameter in (
-                _everywhere(span.parameter, traced)
-                if layer is None
-                else [in_layer(span.parameter, traced.layers, layer)]
-            )
-        )
+        tuple(replace(s, parameter=parameter) for s in part for parameter in _everywhere(s.parameter, traced, layer))
         for part in (each.spans, each.buffers)
     )
     blocks = each.blocks if each.units % each.blocks == 0 else 1
@@ -336,12 +326,13 @@ def _names(members: Sequence[UnitSet], traced: Trace) -> list[str]:
     return names
 
 
-def _everywhere(parameter: str, traced: Trace) -> list[str]:
-    """The names of the parameter in all real layers that its traced layer represents."""
-    layer = layer_number(parameter, traced.layers)
-    if layer is None:
+def _everywhere(parameter: str, traced: Trace, layer: int | None = None) -> list[str]:
+    """The names of the parameter in ``layer``; None: in all real layers that its traced layer represents."""
+    own = layer_number(parameter, traced.layers)
+    if own is None:
         return [parameter]
-    return [in_layer(parameter, traced.layers, number) for number in traced.stands_for[layer]]
+    numbers = traced.stands_for[own] if layer is None else [layer]
+    return [in_layer(parameter, traced.layers, number) for number in numbers]
 
 
 def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:

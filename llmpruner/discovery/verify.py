@@ -108,7 +108,7 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily) -> tuple[Rule, ...]:
-    """The rules for cuts of ``kinds`` in an architecture. Raises `UnsupportedModelError` if one can't be cut exactly."""
+    """The rules for cuts of ``kinds``, or `UnsupportedModelError` where one of them can't be cut exactly."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
     missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]
