@@ -95,9 +95,8 @@ class ModelFamily(Component):
     def has_own_format(self) -> bool:
         """Whether the family overrides `format_prompt` or `format_conversation`, which are then used instead of the
         tokenizer's chat template."""
-        cls = type(self)
-        overrides_prompt = cls.format_prompt is not ModelFamily.format_prompt
-        return overrides_prompt or cls.format_conversation is not ModelFamily.format_conversation
+        own, base = type(self), ModelFamily
+        return own.format_prompt is not base.format_prompt or own.format_conversation is not base.format_conversation
 
     def format_text(self, text: str) -> str:
         """Training text without a chat format: unchanged, unless a model needs special tokens before it."""

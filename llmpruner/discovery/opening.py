@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 _LOG = logging.getLogger("llmpruner")
-_PATH, _WEIGHTS = "base_path", "base_weights"
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -96,15 +95,12 @@ class Opener:
 
     def say_widened(self, opened: Structure) -> None:
         """Say where a result will be saved in a wider dtype than the model is stored in."""
-        line = None if isinstance(opened, Model) else widened(opened, self.load)
-        if line is not None:
+        if not isinstance(opened, Model) and (line := widened(opened, self.load)):
             self.progress.status(line)
 
     def tokenizer(self, opened: Structure) -> Any | None:
         """The tokenizer of a model, without its weights; None where it has none."""
-        if isinstance(opened, Model):
-            return opened.tokenizer
-        return load_tokenizer(opened, self.load)
+        return opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, self.load)
 
     def has_tokenizer(self, opened: Structure) -> bool:
         """Whether a model has a tokenizer, or its folder the files of one."""
@@ -216,7 +212,7 @@ def base_record(loaded: Structure) -> dict[str, str]:
     if (loaded.record or {}).get("plans") or loaded.path is None:
         return {}
     weights = _sampled_weights(Path(loaded.path))
-    return {_PATH: loaded.path} | ({} if weights is None else {_WEIGHTS: weights})
+    return {"base_path": loaded.path} | ({} if weights is None else {"base_weights": weights})
 
 
 def _sampled_weights(place: Path) -> str | None:
@@ -238,7 +234,7 @@ def dense_structure(
     if not pruned.plans:
         raise not_pruned(pruned.ref)
     base, record = pruned.plans[0].base, pruned.record or {}
-    path = record.get(_PATH)
+    path = record.get("base_path")
     ref = named or (path if isinstance(path, str) and exists(path) else base.model)
     family, revision = (None, None) if named else (pruned.family.name, base.revision)
     options = (load or LoadSettings()).model_copy(update={"family": family, "revision": revision})
@@ -253,7 +249,7 @@ def dense_structure(
             f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "
             "or shape"
         )
-    recorded = None if named else record.get(_WEIGHTS)
+    recorded = None if named else record.get("base_weights")
     if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
         _LOG.warning(
             "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "
