@@ -26,23 +26,16 @@ LAYERS = 3
 """How many, unless more are needed to show every kind of layer."""
 HEAD_DIM = 16
 VOCABULARY = 128
-POSITIONS = 256
 
 _WIDTH = re.compile(r"intermediate|ffn|n_inner|^d_inner$|d_ff|dim_ff|inner_dim|(^|_)mlp_(hidden|dim)|inner_size")
-_EXPERTS = re.compile(r"(num|n)_.*experts$")
-_TOP_K = re.compile(r"top_?k$|experts_per_tok|moe_k$|num_selected")
 _SHARED = re.compile(r"kv_n?_?heads|key_value_heads|query_group|n_head_kv")
 _HEADS = re.compile(r"heads$|n_head$")
 _HEAD_DIM = re.compile(r"head_dim|head_size|key_length|d_kv$|^d_head$|kv_channels")
 _ROTARY = re.compile("rotary_dim|rotary_ndims|rope_dim")
 _HIDDEN = re.compile("hidden_size|d_model|n_embd|embed_dim|embedding_size|word_embed_proj")
-_RANK = re.compile(r"rank$|_lora|low_rank")
-_TOKEN = re.compile(r"token_id$|_token$|token_index$")
 _LAYERS = re.compile(r"(en|de)coder_layers$|(^n|num)_.*_layers$|n_layers?$|^num_blocks$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|layer_ids$|^moe_layers$|cross_attention_layers$")
-_LENGTH = re.compile(
-    r"max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length|max_sequence"
-)
+_LENGTH = re.compile("max_position|n_positions|n_ctx|max_seq|seq_length|max_target|max_source|context_length")
 
 
 @dataclass(frozen=True)
@@ -172,7 +165,7 @@ def _shrink(config: PreTrainedConfig, small: Small, around: Around) -> dict[str,
     text = _shrink_parts(plain, values, small, inner)
     _shrink_widths(values)
     chosen = _shrink_layers(plain, values, small.each, overrides)
-    for name in [n for n in values if _TOKEN.search(n)]:
+    for name in [n for n in values if re.search("token_id$|_token$|token_index$", n)]:
         values[name] = _small_token(values[name])
     if small.complete:
         for name in [n for n, v in values.items() if v is None and _SHARED.search(n)]:
@@ -286,10 +279,10 @@ def _shrink_widths(values: dict[str, Any]) -> None:
     # What a value becomes, by its number among the different values that fields of the kind have.
     rules: dict[re.Pattern[str], Callable[[int, int], int]] = {
         _WIDTH: lambda _, number: 40 + 16 * number,
-        _EXPERTS: lambda value, _: 8 if value > 4 else value,
-        _TOP_K: lambda value, _: min(value, 2),
-        _RANK: lambda value, number: min(value, 24 + 8 * number),
-        _LENGTH: lambda value, _: min(value, POSITIONS),
+        re.compile("(num|n)_.*experts$"): lambda value, _: 8 if value > 4 else value,
+        re.compile("top_?k$|experts_per_tok|moe_k$|num_selected"): lambda value, _: min(value, 2),
+        re.compile("rank$|_lora|low_rank"): lambda value, number: min(value, 24 + 8 * number),
+        _LENGTH: lambda value, _: min(value, 256),
         re.compile("vocab_size"): lambda value, _: min(value, VOCABULARY),
         re.compile("sliding_window|window_size|chunk_size|block_size|attention_window"): lambda value, _: min(value, 8),
         re.compile("n_group$|expert_group$"): lambda value, _: min(value, 2),

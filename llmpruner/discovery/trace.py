@@ -128,15 +128,14 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
     """Replace all tensors by fake ones on the CPU, with their ties: on the meta device, constants of the forward pass
     (``x[..., [-1], :]``) would have no values either."""
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    known: dict[torch.Tensor, torch.Tensor] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
-        if id(real) not in known:
+        if real not in known:
             with mode:
                 empty = torch.empty(real.shape, dtype=real.dtype)
-            is_parameter = isinstance(real, nn.Parameter)
-            known[id(real)] = real, nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        return known[id(real)][1]
+            known[real] = nn.Parameter(empty, requires_grad=False) if isinstance(real, nn.Parameter) else empty
+        return known[real]
 
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -191,8 +190,7 @@ class EveryPosition(TorchFunctionMode):
     def __init__(self, unused: int = 0) -> None:
         super().__init__()
         self._unused = unused
-        self._known: dict[int, tuple[torch.Tensor, Numbers]] = {}
-        """``id`` of a tensor → that tensor, so that its id is not used again, and its numbers."""
+        self._known: dict[torch.Tensor, Numbers] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -214,13 +212,13 @@ class EveryPosition(TorchFunctionMode):
         if numbers is not None and name in _MOVES and not any(isinstance(a, torch.Tensor) for a in args[1:]):
             moved = _MOVES[name](numbers, *args[1:], **kwargs)
             for tensor, its in zip(result, moved, strict=True) if name == "unbind" else [(result, moved)]:
-                self._known[id(tensor)] = tensor, np.asarray(its)
+                self._known[tensor] = np.asarray(its)
         return result
 
     def _constant(self, numbers: Numbers) -> torch.Tensor:
         tensor = torch.tensor(numbers.tolist(), dtype=torch.long)
-        self._known[id(tensor)] = tensor, numbers
+        self._known[tensor] = numbers
         return tensor
 
     def _numbers(self, tensor: Any) -> Numbers | None:
-        return self._known.get(id(tensor), (None, None))[1]
+        return self._known.get(tensor) if isinstance(tensor, torch.Tensor) else None

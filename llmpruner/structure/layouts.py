@@ -26,8 +26,7 @@ def consumes(module: str, index: IndexMap) -> list[Span]:
 def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
     """``down(act(gate(x)) · up(x))`` with separate gate and up projections; a unit is one of F = ``width`` channels.
     Weights: ``gate`` and ``up`` (F, hidden), ``down`` (hidden, F)."""
-    channel = Blocks(width)
-    return (*produces(gate, channel, bias=bias), *produces(up, channel, bias=bias), *consumes(down, channel))
+    return (*produces(gate, Blocks(width), bias=bias), *two_layer_mlp(up, down, width, bias=bias))
 
 
 def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
