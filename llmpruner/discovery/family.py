@@ -115,10 +115,8 @@ class ModelFamily(Component):
     ) -> Sequence[tuple[str, str]]:
         """A conversation as (prompt, answer) pairs, whose texts are joined in order: what is trained on, and up to the
         last prompt what ``generate --chat`` asks. Override it for a format that `format_prompt` alone does not give.
-
         ``exchanges``: (question, answer) pairs, of which earlier ones may get another form than the last. ``system``:
-        the system message. The caller adds end-of-sequence tokens, see `eos_after`.
-        """
+        the system message. The caller adds end-of-sequence tokens, see `eos_after`."""
         pairs = []
         for question, answer in exchanges:
             prompt, gap = self.format_prompt(question), self.answer_separator

@@ -1,7 +1,5 @@
-"""From tied identities to units, and from the units of traced layers to the coupled groups of all layers.
-
-Tied identities form a component. Components that own equally many indices of the same axes are the units of one set.
-"""
+"""From tied identities to units, and from units of traced layers to the coupled groups of all layers. Tied identities
+form a component; components that own equally many indices of the same axes are the units of one set."""
 
 from __future__ import annotations
 

@@ -72,8 +72,7 @@ class Opener:
         return found
 
     def model(self, source: Source, *, keep_dtype: bool = False) -> Model:
-        """A model with its weights in memory; a model as it is. ``keep_dtype``: weights in float16 stay so on a CPU,
-        where no other dtype was asked for."""
+        """A model in memory; a model as it is. ``keep_dtype``: float16 stays so on a CPU if no dtype was asked for."""
         opened, opener = self.structure(source), self
         if keep_dtype and widened(opened, self.load) is not None:
             opener = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))

@@ -71,8 +71,7 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.no_cache = why_no_generation(self.models["eager"], self.tokens)
-        """Why generation cannot be checked; empty when it can."""
+        self.why_no_cache = why_no_generation(self.models["eager"], self.tokens)
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
@@ -164,8 +163,8 @@ class Oracle:
 
     def _why_no_cache(self, reference: Reference) -> str:
         """Why generation with a cache cannot be checked; empty when it can."""
-        if self.no_cache:
-            return f"the dense model {self.no_cache}"
+        if self.why_no_cache:
+            return f"the dense model {self.why_no_cache}"
         with reference.mode:
             why_not = why_no_generation(reference.model, reference.tokens.before)
         return f"the model with silenced units {why_not}" if why_not else ""

@@ -123,11 +123,9 @@ class Propagation:
     """One pass over a graph. ``elastic``: repeated keys and values may be repeated fewer times, so that single query
     heads can be removed. ``parameters``: (name, axis) → identities, of parameters and of the floating point
     ``buffers``, whose entries may belong to units just as well. ``tokens``: of the vocabulary, once token ids were
-    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module.
-
-    ``edges``: pairs of axes whose identities are tied. ``marks``: each with a reason. ``blocks``: identities that form
-    equal blocks, each of which must keep the same number of units. ``minimum``: identities of which so many must stay.
-    """
+    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module. ``edges``: pairs
+    of axes whose identities are tied. ``marks``: each with a reason. ``blocks``: identities that form equal blocks,
+    each of which must keep the same number of units. ``minimum``: identities of which so many must stay."""
 
     elastic: bool = False
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)

@@ -51,11 +51,10 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     for part in (config, config.get_text_config()):
         part._attn_implementation = "eager"
         part._experts_implementation = "batched_mm"
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
-        if hasattr(part, "output_router_logits"):
-            # The loss that balances experts would be traced too, in which their number is counted.
-            part.output_router_logits = False
+        # The loss that balances experts by router logits would be traced too, in which their number is counted.
+        for name in ("use_cache", "output_router_logits"):
+            if hasattr(part, name):
+                setattr(part, name, False)
     try:
         # Whatever it is held in: in 16 bits, some do not run, as some of their parameters stay in float32 (XLNet).
         model = meta_model(config, torch.float32)

@@ -42,8 +42,7 @@ def check_kinds(
     kinds: Collection[str] | None = None,
     seed: int = 0,
 ) -> list[Verdict]:
-    """A verdict for every kind of unit of ``family``, or ``kinds``, on a random model of ``config``. ``groups``: of the
-    family in this model, where they are known."""
+    """A verdict for every kind of unit, or ``kinds``, of a random model of ``config`` with ``groups`` (if known)."""
     graph = graph_of(meta_model(config), family.coupled_groups(config) if groups is None else groups)
     oracle = Oracle(config, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]

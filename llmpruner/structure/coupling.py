@@ -151,9 +151,8 @@ class CoupledGroup:
     ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
     a multiple of it (kernels that need aligned rows). ``buffers``: spans of buffers with an entry for each unit (the
-    selection bias of experts); they are cut with the parameters, and neither scored nor counted.
-
-    Raises `CouplingError` where one of these rules is broken.
+    selection bias of experts); they are cut with the parameters, and neither scored nor counted. Raises `CouplingError`
+    where one of these rules is broken.
     """
 
     name: str
@@ -205,8 +204,7 @@ class CoupledGroup:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """An axis on which discovery found no removable units. ``reason``: one line; where an operator is the reason, it
-    names the operator and the path of the module that applies it."""
+    """An axis on which discovery found no removable units. ``reason``: one line; it names the operator and module."""
 
     parameter: str
     axis: int
@@ -246,8 +244,7 @@ class CouplingGraph:
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        clash = [name for name, n in Counter(g.name for g in self.groups).items() if n > 1]
-        if clash:
+        if clash := [name for name, n in Counter(g.name for g in self.groups).items() if n > 1]:
             raise CouplingError(f"two coupled groups are named '{clash[0]}'")
         for group in self.groups:
             for span in group.spans:

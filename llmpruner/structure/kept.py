@@ -48,18 +48,15 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
             raise PlanError(f"the plan cuts group '{name}', which this model does not have")
         if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.units):
             raise PlanError(f"group '{name}': kept units must be increasing and within 0…{group.units - 1}")
+        must = f"group '{name}' must keep"
         if len(units) < group.minimum:
-            raise PlanError(f"group '{name}' must keep at least {group.minimum} units, the plan keeps {len(units)}")
+            raise PlanError(f"{must} at least {group.minimum} units, the plan keeps {len(units)}")
         if len(units) < group.units and len(units) % group.multiple:
-            raise PlanError(
-                f"group '{name}' must keep a multiple of {group.multiple} units, the plan keeps {len(units)}"
-            )
+            raise PlanError(f"{must} a multiple of {group.multiple} units, the plan keeps {len(units)}")
         if group.blocks > 1:
             counts = Counter(unit * group.blocks // group.units for unit in units)
             if len({counts[block] for block in range(group.blocks)}) > 1:
-                raise PlanError(
-                    f"group '{name}' must keep the same number of units in each of its {group.blocks} blocks"
-                )
+                raise PlanError(f"{must} the same number of units in each of its {group.blocks} blocks")
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:

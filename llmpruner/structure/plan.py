@@ -1,8 +1,5 @@
-"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
-
-A cut needs nothing else but the model. A plan contains no timestamps, and of the machine only the path of a local
-model, so that the same command gives the same bytes.
-"""
+"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed. It
+contains no timestamps, and of the machine only the path of a local model: the same command gives the same bytes."""
 
 from __future__ import annotations
 
@@ -146,9 +143,8 @@ class GroupCut(Frozen):
 
 
 class PruningPlan(Frozen):
-    """What is removed, and how that was chosen. ``cuts``: group name → its cut; groups that keep all units are left
-    out. ``compensation``: None where weights are left as they are. ``seed``: of all random numbers. A plan of another
-    ``schema_version`` is refused."""
+    """What is removed, and how that was chosen. ``cuts``: group name → its cut, for groups that lose units.
+    ``compensation``: None where weights stay. ``seed``: of all random numbers. ``schema_version`` must be known."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     base: BaseRef

@@ -127,8 +127,7 @@ def like(group: CoupledGroup) -> tuple[object, ...]:
     return group.in_layer(0), group.kind, group.units, group.blocks, group.multiple, group.minimum
 
 
-ANY = Widths()
-"""Any number of units in any group."""
+ANY = Widths()  # any number of units in any group
 
 
 def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mapping[str, int] | None = None) -> Widths:
