@@ -148,10 +148,8 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(
-            f"family '{family.name}' finds no structure in the configuration of '{text}' ({reason})"
-        ) from error
+        found = f"family '{family.name}' finds no structure in the configuration of '{text}'"
+        raise ModelError(f"{found} ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _adapted(base: Structure, text: str) -> Structure:
@@ -207,7 +205,7 @@ def _read_config(ref: Reference, options: LoadSettings, revision: str | None) ->
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
-    """What ``llmpruner.json`` says of a local dense model: its absolute path and a hash of its weights."""
+    """What ``llmpruner.json`` says of a local dense model: its path and a hash of its weights. Empty for others."""
     if (loaded.record or {}).get("plans") or loaded.path is None:
         return {}
     weights = _sampled_weights(Path(loaded.path))

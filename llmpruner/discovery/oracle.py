@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -174,7 +175,9 @@ class Oracle:
     ) -> tuple[Rule, ...]:
         """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; else none."""
 
-        def agrees(chosen: Sequence[Rule]) -> bool:
+        def agrees(chosen: Sequence[Rule], required: Rule | None = None) -> bool:
+            if required is not None and required not in chosen:
+                return False
             try:
                 for reference in references:
                     model = self._cut(reference, chosen)
@@ -190,7 +193,7 @@ class Oracle:
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
             for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], lambda chosen, table=table: table in chosen and agrees(chosen))
+                found = find([table, *attributes], partial(agrees, required=table))
                 if found is not None:
                     break
         return found or ()
@@ -211,7 +214,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The same tokens by their ids ``before`` and ``after`` a cut, (B, T); and the ids before, ``predicted``."""
+    """Token ids (B, T) ``before`` and ``after`` a cut; ``predicted``: the ids before it of all tokens that stay."""
 
     before: torch.Tensor
     after: torch.Tensor

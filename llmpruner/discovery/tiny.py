@@ -115,9 +115,8 @@ def _run(model: PreTrainedModel) -> None:
     except Exception as error:
         statement, inside = where(error)
         at = f", as `{statement}` in {inside} stops" if inside else ""
-        raise UnsupportedModelError(
-            f"a small {model.config.model_type} cannot run{at}: {first_line(error)[:160]}"
-        ) from error
+        reason = f"a small {model.config.model_type} cannot run{at}: {first_line(error)[:160]}"
+        raise UnsupportedModelError(reason) from error
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
@@ -132,9 +131,8 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
                 config, attn_implementation=attention, dtype=torch.float32, trust_remote_code=False
             )
         except Exception as error:
-            raise UnsupportedModelError(
-                f"a small {config.model_type} cannot be built: {first_line(error)[:160]}"
-            ) from error
+            reason = f"a small {config.model_type} cannot be built: {first_line(error)[:160]}"
+            raise UnsupportedModelError(reason) from error
     with torch.no_grad():
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator)

@@ -107,13 +107,13 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily) -> tuple[Rule, ...]:
-    """The rules for cuts of ``kinds``, or `UnsupportedModelError` where one of them can't be cut exactly."""
+    """The rules for cuts of ``kinds``, found once in a process. `UnsupportedModelError` where one can't be cut."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
     missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]
     if missing:
         _FOUND.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
-    rules: dict[Rule, None] = {}
+    rules: list[Rule] = []
     for kind in kinds:
         verdict = _FOUND.get((architecture, kind))
         if verdict is None:
@@ -124,7 +124,7 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
             raise UnsupportedModelError(
                 f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
             )
-        rules.update(dict.fromkeys(verdict.follows))
+        rules += verdict.follows
     return tuple(rules)
 
 

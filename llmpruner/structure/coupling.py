@@ -101,7 +101,7 @@ IndexMap = Blocks | Explicit
 
 
 def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
-    """The most compact map for ``rows``, the indices of each unit. Raises `CouplingError` for rows of other lengths."""
+    """The most compact map for ``rows``, the indices of each unit. `CouplingError` where they differ in length."""
     width = len(rows[0]) if rows else 0
     if any(len(row) != width for row in rows):
         raise CouplingError("every unit of a span must own the same number of indices")
@@ -204,7 +204,7 @@ class CoupledGroup:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """An axis on which discovery found no removable units. ``reason``: one line; it names the operator and module."""
+    """An axis on which discovery found no removable units. ``reason``: one line, with operator and module if known."""
 
     parameter: str
     axis: int

@@ -144,7 +144,7 @@ class GroupCut(Frozen):
 
 class PruningPlan(Frozen):
     """What is removed, and how that was chosen. ``cuts``: group name → its cut, for groups that lose units.
-    ``compensation``: None where weights stay. ``seed``: of all random numbers. ``schema_version`` must be known."""
+    ``compensation``: None where weights stay. ``seed``: of random numbers. Another ``schema_version`` is refused."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     base: BaseRef
