@@ -110,8 +110,7 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
     """The rules for cuts of ``kinds``, found once in a process. `UnsupportedModelError` where one can't be cut."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
-    missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]
-    if missing:
+    if missing := [kind for kind in kinds if (architecture, kind) not in _FOUND]:
         _FOUND.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
     rules: list[Rule] = []
     for kind in kinds:
