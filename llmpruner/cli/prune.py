@@ -10,7 +10,7 @@ import typer
 
 from ..engine.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, settings_from
-from ..structure.widths import COUNTED, QUANTISED
+from ..structure.scope import COUNTED, QUANTISED
 from ..values import bytes_text, count_text
 from .console import done_line, next_line, note, print_json, sizes_text, table
 from .derive import Json, ModelName, Output, takes

@@ -26,8 +26,7 @@ from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
 from ..structure.kept import compose, layer_numbers, removed_layers
-from ..structure.scope import Queue, Scope, build_queue
-from ..structure.widths import ANY, Widths
+from ..structure.scope import ANY, Queue, Scope, Widths, build_queue
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Scores, estimate

@@ -13,8 +13,7 @@ from ..models.vocabulary import removable_tokens
 from ..structure.coupling import VOCABULARY
 from ..structure.kept import removed_layers, renamed
 from ..structure.plan import dense_units
-from ..structure.scope import Scope
-from ..structure.widths import NARROW, Widths, like, widths_for
+from ..structure.scope import NARROW, Scope, Widths, like, widths_for
 from ..values import chosen_layers
 
 if TYPE_CHECKING:

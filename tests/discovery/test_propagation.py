@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
+from llmpruner import Blocks
+from llmpruner.discovery.groups import components, connected_components, unit_sets
 from llmpruner.discovery.operators_shape import regroup
-from llmpruner.discovery.propagate import RULES, Propagation
-from llmpruner.discovery.units import unit_sets
+from llmpruner.discovery.propagate import FIXED, FREE, RULES, Mark, Propagation
 from llmpruner.errors import UnsupportedModelError
 
 
@@ -34,21 +34,21 @@ def test_components_of_a_random_graph_agree_with_a_search() -> None:
 
 
 def test_tie_blocks_what_meets_a_fixed_index() -> None:
-    ids = Identities()
-    axis = ids.new(3)
-    assert ids.tie(axis, np.array([FREE, FIXED, FREE]), "why").tolist() == [0, FIXED, 2]
-    parts = ids.components()
+    run = Propagation(where="add in mlp")
+    axis = run.new(3)
+    assert run.tie(axis, np.array([FREE, FIXED, FREE])).tolist() == [0, FIXED, 2]
+    parts = components(run)
     assert parts.marked[Mark.BLOCKED].tolist() == [False, True, False]
-    assert parts.reasons == {1: "why"}
+    assert parts.reasons == {1: "tied to an axis that cannot be cut (add in mlp)"}
 
 
 def test_rows_of_several_tables_are_blocked() -> None:
     run = Propagation(where="embedding in second")
-    rows = run.ids.new(3)
+    rows = run.new(3)
     run.look_up(rows)
-    run.look_up(run.ids.new(3))
+    run.look_up(run.new(3))
     run.predict(rows)
-    assert set(run.ids.components().reasons.values()) == {"token ids are read by several tables (embedding in second)"}
+    assert set(components(run).reasons.values()) == {"token ids are read by several tables (embedding in second)"}
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_rows_of_several_tables_are_blocked() -> None:
 )
 def test_views_keep_identities_on_one_axis(shape: tuple[int, ...], expected: list[list[int] | None]) -> None:
     run = Propagation()
-    start = [np.full(2, FIXED), np.full(7, FIXED), run.ids.new(12)]
+    start = [np.full(2, FIXED), np.full(7, FIXED), run.new(12)]
     axes = regroup(run, start, shape)
     assert [len(a) for a in axes] == list(shape)
     assert [a.tolist() if (a >= 0).any() else None for a in axes] == expected
@@ -70,7 +70,7 @@ def test_views_keep_identities_on_one_axis(shape: tuple[int, ...], expected: lis
 
 def test_split_and_merge_return_the_units_to_their_places() -> None:
     run = Propagation()
-    heads = regroup(run, [run.ids.new(12)], (3, 4))
+    heads = regroup(run, [run.new(12)], (3, 4))
     assert regroup(run, heads, (12,))[0].tolist() == [0] * 4 + [4] * 4 + [8] * 4
     assert regroup(run, [heads[1], heads[0]], (12,))[0].tolist() == [0, 4, 8] * 4
 
@@ -78,7 +78,7 @@ def test_split_and_merge_return_the_units_to_their_places() -> None:
 def test_repeated_heads_are_one_unit_unless_they_may_be_repeated_less() -> None:
     for elastic in (False, True):
         run = Propagation(elastic)
-        merged = regroup(run, [run.ids.new(2), np.full(3, FREE)], (6,))[0]
+        merged = regroup(run, [run.new(2), np.full(3, FREE)], (6,))[0]
         assert len(set(merged.tolist())) == (6 if elastic else 2)
 
 
@@ -99,8 +99,8 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
     run.run(program, {})
-    found, reasons = unit_sets(run)
-    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.owned)
+    found, reasons = unit_sets(run, "layers")
+    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.spans)
     assert reason in reasons["up.weight", 0]
     assert ("down.weight", 1) in reasons
 
@@ -158,7 +158,8 @@ class Turned(nn.Module):
 def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
     run = Propagation()
     run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {})
-    (heads,) = [f for f in unit_sets(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.owned)]
-    rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.owned}
-    assert rows["heads.weight", 0] == [list(range(u * 4, u * 4 + 4)) for u in range(3)]
-    assert rows["out.weight", 1] == [list(range(u * consumed, (u + 1) * consumed)) for u in range(3)]
+    (heads,) = [
+        f for f in unit_sets(run, "layers")[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.spans)
+    ]
+    maps = {(s.parameter, s.axis): s.index for s in heads.spans}
+    assert (maps["heads.weight", 0], maps["out.weight", 1]) == (Blocks(3, 4), Blocks(3, consumed))

@@ -8,11 +8,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Role
-from llmpruner.discovery.groups import discover_graph
+from llmpruner.discovery.groups import discover_graph, unit_sets
 from llmpruner.discovery.propagate import Propagation
 from llmpruner.discovery.trace import export, trace
-from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
 
 
@@ -38,40 +36,49 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-class Loop(nn.Module):
+class Experts(nn.Module):
     """Experts in one matrix, of which those run that some token chose, each for the tokens that chose it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
-        self.layers = nn.ModuleList([nn.Module()])
-        self.layers[0].up, self.layers[0].down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
+        self.up, self.down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
-        hidden = self.embed(input_ids).reshape(-1, 8)
-        chosen = self.router(hidden).topk(2, -1).indices
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         # One class more than there are experts, as in DBRX.
         mask = nn.functional.one_hot(chosen, 4).permute(2, 1, 0)
         result = torch.zeros_like(hidden)
         for expert in (mask.sum((1, 2)) > 0).nonzero():
             number = expert[0]
             _, tokens = torch.where(mask[number])
-            up, down = (matrix.view(3, 5, 8)[number] for matrix in (self.layers[0].up, self.layers[0].down))
+            up, down = (matrix.view(3, 5, 8)[number] for matrix in (self.up, self.down))
             result.index_add_(0, tokens, torch.relu(hidden[tokens] @ up.T) @ down)
-        return self.head(result)
+        return result
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
+        self.layers = nn.ModuleList([Experts()])
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = self.embed(input_ids).reshape(-1, 8)
+        return self.head(self.layers[0](hidden, self.router(hidden).topk(2, -1).indices))
 
 
 def test_a_loop_over_experts_is_traced_for_all_of_them():
     traced = export(Loop(), "layers", {})
     run = Propagation()
     run.run(traced.program, {})
-    usable, reasons = unit_sets(run)
-    (found,) = (units for units in usable if units.owned[0].parameter == "layers.0.up")
-    assert [(s.parameter, s.axis, s.role, s.rows[:, 0].tolist(), s.rows.shape) for s in found.owned] == [
-        ("layers.0.up", 0, Role.PRODUCES, [0, 1, 2, 3, 4], (5, 3)),
-        ("layers.0.down", 0, Role.CONSUMES, [0, 1, 2, 3, 4], (5, 3)),
+    usable, reasons = unit_sets(run, "layers")
+    (found,) = (units for units in usable if units.spans[0].parameter == "layers.0.up")
+    assert [str(s) for s in found.spans] == [
+        f"layers.0.{name}[axis 0] {rows} ({role})"
+        for name, role in (("up", "produces"), ("down", "consumes"))
+        for rows in ("0:5", "5:10", "10:15")
     ]
     assert reasons["router.weight", 0].startswith("numbered otherwise"), "experts are picked by number"
+    assert traced.stay == "", "the layer ran in two exports, and once in each"
 
 
 class Placed(composed.Layer):

@@ -19,8 +19,7 @@ from llmpruner.pruning.selection import select
 from llmpruner.pruning.targets import Demand
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import dense_units
-from llmpruner.structure.scope import Scope
-from llmpruner.structure.widths import Widths, widths_for
+from llmpruner.structure.scope import Scope, Widths, widths_for
 from llmpruner.testing.models import cut_by, make_plan, small_job
 
 UNIFORM = Widths(uniform=True, round_to=8)

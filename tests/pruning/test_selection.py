@@ -12,8 +12,7 @@ from llmpruner.pruning.budgets import counts, parameter_cost
 from llmpruner.pruning.selection import select
 from llmpruner.pruning.targets import Demand
 from llmpruner.structure.kept import restrict
-from llmpruner.structure.scope import Scope, build_queue
-from llmpruner.structure.widths import Widths
+from llmpruner.structure.scope import Scope, Widths, build_queue
 
 ALL = (0, 1, 2, 3)
 
