@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from ..errors import ModelError
 from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts
 from .signals import GRADIENTS, ParameterSignals, Signal, kinds_read
-from .statistics import NOTHING, Measured, forward_statistics
+from .statistics import Statistics, forward_statistics
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,26 +53,23 @@ def walk_signals(
         yield from _of_weights(execution.weights, wanted, make)
         return
     assert calibration is not None, "all signals but weights are measured on text"
-    samples, gradients, reads = len(calibration.input_ids), Signal.PRODUCT_GRAD in needed, kinds_read(graph)
+    samples, backward, reads = len(calibration.input_ids), Signal.PRODUCT_GRAD in needed, kinds_read(graph)
 
     def reduce(names: Collection[str]) -> ReduceProducts:
         assert measure is not None, "statistics of products need a function that measures them"
-        return ReduceProducts(execution.model, names, reads, measure, samples, gradients=gradients)
+        return ReduceProducts(execution.model, names, reads, measure, samples, gradients=backward)
 
-    def forward() -> Iterator[tuple[str, Measured]]:
-        inputs = bool(needed & {Signal.INPUT_STATS, Signal.GRAM})
-        products = reduce if Signal.PRODUCT in needed and not gradients else None
-        if inputs or products:
-            gram = Signal.GRAM in needed
-            for layer in forward_statistics(execution, wanted, calibration, inputs=inputs, gram=gram, reduce=products):
-                yield from layer.items()
-
+    forward: Iterable[tuple[str, Statistics]] = ()
+    inputs, gram = bool(needed & {Signal.INPUT_STATS, Signal.GRAM}), Signal.GRAM in needed
+    forward_reduce = reduce if Signal.PRODUCT in needed and not backward else None
+    if inputs or forward_reduce:
+        forward = forward_statistics(execution, wanted, calibration, inputs=inputs, gram=gram, reduce=forward_reduce)
     if needed & GRADIENTS:
-        reduced = reduce if gradients else None
-        yield from _of_gradients(execution, graph, wanted, needed, calibration, dict(forward()), reduced, make)
+        backward_reduce = reduce if backward else None
+        yield from _of_gradients(execution, graph, wanted, needed, calibration, dict(forward), backward_reduce, make)
         return
     rest = set(wanted)
-    for name, measured in forward():
+    for name, measured in forward:
         rest.discard(name)
         yield from make(name, measured)
     yield from _of_weights(execution.weights, rest, make)
@@ -96,22 +92,22 @@ def _of_gradients(
     wanted: Collection[str],
     needs: frozenset[Signal],
     calibration: CalibrationSet,
-    forward: Mapping[str, Measured],
+    forward: Mapping[str, Statistics],
     reduce: Callable[[Collection[str]], ReduceProducts] | None,
-    make: Callable[[str, Measured, GradientSums | None], Named],
+    make: Callable[[str, Statistics, GradientSums | None], Named],
 ) -> Named:
     """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
-    differentiated = wanted if {Signal.GRAD, Signal.GRAD_SQ} & needs else ()
-    outer = sorted(name for name in wanted if not graph.is_decoder(name))
+    differentiated = bool({Signal.GRAD, Signal.GRAD_SQ} & needs)
+    outer: list[str] = []
     by_layer: dict[int, list[str]] = {}
     for name in sorted(wanted):
-        if (layer := graph.layer_of(name)) is not None:
-            by_layer.setdefault(layer, []).append(name)
+        layer = graph.layer_of(name)
+        (outer if layer is None else by_layer.setdefault(layer, [])).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
-    with requiring_grad((), freeze=execution.model):
+    with requiring_grad(execution.model.parameters(), required=False):
         walk = GradientWalk(
             execution, calibration,
-            squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=bool(differentiated),
+            squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=differentiated,
         )  # fmt: skip
         walk.forward()
         walk.backward_head()
@@ -119,16 +115,16 @@ def _of_gradients(
             names = by_layer.get(number, [])
             with execution.weights.layer(number):
                 reduced = None if reduce is None else reduce(names)
-                sums = walk.backward_layer(number, differentiated, reduced)
-                products = {} if reduced is None else reduced.statistics(execution.ranks)
+                sums = walk.backward_layer(number, names if differentiated else (), reduced)
+                of_products = {} if reduced is None else reduced.statistics(execution.ranks)
                 for name in names:
-                    measured = replace(forward.get(name, NOTHING), products=products.get(name))
-                    yield from make(name, measured, sums.pop(name, None))
+                    inputs, products = forward.get(name, (None, None))
+                    yield from make(name, (inputs, of_products.get(name, products)), sums.pop(name, None))
         if outer:
             with execution.weights.outside():
-                sums = walk.backward_outer(outer) if differentiated else {}
+                sums = walk.backward_outer() if differentiated else {}
                 for name in outer:
-                    yield from make(name, NOTHING, sums.pop(name, None))
+                    yield from make(name, (None, None), sums.pop(name, None))
 
 
 def _signals(
@@ -137,12 +133,12 @@ def _signals(
     seed: int,
     by_matrix: bool,
     name: str,
-    measured: Measured = NOTHING,
+    measured: Statistics = (None, None),
     sums: GradientSums | None = None,
 ) -> Named:
     """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, so that one is in float32 at a
     time. Raises `ModelError` when its values are not finite."""
-    parameter, inputs, products = model.get_parameter(name).detach(), measured.inputs, measured.products
+    parameter, (inputs, products) = model.get_parameter(name).detach(), measured
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -150,21 +146,17 @@ def _signals(
     grad = sums.grad if sums is not None and Signal.GRAD in needs else None
     grad_sq = sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None
     dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
-    if not (by_matrix and parameter.dim() == 3):
-        grad = None if grad is None else grad.float()
-        yield name, ParameterSignals(parameter.to(dtype), grad, grad_sq, generator, inputs, products)
-        return
-    for number in range(len(parameter)):
-        matrix = slice(number, number + 1)
+    for number in range(len(parameter)) if by_matrix and parameter.dim() == 3 else (None,):
+        part = ... if number is None else slice(number, number + 1)
         yield (
             name,
             ParameterSignals(
-                parameter[matrix].to(dtype),
-                None if grad is None else grad[matrix].float(),
-                None if grad_sq is None else grad_sq[matrix],
+                parameter[part].to(dtype),
+                None if grad is None else grad[part].float(),
+                None if grad_sq is None else grad_sq[part],
                 generator,
-                inputs and inputs.of_matrix(number),
-                products and products.of_matrix(number),
+                inputs if inputs is None or number is None else inputs.of_matrix(number),
+                products if products is None or number is None else products.of_matrix(number),
                 number,
             ),
         )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from math import nan, pi
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,7 @@ from torch.nn import functional
 
 from ..models.numbers import with_fast_products
 from .products import ReduceProducts, WatchedProduct, WatchProducts
-from .ranks import SINGLE, Ranks
+from .ranks import Ranks
 from .signals import InputStats, ProductStats, StreamStats, TokenStats
 from .walk import ForwardWalk, check_tokens
 
@@ -58,15 +57,8 @@ def divergences(reference_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Te
     return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Statistics of one weight from a forward walk; None where they were not requested."""
-
-    inputs: InputStats | None = None
-    products: ProductStats | None = None
-
-
-NOTHING = Measured()
+Statistics = tuple[InputStats | None, ProductStats | None]
+"""Of one weight from a forward walk; None where they were not requested."""
 
 
 @torch.no_grad()
@@ -78,56 +70,55 @@ def forward_statistics(
     inputs: bool = True,
     gram: bool = False,
     reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
-) -> Iterator[dict[str, Measured]]:
-    """For every decoder layer, statistics of its ``wanted`` parameters, as far as they are used in matrix products.
+) -> Iterator[tuple[str, Statistics]]:
+    """Statistics of the ``wanted`` parameters in decoder layers, as far as they are used in matrix products.
 
     ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
     for the names of one layer's weights.
 
-    Weights of the layer are in memory until the next one is asked for. Memory beyond them: the hidden states of the
-    whole calibration set in float32, up to the execution's limit; the statistics of one layer; and the other arguments
-    of each layer (masks, rotary tables).
+    Weights of a layer are in memory until the first name of the next one is asked for. Memory beyond them: the hidden
+    states of the whole calibration set in float32, up to the execution's limit; the statistics of one layer; and the
+    other arguments of each layer (masks, rotary tables).
     """
     walk, states = ForwardWalk.over(execution, calibration)
-    model, weights = execution.model, execution.weights
+    model, weights, ranks = execution.model, execution.weights, execution.ranks
     inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
     count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
     for number in execution.progress.track(range(count), "Measuring inputs"):
-        names = inside[number]
-        with walk.layer(number):
-            sums = InputSums(model, gram=gram)
+        names, sums = inside[number], _InputSums(model, gram=gram)
+        with weights.layer(number):
             reduced = None if reduce is None else reduce(names)
-            for position, batch in enumerate(walk.batches):
+            for position in range(len(walk.batches)):
                 products = nullcontext() if reduced is None else reduced.watching()
                 with products, WatchProducts(model, names if inputs else (), sums.add):
-                    states[position] = walk.run(number, batch, states[position], states.passed)
-            of_inputs = sums.statistics(walk.tokens, walk.ranks)
-            of_products = {} if reduced is None else reduced.statistics(walk.ranks)
-            # The caller reads the layer's weights too.
-            yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
+                    states[position] = walk.run(number, position, states)
+            of_inputs = sums.statistics(calibration.input_ids.numel(), ranks)
+            of_products = {} if reduced is None else reduced.statistics(ranks)
+            for name in {**of_inputs, **of_products}:
+                # The caller reads the weight too.
+                yield name, (of_inputs.get(name), of_products.get(name))
 
 
-class InputSums:
+class _InputSums:
     """Sums over the inputs of weights; ``gram``: of their outer products too."""
 
     def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
         self._sums: dict[str, _Sums] = {}
 
-    def add(self, product: WatchedProduct) -> None:
-        name = product.parameter
+    def _of(self, name: str, axis: int) -> _Sums:
         if name not in self._sums:
-            self._sums[name] = _Sums(self._model.get_parameter(name), product.axis, self._gram)
-        self._sums[name].add(product)
+            self._sums[name] = _Sums(self._model.get_parameter(name), axis, self._gram)
+        return self._sums[name]
 
-    def statistics(self, tokens: int, ranks: Ranks = SINGLE) -> dict[str, InputStats]:
+    def add(self, product: WatchedProduct) -> None:
+        self._of(product.parameter, product.axis).add(product)
+
+    def statistics(self, tokens: int, ranks: Ranks) -> dict[str, InputStats]:
         """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
         products; all must call this."""
         axes = ranks.merged({name: sums.axis for name, sums in self._sums.items()})
-        every = {
-            name: self._sums.get(name) or _Sums(self._model.get_parameter(name), axis, self._gram)
-            for name, axis in axes.items()
-        }
+        every = {name: self._of(name, axis) for name, axis in axes.items()}
         tensors = [t for sums in every.values() for t in (sums.total, sums.square, sums.outer)]
         ranks.sum_(tensor for tensor in tensors if tensor is not None)
         return {name: sums.finish(tokens) for name, sums in every.items()}
@@ -181,24 +172,22 @@ def stream_statistics(
     before = [embedded]
     for number in execution.progress.track(range(count), "Measuring layers"):
         # One value for each token of the calibration set, in order; each process fills in its own.
-        cosines = torch.zeros(walk.tokens, dtype=torch.float64)
+        cosines = torch.zeros(calibration.input_ids.shape, dtype=torch.float64)
         start = number + 1 - length
         # What was before a block gives way to what is after it.
         after = before[0] if start >= 0 else before[-1].empty(continued=True)
-        with walk.layer(number):
+        with execution.weights.layer(number):
             for position, batch in enumerate(walk.batches):
-                states = walk.run(number, batch, before[-1][position], after.passed)
+                states = walk.run(number, position, before[-1])
                 if start >= 0:
-                    first = batch.first * batch.input_ids.shape[1]
                     similar = torch.cosine_similarity(before[0][position], states, dim=-1)
                     # Some models put prompts of their own before the text (CPM-Ant).
-                    of_text = similar[:, -batch.input_ids.shape[1] :].flatten()
-                    cosines[first : first + batch.input_ids.numel()] = of_text
+                    cosines[batch.first : batch.first + len(similar)] = similar[:, -cosines.shape[1] :]
                     after[position] = states
                 else:
                     after.append(states)
         if start >= 0:
-            walk.ranks.sum_([cosines])
+            execution.ranks.sum_([cosines])
             cosines.clamp_(-1, 1)
             cosine[start], angle[start] = float(cosines.mean()), float(cosines.arccos().mean()) / pi
         before = [*before, after][-length:]

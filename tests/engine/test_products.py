@@ -170,6 +170,13 @@ def test_gradients_at_a_product_make_the_gradient_of_its_weight():
         )
 
 
+def test_sums_of_the_forward_pass_are_there_with_gradients_too():
+    loaded, name = make("llama-gqa"), "model.layers.1.mlp.down_proj.weight"
+    alone = signals_of(loaded, [name], squares, Signal.PRODUCT)[name].products
+    found = signals_of(loaded, [name], squares, Signal.PRODUCT, Signal.GRAD)[name]
+    assert found.grad is not None and torch.equal(found.products.sums["square"], alone.sums["square"])
+
+
 def test_gradients_of_inputs_go_through_this_product_alone():
     loaded = make("llama-gqa")
     name = "model.layers.1.mlp.up_proj.weight"
