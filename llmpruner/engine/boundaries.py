@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -80,8 +80,8 @@ class States:
     """Tensors, one for each micro-batch, of a `Boundaries`. Reading one does not remove it; do not change it in
     place.
 
-    ``passed``: what the layers before have passed on to later ones in dictionaries, by the first sample of the
-    micro-batch and the name of the argument; in memory. Empty for decoders whose layers share hidden states alone."""
+    ``passed``: what the layers before have passed on to later ones in dictionaries, by the micro-batch and the name of
+    the argument; in memory. Empty for decoders whose layers share hidden states alone."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
@@ -92,11 +92,10 @@ class States:
         """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with what
         is passed on to it; else a copy of that, as for a run of another model from here."""
         states = States(self._boundaries)
-        states.passed = self.passed if continued else {first: copied(own) for first, own in self.passed.items()}
+        states.passed = self.passed
+        if not continued:
+            states.passed = {n: {k: copy.copy(v) for k, v in own.items()} for n, own in self.passed.items()}
         return states
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self._boundaries.read(self._kept[number])
@@ -106,7 +105,7 @@ class States:
         self._kept[number] = self._boundaries.keep(tensor)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self[number] for number in range(len(self)))
+        return map(self._boundaries.read, self._kept)
 
     def append(self, tensor: torch.Tensor) -> None:
         self._kept.append(self._boundaries.keep(tensor))
@@ -133,11 +132,6 @@ class States:
 
     def __del__(self) -> None:
         self.clear()
-
-
-def copied(passed: Mapping[str, Any]) -> dict[str, Any]:
-    """Dictionaries that layers pass on, with the same values."""
-    return {name: copy.copy(values) for name, values in passed.items()}
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

@@ -23,14 +23,13 @@ from torch.utils._pytree import tree_flatten
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.positions import last_logits
-from .boundaries import States, copied
+from .boundaries import States
 from .execution import TOKENS_AT_ONCE, Execution
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
-    from .ranks import Ranks
 
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -47,22 +46,18 @@ class Batch:
     first: int
 
 
-def expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
-    configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
-    return [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
-
-
 @contextlib.contextmanager
-def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
-    """While active, experts are computed one by one, so that `WatchProducts` observes a product for each: the faster
-    implementations in transformers are a single operator, or copy the weights."""
-    chosen = [config._experts_implementation_internal for config in configs]
-    for config in configs:
+def eager_experts(module: nn.Module) -> Iterator[None]:
+    """While active, the experts in ``module`` are computed one by one, so that `WatchProducts` observes a product for
+    each: the faster implementations in transformers are a single operator, or copy the weights."""
+    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
+    for config, _ in chosen:
         config._experts_implementation_internal = "eager"
     try:
         yield
     finally:
-        for config, name in zip(configs, chosen, strict=True):
+        for config, name in chosen:
             config._experts_implementation_internal = name
 
 
@@ -71,12 +66,6 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
     if "hidden_states" in kwargs:
         return layer(*args, **{**kwargs, "hidden_states": hidden})
     return layer(hidden, *args, **kwargs)
-
-
-def with_own_dictionaries(call: Call) -> Call:
-    """``call`` with copies of its dictionaries, into which later layers put nothing."""
-    args, kwargs = call
-    return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
 
 
 def _is_filled_by_layers(value: Any) -> bool:
@@ -177,7 +166,7 @@ def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm
     other."""
     model = execution.model
     if model not in execution.forms:
-        with execution.weights.outside(), eager_experts(expert_configs(model)):
+        with execution.weights.outside(), eager_experts(model):
             ids = check_tokens(model, calibration.input_ids[:1, :TOKENS])
             execution.forms[model] = _form(execution, ids)
     return execution.forms[model]
@@ -276,14 +265,6 @@ class ForwardWalk:
     layers: nn.ModuleList
     batches: list[Batch]
     form: LayerForm
-    experts: list[PreTrainedConfig]
-    """Configurations that select the implementation of experts."""
-    tokens: int
-    """In the calibration set, of all processes."""
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.execution.ranks
 
     @classmethod
     @torch.no_grad()
@@ -294,46 +275,39 @@ class ForwardWalk:
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = check_tokens(model, calibration.input_ids)
-            states, experts = States(execution.boundaries()), expert_configs(model)
-            walk = cls(execution, layers, [], check_layers(execution, calibration), experts, ids.numel())
+            states = States(execution.boundaries())
+            walk = cls(execution, layers, [], check_layers(execution, calibration))
             parts = torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1]))
             firsts = accumulate(map(len, parts[:-1]), initial=0)
             shapes: dict[torch.Size, Batch] = {}
-            with eager_experts(experts):
-                for first, part in execution.ranks.mine(list(zip(firsts, parts, strict=True))):
-                    calls, hidden = record(model, layers, part, walk.form.tuples)
-                    batch = Batch(part, calls, first)
-                    # As a rule they depend on the shape alone, and a long text has many micro-batches.
-                    like = shapes.setdefault(part.shape, batch)
-                    if _same(like.calls, batch.calls):
-                        batch.calls = like.calls
-                    walk.batches.append(batch)
-                    states.append(hidden.float())
+            for first, part in execution.ranks.mine(list(zip(firsts, parts, strict=True))):
+                calls, hidden = record(model, layers, part, walk.form.tuples)
+                batch = Batch(part, calls, first)
+                # As a rule they depend on the shape alone, and a long text has many micro-batches.
+                like = shapes.setdefault(part.shape, batch)
+                if _same(like.calls, batch.calls):
+                    batch.calls = like.calls
+                walk.batches.append(batch)
+                states.append(hidden.float())
         return walk, states
-
-    def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """While active, the weights of a layer are in memory."""
-        return self.execution.weights.layer(number)
 
     def advance(self, number: int, states: States) -> None:
         """Replace hidden states before layer ``number`` by those after it."""
-        for position, batch in enumerate(self.batches):
-            states[position] = self.run(number, batch, states[position], states.passed)
+        for position in range(len(self.batches)):
+            states[position] = self.run(number, position, states)
 
-    def run(
-        self, number: int, batch: Batch, hidden: torch.Tensor, passed: dict[int, dict[str, Any]], *, tried: bool = False
-    ) -> torch.Tensor:
-        """Hidden states (samples, length, hidden size) after layer ``number``, in float32. ``passed``: of the `States`
-        that ``hidden`` is part of. ``tried``: leave it as it is, as the layer will run again."""
-        own = passed.setdefault(batch.first, {})
+    def run(self, number: int, position: int, states: States, *, tried: bool = False) -> torch.Tensor:
+        """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
+        before the layer. ``tried``: leave what they have passed on as it is, as the layer will run again."""
+        hidden, passed = states[position], states.passed.setdefault(position, {})
         if tried:
-            own = copied(own)
-        args, kwargs = batch.calls[number]
-        shared = {n: own.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
+            passed = {name: copy.copy(values) for name, values in passed.items()}
+        args, kwargs = self.batches[position].calls[number]
+        shared = {n: passed.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
         _, products, narrow = self.form
         inputs = hidden.to(products) if narrow else hidden
         mixed = products != torch.float32 and not narrow
-        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.experts):
+        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.layers[number]):
             return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
 
     @property

@@ -35,13 +35,11 @@ def joined(states) -> torch.Tensor:
 
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
     walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
-    states = list(embedded)
     found = []
     with torch.no_grad():
         for number in range(len(walk.layers)):
-            pairs, passed = zip(walk.batches, states, strict=True), embedded.passed
-            states = [walk.run(number, batch, hidden, passed) for batch, hidden in pairs]
-            found.append(joined(states))
+            walk.advance(number, embedded)
+            found.append(joined(embedded))
     return walk, found
 
 
