@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
 
 
+TOKENS = 64
+"""At the start of the first sample, on which `check_layers` compares layers."""
+_TOLERANCE = 1e-3
+"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
+
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
 
@@ -69,8 +74,8 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
 
 
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that a dictionary into which
-    layers put what later ones read is still empty."""
+    """Whether it is an empty dictionary, as those are into which layers put what later ones read: calls are recorded
+    without computing a layer."""
     return isinstance(value, MutableMapping) and not value
 
 
@@ -140,12 +145,6 @@ def not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
     )
 
 
-TOKENS = 64
-"""At the start of the first sample, which are compared."""
-_TOLERANCE = 1e-3
-"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
-
-
 class LayerForm(NamedTuple):
     """What the layers of a model take and return when they run one by one."""
 
@@ -200,27 +199,25 @@ def _whole_run(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Hidden states before each layer, and its outputs."""
-    called, outputs = list[int](), list[Any]()
     before: list[torch.Tensor] = []
+    outputs: list[tuple[nn.Module, Any]] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before.append(hidden_of(args, kwargs))
 
-    def leave(number: int, output: Any) -> None:
-        called.append(number)
-        outputs.append(output)
+    def leave(layer: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        outputs.append((layer, output))
 
     with contextlib.ExitStack() as stack:
-        for number, layer in enumerate(layers):
+        for layer in layers:
             stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hook = layer.register_forward_hook(lambda _, __, output, number=number: leave(number, output))
-            stack.callback(hook.remove)
+            stack.callback(layer.register_forward_hook(leave).remove)
         # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
         last = {} if _shares_keys(model) else last_logits(model)
         model(input_ids=ids, use_cache=False, **last)
-    if called != list(range(len(layers))):
+    if [layer for layer, _ in outputs] != list(layers):
         raise not_walkable(model, "they are not called once each, in order")
-    return before, outputs
+    return before, [output for _, output in outputs]
 
 
 def _takes_float32(
