@@ -14,7 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -73,7 +73,6 @@ class Ranks:
         """The result of ``make`` in the first process, which alone calls it. Its `LlmprunerError` is raised in all."""
         if self.count == 1:
             return make()
-
         box: list[Any] = [None, None]
         if self.first:
             try:
@@ -89,16 +88,12 @@ class Ranks:
         if failed is not None:
             kind, message = failed
             raise kind.__new__(kind, message)
-        result: T = value
-        return result
+        return cast("T", value)
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place and in its own dtype. Shapes and dtypes must be
         the same in all."""
-        if self.count == 1:
-            return
-
-        for tensor in tensors:
+        for tensor in tensors if self.count > 1 else ():
             whole = tensor.contiguous()
             with _noticing():
                 dist.all_reduce(whole, group=self._group)
@@ -109,17 +104,13 @@ class Ranks:
         """The sum of each number over all processes, in float64."""
         if self.count == 1:
             return numbers
-
         sums = torch.tensor(numbers, dtype=torch.float64)
         self.sum_([sums])
         return tuple(sums.tolist())
 
     def copy_from(self, number: int, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor, in place, by that of the process that owns task ``number``."""
-        if self.count == 1:
-            return
-
-        for tensor in tensors:
+        for tensor in tensors if self.count > 1 else ():
             whole = tensor.contiguous()
             with _noticing():
                 # As bytes: not every backend knows every dtype.
@@ -132,7 +123,6 @@ class Ranks:
         a key is that of the first process that has it."""
         if self.count == 1:
             return dict(entries)
-
         gathered: list[Any] = [None] * self.count
         with _noticing():
             dist.all_gather_object(gathered, dict(entries), group=self._group)

@@ -95,12 +95,8 @@ class InputStats:
     def of_matrix(self, number: int) -> InputStats:
         """Those of one matrix of a stack, with a first axis of length one."""
         one = slice(number, number + 1)
-        return replace(
-            self,
-            mean=self.mean[one],
-            second_moment=self.second_moment[one],
-            gram=None if self.gram is None else self.gram[one],
-        )
+        gram = None if self.gram is None else self.gram[one]
+        return replace(self, mean=self.mean[one], second_moment=self.second_moment[one], gram=gram)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -188,9 +184,7 @@ class Product:
         Raises `UnsupportedModelError` where the module with the experts is not called with hidden states, the chosen
         experts and their weights, as in transformers.
         """
-        if self.expert is None:
-            return self.inputs.new_ones(len(self.inputs))
-        return _known(self.row_gates)
+        return self._of_rows(self.row_gates)
 
     @property
     def gate_shares(self) -> torch.Tensor:
@@ -199,9 +193,16 @@ class Product:
 
         Raises `UnsupportedModelError` as `gates` does.
         """
+        return self._of_rows(self.row_gate_shares)
+
+    def _of_rows(self, known: torch.Tensor | None) -> torch.Tensor:
         if self.expert is None:
-            return self.gates
-        return _known(self.row_gate_shares)
+            return self.inputs.new_ones(len(self.inputs))
+        if known is None:
+            raise UnsupportedModelError(
+                "the router weight of each token of an expert is not known for this model; choose another criterion"
+            )
+        return known
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,11 +253,3 @@ class ParameterSignals:
         if self.weight.dim() > 2:
             shape[0] = self.weight.shape[0]
         return (values.reshape(shape) / (self.weight.numel() / values.numel())).expand_as(self.weight)
-
-
-def _known(gates: torch.Tensor | None) -> torch.Tensor:
-    if gates is None:
-        raise UnsupportedModelError(
-            "the router weight of each token of an expert is not known for this model; choose another criterion"
-        )
-    return gates
