@@ -33,6 +33,7 @@ from .products import ReduceProducts
 from .walk import (
     Call,
     Stop,
+    as_output,
     call_layer,
     check_layers,
     check_tokens,
@@ -146,14 +147,12 @@ def _entries(call: Call) -> Iterator[tuple[Place, torch.Tensor]]:
 
 @dataclass
 class _Batch:
-    """One micro-batch. ``calls``: the arguments of each layer but the hidden states; ``rests``: the further outputs of
-    each layer."""
+    """One micro-batch. ``calls``: the arguments of each layer but the hidden states."""
 
     input_ids: torch.Tensor
     share: float
     """Its share of the calibration set, by which its mean loss counts."""
     calls: list[Call] = field(default_factory=list)
-    rests: list[tuple[Any, ...] | None] = field(default_factory=list)
     passed: dict[Place, torch.Tensor] = field(default_factory=dict)
     """Gradients of values that layers after the next one took from dictionaries, by their place there."""
     arguments: dict[int, dict[Place, torch.Tensor]] = field(default_factory=dict)
@@ -210,9 +209,7 @@ class GradientWalk:
             with self.weights.layer(number), self._computing():
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     call, batch.calls[number] = batch.calls[number], _with_own_dictionaries(batch.calls[number])
-                    output = call_layer(layer, hidden, call)
-                    batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
-                    self.hidden[number + 1].append(first_output(output))
+                    self.hidden[number + 1].append(first_output(call_layer(layer, hidden, call)))
 
     def backward_head(self) -> None:
         """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
@@ -302,7 +299,7 @@ class GradientWalk:
         last = self.hidden[-1][position].detach().requires_grad_()
         vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
         total = 0.0
-        with self._stubs(batch, last), torch.enable_grad(), self._computing():
+        with self._stubs(last), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 logits = logits.float().flatten(0, 1)
@@ -316,7 +313,6 @@ class GradientWalk:
     def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Place, torch.Tensor]]]:
         """The hidden states before the first layer, and the other arguments of each layer that require gradients, with
         their autograd graphs."""
-        batch = self.batches[position]
         first: list[torch.Tensor] = []
         arguments: list[dict[Place, torch.Tensor]] = []
 
@@ -328,24 +324,18 @@ class GradientWalk:
                 raise Stop
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._stubs(batch, self.hidden[-1][position]))
+            stack.enter_context(self._stubs(self.hidden[-1][position]))
             for layer in self.layers:
                 stack.callback(layer.register_forward_pre_hook(catch, with_kwargs=True).remove)
             with torch.enable_grad(), contextlib.suppress(Stop):
-                self.model(input_ids=batch.input_ids, use_cache=False)
+                self.model(input_ids=self.batches[position].input_ids, use_cache=False)
         return first[0], arguments
 
-    def _stubs(self, batch: _Batch, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them; all
-        return their further outputs of the forward pass."""
+    def _stubs(self, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them."""
 
-        def stub(number: int) -> Callable[..., Any]:
-            rest = batch.rests[number]
+        def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
+            return as_output(hidden, self._tuples[number])
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
-                return hidden if rest is None else (hidden, *rest)
-
-            return forward
-
-        return replaced_layers(self.layers, stub)
+        return replaced_layers(self.layers, forward)

@@ -13,6 +13,7 @@ import contextlib
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -93,13 +94,18 @@ def first_output(output: Any) -> torch.Tensor:
     return tensor
 
 
+def as_output(hidden: torch.Tensor, further: int | None) -> Any:
+    """What a layer with so many ``further`` outputs returns, which nobody reads; None: it returns a bare tensor."""
+    return hidden if further is None else (hidden, *[None] * further)
+
+
 @contextlib.contextmanager
-def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """While active, ``stub(number)`` replaces the forward of each layer."""
+def replaced_layers(layers: nn.ModuleList, replacement: Callable[..., Any]) -> Iterator[None]:
+    """While active, ``replacement`` is called in place of each layer, with its number first."""
     # Other libraries (accelerate) set a forward on the instance.
     own = [vars(layer).get("forward") for layer in layers]
     for number, layer in enumerate(layers):
-        layer.forward = stub(number)
+        layer.forward = partial(replacement, number)
     try:
         yield
     finally:
@@ -121,18 +127,14 @@ def record(
     calls: list[Call] = []
     before: list[torch.Tensor] = []
 
-    def stub(number: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            before.append(hidden := hidden_of(args, kwargs))
-            calls.append((args[1:], kwargs))
-            if len(calls) == len(layers):
-                raise Stop
-            further = tuples[number]
-            return hidden if further is None else (hidden, *(None for _ in range(further)))
+    def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+        before.append(hidden := hidden_of(args, kwargs))
+        calls.append((args[1:], kwargs))
+        if len(calls) == len(layers):
+            raise Stop
+        return as_output(hidden, tuples[number])
 
-        return forward
-
-    with replaced_layers(layers, stub), contextlib.suppress(Stop):
+    with replaced_layers(layers, forward), contextlib.suppress(Stop):
         model(input_ids=ids, use_cache=False)
     return calls, before[0]
 

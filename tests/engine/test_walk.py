@@ -281,7 +281,7 @@ def test_damaged_weights_are_not_taken_for_an_odd_model():
 def test_a_forward_that_another_library_put_on_a_layer_is_put_back():
     layers = nn.ModuleList([nn.Identity(), nn.Identity()])
     own = layers[0].forward = lambda x: x + 1
-    with replaced_layers(layers, lambda number: lambda x: x * number):
+    with replaced_layers(layers, lambda number, x: x * number):
         assert layers[1](torch.tensor(5)) == 5
         assert layers[0](torch.tensor(5)) == 0
     assert layers[0].forward is own
