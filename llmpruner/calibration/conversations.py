@@ -104,9 +104,8 @@ def example(record: Record) -> Example:
     fields = {name: value for name, value in record.value.items() if value is not None}
     if {"instruction", "output"} <= fields.keys():
         instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
-        subject = _text({"input": "", **fields}, "input", where)
-        task = Instruction(instruction, output, subject)
-        if not _text({"system": "", **fields}, "system", where).strip():
+        task = Instruction(instruction, output, _text(fields, "input", where))
+        if not _text(fields, "system", where).strip():
             return task
         return _conversation(task.conversation.messages, fields, where)
     for name in ("messages", "conversations"):
@@ -143,7 +142,7 @@ def _messages(entries: Any, field: str, where: str) -> list[Message]:
 
 def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], where: str) -> Conversation:
     """``fields``: of the record, which may have a system message."""
-    own = Message("system", _text({"system": "", **fields}, "system", where))
+    own = Message("system", _text(fields, "system", where))
     system = [message for message in (own, *messages) if message.role == "system" and message.content.strip()]
     if len(system) > 1:
         raise DataError(f"{where}: a system message is in 'system' and in the conversation; expected one of them")
@@ -156,7 +155,8 @@ def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], where:
 
 
 def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
-    value = fields[name]
+    """Empty for a field that is absent."""
+    value = fields.get(name, "")
     if not isinstance(value, str):
         raise DataError(f"{where}: '{name}' must be text, found {type(value).__name__}")
     return value

@@ -57,11 +57,16 @@ def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]
     `MissingExtraError` where the library that reads the source is not installed."""
     if source == PYDOC:
         return _help_topics()
-    path = _existing_file(source, expected)
-    if path is None:
-        return _dataset_rows(source)
-    readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
-    return _readable(path, readers.get(path.suffix.lower(), _whole_text)(path))
+    if isdir(source) or source.endswith((".gguf", ".safetensors")):
+        raise DataError(f"{source}: a folder or a model, and no text; {expected}")
+    if isfile(source):
+        path = Path(source)
+        readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
+        return _readable(path, readers.get(path.suffix.lower(), _whole_text)(path))
+    is_file_name = any(Path(piece).suffix.lower() in _SUFFIXES for piece in source.split(":"))  # as in chat:FILE
+    if is_file_name or not _DATASET.fullmatch(source):
+        raise DataError(f"{source or 'the source of data'}: no such file; {expected}")
+    return _dataset_rows(source)
 
 
 def _readable(path: Path, records: Iterator[Record]) -> Iterator[Record]:
@@ -111,18 +116,6 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
     if first is None:
         raise DataError(f"{source} holds no records")
     read(first)
-
-
-def _existing_file(source: str, expected: str) -> Path | None:
-    """The file that ``source`` names; None for a data set. Raises `DataError` for anything else."""
-    if isdir(source) or source.endswith((".gguf", ".safetensors")):
-        raise DataError(f"{source}: a folder or a model, and no text; {expected}")
-    if isfile(source):
-        return Path(source)
-    named = any(Path(piece).suffix.lower() in _SUFFIXES for piece in source.split(":"))  # as in chat:FILE
-    if named or not _DATASET.fullmatch(source):
-        raise DataError(f"{source or 'the source of data'}: no such file; {expected}")
-    return None
 
 
 def _help_topics() -> Iterator[Record]:
@@ -208,8 +201,6 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         several = path.suffix.lower() == ".json" and error.msg == "Extra data"
         hint = "; name it .jsonl if every line is a record" if several else ""
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
-    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-        raise DataError(f"{path}, line {line}: not JSON that can be read: {first_line(error)}") from None
 
 
 class Part(NamedTuple):

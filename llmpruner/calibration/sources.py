@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from ..component import Component, ComponentSettings
-from ..errors import DataError, no_tokenizer
+from ..errors import DataError
 from ..progress import QUIET, Progress
 from .conversations import example, read_examples
 from .documents import EXPECTED_EXAMPLES, check_source, read_documents
@@ -71,8 +71,6 @@ class TextSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         from .windows import opening_tokens, windows
 
-        if task.tokenizer is None:
-            raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         documents = read_documents(task.reference)
         return windows(
             documents, task.tokenizer,
@@ -99,8 +97,6 @@ class ChatSource(CalibrationSource):
 
         from .chat import packed, texts_at, token_ids
 
-        if task.tokenizer is None:
-            raise no_tokenizer("the model", f"it cannot be calibrated on '{task.reference}'; use 'self'")
         examples = read_examples(task.reference)
         texts = [texts_at(place, found, task.family, task.tokenizer) for place, found in examples]
         encoded = [token_ids(text, task.tokenizer) for each in texts for text in each]
