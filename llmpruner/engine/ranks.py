@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,30 +29,23 @@ K = TypeVar("K")
 
 ENDED = "another process of this run ended; the same command continues after the last finished step"
 _PATIENCE = timedelta(days=1)
-"""How long a process waits for another, which may write calibration text or measure latency alone. A process that ends
-is noticed at once."""
+"""How long a process waits for another, which may write calibration text. One that ends is noticed at once."""
 
 
 class Ranks:
     """``rank``: the number of this process; ``count``: of all. With one process, nothing is sent.
 
-    Every method but `mine` and `owns` must be called by all processes, in the same order. They raise `ProcessError`
-    when another process has ended.
+    Methods that send are called by all processes, in the same order, and raise `ProcessError` when another has ended.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None) -> None:
         self.rank, self.count, self._group, self._store = rank, count, group, store
 
-    @classmethod
-    def current(cls) -> Ranks:
+    @staticmethod
+    def current() -> Ranks:
         """The processes that a launcher started with this one, which wait for each other here the first time; `SINGLE`
         without a launcher. Raises `ProcessError` where they cannot connect."""
-        global _started
-        if not launched():
-            return SINGLE
-        if _started is None:
-            _started = _connected()
-        return _started
+        return _connected() if launched() else SINGLE
 
     @property
     def first(self) -> bool:
@@ -59,8 +53,7 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """The part of ``items`` that this process works on: consecutive ones, as many as the others have or one more.
-        The first process has the first item."""
+        """The part of ``items`` that this process works on: consecutive ones, the first for the first process."""
         size, more = divmod(len(items), self.count)
         start = self.rank * size + min(self.rank, more)
         return items[start : start + size + (self.rank < more)]
@@ -136,8 +129,7 @@ class Ranks:
         self.totals(0.0)
 
     def claim(self, what: str) -> bool:
-        """Whether this process is the first to ask for ``what`` in this run. May be called by any of them at any time,
-        also when others have ended."""
+        """Whether this process is the first to ask for ``what`` in this run; also when others have ended."""
         if self._store is None:
             return True
         try:
@@ -147,18 +139,16 @@ class Ranks:
 
     def leave(self) -> None:
         """Disconnect from the others."""
-        global _started
         if self.count > 1:
             dist.destroy_process_group()
-            _started = None
+            _connected.cache_clear()
 
 
 SINGLE = Ranks()
 """A run of one process."""
 
-_started: Ranks | None = None
 
-
+@cache
 def _connected() -> Ranks:
     backend = "gloo"
     if torch.cuda.is_available():
