@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -29,16 +30,15 @@ class _Place(NamedTuple):
 class Boundaries:
     """Keeps tensors for several `States`; together they take at most ``limit`` bytes of memory.
 
-    ``folder``: where the file is created; None for the system's folder of temporary files. The file grows up to the
-    largest amount that was kept in it at one time. Values come back bit for bit, on the device that they were on.
-    Raises `OutputError` where the file cannot be written.
+    ``folder``: where the file is created; None for the system's folder of temporary files. Values come back bit for
+    bit, on the device that they were on. Raises `OutputError` where the file cannot be written.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = DEFAULT_LIMIT) -> None:
         self._folder, self._limit = folder, limit
         self.in_memory = 0
         self._file: IO[bytes] | None = None
-        self._free: dict[int, list[int]] = {}
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
         """Bytes → offsets of the file's unused places of that size."""
         self._end = 0
 
@@ -49,11 +49,9 @@ class Boundaries:
             self.in_memory += size
             # A view would keep the tensor that it is a view of.
             return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
-        unused = self._free.get(size)
-        if unused:
-            offset = unused.pop()
-        else:
-            offset, self._end = self._end, self._end + size
+        unused = self._free[size]
+        offset = unused.pop() if unused else self._end
+        self._end = max(self._end, offset + size)
         with writing(f"hidden states in a temporary file in '{self._folder or tempfile.gettempdir()}'"):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-")  # noqa: SIM115
@@ -72,8 +70,7 @@ class Boundaries:
         if isinstance(kept, torch.Tensor):
             self.in_memory -= kept.nbytes
         else:
-            size = kept.dtype.itemsize * kept.shape.numel()
-            self._free.setdefault(size, []).append(kept.offset)
+            self._free[kept.dtype.itemsize * kept.shape.numel()].append(kept.offset)
 
 
 class States:
@@ -130,21 +127,15 @@ class States:
         while self._kept:
             self._boundaries.free(self._kept.pop())
 
-    def __del__(self) -> None:
-        self.clear()
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    """The bytes of a contiguous tensor on the CPU, shared with it."""
-    return tensor.view(-1).view(torch.uint8).numpy()
+    __del__ = clear
 
 
 def _read(file: IO[bytes], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype)
-    if file.readinto(_bytes(tensor)) < tensor.nbytes:  # type: ignore[attr-defined]
+    if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) < tensor.nbytes:  # type: ignore[attr-defined]
         raise EOFError("the file of hidden states is shorter than it should be")
     return tensor
 
 
 def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
-    file.write(_bytes(tensor.detach().cpu().contiguous()))
+    file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
