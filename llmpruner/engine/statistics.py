@@ -100,61 +100,49 @@ def forward_statistics(
 
 
 class _InputSums:
-    """Sums over the inputs of weights; ``gram``: of their outer products too."""
+    """Sums over tokens, for S matrices of each weight (1 where it is no stack): of inputs (S, d_in) and of their
+    squares (S, d_in), in float64; with ``gram`` of outer products (S, d_in, d_in), lower triangles, in float32."""
 
     def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
-        self._sums: dict[str, _Sums] = {}
+        self._axes: dict[str, int] = {}
+        self._sums: dict[str, list[torch.Tensor]] = {}
 
-    def _of(self, name: str, axis: int) -> _Sums:
+    def _of(self, name: str, axis: int) -> list[torch.Tensor]:
         if name not in self._sums:
-            self._sums[name] = _Sums(self._model.get_parameter(name), axis, self._gram)
+            weight = self._model.get_parameter(name)
+            slots, width = weight.shape[0] if weight.dim() == 3 else 1, weight.shape[axis]
+            sums = [torch.zeros(slots, width, dtype=torch.float64, device=weight.device) for _ in range(2)]
+            outer = [torch.zeros(slots, width, width, device=weight.device)] if self._gram else []
+            self._axes[name], self._sums[name] = axis, sums + outer
         return self._sums[name]
 
     def add(self, product: WatchedProduct) -> None:
-        self._of(product.parameter, product.axis).add(product)
+        total, square, *outer = self._of(product.parameter, product.axis)
+        slot, inputs = product.slot or 0, product.inputs.float()
+        # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
+        total[slot] += inputs.sum(0)
+        square[slot] += inputs.square().sum(0)
+        for lower in outer:
+            add_gram(lower[slot], inputs)
 
     def statistics(self, tokens: int, ranks: Ranks) -> dict[str, InputStats]:
         """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
         products; all must call this."""
-        axes = ranks.merged({name: sums.axis for name, sums in self._sums.items()})
+        axes = ranks.merged(self._axes)
         every = {name: self._of(name, axis) for name, axis in axes.items()}
-        tensors = [t for sums in every.values() for t in (sums.total, sums.square, sums.outer)]
-        ranks.sum_(tensor for tensor in tensors if tensor is not None)
-        return {name: sums.finish(tokens) for name, sums in every.items()}
-
-
-class _Sums:
-    """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares
-    (S, d_in), in float64; and of outer products (S, d_in, d_in), lower triangles, in float32."""
-
-    def __init__(self, parameter: torch.Tensor, axis: int, gram: bool) -> None:
-        self.axis, self.dim = axis, parameter.dim()
-        slots, width, device = parameter.shape[0] if self.dim == 3 else 1, parameter.shape[axis], parameter.device
-        self.total = torch.zeros(slots, width, dtype=torch.float64, device=device)
-        self.square = torch.zeros_like(self.total)
-        self.outer = torch.zeros(slots, width, width, device=device) if gram else None
-
-    def add(self, product: WatchedProduct) -> None:
-        slot, inputs = product.slot or 0, product.inputs.float()
-        # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
-        self.total[slot] += inputs.sum(0)
-        self.square[slot] += inputs.square().sum(0)
-        if self.outer is not None:
-            add_gram(self.outer[slot], inputs)
-
-    def finish(self, tokens: int) -> InputStats:
-        shape = [1] * self.dim
-        shape[self.axis] = self.total.shape[1]
-        if self.dim == 3:
-            shape[0] = self.total.shape[0]
-        gram = None if self.outer is None else both_triangles(self.outer) / tokens
-        return InputStats(
-            mean=(self.total / tokens).float().view(shape),
-            second_moment=(self.square / tokens).float().view(shape),
-            axis=self.axis,
-            gram=gram if gram is None or self.dim == 3 else gram[0],
-        )
+        ranks.sum_(tensor for sums in every.values() for tensor in sums)
+        found = {}
+        for name, (total, square, *outer) in every.items():
+            dim = self._model.get_parameter(name).dim()
+            shape = [1] * dim
+            shape[axes[name]] = total.shape[1]
+            if dim == 3:
+                shape[0] = total.shape[0]
+            mean, second_moment = ((sums / tokens).float().view(shape) for sums in (total, square))
+            gram = both_triangles(outer[0]) / tokens if outer else None
+            found[name] = InputStats(mean, second_moment, axes[name], gram if gram is None or dim == 3 else gram[0])
+        return found
 
 
 @torch.no_grad()
