@@ -13,8 +13,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from ..calibration.calibration import CalibrationJob, Part
-from ..calibration.sources import SelfWritten
+from ..calibration.calibration import CalibrationJob, Part, SelfWritten
 from ..discovery.family import AutoFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance

@@ -15,9 +15,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, UnsupportedModelError
 from llmpruner.calibration import written
-from llmpruner.calibration.calibration import CalibrationJob, parse_calibration
+from llmpruner.calibration.calibration import (
+    CalibrationJob,
+    CalibrationSource,
+    ChatSource,
+    SelfWritten,
+    TextSource,
+    parse_calibration,
+)
 from llmpruner.calibration.chat import packed
-from llmpruner.calibration.sources import CalibrationSource, ChatSource, SelfWritten, TextSource
 from llmpruner.calibration.written import _Draw
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError
