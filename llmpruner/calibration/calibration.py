@@ -42,8 +42,7 @@ class CalibrationSet:
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
-        count = max(1, tokens // self.input_ids.shape[1])
-        return CalibrationSet(self.input_ids[:count], self.source)
+        return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
 
 
 @dataclass(frozen=True)
@@ -185,11 +184,6 @@ class CalibrationJob:
     def record(self) -> dict[str, dict[str, Any]]:
         """Source name → settings as JSON values, for sources that have settings."""
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
-
-    def check(self) -> None:
-        """Raise `DataError` for errors that can be found before a model is loaded."""
-        for part in self.parts:
-            part.source.check(part.reference)
 
     def length_for(self, config: PreTrainedConfig) -> int:
         """Tokens per sample for a model with this configuration. Raises `DataError` for more than it has positions."""
