@@ -73,12 +73,8 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
     Raises `DataError` when the tokenizer's chat template fails."""
     history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
-        messages = [
-            {"role": role, "content": text}
-            for exchange in history
-            for role, text in zip(("user", "assistant"), exchange, strict=True)
-        ]
-        messages.append({"role": "user", "content": question})
+        said = [*(text for exchange in history for text in exchange), question]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
         return Prompt(_render(tokenizer, messages, add_generation_prompt=True), True)
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
     pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
@@ -183,13 +179,11 @@ def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
     template = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
+    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except (TemplateError, TypeError) as error:
         raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
-    return text
 
 
 def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
@@ -199,7 +193,7 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
         raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --set prune.length")
     rng, left = random.Random(seed), list[int]()
     rows: list[list[int]] = []
-    while len(rows) < samples:
+    for _ in range(samples):
         row: list[int] = []
         while len(row) < length:
             if not left:
@@ -222,13 +216,12 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str
     `IGNORED` for tokens that have no character of an answer."""
     from ..models.tokenizer import ids_to_continue
 
-    special = not text.has_special_tokens
-    joined = ""
+    special, joined = not text.has_special_tokens, ""
     answers: list[tuple[int, int]] = []
-    for turn in text.closed_turns(tokenizer.eos_token or ""):
-        answers.append((len(joined) + len(turn.prompt), len(joined) + len(turn.prompt + turn.answer)))
-        joined += turn.prompt + turn.answer
-    ids = token_ids(text, tokenizer)
+    for prompt, answer in text.closed_turns(tokenizer.eos_token or ""):
+        joined += prompt + answer
+        answers.append((len(joined) - len(answer), len(joined)))
+    ids = ids_to_continue(tokenizer, joined, special=special)
     if tokenizer.is_fast:
         encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         # The token before a text without a prompt, which has no characters, is trained on too.
