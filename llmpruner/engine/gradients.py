@@ -1,13 +1,9 @@
-"""Gradients of one layer at a time.
+"""Gradients of one layer at a time: those of autograd over the whole model, in the memory of one layer.
 
 The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
 samples × length × hidden size numbers of the model's dtype, up to the execution's limit in memory. The backward pass
-runs each layer again, from last to first, frees the hidden states after it, and computes the gradients of its
-parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
-of one layer only.
-
-Layers run one by one, with what a run of the model calls them with (`walk.record`), once `check_layers` has compared
-them. They may use keys and values of earlier ones (`Inputs`).
+runs each layer again, from last to first, and frees the hidden states after it. Layers may use keys and values of
+earlier ones (`Inputs`).
 """
 
 from __future__ import annotations
@@ -50,7 +46,7 @@ if TYPE_CHECKING:
 
 class GradientSums:
     """Sums over micro-batches: the gradient of the mean loss, and with ``squares`` the mean squared gradient of single
-    samples, float32. A single micro-batch needs no sum: ``grad`` is that of autograd, in the dtype of the parameter."""
+    samples, float32. Without ``summed``, ``grad`` is that of the only micro-batch, in the dtype of the parameter."""
 
     def __init__(self, parameter: nn.Parameter, *, summed: bool, squares: bool) -> None:
         zeros = partial(torch.zeros, parameter.shape, dtype=torch.float32, device=parameter.device)
@@ -161,13 +157,12 @@ class _Batch:
 
 class GradientWalk:
     """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
-    micro-batches, maybe none, and gradients are sums over all of them.
+    micro-batches, maybe none, and gradients are sums over all of them. Parameters must not require gradients.
 
     ``squares``: squared gradients of single samples are summed too, in micro-batches of one sample. ``outer``: the
     parameters outside the layers of which `backward_outer` gives gradients. ``exact``: products of layers and of the
     head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
-    (`LayerForm.products`), with hidden states, their gradients and the loss in float32. Gradients and ``requires_grad``
-    flags of parameters are restored.
+    (`LayerForm.products`), with hidden states, their gradients and the loss in float32.
     """
 
     def __init__(
@@ -230,9 +225,8 @@ class GradientWalk:
     def backward_layer(
         self, number: int, wanted: Iterable[str], reduced: ReduceProducts | None
     ) -> dict[str, GradientSums]:
-        """Gradients of the ``wanted`` parameters of layer ``number``. Must be called for all layers in turn, from the
-        last, while the weights of the layer are in memory. ``reduced``: gets the products of this layer, with the
-        gradients of their outputs."""
+        """Gradients of the ``wanted`` parameters of layer ``number``, while its weights are in memory; for all layers
+        in turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
         layer = self.layers[number]
         with self._summing(wanted) as (sums, add):
             for position, batch in enumerate(self.batches):
@@ -257,9 +251,8 @@ class GradientWalk:
         return sums
 
     def backward_outer(self) -> dict[str, GradientSums]:
-        """Gradients of the ``outer`` parameters: embeddings, final norm, head; for tied embeddings the sum of both
-        uses. `backward_layer` must have been called for all layers before, and the weights outside the layers be in
-        memory."""
+        """Gradients of the ``outer`` parameters, while they are in memory: embeddings, final norm, head; for tied
+        embeddings the sum of both uses. After `backward_layer` of all layers."""
         with self._summing(self._outer) as (sums, add):
             for position, batch in enumerate(self.batches):
                 self._head(position)
@@ -275,8 +268,8 @@ class GradientWalk:
 
     @contextlib.contextmanager
     def _summing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, GradientSums], Callable[[_Batch], None]]]:
-        """Sums of the gradients of parameters, and a function that adds those of one micro-batch; summed over all
-        processes at the end."""
+        """Sums of the gradients of parameters, at the end over all processes; and a function that adds those of one
+        micro-batch."""
         parameters = {name: self.model.get_parameter(name) for name in names}
         sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
 
@@ -311,8 +304,7 @@ class GradientWalk:
         return last.grad, total
 
     def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Place, torch.Tensor]]]:
-        """The hidden states before the first layer, and the other arguments of each layer that require gradients, with
-        their autograd graphs."""
+        """With their autograd graphs: the hidden states before the first layer, and the other arguments of layers."""
         first: list[torch.Tensor] = []
         arguments: list[dict[Place, torch.Tensor]] = []
 

@@ -1,10 +1,8 @@
 """Running the decoder forwards, one layer at a time, over a calibration set.
 
-Layers are called with the arguments that a run of the model gives them, which are recorded once, by running the model
-with layers that return their inputs. The caller keeps the hidden states, and may pass those of the dense and of the
-pruned model through a layer. `check_layers` makes sure that layers compute, called one by one, what they compute in the
-model: each is called on its own inputs in a run of the whole model, and half of the tokens must agree. Rounding may
-route a token to another expert, but a value that a layer lacks changes nearly all tokens.
+Layers are called with the arguments that the model gives them, which `record` notes by running it with layers that
+return their inputs. `check_layers` makes sure that layers compute alone what they compute in the model: half of the
+tokens must agree. Rounding may route a token to another expert, but a value that a layer lacks changes nearly all.
 """
 
 from __future__ import annotations
@@ -44,8 +42,7 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class Batch:
-    """One micro-batch: token ids (samples, length), the arguments of each layer but the hidden states, and the number
-    of its first sample in the calibration set."""
+    """One micro-batch: token ids (samples, length), the arguments of each layer, and its first sample's number."""
 
     input_ids: torch.Tensor
     calls: list[Call]
@@ -54,8 +51,8 @@ class Batch:
 
 @contextlib.contextmanager
 def eager_experts(module: nn.Module) -> Iterator[None]:
-    """While active, the experts in ``module`` are computed one by one, so that `WatchProducts` observes a product for
-    each: the faster implementations in transformers are a single operator, or copy the weights."""
+    """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
+    faster implementations in transformers are a single operator, or copy the weights."""
     configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
     chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
     for config, _ in chosen:
@@ -123,7 +120,7 @@ def record(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]
 ) -> tuple[list[Call], torch.Tensor]:
     """Run the model with layers that return their hidden states unchanged. Returns the other arguments of each layer,
-    and the hidden states before the first one. ``tuples``: see `LayerForm`."""
+    and the hidden states before the first. ``tuples``: of `LayerForm`."""
     calls: list[Call] = []
     before: list[torch.Tensor] = []
 
@@ -161,10 +158,9 @@ class LayerForm(NamedTuple):
 
 @torch.no_grad()
 def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm:
-    """Run the whole model on the first `TOKENS` of the text, and each layer alone on its own inputs there. Later walks
-    of the run take the result of the first. Raises `ModelError` for states that are not finite, and
-    `UnsupportedModelError` for layers that fail alone, give other hidden states, or are not called one after the
-    other."""
+    """Run the whole model on the first `TOKENS` of the text, and each layer alone on its own inputs there; once in a
+    run. Raises `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that fail alone,
+    give other hidden states, or are not called one after the other."""
     model = execution.model
     if model not in execution.forms:
         with execution.weights.outside(), eager_experts(model):
@@ -225,9 +221,8 @@ def _whole_run(
 def _takes_float32(
     model: PreTrainedModel, layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype
 ) -> bool:
-    """Whether operators of a layer take what autocast to ``products`` gives them with hidden states in float32. Where
-    layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of models in
-    ``products`` alone: others may have keys of another dtype than the queries."""
+    """Whether operators of a layer take what autocast to ``products`` gives them with hidden states in float32. A layer
+    that uses keys of earlier ones (Gemma 3n) lacks them here; they may have another dtype than its queries."""
     if products == torch.float32 or _shares_keys(model):
         return bool(products == model.dtype)
     try:
@@ -268,9 +263,8 @@ class ForwardWalk:
     @classmethod
     @torch.no_grad()
     def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
-        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32, one tensor
-        for each micro-batch. Raises `UnsupportedModelError` for a decoder whose layers pass on other values than hidden
-        states, and `ModelError` for hidden states that are not finite."""
+        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32. Raises as
+        `check_layers` does."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = check_tokens(model, calibration.input_ids)
