@@ -2,11 +2,6 @@
 
 Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few matrix product
 functions of torch. Intercepting these finds the inputs of a parameter independently of module names and classes.
-
-transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the experts
-chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after the other on
-the tokens routed to it. In such models, rows can be assigned to tokens (`Routing`); this is checked on the first
-product of every expert. Activations are kept for one micro-batch only.
 """
 
 from __future__ import annotations
@@ -49,10 +44,8 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], ...]] = {
 @dataclass(frozen=True)
 class WatchedProduct:
     """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
-    detached, in the dtype of the product.
-
-    They are the model's own tensors, which a later operator may overwrite (Falcon adds the outputs of attention to
-    those of the MLP in place): read them while the product is observed, or keep what `copied` returns."""
+    detached, in the dtype of the product. They are the model's own tensors, which a later operator may overwrite
+    (Falcon does): read them while the product is observed, or keep what `copied` returns."""
 
     parameter: str
     axis: int
@@ -69,7 +62,7 @@ class WatchedProduct:
     """Index of ``outputs`` in ``result``; None for all of it."""
 
     def copied(self) -> WatchedProduct:
-        """The product with inputs and outputs of its own, to be read later; its ``result`` has no autograd graph."""
+        """The product with inputs and outputs of its own, without an autograd graph."""
         inputs, outputs = (t.clone(memory_format=torch.contiguous_format) for t in (self.inputs, self.outputs))
         return replace(self, inputs=inputs, outputs=outputs, result=outputs, part=None)
 
@@ -82,9 +75,8 @@ class WatchedProduct:
 
 
 class WatchProducts(TorchFunctionMode):
-    """While active, calls ``seen`` for every product with one of the parameters ``names``. They are matched by storage,
-    so that views are found too: a slice, a transpose, one expert of a stack. Products that ``seen`` computes are not
-    observed."""
+    """While active, calls ``seen`` for every product with one of the parameters ``names``, but for those that ``seen``
+    computes. They are matched by storage, so that views are found too: a slice, a transpose, one expert of a stack."""
 
     def __init__(self, model: nn.Module, names: Iterable[str], seen: Callable[[WatchedProduct], object]) -> None:
         super().__init__()
@@ -155,10 +147,12 @@ _UNKNOWN: Gates = None, None
 
 
 class Routing:
-    """Records, while `following`, the calls of the modules that contain stacked parameters of ``names``.
+    """Tells, while `following`, which rows of the products of experts belong to which tokens.
 
-    The attribute ``names`` lists all stacked parameters of these modules: `gates_of` must be called for every product
-    with one of them.
+    transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the
+    experts chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after
+    the other on the tokens routed to it. This is checked on the first product of every expert, so `gates_of` must be
+    called for every product with ``names``: all stacked parameters of the modules that have some of the given ones.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -184,8 +178,7 @@ class Routing:
 
     @torch.no_grad()
     def gates_of(self, product: WatchedProduct) -> Gates:
-        """The gates of an expert's product, not known where its inputs are not the hidden states of the tokens routed
-        to it. Must be called for every product with ``names``, in order."""
+        """The gates of an expert's product, not known where its inputs are not those of the tokens routed to it."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
             return _UNKNOWN
@@ -220,11 +213,9 @@ Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 
 
 class ReduceProducts:
-    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer.
-
-    ``reads``: `kinds_read`, of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
-    ``measure`` is called in the backward pass, with the gradient of the outputs, instead of the forward pass.
-    """
+    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer. ``reads``: of
+    `kinds_read`. ``num_samples``: of the calibration set. ``gradients``: whether ``measure`` is called in the backward
+    pass, with the gradient of the outputs, instead of the forward pass."""
 
     def __init__(
         self,
@@ -244,16 +235,15 @@ class ReduceProducts:
 
     @contextlib.contextmanager
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. ``loss_scale``: by which gradients are multiplied, so
-        that they are those of the mean loss of each sample."""
+        """While active, observes the products of one micro-batch. ``loss_scale``: makes gradients those of the mean
+        loss of each sample."""
         self._loss_scale = loss_scale
         watched = dict.fromkeys([*self._names, *self._routing.names])
         with self._routing.following(), WatchProducts(self._model, watched, self._add):
             yield
 
     def statistics(self, ranks: Ranks) -> dict[str, ProductStats]:
-        """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
-        observed products; all must call this."""
+        """Parameter → sums, for every weight for which ``measure`` returned values. Called by all ``ranks``."""
         axes = ranks.merged(self._axes)
         shapes = ranks.merged({(name, of): t.shape for name, sums in self._sums.items() for of, t in sums.items()})
         # In one order, so that the processes add the same sums to one another.

@@ -71,14 +71,12 @@ def forward_statistics(
     gram: bool = False,
     reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
 ) -> Iterator[tuple[str, Statistics]]:
-    """Statistics of the ``wanted`` parameters in decoder layers, as far as they are used in matrix products.
+    """Statistics of the ``wanted`` parameters in decoder layers, as far as they are used in matrix products. The weight
+    is in memory meanwhile.
 
     ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
-    for the names of one layer's weights.
-
-    Weights of a layer are in memory until the first name of the next one is asked for. Memory beyond them: the hidden
-    states of the whole calibration set in float32, up to the execution's limit; the statistics of one layer; and the
-    other arguments of each layer (masks, rotary tables).
+    for the names of one layer's weights. Memory: the hidden states of the whole calibration set in float32, up to the
+    execution's limit; the statistics of one layer; and the other arguments of each layer (masks, rotary tables).
     """
     walk, states = ForwardWalk.over(execution, calibration)
     model, weights, ranks = execution.model, execution.weights, execution.ranks
@@ -95,7 +93,6 @@ def forward_statistics(
             of_inputs = sums.statistics(calibration.input_ids.numel(), ranks)
             of_products = {} if reduced is None else reduced.statistics(ranks)
             for name in {**of_inputs, **of_products}:
-                # The caller reads the weight too.
                 yield name, (of_inputs.get(name), of_products.get(name))
 
 
@@ -127,8 +124,7 @@ class _InputSums:
             add_gram(lower[slot], inputs)
 
     def statistics(self, tokens: int, ranks: Ranks) -> dict[str, InputStats]:
-        """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
-        products; all must call this."""
+        """Means over ``tokens`` calibration tokens, for every weight that was used. Called by all ``ranks``."""
         axes = ranks.merged(self._axes)
         every = {name: self._of(name, axis) for name, axis in axes.items()}
         ranks.sum_(tensor for sums in every.values() for tensor in sums)
@@ -150,10 +146,7 @@ def stream_statistics(
     execution: Execution, calibration: CalibrationSet, length: int = 1, removable: frozenset[int] | None = None
 ) -> StreamStats:
     """Compare the hidden states before and after each block of ``length`` layers. ``removable``: as in `StreamStats`.
-
-    Memory: the hidden states of the whole calibration set in float32 before ``length`` layers, up to the limit of the
-    execution.
-    """
+    Memory: all hidden states in float32 before ``length`` layers, up to the limit of the execution."""
     walk, embedded = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
     cosine, angle = torch.full((2, count), nan, dtype=torch.float64)
