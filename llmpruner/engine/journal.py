@@ -1,8 +1,7 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
-Each step writes files under temporary names and renames them, so that a file is whole or absent. Hidden states
-are large, so they are written at most every `INTERVAL` seconds, and less often where that takes more than `SHARE` of
-the time; the layers after the last state are done again, with the same results.
+Files get their names when they are whole. Hidden states are large, so they are written at most every `INTERVAL`
+seconds, and less often where that takes more than `SHARE` of the time; layers after the last state are done again.
 """
 
 from __future__ import annotations
@@ -33,12 +32,9 @@ SHARE = 0.02
 
 
 class Journal:
-    """The results of one run in ``folder``; used inside `running`, which creates it.
-
-    ``run``: JSON values that identify the run. ``ranks``: the processes that share the run. The first one writes all
-    but hidden states, of which each writes its own; they may have one file system or several. All must call `load`,
-    `layer_done` and `resume` together.
-    """
+    """The results of one run in ``folder``; used inside `running`, which creates it. ``run``: JSON values that identify
+    the run. ``ranks``: the processes that share it, with one file system or several. The first one writes all but
+    hidden states, of which each writes its own; all call `load`, `layer_done` and `resume` together."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
         self.folder, self._ranks = folder, ranks
@@ -115,8 +111,7 @@ class Journal:
                 weights.keep(names, self._layer(number))
 
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
-        """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
-        enough ago."""
+        """Write ``state`` (JSON; ``layers``: how many are finished) and hidden states, if the last time is long ago."""
         began = time.monotonic()
         if self._ranks.from_first(lambda: began - self._written < max(INTERVAL, self._took / SHARE)):
             return
@@ -138,8 +133,8 @@ class Journal:
         self._took = self._written - began
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
-        """The last state, and the files of its hidden states, which `States.loaded` reads; None if there is none, or if
-        it is that of another number of processes. The weights of finished layers are used from now on."""
+        """The last state, and the files of its hidden states, for `States.loaded`; None if there is none, or if it is
+        that of another number of processes. The weights of finished layers are used from now on."""
         state = self.load("state")
         if state is None or state["processes"] != self._ranks.count:
             return None

@@ -1,11 +1,10 @@
 """The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each computes, and what they
 exchange.
 
-Whole micro-batches of the calibration text are spread over the processes, so that every product, and every row that a
-fit holds out, is that of one process; only the order differs in which the micro-batches are summed. Sums are reduced in
-their own dtype (float32 for Gram matrices and gradients, else float64), in an order that depends on the number of
-processes alone. What is decided (text, plan, order of a layer's matrices) is decided by the first process and sent to
-the others.
+Whole micro-batches of the calibration text are spread over the processes, so that every product is that of one process;
+only the order in which micro-batches are summed depends on the number of processes. Sums are reduced in their own dtype
+(float32 for Gram matrices and gradients, else float64). What is decided (text, plan, order of a layer's matrices) is
+decided by the first process and sent to the others.
 """
 
 from __future__ import annotations
@@ -43,8 +42,8 @@ class Ranks:
 
     @staticmethod
     def current() -> Ranks:
-        """The processes that a launcher started with this one, which wait for each other here the first time; `SINGLE`
-        without a launcher. Raises `ProcessError` where they cannot connect."""
+        """The processes that a launcher started with this one, which connect here the first time; `SINGLE` without a
+        launcher. Raises `ProcessError` where they cannot."""
         return _connected() if launched() else SINGLE
 
     @property
