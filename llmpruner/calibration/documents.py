@@ -52,9 +52,9 @@ class Record(NamedTuple):
 
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
-    """The records of a source, in order. ``expected``: for the message for a source that does not exist. Raises
-    `DataError`: for a source that does not exist, at once; for a malformed record, when it is reached. Raises
-    `MissingExtraError` where the library that reads the source is not installed."""
+    """The records of a source, in order. ``expected``: for messages. Raises `DataError` at once for a source that does
+    not exist, and for a malformed record when it is reached, and `MissingExtraError` where its reader is not
+    installed."""
     if source == PYDOC:
         return _help_topics()
     if isdir(source) or source.endswith((".gguf", ".safetensors")):
@@ -110,8 +110,8 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Read the first record of a source, before long work starts; a data set is downloaded. ``read``: applied to the
-    record. Raises as `read_records` and ``read`` do, and `DataError` where there is none."""
+    """Read the first record of a source with ``read``, before long work starts; a data set is downloaded. Raises as
+    `read_records` and ``read`` do, and `DataError` where there is none."""
     first = next(read_records(source, expected), None)
     if first is None:
         raise DataError(f"{source} holds no records")
