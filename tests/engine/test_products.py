@@ -14,10 +14,9 @@ from transformers import CONFIG_MAPPING
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.products import ReduceProducts
 from llmpruner.engine.signals import kinds_read
-from llmpruner.engine.statistics import forward_statistics
+from llmpruner.engine.statistics import forward_statistics, walk_signals
 from llmpruner.errors import PluginError
 from llmpruner.models.meta import decoder_layers
 from llmpruner.pruning.criteria.estimate import estimate

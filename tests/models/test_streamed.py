@@ -15,7 +15,7 @@ from llmpruner import Signal, api
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.parameter_signals import walk_signals
+from llmpruner.engine.statistics import walk_signals
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import CheckpointError, ModelError, SettingsError
 from llmpruner.models.checkpoint import load_pruned
