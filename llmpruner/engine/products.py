@@ -171,7 +171,7 @@ class Routing:
     def following(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for path, module in self._modules.items():
-                hook = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+                hook = module.register_forward_pre_hook(partial(self._note, path), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
         self._calls.clear()
@@ -194,42 +194,37 @@ class Routing:
         gates = known[product.slot]
         return gates if gates[0] is not None and len(gates[0]) == len(product.inputs) else _UNKNOWN
 
-    def _hook(self, path: str) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.pop(path, None)
-            tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1]
-            tensors = [t.detach().flatten(0, -2) for t in tensors]
-            floating = [t for t in tensors if t.is_floating_point()]
-            chosen = [t for t in tensors if t.dtype in (torch.int64, torch.int32)]
-            if floating and len(chosen) == 1:
-                weights = [t for t in floating[1:] if t.shape == chosen[0].shape]
-                if len(weights) == 1 and len(floating[0]) == len(chosen[0]):
-                    self._calls[path] = floating[0], chosen[0], weights[0], {}
-
-        return before
+    def _note(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The call of a module, where its arguments are those of transformers."""
+        self._calls.pop(path, None)
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1]
+        tensors = [t.detach().flatten(0, -2) for t in tensors]
+        floating = [t for t in tensors if t.is_floating_point()]
+        chosen = [t for t in tensors if t.dtype in (torch.int64, torch.int32)]
+        if floating and len(chosen) == 1:
+            weights = [t for t in floating[1:] if t.shape == chosen[0].shape]
+            if len(weights) == 1 and len(floating[0]) == len(chosen[0]):
+                self._calls[path] = floating[0], chosen[0], weights[0], {}
 
 
 Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 
 
+@dataclass(eq=False)
 class ReduceProducts:
     """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer. ``reads``: of
-    `kinds_read`. ``num_samples``: of the calibration set. ``gradients``: whether ``measure`` is called in the backward
-    pass, with the gradient of the outputs, instead of the forward pass."""
+    `kinds_read`. ``num_samples``: of the calibration set."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        names: Collection[str],
-        reads: Mapping[str, frozenset[str]],
-        measure: Measure,
-        num_samples: int,
-        *,
-        gradients: bool = False,
-    ) -> None:
-        self._model, self._names, self._reads, self._measure = model, names, reads, measure
-        self._num_samples, self._gradients = num_samples, gradients
-        self._routing = Routing(model, names)
+    model: PreTrainedModel
+    names: Collection[str]
+    reads: Mapping[str, frozenset[str]]
+    measure: Measure
+    num_samples: int
+    gradients: bool = False
+    """Whether ``measure`` is called in the backward pass, with the gradient of the outputs, not in the forward pass."""
+
+    def __post_init__(self) -> None:
+        self._routing = Routing(self.model, self.names)
         self._sums: dict[str, dict[str, torch.Tensor]] = {}
         self._axes: dict[str, int] = {}
 
@@ -238,8 +233,8 @@ class ReduceProducts:
         """While active, observes the products of one micro-batch. ``loss_scale``: makes gradients those of the mean
         loss of each sample."""
         self._loss_scale = loss_scale
-        watched = dict.fromkeys([*self._names, *self._routing.names])
-        with self._routing.following(), WatchProducts(self._model, watched, self._add):
+        watched = dict.fromkeys([*self.names, *self._routing.names])
+        with self._routing.following(), WatchProducts(self.model, watched, self._add):
             yield
 
     def statistics(self, ranks: Ranks) -> dict[str, ProductStats]:
@@ -250,33 +245,33 @@ class ReduceProducts:
         every: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
         for (name, of), shape in shapes.items():
             own = self._sums.get(name, {}).get(of)
-            device = self._model.get_parameter(name).device
+            device = self.model.get_parameter(name).device
             every[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
         ranks.sum_(tensor for sums in every.values() for tensor in sums.values())
         return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
         gates, shares = self._routing.gates_of(watched)
-        if watched.parameter not in self._names:
+        if watched.parameter not in self.names:
             return
-        parameter = self._model.get_parameter(watched.parameter).detach()
+        parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         outputs, bias = watched.outputs, self._expert_bias(watched)
         # A later operation may overwrite a tensor before the backward pass reads it.
-        copy = self._gradients
+        copy = self.gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
             outputs=outputs.to(torch.float32, copy=copy) if bias is None else outputs.float() + bias.detach().float(),
             weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
-            reads=self._reads[watched.parameter],
+            reads=self.reads[watched.parameter],
             expert=watched.slot,
-            num_samples=self._num_samples,
+            num_samples=self.num_samples,
             row_gates=gates,
             row_gate_shares=shares,
             in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
         add, scale = partial(self._sum, watched.parameter, watched.axis, watched.slot), self._loss_scale
-        if self._gradients:
+        if self.gradients:
             watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * scale)))
         else:
             add(product)
@@ -284,16 +279,16 @@ class ReduceProducts:
     def _expert_bias(self, watched: WatchedProduct) -> torch.Tensor | None:
         """The bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds separately."""
         path, _, leaf = watched.parameter.rpartition(".")
-        bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
+        bias = getattr(self.model.get_submodule(path), f"{leaf}_bias", None)
         return bias[watched.slot] if watched.slot is not None and isinstance(bias, torch.Tensor) else None
 
     @torch.no_grad()
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:
         self._axes[parameter] = axis
         sums = self._sums.setdefault(parameter, {})
-        for name, value in self._measure(product).items():
+        for name, value in self.measure(product).items():
             if name not in sums:
-                stack = () if slot is None else (self._model.get_parameter(parameter).shape[0],)
+                stack = () if slot is None else (self.model.get_parameter(parameter).shape[0],)
                 sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
             total = sums[name] if slot is None else sums[name][slot]
             if total.shape != value.shape:
