@@ -35,8 +35,7 @@ class UnitAxis:
 
 
 def kinds_read(graph: CouplingGraph) -> dict[str, frozenset[str]]:
-    """Name of a stored parameter → the kinds of the units whose activations it is multiplied with, whether they are
-    scored or not. Tied parameters are under the name they are stored by."""
+    """Name of a stored parameter → the kinds of the units whose activations it is multiplied with, scored or not."""
     found: dict[str, set[str]] = {name: set() for name in graph.shapes if name not in graph.ties}
     for group in graph.groups:
         for span in group.spans_with(Role.CONSUMES):
