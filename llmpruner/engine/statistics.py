@@ -4,7 +4,7 @@ or from gradients; hidden states before and after layers; and how often tokens a
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from math import nan, pi
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
-    from ..models.weights import Weights
     from ..structure.coupling import CouplingGraph
     from .execution import Execution
 
@@ -46,7 +45,7 @@ def walk_signals(
     needs: Collection[Signal],
     calibration: CalibrationSet | None,
     seed: int,
-    measure: Measure | None = None,
+    measure: Measure,
     *,
     by_matrix: bool = False,
 ) -> Named:
@@ -60,38 +59,30 @@ def walk_signals(
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
     Raises `ModelError` for values that are not finite.
     """
-    needed = frozenset(needs)
+    needed, weights, rest = frozenset(needs), execution.weights, set(wanted)
     make = partial(_signals, execution.model, needed, seed, by_matrix)
-    if needed <= {Signal.WEIGHT}:
-        yield from _of_weights(execution.weights, wanted, make)
-        return
-    assert calibration is not None, "all signals but weights are measured on text"
-    samples, backward, reads = len(calibration.input_ids), Signal.PRODUCT_GRAD in needed, kinds_read(graph)
-
-    def reduce(names: Collection[str]) -> ReduceProducts:
-        assert measure is not None, "statistics of products need a function that measures them"
-        return ReduceProducts(execution.model, names, reads, measure, samples, gradients=backward)
-
-    forward: Iterable[tuple[str, Statistics]] = ()
-    inputs, gram = bool(needed & {Signal.INPUT_STATS, Signal.GRAM}), Signal.GRAM in needed
-    forward_reduce = reduce if Signal.PRODUCT in needed and not backward else None
-    if inputs or forward_reduce:
-        forward = forward_statistics(execution, wanted, calibration, inputs=inputs, gram=gram, reduce=forward_reduce)
-    if needed & GRADIENTS:
-        backward_reduce = reduce if backward else None
-        yield from _of_gradients(execution, graph, wanted, needed, calibration, dict(forward), backward_reduce, make)
-        return
-    rest = set(wanted)
-    for name, measured in forward:
-        rest.discard(name)
-        yield from make(name, measured)
-    yield from _of_weights(execution.weights, rest, make)
-
-
-def _of_weights(weights: Weights, names: Collection[str], make: Callable[[str], Named]) -> Named:
-    """Of parameters of which nothing was measured, layer by layer."""
+    if needed - {Signal.WEIGHT}:
+        assert calibration is not None, "all signals but weights are measured on text"
+        backward = Signal.PRODUCT_GRAD in needed
+        reduce = partial(
+            ReduceProducts, execution.model,
+            reads=kinds_read(graph), measure=measure, num_samples=len(calibration.input_ids), gradients=backward,
+        )  # fmt: skip
+        forward = forward_statistics(
+            execution, wanted, calibration,
+            inputs=bool(needed & {Signal.INPUT_STATS, Signal.GRAM}), gram=Signal.GRAM in needed,
+            reduce=reduce if Signal.PRODUCT in needed and not backward else None,
+        )  # fmt: skip
+        if needed & GRADIENTS:
+            of_grads, measured = reduce if backward else None, dict(forward)
+            yield from _of_gradients(execution, graph, wanted, needed, calibration, measured, of_grads, make)
+            return
+        for name, statistics in forward:
+            rest.discard(name)
+            yield from make(name, statistics)
+    # Nothing was measured of the others.
     by_part: dict[int | None, list[str]] = {}
-    for name in sorted(names):
+    for name in sorted(rest):
         by_part.setdefault(weights.number(name), []).append(name)
     for part in sorted(by_part, key=lambda number: -1 if number is None else number):
         with weights.part(part):
@@ -192,6 +183,8 @@ def forward_statistics(
     for the names of one layer's weights. Memory: the hidden states of the whole calibration set in float32, up to the
     execution's limit; the statistics of one layer; and the other arguments of each layer (masks, rotary tables).
     """
+    if not inputs and reduce is None:
+        return
     walk, states = ForwardWalk.over(execution, calibration)
     model, weights, ranks = execution.model, execution.weights, execution.ranks
     inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]

@@ -28,7 +28,7 @@ def stored(graph):
 
 
 def walk(model, graph, calibration, names=None, needs=BOTH):
-    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0)
+    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0, None)
 
 
 def test_gradients_equal_plain_autograd(loaded):
