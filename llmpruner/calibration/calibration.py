@@ -254,9 +254,7 @@ class CalibrationJob:
 
 
 def parse_calibration(
-    text: str,
-    sources: Mapping[str, type[CalibrationSource]],
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[Part, ...]:
     """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text.
 
