@@ -32,7 +32,6 @@ from .walk import (
     as_output,
     call_layer,
     check_layers,
-    check_tokens,
     eager_experts,
     first_output,
     hidden_of,
@@ -171,7 +170,7 @@ class GradientWalk:
         self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
         self._ranks, self._squares = execution.ranks, squares
         with self.weights.outside():
-            ids = check_tokens(self.model, calibration.input_ids)
+            ids = calibration.input_ids.to(self.model.device)
             self._tuples, products, _ = check_layers(execution, calibration)
         self._mixed = not exact and products != self.model.dtype
         """Whether layers and head run under autocast."""

@@ -19,7 +19,7 @@ from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts, WatchedProduct, WatchProducts
 from .ranks import Ranks
 from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal, StreamStats, TokenStats, kinds_read
-from .walk import ForwardWalk, check_tokens
+from .walk import ForwardWalk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -306,7 +306,7 @@ def token_statistics(execution: Execution, calibration: CalibrationSet, tokenize
     counts = torch.bincount(calibration.input_ids.flatten(), minlength=rows)
     expected, predicted = torch.zeros(rows, dtype=torch.float64), 0
     with execution.weights.outside():
-        ids = check_tokens(model, calibration.first(PREDICTED).input_ids)
+        ids = calibration.first(PREDICTED).input_ids.to(model.device)
         for sample in execution.progress.track(torch.split(ids, 1), "Predicting tokens"):
             logits = with_fast_products(model, partial(model, input_ids=sample, use_cache=False)).logits
             expected += logits[0].float().softmax(-1).sum(0).double().cpu()

@@ -164,7 +164,7 @@ def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm
     model = execution.model
     if model not in execution.forms:
         with execution.weights.outside(), eager_experts(model):
-            ids = check_tokens(model, calibration.input_ids[:1, :TOKENS])
+            ids = calibration.input_ids[:1, :TOKENS].to(model.device)
             execution.forms[model] = _form(execution, ids)
     return execution.forms[model]
 
@@ -267,7 +267,7 @@ class ForwardWalk:
         `check_layers` does."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
-            ids = check_tokens(model, calibration.input_ids)
+            ids = calibration.input_ids.to(model.device)
             states = States(execution.boundaries())
             walk = cls(execution, layers, [], check_layers(execution, calibration))
             parts = torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1]))
@@ -308,15 +308,6 @@ class ForwardWalk:
         """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
         calls = [kwargs for batch in self.batches for _, kwargs in batch.calls]
         return any(_is_filled_by_layers(value) for kwargs in calls for value in kwargs.values())
-
-
-def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids on the model's device. Raises `ModelError` when one is outside the vocabulary."""
-    ids = ids.to(model.device)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= vocabulary:
-        raise ModelError(f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
-    return ids
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -16,7 +16,7 @@ import torch
 
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
-from ..engine.walk import Stop, as_output, check_tokens, hidden_of, replaced_layers
+from ..engine.walk import Stop, as_output, hidden_of, replaced_layers
 from ..models.numbers import with_fast_products
 from ..models.positions import LOGIT_ELEMENTS
 from ..models.tokenizer import predicted_tokens
@@ -82,7 +82,7 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
     hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
     try:
         with suppress(Stop):
-            with_fast_products(model, partial(model, input_ids=check_tokens(model, ids), use_cache=False))
+            with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
     finally:
         for hook in hooks:
             hook.remove()
