@@ -1,8 +1,5 @@
-"""Chat formats: prompts for questions, and the training text of examples with its tokens.
-
-The tokenizer's chat template is used if it has one, unless the family has its own format
-(`ModelFamily.has_own_format`); without either, Stanford Alpaca's format.
-"""
+"""Chat formats: prompts for questions, and the training text of examples with its tokens. The tokenizer's chat template
+is used, unless the family has its own format (`ModelFamily.has_own_format`); without either, Stanford Alpaca's."""
 
 from __future__ import annotations
 
@@ -24,8 +21,7 @@ IGNORED = -100
 """The label of tokens that have no loss (the convention of PyTorch's cross entropy and of transformers)."""
 
 _TODAY = datetime.date(2024, 7, 26)
-"""The date for templates that print the current one, so that results, and the identity of an interrupted recovery, do
-not depend on the day."""
+"""The date for templates that print the current one, so that results do not depend on the day."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -46,11 +42,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class TrainingText:
-    """The text of one training example: the texts of all turns joined.
-
-    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and the answers that ``eos_after``
-    names (`ModelFamily.eos_after`) get an end-of-sequence token.
-    """
+    """The text of one training example: the texts of all turns joined. ``has_special_tokens``: as in `Prompt`; else the
+    tokenizer adds them, and the answers that ``eos_after`` names (as in `ModelFamily`) get an end of sequence."""
 
     turns: tuple[Turn, ...]
     has_special_tokens: bool = False
@@ -85,13 +78,10 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
 
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
-    """An example in the chat format of the model.
-
-    There is one text for each example, except where the format renders earlier turns differently once others follow
-    (Qwen3's leaves out their reasoning, Mistral's the system message, ChatGLM's numbers rounds): then there is one for
-    each answer, with the prompt that the model would get for it. Raises `DataError` when the chat template fails, and
-    when it renders no answers.
-    """
+    """An example in the chat format of the model: one text, except where the format renders earlier turns differently
+    once others follow (Qwen3's leaves out their reasoning, Mistral's the system message, ChatGLM's numbers rounds).
+    Then there is one for each answer, with the prompt that the model would get for it. Raises `DataError` when the chat
+    template fails, and when it renders no answers."""
     if isinstance(example, Completion):
         return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
     has_template = has_chat_template(family, tokenizer)
@@ -112,9 +102,8 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
         turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
         return [TrainingText(tuple(turns), has_template, family.eos_after)]
-    return [
-        TrainingText((Turn(text[:start], text[start:]),), has_template, family.eos_after) for text, start in answers
-    ]
+    alone = [(Turn(text[:start], text[start:]),) for text, start in answers]
+    return [TrainingText(turns, has_template, family.eos_after) for turns in alone]
 
 
 def _formatted(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:

@@ -24,8 +24,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One task with its answer. ``input``: the text that the task refers to, where it is a separate field; else
-    empty."""
+    """One task with its answer. ``input``: the text that the task refers to, where it is a separate field."""
 
     instruction: str
     output: str
@@ -46,8 +45,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Alternating questions (``user``) and answers (``assistant``), ending with an answer, after an optional system
-    message."""
+    """Questions (``user``) and answers (``assistant``) in turn, at least one pair, after an optional system message."""
 
     messages: tuple[Message, ...]
 
@@ -64,8 +62,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Text to train on without a chat format: ``completion`` directly after ``prompt``, which is empty for plain
-    text."""
+    """Text to train on without a chat format: ``completion`` directly after ``prompt``."""
 
     completion: str
     prompt: str = ""
@@ -86,8 +83,7 @@ def read_examples(source: str) -> list[tuple[str, Example]]:
 def example(record: Record) -> Example:
     """One record as an example, of the first of these forms whose fields it has; other fields are ignored.
 
-    - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`; with a system message, a
-      `Conversation`;
+    - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`; a `Conversation` with ``system``;
     - ``messages``, a list of ``{"role", "content"}`` (OpenAI): a `Conversation`;
     - ``conversations``, a list of ``{"from", "value"}`` (ShareGPT) or of ``{"role", "content"}``: a `Conversation`;
     - ``prompt`` and ``completion`` (TRL): as two strings a `Completion`, as two lists of messages a `Conversation`;

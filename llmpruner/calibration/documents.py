@@ -44,8 +44,7 @@ _HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Record(NamedTuple):
-    """``value``: a string, a JSON value, or a table row as a dictionary. ``place``: the file with line, record or row,
-    counted from 1, for messages."""
+    """``value``: a JSON value, or a table row as a dictionary. ``place``: as ``a.json, record 1``, for messages."""
 
     value: Any
     place: str
@@ -204,8 +203,8 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
 
 
 class Part(NamedTuple):
-    """One source of a mixture. ``share``: how many of its records are taken in proportion to the others'; None where no
-    source has a share, and all records are taken."""
+    """One source of a mixture. ``share``: of the records, in proportion to the others; None where no source has one,
+    and all are taken."""
 
     source: str
     share: float | None = None
