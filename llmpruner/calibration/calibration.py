@@ -212,10 +212,8 @@ class CalibrationJob:
 
     def draw(self, model: Model, samples: int, seed: int, progress: Progress = QUIET) -> torch.Tensor:
         """``samples`` of the text, at most all, taken from the parts in turn, from those with larger shares more often.
-
         Raises `DataError` when a source is missing, malformed or too short, or samples are longer than the model's
-        positions, and `PluginError` when a source returns another shape or dtype.
-        """
+        positions, and `PluginError` when a source returns another shape or dtype."""
         import torch
 
         from ..models.tokenizer import check_ids
@@ -256,12 +254,9 @@ class CalibrationJob:
 def parse_calibration(
     text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[Part, ...]:
-    """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text.
-
-    A part that is the name of a source, alone or before a colon, selects that source, unless there is such a file. Any
-    other is text: a file or the name of a data set. ``settings``: source name → values. Raises `DataError` for an empty
-    part and `SettingsError` for settings that a source does not have.
-    """
+    """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text. A part that is
+    the name of a source, alone or before a colon, selects that source, unless there is such a file; others are text.
+    ``settings``: source name → values. Raises `DataError` for an empty part, `SettingsError` for unknown settings."""
     parts = []
     for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")

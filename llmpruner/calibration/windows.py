@@ -77,8 +77,6 @@ def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
 
 def _word_end(text: str, start: int) -> int:
     """The first position from ``start`` on that follows a blank; ``start`` where there is none near, as in Chinese."""
-    if start >= len(text):
-        return start
     for position in range(start, min(len(text), start + LONGEST_WORD)):
         if text[position - 1].isspace():
             return position

@@ -1,5 +1,4 @@
-"""Hidden states between layers: in memory up to a limit, beyond it in a file without a name, which is gone when the
-process ends."""
+"""Hidden states between layers: in memory up to a limit, beyond it in a file without a name, gone with the process."""
 
 from __future__ import annotations
 
@@ -74,11 +73,9 @@ class Boundaries:
 
 
 class States:
-    """Tensors, one for each micro-batch, of a `Boundaries`. Reading one does not remove it; do not change it in
-    place.
-
-    ``passed``: what the layers before have passed on to later ones in dictionaries, by the micro-batch and the name of
-    the argument; in memory. Empty for decoders whose layers share hidden states alone."""
+    """Tensors, one for each micro-batch, of a `Boundaries`; do not change them in place. ``passed``: what the layers
+    before have passed on to later ones in dictionaries, by the micro-batch and the name of the argument; in memory.
+    Empty for decoders whose layers share hidden states alone."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
@@ -86,8 +83,8 @@ class States:
         self.passed: dict[int, dict[str, Any]] = {}
 
     def empty(self, *, continued: bool = False) -> States:
-        """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with what
-        is passed on to it; else a copy of that, as for a run of another model from here."""
+        """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with the
+        same ``passed``; else with a copy, as for a run of another model from here."""
         states = States(self._boundaries)
         states.passed = self.passed
         if not continued:

@@ -49,11 +49,9 @@ def walk_signals(
     *,
     by_matrix: bool = False,
 ) -> Named:
-    """Yield every parameter of ``wanted`` once, with the signals in ``needs``. To save memory, keep no reference to
-    them.
-
-    ``measure``: `ImportanceCriterion.measure`, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`. ``by_matrix``: a stack
-    of matrices is yielded matrix by matrix instead.
+    """Yield every parameter of ``wanted`` once, with the signals in ``needs``; with ``by_matrix``, stacks of matrices
+    matrix by matrix. To save memory, keep no reference to them. ``measure``: `ImportanceCriterion.measure`, for
+    `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
 
     Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
@@ -140,8 +138,7 @@ def _signals(
     measured: Statistics = (None, None),
     sums: GradientSums | None = None,
 ) -> Named:
-    """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, so that one is in float32 at a
-    time. Raises `ModelError` when its values are not finite."""
+    """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, one in float32 at a time."""
     parameter, (inputs, products) = model.get_parameter(name).detach(), measured
     if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
         raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
