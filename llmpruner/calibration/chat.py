@@ -7,9 +7,8 @@ import datetime
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -40,24 +39,22 @@ class Turn(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingText:
-    """The text of one training example: the texts of all turns joined. ``has_special_tokens``: as in `Prompt`; else the
-    tokenizer adds them, and the answers that ``eos_after`` names (as in `ModelFamily`) get an end of sequence."""
+class TrainingText(NamedTuple):
+    """The text of one training example: the texts of all turns joined. ``has_special_tokens``: as in `Prompt`."""
 
     turns: tuple[Turn, ...]
     has_special_tokens: bool = False
-    eos_after: Literal["every", "last", "none"] = "every"
 
-    def closed_turns(self, eos: str) -> list[Turn]:
-        """The turns, with the end-of-sequence token ``eos`` after the answers that get one and do not end with it."""
-        first = {"every": 0, "last": len(self.turns) - 1, "none": len(self.turns)}[self.eos_after]
-        return [
-            turn
-            if self.has_special_tokens or number < first or (turn.prompt + turn.answer).endswith(eos)
-            else Turn(turn.prompt, turn.answer + eos)
-            for number, turn in enumerate(self.turns)
-        ]
+
+def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[Turn, ...]:
+    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (as in
+    `ModelFamily`), unless they end with it."""
+    eos = getattr(tokenizer, "eos_token", None) or ""
+    first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
+    return tuple(
+        Turn(prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
+        for number, (prompt, answer) in enumerate(pairs)
+    )
 
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
@@ -72,8 +69,7 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
     pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
     # Closed with the last pair, as the last answer may be the only one that gets an end.
-    text = TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)
-    past = text.closed_turns(getattr(tokenizer, "eos_token", None) or "")[:-1]
+    past = _closed(pairs, family.eos_after, tokenizer)[:-1]
     return Prompt("".join(asked + answered for asked, answered in past) + pairs[-1][0], False)
 
 
@@ -83,12 +79,12 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     Then there is one for each answer, with the prompt that the model would get for it. Raises `DataError` when the chat
     template fails, and when it renders no answers."""
     if isinstance(example, Completion):
-        return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
+        return [TrainingText(_closed([(example.prompt, family.format_text(example.completion))], "every", tokenizer))]
     has_template = has_chat_template(family, tokenizer)
     if isinstance(example, Instruction):
         if not has_template and not family.has_own_format:
-            turn = Turn(alpaca_prompt(example.instruction, example.input), example.output)
-            return [TrainingText((turn,), eos_after=family.eos_after)]
+            pair = alpaca_prompt(example.instruction, example.input), example.output
+            return [TrainingText(_closed([pair], family.eos_after, tokenizer))]
         example = example.conversation
     if has_template:
         messages = [{"role": message.role, "content": message.content} for message in example.messages]
@@ -99,11 +95,11 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
         answers = [_formatted(family, exchanges[: number + 1], example.system) for number in range(len(exchanges))]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
+    texts = [[(text[:start], text[start:])] for text, start in answers]
     if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
-        turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
-        return [TrainingText(tuple(turns), has_template, family.eos_after)]
-    alone = [(Turn(text[:start], text[start:]),) for text, start in answers]
-    return [TrainingText(turns, has_template, family.eos_after) for turns in alone]
+        texts = [[(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False)]]
+    eos_after = "none" if has_template else family.eos_after  # a template has its own
+    return [TrainingText(_closed(pairs, eos_after, tokenizer), has_template) for pairs in texts]
 
 
 def _formatted(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
@@ -196,7 +192,7 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
     """The tokens of ``text``."""
     from ..models.tokenizer import ids_to_continue
 
-    joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
+    joined = "".join(prompt + answer for prompt, answer in text.turns)
     return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)
 
 
@@ -207,7 +203,7 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str
 
     special, joined = not text.has_special_tokens, ""
     answers: list[tuple[int, int]] = []
-    for prompt, answer in text.closed_turns(tokenizer.eos_token or ""):
+    for prompt, answer in text.turns:
         joined += prompt + answer
         answers.append((len(joined) - len(answer), len(joined)))
     ids = ids_to_continue(tokenizer, joined, special=special)
