@@ -190,7 +190,7 @@ def forward_statistics(
         names, sums = inside[number], _InputSums(model, gram=gram)
         with weights.layer(number):
             reduced = None if reduce is None else reduce(names)
-            for position in range(len(walk.batches)):
+            for position in range(len(walk.calls)):
                 products = nullcontext() if reduced is None else reduced.watching()
                 with products, WatchProducts(model, names if inputs else (), sums.add):
                     states[position] = walk.run(number, position, states)
@@ -277,12 +277,12 @@ def stream_statistics(
         # What was before a block gives way to what is after it.
         after = before[0] if start >= 0 else before[-1].empty(continued=True)
         with execution.weights.layer(number):
-            for position, batch in enumerate(walk.batches):
+            for position, first in enumerate(walk.firsts):
                 states = walk.run(number, position, before[-1])
                 if start >= 0:
                     similar = torch.cosine_similarity(before[0][position], states, dim=-1)
                     # Some models put prompts of their own before the text (CPM-Ant).
-                    cosines[batch.first : batch.first + len(similar)] = similar[:, -cosines.shape[1] :]
+                    cosines[first : first + len(similar)] = similar[:, -cosines.shape[1] :]
                     after[position] = states
                 else:
                     after.append(states)

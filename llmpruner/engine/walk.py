@@ -10,9 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -38,15 +37,6 @@ _TOLERANCE = 1e-3
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
-
-
-@dataclass
-class Batch:
-    """One micro-batch: token ids (samples, length), the arguments of each layer, and its first sample's number."""
-
-    input_ids: torch.Tensor
-    calls: list[Call]
-    first: int
 
 
 @contextlib.contextmanager
@@ -249,16 +239,16 @@ def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tenso
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and a calibration set in micro-batches to run through them.
-
-    With several processes, ``batches`` and all hidden states are those of this one (`Ranks.mine`): maybe none, but the
-    first process has the first.
-    """
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them; with several processes
+    those of this one (`Ranks.mine`), maybe none."""
 
     execution: Execution
     layers: nn.ModuleList
-    batches: list[Batch]
     form: LayerForm
+    firsts: Sequence[int]
+    """Of each micro-batch, the number of its first sample in the calibration set."""
+    calls: list[list[Call]] = field(default_factory=list)
+    """Of each micro-batch, the arguments of each layer."""
 
     @classmethod
     @torch.no_grad()
@@ -268,25 +258,23 @@ class ForwardWalk:
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = calibration.input_ids.to(model.device)
+            rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
+            firsts = execution.ranks.mine(range(0, len(ids), rows))
+            walk = cls(execution, layers, check_layers(execution, calibration), firsts)
             states = States(execution.boundaries())
-            walk = cls(execution, layers, [], check_layers(execution, calibration))
-            parts = torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1]))
-            firsts = accumulate(map(len, parts[:-1]), initial=0)
-            shapes: dict[torch.Size, Batch] = {}
-            for first, part in execution.ranks.mine(list(zip(firsts, parts, strict=True))):
+            shapes: dict[torch.Size, list[Call]] = {}
+            for first in firsts:
+                part = ids[first : first + rows]
                 calls, hidden = record(model, layers, part, walk.form.tuples)
-                batch = Batch(part, calls, first)
                 # As a rule they depend on the shape alone, and a long text has many micro-batches.
-                like = shapes.setdefault(part.shape, batch)
-                if _same(like.calls, batch.calls):
-                    batch.calls = like.calls
-                walk.batches.append(batch)
+                like = shapes.setdefault(part.shape, calls)
+                walk.calls.append(like if _same(like, calls) else calls)
                 states.append(hidden.float())
         return walk, states
 
     def advance(self, number: int, states: States) -> None:
         """Replace hidden states before layer ``number`` by those after it."""
-        for position in range(len(self.batches)):
+        for position in range(len(self.calls)):
             states[position] = self.run(number, position, states)
 
     def run(self, number: int, position: int, states: States, *, tried: bool = False) -> torch.Tensor:
@@ -295,7 +283,7 @@ class ForwardWalk:
         hidden, passed = states[position], states.passed.setdefault(position, {})
         if tried:
             passed = {name: copy.copy(values) for name, values in passed.items()}
-        args, kwargs = self.batches[position].calls[number]
+        args, kwargs = self.calls[position][number]
         shared = {n: passed.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
         _, products, narrow = self.form
         inputs = hidden.to(products) if narrow else hidden
@@ -306,8 +294,8 @@ class ForwardWalk:
     @property
     def passes_on(self) -> bool:
         """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
-        calls = [kwargs for batch in self.batches for _, kwargs in batch.calls]
-        return any(_is_filled_by_layers(value) for kwargs in calls for value in kwargs.values())
+        every = [kwargs for calls in self.calls for _, kwargs in calls]
+        return any(_is_filled_by_layers(value) for kwargs in every for value in kwargs.values())
 
 
 def _same(a: Any, b: Any) -> bool:

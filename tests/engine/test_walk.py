@@ -74,7 +74,7 @@ def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     calibration = drawn(sharing, 5, 16)
     walk, found = walked(sharing, calibration)
-    assert len(walk.batches) == 3 and walk.passes_on
+    assert len(walk.calls) == 3 and walk.passes_on
     for mine, own in zip(found, boundaries(sharing, calibration.input_ids)[1:], strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
 
@@ -101,10 +101,10 @@ def test_micro_batches_make_no_difference(monkeypatch):
     _, whole = walked(loaded, calibration)
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
-    assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
+    assert list(walk.firsts) == [0, 2, 4]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     # Arguments besides the hidden states are kept once for each shape.
-    assert walk.batches[0].calls is walk.batches[1].calls is not walk.batches[2].calls
+    assert walk.calls[0] is walk.calls[1] is not walk.calls[2]
 
 
 def test_arguments_are_shared_only_where_they_are_equal():
@@ -210,7 +210,7 @@ def test_layers_are_compared_in_the_first_walk_of_a_run(monkeypatch):
 def test_layers_that_return_lists_are_walked():
     model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
     walk, _ = ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9))
-    assert len(walk.batches) == 1
+    assert len(walk.calls) == 1
 
 
 def test_a_layer_that_runs_twice_is_refused():

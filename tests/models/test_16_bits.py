@@ -150,10 +150,10 @@ def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
     calibration = CalibrationSet(tokens(4, 16).input_ids, "steps")
     walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
     assert (walk.form.narrow, walk.form.products) == (True, torch.bfloat16)
-    (batch,) = walk.batches
+    (calls,) = walk.calls
     with torch.no_grad():
         for number, layer in enumerate(walk.layers):
-            wanted = call_layer(layer, embedded[0].bfloat16(), copy.deepcopy(batch.calls[number]))
+            wanted = call_layer(layer, embedded[0].bfloat16(), copy.deepcopy(calls[number]))
             walk.advance(number, embedded)
             assert embedded[0].dtype == torch.float32 and torch.equal(embedded[0], wanted.float())
 

@@ -135,7 +135,7 @@ class LayerFit:
         step `is_simple`."""
         fitters: dict[Matrix, Fitter] = {}
         move = _Move(step, self.pruned, self.model) if step.is_simple else None
-        for position in range(len(self.walk.batches)):
+        for position in range(len(self.walk.calls)):
             pruned, uncut, dense = self._observe(step, position)
             for use, own in zip(pruned.uses, uncut.uses, strict=True):
                 if step.readers[use.parameter].from_stream and use.slot is not None:

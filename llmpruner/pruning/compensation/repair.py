@@ -126,7 +126,7 @@ class _Repair:
         needs_dense = any(step.needs_dense for step in steps)
         if needs_dense:
             after = self.dense.empty(continued=True)
-            for position in range(len(self.walk.batches)):
+            for position in range(len(self.walk.calls)):
                 after.append(self.walk.run(number, position, self.dense))
         else:
             after = self.dense
