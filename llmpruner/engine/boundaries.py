@@ -127,12 +127,17 @@ class States:
     __del__ = clear
 
 
+def _bytes(tensor: torch.Tensor) -> Any:
+    """The bytes of a contiguous tensor on the CPU, shared with it."""
+    return tensor.view(-1).view(torch.uint8).numpy()
+
+
 def _read(file: IO[bytes], shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
     tensor = torch.empty(shape, dtype=dtype)
-    if file.readinto(tensor.view(-1).view(torch.uint8).numpy()) < tensor.nbytes:  # type: ignore[attr-defined]
+    if file.readinto(_bytes(tensor)) < tensor.nbytes:  # type: ignore[attr-defined]
         raise EOFError("the file of hidden states is shorter than it should be")
     return tensor
 
 
 def _write(file: IO[bytes], tensor: torch.Tensor) -> None:
-    file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    file.write(_bytes(tensor.detach().cpu().contiguous()))

@@ -93,8 +93,8 @@ class WatchProducts(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func not in _PRODUCTS:
             return result
-        places = _PRODUCTS[func]
-        inputs, weight, *added = (args[at] if len(args) > at else kwargs.get(name) for at, name in places)
+        values: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _PRODUCTS[func]]
+        inputs, weight, *added = values
         bias = added[0] if added and added[0] is not None and added[0].dim() == 1 else None
         for name, parameter in self._by_storage.get(weight.untyped_storage().data_ptr(), ()):
             # Several parameters may share a storage.
