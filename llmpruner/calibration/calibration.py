@@ -185,6 +185,11 @@ class CalibrationJob:
         """Source name → settings as JSON values, for sources that have settings."""
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
 
+    def check(self) -> None:
+        """Raise `DataError` for errors that can be found before a model is loaded."""
+        for part in self.parts:
+            part.source.check(part.reference)
+
     def length_for(self, config: PreTrainedConfig) -> int:
         """Tokens per sample for a model with this configuration. Raises `DataError` for more than it has positions."""
         from ..models.positions import positions_of

@@ -72,7 +72,7 @@ def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: boo
             if not part.source.writes and not tokenizer:
                 advice = f"it cannot be calibrated on '{part.reference}'; use 'self'"
                 raise no_tokenizer(f"model '{structure.ref}'", advice)
-            part.source.check(part.reference)
+        job.calibration.check()
     if isinstance(job, PruneJob) and job.budget.from_shapes:
         _check_amount(job, structure)
 

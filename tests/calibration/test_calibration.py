@@ -63,11 +63,6 @@ def drawn(text, loaded, tokenizer=None, settings=None, *, samples, length, seed)
     return job_of(text, settings, samples, length).draw(replace(loaded, tokenizer=tokenizer), samples, seed)
 
 
-def check(text):
-    for part in parse_calibration(text, SOURCES):
-        part.source.check(part.reference)
-
-
 def parts_of(text):
     return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES)]
 
@@ -324,7 +319,7 @@ def test_every_conversation_is_used_before_one_is_used_again():
 def test_a_source_of_conversations_without_any_is_refused_before_a_model_is_loaded(tmp_path, reference, message):
     (tmp_path / "a.jsonl").write_text('{"body": "no conversation"}')
     with pytest.raises(DataError, match=message):
-        check(f"chat:{reference and tmp_path / reference}")
+        job_of(f"chat:{reference and tmp_path / reference}").check()
 
 
 def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
@@ -382,8 +377,8 @@ def test_what_is_wrong_with_a_part_is_found_before_a_model_is_loaded(tmp_path):
         "self:more": "--calibration self:more: the model writes this text",
     }.items():
         with pytest.raises(DataError, match=message):
-            check(text)
-    check("self,counting")
+            job_of(text).check()
+    job_of("self,counting").check()
 
 
 def test_settings_reach_their_source_and_are_recorded(gqa):
