@@ -14,8 +14,8 @@ from .api import save as save
 from .api import verify as verify
 from .api import verify_checkpoint as verify_checkpoint
 from .api import write_report as write_report
+from .calibration.calibration import CalibrationSource as CalibrationSource
 from .calibration.documents import read_text as read_text
-from .calibration.sources import CalibrationSource as CalibrationSource
 from .component import ComponentSettings as ComponentSettings
 from .discovery.family import ModelFamily as ModelFamily
 from .discovery.groups import build_graph as build_graph

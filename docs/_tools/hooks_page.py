@@ -6,7 +6,7 @@ from typing import Any
 
 from docstrings import class_section, document, function_lines, markdown
 
-from llmpruner.calibration.sources import SampleTask
+from llmpruner.calibration.calibration import SampleTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.metrics import Size

@@ -62,7 +62,7 @@ def llmpruner_compensations() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_calibration_sources() -> list[type[Any]]:
-    from ..calibration.sources import ChatSource, SelfWritten, TextSource
+    from ..calibration.calibration import ChatSource, SelfWritten, TextSource
 
     return [SelfWritten, TextSource, ChatSource]
 

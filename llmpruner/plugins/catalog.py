@@ -9,7 +9,7 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ..calibration.sources import CalibrationSource
+from ..calibration.calibration import CalibrationSource
 from ..component import Component, check_chosen
 from ..discovery.family import AUTO, ModelFamily
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError, first_line

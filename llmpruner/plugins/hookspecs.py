@@ -25,7 +25,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from ..calibration.sources import CalibrationSource
+    from ..calibration.calibration import CalibrationSource
     from ..discovery.family import ModelFamily
     from ..evaluation.base import Metric
     from ..evaluation.runtime import Runtime

@@ -16,7 +16,7 @@ import torch
 
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
-from ..engine.walk import Stop, check_tokens, hidden_of, replaced_layers
+from ..engine.walk import Stop, as_output, hidden_of, replaced_layers
 from ..models.generation import LOGIT_ELEMENTS
 from ..models.numbers import with_fast_products
 from ..models.tokenizer import predicted_tokens
@@ -82,7 +82,7 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
     hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
     try:
         with suppress(Stop):
-            with_fast_products(model, partial(model, input_ids=check_tokens(model, ids), use_cache=False))
+            with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,9 +106,8 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         hidden_STD, further = _at_head(execution, dense.ids)
         assert hidden_STD is not None, "as in the dense model"
 
-        def unchanged(*args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_of(args, kwargs)
-            return hidden if further is None else (hidden, *[None] * further)
+        def unchanged(_: int, /, *args: Any, **kwargs: Any) -> Any:
+            return as_output(hidden_of(args, kwargs), further)
 
         head: Any = network.get_output_embeddings()
         rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network)))
@@ -116,7 +115,7 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         for both_2ND in torch.split(whole_2ND, rows, 1):
             hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
             try:
-                with replaced_layers(execution.layers, lambda _: unchanged):
+                with replaced_layers(execution.layers, unchanged):
                     logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
             finally:
                 hook.remove()

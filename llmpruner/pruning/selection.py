@@ -17,7 +17,6 @@ from ..engine.execution import Execution
 from ..engine.journal import recalled
 from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
-from ..engine.walk import check_tokens
 from ..errors import ModelError, SelectionError
 from ..models.numbers import with_fast_products
 from ..models.surgery import cut, cut_copy
@@ -298,7 +297,7 @@ def trial_loss(
     beyond the model: the logits of 2,048 tokens.
     """
     follows = with_rules(family, model, set(kinds))
-    ids = check_tokens(model, calibration.input_ids)
+    ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
 

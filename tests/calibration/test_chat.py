@@ -115,9 +115,9 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     assert text.turns[0].prompt == chat_prompt(FAMILY, chosen, "Add them.\n2, 2").text
     assert text == TrainingText((Turn("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), Own(), chosen)
-    assert text == TrainingText((Turn(chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4"),))
+    assert text == TrainingText((Turn(chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4</s>"),))
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, tokenizer())
-    assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4"),))
+    assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4</s>"),))
 
 
 def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each_answer():
@@ -150,8 +150,8 @@ def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer())
     assert text == TrainingText(
         (
-            Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire."),
-            Turn(alpaca_prompt("The longer?"), "Elbe."),
+            Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>"),
+            Turn(alpaca_prompt("The longer?"), "Elbe.</s>"),
         )
     )
 

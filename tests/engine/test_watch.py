@@ -148,7 +148,7 @@ def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
         torch.no_grad(),
         WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
     ):
-        walk.run(0, walk.batches[0], embedded[0], {})
+        walk.run(0, 0, embedded)
     assert sorted(found) == sorted(names)
     return found, loaded.model, 4 * 16
 

@@ -78,9 +78,9 @@ def fit_steps(
             outputs.append(use.outputs.to(torch.float32, copy=True))
 
     factor: float | None = None
-    model, writers, hidden = walk.execution.model, stream_writers(graph, number), states[0]
+    model, writers = walk.execution.model, stream_writers(graph, number)
     with WatchProducts(model, dict.fromkeys([*readers, *writers]), seen):
-        change = (walk.run(number, walk.batches[0], hidden, states.passed, tried=True) - hidden).flatten(0, -2)
+        change = (walk.run(number, 0, states, tried=True) - states[0]).flatten(0, -2)
     if outputs and all(part.shape == change.shape for part in outputs):
         total = torch.stack(outputs).sum(0)
         solution = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
@@ -135,7 +135,7 @@ class LayerFit:
         step `is_simple`."""
         fitters: dict[Matrix, Fitter] = {}
         move = _Move(step, self.pruned, self.model) if step.is_simple else None
-        for position in range(len(self.walk.batches)):
+        for position in range(len(self.walk.calls)):
             pruned, uncut, dense = self._observe(step, position)
             for use, own in zip(pruned.uses, uncut.uses, strict=True):
                 if step.readers[use.parameter].from_stream and use.slot is not None:
@@ -149,7 +149,7 @@ class LayerFit:
             if move is not None and not move.take(position, pruned):
                 move = None
         fitters = self._of_all_processes(step, fitters)
-        fits = write_all(fitters, self.model, self.walk.ranks)
+        fits = write_all(fitters, self.model, self.walk.execution.ranks)
         self.producers.zero()
         if move is not None:
             (fitter,) = fitters.values()
@@ -181,9 +181,8 @@ class LayerFit:
             if not whole and not waiting and use.slot is None:
                 raise Stop
 
-        batch, hidden = self.walk.batches[position], states[position]
         with contextlib.suppress(Stop), WatchProducts(self.model, step.readers, seen):
-            run.output = self.walk.run(self.number, batch, hidden, states.passed, tried=tried)
+            run.output = self.walk.run(self.number, position, states, tried=tried)
         return run
 
     def _target(
@@ -219,7 +218,7 @@ class LayerFit:
             for key, fitter in fitters.items()
         }
         merged: dict[Matrix, Fitter] = {}
-        for key, names in self.walk.ranks.merged(biases).items():
+        for key, names in self.walk.execution.ranks.merged(biases).items():
             if key in fitters:
                 merged[key] = fitters[key]
             else:

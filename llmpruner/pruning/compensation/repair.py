@@ -61,7 +61,7 @@ class _Repair:
     def __init__(self, task: RepairTask, walk: ForwardWalk, embedded: States, fitter: type[Fitter], mix: float) -> None:
         self.model, self.graph, self.kept = task.model, task.graph, task.kept
         self.walk, self.fitter, self.mix, self.execution = walk, fitter, mix, walk.execution
-        self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, walk.execution.journal
+        self.weights, self.ranks, self.journal = self.execution.weights, self.execution.ranks, self.execution.journal
         self.channels = removed_channels(self.graph, self.kept)
         self.dense = embedded
         self.pruned: States | None = None
@@ -78,7 +78,7 @@ class _Repair:
         for number in self.execution.progress.track(range(count), "Compensating"):
             if number < done:
                 continue
-            with self.walk.layer(number):
+            with self.weights.layer(number):
                 if number in removed:
                     self._keep_apart()
                     self.walk.advance(number, self.dense)
@@ -126,8 +126,8 @@ class _Repair:
         needs_dense = any(step.needs_dense for step in steps)
         if needs_dense:
             after = self.dense.empty(continued=True)
-            for batch, hidden in zip(self.walk.batches, self.dense, strict=True):
-                after.append(self.walk.run(number, batch, hidden, after.passed))
+            for position in range(len(self.walk.calls)):
+                after.append(self.walk.run(number, position, self.dense))
         else:
             after = self.dense
             self.walk.advance(number, after)

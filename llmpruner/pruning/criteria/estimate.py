@@ -14,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ...engine.execution import Execution
-from ...engine.parameter_signals import walk_signals
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
-from ...engine.statistics import stream_statistics, token_statistics
+from ...engine.statistics import stream_statistics, token_statistics, walk_signals
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion

@@ -82,11 +82,11 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
         (Message("user", first), Message("assistant", said), Message("user", second), Message("assistant", last))
     )
     (text,) = training_texts(chat, family, chosen)
-    assert "".join(a + b for a, b in text.closed_turns("</s>")) == expected["full"]
+    assert "".join(a + b for a, b in text.turns) == expected["full"]
     row = labelled(text, chosen, 512)
     assert row["input_ids"] == chosen(expected["full"])["input_ids"]
     (single,) = training_texts(Instruction(first, said), family, chosen)
-    (turn,) = single.closed_turns("</s>")
+    (turn,) = single.turns
     assert turn == (chat_prompt(family, chosen, first).text, f" {said}{family.template.closing[1]}")
 
 
