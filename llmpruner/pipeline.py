@@ -28,7 +28,7 @@ from .models.model import Model, Structure
 from .models.opening import reopened
 from .progress import QUIET, Progress
 from .pruning.checks import check_job, check_vocabulary, identity
-from .pruning.compensation.base import Fit, RepairTask
+from .pruning.compensation.base import RepairTask
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import PruneJob, ReplayJob, job_of
 from .pruning.quality import compared, dense_predictions
@@ -39,6 +39,8 @@ from .structure.plan import Outcome, PruningPlan
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+
+    from .pruning.compensation.least_squares import Fit
 
 _LOG = logging.getLogger("llmpruner")
 

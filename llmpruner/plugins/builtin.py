@@ -55,7 +55,7 @@ def llmpruner_budgets() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_compensations() -> list[type[Any]]:
-    from ..pruning.compensation.builtin import BiasShift, NoCompensation, Refit
+    from ..pruning.compensation.base import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 

@@ -17,7 +17,7 @@ from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
-from llmpruner.pruning.compensation.builtin import Refit
+from llmpruner.pruning.compensation.base import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.targets import inner_layers
 from llmpruner.structure.kept import restrict

@@ -123,7 +123,7 @@ class ProducerRows:
     """
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
-        self._rows: list[_Rows] = []
+        self.rows: list[_Rows] = []
         for name, units in kept.items():
             group = graph.by_name[name]
             gone = sorted(set(range(group.units)) - set(units)) if group.is_normalized else []
@@ -131,25 +131,21 @@ class ProducerRows:
                 if gone and span.parameter.startswith(f"{graph.layers}.{number}."):
                     parameter = model.get_parameter(span.parameter)
                     index = torch.tensor(span.indices(gone), device=parameter.device)
-                    self._rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [rows.parameter for rows in self._rows]
+                    self.rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
 
     def zero(self) -> None:
         # All are read before any is changed: query heads are rows of their key/value heads, too.
-        for rows in self._rows:
+        for rows in self.rows:
             values = rows.parameter.index_select(rows.axis, rows.index)
             if rows.inside and bool(values.any()):
                 rows.values = values
-        for rows in self._rows:
+        for rows in self.rows:
             rows.parameter.index_fill_(rows.axis, rows.index, 0.0)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """While active, units inside the layer are produced as if they were not removed."""
-        for rows in self._rows:
+        for rows in self.rows:
             if rows.values is not None:
                 rows.parameter.index_copy_(rows.axis, rows.index, rows.values)
         try:
