@@ -19,7 +19,7 @@ from ..structure.plan import PruningPlan
 from .allocation import Uniform
 from .budgets import BudgetSubject
 from .criteria.estimate import check_accepted
-from .job import PruneJob, ReplayJob
+from .job import Job, PruneJob, ReplayJob
 from .saving import without_weights
 from .selection import equal_scores, select
 from .targets import demand, scope_of, widths_of
@@ -29,9 +29,7 @@ if TYPE_CHECKING:
     from ..models.model import Structure
 
 
-def identity(
-    what: PruneSettings | PruningPlan, job: PruneJob | ReplayJob, structure: Structure, opener: Opener
-) -> dict[str, Any]:
+def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:
     """JSON values that tell a run from others: all that its result, and the shapes of its hidden states, depend on."""
     return {
         "model": structure.path or structure.ref,
@@ -43,7 +41,7 @@ def identity(
     }
 
 
-def check_vocabulary(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
+def check_vocabulary(job: Job, tokenizer: Callable[[], Any]) -> None:
     """Where tokens go, raise `UnsupportedModelError` for a tokenizer that cannot be rewritten, and `PlanError` for a
     plan without tokens that it needs. ``tokenizer``: reads it."""
     cuts = [cut for cut in job.plan.cuts.values() if cut.kind == VOCABULARY] if isinstance(job, ReplayJob) else []
@@ -53,7 +51,7 @@ def check_vocabulary(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) ->
             vocabulary.check_kept(cut.kept, cut.units)
 
 
-def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: bool) -> None:
+def check_job(job: Job, structure: Structure, *, tokenizer: bool) -> None:
     """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, for
     an amount that its groups cannot give, and for a plan of another model. ``tokenizer``: whether the model has one."""
     _check_unquantised(structure)

@@ -30,7 +30,7 @@ from ..models.positions import LOGIT_ELEMENTS
 from ..structure.coupling import VOCABULARY, Role
 from ..values import bytes_text
 from .criteria.estimate import scored_spans
-from .job import PruneJob, ReplayJob
+from .job import Job, PruneJob, ReplayJob
 from .selection import GRADIENT_TOKENS, TRIED
 from .targets import scope_of
 
@@ -69,7 +69,7 @@ class _Stage(NamedTuple):
 class _Sizes:
     """Sums the bytes of ``job`` for a model in ``dtype``. ``saves``: whether the result is cut and saved."""
 
-    def __init__(self, job: PruneJob | ReplayJob, structure: Structure, dtype: torch.dtype, device: str, saves: bool):
+    def __init__(self, job: Job, structure: Structure, dtype: torch.dtype, device: str, saves: bool):
         graph, text = structure.graph, job.calibration
         self.job, self.graph, self.saves, self.item = job, graph, saves, dtype.itemsize
         self.config: Any = structure.config.get_text_config()
@@ -201,13 +201,7 @@ class _Sizes:
 
 
 def forecast(
-    job: PruneJob | ReplayJob,
-    structure: Structure,
-    opener: Opener,
-    max_memory: int | None,
-    *,
-    saves: bool,
-    in_memory: bool,
+    job: Job, structure: Structure, opener: Opener, max_memory: int | None, *, saves: bool, in_memory: bool
 ) -> Forecast:
     """How a prune runs: with all weights in memory where they fit into half of what is free, or all that it takes into
     ``max_memory``; else layer by layer. ``in_memory``: the result stays in memory. Reads no weights. Raises
@@ -253,7 +247,7 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _why_in_memory(job: PruneJob | ReplayJob, *, saves: bool, in_memory: bool) -> str | None:
+def _why_in_memory(job: Job, *, saves: bool, in_memory: bool) -> str | None:
     """What needs the whole model in memory; None if nothing does."""
     if in_memory:
         return "the result stays in memory"
@@ -268,7 +262,7 @@ def _why_in_memory(job: PruneJob | ReplayJob, *, saves: bool, in_memory: bool) -
     return None
 
 
-def _left(job: PruneJob | ReplayJob, structure: Structure) -> dict[str, float]:
+def _left(job: Job, structure: Structure) -> dict[str, float]:
     """Group name → the share of its units that stays, in equal shares."""
     if isinstance(job, ReplayJob):
         return {name: len(cut.kept) / cut.units for name, cut in job.plan.cuts.items()}
