@@ -106,7 +106,6 @@ class ImportanceCriterion(Component):
         ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64, on the device of
         ``signals.weight``. For layers, one unit that owns all indices of axis 0.
         """
-        del signals, axis, index_UK
         return None
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:

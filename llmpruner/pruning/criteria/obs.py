@@ -18,8 +18,7 @@ from pydantic import Field
 
 from ...component import ComponentSettings
 from ...engine.signals import ParameterSignals, Signal, UnitAxis
-from ...structure.coupling import Role
-from .base import ImportanceCriterion
+from .weights import OutputEnergy
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +27,7 @@ _STEPS = 1024
 """Maximum evaluations of E_u: with more units, several are removed after each."""
 
 
-class OptimalBrainSurgeon(ImportanceCriterion):
+class OptimalBrainSurgeon(OutputEnergy):
     """Units are removed one after another, each time the one whose removal increases the squared error of the output
     least, with a least-squares update of the other weights. A unit's score is the accumulated error after its removal
     (see `criteria.obs` for the equations; Hassibi and Stork, 1993; SlimGPT, Ling et al., 2024)."""
@@ -36,7 +35,7 @@ class OptimalBrainSurgeon(ImportanceCriterion):
     name = "obs"
     summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"
     needs = frozenset({Signal.WEIGHT, Signal.GRAM})
-    roles = frozenset({Role.CONSUMES})
+    by_matrix = False
 
     class Settings(ComponentSettings):
         ridge: float = Field(
@@ -45,14 +44,8 @@ class OptimalBrainSurgeon(ImportanceCriterion):
 
     settings: Settings
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        """For units that are not columns (experts, layers): ``W²·E[x²]``, the error without an update of other
-        weights."""
-        if signals.inputs is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        return signals.weight.square() * signals.inputs.second_moment
-
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
+        """None for units that are not columns (experts, layers), of which `energy` is the error without an update."""
         inputs = signals.inputs
         if axis.role is None or inputs is None or inputs.gram is None or axis.axis != inputs.axis:
             return None
@@ -75,11 +68,9 @@ def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch
     diagonal += (ridge * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
     inverse = torch.linalg.inv(hessian)
     del hessian, diagonal
-    units, width = index_UK.shape
+    units = len(index_UK)
     scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
-    remaining = list(range(units))
-    total = 0.0
-    at_once = -(-units // _STEPS)
+    remaining, total, at_once = list(range(units)), 0.0, -(-units // _STEPS)
     while remaining:
         index = index_UK[torch.tensor(remaining, device=index_UK.device)]
         costs = _costs(weight, inverse, index)
@@ -87,7 +78,7 @@ def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch
         for place in order:
             total += max(float(costs[place]), 0.0)
             scores[remaining[place]] = total
-            _remove(weight, inverse, index[place], width)
+            _remove(weight, inverse, index[place])
         chosen = set(order)
         remaining = [unit for place, unit in enumerate(remaining) if place not in chosen]
     return scores
@@ -107,13 +98,13 @@ def _costs(weight: torch.Tensor, inverse: torch.Tensor, index_AK: torch.Tensor) 
     return (columns * repaired).sum((0, 2, 3))
 
 
-def _remove(weight: torch.Tensor, inverse: torch.Tensor, index_K: torch.Tensor, width: int) -> None:
+def _remove(weight: torch.Tensor, inverse: torch.Tensor, index_K: torch.Tensor) -> None:
     """Remove the columns K of one unit: update W and H⁻¹ in place, with zeros in the rows and columns of the unit."""
     import torch
 
     rows = inverse[:, index_K]
     block = rows[:, :, index_K]
-    step = rows / block.clamp_min(1e-300) if width == 1 else torch.linalg.solve(block, rows)
+    step = rows / block.clamp_min(1e-300) if len(index_K) == 1 else torch.linalg.solve(block, rows)
     weight -= weight[:, :, index_K] @ step
     weight[:, :, index_K] = 0
     inverse -= rows.mT @ step

@@ -19,8 +19,6 @@ from .base import ImportanceCriterion
 if TYPE_CHECKING:
     import torch
 
-_READERS = frozenset({Role.CONSUMES})
-
 
 class Random(ImportanceCriterion):
     """Saliencies drawn uniformly from [0, 1): the baseline for every other criterion."""
@@ -61,7 +59,7 @@ class OfInputs(ImportanceCriterion):
     """Scores weights by their inputs, and parameters that are not used in matrix products by zero."""
 
     needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
-    roles = _READERS
+    roles = frozenset({Role.CONSUMES})
     by_matrix = True
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
@@ -116,7 +114,7 @@ class ActivationNorm(OfInputs):
         return signals.over_inputs(inputs.second_moment)
 
 
-class Pca(ImportanceCriterion):
+class Pca(OfInputs):
     """Σ_k λ_k v_jk² over the leading principal components v_k of the inputs, whose eigenvalues λ_k sum to a ``share``
     of the total: the mean square of a channel within the subspace that pruning by PCA keeps (SliceGPT; Ashkboos et al.,
     2024).
@@ -125,19 +123,18 @@ class Pca(ImportanceCriterion):
     name = "pca"
     summary = "energy of a channel within the leading principal components of the inputs (after SliceGPT)"
     needs = frozenset({Signal.WEIGHT, Signal.GRAM})
-    roles = _READERS
+    by_matrix = False
 
     class Settings(ComponentSettings):
         share: float = Field(0.99, gt=0, le=1, description="Share of the inputs' energy in the leading components.")
 
     settings: Settings
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+    def weigh(self, signals: ParameterSignals, inputs: InputStats) -> torch.Tensor:
         import torch
 
-        if signals.inputs is None or signals.inputs.gram is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        values, vectors = torch.linalg.eigh(signals.inputs.gram.double())
+        assert inputs.gram is not None, "Signal.GRAM is needed"
+        values, vectors = torch.linalg.eigh(inputs.gram.double())
         values = values.clamp_min(0)
         # Eigenvalues are in ascending order: the smallest are dropped, up to the rest of the energy.
         rest = (1 - self.settings.share) * values.sum(-1, keepdim=True)
