@@ -13,7 +13,7 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,6 +29,7 @@ from .models.opening import reopened
 from .progress import QUIET
 from .pruning.checks import check_job, check_vocabulary, identity
 from .pruning.compensation.base import RepairTask
+from .pruning.compensation.least_squares import Fit
 from .pruning.forecast import Forecast, forecast
 from .pruning.job import Job, ReplayJob, job_of, prune_job
 from .pruning.quality import compared, dense_predictions
@@ -36,9 +37,6 @@ from .pruning.saving import cut_model, outcome_of, plan_of, save
 from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings
 from .structure.plan import Outcome, PruningPlan
-
-if TYPE_CHECKING:
-    from .pruning.compensation.least_squares import Fit
 
 _LOG = logging.getLogger("llmpruner")
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import transformers
 
 from .. import __version__
+from ..discovery.opening import Opener
 from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
 from ..models.identity import data_identity, model_identity
+from ..models.model import Structure
 from ..models.numbers import stored_value
 from ..models.vocabulary import Vocabulary
 from ..settings import PruneSettings
@@ -23,10 +25,6 @@ from .job import Job, PruneJob, ReplayJob
 from .saving import without_weights
 from .selection import equal_scores, select
 from .targets import demand, scope_of, widths_of
-
-if TYPE_CHECKING:
-    from ..discovery.opening import Opener
-    from ..models.model import Structure
 
 
 def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:

@@ -12,18 +12,19 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 from ..calibration.written import passages_at_once
+from ..discovery.opening import Opener
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
 from ..models.generation import cached_bytes
-from ..models.model import Model
+from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
 from ..models.positions import LOGIT_ELEMENTS
@@ -33,10 +34,6 @@ from .criteria.estimate import scored_spans
 from .job import Job, PruneJob, ReplayJob
 from .selection import GRADIENT_TOKENS, TRIED
 from .targets import scope_of
-
-if TYPE_CHECKING:
-    from ..discovery.opening import Opener
-    from ..models.model import Structure
 
 F32 = 4
 MODULES = 96 << 20

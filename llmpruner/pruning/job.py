@@ -15,7 +15,7 @@ from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import KINDS, VOCABULARY
 from ..structure.plan import By, PruningPlan
-from .methods import TEN_SAMPLES
+from .methods import TEN_SAMPLES, Method
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from .budgets import Budget
     from .compensation.base import Compensation
     from .criteria.base import ImportanceCriterion
-    from .methods import Method
 
 
 @dataclass(frozen=True)

@@ -10,23 +10,21 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..calibration.calibration import CalibrationSet
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
 from ..engine.walk import Stop, check_tokens, hidden_of, replaced_layers
+from ..models.model import Model
 from ..models.numbers import with_fast_products
 from ..models.positions import LOGIT_ELEMENTS
 from ..models.tokenizer import predicted_tokens
 from ..structure.coupling import LAYER
 from ..structure.plan import PruningPlan, Quality
-
-if TYPE_CHECKING:
-    from ..calibration.calibration import CalibrationSet
-    from ..models.model import Model
-    from .job import Job
+from .job import Job
 
 TOKENS = 2048
 """Tokens that are read: at least one sample, and no more samples than of calibration."""

@@ -7,11 +7,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
 from ..calibration.calibration import CalibrationSet
+from ..discovery.family import ModelFamily
 from ..discovery.verify import with_rules
 from ..engine.execution import Execution
 from ..engine.journal import recalled
@@ -19,27 +20,21 @@ from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
 from ..engine.walk import check_tokens
 from ..errors import ModelError, SelectionError
+from ..models.model import Model
 from ..models.numbers import with_fast_products
 from ..models.surgery import cut, cut_copy
 from ..models.vocabulary import whole_first
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
-from ..structure.kept import compose, layer_numbers, removed_layers
+from ..structure.kept import Kept, compose, layer_numbers, removed_layers
 from ..structure.scope import Queue, Scope, build_queue
 from ..structure.widths import ANY, Widths
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Scores, estimate
+from .job import PruneJob
 from .targets import Demand, demand, lost, part_of, scope_of, widths_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..discovery.family import ModelFamily
-    from ..models.model import Model
-    from ..structure.kept import Kept
-    from .job import PruneJob
 
 GRADIENT_TOKENS = 32768
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""

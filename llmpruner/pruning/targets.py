@@ -5,24 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING
 
 from ..errors import SelectionError
-from ..models.model import Model
+from ..models.model import Model, Structure
 from ..models.vocabulary import removable_tokens
-from ..structure.coupling import VOCABULARY
-from ..structure.kept import removed_layers, renamed
+from ..structure.coupling import VOCABULARY, CoupledGroup, CouplingGraph
+from ..structure.kept import Kept, removed_layers, renamed
 from ..structure.plan import dense_units
 from ..structure.scope import Scope
 from ..structure.widths import NARROW, Widths, like, widths_for
 from ..values import chosen_layers
-
-if TYPE_CHECKING:
-    from ..models.model import Structure
-    from ..structure.coupling import CoupledGroup, CouplingGraph
-    from ..structure.kept import Kept
-    from .budgets import Cost
-    from .job import PruneJob
+from .budgets import Cost
+from .job import PruneJob
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silence
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
 from ..models.checkpoint import adapter_base
+from ..models.model import Model, Structure
 from ..models.numbers import loaded_bytes
 from ..models.opening import load_model, open_streamed, open_weights, why_not_streamed
 from ..models.record import RECORD_FILE, check_index, damaged_files, has_shards, read_any_record, recorded_files
@@ -27,16 +28,14 @@ from ..models.remote import ALLOW
 from ..models.weights import StreamedWeights, Weights
 from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
-from ..structure.coupling import Role
+from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
+from ..structure.plan import PruningPlan
 from ..values import counted
 from .saving import cut_model
 
 if TYPE_CHECKING:
-    from ..models.model import Model, Structure
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CouplingGraph
-    from ..structure.plan import PruningPlan
 
 PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
 _CHECKS = ("files", "shapes", "weights", "logits")

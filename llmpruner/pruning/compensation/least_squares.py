@@ -15,19 +15,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
+from ...engine.products import WatchedProduct
+from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
 from ...errors import UnsupportedModelError
 from .readers import Reader, matrix_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ...engine.products import WatchedProduct
-    from ...engine.ranks import Ranks
 
 _LOG = logging.getLogger("llmpruner")
 

@@ -9,18 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ...structure.coupling import CouplingGraph, Role
-from ...structure.kept import kept_indices
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from ...structure.kept import Kept
+from ...structure.kept import Kept, kept_indices
 
 
 @dataclass(frozen=True)

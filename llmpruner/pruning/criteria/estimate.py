@@ -9,10 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ...calibration.calibration import CalibrationSet
 from ...engine.execution import Execution
 from ...engine.parameter_signals import walk_signals
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
@@ -20,12 +22,6 @@ from ...engine.statistics import stream_statistics, token_statistics
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ...calibration.calibration import CalibrationSet
-
 
 _ELEMENTS = 1 << 20
 """Of a saliency that are summed at once."""
