@@ -176,9 +176,16 @@ def without_weights(structure: Structure, dtype: torch.dtype | None = None) -> P
 
 
 def save(model: Model, directory: Path) -> str:
-    """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` as
-    `_check_fits`."""
-    _check_fits(model)
+    """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` for a
+    model that is half-changed, or that something else than `llmpruner.prune` cut, which could not be loaded."""
+    model.check_whole()
+    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+        expected, found = model.graph.shapes.get(name), tuple(parameter.shape)
+        if found != expected:
+            raise ModelError(
+                f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
+                f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
+            )
     record = {
         **_own_record(model),
         **base_record(model),
@@ -190,19 +197,6 @@ def save(model: Model, directory: Path) -> str:
     return save_checkpoint(
         model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed
     )
-
-
-def _check_fits(model: Model) -> None:
-    """Raise `ModelError` for a model that is half-changed, or whose parameters are not those of its plans: something
-    else than `llmpruner.prune` cut it, and what is saved could not be loaded."""
-    model.check_whole()
-    for name, parameter in model.model.named_parameters(remove_duplicate=False):
-        expected, found = model.graph.shapes.get(name), tuple(parameter.shape)
-        if found != expected:
-            raise ModelError(
-                f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
-                f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
-            )
 
 
 def _own_record(model: Model) -> dict[str, Any]:

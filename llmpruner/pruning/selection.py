@@ -28,7 +28,7 @@ from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
 from ..structure.kept import Kept, compose, layer_numbers, removed_layers
-from ..structure.scope import Queue, Scope, build_queue
+from ..structure.scope import Scope, build_queue
 from ..structure.widths import ANY, Widths
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
@@ -95,7 +95,12 @@ def select(
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
-    joint, meter, amount = list(map(_joint, members.values())), Meter(cost, members), demand.amount
+    # Groups that lose the same number of units are equal but for their layers; a step has the mean of their scores.
+    joint = []
+    for own in members.values():
+        each_step = zip(*(queue.scores for queue in own), strict=True)
+        joint.append(replace(own[0], scores=tuple(sum(scores) / len(own) for scores in each_step)))
+    meter, amount = Meter(cost, members), demand.amount
     if demand.units is not None:
         taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
         if isinstance(allocation, Uniform):
@@ -108,13 +113,6 @@ def select(
             "more with --kinds or --set prune.layers, or ask for less"
         )
     return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))
-
-
-def _joint(queues: Sequence[Queue]) -> Queue:
-    """One queue for groups that lose the same number of units: the score of a step is the mean of theirs. Groups that
-    are equal but for their layers have equally long queues."""
-    scores = tuple(sum(each) / len(queues) for each in zip(*(queue.scores for queue in queues), strict=True))
-    return replace(queues[0], scores=scores)
 
 
 def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
@@ -146,14 +144,23 @@ class _Choice:
         self.model, self.job, self.text, self.execution = model, job, text, execution
         self.kept: Kept = {}
         """By the steps so far, in numbers of the model before the first one."""
-        self.now = self._current(model.model, model.graph, scope_of(job, model), widths_of(job, model))
+        self.now = self._current()
         self.whole = self.now.cost
 
-    def _current(self, network: PreTrainedModel, graph: CouplingGraph, scope: Scope, widths: Widths) -> _Current:
+    def _current(self) -> _Current:
+        model, job, kept = self.model, self.job, self.kept
+        network, graph, scope, widths = model.model, model.graph, scope_of(job, model), widths_of(job, model)
+        if kept:
+            network = copy.deepcopy(network)
+            graph = cut(network, model.graph, kept, model.family)
+            numbers = layer_numbers(model.graph, kept)
+            layers = tuple(numbers[n] for n in scope.layers if n in numbers)
+            removable = None if scope.removable is None else tuple(numbers[n] for n in scope.removable if n in numbers)
+            scope, widths = Scope(scope.kinds, layers, removable), widths.after(model.graph, kept)
         groups = scope.groups(graph)
         with self.execution.stages.stage("budget"):
-            subject = BudgetSubject(network, graph, groups, self.model.family, self.execution.progress)
-            return _Current(network, graph, scope, groups, widths, self.job.budget.cost(subject))
+            subject = BudgetSubject(network, graph, groups, model.family, self.execution.progress)
+            return _Current(network, graph, scope, groups, widths, job.budget.cost(subject))
 
     def units(self) -> Kept:
         """As `choose`."""
@@ -179,18 +186,8 @@ class _Choice:
             self.kept = compose(self.model.graph, self.kept, chosen)
             # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
             if chosen and not last:
-                self.now = self._cut()
+                self.now = self._current()
         return self.kept
-
-    def _cut(self) -> _Current:
-        model, job, kept = self.model, self.job, self.kept
-        network = copy.deepcopy(model.model)
-        graph = cut(network, model.graph, kept, model.family)
-        scope, numbers = scope_of(job, model), layer_numbers(model.graph, kept)
-        layers = tuple(numbers[n] for n in scope.layers if n in numbers)
-        removable = None if scope.removable is None else tuple(numbers[n] for n in scope.removable if n in numbers)
-        widths = widths_of(job, model).after(model.graph, kept)
-        return self._current(network, graph, Scope(scope.kinds, layers, removable), widths)
 
     def _rank(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
