@@ -31,7 +31,7 @@ class Demand:
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
     """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
-    removal of whole layers, `inner_layers`."""
+    removal of whole layers, a tenth of the layers at either end stays."""
     count = structure.graph.num_layers
     chosen = chosen_layers(job.layers, count)
     tokens = None
@@ -39,15 +39,9 @@ def scope_of(job: PruneJob, structure: Structure) -> Scope:
         tokens = removable_tokens(structure.model, structure.tokenizer)
     if chosen is not None:
         return Scope(job.kinds, chosen, tokens=tokens)
-    every, inner = tuple(range(count)), inner_layers(count)
-    return Scope(job.kinds, every, inner, tokens) if job.shape == "uniform" else Scope(job.kinds, inner, tokens=tokens)
-
-
-def inner_layers(count: int) -> tuple[int, ...]:
-    """All of ``count`` layers but a tenth at either end, three each of 30. LLM-Pruner protects layers 0–3 and 30–31 of
-    LLaMA-7B's 32."""
-    ends = round(0.1 * count)
-    return tuple(range(ends, count - ends))
+    ends = round(0.1 * count)  # LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32
+    inner = tuple(range(ends, count - ends))
+    return Scope(job.kinds, tuple(range(count)) if job.shape == "uniform" else inner, inner, tokens)
 
 
 def widths_of(job: PruneJob, structure: Structure) -> Widths:
@@ -75,11 +69,7 @@ def demand(
             )
         return Demand(units={group.name: float(gone)})
     if job.by == "units":
-        units = {
-            g.name: job.amount * (g.units if g.layer is not None else len(scope.allowed_units(g) or range(g.units)))
-            for g in groups
-        }
-        return Demand(units=units)
+        return Demand(units={g.name: job.amount * len(scope.allowed_units(g) or range(g.units)) for g in groups})
     dense, left = whole.remaining(), now.remaining()
     if job.by == "ratio":
         after = [dense - round(dense * job.amount * (n / job.steps)) for n in (step, job.steps)]
