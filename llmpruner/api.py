@@ -17,6 +17,7 @@ from typing import Any, overload
 
 from typing_extensions import Unpack
 
+from . import pipeline
 from .calibration.chat import Prompt, chat_prompt, format_note
 from .component import check_chosen
 from .discovery.opening import Opener, Source, listed
@@ -47,9 +48,6 @@ from .models.model import Model, Structure
 from .models.numbers import check_device
 from .models.record import REPORT_FILE
 from .models.reference import resolve
-from .pipeline import plan as _plan
-from .pipeline import prune as _prune
-from .pipeline import prune_each as _prune_each
 from .plugins.catalog import Catalog
 from .progress import QUIET, Progress
 from .pruning.saving import save as _save
@@ -116,8 +114,8 @@ def plan(
 ) -> PruningPlan:
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
-    opener = _opener(load, catalog, progress)
-    made, _ = _plan(model, settings_from(PruneSettings, _with_ratio(ratio, settings)), opener, run or RunSettings())
+    opener, values = _opener(load, catalog, progress), _with_ratio(ratio, settings)
+    made, _ = pipeline.plan(model, settings_from(PruneSettings, values), opener, run or RunSettings())
     return made
 
 
@@ -166,15 +164,12 @@ def prune(
     if isinstance(ratio, (list, tuple)) or len(each) > 1:
         if output is None or isinstance(model, Model):
             raise SettingsError("for several ratios, name a model that is not loaded, and an output for their folders")
-        return _prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
-    what: PruneSettings | PruningPlan
+        return pipeline.prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
     if plan is None:
-        (what,) = each
-        asked = what.given()
-    else:
-        what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
-        asked = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
-    return _prune(model, what, _path(output), opener, run, asked)
+        return pipeline.prune(model, each[0], _path(output), opener, run, each[0].given())
+    made = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
+    asked = {} if made is plan else {"plan": str(plan)}
+    return pipeline.prune(model, made, _path(output), opener, run, asked)
 
 
 def recover(
