@@ -87,7 +87,7 @@ def verify_checkpoint(
         raise ModelError(
             f"'{directory}' has neither a {RECORD_FILE} nor safetensors files, so there is nothing to verify"
         )
-    checks = list(_file_checks(directory))
+    checks = _file_checks(directory)
     reason = "the files are damaged"
     if not any(check.state == DAMAGED for check in checks):
         try:
@@ -102,18 +102,17 @@ def verify_checkpoint(
     return Verification(str(directory), (*checks, *rest))
 
 
-def _file_checks(directory: Path) -> Iterator[Check]:
+def _file_checks(directory: Path) -> list[Check]:
     try:
         recorded = recorded_files(read_any_record(directory))
         damaged = [f"{directory / name} {what}" for name, what in damaged_files(directory, recorded or {})]
     except CheckpointError as error:
         damaged, recorded = [str(error)], {}
-    for line in damaged:
-        yield Check("files", DAMAGED, line)
+    if damaged:
+        return [Check("files", DAMAGED, line) for line in damaged]
     if recorded is None:
-        yield Check("files", NOT_CHECKED, "there is no record with hashes")
-    elif not damaged:
-        yield Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")
+        return [Check("files", NOT_CHECKED, "there is no record with hashes")]
+    return [Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")]
 
 
 def _model_checks(

@@ -53,20 +53,18 @@ def readers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Reader
     return readers
 
 
-def stream_writers(graph: CouplingGraph, layer: int) -> Sequence[str]:
+def stream_writers(graph: CouplingGraph, layer: int) -> list[str]:
     """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output
     projection of attention, down projection of an MLP), unless they produce other ones (the second projection of a
     latent vector)."""
     inside = [group for group in graph.groups if group.layer == layer]
     produce = {span.parameter for group in inside for span in group.spans_with(Role.PRODUCES)}
-    return tuple(
-        dict.fromkeys(
-            span.parameter
-            for group in inside
-            for span in group.spans_with(Role.CONSUMES)
-            if len(graph.shapes[span.parameter]) >= 2 and span.parameter not in produce
-        )
-    )
+    return [
+        span.parameter
+        for group in inside
+        for span in group.spans_with(Role.CONSUMES)
+        if len(graph.shapes[span.parameter]) >= 2 and span.parameter not in produce
+    ]
 
 
 def removed_channels(graph: CouplingGraph, kept: Kept) -> torch.Tensor:
