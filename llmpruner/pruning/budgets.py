@@ -87,7 +87,7 @@ def savings(cost: Cost, group: CoupledGroup) -> list[float]:
     whole = cost.remaining()
     if group.kind == LAYER:
         return [whole - cost.remaining(gone=(unit,)) for unit in range(group.units)]
-    least = max(group.minimum, group.blocks if group.blocks > 1 else 1)
+    least = max(group.minimum, group.blocks)
     if least >= group.units:
         return [0.0] * group.units
     return [(whole - cost.remaining({group.name: least})) / (group.units - least)] * group.units

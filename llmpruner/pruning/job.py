@@ -111,19 +111,18 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     counted = {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters")
     budget = catalog.budgets.create(counted, of(counted))
     criterion = catalog.criteria.create(settings.importance, of(settings.importance))
-    of_tokens = None
-    if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and not criterion.accepts(VOCABULARY):
+    mixed, of_tokens = VOCABULARY in settings.kinds and len(settings.kinds) > 1, None
+    if mixed and not criterion.accepts(VOCABULARY):
         of_tokens = catalog.criteria.create(VOCABULARY, of(VOCABULARY))
-    shares = settings.allocation
-    if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and "allocation" not in explicit:
-        shares = "sensitivity"  # equal shares of tokens and of channels would compare what has no common measure
+    # Equal shares of tokens and of channels would compare what has no common measure.
+    shares = "sensitivity" if mixed and "allocation" not in explicit else settings.allocation
     allocation = catalog.allocations.create(shares, of(shares))
     compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
     if settings.steps > 1 and by == "units":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     if settings.steps > 1 and VOCABULARY in settings.kinds:
         raise SettingsError("tokens go in one step; leave --steps out")
-    criteria = [criterion, *([] if of_tokens is None else [of_tokens])]
+    criteria = [criterion] if of_tokens is None else [criterion, of_tokens]
     methods = [] if method is None else [method]
     check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in parts)])
     calibration = None

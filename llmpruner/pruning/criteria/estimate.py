@@ -25,8 +25,6 @@ from .base import ImportanceCriterion
 
 _ELEMENTS = 1 << 20
 """Of a saliency that are summed at once."""
-
-
 Scores = Mapping[str, torch.Tensor]
 """Group name → scores of its units, (units,), float64; higher is more important."""
 
@@ -65,17 +63,16 @@ def estimate(
     """
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
-    if signals - {Signal.WEIGHT} and calibration is None:
-        raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
-    if signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        assert calibration is not None
-        stream = stream_statistics(execution, calibration, length, removable)
-        values = criterion.score_layers(stream).double().cpu()
-        scores = {group.name: values for group in groups}
+    of_all: torch.Tensor | None = None
+    if calibration is None:
+        if signals - {Signal.WEIGHT}:
+            raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
+    elif signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        of_all = criterion.score_layers(stream_statistics(execution, calibration, length, removable))
     elif Signal.TOKENS in signals:
-        assert calibration is not None
-        values = criterion.score_tokens(token_statistics(execution, calibration, tokenizer)).double().cpu()
-        scores = {group.name: values for group in groups}
+        of_all = criterion.score_tokens(token_statistics(execution, calibration, tokenizer))
+    if of_all is not None:
+        scores = {group.name: of_all.double().cpu() for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
         measured = walk_signals(

@@ -28,9 +28,8 @@ _STEPS = 1024
 
 
 class OptimalBrainSurgeon(OutputEnergy):
-    """Units are removed one after another, each time the one whose removal increases the squared error of the output
-    least, with a least-squares update of the other weights. A unit's score is the accumulated error after its removal
-    (see `criteria.obs` for the equations; Hassibi and Stork, 1993; SlimGPT, Ling et al., 2024)."""
+    """A unit's score is the error that has accumulated after its removal, with a least-squares update of the other
+    weights after each."""
 
     name = "obs"
     summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"
