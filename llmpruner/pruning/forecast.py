@@ -84,8 +84,9 @@ class _Sizes:
         self.widest = max(size for shape in inside for size in shape[-2:])
         self.forwards = 3 * self.widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
-        cut = _Stage(self.layer if saves else 0)
-        self.stages = [cut, self._written(), self._scores(), self._trials(), self._fits()]
+        self.stages = [_Stage(self.layer if saves else 0), self._written(), self._fits()]
+        if isinstance(job, PruneJob):
+            self.stages += [self._scores(job), self._trials(job)]
 
     def of(self, streamed: bool, process: int) -> Forecast:
         """With all weights in memory, or two layers of them. ``process``: bytes of all else."""
@@ -109,12 +110,10 @@ class _Sizes:
         cache = passage * cached_bytes(self.config, self.item)
         return _Stage(rows * (cache + 4 * self.vocabulary * F32 + self.forwards) + self.tokens * 64)
 
-    def _scores(self) -> _Stage:
+    def _scores(self, job: PruneJob) -> _Stage:
         """Scores of units, by weights, a walk forwards, or a walk with gradients."""
-        job, graph = self.job, self.graph
-        if isinstance(job, ReplayJob):
-            return _Stage()
-        signals, groups = job.criterion.signals, [graph.by_name[name] for name in self.left]
+        graph, signals = self.graph, job.criterion.signals
+        groups = [graph.by_name[name] for name in self.left]
         spans = scored_spans(graph, [group for group in groups if group.kind != VOCABULARY], job.criterion)
         shapes = {name: graph.shapes[name] for name in spans}
         matrix = F32 * max((prod(shape[-2:]) for shape in shapes.values()), default=0)
@@ -148,14 +147,14 @@ class _Sizes:
             layer = max(layer, at_once * self.forwards + own)
         return _Stage(max(logits, layer + scoring), tokens * self.hidden * self.item * (graph.num_layers + 2))
 
-    def _trials(self) -> _Stage:
+    def _trials(self, job: PruneJob) -> _Stage:
         """Trial cuts of an allocation: the weights that one cuts, and logits of the uncut model and of the cut one."""
-        if isinstance(self.job, ReplayJob) or not self.job.allocation.measures:
+        if not job.allocation.measures:
             return _Stage()
         weights = Counter[str]()
         for group in (self.graph.by_name[name] for name in self.left):
             if group.kind != VOCABULARY:
-                together = group.kind if self.job.shape == "uniform" else group.name
+                together = group.kind if job.shape == "uniform" else group.name
                 weights[together] += self.graph.parameters_per_unit(group) * group.units * self.item
         logits = self.vocabulary * (TRIED * 5 // 4 * self.item + 3 * self.length * F32)
         return _Stage(max(weights.values(), default=0) + logits)
