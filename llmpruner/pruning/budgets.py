@@ -244,18 +244,14 @@ class DecoderParameters(Budget):
 
 
 class AllParameters(DecoderParameters):
-    """All parameters; tied ones count once."""
-
     name = "parameters"
-    summary = "all parameters"
+    summary = "all parameters; tied ones count once"
     decoder = False
 
 
 class WeightBytes(Budget):
-    """Bytes of all weights in the dtypes that they have in memory; tied ones count once."""
-
     name = "bytes"
-    summary = "bytes of all weights, in the dtypes that they are loaded in"
+    summary = "bytes of all weights in the dtypes that they are loaded in; tied ones count once"
     from_shapes = True
 
     def cost(self, subject: BudgetSubject) -> WeightCost:

@@ -86,11 +86,10 @@ def select(
     }
     together = [[queues[name] for name in names if name in queues] for names in widths.alike(groups)]
     members = {own[0].group.name: own for own in together if own}
-    steps_of = {queue.group.name: name for name, own in members.items() for queue in own}
 
     def chosen(taken: Taken) -> Kept:
-        steps = {name: taken.get(steps_of[name], 0) for name in queues}
-        kept = {name: queue.kept_after(steps[name]) for name, queue in queues.items() if steps[name]}
+        cut = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
+        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in cut}
         gone = removed_layers(graph, kept)
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 

@@ -71,8 +71,6 @@ class Compensation(Component):
 
 
 class NoCompensation(Compensation):
-    """Changes no weights."""
-
     name = "none"
     summary = "weights do not change"
     reads_text = False

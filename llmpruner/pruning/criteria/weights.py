@@ -34,8 +34,6 @@ class Random(ImportanceCriterion):
 
 
 class L1(ImportanceCriterion):
-    """Σ|w|."""
-
     name = "l1"
     by_matrix = True
     summary = "sum of absolute weights, Σ|w|"
@@ -83,8 +81,6 @@ class WandaSp(OfInputs):
 
 
 class OutputEnergy(OfInputs):
-    """‖W_:j‖²·E[x_j²]: the mean square of a unit's contribution to the output of the weight."""
-
     name = "energy"
     summary = "mean square of what a unit adds to the output, ‖W_:j‖²·E[x_j²]"
 
