@@ -23,8 +23,7 @@ from .budgets import BudgetSubject
 from .criteria.estimate import check_accepted
 from .job import Job, PruneJob, ReplayJob
 from .saving import without_weights
-from .selection import equal_scores, select
-from .targets import demand, scope_of, widths_of
+from .selection import demand, equal_scores, scope_of, select, widths_of
 
 
 def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:

@@ -32,8 +32,7 @@ from ..structure.coupling import VOCABULARY, Role
 from ..values import bytes_text
 from .criteria.estimate import scored_spans
 from .job import Job, PruneJob, ReplayJob
-from .selection import GRADIENT_TOKENS, TRIED
-from .targets import scope_of
+from .selection import GRADIENT_TOKENS, TRIED, scope_of
 
 F32 = 4
 MODULES = 96 << 20

@@ -44,10 +44,9 @@ from ..structure.plan import (
     structure_of,
 )
 from .budgets import Budget, BudgetSubject, byte_cost, counts
-from .criteria.tokens import scripts_of, texts_of
+from .criteria.tokens import counted_part, scripts_of, texts_of
 from .job import PruneJob
-from .selection import counted_part
-from .targets import scope_of, widths_of
+from .selection import scope_of, widths_of
 
 SCRIPTS: Final = 6
 """Those with most tokens; others are counted together."""

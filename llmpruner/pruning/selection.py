@@ -1,4 +1,5 @@
-"""Selection: scores, then an allocation of the amount, in one step or several; the units that are kept."""
+"""Selection: which units of a model a job removes. The job says what may go and how much; units are scored, and the
+amount is allocated to groups, in one step or several."""
 
 from __future__ import annotations
 
@@ -6,7 +7,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from math import isfinite
+from math import ceil, isfinite
 
 import torch
 from transformers import PreTrainedModel
@@ -20,21 +21,23 @@ from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
 from ..engine.walk import check_tokens
 from ..errors import ModelError, SelectionError
-from ..models.model import Model
+from ..models.model import Model, Structure
 from ..models.numbers import with_fast_products
 from ..models.surgery import cut, cut_copy
-from ..models.vocabulary import whole_first
+from ..models.vocabulary import removable_tokens, whole_first
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
-from ..structure.kept import Kept, compose, layer_numbers, removed_layers
+from ..structure.kept import Kept, compose, layer_numbers, removed_layers, renamed
+from ..structure.plan import dense_units
 from ..structure.scope import Scope, build_queue
-from ..structure.widths import ANY, Widths
+from ..structure.widths import ANY, NARROW, Widths, like, widths_for
+from ..values import chosen_layers
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Scores, estimate
+from .criteria.tokens import counted_part
 from .job import PruneJob
-from .targets import Demand, demand, lost, part_of, scope_of, widths_of
 
 GRADIENT_TOKENS = 32768
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""
@@ -51,74 +54,6 @@ def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: 
     return kept
 
 
-def select(
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    scores: Scores,
-    scope: Scope,
-    demand: Demand,
-    allocation: Allocation,
-    *,
-    cost: Cost | None = None,
-    widths: Widths = ANY,
-    loss: Callable[[Kept], float] | None = None,
-    progress: Progress = QUIET,
-) -> Kept:
-    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit.
-    Deterministic: equal scores are ordered by unit number.
-
-    ``allocation``: decides how many units each group loses; the scores decide which. Where ``demand`` has numbers of
-    units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
-    MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
-    kept, unless ``widths``, what groups may keep, forbids it. ``loss``: for an allocation that measures, kept units →
-    divergence of the cut model from the current one.
-
-    Raises `SelectionError` when the demand cannot be met.
-    """
-    cost = cost or parameter_cost(graph, groups, decoder=True)
-    allowed = {group.name: scope.allowed_units(group) for group in groups}
-    if demand.units is None:
-        allowed = saving_units(cost, groups, allowed, widths.alike(groups))
-    queues = {
-        g.name: build_queue(g, scores[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
-        for g in groups
-        if g.name in allowed
-    }
-    together = [[queues[name] for name in names if name in queues] for names in widths.alike(groups)]
-    members = {own[0].group.name: own for own in together if own}
-
-    def chosen(taken: Taken) -> Kept:
-        cut = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
-        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in cut}
-        gone = removed_layers(graph, kept)
-        return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
-
-    measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
-    # Groups that lose the same number of units are equal but for their layers; a step has the mean of their scores.
-    joint = []
-    for own in members.values():
-        each_step = zip(*(queue.scores for queue in own), strict=True)
-        joint.append(replace(own[0], scores=tuple(sum(scores) / len(own) for scores in each_step)))
-    meter, amount = Meter(cost, members), demand.amount
-    if demand.units is not None:
-        taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
-        if isinstance(allocation, Uniform):
-            return chosen(taken)
-        amount = meter.removed(taken)
-    most = meter.removed({queue.group.name: len(queue.steps) for queue in joint})
-    if (whole := max(amount, demand.whole or 0)) > most:
-        raise SelectionError(
-            f"cannot remove {whole:,} {cost.label}: the selected kinds and layers can give at most {most:,}; select "
-            "more with --kinds or --set prune.layers, or ask for less"
-        )
-    return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))
-
-
-def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
-    """All zero, for `select` where only the numbers of units matter."""
-    return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-
-
 @dataclass
 class _Current:
     """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
@@ -131,7 +66,7 @@ class _Current:
     groups: Sequence[CoupledGroup]
     widths: Widths
     cost: Cost
-    ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    ranked: Scores = field(default_factory=dict)
     loss: Callable[[Kept], float] | None = None
 
 
@@ -162,7 +97,6 @@ class _Choice:
             return _Current(network, graph, scope, groups, widths, job.budget.cost(subject))
 
     def units(self) -> Kept:
-        """As `choose`."""
         job, stages = self.job, self.execution.stages
         # With equal shares, the numbers of units are decided once. Where layers alone go, each step takes its amount.
         once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
@@ -260,14 +194,165 @@ class _Choice:
         return self.now.cost.remaining() - after > amount.whole
 
 
-def counted_part(text: CalibrationSet) -> CalibrationSet:
-    """The part of a calibration text on which tokens are counted; the rest tells how many other texts need."""
-    return text.first(text.input_ids.numel() * 7 // 8)
+@dataclass(frozen=True)
+class Demand:
+    """What must be removed: an ``amount`` of a cost, and the ``whole``, as in `AllocationTask`; or ``units``: group
+    name → number of units, which need not be whole."""
+
+    amount: int = 0
+    whole: int | None = None
+    units: Mapping[str, float] | None = None
 
 
-def with_tokens(
-    trial: Callable[[Kept], float], graph: CouplingGraph, scores: Mapping[str, torch.Tensor], kept: Kept
-) -> float:
+def scope_of(job: PruneJob, structure: Structure) -> Scope:
+    """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
+    removal of whole layers, a tenth of the layers at either end stays."""
+    count = structure.graph.num_layers
+    chosen = chosen_layers(job.layers, count)
+    tokens = None
+    if VOCABULARY in job.kinds and isinstance(structure, Model):
+        tokens = removable_tokens(structure.model, structure.tokenizer)
+    if chosen is not None:
+        return Scope(job.kinds, chosen, tokens=tokens)
+    ends = round(0.1 * count)  # LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32
+    inner = tuple(range(ends, count - ends))
+    return Scope(job.kinds, tuple(range(count)) if job.shape == "uniform" else inner, inner, tokens)
+
+
+def widths_of(job: PruneJob, structure: Structure) -> Widths:
+    """The widths that a job allows in this model."""
+    config = structure.config.get_text_config(decoder=True)
+    dense = dense_units(structure.plans, structure.graph)
+    return widths_for(job.shape, job.round_to, int(getattr(config, "hidden_size", 0) or NARROW), dense)
+
+
+def demand(job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, step: int) -> Demand:
+    """What must be removed in step number ``step``, so that ``step / job.steps`` of the amount is removed after it.
+
+    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`.
+    """
+    if job.by == "tokens":
+        (group,) = groups
+        gone = group.units - round(job.amount)
+        most = len(scope.allowed_units(group) or range(group.units))
+        if not 0 < gone <= most:
+            raise SelectionError(
+                f"vocabulary.tokens={job.amount:.0f}: the model has {group.units:,} tokens, of which "
+                f"{group.units - most:,} must stay (special tokens, bytes and single characters)"
+            )
+        return Demand(units={group.name: float(gone)})
+    if job.by == "units":
+        return Demand(units={g.name: job.amount * len(scope.allowed_units(g) or range(g.units)) for g in groups})
+    dense, left = whole.remaining(), now.remaining()
+    if job.by == "ratio":
+        after = [dense - round(dense * job.amount * (n / job.steps)) for n in (step, job.steps)]
+    else:
+        gone = dense - round(job.amount)
+        if gone <= 0:
+            raise SelectionError(f"prune.target_params {job.amount:,.0f} is not below the model's {dense:,} parameters")
+        after = [dense - ceil(gone * (n / job.steps)) for n in (step, job.steps)]
+    return Demand(amount=left - after[0], whole=None if step == job.steps else left - after[1])
+
+
+def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> dict[str, float]:
+    """Group name → how many units it loses by a cut to ``kept``: of a group in a layer that goes, as many as equal
+    groups of other layers lose on average, or others of its kind."""
+    gone = removed_layers(graph, kept)
+    stay = [group for group in groups if group.layer not in gone]
+    found: dict[str, float] = {g.name: g.units - len(kept.get(g.name, range(g.units))) for g in stay}
+    for group in groups:
+        if group.name not in found:
+            peers = [g for g in stay if like(g) == like(group)] or [g for g in stay if g.kind == group.kind]
+            share = sum(found[g.name] for g in peers) / max(sum(g.units for g in peers), 1)
+            found[group.name] = group.units * share
+    return found
+
+
+def part_of(
+    graph: CouplingGraph, cut: Kept, wanted: Mapping[str, float], share: float, groups: Sequence[CoupledGroup]
+) -> Demand:
+    """What ``groups``, as earlier steps left those of ``graph`` by ``cut``, must lose so that ``share`` of the
+    ``wanted`` units (of all groups of ``graph``, as `lost` gives them) is removed. Where steps took amounts, each could
+    be less than a head or a layer, so that heads and layers would never go."""
+    before = {new: old for old, new in renamed(graph, cut).items()}
+    units = {}
+    for group in groups:
+        dense = graph.by_name[before[group.name]]
+        # Query heads that went with a key/value head are not part of what their own group loses.
+        blocks = dense.blocks / group.blocks
+        units[group.name] = (group.units * blocks - (dense.units - share * wanted[dense.name])) / blocks
+    return Demand(units=units)
+
+
+def select(
+    graph: CouplingGraph,
+    groups: Sequence[CoupledGroup],
+    scores: Scores,
+    scope: Scope,
+    demand: Demand,
+    allocation: Allocation,
+    *,
+    cost: Cost | None = None,
+    widths: Widths = ANY,
+    loss: Callable[[Kept], float] | None = None,
+    progress: Progress = QUIET,
+) -> Kept:
+    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit.
+    Deterministic: equal scores are ordered by unit number.
+
+    ``allocation``: decides how many units each group loses; the scores decide which. Where ``demand`` has numbers of
+    units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
+    MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
+    kept, unless ``widths``, what groups may keep, forbids it. ``loss``: for an allocation that measures, kept units →
+    divergence of the cut model from the current one.
+
+    Raises `SelectionError` when the demand cannot be met.
+    """
+    cost = cost or parameter_cost(graph, groups, decoder=True)
+    allowed = {group.name: scope.allowed_units(group) for group in groups}
+    if demand.units is None:
+        allowed = saving_units(cost, groups, allowed, widths.alike(groups))
+    queues = {
+        g.name: build_queue(g, scores[g.name].tolist(), allowed=allowed[g.name], multiple=widths.multiple(g))
+        for g in groups
+        if g.name in allowed
+    }
+    together = [[queues[name] for name in names if name in queues] for names in widths.alike(groups)]
+    members = {own[0].group.name: own for own in together if own}
+
+    def chosen(taken: Taken) -> Kept:
+        cut = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
+        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in cut}
+        gone = removed_layers(graph, kept)
+        return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
+
+    measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
+    # Groups that lose the same number of units are equal but for their layers; a step has the mean of their scores.
+    joint = []
+    for own in members.values():
+        each_step = zip(*(queue.scores for queue in own), strict=True)
+        joint.append(replace(own[0], scores=tuple(sum(scores) / len(own) for scores in each_step)))
+    meter, amount = Meter(cost, members), demand.amount
+    if demand.units is not None:
+        taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
+        if isinstance(allocation, Uniform):
+            return chosen(taken)
+        amount = meter.removed(taken)
+    most = meter.removed({queue.group.name: len(queue.steps) for queue in joint})
+    if (whole := max(amount, demand.whole or 0)) > most:
+        raise SelectionError(
+            f"cannot remove {whole:,} {cost.label}: the selected kinds and layers can give at most {most:,}; select "
+            "more with --kinds or --set prune.layers, or ask for less"
+        )
+    return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))
+
+
+def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
+    """All zero, for `select` where only the numbers of units matter."""
+    return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+
+
+def with_tokens(trial: Callable[[Kept], float], graph: CouplingGraph, scores: Scores, kept: Kept) -> float:
     """The divergence of a cut to ``kept``: by ``trial``, and for tokens, whose cut changes what the text is made of, by
     the sum of the scores of the removed ones, which are nats per token of the text."""
     tokens = {name: units for name, units in kept.items() if graph.by_name[name].kind == VOCABULARY}

@@ -15,8 +15,7 @@ from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.saving import plan_of, save
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope

@@ -24,8 +24,7 @@ from llmpruner.pruning import kv_cache
 from llmpruner.pruning.allocation import GlobalRanking, Uniform
 from llmpruner.pruning.budgets import BudgetSubject, Macs, counts, savings
 from llmpruner.pruning.saving import outcome_of
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
 from llmpruner.testing.models import cut_by, make_plan, small_job
