@@ -47,8 +47,7 @@ def llmpruner_allocations() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Any]]:
-    from ..pruning.budgets import AllParameters, DecoderParameters, Macs, WeightBytes
-    from ..pruning.kv_cache import KvCache
+    from ..pruning.budgets import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 

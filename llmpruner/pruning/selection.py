@@ -112,8 +112,7 @@ class _Choice:
                     numbers = lost(now.graph, now.groups, self._select(all_of_it, job.allocation))
                 chosen = None
                 if once and not last:
-                    part = part_of(self.model.graph, self.kept, numbers, step / job.steps, now.groups)
-                    chosen = self._select(part, Uniform())
+                    chosen = self._select(self._part(numbers, step / job.steps), Uniform())
                 if chosen is None or self._is_more_than_all(chosen, amount):
                     chosen = self._select(amount, job.allocation)
             self.kept = compose(self.model.graph, self.kept, chosen)
@@ -183,6 +182,18 @@ class _Choice:
             )  # fmt: skip
 
         return self.execution.ranks.from_first(chosen)
+
+    def _part(self, numbers: Mapping[str, float], share: float) -> Demand:
+        """What must go now so that ``share`` of the ``numbers`` of units of all groups is gone after it. Where steps
+        took amounts, each could be less than a head or a layer, so that heads and layers would never go."""
+        graph, units = self.model.graph, dict[str, float]()
+        before = {new: old for old, new in renamed(graph, self.kept).items()}
+        for group in self.now.groups:
+            dense = graph.by_name[before[group.name]]
+            # Query heads that went with a key/value head are not part of what their own group loses.
+            blocks = dense.blocks / group.blocks
+            units[group.name] = (group.units * blocks - (dense.units - share * numbers[dense.name])) / blocks
+        return Demand(units=units)
 
     def _is_more_than_all(self, chosen: Kept, amount: Demand) -> bool:
         """Whether ``chosen`` removes more than all steps are to: its layers may be larger than those that were counted
@@ -266,22 +277,6 @@ def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> di
             share = sum(found[g.name] for g in peers) / max(sum(g.units for g in peers), 1)
             found[group.name] = group.units * share
     return found
-
-
-def part_of(
-    graph: CouplingGraph, cut: Kept, wanted: Mapping[str, float], share: float, groups: Sequence[CoupledGroup]
-) -> Demand:
-    """What ``groups``, as earlier steps left those of ``graph`` by ``cut``, must lose so that ``share`` of the
-    ``wanted`` units (of all groups of ``graph``, as `lost` gives them) is removed. Where steps took amounts, each could
-    be less than a head or a layer, so that heads and layers would never go."""
-    before = {new: old for old, new in renamed(graph, cut).items()}
-    units = {}
-    for group in groups:
-        dense = graph.by_name[before[group.name]]
-        # Query heads that went with a key/value head are not part of what their own group loses.
-        blocks = dense.blocks / group.blocks
-        units[group.name] = (group.units * blocks - (dense.units - share * wanted[dense.name])) / blocks
-    return Demand(units=units)
 
 
 def select(
