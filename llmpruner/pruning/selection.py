@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from math import ceil, isfinite
 
@@ -54,47 +54,37 @@ def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: 
     return kept
 
 
-@dataclass
-class _Current:
-    """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
-    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``loss``: of
-    trial cuts, once an allocation measures."""
-
-    network: PreTrainedModel
-    graph: CouplingGraph
-    scope: Scope
-    groups: Sequence[CoupledGroup]
-    widths: Widths
-    cost: Cost
-    ranked: Scores = field(default_factory=dict)
-    loss: Callable[[Kept], float] | None = None
-
-
 class _Choice:
-    """Chooses the units of ``model`` that ``job`` removes. ``text``: for scores and trials. With several steps, copies
-    of the model are cut."""
+    """Chooses the units of ``model`` that ``job`` removes. ``text``: for scores and trials. ``kept``: by the steps so
+    far, in numbers of ``model``.
+
+    ``network``: before the first step that of ``model``, then a copy that is cut to ``kept``; ``graph``, ``scope``,
+    ``groups``, ``widths`` and ``cost`` are of it. ``scores``: as the allocation compares them; empty until they are
+    known. ``loss``: of trial cuts, once an allocation measures."""
 
     def __init__(self, model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> None:
         self.model, self.job, self.text, self.execution = model, job, text, execution
         self.kept: Kept = {}
-        """By the steps so far, in numbers of the model before the first one."""
-        self.now = self._current()
-        self.whole = self.now.cost
+        self._cut()
+        self.whole = self.cost
 
-    def _current(self) -> _Current:
+    def _cut(self) -> None:
         model, job, kept = self.model, self.job, self.kept
-        network, graph, scope, widths = model.model, model.graph, scope_of(job, model), widths_of(job, model)
+        self.network, self.graph = model.model, model.graph
+        self.scope, self.widths = scope_of(job, model), widths_of(job, model)
         if kept:
-            network = copy.deepcopy(network)
-            graph = cut(network, model.graph, kept, model.family)
-            numbers = layer_numbers(model.graph, kept)
+            self.network = copy.deepcopy(model.model)
+            self.graph = cut(self.network, model.graph, kept, model.family)
+            numbers, scope = layer_numbers(model.graph, kept), self.scope
             layers = tuple(numbers[n] for n in scope.layers if n in numbers)
-            removable = None if scope.removable is None else tuple(numbers[n] for n in scope.removable if n in numbers)
-            scope, widths = Scope(scope.kinds, layers, removable), widths.after(model.graph, kept)
-        groups = scope.groups(graph)
+            removable = tuple(numbers[n] for n in scope.removable or () if n in numbers)
+            self.scope, self.widths = Scope(scope.kinds, layers, removable), self.widths.after(model.graph, kept)
+        self.groups = self.scope.groups(self.graph)
+        self.scores: Scores = {}
+        self.loss: Callable[[Kept], float] | None = None
         with self.execution.stages.stage("budget"):
-            subject = BudgetSubject(network, graph, groups, model.family, self.execution.progress)
-            return _Current(network, graph, scope, groups, widths, job.budget.cost(subject))
+            subject = BudgetSubject(self.network, self.graph, self.groups, model.family, self.execution.progress)
+            self.cost = job.budget.cost(subject)
 
     def units(self) -> Kept:
         job, stages = self.job, self.execution.stages
@@ -102,14 +92,14 @@ class _Choice:
         once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
         numbers: dict[str, float] = {}
         for step in range(1, job.steps + 1):
-            now, last = self.now, step == job.steps
-            amount = demand(job, self.whole, now.cost, now.groups, now.scope, step)
+            last = step == job.steps
+            amount = demand(job, self.whole, self.cost, self.groups, self.scope, step)
             with stages.stage("scores"):
                 self._rank(amount)
             with stages.stage("selection"):
                 if once and step == 1:
-                    all_of_it = demand(job, self.whole, self.whole, now.groups, now.scope, job.steps)
-                    numbers = lost(now.graph, now.groups, self._select(all_of_it, job.allocation))
+                    all_of_it = demand(job, self.whole, self.whole, self.groups, self.scope, job.steps)
+                    numbers = lost(self.graph, self.groups, self._select(all_of_it, job.allocation))
                 chosen = None
                 if once and not last:
                     chosen = self._select(self._part(numbers, step / job.steps), Uniform())
@@ -118,40 +108,38 @@ class _Choice:
             self.kept = compose(self.model.graph, self.kept, chosen)
             # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
             if chosen and not last:
-                self.now = self._current()
+                self._cut()
         return self.kept
 
     def _rank(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
-        now, job, execution = self.now, self.job, self.execution
+        job, execution = self.job, self.execution
         blocks = Signal.STREAM_BLOCKS in job.criterion.signals
-        if now.ranked and not blocks:
+        if self.scores and not blocks:
             return
-        group, length = now.groups[0], 1
+        group, length = self.groups[0], 1
         if blocks:
             # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
-            kept = select(now.graph, [group], equal_scores([group]), now.scope, amount, Uniform(), cost=now.cost)
+            kept = select(self.graph, [group], equal_scores([group]), self.scope, amount, Uniform(), cost=self.cost)
             length = max(1, group.units - len(kept.get(group.name, range(group.units))))
         shared = None if blocks else execution.shared
-        if now.network is not self.model.model:
-            execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
+        if self.network is not self.model.model:
+            execution = replace(execution, weights=Weights(self.network, self.graph.layers), journal=None)
             shared = None
 
         def scored() -> dict[str, list[float]]:
             return {name: values.tolist() for name, values in self._estimate(execution, length).items()}
 
         scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
-        now.ranked = job.allocation.comparable(scores, now.graph)
+        self.scores = job.allocation.comparable(scores, self.graph)
 
     def _estimate(self, execution: Execution, length: int) -> Scores:
         """``length``: as in `StreamStats`."""
-        now, job, text = self.now, self.job, self.text
-        of_tokens = [group for group in now.groups if group.kind == VOCABULARY]
+        job, text = self.job, self.text
+        of_tokens = [group for group in self.groups if group.kind == VOCABULARY]
+        others = [group for group in self.groups if job.tokens is None or group.kind != VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
-        for criterion, groups in (
-            (job.criterion, [group for group in now.groups if job.tokens is None or group.kind != VOCABULARY]),
-            (job.tokens, of_tokens),
-        ):
+        for criterion, groups in ((job.criterion, others), (job.tokens, of_tokens)):
             if criterion is None:
                 continue
             read = text
@@ -160,8 +148,8 @@ class _Choice:
             if text is not None and Signal.TOKENS in criterion.signals:
                 read = counted_part(text)
             scores |= estimate(
-                now.network, now.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
-                execution=execution, length=length, removable=now.scope.allowed_units(now.groups[0]),
+                self.network, self.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
+                execution=execution, length=length, removable=self.scope.allowed_units(self.groups[0]),
                 tokenizer=self.model.tokenizer,
             )  # fmt: skip
         for group in of_tokens:
@@ -169,16 +157,15 @@ class _Choice:
         return scores
 
     def _select(self, amount: Demand, allocation: Allocation) -> Kept:
-        now = self.now
-        if now.loss is None and allocation.measures and self.text is not None:
-            kinds = {group.kind for group in now.groups} - {VOCABULARY}
-            trial = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
-            now.loss = partial(with_tokens, trial, now.graph, now.ranked)
+        if self.loss is None and allocation.measures and self.text is not None:
+            kinds = {group.kind for group in self.groups} - {VOCABULARY}
+            trial = trial_loss(self.network, self.graph, kinds, self.model.family, self.text)
+            self.loss = partial(with_tokens, trial, self.graph, self.scores)
 
         def chosen() -> Kept:
             return select(
-                now.graph, now.groups, now.ranked, now.scope, amount, allocation,
-                cost=now.cost, widths=now.widths, loss=now.loss, progress=self.execution.progress,
+                self.graph, self.groups, self.scores, self.scope, amount, allocation,
+                cost=self.cost, widths=self.widths, loss=self.loss, progress=self.execution.progress,
             )  # fmt: skip
 
         return self.execution.ranks.from_first(chosen)
@@ -186,10 +173,10 @@ class _Choice:
     def _part(self, numbers: Mapping[str, float], share: float) -> Demand:
         """What must go now so that ``share`` of the ``numbers`` of units of all groups is gone after it. Where steps
         took amounts, each could be less than a head or a layer, so that heads and layers would never go."""
-        graph, units = self.model.graph, dict[str, float]()
-        before = {new: old for old, new in renamed(graph, self.kept).items()}
-        for group in self.now.groups:
-            dense = graph.by_name[before[group.name]]
+        units: dict[str, float] = {}
+        before = {new: old for old, new in renamed(self.model.graph, self.kept).items()}
+        for group in self.groups:
+            dense = self.model.graph.by_name[before[group.name]]
             # Query heads that went with a key/value head are not part of what their own group loses.
             blocks = dense.blocks / group.blocks
             units[group.name] = (group.units * blocks - (dense.units - share * numbers[dense.name])) / blocks
@@ -202,7 +189,7 @@ class _Choice:
             return False
         graph = self.model.graph
         after = self.whole.remaining(*counts(graph, compose(graph, self.kept, chosen)))
-        return self.now.cost.remaining() - after > amount.whole
+        return self.cost.remaining() - after > amount.whole
 
 
 @dataclass(frozen=True)
@@ -224,7 +211,7 @@ def scope_of(job: PruneJob, structure: Structure) -> Scope:
     if VOCABULARY in job.kinds and isinstance(structure, Model):
         tokens = removable_tokens(structure.model, structure.tokenizer)
     if chosen is not None:
-        return Scope(job.kinds, chosen, tokens=tokens)
+        return Scope(job.kinds, chosen, chosen, tokens)
     ends = round(0.1 * count)  # LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32
     inner = tuple(range(ends, count - ends))
     return Scope(job.kinds, tuple(range(count)) if job.shape == "uniform" else inner, inner, tokens)
