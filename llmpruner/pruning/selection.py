@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from math import ceil, isfinite
 
 import torch
@@ -159,8 +158,7 @@ class _Choice:
     def _select(self, amount: Demand, allocation: Allocation) -> Kept:
         if self.loss is None and allocation.measures and self.text is not None:
             kinds = {group.kind for group in self.groups} - {VOCABULARY}
-            trial = trial_loss(self.network, self.graph, kinds, self.model.family, self.text)
-            self.loss = partial(with_tokens, trial, self.graph, self.scores)
+            self.loss = trial_loss(self.network, self.graph, kinds, self.model.family, self.text, self.scores)
 
         def chosen() -> Kept:
             return select(
@@ -312,8 +310,8 @@ def select(
     # Groups that lose the same number of units are equal but for their layers; a step has the mean of their scores.
     joint = []
     for own in members.values():
-        each_step = zip(*(queue.scores for queue in own), strict=True)
-        joint.append(replace(own[0], scores=tuple(sum(scores) / len(own) for scores in each_step)))
+        steps = zip(*(queue.scores for queue in own), strict=True)
+        joint.append(replace(own[0], scores=tuple(sum(each) / len(own) for each in steps)))
     meter, amount = Meter(cost, members), demand.amount
     if demand.units is not None:
         taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
@@ -334,15 +332,6 @@ def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
     return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
 
 
-def with_tokens(trial: Callable[[Kept], float], graph: CouplingGraph, scores: Scores, kept: Kept) -> float:
-    """The divergence of a cut to ``kept``: by ``trial``, and for tokens, whose cut changes what the text is made of, by
-    the sum of the scores of the removed ones, which are nats per token of the text."""
-    tokens = {name: units for name, units in kept.items() if graph.by_name[name].kind == VOCABULARY}
-    others = {name: units for name, units in kept.items() if name not in tokens}
-    lost = sum(float(scores[name].sum() - scores[name][list(units)].sum()) for name, units in tokens.items())
-    return lost + (trial(others) if others else 0.0)
-
-
 @torch.no_grad()
 def trial_loss(
     model: PreTrainedModel,
@@ -350,11 +339,13 @@ def trial_loss(
     kinds: Collection[str],
     family: ModelFamily,
     calibration: CalibrationSet,
+    scores: Scores,
 ) -> Callable[[Kept], float]:
     """A function from kept units to the mean KL divergence per token, in nats, of the model cut to them from ``model``.
 
-    ``kinds``: of the units that are cut. Every trial cuts a copy that shares the weights that are not cut. Memory
-    beyond the model: the logits of 2,048 tokens.
+    ``kinds``: of the units that are cut, but tokens: a cut of these changes what the text is made of, and costs the sum
+    of their ``scores``, which are nats per token of the text. Every trial cuts a copy that shares the weights that are
+    not cut. Memory beyond the model: the logits of 2,048 tokens.
     """
     follows = with_rules(family, model, set(kinds))
     ids = check_tokens(model, calibration.input_ids)
@@ -369,13 +360,18 @@ def trial_loss(
 
     @torch.no_grad()
     def loss(kept: Kept) -> float:
-        copied = cut_copy(model, graph, kept, follows)
+        tokens = {name: units for name, units in kept.items() if graph.by_name[name].kind == VOCABULARY}
+        others = {name: units for name, units in kept.items() if name not in tokens}
+        of_tokens = sum(float(scores[name].sum() - scores[name][list(units)].sum()) for name, units in tokens.items())
+        if not others:
+            return of_tokens
+        copied = cut_copy(model, graph, others, follows)
         total = sum(divergence(before, logits(copied, part)) for before, part in zip(dense, tried, strict=True))
         if not isfinite(total):
             raise ModelError(
                 "the divergence of a trial cut is not a finite number; the weights are damaged, or activations "
                 f"overflow in {str(model.dtype).removeprefix('torch.')}"
             )
-        return total / sum(part[:, 1:].numel() for part in tried)
+        return of_tokens + total / sum(part[:, 1:].numel() for part in tried)
 
     return loss

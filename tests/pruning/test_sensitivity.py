@@ -93,7 +93,7 @@ IDS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(3))
 
 
 def trials(loaded, kind):
-    return trial_loss(loaded.model, loaded.graph, [kind], loaded.family, CalibrationSet(IDS, "made up"))
+    return trial_loss(loaded.model, loaded.graph, [kind], loaded.family, CalibrationSet(IDS, "made up"), {})
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention", "hidden", "layer"])
