@@ -161,7 +161,8 @@ class WeightFitter:
         return error if isfinite(error) else inf
 
     def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
-        """Replace W_K and b by the fitted values, and W_R by zeros. ``errors``: of all trials."""
+        """Replace W_K and b by values that are fitted on all rows, and W_R by zeros. W_K and b stay where no fit gives
+        a smaller error on the held-out rows. ``errors``: of all trials."""
         # The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
         # of the mean square of the targets. Differences of sums in float32 may fall below zero.
         before = after = None
@@ -170,7 +171,17 @@ class WeightFitter:
         if self._fit.rows and whole:
             before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
         rows = self._fit.rows + self._held_out.rows
-        new, ridge = self._solve(self._old(matrix), errors)
+        new = old_OI = self._old(matrix)
+        ridge: float | None = None
+        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
+        if better:
+            self._fit.gram += self._held_out.gram
+            self._fit.cross += self._held_out.cross
+        for _, trial in better:
+            fitted = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
+            if fitted is not None:
+                new, ridge = fitted.T.float(), RIDGES[trial]
+                break
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
@@ -181,19 +192,6 @@ class WeightFitter:
     def _old(self, matrix: torch.Tensor) -> torch.Tensor:
         old = matrix.index_select(1, self.kept).float()
         return old if self.bias is None else torch.cat([old, self.bias.float()[:, None]], 1)
-
-    def _solve(self, old_OI: torch.Tensor, errors: Sequence[float]) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no fit
-        gives a smaller error on the held-out rows."""
-        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
-        if better:
-            self._fit.gram += self._held_out.gram
-            self._fit.cross += self._held_out.cross
-        for _, trial in better:
-            new = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
-            if new is not None:
-                return new.T.float(), RIDGES[trial]
-        return old_OI, None
 
 
 class BiasFitter:
