@@ -27,7 +27,7 @@ from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
 from .progress import QUIET
-from .pruning.checks import check_job, check_vocabulary, identity
+from .pruning.checks import check_job, identity
 from .pruning.compensation.base import RepairTask
 from .pruning.compensation.least_squares import Fit
 from .pruning.forecast import Forecast, forecast
@@ -168,7 +168,7 @@ def prune_each(
     jobs = [job_of(each, opener.catalog) for each in sizes.values()]
     structure = opener.structure(source)
     for job in jobs:
-        check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+        check_job(job, structure, opener)
     first = next(iter(sizes.values()))
     journal = Journal(folder, {**identity(first, jobs[0], structure, opener), "sizes": list(sizes)}, ranks)
     with journal.running(opener.progress, anew=run.restart):
@@ -196,8 +196,7 @@ def _settle(
     """The structure of the model, against which the job is checked; and the forecast of the run, which is shown and
     decides whether weights are read layer by layer."""
     structure = opener.structure(source)
-    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    check_vocabulary(job, lambda: opener.tokenizer(structure))
+    check_job(job, structure, opener)
     expected = ranks.from_first(
         lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
     )
