@@ -67,7 +67,7 @@ def check_job(job: Job, structure: Structure, opener: Opener) -> None:
     if job.budget.from_shapes:
         _check_amount(job, structure)
     if VOCABULARY in job.kinds:
-        Vocabulary(opener.tokenizer(structure))
+        Vocabulary(opener.tokenizer(structure))  # refuses one that cannot be rewritten
 
 
 def _check_unquantised(structure: Structure) -> None:
