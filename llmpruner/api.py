@@ -380,7 +380,7 @@ def verify_checkpoint(
     Damage is in the result.
     """
     named = None if base is None else str(base)
-    return _verify_checkpoint(Path(directory), named, load or LoadSettings(), catalog or Catalog(), progress)
+    return _verify_checkpoint(Path(directory), named, _opener(load, catalog, progress))
 
 
 def write_report(

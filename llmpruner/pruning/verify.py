@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from ..discovery.opening import dense_structure, load_structure
+from ..discovery.opening import Opener, dense_structure, load_structure
 from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
@@ -26,7 +26,6 @@ from ..models.opening import load_model, open_streamed, open_weights, why_not_st
 from ..models.record import RECORD_FILE, check_index, damaged_files, has_shards, read_any_record, recorded_files
 from ..models.remote import ALLOW
 from ..models.weights import StreamedWeights, Weights
-from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
 from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
@@ -74,9 +73,7 @@ class _NotComparable(Exception):
     """Nothing more can be compared; the message says why."""
 
 
-def verify_checkpoint(
-    directory: Path, base: str | None, load: LoadSettings, catalog: Catalog, progress: Progress = QUIET
-) -> Verification:
+def verify_checkpoint(directory: Path, base: str | None, opener: Opener) -> Verification:
     """Check ``directory``. ``base``: reference of the dense model, instead of that in the record.
 
     Damage is part of the result. Raises `ModelError` for a directory that holds no checkpoint, and for a ``base`` that
@@ -91,7 +88,7 @@ def verify_checkpoint(
     reason = "the files are damaged"
     if not any(check.state == DAMAGED for check in checks):
         try:
-            for name, compared in _model_checks(directory, base, load, catalog, progress):
+            for name, compared in _model_checks(directory, base, opener):
                 checks.append(Check(name, PASSED, compared))
         except _NotComparable as why:
             reason = str(why)
@@ -115,25 +112,22 @@ def _file_checks(directory: Path) -> list[Check]:
     return [Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")]
 
 
-def _model_checks(
-    directory: Path, named: str | None, load: LoadSettings, catalog: Catalog, progress: Progress
-) -> Iterator[tuple[str, str]]:
+def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterator[tuple[str, str]]:
     """The checks after those of the files, with what was compared. Raises `_NotComparable`, and `CheckpointError` for
     damage."""
-    progress.status("comparing shapes with the plans")
-    structure, weights = _opened(directory, load, catalog)
+    opener.progress.status("comparing shapes with the plans")
+    structure, weights = _opened(directory, opener.load, opener.catalog)
     yield "shapes", f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
     if not structure.plans:
         raise _NotComparable("it was not pruned by llmpruner")
-    base = structure.plans[0].base.model
-    if named is None and not any(map(exists, (base, str((structure.record or {}).get("base_path"))))) and base != DEMO:
+    base, record = structure.plans[0].base.model, structure.record or {}
+    if named is None and not any(map(exists, (base, str(record.get("base_path"))))) and base != DEMO:
         raise _NotComparable(f"the base '{base}' is not on this machine; name it with --base")
-    record = structure.record or {}
     if record.get("recovery") or record.get("adapters"):
         raise _NotComparable("weights were trained after the cut")
-    dense = _dense(structure, named, _typed(directory, load), catalog)
-    progress.status(f"comparing with '{dense.ref}'")
-    changed = _changed_modules(dense.graph, structure.plans, catalog)
+    dense = _dense(structure, named, _typed(directory, opener.load), opener.catalog)
+    opener.progress.status(f"comparing with '{dense.ref}'")
+    changed = _changed_modules(dense.graph, structure.plans, opener.catalog)
     vocabulary = dense.model.get_input_embeddings().weight.shape[0]
     random = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     kept: Kept = {}
