@@ -71,7 +71,6 @@ def prune(
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
     progress = QUIET if shared else opener.progress
     with nullcontext() if journal is None else journal.running(progress, anew=run.restart):
-        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
         scratch = None if journal is None else journal.folder
         written = 0 if scratch is None else sum(file.stat().st_size for file in scratch.rglob("*"))
         ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))

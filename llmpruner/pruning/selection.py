@@ -301,8 +301,8 @@ def select(
     members = {own[0].group.name: own for own in together if own}
 
     def chosen(taken: Taken) -> Kept:
-        cut = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
-        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in cut}
+        losing = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
+        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in losing}
         gone = removed_layers(graph, kept)
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 

@@ -110,10 +110,8 @@ class _Rows:
 
 
 class ProducerRows:
-    """The rows of one layer's weights that produce removed units over which a norm is computed.
-
-    The norm depends on such units, so they must be silenced where they are produced.
-    """
+    """The rows of one layer's weights that produce removed units over which a norm is computed: it depends on them, so
+    they must be silenced where they are produced."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
         self.rows: list[_Rows] = []

@@ -184,12 +184,9 @@ class _Repair:
             self.after = self.dense
             self.walk.advance(number, self.after)
         self.number, self.producers = number, ProducerRows(self.model, self.graph, self.kept, number)
-        changed = [
-            *map(self.model.get_parameter, (*readers, *biases)),
-            *(rows.parameter for rows in self.producers.rows),
-        ]
-        unique = {id(p): p for p in changed}.values() if needs_dense else ()
-        self.original = [(parameter, parameter.detach().clone()) for parameter in unique]
+        changed = [self.model.get_parameter(name) for name in (*readers, *biases)]
+        changed += [rows.parameter for rows in self.producers.rows]
+        self.original = [(p, p.detach().clone()) for p in {id(p): p for p in changed}.values()] if needs_dense else []
         self.producers.zero()
         moved = False
         for step in steps:

@@ -142,8 +142,7 @@ def scored_spans(
         for name, use in scored or found:
             uses.setdefault(name, []).append(use)
         for number, name in enumerate(_in_layers(graph) if group.kind == LAYER else ()):
-            axis = UnitAxis(group.kind, None, 0, reads[name])
-            uses.setdefault(name, []).append(_Use(group, number, axis))
+            uses.setdefault(name, []).append(_Use(group, number, UnitAxis(group.kind, None, 0, reads[name])))
     return uses
 
 
