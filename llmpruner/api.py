@@ -132,17 +132,10 @@ def prune(
     **settings: Unpack[PruneKeywords],
 ) -> list[Structure]: ...  # fmt: skip
 def prune(
-    model: Source,
-    *,
-    ratio: float | Sequence[float] | None = None,
-    plan: PruningPlan | str | Path | None = None,
-    output: str | Path | None = None,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PruneKeywords],
-) -> Model | list[Structure]:
+    model: Source, *, ratio: float | Sequence[float] | None = None, plan: PruningPlan | str | Path | None = None,
+    output: str | Path | None = None, load: LoadSettings | None = None, run: RunSettings | None = None,
+    progress: Progress = QUIET, catalog: Catalog | None = None, **settings: Unpack[PruneKeywords],
+) -> Model | list[Structure]:  # fmt: skip
     """Remove the least important units of a model. A `Model` that is passed in is changed in place, and returned.
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; finished
@@ -208,14 +201,10 @@ def evaluate(
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations: ...  # fmt: skip
 def evaluate(
-    models: Source | Sequence[Source],
-    *,
-    on_result: Callable[[Evaluation], None] | None = None,
-    load: LoadSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
+    models: Source | Sequence[Source], *, on_result: Callable[[Evaluation], None] | None = None,
+    load: LoadSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
-) -> Evaluation | Evaluations:
+) -> Evaluation | Evaluations:  # fmt: skip
     """Measure models: size, perplexity, KL divergence, lm-eval tasks, and metrics of plugins. The first model is
     the reference of those that compare. One is in memory at a time (with ``kl``, next to the first). ``on_result``:
     called with the result of each model, as a later one may fail.
