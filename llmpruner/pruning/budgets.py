@@ -108,11 +108,8 @@ def saving_units(
     alike: Iterable[Sequence[str]],
 ) -> dict[str, frozenset[int] | None]:
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
-    and without groups that have no others. Raises `SelectionError` when no unit saves any.
-
-    ``alike``: the names of groups that must keep the same number of units, as `Widths.alike` gives them; all of them
-    stay where one saves.
-    """
+    and without groups that have no others. ``alike``: the names of groups that must keep the same number of units, as
+    `Widths.alike` gives them; all of them stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
     for group in groups:
         units = allowed[group.name]
@@ -290,11 +287,9 @@ _FEW, _MORE, _MOST = 2, 3, 6
 
 
 class CacheCost(Cost):
-    """Bytes that the key/value cache grows by with every token.
-
-    ``layers``: bytes of each decoder layer while nothing is cut. ``per_unit``: (group name, layer) → bytes of that
-    layer that are saved with each unit of the group. ``units``: group name → its number of units.
-    """
+    """Bytes that the key/value cache grows by with every token. ``layers``: bytes of each decoder layer while nothing
+    is cut. ``per_unit``: (group name, layer) → bytes of that layer that are saved with each unit of the group.
+    ``units``: group name → its number of units."""
 
     label = "KV-cache bytes per token"
 

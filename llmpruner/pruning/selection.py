@@ -224,9 +224,7 @@ def widths_of(job: PruneJob, structure: Structure) -> Widths:
 
 def demand(job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, step: int) -> Demand:
     """What must be removed in step number ``step``, so that ``step / job.steps`` of the amount is removed after it.
-
-    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`.
-    """
+    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`."""
     if job.by == "tokens":
         (group,) = groups
         gone = group.units - round(job.amount)
@@ -284,10 +282,7 @@ def select(
     units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
     MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
     kept, unless ``widths``, what groups may keep, forbids it. ``loss``: for an allocation that measures, kept units →
-    divergence of the cut model from the current one.
-
-    Raises `SelectionError` when the demand cannot be met.
-    """
+    divergence of the cut model from the current one. Raises `SelectionError` when the demand cannot be met."""
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
@@ -345,8 +340,7 @@ def trial_loss(
 
     ``kinds``: of the units that are cut, but tokens: a cut of these changes what the text is made of, and costs the sum
     of their ``scores``, which are nats per token of the text. Every trial cuts a copy that shares the weights that are
-    not cut. Memory beyond the model: the logits of 2,048 tokens.
-    """
+    not cut. Memory beyond the model: the logits of 2,048 tokens."""
     follows = with_rules(family, model, set(kinds))
     ids = check_tokens(model, calibration.input_ids)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))

@@ -113,8 +113,7 @@ class WeightFitter:
 
     X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
     view of the parameter. ``bias``: b (out,), None where there is none. One row in eight is held out until the ridge is
-    chosen. Memory: 2 · in · (in + out) float32.
-    """
+    chosen. Memory: 2 · in · (in + out) float32."""
 
     trials = len(RIDGES) + 1
     """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""

@@ -60,13 +60,8 @@ outputs."""
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
-    experts are not silenced.
-
-    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module.
-
-    Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
-    cannot fit.
-    """
+    experts are not silenced. ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. Raises
+    `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that cannot be fitted."""
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
@@ -168,11 +163,9 @@ class _Repair:
                 self.pruned.append(hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0))
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
-        """Fit the weights of layer ``number``, and move h and ĥ to after it.
-
-        Sets what its steps need: ``after``, h after it; ``producers``, the rows that produce removed units, silenced;
-        ``original``, the changed weights, each with a copy of the dense model's, where a step needs these.
-        """
+        """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
+        after it; ``producers``, the rows that produce removed units, silenced; ``original``, the changed weights, each
+        with a copy of the dense model's, where a step needs these."""
         self._keep_apart()
         steps, biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
@@ -208,10 +201,8 @@ class _Repair:
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
         """How layer ``number`` of the dense model uses the matrices of ``readers`` in the first micro-batch: the steps
-        in the order of their use, and the names of the biases.
-
-        c is the least-squares solution of change = c · outputs, taken if its relative residual is below `_DIRECT`.
-        """
+        in the order of their use, and the names of the biases. c is the least-squares solution of change = c · outputs,
+        taken if its relative residual is below `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 

@@ -54,13 +54,8 @@ def estimate(
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
     ``model``; None for a model in memory. ``length``, ``removable``: as in `StreamStats`, for a criterion of blocks of
-    layers. ``tokenizer``: for a criterion of tokens.
-
-    Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
-
-    Raises `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not
-    finite, or a calibration set is needed and missing.
-    """
+    layers. ``tokenizer``: for a criterion of tokens. Raises `SelectionError` for units that the criterion does not
+    score, `ModelError` when weights or scores are not finite, or a calibration set is needed and missing."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
