@@ -231,8 +231,7 @@ def bench(
     **settings: Unpack[BenchKeywords],
 ) -> BenchResult:
     """Measure how fast models process prompts and decode, in tokens per second, against the first and against the
-    speed-up that their sizes allow. All are in memory at the same time, and run in turn.
-    """
+    speed-up that their sizes allow. All are in memory at the same time, and run in turn."""
     opener, options = _opener(load, catalog, progress), settings_from(BenchSettings, settings)
     runtime = opener.catalog.runtimes.create_only(options.runtime, options.settings)
     check_device(opener.load.device)
@@ -263,8 +262,7 @@ def generate(
     **settings: Unpack[GenerateKeywords],
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
-    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text.
-    """
+    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text."""
     options = settings_from(GenerateSettings, settings)
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
@@ -305,8 +303,7 @@ def export(
     **settings: Unpack[ExportKeywords],
 ) -> str:
     """Write a model in the format of the exporter ``to``; returns one line on how to load it. Raises `CheckpointError`
-    where the result gives other outputs than ``model``.
-    """
+    where the result gives other outputs than ``model``."""
     opener, options = _opener(load, catalog, progress), settings_from(ExportSettings, settings)
     exporter = opener.catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
@@ -347,8 +344,7 @@ def run(
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
     """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing, that is,
-    give the logits of the model in which the weights that read the units are zero. One `Verdict` for each kind.
-    """
+    give the logits of the model in which the weights that read the units are zero. One `Verdict` for each kind."""
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
@@ -366,8 +362,7 @@ def verify_checkpoint(
 ) -> Verification:
     """Check a checkpoint directory: files against the hashes in its record, shapes against its plans, and weights and
     logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
-    Damage is in the result.
-    """
+    Damage is in the result."""
     named = None if base is None else str(base)
     return _verify_checkpoint(Path(directory), named, _opener(load, catalog, progress))
 

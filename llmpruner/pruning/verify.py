@@ -75,7 +75,7 @@ class _NotComparable(Exception):
 
 def verify_checkpoint(directory: Path, base: str | None, opener: Opener) -> Verification:
     """Check ``directory``. ``base``: reference of the dense model, instead of that in the record. Damage is part of the
-    result. Raises `ModelError` for a directory without a checkpoint, and a ``base`` that is missing or is another one."""
+    result. Raises `ModelError` where there is no checkpoint, and where ``base`` can't be opened or is another model."""
     recorded = (directory / RECORD_FILE).is_file() or adapter_base(directory) is not None
     if not recorded and not has_shards(directory):
         raise ModelError(

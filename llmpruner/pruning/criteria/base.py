@@ -79,8 +79,7 @@ class ImportanceCriterion(Component):
 
     def counts(self, axis: UnitAxis) -> bool:
         """Whether a span counts for the scores of its group; by default, if its role is in `roles`. A group without
-        spans that count is scored on all. For layers every parameter counts, and this is not called.
-        """
+        spans that count is scored on all. For layers every parameter counts, and this is not called."""
         return self.roles is None or axis.role in self.roles
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:

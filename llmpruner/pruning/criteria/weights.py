@@ -122,8 +122,7 @@ class ActivationNorm(OfInputs):
 class Pca(OfInputs):
     """Σ_k λ_k v_jk² over the leading principal components v_k of the inputs, whose eigenvalues λ_k sum to a ``share``
     of the total: the mean square of a channel within the subspace that pruning by PCA keeps (SliceGPT; Ashkboos et al.,
-    2024).
-    """
+    2024)."""
 
     name = "pca"
     summary = "energy of a channel within the leading principal components of the inputs (after SliceGPT)"
