@@ -60,8 +60,7 @@ def prune(
     structure, expected = _settle(job, source, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
         model = opener.weights(structure, streamed=expected.streamed)
-        execution = Execution(model.weights, ranks, None, opener.progress)
-        return prune_model(model, job, execution, expected)
+        return prune_model(model, job, Execution(model.weights, ranks, None, opener.progress), expected)
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)

@@ -237,10 +237,8 @@ class MacsCost(Cost):
 
 
 class DecoderParameters(Budget):
-    """Parameters of the decoder's layers, without embeddings, final norm and head."""
-
     name = "decoder"
-    summary = "parameters of the decoder's layers"
+    summary = "parameters of the decoder's layers, without embeddings, final norm and head"
     from_shapes = True
     decoder: ClassVar[bool] = True
 

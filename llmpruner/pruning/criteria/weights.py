@@ -30,10 +30,8 @@ if TYPE_CHECKING:
 
 
 class Random(ImportanceCriterion):
-    """Saliencies drawn uniformly from [0, 1): the baseline for every other criterion."""
-
     name = "random"
-    summary = "uniform random numbers: the baseline"
+    summary = "uniform random numbers from [0, 1): the baseline for every other criterion"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         import torch
