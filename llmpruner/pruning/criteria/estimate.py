@@ -7,6 +7,7 @@ unit.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,7 +74,7 @@ def estimate(
         measured = walk_signals(
             execution, graph, uses, signals, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
         )
-        scores = _score(graph, groups, criterion, uses, measured, reduction)
+        scores = _score(groups, criterion, uses, measured, reduction)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
@@ -82,23 +83,23 @@ def estimate(
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One span of a group; for a group of layers, one parameter of a layer. ``number``: among the group's spans, or
-    among the parameters of all layers."""
+    """One span of a group; for a group of layers, one parameter of ``layer``. ``number``: among the group's spans, or
+    among the parameters of the model."""
 
     group: CoupledGroup
     number: int
     axis: UnitAxis
+    layer: int | None = None
 
 
 def _score(
-    graph: CouplingGraph,
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
     uses: Mapping[str, Sequence[_Use]],
     stream: Iterable[tuple[str, ParameterSignals]],
     reduction: str,
 ) -> dict[str, torch.Tensor]:
-    partial: dict[tuple[str, int], torch.Tensor] = {}
+    partial: dict[tuple[str, int | None], dict[int, torch.Tensor]] = defaultdict(dict)
     sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
     for name, signals in stream:
         saliency: torch.Tensor | None = None
@@ -107,7 +108,7 @@ def _score(
             if signals.matrix is None:
                 scores = criterion.score_units(signals, use.axis, _index(use, signals.weight))
                 if scores is not None:
-                    partial[key] = scores.double().cpu()
+                    partial[use.group.name, use.layer][use.number] = scores.double().cpu()
                     continue
             saliency = criterion.saliency(signals) if saliency is None else saliency
             found = _per_index(saliency, use, criterion.signed).cpu()
@@ -116,9 +117,15 @@ def _score(
                 follows = use.axis.axis == 0 and use.group.kind != LAYER
                 found = torch.cat([before, found]) if follows else before + found
             sums[key] = use, found
-    for key, (use, values) in sums.items():
-        partial[key] = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
-    return {group.name: _reduce(graph, group, partial, reduction) for group in groups}
+    for use, values in sums.values():
+        scores = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
+        partial[use.group.name, use.layer][use.number] = scores
+    reduced = {}
+    for group in groups:
+        layers: Iterable[int | None] = range(group.units) if group.kind == LAYER else (None,)
+        parts = [dict(sorted(partial[group.name, layer].items())) for layer in layers]
+        reduced[group.name] = torch.cat([reduce_spans(torch.stack([*part.values()]), reduction) for part in parts])
+    return reduced
 
 
 def scored_spans(
@@ -136,13 +143,11 @@ def scored_spans(
         scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
         for name, use in scored or found:
             uses.setdefault(name, []).append(use)
-        for number, name in enumerate(_in_layers(graph) if group.kind == LAYER else ()):
-            uses.setdefault(name, []).append(_Use(group, number, UnitAxis(group.kind, None, 0, reads[name])))
+        for number, name in enumerate(graph.shapes if group.kind == LAYER else ()):
+            if name in reads and graph.is_decoder(name):
+                axis = UnitAxis(group.kind, None, 0, reads[name])
+                uses.setdefault(name, []).append(_Use(group, number, axis, graph.layer_of(name)))
     return uses
-
-
-def _in_layers(graph: CouplingGraph) -> list[str]:
-    return [name for name in graph.shapes if graph.is_decoder(name) and name not in graph.ties]
 
 
 def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
@@ -167,18 +172,6 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
     parts = torch.split(saliency, max(1, _ELEMENTS * len(saliency) // max(1, saliency.numel())))
     sums = [(part if signed else part.abs()).sum(others, dtype=torch.float64) for part in parts]
     return torch.cat(sums) if use.axis.axis == 0 else torch.stack(sums).sum(0)
-
-
-def _reduce(
-    graph: CouplingGraph, group: CoupledGroup, partial: Mapping[tuple[str, int], torch.Tensor], reduction: str
-) -> torch.Tensor:
-    if group.kind != LAYER:
-        spans = [partial[group.name, n] for n in range(len(group.spans)) if (group.name, n) in partial]
-        return reduce_spans(torch.stack(spans), reduction)
-    of_layer: dict[int | None, list[torch.Tensor]] = {}
-    for number, name in enumerate(_in_layers(graph)):
-        of_layer.setdefault(graph.layer_of(name), []).append(partial[group.name, number])
-    return torch.cat([reduce_spans(torch.stack(of_layer[unit]), reduction) for unit in range(group.units)])
 
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
