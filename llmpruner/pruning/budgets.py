@@ -342,9 +342,9 @@ class KvCache(Budget):
         cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if g.kind != LAYER})
         # An uneven cut, without one layer.
         kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
-        whole = next((g for g in groups if g.kind == LAYER and g.units > 1), None)
-        if whole is not None:
-            kept[whole.name] = tuple(u for u in range(whole.units) if u != whole.units // 2)
+        for group in groups:
+            if group.kind == LAYER and group.units > 1:
+                kept[group.name] = tuple(u for u in range(group.units) if u != group.units // 2)
         measured = bytes_per_token(cut_copy(model, graph, kept, follows) if kept else model, graph)
         if sum(measured) != cost.remaining(*counts(graph, kept)):
             raise _unknown(model, "is not proportional to the units that are kept")

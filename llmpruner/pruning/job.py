@@ -14,7 +14,7 @@ from ..engine.signals import Signal
 from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import KINDS, VOCABULARY
-from ..structure.plan import By, PruningPlan
+from ..structure.plan import By, CompensationRecord, PruningPlan
 from .methods import TEN_SAMPLES, Method
 
 if TYPE_CHECKING:
@@ -77,9 +77,7 @@ def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> Job:
     if isinstance(what, PruneSettings):
         return prune_job(what, catalog)
     budget = catalog.budgets.create(what.target.counted_in, what.target.settings)
-    record = what.compensation
-    if record is None:
-        return ReplayJob(what, budget, catalog.compensations.create("none"), None, what.seed)
+    record = what.compensation or CompensationRecord(name="none")
     compensation = catalog.compensations.create(record.name, record.settings)
     calibration = None
     if record.calibration is not None and record.samples and record.length:
