@@ -16,7 +16,8 @@ from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.pruning.allocation import AllocationTask, Meter, top_up
 from llmpruner.pruning.budgets import BudgetSubject, Cost
-from llmpruner.pruning.compensation.base import Fit, RepairTask
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.least_squares import Fit
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
 from llmpruner.report.base import Costs, ReportSubject

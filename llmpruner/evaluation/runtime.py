@@ -197,7 +197,7 @@ def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
     """What the steps of ``model`` cost. ``graph``: its coupling graph (after a cut, of the cut one)."""
     from ..models.meta import macs_per_token, multiplied
     from ..models.numbers import stored_bytes
-    from ..pruning.kv_cache import bytes_per_token
+    from ..pruning.budgets import bytes_per_token
 
     whole = macs_per_token(model, graph, context=0)
     head: Any = model.get_output_embeddings()

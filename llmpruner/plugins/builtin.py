@@ -17,18 +17,14 @@ def llmpruner_model_families() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_importance_criteria() -> list[type[Any]]:
-    from ..pruning.criteria.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
-    from ..pruning.criteria.layers import AngularBlock, AngularDistance, BlockInfluence
-    from ..pruning.criteria.obs import OptimalBrainSurgeon
-    from ..pruning.criteria.taylor import Fisher, Taylor
-    from ..pruning.criteria.tokens import TokenUse
-    from ..pruning.criteria.weights import L1, L2, ActivationNorm, Fluctuation, OutputEnergy, Pca, Random, WandaSp
+    from ..pruning.criteria import experts, layers, taylor, tokens, weights
 
-    weights = [Random, L1, L2]
-    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
-    experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
-    layers = [BlockInfluence, AngularDistance, AngularBlock]
-    return [*weights, Taylor, Fisher, *forward, *experts, *layers, TokenUse]
+    return [
+        weights.Random, weights.L1, weights.L2, weights.WandaSp, weights.OutputEnergy, weights.Fluctuation,
+        weights.ActivationNorm, weights.Pca, weights.OptimalBrainSurgeon, taylor.Taylor, taylor.Fisher,
+        experts.ExpertReap, experts.ExpertNorm, experts.ExpertFrequency, experts.ExpertContribution,
+        layers.BlockInfluence, layers.AngularDistance, layers.AngularBlock, tokens.TokenUse,
+    ]  # fmt: skip
 
 
 @hookimpl
@@ -47,15 +43,14 @@ def llmpruner_allocations() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_budgets() -> list[type[Any]]:
-    from ..pruning.budgets import AllParameters, DecoderParameters, Macs, WeightBytes
-    from ..pruning.kv_cache import KvCache
+    from ..pruning.budgets import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 
 
 @hookimpl
 def llmpruner_compensations() -> list[type[Any]]:
-    from ..pruning.compensation.builtin import BiasShift, NoCompensation, Refit
+    from ..pruning.compensation.base import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 

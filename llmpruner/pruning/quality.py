@@ -10,23 +10,21 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..calibration.calibration import CalibrationSet
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
 from ..engine.walk import Stop, as_output, hidden_of, replaced_layers
 from ..models.generation import LOGIT_ELEMENTS
+from ..models.model import Model
 from ..models.numbers import with_fast_products
 from ..models.tokenizer import predicted_tokens
 from ..structure.coupling import LAYER
 from ..structure.plan import PruningPlan, Quality
-
-if TYPE_CHECKING:
-    from ..calibration.calibration import CalibrationSet
-    from ..models.model import Model
-    from .job import PruneJob, ReplayJob
+from .job import Job
 
 TOKENS = 2048
 """Tokens that are read: at least one sample, and no more samples than of calibration."""
@@ -45,7 +43,7 @@ class Dense(NamedTuple):
 
 @torch.no_grad()
 def dense_predictions(
-    model: Model, plan: PruningPlan, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
+    model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Dense | None:
     """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
     is cut: of removed tokens, or of removed channels of the residual stream."""

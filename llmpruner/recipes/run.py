@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..discovery.opening import load_structure
+from ..discovery.opening import Opener, load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
@@ -104,7 +104,7 @@ class RecipeRun:
             with naming(step.place):
                 COMMANDS[step.command].check(step.job)
                 if step.command == "prune" and step.reads == (DENSE,):
-                    check_job(step.job, self.dense, tokenizer=True)
+                    check_job(step.job, self.dense, Opener(catalog, self.load, progress))
                 learns = step.command == "recover" and step.job.reads_dense
                 if learns and step.reads == (DENSE,) and not self.dense.plans:
                     raise not_pruned(self.model)

@@ -19,7 +19,7 @@ from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
 from ..models.surgery import cut
-from ..pruning.kv_cache import bytes_per_token
+from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
 
 if TYPE_CHECKING:

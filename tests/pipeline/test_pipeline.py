@@ -17,9 +17,8 @@ from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
-from llmpruner.pruning.compensation.builtin import Refit
+from llmpruner.pruning.compensation.base import Refit
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.pruning.targets import inner_layers
 from llmpruner.structure.kept import restrict
 from llmpruner.testing.models import make_plan, small_job
 
@@ -145,8 +144,10 @@ def test_every_plan_of_a_checkpoint_has_its_work(gqa, tmp_path):
     assert one == first and two
 
 
-def test_both_ends_are_protected():
-    assert inner_layers(30) == tuple(range(3, 27))
+def test_both_ends_are_protected(deep):
+    options = {"ratio": 0.2, "importance": "l2", "compensate": "none"}
+    assert llmpruner.plan(deep, shape="free", **options).selection.layers == tuple(range(1, 7))
+    assert llmpruner.plan(deep, **options).selection.layers == tuple(range(8))
 
 
 def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):

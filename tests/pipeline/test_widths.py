@@ -8,15 +8,17 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.discovery.groups import build_graph
+from llmpruner.discovery.opening import Opener
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
+from llmpruner.progress import QUIET
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.saving import plan_of, save
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select
+from llmpruner.settings import LoadSettings
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope, Widths, widths_for
@@ -203,6 +205,6 @@ def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_
         assert torch.allclose(again(ids).logits, pruned.model(ids).logits, atol=1e-5)
 
 
-def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
+def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa, catalog):
     with pytest.raises(SelectionError, match=r"less than one unit .* in all layers at once, .* or for --shape free"):
-        check_job(small_job(shape="uniform", amount=0.005), gqa, tokenizer=False)
+        check_job(small_job(shape="uniform", amount=0.005), gqa, Opener(catalog, LoadSettings(), QUIET))

@@ -9,8 +9,7 @@ from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.errors import SelectionError, UnknownNameError
 from llmpruner.pruning.allocation import GlobalRanking, Uniform
 from llmpruner.pruning.budgets import counts, parameter_cost
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.scope import Scope, Widths, build_queue
 

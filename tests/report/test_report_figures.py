@@ -16,7 +16,7 @@ import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.metrics import size
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.kv_cache import bytes_per_token
+from llmpruner.pruning.budgets import bytes_per_token
 from llmpruner.report.base import Costs
 from llmpruner.report.evidence import report_subjects
 from llmpruner.report.history import RecoverySection
