@@ -57,7 +57,7 @@ from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.recipe import Recipe
 from .recipes.run import RecipeResult, RecipeRun, StepResult
-from .recovery.job import recover_job
+from .recovery.data import recover_job
 from .recovery.recover import recover as _recover
 from .report.base import Report, report_page
 from .report.evidence import report_subjects

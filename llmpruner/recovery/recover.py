@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,11 +27,10 @@ from ..models.opening import load_model, reopened
 from ..models.positions import table_of
 from ..models.tokenizer import check_ids
 from ..models.trimmed import in_tokens_of
+from ..progress import QUIET, Progress
 from ..pruning.saving import save
 from .base import RecoveryJob, TrainingResult, helped, nothing
-from .data import TrainingData, prepare, read_data
-from .dense_text import DenseText, write_examples
-from .job import RecoverJob, check_recover
+from .data import DenseText, RecoverJob, TrainingData, check_recover, prepare, read_data, write_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -84,10 +83,12 @@ def recover(
         data = prepare(settings, examples, opened.family, opener.tokenizer(opened), table_of(opened.config))
         with stages.stage("loading"):
             loaded = opener.weights(opened)
-        with stages.stage("training"):
-            result, record = _trained(
-                loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True), opener
-            )
+        with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
+            result, record = train(
+                loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True),
+                on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
+                progress=opener.progress,
+            )  # fmt: skip
         before = dict(loaded.record or {})
         history = [*before.get("recovery", []), record]
         recovered = replace(loaded, model=result.model, record={**before, "recovery": history})
@@ -151,22 +152,6 @@ def _written(
     return read_examples(str(file))
 
 
-def _trained(
-    loaded: Model, job: RecoverJob, data: TrainingData, folder: Path, load_teacher: Callable[[], Any], opener: Opener
-) -> tuple[TrainingResult, dict[str, Any]]:
-    """Of `train`, with messages for the user."""
-    progress = opener.progress
-    what = "held-out loss" if data.held_out else "loss on examples"
-    if steps := [int(file.name.partition("-")[2]) for file in folder.glob("checkpoint-*")]:
-        progress.status(f"continuing the training in {folder} from step {max(steps)}")
-    with progress.bar("Recovering") as at, loaded.changing("recovery"):
-        return train(
-            loaded, job, data, folder, load_teacher,
-            on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
-            on_validation=lambda step, loss, _: progress.status(f"step {step}: {what} {loss:.4f}"),
-        )  # fmt: skip
-
-
 def train(
     loaded: Model,
     job: RecoverJob,
@@ -175,7 +160,7 @@ def train(
     load_teacher: Callable[[], PreTrainedModel],
     *,
     on_step: Callable[[int, int, float], object] = nothing,
-    on_validation: Callable[[int, float, float], object] = nothing,
+    progress: Progress = QUIET,
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Train a model, in place, and return what its strategy returns, and the training's record for ``llmpruner.json``.
 
@@ -196,6 +181,8 @@ def train(
     }
     ranks = Ranks.current()
     ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
+    if steps := [int(file.name.partition("-")[2]) for file in work_dir.glob("checkpoint-*")]:
+        progress.status(f"continuing the training in {work_dir} from step {max(steps)}")
     validations: list[dict[str, Any]] = []
 
     @functools.cache
@@ -204,7 +191,7 @@ def train(
 
     def validated(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
-        on_validation(step, loss, error)
+        progress.status(f"step {step}: {'held-out loss' if data.held_out else 'loss on examples'} {loss:.4f}")
 
     with writing(work_dir):
         result = strategy.train(
@@ -216,7 +203,9 @@ def train(
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
-    best = _best_step(validations)
+    # The step with the lowest loss that helped; without any, the start.
+    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
+    best = min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
     record = {
         **about,
         "data": settings.data,
@@ -230,12 +219,6 @@ def train(
         "improved": None if best is None else best != 0,
     }
     return result, record
-
-
-def _best_step(validations: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step with the lowest loss that `helped`; without any, the first."""
-    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
-    return min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
 
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:

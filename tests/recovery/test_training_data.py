@@ -11,7 +11,8 @@ from recovery_cases import write_lines
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.data import check_data, prepare, read_data
+from llmpruner.recovery.data import RecoverJob, check_recover, prepare, read_data
+from llmpruner.recovery.strategies import FullStrategy
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
@@ -79,9 +80,12 @@ def test_sources_are_mixed_in_shares(tmp_path):
 
 
 def test_data_is_looked_at_before_anything_long(tmp_path):
+    def check(data):
+        check_recover(RecoverJob(RecoverSettings(data=data), FullStrategy()))
+
     with pytest.raises(DataError, match="no such file"):
-        check_data(f"self:8,{tmp_path / 'none.jsonl'}")
+        check(f"self:8,{tmp_path / 'none.jsonl'}")
     (tmp_path / "bad.jsonl").write_text('{"txt": "x"}')
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
-        check_data(str(tmp_path / "bad.jsonl"))
-    check_data("self")
+        check(str(tmp_path / "bad.jsonl"))
+    check("self")
