@@ -1,5 +1,4 @@
-"""The built-in metrics: settings, early checks, rows of the table. The measurements are in `perplexity` and `tasks`.
-Imports no torch."""
+"""The metrics ``size`` and ``perplexity``, whose measuring is in `perplexity`, as that imports torch; this file does not."""
 
 from __future__ import annotations
 
@@ -15,9 +14,7 @@ from pydantic import Field
 from ..calibration.documents import PYDOC, read_text
 from ..component import ComponentSettings
 from ..errors import ModelError
-from ..values import Names
 from .base import ComparedModel, Metric, MetricSubject, Row
-from .tasks import evaluate_tasks, load_tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -154,52 +151,6 @@ class PerplexityMetric(Metric):
                 Row(f"top-1 as the first{where}", values["top1_agreement"], True),
             ]
         return rows
-
-
-class TasksMetric(Metric):
-    """Tasks of lm-evaluation-harness; see `llmpruner.evaluation.tasks.evaluate_tasks`."""
-
-    name = "tasks"
-    summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
-
-    class Settings(ComponentSettings):
-        names: Names = Field(
-            ("paper",),
-            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
-            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
-        )
-        limit: int | None = Field(None, ge=1, description="Rows per task; all by default.")
-        num_fewshot: int | None = Field(
-            None, ge=0, description="Examples shown in each task's prompt; by default the task's own number, mostly 0."
-        )
-        include_path: Path | None = Field(
-            None, description="Folder with additional lm-eval task files, such as for offline data."
-        )
-        batch_size: int = Field(8, ge=1, description="Rows per batch.")
-
-    settings: Settings
-
-    def prepare(self) -> None:
-        self._tasks = load_tasks(self.settings.names, include_path=self.settings.include_path)
-
-    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        options = self.settings.model_dump(exclude={"names", "include_path"})
-        return evaluate_tasks(subject.model, subject.tokenizer, self._tasks, **options)
-
-    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
-            for task, values in result.items()
-            for name, value in values.items()
-            if not name.endswith("_stderr")
-        ]
-
-
-def _higher_is_better(metric: str) -> bool | None:
-    """For a name of a metric of lm-eval; None for unknown ones."""
-    if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-        return False
-    return True if metric.startswith(("acc", "exact_match", "f1")) else None
 
 
 def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:

@@ -70,7 +70,8 @@ def llmpruner_calibration_sources() -> list[type[Any]]:
 @hookimpl
 def llmpruner_metrics() -> list[type[Any]]:
     from ..evaluation.answers import AnswersMetric, GivenAnswersMetric
-    from ..evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
+    from ..evaluation.metrics import PerplexityMetric, SizeMetric
+    from ..evaluation.tasks import TasksMetric
 
     return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric, GivenAnswersMetric]
 
