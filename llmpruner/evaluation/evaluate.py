@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from ..component import check_chosen
 from ..errors import ModelError, SettingsError
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
-
-N = TypeVar("N", int, float)
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
@@ -68,13 +66,10 @@ def evaluate(
         if comparing and reference is None:
             reference = model
         first = None if reference is None else in_tokens_of(model, reference)
+        subject = MetricSubject(named.name, model.model, model.tokenizer, model.family, model.graph, first, progress)
         results = {}
         for metric in metrics:
             progress.status(f"measuring {metric.name} of {named.name}")
-            subject = MetricSubject(
-                named.name, model.model, model.tokenizer, model.family, model.graph,
-                first if metric.needs_reference else None, progress,
-            )  # fmt: skip
             results[metric.name] = metric.measure(subject)
         rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
         evaluations.append(Evaluation(named.name, results, rows))
@@ -109,34 +104,30 @@ class Evaluation:
     results: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...] = ()
 
-    def _value(self, kind: type[N], metric: str, key: str) -> N | None:
-        value: N | None = self.results.get(metric, {}).get(key)
-        return value
-
     @property
     def perplexity(self) -> float | None:
         """On the first text."""
-        return self._value(float, "perplexity", "perplexity")
+        return self.results.get("perplexity", {}).get("perplexity")
 
     @property
     def bits_per_byte(self) -> float | None:
         """On the first text."""
-        return self._value(float, "perplexity", "bits_per_byte")
+        return self.results.get("perplexity", {}).get("bits_per_byte")
 
     @property
     def kl(self) -> float | None:
         """Divergence from the first model in nats per token, on the first text."""
-        return self._value(float, "perplexity", "kl_per_token")
+        return self.results.get("perplexity", {}).get("kl_per_token")
 
     @property
     def parameters(self) -> int | None:
         """Tied ones once."""
-        return self._value(int, "size", "parameters")
+        return self.results.get("size", {}).get("parameters")
 
     @property
     def weight_bytes(self) -> int | None:
         """In memory."""
-        return self._value(int, "size", "weight_bytes")
+        return self.results.get("size", {}).get("weight_bytes")
 
     @property
     def tasks(self) -> Scores:
