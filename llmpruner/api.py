@@ -261,10 +261,7 @@ def bench(
         else:
             ref, path = str(source), resolve(str(source), opener.catalog).local_path
         subjects.append(BenchSubject(ref, _path(path), batch, length, source, opener))
-    return _bench(
-        subjects, runtime, batches=options.batch, prompts=options.prompt, new_tokens=options.new, rounds=options.rounds,
-        device=opener.load.device, progress=progress,
-    )  # fmt: skip
+    return _bench(subjects, runtime, options, progress)
 
 
 def generate(

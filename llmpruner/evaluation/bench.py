@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from ..progress import QUIET, Progress
-from .runtime import BenchSubject, Runtime, Session, Work
+from ..settings import BenchSettings
+from .runtime import BenchSubject, Runtime, Session
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +83,9 @@ class BenchResult:
 
 
 def bench(
-    subjects: Sequence[BenchSubject],
-    runtime: Runtime,
-    *,
-    batches: Sequence[int],
-    prompts: Sequence[int],
-    new_tokens: int,
-    rounds: int,
-    device: str = "cpu",
-    progress: Progress = QUIET,
+    subjects: Sequence[BenchSubject], runtime: Runtime, settings: BenchSettings, progress: Progress = QUIET
 ) -> BenchResult:
-    """Measure prefill and decoding of all models, in every case of ``batches`` × ``prompts``.
+    """Measure prefill and decoding of all models, in every case of batch size × length of prompt.
 
     In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
     tokens once; the order of the models turns from round to round. Raises what `Runtime.check` raises, before any of
@@ -108,28 +101,35 @@ def bench(
             stack.callback(session.close)
             sessions.append(session)
             works.append(work)
-        times = _measure(sessions, list(product(batches, prompts)), new_tokens, rounds, progress)
+        times = _measure(sessions, settings, progress)
         dtypes = tuple(session.dtype for session in sessions)
-    names = [subject.ref for subject in subjects]
-    cases = tuple(_case(names, works, *case, new_tokens, of_models) for case, of_models in times.items())
-    threads = torch.get_num_threads()
-    return BenchResult(runtime.name, runtime.record(), new_tokens, rounds, device, threads, dtypes, cases)
+    new, cases = settings.new, []
+    for (batch, prompt), seconds in times.items():
+        prefills = [[prefill for prefill, _ in rounds] for rounds in seconds]
+        decodes = [[decode for _, decode in rounds] for rounds in seconds]
+        prefill = _rates(prefills, batch * prompt, [work.prefill(prompt) for work in works])
+        # The cache grows by a token with every step.
+        decode = _rates(decodes, batch * new, [work.decode(batch, prompt + new / 2) for work in works])
+        names = (subject.ref for subject in subjects)
+        cases.append(BenchCase(batch, prompt, tuple(map(ModelSpeed, names, prefill, decode))))
+    return BenchResult(
+        runtime.name, runtime.record(), new, settings.rounds, subjects[0].device, torch.get_num_threads(), dtypes,
+        tuple(cases),
+    )  # fmt: skip
 
 
 def _measure(
-    sessions: Sequence[Session],
-    cases: Sequence[tuple[int, int]],
-    new_tokens: int,
-    rounds: int,
-    progress: Progress,
+    sessions: Sequence[Session], settings: BenchSettings, progress: Progress
 ) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
-    """Case → for every model, the seconds of the prefill and of all decoding steps, in each counted round."""
+    """Batch size and length of prompt → for every model, the seconds of the prefill and of all decoding steps, in each
+    counted round."""
+    cases = list(product(settings.batch, settings.prompt))
     times: dict[tuple[int, int], list[list[tuple[float, float]]]] = {case: [[] for _ in sessions] for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
     steps = [
         (case, number, (place + number) % len(sessions))
         for case in cases
-        for number in range(rounds + 1)
+        for number in range(settings.rounds + 1)
         for place in range(len(sessions))
     ]
     for case, number, place in progress.track(steps, "measuring"):
@@ -140,27 +140,11 @@ def _measure(
         began = perf_counter()
         session.prefill(tokens)
         prefilled = perf_counter()
-        session.decode(new_tokens)
+        session.decode(settings.new)
         decoded = perf_counter()
         if number:
             times[case][place].append((prefilled - began, decoded - prefilled))
     return times
-
-
-def _case(
-    names: Sequence[str],
-    works: Sequence[Work],
-    batch: int,
-    prompt: int,
-    new_tokens: int,
-    times: Sequence[Sequence[tuple[float, float]]],
-) -> BenchCase:
-    prefill = [work.prefill(prompt) for work in works]
-    # The cache grows by a token with every step.
-    decode = [work.decode(batch, prompt + new_tokens / 2) for work in works]
-    prefills = _rates([[seconds for seconds, _ in own] for own in times], batch * prompt, prefill)
-    decodes = _rates([[seconds for _, seconds in own] for own in times], batch * new_tokens, decode)
-    return BenchCase(batch, prompt, tuple(map(ModelSpeed, names, prefills, decodes)))
 
 
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:

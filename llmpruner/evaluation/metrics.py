@@ -1,4 +1,4 @@
-"""The metrics ``size`` and ``perplexity``, whose measuring is in `perplexity`, as that imports torch; this file does not."""
+"""The metrics ``size`` and ``perplexity``. Imports no torch, unlike `perplexity`, which measures the latter."""
 
 from __future__ import annotations
 
