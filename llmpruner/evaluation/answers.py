@@ -35,9 +35,6 @@ class AnswersMetric(Metric):
     _first: tuple[Any, list[list[int]]] | None = None
     """The first model's tokenizer, and the first tokens of its answers."""
 
-    def prepare(self) -> None:
-        self._first = None
-
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """``repeat_themselves``: the share of answers in which over a quarter of the runs of `_RUN` tokens occur before
         in the answer. ``cut_off``: of those that did not end within ``tokens``. ``first_tokens``: how much of the

@@ -138,9 +138,16 @@ def perplexity(
     scored = Scored(model, reference, autocast)
     opening = opening_tokens(tokenizer, text)
     ids = tokens_of(tokenizer, text)
-    used = _in_full_windows(ids, tokens, window, len(opening))
-    table = check_ids(torch.tensor(used), model).view(-1, window - len(opening))
-    windows = len(table)
+    if tokens is not None and len(ids) < tokens:
+        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
+    of_text = window - len(opening)
+    windows = len(ids[:tokens]) // of_text if of_text > 0 else 0
+    if windows == 0:
+        raise DataError(
+            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
+        )
+    used = ids[: windows * of_text]
+    table = check_ids(torch.tensor(used), model).view(windows, of_text)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
     counting = torch.arange(max(0, len(opening) - 1), window - 1)
     for batch in progress.track(torch.split(table, batch_size), "perplexity"):
@@ -157,17 +164,3 @@ def perplexity(
         bos=bool(opening),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
-
-
-def _in_full_windows(ids: list[int], tokens: int | None, window: int, opening: int) -> list[int]:
-    """The first of ``ids``, at most ``tokens``, that fill windows of ``window`` tokens, each of which begins with
-    ``opening`` others. Raises `DataError` where that is none."""
-    if tokens is not None and len(ids) < tokens:
-        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
-    of_text = window - opening
-    windows = len(ids[:tokens]) // of_text if of_text > 0 else 0
-    if windows == 0:
-        raise DataError(
-            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
-        )
-    return ids[: windows * of_text]
