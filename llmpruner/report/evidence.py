@@ -77,15 +77,12 @@ def _steps_in(output: Path) -> list[Mapping[str, Any]]:
 
 def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
-    try:
+    with _as_written(path):
         value = json.loads(path.read_bytes())
-        if value and isinstance(value, list | dict) and all(isinstance(model["name"], str) for model in _models(value)):
-            return value
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, RecursionError, TypeError, LookupError):
-        pass
-    raise DataError(f"{path} is not what `llmpruner evaluate --json` or `llmpruner bench --json` wrote")
+        names = [model["name"] for model in _models(value)]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("it names no models")
+        return value
 
 
 def _models(results: Any) -> list[dict[str, Any]]:
@@ -136,19 +133,20 @@ def _renamed(results: Any, rename: Callable[[str], str | None]) -> Any:
 
 @contextmanager
 def _as_written(file: Path) -> Iterator[None]:
-    """Raise `DataError` where values are missing in the results of ``file``, or of another type."""
+    """Raise `DataError` where ``file`` cannot be read, or values in it are missing or of another type."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{file} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
 
 
 def read_evaluations(file: Path, catalog: Catalog) -> Evaluations:
     """What ``evaluate --json`` wrote. Raises `DataError`."""
-    results = read_results(file)
     with _as_written(file):
-        return _evaluations(results, catalog)
+        return _evaluations(read_results(file), catalog)
 
 
 def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evaluations:
