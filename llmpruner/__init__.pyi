@@ -68,7 +68,7 @@ from .recovery.base import TrainingResult as TrainingResult
 from .recovery.training import fit as fit
 from .report.base import ReportSection as ReportSection
 from .report.evidence import read_evaluations as read_evaluations
-from .report.history import loss_text as loss_text
+from .report.sections import loss_text as loss_text
 from .settings import LoadSettings as LoadSettings
 from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts

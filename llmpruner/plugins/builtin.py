@@ -92,8 +92,14 @@ def llmpruner_runtimes() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[Any]]:
-    from ..report.history import OriginSection, PlanSection, RecoverySection
-    from ..report.measured import AnswersSection, CostSection, QualitySection
+    from ..report.sections import (
+        AnswersSection,
+        CostSection,
+        OriginSection,
+        PlanSection,
+        QualitySection,
+        RecoverySection,
+    )
     from ..report.summary import ComparisonSection, SummarySection
 
     sections = [SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection]

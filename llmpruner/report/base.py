@@ -28,9 +28,8 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs(Size):
-    """What a model takes, by the shapes of its weights: parameters (tied ones once), those of the decoder layers, bytes
-    of all weights, and multiply-accumulate operations to decode one token with ``context`` tokens in the cache.
-    ``cache_bytes``: what the cache grows by with every token; None where that cannot be known without weights."""
+    """The `Size` of a model, by the shapes of its weights. ``cache_bytes``: what the cache grows by with every token; None
+    where that cannot be known without weights."""
 
     cache_bytes: int | None = None
 
@@ -103,7 +102,6 @@ class ReportSection(Component):
     def compare(self, subjects: Sequence[ReportSubject]) -> str | None:
         """HTML as of `render`, about several checkpoints together, two or more, above the sections of each one. None by
         default."""
-        del subjects
         return None
 
 
@@ -120,8 +118,8 @@ def _environment() -> Environment:
         loader=PackageLoader("llmpruner.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"bytes": bytes_text, "count": count_text, "counted": counted}
-    environment.filters["without_folders"] = without_folders
+    own = {"bytes": bytes_text, "count": count_text, "counted": counted, "without_folders": without_folders}
+    environment.filters |= own
     return environment
 
 
