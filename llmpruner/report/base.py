@@ -28,8 +28,8 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs(Size):
-    """The `Size` of a model, by the shapes of its weights. ``cache_bytes``: what the cache grows by with every token; None
-    where that cannot be known without weights."""
+    """The `Size` of a model, by its shapes. ``cache_bytes``: what the cache grows by with every token; None where that
+    cannot be known without weights."""
 
     cache_bytes: int | None = None
 
