@@ -132,9 +132,11 @@ class PerplexityMetric(Metric):
         texts by their names."""
         from .perplexity import perplexity
 
-        options = self.settings.model_dump(exclude={"text", "kl"})
-        options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
-        measured = [perplexity(subject.model, subject.tokenizer, text, **options) for text in self._texts.values()]
+        reference = subject.reference if self.settings.kl else None
+        measured = [
+            perplexity(subject.model, subject.tokenizer, text, self.settings, reference, subject.progress)
+            for text in self._texts.values()
+        ]
         (first, result), *others = zip(self._texts, map(asdict, measured), strict=True)
         return {**result, "text": first, "others": dict(others)}
 

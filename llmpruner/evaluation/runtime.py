@@ -174,8 +174,7 @@ class TorchSession(Session):
             torch.cuda.synchronize(self.model.device)
 
     def close(self) -> None:
-        del self.model
-        vars(self).pop("_cached", None)
+        vars(self).clear()
 
 
 class TransformersRuntime(Runtime):

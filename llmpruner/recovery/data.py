@@ -40,9 +40,6 @@ ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
 """The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
-_MIXED, _TEXTS = "self", "self-text"
-_ROWS_PER_ANSWER = 4
-"""One of so many rows of ``self`` answers an instruction."""
 _BATCH = 64
 """Rows that are written at once; memory grows with it."""
 _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
@@ -106,7 +103,7 @@ def _stored(data: str) -> list[str]:
 def dense_text_in(data: str) -> DenseText | None:
     """The part of the value of ``--data`` that the dense model writes, at most one; None where there is none."""
     sources = [part.source for part in parse_mixture(data)]
-    written = [text for text in sources if text.partition(":")[0] in (_MIXED, _TEXTS) and not isfile(text)]
+    written = [text for text in sources if text.partition(":")[0] in ("self", "self-text") and not isfile(text)]
     if not written:
         return None
     if len(written) > 1:
@@ -116,7 +113,7 @@ def dense_text_in(data: str) -> DenseText | None:
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
         raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
     rows = int(count) if colon else ROWS
-    answers = math.ceil(rows / _ROWS_PER_ANSWER) if name == _MIXED else 0
+    answers = math.ceil(rows / 4) if name == "self" else 0
     return DenseText(source, answers, rows - answers)
 
 

@@ -189,17 +189,15 @@ def train(
     def teacher() -> PreTrainedModel:
         return load_teacher().to(model.device).eval().requires_grad_(False)
 
-    def validated(step: int, loss: float, error: float) -> None:
+    def checked(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
         progress.status(f"step {step}: {'held-out loss' if data.held_out else 'loss on examples'} {loss:.4f}")
 
+    given = RecoveryJob(
+        model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step, checked
+    )
     with writing(work_dir):
-        result = strategy.train(
-            RecoveryJob(
-                model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
-                validated,
-            )
-        )  # fmt: skip
+        result = strategy.train(given)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)

@@ -29,7 +29,10 @@ class FullStrategy(RecoveryStrategy):
         return graph.total_parameters
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        return _all_trained(job)
+        from .training import fit
+
+        job.model.requires_grad_(True)
+        return fit(job.model, job)
 
 
 class LoraStrategy(RecoveryStrategy):
@@ -82,16 +85,13 @@ class DistilStrategy(RecoveryStrategy):
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .losses import distillation_loss
+        from .training import fit
 
         loss = distillation_loss(job, self.settings.labels)
-        return _adapters_trained(job, self.settings, loss) if self.adapters else _all_trained(job, loss)
-
-
-def _all_trained(job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
-    from .training import fit
-
-    job.model.requires_grad_(True)
-    return fit(job.model, job, loss)
+        if self.adapters:
+            return _adapters_trained(job, self.settings, loss)
+        job.model.requires_grad_(True)
+        return fit(job.model, job, loss)
 
 
 def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: Loss | None = None) -> TrainingResult:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..errors import SettingsError, first_line
+from ..errors import first_line
 from ..evaluation.metrics import Size
 from ..values import bytes_text, count_text, counted, without_folders
 
@@ -135,20 +135,18 @@ class Report:
 
 def report_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSection]) -> tuple[str, tuple[str, ...]]:
     """The HTML document, which uses no network, and its warnings. Several checkpoints are compared, above the sections
-    of each one. Raises `SettingsError` where a section cannot use a setting for these models."""
+    of each one."""
     ordered = sorted(sections, key=lambda section: (section.order, section.name))
     warnings: dict[str, None] = {}
 
     def parts(render: Callable[[ReportSection], str | None]) -> list[dict[str, str]]:
         rendered_parts = []
         for section in ordered:
-            # Sections of plugins may raise anything; the page is made without them. Settings are the user's to correct.
+            # Sections of plugins may raise anything; the page is made without them.
             try:
                 html = render(section)
                 if html is not None and not isinstance(html, str):
                     raise TypeError(f"it returned {type(html).__name__}, expected HTML text or None")
-            except SettingsError:
-                raise
             except Exception as error:
                 warnings[f"{section.label()} is left out: {first_line(error)}"] = None
                 continue
