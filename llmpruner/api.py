@@ -23,12 +23,10 @@ from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import DataError, PlanError, SettingsError
-from .evaluation.base import ComparedModel
-from .evaluation.bench import BenchResult
+from .evaluation.bench import BenchResult, BenchSubject
 from .evaluation.bench import bench as _bench
-from .evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
+from .evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
-from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (

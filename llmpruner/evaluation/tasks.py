@@ -17,13 +17,10 @@ from ..component import ComponentSettings
 from ..errors import DataError, MissingExtraError, first_line, near
 from ..progress import only_errors
 from ..values import Names
-from .base import Metric, MetricSubject, Row
+from .evaluate import Metric, MetricSubject, Row
 
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
-
-Scores = dict[str, dict[str, float]]
-"""Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error."""
 
 
 class TasksMetric(Metric):
@@ -57,7 +54,8 @@ class TasksMetric(Metric):
             manager = _manager(names, self.settings.include_path)
             self._tasks = [task for name in expand(names, manager.all_tasks) for task in _load(manager, name)]
 
-    def measure(self, subject: MetricSubject) -> Scores:
+    def measure(self, subject: MetricSubject) -> dict[str, dict[str, float]]:
+        """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error."""
         from unittest.mock import patch
 
         with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):

@@ -69,8 +69,7 @@ def llmpruner_calibration_sources() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Any]]:
-    from ..evaluation.answers import AnswersMetric, GivenAnswersMetric
-    from ..evaluation.metrics import PerplexityMetric, SizeMetric
+    from ..evaluation.metrics import AnswersMetric, GivenAnswersMetric, PerplexityMetric, SizeMetric
     from ..evaluation.tasks import TasksMetric
 
     return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric, GivenAnswersMetric]
@@ -85,7 +84,7 @@ def llmpruner_exporters() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Any]]:
-    from ..evaluation.runtime import TransformersRuntime
+    from ..evaluation.bench import TransformersRuntime
 
     return [TransformersRuntime]
 

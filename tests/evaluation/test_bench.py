@@ -13,8 +13,7 @@ import llmpruner
 from llmpruner import BenchSubject, Catalog, LlmprunerError, LoadSettings, Runtime, Session, Work
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import Opener
-from llmpruner.evaluation.bench import bench, measurement
-from llmpruner.evaluation.runtime import TorchSession, work_of
+from llmpruner.evaluation.bench import TorchSession, bench, measurement, work_of
 from llmpruner.models.surgery import cut
 from llmpruner.progress import QUIET
 from llmpruner.settings import BenchSettings
