@@ -1,5 +1,5 @@
-"""Runtimes, which run models, with the built-in one, transformers; and the speed of several models in one of them: all
-in memory, their runs in turn, so that other load on the machine affects all alike. Imports torch when a model is opened."""
+"""Runtimes, which run models, with the built-in one, transformers; and the speed of several models in one of them:
+all in memory, their runs in turn, so that other load affects all alike. Imports torch when a model is opened."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import io
 from collections.abc import Mapping, Sequence
 from fnmatch import filter as matching
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ class TasksMetric(Metric):
     settings: Settings
 
     def prepare(self) -> None:
+        if find_spec("lm_eval") is None:
+            raise MissingExtraError("lm-eval", "evaluate")
         names = [each for name in self.settings.names for each in (PAPER if name == "paper" else (name,))]
         # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
         with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
@@ -62,6 +65,7 @@ class TasksMetric(Metric):
             # lm-eval would ask git for the commit of the working directory, which is none of the model.
             import lm_eval
             from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
 
             from ..models.tokenizer import with_padding
 
@@ -74,7 +78,7 @@ class TasksMetric(Metric):
                 limit=self.settings.limit,
                 log_samples=False,
                 # Not used for loaded tasks, but avoids building the index again.
-                task_manager=_task_manager()(include_defaults=False),
+                task_manager=TaskManager(include_defaults=False),
             )["results"]
         return {task: _scores(values) for task, values in results.items()}
 
@@ -119,28 +123,24 @@ def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def _task_manager() -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise MissingExtraError("lm-eval", "evaluate") from None
-    return TaskManager
-
-
 @cache
 def builtin_manager() -> Any:
     """lm-eval's index of its own tasks, cached, as reading their ten thousand files takes seconds."""
-    return _task_manager()()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     """The index that has ``names``; a file in ``include_path`` is preferred to others of the same name."""
+    from lm_eval.tasks import TaskManager
+
     if include_path is None:
         return builtin_manager()
     if not include_path.is_dir():
         raise DataError(f"tasks.include_path = {include_path}: no such directory")
-    own = _task_manager()(include_path=str(include_path), include_defaults=False)
-    return own if set(names) <= set(own.all_subtasks) else _task_manager()(include_path=str(include_path))
+    own = TaskManager(include_path=str(include_path), include_defaults=False)
+    return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
 def _load(manager: Any, name: str) -> list[Any]:

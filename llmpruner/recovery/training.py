@@ -8,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,12 +93,11 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
     settings = settings.model_copy(update={"batch_size": size})
-    rate = settings.learning_rate
-    if rate is None:
-        # With minutes, the schedule lowers it.
-        few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
-        rate = 1e-4 * min(1.0, few)
-    return settings.model_copy(update={"learning_rate": rate})
+    if settings.learning_rate is not None:
+        return settings
+    # With minutes, the schedule lowers it.
+    few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
+    return settings.model_copy(update={"learning_rate": 1e-4 * min(1.0, few)})
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> int:
@@ -170,7 +168,6 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         greater_is_better=False,
         seed=settings.seed,
         data_seed=settings.seed,
-        label_names=["labels"],
         remove_unused_columns=False,
         # Processes call the model different numbers of times in a step.
         ddp_broadcast_buffers=False,
@@ -182,8 +179,6 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
 class _LossTrainer(Trainer):  # type: ignore[misc]
     """A Trainer with the loss, the learning rate and the validations of `fit`. Its checkpoints have the parameters that
     are trained, by name, as those of models whose layers differ in width cannot be saved otherwise."""
-
-    control: Any
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
         self.job, self.loss, self.autocast, self.widened, self.ranks = job, loss, autocast, widened, Ranks.current()
@@ -232,7 +227,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         (count,) = self.ranks.totals(sum(map(trained_tokens, batches)))
         return batches, count
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
         return autocast_to(self.job.model.device.type, torch.bfloat16, enabled=self.autocast)
 

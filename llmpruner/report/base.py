@@ -118,8 +118,7 @@ def _environment() -> Environment:
         loader=PackageLoader("llmpruner.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
-    own = {"bytes": bytes_text, "count": count_text, "counted": counted, "without_folders": without_folders}
-    environment.filters |= own
+    environment.filters.update(bytes=bytes_text, count=count_text, counted=counted, without_folders=without_folders)
     return environment
 
 

@@ -23,11 +23,8 @@ from ..pruning.kv_cache import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..models.model import Structure
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CouplingGraph
 
 
 def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
@@ -176,19 +173,19 @@ def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
     """Of the dense model and of the pruned one, which are built without weights."""
     graph = build_graph(structure.family, structure.config)
     model = meta_model(structure.config)
-    dense = _costs_of(model, graph)
+
+    def costs() -> Costs:
+        try:
+            cache = sum(bytes_per_token(model, graph))
+        except UnsupportedModelError:  # the cache does not grow with the tokens, or cannot be made on this device
+            cache = None
+        return Costs(**asdict(size(model, graph)), cache_bytes=cache)
+
+    dense = costs()
     if (dtype := read_json(folder / "config.json").get("dtype")) is not None:
         import torch
 
         model.to(getattr(torch, dtype))
     for plan in structure.plans:
         graph = cut(model, graph, plan.kept, structure.family)
-    return dense, _costs_of(model, graph)
-
-
-def _costs_of(model: PreTrainedModel, graph: CouplingGraph) -> Costs:
-    try:
-        cache = sum(bytes_per_token(model, graph))
-    except UnsupportedModelError:  # an architecture whose cache does not grow with the tokens, or not on this device
-        cache = None
-    return Costs(**asdict(size(model, graph)), cache_bytes=cache)
+    return dense, costs()
