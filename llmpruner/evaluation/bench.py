@@ -321,8 +321,8 @@ def bench(
         prefill = _rates(prefills, batch * prompt, [work.prefill(prompt) for work in works])
         # The cache grows by a token with every step.
         decode = _rates(decodes, batch * new, [work.decode(batch, prompt + new / 2) for work in works])
-        names = (subject.ref for subject in subjects)
-        cases.append(BenchCase(batch, prompt, tuple(map(ModelSpeed, names, prefill, decode))))
+        speeds = map(ModelSpeed, (subject.ref for subject in subjects), prefill, decode)
+        cases.append(BenchCase(batch, prompt, tuple(speeds)))
     return BenchResult(
         runtime.name, runtime.record(), new, settings.rounds, subjects[0].device, torch.get_num_threads(), dtypes,
         tuple(cases),

@@ -158,13 +158,19 @@ def evaluate(
     for metric in metrics:
         metric.prepare()
         metric.check_models(models)
+    from ..models.numbers import first_not_finite
     from ..models.trimmed import in_tokens_of
 
     reference: Model | None = None
     evaluations = []
     for named in models:
         model = named.load()
-        _check_finite(model)
+        damaged = first_not_finite(model.model.named_parameters())
+        if damaged is not None:  # the score of a task would be a number all the same
+            raise ModelError(
+                f"model '{model.ref}': parameter '{damaged}' holds NaN or infinite values; the checkpoint is damaged, "
+                f"or {model.model.dtype} is too narrow for it"
+            )
         if comparing and reference is None:
             reference = model
         first = None if reference is None else in_tokens_of(model, reference)
@@ -183,18 +189,6 @@ def evaluate(
         # The next model is loaded into the memory of this one.
         del model, subject, first
     return Evaluations(evaluations)
-
-
-def _check_finite(model: Model) -> None:
-    """Raise `ModelError` unless all weights are finite: the score of a task would be a number all the same."""
-    from ..models.numbers import first_not_finite
-
-    wrong = first_not_finite(model.model.named_parameters())
-    if wrong is not None:
-        raise ModelError(
-            f"model '{model.ref}': parameter '{wrong}' holds NaN or infinite values; the checkpoint is damaged, or "
-            f"{model.model.dtype} is too narrow for it"
-        )
 
 
 @dataclass(frozen=True)
@@ -248,8 +242,6 @@ class Evaluation:
 
 class Evaluations(tuple[Evaluation, ...]):
     """The evaluations of one call, in the order of its models. A notebook shows them as a table."""
-
-    __slots__ = ()
 
     @property
     def lines(self) -> list[Line]:

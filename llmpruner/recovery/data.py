@@ -10,8 +10,6 @@ a constant, in expectation.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import random
@@ -190,11 +188,6 @@ class TrainingData:
     """With ``held_out``, rows that are not trained on; else some of ``rows``."""
     held_out: bool
 
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all rows in their order."""
-        return hashlib.sha256(json.dumps([self.rows, self.validation]).encode()).hexdigest()
-
 
 def prepare(
     settings: RecoverSettings,
@@ -210,7 +203,14 @@ def prepare(
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)
         examples = examples[: settings.limit]
-    count = _held_out(settings.validation, len(examples), settings.data)
+    if settings.validation >= len(examples):
+        raise DataError(
+            f"{settings.data} has {counted(len(examples), 'example')}, and --validation takes "
+            f"{int(settings.validation)} of them; leave some to train on"
+        )
+    count = int(settings.validation)
+    if 0 < settings.validation < 1:
+        count = min(max(round(settings.validation * len(examples)), _LEAST), _MOST, len(examples) // 5)
     chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
     cutoff = settings.cutoff if positions is None else min(settings.cutoff, positions)
     rows = _tokenised([e for n, e in enumerate(examples) if n not in chosen], family, tokenizer, cutoff)
@@ -218,18 +218,6 @@ def prepare(
     if not rows:
         raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
     return TrainingData(rows, validation or rows[:: max(1, len(rows) // _LEAST)][:_LEAST], bool(validation))
-
-
-def _held_out(validation: float, examples: int, source: str) -> int:
-    """How many examples are held back for validation. Raises `DataError` where none is left to train on."""
-    if validation >= examples:
-        raise DataError(
-            f"{source} has {counted(examples, 'example')}, and --validation takes {int(validation)} of them; leave "
-            "some to train on"
-        )
-    if validation >= 1 or validation == 0:
-        return int(validation)
-    return min(max(round(validation * examples), _LEAST), _MOST, examples // 5)
 
 
 def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int) -> list[Row]:

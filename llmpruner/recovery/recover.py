@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""
-_TRAINED = 16
-"""Bytes of each trained number in memory: itself, its gradient and two moments of AdamW, in float32."""
 
 
 def recover(
@@ -60,7 +58,12 @@ def recover(
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
-    dense = _dense_of(job, opened, opener)
+    dense: Structure | None = None
+    if job.reads_dense:
+        try:
+            dense = dense_structure(opened, opener.catalog, opener.load)
+        except LlmprunerError as error:
+            raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
     _check_memory(job, opened, dense, opener)
     examples = read_data(settings.data)
     if output is not None:
@@ -104,21 +107,12 @@ def recover(
         return loaded
 
 
-def _dense_of(job: RecoverJob, opened: Structure, opener: Opener) -> Structure | None:
-    """The dense model, where the job reads it. Raises `ModelError` for one that cannot be opened."""
-    if not job.reads_dense:
-        return None
-    try:
-        return dense_structure(opened, opener.catalog, opener.load)
-    except LlmprunerError as error:
-        raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
-
-
 def _check_memory(job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> None:
     """Say what a training needs. Raises `SettingsError` for more memory than the machine has."""
     strategy, load = job.strategy, opener.load
     needed = loaded_bytes(opened, load)
-    needed += strategy.trained_parameters(opened.graph) * (_TRAINED - dtype_of(opened, load).itemsize)
+    # A number that is trained takes 16 bytes: itself, its gradient and two moments of AdamW, in float32.
+    needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
     if dense is not None and strategy.needs_dense:
         needed += loaded_bytes(dense, load)
     device = opened.model.device if isinstance(opened, Model) else torch.device(load.device)
@@ -177,7 +171,7 @@ def train(
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
         "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
-        "fingerprint": data.fingerprint,
+        "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
     ranks = Ranks.current()
     ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
@@ -229,8 +223,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
             f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
             "or choose another output"
         )
-    with writing(work_dir):
-        work_dir.mkdir(parents=True, exist_ok=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
 
 

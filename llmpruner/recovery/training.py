@@ -30,8 +30,7 @@ if TYPE_CHECKING:
     from ..settings import RecoverSettings
 
 _NEVER = 10**9
-"""Steps between validations, and between checkpoints, for the Trainer: `_Schedule` decides about both; and the steps of
-a training that ends by its time."""
+"""More steps than a training takes: `_Schedule` says when to validate and to save, and when the time is up."""
 _WARMUP = 100
 """Steps over which the learning rate rises, or a tenth of all where that is fewer."""
 _NARROW = {torch.bfloat16, torch.float16}
@@ -201,10 +200,9 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         steps = float(self.state.global_step / max(self.state.max_steps, 1))
         if self.job.settings.minutes is None:
             return steps
-        limit = 60 * self.job.settings.minutes
         # Clocks of processes differ. The last validation is part of the time.
         seconds = self.ranks.from_first(lambda: time.monotonic() - self.began + self.check_seconds)
-        return max(steps, seconds / limit)
+        return max(steps, seconds / (60 * self.job.settings.minutes))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its end. Where minutes
@@ -231,9 +229,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
         return autocast_to(self.job.model.device.type, torch.bfloat16, enabled=self.autocast)
 
-    def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: Any, inputs: Batch, *_: Any, num_items_in_batch: Any) -> Any:
         total = sum(self.loss(model, part) * trained_tokens(part) for part in by_length(inputs))
         # The gradients of several processes are averaged.
         return total * (self.ranks.count / num_items_in_batch)

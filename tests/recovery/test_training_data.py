@@ -38,7 +38,7 @@ def test_an_instruction_is_a_row_and_texts_are_joined(tmp_path):
     assert all(row["labels"] == row["input_ids"] for row in data.rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     listed = prepared(tmp_path / "a.json")
-    assert listed.rows == data.rows and listed.fingerprint == data.fingerprint
+    assert listed == data
 
 
 def test_rows_have_the_length_of_the_cutoff(tmp_path):
@@ -68,7 +68,7 @@ def test_a_share_is_held_back(tmp_path):
 def test_a_limit_draws_by_seed(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "output": f"text {n}"} for n in range(50)])
     one, again, other = (prepared(source, limit=5, seed=seed) for seed in (1, 1, 2))
-    assert len(one.rows) == 5 and one.fingerprint == again.fingerprint != other.fingerprint
+    assert len(one.rows) == 5 and one == again != other
 
 
 def test_sources_are_mixed_in_shares(tmp_path):
