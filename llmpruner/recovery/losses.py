@@ -99,7 +99,7 @@ class _MeanOverTokens(torch.autograd.Function):
         gradient = torch.zeros_like(logits) if needed else None
         # The precision of the loss is float32 wherever it is called.
         with torch.autocast(logits.device.type, enabled=False):
-            for at, expected in zip(places.split(size), next_tokens.split(size), strict=True):
+            for at, expected in zip(torch.split(places, size), torch.split(next_tokens, size), strict=True):
                 block = logits.index_select(0, at).float().requires_grad_(needed)
                 with torch.set_grad_enabled(needed):
                     loss = term(block, at, expected).sum()

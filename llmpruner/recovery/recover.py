@@ -187,11 +187,11 @@ def train(
         validations.append({"step": step, "loss": loss, "error": error})
         progress.status(f"step {step}: {'held-out loss' if data.held_out else 'loss on examples'} {loss:.4f}")
 
-    given = RecoveryJob(
+    inputs = RecoveryJob(
         model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step, checked
     )
     with writing(work_dir):
-        result = strategy.train(given)
+        result = strategy.train(inputs)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
