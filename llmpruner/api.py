@@ -24,12 +24,10 @@ from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import DataError, PlanError, SettingsError
-from .evaluation.base import ComparedModel
-from .evaluation.bench import BenchResult
+from .evaluation.bench import BenchResult, BenchSubject
 from .evaluation.bench import bench as _bench
-from .evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
+from .evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
-from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
@@ -55,7 +53,7 @@ from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.recipe import Recipe
 from .recipes.run import RecipeResult, RecipeRun, StepResult
-from .recovery.job import recover_job
+from .recovery.data import recover_job
 from .recovery.recover import recover as _recover
 from .report.base import Report, report_page
 from .report.evidence import report_subjects
@@ -244,10 +242,7 @@ def bench(
         else:
             ref, path = str(source), resolve(str(source), opener.catalog).local_path
         subjects.append(BenchSubject(ref, _path(path), batch, length, source, opener))
-    return _bench(
-        subjects, runtime, batches=options.batch, prompts=options.prompt, new_tokens=options.new, rounds=options.rounds,
-        device=opener.load.device, progress=progress,
-    )  # fmt: skip
+    return _bench(subjects, runtime, options, progress)
 
 
 def generate(

@@ -8,9 +8,9 @@ from docstrings import class_section, document, function_lines, markdown
 
 from llmpruner.calibration.calibration import SampleTask
 from llmpruner.component import Component, ComponentSettings
-from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
+from llmpruner.evaluation.bench import BenchSubject, Session, Work, work_of
+from llmpruner.evaluation.evaluate import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.metrics import Size
-from llmpruner.evaluation.runtime import BenchSubject, Session, Work, work_of
 from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..report.history import loss_text, no_better
+from ..report.sections import loss_text, no_better
 from ..settings import ExportSettings, LoadSettings, RecoverSettings
 from ..values import counted
 from .console import done_line, error_line, next_line, print_json, sizes_text, table, warning_line
@@ -43,9 +43,8 @@ def recover(
     elif failed := no_better(record):
         warning_line(f"{output}: {failed}")
     else:
-        losses = f"{text}, " if (text := loss_text(record)) else ""
         steps = counted(len(record["losses"]), "step")
-        done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {losses}{seconds:.0f} s")
+        done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {loss_text(record)}, {seconds:.0f} s")
         next_line("recover", model=model, output=output)
     if record.get("improved") is False:
         raise typer.Exit(3)

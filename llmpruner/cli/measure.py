@@ -13,7 +13,7 @@ from rich.markup import escape
 from ..errors import LlmprunerError
 from ..files import write_text
 from ..models.record import REPORT_FILE
-from ..report.measured import SPEED_COLUMNS, speed_rows
+from ..report.sections import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
 from .console import done_line, next_line, note, out, print_json, table, warning_line

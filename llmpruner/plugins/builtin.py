@@ -64,8 +64,8 @@ def llmpruner_calibration_sources() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_metrics() -> list[type[Any]]:
-    from ..evaluation.answers import AnswersMetric, GivenAnswersMetric
-    from ..evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
+    from ..evaluation.metrics import AnswersMetric, GivenAnswersMetric, PerplexityMetric, SizeMetric
+    from ..evaluation.tasks import TasksMetric
 
     return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric, GivenAnswersMetric]
 
@@ -79,15 +79,21 @@ def llmpruner_exporters() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_runtimes() -> list[type[Any]]:
-    from ..evaluation.runtime import TransformersRuntime
+    from ..evaluation.bench import TransformersRuntime
 
     return [TransformersRuntime]
 
 
 @hookimpl
 def llmpruner_report_sections() -> list[type[Any]]:
-    from ..report.history import OriginSection, PlanSection, RecoverySection
-    from ..report.measured import AnswersSection, CostSection, QualitySection
+    from ..report.sections import (
+        AnswersSection,
+        CostSection,
+        OriginSection,
+        PlanSection,
+        QualitySection,
+        RecoverySection,
+    )
     from ..report.summary import ComparisonSection, SummarySection
 
     sections = [SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection]

@@ -13,8 +13,8 @@ from ..calibration.calibration import CalibrationSource
 from ..component import Component, check_chosen
 from ..discovery.family import AUTO, ModelFamily
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError, first_line
-from ..evaluation.base import Metric
-from ..evaluation.runtime import Runtime
+from ..evaluation.bench import Runtime
+from ..evaluation.evaluate import Metric
 from ..exporters import Exporter
 from ..models.reference import CheckpointReader
 from ..pruning.allocation import Allocation

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from ..calibration.calibration import CalibrationSource
     from ..discovery.family import ModelFamily
-    from ..evaluation.base import Metric
-    from ..evaluation.runtime import Runtime
+    from ..evaluation.bench import Runtime
+    from ..evaluation.evaluate import Metric
     from ..exporters import Exporter
     from ..models.reference import CheckpointReader
     from ..pruning.allocation import Allocation

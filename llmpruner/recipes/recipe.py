@@ -20,7 +20,7 @@ from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line
 from ..evaluation.evaluate import chosen_metrics
 from ..plugins.catalog import Catalog
 from ..pruning.job import prune_job
-from ..recovery.job import check_recover, recover_job
+from ..recovery.data import check_recover, recover_job
 from ..settings import (
     BenchSettings,
     EvaluateSettings,

@@ -26,7 +26,7 @@ from ..models.reference import data_identity, model_identity
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job
-from ..report.history import first_and_last, loss_text, no_better
+from ..report.sections import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
 from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
 
@@ -234,9 +234,8 @@ def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     record = model.record["recovery"][-1]
     kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
     facts = {key: record[key] for key in kept if key in record}
-    if (losses := first_and_last(record)) is not None:
-        facts |= {"steps": len(record["losses"]), "losses": list(losses[1:])}
-        facts["loss"] = no_better(record) or loss_text(record)
+    _, first, last = first_and_last(record)
+    facts |= {"steps": len(record["losses"]), "losses": [first, last], "loss": no_better(record) or loss_text(record)}
     return {"checkpoint": model.form, **facts}, None
 
 

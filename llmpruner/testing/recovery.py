@@ -17,8 +17,7 @@ from ..models.opening import load_pruned
 from ..models.surgery import cut
 from ..pruning.saving import save
 from ..recovery.base import RecoveryStrategy, nothing
-from ..recovery.data import prepare, read_data
-from ..recovery.job import RecoverJob
+from ..recovery.data import RecoverJob, prepare, read_data
 from ..recovery.recover import train
 from ..settings import RecoverSettings
 from .components import check_component

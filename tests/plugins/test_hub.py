@@ -138,7 +138,7 @@ def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
 def test_the_card_has_figures_and_says_which_trainings_were_undone(folders, tmp_path):
     folder = shutil.copytree(folders / "stock", tmp_path / "own")
     losses = {"losses": [4.0, 1.0], "validation": [{"step": 0, "loss": 3.0}, {"step": 2, "loss": 2.5}]}
-    trained = {"strategy": "full", "examples": 9, "data": "/x/a.jsonl", **losses}
+    trained = {"strategy": "full", "examples": 9, "data": "/x/a.jsonl", "held_out": True, **losses}
     record = json.loads((folder / "llmpruner.json").read_text())
     record["recovery"] = [{**trained, "best_step": 2}, {**trained, "best_step": 0}]
     (folder / "llmpruner.json").write_text(json.dumps(record))
