@@ -15,26 +15,6 @@ CHAT_FORMAT = "chat_format"
 of ChatGLM3."""
 ROUNDS = "rounds"
 ROLES = "roles"
-LATER_KEY = "multi_query_group_num"
-"""A key of the released ``config.json`` from ChatGLM2 on; all generations have one model type."""
-
-
-def register() -> None:
-    """Register model type ``chatglm`` with AutoConfig, AutoModel, AutoModelForCausalLM and AutoTokenizer.
-
-    ChatGLM2, ChatGLM3 and GLM-4 in the original format have the same model type; `ChatGLMConfig` refuses their
-    configurations. Repeated calls have no further effect.
-    """
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-
-    from .configuration_chatglm import ChatGLMConfig
-    from .modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
-    from .tokenization_chatglm import ChatGLMTokenizer
-
-    AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
-    AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
-    AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
-    AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
 
 
 class ChatGLMFamily(ModelFamily):
@@ -46,8 +26,18 @@ class ChatGLMFamily(ModelFamily):
     answer_separator: ClassVar[str] = ""
 
     def register_models(self) -> None:
-        """Register ``model_type: chatglm`` with the auto classes of transformers."""
-        register()
+        """Register model type ``chatglm``. ChatGLM2, ChatGLM3 and GLM-4 in the original format have it too;
+        `ChatGLMConfig` refuses their configurations."""
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        from .configuration_chatglm import ChatGLMConfig
+        from .modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+        from .tokenization_chatglm import ChatGLMTokenizer
+
+        AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
+        AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
+        AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+        AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
 
     def refresh(self, model: PreTrainedModel) -> None:
         """Nothing to set: modules compute numbers of heads from the shapes of their weights."""

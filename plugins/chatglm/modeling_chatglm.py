@@ -2,11 +2,16 @@
 
 Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling" (ACL 2022); parameter names and
 arithmetic are those of the released checkpoints. Shapes: B batch, T new tokens, S keys, N heads, D head size.
+
+A sequence is ``context… <sop> answer…``. Attention is bidirectional in the context and causal in the answer. Every
+token has two positions: that in the context, which is that of ``[gMASK]`` (else ``[MASK]``) from ``<sop>`` on, and that
+in the answer, which is 0 in the context and counts from 1 at ``<sop>``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +23,70 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
-from .layout_chatglm import Layout
 
 # transformers renamed `past_key_values` to `cache`; this file works under either name.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _MASKED = -10000.0
 # The residual scale α = √(2·28), constant in the released code, so that it does not change when layers are removed.
 _ALPHA = (2 * 28) ** 0.5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of the parts of every row; each tensor is ``[B]``.
+
+    ``start``: first token that is not padding. ``sop``: the ``<sop>`` token. ``mask``: the position of ``[gMASK]``,
+    counted from ``start``. A row without ``<sop>`` is the continuation of an empty context, with causal attention, so
+    that the likelihood of plain text is valid.
+    """
+
+    start: torch.Tensor
+    sop: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig) -> Layout:
+        """``input_ids`` ``[B, T]`` of whole sequences; ``attention_mask`` ``[B, T]``, 0 on padding, or None."""
+        start = torch.zeros_like(input_ids[:, 0])
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, -1)
+            start = _first(attention_mask != 0, otherwise=start)
+        sop = _first(input_ids == config.bos_token_id, otherwise=start)
+        mask = _first(input_ids == config.mask_token_id, otherwise=start)
+        mask = _first(input_ids == config.gmask_token_id, otherwise=mask)
+        return cls(start, sop, mask - start)
+
+    @classmethod
+    def without_context(cls, batch: int, device: torch.device) -> Layout:
+        zero = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(zero, zero, zero)
+
+    def position_ids(self, columns: torch.Tensor) -> torch.Tensor:
+        """``columns`` ``[T]`` → ``[B, 2, T]``: position in the context, position in the answer."""
+        sop = self.sop[:, None]
+        in_context = columns < sop
+        position = torch.where(in_context, columns - self.start[:, None], self.mask[:, None])
+        block = torch.where(in_context, 0, columns - sop + 1)
+        return torch.stack((position, block), dim=1).clamp_min(0)
+
+    def visible(
+        self, queries: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Columns ``[T]`` of queries and ``[S]`` of keys → bool ``[B, 1, T, S]``, True where a query may attend.
+
+        Queries of padding attend to all keys, so that no attention function divides by zero; no other attends to them.
+        """
+        causal = keys[None, None, None, :] <= queries[None, None, :, None]
+        visible = causal | (keys < self.sop[:, None])[:, None, None, :]
+        if attention_mask is not None:
+            real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
+            visible = visible & real[:, None, None, :]
+        return visible | ~visible.any(-1, keepdim=True)
+
+
+def _first(found: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """Column of the first True of every row, ``otherwise`` where there is none."""
+    return torch.where(found.any(-1), found.int().argmax(-1), otherwise)
 
 
 def rotary_embedding(
@@ -154,6 +216,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config_class = ChatGLMConfig
     config: ChatGLMConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
@@ -171,12 +234,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.final_layernorm = nn.LayerNorm(config.hidden_size, eps=config.layernorm_epsilon)
         self.gradient_checkpointing = False
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.word_embeddings = value
 
     def forward(
         self,
@@ -253,18 +310,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.word_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def forward(
         self,

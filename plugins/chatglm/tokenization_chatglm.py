@@ -106,11 +106,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         )
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
 
-    def create_token_type_ids_from_sequences(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
-
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         prefix = f"{filename_prefix}-" if filename_prefix else ""
         target = Path(save_directory) / (prefix + VOCABULARY_FILE)

@@ -50,11 +50,12 @@ def chat_format(directory: Path) -> str | None:
 
 def role_stops(directory: Path) -> list[int]:
     """Ids of the role tokens at which generation by ChatGLM3 must stop, as a turn of another role starts."""
-    first = _sentencepiece(directory / VOCABULARY_FILE).get_piece_size() + len(_MARKS)
+    with _one_line(directory / VOCABULARY_FILE):
+        first = _sentencepiece(directory).get_piece_size() + len(_MARKS)
     return [first + _ROLES.index(token) for token in _STOPS]
 
 
-def read_glm_tokenizer(directory: Path) -> Any | None:
+def read_tokenizer(directory: Path) -> Any | None:
     """A fast tokenizer that pads to the left and starts every prompt with ``[gMASK] <sop>``; None without a vocabulary.
 
     Raises `CheckpointError` when the vocabulary is damaged.
@@ -62,12 +63,12 @@ def read_glm_tokenizer(directory: Path) -> Any | None:
     file = directory / VOCABULARY_FILE
     if not file.is_file():
         return None
-    with one_line(file):
+    with _one_line(file):
         return _from_tiktoken(directory) if _is_tiktoken(file) else _from_sentencepiece(directory)
 
 
 @contextlib.contextmanager
-def one_line(file: Path) -> Iterator[None]:
+def _one_line(file: Path) -> Iterator[None]:
     """Convert exceptions of tokenizer libraries for a damaged vocabulary to `CheckpointError` with one line."""
     try:
         yield
@@ -83,13 +84,12 @@ def _is_tiktoken(file: Path) -> bool:
         return _TIKTOKEN_LINE.fullmatch(stream.readline(4096)) is not None
 
 
-def _sentencepiece(file: Path) -> Any:
-    with one_line(file):
-        return sentencepiece.SentencePieceProcessor(model_file=str(file))
+def _sentencepiece(directory: Path) -> Any:
+    return sentencepiece.SentencePieceProcessor(model_file=str(directory / VOCABULARY_FILE))
 
 
 def _from_sentencepiece(directory: Path) -> Any:
-    processor = _sentencepiece(directory / VOCABULARY_FILE)
+    processor = _sentencepiece(directory)
     proto = import_protobuf().ModelProto.FromString(processor.serialized_model_proto())
     pieces = {piece.piece: number for number, piece in enumerate(proto.pieces)}
     unigram = [(piece.piece, piece.score) for piece in proto.pieces]
@@ -100,7 +100,7 @@ def _from_sentencepiece(directory: Path) -> Any:
     unknown, bos, eos = (processor.id_to_piece(i) for i in (processor.unk_id(), processor.bos_id(), processor.eos_id()))
     # The released tokenizers pad with the unknown token.
     names = {"unk_token": unknown, "pad_token": unknown, "bos_token": bos, "eos_token": eos}
-    return _fast(tokenizer, [*controls, *_MARKS, *roles], eos, names)
+    return _fast(tokenizer, [*controls, *_MARKS, *roles], names)
 
 
 class _Converter(TikTokenConverter):  # type: ignore[misc]
@@ -120,12 +120,12 @@ def _from_tiktoken(directory: Path) -> Any:
     if stored and sorted(map(int, stored)) != list(range(first, first + len(stored))):
         raise CheckpointError(f"{file}: the added tokens do not follow the {first} tokens of {VOCABULARY_FILE}")
     names = {"pad_token": _GLM4_TOKENS[0], "eos_token": _GLM4_TOKENS[0]}
-    return _fast(tokenizer, special, _GLM4_TOKENS[0], names)
+    return _fast(tokenizer, special, names)
 
 
-def _fast(tokenizer: Any, special: Sequence[str], eos: str, names: dict[str, str]) -> Any:
+def _fast(tokenizer: Any, special: Sequence[str], names: dict[str, str]) -> Any:
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in special])
-    start = ("[gMASK]", "<sop>")
+    start, eos = ("[gMASK]", "<sop>"), names["eos_token"]
     tokenizer.post_processor = TemplateProcessing(
         single=f"{' '.join(start)} $A",
         pair=f"{' '.join(start)} $A $B:0 {eos}:0",
