@@ -109,22 +109,15 @@ class MetaParams(BaseModel):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for ``params.json``, without those at their default: Meta's older code refuses them. Its later
-        code ignores those that it does not know: ``rope_scaling_factor`` is for `read` alone."""
-        values: dict[str, Any] = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads}
-        if self.n_kv_heads != self.n_heads:
-            values["n_kv_heads"] = self.n_kv_heads
-        values |= {"vocab_size": self.vocab_size, "multiple_of": self.multiple_of}
-        if self.ffn_dim_multiplier is not None:
-            values["ffn_dim_multiplier"] = self.ffn_dim_multiplier
-        values["norm_eps"] = self.norm_eps
-        if self.rope_theta != 10000.0:
-            values["rope_theta"] = self.rope_theta
-        if self.rope_scaling_factor is not None:
-            values["use_scaled_rope"] = True
-            if self.rope_scaling_factor != scaled_rope_factor(self.dim):
-                values["rope_scaling_factor"] = self.rope_scaling_factor
-        return values
+        """The fields for ``params.json``. Meta's older code refuses those that it does not know, which are left out
+        where they have their defaults; its later code ignores them: ``rope_scaling_factor`` is for `read` alone."""
+        defaults = {
+            "n_kv_heads": self.n_heads,
+            "rope_theta": 10000.0,
+            "rope_scaling_factor": scaled_rope_factor(self.dim),
+        }
+        values = {k: v for k, v in self.model_dump(exclude_none=True).items() if v != defaults.get(k)}
+        return values if self.rope_scaling_factor is None else {**values, "use_scaled_rope": True}
 
     @property
     def ffn_width(self) -> int:
@@ -142,28 +135,6 @@ class MetaParams(BaseModel):
         if self.rope_theta > 10_000:
             return 8192  # Llama 3
         return 2048 if self.norm_eps < 1e-5 else 4096  # Llama 1, Llama 2
-
-    def to_config(self, vocabulary: int, *, tied: bool, bos: int, eos: int, dtype: Any) -> LlamaConfig:
-        """The configuration in transformers; ``vocabulary``: rows of the embedding."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_scaling_factor is not None:
-            rope |= {"rope_type": "llama3", "factor": self.rope_scaling_factor, **_SCALED_ROPE}
-        return LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=self.dim,
-            intermediate_size=self.ffn_width,
-            num_hidden_layers=self.n_layers,
-            num_attention_heads=self.n_heads,
-            num_key_value_heads=self.n_kv_heads,
-            max_position_embeddings=self.max_positions,
-            rms_norm_eps=self.norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=tied,
-            bos_token_id=bos,
-            eos_token_id=eos,
-            dtype=dtype,
-            architectures=["LlamaForCausalLM"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +184,9 @@ class MetaFolder:
         if not (directory / PARAMS).is_file():
             raise CheckpointError(f"{directory} is no LLaMA folder in Meta's format: it has no {PARAMS}")
         self.directory, self.params = directory, MetaParams.read(directory / PARAMS)
-        paths = _shard_paths(directory)
+        paths = sorted(directory.glob("consolidated.*.pth"))
+        if not paths:
+            raise CheckpointError(f"{directory} has no consolidated.NN.pth: download them")
         self._shards = [_mapped(path) for path in paths]
         # The query projection is split by rows.
         name, size = "layers.0.attention.wq.weight", (self.params.dim // len(paths), self.params.dim)
@@ -259,15 +232,27 @@ class MetaFolder:
                 f"{self.directory}: its tokenizer has {len(tokenizer)} tokens, its embedding {self.vocabulary} rows: "
                 "the two belong to different models"
             )
-        config = self.params.to_config(
-            self.vocabulary,
-            tied=self.tied,
-            bos=1 if tokenizer is None else tokenizer.bos_token_id,
-            eos=2 if tokenizer is None else tokenizer.eos_token_id,
+        params = self.params
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
+        if params.rope_scaling_factor is not None:
+            rope |= {"rope_type": "llama3", "factor": params.rope_scaling_factor, **_SCALED_ROPE}
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=params.dim,
+            intermediate_size=params.ffn_width,
+            num_hidden_layers=params.n_layers,
+            num_attention_heads=params.n_heads,
+            num_key_value_heads=params.n_kv_heads,
+            max_position_embeddings=params.max_positions,
+            rms_norm_eps=params.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=self.tied,
+            bos_token_id=1 if tokenizer is None else tokenizer.bos_token_id,
+            eos_token_id=2 if tokenizer is None else tokenizer.eos_token_id,
             dtype=self.dtype,
+            architectures=["LlamaForCausalLM"],
+            name_or_path=str(self.directory),
         )
-        config.name_or_path = str(self.directory)
-        return config
 
 
 def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -297,16 +282,6 @@ def tokenizer_in(directory: Path) -> Any | None:
     if file is None:
         return None
     return read_tokenizer(file, scaled_rope=MetaParams.read(directory / PARAMS).rope_scaling_factor is not None)
-
-
-def _shard_paths(directory: Path) -> list[Path]:
-    numbers = (path.name.split(".")[1] for path in directory.glob("consolidated.*.pth"))
-    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
-    paths = [directory / f"consolidated.{n:02}.pth" for n in range(last + 1)]
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{directory} lacks {path.name}: download it")
-    return paths
 
 
 def _mapped(path: Path) -> dict[str, torch.Tensor]:

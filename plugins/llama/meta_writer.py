@@ -12,11 +12,11 @@ import torch
 
 from llmpruner import CheckpointError, UnsupportedModelError
 
-from .meta_format import META_FACTOR, PARAMS, MetaFolder, MetaParams, Placement, placements, to_neighbours, tokenizer_in
-from .meta_tokenizer import TOKENIZER, is_tiktoken
+from .meta_format import PARAMS, MetaFolder, MetaParams, Placement, placements, to_neighbours, tokenizer_in
+from .meta_tokenizer import TOKENIZER, tiktoken_ranks
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 _REFUSED = "Meta's format cannot hold this model"
 
@@ -34,7 +34,7 @@ def write_meta(model: PreTrainedModel, tokenizer: Path | None, directory: Path, 
         )
     # Llama 3 and later are known by their rotary settings or their tokenizer; Code Llama has a base of 1e6.
     llama_3 = params.rope_scaling_factor is not None or params.rope_theta == 500000.0
-    axis = 0 if llama_3 or (tokenizer is not None and is_tiktoken(tokenizer)) else 1
+    axis = 0 if llama_3 or (tokenizer is not None and tiktoken_ranks(tokenizer)) else 1
     for number in range(shards):
         # Meta's format has no tied embeddings.
         parts = {
@@ -62,18 +62,6 @@ def check_written(directory: Path, model: PreTrainedModel) -> None:
     for name, tensor in folder.state(None).items():
         if not torch.equal(tensor, state[name].cpu()):
             raise CheckpointError(f"{name} is read back with other values than were written: check disk and memory")
-
-
-def remarks(params: MetaParams, config: LlamaConfig) -> list[str]:
-    """What the format, or Meta's code, does not keep of the model."""
-    notes = []
-    factor, positions = params.rope_scaling_factor, config.max_position_embeddings
-    if factor not in (None, META_FACTOR):
-        notes.append(f"its rotary factor is {factor:g}, and Meta's code takes {META_FACTOR:g}")
-    # ``max_seq_len`` in params.json is a second value for an argument that Meta's code gives, which Python refuses.
-    if positions != params.max_positions:
-        notes.append(f"its context of {positions} tokens is not stored, and is read back as {params.max_positions}")
-    return notes
 
 
 def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:
