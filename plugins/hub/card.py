@@ -42,7 +42,9 @@ def model_card(
     if not structure.plans:
         raise CheckpointError("the record of the checkpoint has no plan, so there is nothing to write a card from")
     local = (structure.record or {}).get("base_path")
-    licence = licence_of(base, local) if license is None else _named(license)
+    if license is not None and not _LICENCE.fullmatch(license):
+        raise SettingsError(f"--license '{license}': expected an identifier in lower case, such as apache-2.0, mit")
+    licence = licence_of(base, local) if license is None else Licence(license)
     identifier, name, link = licence or (None, None, None)
     data = ModelCardData(
         base_model=base, library_name="transformers", license=identifier, license_name=name, license_link=link,
@@ -105,9 +107,3 @@ def licence_of(base: str | None, path: str | None) -> Licence | None:
         if isinstance(data.license, str):
             return Licence(data.license, data.license_name, data.license_link)
     return None
-
-
-def _named(identifier: str) -> Licence:
-    if not _LICENCE.fullmatch(identifier):
-        raise SettingsError(f"--license '{identifier}': expected an identifier in lower case, such as apache-2.0, mit")
-    return Licence(identifier)

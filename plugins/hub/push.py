@@ -31,11 +31,6 @@ class Upload:
     card: str
     files: Mapping[str, bytes | Path]
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Path in the repository → bytes."""
-        return {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
-
 
 def prepare(
     directory: Path,
@@ -113,12 +108,12 @@ def _check_repo(repo: str) -> None:
         raise SettingsError(f"'{repo}' is no name of a repository: {reason}; expected OWNER/NAME") from error
 
 
-def send(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
+def send(upload: Upload, *, public: bool = False) -> str:
     """Create the repository unless it exists, and commit all files at once; returns the URL of the commit.
 
     ``public``: of a repository that is created; an existing one stays as it is. Raises `OutputError` in one line.
     """
-    api = api or HfApi()
+    api = HfApi()
     operations = [CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in upload.files.items()]
     try:
         api.whoami()
