@@ -1,7 +1,8 @@
-"""Building the application: commands of the core, then those of plugins."""
+"""The application: commands of the core, then those of plugins."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -12,11 +13,20 @@ from typer.models import CommandInfo
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
 from .checkpoint import export, recover, verify
-from .console import show_warnings, warning_line
+from .console import error_line, show_warnings, warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
 from .plugins import new_plugin, plugins
+from .process import (
+    exit_on_sigterm,
+    is_first,
+    keep_freed_memory,
+    let_first_print,
+    message_of,
+    run_together,
+    shares_work,
+)
 from .prune import plan, prune
 from .run import demo, recipes, run
 
@@ -32,6 +42,27 @@ COMMANDS = (
     discover, plan, prune, recover, evaluate, bench, generate, export, verify, run, recipes, demo, report, plugins,
     new_plugin,
 )  # fmt: skip
+
+
+def main() -> None:
+    """Run the ``llmpruner`` command. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2;
+    with ``--debug``, in any position, a traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    keep_freed_memory()
+    exit_on_sigterm()
+    try:
+        if shares_work(arguments):
+            run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
+        build_app()(args=arguments, prog_name="llmpruner")
+    except Exception as error:
+        line = message_of(error)
+        if debug or line is None:
+            raise
+        if is_first():
+            error_line(line)
+        let_first_print()
+        sys.exit(2)
 
 
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
@@ -55,7 +86,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
         del version, debug
-        from ..plugins.catalog import Catalog  # help is shown without it, and without pydantic
+        from ..plugins.catalog import Catalog  # --help is shown without it
 
         ctx.obj = Catalog(manager)
         show_warnings()

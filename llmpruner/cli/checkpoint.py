@@ -11,7 +11,7 @@ import typer
 from ..report.history import loss_text, no_better
 from ..settings import ExportSettings, LoadSettings, RecoverSettings
 from ..values import counted
-from .console import done_line, error_line, next_line, print_json, sizes_text, table, warning_line
+from .console import done_line, error_line, note, print_json, sizes_text, table, warning_line
 from .derive import Json, ModelName, Output, takes
 
 Restart = Annotated[bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")]
@@ -46,7 +46,7 @@ def recover(
         losses = f"{text}, " if (text := loss_text(record)) else ""
         steps = counted(len(record["losses"]), "step")
         done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {losses}{seconds:.0f} s")
-        next_line("recover", model=model, output=output)
+        note(f"next: llmpruner evaluate {model} {output}")
     if record.get("improved") is False:
         raise typer.Exit(3)
 

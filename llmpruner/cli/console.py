@@ -72,20 +72,6 @@ def done_line(message: str) -> None:
     out.print(f"[bold green]✓[/] {escape(message)}", highlight=False, soft_wrap=True)
 
 
-NEXT = {
-    "discover": "llmpruner prune {model} --ratio 0.2 -o DIR",
-    "plan": "llmpruner prune {model} --plan {output} -o DIR",
-    "prune": "llmpruner recover {output} -o {output}-recovered",
-    "recover": "llmpruner evaluate {model} {output}",
-    "evaluate": "llmpruner export DIR --to gguf -o OUT, for llama.cpp and Ollama",
-}
-
-
-def next_line(command: str, **names: object) -> None:
-    """Print what is done after a command."""
-    note(f"next: {NEXT[command].format(**names)}")
-
-
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, ensure_ascii=False))  # noqa: T201
 

@@ -13,7 +13,7 @@ from ..errors import CouplingError
 from ..settings import LoadSettings
 from ..structure.coupling import HIDDEN, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Span
 from ..values import count_text, counted
-from .console import next_line, out, print_json, table
+from .console import note, out, print_json, table
 from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def discover(
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
     if not as_json:
-        next_line("discover", model=model)
+        note(f"next: llmpruner prune {model} --ratio 0.2 -o DIR")
 
 
 def _show(model: str, structure: Structure) -> None:

@@ -12,7 +12,7 @@ from ..engine.stages import peak_memory
 from ..settings import LoadSettings, PruneSettings, RunSettings, settings_from
 from ..structure.widths import COUNTED, QUANTISED
 from ..values import bytes_text, count_text
-from .console import done_line, next_line, note, print_json, sizes_text, table
+from .console import done_line, note, print_json, sizes_text, table
 from .derive import Json, ModelName, Output, takes
 from .measure import write_next_to
 from .process import is_first
@@ -46,7 +46,8 @@ def plan(
         print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json(), **taken})
     else:
         show_plan(made, outcome)
-        next_line("plan", model=model, output=output or "PLAN (written by -o PLAN)")
+        file = output or "PLAN (written by -o PLAN)"
+        note(f"next: llmpruner prune {model} --plan {file} -o DIR")
 
 
 @takes(PruneSettings, LoadSettings, RunSettings)
@@ -89,7 +90,7 @@ def prune(
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
     sizes, quality = sizes_text(output, output), "" if outcome.quality is None else f"{outcome.quality}; "
     done_line(f"{output} in {seconds} s; {sizes}{quality}loads with from_pretrained {needs}")
-    next_line("prune", output=output)
+    note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
 def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
