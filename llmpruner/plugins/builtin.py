@@ -108,6 +108,6 @@ def llmpruner_methods() -> list[type[Any]]:
 
 @hookimpl
 def llmpruner_recipes() -> list[type[Any]]:
-    from ..recipes.named import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
+    from ..recipes import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
 
     return [PaperRecipe, QualityRecipe, ExpertsRecipe, DemoRecipe]

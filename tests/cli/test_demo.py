@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmpruner.cli import run as commands
-from llmpruner.recipes.named import DemoRecipe
+from llmpruner.recipes import DemoRecipe
 
 
 @pytest.fixture
