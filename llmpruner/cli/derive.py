@@ -87,8 +87,7 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
                 own = each_ratio(explicit) if several else [settings_from(model, explicit)]
                 arguments |= explicit
             _check(command.__name__, values, own, arguments["catalog"])
-            with progress:
-                command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
+            command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {p.name: p.annotation for p in every}
