@@ -29,17 +29,17 @@ class ChatGLMReader(CheckpointReader):
         return values.get("model_type") == "chatglm" and "multi_query_group_num" in values
 
     def read_config(self, path: Path) -> PreTrainedConfig:
-        from .released import read_config
+        from .original import read_config
 
         return read_config(path)
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-        from .released import read_model
+        from .original import read_model
 
         return read_model(path, dtype)
 
     def read_tokenizer(self, path: Path) -> Any | None:
-        from .tokenizers import read_tokenizer
+        from .original import read_tokenizer
 
         return read_tokenizer(path)
 

@@ -11,8 +11,8 @@ import pytest
 import sentencepiece
 from chatglm_tiny import train_sentencepiece
 from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily
+from llmpruner_chatglm.original import chat_format, read_tokenizer, role_stops
 from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
-from llmpruner_chatglm.tokenizers import chat_format, read_tokenizer, role_stops
 from transformers import AutoTokenizer
 
 from llmpruner import CheckpointError
