@@ -77,8 +77,7 @@ class MetaExporter(Exporter):
     settings: Settings
 
     def export(self, task: ExportTask) -> str:
-        from .meta_format import META_FACTOR
-        from .meta_writer import check_written, write_meta
+        from .meta_format import META_FACTOR, check_written, write_meta
 
         record = task.source / "llmpruner.json"
         plans = read_json(record).get("plans", []) if record.is_file() else []
