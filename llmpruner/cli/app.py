@@ -12,7 +12,6 @@ from typer.models import CommandInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from .checkpoint import export, recover, verify
 from .console import error_line, show_warnings, warning_line
 from .derive import Command
 from .discover import discover
@@ -27,7 +26,7 @@ from .process import (
     run_together,
     shares_work,
 )
-from .prune import plan, prune
+from .prune import export, plan, prune, recover, verify
 from .run import demo, recipes, run
 
 HELP = """
