@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, try_to_load_from_cache
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -15,14 +15,6 @@ from llmpruner import CheckpointError, PruningPlan, SettingsError, Structure, bu
 CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
-
-
-class Licence(NamedTuple):
-    """As the metadata of a card states it. ``name``, ``link``: of a licence without an identifier (``other``)."""
-
-    identifier: str
-    name: str | None = None
-    link: str | None = None
 
 
 def model_card(
@@ -44,12 +36,11 @@ def model_card(
     local = (structure.record or {}).get("base_path")
     if license is not None and not _LICENCE.fullmatch(license):
         raise SettingsError(f"--license '{license}': expected an identifier in lower case, such as apache-2.0, mit")
-    licence = licence_of(base, local) if license is None else Licence(license)
-    identifier, name, link = licence or (None, None, None)
+    licence = licence_of(base, local) if license is None else {"license": license}
+    tags = ["llmpruner", "pruned"]
     data = ModelCardData(
-        base_model=base, library_name="transformers", license=identifier, license_name=name, license_link=link,
-        pipeline_tag="text-generation", tags=["llmpruner", "pruned"],
-    )  # fmt: skip
+        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence
+    )
     config = read_json(Path(structure.path or structure.ref) / "config.json")
     dense, graph = build_graph(structure.family, structure.config), structure.graph
     decoder = (dense.decoder_parameters, graph.decoder_parameters)
@@ -59,7 +50,7 @@ def model_card(
         loader=PackageLoader("llmpruner_hub", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False,
         undefined=StrictUndefined, keep_trailing_newline=True,
     )  # fmt: skip
-    text = environment.get_template("card.md.j2").render(
+    return environment.get_template("card.md.j2").render(
         metadata=data.to_yaml(),
         repo=repo,
         hub_id=base,
@@ -77,9 +68,6 @@ def model_card(
         names=[Path(each.name).name for each in evaluations or ()],
         version=record.get("llmpruner", ""),
     )
-    if (read := ModelCard(text).data.to_dict()) != data.to_dict():
-        raise CheckpointError(f"the metadata of the model card cannot be read back: {read}")
-    return text
 
 
 def base_of(record: Mapping[str, Any]) -> str | None:
@@ -89,9 +77,10 @@ def base_of(record: Mapping[str, Any]) -> str | None:
     return name if _HUB_ID.fullmatch(name) else None
 
 
-def licence_of(base: str | None, path: str | None) -> Licence | None:
-    """The licence that the card of the dense model states: in its local directory ``path``, or in the cache of the hub
-    model ``base``. None where no such card is on this machine, or it states none."""
+def licence_of(base: str | None, path: str | None) -> dict[str, Any]:
+    """The licence that the card of the dense model states, as keys of a card's metadata: in its local directory
+    ``path``, or in the cache of the hub model ``base``. Empty where no such card is on this machine, or it states
+    none."""
     cached = None if base is None else try_to_load_from_cache(base, CARD_FILE)
     files = [Path(path) / CARD_FILE] if path else []
     # The cache answers with a mark of its own for files that are known not to exist.
@@ -105,5 +94,5 @@ def licence_of(base: str | None, path: str | None) -> Licence | None:
             reason = str(error).splitlines()[0]
             raise CheckpointError(f"the licence cannot be read from {file}: {reason}; use --license") from error
         if isinstance(data.license, str):
-            return Licence(data.license, data.license_name, data.license_link)
-    return None
+            return {key: getattr(data, key) for key in ("license", "license_name", "license_link")}
+    return {}

@@ -120,7 +120,7 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
         found = card.licence_of("org/dense", None)
     else:
         found = card.licence_of(None, str(tmp_path))
-    assert found == card.Licence("other", "own", "https://a.b/c")
+    assert found == {"license": "other", "license_name": "own", "license_link": "https://a.b/c"}
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; use --license"):
         card.licence_of(None, str(tmp_path))
