@@ -12,7 +12,7 @@ from typer.models import CommandInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from .console import error_line, show_warnings, warning_line
+from .console import error_line, warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
@@ -67,20 +67,13 @@ def main() -> None:
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
     """The Typer application, with the commands of plugins (by default of all that are installed)."""
     manager = manager or plugin_manager()
-    app = typer.Typer(
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
-        help=HELP,
-        add_completion=True,
-    )
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP)
 
     @app.callback()
     def root(
         ctx: typer.Context,
         version: Annotated[
-            bool,
-            typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version),
+            bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
         ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
@@ -88,7 +81,6 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         from ..plugins.catalog import Catalog  # --help is shown without it
 
         ctx.obj = Catalog(manager)
-        show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
         ctx.call_on_close(lambda: list(map(warning_line, manager.broken)))
 

@@ -39,18 +39,14 @@ _LINE_EVERY = 60.0
 """Seconds until the next line about the progress of a bar, where standard error is not a terminal."""
 
 
-class _Lines(logging.Handler):
-    """Shows log records of the library as warnings, one line each."""
+class _Warnings(logging.Handler):
+    """Shows what the library logs, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning_line(record.getMessage())
 
 
-def show_warnings() -> None:
-    """Show warnings of the library on the terminal."""
-    logger = logging.getLogger("llmpruner")
-    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-        logger.addHandler(_Lines())
+logging.getLogger("llmpruner").addHandler(_Warnings())
 
 
 def error_line(message: str) -> None:
