@@ -201,13 +201,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
-        attended, _ = self.attention(
-            hidden_states=normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
-        )
+        attended, _ = self.attention(normed, position_embeddings, attention_mask, cache, **kwargs)
         normed = self.post_attention_layernorm(normed * _ALPHA + attended)
         return normed * _ALPHA + self.mlp(normed)
 
@@ -263,7 +257,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, cache, past, batch)
         columns = torch.arange(past, past + length, device=hidden.device)
-        visible = layout.visible(columns, _key_columns(cache, past + length, hidden.device), attention_mask)
+        slots = past + length
+        if cache is not None and cache.layers:
+            # A static cache returns all its slots; the empty ones are after every query, and so never visible.
+            slots = getattr(cache.layers[0], "max_cache_len", slots)
+        visible = layout.visible(columns, torch.arange(slots, device=hidden.device), attention_mask)
         position_embeddings = rotary_embedding(layout.position_ids(columns), self.config.head_dim, hidden.dtype)
         states = [hidden]
         for layer in self.layers:
@@ -282,21 +280,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> Layout:
         if cache is not None and past:
             # The end of the context is not in later tokens, so it is stored in the cache.
-            layout = getattr(cache, "chatglm_layout", None)
-            return Layout.without_context(batch, self.device) if layout is None else layout
-        if input_ids is None:
-            layout = Layout.without_context(batch, self.device)
-        else:
+            return getattr(cache, "chatglm_layout", None) or Layout.without_context(batch, self.device)
+        layout = Layout.without_context(batch, self.device)
+        if input_ids is not None:
             layout = Layout.of(input_ids, mask, self.config)
         if cache is not None:
             cache.chatglm_layout = layout
         return layout
-
-
-def _key_columns(cache: Cache | None, length: int, device: torch.device) -> torch.Tensor:
-    # A static cache returns all its slots; the empty ones are after every query, and so never visible.
-    slots = getattr(cache.layers[0], "max_cache_len", length) if cache is not None and cache.layers else length
-    return torch.arange(slots, device=device)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -329,14 +319,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         are those before ``<sop>``, as attention to them is bidirectional."""
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         output = self.transformer(
-            input_ids,
-            attention_mask,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            past_key_values,
-            **kwargs,
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, past_key_values, **kwargs
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
