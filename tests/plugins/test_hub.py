@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
-from llmpruner_hub import card, push
+from llmpruner_hub import push
 from typer.testing import CliRunner
 
 import llmpruner
@@ -116,14 +116,14 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
     readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: other\nlicense_name: own\nlicense_link: https://a.b/c\n---\n# Dense\n")
     if cached:
-        monkeypatch.setattr(card, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
-        found = card.licence_of("org/dense", None)
+        monkeypatch.setattr(push, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+        found = push.licence_of("org/dense", None)
     else:
-        found = card.licence_of(None, str(tmp_path))
+        found = push.licence_of(None, str(tmp_path))
     assert found == {"license": "other", "license_name": "own", "license_link": "https://a.b/c"}
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; use --license"):
-        card.licence_of(None, str(tmp_path))
+        push.licence_of(None, str(tmp_path))
 
 
 def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
