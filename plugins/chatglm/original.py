@@ -20,7 +20,7 @@ from transformers.modeling_utils import load_state_dict
 
 from llmpruner import CheckpointError, LlmprunerError, ModelError, UnsupportedModelError, meta_model, read_json
 
-from .family import CHAT_FORMAT, ROLES, ROUNDS
+from . import CHAT_FORMAT, ROLES, ROUNDS
 
 VOCABULARY_FILE = "tokenizer.model"
 _GLM_HAS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llmpruner_vicuna.family import V0, V1_1, Template, VicunaFamily, VicunaV0Family, chat_template
+from llmpruner_vicuna import V0, V1_1, Template, VicunaFamily, VicunaV0Family, chat_template
 
 from llmpruner.calibration.chat import chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples
