@@ -12,20 +12,12 @@ from typer.models import CommandInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
+from . import process
 from .console import error_line, warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
 from .plugins import new_plugin, plugins
-from .process import (
-    exit_on_sigterm,
-    is_first,
-    keep_freed_memory,
-    let_first_print,
-    message_of,
-    run_together,
-    shares_work,
-)
 from .prune import export, plan, prune, recover, verify
 from .run import demo, recipes, run
 
@@ -48,19 +40,19 @@ def main() -> None:
     with ``--debug``, in any position, a traceback."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
-    keep_freed_memory()
-    exit_on_sigterm()
+    process.keep_freed_memory()
+    process.exit_on_sigterm()
     try:
-        if shares_work(arguments):
-            run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
+        if process.shares_work(arguments):
+            process.run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
         build_app()(args=arguments, prog_name="llmpruner")
     except Exception as error:
-        line = message_of(error)
+        line = process.message_of(error)
         if debug or line is None:
             raise
-        if is_first():
+        if process.is_first():
             error_line(line)
-        let_first_print()
+        process.let_first_print()
         sys.exit(2)
 
 

@@ -47,9 +47,8 @@ def discover(
         _show(model, structure)
         if verdicts:
             rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
-            table(
-                "On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2
-            )
+            columns = ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks")
+            table("On a small random model", columns, rows, left=2)
         for verdict in verdicts:
             lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
             for line in (*lines, *(f"not checked: {what}" for what in verdict.skipped)):

@@ -21,9 +21,6 @@ from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
 """Commands that share work between processes."""
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""Parameters of ``mallopt`` in glibc's malloc.h."""
-_LARGEST, _KEPT = 64 << 20, 256 << 20
 
 
 def keep_freed_memory() -> None:
@@ -33,9 +30,10 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, _KEPT)
-        mallopt(_TOP_PAD, _LARGEST)
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
+        mallopt(mmap_threshold, 64 << 20)
+        mallopt(trim_threshold, 256 << 20)
+        mallopt(top_pad, 64 << 20)
 
 
 def exit_on_sigterm() -> None:

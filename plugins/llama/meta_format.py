@@ -17,7 +17,7 @@ from transformers import GenerationConfig, LlamaConfig
 
 from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
 
-from .meta_tokenizer import TOKENIZER, find_tokenizer, read_tokenizer, stop_tokens, tiktoken_ranks
+from .meta_tokenizer import TOKENIZER, read_tokenizer, stop_tokens, tiktoken_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -280,8 +280,10 @@ def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def tokenizer_in(directory: Path) -> Any | None:
-    """The tokenizer of a folder (see `find_tokenizer`); None when it has none."""
-    file = find_tokenizer(directory)
+    """The tokenizer of a folder: ``tokenizer.model`` in it or in its parent, where Meta's download script puts it; None
+    without one."""
+    files = [folder / TOKENIZER for folder in (directory, directory.absolute().parent)]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         return None
     return read_tokenizer(file, scaled_rope=MetaParams.read(directory / PARAMS).rope_scaling_factor is not None)

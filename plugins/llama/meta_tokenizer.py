@@ -24,14 +24,6 @@ _PATTERN = (
 """The pattern by which Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
 
 
-def find_tokenizer(directory: Path) -> Path | None:
-    """``tokenizer.model`` in the folder or in its parent, where Meta's download script puts it; None without one."""
-    for folder in (directory, directory.absolute().parent):
-        if (folder / TOKENIZER).is_file():
-            return folder / TOKENIZER
-    return None
-
-
 def read_tokenizer(path: Path, *, scaled_rope: bool = False) -> Any:
     """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, with more named special tokens.
 
