@@ -42,7 +42,6 @@ _NAMES = (
 # brackets and do not search text for them; a fast tokenizer does, and would find "sop" in "philosophy".
 _MARKS = ("[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>")
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>", "<|observation|>")
-_STOPS = ("<|user|>", "<|observation|>")
 _GLM4_TOKENS = (
     "<|endoftext|>", *_MARKS, *_ROLES,
     "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
@@ -60,8 +59,11 @@ def read_config(path: Path) -> PreTrainedConfig:
             raise UnsupportedModelError(f"{path} cannot be read as GLM: {name} is {values[name]!r} in its config.json")
     eos = values.get("eos_token_id", 2)
     if style == ROLES:
-        # A turn ends where the next role begins.
-        eos = [*(eos if isinstance(eos, list) else [eos]), *role_stops(path)]
+        with _one_line(path / VOCABULARY_FILE):
+            first = _sentencepiece(path).get_piece_size() + len(_MARKS)
+        # A turn ends where one of another role begins.
+        stops = [first + _ROLES.index(role) for role in ("<|user|>", "<|observation|>")]
+        eos = [*(eos if isinstance(eos, list) else [eos]), *stops]
     try:
         heads = values["num_attention_heads"]
         grouped = values.get("multi_query_attention", True)
@@ -173,13 +175,6 @@ def chat_format(directory: Path) -> str | None:
         if file.is_file() and _ROLES[1] in file.read_text(encoding="utf-8", errors="replace"):
             return ROLES
     return ROUNDS
-
-
-def role_stops(directory: Path) -> list[int]:
-    """Ids of the role tokens at which generation by ChatGLM3 must stop, as a turn of another role starts."""
-    with _one_line(directory / VOCABULARY_FILE):
-        first = _sentencepiece(directory).get_piece_size() + len(_MARKS)
-    return [first + _ROLES.index(token) for token in _STOPS]
 
 
 def read_tokenizer(directory: Path) -> Any | None:

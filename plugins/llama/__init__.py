@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import LlamaConfig, PreTrainedModel
 
-__all__ = ["LlamaFamily", "MetaExporter", "MetaReader"]
-
 
 class MetaReader(CheckpointReader):
     """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""

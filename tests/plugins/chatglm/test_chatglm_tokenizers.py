@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from chatglm_tiny import train_sentencepiece
-from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily
-from llmpruner_chatglm.original import chat_format, read_tokenizer, role_stops
+from chatglm_tiny import DATA, train_sentencepiece
+from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, ChatGLMReader
+from llmpruner_chatglm.original import chat_format, read_tokenizer
 from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
 from transformers import AutoTokenizer
 
@@ -106,7 +107,8 @@ def test_fast_tokenizer_equals_sentencepiece(bpe: Path, roles: bool) -> None:
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.padding_side == "left"
     if roles:
-        assert role_stops(bpe.parent) == [size + 6, size + 8]
+        shutil.copyfile(DATA / "chatglm3" / "config.json", bpe.parent / "config.json")
+        assert ChatGLMReader().read_config(bpe.parent).eos_token_id == [2, size + 6, size + 8]
         prompt = tokenizer(chat_prompt(ChatGLM3Family(), tokenizer, "你好").text, add_special_tokens=False)["input_ids"]
         assert prompt == [size + 6, *piece.encode("\n"), *piece.encode("你好"), size + 7]
     else:
