@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -38,10 +37,9 @@ def keep_freed_memory() -> None:
 
 def exit_on_sigterm() -> None:
     """Let SIGTERM end the process as an exit does, so that temporary files are removed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        # While the interpreter ends, the exception would only be printed, as a traceback.
-        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # While the interpreter ends, the exception would only be printed, as a traceback.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
 def shares_work(arguments: Sequence[str]) -> bool:
