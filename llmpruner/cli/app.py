@@ -69,7 +69,6 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
-        del version, debug
         from ..plugins.catalog import Catalog  # --help is shown without it
 
         ctx.obj = Catalog(manager)

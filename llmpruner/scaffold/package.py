@@ -149,7 +149,7 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         "README.md": "README.md",
         f"src/{module}/__init__.py": "init.py",
         f"src/{module}/{kind}.py": f"{kind}.py",
-        f"tests/test_{kind}.py": f"test_{kind}.py",
+        f"tests/test_{kind}.py": "test_family.py" if kind == "family" else "test_component.py",
     }
     files = {path: environment.get_template(f"{template}.j2").render(values) for path, template in templates.items()}
     if model.config_values:

@@ -123,7 +123,6 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may attend."""
-    del module, kwargs
     scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, _MASKED)
@@ -245,7 +244,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
         """
-        del position_ids
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds

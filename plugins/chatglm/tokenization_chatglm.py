@@ -75,7 +75,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return {**vocabulary, **self._added_tokens_encoder}
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        del kwargs
         text = text.replace("\n", _LINE_BREAK).replace("\t", _TAB)
         text = _BLANKS.sub(lambda blanks: f"<|blank_{len(blanks.group())}|>", text)
         return self.sp_model.encode(text, out_type=str)

@@ -114,11 +114,8 @@ class MetaParams(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The fields for ``params.json``. Meta's older code refuses those that it does not know, which are left out
         where they have their defaults; its later code ignores them: ``rope_scaling_factor`` is for `read` alone."""
-        defaults = {
-            "n_kv_heads": self.n_heads,
-            "rope_theta": 10000.0,
-            "rope_scaling_factor": scaled_rope_factor(self.dim),
-        }
+        factor = scaled_rope_factor(self.dim)
+        defaults = {"n_kv_heads": self.n_heads, "rope_theta": 10000.0, "rope_scaling_factor": factor}
         values = {k: v for k, v in self.model_dump(exclude_none=True).items() if v != defaults.get(k)}
         return values if self.rope_scaling_factor is None else {**values, "use_scaled_rope": True}
 

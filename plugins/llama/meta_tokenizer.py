@@ -66,7 +66,6 @@ def _tiktoken(path: Path, ranks: dict[bytes, int], scaled_rope: bool) -> Any:
         # tiktoken's own loader caches by path, even when the file has changed.
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            del tiktoken_url
             return ranks
 
     backend = Converter(vocab_file=str(path), pattern=_PATTERN, extra_special_tokens=special).converted()
