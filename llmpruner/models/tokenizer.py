@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import TOKENIZER_MAPPING, AutoTokenizer
 
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
@@ -33,9 +33,13 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}
+    # A tokenizer that a plugin registers is used in place of code in the checkpoint, as its model is.
+    kind = type(structure.config)
+    registered = kind in TOKENIZER_MAPPING and not kind.__module__.startswith("transformers.")
+    trust = options.trust_remote_code and not registered
     with in_one_line(ref), quiet_transformers(), ref.parsed_once():
         tokenizer = AutoTokenizer.from_pretrained(
-            ref.location, revision=structure.revision, trust_remote_code=options.trust_remote_code, **extra
+            ref.location, revision=structure.revision, trust_remote_code=trust, **extra
         )
     if ref.gguf_file:
         pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
