@@ -61,7 +61,7 @@ from .pruning.budgets import WeightCost as WeightCost
 from .pruning.compensation.base import Compensation as Compensation
 from .pruning.criteria.base import ImportanceCriterion as ImportanceCriterion
 from .pruning.methods import Method as Method
-from .recipes.named import NamedRecipe as NamedRecipe
+from .recipes import NamedRecipe as NamedRecipe
 from .recovery.base import RecoveryJob as RecoveryJob
 from .recovery.base import RecoveryStrategy as RecoveryStrategy
 from .recovery.base import TrainingResult as TrainingResult

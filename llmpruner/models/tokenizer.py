@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import TOKENIZER_MAPPING, AutoTokenizer
 
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
@@ -33,8 +33,11 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra = {} if ref.gguf_file else {"config": structure.config}
-    allowed = options.trust_remote_code
-    tokenizer = from_pretrained(AutoTokenizer, ref, structure.revision, trust_remote_code=allowed, **extra)
+    # A tokenizer that a plugin registers is used in place of code in the checkpoint, as its model is.
+    kind = type(structure.config)
+    registered = kind in TOKENIZER_MAPPING and not kind.__module__.startswith("transformers.")
+    trusted = options.trust_remote_code and not registered
+    tokenizer = from_pretrained(AutoTokenizer, ref, structure.revision, trust_remote_code=trusted, **extra)
     if ref.gguf_file:
         pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
         if pre is not None:

@@ -3,20 +3,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .hookspecs import hookimpl
 
 
 @hookimpl
-def llmpruner_model_families() -> list[type[Any]]:
+def llmpruner_model_families() -> list[type]:
     from ..discovery.family import AutoFamily
 
     return [AutoFamily]
 
 
 @hookimpl
-def llmpruner_importance_criteria() -> list[type[Any]]:
+def llmpruner_importance_criteria() -> list[type]:
     from ..pruning.criteria import experts, layers, taylor, tokens, weights
 
     return [
@@ -28,42 +26,42 @@ def llmpruner_importance_criteria() -> list[type[Any]]:
 
 
 @hookimpl
-def llmpruner_recovery_strategies() -> list[type[Any]]:
+def llmpruner_recovery_strategies() -> list[type]:
     from ..recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
 
     return [LoraStrategy, FullStrategy, DistilStrategy]
 
 
 @hookimpl
-def llmpruner_allocations() -> list[type[Any]]:
+def llmpruner_allocations() -> list[type]:
     from ..pruning.allocation import GlobalRanking, Sensitivity, Uniform
 
     return [Uniform, GlobalRanking, Sensitivity]
 
 
 @hookimpl
-def llmpruner_budgets() -> list[type[Any]]:
+def llmpruner_budgets() -> list[type]:
     from ..pruning.budgets import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 
 
 @hookimpl
-def llmpruner_compensations() -> list[type[Any]]:
+def llmpruner_compensations() -> list[type]:
     from ..pruning.compensation.base import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 
 
 @hookimpl
-def llmpruner_calibration_sources() -> list[type[Any]]:
+def llmpruner_calibration_sources() -> list[type]:
     from ..calibration.calibration import ChatSource, SelfWritten, TextSource
 
     return [SelfWritten, TextSource, ChatSource]
 
 
 @hookimpl
-def llmpruner_metrics() -> list[type[Any]]:
+def llmpruner_metrics() -> list[type]:
     from ..evaluation.metrics import AnswersMetric, GivenAnswersMetric, PerplexityMetric, SizeMetric
     from ..evaluation.tasks import TasksMetric
 
@@ -71,21 +69,21 @@ def llmpruner_metrics() -> list[type[Any]]:
 
 
 @hookimpl
-def llmpruner_exporters() -> list[type[Any]]:
+def llmpruner_exporters() -> list[type]:
     from ..exporters import StockExporter
 
     return [StockExporter]
 
 
 @hookimpl
-def llmpruner_runtimes() -> list[type[Any]]:
+def llmpruner_runtimes() -> list[type]:
     from ..evaluation.bench import TransformersRuntime
 
     return [TransformersRuntime]
 
 
 @hookimpl
-def llmpruner_report_sections() -> list[type[Any]]:
+def llmpruner_report_sections() -> list[type]:
     from ..report.sections import (
         AnswersSection,
         CostSection,
@@ -101,14 +99,14 @@ def llmpruner_report_sections() -> list[type[Any]]:
 
 
 @hookimpl
-def llmpruner_methods() -> list[type[Any]]:
+def llmpruner_methods() -> list[type]:
     from ..pruning.methods import Best, Fast, LlmPruner
 
     return [Best, Fast, LlmPruner]
 
 
 @hookimpl
-def llmpruner_recipes() -> list[type[Any]]:
-    from ..recipes.named import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
+def llmpruner_recipes() -> list[type]:
+    from ..recipes import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
 
     return [PaperRecipe, QualityRecipe, ExpertsRecipe, DemoRecipe]

@@ -22,7 +22,7 @@ from ..pruning.budgets import Budget
 from ..pruning.compensation.base import Compensation
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.methods import Method
-from ..recipes.named import NamedRecipe
+from ..recipes import NamedRecipe
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from .manager import PluginManager, plugin_manager

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..pruning.compensation.base import Compensation
     from ..pruning.criteria.base import ImportanceCriterion
     from ..pruning.methods import Method
-    from ..recipes.named import NamedRecipe
+    from ..recipes import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
 

@@ -110,11 +110,7 @@ class Recipe:
 
     @classmethod
     def of(
-        cls,
-        value: Mapping[str, Any],
-        catalog: Catalog,
-        source: str = "recipe",
-        values: Mapping[str, Any] | None = None,
+        cls, value: Mapping[str, Any], catalog: Catalog, source: str = "recipe", values: Mapping[str, Any] | None = None
     ) -> Recipe:
         """The recipe in ``value``, which has the keys of a recipe file. ``values``: other settings, as of
         `llmpruner.run`. Raises `LlmprunerError`, in one line with the step and the key, for what is no recipe, and for

@@ -142,7 +142,7 @@ class RecipeRun:
             for name in step.reads
         }
         settings = step.settings.model_dump(mode="json")
-        inputs = {
+        return {
             "command": step.command,
             "settings": settings,
             "load": self.load.model_dump(mode="json"),
@@ -150,8 +150,6 @@ class RecipeRun:
             "data": data_identity(settings, step.job),
             "prompt": step.prompt,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(inputs))
-        return plain
 
     def do(self, on_step: Callable[[StepResult], None] | None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
