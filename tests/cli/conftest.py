@@ -68,14 +68,11 @@ def refused(run, shared, tmp_path) -> Callable[..., str]:
         before = listing(tmp_path), listing(shared)
         result = run(*filled)
         assert (listing(tmp_path), listing(shared)) == before
-        assert result.code == 2, (result.out, result.err)
-        assert result.out == ""
-        lines = [line for line in result.err.splitlines() if not line.startswith("•")]
-        assert len([line for line in lines if line.strip()]) == 1, result.err
-        (line,) = (line for line in lines if line.strip())
-        assert line.startswith("error: ")
+        assert (result.code, result.out) == (2, ""), result.err
+        lines = [line for line in result.err.splitlines() if line.strip() and not line.startswith("•")]
+        assert len(lines) == 1 and lines[0].startswith("error: "), result.err
         assert read or "• loading" not in result.err
-        return line.removeprefix("error: ")
+        return lines[0].removeprefix("error: ")
 
     return refused
 

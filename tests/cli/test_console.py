@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import time
 
-import pytest
-
 from llmpruner.cli import console
 from llmpruner.cli.console import RichProgress, sizes_text
 
@@ -35,18 +33,6 @@ def test_sizes_are_next_to_those_of_the_dense_model(tmp_path):
     assert "2.0 MiB of weights (q4.gguf: 1.0 MiB); quantise it: export --to gguf --set" in sizes_text(pruned, pruned)
     (pruned / "model.safetensors").write_bytes(b"x" * 2**19)
     assert sizes_text(pruned, pruned) == "0.5 MiB of weights (q4.gguf: 1.0 MiB); "
-
-
-@pytest.mark.parametrize("width", [80, 300])
-def test_numbers_and_titles_of_tables_are_not_broken(monkeypatch, capsys, width):
-    monkeypatch.setattr(console.out, "width", width)
-    title = "KL divergence from the dense model"
-    columns = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
-    rows = [("1", "128", name, "11,756 (11,756–11,756)", "1.00", "1.00", "100%") for name in ("dense", "long-name")]
-    console.table(title, columns, rows, left=3)
-    console.table(title, ("a", "b"), [("1", "2")])
-    shown = capsys.readouterr().out
-    assert shown.count("11,756 (11,756–11,756)") == 2 and shown.splitlines().count(title) == 2
 
 
 def test_square_brackets_of_paths_are_printed(run, shared, tmp_path):

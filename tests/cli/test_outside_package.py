@@ -1,4 +1,4 @@
-"""A package that adds one component of every kind, used from the command line and from Python."""
+"""Plugins as a user meets them: a package that adds one component of every kind, and others, at the command line."""
 
 from __future__ import annotations
 
@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from as_installed import install
 from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import llmpruner
-from llmpruner import Catalog
+from llmpruner import Catalog, ImportanceCriterion, hookimpl
+from llmpruner.cli.app import build_app
 from llmpruner.plugins.manager import plugin_manager
+from llmpruner.testing import catalog_with
 
 PACKAGES = Path(__file__).parents[1] / "packages"
 
@@ -24,42 +28,50 @@ def outside(tmp_path_factory, monkeypatch):
     install(site, "llmpruner-outside")
     monkeypatch.syspath_prepend(str(site))
     monkeypatch.syspath_prepend(str(PACKAGES))
+    return site
+
+
+def test_installed_packages_are_listed_and_may_be_blocked(run, outside, monkeypatch):
+    install(outside, "llmpruner-broken")
+    done = run("plugins", "--json")
+    (broken,) = done.json()["broken"]
+    assert broken.startswith("plugin 'broken' (llmpruner-broken) is broken and was skipped: RuntimeError: this plugin")
+    assert done.err == f"warning: {broken}\n"
+    rows = {row["name"]: row["kind"] for row in done.json()["plugins"] if row["package"] == "llmpruner-outside"}
+    assert (rows["unknown"], rows["nothing"]) == ("family", "recovery strategy") and len(rows) == 14
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "broken,outside")
+    done = run("plugins", "--json")
+    assert done.err == "" and done.json()["broken"] == []
+    assert run("hello").code == 2
 
 
 PRUNES = {
-    "allocation": [
-        *("--set", "prune.allocation=tapered", "--set", "tapered.slope=1", "--importance", "l2"),
-        *("--set", "prune.layers=all", "--shape", "free"),
-    ],
-    "budget": ["--budget", "matrices", "--importance", "l2"],
-    "compensation": ["--set", "prune.compensate=keep-norm", "--set", "keep-norm.share=0.5", "--importance", "l2"],
-    "source": [
-        *("--calibration", "counting:100", "--set", "counting.step=3"),
-        *("--samples", "4", "--set", "prune.length=8"),
-    ],
-    "criterion": ["--importance", "magnitude", "--set", "magnitude.power=3"],
-    "method": ["--method", "cautious"],
+    "--set prune.allocation=tapered --set tapered.slope=1 --importance l2 --set prune.layers=all --shape free": {
+        "selection": {"allocation": "tapered", "settings": {"slope": 1.0}}
+    },
+    "--budget matrices --importance l2": {"target": {"budget": "matrices"}},
+    "--set prune.compensate=keep-norm --set keep-norm.share=0.5 --importance l2": {
+        "compensation": {"name": "keep-norm", "settings": {"share": 0.5}}
+    },
+    "--calibration counting:100 --set counting.step=3 --samples 4 --set prune.length=8": {
+        "estimation": {"calibration": "counting:100"}
+    },
+    "--importance magnitude --set magnitude.power=3": {
+        "estimation": {"criterion": "magnitude", "settings": {"power": 3.0}}
+    },
+    "--method cautious": {"estimation": {"criterion": "wanda-sp"}, "compensation": {"name": "refit"}},
 }
+"""Options → some of the plan that they give."""
 
 
-@pytest.mark.parametrize("kind", PRUNES)
-def test_a_plan_from_the_command_line(run, dense, kind):
-    plan = run("plan", dense, "--ratio", "0.2", *PRUNES[kind], "--json").json()["plan"]
-    if kind == "allocation":
-        assert plan["selection"]["allocation"] == "tapered" and plan["selection"]["settings"] == {"slope": 1.0}
-        kept = {cut["layer"]: llmpruner.PruningPlan.model_validate(plan).kept for cut in plan["cuts"].values()}
-        widths = [len(kept[layer][f"layers.{layer}.mlp"]) for layer in sorted(kept)]
+@pytest.mark.parametrize("options", PRUNES)
+def test_a_plan_from_the_command_line(run, dense, options):
+    plan = run("plan", dense, "--ratio", "0.2", *options.split(), "--json").json()["plan"]
+    for part, values in PRUNES[options].items():
+        assert {key: plan[part][key] for key in values} == values
+    if "tapered" in options:
+        widths = [len(cut.kept) for cut in llmpruner.PruningPlan.model_validate(plan).cuts.values()]
         assert widths == sorted(widths, reverse=True) and widths[0] > widths[-1]
-    elif kind == "budget":
-        assert plan["target"]["budget"] == "matrices"
-    elif kind == "compensation":
-        assert plan["compensation"]["name"] == "keep-norm" and plan["compensation"]["settings"] == {"share": 0.5}
-    elif kind == "source":
-        assert plan["estimation"]["calibration"] == "counting:100"
-    elif kind == "criterion":
-        assert plan["estimation"]["criterion"] == "magnitude" and plan["estimation"]["settings"] == {"power": 3.0}
-    else:
-        assert plan["estimation"]["criterion"] == "wanda-sp" and plan["compensation"]["name"] == "refit"
 
 
 def test_a_compensation_changes_the_weights(run, dense, tmp_path):
@@ -91,13 +103,94 @@ def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tm
     assert "<h2>Widths</h2>" in (tmp_path / "pruned" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_wrong_setting_is_one_line(run, dense):
-    done = run("plan", dense, "--ratio", "0.2", "--importance", "magnitude", "--set", "magnitude.power=-1")
-    assert done.code == 2 and "criterion magnitude: power" in done.err and done.err.count("\n") == 1
-    done = run("plan", dense, "--ratio", "0.2", "--importance", "magnitude", "--set", "magnitude.pover=1")
-    assert done.code == 2 and "unknown setting 'pover'; did you mean power" in done.err
-    done = run("plan", dense, "--ratio", "0.2", "--set", "magnitude.power=1")
-    assert done.code == 2 and "'magnitude' is not chosen" in done.err
+def test_a_wrong_setting_is_one_line(refused):
+    for options, message in (
+        ("--importance magnitude --set magnitude.power=-1", "criterion magnitude: power"),
+        ("--importance magnitude --set magnitude.pover=1", "unknown setting 'pover'; did you mean power"),
+        ("--set magnitude.power=1", "'magnitude' is not chosen"),
+    ):
+        assert message in refused("plan", "{models}/dense", "--ratio", 0.2, *options.split())
+
+
+def test_a_strategy_recovers(run, pruned, shared, tmp_path):
+    options = ("--data", shared / "data.jsonl", "--strategy", "nothing", "-o", tmp_path / "out")
+    result = run("recover", pruned, *options)
+    assert result.code == 0, result.err
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
+
+
+def test_a_strategy_trains_by_its_own_loss(run, pruned, shared, tmp_path):
+    options = ("--max-steps", 2, "--batch-size", 2, "--learning-rate", 0.01, "-o", tmp_path / "out")
+    assert run("recover", pruned, "--data", shared / "data.jsonl", "--strategy", "imitation", *options).code in (0, 3)
+    (record,) = json.loads((tmp_path / "out" / "llmpruner.json").read_text())["recovery"]
+    assert record["strategy"] == "imitation" and record["losses"][1] != record["losses"][0] > 0
+
+
+def test_a_reader_reads(run, dense, tmp_path):
+    (tmp_path / "pointer").mkdir()
+    (tmp_path / "pointer" / "pointer.txt").write_text(str(dense))
+    answers = run("generate", tmp_path / "pointer", dense, "-p", "The", "--max-new-tokens", 4, "--json").json()
+    first, second = answers["answers"].values()
+    assert first == second
+
+
+def test_a_command_runs(run, refused):
+    result = run("hello", "--name", "llama")
+    assert (result.code, result.out) == (0, "hello, llama\n")
+    assert "Greet someone" in run("--help").out
+    assert refused("hello", "--nam", "x") == "`llmpruner hello` has no option --nam; did you mean --name?"
+
+
+class Other:
+    """A command whose name is taken, and a command."""
+
+    @hookimpl
+    def llmpruner_commands(self, app: typer.Typer) -> None:
+        @app.command(name="prune")
+        def prune_roses() -> None:
+            raise AssertionError
+
+        @app.command()
+        def fine() -> None:
+            typer.echo("fine")
+
+
+def test_a_command_whose_name_is_taken_is_left_out():
+    app = build_app(catalog_with(Other()).manager)
+    done = CliRunner().invoke(app, ["fine"])
+    assert (done.exit_code, done.stdout) == (0, "fine\n")
+    assert done.stderr == "warning: a plugin's command 'prune' was skipped: it exists already\n"
+    assert "--ratio" in CliRunner().invoke(app, ["prune", "--help"]).stdout
+
+
+class Mixed:
+    """A plugin of which one criterion can be used, and one cannot."""
+
+    summary = "the mean of squares, with E[g²] and all"
+
+    @hookimpl
+    def llmpruner_importance_criteria(self):
+        class Nameless(ImportanceCriterion):
+            """Has no name."""
+
+        class Useful(ImportanceCriterion):
+            name = "useful"
+            summary = Mixed.summary
+
+        return [Nameless, Useful]
+
+
+def test_plugins_lists_what_was_left_out():
+    """And shows the brackets of a summary, which are no markup."""
+    app = build_app(catalog_with(Mixed()).manager)
+    done = CliRunner().invoke(app, ["plugins", "--json"])
+    shown = json.loads(done.stdout)
+    (useful,) = (row for row in shown["plugins"] if row["name"] == "useful")
+    assert useful == {"kind": "criterion", "name": "useful", "package": __name__, "summary": Mixed.summary}
+    (line,) = shown["broken"]
+    assert "Nameless" in line and done.stderr == f"warning: {line}\n"
+    text = " ".join(CliRunner().invoke(app, ["plugins", "useful"]).stdout.split())
+    assert text.startswith(f"useful, criterion of {__name__} (") and "with E[g²] and all" in text
 
 
 def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):

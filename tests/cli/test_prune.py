@@ -1,24 +1,102 @@
-"""``prune``: the directory that it leaves."""
+"""``discover``, ``plan`` and ``prune``: what is found, what would be removed, and the directory that is left."""
 
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
 
-from llmpruner import load_pruned
+from llmpruner import PruningPlan, load_pruned
+
+DECODER, TOTAL, MLP_UNIT = 30_976, 50_208, 96
+
+
+def test_discover_proves_its_groups(run, dense):
+    found = run("discover", dense, "--verify", "--json").json()
+    assert (found["family"], found["layers"]) == ("llama", 4)
+    assert (found["parameters"], found["decoder_parameters"]) == (TOTAL, DECODER)
+    verdicts = {v["kind"]: v["verdict"] for v in found["verdicts"]}
+    assert verdicts == dict.fromkeys(("attention", "mlp", "query", "hidden", "layer", "vocabulary"), "verified")
+    mlp = next(group for group in found["groups"] if group["kind"] == "mlp" and group["layer"] == 2)
+    assert (mlp["units"], mlp["parameters_per_unit"]) == (48, MLP_UNIT)
+    assert {(span["parameter"].split(".")[-2], span["axis"]) for span in mlp["spans"]} == {
+        ("gate_proj", 0), ("up_proj", 0), ("down_proj", 1),
+    }  # fmt: skip
+
+
+def test_target_params(run, dense):
+    for text, number in (("45K", 45_000), ("0.0412M", 41_200), ("43210", 43_210)):
+        free = ("--shape", "free", "--importance", "l1", "--json")
+        found = run("plan", dense, "--set", f"prune.target_params={text}", *free).json()
+        assert found["plan"]["target"] == {"by": "parameters", "amount": number}
+        assert abs(found["result"]["parameters_after"] - number) <= MLP_UNIT / 2
+
+
+@pytest.mark.parametrize(("kind", "row", "told"), [
+    ("mlp", "0-3", "uniform widths give"), ("vocabulary", "whole model", "whole units give"),
+])  # fmt: skip
+def test_the_amount_is_told_of_the_budget(run, dense, shared, kind, row, told):
+    text = ("--calibration", shared / "text.txt", "--samples", 8, "--set", "prune.length=16")
+    command = ("plan", dense, "--ratio", 0.013, "--budget", "parameters", "--kinds", kind, *text)
+    result = run(*command, "--json").json()["result"]
+    shown = run(*command)
+    removed = 1 - result["parameters_after"] / result["parameters_before"]
+    assert f"asked for 1.3%; {told} {removed:.1%}\n" in shown.err
+    assert f"\u2502 {row} " in shown.out
+    assert ("tokens" in result) == ("held-out text" in shown.out) == (kind == "vocabulary")
+
+
+def test_unit_ratio_on_chosen_layers(run, dense):
+    options = ("--importance", "l1", "--set", "prune.layers=0,2-3", "--json")
+    plan = PruningPlan.model_validate(run("plan", dense, "--set", "prune.unit_ratio=0.25", *options).json()["plan"])
+    assert [(cut.layer, len(cut.kept)) for cut in plan.cuts.values()] == [(0, 36), (2, 36), (3, 36)]
+
+
+def test_steps_measure_again(run, dense, shared):
+    plans = {}
+    for steps in (1, 3):
+        free = ("--shape", "free", "--set", "prune.allocation=global")
+        options = ("--ratio", 0.4, "--steps", steps, "--calibration", shared / "text.txt", *free)
+        found = run("plan", dense, *options, "--samples", 4, "--set", "prune.length=16", "--json").json()
+        assert abs(found["result"]["decoder_removed"] * DECODER - 0.4 * DECODER) <= MLP_UNIT / 2
+        plans[steps] = found["plan"]
+    assert plans[3]["selection"]["steps"] == 3
+    assert plans[1]["cuts"] != plans[3]["cuts"]
+
+
+def test_the_plan_file_is_what_json_shows(run, dense, tmp_path):
+    shown = run("plan", dense, "--ratio", 0.2, "--importance", "l1", "-o", tmp_path / "plan.json", "--json").json()
+    assert json.loads((tmp_path / "plan.json").read_text()) == shown["plan"]
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+
+
+@pytest.mark.slow
+def test_a_model_without_a_plugin_needs_no_option(run, dense, tmp_path):
+    qwen = shutil.copytree(dense, tmp_path / "qwen")
+    config = Qwen2Config(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(qwen)
+    done = run("prune", qwen, "--ratio", 0.2, "--samples", 2, "--set", "prune.length=16", "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert done.err.count("• structure of this qwen2 model discovered by tracing\n") == 1
+    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
+    assert record["plans"][0]["family"] == "auto"
+    assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 2).code == 0
+
 
 FAST = ("--samples", 2, "--set", "prune.length=16")
 TAYLOR = ("--importance", "taylor", *FAST)
 CHOICES = {
-    "l2": ("--importance", "l2", "--set", "prune.reduction=prod"),
-    "element2": (*TAYLOR, "--set", "taylor.variant=element2", "--set", "prune.allocation=global", "--shape", "free"),
-    "mix": (*TAYLOR, "--set", "taylor.variant=mix", "--set", "prune.reduction=mean", "--steps", 2),
-    "vector": (*TAYLOR, "--set", "taylor.variant=vector", "--kinds", "mlp,attention"),
-    "hidden": ("--importance", "l2", "--kinds", "hidden"),
+    "free": (*TAYLOR, "--set", "taylor.variant=element2", "--set", "prune.allocation=global", "--shape", "free"),
+    "steps": (*TAYLOR, "--set", "taylor.variant=mix", "--set", "prune.reduction=mean", "--steps", 2),
+    "heads": (*TAYLOR, "--set", "taylor.variant=vector", "--kinds", "mlp,attention"),
+    "hidden": ("--importance", "l2", "--set", "prune.reduction=prod", "--kinds", "hidden"),
     "layer": ("--importance", "l1", "--kinds", "layer"),
 }
 
@@ -40,12 +118,9 @@ def test_an_equal_cut_is_a_stock_model_with_the_rows_that_were_kept(run, dense, 
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(model).__name__ == "LlamaForCausalLM" and model.config.intermediate_size == 36
     before, after = (load_file(folder / "model.safetensors") for folder in (dense, tmp_path / "out"))
-    for layer, cut in enumerate(found["plan"]["cuts"].values()):
-        name = f"model.layers.{layer}.mlp.up_proj.weight"
-        rows = [u for run in cut["kept"].split(",") for u in range(int(run.split("-")[0]), int(run.split("-")[-1]) + 1)]
-        assert torch.equal(after[name], before[name][rows])
-    untouched = "model.layers.0.self_attn.q_proj.weight"
-    assert torch.equal(after[untouched], before[untouched])
+    for cut in PruningPlan.model_validate(found["plan"]).cuts.values():
+        name = f"model.layers.{cut.layer}.mlp.up_proj.weight"
+        assert torch.equal(after[name], before[name][list(cut.kept)])
 
 
 def test_replaying_a_plan_gives_the_same_files(run, dense, tmp_path):

@@ -16,24 +16,6 @@ from llmpruner import load_pruned
 TRAIN = ("--max-steps", 2, "--batch-size", 2, "--set", "recover.micro_batch_size=1", "--learning-rate", 0.01)
 
 
-def test_merged_recovery_loads_everywhere(run, pruned, shared, tmp_path):
-    options = ("--strategy", "lora", "--data", shared / "data.jsonl", *TRAIN)
-    result = run("recover", pruned, *options, "-o", tmp_path / "out")
-    assert result.code == 0, result.err
-    assert "4 examples, 2 steps" in result.out
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert "model.layers.1.mlp.up_proj.weight" in changed
-    assert not any("norm" in name or "embed" in name for name in changed)
-    record = json.loads((tmp_path / "out" / "llmpruner.json").read_text())
-    assert len(record["recovery"]) == 1 and len(record["recovery"][0]["losses"]) == 2
-    measure = run("evaluate", tmp_path / "out", "--perplexity", shared / "text.txt", "--window", 64)
-    assert measure.code == 0 and "perplexity" in measure.out
-    assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 3).code == 0
-
-
 def test_a_training_that_helps_nothing_has_its_own_exit_code(run, pruned, shared, tmp_path):
     options = ("--strategy", "full", "--data", shared / "data.jsonl", "--max-steps", 3, "--learning-rate", 1)
     result = run("recover", pruned, *options, "-o", tmp_path / "out")
@@ -42,7 +24,7 @@ def test_a_training_that_helps_nothing_has_its_own_exit_code(run, pruned, shared
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_recover_as_json(run, pruned, shared, tmp_path):
+def test_a_recovered_model_is_recorded_and_used_as_any_other(run, pruned, shared, tmp_path):
     source = shared / "data.jsonl"
     options = (pruned, "--strategy", "lora", "--data", source, "--limit", 3, "--seed", 5, *TRAIN, "--json")
     said = run("recover", *options, "-o", tmp_path / "out").json()
@@ -53,6 +35,10 @@ def test_recover_as_json(run, pruned, shared, tmp_path):
     assert seconds > 0 and len(said["losses"]) == 2 and all(map(math.isfinite, said["losses"]))
     assert (said["strategy"], said["data"], said["examples"]) == ("lora", str(source), 3)
     assert (said["settings"]["learning_rate"], said["settings"]["seed"]) == (0.01, 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    measure = run("evaluate", tmp_path / "out", "--perplexity", shared / "text.txt", "--window", 64)
+    assert measure.code == 0 and "perplexity" in measure.out
+    assert run("generate", tmp_path / "out", "-p", "The fox", "--max-new-tokens", 3).code == 0
 
 
 def test_perplexity_by_hand_side_by_side(run, dense, pruned, shared, tmp_path):
@@ -91,8 +77,7 @@ def test_generate_as_json_for_several_models(run, dense, pruned):
 
 def test_a_tokenizer_without_a_padding_token_trains(run, shared, tmp_path):
     """Padding is masked, so that any token serves."""
-    model = tmp_path / "model"
-    shutil.copytree(shared / "dense", model)
+    model = shutil.copytree(shared / "dense", tmp_path / "model")
     config = json.loads((model / "tokenizer_config.json").read_text())
     assert "pad_token" not in config
     for name in ("eos_token", "bos_token"):
@@ -105,13 +90,13 @@ def test_a_tokenizer_without_a_padding_token_trains(run, shared, tmp_path):
 
 
 def test_results_before_a_model_that_fails_are_kept(run, shared, tmp_path):
-    dense, file = shared / "dense", tmp_path / "results.json"
+    dense, file, asked = shared / "dense", tmp_path / "results.json", ("-p", "The fox", "--max-new-tokens", 2)
     result = run("evaluate", dense, shared / "nan", "--metrics", "size", "--json", file)
     assert result.code == 2 and "holds NaN" in result.err
     assert [row["name"] for row in json.loads(file.read_text())] == [str(dense)]
     damaged = shutil.copytree(dense, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"noise")
-    result = run("generate", dense, damaged, "-p", "The fox", "--max-new-tokens", 2)
+    result = run("generate", dense, damaged, *asked)
     assert result.code == 2 and "damaged" in result.err and str(dense) in result.out
-    result = run("generate", dense, shared / "bare", "-p", "The fox", "--max-new-tokens", 2)
+    result = run("generate", dense, shared / "bare", *asked)
     assert result.code == 2 and "brings no tokenizer" in result.err and result.out == ""

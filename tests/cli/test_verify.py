@@ -10,7 +10,6 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel
 
 import llmpruner
 from llmpruner.models import record as records
@@ -59,10 +58,8 @@ def rehash(folder: Path) -> None:
 
 def test_a_whole_checkpoint_passes_everything(run, cut):
     result = run("verify", cut, "--json")
-    assert result.code == 0
-    names = ("files", "shapes", "weights", "logits")
-    assert states(result) == dict.fromkeys(names, "passed")
-    assert "the base with the removed units silenced" in result.out
+    assert result.code == 0 and "the base with the removed units silenced" in result.out
+    assert states(result) == dict.fromkeys(("files", "shapes", "weights", "logits"), "passed")
 
 
 def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):
@@ -96,25 +93,21 @@ DAMAGE = {
         lambda d: change(d, lambda t: t.update({UP: t[UP] + 1e-6})), f"tensor '{UP}' is not that of"
     ),
     "a configuration of another model": (
-        lambda d: edit_json(d / "config.json", rms_norm_eps=0.5), "the logits differ from the base"
+        lambda d: (edit_json(d / "config.json", lambda c: c.update(rms_norm_eps=0.5)), rehash(d)),
+        "the logits differ from the base",
     ),
     "a record with values of another type": (
-        lambda d: edit_base(d / "llmpruner.json", tie_word_embeddings=""), "llmpruner.json is damaged"
+        lambda d: edit_json(d / "llmpruner.json", lambda r: r["base_config"].update(tie_word_embeddings="")),
+        "llmpruner.json is damaged",
     ),
     "a record that is no JSON": (lambda d: (d / "llmpruner.json").write_text("{"), "llmpruner.json cannot be read"),
 }  # fmt: skip
 
 
-def edit_base(file: Path, **values: object) -> None:
-    record = json.loads(file.read_text())
-    record["base_config"] |= values
-    file.write_text(json.dumps(record))
-
-
-def edit_json(file: Path, *, add: bool = True, **values: object) -> None:
-    file.write_text(json.dumps(json.loads(file.read_text()) | values))
-    if add:
-        rehash(file.parent)
+def edit_json(file: Path, edit) -> None:
+    values = json.loads(file.read_text())
+    edit(values)
+    file.write_text(json.dumps(values))
 
 
 @pytest.mark.parametrize("what", DAMAGE)
@@ -126,24 +119,17 @@ def test_damage_is_named(run, copy, what):
     assert message in result.err and "Traceback" not in result.err
 
 
-def edit_family(file: Path) -> None:
-    record = json.loads(file.read_text())
-    record["plans"][0]["family"] = "of-a-plugin"
-    file.write_text(json.dumps(record))
-
-
+CODE = {"model_type": "alien", "auto_map": {"AutoConfig": "code.Config"}}
 OF_INSTALLATION = {
-    "a plugin": (edit_family, "of-a-plugin"),
-    "leave to run code": (
-        lambda file: edit_base(file, model_type="alien", auto_map={"AutoConfig": "code.Config"}), "--trust-remote-code"
-    ),
-}  # fmt: skip
+    "a plugin": (lambda r: r["plans"][0].update(family="of-a-plugin"), "of-a-plugin"),
+    "leave to run code": (lambda r: r["base_config"].update(CODE), "--trust-remote-code"),
+}
 
 
 @pytest.mark.parametrize("what", OF_INSTALLATION)
 def test_what_this_installation_lacks_is_no_damage(run, copy, what):
     edit, message = OF_INSTALLATION[what]
-    edit(copy / "llmpruner.json")
+    edit_json(copy / "llmpruner.json", edit)
     result = run("verify", copy, "--json")
     assert result.code == 0
     assert states(result) == {"files": "passed", **dict.fromkeys(("shapes", "weights", "logits"), "not checked")}
@@ -170,22 +156,13 @@ def test_earlier_records_and_missing_bases_are_said(run, copy, gone):
     assert {states(result)[name] for name in ("files", "weights", "logits")} == {"not checked"}
 
 
-def test_a_base_can_be_named(run, refused, cut, shared, tmp_path):
+def test_a_base_can_be_named(run, refused, cut, shared):
     assert states(run("verify", cut, "--base", shared / "dense", "--json"))["logits"] == "passed"
-    recorded = json.loads((cut / "llmpruner.json").read_text())["plans"][0]["base"]["model"]
-    assert (
-        f"'{shared / 'other'}' is not the model that '{cut}' was pruned from ('{recorded}'): parameters differ"
-        in refused("verify", cut, "--base", shared / "other", read=True)
-    )
-    gpt2 = tmp_path / "gpt2"
-    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=32, n_layer=2, n_head=4)).save_pretrained(gpt2)
-    assert f"'{gpt2}' is not the model" in refused("verify", cut, "--base", gpt2, read=True)
+    message = refused("verify", cut, "--base", shared / "other", read=True)
+    assert f"'{shared / 'other'}' is not the model that '{cut}' was pruned from" in message
+    assert "parameters differ" in message
     message = refused("verify", cut, "--base", "./nope", read=True)
     assert "'./nope', cannot be opened: model directory './nope' does not exist" in message
-
-
-def test_what_is_no_checkpoint(refused, shared, tmp_path):
-    assert "nothing to verify" in refused("verify", tmp_path)
 
 
 def test_a_base_that_is_read_layer_by_layer(cut, monkeypatch):
