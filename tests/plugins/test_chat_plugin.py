@@ -39,12 +39,6 @@ def ask(one, text):
     return pieces
 
 
-def answer(one, exchanges, text):
-    pieces = []
-    one.answer(exchanges, text, pieces.append)
-    return "".join(pieces)
-
-
 def test_the_pieces_are_the_answer_and_the_second_turn_has_the_first(model):
     one = chat(model)
     pieces = ask(one, "Why?")
@@ -143,24 +137,19 @@ def test_the_server_streams_the_answer_of_the_model_that_is_asked(client, model)
         exchanges = [["Hi", "Hello"]]
         found = client.post("/answer", json={"model": number, "exchanges": exchanges, "text": "Why?"})
         assert found.status_code == 200
-        assert found.text == answer(one, [("Hi", "Hello")], "Why?")
+        pieces = []
+        one.answer([("Hi", "Hello")], "Why?", pieces.append)
+        assert found.text == "".join(pieces)
 
 
-@pytest.mark.parametrize(
-    "headers",
-    [
-        {"host": "evil.example:8123"},
-        {"host": "127.0.0.1:9999"},
-        {"origin": "http://evil.example"},
-        {"origin": "null"},
-        {"origin": "https://127.0.0.1:8123"},
-        {"sec-fetch-site": "cross-site"},
-    ],
-)
-def test_a_foreign_host_or_origin_is_refused(client, headers):
+def test_a_foreign_host_or_origin_is_refused(client):
     question = {"model": 0, "exchanges": [], "text": "Why?"}
-    assert client.post("/answer", json=question, headers=headers).status_code == 403
-    assert client.get("/models", headers=headers).status_code == 403
+    for name, value in (
+        ("host", "evil.example:8123"), ("host", "127.0.0.1:9999"), ("origin", "http://evil.example"),
+        ("origin", "null"), ("origin", "https://127.0.0.1:8123"), ("sec-fetch-site", "cross-site"),
+    ):  # fmt: skip
+        assert client.post("/answer", json=question, headers={name: value}).status_code == 403
+        assert client.get("/models", headers={name: value}).status_code == 403
     own = {"origin": "http://localhost:8123", "host": "localhost:8123", "sec-fetch-site": "same-origin"}
     assert client.get("/models", headers=own).status_code == 200
 

@@ -67,15 +67,8 @@ def prompts(kind: str) -> tuple[torch.Tensor, torch.Tensor]:
 def train_sentencepiece(prefix: Path, kind: str, symbols: list[str], size: int = 400) -> Path:
     """A small SentencePiece model with byte fallback, at ``prefix`` + ``.model``."""
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXT * 20),
-        model_prefix=str(prefix),
-        model_type=kind,
-        vocab_size=size,
-        byte_fallback=True,
-        hard_vocab_limit=False,
-        user_defined_symbols=symbols,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
+        sentence_iterator=iter(TEXT * 20), model_prefix=str(prefix), model_type=kind, vocab_size=size,
+        byte_fallback=True, hard_vocab_limit=False, user_defined_symbols=symbols, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False,
+    )  # fmt: skip
     return prefix.with_suffix(".model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import llmpruner
 from llmpruner import LlmprunerError, ModelError
 
 TENSORS = load_file(DATA / "chatglm2" / "model.safetensors")
+BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 
 
 @pytest.fixture
@@ -29,26 +31,24 @@ def checkpoint(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def write_shards(directory: Path, tensors: dict[str, torch.Tensor], suffix: str, shards: int = 3) -> None:
-    stem = "model" if suffix == "safetensors" else "pytorch_model"
-    names = [f"{stem}-{n:05d}-of-{shards:05d}.{suffix}" for n in range(1, shards + 1)]
+def write_shards(directory: Path, tensors: dict[str, torch.Tensor], file: str) -> None:
+    """Three files instead of ``file``, and their index."""
+    stem, _, suffix = file.partition(".")
+    names = [f"{stem}-{n:05d}-of-00003.{suffix}" for n in (1, 2, 3)]
     for number, name in enumerate(names):
-        part = {k: v for n, (k, v) in enumerate(tensors.items()) if n % shards == number}
-        if suffix == "safetensors":
-            save_file(part, directory / name)
-        else:
-            torch.save(part, directory / name)
-    table = {k: names[n % shards] for n, k in enumerate(tensors)}
-    (directory / f"{stem}.{suffix}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
+        part = {k: v for n, (k, v) in enumerate(tensors.items()) if n % 3 == number}
+        (save_file if file == SAFE else torch.save)(part, directory / name)
+    table = {k: names[n % 3] for n, k in enumerate(tensors)}
+    (directory / f"{file}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": table}))
 
 
-WRITERS: dict[str, Callable[[Path, dict[str, torch.Tensor]], None]] = {
-    "one .bin": lambda d, t: torch.save(t, d / "pytorch_model.bin"),
-    "one .bin of old torch": lambda d, t: torch.save(t, d / "pytorch_model.bin", _use_new_zipfile_serialization=False),
-    "three .bin": lambda d, t: write_shards(d, t, "bin"),
-    "three safetensors": lambda d, t: write_shards(d, t, "safetensors"),
-    "one safetensors": lambda d, t: save_file(t, d / "model.safetensors"),
-    "safetensors preferred": lambda d, t: (save_file(t, d / "model.safetensors"), (d / "pytorch_model.bin").touch())[1],
+WRITERS: dict[str, Callable[[Path, dict[str, torch.Tensor]], Any]] = {
+    "one .bin": lambda d, t: torch.save(t, d / BIN),
+    "one .bin of old torch": lambda d, t: torch.save(t, d / BIN, _use_new_zipfile_serialization=False),
+    "three .bin": lambda d, t: write_shards(d, t, BIN),
+    "three safetensors": lambda d, t: write_shards(d, t, SAFE),
+    "one safetensors": lambda d, t: save_file(t, d / SAFE),
+    "safetensors preferred": lambda d, t: (save_file(t, d / SAFE), (d / BIN).touch()),
 }
 
 
@@ -58,28 +58,26 @@ def test_every_file_layout_gives_the_same_model(checkpoint: Path, writer: str) -
     model = ChatGLMReader().read_model(checkpoint, torch.float32)
     expected = ChatGLMReader().read_model(DATA / "chatglm2", None).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
+    storages = {p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters()}
+    assert storages == {True}, "a parameter keeps a larger tensor in memory"
     stored = ChatGLMReader().read_model(checkpoint, None)
     assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert stored.config.dtype == torch.float16
     assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
 
 
-def test_glm_tensors_are_renamed_and_split() -> None:
-    model = ChatGLMReader().read_model(DATA / "chatglm2", None)
-    fused = TENSORS["transformer.encoder.layers.1.self_attention.query_key_value.bias"]
-    attention = model.model.layers[1].self_attn
-    assert torch.equal(torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias]), fused)
-    assert (model.config.head_dim, model.config.num_key_value_heads) == (16, 2)
-    storages = {p.untyped_storage().nbytes() == p.numel() * p.element_size() for p in model.parameters()}
-    assert storages == {True}, "a parameter keeps a larger tensor in memory"
+def changed(folder: str, target: Path, **values: Any) -> Path:
+    """A copy of the checkpoint ``folder``, with other values in its configuration."""
+    shutil.copytree(DATA / folder, target)
+    config = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(config | values))
+    return target
 
 
 def test_rope_ratio_and_generation_config_are_taken_over(tmp_path: Path) -> None:
-    shutil.copytree(DATA / "chatglm3", tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rope_ratio": 500}))
-    (tmp_path / "m" / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.8}))
-    model = ChatGLMReader().read_model(tmp_path / "m", None)
+    folder = changed("chatglm3", tmp_path / "m", rope_ratio=500)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7], "temperature": 0.8}))
+    model = ChatGLMReader().read_model(folder, None)
     assert model.config.rope_parameters["rope_theta"] == 5_000_000
     assert model.config.rope_parameters["partial_rotary_factor"] == 0.5
     assert model.generation_config.eos_token_id == [2, 7]
@@ -87,11 +85,9 @@ def test_rope_ratio_and_generation_config_are_taken_over(tmp_path: Path) -> None
 
 def test_chatglm2_with_long_context_divides_positions(tmp_path: Path) -> None:
     """Position interpolation: token 3r has the position of token 3 of the short model."""
-    shutil.copytree(DATA / "chatglm2", tmp_path / "m")
-    config = json.loads((tmp_path / "m" / "config.json").read_text())
-    (tmp_path / "m" / "config.json").write_text(json.dumps(config | {"rope_ratio": 4}))
-    train_sentencepiece(tmp_path / "m" / "tokenizer", "bpe", [])
-    long, short = (ChatGLMReader().read_model(d, None) for d in (tmp_path / "m", DATA / "chatglm2"))
+    folder = changed("chatglm2", tmp_path / "m", rope_ratio=4)
+    train_sentencepiece(folder / "tokenizer", "bpe", [])
+    long, short = (ChatGLMReader().read_model(d, None) for d in (folder, DATA / "chatglm2"))
     ids, positions = torch.tensor([[190, 192, 7, 8, 9]]), torch.arange(5)[None]
     with torch.no_grad():
         got = long(ids, position_ids=4 * positions).logits
@@ -109,61 +105,38 @@ class Code:
         return Path.touch, (self.path,)
 
 
-Tensors = dict[str, torch.Tensor]
+def halved(file: Path, write: Callable[..., Any]) -> None:
+    write(TENSORS, file)
+    os.truncate(file, file.stat().st_size // 2)
 
 
-def missing_shard(directory: Path, tensors: Tensors) -> None:
-    write_shards(directory, tensors, "bin")
-    (directory / "pytorch_model-00002-of-00003.bin").unlink()
+def save_with(directory: Path, **changes: torch.Tensor) -> None:
+    save_file({**TENSORS, **changes}, directory / SAFE)
 
 
-def truncated(directory: Path, tensors: Tensors, name: str) -> None:
-    WRITERS["one .bin" if name.endswith(".bin") else "one safetensors"](directory, tensors)
-    content = (directory / name).read_bytes()
-    (directory / name).write_bytes(content[: len(content) // 2])
-
-
-def save_safe(directory: Path, tensors: Tensors) -> None:
-    save_file(tensors, directory / "model.safetensors")
-
-
-DAMAGE: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
-    "no weights": (lambda d, t: None, "holds no weights"),
-    "missing shard": (missing_shard, "lacks pytorch_model-00002-of-00003.bin, one of 3"),
-    "truncated safetensors": (
-        lambda d, t: truncated(d, t, "model.safetensors"), r"model\.safetensors is damaged"
+NORM = "transformer.encoder.final_layernorm.weight"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no weights": (lambda d: None, "holds no weights"),
+    "missing shard": (
+        lambda d: (write_shards(d, TENSORS, BIN), (d / "pytorch_model-00002-of-00003.bin").unlink()),
+        "lacks pytorch_model-00002-of-00003.bin, one of 3",
     ),
-    "truncated bin": (lambda d, t: truncated(d, t, "pytorch_model.bin"), r"model\.bin is damaged"),
-    "code": (
-        lambda d, t: (d / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": Code(d / "ran")})),
-        "holds pickled code, which is never run",
-    ),
-    "code in a zip": (
-        lambda d, t: torch.save({"lm_head.weight": Code(d / "ran")}, d / "pytorch_model.bin"),
-        "holds pickled code, which is never run",
-    ),
-    "no dictionary": (lambda d, t: torch.save([1, 2], d / "pytorch_model.bin"), "is damaged"),
-    "missing tensor": (
-        lambda d, t: save_safe(d, dict(list(t.items())[1:])), "Missing key"
-    ),
-    "unknown tensor": (
-        lambda d, t: save_safe(d, {**t, "transformer.prefix_encoder.weight": torch.ones(2)}),
-        "Unexpected key",
-    ),
-    "misshapen tensor": (
-        lambda d, t: save_safe(d, {k: v[:-1].clone() if "final_layernorm" in k else v for k, v in t.items()}),
-        "size mismatch for",
-    ),
-    "damaged index": (
-        lambda d, t: (d / "pytorch_model.bin.index.json").write_text("{"), r"index\.json cannot be read"
-    ),
-}  # fmt: skip
+    "truncated safetensors": (lambda d: halved(d / SAFE, save_file), r"model\.safetensors is damaged"),
+    "truncated bin": (lambda d: halved(d / BIN, torch.save), r"model\.bin is damaged"),
+    "code": (lambda d: (d / BIN).write_bytes(pickle.dumps({"a": Code(d / "ran")})), "pickled code, which is never run"),
+    "code in a zip": (lambda d: torch.save({"a": Code(d / "ran")}, d / BIN), "pickled code, which is never run"),
+    "no dictionary": (lambda d: torch.save([1, 2], d / BIN), "is damaged"),
+    "missing tensor": (lambda d: save_file(dict(list(TENSORS.items())[1:]), d / SAFE), "Missing key"),
+    "unknown tensor": (lambda d: save_with(d, **{"transformer.prefix.weight": torch.ones(2)}), "Unexpected key"),
+    "misshapen tensor": (lambda d: save_with(d, **{NORM: TENSORS[NORM][:-1].clone()}), "size mismatch for"),
+    "damaged index": (lambda d: (d / f"{BIN}.index.json").write_text("{"), r"index\.json cannot be read"),
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)
 def test_damage_is_one_line(checkpoint: Path, what: str) -> None:
     damage, message = DAMAGE[what]
-    damage(checkpoint, TENSORS)
+    damage(checkpoint)
     with pytest.raises(LlmprunerError, match=message) as caught:
         ChatGLMReader().read_model(checkpoint, None)
     assert "\n" not in str(caught.value)
@@ -186,10 +159,8 @@ def test_damage_is_one_line(checkpoint: Path, what: str) -> None:
 def test_variants_that_cannot_be_read_exactly_are_refused(
     folder: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
-    config = json.loads((DATA / folder / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=message) as caught:
-        llmpruner.discover(tmp_path)
+        llmpruner.discover(changed(folder, tmp_path / "m", **change))
     assert "\n" not in str(caught.value)
 
 

@@ -21,16 +21,8 @@ from llmpruner.calibration.chat import chat_prompt
 
 BLANKS = [f"<|blank_{k}|>" for k in range(2, 81)]
 PIECES = ["<n>", "<|tab|>", *BLANKS, "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<pad>"]
-ODD = [
-    "",
-    " ",
-    "a",
-    " lead and trail ",
-    "two  blanks\tand\n\nlines",
-    "你好，世界！",
-    "rare 🦊 ligature ﬁ",
-    "x" + " " * 200 + "y",
-]
+ODD = ["", " ", "a", " lead and trail ", "two  blanks\tand\n\nlines", "你好，世界！", "rare 🦊 ligature ﬁ"]
+ODD.append("x" + " " * 200 + "y")
 
 
 @pytest.fixture(scope="module")

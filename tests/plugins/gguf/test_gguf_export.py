@@ -13,39 +13,19 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_cases import cut_llama
-from gguf_cases import (
-    BOTH_ROPES,
-    CONFIGS,
-    LLAMA3,
-    SIZES,
-    WINDOWS_AND_FULL,
-    YARN,
-    logits,
-    prompt,
-    random_model,
-    randomised,
-)
+from gguf_cases import CONFIGS, EXPERTS, LLAMA3, YARN, logits, model_of, prompt, random_model, randomised
 from gguf_reference import GgufFile, gguf_logits
 from llmpruner_gguf import GgufExporter
 from llmpruner_gguf import export as steps
 from llmpruner_gguf.export import relative_errors
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    LlamaConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-    Qwen3MoeConfig,
-)
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import llmpruner
-from llmpruner import save_checkpoint, work_of
+from llmpruner import build_graph, save_checkpoint, work_of
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
+from llmpruner.models.surgery import cut
 
 BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
 HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None
@@ -87,6 +67,8 @@ def test_every_architecture(name, tmp_path):
     assert line.startswith(f"tiny.gguf ({CONFIGS[name][0]}, f32, ") and HOW in line
     assert_same_logits(model, gguf_logits(file, prompt(model)))
     assert {path.name for path in file.parent.iterdir()} == {"tiny.gguf", "Modelfile"}
+    assert (file.parent / "Modelfile").read_text() == "FROM ./tiny.gguf\n"
+    assert value(file, "tokenizer.ggml.model") == "none", "the source has no tokenizer"
 
 
 # It does not read the size of heads, caps or experts of the other architectures.
@@ -109,33 +91,20 @@ def test_different_sizes_per_layer(name, tmp_path):
     assert value(file, "deci.attention.key_length") == value(file, "deci.rope.dimension_count") == 8
 
 
-def test_qwen2_whose_heads_do_not_fill_the_hidden_size_is_written_as_llama(tmp_path):
-    model = randomised(AutoModelForCausalLM.from_config(Qwen2Config(**SIZES)))
-    with torch.no_grad():
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            for projection, rows in ((attention.q_proj, 16), (attention.k_proj, 8), (attention.v_proj, 8)):
-                projection.weight = torch.nn.Parameter(projection.weight[:rows].clone())
-                projection.bias = torch.nn.Parameter(projection.bias[:rows].clone())
-                projection.out_features = rows
-            attention.o_proj.weight = torch.nn.Parameter(attention.o_proj.weight[:, :16].clone())
-            attention.o_proj.in_features = 16
-    line, file = exported(model, tmp_path)
-    assert "(llama, f32" in line and value(file, "llama.attention.head_count_kv") == 1
-    assert_same_logits(model, gguf_logits(file, prompt(model)))
+def without(name, kept):
+    model = random_model(name)
+    cut(model, build_graph(AutoFamily(), model.config), kept, AutoFamily())
+    return model
 
 
-def test_experts_that_were_removed(tmp_path):
-    model = random_model("mixtral")
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router, experts = layer.mlp.gate, layer.mlp.experts
-            router.weight = torch.nn.Parameter(router.weight[[0, 2, 3]].clone())
-            experts.gate_up_proj = torch.nn.Parameter(experts.gate_up_proj[[0, 2, 3]].clone())
-            experts.down_proj = torch.nn.Parameter(experts.down_proj[[0, 2, 3]].clone())
-            router.num_experts = experts.num_experts = 3
+@pytest.mark.parametrize(("name", "kind", "kept", "key"), [
+    ("qwen2", "attention", [0], "attention.head_count_kv"),  # its heads do not fill the hidden size any more
+    ("mixtral", "experts", [0, 2, 3], "expert_count"),
+])  # fmt: skip
+def test_equal_cuts_that_llama_can_state(name, kind, kept, key, tmp_path):
+    model = without(name, {f"layers.{layer}.{kind}": kept for layer in range(3)})
     line, file = exported(model, tmp_path)
-    assert "(llama, f32" in line and value(file, "llama.expert_count") == 3
+    assert "(llama, f32" in line and value(file, f"llama.{key}") == len(kept)
     assert_same_logits(model, gguf_logits(file, prompt(model)))
 
 
@@ -153,18 +122,13 @@ def test_work_in_llama_cpp_is_that_of_the_experts_that_a_token_uses(name, share,
     assert list(ours.routed_bytes) == [share]
 
 
-@pytest.mark.parametrize(("kind", "stored"), [("f16", "F16"), ("bf16", "BF16"), ("f32", "F32")])
-def test_types(kind, stored, tmp_path):
-    line, file = exported(random_model("qwen3-moe"), tmp_path, type=kind)
-    types = {name: found.name for name, found in GgufFile(file).types.items()}
-    assert f", {kind}, " in line and types["blk.1.attn_q.weight"] == types["blk.0.ffn_up_exps.weight"] == stored
-    assert types["blk.0.attn_norm.weight"] == types["blk.0.ffn_gate_inp.weight"] == "F32"
-
-
 @pytest.mark.parametrize(("dtype", "kind"), [(torch.bfloat16, "bf16"), (torch.float16, "f16"), (torch.float32, "f32")])
-def test_auto_is_the_type_of_the_checkpoint(dtype, kind, tmp_path):
-    random_model("llama").to(dtype).save_pretrained(tmp_path / "tiny")
-    assert f"(llama, {kind}, " in llmpruner.export(tmp_path / "tiny", to="gguf", output=tmp_path / "out")
+def test_the_type_is_that_of_the_checkpoint(dtype, kind, tmp_path):
+    line, file = exported(random_model("qwen3-moe").to(dtype), tmp_path)
+    types = {name: found.name for name, found in GgufFile(file).types.items()}
+    assert f", {kind}, " in line
+    assert types["blk.1.attn_q.weight"] == types["blk.0.ffn_up_exps.weight"] == kind.upper()
+    assert types["blk.0.attn_norm.weight"] == types["blk.0.ffn_gate_inp.weight"] == "F32"
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path):
@@ -176,24 +140,13 @@ def test_values_too_large_for_float16_are_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def _with(config_class, **changes):
-    return lambda: randomised(AutoModelForCausalLM.from_config(config_class(**{**SIZES, **changes})))
+def _with(name, **options):
+    return lambda: model_of(name, **options)
 
 
 def _other_epsilon():
     model = random_model("llama")
     model.model.norm.variance_epsilon = 1e-3
-    return model
-
-
-def _free_qwen3():
-    model = random_model("qwen3")
-    mlp = model.model.layers[1].mlp
-    for linear in (mlp.gate_proj, mlp.up_proj):
-        linear.weight = torch.nn.Parameter(linear.weight[:20].clone())
-        linear.out_features = 20
-    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :20].clone())
-    mlp.down_proj.in_features = 20
     return model
 
 
@@ -203,40 +156,32 @@ def _other_embedding_scale():
     return model
 
 
+WINDOWS = ["sliding_attention", "full_attention", "sliding_attention"]
 REFUSED = {
-    "another type": (_with(GPT2Config), "does not write models of type 'gpt2'; it writes llama, mistral"),
-    "widths of qwen3": (_free_qwen3, "different numbers of channels.*--shape uniform"),
+    "another type": (_with("GPT2"), "does not write models of type 'gpt2'; it writes llama, mistral"),
+    "widths of qwen3": (lambda: without("qwen3", {"layers.1.mlp": range(20)}), "different numbers of channels"),
     "norms": (_other_epsilon, r"different norm epsilons \(1e-06, 0.001\)"),
     "dynamic rope": (
-        _with(LlamaConfig, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
+        _with("Llama", rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
         "cannot state rotary scaling 'dynamic'",
     ),
-    "llama3 rope of qwen3": (_with(Qwen3Config, rope_parameters=LLAMA3), "cannot state rotary scaling 'llama3'"),
-    "yarn's bounds": (_with(LlamaConfig, rope_parameters={**YARN, "beta_fast": 16.0}), "beta_fast 32"),
-    "activation": (_with(LlamaConfig, hidden_act="gelu"), "its activation is silu, not gelu"),
-    "weights of experts": (
-        _with(Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, norm_topk_prob=False),
-        "norm_topk_prob must be True",
-    ),
+    "llama3 rope of qwen3": (_with("Qwen3", rope_parameters=LLAMA3), "cannot state rotary scaling 'llama3'"),
+    "yarn's bounds": (_with("Llama", rope_parameters={**YARN, "beta_fast": 16.0}), "beta_fast 32"),
+    "activation": (_with("Llama", hidden_act="gelu"), "its activation is silu, not gelu"),
+    "weights of experts": (_with("Qwen3Moe", **EXPERTS, norm_topk_prob=False), "norm_topk_prob must be True"),
     "ordinary layers among experts": (
-        _with(Qwen3MoeConfig, num_experts=4, num_experts_per_tok=2, norm_topk_prob=True, mlp_only_layers=[1]),
+        _with("Qwen3Moe", **EXPERTS, norm_topk_prob=True, mlp_only_layers=[1]),
         r"model\.layers\.1\.mlp\.gate_proj\.weight: GGUF's architecture 'qwen3moe' has no such tensor",
     ),
-    "caps": (_with(Gemma2Config, head_dim=16, attn_logit_softcapping=None), "it always caps attention logits"),
-    "output bias of attention": (_with(Qwen3Config, attention_bias=True), r"no bias 'blk\.0\.attn_output\.bias'"),
+    "caps": (_with("Gemma2", head_dim=16, attn_logit_softcapping=None), "it always caps attention logits"),
+    "output bias of attention": (_with("Qwen3", attention_bias=True), r"no bias 'blk\.0\.attn_output\.bias'"),
     # As after the removal of layers: llama.cpp derives which layers have a window from their numbers alone.
     "windows of gemma3": (
-        _with(
-            Gemma3TextConfig,
-            head_dim=16,
-            sliding_window=8,
-            rope_parameters=BOTH_ROPES,
-            layer_types=[*WINDOWS_AND_FULL, "sliding_attention"],
-        ),
-        r"all layers but each 6th a sliding window, which layer 1 of the model does not fit; .* 6 layers in a row$",
+        _with("Gemma3Text", **CONFIGS["gemma3"][2] | {"num_hidden_layers": 3, "layer_types": WINDOWS}),
+        "all layers but each 6th a sliding window, which layer 1 of the model does not fit; .* 6 layers in a row$",
     ),
     "scale of embeddings": (_other_embedding_scale, "multiplies embeddings by 5.65685, the model by 3"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -269,7 +214,7 @@ def test_the_reference_notices_a_wrong_file(mistake, tmp_path, monkeypatch):
 
 def byte_level_model():
     """With more rows of the embedding than the tokenizer has tokens."""
-    return randomised(AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | {"vocab_size": 310, "eos_token_id": 1})))
+    return model_of("Llama", vocab_size=310, eos_token_id=1)
 
 
 def test_a_byte_level_tokenizer(tmp_path):
@@ -345,35 +290,24 @@ def test_a_sentencepiece_tokenizer(tmp_path):
     shutil.copyfile(BYTE_FALLBACK, tmp_path / "spm" / "tokenizer.model")
     (tmp_path / "spm" / "config.json").write_text(json.dumps({"model_type": "llama"}))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "spm")
-    model = randomised(AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer) + 8})))
+    model = model_of("Llama", vocab_size=len(tokenizer) + 8)
     _, file = exported(model, tmp_path, tokenizer=tokenizer)
     assert value(file, "tokenizer.ggml.model") == "llama"
     types = value(file, "tokenizer.ggml.token_type")
     assert types[0] == gguf.TokenType.UNKNOWN and types[1] == gguf.TokenType.CONTROL and gguf.TokenType.BYTE in types
     again = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     for text in ("Hello world", "two  blanks", "Übersetze 12345 你好"):
-        assert (
-            again(text, add_special_tokens=False)["input_ids"] == tokenizer(text, add_special_tokens=False)["input_ids"]
-        )
-
-
-def test_without_a_tokenizer(tmp_path):
-    _, file = exported(random_model("llama"), tmp_path)
-    assert value(file, "tokenizer.ggml.model") == "none" and value(file, "llama.vocab_size") == 64
-    assert (file.parent / "Modelfile").read_text() == "FROM ./tiny.gguf\n"
-
-
-def wide_model():
-    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 320, "vocab_size": 300}
-    return randomised(AutoModelForCausalLM.from_config(LlamaConfig(**sizes)), 0.05)
+        ids, expected = (each(text, add_special_tokens=False)["input_ids"] for each in (again, tokenizer))
+        assert ids == expected
 
 
 @needs_runtime
 @pytest.mark.parametrize("quant", ["q8_0", "q4_k_m"])
 def test_quantised(quant, tmp_path):
-    line, file = exported(wide_model(), tmp_path, tokenizer=tiny_models.tokenizer(), quant=quant)
+    model = randomised(model_of("Llama", hidden_size=256, intermediate_size=320, vocab_size=300), 0.05)
+    line, file = exported(model, tmp_path, tokenizer=tiny_models.tokenizer(), quant=quant)
     types = {name: kind.name for name, kind in GgufFile(file).types.items()}
-    assert HOW in line and {path.name for path in file.parent.iterdir()} == {"tiny.gguf", "Modelfile"}
+    assert HOW in line
     if quant == "q8_0":
         assert types["blk.0.ffn_down.weight"] == types["blk.0.attn_q.weight"] == "Q8_0"
     else:

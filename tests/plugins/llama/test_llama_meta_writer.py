@@ -1,19 +1,25 @@
-"""Pruned models back in Meta's format: what fits is the same model, what does not is refused."""
+"""Pruned models back in Meta's format: what fits is the same model, what does not is refused; and the exporter."""
 
 from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from llama_cases import DATA, MODELS, TOKENIZER, copy_of, logits, read, set_param, tokens_of, write
-from llmpruner_llama import LlamaFamily, MetaReader
-from llmpruner_llama.meta_format import ffn_width
+from llmpruner_llama import LlamaFamily, MetaExporter, MetaReader, meta_format
+from llmpruner_llama.meta_format import ffn_width, to_rotate_half
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 
-from llmpruner import UnsupportedModelError, build_graph
+from llmpruner import CheckpointError, UnsupportedModelError, build_graph, exporters, load_pruned, save_checkpoint
+from llmpruner.cli.app import build_app
+from llmpruner.errors import SettingsError
 from llmpruner.models.surgery import cut
 from llmpruner.structure.kept import Kept
 
@@ -84,36 +90,25 @@ def test_widths_of_the_releases() -> None:
     assert ffn_width(4096, 1024, 1.3) == 14336  # Llama-3-8B
 
 
-def test_scaled_rope_and_base_survive(tmp_path: Path) -> None:
-    folder = copy_of("gqa", "1shard", tmp_path / "in")
-    set_param(folder, rope_theta=500000.0, use_scaled_rope=True)
-    model = read(folder)
-    write(model, None, tmp_path / "out")
-    again = read(tmp_path / "out")
-    assert again.config.rope_parameters == model.config.rope_parameters
-    assert torch.equal(logits(again, tokens_of("gqa")), logits(model, tokens_of("gqa")))
+RELEASES: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama 1 and 2": ({}, 1),
+    "Code Llama": ({"rope_theta": 1e6}, 1),
+    "Llama 3": ({"rope_theta": 5e5}, 0),
+    "Llama 3.1": ({"rope_theta": 5e5, "use_scaled_rope": True}, 0),
+    "scaled": ({"use_scaled_rope": True}, 0),
+    "tiktoken": ({}, 0),
+}
 
 
-@pytest.mark.parametrize(
-    ("values", "tiktoken", "axis"),
-    [
-        ({}, False, 1),
-        ({"rope_theta": 1e6}, False, 1),
-        ({"rope_theta": 5e5}, False, 0),
-        ({"rope_theta": 5e5, "use_scaled_rope": True}, False, 0),
-        ({"use_scaled_rope": True}, False, 0),
-        ({}, True, 0),
-    ],
-    ids=["Llama 1 and 2", "Code Llama", "Llama 3", "Llama 3.1", "scaled", "tiktoken"],
-)
-def test_the_embedding_is_split_as_the_code_of_its_release_reads_it(
-    values: dict[str, Any], tiktoken: bool, axis: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("release", RELEASES)
+def test_the_embedding_is_split_as_the_code_of_its_release_reads_it(release: str, tmp_path: Path) -> None:
+    values, axis = RELEASES[release]
     folder = copy_of("gqa", "1shard", tmp_path / "in")
     set_param(folder, **values)
     model = read(folder)
     (tmp_path / "tokenizer.model").write_bytes(base64.b64encode(b"a") + b" 0\n")
-    write(model, tmp_path / "tokenizer.model" if tiktoken else TOKENIZER, tmp_path / "out", shards=2)
+    tokenizer = tmp_path / "tokenizer.model" if release == "tiktoken" else TOKENIZER
+    write(model, tokenizer, tmp_path / "out", shards=2)
     whole = model.model.embed_tokens.weight
     for number, part in enumerate(whole.chunk(2, axis)):
         state = torch.load(tmp_path / "out" / f"consolidated.{number:02}.pth", weights_only=True)
@@ -156,3 +151,90 @@ def test_other_rotary_scaling_is_refused(tmp_path: Path) -> None:
     model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     with pytest.raises(UnsupportedModelError, match="rotary scaling of type 'linear'"):
         write(model, None, tmp_path / "meta")
+
+
+# The exporter
+
+
+def export(source: Path, output: Path, **settings: Any) -> str:
+    def load() -> Any:
+        return SimpleNamespace(model=load_pruned(source), tokenizer=None, record=None)
+
+    return exporters.export(source, MetaExporter(**settings), output, load)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    """The golden model with both MLPs at 130 of 224 channels, in Hugging Face's format."""
+    save_checkpoint(pruned("gqa", mlp("gqa", 130)), tmp_path / "pruned", record={}, family=LlamaFamily())
+    return tmp_path / "pruned"
+
+
+def test_what_is_read_back_is_the_pruned_model(saved: Path, tmp_path: Path) -> None:
+    line = export(saved, tmp_path / "meta", shards=2)
+    assert "model-parallel size 2" in line and "without tokenizer.model" in line
+    names = {"consolidated.00.pth", "consolidated.01.pth", "params.json"}
+    assert {file.name for file in (tmp_path / "meta").iterdir()} == names
+    assert torch.equal(*(logits(m, tokens_of("gqa")) for m in (read(tmp_path / "meta"), load_pruned(saved))))
+
+
+def test_a_vocabulary_that_lost_tokens_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    source = tmp_path / "pruned"
+    source.mkdir()
+    (source / "llmpruner.json").write_text('{"plans": [{"cuts": {"vocabulary": {}}}]}')
+    with pytest.raises(UnsupportedModelError, match="tokens were removed"):
+        exporters.export(source, MetaExporter(), tmp_path / "meta", lambda: pytest.fail("loaded"))
+    assert not (tmp_path / "meta").exists()
+
+
+@pytest.mark.parametrize("factor", [None, 8.0, 32.0])
+def test_another_rotary_factor_than_that_of_metas_code_is_said(factor: float | None, tmp_path: Path) -> None:
+    folder = copy_of("gqa", "1shard", tmp_path / "source")
+    if factor is not None:
+        set_param(folder, rope_theta=500000.0, use_scaled_rope=True, rope_scaling_factor=factor)
+    save_checkpoint(read(folder), tmp_path / "hf", record={}, family=LlamaFamily())
+    line = export(tmp_path / "hf", tmp_path / "meta")
+    assert ("its rotary factor is 32, and Meta's code takes 8" in line) == (factor == 32.0)
+    if factor is not None:
+        assert MetaReader().read_config(tmp_path / "meta").rope_parameters["factor"] == factor
+
+
+def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(saved: Path, tmp_path: Path) -> None:
+    export(saved, tmp_path / "named", tokenizer=TOKENIZER)
+    shutil.copy(TOKENIZER, saved)
+    assert "without" not in export(saved, tmp_path / "own")
+    for folder in ("named", "own"):
+        assert len(MetaReader().read_tokenizer(tmp_path / folder)) == 84
+    with pytest.raises(SettingsError, match=r"exporter meta: tokenizer .*nowhere"):
+        MetaExporter(tokenizer=tmp_path / "nowhere")
+
+
+def test_a_wrong_order_of_rotary_dimensions_is_noticed(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(meta_format, "to_neighbours", to_rotate_half)
+    with pytest.raises(CheckpointError, match=r"q_proj\.weight is read back with other values"):
+        export(saved, tmp_path / "meta")
+    assert not (tmp_path / "meta").exists()
+
+
+def run(*arguments: Any) -> None:
+    assert CliRunner().invoke(build_app(), list(map(str, arguments))).exit_code == 0
+
+
+def test_meta_to_hugging_face_and_back_at_the_command_line(tmp_path: Path) -> None:
+    folder = copy_of("gqa", "2shards", tmp_path / "meta", tokenizer=True)
+    run("export", folder, "--to", "stock", "-o", tmp_path / "hf")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "hf")) == 84
+    run("export", tmp_path / "hf", "-o", tmp_path / "back", "--to", "meta", "--set", "meta.shards=2")
+    assert torch.equal(logits(read(tmp_path / "back"), tokens_of("gqa")), logits(model, tokens_of("gqa")))
+    assert (tmp_path / "back" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
+def test_a_folder_is_pruned_without_a_tokenizer_or_with_one_beside_it(tmp_path: Path) -> None:
+    folder = copy_of("mha", "2shards", tmp_path / "llama" / "7B")
+    command = ("prune", folder, "--ratio", 0.1, "--set", "prune.layers=all", "--importance", "l1")
+    run(*command, "-o", tmp_path / "weights")
+    assert not list((tmp_path / "weights").glob("tokenizer*"))
+    shutil.copyfile(TOKENIZER, folder.parent / "tokenizer.model")
+    run(*command, "-o", tmp_path / "whole")
+    assert AutoTokenizer.from_pretrained(tmp_path / "whole")("Hello")["input_ids"]

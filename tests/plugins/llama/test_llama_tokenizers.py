@@ -12,7 +12,7 @@ import pytest
 import sentencepiece
 import tiktoken
 import torch
-from llama_cases import DATA, TOKENIZER, copy_of, set_param, write
+from llama_cases import TOKENIZER, copy_of, set_param, write
 from llmpruner_llama import MetaReader
 from llmpruner_llama.meta_tokenizer import _PATTERN, read_tokenizer, stop_tokens
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -47,22 +47,11 @@ def test_sentencepiece_survives_the_conversion(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
 
 
-def test_none_is_found_where_there_is_none() -> None:
-    assert MetaReader().read_tokenizer(DATA / "mha" / "1shard") is None
-
-
 def llama3(folder: Path, **params: Any) -> Path:
     """A tiny model with a tiny tokenizer in Llama 3's formats."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=600,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    write(LlamaForCausalLM(config), None, folder)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    write(LlamaForCausalLM(LlamaConfig(vocab_size=600, num_hidden_layers=1, **sizes)), None, folder)
     set_param(folder, **params)
     ranks = [bytes([n]) for n in range(256)] + MERGES
     lines = [f"{base64.b64encode(token).decode()} {rank}" for rank, token in enumerate(ranks)]

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoint_cases import LLAMA, SIZES
 from export_cases import Source, llama_source
-from llmpruner_llama.family import LlamaFamily
+from fresh import run_fresh
 from llmpruner_nemotron_nas import LayerSizes, NemotronNasExporter, Sizes, multiplier, padded, stated, width_of
 from safetensors.torch import load_file
 from torch.nn.functional import linear, silu
@@ -101,8 +103,6 @@ config.save_pretrained(sys.argv[2])
 
 @pytest.mark.slow
 def test_the_configuration_is_read_in_a_fresh_process(tmp_path):
-    from fresh import run_fresh
-
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", llama_source("gqa").load)
     done = run_fresh(FRESH, tmp_path / "out", tmp_path / "again", folder=tmp_path, timeout=120)
     assert done.stdout.split("\n")[0] == "[4, 2, 2] False", done.stderr[-2000:]
@@ -148,56 +148,34 @@ def test_equal_heads_are_for_sglang(tmp_path):
         assert torch.allclose(logits_from_files(tmp_path / "equal"), source.model(IDS[None]).logits[0], atol=1e-5)
 
 
-def biased(**options: Any) -> Source:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(**SIZES, **options)
-    return Source(LlamaForCausalLM(config).eval(), LlamaFamily(), config)
-
-
-def qwen2() -> Source:
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(**SIZES)
-    return Source(Qwen2ForCausalLM(config).eval(), AutoFamily(), config)
+def source_of(name: str, **options: Any) -> Source:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **options)
+    model = getattr(transformers, f"{name}ForCausalLM")(copy.deepcopy(config)).eval()
+    return Source(model, AutoFamily(), config)
 
 
-def windowed() -> Source:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(**SIZES, sliding_window=4)
-    return Source(MistralForCausalLM(config).eval(), LlamaFamily(), config)
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (qwen2, r"Qwen2ForCausalLM \(model type 'qwen2'\) computes others; prune with --shape uniform"),
-        (lambda: biased(mlp_bias=True), r"no biases, and the model has 'model\.layers\.0\.mlp\.gate_proj\.bias'"),
-        (windowed, "no sliding window"),
-        (lambda: biased(hidden_act="gelu"), "computes silu, and the model 'gelu'"),
-    ],
-    ids=["another architecture", "biases", "a sliding window", "another activation"],
-)
-def test_what_the_format_cannot_state_is_refused_with_the_reason(make, reason, tmp_path):
+@pytest.mark.parametrize(("name", "options", "reason"), [
+    ("Qwen2", {}, r"Qwen2ForCausalLM \(model type 'qwen2'\) computes others; prune with --shape uniform"),
+    ("Llama", {"mlp_bias": True}, r"no biases, and the model has 'model\.layers\.0\.mlp\.gate_proj\.bias'"),
+    ("Mistral", {"sliding_window": 4}, "no sliding window"),
+    ("Llama", {"hidden_act": "gelu"}, "computes silu, and the model 'gelu'"),
+])  # fmt: skip
+def test_what_the_format_cannot_state_is_refused_with_the_reason(name, options, reason, tmp_path):
     with pytest.raises(UnsupportedModelError, match=reason) as caught:
-        export(tmp_path, NemotronNasExporter(), tmp_path / "out", make().load)
+        export(tmp_path, NemotronNasExporter(), tmp_path / "out", source_of(name, **options).load)
     assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
 def test_groups_that_were_discovered_are_padded_too(tmp_path):
-    from transformers import MistralConfig, MistralForCausalLM
-
-    torch.manual_seed(0)
-    config, family = MistralConfig(**SIZES, sliding_window=None), AutoFamily()
-    model = MistralForCausalLM(copy.deepcopy(config)).eval()
-    kept = {"layers.0.attention": [1], "layers.1.mlp": range(17)}
-    cut(model, build_graph(family, config), kept)  # as many query heads to a key/value head as before
-    source = Source(model, family, config, [SimpleNamespace(kept=kept)])
-    export(tmp_path, NemotronNasExporter(), tmp_path / "out", source.load)
+    source, kept = source_of("Mistral", sliding_window=None), {"layers.0.attention": [1], "layers.1.mlp": range(17)}
+    # As many query heads to a key/value head as before.
+    cut(source.model, build_graph(source.family, source.config), kept)
+    cut_source = replace(source, plans=[SimpleNamespace(kept=kept)])
+    export(tmp_path, NemotronNasExporter(), tmp_path / "out", cut_source.load)
     with torch.no_grad():
-        assert torch.allclose(logits_from_files(tmp_path / "out"), model(IDS[None]).logits[0], atol=1e-5)
+        assert torch.allclose(logits_from_files(tmp_path / "out"), source.model(IDS[None]).logits[0], atol=1e-5)
 
 
 def test_a_wrong_weight_is_found(tmp_path, monkeypatch):

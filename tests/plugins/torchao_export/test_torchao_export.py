@@ -28,12 +28,6 @@ def installed():
     pytest.importorskip("torchao", reason="needs pip install 'llmpruner[torchao]'")
 
 
-@pytest.fixture
-def assumed(monkeypatch):
-    """For what is refused before torchao is used."""
-    monkeypatch.setattr(llmpruner_torchao, "find_spec", lambda name: True)
-
-
 @pytest.mark.parametrize("cut", ["mlp-uniform", "mlp"])
 def test_eight_bits(installed, tmp_path, cut):
     model = cut_llama(cut)
@@ -41,10 +35,9 @@ def test_eight_bits(installed, tmp_path, cut):
         expected = model(INPUT_IDS).logits
     line = export(tmp_path, TorchAoExporter(), tmp_path / "out", loaded(model))
     again = load_pruned(tmp_path / "out")
-    assert sorted(file.name for file in (tmp_path / "out").iterdir()) == sorted(
-        ["config.json", "generation_config.json", "llmpruner.json", "model.safetensors"]
-        + (["modeling_llmpruner.py"] if cut == "mlp" else [])
-    )
+    files = {"config.json", "generation_config.json", "llmpruner.json", "model.safetensors"}
+    own = {file.name for file in (tmp_path / "out").iterdir()}
+    assert own == files | ({"modeling_llmpruner.py"} if cut == "mlp" else set())
     for _, module in linear_layers(again):
         assert stored_bytes(module.weight) < 2 * module.weight.numel()
     head = again.get_output_embeddings().weight
@@ -79,7 +72,6 @@ def test_a_pruned_model_is_whole_after_the_export(installed, tmp_path):
 
 
 def test_a_written_checkpoint_is_read_back(installed, tmp_path, monkeypatch):
-
     def damaged(*arguments, **options):
         model = load_pruned(*arguments, **options)
         with torch.no_grad():
@@ -98,18 +90,13 @@ def test_without_torchao(tmp_path, monkeypatch):
         export(tmp_path, TorchAoExporter(), tmp_path / "out", None)
 
 
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        # Hidden states have 32 channels, and MLPs 64.
-        (
-            64,
-            r"multiples of 64, and '.*q_proj' has 32; give a smaller torchao.group, prune with prune.round_to=64, or",
-        ),
-        (32, r"only on NVIDIA GPUs of compute capability 8.0 or newer; give --device cuda, or"),
-    ],
-)
-def test_what_four_bits_refuse(assumed, tmp_path, group, message):
+@pytest.mark.parametrize(("group", "message"), [
+    # Hidden states have 32 channels, and MLPs 64.
+    (64, "multiples of 64, and '.*q_proj' has 32; give a smaller torchao.group, prune with prune.round_to=64, or"),
+    (32, "only on NVIDIA GPUs of compute capability 8.0 or newer; give --device cuda, or"),
+])  # fmt: skip
+def test_what_four_bits_refuse(monkeypatch, tmp_path, group, message):
+    monkeypatch.setattr(llmpruner_torchao, "find_spec", lambda name: True)
     with pytest.raises(LlmprunerError, match=message):
         export(tmp_path, TorchAoExporter(scheme="int4", group=group), tmp_path / "out", loaded(wide()))
     assert not list(tmp_path.iterdir())

@@ -1,18 +1,20 @@
-"""Vicuna's prompts and labels against those of FastChat (tests/data/vicuna)."""
+"""Vicuna: prompts and labels against those of FastChat (tests/data/vicuna), and which models are recognised."""
 
 from __future__ import annotations
 
-import copy
 import json
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
-from llmpruner_vicuna import V0, V1_1, Template, VicunaFamily, VicunaV0Family, chat_template
+from llmpruner_vicuna import V0, V1_1, VicunaFamily, VicunaV0Family, chat_template
+from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
+from llmpruner import Catalog
 from llmpruner.calibration.chat import chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples
+from llmpruner.plugins.manager import plugin_manager
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -26,46 +28,19 @@ def exchanges_of(conversation: str) -> list[tuple[str, str]]:
     return list(zip(turns[::2], turns[1::2], strict=True))
 
 
-def text_of(template: Template, exchanges: list[tuple[str, str]]) -> str:
-    return "".join(prompt + answer for prompt, answer in template.exchanges(exchanges))
-
-
 @pytest.mark.parametrize("conversation", PROMPTS)
 @pytest.mark.parametrize("template", OFFICIAL)
 def test_prompts_to_the_character(conversation: str, template: str) -> None:
     exchanges, ours = exchanges_of(conversation), OFFICIAL[template]
     expected = PROMPTS[conversation]["prompts"][template]
-    assert text_of(ours, exchanges) == expected["full"]
+    assert "".join(prompt + answer for prompt, answer in ours.exchanges(exchanges)) == expected["full"]
     if len(exchanges) == 1:
         assert ours.exchanges(exchanges)[0][0] == expected["generation"]
 
 
-@pytest.mark.parametrize("conversation", PROMPTS)
-def test_the_answers_are_the_text_with_loss(conversation: str) -> None:
-    answers = [answer for _, answer in V1_1.exchanges(exchanges_of(conversation))]
-    for version in ("v1.1 HEAD", "v1.1 @00d9e667"):
-        assert answers == PROMPTS[conversation]["train"][version]["span_texts"]
-
-
 @cache
 def tokenizer(legacy: bool) -> Any:
-    from transformers import AutoTokenizer
-
     return AutoTokenizer.from_pretrained(DATA / "tokenizer", legacy=legacy)
-
-
-def test_the_families_prompt_and_train_with_their_template() -> None:
-    question, answer = "What is pruning?", "Pruning removes weights from a network."
-    for family, template in ((VicunaFamily(), "head/vicuna_v1.1"), (VicunaV0Family(), "head/zero_shot")):
-        expected = PROMPTS["one_turn"]["prompts"][template]
-        assert chat_prompt(family, None, question) == (expected["generation"], False)
-        assert [prompt for prompt, _ in family.format_conversation([(question, answer)])] == [expected["generation"]]
-    expected = PROMPTS["two_turns"]
-    exchanges = VicunaFamily().format_conversation(
-        [("Name two rivers.", "The Elbe and the Loire."), ("Which one is longer?", "The Loire, at about 1006 km.")]
-    )
-    assert "".join(a + b for a, b in exchanges) == expected["prompts"]["head/vicuna_v1.1"]["full"]
-    assert [b for _, b in exchanges] == expected["train"]["v1.1 HEAD"]["span_texts"]
 
 
 @pytest.mark.parametrize(
@@ -90,18 +65,6 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
 def test_answers_of_v0_stop_where_fastchat_stops_them() -> None:
     assert VicunaFamily().stop_text is None
     assert VicunaV0Family().stop_text == PROMPTS["one_turn"]["prompts"]["head/zero_shot"]["stop_str"] == "###"
-
-
-def test_the_families_format_wins_over_a_chat_template(tmp_path: Path) -> None:
-    templated = copy.deepcopy(tokenizer(False))
-    templated.chat_template = "{{ messages[0]['content'] }}"
-    expected = PROMPTS["one_turn"]["prompts"]["head/vicuna_v1.1"]
-    assert chat_prompt(VicunaFamily(), templated, "What is pruning?") == (expected["generation"], False)
-    (tmp_path / "data.json").write_text(json.dumps([PROMPTS["one_turn"]]))
-    ((_, one),) = read_examples(str(tmp_path / "data.json"))
-    (text,) = training_texts(one, VicunaFamily(), templated)
-    assert "".join(a + b for a, b in text.turns) == expected["full"]
-    assert not text.has_special_tokens
 
 
 def test_a_system_message_takes_the_place_of_the_official_one() -> None:
@@ -143,3 +106,70 @@ def test_recovery_trains_on_the_official_ids_and_labels(conversation: str, versi
     cutoff = len(expected["input_ids"]) if version.endswith("full-6") else 256
     row = labelled(text, chosen, cutoff)
     assert row == {"input_ids": expected["input_ids"], "labels": expected["labels"]}
+
+
+# Which models are Vicunas
+
+LLAMA_2 = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.6, "max_length": 4096}
+
+
+def family_of(name_or_path: str, **values: object) -> str:
+    config = LlamaConfig(num_hidden_layers=1, **values)
+    config.name_or_path = name_or_path
+    return Catalog(plugin_manager()).family_for(config).name
+
+
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [
+        ("lmsys/vicuna-7b-v1.5", "vicuna"),
+        ("lmsys/Vicuna-13B-v1.3", "vicuna"),
+        ("hub/models--lmsys--vicuna-7b-v1.5/snapshots/3321f76e", "vicuna"),
+        ("lmsys/vicuna-7b-v0", "vicuna-v0"),
+        ("lmsys/vicuna-7b-v0.1-like", "vicuna-v0"),
+        ("lmsys/vicuna-33b-v1.3", "vicuna"),
+        ("TheBloke/stable-vicuna-13B-HF", "vicuna-v0"),
+        ("models/StableVicuna_13b", "vicuna-v0"),
+        ("TheBloke/Wizard-Vicuna-13B-HF", "vicuna"),
+        ("NousResearch/gpt4-x-vicuna-13b", "llama"),
+        ("meta-llama/Llama-2-7b-hf", "llama"),
+        ("/home/vicuna/models/llama-7b", "llama"),
+        ("", "llama"),
+    ],
+)
+def test_by_name(name: str, family: str) -> None:
+    assert family_of(name) == family
+
+
+@pytest.mark.parametrize(("folder", "saved_as"), [("gpt4-x-vicuna-13b", "vicuna-13b-1.1"), ("m", "gpt4-x-vicuna-13b")])
+def test_a_vicuna_of_another_format_has_that_of_llama(folder: str, saved_as: str, tmp_path: Path) -> None:
+    """Alpaca's: its card gives prompts with ``### Instruction:`` and ``### Response:``."""
+    LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / folder)
+    file = tmp_path / folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": saved_as}))
+    family = Catalog(plugin_manager()).family_for(AutoConfig.from_pretrained(tmp_path / folder))
+    assert family.name == "llama" and "### Instruction:" in family.format_prompt("Why?")
+
+
+def test_sizes_ids_and_common_settings_identify_no_vicuna(tmp_path: Path) -> None:
+    LlamaConfig(vocab_size=32001, pad_token_id=0).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps(LLAMA_2))
+    (tmp_path / "tokenizer_config.json").write_text('{"chat_template": "USER: {{ messages }} ASSISTANT:"}')
+    assert family_of(str(tmp_path), vocab_size=32001) == "llama"
+
+
+@pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
+def test_by_the_name_it_was_saved_under(file: str, tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / file).write_text(json.dumps(values | {"_name_or_path": "lmsys/vicuna-7b-v1.5"}))
+    assert Catalog(plugin_manager()).family_for(AutoConfig.from_pretrained(tmp_path)).name == "vicuna"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+@pytest.mark.parametrize(("template", "family"), [(V1_1, "vicuna"), (V0, "vicuna-v0")])
+def test_by_its_chat_template(template: object, family: str, place: str, tmp_path: Path) -> None:
+    text = chat_template(template)
+    content = text if place.endswith("jinja") else json.dumps({"chat_template": text})
+    (tmp_path / place).write_text(content, encoding="utf-8")
+    assert family_of(str(tmp_path)) == family

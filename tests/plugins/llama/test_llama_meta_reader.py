@@ -1,19 +1,25 @@
-"""Meta's format against the outputs of the original code, meta-llama/llama's model.py."""
+"""Meta's format read: against the outputs of meta-llama/llama's model.py, and what a user can get wrong."""
 
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from llama_cases import DATA, LAYOUTS, MODELS, copy_of, logits, read, resave, set_param, tokens_of
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_format import MetaParams, to_neighbours, to_rotate_half
+from llmpruner_llama.meta_format import MetaParams
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import llmpruner
+from llmpruner import CheckpointError
 
 TOLERANCE = 2e-5
 
@@ -53,16 +59,6 @@ def test_conversion_is_what_the_reader_reads_in_the_stored_type(name: str, layou
     assert [p.name for p in tmp_path.iterdir()] == ["hf"]
 
 
-def test_embedding_split_by_rows_as_in_llama_3(tmp_path: Path) -> None:
-    folder = copy_of("gqa", "2shards", tmp_path / "llama3")
-    name = "tok_embeddings.weight"
-    whole = torch.load(DATA / "gqa" / "1shard" / "consolidated.00.pth", weights_only=True)[name]
-    for number, part in enumerate(whole.chunk(2, 0)):
-        resave(folder, number, lambda state, part=part: state.update({name: part.clone()}))
-    expected = read(DATA / "gqa" / "1shard").get_input_embeddings().weight
-    assert torch.equal(read(folder).get_input_embeddings().weight, expected)
-
-
 @pytest.mark.parametrize(
     ("dim", "factor"),
     [(2048, 32.0), (3072, 32.0), (4096, 8.0), (8192, 8.0), (16384, 8.0)],
@@ -86,13 +82,9 @@ def test_scaled_rope_becomes_llama3_scaling(tmp_path: Path) -> None:
     set_param(folder, rope_theta=500000.0, use_scaled_rope=True)
     model = read(folder)
     assert model.config.rope_parameters == {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
+        "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+    }  # fmt: skip
     assert model.config.max_position_embeddings == 131072
     plain = read(DATA / "gqa" / "1shard")
     assert not torch.equal(logits(model, tokens_of("gqa")), logits(plain, tokens_of("gqa")))
@@ -118,13 +110,6 @@ def test_without_an_output_matrix_the_embedding_is_tied(tmp_path: Path) -> None:
     assert torch.equal(again(tokens_of("mha")).logits, model(tokens_of("mha")).logits)
 
 
-def test_rotary_layouts_are_inverse_and_commute_with_slicing_heads() -> None:
-    weight = torch.randn(3 * 8, 5)
-    assert torch.equal(to_neighbours(to_rotate_half(weight, 3), 3), weight)
-    assert torch.equal(to_rotate_half(weight, 3)[8:16], to_rotate_half(weight[8:16], 1))
-    assert not torch.equal(to_rotate_half(weight, 3), weight)
-
-
 def test_recognises_meta_folders_only(tmp_path: Path) -> None:
     reader = MetaReader()
     assert reader.recognises(DATA / "mha" / "1shard")
@@ -137,3 +122,70 @@ def test_recognises_meta_folders_only(tmp_path: Path) -> None:
     (mistral / "params.json").write_text("{}")
     (mistral / "consolidated.safetensors").touch()
     assert not reader.recognises(mistral)
+
+
+# Mistakes
+
+
+class Code:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("ran-code",)
+
+
+FIRST, SECOND = "consolidated.00.pth", "consolidated.01.pth"
+DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "last shard missing": (lambda f: (f / SECOND).unlink(), r"1 shards and .* a consolidated\.NN\.pth is missing"),
+    "first shard missing": (lambda f: (f / FIRST).unlink(), r"1 shards and .* a consolidated\.NN\.pth is missing"),
+    "no shard at all": (lambda f: [(f / name).unlink() for name in (FIRST, SECOND)], r"has no consolidated\.NN\.pth"),
+    "a shard too many": (lambda f: shutil.copy(f / SECOND, f / "consolidated.02.pth"), "3 shards and "),
+    "no params.json": (lambda f: (f / "params.json").unlink(), r"it has no params\.json"),
+    "whole numbers": (
+        lambda f: [resave(f, n, lambda s: s.update({"norm.weight": s["norm.weight"].int()})) for n in (0, 1)],
+        "is not a plain dictionary of floating-point tensors",
+    ),
+    "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"params\.json cannot be read"),
+    "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"params\.json: dim is .*: Field required"),
+    "dim of another model": (lambda f: set_param(f, dim=96), r"a consolidated.NN.pth is missing, or of another model"),
+    "width of another model": (lambda f: set_param(f, multiple_of=100), r"\(128, 48\); .* makes it \(200, 48\)"),
+    "heads of another model": (lambda f: set_param(f, n_kv_heads=3), r"k_proj\.weight has shape|do not belong"),
+    "heads that do not divide": (lambda f: set_param(f, n_kv_heads=4), r"n_kv_heads 4 do not fit"),
+    "fewer layers than weights": (lambda f: set_param(f, n_layers=1), r"layers\.1\.\S+, which no LLaMA"),
+    "unknown tensor": (
+        lambda f: resave(f, 0, lambda s: s.update({"layers.0.gate": s.pop("layers.0.attention_norm.weight")})),
+        r"lacks layers\.0\.attention_norm\.weight",
+    ),
+    "shards of two checkpoints": (
+        lambda f: resave(f, 1, lambda s: s.update({"output.weight": torch.zeros(7, 48)})),
+        r"lm_head\.weight has shape \(57, 48\)",
+    ),
+    "truncated": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-2000]), r"01\.pth is truncated"),
+    "code inside": (lambda f: torch.save({"a": Code()}, f / FIRST), "could run code: it was not loaded"),
+    "code in a bare pickle": (
+        lambda f: (f / FIRST).write_bytes(pickle.dumps({"a": Code()})), r"00\.pth is truncated, or not a checkpoint"
+    ),
+    "damaged tokenizer": (
+        lambda f: (f / "tokenizer.model").write_bytes(b"\x00junk"), "neither a SentencePiece model nor a tiktoken file"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_one_line_and_nothing_is_written(what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    damage, message = DAMAGE[what]
+    folder = copy_of("mha", "2shards", tmp_path / "in" / "meta", tokenizer=True)
+    damage(folder)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        MetaReader().read_model(folder, None)
+    assert "\n" not in str(caught.value)
+    assert str(folder) in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["in"]
+    assert MetaReader().recognises(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder = copy_of("mha", "1shard", tmp_path / "meta", tokenizer=True)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        resave(folder, 0, lambda state, name=name: state.update({name: state[name][:50].clone()}))
+    with pytest.raises(CheckpointError, match="tokenizer has 84 tokens, its embedding 50 rows"):
+        MetaReader().read_model(folder, None)

@@ -1,4 +1,4 @@
-"""Removed layers, the choice of a family, and the prompts of ChatGLM-6B, ChatGLM2/3 and GLM-4."""
+"""The ChatGLM families: held to the conformance class, removed layers, the choice of a family, and prompts."""
 
 from __future__ import annotations
 
@@ -8,23 +8,49 @@ import pytest
 import torch
 from chatglm_tiny import prompts, tiny_config, tiny_model
 from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
+from llmpruner_chatglm.configuration_chatglm import ChatGLMConfig
+from transformers import Glm4Config, GlmConfig
 
 from llmpruner import ATTENTION, MLP, Catalog, ModelFamily, build_graph
 from llmpruner.calibration.chat import chat_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation, Message
+from llmpruner.discovery.oracle import VERIFIED
+from llmpruner.discovery.verify import check_kinds
 from llmpruner.models.surgery import cut
 from llmpruner.plugins.manager import plugin_manager
+from llmpruner.testing import FamilyConformance
+
+GLM: dict[str, Any] = {
+    "hidden_size": 48, "intermediate_size": 88, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128, "max_position_embeddings": 64, "attention_bias": True,
+    "pad_token_id": 0, "eos_token_id": 2,
+}  # fmt: skip
 
 
-def logits_and_ids(model: Any, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    ids, mask = prompts(kind)
-    with torch.no_grad():
-        logits = model(ids, attention_mask=mask).logits[mask == 1]
-    new = model.generate(
-        ids, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, return_dict_in_generate=True,
-        output_logits=True,
-    )  # fmt: skip
-    return logits, torch.stack(new.logits)
+class TestChatGLM(FamilyConformance):
+    family = ChatGLMFamily
+
+    def config(self):
+        ChatGLMFamily().register_models()
+        return ChatGLMConfig(
+            vocab_size=128, hidden_size=48, num_layers=3, num_attention_heads=4, inner_hidden_size=88,
+            max_sequence_length=64, bos_token_id=10, eos_token_id=11, mask_token_id=12, gmask_token_id=13,
+            pad_token_id=3,
+        )  # fmt: skip
+
+
+class TestGlm(FamilyConformance):
+    """ChatGLM2 and ChatGLM3 differ from GLM in their prompts alone."""
+
+    family = GlmFamily
+
+    def config(self):
+        return GlmConfig(**GLM)
+
+
+def test_numbers_of_heads_follow_in_glm4_too() -> None:
+    verdicts = check_kinds(GlmFamily(), Glm4Config(**GLM), kinds=("attention", "query"))
+    assert [verdict.verdict for verdict in verdicts] == [VERIFIED, VERIFIED], verdicts
 
 
 def test_a_removed_layer_of_chatglm_is_gone_and_the_others_keep_their_scale() -> None:
@@ -37,8 +63,10 @@ def test_a_removed_layer_of_chatglm_is_gone_and_the_others_keep_their_scale() ->
         getattr(expected.transformer, part).load_state_dict(getattr(model.transformer, part).state_dict())
     cut(model, graph, {"layers": [0, 2]}, ChatGLMFamily())
     assert model.config.num_layers == 2
-    for got, wanted in zip(logits_and_ids(model, "chatglm"), logits_and_ids(expected, "chatglm"), strict=True):
-        assert torch.equal(got, wanted)
+    ids, mask = prompts("chatglm")
+    with torch.no_grad():
+        assert torch.equal(*(each(ids, attention_mask=mask).logits[mask == 1] for each in (model, expected)))
+    assert torch.equal(*(each.generate(ids, attention_mask=mask, max_new_tokens=6) for each in (model, expected)))
 
 
 def test_hidden_channels_of_chatglm_are_not_offered() -> None:
