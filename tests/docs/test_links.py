@@ -20,10 +20,6 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("[!_]*/*.md")
 FENCE = re.compile(r"^(```+).*?^\1`*$", re.S | re.M)
 
 
-def names(paths):
-    return [path.relative_to(ROOT).as_posix() for path in paths]
-
-
 def prose(page: Path) -> str:
     """A page without code, in blocks or in lines."""
     return re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
@@ -63,7 +59,7 @@ def broken(page: Path) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize("page", PAGES, ids=names(PAGES))
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_internal_links_resolve(page):
     assert not broken(page), f"{page.relative_to(ROOT)} has broken links: {', '.join(broken(page))}"
 

@@ -1,25 +1,34 @@
-"""The reference agrees with the code: generated pages, hooks, public names, commands and their options."""
+"""Pages agree with the code: generated pages, hooks, public names, commands, options, files, recipes, messages."""
 
 from __future__ import annotations
 
 import ast
 import builtins
 import inspect
+import json
 import re
+import runpy
+import sys
 from pathlib import Path
 
 import api_page
 import cli_page
+import files_page
 import hooks_page
 import pytest
+import recipes_page
 import typer.main
+import yaml
 from docstrings import attributes, document, markdown, methods
 from pages import PAGES
 
 import llmpruner
+from llmpruner.recipes.recipe import COMMANDS as RECIPE_COMMANDS
+from llmpruner.recipes.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+TUTORIAL = DOCS / "tutorial"
 APP = cli_page.application()
 COMMANDS = dict(cli_page.commands(APP))
 BASES = [classes[0] for classes in hooks_page.CLASSES.values() if classes]
@@ -75,3 +84,73 @@ def test_options_that_pages_name_exist():
         ]
         named = {option for code in codes for option in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
         assert named <= known, f"{path.relative_to(ROOT)} names options that no command has: {sorted(named - known)}"
+
+
+# Files
+
+
+def test_a_record_has_the_documented_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["tiny_model.py", "llama", str(tmp_path / "dense")])
+    runpy.run_path(str(TUTORIAL / "tiny_model.py"))
+    pruned, data = tmp_path / "pruned", TUTORIAL / "lines.jsonl"
+    llmpruner.prune(tmp_path / "dense", ratio=0.2, importance="l1", output=pruned)
+    record = json.loads((pruned / "llmpruner.json").read_text(encoding="utf-8"))
+    assert record.keys() == files_page.RECORD.keys() - {"recovery", "adapters"}
+    assert record["plans"][0].keys() == llmpruner.PruningPlan.model_fields.keys()
+    (work,) = record["work"]
+    assert work == {"fits": []}
+    assert json.loads((pruned / "run.json").read_text(encoding="utf-8")).keys() == files_page.RUN.keys()
+    llmpruner.recover(pruned, data=str(data), max_steps=1, batch_size=2, output=tmp_path / "recovered")
+    record = json.loads((tmp_path / "recovered" / "llmpruner.json").read_text(encoding="utf-8"))
+    assert record.keys() == files_page.RECORD.keys() - {"adapters"}
+    assert record["recovery"][0].keys() == files_page.RECOVERY.keys()
+    llmpruner.export(tmp_path / "dense", to="stock", output=tmp_path / "stock")
+    origin = json.loads((tmp_path / "stock" / "llmpruner-files.json").read_text(encoding="utf-8"))
+    assert origin.keys() == files_page.ORIGIN.keys() - {"format"}
+    llmpruner.export(tmp_path / "dense", to="nemotron-nas", output=tmp_path / "served")
+    origin = json.loads((tmp_path / "served" / "llmpruner-files.json").read_text(encoding="utf-8"))
+    assert origin.keys() == files_page.ORIGIN.keys()
+
+
+# Recipes
+
+RECIPE_PAGES = ("how-to/recipes.md", "reference/recipes.md")
+RECIPES = [
+    (page, number, text)
+    for page in RECIPE_PAGES
+    for number, text in enumerate(re.findall(r"^```yaml\n(.*?)^```", (DOCS / page).read_text("utf-8"), re.S | re.M))
+]
+
+
+@pytest.mark.parametrize(("page", "number", "text"), RECIPES, ids=[f"{page} {number}" for page, number, _ in RECIPES])
+def test_recipes_on_pages_are_valid(page, number, text, catalog):
+    assert len(Recipe.of(yaml.safe_load(text), catalog, f"docs/{page}, recipe {number + 1}").steps) > 2
+
+
+def test_there_are_recipes_on_both_pages(catalog):
+    assert {page for page, _, _ in RECIPES} == set(RECIPE_PAGES)
+    listed = re.findall(r"^\| `([\w-]+)` \| .*\|$", (DOCS / RECIPE_PAGES[0]).read_text("utf-8"), re.M)
+    own = {name for name, _ in catalog.recipes.items() if catalog.recipes.package_of(name) == "llmpruner"}
+    assert set(listed) == own and set(recipes_page.FOLDERS) == set(RECIPE_COMMANDS)
+
+
+# Messages
+
+QUOTED = re.findall(r"```text\n(.*?)```", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.S)
+
+
+def test_messages_that_the_page_on_troubleshooting_quotes_are_raised_somewhere():
+    """In the page, what an f-string fills in is ``…``."""
+    sources = ""
+    for file in (ROOT / "llmpruner").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                sources += "".join(v.value if isinstance(v, ast.Constant) else "…" for v in node.values) + "\n"
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                sources += node.value + "\n"
+    assert len(QUOTED) > 15
+    for message in map(str.strip, QUOTED):
+        fragments = [part.strip(" ;:'(),") for part in message.split("…")]
+        assert len("".join(fragments)) > 10
+        missing = [part for part in fragments if part not in sources]
+        assert not missing, f"docs/troubleshooting.md quotes what no source contains: {missing}"

@@ -1,11 +1,18 @@
-"""The tutorial quotes its files faithfully, and leaves none out."""
+"""The tutorial can be followed to the letter, quotes its files faithfully, and leaves none out."""
 
 from __future__ import annotations
 
 import pytest
-from chapters import TUTORIAL, _type, blocks, check_quotes
+from chapters import TUTORIAL, _type, blocks, check_quotes, follow
 
 CHAPTERS = sorted(path.name for path in TUTORIAL.glob("[0-9]*.md"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("chapter", CHAPTERS)
+def test_a_chapter_can_be_followed(chapter, tmp_path):
+    assert follow(chapter, tmp_path) > 4
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
@@ -16,13 +23,9 @@ def test_quotes_equal_their_files(chapter):
 def test_every_file_of_a_package_that_is_typed_is_quoted():
     """Chapters 1 and 3 are typed by hand from nothing; chapter 2 begins with a copy of its package."""
     for chapter, package in ((CHAPTERS[0], "llmpruner-stablelm"), (CHAPTERS[2], "llmpruner-methods")):
-        files = {
-            p.relative_to(TUTORIAL).as_posix() for p in (TUTORIAL / package).rglob("*") if p.suffix in (".py", ".toml")
-        }
-        files = {path for path in files if "/build/" not in path}
-        assert files == {
-            block.path for block in blocks(chapter) if block.quote == "file" and package in str(block.path)
-        }
+        paths = [p for p in (TUTORIAL / package).rglob("*") if p.suffix in (".py", ".toml") and "build" not in p.parts]
+        quoted = {block.path for block in blocks(chapter) if block.quote == "file" and package in str(block.path)}
+        assert {path.relative_to(TUTORIAL).as_posix() for path in paths} == quoted
 
 
 def test_a_false_output_is_noticed(tmp_path):
