@@ -11,7 +11,7 @@ import torch
 from evaluated_models import evaluated, in_memory
 from test_chat import CHATML, tokenizer
 
-from llmpruner import DataError, ModelError, ModelFamily
+from llmpruner import DataError, ModelFamily
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.evaluate import ComparedModel
 from llmpruner.evaluation.metrics import AnswersMetric, GivenAnswersMetric, repeated
@@ -109,13 +109,6 @@ def test_data_that_cannot_be_used_is_refused_before_a_model_is_loaded(tmp_path, 
         measured(GivenAnswersMetric(data=data, cutoff=2), subject())
 
 
-def test_models_that_cannot_be_compared_are_refused(data):
-    other = subject("other")
-    other.model.resize_token_embeddings(other.model.config.vocab_size + 8)
-    with pytest.raises(ModelError, match="one vocabulary"):
-        measured(GivenAnswersMetric(data=data, kl=True), subject(), other)
-
-
 def test_an_example_beyond_a_table_of_positions_is_refused(data):
     gpt2 = ComparedModel("gpt2", tiny_models.gpt2(positions=32).config, tokenizer(), subject)
     with pytest.raises(DataError, match=r"of 2,000 tokens are beyond the 32 positions of 'gpt2'; lower --set"):
@@ -151,20 +144,6 @@ def test_answers_are_compared_with_those_of_the_first_model(monkeypatch):
     assert [row.label for row in found[0].rows if "answers" in row.label] == [
         "answers that repeat", "answers cut off", "answers starting as the first"
     ]  # fmt: skip
-
-
-def test_answers_are_the_likeliest_tokens():
-    (found,) = measured(AnswersMetric(tokens=5), one := subject())
-    prompt = "<s>[user] Name four animals that sleep during the day.</s>\n[assistant] "
-    ids = tokenizer()(prompt, add_special_tokens=False)["input_ids"]
-    start = len(ids)
-    for _ in range(5):
-        with torch.no_grad():
-            token = int(one.model(torch.tensor([ids])).logits[0, -1].argmax())
-        if token == tokenizer().eos_token_id:
-            break
-        ids.append(token)
-    assert found.results["answers"]["texts"][0] == tokenizer().decode(ids[start:], skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize(

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import MixtralConfig, MixtralForCausalLM
 
 import llmpruner
 from llmpruner import BenchSubject, Catalog, LlmprunerError, LoadSettings, Runtime, Session, Work
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import Opener
 from llmpruner.evaluation.bench import TorchSession, bench, measurement, work_of
+from llmpruner.evaluation.metrics import size
+from llmpruner.models.meta import graph_of, macs_per_token
 from llmpruner.models.surgery import cut
 from llmpruner.progress import QUIET
 from llmpruner.settings import BenchSettings
@@ -29,20 +31,33 @@ def small(**options):
 # What steps cost
 
 
-def test_work_of_a_prefill_agrees_with_the_profiler():
-    from torch.utils.flop_counter import FlopCounterMode
+def test_sizes_of_a_pruned_model():
+    model, graph = small(tied=True)
+    dense = size(model, graph)
+    pruned = size(model, cut(model, graph, {"layers.0.mlp": range(40), "layers.1.attention": [0]}, FAMILY))
+    # Eight channels of three projections, and one KV head (with two query heads) of four.
+    gone = 8 * 3 * 32 + (8 + 8 + 16 + 16) * 32
+    assert dense.parameters - pruned.parameters == gone
+    assert dense.decoder_parameters - pruned.decoder_parameters == gone
+    assert dense.parameters - dense.decoder_parameters == 300 * 32 + 32
+    assert dense.weight_bytes == 4 * dense.parameters
 
+
+def test_work_agrees_with_the_profiler():
     model, graph = small(tied=True)
     graph = cut(model, graph, {"layers.0.mlp": range(30), "layers.1.attention": [1]}, FAMILY)
     model.set_attn_implementation("eager")
     work, tokens = work_of(model, graph), 24
     session = TorchSession(model)
     session.start()
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as prefill:
         session.prefill(torch.arange(tokens)[None])
+    with FlopCounterMode(display=False) as step:
+        session.decode(1)
     # Eager attention also multiplies what the causal mask hides. A multiply-accumulate is two operations.
     hidden = work.pair_macs * tokens * (tokens - 1) // 2
-    assert counter.get_total_flops() == 2 * (work.prefill(tokens) + hidden)
+    assert prefill.get_total_flops() == 2 * (work.prefill(tokens) + hidden)
+    assert step.get_total_flops() == 2 * macs_per_token(model, graph, context=tokens + 1)
 
 
 def test_bytes_of_a_decoding_step():
@@ -56,7 +71,12 @@ def test_bytes_of_a_decoding_step():
     assert Work(1, 1, 1, 1).decode(1, 1) is None
 
 
-def test_experts_are_read_as_often_as_sequences_are_routed_to_them():
+def test_experts_count_as_often_as_they_are_visited():
+    shape = {"hidden_size": 32, "intermediate_size": 16, "num_hidden_layers": 1, "num_local_experts": 4}
+    config = MixtralConfig(vocab_size=300, num_attention_heads=4, num_key_value_heads=2, num_experts_per_tok=2, **shape)
+    model = MixtralForCausalLM(config)
+    attention, router, head, expert = 32 * (32 + 16 + 16 + 32), 4 * 32, 300 * 32, 3 * 16 * 32
+    assert macs_per_token(model, graph_of(model, ()), context=0) == attention + router + head + 2 * expert
     work = Work(0, 0, 0, weight_bytes=100, routed_bytes={0.25: 1000}, cache_bytes=0)
     assert work.decode(1, 0) == 100 + 250
     assert work.decode(2, 0) == 100 + 1000 * (1 - 0.75**2)
@@ -129,11 +149,6 @@ class Script(Runtime):
         return self.sessions[subject.ref], Work(weights, 0, 0, weights, cache_bytes=0)
 
 
-def subjects():
-    opener = Opener(Catalog(), LoadSettings(), QUIET)
-    return [BenchSubject(name, None, 2, 9, name, opener) for name in ("dense", "pruned")]
-
-
 def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
     log, clock = [], Clock()
     monkeypatch.setattr("llmpruner.evaluation.bench.perf_counter", clock)
@@ -142,7 +157,9 @@ def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
         "dense": Scripted("dense", [99, 99, 10, 40, 20, 80], log, clock),
         "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log, clock),
     }
-    result = bench(subjects(), Script(sessions), BenchSettings(batch=2, prompt=5, new=4, rounds=2))
+    opener = Opener(Catalog(), LoadSettings(), QUIET)
+    subjects = [BenchSubject(name, None, 2, 9, name, opener) for name in ("dense", "pruned")]
+    result = bench(subjects, Script(sessions), BenchSettings(batch=2, prompt=5, new=4, rounds=2))
     started = [entry for entry in log if entry in ("dense", "pruned")]
     assert started == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
     prompts = [entry for entry in log if isinstance(entry, list)]
@@ -169,25 +186,19 @@ def test_median_and_quartiles():
 # Refusals
 
 
-@pytest.fixture
-def dense(tmp_path) -> Path:
+@pytest.mark.parametrize(("runtime", "message"), [
+    ("llama-cpp", "llama-cpp-python is not installed|is no .gguf file, which --runtime llama-cpp needs"),
+    ("vllm", "vllm is not installed"),
+])  # fmt: skip
+def test_what_a_runtime_cannot_run(tmp_path, runtime, message):
     tiny_models.llama().save_pretrained(tmp_path / "dense")
-    return tmp_path / "dense"
-
-
-@pytest.mark.parametrize(
-    ("runtime", "options", "message"),
-    [
-        ("llama-cpp", {}, r"llama-cpp-python is not installed|is no .gguf file, which --runtime llama-cpp needs"),
-        ("vllm", {}, r"vllm is not installed"),
-    ],
-)
-def test_what_a_runtime_cannot_run(dense, runtime, options, message):
     with pytest.raises(LlmprunerError, match=message):
-        llmpruner.bench(dense, runtime=runtime, **options)
+        llmpruner.bench(tmp_path / "dense", runtime=runtime)
 
 
-def test_a_loaded_model_is_measured_as_it_is(dense):
+def test_a_loaded_model_is_measured_as_it_is(tmp_path):
+    dense = tmp_path / "dense"
+    tiny_models.llama().save_pretrained(dense)
     model = llmpruner.load(dense, dtype="bfloat16")
     result = llmpruner.bench([model, dense], batch=1, prompt=[4, 8], new=2, rounds=1)
     assert result.dtypes == ("bfloat16", "float32") and [case.prompt_tokens for case in result.cases] == [4, 8]

@@ -12,11 +12,10 @@ import pytest
 import tiny_models
 import torch
 from evaluated_models import evaluated, in_memory
-from pydantic import Field
 from said import Said
 
 import llmpruner
-from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, ModelError, Row
+from llmpruner import CheckpointError, DataError, Metric, ModelError, Row
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric
@@ -25,19 +24,10 @@ from llmpruner.settings import EvaluateSettings
 
 
 class Largest(Metric):
-    """What a plugin could add: a metric with a setting and a text of its own."""
-
     name = "largest"
-    summary = "the largest weight, to a power"
-
-    class Settings(ComponentSettings):
-        power: float = Field(1.0, gt=0, description="The power.")
-
-    settings: Settings
 
     def measure(self, subject):
-        largest = subject.model.lm_head.weight.detach().abs().max()
-        return {"weight": float(largest) ** self.settings.power, "finite": True}
+        return {"weight": float(subject.model.lm_head.weight.detach().abs().max())}
 
 
 class Distance(Metric):
@@ -55,14 +45,6 @@ class Distance(Metric):
 def text(tmp_path):
     (tmp_path / "text.txt").write_text(tiny_models.TEXT)
     return str(tmp_path / "text.txt")
-
-
-def test_an_outside_metric_with_its_setting_stands_beside_the_built_in_ones():
-    found = evaluated([in_memory, lambda: in_memory("other", seed=1)], [SizeMetric(), Largest(power=2)])
-    largest = float(tiny_models.llama().lm_head.weight.detach().abs().max())
-    assert found[0].results["largest"] == {"weight": pytest.approx(largest**2), "finite": True}
-    assert [line.label for line in found.lines][-2:] == ["MACs per token", "largest weight"]
-    assert found.as_json()[1]["largest"]["weight"] == found[1].results["largest"]["weight"] != largest**2
 
 
 def test_one_model_gives_one_evaluation_with_plain_numbers_and_a_list_a_list(text):
@@ -138,22 +120,15 @@ def scored(name, *rows):
 
 def test_the_table_has_a_line_per_label_and_the_numbers_of_people():
     dense = scored(
-        "dense",
-        Row("parameters", 106_202_880, False),
-        Row("weight bytes", 400 * 2**20, False),
-        Row("perplexity", 25.615, False),
-        Row("KL to the first", None, False),
-        Row("piqa acc", 0.66, True, 0.05),
-    )
+        "dense", Row("parameters", 106_202_880, False), Row("weight bytes", 400 * 2**20, False),
+        Row("perplexity", 25.615, False), Row("KL to the first", None, False), Row("piqa acc", 0.66, True, 0.05),
+    )  # fmt: skip
     pruned = scored("pruned", Row("parameters", 90, False), Row("perplexity", math.inf, False), Row("other", 3.0))
     lines = Evaluations([dense, pruned]).lines
     assert {line.label: line.cells for line in lines} == {
-        "parameters": ("106.20 M", "90.00"),
-        "weight bytes": ("400.0 MiB", "-"),
-        "perplexity": ("25.61", "inf"),
-        "piqa acc": ("0.6600 ± 0.0500", "-"),
-        "other": ("-", "3.0000"),
-    }
+        "parameters": ("106.20 M", "90.00"), "weight bytes": ("400.0 MiB", "-"), "perplexity": ("25.61", "inf"),
+        "piqa acc": ("0.6600 ± 0.0500", "-"), "other": ("-", "3.0000"),
+    }  # fmt: skip
     assert [line.higher_is_better for line in lines] == [False, False, False, True, None]
 
 
@@ -186,8 +161,7 @@ def test_too_few_positions_are_found_before_weights_are_read(text, tmp_path):
     tiny_models.tokenizer().save_pretrained(tmp_path / "short")
     (tmp_path / "short" / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(
-        DataError,
-        match=r"windows of 64 tokens are beyond the 32 positions of '.*short'; lower --window$",
+        DataError, match=r"windows of 64 tokens are beyond the 32 positions of '.*short'; lower --window$"
     ):
         llmpruner.evaluate(tmp_path / "short", perplexity=text, window=64)
 

@@ -1,32 +1,29 @@
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import tiny_models
+import torch
 
 from llmpruner import DataError
 from llmpruner.evaluation.tasks import PAPER, TasksMetric, builtin_manager, expand
 
 pytest.importorskip("lm_eval")
 
-DATA = """
-dataset_path: json
-dataset_kwargs:
-  data_files:
-    test: {data}
-test_split: test
-"""
 TASK = """
+dataset_path: json
+dataset_kwargs: {data_files: {test: DATA}}
+test_split: test
 task: llmpruner_capitals
 output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
 doc_to_target: label
-metric_list:
-  - metric: acc
-    aggregation: mean
-    higher_is_better: true
+metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 
 
@@ -42,7 +39,7 @@ def task_dir(tmp_path, monkeypatch):
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "tasks"
     folder.mkdir()
-    (folder / "capitals.yaml").write_text((DATA + TASK).format(data=tmp_path / "rows.jsonl"))
+    (folder / "capitals.yaml").write_text(TASK.replace("DATA", str(tmp_path / "rows.jsonl")))
     return folder
 
 
@@ -69,8 +66,6 @@ def test_a_task_from_a_file_is_run_on_the_model(task_dir, capfd, monkeypatch):
 
 def accuracy(model, tokenizer, count):
     """The same task, scored by hand: the answer with the greater log-likelihood wins."""
-    import torch
-
     hits = 0
     for n in range(count):
         scores = []
@@ -126,10 +121,6 @@ def test_all_tasks_of_lm_eval_are_known():
 @pytest.mark.timeout(1000)
 def test_the_numbers_are_those_of_the_lm_eval_command_to_the_digit(task_dir, tmp_path):
     """With an example in the prompt, which is drawn by a seed."""
-    import os
-    import subprocess
-    import sys
-
     model, name = tiny_models.llama(), "llmpruner_capitals"
     model.save_pretrained(tmp_path / "model")
     tiny_models.tokenizer().save_pretrained(tmp_path / "model")

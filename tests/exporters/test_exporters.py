@@ -1,49 +1,38 @@
-"""Exports are whole or not there, load their model only when they need it, and stock ones are stock."""
+"""Exports are whole or not there, load their model only when they need it, and keep every byte of their weights."""
 
 from __future__ import annotations
+
+import signal
 
 import pytest
 import torch
 from checkpoint_cases import INPUT_IDS, cut_llama
-from export_cases import Source, llama_source
+from export_cases import Source, llama_source, logits
+from fresh import run_fresh
+from llmpruner_gguf import GgufExporter
 from llmpruner_llama.family import LlamaFamily
-from pydantic import Field
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmpruner
-from llmpruner import ComponentSettings, Exporter, UnsupportedModelError, load_pruned
+from llmpruner import Exporter, UnsupportedModelError, load_pruned, save_checkpoint
 from llmpruner.errors import CheckpointError, OutputError, PluginError
 from llmpruner.exporters import StockExporter, export
 from llmpruner.models import save
+from llmpruner.models.opening import forget_quantisation
 from llmpruner.models.record import damaged_files, read_record, recorded_files
 
 
 class Names(Exporter):
-    """What a plugin could add."""
-
     name = "names"
-    summary = "the names of all parameters"
-
-    class Settings(ComponentSettings):
-        file: str = Field("names.txt", description="Where to.")
-
-    settings: Settings
 
     def export(self, task):
-        (task.directory / self.settings.file).write_text("\n".join(name for name, _ in task.model.named_parameters()))
+        (task.directory / "names.txt").write_text("\n".join(name for name, _ in task.model.named_parameters()))
         return f"a text editor opens {task.loaded.tokenizer}"
 
 
 def loaded(model, record=None):
     return Source(model, LlamaFamily(), None if model is None else model.config, record=record).load
-
-
-def test_an_outside_exporter_with_its_setting(tmp_path):
-    model = cut_llama("mlp")
-    assert export(tmp_path, Names(file="a.txt"), tmp_path / "out", loaded(model)) == "a text editor opens None"
-    (file,) = (tmp_path / "out").iterdir()
-    assert file.name == "a.txt" and file.read_text().startswith("model.embed_tokens.weight\n")
 
 
 def test_the_model_is_loaded_once_and_only_for_who_reads_it(tmp_path):
@@ -53,15 +42,19 @@ def test_the_model_is_loaded_once_and_only_for_who_reads_it(tmp_path):
         calls.append(1)
         return loaded(cut_llama("mlp"))()
 
-    class Copy(Names):
+    class Copy(Exporter):
+        name = "copy"
+
         def export(self, task):
             (task.directory / "source").write_text(str(task.source))
             return ""
 
     export(tmp_path, Copy(), tmp_path / "copy", load)
     assert not calls
-    export(tmp_path, Names(), tmp_path / "names", load)
+    assert export(tmp_path, Names(), tmp_path / "names", load) == "a text editor opens None"
     assert len(calls) == 1
+    (file,) = (tmp_path / "names").iterdir()
+    assert file.read_text().startswith("model.embed_tokens.weight\n")
 
 
 def test_nothing_is_left_of_an_export_that_fails(tmp_path):
@@ -86,20 +79,35 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_a_uniform_model_becomes_a_checkpoint_of_transformers(tmp_path):
-    model = cut_llama("mlp-uniform")
+def stored(folder):
+    return {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def assert_same_bytes(found, expected):
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_uniform_model_becomes_a_checkpoint_of_transformers(dtype, tmp_path):
+    """And keeps every byte of its weights when it is loaded and saved."""
+    model = cut_llama("mlp-uniform", dtype)
     of_source = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}
     line = export(tmp_path, StockExporter(), tmp_path / "out", loaded(model, of_source))
     assert "LlamaForCausalLM of transformers" in line
-    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert type(stock) is LlamaForCausalLM
-    with torch.no_grad():
-        assert torch.equal(stock.eval()(INPUT_IDS).logits, model(INPUT_IDS).logits)
+    if dtype == torch.float32:  # otherwise the rotary buffer of ``model`` is rounded
+        assert torch.equal(logits(stock, INPUT_IDS), logits(model, INPUT_IDS))
+    stock.save_pretrained(tmp_path / "again")
+    written, own = stored(tmp_path / "out"), model.state_dict()
+    assert_same_bytes(stored(tmp_path / "again"), written)
+    assert_same_bytes({name: own[name] for name in written}, written)
     record = read_record(tmp_path / "out")
-    assert record is not None and record["plans"] == []
+    assert record is not None and record["plans"] == [] and "model.safetensors" in record["files"]
     assert [name for name, _ in damaged_files(tmp_path / "out", recorded_files(record) or {})] == []
-    assert "model.safetensors" in record["files"]
-    assert {"config.json", "model.safetensors"} <= {file.name for file in (tmp_path / "out").iterdir()}
 
 
 def test_a_dense_model_gets_no_record(tmp_path):
@@ -135,3 +143,41 @@ def test_layers_of_different_widths_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="different widths; prune with --shape uniform"):
         export(tmp_path, StockExporter(), tmp_path / "out", llama_source("mlp").load)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gguf_gives_back_the_weights_that_were_exported(dtype, tmp_path):
+    model = llama_source("mlp-uniform", dtype).model
+    save_checkpoint(model, tmp_path / "source", record={}, tokenizer=None)
+    export(tmp_path / "source", GgufExporter(), tmp_path / "out", llama_source("mlp-uniform", dtype).load)
+    first = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="source.gguf", dtype=dtype).eval()
+    forget_quantisation(first)
+    first.save_pretrained(tmp_path / "again")
+    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").eval()
+    assert_same_bytes(second.state_dict(), model.state_dict())
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from llmpruner import Exporter
+from llmpruner.exporters import export
+
+class Half(Exporter):
+    name, summary = "half", "is killed after one file"
+
+    def export(self, task):
+        (task.directory / "model.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+export(Path(sys.argv[1]), Half(), Path(sys.argv[1]) / "out", None)
+"""
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
+    done = run_fresh(KILLED, tmp_path)
+    assert done.returncode == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".partial")
+    export(tmp_path, StockExporter(), tmp_path / "out", llama_source("mlp-uniform").load)
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}

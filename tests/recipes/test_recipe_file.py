@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
-from llmpruner import Catalog, LoadSettings, SettingsError, api
+from llmpruner import Catalog, LlmprunerError, LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
 from llmpruner.models.reference import data_identity
 from llmpruner.recipes.recipe import Recipe, values_of
@@ -43,12 +41,8 @@ def test_a_file_means_what_the_commands_mean(tmp_path):
     assert recover.settings.learning_rate == 2e-4 and recover.strategy.name == "distil"
     assert [metric.name for metric in evaluate] == ["size", "perplexity"]
     assert export.name == "gguf"
-    assert [step.reads for step in recipe.steps] == [
-        ("dense",),
-        ("1-prune",),
-        ("dense", "1-prune", "trained"),
-        ("trained",),
-    ]
+    reads = [("dense",), ("1-prune",), ("dense", "1-prune", "trained"), ("trained",)]
+    assert [step.reads for step in recipe.steps] == reads
 
 
 def test_the_same_from_python(catalog):
@@ -84,44 +78,35 @@ def test_values_on_the_command_line_are_read_as_in_a_file():
         values_of(["prune.ratio"])
 
 
-STEPS = "steps:\n  - prune: {ratio: 0.2}\n"
+STEPS = "steps: [prune: {ratio: 0.2}]"
 WRONG = {
     "nothing": ("", "r.yaml: expected a mapping of settings, got 'None'"),
     "no steps": ("model: x", "r.yaml: steps must be given"),
     "no YAML": ("steps: [", "r.yaml, line 1: not valid YAML: expected the node content"),
     "an object": ("model: !!python/object:os.system {}\n" + STEPS, "r.yaml, line 1: not valid YAML: could not"),
     "a key at the top": ("modle: x\n" + STEPS, "r.yaml: unknown setting 'modle'; did you mean model?"),
-    "a command": (
-        "steps:\n  - prune: {ratio: 0.2}\n  - recovr: {data: x}\n",
-        "generate, export, got 'recovr'; did you mean recover",
-    ),
-    "a list of settings": ("steps:\n  - prune: [ratio]\n", "r.yaml, step 1 (prune): expected a mapping of settings"),
-    "a setting": (
-        "steps:\n  - prune:\n      ratio: 0.2\n      rond_to: 8\n",
-        "r.yaml, step 1 (prune): unknown setting 'rond_to'; did you mean round_to",
-    ),
-    "out of bounds": (
-        "steps:\n  - prune:\n      ratio: 1.5\n", "r.yaml, step 1 (prune): ratio 1.5: input should be less than 1"
-    ),
-    "a choice": (
-        "steps:\n  - prune: {ratio: 0.2, shape: unifrom}\n",
-        "step 1 (prune): shape 'unifrom': input should be 'uniform' or 'free'",
-    ),
-    "required": (STEPS + "  - export: {settings: {}}\n", "r.yaml, step 2 (export): to must be given"),
-    "a name": (STEPS + "    name: a/b\n", "step 1 (prune): name 'a/b': string should match pattern"),
-    "a name twice": (
-        STEPS + "    name: a\n  - evaluate:\n    name: a\n", "r.yaml, step 2 (evaluate): name: 'a' is taken"
-    ),
+    "a command": ("steps: [prune: {ratio: 0.2}, recovr: {data: x}]", "export, got 'recovr'; did you mean recover"),
+    "a list of settings": ("steps: [prune: [ratio]]", "r.yaml, step 1 (prune): expected a mapping of settings"),
+    "a setting": ("steps: [prune: {ratio: 0.2, rond_to: 8}]", "step 1 (prune): unknown setting 'rond_to'; did you"),
+    "out of bounds": ("steps: [prune: {ratio: 1.5}]", "r.yaml, step 1 (prune): ratio 1.5: input should be less than 1"),
+    "a choice": ("steps: [prune: {ratio: 0.2, shape: unifrom}]", "shape 'unifrom': input should be 'uniform'"),
+    "required": ("steps: [evaluate, export: {settings: {}}]", "r.yaml, step 2 (export): to must be given"),
+    "a name": ("steps: [{prune: {ratio: 0.2}, name: a/b}]", "name 'a/b': string should match pattern"),
+    "a name twice": ("steps: [{evaluate: , name: a}, {evaluate: , name: a}]", "step 2 (evaluate): name: 'a' is taken"),
     "an unknown model": (
-        STEPS + "    name: pruned\n  - evaluate:\n    models: [dense, prund]\n",
+        "steps: [{prune: {ratio: 0.2}, name: pruned}, {evaluate: , models: [dense, prund]}]",
         "r.yaml, step 2 (evaluate): models: unknown model 'prund'; did you mean pruned?",
     ),
-    "a step beside rounds": (
-        "steps:\n  - rounds: 2\n    steps: [evaluate]\n    prune: {ratio: 0.2}\n",
-        "r.yaml: rounds: 'prune' belongs to a step",
+    "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "rounds: 'prune' belongs to a step"),
+    "a later model": ("steps: [{evaluate: , models: 2-prune}, prune: {ratio: 0.2}]", "unknown model '2-prune'"),
+    "an unknown component": (
+        "steps: [prune: {ratio: 0.2, importance: tailor}]", "r.yaml, step 1 (prune): unknown criterion 'tailor'; did"
     ),
-    "a later model": (
-        "steps:\n  - evaluate:\n    models: 2-prune\n  - prune: {ratio: 0.2}\n", "models: unknown model '2-prune'"
+    "an unknown setting of one": (
+        "steps: [prune: {ratio: 0.2, settings: {refit: {a: 1}}}]", "step 1 (prune): compensation refit: unknown setting"
+    ),
+    "a comparison with nothing": (
+        "steps: [evaluate: {kl: true}]", "r.yaml, step 1 (evaluate): metric perplexity compares models with the first"
     ),
 }  # fmt: skip
 
@@ -129,29 +114,9 @@ WRONG = {
 @pytest.mark.parametrize("what", WRONG)
 def test_a_mistake_is_one_line_with_its_place(what, tmp_path):
     text, message = WRONG[what]
-    with pytest.raises(SettingsError) as error:
+    with pytest.raises(LlmprunerError) as error:
         read(text, tmp_path)
-    assert message in str(error.value)
-    assert "\n" not in str(error.value)
-
-
-REFUSED = {
-    "an unknown component": (
-        "prune: {ratio: 0.2, importance: tailor}", "unknown criterion 'tailor'; did you mean taylor?"
-    ),
-    "an unknown setting of one": (
-        "prune: {ratio: 0.2, settings: {refit: {a: 1}}}", "compensation refit: unknown setting 'a'"
-    ),
-    "a comparison with nothing": ("evaluate: {kl: true}", "metric perplexity compares models with the first one"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("what", REFUSED)
-def test_what_the_commands_refuse_is_refused_with_its_place(what, tmp_path):
-    step, message = REFUSED[what]
-    with pytest.raises(Exception, match=re.escape(message)) as error:
-        read(f"steps:\n  - {step}\n", tmp_path)
-    assert str(error.value).startswith(f"{tmp_path / 'r.yaml'}, step 1 ({step.partition(':')[0]}): ")
+    assert message in str(error.value) and "\n" not in str(error.value)
 
 
 def test_values_that_replace_nothing(tmp_path):
@@ -179,12 +144,10 @@ def test_a_recipe_that_is_not_there(tmp_path, catalog):
 
 
 def test_every_shipped_recipe_is_valid(catalog):
-    found = {name: Recipe.read(name, catalog) for name, _ in catalog.recipes.items()}
-    assert set(found) >= {"paper", "quality", "llama-cpp", "experts", "demo"}
-    for name, recipe in found.items():
+    for name in catalog.recipes:
+        recipe = Recipe.read(name, catalog)
         assert len(recipe.steps) > 2, name
         assert recipe.model == ("demo" if name == "demo" else None) and recipe.output is None
-        assert catalog.recipes.package_of(name) == "llmpruner"
 
 
 def test_a_folder_that_a_setting_names_is_known_by_its_files(tmp_path, catalog):

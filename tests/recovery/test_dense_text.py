@@ -74,19 +74,21 @@ def test_text_ends_with_a_sentence():
         assert _decoded(tokenizer, text, finished=False) == kept and _decoded(tokenizer, text, finished=True) == text
 
 
-def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
+@pytest.mark.parametrize("drawn", [False, True])
+def test_answers_are_the_likeliest_tokens_or_follow_the_numbers_of_their_row(random_model, monkeypatch, drawn):
     """The token of a step is where the cumulative probability exceeds the row's number, whatever the padding."""
     monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
     tokenizer = tiny_models.tokenizer()
     prompts = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
-    numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0))
+    numbers = torch.rand(3, 6, generator=torch.Generator().manual_seed(0)) if drawn else None
     found = answered(random_model, tokenizer, prompts, 6, numbers)
-    for prompt, row, answer in zip(prompts, numbers, found, strict=True):
+    for row, (prompt, answer) in enumerate(zip(prompts, found, strict=True)):
         ids = list(prompt)
-        for number in row:
+        for step in range(6):
             with torch.no_grad():
-                upto = random_model(torch.tensor([ids])).logits[0, -1].float().softmax(-1).cumsum(-1)
-            token = int((upto <= float(number) * float(upto[-1])).sum())
+                predicted = random_model(torch.tensor([ids])).logits[0, -1].float().softmax(-1)
+            upto = predicted.cumsum(-1)
+            token = int((upto <= float(numbers[row, step]) * float(upto[-1])).sum() if drawn else predicted.argmax())
             if token == tokenizer.eos_token_id:
                 break
             ids.append(token)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from importlib.resources import files
 
 import pytest
 import tiny_models
 from recovery_cases import write_lines
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.calibration.conversations import Completion
+from llmpruner.calibration.conversations import Completion, read_examples
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.data import RecoverJob, check_recover, prepare, read_data
 from llmpruner.recovery.strategies import FullStrategy
@@ -77,6 +78,13 @@ def test_sources_are_mixed_in_shares(tmp_path):
     data = prepared(f"3*{file},1*self:4", written=written, cutoff=6)
     assert len([text for text in texts(data.rows) if "fox" in text]) >= 1
     assert len(data.rows) > 12
+
+
+def test_the_demo_instructions_are_complete_and_distinct():
+    file = files("llmpruner") / "demo" / "instructions.jsonl"
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    assert len(read_examples(str(file))) == len(rows) == len({(r["instruction"], r["input"]) for r in rows}) >= 160
+    assert all(set(r) == {"instruction", "input", "output"} and r["output"].strip() == r["output"] != "" for r in rows)
 
 
 def test_data_is_looked_at_before_anything_long(tmp_path):

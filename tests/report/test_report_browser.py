@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -46,7 +45,6 @@ def browser(tmp_path_factory):
     options.binary_location = BROWSER
     for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"):
         options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     service = webdriver.chrome.service.Service(DRIVER)
     chrome = webdriver.Chrome(options=options, service=service)
     yield chrome
@@ -59,23 +57,8 @@ def opened(browser, page: Path, *, width: int = WIDE, scheme: str = "light"):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
-    browser.get_log("performance")
     browser.get(page.as_uri())
     return browser
-
-
-def requests(browser) -> list[str]:
-    """The addresses that were asked for since the last call."""
-    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    return [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_loaded_and_nothing_is_complained_of(browser, pages, name):
-    page = pages[name]
-    opened(browser, page)
-    assert requests(browser) == [page.as_uri()]
-    assert browser.get_log("browser") == []
 
 
 @pytest.mark.parametrize("name", NAMES)
