@@ -1,11 +1,9 @@
 """Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
 
-import copy
 import json
 
 import pytest
 import tiny_models
-from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
@@ -20,14 +18,6 @@ CHATML = (
     "{{ '[' + message['role'] + '] ' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
-FORGETFUL = (
-    "{% for message in messages %}[{{ message['role'] }}]"
-    "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %} {{ message['content'] }}"
-    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-"""Like Qwen3's: only the last answer shows its reasoning."""
-REASONING = CHATML.replace("'[assistant] '", "'[assistant] <think>'")
-"""Like DeepSeek-R1's: the generation prompt begins a reasoning, which answers in conversations do not have."""
 STRICT = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
@@ -46,7 +36,7 @@ class Own(ModelFamily):
 
 
 def tokenizer(template=None):
-    made = copy.deepcopy(tiny_models.tokenizer())
+    made = tiny_models.tokenizer()
     made.add_bos_token = True
     made.chat_template = template
     return made
@@ -120,22 +110,10 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4"),))
 
 
-def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each_answer():
-    first, second = training_texts(Conversation(CHAT[1:]), FAMILY, tokenizer(FORGETFUL))
-    assert first.turns == (Turn("[user] Two rivers?</s>[assistant]", "<think></think> Elbe, Loire.</s>"),)
-    history = "[user] Two rivers?</s>[assistant] Elbe, Loire.</s>[user] The longer?</s>[assistant]"
-    assert second.turns == (Turn(history, "<think></think> Elbe.</s>"),)
-
-
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
     (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
     assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask" + rendered(CHAT)
-    assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
-
-
-def test_a_generation_prompt_that_goes_on_beyond_the_template_is_cut_where_they_part():
-    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(REASONING))
     assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
 
@@ -148,12 +126,8 @@ def test_text_and_completions_get_no_template():
 
 def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer())
-    assert text == TrainingText(
-        (
-            Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire."),
-            Turn(alpaca_prompt("The longer?"), "Elbe."),
-        )
-    )
+    first = Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.")
+    assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.")))
 
 
 class Numbered(ModelFamily):
@@ -186,15 +160,6 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
     assert first.replace("<s>Q", "<s> Q") == "<s> Q0: Two rivers? A:! Elbe, Loire.</s>"
     assert second.replace("<s>Q", "<s> Q") == joined.replace(" Elbe.", "! Elbe.")
     assert [a.strip() for a in answers] == ["Elbe.</s>"]
-
-
-def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
-    chosen = tiny_models.tokenizer()
-    both = "<s> $A </s> $B </s>"
-    chosen._tokenizer.post_processor = TemplateProcessing("<s> $A </s>", both, [("<s>", 0), ("</s>", 1)])
-    (row,) = rows(Completion("Elbe.", "A river? "), chosen)
-    assert row["input_ids"].count(1) == 1 and row["labels"][-1] == 1
-    assert [text.strip() for text in trained(row, chosen)] == ["Elbe.</s>"]
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
