@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from llmpruner.discovery.ids import FIXED, FREE, Identities, Mark, connected_components
-from llmpruner.discovery.operators_shape import regroup
+from llmpruner.discovery.ids import connected_components
 from llmpruner.discovery.propagate import RULES, Propagation
 from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
@@ -33,15 +32,6 @@ def test_components_of_a_random_graph_agree_with_a_search() -> None:
         assert label[start] == min(seen)
 
 
-def test_tie_blocks_what_meets_a_fixed_index() -> None:
-    ids = Identities()
-    axis = ids.new(3)
-    assert ids.tie(axis, np.array([FREE, FIXED, FREE]), "why").tolist() == [0, FIXED, 2]
-    parts = ids.components()
-    assert parts.marked[Mark.BLOCKED].tolist() == [False, True, False]
-    assert parts.reasons == {1: "why"}
-
-
 def test_rows_of_several_tables_are_blocked() -> None:
     run = Propagation(where="embedding in second")
     rows = run.ids.new(3)
@@ -49,37 +39,6 @@ def test_rows_of_several_tables_are_blocked() -> None:
     run.look_up(run.ids.new(3))
     run.predict(rows)
     assert set(run.ids.components().reasons.values()) == {"token ids are read by several tables (embedding in second)"}
-
-
-@pytest.mark.parametrize(
-    ("shape", "expected"),
-    [
-        ((2, 7, 3, 4), [None, None, [0, 4, 8], None]),
-        ((14, 12), [None, list(range(12))]),
-        ((2, 7, 1, 12), [None, None, None, list(range(12))]),
-        ((2, 7, 3, 1, 4), [None, None, [0, 4, 8], None, None]),
-    ],
-)
-def test_views_keep_identities_on_one_axis(shape: tuple[int, ...], expected: list[list[int] | None]) -> None:
-    run = Propagation()
-    start = [np.full(2, FIXED), np.full(7, FIXED), run.ids.new(12)]
-    axes = regroup(run, start, shape)
-    assert [len(a) for a in axes] == list(shape)
-    assert [a.tolist() if (a >= 0).any() else None for a in axes] == expected
-
-
-def test_split_and_merge_return_the_units_to_their_places() -> None:
-    run = Propagation()
-    heads = regroup(run, [run.ids.new(12)], (3, 4))
-    assert regroup(run, heads, (12,))[0].tolist() == [0] * 4 + [4] * 4 + [8] * 4
-    assert regroup(run, [heads[1], heads[0]], (12,))[0].tolist() == [0, 4, 8] * 4
-
-
-def test_repeated_heads_are_one_unit_unless_they_may_be_repeated_less() -> None:
-    for elastic in (False, True):
-        run = Propagation(elastic)
-        merged = regroup(run, [run.ids.new(2), np.full(3, FREE)], (6,))[0]
-        assert len(set(merged.tolist())) == (6 if elastic else 2)
 
 
 class Odd(nn.Module):
