@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import Catalog, ModelFamily
 from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
@@ -101,6 +102,12 @@ def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]
     return config, family, build_graph(family, config)
 
 
+def opened(network: PreTrainedModel, family: ModelFamily | None = None) -> Model:
+    """``network`` as `llmpruner.load` gives one, with the groups of ``family`` (default: as discovery finds them)."""
+    config, family = copy.deepcopy(network.config), family or AutoFamily()
+    return Model("tiny", config, family, build_graph(family, config), model=network, tokenizer=None)
+
+
 def layers_of(loaded: Model) -> Any:
     return loaded.model.get_submodule(loaded.graph.layers)
 
@@ -119,3 +126,14 @@ def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     for handle in [first, *rest]:
         handle.remove()
     return states
+
+
+def observed(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of the module ``path``, (tokens, width), float64."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    inputs, outputs = (tensor.flatten(0, -2).double() for tensor in seen)
+    return inputs, outputs

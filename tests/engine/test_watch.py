@@ -96,18 +96,18 @@ def test_inputs_that_all_experts_share_are_given_to_each(weights):
     assert all(torch.equal(use.inputs, ROWS) for use in uses)
 
 
-def test_inputs_of_more_axes_than_the_stack_are_no_use(weights):
-    """Which expert multiplies which rows cannot be told from the shapes."""
-    assert watch(weights, lambda m: torch.matmul(X[:, None].expand(2, 3, 4, 5), m.experts.mT)) == []
+UNUSED = {
+    # Which expert multiplies which rows cannot be told from the shapes.
+    "inputs of more axes than the stack": lambda m: torch.matmul(X[:, None].expand(2, 3, 4, 5), m.experts.mT),
+    # Its columns would be taken for the first ones of the whole matrix.
+    "part of the inputs": lambda m: functional.linear(X[..., :3], m.wide[:, :3]),
+    "a matrix viewed as a stack": lambda m: torch.bmm(X[:1], m.square.view(1, 5, 5)),
+}
 
 
-def test_part_of_the_inputs_is_no_use(weights):
-    """Its columns would be taken for the first ones of the whole matrix."""
-    assert watch(weights, lambda m: functional.linear(X[..., :3], m.wide[:, :3])) == []
-
-
-def test_a_matrix_viewed_as_a_stack_is_no_use(weights):
-    assert watch(weights, lambda m: torch.bmm(X[:1], m.square.view(1, 5, 5))) == []
+@pytest.mark.parametrize("what", UNUSED)
+def test_what_cannot_be_told_is_no_use(weights, what):
+    assert watch(weights, UNUSED[what]) == []
 
 
 @pytest.mark.parametrize("how", ["matrix", "stack"])
@@ -138,18 +138,12 @@ def test_parameters_in_one_storage_are_told_apart():
 def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
     loaded = make(name)
     walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
-    found: dict[str, list[WatchedProduct]] = {}
-    names = [
-        n
-        for n, p in layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
-        if p.dim() > 1 and "bias" not in n
-    ]
-    with (
-        torch.no_grad(),
-        WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
-    ):
+    parameters = layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
+    names = [n for n, p in parameters if p.dim() > 1 and "bias" not in n]
+    found = {name: [] for name in names}
+    with torch.no_grad(), WatchProducts(loaded.model, names, lambda use: found[use.parameter].append(use)):
         walk.run(0, walk.batches[0], embedded[0], {})
-    assert sorted(found) == sorted(names)
+    assert all(found.values())
     return found, loaded.model, 4 * 16
 
 
@@ -167,16 +161,11 @@ def test_gpt2_sums_over_the_first_axis_and_adds_a_bias():
 def test_experts_are_seen_in_the_walk(name, axis, each):
     """``each``: how many experts a token goes to; llama4 shows all of them every token, most as zeros."""
     found, model, rows = uses_in(name)
-    down = next(uses for parameter, uses in found.items() if parameter.endswith("experts.down_proj"))
+    parameter, down = next((name, uses) for name, uses in found.items() if name.endswith("experts.down_proj"))
     assert all(use.axis == axis for use in down)
     assert len({use.slot for use in down}) == len(down) == 4
     assert sum(len(use.inputs) for use in down) == each * rows
-    parameter = next(
-        p
-        for n, p in model.named_parameters()
-        if n.endswith("0.mlp.experts.down_proj") or n.endswith("0.feed_forward.experts.down_proj")
-    )
     for use in down:
-        weight = parameter[use.slot].detach()
+        weight = model.get_parameter(parameter)[use.slot].detach()
         expected = use.inputs.float() @ (weight.T if axis == 2 else weight).float()
         torch.testing.assert_close(use.outputs.float(), expected, rtol=2e-2, atol=2e-2)
