@@ -9,13 +9,12 @@ import criteria_cases
 import pytest
 import tiny_models
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llmpruner_llama import LlamaFamily
 
 import llmpruner
 from llmpruner import ModelError, OutputError, PruningPlan
-from llmpruner.discovery.groups import build_graph
+from llmpruner.discovery.oracle import logits
 from llmpruner.errors import PlanError, SelectionError
-from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.compensation.builtin import Refit
 from llmpruner.pruning.criteria.estimate import estimate
@@ -26,18 +25,18 @@ from llmpruner.testing.models import make_plan, small_job
 LITTLE_TEXT = {"samples": 2, "length": 12}
 
 
+def stopped(*_):
+    raise KeyboardInterrupt
+
+
 @pytest.fixture
 def plan(gqa) -> PruningPlan:
     return llmpruner.plan(gqa, ratio=0.3, importance="l1")
 
 
 def test_the_same_seed_gives_the_same_bytes(gqa):
-    first, again, other = (
-        llmpruner.plan(
-            gqa, ratio=0.3, kinds="mlp,attention", importance="taylor", samples=3, length=16, seed=seed
-        ).to_json()
-        for seed in (7, 7, 8)
-    )
+    options = {"kinds": "mlp,attention", "importance": "taylor", "samples": 3, "length": 16}
+    first, again, other = (llmpruner.plan(gqa, ratio=0.3, seed=seed, **options).to_json() for seed in (7, 7, 8))
     assert again == first != other
 
 
@@ -78,14 +77,8 @@ def test_a_plan_records_the_settings_that_it_replays_with(gqa):
     assert values["selection"]["allocation"] == "uniform"
     written = {"self": {"passage": 64}}
     assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
-    recorded = {name: values["compensation"][name] for name in ("name", "settings", "calibration", "samples", "length")}
-    assert recorded == {
-        "name": "refit",
-        "settings": Refit().record(),
-        "calibration": "self",
-        "samples": 3,
-        "length": 16,
-    }
+    text = {"calibration": "self", "samples": 3, "length": 16}
+    assert values["compensation"].items() >= {"name": "refit", "settings": Refit().record(), **text}.items()
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)
@@ -137,14 +130,6 @@ def test_a_share_of_units_is_the_papers_amount(gqa):
     assert {c.layer for c in cuts.values()} == {1, 2}
 
 
-def test_every_plan_of_a_checkpoint_has_its_work(gqa, tmp_path):
-    llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "once")
-    (first,) = json.loads((tmp_path / "once" / "llmpruner.json").read_text())["work"]
-    llmpruner.prune(tmp_path / "once", ratio=0.2, importance="l2", output=tmp_path / "twice")
-    one, two = json.loads((tmp_path / "twice" / "llmpruner.json").read_text())["work"]
-    assert one == first and two
-
-
 def test_both_ends_are_protected():
     assert inner_layers(30) == tuple(range(3, 27))
 
@@ -155,10 +140,9 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):
     assert loaded.graph == once.graph
     twice = llmpruner.prune(loaded, ratio=0.3, kinds="layer,attention", importance="l1", output=tmp_path / "twice")
     again = llmpruner.load(tmp_path / "twice")
-    assert len(again.plans) == 2
+    assert len(again.plans) == 2 and again.record["work"][:1] == loaded.record["work"] and again.record["work"][1]
     ids = torch.arange(8)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(again.model(ids).logits, twice.model(ids).logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(again.model, ids), logits(twice.model, ids), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -192,9 +176,6 @@ def test_a_model_that_was_changed_in_place_has_its_plans(gqa, tmp_path):
 
 
 def test_a_model_that_a_prune_left_half_changed_is_refused(gqa, tmp_path, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
-
     with pytest.raises(SelectionError):
         llmpruner.prune(gqa, ratio=1e-5, shape="free", importance="l1")
     assert llmpruner.plan(gqa, ratio=0.2, importance="l1")  # nothing was changed
@@ -245,10 +226,6 @@ def test_a_model_that_was_trained_in_place_has_its_record(tmp_path, monkeypatch)
     out = llmpruner.recover(model, output=tmp_path / "out", **options)
     assert out is model and model.form == "stock" and len(llmpruner.discover(tmp_path / "out").record["recovery"]) == 2
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-
-        def stopped(*_):
-            raise KeyboardInterrupt
-
         patched.setattr("llmpruner.recovery.strategies.FullStrategy.train", stopped)
         llmpruner.recover(model, work_dir=tmp_path / "other", **options)
     with pytest.raises(ModelError, match="was left half-changed by a recovery that did not end"):
@@ -271,21 +248,16 @@ def test_equal_shares_in_many_steps_are_those_of_one(gqa, shape):
 
 
 @pytest.fixture
-def deep(catalog):
+def deep():
     """Of eight layers, of which number 3 changes little."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=128, max_position_embeddings=128,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    family = catalog.family_for(config)
-    network = LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    network = tiny_models.llama(layers=8, vocab_size=128, **sizes)
     with torch.no_grad():
         for weight in network.parameters():
             weight.normal_(0.0, 0.2)
         for weight in network.model.layers[3].parameters():
             weight.mul_(0.01)
-    return Model("tiny", config, family, build_graph(family, config), model=network, tokenizer=None)
+    return criteria_cases.opened(network, LlamaFamily())
 
 
 @pytest.mark.parametrize("shape", ["free", "uniform"])

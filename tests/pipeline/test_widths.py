@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from criteria_cases import opened
+from llmpruner_llama import LlamaFamily
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
-from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
-from llmpruner.models.model import Model
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
@@ -57,14 +57,6 @@ def test_all_layers_keep_the_same_aligned_number_of_units(loaded, kinds, allocat
         gone = set(range(graph.num_layers)) - set(kept.get("layers", range(graph.num_layers)))
         assert gone or all(len(found) == 1 for found in widths.values()), widths
     assert all(len(units) % 8 == 0 for name, units in kept.items() if graph.by_name[name].kind == "mlp")
-
-
-def test_the_least_important_units_of_each_layer_go(gqa):
-    kept, _ = chosen(gqa, ("mlp",), 0.3)
-    generator = torch.Generator().manual_seed(0)
-    for layer, g in enumerate(gqa.graph.of_kinds(["mlp"])):
-        scores = (1 + layer) * torch.rand(g.units, generator=generator, dtype=torch.float64)
-        assert list(kept[g.name]) == sorted(scores.argsort(descending=True)[: len(kept[g.name])].tolist())
 
 
 def test_an_allocation_that_measures_cuts_all_layers_of_a_kind_together(gqa):
@@ -140,19 +132,14 @@ def test_multiples():
     assert widths_for("free", None, 4096).multiple(group(256, multiple=4)) == 4
 
 
-def wide_llama() -> LlamaConfig:
+@pytest.mark.parametrize("steps", [2, 4])
+def test_widths_are_multiples_of_the_same_number_in_every_step(steps):
     """Of 1,024 channels, whose alignment is 64, and 512 MLP channels, for which it is still 64."""
-    return LlamaConfig(
+    config = LlamaConfig(
         hidden_size=1024, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         head_dim=8, vocab_size=64,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("steps", [2, 4])
-def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
-    config = wide_llama()
-    family = catalog.family_for(config)
-    loaded = Model("wide", config, family, build_graph(family, config), model=random_instance(config), tokenizer=None)
+    loaded = opened(random_instance(config), LlamaFamily())
     plan = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
     assert {len(cut.kept) for cut in plan.cuts.values()} == {320}
     # A second prune of the result.
@@ -160,14 +147,12 @@ def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
     assert {(cut.units, len(cut.kept)) for cut in again.cuts.values()} == {(320, 256)}
 
 
-def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step(catalog):
+def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step():
     config = MixtralConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
         vocab_size=64, num_local_experts=16, num_experts_per_tok=2,
     )  # fmt: skip
-    family = catalog.family_for(config, "auto")
-    graph = build_graph(family, config)
-    loaded = Model("experts", config, family, graph, model=random_instance(config), tokenizer=None)
+    loaded = opened(random_instance(config))
     for amount, steps in ((0.3, 2), (0.55, 2), (0.55, 3)):
         plan = make_plan(loaded, small_job(shape="uniform", amount=amount, steps=steps, kinds=("expert",)))
         assert {len(cut.kept) % 4 for cut in plan.cuts.values()} == {0}, (amount, steps, plan.kept)

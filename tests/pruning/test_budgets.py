@@ -7,11 +7,11 @@ import json
 
 import pytest
 import torch
+from criteria_cases import opened
 from transformers import AutoConfig, DynamicCache
 
 import llmpruner
 from llmpruner import PruningPlan, UnsupportedModelError
-from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.errors import SelectionError
@@ -116,11 +116,9 @@ def test_costs_are_those_of_the_cut_model(loaded):
         pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
     ],
 )
-def test_costs_of_other_architectures(catalog, model_type, options, kinds):
+def test_costs_of_other_architectures(model_type, options, kinds):
     config = small_config(AutoConfig.for_model(model_type, **options))
-    family = catalog.family_for(config, "auto")
-    graph, model = build_graph(family, config), random_instance(config)
-    check_counts(Model("tiny", config, family, graph, model=model, tokenizer=None), kinds)
+    check_counts(opened(random_instance(config)), kinds)
 
 
 def test_bytes_follow_the_type_of_every_parameter(gqa):

@@ -16,40 +16,23 @@ from llmpruner.pruning.criteria.weights import L1, L2, OutputEnergy, Random
 from llmpruner.settings import Reduction
 
 
-@pytest.fixture
-def measured(gqa):
-    """Weights, mean gradient and mean squared gradient of one layer's projections, by plain autograd."""
-    calibration = CalibrationSet(self_generated(gqa.model, None, 4, 12, 3), "self")
-    layer = gqa.model.model.layers[2]
-    mods = {n: layer.get_submodule(n) for n in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj")}
-    grads = {name: [] for name in mods}
-    for row in calibration.input_ids:
-        gqa.model.zero_grad()
-        gqa.model(row[None], labels=row[None]).loss.backward()
-        for name, module in mods.items():
-            grads[name].append(module.weight.grad.clone())
-    gqa.model.zero_grad()
-    weights = {name: module.weight.detach() for name, module in mods.items()}
-    stacked = {name: torch.stack(g) for name, g in grads.items()}
-    return (
-        calibration,
-        weights,
-        {n: g.mean(0) for n, g in stacked.items()},
-        {n: g.square().mean(0) for n, g in stacked.items()},
-    )
-
-
 def saliency(variant, w, g, h):
     first, second = w * g, 0.5 * w.square() * h
     return {"element1": first.abs(), "element2": second, "mix": (first - second).abs(), "vector": first}[variant]
 
 
 @pytest.mark.parametrize("variant", get_args(Variant))
-def test_taylor_follows_the_paper(gqa, measured, variant):
-    calibration, w, g, h = measured
+def test_taylor_follows_the_paper(gqa, variant):
+    """With gradients of one sample at a time, by plain autograd."""
+    calibration = CalibrationSet(self_generated(gqa.model, None, 4, 12, 3), "self")
+    mlp = gqa.model.model.layers[2].mlp
+    weights, axes = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight], (0, 0, 1)
+    losses = (gqa.model(row[None], labels=row[None]).loss for row in calibration.input_ids)
+    samples = [torch.autograd.grad(loss, weights) for loss in losses]
     expected = torch.zeros(96, dtype=torch.float64)
-    for name, axis in (("mlp.gate_proj", 0), ("mlp.up_proj", 0), ("mlp.down_proj", 1)):
-        expected += saliency(variant, w[name], g[name], h[name]).double().sum(1 - axis).abs()
+    for weight, axis, grads in zip(weights, axes, map(torch.stack, zip(*samples, strict=True)), strict=True):
+        found = saliency(variant, weight.detach(), grads.mean(0), grads.square().mean(0))
+        expected += found.double().sum(1 - axis).abs()
     group = gqa.graph.by_name["layers.2.mlp"]
     scores = estimate(gqa.model, gqa.graph, [group], Taylor(variant=variant), calibration)
     torch.testing.assert_close(scores["layers.2.mlp"], expected, rtol=1e-3, atol=1e-9)
@@ -61,13 +44,8 @@ def test_magnitude(gqa, criterion, power):
     parts = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
     spans = torch.stack([p.detach().double().abs().pow(power).sum(1) for p in parts])
     group = gqa.graph.by_name["layers.1.mlp"]
-    reduced = {
-        "sum": spans.sum(0),
-        "mean": spans.mean(0),
-        "max": spans.amax(0),
-        "prod": spans.prod(0) ** (1 / 3),
-        "last": spans[-1],
-    }
+    reduced = {"sum": spans.sum(0), "mean": spans.mean(0), "max": spans.amax(0), "last": spans[-1]}
+    reduced["prod"] = spans.prod(0) ** (1 / 3)
     assert set(reduced) == set(get_args(Reduction))
     for name, expected in reduced.items():
         scores = estimate(gqa.model, gqa.graph, [group], criterion, None, reduction=name)

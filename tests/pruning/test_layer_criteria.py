@@ -8,11 +8,11 @@ from dataclasses import replace
 import pytest
 import tiny_models
 import torch
+from criteria_cases import opened
 from llmpruner_llama import LlamaFamily
 
 import llmpruner
 from llmpruner import StreamStats
-from llmpruner.discovery.groups import build_graph
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
 from llmpruner.pruning.criteria.layers import AngularBlock
@@ -25,8 +25,7 @@ LITTLE_TEXT = {"samples": 4, "length": 24, "kinds": "layer"}
 @pytest.fixture(scope="module")
 def planted() -> Model:
     model = tiny_models.llama(layers=6)
-    family = LlamaFamily()
-    loaded = Model("tiny", model.config, family, build_graph(family, model.config), model=model, tokenizer=None)
+    loaded = opened(model, LlamaFamily())
     shift = torch.randn(32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         for number, sign in ((FIRST, 1), (SECOND, -1)):

@@ -70,12 +70,6 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
     assert gone == {(name, unit) for _, name, unit in everything[:50]}
 
 
-def test_widths_are_rounded(gqa):
-    demand = Demand(amount=round(0.2 * gqa.graph.decoder_parameters))
-    kept = choose(gqa.graph, ("mlp",), demand, widths=Widths(round_to=16))
-    assert {len(units) % 16 for units in kept.values()} == {0}
-
-
 def test_query_heads_go_evenly_and_each_group_keeps_its_minimum(gqa):
     kept = choose(gqa.graph, ("query",), Demand(units={f"layers.{n}.query": 7.9 for n in ALL}))
     assert all([u // 2 for u in units] == [0, 1, 2, 3] for units in kept.values())
