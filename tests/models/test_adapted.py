@@ -14,16 +14,12 @@ import llmpruner
 from llmpruner import LoadSettings, api
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
+from llmpruner.discovery.oracle import logits
 from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.opening import load_model
 
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def adapted(base: Path, folder: Path, seed: int) -> Path:
@@ -58,7 +54,6 @@ def data(folder: Path) -> str:
 
 def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     """For a recovery, and for `verify`, from any folder."""
-    adapter = one
     monkeypatch.chdir(tmp_path)
     llmpruner.prune("one", ratio=0.2, importance="l1", compensate="none", output="pruned")
     elsewhere = tmp_path / "elsewhere"
@@ -66,10 +61,11 @@ def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     pruned = load_model(load_structure("../pruned", catalog))
     dense = dense_structure(pruned, catalog)
-    assert pruned.record["base_path"] == str(adapter) == dense.path
-    whole = load_model(load_structure(str(adapter), catalog))
-    assert torch.equal(logits(load_model(dense, placed_as(pruned, LoadSettings())).model), logits(whole.model))
-    assert not torch.allclose(logits(whole.model), logits(load_pruned(tmp_path / "base")), atol=1e-2)
+    assert pruned.record["base_path"] == str(one) == dense.path
+    whole = load_model(load_structure(str(one), catalog))
+    again = load_model(dense, placed_as(pruned, LoadSettings()))
+    assert torch.equal(logits(again.model, IDS), logits(whole.model, IDS))
+    assert not torch.allclose(logits(whole.model, IDS), logits(load_pruned(tmp_path / "base"), IDS), atol=1e-2)
     states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
     assert set(states.values()) == {"passed"}, states
 
@@ -79,10 +75,10 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     wrote = []
     monkeypatch.setattr(
         "llmpruner.recovery.recover.write_examples",
-        lambda own, dense, *_: wrote.append(logits(dense.model)) or [Completion("The fox jumps over it. " * 4)],
+        lambda own, dense, *_: wrote.append(logits(dense.model, IDS)) or [Completion("The fox jumps over it. " * 4)],
     )
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
-    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model))
+    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model, IDS))
 
 
 def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):

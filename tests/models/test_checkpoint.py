@@ -14,19 +14,18 @@ import torch
 import transformers
 from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import CheckpointError, ModelError, OutputError, build_graph, load_pruned, save_checkpoint
+from llmpruner.discovery.oracle import logits
 from llmpruner.models.modeling_llmpruner import pruned_config
 from llmpruner.models.record import read_record
 from llmpruner.models.surgery import cut
+from llmpruner.structure.kept import restrict
 
 FAMILY = LlamaFamily()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(INPUT_IDS).logits
 
 
 @pytest.fixture
@@ -47,7 +46,7 @@ def test_record(shim: Path, tmp_path: Path) -> None:
 
 def test_the_configuration_class_of_a_shim_has_defaults() -> None:
     """transformers 5.19, which vLLM 0.32 brings, compares a configuration with one without values."""
-    assert pruned_config(transformers.LlamaConfig)().to_dict()["model_type"] == "llama"
+    assert pruned_config(LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -73,8 +72,6 @@ def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
 
 
 def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import GenerationConfig
-
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -107,8 +104,6 @@ def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
 
 
 def test_missing_tensor(shim: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(shim / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, shim / "model.safetensors", metadata={"format": "pt"})
@@ -136,8 +131,6 @@ def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Pat
 
 
 def test_generation_config_and_tokenizer_are_kept(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     tokenizer = tiny_models.tokenizer()
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)})).eval()
     cut(model, build_graph(FAMILY, model.config), {"layers.0.mlp": range(7)}, FAMILY)
@@ -164,22 +157,18 @@ def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     """First to other shapes, with a shim upon a shim; then to uniform ones, which a stock model can state."""
     case = LLAMA[name]
     save_checkpoint(cut_llama(name), tmp_path / "once", record={}, family=FAMILY)
-    from transformers import LlamaConfig
-
-    from llmpruner.structure.kept import restrict
-
     graph = restrict(build_graph(FAMILY, LlamaConfig(**{**SIZES, **case.options})), case.kept)
     model = load_pruned(tmp_path / "once")
     remaining = cut(model, graph, {"layers.0.mlp": range(5)}, FAMILY)
     assert save_checkpoint(model, tmp_path / "twice", record={}, family=FAMILY) == "shim"
     again = load_pruned(tmp_path / "twice")
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again, INPUT_IDS), logits(model, INPUT_IDS))
     kept = {group.name: range(5) for group in remaining.groups if group.kind == "mlp"}
     kept |= {group.name: [0, group.units // 2] for group in remaining.groups if group.kind == "query"}
     kept |= {group.name: [0, 2] for group in remaining.groups if group.kind == "query" and group.units == 4}
     cut(again, remaining, kept, FAMILY)
     assert save_checkpoint(again, tmp_path / "thrice", record={}, family=FAMILY) == "stock"
-    assert torch.equal(logits(load_pruned(tmp_path / "thrice")), logits(again))
+    assert torch.equal(logits(load_pruned(tmp_path / "thrice"), INPUT_IDS), logits(again, INPUT_IDS))
 
 
 def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path) -> None:
@@ -198,8 +187,7 @@ def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path) -
     assert found.form == "shim" and not stated["llmpruner"].get("shapes")
     assert stated["model_type"] == "llmpruner_qwen2_moe"
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(INPUT_IDS).logits, found.model(INPUT_IDS).logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(found.model, INPUT_IDS), atol=1e-5, rtol=0)
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["model_type"] == "llmpruner_qwen2_moe"

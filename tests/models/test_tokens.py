@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny_models
+import torch
 from tokenizers.processors import TemplateProcessing
 
+import llmpruner
 from llmpruner import DataError
 from llmpruner.calibration.chat import labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message
 from llmpruner.calibration.windows import windows
+from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.generation import generate
-from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, tokens_of
+from llmpruner.models.tokenizer import (
+    LONGEST_WORD,
+    embedding_rows,
+    ids_to_continue,
+    padding_id,
+    tokens_of,
+    with_padding,
+)
 
 
 class Recording:
@@ -84,3 +96,37 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
         (text,) = training_texts(Instruction("q", "a"), Family(), tokenizer)
         row = labelled(text, tokenizer, None)
         assert row["labels"].count(end) == row["input_ids"].count(end) == min(ends, 1)
+
+
+@pytest.fixture
+def padded():
+    """A tokenizer whose padding token was added without resizing the model, as in many derivatives of Llama."""
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(embedding_rows(model) - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= embedding_rows(model)
+    return model, tokenizer
+
+
+def test_another_token_pads_where_the_padding_token_has_no_row(padded):
+    model, tokenizer = padded
+    assert padding_id(tokenizer, model) == tokenizer.eos_token_id
+    assert padding_id(tokenizer, model, [None, 10**6, 7]) == 7
+    other = with_padding(tokenizer, model)
+    assert (other.pad_token_id, tokenizer.pad_token) == (tokenizer.eos_token_id, "[PAD]")
+    assert with_padding(other, model) is other
+    numbers = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    assert len(answered(model, tokenizer, [[5, 6, 7], [8]], 4, numbers)) == 2
+
+
+def test_a_model_without_a_row_for_the_padding_token_is_recovered(padded, tmp_path):
+    for part in padded:
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "Question", "completion": "It is so. " * (1 + n % 3)} for n in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    llmpruner.prune(tmp_path / "model", ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
+    llmpruner.recover(
+        tmp_path / "pruned", data=str(tmp_path / "d.jsonl"), output=tmp_path / "out", strategy="full", max_steps=3,
+        batch_size=4, micro_batch_size=4,
+    )  # fmt: skip
+    assert llmpruner.load(tmp_path / "out").tokenizer.pad_token == "[PAD]"
