@@ -271,7 +271,5 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=self.head(self.norm(x)))
 
 
-def register() -> None:
-    """Make the model known to transformers' Auto classes; safe to call twice."""
-    AutoConfig.register("composed", ComposedConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
+AutoConfig.register("composed", ComposedConfig, exist_ok=True)
+AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)

@@ -1,5 +1,5 @@
-"""Types whose layers differ, share keys and values, or whose small instances need more than small numbers: from
-pruning to a recovered model, on tiny random instances."""
+"""Types whose layers differ, share keys and values, name their sizes otherwise, or whose small instances need more than
+small numbers: from pruning to a recovered model, on tiny random instances."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from fresh import run_fresh
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import api, load_pruned
 from llmpruner.discovery.family import AutoFamily
@@ -20,6 +20,8 @@ from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, why_
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative, verify
 from llmpruner.errors import UnsupportedModelError
+from llmpruner.models.save import save_checkpoint
+from llmpruner.structure.scope import Scope
 from llmpruner.testing.models import letters
 
 OPTIONS: dict[str, dict[str, object]] = {
@@ -60,10 +62,14 @@ with torch.no_grad():
 """
 
 
+def tiny(model_type: str, **options: object) -> PreTrainedModel:
+    return random_instance(representative(CONFIG_MAPPING[model_type](**options), AutoFamily())[0])
+
+
 @pytest.mark.parametrize(("name", "method"), CASES)
 def test_prune_save_load_generate_recover(name: str, method: str, tmp_path: Path) -> None:
     model_type = name.partition(",")[0]
-    dense = random_instance(representative(CONFIG_MAPPING[model_type](**OPTIONS.get(name, {})), AutoFamily())[0])
+    dense = tiny(model_type, **OPTIONS.get(name, {}))
     dense.save_pretrained(tmp_path / "dense")
     letters().save_pretrained(tmp_path / "dense")
     cut = {"ratio": LESS.get(name, 0.2), "kinds": "mlp,attention", "output": tmp_path / "pruned", "method": method}
@@ -160,3 +166,43 @@ def test_every_layer_is_found_where_a_layer_counts_as_two() -> None:
 def test_an_uneven_cut_is_saved_in_the_convention_of_transformers() -> None:
     verdicts = verify(AutoFamily(), CONFIG_MAPPING["gemma4_text"](), kinds=["mlp", "attention"])
     assert {v.kind: v.verdict for v in verdicts} == {"mlp": VERIFIED, "attention": VERIFIED}, verdicts
+
+
+@pytest.mark.parametrize(
+    ("model_type", "size"),
+    [("bart", "decoder_ffn_dim"), ("falcon", "ffn_hidden_size"), ("gpt2", "n_inner"), ("opt", "ffn_dim")],
+)
+def test_the_width_has_another_name(model_type: str, size: str, tmp_path: Path) -> None:
+    tiny(model_type).save_pretrained(tmp_path / "dense")
+    pruned = api.prune(
+        tmp_path / "dense", kinds="mlp", unit_ratio=0.3, importance="l2", compensate="none",
+        method="llm-pruner", shape="uniform",
+    )  # fmt: skip
+    assert api.save(pruned, tmp_path / "pruned") == "stock"
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", attn_implementation="eager")
+    assert type(loaded).__module__.startswith("transformers.")
+    assert getattr(loaded.config, size) == pruned.graph.of_kinds(["mlp"])[0].units
+    assert torch.allclose(logits(loaded.eval(), TOKENS), logits(pruned.model, TOKENS), atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_are_counted_in_a_table_outside_them_are_not_offered(model_type: str) -> None:
+    """Embeddings for each layer are in one table, which a cut of layers does not follow."""
+    graph = discover_graph(small_of(model_type))
+    assert not list(graph.of_kinds(["layer"]))
+    reason = "'model.embed_tokens_per_layer.weight' has a part for every layer, which does not follow"
+    assert ("model.layers", 0, reason) in {(b.parameter, b.axis, b.reason) for b in graph.blocked}
+    with pytest.raises(UnsupportedModelError, match=f"^this model has no layer units .*could not follow .*: {reason}"):
+        Scope(("layer",), (0, 1)).groups(graph)
+    if model_type == "gemma3n_text":  # token ids choose rows of several tables
+        with pytest.raises(UnsupportedModelError, match=r"embed_tokens.* axis 0: token ids are read by ge in model"):
+            Scope(("vocabulary",), (0,)).groups(graph)
+
+
+def test_a_cut_model_that_cannot_run_is_not_saved(tmp_path: Path) -> None:
+    model = tiny("llama")
+    norm = model.model.norm
+    norm.weight = torch.nn.Parameter(norm.weight[:-1].detach())
+    with pytest.raises(UnsupportedModelError, match=r"^the cut model cannot run: in model.norm, `.*` needs a size"):
+        save_checkpoint(model, tmp_path / "pruned", record=None)
+    assert not (tmp_path / "pruned").exists()

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from composed import ComposedConfig, register
+from composed import ComposedConfig
 from llmpruner_llama.family import LlamaFamily
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
@@ -19,7 +19,6 @@ from llmpruner.discovery.oracle import REFUSED, VERIFIED
 from llmpruner.discovery.verify import check_kinds, differences, verify
 from llmpruner.structure.coupling import Explicit
 
-register()
 SIZES = {
     "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 64,
 }  # fmt: skip

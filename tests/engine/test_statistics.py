@@ -101,15 +101,6 @@ def test_gram_matrices_are_made_only_when_asked_for():
     assert statistics(loaded, [name], gram=False)[name].gram is None
 
 
-def test_layers_after_the_last_wanted_are_not_run():
-    loaded = make("llama-gqa")
-    execution = Execution.of(loaded.model, loaded.graph.layers)
-    stream = forward_statistics(execution, ["model.layers.0.mlp.down_proj.weight"], CALIBRATION, gram=False)
-    next(stream)
-    layers_of(loaded)[1].forward = None
-    assert list(stream) == []
-
-
 @pytest.mark.parametrize("at_once", [32, 4096])
 def test_the_stream_is_compared_over_blocks_of_layers(at_once, monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", at_once)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.engine.execution import Execution
 from llmpruner.engine.products import WatchedProduct, WatchProducts
-from llmpruner.engine.walk import ForwardWalk
 
 
 class Weights(nn.Module):
@@ -133,39 +130,3 @@ def test_parameters_in_one_storage_are_told_apart():
     module.first, module.second = nn.Parameter(flat[:20].view(4, 5)), nn.Parameter(flat[20:].view(4, 5))
     uses = watch(module, lambda m: (functional.linear(X, m.first), functional.linear(X, m.second)))
     assert [use.parameter for use in uses] == ["first", "second"]
-
-
-def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
-    loaded = make(name)
-    walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
-    parameters = layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
-    names = [n for n, p in parameters if p.dim() > 1 and "bias" not in n]
-    found = {name: [] for name in names}
-    with torch.no_grad(), WatchProducts(loaded.model, names, lambda use: found[use.parameter].append(use)):
-        walk.run(0, walk.batches[0], embedded[0], {})
-    assert all(found.values())
-    return found, loaded.model, 4 * 16
-
-
-def test_gpt2_sums_over_the_first_axis_and_adds_a_bias():
-    found, model, rows = uses_in("gpt2")
-    for name, uses in found.items():
-        (use,) = uses
-        assert (use.axis, use.slot, len(use.inputs)) == (0, None, rows)
-        assert use.bias is model.get_parameter(name.replace("weight", "bias"))
-
-
-@pytest.mark.parametrize(
-    ("name", "axis", "each"), [("mixtral", 2, 2), ("gpt_oss", 1, 2), ("llama4", 1, 4)], ids=["linear", "matmul", "bmm"]
-)
-def test_experts_are_seen_in_the_walk(name, axis, each):
-    """``each``: how many experts a token goes to; llama4 shows all of them every token, most as zeros."""
-    found, model, rows = uses_in(name)
-    parameter, down = next((name, uses) for name, uses in found.items() if name.endswith("experts.down_proj"))
-    assert all(use.axis == axis for use in down)
-    assert len({use.slot for use in down}) == len(down) == 4
-    assert sum(len(use.inputs) for use in down) == each * rows
-    for use in down:
-        weight = model.get_parameter(parameter)[use.slot].detach()
-        expected = use.inputs.float() @ (weight.T if axis == 2 else weight).float()
-        torch.testing.assert_close(use.outputs.float(), expected, rtol=2e-2, atol=2e-2)

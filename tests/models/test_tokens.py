@@ -1,4 +1,5 @@
-"""Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks."""
+"""Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks, with a padding token
+that the model knows, and no more than the model reads."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 import llmpruner
 from llmpruner import DataError
@@ -18,6 +20,7 @@ from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.generation import generate
+from llmpruner.models.positions import positions_of, table_of
 from llmpruner.models.tokenizer import (
     LONGEST_WORD,
     embedding_rows,
@@ -130,3 +133,48 @@ def test_a_model_without_a_row_for_the_padding_token_is_recovered(padded, tmp_pa
         batch_size=4, micro_batch_size=4,
     )  # fmt: skip
     assert llmpruner.load(tmp_path / "out").tokenizer.pad_token == "[PAD]"
+
+
+MPT = {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32}
+OPT = {
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+    "word_embed_proj_dim": 32, "max_position_embeddings": 32,
+}  # fmt: skip
+MODELS = {
+    "gpt2": tiny_models.gpt2,
+    "mpt": lambda: MptForCausalLM(MptConfig(**MPT)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]().eval()
+
+
+def test_as_many_tokens_as_the_model_reads(model):
+    assert positions_of(model.config) == table_of(model.config) == 32
+    ids = torch.arange(10, 43)[None]
+    model(ids[:, :32], use_cache=False)
+    with pytest.raises((RuntimeError, IndexError)):
+        model(ids, use_cache=False)
+
+
+def test_a_rotary_model_reads_more():
+    model = tiny_models.llama()
+    assert positions_of(model.config) == 512 and table_of(model.config) is None
+
+
+def test_more_is_refused_before_weights_are_read(model, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": tiny_models.TEXT}) + "\n")
+    with pytest.raises(DataError, match="calibration length 33 is beyond the model's 32 positions; lower --set"):
+        llmpruner.prune(folder, ratio=0.2, importance="l1", compensate="refit", samples=4, length=33, output=out)
+    with pytest.raises(DataError, match=r"windows of 33 tokens are beyond the 32 positions of '.*model'; lower --win"):
+        llmpruner.evaluate(folder, perplexity=str(data), window=33)
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "data.jsonl"}

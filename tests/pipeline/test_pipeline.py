@@ -284,12 +284,3 @@ def test_a_ranking_in_many_steps_takes_the_layer_that_is_first(deep):
     # A layer that the whole amount has no room for is passed over, and the ranking goes on.
     few = [llmpruner.plan(deep, ratio=0.1, **options, steps=steps) for steps in (1, 10)]
     assert few[0].cuts == few[1].cuts and {each.kind for each in few[0].cuts.values()} == {"mlp"}
-
-
-def test_a_step_that_removes_nothing_measures_nothing_again(deep, monkeypatch):
-    runs = []
-    monkeypatch.setattr("llmpruner.pruning.selection.estimate", lambda *a, **o: runs.append(a) or estimate(*a, **o))
-    options = {"kinds": "layer", "importance": "l2", "layers": "all", "compensate": "none"}
-    made = llmpruner.plan(deep, ratio=0.5, steps=8, **options)
-    assert len(made.cuts["layers"].kept) == 4
-    assert len(runs) == 4

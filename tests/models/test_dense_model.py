@@ -1,4 +1,4 @@
-"""A model with an adapter is the two together: for what is pruned from it, trained toward it, or trained on it."""
+"""The dense model of a pruned one: the base and its adapter together, and of a hub model the commit that was pruned."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
 from llmpruner.discovery.oracle import logits
 from llmpruner.models.checkpoint import load_pruned
+from llmpruner.models.identity import model_identity
 from llmpruner.models.opening import load_model
 
 TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
@@ -100,3 +101,34 @@ def test_an_adapter_for_an_adapter_is_refused(one, catalog, tmp_path):
     (two / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(one)}))
     with pytest.raises(llmpruner.ModelError, match=r"two' is an adapter for an adapter, '.*one'; merge"):
         load_structure(str(two), catalog)
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The cache of a hub model with two commits, of which the branch is the first."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--some--model"
+    for seed, commit in enumerate((FIRST, SECOND)):
+        tiny_models.llama(seed=seed).save_pretrained(repository / "snapshots" / commit)
+        tiny_models.tokenizer().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(FIRST)
+    return repository
+
+
+def test_the_dense_model_is_the_commit_that_was_pruned(hub, catalog, tmp_path):
+    pruned = api.prune("some/model", ratio=0.2, importance="l1", compensate="none", output=tmp_path / "out")
+    assert pruned.plans[-1].base.revision == FIRST
+    (hub / "refs" / "main").write_text(SECOND)
+    dense = load_model(dense_structure(load_structure(str(tmp_path / "out"), catalog), catalog))
+    expected = (tiny_models.llama(seed=seed).lm_head.weight for seed in range(2))
+    assert [torch.equal(dense.model.lm_head.weight, weight) for weight in expected] == [True, False]
+
+
+def test_another_commit_is_another_model(hub, catalog):
+    commits = [api.discover("some/model", revision=revision).revision for revision in (None, SECOND)]
+    assert commits == [FIRST, SECOND]
+    assert len({model_identity("some/model", catalog, commit) for commit in commits}) == 2
