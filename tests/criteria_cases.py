@@ -112,6 +112,12 @@ def layers_of(loaded: Model) -> Any:
     return loaded.model.get_submodule(loaded.graph.layers)
 
 
+def experts_of(model: Any, layer: int | None = None) -> tuple[str, Any]:
+    """Path and module of the experts of ``layer``, or of the first that has any."""
+    named = ((path, module) for path, module in model.named_modules() if path.endswith(".experts"))
+    return next((path, module) for path, module in named if layer is None or f".{layer}." in path)
+
+
 def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     """Hidden states before the first layer and after each, in a plain forward pass."""
     states: list[torch.Tensor] = []

@@ -136,11 +136,8 @@ def test_settings_that_the_model_generates_with_do_not_change_the_text(gqa):
         repetition_penalty=3.0, forced_eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
     )  # fmt: skip
-    try:
-        assert torch.equal(drawn("self", gqa, samples=3, length=20, seed=1), plain)
-        assert model.generation_config.repetition_penalty == 3.0
-    finally:
-        model.generation_config = own
+    assert torch.equal(drawn("self", gqa, samples=3, length=20, seed=1), plain)
+    assert model.generation_config.repetition_penalty == 3.0
 
 
 def test_tokens_are_drawn_as_the_model_predicts_them():
@@ -190,12 +187,6 @@ def test_windows_do_not_overlap_while_there_is_text(wide, tmp_path, documents):
     assert len(set(few)) == 160 and max(few) - min(few) > 2400
     assert len(set(most)) == len(most) == 240 * 16
     assert len(more) == 500 * 16 > len(set(more)) > 240 * 16
-
-
-def test_text_that_is_too_short_is_one_clear_line(gqa, tmp_path):
-    (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(DataError, match="too short for 4 samples of 16 tokens"):
-        drawn(str(tmp_path / "short.txt"), gqa, Numbers(), samples=4, length=16, seed=0)
 
 
 def test_windows_of_text_begin_with_what_the_tokenizer_puts_before_it(gqa, tmp_path):
@@ -283,9 +274,7 @@ def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
         assert torch.equal(row, alone[number % 3][number // 3])
 
 
-def test_impossible_requests(gqa):
-    with pytest.raises(DataError, match="beyond the model's 128 positions"):
-        drawn("self", gqa, samples=1, length=129, seed=0)
+def test_text_for_a_model_without_a_tokenizer_is_refused(gqa):
     with pytest.raises(ModelError, match=r"no tokenizer, so it cannot be calibrated on 'somewhere.txt'; use 'self'"):
         drawn("somewhere.txt", gqa, samples=1, length=8, seed=0)
 

@@ -150,7 +150,6 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch, tmp_path):
 MALFORMED = {
     "fields": ("a.jsonl", '{"text": "x"}\n{"body": "y", "content": ["z"]}', r"a\.jsonl, line 2: expected an object "
                r"with one of the fields text, page, content as a string, found 'body' \(str\), 'content' \(list\)"),
-    "number": ("a.json", "[1]", r"a\.json, record 1: expected an object .*, found int"),
     "empty object": ("a.json", "{}", r"a\.json, record 1: expected an object .*, found dict"),
     "broken line": ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON \(Expecting value\)"),
     "broken list": ("a.json", '[\n{"text": "x"}\n{}]', r"a\.json, line 3: not valid JSON"),
@@ -158,10 +157,7 @@ MALFORMED = {
     "scalar": ("a.json", '"x"', r"a\.json: expected a JSON list of records, or one record, found str"),
     "bytes": ("a.txt", b"ab\xff", r"a\.txt: not UTF-8 text \(byte 2\); save it as UTF-8 text"),
     "bytes in a line": ("a.jsonl", b'"x"\n"\xff"\n', r"a\.jsonl, line 2: not UTF-8 text \(byte 1\)"),
-    "UTF-16": ("a.txt", "text".encode("utf-16-le"), r"a\.txt: not UTF-8 text \(byte 1\)"),
-    "compressed": ("a.jsonl.gz", b"\x1f\x8b\x08\x00", r"a\.jsonl\.gz: not UTF-8 text \(byte 1\)"),
     "blank": ("a.txt", " \n", r"a\.txt holds no text"),
-    "blank lines": ("a.jsonl", "\n\n", r"a\.jsonl holds no text"),
     "empty list": ("a.json", "[]", r"a\.json holds no text"),
     "digits": ("a.jsonl", "9" * 5000, r"a\.jsonl, line 1: not JSON that can be read: Exceeds the limit"),
     "brackets": ("a.json", "[" * 200_000, r"a\.json, line 1: not JSON that can be read: maximum recursion depth"),
@@ -188,9 +184,6 @@ MISSING = {
     "nowhere.txt:train": "no such file",
     "chat:nowhere.jsonl": "chat:nowhere.jsonl: no such file",
     "../nowhere": "no such file",
-    "/nowhere/at/all": "no such file",
-    "a/b/c": "no such file",
-    "two words": "no such file",
     "": "the source of data: no such file",
     ".": "a folder or a model, and no text",
     "/dev/null": "no such file",

@@ -7,10 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import composed
 import pytest
 import torch
-from composed import ComposedConfig
 from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig, PreTrainedConfig
 
 from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span, UnsupportedModelError, build_graph
@@ -20,11 +18,10 @@ from llmpruner.discovery.follow import Follow, Follower
 from llmpruner.discovery.oracle import logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import verify
-from llmpruner.errors import CouplingError, UnknownNameError
+from llmpruner.errors import CouplingError
 from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import Kept, renamed, restrict
-from llmpruner.structure.scope import Scope
 
 SMALL = GPT2Config(n_layer=3, n_embd=48, n_head=6, n_inner=40, vocab_size=96, n_positions=64)
 
@@ -95,26 +92,6 @@ def test_families_that_declare_everything_trace_nothing(monkeypatch: pytest.Monk
     groups = (CoupledGroup("layers", "layer", 3),)
     family = type("Declared", (ModelFamily,), {"coupled_groups": lambda self, config: groups})()
     assert build_graph(family, SMALL).blocked == ()
-
-
-class Spectral(composed.MLP):
-    """An MLP whose channels pass through an operator that discovery has no rule for."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(torch.special.bessel_j0(self.up(x)))
-
-
-def test_a_kind_that_was_not_found_is_refused_with_operator_and_module(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(composed, "MLP", Spectral)
-    graph = build_graph(ModelFamily(), ComposedConfig(mlp="plain"))
-    scope = Scope(("attention", "mlp"), (0, 1))
-    place = (
-        r"layers\.0\.\S+ axis \d: operator special_bessel_j0 is not understood \(special_bessel_j0 in layers\.0\.mlp\)"
-    )
-    with pytest.raises(UnsupportedModelError, match=f"no mlp units .*it has: .*attention.*could not follow {place}"):
-        scope.groups(graph)
-    with pytest.raises(UnknownNameError, match="unknown kind of group in this model: 'mlps'"):
-        Scope(("mlps",), (0,)).groups(graph)
 
 
 def test_names_are_checked() -> None:

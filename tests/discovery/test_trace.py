@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import composed
+import networkx
 import numpy as np
 import pytest
 import torch
@@ -120,17 +121,10 @@ def test_components_of_a_random_graph_agree_with_a_search() -> None:
     random = np.random.default_rng(0)
     left, right = random.integers(0, 400, 300), random.integers(0, 400, 300)
     label = connected_components(400, [(left[:150], right[:150]), (left[150:], right[150:])])
-    neighbours: dict[int, set[int]] = {n: {n} for n in range(400)}
-    for a, b in zip(left.tolist(), right.tolist(), strict=True):
-        neighbours[a].add(b)
-        neighbours[b].add(a)
-    for start in range(400):
-        seen, queue = {start}, [start]
-        while queue:
-            new = neighbours[queue.pop()] - seen
-            seen |= new
-            queue += new
-        assert label[start] == min(seen)
+    graph = networkx.Graph(zip(left.tolist(), right.tolist(), strict=True))
+    graph.add_nodes_from(range(400))
+    for part in networkx.connected_components(graph):
+        assert {int(label[node]) for node in part} == {min(part)}
 
 
 def test_rows_of_several_tables_are_blocked() -> None:

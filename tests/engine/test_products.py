@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import experts_of, layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
@@ -66,20 +66,11 @@ MIXTURES = [
 def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_type):
     """So rows, router weights and biases belong together."""
     model = random_instance(small_config(CONFIG_MAPPING[model_type]()))
-    path = decoder_layers(model)
-    layers = model.get_submodule(path)
-    number, experts = next(
-        (n, module)
-        for n, layer in enumerate(layers)
-        for module in layer.modules()
-        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
-    )
+    path, experts = experts_of(model)
     calibration = tokens(3, 9, vocabulary=int(model.get_input_embeddings().weight.shape[0]))
     returned = []
     handle = experts.register_forward_hook(lambda _, __, out: returned.append(out.flatten(0, -2)))
-    name = next(n for n, p in model.named_parameters() if p is experts.down_proj)
-    assert name.startswith(f"{path}.{number}.")
-    found = shown(model, path, [name], calibration)
+    found = shown(model, decoder_layers(model), [f"{path}.down_proj"], calibration)
     handle.remove()
     total = sum((product.gates[:, None] * product.outputs).sum(0) for product in found)
     expected = returned[-1].sum(0)
@@ -110,10 +101,9 @@ def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own(name
     """Llama 4 multiplies them with the inputs, and calls its experts with nothing else. Experts of Mixtral are made to
     take their rows in another order than that in which they are called with them."""
     loaded = make(name)
-    path = next(path for path, _ in loaded.model.named_modules() if path.endswith("experts") and ".1." in path)
+    path, experts = experts_of(loaded.model, 1)
     if name == "mixtral":
-        kind = type(loaded.model.get_submodule(path))
-        own = kind.forward
+        kind, own = type(experts), type(experts).forward
         monkeypatch.setattr(kind, "forward", lambda self, x, chosen, gates: own(self, x.flip(0), chosen, gates))
     (product, *_) = shown(loaded.model, loaded.graph.layers, [f"{path}.down_proj"])
     with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):

@@ -57,17 +57,6 @@ def run_ranks(module: str, **runs: Sequence[object]) -> subprocess.CompletedProc
     return run_fresh(RANKS, os.pathsep.join(map(str, PATHS)), module, json.dumps(told))
 
 
-def start(processes: int, *arguments: object) -> subprocess.Popen[str]:
-    launcher = ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}")
-    return subprocess.Popen(
-        [sys.executable, *launcher, *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
 EVERY = (*many_processes.CASES, "continued", "scores")
 
 
@@ -112,7 +101,11 @@ def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_pat
     make("llama-gqa").model.save_pretrained(dense)
     settings = ("--ratio", 0.2, "--samples", 200, "--set", "prune.length=128", "--calibration", "self")
     command = ("prune", dense, "-o", output, *settings)
-    run = start(2, "-m", "llmpruner", *command)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmpruner")
+    run = subprocess.Popen(
+        [*launcher, *map(str, command)], env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "300"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     journal = tmp_path / "out.pruning"
     while not (journal / "plan.json").exists():
         assert run.poll() is None, run.communicate()[0]

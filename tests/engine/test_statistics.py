@@ -6,7 +6,7 @@ from math import pi
 
 import pytest
 import torch
-from criteria_cases import boundaries, layers_of, make, observed, tokens
+from criteria_cases import boundaries, experts_of, make, observed, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner.discovery.family import AutoFamily
@@ -63,9 +63,8 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
 def test_experts_are_averaged_over_all_tokens(name):
     """A token routed elsewhere counts as zero: its part of the output is zero."""
     loaded = make(name)
-    experts = next(m for n, m in layers_of(loaded)[1].named_modules() if n.endswith("experts"))
-    parameter = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
-    stats = statistics(loaded, [parameter])[parameter]
+    path, experts = experts_of(loaded.model, 1)
+    stats = statistics(loaded, [f"{path}.down_proj"])[f"{path}.down_proj"]
     seen = []
     handle = experts.register_forward_hook(lambda _, args, out: seen.append((args, out)))
     with torch.no_grad():

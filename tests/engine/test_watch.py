@@ -68,29 +68,22 @@ def test_the_bias_is_what_the_product_adds(weights):
         torch.testing.assert_close(use.outputs, ROWS @ weights.wide.detach().T + weights.bias.detach())
 
 
-def test_one_expert_is_a_slot(weights):
-    uses = watch(weights, lambda m: (functional.linear(ROWS, m.experts[2]), ROWS @ m.experts[1].T))
-    assert [(use.parameter, use.axis, use.slot) for use in uses] == [("experts", 2, 2), ("experts", 2, 1)]
+STACK = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+SLOTS = {
+    "one expert, and another": (lambda m: (functional.linear(ROWS, m.experts[2]), ROWS @ m.experts[1].T), [2, 1]),
+    "a batch of experts": (lambda m: torch.bmm(STACK, m.experts.mT), [0, 1, 2]),
+    "some experts of a stack": (lambda m: torch.bmm(X, m.experts[1:].mT), [1, 2]),
+    "inputs that all experts share": (lambda m: torch.matmul(ROWS, m.experts.mT), [0, 1, 2]),
+}
 
 
-def test_a_batch_of_experts_is_one_use_each(weights):
-    stack = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
-    uses = watch(weights, lambda m: torch.bmm(stack, m.experts.mT))
-    assert [(use.axis, use.slot) for use in uses] == [(2, 0), (2, 1), (2, 2)]
+@pytest.mark.parametrize("how", SLOTS)
+def test_every_expert_is_a_slot(weights, how):
+    compute, slots = SLOTS[how]
+    uses = watch(weights, compute)
+    assert [(use.parameter, use.axis, use.slot) for use in uses] == [("experts", 2, slot) for slot in slots]
     for use in uses:
-        torch.testing.assert_close(use.inputs, stack[use.slot])
-        torch.testing.assert_close(use.outputs, stack[use.slot] @ weights.experts[use.slot].detach().T)
-
-
-def test_some_experts_of_a_stack_keep_their_numbers(weights):
-    uses = watch(weights, lambda m: torch.bmm(X, m.experts[1:].mT))
-    assert [use.slot for use in uses] == [1, 2]
-
-
-def test_inputs_that_all_experts_share_are_given_to_each(weights):
-    uses = watch(weights, lambda m: torch.matmul(ROWS, m.experts.mT))
-    assert [use.slot for use in uses] == [0, 1, 2]
-    assert all(torch.equal(use.inputs, ROWS) for use in uses)
+        torch.testing.assert_close(use.outputs, use.inputs @ weights.experts[use.slot].detach().T)
 
 
 UNUSED = {
@@ -109,8 +102,7 @@ def test_what_cannot_be_told_is_no_use(weights, what):
 
 @pytest.mark.parametrize("how", ["matrix", "stack"])
 def test_a_copy_stays_as_it_was_when_the_model_overwrites_its_tensors(weights, how):
-    inputs = X.clone()
-    before = X.clone()
+    inputs, before = X.clone(), X.clone()
     uses: list[WatchedProduct] = []
     with torch.no_grad(), WatchProducts(weights, ["wide", "experts"], lambda use: uses.append(use.copied())):
         result = functional.linear(inputs, weights.wide) if how == "matrix" else inputs @ weights.experts[:2].mT

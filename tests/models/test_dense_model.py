@@ -46,13 +46,6 @@ def one(base, tmp_path) -> Path:
     return adapted(base, tmp_path / "one", 1)
 
 
-def data(folder: Path) -> str:
-    file = folder / "data.jsonl"
-    rows = [{"prompt": f"Question {n}: what is it?\n", "completion": f"It is {n * n} or so."} for n in range(8)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     """For a recovery, and for `verify`, from any folder."""
     monkeypatch.chdir(tmp_path)

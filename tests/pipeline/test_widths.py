@@ -117,6 +117,9 @@ def test_groups_of_different_sizes_need_not_agree():
     names = [g.name for g in groups]
     assert UNIFORM.alike(groups) == [names[:2], names[2:3], names[3:]]
     assert Widths().alike(groups) == [[name] for name in names]
+    # Nor those that have equal numbers left of different ones.
+    left = widths_for("uniform", None, 1024, {names[1]: 512})
+    assert [left.multiple(one) for one in groups[:2]] == [8, 64] and len(left.alike(groups[:2])) == 2
 
 
 def test_multiples():
@@ -168,13 +171,6 @@ def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
     assert found == {"layers": 4, "layers.0.mlp": 96, "layers.1.mlp": 96}
     widths = widths_for("uniform", None, 512, dense_units(pruned.plans, pruned.graph))
     assert widths.after(pruned.graph, second).dense.items() >= found.items()
-
-
-def test_groups_with_equal_numbers_left_of_different_ones_need_not_agree():
-    groups = [group(64, layer=0), group(64, layer=1)]
-    widths = widths_for("uniform", None, 1024, {groups[1].name: 512})
-    assert [widths.multiple(one) for one in groups] == [8, 64]
-    assert len(widths.alike(groups)) == 2
 
 
 def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):

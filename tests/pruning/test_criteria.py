@@ -15,7 +15,7 @@ from criteria_cases import layers_of, make, observed, opened, tokens
 from llmpruner_llama import LlamaFamily
 
 import llmpruner
-from llmpruner import Catalog, ModelError, StreamStats
+from llmpruner import Catalog, StreamStats
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
@@ -194,13 +194,6 @@ def test_depth_criteria(llama):
 def test_units_that_a_criterion_does_not_score_are_refused(llama, name, advice):
     with pytest.raises(SelectionError, match=f"{name} does not score 'mlp' units{advice}"):
         scores_of(llama, CRITERIA[name](), "layers.1.mlp")
-
-
-@pytest.mark.parametrize("name", ["wanda-sp", "obs", "block-influence", "taylor"])
-def test_a_calibration_set_is_asked_for(llama, name):
-    group = llama.graph.by_name["layers"]
-    with pytest.raises(ModelError, match="needs a calibration set"):
-        estimate(llama.model, llama.graph, [group], CRITERIA[name](), None)
 
 
 @pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name not in ("random", "activation", "pca")], ids=label)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, opened, tokens
+from criteria_cases import experts_of, make, opened, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
@@ -115,7 +115,7 @@ def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name,
     reap = CRITERIA["expert-reap"](renormalize=renormalize)
     found = estimate(loaded.model, loaded.graph, groups, reap, calibration)
     for group in groups:
-        experts = next(m for n, m in layers_of(loaded)[group.layer].named_modules() if n.endswith("experts"))
+        _, experts = experts_of(loaded.model, group.layer)
         seen = []
         handle = experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
         with torch.no_grad():

@@ -6,13 +6,12 @@ from typing import get_args
 
 import pytest
 import torch
-from criteria_cases import make, tokens
 
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.pruning.criteria.estimate import estimate, reduce_spans
 from llmpruner.pruning.criteria.taylor import Taylor, Variant
-from llmpruner.pruning.criteria.weights import L1, L2, OutputEnergy, Random
+from llmpruner.pruning.criteria.weights import L1, L2
 from llmpruner.settings import Reduction
 
 
@@ -93,37 +92,3 @@ def test_a_layer_scores_everything_in_it(gqa):
     scores = estimate(gqa.model, gqa.graph, [gqa.graph.by_name["layers"]], L1(), None)["layers"]
     expected = [sum(p.detach().double().abs().sum() for p in layer.parameters()) for layer in gqa.model.model.layers]
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=0)
-
-
-def test_random_is_reproducible_and_seeded(gqa):
-    group = gqa.graph.by_name["layers.1.mlp"]
-    one, same, other = (estimate(gqa.model, gqa.graph, [group], Random(), None, seed=s)[group.name] for s in (1, 1, 2))
-    assert torch.equal(one, same)
-    assert not torch.equal(one, other)
-
-
-@pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
-@pytest.mark.parametrize("criterion", [L2(), Taylor(), Taylor(variant="vector"), Taylor(variant="mix"), OutputEnergy()])
-def test_stacks_are_scored_matrix_by_matrix(name, criterion):
-    """Experts, and channels that all experts share, get the scores of whole stacks; one matrix at a time is shown."""
-    loaded, calibration, shapes = make(name), tokens(4, 12), []
-
-    class Whole(type(criterion)):
-        by_matrix = False
-
-    class Seen(type(criterion)):
-        def saliency(self, signals):
-            shapes.append((signals.matrix, len(signals.weight)) if signals.weight.dim() == 3 else None)
-            return super().saliency(signals)
-
-    settings = criterion.settings.model_dump()
-    groups = [group for group in loaded.graph.groups if group.kind not in ("hidden", "vocabulary")]
-    whole, parts = (
-        estimate(loaded.model, loaded.graph, groups, kind(**settings), calibration) for kind in (Whole, Seen)
-    )
-    assert {"expert"} <= {group.kind for group in groups}
-    for group in groups:
-        torch.testing.assert_close(parts[group.name], whole[group.name], rtol=1e-6, atol=1e-12)
-    of_stacks = [shape for shape in shapes if shape is not None]
-    assert of_stacks and all(length == 1 for _, length in of_stacks)
-    assert {number for number, _ in of_stacks} == set(range(loaded.config.num_local_experts))
