@@ -7,7 +7,7 @@ import torch
 from pydantic import model_validator
 
 from llmpruner import ComponentSettings, cli
-from llmpruner.errors import MissingExtraError, SettingsError, UnknownNameError, is_out_of_memory
+from llmpruner.errors import SettingsError, UnknownNameError, is_out_of_memory
 from llmpruner.models.save import gives_logits
 from llmpruner.settings import PruneSettings, settings_from
 from llmpruner.values import validated
@@ -17,10 +17,6 @@ def test_an_unknown_name_offers_near_misses_and_lists_all():
     error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
     assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."
     assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x'. Known: none."
-
-
-def test_the_message_on_a_missing_extra_names_the_command():
-    assert str(MissingExtraError("peft", "recover")) == "peft is not installed; run: pip install 'llmpruner[recover]'"
 
 
 class Ordered(ComponentSettings):

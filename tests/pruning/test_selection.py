@@ -105,7 +105,6 @@ def test_a_demand_that_cannot_be_met_is_refused_with_the_most_that_can(gqa):
 def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
     groups = gqa.graph.of_kinds(["attention", "query", "hidden", "mlp"])
     kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 3, 4, 7], "hidden": range(40), "layers.2.mlp": range(5)}
-    kept = {name: list(units) for name, units in kept.items()}
     numbers = {name: len(units) for name, units in kept.items()}
     assert counts(gqa.graph, kept) == (numbers, set())
     left = [parameter_cost(gqa.graph, groups, decoder=decoder).remaining(numbers) for decoder in (False, True)]
@@ -134,17 +133,19 @@ def quadratic(graph, weights):
     return lambda kept: sum(weights[name] * share**2 for name, share in lost(graph, kept).items())
 
 
+LOSSES = {f"layers.{layer}.mlp": loss for layer, loss in enumerate((1.0, 2.0, 4.0, 8.0))}
+
+
 def test_shares_go_where_the_loss_rises_least(gqa):
     """For losses aᵢsᵢ² under Σsᵢ = S the best shares are sᵢ = S/(aᵢ Σ1/aⱼ), with a loss of S²/Σ1/aⱼ."""
     graph = gqa.graph
-    weights = {f"layers.{layer}.mlp": weight for layer, weight in enumerate((1.0, 2.0, 4.0, 8.0))}
-    demand = Demand(units=dict.fromkeys(weights, 0.25 * 96))
-    loss = quadratic(graph, weights)
+    demand = Demand(units=dict.fromkeys(LOSSES, 0.25 * 96))
+    loss = quadratic(graph, LOSSES)
     kept = measured(graph, ("mlp",), demand, loss, Sensitivity())
-    equal = 0.25**2 * sum(weights.values())
-    best = 1.0 / sum(1 / weight for weight in weights.values())
+    equal = 0.25**2 * sum(LOSSES.values())
+    best = 1.0 / sum(1 / weight for weight in LOSSES.values())
     assert best <= loss(kept) + 1e-3 and loss(kept) < best + 0.35 * (equal - best)
-    shares = [lost(graph, kept).get(name, 0.0) for name in weights]
+    shares = [lost(graph, kept).get(name, 0.0) for name in LOSSES]
     assert shares == sorted(shares, reverse=True)
 
 
@@ -177,10 +178,7 @@ def test_shares_of_units_remove_what_equal_shares_do(gqa, kinds, allocation):
 
 @pytest.mark.parametrize(("levels", "cuts"), [((), 4), ((0.5,), 8), ((0.1, 0.5, 0.9), 16)])
 def test_each_group_is_measured_at_the_levels_and_in_full(gqa, levels, cuts):
-    weights = {f"layers.{layer}.mlp": weight for layer, weight in enumerate((1.0, 2.0, 4.0, 8.0))}
-    calls = []
-    loss = quadratic(gqa.graph, weights)
-    demand = Demand(units=dict.fromkeys(weights, 24.0))
+    calls, loss, demand = [], quadratic(gqa.graph, LOSSES), Demand(units=dict.fromkeys(LOSSES, 24.0))
     measured(gqa.graph, ("mlp",), demand, lambda kept: calls.append(kept) or loss(kept), Sensitivity(levels=levels))
     assert len(calls) == cuts
     as_text = ", ".join(map(str, levels))
