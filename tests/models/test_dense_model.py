@@ -19,7 +19,6 @@ from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.identity import model_identity
 from llmpruner.models.opening import load_model
 
-TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)
 
 
@@ -71,7 +70,8 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
         "llmpruner.recovery.recover.write_examples",
         lambda own, dense, *_: wrote.append(logits(dense.model, IDS)) or [Completion("The fox jumps over it. " * 4)],
     )
-    api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
+    training = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}
+    api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **training)
     assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model, IDS))
 
 
