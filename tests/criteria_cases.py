@@ -65,22 +65,22 @@ def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int =
     return CalibrationSet(3 + (ids - 3) % (vocabulary - 3), "steps")
 
 
-def make(name: str, seed: int = 0) -> Model:
+def make(name: str) -> Model:
     """The model ``name`` of `CASES`; its weights have rank 12, so that units are correlated and the rest can replace a
     cut one."""
     config, family, graph = _structure(name)
-    model = copy.deepcopy(_instance(name, seed))
+    model = copy.deepcopy(_instance(name))
     return Model("tiny", copy.deepcopy(config), family, graph, model=model, tokenizer=None)
 
 
 @cache
-def _instance(name: str, seed: int) -> PreTrainedModel:
-    return correlated(random_instance(_structure(name)[0], seed), seed)
+def _instance(name: str) -> PreTrainedModel:
+    return correlated(random_instance(_structure(name)[0]))
 
 
-def correlated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def correlated(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with weights of rank 12 nearly."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -96,9 +96,7 @@ def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]
     """Once in a process, as most of these structures are discovered."""
     model_type, changes = CASES[name]
     config = CONFIG_MAPPING[model_type](**changes)
-    catalog = Catalog(plugin_manager())
-    known = [f for f in catalog.families.values() if f().matches(config)]
-    family = known[0]() if known else catalog.families["auto"]()
+    family = Catalog(plugin_manager()).family_for(config)
     return config, family, build_graph(family, config)
 
 

@@ -50,10 +50,9 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     return found
 
 
-def signals_of(loaded, names, measure, *needs, execution=None):
-    execution = execution or Execution.of(loaded.model, loaded.graph.layers)
-    walk = walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure)
-    return dict(walk)
+def signals_of(loaded, names, measure, *needs):
+    execution = Execution.of(loaded.model, loaded.graph.layers)
+    return dict(walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure))
 
 
 MIXTURES = [
