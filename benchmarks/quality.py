@@ -1,13 +1,14 @@
 """Quality for size: real models pruned by this project's methods and by those of other papers.
 
-    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--models demo] [--only TEXT …]
+    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--models demo] [--only TEXT …] [--again]
     python -m benchmarks.quality --render
 
 Every row is one `llmpruner prune` in a process of its own, then perplexity, and the divergence from the dense model, on
 texts that no calibration has seen: WikiText-2's test part, documents of C4, answers to instructions in the model's chat
 format and as plain text, and code; and what the model answers to 40 instructions. Rows are kept in
-``results/quality.jsonl`` with their commit, so that an interrupted run goes on where it stopped. Tables and picture
-of ``docs/quality.md`` and the README are made of them (``--render``: nothing is measured).
+``results/quality.jsonl`` with their commit, so that an interrupted run goes on where it stopped; ``--again`` measures
+rows a second time, on another day or machine, into a file of their own. Tables and picture of ``docs/quality.md`` and
+the README are made of them (``--render``: nothing is measured).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from .measure import WINDOW, as_json, data_folder, instructions, machine, run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
+AGAIN = RESULTS.with_name("quality_again.jsonl")
 PAGE = ROOT / "docs" / "quality.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
 MODELS: dict[str, Callable[[], str]] = {
@@ -134,23 +136,25 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--only", nargs="*", default=[""], help="measure only the rows that hold one of these words")
     parser.add_argument("--tokens", type=int, default=4096, help="of each text; fewer answers in the same proportion")
+    parser.add_argument("--again", action="store_true", help="keep the rows apart, beside those that are there")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
+    file = AGAIN if options.again else RESULTS
     with tempfile.TemporaryDirectory() as work:
         for row in rows() if not options.render else ():
-            done = read()
+            done = read(file)
             if row in done or row.model not in options.models or not any(word in str(row) for word in options.only):
                 continue
             tokens = done[Row(row.model)]["tokens"] if Row(row.model) in done else options.tokens
             done[row] = measure(row, data_folder(), Path(work), tokens)
-            RESULTS.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
+            file.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
             print(row, as_json(done[row]), flush=True)
-    PAGE.write_text(page(read()), encoding="utf-8")
-    PICTURE.write_text(picture(read()), encoding="utf-8")
+    PAGE.write_text(page(read(RESULTS), read(AGAIN)), encoding="utf-8")
+    PICTURE.write_text(picture(read(RESULTS)), encoding="utf-8")
 
 
-def read() -> dict[Row, dict[str, Any]]:
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+def read(file: Path) -> dict[Row, dict[str, Any]]:
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
     return {Row(**entry["row"]): entry for entry in map(json.loads, lines)}
 
 
@@ -243,7 +247,7 @@ def picture(done: dict[Row, dict[str, Any]]) -> str:
     means = {}
     for row, entry in done.items():
         if row.model == next(iter(MODELS)) and row.ratio == 0.2 and (row.text == "self-written" or not is_own(row)):
-            means[row] = fmean(one["kl_per_token"] for one in entry["texts"].values())
+            means[row] = mean_divergence(entry)
     scale, height = 370 / max(means.values(), default=1), 92 + 30 * len(means)
     title = "SmolLM2-135M without a fifth of its decoder"
     measure = "Divergence (KL) from the dense model, nats per token, mean of five texts; shorter is better"
@@ -266,13 +270,17 @@ def picture(done: dict[Row, dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def mean_divergence(entry: dict[str, Any]) -> float:
+    return fmean(one["kl_per_token"] for one in entry["texts"].values())
+
+
 def is_own(row: Row) -> bool:
     """Whether this project's method gave it, and no other paper's."""
     return row.method.startswith(("best", "fast"))
 
 
-def page(done: dict[Row, dict[str, Any]]) -> str:
-    """``docs/quality.md``"""
+def page(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) -> str:
+    """``docs/quality.md``; ``again``: rows that were measured a second time."""
     sections: list[str] = []
     for model in MODELS:
         chosen = {row: entry for row, entry in done.items() if row.model == model}
@@ -281,9 +289,26 @@ def page(done: dict[Row, dict[str, Any]]) -> str:
             made = " and ".join(sorted({entry["commit"] for entry in chosen.values()}))
             on = f"{first['machine']['cpu']}, {first['machine']['cores']} cores"
             about = f"{first['tokens']:,} tokens of each text; {on}; measured at {made}."
-            sections += [f"## {model}", "", about, "", *table(chosen), ""]
+            sections += [f"## {model}", "", about, "", *table(chosen), "", *spread(chosen, again)]
     notes = [f"- *{word}*: {what}" for word, what in NOTES.items() if any(word in line for line in sections)]
     return "\n".join([ABOUT, "", *notes, "", *sections])
+
+
+def spread(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) -> list[str]:
+    """What rows gave on another day, by their mean divergence over the texts."""
+    both = [(row, done[row], entry) for row, entry in again.items() if row in done and row.ratio]
+    if not both:
+        return []
+    shown = [
+        f"{row.method} {mean_divergence(first):.3f} and {mean_divergence(second):.3f}, "
+        f"in {first['seconds'] / 60:.0f} and {second['seconds'] / 60:.0f} minutes"
+        for row, first, second in both
+    ]
+    second = both[0][2]
+    return [
+        f"The mean divergence here, and on another day and processor at {second['commit']}: {'; '.join(shown)}.",
+        "",
+    ]
 
 
 def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:

@@ -93,7 +93,7 @@ def divergence(dense: str, model: Path, folder: Path) -> float:
 def write_rows(dense: str, file: Path) -> None:
     """What the dense model writes, once for all trainings."""
     import llmpruner
-    from llmpruner.recovery.dense_text import dense_text_in, write_examples
+    from llmpruner.recovery.data import dense_text_in, write_examples
 
     model, text = llmpruner.load(dense), dense_text_in(WRITTEN)
     assert text is not None

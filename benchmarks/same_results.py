@@ -137,7 +137,7 @@ def make_models(folder: Path) -> None:
             for parameter in model.parameters():
                 parameter.normal_(*((1.0, 0.2) if parameter.ndim == 1 else (0.0, 0.4)))
         model.save_pretrained(folder / name)
-    # Random weights in the format of the release, which the plugin's own reader reads.
+    # Random weights in the format of the release.
     shutil.copytree(ROOT / "tests" / "data" / "chatglm_v1", folder / "chatglm")
 
 

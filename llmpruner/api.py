@@ -17,18 +17,17 @@ from typing import Any, overload
 
 from typing_extensions import Unpack
 
+from . import pipeline
 from .calibration.chat import Prompt, chat_prompt, format_note
 from .component import check_chosen
 from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import DataError, PlanError, SettingsError
-from .evaluation.base import ComparedModel
-from .evaluation.bench import BenchResult
+from .evaluation.bench import BenchResult, BenchSubject
 from .evaluation.bench import bench as _bench
-from .evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
+from .evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
-from .evaluation.runtime import BenchSubject
 from .exporters import export as _export
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
@@ -47,9 +46,6 @@ from .models.model import Model, Structure
 from .models.numbers import check_device
 from .models.record import REPORT_FILE
 from .models.reference import resolve
-from .pipeline import plan as _plan
-from .pipeline import prune as _prune
-from .pipeline import prune_each as _prune_each
 from .plugins.catalog import Catalog
 from .progress import QUIET, Progress
 from .pruning.saving import save as _save
@@ -57,7 +53,7 @@ from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.recipe import Recipe
 from .recipes.run import RecipeResult, RecipeRun, StepResult
-from .recovery.job import recover_job
+from .recovery.data import recover_job
 from .recovery.recover import recover as _recover
 from .report.base import Report, report_page
 from .report.evidence import report_subjects
@@ -116,8 +112,8 @@ def plan(
 ) -> PruningPlan:
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
-    opener = _opener(load, catalog, progress)
-    made, _ = _plan(model, settings_from(PruneSettings, _with_ratio(ratio, settings)), opener, run or RunSettings())
+    opener, values = _opener(load, catalog, progress), _with_ratio(ratio, settings)
+    made, _ = pipeline.plan(model, settings_from(PruneSettings, values), opener, run or RunSettings())
     return made
 
 
@@ -134,17 +130,10 @@ def prune(
     **settings: Unpack[PruneKeywords],
 ) -> list[Structure]: ...  # fmt: skip
 def prune(
-    model: Source,
-    *,
-    ratio: float | Sequence[float] | None = None,
-    plan: PruningPlan | str | Path | None = None,
-    output: str | Path | None = None,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PruneKeywords],
-) -> Model | list[Structure]:
+    model: Source, *, ratio: float | Sequence[float] | None = None, plan: PruningPlan | str | Path | None = None,
+    output: str | Path | None = None, load: LoadSettings | None = None, run: RunSettings | None = None,
+    progress: Progress = QUIET, catalog: Catalog | None = None, **settings: Unpack[PruneKeywords],
+) -> Model | list[Structure]:  # fmt: skip
     """Remove the least important units of a model. A `Model` that is passed in is changed in place, and returned.
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; finished
@@ -166,15 +155,12 @@ def prune(
     if isinstance(ratio, (list, tuple)) or len(each) > 1:
         if output is None or isinstance(model, Model):
             raise SettingsError("for several ratios, name a model that is not loaded, and an output for their folders")
-        return _prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
-    what: PruneSettings | PruningPlan
+        return pipeline.prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
     if plan is None:
-        (what,) = each
-        asked = what.given()
-    else:
-        what = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
-        asked = {} if isinstance(plan, PruningPlan) else {"plan": str(plan)}
-    return _prune(model, what, _path(output), opener, run, asked)
+        return pipeline.prune(model, each[0], _path(output), opener, run, each[0].given())
+    made = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
+    asked = {} if made is plan else {"plan": str(plan)}
+    return pipeline.prune(model, made, _path(output), opener, run, asked)
 
 
 def recover(
@@ -213,14 +199,10 @@ def evaluate(
     **settings: Unpack[EvaluateKeywords],
 ) -> Evaluations: ...  # fmt: skip
 def evaluate(
-    models: Source | Sequence[Source],
-    *,
-    on_result: Callable[[Evaluation], None] | None = None,
-    load: LoadSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
+    models: Source | Sequence[Source], *, on_result: Callable[[Evaluation], None] | None = None,
+    load: LoadSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
     **settings: Unpack[EvaluateKeywords],
-) -> Evaluation | Evaluations:
+) -> Evaluation | Evaluations:  # fmt: skip
     """Measure models: size, perplexity, KL divergence, lm-eval tasks, and metrics of plugins. The first model is
     the reference of those that compare. One is in memory at a time (with ``kl``, next to the first). ``on_result``:
     called with the result of each model, as a later one may fail.
@@ -247,8 +229,7 @@ def bench(
     **settings: Unpack[BenchKeywords],
 ) -> BenchResult:
     """Measure how fast models process prompts and decode, in tokens per second, against the first and against the
-    speed-up that their sizes allow. All are in memory at the same time, and run in turn.
-    """
+    speed-up that their sizes allow. All are in memory at the same time, and run in turn."""
     opener, options = _opener(load, catalog, progress), settings_from(BenchSettings, settings)
     runtime = opener.catalog.runtimes.create_only(options.runtime, options.settings)
     check_device(opener.load.device)
@@ -261,10 +242,7 @@ def bench(
         else:
             ref, path = str(source), resolve(str(source), opener.catalog).local_path
         subjects.append(BenchSubject(ref, _path(path), batch, length, source, opener))
-    return _bench(
-        subjects, runtime, batches=options.batch, prompts=options.prompt, new_tokens=options.new, rounds=options.rounds,
-        device=opener.load.device, progress=progress,
-    )  # fmt: skip
+    return _bench(subjects, runtime, options, progress)
 
 
 def generate(
@@ -279,8 +257,7 @@ def generate(
     **settings: Unpack[GenerateKeywords],
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
-    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text.
-    """
+    ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text."""
     options = settings_from(GenerateSettings, settings)
     opener = _opener(load, catalog, progress)
     opened = opener.readable(model, "read a prompt")
@@ -321,8 +298,7 @@ def export(
     **settings: Unpack[ExportKeywords],
 ) -> str:
     """Write a model in the format of the exporter ``to``; returns one line on how to load it. Raises `CheckpointError`
-    where the result gives other outputs than ``model``.
-    """
+    where the result gives other outputs than ``model``."""
     opener, options = _opener(load, catalog, progress), settings_from(ExportSettings, settings)
     exporter = opener.catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
@@ -363,8 +339,7 @@ def run(
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
     """Check every kind of unit on a small random model of the same architecture: a cut must equal silencing, that is,
-    give the logits of the model in which the weights that read the units are zero. One `Verdict` for each kind.
-    """
+    give the logits of the model in which the weights that read the units are zero. One `Verdict` for each kind."""
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
@@ -382,10 +357,9 @@ def verify_checkpoint(
 ) -> Verification:
     """Check a checkpoint directory: files against the hashes in its record, shapes against its plans, and weights and
     logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
-    Damage is in the result.
-    """
+    Damage is in the result."""
     named = None if base is None else str(base)
-    return _verify_checkpoint(Path(directory), named, load or LoadSettings(), catalog or Catalog(), progress)
+    return _verify_checkpoint(Path(directory), named, _opener(load, catalog, progress))
 
 
 def write_report(

@@ -66,8 +66,7 @@ def not_pruned(model: str) -> ModelError:
 
 
 class UnsupportedModelError(ModelError):
-    """The model can be read, but its structure is not understood well enough to be cut exactly, or it cannot be
-    represented in the output format."""
+    """The model can be read, but its structure is not understood, or the output format can't represent it."""
 
 
 class CouplingError(LlmprunerError):

@@ -1,7 +1,4 @@
-"""Export: a checkpoint in another format, checked against its source, or nothing at all.
-
-`Exporter` is the base class for formats; `StockExporter` is the built-in one. Others come from plugins.
-"""
+"""Export: a checkpoint in another format, checked against its source, or nothing at all."""
 
 from __future__ import annotations
 
@@ -110,19 +107,14 @@ class Exporter(Component):
 
 
 def export(
-    source: Path,
-    exporter: Exporter,
-    directory: Path,
-    load: Callable[[], Model],
-    progress: Progress = QUIET,
+    source: Path, exporter: Exporter, directory: Path, load: Callable[[], Model], progress: Progress = QUIET
 ) -> str:
-    """Write the model ``source`` to the new ``directory``; see `ExportTask` for the rest. Returns one line on how to
-    load the result.
-
-    Raises `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing,
-    and whatever the exporter raises; no files remain then.
-    """
+    """Write the model ``source`` to the new ``directory`` (see `ExportTask`); returns a line on how to load it. Raises
+    `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing, and
+    whatever the exporter raises; no files remain then."""
+    from . import __version__
     from .models.messages import quiet_transformers
+    from .models.record import ORIGIN_FILE, RECORD_FILE, write_record
 
     exporter.check()
     with new_directory(directory) as partial, quiet_transformers():
@@ -131,22 +123,14 @@ def export(
         if not any(partial.iterdir()):
             raise PluginError(f"{exporter.label()} wrote no file")
         if (partial / "config.json").is_file():
-            _add_record(task, exporter)
+            # Both records have the hash of every file.
+            if task.loaded.record is not None and not exporter.for_other_programs:
+                write_record(partial / RECORD_FILE, task.loaded.record)
+            else:
+                origin = {"llmpruner": __version__, "exported_from": str(source)}
+                form = {"format": exporter.name} if exporter.for_other_programs else {}
+                write_record(partial / ORIGIN_FILE, origin | form)
     return line
-
-
-def _add_record(task: ExportTask, exporter: Exporter) -> None:
-    """Write the record of a pruned model; for a dense one, and for other programs, where it is from. Both have the hash
-    of every file."""
-    from . import __version__
-    from .models.record import ORIGIN_FILE, RECORD_FILE, write_record
-
-    if task.loaded.record is not None and not exporter.for_other_programs:
-        write_record(task.directory / RECORD_FILE, task.loaded.record)
-        return
-    origin = {"llmpruner": __version__, "exported_from": str(task.source)}
-    form = {"format": exporter.name} if exporter.for_other_programs else {}
-    write_record(task.directory / ORIGIN_FILE, origin | form)
 
 
 class StockExporter(Exporter):
@@ -165,26 +149,19 @@ class StockExporter(Exporter):
 
     def export(self, task: ExportTask) -> str:
         from .models import gguf, save
-        from .models.checkpoint import load_pruned
+        from .models.opening import load_pruned
 
+        loaded, model = task.loaded, task.model
         if self.settings.tie:
-            if not gguf.stored_twice(task.model):
+            if not gguf.stored_twice(model):
                 raise SettingsError("stock.tie=true is for a model that holds its embedding twice; leave it out")
-            gguf.tie(task.model)
-
-        # `save_checkpoint` creates its directory.
-        written = task.directory / "stock"
+            # The head is the one to keep: llama.cpp gives it more bits.
+            model.get_input_embeddings().weight = model.get_output_embeddings().weight
+            model.config.tie_word_embeddings = True
+        task.directory.rmdir()  # `save_checkpoint` creates it
         save.save_checkpoint(
-            task.model,
-            written,
-            record=None,
-            tokenizer=task.loaded.tokenizer,
-            family=task.loaded.family,
-            stock_only=True,
+            model, task.directory, record=None, tokenizer=loaded.tokenizer, family=loaded.family, stock_only=True
         )
-        for file in written.iterdir():
-            file.rename(task.directory / file.name)
-        written.rmdir()
-        again = load_pruned(task.directory, dtype=task.model.dtype, device=task.model.device)
+        again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again)
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained"

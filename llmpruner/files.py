@@ -75,11 +75,10 @@ def new_directory(directory: Path) -> Iterator[Path]:
 @contextmanager
 def alone_in(folder: Path, mark: str | None = None, *, anew: bool = False) -> Iterator[None]:
     """While active, no other process is in this block for the same ``folder``, which is created, and removed at the end
-    if nothing is in it. ``mark``: a file by which a folder is known as one of such a block. ``anew``: whether all that
-    is in it is removed first.
+    if nothing is in it. ``mark``: a file without which a folder must be empty. ``anew``: empty the folder first.
 
-    Raises `OutputError` where another process is in such a block, and for files in a folder without ``mark``. Where
-    directories cannot be locked (Windows, some network file systems), nothing keeps other processes out.
+    Raises `OutputError` where another process is in such a block. Where directories cannot be locked (Windows, some
+    network file systems), nothing keeps other processes out.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,8 +127,7 @@ def check_new_directory(path: Path) -> Path:
 
 
 def check_new_file(path: Path) -> Path:
-    """``path``, once it is sure that a file can be written there. Raises `OutputError` where that would replace another
-    one; devices, pipes and empty files are written to."""
+    """``path``, once a file can be written there without replacing one that is not empty. Raises `OutputError`."""
     with writing(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
@@ -174,8 +172,7 @@ def write_failure(error: BaseException) -> str | None:
 
 
 def check_space(path: Path, size: float, what: str) -> None:
-    """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free. ``what``: which
-    bytes these are."""
+    """Raise `OutputError` where the file system of the new ``path`` has less than ``size`` bytes free for ``what``."""
     free = shutil.disk_usage(path.resolve().parent).free
     if size > free:
         raise OutputError(

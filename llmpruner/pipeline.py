@@ -8,12 +8,12 @@ Whatever can be refused is refused before weights are read. To read the code, be
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import gettempdir
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -26,19 +26,17 @@ from .engine.stages import write_run
 from .files import check_new_directory, check_space
 from .models.model import Model, Structure
 from .models.opening import reopened
-from .progress import QUIET, Progress
-from .pruning.checks import check_job, check_vocabulary, identity
-from .pruning.compensation.base import Fit, RepairTask
+from .progress import QUIET
+from .pruning.checks import check_job, identity
+from .pruning.compensation.base import RepairTask
+from .pruning.compensation.least_squares import Fit
 from .pruning.forecast import Forecast, forecast
-from .pruning.job import PruneJob, ReplayJob, job_of
+from .pruning.job import Job, ReplayJob, job_of, prune_job
 from .pruning.quality import compared, dense_predictions
 from .pruning.saving import cut_model, outcome_of, plan_of, save
 from .pruning.selection import choose
 from .settings import PruneSettings, RunSettings
 from .structure.plan import Outcome, PruningPlan
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -62,8 +60,7 @@ def prune(
     structure, expected = _settle(job, source, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
         model = opener.weights(structure, streamed=expected.streamed)
-        execution = Execution(model.weights, ranks, None, opener.progress)
-        return prune_model(model, job, execution, expected)
+        return prune_model(model, job, Execution(model.weights, ranks, None, opener.progress), expected)
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
@@ -71,11 +68,16 @@ def prune(
     if not isinstance(structure, Model):  # of a model in memory, it is not known what it was read from
         folder = output.with_name(output.name + ".pruning")
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
-    with _running(output, journal, expected, ranks, QUIET if shared else opener.progress, run) as expected:
+    progress = QUIET if shared else opener.progress
+    with nullcontext() if journal is None else journal.running(progress, anew=run.restart):
         scratch = None if journal is None else journal.folder
-        model = opener.weights(structure, streamed=expected.streamed, scratch=scratch)
+        written = 0 if scratch is None else sum(file.stat().st_size for file in scratch.rglob("*"))
+        ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
+        # The bytes of the result depend on it, so a run that goes on reads weights as it did, whatever memory is free.
+        streamed = recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed)
+        model = opener.weights(structure, streamed=streamed, scratch=scratch)
         execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
-        pruned = prune_model(model, job, execution, expected)
+        pruned = prune_model(model, job, execution, replace(expected, streamed=streamed))
         opener.progress.status("saving")
         with execution.stages.stage("saving"):
             form = ranks.from_first(lambda: save(pruned, output))
@@ -84,9 +86,7 @@ def prune(
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
 
 
-def prune_model(
-    model: Model, job: PruneJob | ReplayJob, execution: Execution | None = None, expected: Forecast | None = None
-) -> Model:
+def prune_model(model: Model, job: Job, execution: Execution | None = None, expected: Forecast | None = None) -> Model:
     """The pruned model: ``model`` changed in place. Where an exception ends this after weights were changed, it is
     ``unfinished``. The plan is the last of the result's ``plans``."""
     execution = execution or Execution(model.weights)
@@ -106,7 +106,7 @@ def prune_model(
         return model.become(replace(pruned, work=(*model.work, work), outcome=outcome))
 
 
-def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> CalibrationSet | None:
+def calibrate(model: Model, job: Job, execution: Execution) -> CalibrationSet | None:
     """The calibration text of a job, read, written by the model, or as an interrupted run left it; None where no
     component reads text."""
     text = job.calibration
@@ -116,7 +116,7 @@ def calibrate(model: Model, job: PruneJob | ReplayJob, execution: Execution) -> 
         return text.sample("calibration", model, execution, text.samples, job.seed)
 
 
-def select(model: Model, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution) -> PruningPlan:
+def select(model: Model, job: Job, text: CalibrationSet | None, execution: Execution) -> PruningPlan:
     """Score the units and decide which stay, unless a plan that is replayed, or an interrupted run, did."""
     if isinstance(job, ReplayJob):
         job.check_text(text)
@@ -130,7 +130,7 @@ def select(model: Model, job: PruneJob | ReplayJob, text: CalibrationSet | None,
 
 
 def compensate(
-    model: Model, made: PruningPlan, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
+    model: Model, made: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Sequence[Fit]:
     """Fit the weights that read removed units, in place."""
     if made.compensation is None:
@@ -143,8 +143,7 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
     """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
     ranks = Ranks.current()
     opener = opener.of_ranks(ranks)
-    job = job_of(settings, opener.catalog)
-    assert isinstance(job, PruneJob)
+    job = prune_job(settings, opener.catalog)
     structure, expected = _settle(job, source, opener, run, ranks, saves=False)
     ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
     model = opener.weights(structure, streamed=expected.streamed)
@@ -155,11 +154,7 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
 
 
 def prune_each(
-    source: str | Path | Structure,
-    sizes: Mapping[str, PruneSettings],
-    output: Path,
-    opener: Opener,
-    run: RunSettings,
+    source: str | Path | Structure, sizes: Mapping[str, PruneSettings], output: Path, opener: Opener, run: RunSettings
 ) -> list[Structure]:
     """`prune` with each of several settings that differ in the ratio alone, into the folder of ``output`` that is their
     key. Text and scores are made once. A run that goes on keeps the folders that are finished."""
@@ -171,7 +166,7 @@ def prune_each(
     jobs = [job_of(each, opener.catalog) for each in sizes.values()]
     structure = opener.structure(source)
     for job in jobs:
-        check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
+        check_job(job, structure, opener)
     first = next(iter(sizes.values()))
     journal = Journal(folder, {**identity(first, jobs[0], structure, opener), "sizes": list(sizes)}, ranks)
     with journal.running(opener.progress, anew=run.restart):
@@ -194,36 +189,14 @@ def prune_each(
 
 
 def _settle(
-    job: PruneJob | ReplayJob,
-    source: Source,
-    opener: Opener,
-    run: RunSettings,
-    ranks: Ranks,
-    *,
-    saves: bool,
-    in_memory: bool = False,
+    job: Job, source: Source, opener: Opener, run: RunSettings, ranks: Ranks, *, saves: bool, in_memory: bool = False
 ) -> tuple[Structure, Forecast]:
     """The structure of the model, against which the job is checked; and the forecast of the run, which is shown and
     decides whether weights are read layer by layer."""
     structure = opener.structure(source)
-    check_job(job, structure, tokenizer=opener.has_tokenizer(structure))
-    check_vocabulary(job, lambda: opener.tokenizer(structure))
+    check_job(job, structure, opener)
     expected = ranks.from_first(
         lambda: forecast(job, structure, opener, run.max_memory, saves=saves, in_memory=in_memory)
     )
     opener.progress.status(str(expected))
     return structure, expected
-
-
-@contextmanager
-def _running(
-    output: Path, journal: Journal | None, expected: Forecast, ranks: Ranks, progress: Progress, run: RunSettings
-) -> Iterator[Forecast]:
-    """A block that writes ``output``; it begins where an earlier run stopped, unless anew. Yields ``expected`` with
-    weights streamed as they were then with the same ``--max-memory``: the bytes of the result depend on it, and more or
-    less memory may be free."""
-    with nullcontext() if journal is None else journal.running(progress, anew=run.restart):
-        ranks.from_first(lambda: check_new_directory(output))  # another run may have ended since
-        written = 0 if journal is None else sum(file.stat().st_size for file in journal.folder.rglob("*"))
-        ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
-        yield replace(expected, streamed=recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed))

@@ -20,9 +20,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Reduction = Literal["sum", "mean", "max", "prod", "last"]
 Shape = Literal["uniform", "free"]
 
-_MACHINE = "Memory and time"
 _WHAT, _HOW, _ON = "How much", "How to choose", "Calibration"
-_TRAINING = "Training"
+_MACHINE, _TRAINING = "Memory and time", "Training"
 """Sections of ``--help``."""
 
 
@@ -178,9 +177,9 @@ class PruneSettings(Settings):
 def each_ratio(values: Mapping[str, Any]) -> list[PruneSettings]:
     """`PruneSettings` for each of several ratios, which are a list or text with commas; else the only ones."""
     ratio = values.get("ratio")
-    several = isinstance(ratio, (list, tuple)) or "," in str(ratio)
-    each = [{**values, "ratio": one} for one in names_of(ratio) or [ratio]] if several else [values]
-    return [settings_from(PruneSettings, one) for one in each]
+    if not isinstance(ratio, (list, tuple)) and "," not in str(ratio):
+        return [settings_from(PruneSettings, values)]
+    return [settings_from(PruneSettings, {**values, "ratio": one}) for one in names_of(ratio) or [ratio]]
 
 
 class RecoverSettings(Settings):

@@ -17,9 +17,6 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 from .errors import SettingsError, near
 
 M = TypeVar("M", bound=BaseModel)
-_UNITS = {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}
-_LONGEST = 200
-"""Characters of a value that are shown in a message."""
 
 
 def names_of(value: Any) -> Any:
@@ -34,7 +31,7 @@ def names_of(value: Any) -> Any:
 def _count(value: Any) -> Any:
     """``5.4B``, ``120M``, ``98000000`` as a number."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", value.upper()) if isinstance(value, str) else None
-    count = float(match[1]) * _UNITS[match[2]] if match else value
+    count = float(match[1]) * {"": 1.0, "K": 1e3, "M": 1e6, "B": 1e9}[match[2]] if match else value
     if isinstance(value, str) and (match is None or count < 1):
         raise ValueError("expected a number of parameters: 5.4B, 120M or 98000000 (--ratio takes the share to remove)")
     return count
@@ -94,8 +91,7 @@ ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_componen
 
 
 def validated(model: type[M], values: Mapping[str, Any], place: str = "", label: Callable[[str], str] = str) -> M:
-    """An instance of ``model``. Raises `SettingsError` in one line, which begins with ``place``, and names a field by
-    ``label``."""
+    """An instance of ``model``. The line of a `SettingsError` begins with ``place``, and names a field by ``label``."""
     try:
         return model(**values)
     except ValidationError as error:
@@ -116,8 +112,7 @@ def refusal(error: ValidationError, label: Callable[[str], str] = str) -> str:
     """The first error that pydantic reports, in one line: ``--ratio '0': input should be greater than 0``."""
     first = error.errors()[0]
     value = repr(first["input"])
-    if len(value) > _LONGEST:
-        value = f"{value[:_LONGEST]}…"
+    value = value if len(value) <= 200 else f"{value[:200]}…"
     key = ".".join(map(str, (label(str(first["loc"][0])), *first["loc"][1:]))) if first["loc"] else "value"
     message = first["msg"].removeprefix("Value error, ")
     hint = ""

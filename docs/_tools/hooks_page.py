@@ -6,17 +6,18 @@ from typing import Any
 
 from docstrings import class_section, document, function_lines, markdown
 
-from llmpruner.calibration.sources import SampleTask
+from llmpruner.calibration.calibration import SampleTask
 from llmpruner.component import Component, ComponentSettings
-from llmpruner.evaluation.base import ComparedModel, MetricSubject, Row
+from llmpruner.evaluation.bench import BenchSubject, Session, Work, work_of
+from llmpruner.evaluation.evaluate import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.metrics import Size
-from llmpruner.evaluation.runtime import BenchSubject, Session, Work, work_of
 from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.pruning.allocation import AllocationTask, Meter, top_up
 from llmpruner.pruning.budgets import BudgetSubject, Cost
-from llmpruner.pruning.compensation.base import Fit, RepairTask
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.least_squares import Fit
 from llmpruner.recovery.base import RecoveryJob, TrainingResult
 from llmpruner.recovery.training import fit
 from llmpruner.report.base import Costs, ReportSubject

@@ -1,4 +1,5 @@
-"""Calibration: the token sequences for importance and compensation, from one or several sources. Imports no torch."""
+"""Calibration: the token sequences for importance and compensation, from one or several sources: files and data sets,
+conversations, text that the model writes, and those of plugins. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,17 +7,21 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os.path import isfile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from pydantic import Field
+
+from ..component import Component, ComponentSettings
 from ..errors import DataError, PluginError
 from ..progress import QUIET, Progress
-from .documents import parse_mixture
-from .sources import CalibrationSource, SampleTask, TextSource
+from .conversations import example, read_examples
+from .documents import EXPECTED_EXAMPLES, check_source, parse_mixture, read_documents
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
+    from ..discovery.family import ModelFamily
     from ..engine.execution import Execution
     from ..models.model import Model
 
@@ -37,8 +42,116 @@ class CalibrationSet:
 
     def first(self, tokens: int) -> CalibrationSet:
         """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
-        count = max(1, tokens // self.input_ids.shape[1])
-        return CalibrationSet(self.input_ids[:count], self.source)
+        return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
+
+
+@dataclass(frozen=True)
+class SampleTask:
+    """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
+
+    ``model``: with its weights, in evaluation mode. ``reference``: a file or data set; for other sources than text,
+    what follows ``NAME:``. ``tokenizer``: None where the model has none. ``family``: with the model's chat format.
+    """
+
+    model: PreTrainedModel
+    tokenizer: Any | None
+    reference: str
+    samples: int
+    length: int
+    seed: int
+    family: ModelFamily
+    progress: Progress = QUIET
+
+
+class CalibrationSource(Component):
+    """Provides calibration samples; selected by ``--calibration NAME`` or ``NAME:reference``."""
+
+    kind: ClassVar[str] = "calibration source"
+    writes: ClassVar[bool] = False
+    """Whether the model generates the text. This is slower than reading, and the tokens depend on the machine's
+    arithmetic, so that they may differ when a plan is replayed."""
+
+    def check(self, reference: str) -> None:
+        """Raise `DataError` for errors that can be found before a model is loaded. Checks nothing by default."""
+
+    def sample(self, task: SampleTask) -> torch.Tensor:
+        """Token ids of the model's vocabulary, int64 of shape (samples, length). The same task gives the same tokens;
+        another shape or dtype is a `PluginError`. Raises `DataError` for a text that is missing, malformed or too
+        short, and `ModelError` for a model without a tokenizer where one is needed."""
+        raise NotImplementedError
+
+
+class TextSource(CalibrationSource):
+    """Windows of the documents in a file or a data set (for their forms see `calibration.documents`). Each begins
+    with the tokens that the tokenizer puts before every text, BOS as a rule, because models that were trained with it
+    compute unusual activations without it. Tokenizers that put none there are not affected."""
+
+    name = "text"
+    summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
+
+    def check(self, reference: str) -> None:
+        check_source(reference)
+
+    def sample(self, task: SampleTask) -> torch.Tensor:
+        from .windows import opening_tokens, windows
+
+        documents = read_documents(task.reference)
+        return windows(
+            documents, task.tokenizer,
+            samples=task.samples, length=task.length, seed=task.seed, source=task.reference,
+            opening=opening_tokens(task.tokenizer, documents[0]),
+        )  # fmt: skip
+
+
+class ChatSource(CalibrationSource):
+    """Instruction data (for its forms see `llmpruner.calibration.conversations`) as the model gets it in use: in the
+    tokenizer's chat template, else the format of the family. Every sample begins with a whole conversation, further
+    ones follow until it is full, and the last is cut; all are used, in random order, before one is used again."""
+
+    name = "chat"
+    summary = "chat:FILE: conversations or instructions with answers, in the model's own chat format"
+
+    def check(self, reference: str) -> None:
+        if not reference:
+            raise DataError("--calibration chat: name a file or data set with conversations, as chat:FILE")
+        check_source(reference, example, EXPECTED_EXAMPLES)
+
+    def sample(self, task: SampleTask) -> torch.Tensor:
+        import torch
+
+        from .chat import packed, texts_at, token_ids
+
+        examples = read_examples(task.reference)
+        texts = [texts_at(place, found, task.family, task.tokenizer) for place, found in examples]
+        encoded = [token_ids(text, task.tokenizer) for each in texts for text in each]
+        return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
+
+
+class SelfWritten(CalibrationSource):
+    """Text sampled from the model; nothing is read or downloaded. See `llmpruner.calibration.written`."""
+
+    name = "self"
+    summary = "text that the model writes itself; nothing is downloaded"
+    writes = True
+
+    class Settings(ComponentSettings):
+        passage: int = Field(
+            64, ge=2, le=16384, description="Maximum tokens per generated passage; samples are made of passages."
+        )
+
+    settings: Settings
+
+    def check(self, reference: str) -> None:
+        if reference:
+            raise DataError(f"--calibration self:{reference}: the model writes this text, so nothing follows 'self'")
+
+    def sample(self, task: SampleTask) -> torch.Tensor:
+        from .written import self_generated
+
+        return self_generated(
+            task.model, task.tokenizer, task.samples, task.length, task.seed, passage=self.settings.passage,
+            as_texts=True, progress=task.progress,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -79,7 +192,7 @@ class CalibrationJob:
 
     def length_for(self, config: PreTrainedConfig) -> int:
         """Tokens per sample for a model with this configuration. Raises `DataError` for more than it has positions."""
-        from ..models.positions import positions_of
+        from ..models.generation import positions_of
 
         limit = positions_of(config) or self.length
         if self.length > limit and self.fixed_length:
@@ -104,10 +217,8 @@ class CalibrationJob:
 
     def draw(self, model: Model, samples: int, seed: int, progress: Progress = QUIET) -> torch.Tensor:
         """``samples`` of the text, at most all, taken from the parts in turn, from those with larger shares more often.
-
         Raises `DataError` when a source is missing, malformed or too short, or samples are longer than the model's
-        positions, and `PluginError` when a source returns another shape or dtype.
-        """
+        positions, and `PluginError` when a source returns another shape or dtype."""
         import torch
 
         from ..models.tokenizer import check_ids
@@ -146,16 +257,11 @@ class CalibrationJob:
 
 
 def parse_calibration(
-    text: str,
-    sources: Mapping[str, type[CalibrationSource]],
-    settings: Mapping[str, Mapping[str, Any]] | None = None,
+    text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]] | None = None
 ) -> tuple[Part, ...]:
-    """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text.
-
-    A part that is the name of a source, alone or before a colon, selects that source, unless there is such a file. Any
-    other is text: a file or the name of a data set. ``settings``: source name → values. Raises `DataError` for an empty
-    part and `SettingsError` for settings that a source does not have.
-    """
+    """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text. A part that is
+    the name of a source, alone or before a colon, selects that source, unless there is such a file; others are text.
+    ``settings``: source name → values. Raises `DataError` for an empty part, `SettingsError` for unknown settings."""
     parts = []
     for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")

@@ -1,8 +1,5 @@
-"""Chat formats: prompts for questions, and the training text of examples with its tokens.
-
-The tokenizer's chat template is used if it has one, unless the family has its own format
-(`ModelFamily.has_own_format`); without either, Stanford Alpaca's format.
-"""
+"""Chat formats: prompts for questions, and the training text of examples with its tokens. The tokenizer's chat template
+is used, unless the family has its own format (`ModelFamily.has_own_format`); without either, Stanford Alpaca's."""
 
 from __future__ import annotations
 
@@ -10,9 +7,8 @@ import datetime
 import random
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -24,8 +20,7 @@ IGNORED = -100
 """The label of tokens that have no loss (the convention of PyTorch's cross entropy and of transformers)."""
 
 _TODAY = datetime.date(2024, 7, 26)
-"""The date for templates that print the current one, so that results, and the identity of an interrupted recovery, do
-not depend on the day."""
+"""The date for templates that print the current one, so that results do not depend on the day."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
 
 
@@ -44,27 +39,22 @@ class Turn(NamedTuple):
     answer: str
 
 
-@dataclass(frozen=True, slots=True)
-class TrainingText:
-    """The text of one training example: the texts of all turns joined.
-
-    ``has_special_tokens``: as in `Prompt`; else the tokenizer adds special tokens, and the answers that ``eos_after``
-    names (`ModelFamily.eos_after`) get an end-of-sequence token.
-    """
+class TrainingText(NamedTuple):
+    """The text of one training example: the texts of all turns joined. ``has_special_tokens``: as in `Prompt`."""
 
     turns: tuple[Turn, ...]
     has_special_tokens: bool = False
-    eos_after: Literal["every", "last", "none"] = "every"
 
-    def closed_turns(self, eos: str) -> list[Turn]:
-        """The turns, with the end-of-sequence token ``eos`` after the answers that get one and do not end with it."""
-        first = {"every": 0, "last": len(self.turns) - 1, "none": len(self.turns)}[self.eos_after]
-        return [
-            turn
-            if self.has_special_tokens or number < first or (turn.prompt + turn.answer).endswith(eos)
-            else Turn(turn.prompt, turn.answer + eos)
-            for number, turn in enumerate(self.turns)
-        ]
+
+def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[Turn, ...]:
+    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (as in
+    `ModelFamily`), unless they end with it."""
+    eos = getattr(tokenizer, "eos_token", None) or ""
+    first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
+    return tuple(
+        Turn(prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
+        for number, (prompt, answer) in enumerate(pairs)
+    )
 
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
@@ -73,36 +63,28 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
     Raises `DataError` when the tokenizer's chat template fails."""
     history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
-        messages = [
-            {"role": role, "content": text}
-            for exchange in history
-            for role, text in zip(("user", "assistant"), exchange, strict=True)
-        ]
-        messages.append({"role": "user", "content": question})
+        said = [*(text for exchange in history for text in exchange), question]
+        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
         return Prompt(_render(tokenizer, messages, add_generation_prompt=True), True)
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
     pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
     # Closed with the last pair, as the last answer may be the only one that gets an end.
-    text = TrainingText(tuple(Turn(*pair) for pair in pairs), eos_after=family.eos_after)
-    past = text.closed_turns(getattr(tokenizer, "eos_token", None) or "")[:-1]
+    past = _closed(pairs, family.eos_after, tokenizer)[:-1]
     return Prompt("".join(asked + answered for asked, answered in past) + pairs[-1][0], False)
 
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
-    """An example in the chat format of the model.
-
-    There is one text for each example, except where the format renders earlier turns differently once others follow
-    (Qwen3's leaves out their reasoning, Mistral's the system message, ChatGLM's numbers rounds): then there is one for
-    each answer, with the prompt that the model would get for it. Raises `DataError` when the chat template fails, and
-    when it renders no answers.
-    """
+    """An example in the chat format of the model: one text, except where the format renders earlier turns differently
+    once others follow (Qwen3's leaves out their reasoning, Mistral's the system message, ChatGLM's numbers rounds).
+    Then there is one for each answer, with the prompt that the model would get for it. Raises `DataError` when the chat
+    template fails, and when it renders no answers."""
     if isinstance(example, Completion):
-        return [TrainingText((Turn(example.prompt, family.format_text(example.completion)),))]
+        return [TrainingText(_closed([(example.prompt, family.format_text(example.completion))], "every", tokenizer))]
     has_template = has_chat_template(family, tokenizer)
     if isinstance(example, Instruction):
         if not has_template and not family.has_own_format:
-            turn = Turn(alpaca_prompt(example.instruction, example.input), example.output)
-            return [TrainingText((turn,), eos_after=family.eos_after)]
+            pair = alpaca_prompt(example.instruction, example.input), example.output
+            return [TrainingText(_closed([pair], family.eos_after, tokenizer))]
         example = example.conversation
     if has_template:
         messages = [{"role": message.role, "content": message.content} for message in example.messages]
@@ -113,12 +95,11 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
         answers = [_formatted(family, exchanges[: number + 1], example.system) for number in range(len(exchanges))]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
+    texts = [[(text[:start], text[start:])] for text, start in answers]
     if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
-        turns = (Turn(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False))
-        return [TrainingText(tuple(turns), has_template, family.eos_after)]
-    return [
-        TrainingText((Turn(text[:start], text[start:]),), has_template, family.eos_after) for text, start in answers
-    ]
+        texts = [[(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False)]]
+    eos_after = "none" if has_template else family.eos_after  # a template has its own
+    return [TrainingText(_closed(pairs, eos_after, tokenizer), has_template) for pairs in texts]
 
 
 def _formatted(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
@@ -183,13 +164,11 @@ def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
     template = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
+    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        text: str = tokenizer.apply_chat_template(
-            list(messages), chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        return str(tokenizer.apply_chat_template(list(messages), **options))
     except (TemplateError, TypeError) as error:
         raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
-    return text
 
 
 def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
@@ -199,7 +178,7 @@ def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: in
         raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --set prune.length")
     rng, left = random.Random(seed), list[int]()
     rows: list[list[int]] = []
-    while len(rows) < samples:
+    for _ in range(samples):
         row: list[int] = []
         while len(row) < length:
             if not left:
@@ -213,7 +192,7 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
     """The tokens of ``text``."""
     from ..models.tokenizer import ids_to_continue
 
-    joined = "".join(turn.prompt + turn.answer for turn in text.closed_turns(tokenizer.eos_token or ""))
+    joined = "".join(prompt + answer for prompt, answer in text.turns)
     return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)
 
 
@@ -222,13 +201,12 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str
     `IGNORED` for tokens that have no character of an answer."""
     from ..models.tokenizer import ids_to_continue
 
-    special = not text.has_special_tokens
-    joined = ""
+    special, joined = not text.has_special_tokens, ""
     answers: list[tuple[int, int]] = []
-    for turn in text.closed_turns(tokenizer.eos_token or ""):
-        answers.append((len(joined) + len(turn.prompt), len(joined) + len(turn.prompt + turn.answer)))
-        joined += turn.prompt + turn.answer
-    ids = token_ids(text, tokenizer)
+    for prompt, answer in text.turns:
+        joined += prompt + answer
+        answers.append((len(joined) - len(answer), len(joined)))
+    ids = ids_to_continue(tokenizer, joined, special=special)
     if tokenizer.is_fast:
         encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         # The token before a text without a prompt, which has no characters, is trained on too.

@@ -24,8 +24,7 @@ _EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """One task with its answer. ``input``: the text that the task refers to, where it is a separate field; else
-    empty."""
+    """One task with its answer. ``input``: the text that the task refers to, where it is a separate field."""
 
     instruction: str
     output: str
@@ -46,8 +45,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Alternating questions (``user``) and answers (``assistant``), ending with an answer, after an optional system
-    message."""
+    """Questions (``user``) and answers (``assistant``) in turn, at least one pair, after an optional system message."""
 
     messages: tuple[Message, ...]
 
@@ -64,8 +62,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """Text to train on without a chat format: ``completion`` directly after ``prompt``, which is empty for plain
-    text."""
+    """Text to train on without a chat format: ``completion`` directly after ``prompt``."""
 
     completion: str
     prompt: str = ""
@@ -86,8 +83,7 @@ def read_examples(source: str) -> list[tuple[str, Example]]:
 def example(record: Record) -> Example:
     """One record as an example, of the first of these forms whose fields it has; other fields are ignored.
 
-    - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`; with a system message, a
-      `Conversation`;
+    - ``instruction``, ``output`` and optionally ``input`` (Alpaca): an `Instruction`; a `Conversation` with ``system``;
     - ``messages``, a list of ``{"role", "content"}`` (OpenAI): a `Conversation`;
     - ``conversations``, a list of ``{"from", "value"}`` (ShareGPT) or of ``{"role", "content"}``: a `Conversation`;
     - ``prompt`` and ``completion`` (TRL): as two strings a `Completion`, as two lists of messages a `Conversation`;
@@ -104,9 +100,8 @@ def example(record: Record) -> Example:
     fields = {name: value for name, value in record.value.items() if value is not None}
     if {"instruction", "output"} <= fields.keys():
         instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
-        subject = _text({"input": "", **fields}, "input", where)
-        task = Instruction(instruction, output, subject)
-        if not _text({"system": "", **fields}, "system", where).strip():
+        task = Instruction(instruction, output, _text(fields, "input", where))
+        if not _text(fields, "system", where).strip():
             return task
         return _conversation(task.conversation.messages, fields, where)
     for name in ("messages", "conversations"):
@@ -143,7 +138,7 @@ def _messages(entries: Any, field: str, where: str) -> list[Message]:
 
 def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], where: str) -> Conversation:
     """``fields``: of the record, which may have a system message."""
-    own = Message("system", _text({"system": "", **fields}, "system", where))
+    own = Message("system", _text(fields, "system", where))
     system = [message for message in (own, *messages) if message.role == "system" and message.content.strip()]
     if len(system) > 1:
         raise DataError(f"{where}: a system message is in 'system' and in the conversation; expected one of them")
@@ -156,7 +151,8 @@ def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], where:
 
 
 def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
-    value = fields[name]
+    """Empty for a field that is absent."""
+    value = fields.get(name, "")
     if not isinstance(value, str):
         raise DataError(f"{where}: '{name}' must be text, found {type(value).__name__}")
     return value

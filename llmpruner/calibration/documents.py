@@ -44,24 +44,28 @@ _HALVES = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Record(NamedTuple):
-    """``value``: a string, a JSON value, or a table row as a dictionary. ``place``: the file with line, record or row,
-    counted from 1, for messages."""
+    """``value``: a JSON value, or a table row as a dictionary. ``place``: as ``a.json, record 1``, for messages."""
 
     value: Any
     place: str
 
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
-    """The records of a source, in order. ``expected``: for the message for a source that does not exist. Raises
-    `DataError`: for a source that does not exist, at once; for a malformed record, when it is reached. Raises
-    `MissingExtraError` where the library that reads the source is not installed."""
+    """The records of a source, in order. ``expected``: for messages. Raises `DataError` at once for a source that does
+    not exist, and for a malformed record when it is reached, and `MissingExtraError` where its reader is not
+    installed."""
     if source == PYDOC:
         return _help_topics()
-    path = _existing_file(source, expected)
-    if path is None:
-        return _dataset_rows(source)
-    readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
-    return _readable(path, readers.get(path.suffix.lower(), _whole_text)(path))
+    if isdir(source) or source.endswith((".gguf", ".safetensors")):
+        raise DataError(f"{source}: a folder or a model, and no text; {expected}")
+    if isfile(source):
+        path = Path(source)
+        readers = {".jsonl": _json_lines, ".json": _json_records, ".parquet": _parquet_rows}
+        return _readable(path, readers.get(path.suffix.lower(), _whole_text)(path))
+    is_file_name = any(Path(piece).suffix.lower() in _SUFFIXES for piece in source.split(":"))  # as in chat:FILE
+    if is_file_name or not _DATASET.fullmatch(source):
+        raise DataError(f"{source or 'the source of data'}: no such file; {expected}")
+    return _dataset_rows(source)
 
 
 def _readable(path: Path, records: Iterator[Record]) -> Iterator[Record]:
@@ -105,24 +109,12 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Read the first record of a source, before long work starts; a data set is downloaded. ``read``: applied to the
-    record. Raises as `read_records` and ``read`` do, and `DataError` where there is none."""
+    """Read the first record of a source with ``read``, before long work starts; a data set is downloaded. Raises as
+    `read_records` and ``read`` do, and `DataError` where there is none."""
     first = next(read_records(source, expected), None)
     if first is None:
         raise DataError(f"{source} holds no records")
     read(first)
-
-
-def _existing_file(source: str, expected: str) -> Path | None:
-    """The file that ``source`` names; None for a data set. Raises `DataError` for anything else."""
-    if isdir(source) or source.endswith((".gguf", ".safetensors")):
-        raise DataError(f"{source}: a folder or a model, and no text; {expected}")
-    if isfile(source):
-        return Path(source)
-    named = any(Path(piece).suffix.lower() in _SUFFIXES for piece in source.split(":"))  # as in chat:FILE
-    if named or not _DATASET.fullmatch(source):
-        raise DataError(f"{source or 'the source of data'}: no such file; {expected}")
-    return None
 
 
 def _help_topics() -> Iterator[Record]:
@@ -208,13 +200,11 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         several = path.suffix.lower() == ".json" and error.msg == "Extra data"
         hint = "; name it .jsonl if every line is a record" if several else ""
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
-    except (ValueError, RecursionError) as error:  # too many digits, too many brackets
-        raise DataError(f"{path}, line {line}: not JSON that can be read: {first_line(error)}") from None
 
 
 class Part(NamedTuple):
-    """One source of a mixture. ``share``: how many of its records are taken in proportion to the others'; None where no
-    source has a share, and all records are taken."""
+    """One source of a mixture. ``share``: of the records, in proportion to the others; None where no source has one,
+    and all are taken."""
 
     source: str
     share: float | None = None

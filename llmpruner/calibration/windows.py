@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -33,11 +34,10 @@ def windows(
 ) -> torch.Tensor:
     """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
     pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
+    Documents are joined in random order, so that short ones are used too.
 
-    Documents are joined in random order, so that short ones are used too. ``tokenizer``: a transformers one; it adds
-    no special tokens here. ``opening``: the tokens that every window begins with, among its ``length``. ``source``: the
-    name of the text, for messages. The same arguments give the same windows. Raises `DataError` when the text has fewer
-    tokens than a window needs, or a window has no room for any after ``opening``.
+    ``opening``: the tokens that every window begins with, among its ``length``. ``source``: for messages. Raises
+    `DataError` when the text has fewer tokens than a window needs, or a window has no room for any after ``opening``.
     """
     whole, length = length, length - len(opening)
     if length < 1:
@@ -47,16 +47,14 @@ def windows(
         )
     rng = random.Random(seed)
     text = "\n\n".join(rng.sample(documents, len(documents)))
-    rounds: list[list[list[int]]] = []
+    of_pieces: list[list[list[int]]] = []
     for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
         ids = tokens_of(tokenizer, piece)
         starts = [number * length for number in range(len(ids) // length)]
         rng.shuffle(starts)
-        for turn, start in enumerate(starts):
-            if turn == len(rounds):
-                rounds.append([])
-            rounds[turn].append(ids[start : start + length])
-    rows = [row for later in rounds for row in later][:samples]
+        of_pieces.append([ids[start : start + length] for start in starts])
+    # One window of every piece, then the next one of every piece that has more.
+    rows = [row for turn in zip_longest(*of_pieces) for row in turn if row is not None][:samples]
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
         raise DataError(
@@ -78,10 +76,7 @@ def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
 
 
 def _word_end(text: str, start: int) -> int:
-    """The first position from ``start`` on that follows a blank; ``start`` where there is none near, as in text without
-    blanks, of which a window would be the whole rest."""
-    if start >= len(text):
-        return start
+    """The first position from ``start`` on that follows a blank; ``start`` where there is none near, as in Chinese."""
     for position in range(start, min(len(text), start + LONGEST_WORD)):
         if text[position - 1].isspace():
             return position
@@ -104,8 +99,8 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
 
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
-    """What ``tokenizer`` puts before ``text`` when it adds its special tokens. Neither ``bos_token`` nor
-    ``add_bos_token`` tells: GPT-2 and Qwen never put their BOS token, and ChatGLM puts two tokens."""
+    """What ``tokenizer`` puts before ``text``. Neither ``bos_token`` nor ``add_bos_token`` tells: GPT-2 and Qwen never
+    put their BOS token, and ChatGLM puts two tokens."""
     plain, own = (
         tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
     )

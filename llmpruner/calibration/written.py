@@ -36,22 +36,20 @@ def self_generated(
     progress: Progress = QUIET,
     label: str = "Writing calibration text",
 ) -> torch.Tensor:
-    """Text sampled from the model: passages of at most ``passage`` tokens from BOS, at temperature 1, without
-    truncation of the distribution, joined until a sample is full. Many short passages cover more subjects than a few
-    long ones of as many tokens, and take less time.
+    """Text sampled from the model, int64 of shape (samples, length) on the CPU: passages of at most ``passage`` tokens
+    from BOS, at temperature 1, without truncation of the distribution, joined until a sample is full. Many short
+    passages cover more subjects than a few long ones of as many tokens, and take less time. The random numbers of a
+    passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens over all passages are
+    close to the model's probabilities.
 
     ``as_texts``: samples begin with what the tokenizer puts before a text; where that is nothing, every second sample
     begins with BOS, as chats do in many formats, and the others in the middle of a passage. The first token of a
     sequence, whichever it is, has values in the residual stream that are hundreds of times as large as those of others
     (Sun et al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that
-    place do not give other tokens these values. Otherwise samples begin with BOS, as passages do.
+    place do not give other tokens these values. ``batch``: passages that are generated at once, by default
+    `passages_at_once`.
 
-    The random numbers of a passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens
-    over all passages are close to the model's probabilities.
-
-    ``batch``: passages that are generated at once, by default `passages_at_once`. Returns int64 of shape (samples,
-    length) on the CPU. Deterministic in ``seed``. Raises `ModelError` when the model's logits are NaN, and
-    `UnsupportedModelError` for a class that cannot generate.
+    Raises `ModelError` when the model's logits are NaN, and `UnsupportedModelError` for a class that cannot generate.
     """
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
@@ -116,8 +114,8 @@ def answered(
 
 
 def passages_at_once(config: Any, tokens: int, item: int) -> int:
-    """How many passages of ``tokens`` are generated at once: 256, as every step reads all weights; fewer, but at least
-    64, where their keys and values of ``item`` bytes, and four copies of their logits, would need more than 1 GiB."""
+    """How many passages of ``tokens`` are generated at once: 64 to 256, up to 1 GiB of their keys and values, of
+    ``item`` bytes, and four copies of their logits. Every step reads all weights."""
     each = tokens * cached_bytes(config, item) + 16 * int(config.get_text_config().vocab_size)
     return max(64, min(256, (1 << 30) // each))
 

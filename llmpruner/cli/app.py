@@ -1,7 +1,8 @@
-"""Building the application: commands of the core, then those of plugins."""
+"""The application: commands of the core, then those of plugins."""
 
 from __future__ import annotations
 
+import sys
 from typing import Annotated, Any
 
 import typer
@@ -11,13 +12,13 @@ from typer.models import CommandInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
-from .checkpoint import export, recover, verify
-from .console import show_warnings, warning_line
+from . import process
+from .console import error_line, warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
 from .plugins import new_plugin, plugins
-from .prune import plan, prune
+from .prune import export, plan, prune, recover, verify
 from .run import demo, recipes, run
 
 HELP = """
@@ -34,31 +35,43 @@ COMMANDS = (
 )  # fmt: skip
 
 
+def main() -> None:
+    """Run the ``llmpruner`` command. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2;
+    with ``--debug``, in any position, a traceback."""
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    debug = len(arguments) < len(sys.argv) - 1
+    process.keep_freed_memory()
+    process.exit_on_sigterm()
+    try:
+        if process.shares_work(arguments):
+            process.run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
+        build_app()(args=arguments, prog_name="llmpruner")
+    except Exception as error:
+        line = process.message_of(error)
+        if debug or line is None:
+            raise
+        if process.is_first():
+            error_line(line)
+        process.let_first_print()
+        sys.exit(2)
+
+
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
     """The Typer application, with the commands of plugins (by default of all that are installed)."""
     manager = manager or plugin_manager()
-    app = typer.Typer(
-        no_args_is_help=True,
-        pretty_exceptions_enable=False,
-        rich_markup_mode="rich",
-        help=HELP,
-        add_completion=True,
-    )
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP)
 
     @app.callback()
     def root(
         ctx: typer.Context,
         version: Annotated[
-            bool,
-            typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version),
+            bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_version)
         ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
-        del version, debug
-        from ..plugins.catalog import Catalog  # help is shown without it, and without pydantic
+        from ..plugins.catalog import Catalog  # --help is shown without it
 
         ctx.obj = Catalog(manager)
-        show_warnings()
         # Hooks are called when their components are first looked up, so failures are known at the end.
         ctx.call_on_close(lambda: list(map(warning_line, manager.broken)))
 

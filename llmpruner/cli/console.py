@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -37,21 +36,17 @@ out = _console(sys.stdout)
 err = _console(sys.stderr, stderr=True)
 
 _LINE_EVERY = 60.0
-"""Seconds between two lines about what goes on where standard error is not a terminal."""
+"""Seconds until the next line about the progress of a bar, where standard error is not a terminal."""
 
 
-class _Lines(logging.Handler):
-    """Shows log records of the library as warnings, one line each."""
+class _Warnings(logging.Handler):
+    """Shows what the library logs, one line each."""
 
     def emit(self, record: logging.LogRecord) -> None:
         warning_line(record.getMessage())
 
 
-def show_warnings() -> None:
-    """Show warnings of the library on the terminal."""
-    logger = logging.getLogger("llmpruner")
-    if not any(isinstance(handler, _Lines) for handler in logger.handlers):
-        logger.addHandler(_Lines())
+logging.getLogger("llmpruner").addHandler(_Warnings())
 
 
 def error_line(message: str) -> None:
@@ -70,20 +65,6 @@ def note(message: str) -> None:
 def done_line(message: str) -> None:
     """Print what was written, on standard output."""
     out.print(f"[bold green]✓[/] {escape(message)}", highlight=False, soft_wrap=True)
-
-
-NEXT = {
-    "discover": "llmpruner prune {model} --ratio 0.2 -o DIR",
-    "plan": "llmpruner prune {model} --plan {output} -o DIR",
-    "prune": "llmpruner recover {output} -o {output}-recovered",
-    "recover": "llmpruner evaluate {model} {output}",
-    "evaluate": "llmpruner export DIR --to gguf -o OUT, for llama.cpp and Ollama",
-}
-
-
-def next_line(command: str, **names: object) -> None:
-    """Print what is done after a command."""
-    note(f"next: {NEXT[command].format(**names)}")
 
 
 def print_json(value: Any) -> None:
@@ -118,24 +99,10 @@ def sizes_text(output: Path, checkpoint: str | Path) -> str:
 
 
 class RichProgress(Progress):
-    """Bars and notes on standard error; where that is no terminal, a line a minute instead of a bar, while in a
-    ``with``."""
+    """Bars and notes on standard error; where that is no terminal, a line a minute instead of a bar."""
 
     def __init__(self) -> None:
-        self._label, self._ended = "", threading.Event()
-
-    def __enter__(self) -> RichProgress:
-        if not err.is_terminal:
-            threading.Thread(target=self._repeat, daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-
-    def _repeat(self) -> None:
-        while not self._ended.wait(_LINE_EVERY):
-            if self._label:
-                note(self._label)
+        self._said = time.monotonic()
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
@@ -148,12 +115,12 @@ class RichProgress(Progress):
         began = time.monotonic()
 
         def line(share: float, now: str) -> None:
-            left = timedelta(seconds=round((time.monotonic() - began) * (1 - share) / share)) if share else None
-            self._label = f"{now}, {share:.0%} done" + (f", {left} left" if share else "")
+            if time.monotonic() - self._said >= _LINE_EVERY:
+                left = timedelta(seconds=round((time.monotonic() - began) * (1 - share) / share)) if share else None
+                self.status(f"{now}, {share:.0%} done" + (f", {left} left" if share else ""))
 
         yield line
-        self._label = f"{label}, done"
 
     def status(self, label: str) -> None:
-        self._label = label
+        self._said = time.monotonic()
         note(label)

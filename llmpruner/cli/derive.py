@@ -83,12 +83,10 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
                 if model in (LoadSettings, RunSettings):
                     arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
                     continue
-                several = command.__name__ == "prune"
-                own = each_ratio(explicit) if several else [settings_from(model, explicit)]
+                own = each_ratio(explicit) if command.__name__ == "prune" else [settings_from(model, explicit)]
                 arguments |= explicit
             _check(command.__name__, values, own, arguments["catalog"])
-            with progress:
-                command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
+            command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
 
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__annotations__ = {p.name: p.annotation for p in every}

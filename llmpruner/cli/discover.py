@@ -13,7 +13,7 @@ from ..errors import CouplingError
 from ..settings import LoadSettings
 from ..structure.coupling import HIDDEN, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Span
 from ..values import count_text, counted
-from .console import next_line, out, print_json, table
+from .console import note, out, print_json, table
 from .derive import Json, ModelName, takes
 
 if TYPE_CHECKING:
@@ -47,9 +47,8 @@ def discover(
         _show(model, structure)
         if verdicts:
             rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
-            table(
-                "On a small random model", ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks"), rows, left=2
-            )
+            columns = ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks")
+            table("On a small random model", columns, rows, left=2)
         for verdict in verdicts:
             lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
             for line in (*lines, *(f"not checked: {what}" for what in verdict.skipped)):
@@ -57,7 +56,7 @@ def discover(
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
     if not as_json:
-        next_line("discover", model=model)
+        note(f"next: llmpruner prune {model} --ratio 0.2 -o DIR")
 
 
 def _show(model: str, structure: Structure) -> None:

@@ -13,10 +13,10 @@ from rich.markup import escape
 from ..errors import LlmprunerError
 from ..files import write_text
 from ..models.record import REPORT_FILE
-from ..report.measured import SPEED_COLUMNS, speed_rows
+from ..report.sections import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
-from .console import done_line, next_line, note, out, print_json, table, warning_line
+from .console import done_line, note, out, print_json, table, warning_line
 from .derive import Json, ModelNames, takes
 from .process import is_first
 
@@ -41,7 +41,7 @@ def evaluate(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile 
     finally:
         if results:  # those before one that failed, too
             _write_json(json_file, [result.as_json() for result in results])
-    next_line("evaluate")
+    note("next: llmpruner export DIR --to gguf -o OUT, for llama.cpp and Ollama")
 
 
 def _write_json(file: Path | None, value: Any) -> None:

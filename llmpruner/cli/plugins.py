@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
-from ..scaffold.package import KINDS, describe, distribution_of, render, write
+from ..scaffold.package import KINDS, ModelFacts, describe, distribution_of, write_package
 from .console import note, out, print_json, table
 from .derive import Json, bounds_of, takes, type_text
 
@@ -117,14 +117,14 @@ def new_plugin(
             f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"
         )
     directory = check_new_directory(output or Path(distribution))
-    facts = None
+    facts = ModelFacts()
     if source is not None:
         note(f"tracing a small {source}")
         facts = describe(source, catalog, package=package)
-    write(directory, render(name, facts, kind=kind))
-    types = f" for model type {facts.model_type}" if facts else ""
+    write_package(directory, name, facts, kind=kind)
+    types = f" for model type {facts.model_type}" if facts.model_type else ""
     lines = [f"{directory}: {registry.kind} {name}{types}"]
-    if facts and facts.kinds:
+    if facts.kinds:
         lines.append(f"can remove: {', '.join(facts.kinds)}")
     lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")
     out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)

@@ -8,7 +8,6 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,9 +20,6 @@ from .console import error_line
 
 _TOGETHER = ("plan", "prune", "recover")
 """Commands that share work between processes."""
-_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-"""Parameters of ``mallopt`` in glibc's malloc.h."""
-_LARGEST, _KEPT = 64 << 20, 256 << 20
 
 
 def keep_freed_memory() -> None:
@@ -33,17 +29,17 @@ def keep_freed_memory() -> None:
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _LARGEST)
-        mallopt(_TRIM_THRESHOLD, _KEPT)
-        mallopt(_TOP_PAD, _LARGEST)
+        trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
+        mallopt(mmap_threshold, 64 << 20)
+        mallopt(trim_threshold, 256 << 20)
+        mallopt(top_pad, 64 << 20)
 
 
 def exit_on_sigterm() -> None:
     """Let SIGTERM end the process as an exit does, so that temporary files are removed."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-        # While the interpreter ends, the exception would only be printed, as a traceback.
-        atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    # While the interpreter ends, the exception would only be printed, as a traceback.
+    atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
 def shares_work(arguments: Sequence[str]) -> bool:

@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from ..recipes.run import StepResult
 
 
-DEMO = "demo"
-
-
 @takes(LoadSettings, RunSettings)
 def run(
     recipe: Annotated[
@@ -136,7 +133,7 @@ def demo(
 
     started = time.monotonic()
     values = {"pruned.ratio": ratio, "prune.seed": seed}
-    api.run(DEMO, output=output, values=values, on_step=show_step, **arguments)
+    api.run("demo", output=output, values=values, on_step=show_step, **arguments)
     write_next_to(output, arguments["catalog"], say=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)

@@ -40,8 +40,7 @@ class ModelFamily(Component):
     """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
     answer, the last one, or none. Does not apply to chat templates, which have their own."""
     stop_text: ClassVar[str | None] = None
-    """Text at which generation in the chat format stops, besides the end-of-sequence token; the answer is what is
-    before it."""
+    """Text before which an answer in the chat format ends, besides the end-of-sequence token."""
 
     def register_models(self) -> None:
         """Register model classes that transformers lacks with its auto classes. Called whenever a model is loaded, so
@@ -52,11 +51,9 @@ class ModelFamily(Component):
         return config.model_type in self.model_types
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
-        """The coupled groups of a model with this configuration, without its weights.
-
-        The default discovers them by tracing the model on the meta device, and raises `UnsupportedModelError` when it
-        cannot be traced. Groups that contradict the shapes of the model's parameters are a `CouplingError`.
-        """
+        """The coupled groups of a model with this configuration, without its weights. The default discovers them by
+        tracing the model on the meta device, and raises `UnsupportedModelError` when it cannot be traced. Groups that
+        contradict the shapes of the model's parameters are a `CouplingError`."""
         from .groups import discover_graph
 
         return discover_graph(config).groups
@@ -64,18 +61,13 @@ class ModelFamily(Component):
     def refresh(self, model: PreTrainedModel) -> None:
         """Update attributes of modules after a cut, such as the number of heads, from the shapes of their parameters. A
         family whose modules have no such attributes overrides it with a docstring alone, which avoids the search for
-        them. ``model``: after the cut of parameters; changed in place. Changed attributes are saved with the
-        checkpoint.
-        """
+        them. ``model``: after the cut of parameters; changed in place. Changed attributes are saved."""
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         """Update attributes of modules and tables after a cut. ``model``: after the cut of parameters, changed in
-        place. ``graph``: before the cut. ``kept``: group name → units kept.
-
-        If `refresh` is not overridden, the attributes and tables (head counts, slopes) are found on a small model, once
-        in a process for each architecture and kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut
-        exactly in this architecture.
-        """
+        place. ``graph``: before the cut. ``kept``: group name → units kept. If `refresh` is not overridden, they are
+        found on a small model, once in a process for each architecture and kind. Raises `UnsupportedModelError` when a
+        kind of unit cannot be cut exactly in this architecture."""
         if self.is_discovered:
             from .verify import with_rules
 
@@ -95,9 +87,7 @@ class ModelFamily(Component):
 
     def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
         """Configurations of other stock classes for a uniformly cut model that its own class cannot represent.
-
-        ``config``: the candidate of its own class. The results are verified against the real shapes.
-        """
+        ``config``: the candidate of its own class. The results are verified against the real shapes."""
         del config
         return ()
 
@@ -105,17 +95,15 @@ class ModelFamily(Component):
     def has_own_format(self) -> bool:
         """Whether the family overrides `format_prompt` or `format_conversation`, which are then used instead of the
         tokenizer's chat template."""
-        cls = type(self)
-        overrides_prompt = cls.format_prompt is not ModelFamily.format_prompt
-        return overrides_prompt or cls.format_conversation is not ModelFamily.format_conversation
+        own, base = type(self), ModelFamily
+        return own.format_prompt is not base.format_prompt or own.format_conversation is not base.format_conversation
 
     def format_text(self, text: str) -> str:
         """Training text without a chat format: unchanged, unless a model needs special tokens before it."""
         return text
 
     def format_prompt(self, question: str) -> str:
-        """The prompt for one question, of which the default `format_conversation` makes a conversation. The default is
-        Stanford Alpaca's format."""
+        """The prompt for one question, which `format_conversation` uses; by default in Stanford Alpaca's format."""
         return alpaca_prompt(question)
 
     def format_system(self, system: str) -> str:
@@ -127,10 +115,8 @@ class ModelFamily(Component):
     ) -> Sequence[tuple[str, str]]:
         """A conversation as (prompt, answer) pairs, whose texts are joined in order: what is trained on, and up to the
         last prompt what ``generate --chat`` asks. Override it for a format that `format_prompt` alone does not give.
-
         ``exchanges``: (question, answer) pairs, of which earlier ones may get another form than the last. ``system``:
-        the system message. The caller adds end-of-sequence tokens, see `eos_after`.
-        """
+        the system message. The caller adds end-of-sequence tokens, see `eos_after`."""
         pairs = []
         for question, answer in exchanges:
             prompt, gap = self.format_prompt(question), self.answer_separator
@@ -144,16 +130,12 @@ class ModelFamily(Component):
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """The instruction format of Stanford Alpaca, which the paper's recovery uses."""
-    if input:
-        return (
-            "Below is an instruction that describes a task, paired with an input that provides further context. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        )
+    paired = ", paired with an input that provides further context" if input else ""
+    given = f"### Input:\n{input}\n\n" if input else ""
     return (
-        "Below is an instruction that describes a task. "
+        f"Below is an instruction that describes a task{paired}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n### Response:\n"
+        f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
     )
 
 
@@ -161,8 +143,7 @@ AUTO = "auto"
 
 
 class AutoFamily(ModelFamily):
-    """Any decoder: its structure is discovered by tracing, and every cut is verified on a small model. The catalog
-    uses it when no other family matches."""
+    """Used when no other family matches."""
 
     name = AUTO
     summary = "any decoder: structure is discovered by tracing, and every cut is verified on a small model"

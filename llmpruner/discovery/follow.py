@@ -6,6 +6,7 @@ import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations, islice
 from typing import TYPE_CHECKING, Any
 
@@ -29,12 +30,10 @@ _AUTOMATIC = frozenset(
 
 @dataclass(frozen=True, order=True)
 class Follow:
-    """``attribute`` of the modules at ``path`` is scaled with the number of units of ``kind``.
-
-    ``path``: with ``*`` for the number of the layer. An attribute ``config.name`` belongs to the module's own copy of
-    the configuration, which is made when it is set. ``axes``: where a layer has several groups of the kind at this
-    module (Mamba's channels and its rank), parameters, with ``*``, and axes of the group whose units are counted.
-    """
+    """``attribute`` of the modules at ``path`` (``*`` for the number of the layer) is scaled with the number of units
+    of ``kind``. ``config.name`` belongs to the module's own copy of the configuration, which is made when it is set.
+    ``axes``: where a layer has several groups of the kind at this module (Mamba's channels and its rank), the
+    parameters and axes of the group whose units are counted."""
 
     kind: str
     path: str
@@ -114,13 +113,13 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
     """Attributes of modules near the parameters of ``groups`` that may count their units."""
     near = [(group, dict(_nearby(model, graph, group))) for group in groups]
     sharing = Counter((group.kind, group.layer, path) for group, modules in near for path in modules)
-    found: dict[Follow, None] = {}
+    found: set[Follow] = set()
     for group, modules in near:
         for path, module in modules.items():
             axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
             for name, value in _integers(module):
                 if _counts(value, group):
-                    found.setdefault(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
+                    found.add(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
     return sorted(found)
 
 
@@ -133,33 +132,31 @@ def tables(
 ) -> list[FollowTable]:
     """Tensors passed by name to modules near the parameters of ``group``, equal for all ``batches`` of token ids and so
     no activations, with an axis for the units."""
+    calls: dict[str, list[dict[str, torch.Tensor]]] = {}
+
+    def keep(path: str, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
+        tensors = {name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)}
+        calls.setdefault(path, []).append(tensors)
+
+    handles = [
+        module.register_forward_pre_hook(partial(keep, path), with_kwargs=True)
+        for path, module in _nearby(model, graph, group)
+    ]
+    with torch.no_grad():
+        for tokens in batches:
+            model(input_ids=tokens, use_cache=False)
+    for handle in handles:
+        handle.remove()
     found: set[FollowTable] = set()
-    for path, module in _nearby(model, graph, group):
-        first, *others = _named_tensors(model, module, batches) or [{}]
+    for path, (first, *others) in calls.items():
+        if len(others) + 1 != len(batches):  # not called once for each
+            continue
+        of_layers = in_layer(path, graph.layers, "*")
         for name, value in first.items():
             if all(torch.equal(value, other[name]) for other in others if name in other):
                 axes = (axis for axis, size in enumerate(value.shape) if size % group.units == 0)
-                found.update(FollowTable(group.kind, in_layer(path, graph.layers, "*"), name, axis) for axis in axes)
+                found.update(FollowTable(group.kind, of_layers, name, axis) for axis in axes)
     return sorted(found)
-
-
-def _named_tensors(
-    model: PreTrainedModel, module: nn.Module, batches: Sequence[torch.Tensor]
-) -> list[dict[str, torch.Tensor]]:
-    """The tensors passed by name to ``module`` for each of ``batches``; none where it is not called once for each."""
-    calls: list[dict[str, torch.Tensor]] = []
-
-    def keep(_module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
-        calls.append({name: value for name, value in kwargs.items() if isinstance(value, torch.Tensor)})
-
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
-        with torch.no_grad():
-            for tokens in batches:
-                model(input_ids=tokens, use_cache=False)
-    finally:
-        handle.remove()
-    return calls if len(calls) == len(batches) else []
 
 
 def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -> Iterator[tuple[str, nn.Module]]:
@@ -173,16 +170,16 @@ def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -
                 yield f"{path}.{name}", child
 
 
-def _around(graph: CouplingGraph, group: CoupledGroup) -> list[str]:
+def _around(graph: CouplingGraph, group: CoupledGroup) -> set[str]:
     """The paths of the modules whose parameters are cut, and of those that contain them, within the group's layer."""
     inside = "" if group.layer is None else f"{graph.layers}.{group.layer}"
-    paths: dict[str, None] = {}
+    paths: set[str] = set()
     for span in group.spans:
         path = span.parameter.rpartition(".")[0]
         while path.startswith(inside) and path:
-            paths.setdefault(path)
+            paths.add(path)
             path = path.rpartition(".")[0]
-    return list(paths)
+    return paths
 
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
@@ -196,8 +193,7 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
 
 
 def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """The fewest of ``rules`` with which a cut model agrees with its reference: none, all, or a small change of these;
-    None when none do."""
+    """The fewest of ``rules`` with which a cut model agrees with its reference; None when it never does."""
     chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 2) if agrees(subset)), None)
     for rule in reversed(chosen or ()):
         fewer = tuple(r for r in chosen or () if r != rule)

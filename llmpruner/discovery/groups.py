@@ -1,14 +1,18 @@
-"""From a configuration to the coupled groups of all layers."""
+"""From tied identities to units, and from units of traced layers to the coupled groups of all layers. Tied identities
+form a component; components that own equally many indices of the same axes are the units of one set."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from ..models.meta import graph_of, meta_model
@@ -27,13 +31,12 @@ from ..structure.coupling import (
     Role,
     Span,
     in_layer,
+    index_map,
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .ids import Mark
-from .propagate import Propagation
+from .propagate import Ids, Mark, Propagation
 from .trace import Trace, trace
-from .units import OwnedAxis, UnitSet, unit_sets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -46,37 +49,45 @@ _CROSS_LAYER = "cross-layer"
 
 _ORDER = (ATTENTION, MLP, QUERY, EXPERT, LATENT)
 
+Slot = tuple[str, int]
+"""A parameter and one of its axes."""
+
 
 @dataclass(frozen=True)
-class Named:
-    """A unit set with its kind. ``layer``: number of the traced layer, None for the residual stream."""
+class UnitSet:
+    """Units of the traced model that each own the same number of indices of the same axes of parameters (``spans``) and
+    ``buffers``. ``layer``: number of the traced layer, None for the residual stream and tokens."""
 
     kind: str
     layer: int | None
-    unit_set: UnitSet
+    units: int
+    spans: tuple[Span, ...]
+    buffers: tuple[Span, ...]
+    marks: frozenset[Mark]
+    blocks: int
+    minimum: int
+
+    @property
+    def module(self) -> str:
+        """The path of the module that contains all parameters."""
+        return ".".join(commonprefix([s.parameter.split(".")[:-1] for s in self.spans]))  # noqa: RUF071  (of lists)
 
 
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
-    """The coupled groups of a model of ``config``, and the reason of every axis that belongs to none. Raises
-    `UnsupportedModelError` when it cannot be traced."""
+    """The coupled groups of a model of ``config``, and why other axes have none. Raises `UnsupportedModelError`."""
     traced = trace(config)
-    named, reasons = _named(traced)
+    found, reasons = _found(traced)
     is_shallow = any(len(members) > 1 for members in traced.stands_for.values())
-    if is_shallow and any(n.kind == _CROSS_LAYER for n in named):
+    if is_shallow and any(each.kind == _CROSS_LAYER for each in found):
         # Something couples several layers, so one traced layer does not represent the others.
         traced = trace(config, shallow=False)
-        named, reasons = _named(traced)
+        found, reasons = _found(traced)
     model = meta_model(config)
     whole = graph_of(model, ())
-    groups = list(_groups([n for n in named if n.kind != _CROSS_LAYER], traced, whole.ties))
-    if traced.repeats:
-        stay = "a layer runs more than once"
-    elif table := _table_of_layers(model, traced.layers):
-        stay = f"'{table}' has a part for every layer, which does not follow"
-    elif traced.streams > 1:
-        stay = "layers are given more than the residual stream"
-    else:
-        stay = ""
+    groups = list(_groups([each for each in found if each.kind != _CROSS_LAYER], traced, whole.ties))
+    table = _table_of_layers(model, traced.layers)
+    stay = f"'{table}' has a part for every layer, which does not follow" if table else traced.stay
+    if not stay:
         groups.append(CoupledGroup("layers", LAYER, whole.num_layers))
     blocked = [Blocked(traced.layers, 0, stay)] if stay else []
     blocked += [
@@ -87,165 +98,243 @@ def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     return replace(whole, groups=tuple(groups), blocked=tuple(blocked))
 
 
-def _named(traced: Trace) -> tuple[list[Named], dict[tuple[str, int], str]]:
+def _found(traced: Trace) -> tuple[list[UnitSet], dict[Slot, str]]:
+    """The unit sets of a traced model, and axis → reason for the axes that belong to none."""
     ties = graph_of(traced.model, ()).ties
-    rigid, reasons = _pass(traced, ties)
-    found = [_name(f, traced) for f in rigid if f.units > 1]
-    elastic, _ = _pass(traced, ties, elastic=True)
-    for unit_set in elastic:
-        if unit_set.blocks > 1 and unit_set.units > unit_set.blocks:
-            named = _name(unit_set, traced)
-            if named.layer is not None and Mark.ROUTED in unit_set.marks:
-                found.append(named)
-            elif named.layer is not None and Mark.ATTENDS in unit_set.marks:
-                found.append(replace(named, kind=QUERY))
-    offered = {(s.parameter, s.axis) for n in found for s in n.unit_set.owned}
+    rigid, elastic = Propagation(), Propagation(elastic=True)
+    for run in (rigid, elastic):
+        run.run(traced.program, ties)
+    found, reasons = unit_sets(rigid, traced.layers)
+    for each in unit_sets(elastic, traced.layers)[0]:
+        if each.blocks > 1 and each.units > each.blocks and each.layer is not None:
+            if Mark.ROUTED in each.marks:
+                found.append(each)
+            elif Mark.ATTENDS in each.marks:
+                found.append(replace(each, kind=QUERY))
+    offered = {(s.parameter, s.axis) for each in found for s in each.spans}
     return _latent(found, traced.layers), {slot: why for slot, why in reasons.items() if slot not in offered}
 
 
-def _pass(
-    traced: Trace, ties: Mapping[str, str], *, elastic: bool = False
-) -> tuple[list[UnitSet], dict[tuple[str, int], str]]:
-    """The tokens, and the sets of units that a weight consumes or a router chooses: others cannot be silenced, and so
-    not checked."""
-    run = Propagation(elastic)
-    run.run(traced.program, ties)
-    usable, reasons = unit_sets(run)
-    known = {Mark.ROUTED, Mark.VOCABULARY}
-    return [f for f in usable if f.marks & known or any(s.role is Role.CONSUMES for s in f.owned)], reasons
+def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, str]]:
+    """The tokens, and the sets of several units that a weight consumes or a router chooses: others cannot be silenced,
+    and so not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
+    parts = components(run)
+    slots = list(run.parameters)
+    owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
+    index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
+    roots = parts.label[np.concatenate([run.parameters[s] for s in slots])]
+    closed = parts.marked[Mark.BLOCKED] | (parts.marked[Mark.SOFTMAX] & ~parts.marked[Mark.ROUTED])
+    is_open = ~closed[roots]
+    reasons = {}
+    for n, slot in enumerate(slots):
+        mine = owner == n
+        if slot[0] not in run.buffers and mine.any() and not (is_open & mine).any():
+            reasons[slot] = parts.reasons.get(int(roots[mine][0]), "a softmax runs over it")
+    order = np.lexsort((index[is_open], owner[is_open], roots[is_open]))
+    roots, owner, index = roots[is_open][order], owner[is_open][order], index[is_open][order]
+    offsets = {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
+    found = []
+    for (blocks, pattern), members in _by_pattern(roots, owner, parts).items():
+        if len(members) == 1:
+            continue
+        matrix = np.stack([index[a:b] for a, b in members])
+        matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
+        owned: list[Span] = []
+        column = 0
+        for slot, width in pattern:
+            name, axis = slots[slot]
+            first = int(run.parameters[name, axis][matrix[0, column]])
+            role = Role.CONSUMES if parts.element[Mark.CONSUMED][first] else Role.PRODUCES
+            role = Role.NORM if parts.element[Mark.RMS][first] else role
+            rows = matrix[:, column : column + width]
+            column += width
+            # One span for every run of columns in which the indices of all units are consecutive.
+            breaks = np.flatnonzero((np.diff(rows, axis=1) != 1).any(axis=0)) + 1
+            for part in np.split(rows, breaks, axis=1):
+                owned.append(Span(name, axis, role, index_map(part.tolist()), offsets.get(first, 0.0)))
+        root = int(roots[members[0][0]])
+        marks = frozenset(m for m in Mark if parts.marked[m][root])
+        spans = tuple(s for s in owned if s.parameter not in run.buffers)
+        buffers = tuple(s for s in owned if s.parameter in run.buffers)
+        if spans and (marks & {Mark.ROUTED, Mark.VOCABULARY} or any(s.role is Role.CONSUMES for s in spans)):
+            kind, layer = _kind(spans, marks, layers)
+            minimum = parts.minimum.get(root, 1)
+            found.append(UnitSet(kind, layer, len(members), spans, buffers, marks, blocks, minimum))
+    return found, reasons
 
 
-def _name(unit_set: UnitSet, traced: Trace) -> Named:
-    if Mark.VOCABULARY in unit_set.marks:
-        return Named(VOCABULARY, None, unit_set)
-    numbers = {layer_number(s.parameter, traced.layers) for s in unit_set.owned}
+@dataclass(frozen=True)
+class Components:
+    """``label``: identity → root of its component. ``marked[mark][root]``: whether any member has the mark;
+    ``element[mark][id]``: whether this identity has. ``reasons``: root → why it is blocked. ``blocks``: root → number
+    of equal blocks. ``minimum``: root → how many such units must stay."""
+
+    label: Ids
+    marked: dict[Mark, npt.NDArray[np.bool_]]
+    element: dict[Mark, npt.NDArray[np.bool_]]
+    reasons: dict[int, str]
+    blocks: dict[int, int]
+    minimum: dict[int, int]
+
+
+def components(run: Propagation) -> Components:
+    label = connected_components(run.count, run.edges)
+    marked = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
+    element = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
+    reasons: dict[int, str] = {}
+    for mark, entries in run.marks.items():
+        for ids, reason in entries:
+            roots = label[ids]
+            marked[mark][roots] = True
+            element[mark][ids] = True
+            if mark is Mark.BLOCKED:
+                for root in np.unique(roots).tolist():
+                    reasons.setdefault(root, reason)
+    blocks = {int(root): n for ids, n in run.blocks for root in np.unique(label[ids[ids >= 0]])}
+    minimum: dict[int, int] = {}
+    for ids, least in run.minimum:
+        for root in np.unique(label[ids[ids >= 0]]).tolist():
+            minimum[root] = max(least, minimum.get(root, 1))
+    return Components(label, marked, element, reasons, blocks, minimum)
+
+
+def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
+    """Smallest member of the component of every node, by hooking and pointer jumping."""
+    label = np.arange(count, dtype=np.int64)
+    if not edges:
+        return label
+    a = np.concatenate([e[0] for e in edges])
+    b = np.concatenate([e[1] for e in edges])
+    while True:
+        la, lb = label[a], label[b]
+        differ = la != lb
+        if not differ.any():
+            return label
+        np.minimum.at(label, np.maximum(la, lb)[differ], np.minimum(la, lb)[differ])
+        while (label != (jumped := label[label])).any():
+            label = jumped
+
+
+def _by_pattern(
+    roots: Ids, owner: Ids, parts: Components
+) -> dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]]:
+    """(number of blocks, (slot, count) pairs that are owned) → components, each as a range of the sorted arrays."""
+    if not len(roots):
+        return {}
+    pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])
+    runs = zip(roots[pair].tolist(), owner[pair].tolist(), np.diff(np.r_[pair, len(roots)]).tolist(), strict=True)
+    found: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
+    stop = 0
+    for root, of_root in itertools.groupby(runs, key=itemgetter(0)):
+        pattern = tuple((slot, size) for _, slot, size in of_root)
+        start, stop = stop, stop + sum(size for _, size in pattern)
+        found.setdefault((parts.blocks.get(root, 1), pattern), []).append((start, stop))
+    return found
+
+
+def _kind(spans: Sequence[Span], marks: frozenset[Mark], layers: str) -> tuple[str, int | None]:
+    """The kind of a unit set, and the number of its traced layer."""
+    if Mark.VOCABULARY in marks:
+        return VOCABULARY, None
+    # The units of a head own neighbouring indices, unlike channels that lie in several matrices of one parameter.
+    heads = {(s.parameter, s.axis) for s in spans if s.index.width > 1}
+    numbers = {layer_number(s.parameter, layers) for s in spans}
     if len(numbers) > 1 or None in numbers:
         if None not in numbers:
-            return Named(_CROSS_LAYER, None, unit_set)
+            return _CROSS_LAYER, None
         # A table of biases that all layers look up couples the heads of all of them.
-        attends = Mark.ATTENDS in unit_set.marks and any(map(_is_head, unit_set.owned))
-        return Named(ATTENTION if attends else HIDDEN, None, unit_set)
+        return ATTENTION if Mark.ATTENDS in marks and heads else HIDDEN, None
     (layer,) = numbers
-    if Mark.ROUTED in unit_set.marks:
-        return Named(EXPERT, layer, unit_set)
-    heads = [_is_head(s) for s in unit_set.owned]
-    if Mark.ATTENDS in unit_set.marks or all(heads):
-        return Named(ATTENTION, layer, unit_set)
+    if Mark.ROUTED in marks:
+        return EXPERT, layer
+    if Mark.ATTENDS in marks or heads == {(s.parameter, s.axis) for s in spans}:
+        return ATTENTION, layer
     # A head without attention, with numbers of its own beside channels, is one of a state space model.
-    consumed = [head for head, s in zip(heads, unit_set.owned, strict=True) if s.role is Role.CONSUMES]
-    return Named(LATENT if all(consumed) else MLP, layer, unit_set)
+    consumed = {(s.parameter, s.axis) for s in spans if s.role is Role.CONSUMES}
+    return LATENT if consumed <= heads else MLP, layer
 
 
-def _is_head(owned: OwnedAxis) -> bool:
-    """Whether each unit owns neighbouring indices, unlike a channel that lies in several matrices of one parameter."""
-    return bool((np.diff(owned.rows, axis=1) == 1).any())
-
-
-def _latent(found: list[Named], layers: str) -> list[Named]:
+def _latent(found: list[UnitSet], layers: str) -> list[UnitSet]:
     """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
-    attention = {
-        (n.layer, _common_module(n.unit_set)) for n in found if n.kind == ATTENTION and Mark.ATTENDS in n.unit_set.marks
-    }
+    attention = [s for s in found if s.kind == ATTENTION and s.layer is not None and Mark.ATTENDS in s.marks]
     # Where a whole layer is one flat module, the paths do not separate its parts.
-    attention = {(layer, path) for layer, path in attention if path != f"{layers}.{layer}"}
-    return [
-        replace(n, kind=LATENT)
-        if n.kind == MLP
-        and any(n.layer == at and f"{_common_module(n.unit_set)}.".startswith(f"{path}.") for at, path in attention)
-        else n
-        for n in found
-    ]
+    inside = tuple(f"{s.module}." for s in attention if s.module != f"{layers}.{s.layer}")
+    return [replace(s, kind=LATENT) if s.kind == MLP and f"{s.module}.".startswith(inside) else s for s in found]
 
 
-def _common_module(unit_set: UnitSet) -> str:
-    return ".".join(commonprefix([s.parameter.split(".")[:-1] for s in unit_set.owned]))  # noqa: RUF071  (of lists)
-
-
-def _groups(sets: Iterable[Named], traced: Trace, ties: Mapping[str, str]) -> Iterator[CoupledGroup]:
+def _groups(found: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> Iterator[CoupledGroup]:
     """Coupled groups of the real model, layer by layer, then those of all layers. ``ties``: see `CouplingGraph`."""
-    by_layer: dict[int | None, list[Named]] = {}
-    for named in sets:
-        by_layer.setdefault(named.layer, []).append(named)
+    by_layer: dict[int | None, list[UnitSet]] = {}
+    for each in found:
+        by_layer.setdefault(each.layer, []).append(each)
     real = {m: traced_number for traced_number, members in traced.stands_for.items() for m in members}
     for number in sorted(real):
-        members = sorted(by_layer.get(real[number], []), key=lambda n: _ORDER.index(n.kind))
-        for name, named in zip(_names(members, traced), members, strict=True):
-            yield _group(f"layers.{number}.{name}", named, number, traced, {})
+        members = sorted(by_layer.get(real[number], []), key=lambda each: _ORDER.index(each.kind))
+        for name, each in zip(_names(members, traced), members, strict=True):
+            yield _group(f"layers.{number}.{name}", each, number, traced)
     tied = {name: [name, *(alias for alias, first in ties.items() if first == name)] for name in ties.values()}
     count: Counter[str] = Counter()
-    for named in sorted(by_layer.get(None, []), key=lambda n: (n.kind == VOCABULARY, -n.unit_set.units)):
-        name = f"{named.kind}.{count[named.kind]}" if count[named.kind] else named.kind
-        count[named.kind] += 1
-        yield _group(name, named, None, traced, tied)
+    for each in sorted(by_layer.get(None, []), key=lambda each: (each.kind == VOCABULARY, -each.units)):
+        name = f"{each.kind}.{count[each.kind]}" if count[each.kind] else each.kind
+        count[each.kind] += 1
+        yield _group(name, replace(each, spans=tuple(_with_ties(each.spans, tied))), None, traced)
 
 
-def _group(
-    name: str, named: Named, layer: int | None, traced: Trace, tied: Mapping[str, Sequence[str]]
-) -> CoupledGroup:
-    unit_set = named.unit_set
+def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> CoupledGroup:
     spans, buffers = (
-        tuple(
-            replace(span, parameter=parameter)
-            for span in _spans(owned, tied)
-            for parameter in (
-                _everywhere(span.parameter, traced)
-                if layer is None
-                else [in_layer(span.parameter, traced.layers, layer)]
-            )
-        )
-        for owned in (unit_set.owned, unit_set.buffers)
+        tuple(replace(s, parameter=parameter) for s in part for parameter in _everywhere(s.parameter, traced, layer))
+        for part in (each.spans, each.buffers)
     )
-    blocks = unit_set.blocks if unit_set.units % unit_set.blocks == 0 else 1
+    blocks = each.blocks if each.units % each.blocks == 0 else 1
     # As many experts as are chosen at a time must stay, even where all of them come from one block.
-    minimum = blocks * (unit_set.minimum if Mark.ROUTED in unit_set.marks else 1)
+    minimum = blocks * (each.minimum if Mark.ROUTED in each.marks else 1)
     multiple = 1
     complex_numbers = (n.target is torch.ops.aten.view_as_complex.default for n in traced.program.graph.nodes)
-    if named.kind == LATENT and unit_set.units % 2 == 0 and any(complex_numbers):
+    if each.kind == LATENT and each.units % 2 == 0 and any(complex_numbers):
         multiple = 2  # what lies next to the units in one row is read as complex numbers
-    elif any(s.axis > 0 and traced.model.get_parameter(s.parameter).ndim == 3 for s in unit_set.owned):
+    elif any(s.axis > 0 and traced.model.get_parameter(s.parameter).ndim == 3 for s in each.spans):
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
-        multiple = next(n for n in (8, 4, 2, 1) if unit_set.units % n == 0)
-    return CoupledGroup(name, named.kind, unit_set.units, spans, blocks, minimum, multiple, buffers)
+        multiple = next(n for n in (8, 4, 2, 1) if each.units % n == 0)
+    return CoupledGroup(name, each.kind, each.units, spans, blocks, minimum, multiple, buffers)
 
 
-def _spans(owned: Iterable[OwnedAxis], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
-    for each in owned:
-        names = tied.get(each.parameter, [each.parameter])
+def _with_ties(spans: Iterable[Span], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
+    for span in spans:
+        names = tied.get(span.parameter, [span.parameter])
         for name in names:
-            role = each.role
-            if len(names) > 1 and each.axis == 1:
+            role = span.role
+            if len(names) > 1 and span.axis == 1:
                 # A tied parameter produces as embedding and consumes as head.
                 role = Role.PRODUCES if name == names[0] else Role.CONSUMES
-            for index in each.index_maps():
-                yield Span(name, each.axis, role, index, each.offset)
+            yield replace(span, parameter=name, role=role)
 
 
-def _names(members: Sequence[Named], traced: Trace) -> list[str]:
+def _names(members: Sequence[UnitSet], traced: Trace) -> list[str]:
     """Names within a layer: the kind, with the module where several groups are of one kind."""
-    count = Counter(n.kind for n in members)
+    count = Counter(each.kind for each in members)
     same: Counter[str] = Counter()
     names = []
-    for named in members:
-        name = "experts" if named.kind == EXPERT else named.kind
-        if count[named.kind] > 1:
-            module = _common_module(named.unit_set).removeprefix(f"{traced.layers}.{named.layer}").strip(".")
+    for each in members:
+        name = "experts" if each.kind == EXPERT else each.kind
+        if count[each.kind] > 1:
+            module = each.module.removeprefix(f"{traced.layers}.{each.layer}").strip(".")
             name = f"{name}.{module}" if module else name
         same[name] += 1
         names.append(f"{name}#{same[name]}" if same[name] > 1 else name)
     return names
 
 
-def _everywhere(parameter: str, traced: Trace) -> list[str]:
-    """The names of the parameter in all real layers that its traced layer represents."""
-    layer = layer_number(parameter, traced.layers)
-    if layer is None:
+def _everywhere(parameter: str, traced: Trace, layer: int | None = None) -> list[str]:
+    """The names of the parameter in ``layer``; None: in all real layers that its traced layer represents."""
+    own = layer_number(parameter, traced.layers)
+    if own is None:
         return [parameter]
-    return [in_layer(parameter, traced.layers, number) for number in traced.stands_for[layer]]
+    numbers = traced.stands_for[own] if layer is None else [layer]
+    return [in_layer(parameter, traced.layers, number) for number in numbers]
 
 
 def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
-    """The name of a parameter outside ``layers`` with a part for every layer, which a cut of layers does not follow:
-    embeddings that each layer is given besides the hidden states."""
+    """The name of a parameter outside ``layers`` with a part for each: embeddings that it is given in every layer."""
     size = getattr(model.config.get_text_config(), "hidden_size_per_layer_input", None) or 0
     every = len(model.get_submodule(layers)) * size
     outside = ((name, p.shape) for name, p in model.named_parameters() if not name.startswith(f"{layers}."))
@@ -254,9 +343,7 @@ def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
-    Raises `CouplingError` where the family's groups contradict them. Where all groups are discovered, ``blocked`` lists
-    the axes without units.
-    """
+    Raises `CouplingError` where the family's groups contradict them."""
     if family.declares_groups:
         return graph_of(meta_model(config), family.coupled_groups(config))
     return discover_graph(config)

@@ -1,5 +1,4 @@
-"""Opening what users name: references, structures without weights, models in memory, and the dense model that a pruned
-one was made from."""
+"""Opening what users name: structures without weights, models in memory, and the dense model of a pruned one."""
 
 from __future__ import annotations
 
@@ -17,14 +16,13 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
 from ..files import WEIGHTS
-from ..models.checkpoint import adapter_base
-from ..models.messages import in_one_line, quiet_transformers
+from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
+from ..models.meta import register_model_class
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, widened
-from ..models.opening import load_model, open_streamed
+from ..models.opening import load_model, open_streamed, pruned_class
 from ..models.record import read_any_record, read_record, sampled_sha256
-from ..models.reference import Reference, resolve
-from ..models.remote import ALLOW, pruned_class, register_model_class
+from ..models.reference import Reference, adapter_base, resolve
 from ..models.tokenizer import brings_tokenizer, load_tokenizer
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings, settings_from
@@ -39,7 +37,6 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
 _LOG = logging.getLogger("llmpruner")
-_PATH, _WEIGHTS = "base_path", "base_weights"
 
 Source = str | Path | Structure
 """A reference to a model, its structure (`discover`), or the model with its weights (`load`)."""
@@ -60,17 +57,21 @@ class Opener:
     def structure(self, source: Source) -> Structure:
         """The structure of a reference; a structure as it is. Reads no weights. Raises `ModelError` for a model in
         memory that a stage left half-changed, `SettingsError` for what is none of the three."""
-        check_source(source)
+        if isinstance(source, Model):
+            source.check_whole()
         if isinstance(source, Structure):
             return source
+        if not isinstance(source, (str, Path)):
+            raise SettingsError(
+                f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
+            )
         found = load_structure(str(source), self.catalog, self.load)
         if found.family.name == AUTO and self.load.family is None and not found.plans:
             self.progress.status(f"structure of this {found.config.model_type} model discovered by tracing")
         return found
 
     def model(self, source: Source, *, keep_dtype: bool = False) -> Model:
-        """A model with its weights in memory; a model as it is. ``keep_dtype``: weights in float16 stay so on a CPU,
-        where no other dtype was asked for."""
+        """A model in memory; a model as it is. ``keep_dtype``: float16 stays so on a CPU if no dtype was asked for."""
         opened, opener = self.structure(source), self
         if keep_dtype and widened(opened, self.load) is not None:
             opener = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
@@ -92,15 +93,12 @@ class Opener:
 
     def say_widened(self, opened: Structure) -> None:
         """Say where a result will be saved in a wider dtype than the model is stored in."""
-        line = None if isinstance(opened, Model) else widened(opened, self.load)
-        if line is not None:
+        if not isinstance(opened, Model) and (line := widened(opened, self.load)):
             self.progress.status(line)
 
     def tokenizer(self, opened: Structure) -> Any | None:
         """The tokenizer of a model, without its weights; None where it has none."""
-        if isinstance(opened, Model):
-            return opened.tokenizer
-        return load_tokenizer(opened, self.load)
+        return opened.tokenizer if isinstance(opened, Model) else load_tokenizer(opened, self.load)
 
     def has_tokenizer(self, opened: Structure) -> bool:
         """Whether a model has a tokenizer, or its folder the files of one."""
@@ -115,25 +113,12 @@ class Opener:
 
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:
-    """One model or several, as a list. Raises `SettingsError` for none, and as `check_source`."""
+    """One model or several, as a list. Raises `SettingsError` for none."""
     several = isinstance(models, Iterable) and not isinstance(models, str)
     sources: list[Source] = list(models) if several else [models]  # type: ignore[arg-type, list-item]
     if not sources:
         raise SettingsError("no model is named; name at least one")
-    for source in sources:
-        check_source(source)
     return sources
-
-
-def check_source(source: object) -> None:
-    """Raise `SettingsError` for another object than a reference, a structure or a model, and `ModelError` for a model
-    that a stage left half-changed."""
-    if not isinstance(source, (str, Path, Structure)):
-        raise SettingsError(
-            f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
-        )
-    if isinstance(source, Model):
-        source.check_whole()
 
 
 def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
@@ -162,10 +147,8 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise ModelError(
-            f"family '{family.name}' finds no structure in the configuration of '{text}' ({reason})"
-        ) from error
+        found = f"family '{family.name}' finds no structure in the configuration of '{text}'"
+        raise ModelError(f"{found} ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _adapted(base: Structure, text: str) -> Structure:
@@ -211,29 +194,27 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 def _read_config(ref: Reference, options: LoadSettings, revision: str | None) -> PreTrainedConfig:
     if ref.reader is not None:
         return ref.reader.read_config(ref.directory)
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            ref.location, revision=revision, trust_remote_code=options.trust_remote_code, **ref.gguf_argument
-        )
-        if options.trust_remote_code:
+    allowed = options.trust_remote_code
+    config: PreTrainedConfig = from_pretrained(AutoConfig, ref, revision, trust_remote_code=allowed)
+    if allowed:
+        with in_one_line(ref), quiet_transformers():
             register_model_class(config, revision)
-        return config
+    return config
 
 
 def base_record(loaded: Structure) -> dict[str, str]:
-    """The entries of ``llmpruner.json`` of a local model that was not pruned before: its absolute path and a hash of
-    its weights. Empty for others."""
+    """What ``llmpruner.json`` says of a local dense model: its path and a hash of its weights. Empty for others."""
     if (loaded.record or {}).get("plans") or loaded.path is None:
         return {}
     weights = _sampled_weights(Path(loaded.path))
-    return {_PATH: loaded.path} | ({} if weights is None else {_WEIGHTS: weights})
+    return {"base_path": loaded.path} | ({} if weights is None else {"base_weights": weights})
 
 
 def _sampled_weights(place: Path) -> str | None:
     """SHA-256 over names and `sampled_sha256` of a model's files with weights; None without readable ones."""
     try:
         files = [place] if place.is_file() else sorted(f for f in place.iterdir() if f.suffix in WEIGHTS)
-        sums = {file.name: sampled_sha256(file) for file in files if file.is_file()}
+        sums = {file.name: sampled_sha256(file) for file in files}
     except OSError:
         return None
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else None
@@ -244,13 +225,11 @@ def dense_structure(
 ) -> Structure:
     """The structure of the dense model that the record of ``pruned`` names, or ``named``. Reads no weights, but samples
     of the files, for a warning where they are not those of the record: another model of the same shapes.
-
-    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced.
-    """
+    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced."""
     if not pruned.plans:
         raise not_pruned(pruned.ref)
     base, record = pruned.plans[0].base, pruned.record or {}
-    path = record.get(_PATH)
+    path = record.get("base_path")
     ref = named or (path if isinstance(path, str) and exists(path) else base.model)
     family, revision = (None, None) if named else (pruned.family.name, base.revision)
     options = (load or LoadSettings()).model_copy(update={"family": family, "revision": revision})
@@ -265,7 +244,7 @@ def dense_structure(
             f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "
             "or shape"
         )
-    recorded = None if named else record.get(_WEIGHTS)
+    recorded = None if named else record.get("base_weights")
     if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
         _LOG.warning(
             "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "

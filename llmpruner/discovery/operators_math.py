@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from .ids import FIXED, FREE, Ids, Mark
 from .operators_shape import VIEWS, argument, merge
-from .propagate import KEEPS_TAG, Origin, Propagation, Tag, Value, operator_name, rule, uniform
+from .propagate import FIXED, FREE, KEEPS_TAG, Ids, Mark, Origin, Propagation, Tag, Value, operator_name, rule, uniform
 
 IDENTITY = (
     "to", "_to_copy", "alias", "contiguous", "clone", "detach", "detach_", "dropout", "type_as", "lift_fresh_copy",
@@ -51,7 +50,7 @@ def _after(run: Propagation, tag: Tag | None, step: str = "") -> Tag | None:
         return None
     if stage := STEPS.get((tag.stage, step)):
         return Tag(stage, tag.ids)
-    run.ids.block(tag.ids, f"a norm without a weight of its own ({run.where})")
+    run.block(tag.ids, "a norm without a weight of its own")
     return None
 
 
@@ -81,20 +80,15 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
     if name != operator_name(node.target):
-        _written(run, operands)
+        # Other views of the target show what is written; where it has no identities, these cannot be removed.
+        for value in operands[1:]:
+            for mine, theirs in zip(operands[0].axes[::-1], value.axes[::-1], strict=False):
+                if len(mine) == len(theirs):
+                    run.block(theirs[mine < 0], "written into another tensor")
     if name == "masked_fill" and operands[0].selects is not None:
-        run.ids.block(operands[0].selects, f"a choice is replaced by a fixed position ({run.where})")
+        run.block(operands[0].selects, "a choice is replaced by a fixed position")
     tag = _norm_step(run, name, operands)
     return Value(run.broadcast(operands), tag=tag)
-
-
-def _written(run: Propagation, operands: list[Value]) -> None:
-    """Block what an operator in place writes, which other views of the target show, where that has no identities."""
-    target = operands[0]
-    for value in operands[1:]:
-        for mine, theirs in zip(target.axes[::-1], value.axes[::-1], strict=False):
-            if len(mine) == len(theirs):
-                run.ids.block(theirs[mine < 0], f"written into another tensor ({run.where})")
 
 
 def _with_scalar(run: Propagation, name: str, args: Sequence[Any], operands: list[Value]) -> Value:
@@ -116,7 +110,7 @@ def _with_scalar(run: Propagation, name: str, args: Sequence[Any], operands: lis
 def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None:
     """Follow an RMS norm through a product or quotient of two tensors."""
     left, right = operands[0], operands[1]
-    if name == "mul" and left.tag is None and right.tag is None and left is right:
+    if name == "mul" and left is right and left.tag is None:
         return Tag("square", left.axes[-1])
     tags = [v.tag for v in operands if v.tag is not None and v.tag.stage != "square"]
     if not tags:
@@ -128,7 +122,7 @@ def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None
         if scales and other.axes and np.array_equal(other.axes[-1], ids):
             return Tag("normed", ids)
         if stage == "normed" and name == "mul" and other.origin is Origin.WEIGHT and other.ndim == 1:
-            run.ids.mark(other.axes[-1], Mark.RMS)
+            run.mark(other.axes[-1], Mark.RMS)
             run.offsets.append((other.axes[-1], other.offset))
             return None
     for tag in tags:
@@ -139,15 +133,15 @@ def _norm_step(run: Propagation, name: str, operands: list[Value]) -> Tag | None
 @rule("softmax", "log_softmax")
 def softmax(run: Propagation, node: Node, value: Value, dim: int, *_: Any, **__: Any) -> Value:
     for d, ids in enumerate(value.axes):
-        run.ids.mark(ids, Mark.SOFTMAX if d == dim % value.ndim else Mark.ATTENDS)
+        run.mark(ids, Mark.SOFTMAX if d == dim % value.ndim else Mark.ATTENDS)
     return Value(value.axes)
 
 
 @rule("sum", "amax", "amin", "any", "all", "logsumexp", "prod", "var", "std", "linalg_vector_norm", "mean", "argmax",
       "argmin")  # fmt: skip
 def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) -> Value:
-    dims = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
-    dims = list(range(value.ndim)) if dims is None or dims == [] else dims if isinstance(dims, list) else [int(dims)]
+    given = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
+    dims = [given] if isinstance(given, int) else given or range(value.ndim)
     keep = node.meta["val"].ndim == value.ndim > 0
     square = value.tag is not None and value.tag.stage == "square"
     if square and _short(node) == "mean" and [d % value.ndim for d in dims] == [value.ndim - 1]:
@@ -163,7 +157,7 @@ def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: 
 def scan(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) -> Value:
     dim = argument(args, kwargs, 1 if _short(node) == "diff" else 0, "dim", -1) % value.ndim
     axes = list(value.axes)
-    run.ids.block(axes[dim], f"accumulated along it ({run.where})")
+    run.block(axes[dim], "accumulated along it")
     axes[dim] = run.plain(int(node.meta["val"].shape[dim]), Origin.ACTIVATION)
     return Value(tuple(axes))
 
@@ -172,8 +166,8 @@ def scan(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) 
 def topk(run: Propagation, node: Node, value: Value, count: int, dim: int = -1, *_: Any) -> list[Value]:
     dim %= value.ndim
     ids = value.axes[dim]
-    run.ids.mark(ids, Mark.ROUTED)
-    run.ids.need_at_least(ids, count)
+    run.mark(ids, Mark.ROUTED)
+    run.minimum.append((ids, count))
     axes = tuple(run.plain(count, Origin.ACTIVATION) if d == dim else own for d, own in enumerate(value.axes))
     return [Value(axes, selects=value.selects), Value(axes, selects=ids)]
 
@@ -184,7 +178,7 @@ def extreme(run: Propagation, node: Node, value: Value, other: Any = None, *_: A
     if isinstance(other, Value):
         return Value(run.broadcast([value, other]))
     if not isinstance(metas, tuple | list):
-        return Value(run.reduce(value, None, False))
+        return Value(run.reduce(value, range(value.ndim), False))
     return [Value(run.reduce(value, [other], metas[0].ndim == value.ndim))] * 2
 
 
@@ -204,7 +198,7 @@ def matmul(run: Propagation, node: Node, left: Value, right: Value) -> Value:
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
     if left.origin is right.origin is Origin.ACTIVATION:
         for ids in batch:
-            run.ids.mark(ids, Mark.ATTENDS)
+            run.mark(ids, Mark.ATTENDS)
     rows = left.axes[-2:-1] if left.ndim > 1 else ()
     columns = right.axes[-1:] if right.ndim > 1 else ()
     return Value((*batch, *rows, *columns))
@@ -232,7 +226,7 @@ def einsum(run: Propagation, node: Node, equation: str, operands: list[Value], *
                 letters[letter] = uniform(len(ids), FIXED), value
     for letter, (ids, _) in letters.items():
         if letter not in output and inputs.count(letter) != 2:
-            run.ids.block(ids, f"summed over ({run.where})")
+            run.block(ids, "summed over")
     return Value(tuple(letters[letter][0] for letter in output))
 
 
@@ -248,29 +242,27 @@ def conv1d(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
         out = run.tie(x.axes[1], out)
     if bias is not None:
         out = run.tie(out, bias.axes[0])
-    run.ids.block(x.axes[2], f"convolved ({run.where})")
+    run.block(x.axes[2], "convolved")
     return Value((x.axes[0], out, run.plain(int(node.meta["val"].shape[2]), Origin.ACTIVATION)))
 
 
 @rule("layer_norm")
 def layer_norm(run: Propagation, node: Node, x: Value, shape: list[int], *args: Any) -> Value:
     for n in range(1, len(shape) + 1):
-        ids = x.axes[-n]
-        run.ids.block(ids, f"a LayerNorm runs over it, which no cut can reproduce ({run.where})")
+        run.block(x.axes[-n], "a LayerNorm runs over it, which no cut can reproduce")
         for weight in [a for a in args if isinstance(a, Value)]:
-            run.tie(ids, weight.axes[-n])
+            run.tie(x.axes[-n], weight.axes[-n])
     return Value(x.axes)
 
 
 @rule("rms_norm")
 def rms_norm(run: Propagation, node: Node, x: Value, shape: list[int], weight: Value | None = None, *_: Any) -> Value:
-    ids = x.axes[-1]
     if weight is not None and weight.origin is Origin.WEIGHT and len(shape) == 1:
-        run.ids.mark(weight.axes[-1], Mark.RMS)
+        run.mark(weight.axes[-1], Mark.RMS)
         run.offsets.append((weight.axes[-1], weight.offset))
-        return Value((*x.axes[:-1], run.tie(ids, weight.axes[-1])))
+        return Value((*x.axes[:-1], run.tie(x.axes[-1], weight.axes[-1])))
     for n in range(1, len(shape) + 1):
-        run.ids.block(x.axes[-n], f"a norm without a weight of its own ({run.where})")
+        run.block(x.axes[-n], "a norm without a weight of its own")
         if weight is not None:
             run.tie(x.axes[-n], weight.axes[-n])
     return Value(x.axes)
@@ -289,8 +281,8 @@ def attention(
         heads = run.tie(heads, repeated)
     if attn_mask is not None and attn_mask.ndim >= 3 and len(attn_mask.axes[-3]) == len(heads):
         heads = run.tie(heads, attn_mask.axes[-3])
-    run.ids.mark(heads, Mark.ATTENDS)
-    run.ids.block(q.axes[-2], f"a position in a sequence ({run.where})")
+    run.mark(heads, Mark.ATTENDS)
+    run.block(q.axes[-2], "a position in a sequence")
     return Value((*q.axes[:-3], heads, q.axes[-2], v.axes[-1]))
 
 
@@ -300,7 +292,7 @@ def filled(run: Propagation, node: Node, *_: Any, **__: Any) -> Value:
     """A tensor that is written in parts later gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     if "empty" in operator_name(node.target) or _is_written_to(node):
-        return Value(tuple(run.ids.new(n) if n > 1 else uniform(n, FREE) for n in shape), Origin.ACTIVATION)
+        return Value(tuple(run.new(n) if n > 1 else uniform(n, FREE) for n in shape), Origin.ACTIVATION)
     return Value(tuple(uniform(n, FREE) for n in shape), Origin.CONSTANT)
 
 
@@ -316,7 +308,7 @@ def _is_written_to(node: Node) -> bool:
 
 @rule("view_as_complex")
 def view_as_complex(run: Propagation, node: Node, value: Value) -> Value:
-    run.ids.block(value.axes[-1], f"one half of a complex number ({run.where})")
+    run.block(value.axes[-1], "one half of a complex number")
     return Value(value.axes[:-1])
 
 

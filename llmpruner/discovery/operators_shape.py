@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .ids import FIXED, FREE, Ids
-from .propagate import Origin, Propagation, Value, operator_name, rule, uniform, with_axes
+from .propagate import FIXED, FREE, Ids, Mark, Origin, Propagation, Value, operator_name, rule, uniform, with_axes
 
 VIEWS = frozenset(
     ("select", "slice", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind", "alias",
@@ -36,18 +35,15 @@ def regroup(
 ) -> list[Ids]:
     """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
     result: list[Ids] = []
-    i = j = 0
-    while i < len(axes) or j < len(shape):
-        left, right = [axes[i]] if i < len(axes) else [], [shape[j]] if j < len(shape) else []
-        i, j = i + len(left), j + len(right)
-        while prod(len(a) for a in left) != prod(right):
-            if prod(len(a) for a in left) < prod(right):
-                left.append(axes[i])
-                i += 1
+    rest, sizes = list(axes), list(shape)
+    while rest or sizes:
+        left, right = rest[:1], sizes[:1]
+        del rest[:1], sizes[:1]
+        while prod(map(len, left)) != prod(right):
+            if prod(map(len, left)) < prod(right):
+                left.append(rest.pop(0))
             else:
-                right.append(shape[j])
-                j += 1
-        # Axes of size one at the end of a run belong to it.
+                right.append(sizes.pop(0))
         if len(left) == 1 and len(right) == 1:
             result.append(left[0])
         else:
@@ -65,17 +61,17 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
     if run.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
         # Keys and values repeated for the query heads that share them, or the choice of a group of experts repeated
         # for its members: a copy may be removed as long as each of them is repeated equally often.
-        fresh = run.ids.new(size)
-        run.ids.need_equal_blocks(fresh, len(wide[0]))
+        fresh = run.new(size)
+        run.blocks.append((fresh, len(wide[0])))
         return fresh
     known = [n for n, ids in enumerate(wide) if (ids >= 0).any()]
     if not known:
         return uniform(size, max(int(np.max(ids)) for ids in wide))
     # An axis that is blocked already, such as that of samples in a tensor written in parts, must not block the others.
-    known = [n for n in known if run.ids.removable(wide[n])] or known
+    known = [n for n in known if run.removable(wide[n])] or known
     chosen = known[0]
     for other in known[1:]:
-        run.ids.block(wide[other], f"merged with another axis that can be cut ({run.where})")
+        run.block(wide[other], "merged with another axis that can be cut")
     before, after = prod(len(i) for i in wide[:chosen]), prod(len(i) for i in wide[chosen + 1 :])
     return np.tile(np.repeat(wide[chosen], after), before)
 
@@ -115,7 +111,7 @@ def view(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     if run.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
         # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may be
         # removed as long as all groups keep the same number.
-        run.ids.need_equal_blocks(value.axes[-1], shape[-2])
+        run.blocks.append((value.axes[-1], shape[-2]))
         axes = [*regroup(run, value.axes[:-1], shape[:-2]), uniform(shape[-2], FIXED), uniform(shape[-1], FREE)]
         return with_axes(value, axes)
     return with_axes(value, regroup(run, value.axes, shape, _picked(node, len(shape))))
@@ -216,7 +212,7 @@ def pick(run: Propagation, node: Node, value: Value, dim: int = 0, *_: Any) -> A
     dim %= value.ndim
     picked = value.axes[dim]
     if len(picked) > 1:
-        run.ids.block(picked, f"one index is picked by its position ({run.where})")
+        run.block(picked, "one index is picked by its position")
     rest = with_axes(value, [ids for d, ids in enumerate(value.axes) if d != dim])
     return rest if operator_name(node.target) == "select" else [rest] * len(picked)
 
@@ -229,41 +225,34 @@ def getitem(run: Propagation, node: Node, values: Any, index: int) -> Any:
 @rule("pad")
 def pad(run: Propagation, node: Node, value: Value, amounts: list[int], *_: Any) -> Value:
     axes = list(value.axes)
-    for n in range(len(amounts) // 2):
-        before, after = amounts[2 * n], amounts[2 * n + 1]
-        if before == after == 0:
-            continue
-        d = value.ndim - 1 - n
-        run.ids.block(axes[d], f"padded ({run.where})")
-        axes[d] = uniform(len(axes[d]) + before + after, FIXED)
+    for n, amount in enumerate(zip(amounts[::2], amounts[1::2], strict=True), start=1):
+        if any(amount):
+            run.block(axes[-n], "padded")
+            axes[-n] = uniform(len(axes[-n]) + sum(amount), FIXED)
     return Value(tuple(axes))
 
 
 @rule("tril", "triu")
 def triangle(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     for ids in value.axes[-2:]:
-        run.ids.block(ids, f"masked by position ({run.where})")
+        run.block(ids, "masked by position")
     axes = [*value.axes[:-2], *(run.plain(len(i), Origin.ACTIVATION) for i in value.axes[-2:])]
     return Value(tuple(axes), value.origin)
 
 
 @rule("index")
 def index(run: Propagation, node: Node, value: Value, chosen: Sequence[Value | None]) -> Value:
-    picks = [*chosen, *[None] * (value.ndim - len(chosen))]
-    known = [(n, p.numbers) for n, p in enumerate(picks) if p is not None and p.numbers is not None]
-    if len(known) == sum(p is not None for p in picks) == 1 and known[0][1].ndim == 1:
-        ((dim, numbers),) = known
-        return with_axes(value, [ids[numbers] if d == dim else ids for d, ids in enumerate(value.axes)])
-    for ids, pick in zip(value.axes, picks, strict=True):
-        if pick is not None:
-            pick_from(run, ids, pick)
-    indices = [p for p in picks if p is not None]
-    common = run.broadcast(indices)
-    positions = [n for n, p in enumerate(picks) if p is not None]
-    adjacent = positions == list(range(positions[0], positions[-1] + 1))
-    axes = [a for a, p in zip(value.axes, picks, strict=True) if p is None]
-    at = positions[0] if adjacent else 0
-    axes[at:at] = common
+    picks = {dim: pick for dim, pick in enumerate(chosen) if pick is not None}
+    if len(picks) == 1:
+        ((dim, only),) = picks.items()
+        if only.numbers is not None and only.numbers.ndim == 1:
+            return with_axes(value, [ids[only.numbers] if d == dim else ids for d, ids in enumerate(value.axes)])
+    for dim, pick in picks.items():
+        pick_from(run, value.axes[dim], pick)
+    axes = [ids for dim, ids in enumerate(value.axes) if dim not in picks]
+    adjacent = max(picks) - min(picks) + 1 == len(picks)
+    at = min(picks) if adjacent else 0
+    axes[at:at] = run.broadcast(list(picks.values()))
     return replace(with_axes(value, axes), selects=value.selects)
 
 
@@ -272,7 +261,7 @@ def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
     if pick.selects is not None and len(pick.selects) == len(ids):
         run.tie(ids, pick.selects)
     else:
-        run.ids.block(ids, f"indexed by computed positions ({run.where})")
+        run.block(ids, "indexed by computed positions")
 
 
 @rule("index_select")
@@ -298,7 +287,7 @@ def embedding(run: Propagation, node: Node, table: Value, pick: Value, *_: Any) 
     elif pick.selects is not None:
         run.tie(table.axes[0], pick.selects)
     else:
-        run.ids.block(table.axes[0], "rows are looked up by number")
+        run.mark(table.axes[0], Mark.BLOCKED, "rows are looked up by number")
     return Value((*pick.axes, table.axes[1]))
 
 
@@ -307,7 +296,7 @@ def one_hot(run: Propagation, node: Node, pick: Value, *_: Any) -> Value:
     size = int(node.meta["val"].shape[-1])
     selects = pick.selects
     if selects is not None and len(selects) != size:
-        run.ids.block(selects, f"numbered otherwise ({run.where})")
+        run.block(selects, "numbered otherwise")
         selects = None
     return Value((*pick.axes, uniform(size, FIXED) if selects is None else selects))
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
 from ..errors import LlmprunerError, first_line
-from ..models.checkpoint import load_pruned
 from ..models.messages import quiet_transformers, why_it_stops
+from ..models.opening import load_pruned
 from ..models.save import save_checkpoint
 from ..models.surgery import cut, silence
 from ..models.vocabulary import named_tokens
@@ -44,13 +45,11 @@ VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
 @dataclass
 class Verdict:
-    """The result of the oracle for one kind of unit.
-
-    ``verdict``: *verified*; *failed* (the cut model runs and its outputs are wrong); *refused* (the cut model cannot
-    run, or the checks gave no evidence: see ``reason``). ``difference``: largest difference of logits relative to the
-    largest logit, over ``checks``. ``where``: path of the first module whose output differs. ``follows``: rules for
-    attributes that must change with the cut. ``skipped``: checks that were not possible, each with the reason.
-    """
+    """The result of the oracle for one kind of unit. ``verdict``: *verified*; *failed* (the cut model runs and its
+    outputs are wrong); *refused* (the cut model cannot run, or the checks gave no evidence: see ``reason``).
+    ``difference``: largest difference of logits relative to the largest logit, over ``checks``. ``where``: path of the
+    first module whose output differs. ``follows``: rules for attributes that must change with the cut. ``skipped``:
+    checks that were not possible, each with the reason."""
 
     kind: str
     groups: int
@@ -73,8 +72,7 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.no_cache = why_no_generation(self.models["eager"], self.tokens)
-        """Why generation cannot be checked; empty when it can."""
+        self.why_no_cache = why_no_generation(self.models["eager"], self.tokens)
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
@@ -87,47 +85,45 @@ class Oracle:
             verdict.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
         try:
             self._try(kind, groups, verdict)
-        except Disagreement as error:
-            verdict.verdict, verdict.difference, verdict.where = FAILED, error.difference, error.where
-            verdict.reason = str(error)
         except Exception as error:  # the cut model may raise anything
-            verdict.verdict, verdict.difference, verdict.reason = REFUSED, 0.0, why_it_stops(error)
+            if verdict.verdict != FAILED:
+                verdict.verdict, verdict.difference = REFUSED, 0.0
+            verdict.reason = why_it_stops(error)
         return verdict
 
     def _try(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
-        cases = {name: self._case(kept) for name, kept in self._plans(kind, groups).items()}
-        no_cache = self._why_no_cache(cases["uneven"])
+        cases = {name: self._references(kept) for name, kept in self._plans(kind, groups).items()}
+        no_cache = self._why_no_cache(cases["uneven"][0])
         if self.family.is_discovered and kind != LAYER:
             verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
         eager: dict[str, PreTrainedModel] = {}
-        for name, case in cases.items():
-            for implementation, reference in case.references.items():
-                if name == "uneven" and distance(reference.logits, self.dense[implementation]) < VISIBLE:
+        for name, references in cases.items():
+            for reference in references:
+                dense = self.dense[reference.implementation]
+                if name == "uneven" and distance(reference.logits, dense) < VISIBLE:
                     raise LlmprunerError("silencing the units does not change the logits, so the cut can't be verified")
-                model = self._cut(implementation, case, verdict.follows)
+                model = self._cut(reference, verdict.follows)
                 eager.setdefault(name, model)  # of the first implementation
-                difference = distance(logits(model, case.tokens.after), reference.logits)
+                difference = distance(logits(model, reference.tokens.after), reference.logits)
                 if not difference <= TOLERANCE:
-                    where = first_difference(model, reference.model, case.tokens, reference.mode)
-                    raise Disagreement(f"the cut model disagrees ({implementation})", difference, where)
+                    verdict.where = first_difference(model, reference.model, reference.tokens, reference.mode)
+                _require(verdict, difference, f"the cut model disagrees ({reference.implementation})")
                 verdict.difference = max(verdict.difference, difference)
-                verdict.checks.append(f"{name} {implementation}")
+                verdict.checks.append(f"{name} {reference.implementation}")
         if no_cache:
             verdict.skipped.append(f"cached generation: {no_cache}")
         else:
-            difference = cached_difference(eager["uneven"], cases["uneven"].tokens.after)
-            if not difference <= TOLERANCE:
-                raise Disagreement("generation with a cache differs from generation without", difference)
+            difference = cached_difference(eager["uneven"], cases["uneven"][0].tokens.after)
+            _require(verdict, difference, "generation with a cache differs from generation without")
             verdict.checks.append("cached generation")
         for name, model in eager.items():
-            tokens = cases[name].tokens.after
+            tokens = cases[name][0].tokens.after
             expected = logits(model, tokens)
             with tempfile.TemporaryDirectory() as parent:
                 save_checkpoint(model, Path(parent) / "pruned", record={})
                 loaded = load_pruned(Path(parent) / "pruned", attn_implementation="eager")
                 difference = distance(logits(loaded, tokens), expected)
-            if not difference <= TOLERANCE:
-                raise Disagreement(f"the saved and reloaded model differs ({name})", difference)
+            _require(verdict, difference, f"the saved and reloaded model differs ({name})")
         verdict.checks.append("save and load")
 
     def _plans(self, kind: str, groups: Sequence[CoupledGroup]) -> dict[str, dict[str, list[int]]]:
@@ -136,50 +132,59 @@ class Oracle:
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
         }
-        if kind == VOCABULARY:
-            named = named_tokens(self.models["eager"])
-            plans = {name: {g: sorted({*u, *named}) for g, u in kept.items()} for name, kept in plans.items()}
         types = getattr(self.config.get_text_config(), "layer_types", None) or ()
+        attention: list[int] = []
         if kind == LAYER and len(types) == self.graph.num_layers:
-            plans = {name: {g: with_attention(u, types) for g, u in kept.items()} for name, kept in plans.items()}
+            # Without an attention layer, the cache of transformers does not count tokens, and generation raises.
+            attention = [n for n, what in enumerate(types) if what.endswith("attention") and what != "linear_attention"]
+        for kept in plans.values():
+            for name, units in kept.items():
+                if kind == VOCABULARY:
+                    kept[name] = sorted({*units, *named_tokens(self.models["eager"])})
+                elif attention and set(attention).isdisjoint(units):
+                    kept[name] = sorted([*units[:-1], attention[0]])
         return plans
 
-    def _case(self, kept: Kept) -> Case:
+    def _references(self, kept: Kept) -> list[Reference]:
+        """For a cut to ``kept``, one for each implementation."""
         tokens = kept_tokens(self.tokens, self.graph, kept)
-        references: dict[str, Reference] = {}
+        references = []
         for implementation, dense in self.models.items():
             model = copy.deepcopy(dense)
             mode = silenced(model, self.graph, kept)
             with mode:
                 expected = logits(model, tokens.before)[..., tokens.predicted]
-            references[implementation] = Reference(model, mode, expected)
-        return Case(kept, tokens, references)
+            references.append(Reference(implementation, kept, tokens, model, mode, expected))
+        return references
 
-    def _cut(self, implementation: str, case: Case, follows: Sequence[Rule]) -> PreTrainedModel:
-        model = copy.deepcopy(self.models[implementation])
-        cut(model, self.graph, case.kept, Follower(follows) if self.family.is_discovered else self.family)
+    def _cut(self, reference: Reference, follows: Sequence[Rule]) -> PreTrainedModel:
+        model = copy.deepcopy(self.models[reference.implementation])
+        cut(model, self.graph, reference.kept, Follower(follows) if self.family.is_discovered else self.family)
         return model
 
-    def _why_no_cache(self, case: Case) -> str:
+    def _why_no_cache(self, reference: Reference) -> str:
         """Why generation with a cache cannot be checked; empty when it can."""
-        if self.no_cache:
-            return f"the dense model {self.no_cache}"
-        reference = case.references["eager"]
+        if self.why_no_cache:
+            return f"the dense model {self.why_no_cache}"
         with reference.mode:
-            why_not = why_no_generation(reference.model, case.tokens.before)
+            why_not = why_no_generation(reference.model, reference.tokens.before)
         return f"the model with silenced units {why_not}" if why_not else ""
 
-    def _follows(self, groups: Sequence[CoupledGroup], case: Case, *, cached: bool) -> tuple[Rule, ...]:
-        """The fewest rules with which a cut gives the logits of its reference, ``cached`` ones too; none where no rules
-        do."""
+    def _follows(
+        self, groups: Sequence[CoupledGroup], references: Sequence[Reference], *, cached: bool
+    ) -> tuple[Rule, ...]:
+        """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; else none."""
 
-        def agrees(chosen: Sequence[Rule]) -> bool:
+        def agrees(chosen: Sequence[Rule], required: Rule | None = None) -> bool:
+            if required is not None and required not in chosen:
+                return False
             try:
-                for implementation, reference in case.references.items():
-                    model = self._cut(implementation, case, chosen)
-                    if not distance(logits(model, case.tokens.after), reference.logits) <= TOLERANCE:
+                for reference in references:
+                    model = self._cut(reference, chosen)
+                    if not distance(logits(model, reference.tokens.after), reference.logits) <= TOLERANCE:
                         return False
-                return not cached or cached_difference(self._cut("eager", case, chosen), case.tokens.after) <= TOLERANCE
+                eager = references[0]
+                return not cached or cached_difference(self._cut(eager, chosen), eager.tokens.after) <= TOLERANCE
             except Exception:  # a model cut with the wrong rules may raise anything
                 return False
 
@@ -188,11 +193,7 @@ class Oracle:
         if found is None:
             # Every layer is given the same tables, so one group of the kind shows them.
             for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-
-                def with_table(chosen: Sequence[Rule], table: Rule = table) -> bool:
-                    return table in chosen and agrees(chosen)
-
-                found = find([table, *attributes], with_table)
+                found = find([table, *attributes], partial(agrees, required=table))
                 if found is not None:
                     break
         return found or ()
@@ -200,26 +201,20 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Reference:
-    """The ``model`` with units silenced, which must run inside ``mode``, and its ``logits`` (B, T, V)."""
+    """What a cut to ``kept`` is compared with: the ``model`` with the other units silenced, of one ``implementation``,
+    which must run inside ``mode``; and its ``logits`` (B, T, V) for ``tokens``."""
 
+    implementation: str
+    kept: Kept
+    tokens: Tokens
     model: PreTrainedModel
     mode: AbstractContextManager[object]
     logits: torch.Tensor
 
 
 @dataclass(frozen=True)
-class Case:
-    """Which units a cut keeps, the tokens to compare, and for each implementation the reference."""
-
-    kept: Kept
-    tokens: Tokens
-    references: Mapping[str, Reference]
-
-
-@dataclass(frozen=True)
 class Tokens:
-    """The same tokens by their ids ``before`` a cut and ``after`` it, (B, T); and those before it that the cut model
-    ``predicted``."""
+    """Token ids (B, T) ``before`` and ``after`` a cut; ``predicted``: the ids before it of all tokens that stay."""
 
     before: torch.Tensor
     after: torch.Tensor
@@ -235,12 +230,11 @@ def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Token
     return Tokens(tokens, tokens, slice(None))
 
 
-class Disagreement(LlmprunerError):
-    """The cut model runs, and its outputs are wrong."""
-
-    def __init__(self, message: str, difference: float, where: str = "") -> None:
-        super().__init__(message)
-        self.difference, self.where = difference, where
+def _require(verdict: Verdict, difference: float, otherwise: str) -> None:
+    """Fail, with the reason ``otherwise``, where the cut model runs and its outputs are wrong."""
+    if not difference <= TOLERANCE:
+        verdict.verdict, verdict.difference = FAILED, difference
+        raise LlmprunerError(otherwise)
 
 
 def _choices(group: CoupledGroup) -> list[int]:
@@ -268,15 +262,6 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
     if not kept:
         raise LlmprunerError("no unit can be removed from any group")
     return kept
-
-
-def with_attention(layers: list[int], types: Sequence[str]) -> list[int]:
-    """As many layers as in ``layers``, an attention layer among them where the model has one (``types``: of all its
-    layers). Without one, the cache of transformers does not count tokens, and generation raises."""
-    attention = [n for n, kind in enumerate(types) if kind.endswith("attention") and kind != "linear_attention"]
-    if not attention or set(attention) & set(layers):
-        return layers
-    return sorted([*layers[:-1], attention[0]])
 
 
 def first_difference(

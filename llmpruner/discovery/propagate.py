@@ -1,7 +1,8 @@
 """Abstract interpretation of an exported graph: which indices of which axes can only be removed together.
 
-Every tensor becomes a `Value`: for each of its axes, one identity (`ids`) per index. The axes of a parameter begin with
-identities of their own. The rule of an operator gives the axes of its result, and ties identities that belong together.
+Every index of every parameter axis gets an identity (a number from 0), and every tensor becomes a `Value`: for each of
+its axes, one identity per index. The rule of an operator gives the axes of its result, ties identities that can only be
+removed together, and blocks those that can't be removed.
 In ``down(silu(up(x)))`` with ``up`` (3, 2), whose rows are p, q, r, and ``down`` (2, 3), whose columns are u, v, w:
 
     linear(x, up)       last axis [p q r]       the columns of ``up`` are tied to the channels of x, and CONSUMED
@@ -17,16 +18,44 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import reduce
 from operator import attrgetter
 from typing import Any, TypeVar, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..errors import UnsupportedModelError, first_line
-from .ids import FIXED, FREE, TABLE, Identities, Ids, Mark
+
+Ids = npt.NDArray[np.int64]
+
+FIXED = -1
+"""Cannot be removed: a position in the batch or in time, or inside a head."""
+TABLE = -2
+"""An index of a computed constant (ALiBi slopes, sinusoids): it is cut along with the axis that it is tied to."""
+FREE = -3
+"""A copy of one value; any number of copies will do."""
+
+
+class Mark(str, Enum):
+    """What a pass through the graph found about an identity."""
+
+    BLOCKED = "blocked"
+    CONSUMED = "consumed"
+    """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
+    RMS = "rms"
+    """It is an element of the weight of an RMS norm."""
+    ATTENDS = "attends"
+    """It selects one softmax over positions, or one product of two activations: a head, of linear attention too."""
+    ROUTED = "routed"
+    """A top-k choice is made among these identities: experts."""
+    SOFTMAX = "softmax"
+    """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
+    VOCABULARY = "vocabulary"
+    """It is a token: of the rows that token ids look up, and of the logits."""
 
 
 class Origin(Enum):
@@ -39,9 +68,8 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Tag:
-    """A stage of an RMS norm over the identities ``ids``, which models write in several ways: ``square`` x², then
-    ``mean_square``, its ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root; a product with a weight ends
-    it."""
+    """A stage of an RMS norm over ``ids``, which models write in several ways: ``square`` x², then ``mean_square``, its
+    ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root; a product with a weight ends it."""
 
     stage: str
     ids: Ids
@@ -49,13 +77,10 @@ class Tag:
 
 @dataclass(frozen=True)
 class Value:
-    """The abstract value of a tensor: the identities along each axis.
-
-    ``origin``: None in the result of a rule stands for what follows from the operands, see `Propagation.call`.
-    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``offset``: the constant added to
-    a weight. ``numbers``: the values of an integer constant. ``is_input``: whether it is the token ids that the model
-    is given, moved but not changed.
-    """
+    """The abstract value of a tensor: the identities along each axis. ``origin``: None in the result of a rule stands
+    for what follows from the operands, see `Propagation.call`. ``offset``: the constant added to a weight.
+    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``numbers``: the values of an
+    integer constant. ``is_input``: whether it is the token ids that the model is given, moved but not changed."""
 
     axes: tuple[Ids, ...]
     origin: Origin | None = None
@@ -75,8 +100,7 @@ class Value:
 
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
-"""Called as the operator is, with a `Propagation` and the node in front. Gives the values of the operator's results;
-``NotImplemented`` for arguments that it was not written for."""
+"""Called as the operator is, after a `Propagation` and the node; ``NotImplemented`` for arguments it can't follow."""
 RULES: dict[str, Callable[..., Any]] = {}
 
 
@@ -84,8 +108,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register the rule for ATen operators (names without overload, ``linear`` for ``aten.linear``)."""
 
     def register(function: Rule) -> Rule:
-        for name in names:
-            RULES[name] = function
+        RULES.update(dict.fromkeys(names, function))
         return function
 
     return register
@@ -100,16 +123,23 @@ class Propagation:
     """One pass over a graph. ``elastic``: repeated keys and values may be repeated fewer times, so that single query
     heads can be removed. ``parameters``: (name, axis) → identities, of parameters and of the floating point
     ``buffers``, whose entries may belong to units just as well. ``tokens``: of the vocabulary, once token ids were
-    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module."""
+    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module. ``edges``: pairs
+    of axes whose identities are tied. ``marks``: each with a reason. ``blocks``: identities that form equal blocks,
+    each of which must keep the same number of units. ``minimum``: identities of which so many must stay."""
 
     elastic: bool = False
-    ids: Identities = field(default_factory=Identities)
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     offsets: list[tuple[Ids, float]] = field(default_factory=list)
     tokens: Ids | None = None
     readers: list[str] = field(default_factory=list)
     where: str = ""
+    count: int = 0
+    edges: list[tuple[Ids, Ids]] = field(default_factory=list)
+    marks: dict[Mark, list[tuple[Ids, str]]] = field(default_factory=dict)
+    blocks: list[tuple[Ids, int]] = field(default_factory=list)
+    minimum: list[tuple[Ids, int]] = field(default_factory=list)
+    blocked: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def run(self, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> None:
         """Interpret ``program``. ``ties``: tied parameter → the name that it is stored under."""
@@ -127,7 +157,7 @@ class Propagation:
                 logits, *others = _tensors(args)
                 self.predict(logits.axes[-1])
                 for ids in (*logits.axes[:-1], *(ids for value in others for ids in value.axes)):
-                    self.ids.block(ids, "it is an axis of the output")
+                    self.mark(ids, Mark.BLOCKED, "it is an axis of the output")
 
     def input(self, node: Node, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> Any:
         signature, meta = program.graph_signature, cast("Any", node.meta.get("val"))
@@ -149,18 +179,20 @@ class Propagation:
         axes = []
         for axis, size in enumerate(shape):
             if (name, axis) not in self.parameters:
-                self.parameters[name, axis] = self.ids.new(size)
+                self.parameters[name, axis] = self.new(size)
             axes.append(self.parameters[name, axis])
         return Value(tuple(axes), Origin.WEIGHT)
 
     def call(self, node: Node, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = operator_name(node.target)
-        self.where = f"{name} in {_module_of(node)}"
+        modules = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values() if path]
+        self.where = f"{name} in {modules[-1] if modules else 'the model'}"
         operands = _tensors([args, kwargs])
         for value in operands:
             if value.tag and value.tag.stage != "square" and name not in KEEPS_TAG:
-                self.ids.block(value.tag.ids, f"a norm without a weight of its own ({self.where})")
+                self.block(value.tag.ids, "a norm without a weight of its own")
         result: Any = NotImplemented
+        meta = node.meta.get("val")
         if name in RULES:
             try:
                 result = RULES[name](self, node, *args, **kwargs)
@@ -174,21 +206,17 @@ class Propagation:
         constant = all(value.origin is Origin.CONSTANT for value in operands)
         origin = Origin.CONSTANT if constant else Origin.ACTIVATION
         if result is NotImplemented:
-            return self.unknown_operator(node, name, operands, origin)
-        meta = node.meta.get("val")
+            # The operands of constants have no identities.
+            for value in operands:
+                for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
+                    self.block(ids, f"operator {name} is not understood")
+            return self.opaque(meta, origin)
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
             raise UnsupportedModelError(
                 f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
                 f"and the rule {result.shape}"
             )
         return _of_origin(result, origin)
-
-    def unknown_operator(self, node: Node, name: str, operands: Sequence[Value], origin: Origin) -> Any:
-        """Block all operands of an operator without a rule; those of constants have no identities."""
-        for value in operands:
-            for ids in (*value.axes, *([] if value.selects is None else [value.selects])):
-                self.ids.block(ids, f"operator {name} is not understood ({self.where})")
-        return self.opaque(node.meta.get("val"), origin)
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
         """A value of the shape of ``meta`` whose axes have no identities."""
@@ -205,6 +233,43 @@ class Propagation:
 
     # The building blocks of rules.
 
+    def new(self, size: int) -> Ids:
+        ids = np.arange(self.count, self.count + size, dtype=np.int64)
+        self.count += size
+        if self.count > len(self.blocked):
+            self.blocked = np.r_[self.blocked, np.zeros(self.count, dtype=bool)]
+        return ids
+
+    def tie(self, left: Ids, right: Ids) -> Ids:
+        """Index *i* of both axes can only be removed together; where one of them cannot, the other is blocked. Returns
+        the identities of the common axis."""
+        if left is right:
+            return left
+        both = (left >= 0) & (right >= 0)
+        if both.any():
+            self.edges.append((left[both], right[both]))
+        for mine, other in ((left, right), (right, left)):
+            self.block(mine[other == FIXED], "tied to an axis that cannot be cut")
+        known = np.where(left >= 0, left, right)
+        stuck = (left == FIXED) | (right == FIXED)
+        return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))
+
+    def mark(self, ids: Ids, mark: Mark, reason: str = "") -> None:
+        ids = ids[ids >= 0]
+        if ids.size:
+            self.marks.setdefault(mark, []).append((ids, reason))
+            if mark is Mark.BLOCKED:
+                self.blocked[ids] = True
+
+    def removable(self, ids: Ids) -> bool:
+        """Whether some of ``ids`` are not blocked yet; ties are not considered."""
+        own = ids[ids >= 0]
+        return bool(own.size) and not self.blocked[own].all()
+
+    def block(self, ids: Ids, reason: str) -> None:
+        """They cannot be removed; ``reason`` is what the operator at work does."""
+        self.mark(ids, Mark.BLOCKED, f"{reason} ({self.where})")
+
     def look_up(self, rows: Ids) -> None:
         """Token ids choose ``rows`` of a table."""
         if self.tokens is None:
@@ -218,13 +283,10 @@ class Propagation:
         if self.tokens is not None and self.readers:
             reason = f"token ids are read by {self.readers[0]}"
         elif self.tokens is not None and len(self.tokens) == len(last):
-            self.ids.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
+            self.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
             return
         for ids in (last, *([] if self.tokens is None else [self.tokens])):
-            self.ids.block(ids, reason)
-
-    def tie(self, left: Ids, right: Ids) -> Ids:
-        return self.ids.tie(left, right, f"tied to an axis that cannot be cut ({self.where})")
+            self.mark(ids, Mark.BLOCKED, reason)
 
     def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
         """Align shapes from the right, tie axes of equal size, and repeat axes of size one."""
@@ -233,13 +295,10 @@ class Propagation:
         for position in range(rank, 0, -1):
             column = [v.axes[-position] for v in operands if v.ndim >= position]
             size = next((len(c) for c in column if len(c) != 1), 1)
-            result: Ids | None = None
             for ids in column:
-                if len(ids) == size:
-                    result = ids if result is None else self.tie(result, ids)
-                else:
-                    self.ids.block(ids, f"broadcast ({self.where})")
-            axes.append(uniform(size, FREE) if result is None else result)
+                if len(ids) != size:
+                    self.block(ids, "broadcast")
+            axes.append(reduce(self.tie, [ids for ids in column if len(ids) == size]))
         return tuple(axes)
 
     def contract(self, a: Ids, b: Ids, left: Value, right: Value) -> None:
@@ -248,21 +307,20 @@ class Propagation:
             a, b, left, right = b, a, right, left
         self.tie(a, b)
         if right.origin is Origin.WEIGHT and right.offset == 0:
-            self.ids.mark(b, Mark.CONSUMED)
+            self.mark(b, Mark.CONSUMED)
         else:
-            reason = f"summed over in a product of two activations ({self.where})"
-            self.ids.block(a, reason)
-            self.ids.block(b, reason)
+            for ids in (a, b):
+                self.block(ids, "summed over in a product of two activations")
 
-    def reduce(self, value: Value, dims: Sequence[int] | None, keepdim: bool) -> tuple[Ids, ...]:
+    def reduce(self, value: Value, dims: Sequence[int], keepdim: bool) -> tuple[Ids, ...]:
         """Axes after a reduction; blocks the reduced ones."""
-        gone = {d % value.ndim for d in (range(value.ndim) if dims is None else dims)}
+        gone = {d % value.ndim for d in dims}
         axes = []
         for d, ids in enumerate(value.axes):
             if d not in gone:
                 axes.append(ids)
                 continue
-            self.ids.block(ids, f"reduced ({self.where})")
+            self.block(ids, "reduced")
             if keepdim:
                 axes.append(uniform(1, FREE))
         return tuple(axes)
@@ -272,8 +330,7 @@ KEEPS_TAG: set[str] = set()
 READS_NO_TOKENS = {
     "embedding", "eq", "ne", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "_assert_tensor_metadata",
 }  # fmt: skip
-"""Operators that are given token ids and read only their shape, or compare them with a token that the configuration
-names, as `surgery.cut` numbers it anew."""
+"""Operators that read only the shape of token ids, or compare them with a token of the configuration, which follows."""
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
@@ -303,9 +360,3 @@ def _tensors(item: Any) -> list[Value]:
     if isinstance(item, list | tuple):
         return [v for i in item for v in _tensors(i)]
     return []
-
-
-def _module_of(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values() if path]
-    return paths[-1] if paths else "the model"

@@ -8,6 +8,7 @@ import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
-from ..models.meta import decoder_layers, decoder_list, meta_model
+from ..models.meta import decoder_layers, meta_model
 from ..models.modeling_llmpruner import drop_layers, per_layer_lists
 from ..progress import only_errors
 
@@ -33,17 +34,14 @@ BATCH, TIME = 2, 7
 @dataclass(frozen=True)
 class Trace:
     """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
-    ``stands_for``: number of each traced layer → the numbers of the real layers it represents.
-    ``streams``: how many tensors a layer is given that are of hidden width or were returned by the layer before; where
-    it is more than one, the residual stream, a layer cannot be removed by passing its input on.
-    ``repeats``: whether some layer runs more than once in a forward pass."""
+    ``stands_for``: number of each traced layer → the numbers of the real layers it represents. ``stay``: why no layer
+    can be removed by passing its input on; empty where it can."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
     layers: str
     stands_for: Mapping[int, tuple[int, ...]]
-    streams: int
-    repeats: bool
+    stay: str
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
@@ -53,11 +51,10 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     for part in (config, config.get_text_config()):
         part._attn_implementation = "eager"
         part._experts_implementation = "batched_mm"
-        if hasattr(part, "use_cache"):
-            part.use_cache = False
-        if hasattr(part, "output_router_logits"):
-            # The loss that balances experts would be traced too, in which their number is counted.
-            part.output_router_logits = False
+        # The loss that balances experts by router logits would be traced too, in which their number is counted.
+        for name in ("use_cache", "output_router_logits"):
+            if hasattr(part, name):
+                setattr(part, name, False)
     try:
         # Whatever it is held in: in 16 bits, some do not run, as some of their parameters stay in float32 (XLNet).
         model = meta_model(config, torch.float32)
@@ -67,8 +64,8 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
         reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {reason}") from error
     layers = decoder_layers(model)
-    modules = decoder_list(model, layers)
-    owners = Counter(id(p) for layer in modules.children() for p in {id(p): p for p in layer.parameters()}.values())
+    modules: Any = model.get_submodule(layers)
+    owners = Counter(id(p) for layer in modules.children() for p in layer.parameters())
     # Where a parameter belongs to several layers, one of them does not represent the others.
     if shallow and max(owners.values(), default=0) <= 1:
         try:
@@ -86,6 +83,7 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
+    # How many tensors a layer is given that are of hidden width or were returned by the layer before.
     streams = [1]
     calls: Counter[int] = Counter()
     outputs: dict[int, torch.Tensor] = {}
@@ -100,45 +98,43 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
         # The tensors are kept so that their ids are not used again.
         outputs.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
 
-    handles = []
     for layer in model.get_submodule(layers).children():
-        handles.append(layer.register_forward_pre_hook(count, with_kwargs=True))
-        handles.append(layer.register_forward_hook(keep))
-    with torch.no_grad(), quiet_transformers():
+        layer.register_forward_pre_hook(count, with_kwargs=True)
+        layer.register_forward_hook(keep)
+    exported = partial(torch.export.export, model, (), kwargs=inputs, strict=False)
+    # Where an export fails, torch logs names of its symbols and prints the graph, which no option turns off.
+    silent = contextlib.redirect_stderr(io.StringIO())
+    with torch.no_grad(), quiet_transformers(), silent, only_errors("torch.fx.experimental.symbolic_shapes"):
         try:
             try:
-                program = _program(model, inputs, EveryPosition())
+                with EveryPosition():
+                    program = exported()
             except IndexError:
-                program = _program(model, inputs, EveryPosition(unused=1))
-            return Trace(program, model, layers, stands_for, max(streams), max(calls.values(), default=0) > 1)
+                calls.clear()
+                with EveryPosition(unused=1):
+                    program = exported()
         except Exception as error:  # export reports unsupported code in many exception types
             statement, inside = where(error, model)
             reason = f"{type(error).__name__}: {first_line(error)}"[:200]
             reason += f" (at `{statement}` in {inside})" if inside else ""
             raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {reason}") from error
-        finally:
-            for handle in handles:
-                handle.remove()
-
-
-def _program(model: PreTrainedModel, inputs: dict[str, Any], positions: EveryPosition) -> torch.export.ExportedProgram:
-    # Where an export fails, torch logs names of its symbols and prints the graph, which no option turns off.
-    with contextlib.redirect_stderr(io.StringIO()), only_errors("torch.fx.experimental.symbolic_shapes"), positions:
-        return torch.export.export(model, (), kwargs=inputs, strict=False)
+    stay = "layers are given more than the residual stream" if max(streams) > 1 else ""
+    if max(calls.values(), default=0) > 1:
+        stay = "a layer runs more than once"
+    return Trace(program, model, layers, stands_for, stay)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake ones on the CPU: on the meta device, constants of the forward pass (``x[..., [-1],
-    :]``) would have no values either. Ties are kept."""
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    """Replace all tensors by fake ones on the CPU, with their ties: on the meta device, constants of the forward pass
+    (``x[..., [-1], :]``) would have no values either."""
+    known: dict[torch.Tensor, torch.Tensor] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
-        if id(real) not in known:
+        if real not in known:
             with mode:
                 empty = torch.empty(real.shape, dtype=real.dtype)
-            is_parameter = isinstance(real, nn.Parameter)
-            known[id(real)] = real, nn.Parameter(empty, requires_grad=False) if is_parameter else empty
-        return known[id(real)][1]
+            known[real] = nn.Parameter(empty, requires_grad=False) if isinstance(real, nn.Parameter) else empty
+        return known[real]
 
     for module in model.modules():
         for table in (module._parameters, module._buffers):
@@ -148,9 +144,8 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Remove every decoder layer that equals an earlier one in modules, shapes and attributes; returns
-    `Trace.stands_for`."""
-    modules = decoder_list(model, layers)
+    """Remove decoder layers that equal an earlier one in modules, shapes and attributes; returns `Trace.stands_for`."""
+    modules: Any = model.get_submodule(layers)
     lists = per_layer_lists(model.config.get_text_config(), len(modules)).values()
     like: dict[Any, list[int]] = {}
     for number, layer in enumerate(modules):
@@ -194,8 +189,7 @@ class EveryPosition(TorchFunctionMode):
     def __init__(self, unused: int = 0) -> None:
         super().__init__()
         self._unused = unused
-        self._known: dict[int, tuple[torch.Tensor, Numbers]] = {}
-        """``id`` of a tensor → that tensor, so that its id is not used again, and its numbers."""
+        self._known: dict[torch.Tensor, Numbers] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
@@ -217,13 +211,13 @@ class EveryPosition(TorchFunctionMode):
         if numbers is not None and name in _MOVES and not any(isinstance(a, torch.Tensor) for a in args[1:]):
             moved = _MOVES[name](numbers, *args[1:], **kwargs)
             for tensor, its in zip(result, moved, strict=True) if name == "unbind" else [(result, moved)]:
-                self._known[id(tensor)] = tensor, np.asarray(its)
+                self._known[tensor] = np.asarray(its)
         return result
 
     def _constant(self, numbers: Numbers) -> torch.Tensor:
         tensor = torch.tensor(numbers.tolist(), dtype=torch.long)
-        self._known[id(tensor)] = tensor, numbers
+        self._known[tensor] = numbers
         return tensor
 
     def _numbers(self, tensor: Any) -> Numbers | None:
-        return self._known.get(id(tensor), (None, None))[1]
+        return self._known.get(tensor) if isinstance(tensor, torch.Tensor) else None

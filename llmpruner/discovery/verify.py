@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UnsupportedModelError
 from ..models.meta import graph_of, meta_model
-from ..models.shim import stock_config
+from ..models.save import stock_config
 from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup, Span
 from .follow import Follower, Rule
@@ -23,15 +23,13 @@ if TYPE_CHECKING:
     from .family import ModelFamily
 
 _FOUND: dict[tuple[object, str], Verdict] = {}
-"""Verdicts of this process by architecture and kind. They hold for all sizes of one architecture, which are reduced to
-the same small model."""
+"""Verdicts of this process by architecture and kind: all sizes of one are reduced to the same small model."""
 
 
 def verify(
     family: ModelFamily, config: PreTrainedConfig, *, kinds: Collection[str] | None = None, seed: int = 0
 ) -> list[Verdict]:
-    """`check_kinds` on a small random model of the architecture of ``config``. Raises `UnsupportedModelError` when that
-    cannot be built or traced."""
+    """`check_kinds` on a small model of the architecture of ``config``, or `UnsupportedModelError` where none runs."""
     small, groups = representative(config, family, kinds)
     return check_kinds(family, small, groups, kinds=kinds, seed=seed)
 
@@ -44,8 +42,7 @@ def check_kinds(
     kinds: Collection[str] | None = None,
     seed: int = 0,
 ) -> list[Verdict]:
-    """Check every kind of unit of ``family``, or ``kinds``, on a random model of ``config``: one verdict for each, in
-    order of appearance. ``groups``: of the family in this model, where they are known."""
+    """A verdict for every kind of unit, or ``kinds``, of a random model of ``config`` with ``groups`` (if known)."""
     graph = graph_of(meta_model(config), family.coupled_groups(config) if groups is None else groups)
     oracle = Oracle(config, graph, family, seed)
     return [oracle.judge(kind) for kind in graph.kinds if kinds is None or kind in kinds]
@@ -54,9 +51,9 @@ def check_kinds(
 def representative(
     config: PreTrainedConfig, family: ModelFamily, kinds: Collection[str] | None = None
 ) -> tuple[PreTrainedConfig, Sequence[CoupledGroup]]:
-    """The first small configuration whose model has the most of ``kinds`` (None: heads, where the configuration counts
-    any), and the groups of that model: a class may spread its heads over a fixed number of parts, and has none with
-    another number of heads. Raises `UnsupportedModelError` when no small model can be traced."""
+    """The first small configuration whose model has the most of ``kinds`` (None: heads, if the configuration counts
+    any), and its groups: a class that spreads heads over a fixed number of parts has none with another number.
+    Raises `UnsupportedModelError` when no small model can be traced."""
     text = for_all_layers(config.get_text_config())
     heads = {ATTENTION} if getattr(text, "num_attention_heads", None) else set()
     required = heads if kinds is None else set(kinds)
@@ -110,14 +107,12 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
 
 
 def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily) -> tuple[Rule, ...]:
-    """The rules for cuts of ``kinds`` in models of the architecture of ``config``, found once in a process. Raises
-    `UnsupportedModelError` when a kind cannot be cut exactly."""
+    """The rules for cuts of ``kinds``, found once in a process. `UnsupportedModelError` where one can't be cut."""
     kinds = sorted(set(kinds))
     architecture = type(family), *fingerprint(config)
-    missing = [kind for kind in kinds if (architecture, kind) not in _FOUND]
-    if missing:
+    if missing := [kind for kind in kinds if (architecture, kind) not in _FOUND]:
         _FOUND.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
-    rules: dict[Rule, None] = {}
+    rules: list[Rule] = []
     for kind in kinds:
         verdict = _FOUND.get((architecture, kind))
         if verdict is None:
@@ -128,7 +123,7 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
             raise UnsupportedModelError(
                 f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
             )
-        rules.update(dict.fromkeys(verdict.follows))
+        rules += verdict.follows
     return tuple(rules)
 
 

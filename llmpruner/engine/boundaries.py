@@ -1,11 +1,11 @@
-"""Hidden states between layers: in memory up to a limit, beyond it in a file without a name, which is gone when the
-process ends."""
+"""Hidden states between layers: in memory up to a limit, beyond it in a file without a name, gone with the process."""
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -29,16 +29,15 @@ class _Place(NamedTuple):
 class Boundaries:
     """Keeps tensors for several `States`; together they take at most ``limit`` bytes of memory.
 
-    ``folder``: where the file is created; None for the system's folder of temporary files. The file grows up to the
-    largest amount that was kept in it at one time. Values come back bit for bit, on the device that they were on.
-    Raises `OutputError` where the file cannot be written.
+    ``folder``: where the file is created; None for the system's folder of temporary files. Values come back bit for
+    bit, on the device that they were on. Raises `OutputError` where the file cannot be written.
     """
 
     def __init__(self, folder: Path | None = None, limit: int = DEFAULT_LIMIT) -> None:
         self._folder, self._limit = folder, limit
         self.in_memory = 0
         self._file: IO[bytes] | None = None
-        self._free: dict[int, list[int]] = {}
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
         """Bytes → offsets of the file's unused places of that size."""
         self._end = 0
 
@@ -49,11 +48,9 @@ class Boundaries:
             self.in_memory += size
             # A view would keep the tensor that it is a view of.
             return tensor if tensor.untyped_storage().nbytes() == size else tensor.clone()
-        unused = self._free.get(size)
-        if unused:
-            offset = unused.pop()
-        else:
-            offset, self._end = self._end, self._end + size
+        unused = self._free[size]
+        offset = unused.pop() if unused else self._end
+        self._end = max(self._end, offset + size)
         with writing(f"hidden states in a temporary file in '{self._folder or tempfile.gettempdir()}'"):
             if self._file is None:
                 self._file = tempfile.TemporaryFile(dir=self._folder, prefix="llmpruner-")  # noqa: SIM115
@@ -72,16 +69,13 @@ class Boundaries:
         if isinstance(kept, torch.Tensor):
             self.in_memory -= kept.nbytes
         else:
-            size = kept.dtype.itemsize * kept.shape.numel()
-            self._free.setdefault(size, []).append(kept.offset)
+            self._free[kept.dtype.itemsize * kept.shape.numel()].append(kept.offset)
 
 
 class States:
-    """Tensors, one for each micro-batch, of a `Boundaries`. Reading one does not remove it; do not change it in
-    place.
-
-    ``passed``: what the layers before have passed on to later ones in dictionaries, by the first sample of the
-    micro-batch and the name of the argument; in memory. Empty for decoders whose layers share hidden states alone."""
+    """Tensors, one for each micro-batch, of a `Boundaries`; do not change them in place. ``passed``: what the layers
+    before have passed on to later ones in dictionaries, by the micro-batch and the name of the argument; in memory.
+    Empty for decoders whose layers share hidden states alone."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
@@ -89,14 +83,13 @@ class States:
         self.passed: dict[int, dict[str, Any]] = {}
 
     def empty(self, *, continued: bool = False) -> States:
-        """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with what
-        is passed on to it; else a copy of that, as for a run of another model from here."""
+        """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with the
+        same ``passed``; else with a copy, as for a run of another model from here."""
         states = States(self._boundaries)
-        states.passed = self.passed if continued else {first: copied(own) for first, own in self.passed.items()}
+        states.passed = self.passed
+        if not continued:
+            states.passed = {n: {k: copy.copy(v) for k, v in own.items()} for n, own in self.passed.items()}
         return states
-
-    def __len__(self) -> int:
-        return len(self._kept)
 
     def __getitem__(self, number: int) -> torch.Tensor:
         return self._boundaries.read(self._kept[number])
@@ -106,7 +99,7 @@ class States:
         self._kept[number] = self._boundaries.keep(tensor)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (self[number] for number in range(len(self)))
+        return map(self._boundaries.read, self._kept)
 
     def append(self, tensor: torch.Tensor) -> None:
         self._kept.append(self._boundaries.keep(tensor))
@@ -131,13 +124,7 @@ class States:
         while self._kept:
             self._boundaries.free(self._kept.pop())
 
-    def __del__(self) -> None:
-        self.clear()
-
-
-def copied(passed: Mapping[str, Any]) -> dict[str, Any]:
-    """Dictionaries that layers pass on, with the same values."""
-    return {name: copy.copy(values) for name, values in passed.items()}
+    __del__ = clear
 
 
 def _bytes(tensor: torch.Tensor) -> Any:

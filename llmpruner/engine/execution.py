@@ -1,13 +1,11 @@
-"""How a run executes: where weights come from, what is kept in memory, which processes share the work, what a run that
-is killed needs to go on, and who sees its progress. It is all that stages take besides their job."""
+"""How a run executes: all that stages take besides their job."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 from weakref import WeakKeyDictionary
 
-from ..models.meta import decoder_list
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from .boundaries import Boundaries
@@ -30,16 +28,14 @@ TOKENS_WITH_GRADIENTS = 1024
 
 @dataclass(frozen=True)
 class Execution:
-    """``weights``: of the model that runs, in memory or read layer by layer."""
-
     weights: Weights
+    """Of the model that runs, in memory or read layer by layer."""
     ranks: Ranks = SINGLE
     """The processes that the calibration text is spread over. What is decided (text, plan) is decided by the first."""
     journal: Journal | None = None
     """Keeps the results of finished layers; None: a run that is killed starts anew."""
     progress: Progress = QUIET
     stages: Stages = field(default_factory=Stages)
-    """Times the stages."""
     forms: WeakKeyDictionary[PreTrainedModel, LayerForm] = field(default_factory=WeakKeyDictionary)
     """Models of which `walk.check_layers` has compared the layers, by the first walk."""
     shared: Journal | None = None
@@ -56,10 +52,8 @@ class Execution:
 
     @property
     def layers(self) -> nn.ModuleList:
-        """The decoder layers."""
-        return decoder_list(self.weights.model, self.weights.path)
+        return cast("nn.ModuleList", self.weights.model.get_submodule(self.weights.path))
 
     def boundaries(self) -> Boundaries:
-        """For hidden states; those beyond the limit are in a file in the folder of the journal, or in the system's
-        folder of temporary files."""
+        """For hidden states, with a file in the folder of the journal, or in the system's for temporary files."""
         return Boundaries(None if self.journal is None else self.journal.folder)

@@ -1,20 +1,18 @@
-"""Gradients of one layer at a time.
+"""Gradients of one layer at a time: those of autograd over the whole model, in the memory of one layer.
 
 The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
 samples × length × hidden size numbers of the model's dtype, up to the execution's limit in memory. The backward pass
-runs each layer again, from last to first, frees the hidden states after it, and computes the gradients of its
-parameters. They are those of autograd over the whole model, but gradients and activations inside layers take the memory
-of one layer only.
-
-Layers run one by one, with what a run of the model calls them with (`walk.record`), once `check_layers` has compared
-them. They may use keys and values of earlier ones (`Inputs`).
+runs each layer again, from last to first, and frees the hidden states after it. Layers may use keys and values of
+earlier ones (`Inputs`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass, field
+from functools import partial
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
@@ -23,37 +21,36 @@ from torch import nn
 from torch.nn import functional
 
 from ..errors import ModelError
+from ..models.generation import logits_at, position_blocks
 from ..models.numbers import autocast_to
-from ..models.positions import logits_at, position_blocks
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts
 from .walk import (
     Call,
     Stop,
+    as_output,
     call_layer,
     check_layers,
-    check_tokens,
     eager_experts,
-    expert_configs,
     first_output,
     hidden_of,
     record,
     replaced_layers,
-    with_own_dictionaries,
 )
 
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
 
 
-@dataclass
 class GradientSums:
-    """Sums over micro-batches: the gradient of the mean loss, and the mean squared gradient of single samples, float32.
-    A single micro-batch needs no sum: ``grad`` is that of autograd, in the dtype of the parameter."""
+    """Sums over micro-batches: the gradient of the mean loss, and with ``squares`` the mean squared gradient of single
+    samples, float32. Without ``summed``, ``grad`` is that of the only micro-batch, in the dtype of the parameter."""
 
-    grad: torch.Tensor | None
-    grad_sq: torch.Tensor | None
+    def __init__(self, parameter: nn.Parameter, *, summed: bool, squares: bool) -> None:
+        zeros = partial(torch.zeros, parameter.shape, dtype=torch.float32, device=parameter.device)
+        self.grad: torch.Tensor | None = zeros() if summed else None
+        self.grad_sq: torch.Tensor | None = zeros() if squares else None
 
     def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
         """Add ``parameter.grad``, and free it. ``share``: of the mean; ``scale``: by which the loss was multiplied."""
@@ -68,15 +65,11 @@ class GradientSums:
 
 
 @contextlib.contextmanager
-def requiring_grad(parameters: Iterable[nn.Parameter], freeze: nn.Module | None = None) -> Iterator[None]:
-    """While active, ``parameters`` require gradients, and all other parameters of ``freeze`` do not."""
-    chosen = list(parameters)
-    others = [] if freeze is None else list(freeze.parameters())
-    flags = [(p, p.requires_grad) for p in (*chosen, *others)]
-    for parameter in others:
-        parameter.requires_grad_(False)
-    for parameter in chosen:
-        parameter.requires_grad_(True)
+def requiring_grad(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
+    """While active, ``parameters`` require gradients, or don't."""
+    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
+    for parameter, _ in flags:
+        parameter.requires_grad_(required)
     try:
         yield
     finally:
@@ -95,12 +88,18 @@ def tensors_of(call: Call) -> dict[Place, torch.Tensor]:
     return {(name,): value for name, value in named if isinstance(value, torch.Tensor)}
 
 
+def _with_own_dictionaries(call: Call) -> Call:
+    """``call`` with copies of its dictionaries, into which later layers put nothing."""
+    args, kwargs = call
+    return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
+
+
 class Inputs:
     """``call`` with tensors that collect gradients: those in dictionaries, by which layers pass on keys and values, and
     those at ``places``."""
 
     def __init__(self, call: Call, places: Collection[Place]) -> None:
-        args, kwargs = with_own_dictionaries(call)
+        args, kwargs = _with_own_dictionaries(call)
         self._own = {place: _leaf(tensor) for place, tensor in tensors_of(call).items() if place in places}
         for (name,), leaf in self._own.items():
             if isinstance(name, int):
@@ -143,14 +142,12 @@ def _entries(call: Call) -> Iterator[tuple[Place, torch.Tensor]]:
 
 @dataclass
 class _Batch:
-    """One micro-batch. ``calls``: the arguments of each layer but the hidden states; ``rests``: the further outputs of
-    each layer."""
+    """One micro-batch. ``calls``: the arguments of each layer but the hidden states."""
 
     input_ids: torch.Tensor
     share: float
     """Its share of the calibration set, by which its mean loss counts."""
     calls: list[Call] = field(default_factory=list)
-    rests: list[tuple[Any, ...] | None] = field(default_factory=list)
     passed: dict[Place, torch.Tensor] = field(default_factory=dict)
     """Gradients of values that layers after the next one took from dictionaries, by their place there."""
     arguments: dict[int, dict[Place, torch.Tensor]] = field(default_factory=dict)
@@ -159,28 +156,21 @@ class _Batch:
 
 class GradientWalk:
     """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
-    micro-batches, maybe none, and gradients are sums over all of them.
+    micro-batches, maybe none, and gradients are sums over all of them. Parameters must not require gradients.
 
     ``squares``: squared gradients of single samples are summed too, in micro-batches of one sample. ``outer``: the
-    parameters outside the layers of which `backward_outer` will be asked. ``exact``: products of layers and of the head
-    are in the model's own precision; otherwise in bfloat16 under autocast where that is faster (`LayerForm.products`),
-    with hidden states, their gradients and the loss in float32. Gradients and ``requires_grad`` flags of parameters are
-    restored.
+    parameters outside the layers of which `backward_outer` gives gradients. ``exact``: products of layers and of the
+    head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
+    (`LayerForm.products`), with hidden states, their gradients and the loss in float32.
     """
 
     def __init__(
-        self,
-        execution: Execution,
-        calibration: CalibrationSet,
-        *,
-        squares: bool,
-        outer: Collection[str] = (),
-        exact: bool = True,
+        self, execution: Execution, calibration: CalibrationSet, *, squares: bool, outer: Collection[str], exact: bool
     ) -> None:
         self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
-        self._experts, self._ranks, self._squares = expert_configs(self.model), execution.ranks, squares
+        self._ranks, self._squares = execution.ranks, squares
         with self.weights.outside():
-            ids = check_tokens(self.model, calibration.input_ids)
+            ids = calibration.input_ids.to(self.model.device)
             self._tuples, products, _ = check_layers(execution, calibration)
         self._mixed = not exact and products != self.model.dtype
         """Whether layers and head run under autocast."""
@@ -212,10 +202,8 @@ class GradientWalk:
         for number, layer in enumerate(self.layers):
             with self.weights.layer(number), self._computing():
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
-                    call, batch.calls[number] = batch.calls[number], with_own_dictionaries(batch.calls[number])
-                    output = call_layer(layer, hidden, call)
-                    batch.rests.append(tuple(output[1:]) if isinstance(output, tuple | list) else None)
-                    self.hidden[number + 1].append(first_output(output))
+                    call, batch.calls[number] = batch.calls[number], _with_own_dictionaries(batch.calls[number])
+                    self.hidden[number + 1].append(first_output(call_layer(layer, hidden, call)))
 
     def backward_head(self) -> None:
         """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
@@ -234,17 +222,19 @@ class GradientWalk:
             raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
 
     def backward_layer(
-        self, number: int, wanted: Collection[str], reduced: ReduceProducts | None = None
+        self, number: int, wanted: Iterable[str], reduced: ReduceProducts | None
     ) -> dict[str, GradientSums]:
-        """Gradients of those of the ``wanted`` parameters (names in the model) that are in layer ``number``. Must be
-        called for all layers in turn, from the last, while the weights of the layer are in memory. ``reduced``: gets
-        the products of this layer, with the gradients of their outputs."""
+        """Gradients of the ``wanted`` parameters of layer ``number``, while its weights are in memory; for all layers
+        in turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
         layer = self.layers[number]
-        with self._summing(name for name in wanted if self.weights.number(name) == number) as (sums, add):
+        with self._summing(wanted) as (sums, add):
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
                 inputs = Inputs(batch.calls[number], self._places[number])
-                with torch.enable_grad(), self._computing(), self._showing(reduced, batch):
+                with torch.enable_grad(), self._computing(), contextlib.ExitStack() as watching:
+                    if reduced is not None:
+                        watching.enter_context(eager_experts(layer))
+                        watching.enter_context(reduced.watching(len(batch.input_ids) / self._scale))
                     first = first_output(call_layer(layer, hidden, inputs.call))
                 # Outside of the watch, which would also record products that a criterion computes.
                 outputs, grads = zip((first, self.grads[position]), *inputs.outputs(batch.passed), strict=True)
@@ -259,11 +249,10 @@ class GradientWalk:
             self.hidden[number + 1].clear()
         return sums
 
-    def backward_outer(self, wanted: Collection[str]) -> dict[str, GradientSums]:
-        """Gradients of ``wanted`` parameters outside the layers: embeddings, final norm, head; for tied embeddings the
-        sum of both uses. `backward_layer` must have been called for all layers before, and the weights outside the
-        layers be in memory."""
-        with self._summing(wanted) as (sums, add):
+    def backward_outer(self) -> dict[str, GradientSums]:
+        """Gradients of the ``outer`` parameters, while they are in memory: embeddings, final norm, head; for tied
+        embeddings the sum of both uses. After `backward_layer` of all layers."""
+        with self._summing(self._outer) as (sums, add):
             for position, batch in enumerate(self.batches):
                 self._head(position)
                 first, arguments = self._inputs(position)
@@ -278,13 +267,10 @@ class GradientWalk:
 
     @contextlib.contextmanager
     def _summing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, GradientSums], Callable[[_Batch], None]]]:
-        """Sums of the gradients of parameters, and a function that adds those of one micro-batch; summed over all
-        processes at the end."""
+        """Sums of the gradients of parameters, at the end over all processes; and a function that adds those of one
+        micro-batch."""
         parameters = {name: self.model.get_parameter(name) for name in names}
-        sums = {
-            name: GradientSums(_zeros(p) if self._summed else None, _zeros(p) if self._squares else None)
-            for name, p in parameters.items()
-        }
+        sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
 
         def add(batch: _Batch) -> None:
             for name, parameter in parameters.items():
@@ -298,14 +284,6 @@ class GradientWalk:
     def _computing(self) -> contextlib.AbstractContextManager[None]:
         return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
 
-    @contextlib.contextmanager
-    def _showing(self, reduced: ReduceProducts | None, batch: _Batch) -> Iterator[None]:
-        if reduced is None:
-            yield
-            return
-        with eager_experts(self._experts), reduced.watching(len(batch.input_ids) / self._scale):
-            yield
-
     def _head(self, position: int) -> tuple[torch.Tensor, float]:
         """Run everything after the last layer with gradients, for some positions at a time. Returns the gradient of the
         hidden states after that layer, and the mean loss."""
@@ -313,7 +291,7 @@ class GradientWalk:
         last = self.hidden[-1][position].detach().requires_grad_()
         vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
         total = 0.0
-        with self._stubs(batch, last), torch.enable_grad(), self._computing():
+        with self._stubs(last), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 logits = logits.float().flatten(0, 1)
@@ -325,9 +303,7 @@ class GradientWalk:
         return last.grad, total
 
     def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Place, torch.Tensor]]]:
-        """The hidden states before the first layer, and the other arguments of each layer that require gradients, with
-        their autograd graphs."""
-        batch = self.batches[position]
+        """With their autograd graphs: the hidden states before the first layer, and the other arguments of layers."""
         first: list[torch.Tensor] = []
         arguments: list[dict[Place, torch.Tensor]] = []
 
@@ -339,28 +315,18 @@ class GradientWalk:
                 raise Stop
 
         with contextlib.ExitStack() as stack:
-            stack.enter_context(self._stubs(batch, self.hidden[-1][position]))
+            stack.enter_context(self._stubs(self.hidden[-1][position]))
             for layer in self.layers:
                 stack.callback(layer.register_forward_pre_hook(catch, with_kwargs=True).remove)
             with torch.enable_grad(), contextlib.suppress(Stop):
-                self.model(input_ids=batch.input_ids, use_cache=False)
+                self.model(input_ids=self.batches[position].input_ids, use_cache=False)
         return first[0], arguments
 
-    def _stubs(self, batch: _Batch, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them; all
-        return their further outputs of the forward pass."""
+    def _stubs(self, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
+        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them."""
 
-        def stub(number: int) -> Callable[..., Any]:
-            rest = batch.rests[number]
+        def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
+            return as_output(hidden, self._tuples[number])
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
-                return hidden if rest is None else (hidden, *rest)
-
-            return forward
-
-        return replaced_layers(self.layers, stub)
-
-
-def _zeros(parameter: torch.Tensor) -> torch.Tensor:
-    return torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        return replaced_layers(self.layers, forward)

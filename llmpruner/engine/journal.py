@@ -1,8 +1,7 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
-Each step writes files under temporary names and renames them, so that a file is whole or absent. Hidden states
-are large, so they are written at most every `INTERVAL` seconds, and less often where that takes more than `SHARE` of
-the time; the layers after the last state are done again, with the same results.
+Files get their names when they are whole. Hidden states are large, so they are written at most every `INTERVAL`
+seconds, and less often where that takes more than `SHARE` of the time; layers after the last state are done again.
 """
 
 from __future__ import annotations
@@ -33,12 +32,9 @@ SHARE = 0.02
 
 
 class Journal:
-    """The results of one run in ``folder``; used inside `running`, which creates it.
-
-    ``run``: JSON values that identify the run. ``ranks``: the processes that share the run. The first one writes all
-    but hidden states, of which each writes its own; they may have one file system or several. All must call `load`,
-    `layer_done` and `resume` together.
-    """
+    """The results of one run in ``folder``; used inside `running`, which creates it. ``run``: JSON values that identify
+    the run. ``ranks``: the processes that share it, with one file system or several. The first one writes all but
+    hidden states, of which each writes its own; all call `load`, `layer_done` and `resume` together."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
         self.folder, self._ranks = folder, ranks
@@ -48,8 +44,8 @@ class Journal:
     @contextmanager
     def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
         """While active, no other run works with this folder. It goes when the run is done or refused, and stays when it
-        is interrupted, or its result cannot be written. ``anew``: whether what an earlier run left is removed first.
-        Raises `OutputError` where another run works there, and where the folder has the results of another one."""
+        is interrupted, or its result cannot be written. ``anew``: what an earlier run left is removed first. Raises
+        `OutputError` where another run works there, and where the folder has the results of another one."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):
@@ -63,10 +59,9 @@ class Journal:
                     why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
                     progress.status(f"{why}; the same command goes on with what is done ({self.folder}), or --restart")
                 raise
-            except ProcessError:
-                raise
-            except LlmprunerError:
-                self._remove()
+            except LlmprunerError as error:
+                if not isinstance(error, ProcessError):
+                    self._remove()
                 raise
             self._remove()
 
@@ -88,8 +83,9 @@ class Journal:
     def _done(self) -> str:
         """What is finished; empty for nothing."""
         done = [name for name in ("calibration", "plan") if (self.folder / f"{name}.json").is_file()]
-        layers = len(list(self.folder.glob("layer-*")))
-        return ", ".join([*done, counted(layers, "layer")] if layers else done)
+        if layers := len(list(self.folder.glob("layer-*"))):
+            done.append(counted(layers, "layer"))
+        return ", ".join(done)
 
     @property
     def kept(self) -> bool:
@@ -115,8 +111,7 @@ class Journal:
                 weights.keep(names, self._layer(number))
 
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
-        """Write ``state`` (JSON values; ``layers``: how many are finished) and hidden states, if the last time is long
-        enough ago."""
+        """Write ``state`` (JSON; ``layers``: how many are finished) and hidden states, if the last time is long ago."""
         began = time.monotonic()
         if self._ranks.from_first(lambda: began - self._written < max(INTERVAL, self._took / SHARE)):
             return
@@ -138,22 +133,21 @@ class Journal:
         self._took = self._written - began
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
-        """The last state, and the files of its hidden states, which `States.loaded` reads; None if there is none, or if
-        it is that of another number of processes. The weights of finished layers are used from now on."""
+        """The last state, and the files of its hidden states, for `States.loaded`; None if there is none, or if it is
+        that of another number of processes. The weights of finished layers are used from now on."""
         state = self.load("state")
-        if state is None or state.get("processes", 1) != self._ranks.count:
+        if state is None or state["processes"] != self._ranks.count:
             return None
         files = {name: self._states(name, state["layers"]) for name in state["states"]}
-        missing = sum(not file.is_file() for file in files.values())
-        if any(self._ranks.totals(missing)):
+        (missing,) = self._ranks.totals(sum(not file.is_file() for file in files.values()))
+        if missing:
             return None
-        for number in range(state["layers"]):
-            if self._layer(number).is_file():
-                weights.use(self._layer(number))
+        for layer in map(self._layer, range(state["layers"])):
+            if layer.is_file():
+                weights.use(layer)
         return state, files
 
     def _remove(self) -> None:
-        """Remove the folder, once the results of the run are saved."""
         if self._ranks.first:
             shutil.rmtree(self.folder, ignore_errors=True)
             return

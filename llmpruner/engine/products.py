@@ -2,11 +2,6 @@
 
 Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few matrix product
 functions of torch. Intercepting these finds the inputs of a parameter independently of module names and classes.
-
-transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the experts
-chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after the other on
-the tokens routed to it. In such models, rows can be assigned to tokens (`Routing`); this is checked on the first
-product of every expert. Activations are kept for one micro-batch only.
 """
 
 from __future__ import annotations
@@ -14,7 +9,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn import functional
@@ -22,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import PluginError
 from ..models.numbers import multiplies_bfloat16_fast
-from .ranks import SINGLE, Ranks
+from .ranks import Ranks
 from .signals import Product, ProductStats
 
 if TYPE_CHECKING:
@@ -30,8 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-_PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
-    functional.linear: ((0, "input"), (1, "weight")),
+_PRODUCTS: dict[Any, tuple[tuple[int, str], ...]] = {
+    functional.linear: ((0, "input"), (1, "weight"), (2, "bias")),
     torch.matmul: ((0, "input"), (1, "other")),
     torch.Tensor.matmul: ((0, "self"), (1, "other")),
     torch.Tensor.__matmul__: ((0, "self"), (1, "other")),
@@ -39,19 +35,17 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], tuple[int, str]]] = {
     torch.Tensor.mm: ((0, "self"), (1, "mat2")),
     torch.bmm: ((0, "input"), (1, "mat2")),
     torch.Tensor.bmm: ((0, "self"), (1, "mat2")),
-    torch.addmm: ((1, "mat1"), (2, "mat2")),
+    torch.addmm: ((1, "mat1"), (2, "mat2"), (0, "input")),
     torch.baddbmm: ((1, "batch1"), (2, "batch2")),
 }
-"""Function → position and name of the arguments for the inputs and for the weight."""
+"""Function → position and name of the arguments for the inputs, the weight, and for what is added."""
 
 
 @dataclass(frozen=True)
 class WatchedProduct:
     """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
-    detached, in the dtype of the product.
-
-    They are the model's own tensors, which a later operator may overwrite (Falcon adds the outputs of attention to
-    those of the MLP in place): read them while the product is observed, or keep what `copied` returns."""
+    detached, in the dtype of the product. They are the model's own tensors, which a later operator may overwrite
+    (Falcon does): read them while the product is observed, or keep what `copied` returns."""
 
     parameter: str
     axis: int
@@ -68,21 +62,21 @@ class WatchedProduct:
     """Index of ``outputs`` in ``result``; None for all of it."""
 
     def copied(self) -> WatchedProduct:
-        """The product with inputs and outputs of its own, to be read later; its ``result`` has no autograd graph."""
+        """The product with inputs and outputs of its own, without an autograd graph."""
         inputs, outputs = (t.clone(memory_format=torch.contiguous_format) for t in (self.inputs, self.outputs))
         return replace(self, inputs=inputs, outputs=outputs, result=outputs, part=None)
 
     def on_gradient(self, call: Callable[[torch.Tensor], None]) -> None:
         """Call ``call`` with the gradient with respect to ``outputs``, (rows, d_out), when backward computes it."""
-        # The graph of ``result`` refers to the hook, which must not refer to ``result``: neither would be freed.
+        # The graph of ``result`` refers to the hook. Neither would be freed if the hook referred to ``result``, as
+        # ``self`` does; ``call`` must not either.
         part = self.part
         self.result.register_hook(lambda grad: call(_rows(grad if part is None else grad[part])))  # type: ignore[no-untyped-call]
 
 
 class WatchProducts(TorchFunctionMode):
-    """While active, calls ``seen`` for every product with one of the parameters ``names``. They are matched by storage,
-    so that views are found too: a slice, a transpose, one expert of a stack. Products that ``seen`` computes are not
-    observed."""
+    """While active, calls ``seen`` for every product with one of the parameters ``names``, but for those that ``seen``
+    computes. They are matched by storage, so that views are found too: a slice, a transpose, one expert of a stack."""
 
     def __init__(self, model: nn.Module, names: Iterable[str], seen: Callable[[WatchedProduct], object]) -> None:
         super().__init__()
@@ -97,28 +91,19 @@ class WatchProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        places = _PRODUCTS.get(func)
-        if places is not None:
-            inputs, weight = (_argument(args, kwargs, place) for place in places)
-            owner = self._owner(weight)
-            if owner is not None:
-                linear = func is functional.linear
-                for product in _products(*owner, weight, inputs, result, _bias(func, args, kwargs), transposed=linear):
-                    self._seen(product)
-        return result
-
-    def _owner(self, weight: torch.Tensor) -> tuple[str, torch.Tensor] | None:
-        """The parameter that ``weight`` is a view of; several parameters may share a storage."""
+        if func not in _PRODUCTS:
+            return result
+        values: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _PRODUCTS[func]]
+        inputs, weight, *added = values
+        bias = added[0] if added and added[0] is not None and added[0].dim() == 1 else None
         for name, parameter in self._by_storage.get(weight.untyped_storage().data_ptr(), ()):
+            # Several parameters may share a storage.
             if 0 <= weight.storage_offset() - parameter.storage_offset() < parameter.numel():
-                return name, parameter
-        return None
-
-
-def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: tuple[int, str]) -> torch.Tensor:
-    position, name = place
-    argument: torch.Tensor = args[position] if len(args) > position else kwargs[name]
-    return argument
+                linear = func is functional.linear
+                for product in _products(name, parameter, weight, inputs, result, bias, transposed=linear):
+                    self._seen(product)
+                break
+        return result
 
 
 def _products(
@@ -151,39 +136,30 @@ def _products(
             yield WatchedProduct(name, axis, first + part, _rows(inputs[part]), _rows(result[part]), None, result, part)
 
 
-def _bias(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
-    if func is functional.linear:
-        return args[2] if len(args) > 2 else kwargs.get("bias")
-    if func is torch.addmm:
-        added = _argument(args, kwargs, (0, "input"))
-        return added if added.dim() == 1 else None
-    return None
-
-
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
 
 
-class Gates(NamedTuple):
-    """Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen
-    for the token; float32."""
-
-    weights: torch.Tensor
-    shares: torch.Tensor
+Gates = tuple[torch.Tensor | None, torch.Tensor | None]
+"""Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen for
+the token; float32. None where they are not known."""
+_UNKNOWN: Gates = None, None
 
 
 class Routing:
-    """Records, while `following`, the calls of the modules that contain stacked parameters of ``names``.
+    """Tells, while `following`, which rows of the products of experts belong to which tokens.
 
-    The attribute ``names`` lists all stacked parameters of these modules: `gates_of` must be called for every product
-    with one of them.
+    transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the
+    experts chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after
+    the other on the tokens routed to it. This is checked on the first product of every expert, so `gates_of` must be
+    called for every product with ``names``: all stacked parameters of the modules that have some of the given ones.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         paths = {n.rpartition(".")[0] for n in names if model.get_parameter(n).dim() == 3}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
-        # Module → hidden states, experts chosen, their weights, and the gates of each expert once they are known.
-        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates | None]]] = {}
+        # Module → hidden states, experts chosen, their weights, and the gates of each expert after its first product.
+        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates]]] = {}
         self.names = [
             f"{path}.{name}"
             for path, module in self._modules.items()
@@ -195,142 +171,124 @@ class Routing:
     def following(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
             for path, module in self._modules.items():
-                hook = module.register_forward_pre_hook(self._hook(path), with_kwargs=True)
+                hook = module.register_forward_pre_hook(partial(self._note, path), with_kwargs=True)
                 stack.callback(hook.remove)
             yield
         self._calls.clear()
 
     @torch.no_grad()
-    def gates_of(self, product: WatchedProduct) -> Gates | None:
-        """The `Gates` of an expert's product; None where its inputs are not the hidden states of the tokens routed to
-        it. Must be called for every product with ``names``, in order."""
+    def gates_of(self, product: WatchedProduct) -> Gates:
+        """The gates of an expert's product, not known where its inputs are not those of the tokens routed to it."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
-            return None
+            return _UNKNOWN
         hidden, chosen, weights, known = call
         if product.slot not in known:
             # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
             rank, token = torch.where((chosen == product.slot).T)
-            known[product.slot] = None
+            known[product.slot] = _UNKNOWN
             if len(token) == len(product.inputs) and torch.equal(product.inputs, hidden[token]):
                 of_token = weights[token].float()
-                gates, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
-                known[product.slot] = Gates(gates, torch.where(total == 0, 0.0, gates / total))
-        found = known[product.slot]
-        return found if found is not None and len(found.weights) == len(product.inputs) else None
+                own, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
+                known[product.slot] = own, torch.where(total == 0, 0.0, own / total)
+        gates = known[product.slot]
+        return gates if gates[0] is not None and len(gates[0]) == len(product.inputs) else _UNKNOWN
 
-    def _hook(self, path: str) -> Any:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._calls.pop(path, None)
-            tensors = [t.detach().flatten(0, -2) for t in (*args, *kwargs.values()) if _is_matrix(t)]
-            floating = [t for t in tensors if t.is_floating_point()]
-            chosen = [t for t in tensors if t.dtype in (torch.int64, torch.int32)]
-            if floating and len(chosen) == 1:
-                weights = [t for t in floating[1:] if t.shape == chosen[0].shape]
-                if len(weights) == 1 and len(floating[0]) == len(chosen[0]):
-                    self._calls[path] = floating[0], chosen[0], weights[0], {}
-
-        return before
-
-
-def _is_matrix(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 1
+    def _note(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The call of a module, where its arguments are those of transformers."""
+        self._calls.pop(path, None)
+        tensors = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.dim() > 1]
+        tensors = [t.detach().flatten(0, -2) for t in tensors]
+        floating = [t for t in tensors if t.is_floating_point()]
+        chosen = [t for t in tensors if t.dtype in (torch.int64, torch.int32)]
+        if floating and len(chosen) == 1:
+            weights = [t for t in floating[1:] if t.shape == chosen[0].shape]
+            if len(weights) == 1 and len(floating[0]) == len(chosen[0]):
+                self._calls[path] = floating[0], chosen[0], weights[0], {}
 
 
 Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 
 
+@dataclass(eq=False)
 class ReduceProducts:
-    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer.
+    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer. ``reads``: of
+    `kinds_read`. ``num_samples``: of the calibration set."""
 
-    ``reads``: `kinds_read`, of at least these weights. ``num_samples``: of the calibration set. ``gradients``: whether
-    ``measure`` is called in the backward pass, with the gradient of the outputs, instead of the forward pass.
-    """
+    model: PreTrainedModel
+    names: Collection[str]
+    reads: Mapping[str, frozenset[str]]
+    measure: Measure
+    num_samples: int
+    gradients: bool = False
+    """Whether ``measure`` is called in the backward pass, with the gradient of the outputs, not in the forward pass."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        names: Collection[str],
-        reads: Mapping[str, frozenset[str]],
-        measure: Measure,
-        num_samples: int,
-        *,
-        gradients: bool = False,
-    ) -> None:
-        self._model, self._names, self._reads, self._measure = model, names, reads, measure
-        self._num_samples, self._gradients = num_samples, gradients
-        self._routing = Routing(model, names)
+    def __post_init__(self) -> None:
+        self._routing = Routing(self.model, self.names)
         self._sums: dict[str, dict[str, torch.Tensor]] = {}
         self._axes: dict[str, int] = {}
 
     @contextlib.contextmanager
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. ``loss_scale``: by which gradients are multiplied, so
-        that they are those of the mean loss of each sample."""
+        """While active, observes the products of one micro-batch. ``loss_scale``: makes gradients those of the mean
+        loss of each sample."""
         self._loss_scale = loss_scale
-        watched = dict.fromkeys([*self._names, *self._routing.names])
-        with self._routing.following(), WatchProducts(self._model, watched, self._add):
+        watched = dict.fromkeys([*self.names, *self._routing.names])
+        with self._routing.following(), WatchProducts(self.model, watched, self._add):
             yield
 
-    def statistics(self, ranks: Ranks = SINGLE) -> dict[str, ProductStats]:
-        """Parameter → sums, for every weight for which ``measure`` returned values. ``ranks``: the processes that
-        observed products; all must call this."""
+    def statistics(self, ranks: Ranks) -> dict[str, ProductStats]:
+        """Parameter → sums, for every weight for which ``measure`` returned values. Called by all ``ranks``."""
         axes = ranks.merged(self._axes)
         shapes = ranks.merged({(name, of): t.shape for name, sums in self._sums.items() for of, t in sums.items()})
         # In one order, so that the processes add the same sums to one another.
         every: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
         for (name, of), shape in shapes.items():
             own = self._sums.get(name, {}).get(of)
-            if own is None:
-                own = torch.zeros(shape, dtype=torch.float64, device=self._model.get_parameter(name).device)
-            every[name][of] = own
+            device = self.model.get_parameter(name).device
+            every[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
         ranks.sum_(tensor for sums in every.values() for tensor in sums.values())
         return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
-        gates = self._routing.gates_of(watched)
-        if watched.parameter not in self._names:
+        gates, shares = self._routing.gates_of(watched)
+        if watched.parameter not in self.names:
             return
-        parameter = self._model.get_parameter(watched.parameter).detach()
+        parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         outputs, bias = watched.outputs, self._expert_bias(watched)
         # A later operation may overwrite a tensor before the backward pass reads it.
-        copy = self._gradients
+        copy = self.gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
             outputs=outputs.to(torch.float32, copy=copy) if bias is None else outputs.float() + bias.detach().float(),
             weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
-            reads=self._reads[watched.parameter],
+            reads=self.reads[watched.parameter],
             expert=watched.slot,
-            num_samples=self._num_samples,
-            row_gates=None if gates is None else gates.weights,
-            row_gate_shares=None if gates is None else gates.shares,
+            num_samples=self.num_samples,
+            row_gates=gates,
+            row_gate_shares=shares,
             in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
-        # The hook must not refer to the graph, which refers to the hook: neither would be freed.
-        parameter_name, axis, slot, scale = watched.parameter, watched.axis, watched.slot, self._loss_scale
-
-        def measure(grad: torch.Tensor) -> None:
-            self._sum(parameter_name, axis, slot, replace(product, output_grads=grad.float() * scale))
-
-        if self._gradients:
-            watched.on_gradient(measure)
+        add, scale = partial(self._sum, watched.parameter, watched.axis, watched.slot), self._loss_scale
+        if self.gradients:
+            watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * scale)))
         else:
-            self._sum(parameter_name, axis, slot, product)
+            add(product)
 
     def _expert_bias(self, watched: WatchedProduct) -> torch.Tensor | None:
         """The bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds separately."""
         path, _, leaf = watched.parameter.rpartition(".")
-        bias = getattr(self._model.get_submodule(path), f"{leaf}_bias", None)
+        bias = getattr(self.model.get_submodule(path), f"{leaf}_bias", None)
         return bias[watched.slot] if watched.slot is not None and isinstance(bias, torch.Tensor) else None
 
     @torch.no_grad()
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:
         self._axes[parameter] = axis
         sums = self._sums.setdefault(parameter, {})
-        for name, value in self._measure(product).items():
+        for name, value in self.measure(product).items():
             if name not in sums:
-                stack = () if slot is None else (self._model.get_parameter(parameter).shape[0],)
+                stack = () if slot is None else (self.model.get_parameter(parameter).shape[0],)
                 sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)
             total = sums[name] if slot is None else sums[name][slot]
             if total.shape != value.shape:

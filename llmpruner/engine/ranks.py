@@ -1,11 +1,10 @@
 """The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each computes, and what they
 exchange.
 
-Whole micro-batches of the calibration text are spread over the processes, so that every product, and every row that a
-fit holds out, is that of one process; only the order differs in which the micro-batches are summed. Sums are reduced in
-their own dtype (float32 for Gram matrices and gradients, else float64), in an order that depends on the number of
-processes alone. What is decided (text, plan, order of a layer's matrices) is decided by the first process and sent to
-the others.
+Whole micro-batches of the calibration text are spread over the processes, so that every product is that of one process;
+only the order in which micro-batches are summed depends on the number of processes. Sums are reduced in their own dtype
+(float32 for Gram matrices and gradients, else float64). What is decided (text, plan, order of a layer's matrices) is
+decided by the first process and sent to the others.
 """
 
 from __future__ import annotations
@@ -14,7 +13,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -28,30 +28,23 @@ K = TypeVar("K")
 
 ENDED = "another process of this run ended; the same command continues after the last finished step"
 _PATIENCE = timedelta(days=1)
-"""How long a process waits for another, which may write calibration text or measure latency alone. A process that ends
-is noticed at once."""
+"""How long a process waits for another, which may write calibration text. One that ends is noticed at once."""
 
 
 class Ranks:
     """``rank``: the number of this process; ``count``: of all. With one process, nothing is sent.
 
-    Every method but `mine` and `owns` must be called by all processes, in the same order. They raise `ProcessError`
-    when another process has ended.
+    Methods that send are called by all processes, in the same order, and raise `ProcessError` when another has ended.
     """
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None) -> None:
         self.rank, self.count, self._group, self._store = rank, count, group, store
 
-    @classmethod
-    def current(cls) -> Ranks:
-        """The processes that a launcher started with this one, which wait for each other here the first time; `SINGLE`
-        without a launcher. Raises `ProcessError` where they cannot connect."""
-        global _started
-        if not launched():
-            return SINGLE
-        if _started is None:
-            _started = _connected()
-        return _started
+    @staticmethod
+    def current() -> Ranks:
+        """The processes that a launcher started with this one, which connect here the first time; `SINGLE` without a
+        launcher. Raises `ProcessError` where they cannot."""
+        return _connected() if launched() else SINGLE
 
     @property
     def first(self) -> bool:
@@ -59,8 +52,7 @@ class Ranks:
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
-        """The part of ``items`` that this process works on: consecutive ones, as many as the others have or one more.
-        The first process has the first item."""
+        """The part of ``items`` that this process works on: consecutive ones, the first for the first process."""
         size, more = divmod(len(items), self.count)
         start = self.rank * size + min(self.rank, more)
         return items[start : start + size + (self.rank < more)]
@@ -73,7 +65,6 @@ class Ranks:
         """The result of ``make`` in the first process, which alone calls it. Its `LlmprunerError` is raised in all."""
         if self.count == 1:
             return make()
-
         box: list[Any] = [None, None]
         if self.first:
             try:
@@ -89,16 +80,12 @@ class Ranks:
         if failed is not None:
             kind, message = failed
             raise kind.__new__(kind, message)
-        result: T = value
-        return result
+        return cast("T", value)
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor by its sum over all processes, in place and in its own dtype. Shapes and dtypes must be
         the same in all."""
-        if self.count == 1:
-            return
-
-        for tensor in tensors:
+        for tensor in tensors if self.count > 1 else ():
             whole = tensor.contiguous()
             with _noticing():
                 dist.all_reduce(whole, group=self._group)
@@ -109,17 +96,13 @@ class Ranks:
         """The sum of each number over all processes, in float64."""
         if self.count == 1:
             return numbers
-
         sums = torch.tensor(numbers, dtype=torch.float64)
         self.sum_([sums])
         return tuple(sums.tolist())
 
     def copy_from(self, number: int, tensors: Iterable[torch.Tensor]) -> None:
         """Replace each tensor, in place, by that of the process that owns task ``number``."""
-        if self.count == 1:
-            return
-
-        for tensor in tensors:
+        for tensor in tensors if self.count > 1 else ():
             whole = tensor.contiguous()
             with _noticing():
                 # As bytes: not every backend knows every dtype.
@@ -132,7 +115,6 @@ class Ranks:
         a key is that of the first process that has it."""
         if self.count == 1:
             return dict(entries)
-
         gathered: list[Any] = [None] * self.count
         with _noticing():
             dist.all_gather_object(gathered, dict(entries), group=self._group)
@@ -146,8 +128,7 @@ class Ranks:
         self.totals(0.0)
 
     def claim(self, what: str) -> bool:
-        """Whether this process is the first to ask for ``what`` in this run. May be called by any of them at any time,
-        also when others have ended."""
+        """Whether this process is the first to ask for ``what`` in this run; also when others have ended."""
         if self._store is None:
             return True
         try:
@@ -157,18 +138,16 @@ class Ranks:
 
     def leave(self) -> None:
         """Disconnect from the others."""
-        global _started
         if self.count > 1:
             dist.destroy_process_group()
-            _started = None
+            _connected.cache_clear()
 
 
 SINGLE = Ranks()
 """A run of one process."""
 
-_started: Ranks | None = None
 
-
+@cache
 def _connected() -> Ranks:
     backend = "gloo"
     if torch.cuda.is_available():

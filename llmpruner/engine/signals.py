@@ -35,8 +35,7 @@ class UnitAxis:
 
 
 def kinds_read(graph: CouplingGraph) -> dict[str, frozenset[str]]:
-    """Name of a stored parameter → the kinds of the units whose activations it is multiplied with, whether they are
-    scored or not. Tied parameters are under the name they are stored by."""
+    """Name of a stored parameter → the kinds of the units whose activations it is multiplied with, scored or not."""
     found: dict[str, set[str]] = {name: set() for name in graph.shapes if name not in graph.ties}
     for group in graph.groups:
         for span in group.spans_with(Role.CONSUMES):
@@ -77,11 +76,8 @@ GRADIENTS = frozenset({Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD})
 @dataclass(frozen=True, slots=True)
 class InputStats:
     """Statistics of the inputs of a weight matrix, averaged over all calibration tokens; a token that is not routed to
-    an expert counts as a zero for it.
-
-    ``mean`` and ``second_moment`` are float32 and broadcast against the weight: (1, d_in) for a linear layer,
-    (d_in, 1) for a transposed one, (experts, 1, d_in) or (experts, d_in, 1) for a stack.
-    """
+    an expert counts as a zero for it. ``mean`` and ``second_moment`` are float32 and broadcast against the weight:
+    (1, d_in) for a linear layer, (d_in, 1) for a transposed one, with a leading axis of experts for a stack."""
 
     mean: torch.Tensor
     """E[x]."""
@@ -95,12 +91,8 @@ class InputStats:
     def of_matrix(self, number: int) -> InputStats:
         """Those of one matrix of a stack, with a first axis of length one."""
         one = slice(number, number + 1)
-        return replace(
-            self,
-            mean=self.mean[one],
-            second_moment=self.second_moment[one],
-            gram=None if self.gram is None else self.gram[one],
-        )
+        gram = None if self.gram is None else self.gram[one]
+        return replace(self, mean=self.mean[one], second_moment=self.second_moment[one], gram=gram)
 
     @property
     def variance(self) -> torch.Tensor:
@@ -123,12 +115,9 @@ class TokenStats:
 @dataclass(frozen=True, slots=True)
 class StreamStats:
     """Comparison of the hidden states before and after blocks of ``length`` consecutive layers, averaged over all
-    calibration tokens: of single layers for `Signal.STREAM`, of as many as the plan will remove for
-    `Signal.STREAM_BLOCKS` (layers of different sizes may make it one more or less).
-
-    Both tensors are float64 of shape (layers,): element i compares the hidden states of a token before layer i with
-    those after layer i + length − 1; it is NaN where there is no such layer.
-    """
+    calibration tokens: of single layers for `Signal.STREAM`, of about as many as the plan will remove for
+    `Signal.STREAM_BLOCKS`. Both tensors are float64 of shape (layers,): element i compares the hidden states before
+    layer i with those after layer i + length − 1; it is NaN where there is no such layer."""
 
     cosine: torch.Tensor
     """Mean cosine similarity."""
@@ -142,12 +131,11 @@ class StreamStats:
 @dataclass(frozen=True, slots=True)
 class Product:
     """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T +
-    bias``, with the bias of a linear layer (or GPT-2's Conv1D) or of an expert, where it has one.
+    bias``, where there is one.
 
     ``inputs`` (rows, d_in), ``outputs`` (rows, d_out) and gradients are float32. They may share memory with the model:
     copy what is to be kept after the call, and change nothing in place. For an expert, rows are the tokens routed to it
-    (in a model that computes every expert on all tokens, such as Llama 4, all tokens, with zeros for those not routed
-    to it).
+    (where every expert is computed on all tokens, as in Llama 4, all tokens, with zeros for those not routed to it).
     """
 
     inputs: torch.Tensor
@@ -161,8 +149,8 @@ class Product:
     num_samples: int
     """Number of samples in the calibration set."""
     output_grads: torch.Tensor | None = None
-    """Gradient, with respect to ``outputs``, of the mean next-token loss of the sample that each row belongs to, (rows,
-    d_out); None unless `Signal.PRODUCT_GRAD` was asked for."""
+    """Gradient of the mean next-token loss of each row's sample with respect to ``outputs``, (rows, d_out); None unless
+    `Signal.PRODUCT_GRAD` was asked for."""
     row_gates: torch.Tensor | None = None
     """As `gates`, for an expert; None where unknown."""
     row_gate_shares: torch.Tensor | None = None
@@ -183,34 +171,32 @@ class Product:
     @property
     def gates(self) -> torch.Tensor:
         """Router weight of this expert for each row's token, as the model applies it (renormalised over the chosen
-        experts if the model does so), (rows,), float32. Ones where ``expert`` is None.
-
-        Raises `UnsupportedModelError` where the module with the experts is not called with hidden states, the chosen
-        experts and their weights, as in transformers.
+        experts if the model does so), (rows,), float32. Ones where ``expert`` is None. Raises `UnsupportedModelError`
+        where the experts are not called with hidden states, the chosen experts and their weights, as in transformers.
         """
-        if self.expert is None:
-            return self.inputs.new_ones(len(self.inputs))
-        return _known(self.row_gates)
+        return self._of_rows(self.row_gates)
 
     @property
     def gate_shares(self) -> torch.Tensor:
-        """`gates` divided by their sum over all experts chosen for the token, (rows,), float32: renormalised whether
-        the model does so or not. Ones where ``expert`` is None, zeros for a token whose router weights are all zero.
+        """`gates` divided by their sum over all experts chosen for the token, whether the model does so or not. Zeros
+        for a token whose router weights are all zero."""
+        return self._of_rows(self.row_gate_shares)
 
-        Raises `UnsupportedModelError` as `gates` does.
-        """
+    def _of_rows(self, known: torch.Tensor | None) -> torch.Tensor:
         if self.expert is None:
-            return self.gates
-        return _known(self.row_gate_shares)
+            return self.inputs.new_ones(len(self.inputs))
+        if known is None:
+            raise UnsupportedModelError(
+                "the router weight of each token of an expert is not known for this model; choose another criterion"
+            )
+        return known
 
 
 @dataclass(frozen=True, slots=True)
 class ProductStats:
-    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight.
-
-    ``sums``: name → sum, of the shape that ``measure`` returned; for a stack with a leading axis of experts, with zeros
-    for experts that no token was routed to. ``axis``: the input axis of the weight.
-    """
+    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight. ``sums``: name →
+    sum, of the shape that ``measure`` returned; for a stack with a leading axis of experts, with zeros for those that
+    no token was routed to. ``axis``: the input axis of the weight."""
 
     sums: Mapping[str, torch.Tensor]
     axis: int
@@ -239,11 +225,9 @@ class ParameterSignals:
     (`ImportanceCriterion.by_matrix`); all tensors have a first axis of length one then."""
 
     def over_inputs(self, values: torch.Tensor) -> torch.Tensor:
-        """A saliency of the weight's shape from one value per input channel: each value is divided equally among the
-        weights of the channel, so that their sum is the value.
-
-        ``values``: (d_in,), or (experts, d_in) for a stack. Needs ``inputs`` or ``products``, else raises `ValueError`.
-        """
+        """A saliency of the weight's shape from one value per input channel, which is divided equally among the weights
+        of the channel. ``values``: (d_in,), or (experts, d_in) for a stack. Needs ``inputs`` or ``products``, else
+        raises `ValueError`."""
         measured = self.inputs or self.products
         if measured is None:
             raise ValueError("the input axis of this parameter is unknown, as it is not used in a matrix product")
@@ -252,11 +236,3 @@ class ParameterSignals:
         if self.weight.dim() > 2:
             shape[0] = self.weight.shape[0]
         return (values.reshape(shape) / (self.weight.numel() / values.numel())).expand_as(self.weight)
-
-
-def _known(gates: torch.Tensor | None) -> torch.Tensor:
-    if gates is None:
-        raise UnsupportedModelError(
-            "the router weight of each token of an expert is not known for this model; choose another criterion"
-        )
-    return gates

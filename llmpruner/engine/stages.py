@@ -28,11 +28,10 @@ _LIBRARIES = ("llmpruner", "torch", "transformers")
 
 @dataclass
 class Stages:
-    """The stages of one run by name, in their order. Those that an interrupted run had finished are not among them."""
+    """The stages of one run by name, in their order, but for those that an interrupted run had finished.
+    ``peak_bytes``: as `peak_memory` when the stage ended."""
 
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """``peak_bytes``: the most memory that the process had taken when the stage ended, earlier stages included; None
-    where the system does not say."""
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -44,8 +43,7 @@ class Stages:
 
 
 def write_run(directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any]) -> None:
-    """Write ``run.json``. ``command``: ``prune`` or ``recover``; ``settings``: what the user set, as JSON
-    values; ``model``: the reference to the model that was read."""
+    """Write ``run.json``. ``model``: the reference to it; ``settings``: what the user set, as JSON values."""
     value = {
         "command": command,
         "model": model,

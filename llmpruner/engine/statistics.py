@@ -1,10 +1,11 @@
-"""Statistics from a forward walk: of the inputs of weights, and of the hidden states before and after layers."""
+"""What criteria read, measured layer by layer: the signals of parameters, from their weights alone, from a forward pass
+or from gradients; hidden states before and after layers; and how often tokens are used."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import partial
 from math import nan, pi
 from typing import TYPE_CHECKING, Any
@@ -12,23 +13,236 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.nn import functional
 
+from ..errors import ModelError
 from ..models.numbers import with_fast_products
-from .products import ReduceProducts, WatchedProduct, WatchProducts
-from .ranks import SINGLE, Ranks
-from .signals import InputStats, ProductStats, StreamStats, TokenStats
-from .walk import ForwardWalk, check_tokens
+from .gradients import GradientSums, GradientWalk, requiring_grad
+from .products import Measure, ReduceProducts, WatchedProduct, WatchProducts
+from .ranks import Ranks
+from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal, StreamStats, TokenStats, kinds_read
+from .walk import ForwardWalk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
+    from ..structure.coupling import CouplingGraph
     from .execution import Execution
-
 
 PREDICTED = 8192
 """Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""
 _BLOCKS = 4
 """Column blocks that a Gram matrix is computed in; more blocks save little more."""
+
+Named = Iterator[tuple[str, ParameterSignals]]
+Statistics = tuple[InputStats | None, ProductStats | None]
+"""Of one weight from a forward walk; None where they were not requested."""
+
+
+def walk_signals(
+    execution: Execution,
+    graph: CouplingGraph,
+    wanted: Collection[str],
+    needs: Collection[Signal],
+    calibration: CalibrationSet | None,
+    seed: int,
+    measure: Measure,
+    *,
+    by_matrix: bool = False,
+) -> Named:
+    """Yield every parameter of ``wanted`` once, with the signals in ``needs``; with ``by_matrix``, stacks of matrices
+    matrix by matrix. To save memory, keep no reference to them. ``measure``: `ImportanceCriterion.measure`, for
+    `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
+
+    Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see
+    `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
+    Raises `ModelError` for values that are not finite.
+    """
+    needed, weights, rest = frozenset(needs), execution.weights, set(wanted)
+    make = partial(_signals, execution.model, needed, seed, by_matrix)
+    if needed - {Signal.WEIGHT}:
+        assert calibration is not None, "all signals but weights are measured on text"
+        backward = Signal.PRODUCT_GRAD in needed
+        reduce = partial(
+            ReduceProducts, execution.model,
+            reads=kinds_read(graph), measure=measure, num_samples=len(calibration.input_ids), gradients=backward,
+        )  # fmt: skip
+        forward = forward_statistics(
+            execution, wanted, calibration,
+            inputs=bool(needed & {Signal.INPUT_STATS, Signal.GRAM}), gram=Signal.GRAM in needed,
+            reduce=reduce if Signal.PRODUCT in needed and not backward else None,
+        )  # fmt: skip
+        if needed & GRADIENTS:
+            of_grads, measured = reduce if backward else None, dict(forward)
+            yield from _of_gradients(execution, graph, wanted, needed, calibration, measured, of_grads, make)
+            return
+        for name, statistics in forward:
+            rest.discard(name)
+            yield from make(name, statistics)
+    # Nothing was measured of the others.
+    by_part: dict[int | None, list[str]] = {}
+    for name in sorted(rest):
+        by_part.setdefault(weights.number(name), []).append(name)
+    for part in sorted(by_part, key=lambda number: -1 if number is None else number):
+        with weights.part(part):
+            for name in by_part[part]:
+                yield from make(name)
+
+
+def _of_gradients(
+    execution: Execution,
+    graph: CouplingGraph,
+    wanted: Collection[str],
+    needs: frozenset[Signal],
+    calibration: CalibrationSet,
+    forward: Mapping[str, Statistics],
+    reduce: Callable[[Collection[str]], ReduceProducts] | None,
+    make: Callable[[str, Statistics, GradientSums | None], Named],
+) -> Named:
+    """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
+    differentiated = bool({Signal.GRAD, Signal.GRAD_SQ} & needs)
+    outer: list[str] = []
+    by_layer: dict[int, list[str]] = {}
+    for name in sorted(wanted):
+        layer = graph.layer_of(name)
+        (outer if layer is None else by_layer.setdefault(layer, [])).append(name)
+    lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
+    with requiring_grad(execution.model.parameters(), required=False):
+        walk = GradientWalk(
+            execution, calibration,
+            squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=differentiated,
+        )  # fmt: skip
+        walk.forward()
+        walk.backward_head()
+        for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
+            names = by_layer.get(number, [])
+            with execution.weights.layer(number):
+                reduced = None if reduce is None else reduce(names)
+                sums = walk.backward_layer(number, names if differentiated else (), reduced)
+                of_products = {} if reduced is None else reduced.statistics(execution.ranks)
+                for name in names:
+                    inputs, products = forward.get(name, (None, None))
+                    yield from make(name, (inputs, of_products.get(name, products)), sums.pop(name, None))
+        if outer:
+            with execution.weights.outside():
+                sums = walk.backward_outer() if differentiated else {}
+                for name in outer:
+                    yield from make(name, (None, None), sums.pop(name, None))
+
+
+def _signals(
+    model: PreTrainedModel,
+    needs: Collection[Signal],
+    seed: int,
+    by_matrix: bool,
+    name: str,
+    measured: Statistics = (None, None),
+    sums: GradientSums | None = None,
+) -> Named:
+    """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, one in float32 at a time."""
+    parameter, (inputs, products) = model.get_parameter(name).detach(), measured
+    if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
+        raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    grad = sums.grad if sums is not None and Signal.GRAD in needs else None
+    grad_sq = sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None
+    dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
+    for number in range(len(parameter)) if by_matrix and parameter.dim() == 3 else (None,):
+        part = ... if number is None else slice(number, number + 1)
+        yield (
+            name,
+            ParameterSignals(
+                parameter[part].to(dtype),
+                None if grad is None else grad[part].float(),
+                None if grad_sq is None else grad_sq[part],
+                generator,
+                inputs if inputs is None or number is None else inputs.of_matrix(number),
+                products if products is None or number is None else products.of_matrix(number),
+                number,
+            ),
+        )
+
+
+@torch.no_grad()
+def forward_statistics(
+    execution: Execution,
+    wanted: Collection[str],
+    calibration: CalibrationSet,
+    *,
+    inputs: bool = True,
+    gram: bool = False,
+    reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
+) -> Iterator[tuple[str, Statistics]]:
+    """Statistics of the ``wanted`` parameters in decoder layers, as far as they are used in matrix products. The weight
+    is in memory meanwhile.
+
+    ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
+    for the names of one layer's weights. Memory: the hidden states of the whole calibration set in float32, up to the
+    execution's limit; the statistics of one layer; and the other arguments of each layer (masks, rotary tables).
+    """
+    if not inputs and reduce is None:
+        return
+    walk, states = ForwardWalk.over(execution, calibration)
+    model, weights, ranks = execution.model, execution.weights, execution.ranks
+    inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
+    count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
+    for number in execution.progress.track(range(count), "Measuring inputs"):
+        names, sums = inside[number], _InputSums(model, gram=gram)
+        with weights.layer(number):
+            reduced = None if reduce is None else reduce(names)
+            for position in range(len(walk.calls)):
+                products = nullcontext() if reduced is None else reduced.watching()
+                with products, WatchProducts(model, names if inputs else (), sums.add):
+                    states[position] = walk.run(number, position, states)
+            of_inputs = sums.statistics(calibration.input_ids.numel(), ranks)
+            of_products = {} if reduced is None else reduced.statistics(ranks)
+            for name in {**of_inputs, **of_products}:
+                yield name, (of_inputs.get(name), of_products.get(name))
+
+
+class _InputSums:
+    """Sums over tokens, for S matrices of each weight (1 where it is no stack): of inputs (S, d_in) and of their
+    squares (S, d_in), in float64; with ``gram`` of outer products (S, d_in, d_in), lower triangles, in float32."""
+
+    def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
+        self._model, self._gram = model, gram
+        self._axes: dict[str, int] = {}
+        self._sums: dict[str, list[torch.Tensor]] = {}
+
+    def _of(self, name: str, axis: int) -> list[torch.Tensor]:
+        if name not in self._sums:
+            weight = self._model.get_parameter(name)
+            slots, width = weight.shape[0] if weight.dim() == 3 else 1, weight.shape[axis]
+            sums = [torch.zeros(slots, width, dtype=torch.float64, device=weight.device) for _ in range(2)]
+            outer = [torch.zeros(slots, width, width, device=weight.device)] if self._gram else []
+            self._axes[name], self._sums[name] = axis, sums + outer
+        return self._sums[name]
+
+    def add(self, product: WatchedProduct) -> None:
+        total, square, *outer = self._of(product.parameter, product.axis)
+        slot, inputs = product.slot or 0, product.inputs.float()
+        # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
+        total[slot] += inputs.sum(0)
+        square[slot] += inputs.square().sum(0)
+        for lower in outer:
+            add_gram(lower[slot], inputs)
+
+    def statistics(self, tokens: int, ranks: Ranks) -> dict[str, InputStats]:
+        """Means over ``tokens`` calibration tokens, for every weight that was used. Called by all ``ranks``."""
+        axes = ranks.merged(self._axes)
+        every = {name: self._of(name, axis) for name, axis in axes.items()}
+        ranks.sum_(tensor for sums in every.values() for tensor in sums)
+        found = {}
+        for name, (total, square, *outer) in every.items():
+            dim = self._model.get_parameter(name).dim()
+            shape = [1] * dim
+            shape[axes[name]] = total.shape[1]
+            if dim == 3:
+                shape[0] = total.shape[0]
+            mean, second_moment = ((sums / tokens).float().view(shape) for sums in (total, square))
+            gram = both_triangles(outer[0]) / tokens if outer else None
+            found[name] = InputStats(mean, second_moment, axes[name], gram if gram is None or dim == 3 else gram[0])
+        return found
 
 
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
@@ -46,159 +260,34 @@ def both_triangles(lower: torch.Tensor) -> torch.Tensor:
     return lower.tril() + lower.tril(-1).mT
 
 
-def divergence(reference_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
-    """Sum of KL(reference ‖ logits) over all positions but the last of each sequence, in nats."""
-    pairs = zip(reference_BTV, logits_BTV, strict=True)
-    return sum(float(divergences(reference[:-1], logits[:-1]).double().sum()) for reference, logits in pairs)
-
-
-def divergences(reference_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(reference ‖ logits) at each position (T,), in nats, float32."""
-    log_p, log_q = reference_TV.float().log_softmax(-1), logits_TV.float().to(reference_TV.device).log_softmax(-1)
-    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-
-
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """Statistics of one weight from a forward walk; None where they were not requested."""
-
-    inputs: InputStats | None = None
-    products: ProductStats | None = None
-
-
-NOTHING = Measured()
-
-
-@torch.no_grad()
-def forward_statistics(
-    execution: Execution,
-    wanted: Collection[str],
-    calibration: CalibrationSet,
-    *,
-    inputs: bool = True,
-    gram: bool = False,
-    reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
-) -> Iterator[dict[str, Measured]]:
-    """For every decoder layer, statistics of its ``wanted`` parameters, as far as they are used in matrix products.
-
-    ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
-    for the names of one layer's weights.
-
-    Weights of the layer are in memory until the next one is asked for. Memory beyond them: the hidden states of the
-    whole calibration set in float32, up to the execution's limit; the statistics of one layer; and the other arguments
-    of each layer (masks, rotary tables).
-    """
-    walk, states = ForwardWalk.over(execution, calibration)
-    model, weights = execution.model, execution.weights
-    inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
-    count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
-    for number in execution.progress.track(range(count), "Measuring inputs"):
-        names = inside[number]
-        with walk.layer(number):
-            sums = InputSums(model, gram=gram)
-            reduced = None if reduce is None else reduce(names)
-            for position, batch in enumerate(walk.batches):
-                products = nullcontext() if reduced is None else reduced.watching()
-                with products, WatchProducts(model, names if inputs else (), sums.add):
-                    states[position] = walk.run(number, batch, states[position], states.passed)
-            of_inputs = sums.statistics(walk.tokens, walk.ranks)
-            of_products = {} if reduced is None else reduced.statistics(walk.ranks)
-            # The caller reads the layer's weights too.
-            yield {name: Measured(of_inputs.get(name), of_products.get(name)) for name in {**of_inputs, **of_products}}
-
-
-class InputSums:
-    """Sums over the inputs of weights; ``gram``: of their outer products too."""
-
-    def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
-        self._model, self._gram = model, gram
-        self._sums: dict[str, _Sums] = {}
-
-    def add(self, product: WatchedProduct) -> None:
-        name = product.parameter
-        if name not in self._sums:
-            self._sums[name] = _Sums(self._model.get_parameter(name), product.axis, self._gram)
-        self._sums[name].add(product)
-
-    def statistics(self, tokens: int, ranks: Ranks = SINGLE) -> dict[str, InputStats]:
-        """Means over ``tokens`` calibration tokens, for every weight that was used. ``ranks``: the processes that added
-        products; all must call this."""
-        axes = ranks.merged({name: sums.axis for name, sums in self._sums.items()})
-        every = {
-            name: self._sums.get(name) or _Sums(self._model.get_parameter(name), axis, self._gram)
-            for name, axis in axes.items()
-        }
-        tensors = [t for sums in every.values() for t in (sums.total, sums.square, sums.outer)]
-        ranks.sum_(tensor for tensor in tensors if tensor is not None)
-        return {name: sums.finish(tokens) for name, sums in every.items()}
-
-
-class _Sums:
-    """Sums over tokens, for S matrices of a stack (1 for one matrix): of inputs (S, d_in) and of their squares
-    (S, d_in), in float64; and of outer products (S, d_in, d_in), lower triangles, in float32."""
-
-    def __init__(self, parameter: torch.Tensor, axis: int, gram: bool) -> None:
-        self.axis, self.dim = axis, parameter.dim()
-        slots, width, device = parameter.shape[0] if self.dim == 3 else 1, parameter.shape[axis], parameter.device
-        self.total = torch.zeros(slots, width, dtype=torch.float64, device=device)
-        self.square = torch.zeros_like(self.total)
-        self.outer = torch.zeros(slots, width, width, device=device) if gram else None
-
-    def add(self, product: WatchedProduct) -> None:
-        slot, inputs = product.slot or 0, product.inputs.float()
-        # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
-        self.total[slot] += inputs.sum(0)
-        self.square[slot] += inputs.square().sum(0)
-        if self.outer is not None:
-            add_gram(self.outer[slot], inputs)
-
-    def finish(self, tokens: int) -> InputStats:
-        shape = [1] * self.dim
-        shape[self.axis] = self.total.shape[1]
-        if self.dim == 3:
-            shape[0] = self.total.shape[0]
-        gram = None if self.outer is None else both_triangles(self.outer) / tokens
-        return InputStats(
-            mean=(self.total / tokens).float().view(shape),
-            second_moment=(self.square / tokens).float().view(shape),
-            axis=self.axis,
-            gram=gram if gram is None or self.dim == 3 else gram[0],
-        )
-
-
 @torch.no_grad()
 def stream_statistics(
     execution: Execution, calibration: CalibrationSet, length: int = 1, removable: frozenset[int] | None = None
 ) -> StreamStats:
     """Compare the hidden states before and after each block of ``length`` layers. ``removable``: as in `StreamStats`.
-
-    Memory: the hidden states of the whole calibration set in float32 before ``length`` layers, up to the limit of the
-    execution.
-    """
+    Memory: all hidden states in float32 before ``length`` layers, up to the limit of the execution."""
     walk, embedded = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
     cosine, angle = torch.full((2, count), nan, dtype=torch.float64)
     before = [embedded]
     for number in execution.progress.track(range(count), "Measuring layers"):
         # One value for each token of the calibration set, in order; each process fills in its own.
-        cosines = torch.zeros(walk.tokens, dtype=torch.float64)
+        cosines = torch.zeros(calibration.input_ids.shape, dtype=torch.float64)
         start = number + 1 - length
         # What was before a block gives way to what is after it.
         after = before[0] if start >= 0 else before[-1].empty(continued=True)
-        with walk.layer(number):
-            for position, batch in enumerate(walk.batches):
-                states = walk.run(number, batch, before[-1][position], after.passed)
+        with execution.weights.layer(number):
+            for position, first in enumerate(walk.firsts):
+                states = walk.run(number, position, before[-1])
                 if start >= 0:
-                    first = batch.first * batch.input_ids.shape[1]
                     similar = torch.cosine_similarity(before[0][position], states, dim=-1)
                     # Some models put prompts of their own before the text (CPM-Ant).
-                    of_text = similar[:, -batch.input_ids.shape[1] :].flatten()
-                    cosines[first : first + batch.input_ids.numel()] = of_text
+                    cosines[first : first + len(similar)] = similar[:, -cosines.shape[1] :]
                     after[position] = states
                 else:
                     after.append(states)
         if start >= 0:
-            walk.ranks.sum_([cosines])
+            execution.ranks.sum_([cosines])
             cosines.clamp_(-1, 1)
             cosine[start], angle[start] = float(cosines.mean()), float(cosines.arccos().mean()) / pi
         before = [*before, after][-length:]
@@ -214,9 +303,21 @@ def token_statistics(execution: Execution, calibration: CalibrationSet, tokenize
     counts = torch.bincount(calibration.input_ids.flatten(), minlength=rows)
     expected, predicted = torch.zeros(rows, dtype=torch.float64), 0
     with execution.weights.outside():
-        ids = check_tokens(model, calibration.first(PREDICTED).input_ids)
+        ids = calibration.first(PREDICTED).input_ids.to(model.device)
         for sample in execution.progress.track(torch.split(ids, 1), "Predicting tokens"):
             logits = with_fast_products(model, partial(model, input_ids=sample, use_cache=False)).logits
             expected += logits[0].float().softmax(-1).sum(0).double().cpu()
             predicted += sample.numel()
     return TokenStats(counts, expected, predicted, tokenizer)
+
+
+def divergence(reference_BTV: torch.Tensor, logits_BTV: torch.Tensor) -> float:
+    """Sum of KL(reference ‖ logits) over all positions but the last of each sequence, in nats."""
+    pairs = zip(reference_BTV, logits_BTV, strict=True)
+    return sum(float(divergences(reference[:-1], logits[:-1]).double().sum()) for reference, logits in pairs)
+
+
+def divergences(reference_TV: torch.Tensor, logits_TV: torch.Tensor) -> torch.Tensor:
+    """KL(reference ‖ logits) at each position (T,), in nats, float32."""
+    log_p, log_q = reference_TV.float().log_softmax(-1), logits_TV.float().to(reference_TV.device).log_softmax(-1)
+    return functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)

@@ -1,10 +1,8 @@
 """Running the decoder forwards, one layer at a time, over a calibration set.
 
-Layers are called with the arguments that a run of the model gives them, which are recorded once, by running the model
-with layers that return their inputs. The caller keeps the hidden states, and may pass those of the dense and of the
-pruned model through a layer. `check_layers` makes sure that layers compute, called one by one, what they compute in the
-model: each is called on its own inputs in a run of the whole model, and half of the tokens must agree. Rounding may
-route a token to another expert, but a value that a layer lacks changes nearly all tokens.
+Layers are called with the arguments that the model gives them, which `record` notes by running it with layers that
+return their inputs. `check_layers` makes sure that layers compute alone what they compute in the model: half of the
+tokens must agree. Rounding may route a token to another expert, but a value that a layer lacks changes nearly all.
 """
 
 from __future__ import annotations
@@ -12,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,48 +19,38 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
+from ..models.generation import last_logits
 from ..models.numbers import autocast_to, computes_bfloat16_fast
-from ..models.positions import last_logits
-from .boundaries import States, copied
+from .boundaries import States
 from .execution import TOKENS_AT_ONCE, Execution
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
     from ..calibration.calibration import CalibrationSet
-    from .ranks import Ranks
 
+
+TOKENS = 64
+"""At the start of the first sample, on which `check_layers` compares layers."""
+_TOLERANCE = 1e-3
+"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
 
 
-@dataclass
-class Batch:
-    """One micro-batch: token ids (samples, length), the arguments of each layer but the hidden states, and the number
-    of its first sample in the calibration set."""
-
-    input_ids: torch.Tensor
-    calls: list[Call]
-    first: int
-
-
-def expert_configs(model: nn.Module) -> list[PreTrainedConfig]:
-    configs = {id(c): c for m in model.modules() for c in (getattr(m, "config", None),) if c is not None}
-    return [c for c in configs.values() if getattr(c, "_experts_implementation", None) not in (None, "eager")]
-
-
 @contextlib.contextmanager
-def eager_experts(configs: Sequence[PreTrainedConfig]) -> Iterator[None]:
-    """While active, experts are computed one by one, so that `WatchProducts` observes a product for each: the faster
-    implementations in transformers are a single operator, or copy the weights."""
-    chosen = [config._experts_implementation_internal for config in configs]
-    for config in configs:
+def eager_experts(module: nn.Module) -> Iterator[None]:
+    """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
+    faster implementations in transformers are a single operator, or copy the weights."""
+    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
+    for config, _ in chosen:
         config._experts_implementation_internal = "eager"
     try:
         yield
     finally:
-        for config, name in zip(configs, chosen, strict=True):
+        for config, name in chosen:
             config._experts_implementation_internal = name
 
 
@@ -73,15 +61,9 @@ def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
     return layer(hidden, *args, **kwargs)
 
 
-def with_own_dictionaries(call: Call) -> Call:
-    """``call`` with copies of its dictionaries, into which later layers put nothing."""
-    args, kwargs = call
-    return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
-
-
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary: calls are recorded without computing a layer, so that a dictionary into which
-    layers put what later ones read is still empty."""
+    """Whether it is an empty dictionary, as those are into which layers put what later ones read: calls are recorded
+    without computing a layer."""
     return isinstance(value, MutableMapping) and not value
 
 
@@ -99,13 +81,18 @@ def first_output(output: Any) -> torch.Tensor:
     return tensor
 
 
+def as_output(hidden: torch.Tensor, further: int | None) -> Any:
+    """What a layer with so many ``further`` outputs returns, which nobody reads; None: it returns a bare tensor."""
+    return hidden if further is None else (hidden, *[None] * further)
+
+
 @contextlib.contextmanager
-def replaced_layers(layers: nn.ModuleList, stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-    """While active, ``stub(number)`` replaces the forward of each layer."""
+def replaced_layers(layers: nn.ModuleList, replacement: Callable[..., Any]) -> Iterator[None]:
+    """While active, ``replacement`` is called in place of each layer, with its number first."""
     # Other libraries (accelerate) set a forward on the instance.
     own = [vars(layer).get("forward") for layer in layers]
     for number, layer in enumerate(layers):
-        layer.forward = stub(number)
+        layer.forward = partial(replacement, number)
     try:
         yield
     finally:
@@ -123,22 +110,18 @@ def record(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]
 ) -> tuple[list[Call], torch.Tensor]:
     """Run the model with layers that return their hidden states unchanged. Returns the other arguments of each layer,
-    and the hidden states before the first one. ``tuples``: see `LayerForm`."""
+    and the hidden states before the first. ``tuples``: of `LayerForm`."""
     calls: list[Call] = []
     before: list[torch.Tensor] = []
 
-    def stub(number: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            before.append(hidden := hidden_of(args, kwargs))
-            calls.append((args[1:], kwargs))
-            if len(calls) == len(layers):
-                raise Stop
-            further = tuples[number]
-            return hidden if further is None else (hidden, *(None for _ in range(further)))
+    def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+        before.append(hidden := hidden_of(args, kwargs))
+        calls.append((args[1:], kwargs))
+        if len(calls) == len(layers):
+            raise Stop
+        return as_output(hidden, tuples[number])
 
-        return forward
-
-    with replaced_layers(layers, stub), contextlib.suppress(Stop):
+    with replaced_layers(layers, forward), contextlib.suppress(Stop):
         model(input_ids=ids, use_cache=False)
     return calls, before[0]
 
@@ -149,12 +132,6 @@ def not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
         f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
         f"run one by one ({reason}); use --importance l1, l2 or random and --set prune.compensate=none"
     )
-
-
-TOKENS = 64
-"""At the start of the first sample, which are compared."""
-_TOLERANCE = 1e-3
-"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
 
 
 class LayerForm(NamedTuple):
@@ -171,14 +148,13 @@ class LayerForm(NamedTuple):
 
 @torch.no_grad()
 def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm:
-    """Run the whole model on the first `TOKENS` of the text, and each layer alone on its own inputs there. Later walks
-    of the run take the result of the first. Raises `ModelError` for states that are not finite, and
-    `UnsupportedModelError` for layers that fail alone, give other hidden states, or are not called one after the
-    other."""
+    """Run the whole model on the first `TOKENS` of the text, and each layer alone on its own inputs there; once in a
+    run. Raises `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that fail alone,
+    give other hidden states, or are not called one after the other."""
     model = execution.model
     if model not in execution.forms:
-        with execution.weights.outside(), eager_experts(expert_configs(model)):
-            ids = check_tokens(model, calibration.input_ids[:1, :TOKENS])
+        with execution.weights.outside(), eager_experts(model):
+            ids = calibration.input_ids[:1, :TOKENS].to(model.device)
             execution.forms[model] = _form(execution, ids)
     return execution.forms[model]
 
@@ -211,35 +187,32 @@ def _whole_run(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Hidden states before each layer, and its outputs."""
-    called, outputs = list[int](), list[Any]()
     before: list[torch.Tensor] = []
+    outputs: list[tuple[nn.Module, Any]] = []
 
     def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         before.append(hidden_of(args, kwargs))
 
-    def leave(number: int, output: Any) -> None:
-        called.append(number)
-        outputs.append(output)
+    def leave(layer: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        outputs.append((layer, output))
 
     with contextlib.ExitStack() as stack:
-        for number, layer in enumerate(layers):
+        for layer in layers:
             stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            hook = layer.register_forward_hook(lambda _, __, output, number=number: leave(number, output))
-            stack.callback(hook.remove)
+            stack.callback(layer.register_forward_hook(leave).remove)
         # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
         last = {} if _shares_keys(model) else last_logits(model)
         model(input_ids=ids, use_cache=False, **last)
-    if called != list(range(len(layers))):
+    if [layer for layer, _ in outputs] != list(layers):
         raise not_walkable(model, "they are not called once each, in order")
-    return before, outputs
+    return before, [output for _, output in outputs]
 
 
 def _takes_float32(
     model: PreTrainedModel, layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype
 ) -> bool:
-    """Whether operators of a layer take what autocast to ``products`` gives them with hidden states in float32. Where
-    layers use keys and values of earlier ones (Gemma 3n), which a single layer lacks, it is said of models in
-    ``products`` alone: others may have keys of another dtype than the queries."""
+    """Whether operators of a layer take what autocast to ``products`` gives them with hidden states in float32. A layer
+    that uses keys of earlier ones (Gemma 3n) lacks them here; they may have another dtype than its queries."""
     if products == torch.float32 or _shares_keys(model):
         return bool(products == model.dtype)
     try:
@@ -266,90 +239,63 @@ def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tenso
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and a calibration set in micro-batches to run through them.
-
-    With several processes, ``batches`` and all hidden states are those of this one (`Ranks.mine`): maybe none, but the
-    first process has the first.
-    """
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them; with several processes
+    those of this one (`Ranks.mine`), maybe none."""
 
     execution: Execution
     layers: nn.ModuleList
-    batches: list[Batch]
     form: LayerForm
-    experts: list[PreTrainedConfig]
-    """Configurations that select the implementation of experts."""
-    tokens: int
-    """In the calibration set, of all processes."""
-
-    @property
-    def ranks(self) -> Ranks:
-        return self.execution.ranks
+    firsts: Sequence[int]
+    """Of each micro-batch, the number of its first sample in the calibration set."""
+    calls: list[list[Call]] = field(default_factory=list)
+    """Of each micro-batch, the arguments of each layer."""
 
     @classmethod
     @torch.no_grad()
     def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
-        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32, one tensor
-        for each micro-batch. Raises `UnsupportedModelError` for a decoder whose layers pass on other values than hidden
-        states, and `ModelError` for hidden states that are not finite."""
+        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32. Raises as
+        `check_layers` does."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
-            ids = check_tokens(model, calibration.input_ids)
-            states, experts = States(execution.boundaries()), expert_configs(model)
-            walk = cls(execution, layers, [], check_layers(execution, calibration), experts, ids.numel())
-            parts = torch.split(ids, max(1, TOKENS_AT_ONCE // ids.shape[1]))
-            firsts = accumulate(map(len, parts[:-1]), initial=0)
-            shapes: dict[torch.Size, Batch] = {}
-            with eager_experts(experts):
-                for first, part in execution.ranks.mine(list(zip(firsts, parts, strict=True))):
-                    calls, hidden = record(model, layers, part, walk.form.tuples)
-                    batch = Batch(part, calls, first)
-                    # As a rule they depend on the shape alone, and a long text has many micro-batches.
-                    like = shapes.setdefault(part.shape, batch)
-                    if _same(like.calls, batch.calls):
-                        batch.calls = like.calls
-                    walk.batches.append(batch)
-                    states.append(hidden.float())
+            ids = calibration.input_ids.to(model.device)
+            rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
+            firsts = execution.ranks.mine(range(0, len(ids), rows))
+            walk = cls(execution, layers, check_layers(execution, calibration), firsts)
+            states = States(execution.boundaries())
+            shapes: dict[torch.Size, list[Call]] = {}
+            for first in firsts:
+                part = ids[first : first + rows]
+                calls, hidden = record(model, layers, part, walk.form.tuples)
+                # As a rule they depend on the shape alone, and a long text has many micro-batches.
+                like = shapes.setdefault(part.shape, calls)
+                walk.calls.append(like if _same(like, calls) else calls)
+                states.append(hidden.float())
         return walk, states
-
-    def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
-        """While active, the weights of a layer are in memory."""
-        return self.execution.weights.layer(number)
 
     def advance(self, number: int, states: States) -> None:
         """Replace hidden states before layer ``number`` by those after it."""
-        for position, batch in enumerate(self.batches):
-            states[position] = self.run(number, batch, states[position], states.passed)
+        for position in range(len(self.calls)):
+            states[position] = self.run(number, position, states)
 
-    def run(
-        self, number: int, batch: Batch, hidden: torch.Tensor, passed: dict[int, dict[str, Any]], *, tried: bool = False
-    ) -> torch.Tensor:
-        """Hidden states (samples, length, hidden size) after layer ``number``, in float32. ``passed``: of the `States`
-        that ``hidden`` is part of. ``tried``: leave it as it is, as the layer will run again."""
-        own = passed.setdefault(batch.first, {})
+    def run(self, number: int, position: int, states: States, *, tried: bool = False) -> torch.Tensor:
+        """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
+        before the layer. ``tried``: leave what they have passed on as it is, as the layer will run again."""
+        hidden, passed = states[position], states.passed.setdefault(position, {})
         if tried:
-            own = copied(own)
-        args, kwargs = batch.calls[number]
-        shared = {n: own.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
+            passed = {name: copy.copy(values) for name, values in passed.items()}
+        args, kwargs = self.calls[position][number]
+        shared = {n: passed.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
         _, products, narrow = self.form
         inputs = hidden.to(products) if narrow else hidden
         mixed = products != torch.float32 and not narrow
-        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.experts):
+        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.layers[number]):
             return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
 
     @property
     def passes_on(self) -> bool:
         """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
-        calls = [kwargs for batch in self.batches for _, kwargs in batch.calls]
-        return any(_is_filled_by_layers(value) for kwargs in calls for value in kwargs.values())
-
-
-def check_tokens(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    """Token ids on the model's device. Raises `ModelError` when one is outside the vocabulary."""
-    ids = ids.to(model.device)
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    if int(ids.max()) >= vocabulary:
-        raise ModelError(f"token {int(ids.max())} is outside the model's vocabulary of {vocabulary}")
-    return ids
+        every = [kwargs for calls in self.calls for _, kwargs in calls]
+        return any(_is_filled_by_layers(value) for kwargs in every for value in kwargs.values())
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,20 +1,230 @@
-"""Speed of several models in one runtime: all in memory, and their runs in turn, so that other load on the machine
-affects all alike."""
+"""Runtimes, which run models, with the built-in one, transformers; and the speed of several models in one of them:
+all in memory, their runs in turn, so that other load affects all alike. Imports torch when a model is opened."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from itertools import product
+from pathlib import Path
 from statistics import median, quantiles
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-
+from ..component import Component
+from ..errors import UnsupportedModelError
 from ..progress import QUIET, Progress
-from .runtime import BenchSubject, Runtime, Session, Work
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from ..discovery.opening import Opener, Source
+    from ..models.model import Model, Structure
+    from ..settings import BenchSettings
+    from ..structure.coupling import CouplingGraph
+
+
+@dataclass(frozen=True)
+class BenchSubject:
+    """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``batch``, ``length``: the
+    largest number of sequences, and of tokens in each, prompt and continuation together. The model is opened when
+    `structure` is first read, so that a runtime which loads models by itself does not need it."""
+
+    ref: str
+    path: Path | None
+    batch: int
+    length: int
+    source: Source
+    opener: Opener
+
+    @property
+    def device(self) -> str:
+        """To run on, as torch names it."""
+        return self.opener.load.device
+
+    @cached_property
+    def structure(self) -> Structure:
+        """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
+        return self.opener.structure(self.source)
+
+    def load(self) -> Model:
+        """The same with its ``model``, of transformers, in evaluation mode."""
+        return self.opener.weights(self.structure)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the steps of one model cost, from its sizes: what its speed could be.
+
+    ``body_macs``: multiply-accumulate operations per token of all weights but the head's. ``head_macs``: of the head
+    per predicted token. ``pair_macs``: of attention for each token that a token reads. ``weight_bytes``: bytes of the
+    weights that every step reads, the head included and the embedding not. ``routed_bytes``: share of experts that a
+    token is routed to → bytes of all experts. ``cache_bytes``: of the key/value cache per token; None where they are
+    not known.
+    """
+
+    body_macs: int
+    head_macs: int
+    pair_macs: int
+    weight_bytes: int
+    routed_bytes: Mapping[float, int] = field(default_factory=dict)
+    cache_bytes: int | None = None
+
+    def prefill(self, tokens: int) -> int:
+        """Multiply-accumulate operations to process a sequence of ``tokens`` and to predict one more."""
+        return self.body_macs * tokens + self.head_macs + self.pair_macs * tokens * (tokens + 1) // 2
+
+    def decode(self, batch: int, context: float) -> float | None:
+        """Bytes that a step for ``batch`` sequences of ``context`` tokens reads: weights once, of experts those that a
+        sequence is routed to (if they are drawn evenly), and the cache of every sequence. None where the cache is not
+        known."""
+        if self.cache_bytes is None:
+            return None
+        experts = sum(size * (1 - (1 - share) ** batch) for share, size in self.routed_bytes.items())
+        return self.weight_bytes + experts + batch * context * self.cache_bytes
+
+
+class Session:
+    """One model, ready to run. ``vocabulary``: its number of tokens. ``dtype``: of its weights, as the result names it.
+    `prefill` and `decode` are timed, and return once their results are there.
+
+    ::
+
+        class SlowSession(Session):
+            def __init__(self, model):
+                self.model, self.vocabulary = model, model.config.vocab_size
+                self.dtype = str(model.dtype).removeprefix("torch.")
+
+            def prefill(self, tokens):
+                self.tokens = tokens.to(self.model.device)
+                self.decode(1)
+
+            def decode(self, count):
+                with torch.no_grad():
+                    for _ in range(count):
+                        logits = self.model(self.tokens, use_cache=False).logits
+                        self.tokens = torch.cat([self.tokens, logits[:, -1:].argmax(-1)], dim=1)
+    """
+
+    vocabulary: int
+    dtype: str
+
+    def start(self) -> None:
+        """Forget all tokens. Not timed."""
+
+    def prefill(self, tokens: torch.Tensor) -> None:
+        """Process ``tokens``, ids of shape (batch, length), int64 on the CPU, and predict the next ones."""
+        raise NotImplementedError
+
+    def decode(self, count: int) -> None:
+        """Add ``count`` tokens to every sequence, the likeliest one each time."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Free the model."""
+
+
+class Runtime(Component):
+    """Runs models in one program.
+
+    ::
+
+        class Slow(Runtime):
+            name = "slow"
+            summary = "transformers without a cache"
+
+            def open(self, subject):
+                loaded = subject.load()
+                return SlowSession(loaded.model), work_of(loaded.model, loaded.graph)
+    """
+
+    kind: ClassVar[str] = "runtime"
+
+    def check(self, subject: BenchSubject) -> None:
+        """Raise `MissingExtraError` or `ModelError` when the runtime is not installed, or cannot run the model or its
+        length, before anything is loaded. Checks nothing by default."""
+
+    def open(self, subject: BenchSubject) -> tuple[Session, Work]:
+        """Load the model; returns it with what its steps cost. All models of a run are open at the same time."""
+        raise NotImplementedError
+
+
+class TorchSession(Session):
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.vocabulary = int(model.config.get_text_config().vocab_size)
+        self.dtype = str(model.dtype).removeprefix("torch.")
+        self.model = model
+
+    def start(self) -> None:
+        from ..models.generation import CachedModel
+
+        self._cached = CachedModel(self.model)
+
+    def prefill(self, tokens: torch.Tensor) -> None:
+        self._logits = self._cached.process(tokens)
+        self._wait()
+
+    def decode(self, count: int) -> None:
+        for _ in range(count):
+            self._logits = self._cached.process(self._logits.argmax(-1, keepdim=True))
+        self._wait()
+
+    def _wait(self) -> None:
+        import torch
+
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+
+    def close(self) -> None:
+        vars(self).clear()
+
+
+class TransformersRuntime(Runtime):
+    name = "transformers"
+    summary = "transformers, step by step, with a cache that grows"
+
+    def check(self, subject: BenchSubject) -> None:
+        from ..models.generation import check_table
+
+        what = f"{subject.length:,} tokens"
+        check_table(subject.structure.config, subject.length, what, "lower --prompt or --new", f"'{subject.ref}'")
+
+    def open(self, subject: BenchSubject) -> tuple[Session, Work]:
+        loaded = subject.load()
+        return TorchSession(loaded.model), work_of(loaded.model, loaded.graph)
+
+
+def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
+    """What the steps of ``model`` cost. ``graph``: its coupling graph (after a cut, of the cut one)."""
+    from ..models.meta import macs_per_token, multiplied
+    from ..models.numbers import stored_bytes
+    from ..pruning.budgets import bytes_per_token
+
+    whole = macs_per_token(model, graph, context=0)
+    head: Any = model.get_output_embeddings()
+    head_macs = 0 if head is None else int(head.weight.numel())
+    weights, routed = 0, Counter[float]()
+    for _, parameter, experts in multiplied(model):
+        if experts is None:
+            weights += stored_bytes(parameter)
+        else:
+            routed[experts / parameter.shape[0]] += stored_bytes(parameter)
+    try:
+        cached = sum(bytes_per_token(model, graph))
+    except UnsupportedModelError:
+        cached = None
+    return Work(
+        body_macs=whole - head_macs,
+        head_macs=head_macs,
+        pair_macs=macs_per_token(model, graph, context=1) - whole,
+        weight_bytes=weights,
+        routed_bytes=dict(routed),
+        cache_bytes=cached,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,22 +292,16 @@ class BenchResult:
 
 
 def bench(
-    subjects: Sequence[BenchSubject],
-    runtime: Runtime,
-    *,
-    batches: Sequence[int],
-    prompts: Sequence[int],
-    new_tokens: int,
-    rounds: int,
-    device: str = "cpu",
-    progress: Progress = QUIET,
+    subjects: Sequence[BenchSubject], runtime: Runtime, settings: BenchSettings, progress: Progress = QUIET
 ) -> BenchResult:
-    """Measure prefill and decoding of all models, in every case of ``batches`` × ``prompts``.
+    """Measure prefill and decoding of all models, in every case of batch size × length of prompt.
 
     In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
     tokens once; the order of the models turns from round to round. Raises what `Runtime.check` raises, before any of
     them is loaded.
     """
+    import torch
+
     for subject in subjects:
         runtime.check(subject)
     with ExitStack() as stack:
@@ -108,28 +312,37 @@ def bench(
             stack.callback(session.close)
             sessions.append(session)
             works.append(work)
-        times = _measure(sessions, list(product(batches, prompts)), new_tokens, rounds, progress)
+        times = _measure(sessions, settings, progress)
         dtypes = tuple(session.dtype for session in sessions)
-    names = [subject.ref for subject in subjects]
-    cases = tuple(_case(names, works, *case, new_tokens, of_models) for case, of_models in times.items())
-    threads = torch.get_num_threads()
-    return BenchResult(runtime.name, runtime.record(), new_tokens, rounds, device, threads, dtypes, cases)
+    new, cases = settings.new, []
+    for (batch, prompt), seconds in times.items():
+        prefills = [[prefill for prefill, _ in rounds] for rounds in seconds]
+        decodes = [[decode for _, decode in rounds] for rounds in seconds]
+        prefill = _rates(prefills, batch * prompt, [work.prefill(prompt) for work in works])
+        # The cache grows by a token with every step.
+        decode = _rates(decodes, batch * new, [work.decode(batch, prompt + new / 2) for work in works])
+        speeds = map(ModelSpeed, (subject.ref for subject in subjects), prefill, decode)
+        cases.append(BenchCase(batch, prompt, tuple(speeds)))
+    return BenchResult(
+        runtime.name, runtime.record(), new, settings.rounds, subjects[0].device, torch.get_num_threads(), dtypes,
+        tuple(cases),
+    )  # fmt: skip
 
 
 def _measure(
-    sessions: Sequence[Session],
-    cases: Sequence[tuple[int, int]],
-    new_tokens: int,
-    rounds: int,
-    progress: Progress,
+    sessions: Sequence[Session], settings: BenchSettings, progress: Progress
 ) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
-    """Case → for every model, the seconds of the prefill and of all decoding steps, in each counted round."""
+    """Batch size and length of prompt → for every model, the seconds of the prefill and of all decoding steps, in each
+    counted round."""
+    import torch
+
+    cases = list(product(settings.batch, settings.prompt))
     times: dict[tuple[int, int], list[list[tuple[float, float]]]] = {case: [[] for _ in sessions] for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
     steps = [
         (case, number, (place + number) % len(sessions))
         for case in cases
-        for number in range(rounds + 1)
+        for number in range(settings.rounds + 1)
         for place in range(len(sessions))
     ]
     for case, number, place in progress.track(steps, "measuring"):
@@ -140,27 +353,11 @@ def _measure(
         began = perf_counter()
         session.prefill(tokens)
         prefilled = perf_counter()
-        session.decode(new_tokens)
+        session.decode(settings.new)
         decoded = perf_counter()
         if number:
             times[case][place].append((prefilled - began, decoded - prefilled))
     return times
-
-
-def _case(
-    names: Sequence[str],
-    works: Sequence[Work],
-    batch: int,
-    prompt: int,
-    new_tokens: int,
-    times: Sequence[Sequence[tuple[float, float]]],
-) -> BenchCase:
-    prefill = [work.prefill(prompt) for work in works]
-    # The cache grows by a token with every step.
-    decode = [work.decode(batch, prompt + new_tokens / 2) for work in works]
-    prefills = _rates([[seconds for seconds, _ in own] for own in times], batch * prompt, prefill)
-    decodes = _rates([[seconds for _, seconds in own] for own in times], batch * new_tokens, decode)
-    return BenchCase(batch, prompt, tuple(map(ModelSpeed, names, prefills, decodes)))
 
 
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:

@@ -1,25 +1,125 @@
-"""Measure several models by several metrics, one model in memory at a time, and lay the results out as a table."""
+"""Metrics: what one is, and the measuring of several models by several of them, one model in memory at a time, with the
+results as a table. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..component import check_chosen
+from ..component import Component, check_chosen
 from ..errors import ModelError, SettingsError
 from ..progress import QUIET, Progress
-from ..values import html_table
-from .base import ComparedModel, Metric, MetricSubject, Row
-from .tasks import Scores
+from ..values import bytes_text, count_text, html_table
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+    from ..discovery.family import ModelFamily
     from ..models.model import Model
     from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
+    from ..structure.coupling import CouplingGraph
 
-N = TypeVar("N", int, float)
+
+@dataclass(frozen=True)
+class Row:
+    """One number in the table. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
+    its standard error, if known."""
+
+    label: str
+    value: float | None
+    higher_is_better: bool | None = None
+    error: float | None = None
+
+    @property
+    def text(self) -> str:
+        """The value as the table has it; ``-`` for None."""
+        value = self.value
+        if value is None:
+            return "-"
+        if self.label.endswith("bytes"):
+            return bytes_text(value)
+        if 1e5 <= value < math.inf:
+            return count_text(value)
+        if value >= 1e3 and float(value).is_integer():
+            return f"{value:,.0f}"
+        digits = 4 if value < 10 else 2
+        return f"{value:.{digits}f}" + ("" if self.error is None else f" ± {self.error:.4f}")
+
+
+@dataclass(frozen=True)
+class ComparedModel:
+    """A model that is not loaded yet. ``name``: as the user gave it. ``config``: of the dense model where it was
+    pruned."""
+
+    name: str
+    config: PreTrainedConfig
+    tokenizer: Any
+    load: Callable[[], Model]
+
+
+@dataclass(frozen=True)
+class MetricSubject:
+    """The model to measure, in evaluation mode. ``name``: as the user gave it. ``graph``: its coupled groups, after all
+    cuts. ``reference``: the first model of the same call (for that one, the model itself), as `InTokens` for a model
+    with a part of its vocabulary; None unless a metric needs it."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any
+    family: ModelFamily
+    graph: CouplingGraph
+    reference: PreTrainedModel | None = None
+    progress: Progress = QUIET
+
+
+class Metric(Component):
+    """Measures one model at a time; created once for all models of a call.
+
+    ::
+
+        class Vocabulary(Metric):
+            name = "vocabulary"
+            summary = "tokens of the vocabulary that a text uses"
+
+            class Settings(ComponentSettings):
+                text: str = Field("The quick brown fox.", description="The text.")
+
+            settings: Settings
+
+            def measure(self, subject):
+                return {"tokens": len(set(subject.tokenizer(self.settings.text)["input_ids"]))}
+    """
+
+    kind: ClassVar[str] = "metric"
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether ``subject.reference`` is needed, which keeps a second model in memory."""
+        return False
+
+    def prepare(self) -> None:
+        """Read data (texts, tasks) and keep it on the instance, so that errors are found before any model is loaded.
+        Called once. Raises `DataError`."""
+
+    def check_models(self, models: Sequence[ComparedModel]) -> None:
+        """Refuse what can be refused before a model is loaded: raise `DataError` for one that cannot be measured,
+        `ModelError` for one that cannot be compared with the first. Called once, after `prepare`."""
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
+        is written as null. Names state units where they are not plain (``kl_per_token``, in nats; ``weight_bytes``).
+        Raises `ModelError` for a model that cannot be measured."""
+        raise NotImplementedError
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line of the
+        table, with a column for each model."""
+        numbers = {key: v for key, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        return [Row(f"{self.name} {key}", float(value)) for key, value in numbers.items()]
 
 
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
@@ -58,23 +158,26 @@ def evaluate(
     for metric in metrics:
         metric.prepare()
         metric.check_models(models)
-    from ..models.trimmed import in_tokens_of
+    from ..models.numbers import first_not_finite
+    from ..models.vocabulary import in_tokens_of
 
     reference: Model | None = None
     evaluations = []
     for named in models:
         model = named.load()
-        _check_finite(model)
+        damaged = first_not_finite(model.model.named_parameters())
+        if damaged is not None:  # the score of a task would be a number all the same
+            raise ModelError(
+                f"model '{model.ref}': parameter '{damaged}' holds NaN or infinite values; the checkpoint is damaged, "
+                f"or {model.model.dtype} is too narrow for it"
+            )
         if comparing and reference is None:
             reference = model
         first = None if reference is None else in_tokens_of(model, reference)
+        subject = MetricSubject(named.name, model.model, model.tokenizer, model.family, model.graph, first, progress)
         results = {}
         for metric in metrics:
             progress.status(f"measuring {metric.name} of {named.name}")
-            subject = MetricSubject(
-                named.name, model.model, model.tokenizer, model.family, model.graph,
-                first if metric.needs_reference else None, progress,
-            )  # fmt: skip
             results[metric.name] = metric.measure(subject)
         rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
         evaluations.append(Evaluation(named.name, results, rows))
@@ -88,18 +191,6 @@ def evaluate(
     return Evaluations(evaluations)
 
 
-def _check_finite(model: Model) -> None:
-    """Raise `ModelError` unless all weights are finite: the score of a task would be a number all the same."""
-    from ..models.numbers import first_not_finite
-
-    wrong = first_not_finite(model.model.named_parameters())
-    if wrong is not None:
-        raise ModelError(
-            f"model '{model.ref}': parameter '{wrong}' holds NaN or infinite values; the checkpoint is damaged, or "
-            f"{model.model.dtype} is too narrow for it"
-        )
-
-
 @dataclass(frozen=True)
 class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
@@ -109,37 +200,33 @@ class Evaluation:
     results: Mapping[str, Mapping[str, Any]]
     rows: tuple[Row, ...] = ()
 
-    def _value(self, kind: type[N], metric: str, key: str) -> N | None:
-        value: N | None = self.results.get(metric, {}).get(key)
-        return value
-
     @property
     def perplexity(self) -> float | None:
         """On the first text."""
-        return self._value(float, "perplexity", "perplexity")
+        return self.results.get("perplexity", {}).get("perplexity")
 
     @property
     def bits_per_byte(self) -> float | None:
         """On the first text."""
-        return self._value(float, "perplexity", "bits_per_byte")
+        return self.results.get("perplexity", {}).get("bits_per_byte")
 
     @property
     def kl(self) -> float | None:
         """Divergence from the first model in nats per token, on the first text."""
-        return self._value(float, "perplexity", "kl_per_token")
+        return self.results.get("perplexity", {}).get("kl_per_token")
 
     @property
     def parameters(self) -> int | None:
         """Tied ones once."""
-        return self._value(int, "size", "parameters")
+        return self.results.get("size", {}).get("parameters")
 
     @property
     def weight_bytes(self) -> int | None:
         """In memory."""
-        return self._value(int, "size", "weight_bytes")
+        return self.results.get("size", {}).get("weight_bytes")
 
     @property
-    def tasks(self) -> Scores:
+    def tasks(self) -> dict[str, dict[str, float]]:
         """Task → metric → value, as lm-eval names them; empty where no task was run."""
         return {task: dict(values) for task, values in self.results.get("tasks", {}).items()}
 
@@ -155,8 +242,6 @@ class Evaluation:
 
 class Evaluations(tuple[Evaluation, ...]):
     """The evaluations of one call, in the order of its models. A notebook shows them as a table."""
-
-    __slots__ = ()
 
     @property
     def lines(self) -> list[Line]:

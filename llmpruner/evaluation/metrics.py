@@ -1,23 +1,24 @@
-"""The built-in metrics: settings, early checks, rows of the table. The measurements are in `perplexity` and `tasks`.
-Imports no torch."""
+"""The metrics ``size``, ``perplexity``, ``answers`` and ``given-answers``. Imports no torch, unlike `perplexity`, which
+measures two of them."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.resources import files
 from os.path import isfile
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from ..calibration.conversations import read_examples
 from ..calibration.documents import PYDOC, read_text
 from ..component import ComponentSettings
-from ..errors import ModelError
-from ..values import Names
-from .base import ComparedModel, Metric, MetricSubject, Row
-from .tasks import evaluate_tasks, load_tasks
+from ..errors import DataError, ModelError, SettingsError
+from .evaluate import ComparedModel, Metric, MetricSubject, Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("llmpruner")
 _COMPARED = 100_000
 """Characters from the start of a text by which tokenizers are compared."""
+_FIRST = 16
+_RUN, _REPEATED = 4, 0.25
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ class PerplexityMetric(Metric):
         self._texts = {name: read_text(name) for name in names}
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        from ..models.positions import check_table, warn_beyond
+        from ..models.generation import check_table, warn_beyond
         from ..models.tokenizer import tokens_of
 
         window = self.settings.window
@@ -135,18 +138,20 @@ class PerplexityMetric(Metric):
         texts by their names."""
         from .perplexity import perplexity
 
-        options = self.settings.model_dump(exclude={"text", "kl"})
-        options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
-        measured = [perplexity(subject.model, subject.tokenizer, text, **options) for text in self._texts.values()]
+        reference = subject.reference if self.settings.kl else None
+        measured = [
+            perplexity(subject.model, subject.tokenizer, text, self.settings, reference, subject.progress)
+            for text in self._texts.values()
+        ]
         (first, result), *others = zip(self._texts, map(asdict, measured), strict=True)
         return {**result, "text": first, "others": dict(others)}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         results = {result["text"]: result, **result["others"]}
-        files = [Path(name).name for name in results]
+        short = [Path(name).name for name in results]
         rows = []
-        for (name, values), file in zip(results.items(), files, strict=True):
-            where = f", {file if files.count(file) == 1 else name}" if len(results) > 1 else ""
+        for (name, values), file in zip(results.items(), short, strict=True):
+            where = f", {file if short.count(file) == 1 else name}" if len(results) > 1 else ""
             rows += [
                 Row(f"perplexity{where}", values["perplexity"], False),
                 Row(f"bits per byte{where}", values["bits_per_byte"], False),
@@ -156,50 +161,136 @@ class PerplexityMetric(Metric):
         return rows
 
 
-class TasksMetric(Metric):
-    """Tasks of lm-evaluation-harness; see `llmpruner.evaluation.tasks.evaluate_tasks`."""
+class AnswersMetric(Metric):
+    """What the model answers, by the likeliest tokens, to the 40 instructions of ``instructions.txt``. Nothing in
+    llmpruner calibrates or trains on them."""
 
-    name = "tasks"
-    summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
+    name = "answers"
+    summary = (
+        "answers to 40 instructions: how many repeat themselves or are cut off, and how far they are the first model's"
+    )
 
     class Settings(ComponentSettings):
-        names: Names = Field(
-            ("paper",),
-            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
-            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
-        )
-        limit: int | None = Field(None, ge=1, description="Rows per task; all by default.")
-        num_fewshot: int | None = Field(
-            None, ge=0, description="Examples shown in each task's prompt; by default the task's own number, mostly 0."
-        )
-        include_path: Path | None = Field(
-            None, description="Folder with additional lm-eval task files, such as for offline data."
-        )
-        batch_size: int = Field(8, ge=1, description="Rows per batch.")
+        tokens: int = Field(128, ge=2, description="Tokens of an answer; longer ones are cut off.")
 
     settings: Settings
-
-    def prepare(self) -> None:
-        self._tasks = load_tasks(self.settings.names, include_path=self.settings.include_path)
+    _first: tuple[Any, list[list[int]]] | None = None
+    """The first model's tokenizer, and the first tokens of its answers."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        options = self.settings.model_dump(exclude={"names", "include_path"})
-        return evaluate_tasks(subject.model, subject.tokenizer, self._tasks, **options)
+        """``repeat_themselves``: the share of answers in which over a quarter of the runs of `_RUN` tokens occur before
+        in the answer. ``cut_off``: of those that did not end within ``tokens``. ``first_tokens``: how much of the
+        first model's first `_FIRST` tokens an answer begins with, a mean of shares. ``texts``: the answers."""
+        from ..calibration.chat import chat_prompt, common_start
+        from ..calibration.written import answered
+        from ..models.generation import text_before
+        from ..models.tokenizer import ids_to_continue, tokens_of
+
+        tokenizer, stop = subject.tokenizer, subject.family.stop_text
+        lines = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
+        asked = [chat_prompt(subject.family, tokenizer, line) for line in lines]
+        prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]
+        written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
+        ended = [
+            len(ids) < self.settings.tokens or (stop or "\0") in text for ids, text in zip(written, texts, strict=True)
+        ]
+        answers = [text_before(text, stop).strip() for text in texts]
+        reader, expected = self._first or (tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers])
+        self._first = reader, expected
+        begun = [common_start(one, tokens_of(reader, text)) for one, text in zip(expected, answers, strict=True)]
+        return {
+            "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
+            "cut_off": 1 - fmean(ended),
+            "first_tokens": fmean(count / len(one) if one else 1.0 for count, one in zip(begun, expected, strict=True)),
+            "texts": answers,
+        }
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         return [
-            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
-            for task, values in result.items()
-            for name, value in values.items()
-            if not name.endswith("_stderr")
+            Row("answers that repeat", result["repeat_themselves"], False),
+            Row("answers cut off", result["cut_off"], False),
+            Row("answers starting as the first", result["first_tokens"], True),
         ]
 
 
-def _higher_is_better(metric: str) -> bool | None:
-    """For a name of a metric of lm-eval; None for unknown ones."""
-    if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-        return False
-    return True if metric.startswith(("acc", "exact_match", "f1")) else None
+def repeated(ids: Sequence[int]) -> float:
+    """The share of runs of `_RUN` tokens that occur before in ``ids`` (Welleck et al., 2020, seq-rep-4)."""
+    runs = [tuple(ids[at : at + _RUN]) for at in range(len(ids) - _RUN + 1)]
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
+class GivenAnswersMetric(Metric):
+    """Mean loss in nats of the tokens of answers, each after its question in the model's chat format, as in recovery,
+    and its perplexity. It measures a chat model as it is used; perplexity of plain text measures how a model continues
+    documents. Tokens of questions and of the format are read and not counted, but for those that end an answer.
+
+    With ``kl``, the divergence is from the first model's predictions of the same tokens, and both are in memory.
+    """
+
+    name = "given-answers"
+    summary = "perplexity of given answers in the model's chat format; with kl also the divergence from the first model"
+
+    class Settings(ComponentSettings):
+        data: str | None = Field(
+            None,
+            description="Instructions with answers, or conversations, in the forms of `llmpruner recover --data`; it "
+            "must be given.",
+        )
+        limit: int | None = Field(None, ge=1, description="Number of examples, from the start; all by default.")
+        cutoff: int = Field(1024, ge=2, description="Tokens of an example that are used, from its start.")
+        kl: bool = Field(False, description="Also the KL divergence from the first model (both models are in memory).")
+        autocast: bool = Field(False, description="Compute in bfloat16 under autocast where that is faster (rounds).")
+
+    settings: Settings
+
+    @property
+    def needs_reference(self) -> bool:
+        return self.settings.kl
+
+    def prepare(self) -> None:
+        if self.settings.data is None:
+            raise SettingsError(f"the metric {self.name} needs answers: --set {self.name}.data=FILE")
+        self._examples = read_examples(self.settings.data)[: self.settings.limit]
+
+    def check_models(self, models: Sequence[ComparedModel]) -> None:
+        from ..models.generation import check_table
+
+        what, hint = f"examples of {self.settings.cutoff:,} tokens", f"lower --set {self.name}.cutoff"
+        for model in models:
+            check_table(model.config, self.settings.cutoff, what, hint, f"'{model.name}'")
+        if self.settings.kl:
+            check_same_tokens(models, "\n".join(str(example) for _, example in self._examples[:64]))
+
+    def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
+        """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
+        ``nll_per_token`` and ``kl_per_token``: means over them, in nats, the latter None without ``kl``."""
+        import torch
+
+        from ..calibration.chat import IGNORED, labelled, texts_at
+        from ..models.tokenizer import check_ids
+        from .perplexity import Scored
+
+        tokenizer, family, cutoff = subject.tokenizer, subject.family, self.settings.cutoff
+        texts = [text for at, example in self._examples for text in texts_at(at, example, family, tokenizer)]
+        rows = [labelled(text, tokenizer, cutoff) for text in texts]
+        # The first token of a text is not predicted.
+        rows = [row for row in rows if any(label != IGNORED for label in row["labels"][1:])]
+        if not rows:
+            raise DataError(f"{self.settings.data}: no example has an answer within the first {cutoff} tokens")
+        scored = Scored(subject.model, subject.reference if self.settings.kl else None, self.settings.autocast)
+        for row in subject.progress.track(rows, self.name):
+            counting = [place for place, label in enumerate(row["labels"][1:]) if label != IGNORED]
+            scored.add(check_ids(torch.tensor([row["input_ids"]]), subject.model), torch.tensor(counting))
+        means = scored.means()
+        del means["top1_agreement"]
+        return {**means, "tokens": scored.tokens, "examples": len(rows)}
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row("perplexity of answers", result["perplexity"], False),
+            Row("KL to the first, answers", result["kl_per_token"], False),
+        ]
 
 
 def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
@@ -207,7 +298,7 @@ def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
     of ``text``, unless the other is a part of the first. The ids may differ: a fast and a slow tokenizer of one
     vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
-    from ..models.trimmed import old_ids
+    from ..models.vocabulary import old_ids
 
     first, *others = models
     for other in others:

@@ -15,12 +15,14 @@ from ..engine.statistics import divergences
 from ..errors import DataError, ModelError
 from ..models.numbers import autocast_to, multiplies_bfloat16_fast
 from ..models.tokenizer import check_ids, check_one_head, tokens_of
-from ..models.trimmed import InTokens
+from ..models.vocabulary import InTokens
 from ..progress import QUIET, Progress
 from ..values import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from .metrics import PerplexityMetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,34 +118,37 @@ def perplexity(
     model: PreTrainedModel,
     tokenizer: Any,
     text: str,
-    *,
-    window: int = 512,
-    tokens: int | None = None,
-    batch_size: int = 4,
-    autocast: bool = False,
+    settings: PerplexityMetric.Settings,
     reference: PreTrainedModel | None = None,
     progress: Progress = QUIET,
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``: the exponential of the mean negative log-likelihood, summed in float64.
 
-    The text is tokenised as one string (see `tokens_of`), without special tokens. Its first ``tokens`` tokens (default:
-    all) are split into windows that do not overlap; an incomplete last window is left out. Each of them begins with
-    what the tokenizer puts before a text (BOS, as a rule), if anything, which is not predicted.
-    Every other token but the first of its window is predicted from those before it in the window.
+    The text is tokenised as one string (see `tokens_of`), without special tokens, and split into windows that do not
+    overlap; an incomplete last window is left out. Each of them begins with what the tokenizer puts before a text (BOS,
+    as a rule), if anything, which is not predicted. Every other token but the first of its window is predicted from
+    those before it in the window. Logits are converted to float32, with ``autocast`` too.
 
-    ``autocast``: compute in bfloat16 where that is faster; logits are converted to float32 in both cases. Raises
-    `DataError` when the text has too few tokens, and `ModelError` when predictions are NaN or over another vocabulary
-    than the reference's.
+    Raises `DataError` when the text has too few tokens, and `ModelError` when predictions are NaN or over another
+    vocabulary than the reference's.
     """
-    scored = Scored(model, reference, autocast)
+    window, tokens = settings.window, settings.tokens
+    scored = Scored(model, reference, settings.autocast)
     opening = opening_tokens(tokenizer, text)
     ids = tokens_of(tokenizer, text)
-    used = _in_full_windows(ids, tokens, window, len(opening))
-    table = check_ids(torch.tensor(used), model).view(-1, window - len(opening))
-    windows = len(table)
+    if tokens is not None and len(ids) < tokens:
+        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
+    of_text = window - len(opening)
+    windows = len(ids[:tokens]) // of_text if of_text > 0 else 0
+    if windows == 0:
+        raise DataError(
+            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
+        )
+    used = ids[: windows * of_text]
+    table = check_ids(torch.tensor(used), model).view(windows, of_text)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
     counting = torch.arange(max(0, len(opening) - 1), window - 1)
-    for batch in progress.track(torch.split(table, batch_size), "perplexity"):
+    for batch in progress.track(torch.split(table, settings.batch_size), "perplexity"):
         scored.add(batch, counting)
     means: dict[str, Any] = scored.means()
     whole = len(used) == len(ids)
@@ -157,17 +162,3 @@ def perplexity(
         bos=bool(opening),
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )
-
-
-def _in_full_windows(ids: list[int], tokens: int | None, window: int, opening: int) -> list[int]:
-    """The first of ``ids``, at most ``tokens``, that fill windows of ``window`` tokens, each of which begins with
-    ``opening`` others. Raises `DataError` where that is none."""
-    if tokens is not None and len(ids) < tokens:
-        raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
-    of_text = window - opening
-    windows = len(ids[:tokens]) // of_text if of_text > 0 else 0
-    if windows == 0:
-        raise DataError(
-            f"the text has {counted(len(ids), 'token')} of which {tokens or 'all'} are used: no full window of {window}"
-        )
-    return ids[: windows * of_text]

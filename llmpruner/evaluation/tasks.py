@@ -1,4 +1,4 @@
-"""Benchmark tasks of lm-evaluation-harness."""
+"""The metric ``tasks``: benchmark tasks of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -8,64 +8,87 @@ import io
 from collections.abc import Mapping, Sequence
 from fnmatch import filter as matching
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import Field
+
+from ..component import ComponentSettings
 from ..errors import DataError, MissingExtraError, first_line, near
 from ..progress import only_errors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from ..values import Names
+from .evaluate import Metric, MetricSubject, Row
 
 PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 """``paper``: the zero-shot tasks of LLM-Pruner, table 1."""
 
-Scores = dict[str, dict[str, float]]
-"""Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error."""
 
+class TasksMetric(Metric):
+    """Tasks of lm-evaluation-harness, with the numbers of the command ``lm_eval --model hf`` with the same batch
+    size."""
 
-def load_tasks(names: Sequence[str], *, include_path: Path | None = None) -> list[Any]:
-    """lm-eval's task and group objects, with their data loaded, for any number of models. ``names``: of tasks, groups
-    and patterns (``mmlu_*``), or ``paper``. ``include_path``: folder of more task files, preferred to others of the
-    same name. Raises `DataError`."""
-    # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
-    with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
-        manager = _manager(names, include_path)
-        return [task for name in expand(names, manager.all_tasks) for task in _load(manager, name)]
+    name = "tasks"
+    summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
 
+    class Settings(ComponentSettings):
+        names: Names = Field(
+            ("paper",),
+            description="lm-eval tasks, groups or patterns, comma-separated; 'paper' is LLM-Pruner's seven: boolq, "
+            "piqa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa.",
+        )
+        limit: int | None = Field(None, ge=1, description="Rows per task; all by default.")
+        num_fewshot: int | None = Field(
+            None, ge=0, description="Examples shown in each task's prompt; by default the task's own number, mostly 0."
+        )
+        include_path: Path | None = Field(
+            None, description="Folder with additional lm-eval task files, such as for offline data."
+        )
+        batch_size: int = Field(8, ge=1, description="Rows per batch.")
 
-def evaluate_tasks(
-    model: PreTrainedModel,
-    tokenizer: Any,
-    tasks: Sequence[Any],
-    *,
-    limit: int | None = None,
-    batch_size: int = 8,
-    num_fewshot: int | None = None,
-) -> Scores:
-    """The numbers of the command ``lm_eval --model hf`` with the same batch size. ``limit``: number of rows per task.
-    ``num_fewshot``: by default the task's own number."""
-    from unittest.mock import patch
+    settings: Settings
 
-    with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-        # lm-eval would ask git for the commit of the working directory, which is none of the model.
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
+    def prepare(self) -> None:
+        if find_spec("lm_eval") is None:
+            raise MissingExtraError("lm-eval", "evaluate")
+        names = [each for name in self.settings.names for each in (PAPER if name == "paper" else (name,))]
+        # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
+        with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
+            manager = _manager(names, self.settings.include_path)
+            self._tasks = [task for name in expand(names, manager.all_tasks) for task in _load(manager, name)]
 
-        from ..models.tokenizer import with_padding
+    def measure(self, subject: MetricSubject) -> dict[str, dict[str, float]]:
+        """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error."""
+        from unittest.mock import patch
 
-        padded = with_padding(tokenizer, model)
-        wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(padded), batch_size=batch_size, backend="causal")
-        results = lm_eval.simple_evaluate(
-            model=wrapped,
-            tasks=list(tasks),
-            num_fewshot=num_fewshot,
-            limit=limit,
-            log_samples=False,
-            # Not used for loaded tasks, but avoids building the index again.
-            task_manager=_task_manager()(include_defaults=False),
-        )["results"]
-    return {task: _scores(values) for task, values in results.items()}
+        with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
+            # lm-eval would ask git for the commit of the working directory, which is none of the model.
+            import lm_eval
+            from lm_eval.models.huggingface import HFLM
+            from lm_eval.tasks import TaskManager
+
+            from ..models.tokenizer import with_padding
+
+            batch_size = self.settings.batch_size
+            tokenizer = copy.deepcopy(with_padding(subject.tokenizer, subject.model))
+            results = lm_eval.simple_evaluate(
+                model=HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
+                tasks=list(self._tasks),
+                num_fewshot=self.settings.num_fewshot,
+                limit=self.settings.limit,
+                log_samples=False,
+                # Not used for loaded tasks, but avoids building the index again.
+                task_manager=TaskManager(include_defaults=False),
+            )["results"]
+        return {task: _scores(values) for task, values in results.items()}
+
+    def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
+        return [
+            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
+            for task, values in result.items()
+            for name, value in values.items()
+            if not name.endswith("_stderr")
+        ]
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
@@ -78,10 +101,17 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
+def _higher_is_better(metric: str) -> bool | None:
+    """For a name of a metric of lm-eval; None for unknown ones."""
+    if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+        return False
+    return True if metric.startswith(("acc", "exact_match", "f1")) else None
+
+
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
-    """``tasks`` with ``paper`` and patterns expanded, each name once. Raises `DataError` for an unknown name."""
+    """``tasks`` with patterns expanded, each name once. Raises `DataError` for an unknown name."""
     names: dict[str, None] = {}
-    for task in _members(tasks):
+    for task in tasks:
         matches = matching(known, task)
         if not matches:
             # Not the list of all, which are thousands.
@@ -90,38 +120,27 @@ def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
                 "tasks.include_path=DIR adds your own"
             )
         names.update(dict.fromkeys(matches))
-    if not names:
-        raise DataError("no task was named")
     return list(names)
-
-
-def _members(names: Sequence[str]) -> list[str]:
-    return [member for name in names for member in (PAPER if name == "paper" else (name,))]
-
-
-def _task_manager() -> Any:
-    try:
-        from lm_eval.tasks import TaskManager
-    except ImportError:
-        raise MissingExtraError("lm-eval", "evaluate") from None
-    return TaskManager
 
 
 @cache
 def builtin_manager() -> Any:
     """lm-eval's index of its own tasks, cached, as reading their ten thousand files takes seconds."""
-    return _task_manager()()
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 def _manager(names: Sequence[str], include_path: Path | None) -> Any:
+    """The index that has ``names``; a file in ``include_path`` is preferred to others of the same name."""
+    from lm_eval.tasks import TaskManager
+
     if include_path is None:
         return builtin_manager()
     if not include_path.is_dir():
         raise DataError(f"tasks.include_path = {include_path}: no such directory")
-    own = _task_manager()(include_path=str(include_path), include_defaults=False)
-    if set(_members(names)) <= set(own.all_subtasks):
-        return own
-    return _task_manager()(include_path=str(include_path))
+    own = TaskManager(include_path=str(include_path), include_defaults=False)
+    return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
 def _load(manager: Any, name: str) -> list[Any]:

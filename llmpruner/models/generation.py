@@ -1,8 +1,9 @@
-"""Text generation, the key/value cache, and fast attention of one token."""
+"""Running a model on tokens: how many it reads, logits of some positions, generation, and the key/value cache."""
 
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,11 +14,71 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
 from .messages import quiet_transformers
-from .positions import last_logits, positions_of, table_of
 from .tokenizer import check_ids, ids_to_continue, padding_id
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_LOG = logging.getLogger("llmpruner")
+
+
+def positions_of(config: PreTrainedConfig) -> int | None:
+    """The number of positions of the text model; None where its configuration sets no limit."""
+    text = config.get_text_config()
+    # MPT's configuration has the second name.
+    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def table_of(config: PreTrainedConfig) -> int | None:
+    """`positions_of` a model that looks them up in a table (GPT-2, OPT), and reads no more; None for a rotary one."""
+    rotary = getattr(config.get_text_config(), "rope_parameters", None)
+    return None if rotary else positions_of(config)
+
+
+def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
+    """Raise `DataError` for more ``tokens`` (``what``: named) than a table has positions, with ``advice``."""
+    limit = table_of(config)
+    if limit is not None and tokens > limit:
+        raise DataError(f"{what} are beyond the {limit:,} positions of {ref}; {advice}")
+
+
+def warn_beyond(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
+    """Warn of more tokens than a rotary model was trained with: its predictions get worse."""
+    limit = positions_of(config)
+    if limit is not None and tokens > limit:
+        _LOG.warning("%s are beyond the %s positions that %s was trained with; %s", what, f"{limit:,}", ref, advice)
+
+
+LOGIT_ELEMENTS = 1 << 24
+"""Logits that are computed at once, if the model can: 64 MiB in float32."""
+
+
+def computes_some_logits(model: PreTrainedModel) -> bool:
+    """Whether the model's forward takes ``logits_to_keep``, as nearly all of transformers' do."""
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def last_logits(model: PreTrainedModel) -> dict[str, Any]:
+    """The arguments by which a forward computes the logits of the last position alone; none where it cannot."""
+    return {"logits_to_keep": 1} if computes_some_logits(model) else {}
+
+
+def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64; computes no others if the model can."""
+    some = {"logits_to_keep": positions} if computes_some_logits(model) else {}
+    logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, **some).logits
+    return logits if some else logits.index_select(1, positions)
+
+
+def position_blocks(model: PreTrainedModel, input_ids: torch.Tensor, vocabulary: int) -> list[torch.Tensor]:
+    """The positions of token ids (B, T) that predict a token, 0 to T - 2, in blocks of at most `LOGIT_ELEMENTS` logits
+    and at least one position; in one block for a model that computes the logits of all positions anyway."""
+    samples, length = input_ids.shape
+    positions = torch.arange(length - 1, device=input_ids.device)
+    if not computes_some_logits(model):
+        return [positions]
+    return list(torch.split(positions, max(1, LOGIT_ELEMENTS // (samples * vocabulary))))
 
 
 def generate(
@@ -61,12 +122,7 @@ def generate(
     )
     streamer = None if on_text is None else _Pieces(tokenizer, on_text, stop_text)
     devices = [model.device] if model.device.type == "cuda" else []
-    with (
-        quiet_transformers(),
-        torch.random.fork_rng(devices=devices),
-        torch.inference_mode(),
-        generating_as(model, config),
-    ):
+    with quiet_transformers(), torch.random.fork_rng(devices), torch.inference_mode(), generating_as(model, config):
         torch.manual_seed(seed)
         mask = torch.ones_like(ids_1T)
         output = model.generate(input_ids=ids_1T, attention_mask=mask, streamer=streamer, tokenizer=tokenizer)
@@ -121,8 +177,7 @@ class CachedModel:
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
-        """``tokens``: ids of shape (B, n). Returns the logits of the last ones, of shape (B, V). Raises
-        `UnsupportedModelError` when the model cannot continue from a cache."""
+        """The logits (B, V) of the last of ``tokens``, ids (B, n). Raises `UnsupportedModelError` if no cache works."""
         with _in_one_line(self.model):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **self._options).logits
             return logits[:, -1]
@@ -149,8 +204,7 @@ def cache_argument(model: PreTrainedModel) -> str:
 
 
 def cached_bytes(config: Any, item: int) -> int:
-    """Bytes of the keys and values of one token, with numbers of ``item`` bytes, by the configuration; a layer's twice,
-    as it is copied when it grows."""
+    """Bytes of a token's keys and values, of ``item`` bytes each; one layer's twice, as it is copied when it grows."""
     config = config.get_text_config()
     heads = _number(config, "num_attention_heads", 1)
     width = _number(config, "head_dim", config.hidden_size // heads) * _number(config, "num_key_value_heads", heads)
@@ -166,34 +220,24 @@ def _number(config: Any, name: str, default: int) -> int:
     return value if isinstance(value, int) else default
 
 
-_NAME = "sdpa"
-
-
 @contextmanager
 def fast_one_token_attention() -> Iterator[None]:
     """While active, models with the attention ``sdpa`` on a CPU compute that of a single query in each sequence, to all
     of the keys, by matrix products. Results are those of ``sdpa`` up to rounding."""
-    own: Any = ALL_ATTENTION_FUNCTIONS[_NAME]
+    own: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
-        module: Any,
-        query_BHQD: torch.Tensor,
-        key_BGTD: torch.Tensor,
-        value_BGTE: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        dropout: float = 0.0,
-        scaling: float | None = None,
-        **options: Any,
-    ) -> tuple[torch.Tensor, None]:
+        module: Any, query_BHQD: Any, key_BGTD: Any, value_BGTE: Any, attention_mask: Any, **options: Any
+    ) -> Any:
         batch, heads, queries, dim = query_BHQD.shape
+        # A bias of positions, soft caps, weights as a result.
+        others = [options.get(name) for name in ("position_bias", "softcap", "output_attentions")]
+        more = options.get("dropout") or any(value is not None and value is not False for value in others)
         # Masks of one query are left out by transformers where it attends to all tokens.
-        if queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu" or _has_more(dropout, options):
-            attended: tuple[torch.Tensor, None] = own(
-                module, query_BHQD, key_BGTD, value_BGTE, attention_mask, dropout=dropout, scaling=scaling, **options
-            )
-            return attended
+        if more or queries > 1 or attention_mask is not None or query_BHQD.device.type != "cpu":
+            return own(module, query_BHQD, key_BGTD, value_BGTE, attention_mask, **options)
         # The query heads of a group, which share keys and values, are the rows of one product.
-        groups = key_BGTD.shape[1]
+        groups, scaling = key_BGTD.shape[1], options.get("scaling")
         scale = dim**-0.5 if scaling is None else scaling
         # In float32, as oneDNN, which multiplies bfloat16, keeps code of its own for every number of cached tokens.
         with torch.autocast("cpu", enabled=False):
@@ -203,16 +247,8 @@ def fast_one_token_attention() -> Iterator[None]:
         # As many sequences as have keys, also where their queries are the same.
         return attended_BGRE.reshape(len(attended_BGRE), 1, heads, -1).to(value_BGTE.dtype), None
 
-    ALL_ATTENTION_FUNCTIONS[_NAME] = attend
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = attend
     try:
         yield
     finally:
-        ALL_ATTENTION_FUNCTIONS[_NAME] = own
-
-
-def _has_more(dropout: float, options: dict[str, Any]) -> bool:
-    """Whether something else than scaled products is asked for: a bias of positions, soft caps, weights as a result."""
-    return bool(dropout) or any(
-        options.get(name) is not None and options[name] is not False
-        for name in ("position_bias", "softcap", "output_attentions")
-    )
+        ALL_ATTENTION_FUNCTIONS["sdpa"] = own

@@ -22,9 +22,8 @@ _OWN_LOAD = legacy.load_gguf_checkpoint
 
 @contextlib.contextmanager
 def gguf_parsed_once() -> Iterator[None]:
-    """Share what is parsed of a GGUF file, and its map of tensor names, between the calls of transformers, which parses
-    the file four times (seconds each, for a large vocabulary) and makes the map for every module. What was parsed stays
-    for the next block, until `forget_gguf`."""
+    """Share what is parsed of a GGUF file, also with later blocks until `forget_gguf`. transformers parses it four
+    times (seconds each, for a large vocabulary), and makes a map of its tensor names for every module."""
     import gguf
 
     with contextlib.ExitStack() as stack:
@@ -52,34 +51,27 @@ def forget_gguf() -> None:
 
 @lru_cache(maxsize=1)
 def _parsed(path: str, changed: int) -> Any:
-    """The reader keeps a view of the file's bytes for every token of the vocabulary. Views of a ``numpy.memmap`` take
-    three times the time and twice the memory of those of a plain array."""
+    # The reader keeps a view of the file's bytes for every token of the vocabulary. Views of a ``numpy.memmap`` take
+    # three times the time and twice the memory of those of a plain array.
     from gguf.gguf_reader import GGUFReader
 
     def put(reader: Any, mapped: np.ndarray[Any, Any]) -> None:
         vars(reader)["bytes"] = mapped.view(np.ndarray)
 
-    del changed
     return type("PlainReader", (GGUFReader,), {"data": property(lambda reader: vars(reader)["bytes"], put)})(path)
 
 
 @lru_cache(maxsize=1)
-def _metadata(path: str, changed: int) -> dict[str, Any]:
+def _metadata(path: str, changed: int) -> Any:
     """What transformers makes of a file without its tensors: ``config``, ``tokenizer``, …"""
-    del changed
-    read: dict[str, Any] = _OWN_LOAD(path)
-    return read
+    return _OWN_LOAD(path)
 
 
-def _load_gguf_checkpoint(
-    gguf_checkpoint_path: str, return_tensors: bool = False, *arguments: Any, **options: Any
-) -> dict[str, Any]:
+def _load_gguf_checkpoint(gguf_checkpoint_path: str, return_tensors: bool = False, *args: Any, **options: Any) -> Any:
+    path = os.path.realpath(gguf_checkpoint_path)
     if not return_tensors:
-        return copy.deepcopy(
-            _metadata(os.path.realpath(gguf_checkpoint_path), Path(gguf_checkpoint_path).stat().st_mtime_ns)
-        )
-    loaded: dict[str, Any] = _OWN_LOAD(gguf_checkpoint_path, return_tensors, *arguments, **options)
-    return loaded
+        return copy.deepcopy(_metadata(path, Path(path).stat().st_mtime_ns))
+    return _OWN_LOAD(path, return_tensors, *args, **options)
 
 
 def stored_twice(model: Any) -> bool:
@@ -90,9 +82,3 @@ def stored_twice(model: Any) -> bool:
     rows = slice(None, None, max(1, len(head.weight) // 1000))
     a, b = head.weight[rows].detach().float(), embedding.weight[rows].detach().float()
     return float((a - b).norm() / b.norm()) < 0.1
-
-
-def tie(model: Any) -> None:
-    """Make the head of a model with `stored_twice` its embedding too: llama.cpp gives it more bits."""
-    model.get_input_embeddings().weight = model.get_output_embeddings().weight
-    model.config.tie_word_embeddings = True

@@ -1,4 +1,4 @@
-"""What transformers and the code of models say: silenced, or as one sentence."""
+"""Calls of transformers, and what it and the code of models say: silenced, or as one sentence."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import linecache
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -15,11 +15,15 @@ from transformers.utils import logging
 
 from ..errors import LlmprunerError, MissingExtraError, ModelError, first_line
 from ..progress import only_errors
+from .gguf import gguf_parsed_once
 from .record import names_in
-from .remote import ALLOW
 
 if TYPE_CHECKING:
     from .reference import Reference
+
+ALLOW = "allow it with --trust-remote-code (trust_remote_code=True) if you trust it"
+"""End of the messages that refuse to run code of a checkpoint. transformers asks on the terminal where its argument
+``trust_remote_code`` is not given, so every call of its auto classes gives it."""
 
 
 @contextlib.contextmanager
@@ -34,14 +38,11 @@ def quiet_transformers() -> Iterator[None]:
         yield
 
 
-_AROUND = Path(torch.__file__).parent, Path(__file__).parents[1]
-"""Packages that call the code of a model, and are called by it: torch and this one."""
-
-
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
     """The statement that raised ``error``, of code outside torch and this package, and the path of the module that ran
     it; empty where no module of ``model`` (None: of the first module in the traceback) was running."""
     paths: dict[int, str] = {} if model is None else {id(m): path for path, m in model.named_modules()}
+    around = Path(torch.__file__).parent, Path(__file__).parents[1]
     statement, inside = "", ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         running = frame.f_locals.get("self")
@@ -51,7 +52,7 @@ def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, st
         path = paths.get(id(running))
         if path is not None:
             inside = path or type(model).__name__
-        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, _AROUND)):
+        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, around)):
             statement = linecache.getline(frame.f_code.co_filename, line).strip()
     return statement, inside
 
@@ -89,3 +90,10 @@ def in_one_line(ref: Reference) -> Iterator[None]:
         known = ref.directory.exists()
         what = "" if known else ": no such directory or .gguf file, and the hub has no such model, or can't be reached"
         raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error
+
+
+def from_pretrained(auto_class: Any, ref: Reference, revision: str | None, **options: Any) -> Any:
+    """What transformers reads from ``ref``, silently and with exceptions in one line. A GGUF file is parsed once."""
+    gguf = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
+    with in_one_line(ref), quiet_transformers(), gguf_parsed_once() if gguf else contextlib.nullcontext():
+        return auto_class.from_pretrained(ref.location, revision=revision, **gguf, **options)

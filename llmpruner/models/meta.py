@@ -5,21 +5,40 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
+from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
+from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 
-from ..errors import UnsupportedModelError
+from ..errors import ModelError, UnsupportedModelError
 from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
-from .messages import quiet_transformers
-from .remote import register_model_class
+from .messages import ALLOW, quiet_transformers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+
+def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
+    """Make sure that AutoModelForCausalLM has a class for ``config``. Code of a checkpoint (of
+    ``revision``, on the hub) runs only where the class of ``config`` is from it too: the user allowed it when the
+    configuration was read. Raises `ModelError` for code that may not run, `UnsupportedModelError` for no class."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if reference is None:
+        raise UnsupportedModelError(
+            f"there is no causal language model for model type '{config.model_type}' ({type(config).__name__})"
+        )
+    if type(config).__module__.partition(".")[0] != TRANSFORMERS_DYNAMIC_MODULE_NAME:
+        raise ModelError(f"the model class of '{config.name_or_path}' is code that the checkpoint brings; {ALLOW}")
+    model_class = get_class_from_dynamic_module(reference, config.name_or_path, revision=revision)
+    AutoModelForCausalLM.register(type(config), add_generation_mixin_to_remote_model(model_class), exist_ok=True)
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -35,8 +54,7 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> Pr
 
 
 def empty_model(build: Callable[[PreTrainedConfig], PreTrainedModel], config: PreTrainedConfig) -> PreTrainedModel:
-    """What ``build``, a class or a function, makes of ``config``, with parameters on the meta device and buffers with
-    their values."""
+    """What ``build`` makes of ``config``, with parameters on the meta device and buffers with their values."""
     with init_empty_weights(include_buffers=False), quiet_transformers(), no_init_weights():
         model = build(copy.deepcopy(config))
     model.tie_weights()
@@ -69,22 +87,18 @@ def decoder_layers(model: Any) -> str:
     # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")
-    every = [(len(m), -n.count("."), n) for n, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    every = [
+        (len(m), -n.count("."), n)
+        for n, m in model.named_modules()
+        if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())
+    ]
     # Some classes call their head the decoder.
-    lists = [entry for entry in every if entry[2].startswith(inside)] or every
-    with_parameters = [entry for entry in lists if any(True for _ in model.get_submodule(entry[2]).parameters())]
+    every = [entry for entry in every if entry[2].startswith(inside)] or every
     expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    exact = [entry for entry in with_parameters if entry[0] == expected]
-    if not with_parameters:
+    exact = [entry for entry in every if entry[0] == expected]
+    if not every:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
-    path: str = max(exact or with_parameters)[2]
-    return path
-
-
-def decoder_list(model: PreTrainedModel, path: str) -> nn.ModuleList:
-    """The list of layers at ``path``."""
-    modules: Any = model.get_submodule(path)
-    return cast("nn.ModuleList", modules)
+    return str(max(exact or every)[2])
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:

@@ -34,7 +34,8 @@ import importlib
 import re
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 MODEL_TYPE_PREFIX = "llmpruner_"
 CODE_NAME = "modeling_llmpruner"
-RECORD_VERSION = 1
 SLICED = "sliced_argument"
 PER_LAYER = "per_layer_config"
 LAYERS = "layers_kept"
@@ -59,15 +59,14 @@ _COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_lay
 _LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _LAST = re.compile(r"layer_end_index$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""Attributes of configurations that hold a number of layers, a number of first layers, the number of a last layer, and
-lists of layer numbers."""
+"""Attributes of configurations: how many layers there are, how many first ones, the last one, and lists of layers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
-    resized: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    resized: dict[int, torch.Tensor] = {}
     for name, shape in record.get("shapes", {}).items():
-        _resize(model, name, tuple(shape), resized)
+        replace_tensor(model, name, partial(_corner, tuple(slice(size) for size in shape)), resized)
     for path, values in record.get("attributes", {}).items():
         module = model.get_submodule(path)
         for name, value in values.items():
@@ -83,10 +82,13 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
         module.config = config
 
 
+def _corner(index: tuple[slice, ...], tensor: torch.Tensor) -> torch.Tensor:
+    return tensor[index].clone()
+
+
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
-    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and update the numbers and counts of
-    layers in modules and configuration. ``model.layers_kept`` records what is needed to do the same to a new instance.
-    """
+    """Keep only the layers ``kept`` (increasing numbers) of the list ``path``, and follow in modules and configuration.
+    ``model.layers_kept`` records what is needed to do the same to a new instance."""
     layers: Any = model.get_submodule(path)
     parent, _, leaf = path.rpartition(".")
     setattr(model.get_submodule(parent), leaf, nn.ModuleList([layers[n] for n in kept]))
@@ -107,20 +109,14 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     setattr(model, LAYERS, {"path": path, "kept": list(kept), "config": stated})
 
 
-def with_all_layers(config: PreTrainedConfig, record: Mapping[str, Any]) -> PreTrainedConfig:
-    """Restore the values of ``config`` from before `drop_layers` made ``record``, in place."""
-    _set(config.get_text_config(), record["config"])
-    return config
-
-
 def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:
-    """What transformers' ``per_layer_config`` states of single layers: number → name → value; None where all layers
-    have the same sizes."""
+    """Layer number → name → value, of transformers' ``per_layer_config``; None where all layers have the same sizes."""
     stated = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
     return None if stated is None else {int(number): dict(values) for number, values in stated.items()}
 
 
-def _set(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+def set_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
+    """Set the values of a text configuration that `drop_layers` changed."""
     # transformers checks the numbers of layers in ``per_layer_config`` against the number of layers, so it comes last.
     for name in sorted(values, key=lambda name: name == PER_LAYER):
         setattr(config, name, values[name])
@@ -196,19 +192,21 @@ def _pass_slice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     return args, {**kwargs, argument: split.flatten(axis, axis + 1)}
 
 
-def _resize(
-    model: nn.Module, name: str, shape: tuple[int, ...], resized: dict[int, tuple[torch.Tensor, torch.Tensor]]
+def replace_tensor(
+    model: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor], replaced: dict[int, torch.Tensor]
 ) -> None:
+    """Put ``change`` of a parameter or buffer in its place. ``replaced``: id of an old tensor → the new one, as tied
+    parameters are one object and must stay one."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
     old = table[leaf]
-    # Tied parameters are one object and must stay one. Keeping the old one prevents that its id is used again.
-    if id(old) not in resized:
-        data = old.detach()[tuple(slice(n) for n in shape)].clone()
+    if id(old) not in replaced:
+        data = change(old.detach())
         new = nn.Parameter(data, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else data
-        resized[id(old)] = old, new
-    table[leaf] = resized[id(old)][1]
+        # Also by its own id, which may be that of an old one that is gone; a module with two names comes here twice.
+        replaced[id(old)] = replaced[id(new)] = new
+    table[leaf] = replaced[id(old)]
     follow_shape(module, leaf)
 
 
@@ -231,10 +229,8 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``config`` describe the uniform model with all layers, before it is resized, for code of transformers.
-
-    ``per_layer_config`` is that of the uniform model too, as a rule none: code that reads the global sizes would warn.
-    """
+    """Let ``config`` describe the uniform model with all layers, for code of transformers, which warns when it reads
+    global sizes beside those of single layers."""
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
@@ -243,13 +239,13 @@ def _as_built(config: PreTrainedConfig) -> Iterator[None]:
     overrides = layer_overrides(config)
     config.per_layer_config = record.get("per_layer")
     derive_lists(text)
-    with_all_layers(config, layers)
+    set_values(text, layers["config"])
     try:
         yield
     finally:
         if _DERIVING in vars(cls):
             text.__class__ = cls
-        _set(text, pruned)
+        set_values(text, pruned)
         config.per_layer_config = overrides
 
 
@@ -314,8 +310,7 @@ class PrunedModelMixin:
     def is_custom_code(cls) -> bool:
         """As for the stock class, whose code fills the buffers that are not saved: of custom code, transformers skips
         the initialization of modules without tensors of their own."""
-        custom: bool = cls.pruned_base.is_custom_code()
-        return custom
+        return bool(cls.pruned_base.is_custom_code())
 
     def initialize_weights(self) -> None:
         """Of parameters that stay in files (``device_map`` with ``disk``) none has a value to initialize, and the code
@@ -354,10 +349,8 @@ def _pruned(mixin: type, stock: type, members: dict[str, Any]) -> type[Any]:
 
 
 def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
-    """The class that a record resizes. Raises `ValueError` when it cannot be found.
-
-    A module named by a checkpoint is imported only when it belongs to transformers or to an installed plugin,
-    or has been imported already, so that a checkpoint cannot run other code.
+    """The class that a record resizes. Raises `ValueError` when it cannot be found. So that a checkpoint cannot run any
+    code, its module is imported only when it belongs to transformers or an installed plugin, or was imported already.
     """
     name: str = record["base"]
     module: str = record.get("module") or ""

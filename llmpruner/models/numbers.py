@@ -47,8 +47,7 @@ def widened(structure: Structure, options: LoadSettings) -> str | None:
 
 
 def stored_dtype(structure: Structure) -> torch.dtype | None:
-    """The dtype that the configuration of a model states; None where it states none, and for GGUF files, which have
-    types of their own."""
+    """The dtype that the configuration of a model states; None where it states none, and for GGUF's own types."""
     if structure.place.gguf_file:
         return None
     stated = stored_value(structure, "dtype")
@@ -56,8 +55,7 @@ def stored_dtype(structure: Structure) -> torch.dtype | None:
 
 
 def stored_value(structure: Structure, name: str) -> Any:
-    """The value of ``name`` in ``config.json``: the configuration of a pruned structure is that of the dense model,
-    which may be stored in another dtype, or unquantised."""
+    """The value of ``name`` in ``config.json``: of a pruned structure, ``config`` is that of the dense model."""
     stated = getattr(structure.config, name, None)
     if structure.record is None or structure.path is None:
         return stated
@@ -74,15 +72,13 @@ _IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
 
 @contextlib.contextmanager
 def autocast_to(device: str, dtype: torch.dtype, *, enabled: bool = True) -> Iterator[None]:
-    """`torch.autocast`, under which norms take weights in 16 bits for inputs in another dtype, as they do on a GPU; on
-    a CPU, torch refuses them."""
+    """`torch.autocast` in which norms take 16-bit weights for other inputs on a CPU too, where torch refuses them."""
     with torch.autocast(device, dtype, enabled=enabled), _WideNorms() if enabled else contextlib.nullcontext():
         yield
 
 
 class _WideNorms(TorchFunctionMode):
-    """While active, weights and biases of norms are in float32 where they are in 16 bits and the inputs are not in the
-    same dtype. Their values are the same."""
+    """While active, norms get their 16-bit weights and biases in float32 where the inputs are in another dtype."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,27 +1,35 @@
-"""Opening a model with its weights: in memory, or read from safetensors files layer by layer."""
+"""Opening a model with its weights: in memory, or read from safetensors files layer by layer. Code in a checkpoint does
+not run unless the caller allows it."""
 
 from __future__ import annotations
 
 import logging
+import mmap
+import tempfile
+import warnings
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM
+from accelerate.hooks import remove_hook_from_submodules
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from ..errors import ModelError
+from ..errors import CheckpointError, MissingExtraError, ModelError, first_line
 from ..settings import LoadSettings
-from .checkpoint import load_pruned, with_adapter
 from .gguf import forget_gguf, stored_twice
-from .messages import in_one_line, quiet_transformers
+from .messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from .model import Model, Structure
+from .modeling_llmpruner import base_class, pruned_model
 from .numbers import dtype_of, stored_value
-from .record import check_weights, has_shards, read_any_record
-from .reference import Reference
+from .record import check_weights, has_shards, names_in, read_any_record
+from .reference import Reference, adapter_base
 from .tokenizer import load_tokenizer
-from .weights import CheckpointWeights, tied_differ
+from .weights import StreamedWeights
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -59,16 +67,10 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
     check_files(ref)
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            ref.location,
-            dtype=dtype,
-            revision=structure.revision,
-            trust_remote_code=options.trust_remote_code,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            **ref.gguf_argument,
-        )
+    model, info = from_pretrained(
+        AutoModelForCausalLM, ref, structure.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,
+        output_loading_info=True, ignore_mismatched_sizes=True,
+    )  # fmt: skip
     check_loaded(ref.text, model, info)
     if ref.gguf_file:
         forget_gguf()
@@ -79,7 +81,7 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
                 "export it by --to stock --set stock.tie=true, and take the result",
                 ref.text, model.get_output_embeddings().weight.numel() / 1e6,
             )  # fmt: skip
-    return cast("PreTrainedModel", model)
+    return model
 
 
 def forget_quantisation(model: Any) -> None:
@@ -91,9 +93,99 @@ def forget_quantisation(model: Any) -> None:
         vars(model).pop(name, None)
 
 
+def load_pruned(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load a checkpoint of `save_checkpoint`, stock or not, or an adapter for one.
+
+    ``path``: a directory or a hub id; any other stock checkpoint loads too. ``dtype``: None: as saved.
+    ``trust_remote_code``: whether code in the checkpoint may run, which a model needs whose class is in neither
+    transformers nor an installed plugin. Raises `CheckpointError` when a file is missing or damaged, or a tensor is
+    missing, unknown or of another shape.
+    """
+    place = Path(path)
+    base = adapter_base(place)
+    if place.is_dir():
+        check_weights(place)
+    if base is not None:
+        model = load_pruned(
+            base, dtype=dtype, device=device, attn_implementation=attn_implementation,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
+        return with_adapter(model, place)
+    try:
+        with quiet_transformers():
+            # Sizes that do not match are an error below, which names the tensor.
+            model, info = model_class(path, trust_remote_code).from_pretrained(
+                str(path), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code,
+                output_loading_info=True, ignore_mismatched_sizes=True,
+                **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
+            )  # fmt: skip
+    except Exception as error:  # classes of configurations and the libraries of weights raise what they like
+        raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
+    for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
+        for key in sorted(map(str, info[trouble])):
+            raise CheckpointError(f"the weights of {path} are incomplete or damaged: {trouble[:-5]} tensor {key}")
+    return model.to(device).eval()
+
+
+def model_class(path: str | Path, trust_remote_code: bool) -> Any:
+    """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
+    config, _ = PreTrainedConfig.get_config_dict(str(path))
+    if "llmpruner" not in config:
+        return AutoModelForCausalLM
+    try:
+        return pruned_model(base_class(config["llmpruner"]))
+    except ValueError as error:
+        if trust_remote_code:
+            return pruned_class(path)
+        raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
+
+
+def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
+    """The class of the pruned checkpoint in ``directory``, loaded from the code in it. The dense classes that it was
+    made from are registered with AutoConfig and AutoModelForCausalLM. Call it only where that code may run."""
+    values, _ = PreTrainedConfig.get_config_dict(str(directory))
+    pruned: Any = get_class_from_dynamic_module(values["auto_map"]["AutoModelForCausalLM"], str(directory))
+    base: type[PreTrainedModel] = pruned.pruned_base
+    AutoConfig.register(base.config_class.model_type, base.config_class, exist_ok=True)
+    AutoModelForCausalLM.register(base.config_class, base, exist_ok=True)
+    return cast("type[PreTrainedModel]", pruned)
+
+
+def with_adapter(model: PreTrainedModel, path: Path) -> Any:
+    """``model`` with the peft adapter in ``path``. Raises `CheckpointError` when that is damaged or does not fit."""
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as error:
+        raise MissingExtraError("peft", "recover") from error
+    # A damaged adapter can raise anything, from the parser of its configuration to torch.
+    try:
+        with warnings.catch_warnings():
+            # peft only warns of missing tensors, and initializes them randomly.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            # peft reads a name that transformers has deprecated.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
+            adapted = PeftModel.from_pretrained(model, str(path)).eval()
+        weights = path / "adapter_model.safetensors"
+        if weights.is_file():  # there are older formats
+            unknown = set(names_in(weights)) - get_peft_model_state_dict(adapted).keys()
+            if unknown:
+                raise ValueError(f"the model has no place for its tensor {min(unknown)}")
+        return adapted
+    except Exception as error:
+        base = model.config.name_or_path
+        raise CheckpointError(f"the adapter in {path} does not fit '{base}': {first_line(error)}") from error
+
+
 def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
-    """As `load_model`, for a model that `why_not_streamed` accepts: its weights stay in their files, and are read
-    layer by layer. ``scratch``: see `CheckpointWeights`."""
+    """As `load_model`, for a model that `why_not_streamed` accepts: its weights are read from their files layer by
+    layer. ``scratch``: see `CheckpointWeights`."""
     check_files(structure.place)
     tokenizer = load_tokenizer(structure, options)
     weights = open_weights(structure, options, scratch)
@@ -111,6 +203,86 @@ def open_weights(structure: Structure, options: LoadSettings, scratch: Path | No
     check_loaded(ref.text, weights.model, weights.info)
     check_shapes(weights.model, graph, ref.text)
     return weights
+
+
+class CheckpointWeights(StreamedWeights):
+    """The weights in the safetensors files of ``directory``. At most two layers are in memory: the one in use, and the
+    next one in the direction of the walk, which a thread reads meanwhile.
+
+    transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
+    has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
+    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``."""
+
+    def __init__(
+        self, directory: Path, dtype: torch.dtype, path: str, device: torch.device, scratch: Path | None = None, *,
+        trust_remote_code: bool = False,
+    ) -> None:  # fmt: skip
+        self._folder = tempfile.TemporaryDirectory(prefix=".converted-", suffix=".partial", dir=scratch)
+        with quiet_transformers():
+            model, self.info = model_class(directory, trust_remote_code).from_pretrained(
+                str(directory), dtype=dtype, device_map={"": "disk"}, offload_folder=self._folder.name,
+                output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
+            )  # fmt: skip
+        self._stored = _offloaded(model)
+        remove_hook_from_submodules(model)
+        vars(model).pop("hf_device_map", None)
+        _tie(directory, model, self._stored)
+        super().__init__(model.eval(), path, device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmpruner-read")
+        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
+        self._last = -1
+
+    def read(self, part: int | None) -> dict[str, torch.Tensor]:
+        running, self._next = self._next, None
+        tensors = running[1].result() if running is not None and running[0] == part else self._read(part)
+        if part is not None:
+            following = part + (1 if part > self._last else -1)
+            self._last = part
+            if following in self.numbers:
+                self._next = following, self._thread.submit(self._read, following, pages=True)
+        return tensors
+
+    def _read(self, part: int | None, *, pages: bool = False) -> dict[str, torch.Tensor]:
+        """``pages``: read one byte of each, so that mapped files are read from the disk now."""
+        try:
+            tensors = {name: self._stored[name] for name in self._names.get(part, ())}
+            for tensor in filter(torch.numel, tensors.values()) if pages else ():
+                tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
+            return tensors
+        except Exception as error:  # safetensors, torch and the system raise what they like
+            raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
+
+
+def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
+    """accelerate's map from parameters to their values in files, which its hooks on ``model`` share."""
+    for module in model.modules():
+        hook = getattr(module, "_hf_hook", None)
+        for each in getattr(hook, "hooks", (hook,)):
+            weights = getattr(each, "weights_map", None)
+            if weights is not None:
+                stored: Mapping[str, torch.Tensor] = getattr(weights, "dataset", weights)
+                return stored
+    raise CheckpointError("accelerate keeps none of this model's weights on disk")
+
+
+def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
+    """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
+    values to compare. Raises `CheckpointError` where the values differ."""
+    before = dict(model.named_parameters(remove_duplicate=False))
+    model.tie_weights()
+    after = dict(model.named_parameters(remove_duplicate=False))
+    kept = {id(value): name for name, value in after.items() if before[name] is value}
+    for name, value in before.items():
+        if after[name] is not value and not torch.equal(stored[name], stored[kept[id(after[name])]]):
+            raise tied_differ(directory, name, kept[id(after[name])])
+
+
+def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
+    """For parameters that the configuration ties, and that are stored with different values."""
+    return CheckpointError(
+        f"{directory}: {name} and {other} differ, but the configuration ties them; "
+        'set "tie_word_embeddings": false in config.json'
+    )
 
 
 def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:

@@ -18,17 +18,14 @@ if TYPE_CHECKING:
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
-"""The record of a directory whose model has no plans: adapters, and what an export wrote for transformers. It has
-the origin of the files and their hashes. A ``llmpruner.json`` would make it a pruned model."""
+"""The record, with origin and hashes, of a directory whose model has no plans: adapters, and what an export wrote for
+transformers. A ``llmpruner.json`` would make it a pruned model."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
-STEP_FILE = "step.json"
-"""In the folder of a recipe's step: what it was made from."""
-RESULTS_FILE = "results.json"
-"""In the folder of a recipe's step that measures."""
+STEP_FILE, RESULTS_FILE = "step.json", "results.json"
+"""In the folder of a recipe's step: what it was made from, and what it measured."""
 OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE, STEP_FILE)
-"""Files beside a checkpoint about the machine and the time that the run took. No result depends on them, and they are
-not published."""
+"""Files beside a checkpoint about the run that made it. No result depends on them, and they are not published."""
 
 
 def stated(config: PreTrainedConfig) -> dict[str, Any]:
@@ -50,11 +47,8 @@ def read_any_record(path: str | Path) -> dict[str, Any] | None:
     return read_json(file) if record is None and file.is_file() else record
 
 
-FILES = "files"
-"""The key of ``llmpruner.json``."""
 HASHED = 1 << 30
-"""Bytes of weights up to which their hashes are compared when a checkpoint is loaded; beyond, sizes and the names of
-tensors are, and ``llmpruner verify`` compares the rest."""
+"""Bytes of weights up to which loading compares hashes; beyond, it compares sizes and names, and `verify` the rest."""
 _SAMPLES, _SAMPLE = 64, 1 << 16
 
 
@@ -68,8 +62,7 @@ def sha256(file: Path) -> str:
 
 
 def sampled_sha256(file: Path) -> str:
-    """Of the size and of 64 evenly spaced pieces of 64 KiB, of a smaller file of all of it: distinguishes files with
-    weights of two models without reading them whole."""
+    """Of the size and 64 evenly spaced pieces of 64 KiB: tells weights of two models apart without reading all."""
     size = file.stat().st_size
     if size <= _SAMPLES * _SAMPLE:
         return hashlib.sha256(str(size).encode() + file.read_bytes()).hexdigest()
@@ -91,27 +84,25 @@ def write_record(record: Path, values: Mapping[str, Any]) -> None:
             file.relative_to(directory).as_posix(): {"bytes": file.stat().st_size, "sha256": digest}
             for file, digest in zip(files, sums, strict=True)
         }
-    text = json.dumps({**values, FILES: facts}, indent=1, allow_nan=False)
+    text = json.dumps({**values, "files": facts}, indent=1, allow_nan=False)
     record.write_text(text + "\n", encoding="utf-8")
 
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str]] | None:
-    """Path → size and hash, as ``record`` has them; None for a record without them, as earlier versions wrote it.
-    Raises `CheckpointError` where they are malformed."""
-    entries = None if record is None else record.get(FILES)
+    """Path → size and hash; None for a record of an earlier version, without them. Raises `CheckpointError`."""
+    entries = None if record is None else record.get("files")
     if entries is None:
         return None
     try:
         return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"the record is damaged: '{FILES}' must give bytes and sha256 of each file") from error
+        raise CheckpointError("the record is damaged: 'files' must give bytes and sha256 of each file") from error
 
 
 def damaged_files(
     directory: Path, recorded: Mapping[str, tuple[int, str]], *, hashes: bool = True
 ) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of the files that are not as ``recorded``: missing, of another size, or, with ``hashes``,
-    of another content."""
+    """(path, what is wrong) of the files that are missing, or whose size or, with ``hashes``, content has changed."""
     for name, (size, digest) in recorded.items():
         file = directory / name
         if not file.is_file():
@@ -154,11 +145,12 @@ def names_in(file: Path) -> list[str]:
         raise CheckpointError(f"{file} is missing or damaged: {first_line(error)}") from error
 
 
-def check_index(directory: Path) -> dict[str, str]:
-    """Tensor → the safetensors file of ``directory`` that it is in; empty where there is none. Raises `CheckpointError`
-    for a file that is missing or damaged, or has other tensors than the index says."""
+def check_index(directory: Path) -> None:
+    """Raise `CheckpointError` for a safetensors file that is missing, damaged, or not as the index states."""
     if not (directory / INDEX).is_file():
-        return dict.fromkeys(names_in(directory / SINGLE), SINGLE) if (directory / SINGLE).is_file() else {}
+        if (directory / SINGLE).is_file():
+            names_in(directory / SINGLE)
+        return
     stated = read_json(directory / INDEX).get("weight_map")
     if not isinstance(stated, dict) or not all(isinstance(file, str) for file in stated.values()):
         raise CheckpointError(f"{directory / INDEX} is damaged: it has no 'weight_map' of files")
@@ -167,4 +159,3 @@ def check_index(directory: Path) -> dict[str, str]:
         for name in sorted(present ^ expected):
             what = "lacks" if name in expected else "has, which the index does not say,"
             raise CheckpointError(f"{directory / file} {what} the tensor '{name}'")
-    return dict(stated)

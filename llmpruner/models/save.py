@@ -1,4 +1,4 @@
-"""Saving a cut model as an ordinary Hugging Face directory."""
+"""Saving a cut model as an ordinary Hugging Face directory: stock, or with a record of how it differs from stock."""
 
 from __future__ import annotations
 
@@ -12,21 +12,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+import transformers
 from transformers import GenerationConfig
 
 from ..errors import CheckpointError, UnsupportedModelError, is_out_of_memory
 from ..files import new_directory, read_json
 from .messages import quiet_transformers, why_it_stops
+from .meta import base_of, empty_model
+from .modeling_llmpruner import LAYERS, apply_record, derive_lists, layer_overrides, pruned_model
 from .numbers import first_not_finite
 from .record import INDEX, RECORD_FILE, SINGLE, names_in, write_record
-from .shim import shim_model, stock_config
-from .stock import per_layer_sizes, same_buffers, stock_model
+from .stock import merged, per_layer_sizes, plain_attributes, same_buffers, stock_model, tensor_shapes, uncut_model
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..discovery.family import ModelFamily
+
+_NUMBERS = (int, float, bool)
+_PLAIN = (*_NUMBERS, str, type(None))
 
 
 def save_checkpoint(
@@ -82,8 +87,7 @@ def save_checkpoint(
 
 def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path, *, original: bool) -> None:
     """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
-    names: dict[str, list[str]] = {}
-    size = 0
+    weight_map: dict[str, str] = {}
     for position, number in enumerate(parts.numbers):
         aside = directory / "part"
         with parts.part(number):
@@ -92,13 +96,12 @@ def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path,
             shell.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
         shard = f"model-{position + 1:05}-of-{len(parts.numbers):05}.safetensors"
         (aside / SINGLE).rename(directory / shard)
-        names[shard] = names_in(directory / shard)
-        size += (directory / shard).stat().st_size
+        weight_map |= dict.fromkeys(sorted(names_in(directory / shard)), shard)
         if position == 0:
             for file in aside.iterdir():
                 file.rename(directory / file.name)
         shutil.rmtree(aside)
-    weight_map = {name: shard for shard, stored in names.items() for name in sorted(stored)}
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
@@ -135,6 +138,95 @@ def _shell(
                 "something was changed that is neither a tensor nor a plain attribute of a module"
             )
     return pruned, "shim", of_pruned
+
+
+def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int, dict[str, int]]) -> PreTrainedModel:
+    """An instance, without weights, of the pruned class with the shapes and attributes of ``model``. ``config``: the
+    stock configuration that ``model`` was cut from, less the removed layers. ``sizes``: `per_layer_sizes`."""
+    base = base_of(model)
+    module = None
+    if getattr(transformers, base.__name__, None) is not base:
+        # The module of a class that was loaded from a checkpoint's code is named as in the original installation.
+        earlier: Mapping[str, Any] = getattr(model.config, "llmpruner", None) or {}
+        module = earlier.get("module") or base.__module__
+    record = {"version": 1, "base": base.__name__, "module": module, **derive(model, config)}
+    pruned = pruned_model(base)
+    values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    own = layer_overrides(config)
+    if own is not None:
+        record["per_layer"] = own
+    if sizes or own:
+        stated = merged(own, sizes)
+        values["per_layer_config"] = stated if own is None or _is_same_by_type(config, stated) else own
+        # Configurations check sizes of all layers when they are read, also by programs that want only the tokenizer.
+        values["allow_global_per_layer_attribute_access"] = True
+    stored = pruned.config_class.from_dict({**values, "llmpruner": record})
+    stored._attn_implementation = config._attn_implementation
+    return empty_model(pruned, stored)
+
+
+def _is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
+    """Whether layers of one type have the same ``overrides``: classes whose layer types differ in size read the sizes
+    of a type (for rotary tables), which transformers refuses where layers of a type differ."""
+    types = getattr(config, "layer_types", None) or ()
+    first: dict[str, Mapping[str, Any]] = {}
+    return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))
+
+
+def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
+    """The record that turns an instance of ``config`` into ``model`` (see `modeling_llmpruner.apply_record`). Raises
+    `CheckpointError` when one of the two has a parameter that the other lacks."""
+    built = uncut_model(model, config)
+    before, after = tensor_shapes(built), tensor_shapes(model)
+    # A cut buffer is saved even where the class itself computes it.
+    before |= {name: () for name, _ in built.named_buffers() if name not in before and name in after}
+    for name in sorted(before.keys() ^ after.keys()):
+        whose = "configuration" if name in before else "model"
+        raise CheckpointError(f"only the {whose} has the parameter '{name}'; they must describe the same layers")
+    shapes = {name: list(shape) for name, shape in after.items() if before[name] != shape}
+    apply_record(built, {"shapes": shapes})
+    attributes: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, Any]] = {}
+    modules = dict(built.named_modules())
+    exchanged = [path for path, _ in model.named_modules() if path not in modules]
+    for path, module in model.named_modules():
+        if path not in modules:
+            continue
+        # A class that replaced modules while it ran will do so again: which mode it is in need not be stored.
+        kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
+        ours, theirs = plain_attributes(module, kinds), vars(modules[path])
+        changed = {n: v for n, v in ours.items() if theirs.get(n) != v}
+        if changed:
+            attributes[path] = changed
+        own = vars(module).get("config")
+        if own is not None and own is not vars(model).get("config"):
+            stored = _plain_values(modules[path].config)
+            changed = {n: v for n, v in _plain_values(own).items() if n in stored and stored[n] != v}
+            if changed:
+                configs[path] = changed
+    record = {"layers": vars(model).get(LAYERS), "shapes": shapes, "attributes": attributes, "configs": configs}
+    return {key: value for key, value in record.items() if value}
+
+
+def _plain_values(config: Any) -> dict[str, Any]:
+    return {n: v for n, v in vars(config).items() if not n.startswith("_") and isinstance(v, _NUMBERS)}
+
+
+def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
+    """The configuration of ``model`` as an unquantised one of its base class, without records of cuts."""
+    config = copy.deepcopy(model.config)
+    derive_lists(config.get_text_config())
+    if hasattr(model, "pruned_base"):
+        dropped = {"model_type", "llmpruner", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
+        values = {k: v for k, v in config.to_dict().items() if k not in dropped}
+        own = config.llmpruner.get("per_layer")
+        if own is not None:
+            values["per_layer_config"] = own
+        config = model.pruned_base.config_class.from_dict(values)
+        config._attn_implementation = model.config._attn_implementation
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
 
 
 def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:

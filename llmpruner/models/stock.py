@@ -18,7 +18,7 @@ from torch import nn
 
 from .messages import quiet_transformers
 from .meta import base_of, decoder_layers, empty_model, meta_model
-from .modeling_llmpruner import LAYERS, drop_layers, layer_overrides, with_all_layers
+from .modeling_llmpruner import LAYERS, drop_layers, layer_overrides, set_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
 
 Shape = tuple[int, ...]
-Axis = tuple[int, int]
-"""Size of an axis before and after the cut."""
+Shapes = dict[str, Shape]
+Axis = tuple[int, int]  # its size before and after the cut
 LayerSizes = dict[int, dict[str, int]]
 """Number of a layer → sizes that differ from the configuration."""
 
@@ -77,12 +77,14 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
     layers = vars(model).get(LAYERS)
     if not layers:
         return empty_model(base_of(model), config)
-    built = empty_model(base_of(model), with_all_layers(copy.deepcopy(config), layers))
+    config = copy.deepcopy(config)
+    set_values(config.get_text_config(), layers["config"])
+    built = empty_model(base_of(model), config)
     drop_layers(built, layers["path"], layers["kept"])
     return built
 
 
-def tensor_shapes(model: nn.Module) -> dict[str, Shape]:
+def tensor_shapes(model: nn.Module) -> Shapes:
     """Name → shape of all tensors in the state dict, with tied parameters under each of their names."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
@@ -106,8 +108,7 @@ def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -
     if modules.keys() != others.keys():
         return False
     for path, module in modules.items():
-        ours = plain_attributes(module, (int, float, bool))
-        theirs = plain_attributes(others[path], (int, float, bool))
+        ours, theirs = (plain_attributes(each, (int, float, bool)) for each in (module, others[path]))
         if ours.keys() != theirs.keys():
             return False
         for name, value in ours.items():
@@ -134,7 +135,7 @@ def same_buffers(model: nn.Module, other: nn.Module) -> bool:
     return True
 
 
-def changed_axes(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> Counter[Axis]:
+def changed_axes(before: Shapes, after: Shapes) -> Counter[Axis]:
     """How many axes of the tensors in both changed from each size to each other size."""
     axes: Counter[Axis] = Counter()
     for name, shape in after.items():
@@ -179,17 +180,14 @@ def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
     for name, value in vars(config).items():
         if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
             continue
-        if type(value) is int:
-            sizes = [new for old, new in axes if old == value and new]
-        else:
-            sizes = [new for _, new in axes if new] if value is None and _OPEN_WIDTH.search(name) else []
+        is_open = value is None and re.search("inner|ffn|intermediate", name)
+        sizes = [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]
         if sizes:
             options[name] = list(dict.fromkeys(sizes))
     return options
 
 
 _NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
-_OPEN_WIDTH = re.compile(r"inner|ffn|intermediate")
 
 
 def head_size(config: PreTrainedConfig) -> int:
@@ -205,8 +203,8 @@ def choices(config: PreTrainedConfig, options: Mapping[str, Sequence[int]]) -> I
         yield {n: v for n, v in zip(options, values, strict=True) if v != getattr(config, n)}
 
 
-def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrainedConfig:
-    """A copy with new sizes, not validated: stock classes refuse some sizes that they compute correctly."""
+def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, float]) -> PreTrainedConfig:
+    """A copy with new values, not validated: stock classes refuse some sizes that they compute correctly."""
     changed = copy.deepcopy(config)
     text = changed.get_text_config()
     for name, value in sizes.items():
@@ -220,10 +218,7 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, int]) -> PreTrained
 
 
 def _candidates(
-    model: PreTrainedModel,
-    reference: PreTrainedModel,
-    config: PreTrainedConfig,
-    of_layers: Callable[[], LayerSizes],
+    model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig, of_layers: Callable[[], LayerSizes]
 ) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
     before, after = tensor_shapes(reference), tensor_shapes(model)
     if before.keys() != after.keys():
@@ -239,19 +234,17 @@ def _candidates(
     rows, hidden = model.get_input_embeddings().weight.shape
     old_rows, old_hidden = reference.get_input_embeddings().weight.shape
     always = {}
-    if old_hidden == text.hidden_size and hidden != old_hidden:
-        always["hidden_size"] = hidden
-    if old_rows == text.vocab_size and rows != old_rows:
-        always["vocab_size"] = rows
+    for name, old, new in (("hidden_size", old_hidden, hidden), ("vocab_size", old_rows, rows)):
+        if getattr(text, name) == old != new:
+            always[name] = new
     floats = _moved_floats(model, reference, text)
     others = {n: v for n, v in other_widths(text, axes).items() if n not in differs}
     for named in [options, options | others] if others else [options]:
-        for sizes in choices(text, named):
-            candidate = with_sizes(config, {**sizes, **always})
-            for name, value in floats.items():
-                setattr(candidate.get_text_config(), name, value)
+        for chosen in choices(text, named):
+            sizes = {**chosen, **always}
+            candidate = with_sizes(config, {**sizes, **floats})
             moved: dict[int, set[int]] = {}
-            for name, new in {**sizes, **always}.items():
+            for name, new in sizes.items():
                 value = getattr(text, name)
                 for old in [before for before, after in axes if after == new] if value is None else [value]:
                     moved.setdefault(old, set()).add(new)
@@ -279,14 +272,11 @@ def _per_layer_candidates(
         yield candidate, moved
 
 
-def _is_uniform(before: Mapping[str, Shape], after: Mapping[str, Shape]) -> bool:
+def _is_uniform(before: Shapes, after: Shapes) -> bool:
     """Whether parameters of one name, apart from numbers, and one old shape have one new shape."""
     seen: dict[tuple[str, Shape], Shape] = {}
-    for name, shape in after.items():
-        key = re.sub(r"\d+", "*", name), before[name]
-        if seen.setdefault(key, shape) != shape:
-            return False
-    return True
+    changes = ((re.sub(r"\d+", "*", name), before[name], shape) for name, shape in after.items())
+    return all(seen.setdefault((name, old), new) == new for name, old, new in changes)
 
 
 def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConfig) -> dict[str, float]:
@@ -308,8 +298,7 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
     """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``. Each layer's sizes are
     verified by building one such layer. Empty unless they represent all layers."""
     layers, before, after = decoder_layers(model), tensor_shapes(uncut_model(model, config)), tensor_shapes(model)
-    outside = {n for n in after if not n.startswith(layers + ".")}
-    if any(before.get(n) != after[n] for n in outside):
+    if any(before.get(name) != shape for name, shape in after.items() if not name.startswith(f"{layers}.")):
         return {}
     text = config.get_text_config()
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
@@ -344,11 +333,7 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
 
 
 def _layer_sizes(
-    model_class: type[PreTrainedModel],
-    config: PreTrainedConfig,
-    prefix: str,
-    before: Mapping[str, Shape],
-    after: Mapping[str, Shape],
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, prefix: str, before: Shapes, after: Shapes
 ) -> dict[str, int] | None:
     """Sizes with which the only layer of a model of ``config`` has the shapes ``after``; None if there are none."""
     text = config.get_text_config()
@@ -357,14 +342,13 @@ def _layer_sizes(
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
         except Exception:
             continue
-        if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == dict(after):
+        if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == after:
             return sizes
     return None
 
 
 def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config``, or where layers differ by ``per_layer_config``, a copy of which the values for all layers can be
-    read: transformers refuses to read them from a configuration with others."""
+    """``config`` without ``per_layer_config``, beside which transformers refuses to read the values for all layers."""
     if not config.is_heterogeneous:
         return config
     plain = copy.deepcopy(config)
@@ -372,17 +356,7 @@ def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     return plain
 
 
-def merged(
-    overrides: Mapping[int, Mapping[str, Any]] | None, sizes: Mapping[int, Mapping[str, Any]]
-) -> dict[int, dict[str, Any]]:
+def merged(overrides: dict[int, dict[str, Any]] | None, sizes: LayerSizes) -> dict[int, dict[str, Any]]:
     """``per_layer_config`` with the ``overrides`` of a model and ``sizes`` after a cut, which replace them."""
     overrides = overrides or {}
     return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}
-
-
-def is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether layers of one type have the same ``overrides``: classes whose layer types differ in size read the sizes
-    of a type (for rotary tables), which transformers refuses where layers of a type differ."""
-    types = getattr(config, "layer_types", None) or ()
-    first: dict[str, Mapping[str, Any]] = {}
-    return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))

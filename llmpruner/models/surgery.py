@@ -3,23 +3,22 @@
 To *cut* units is to remove their indices from all tensors, which changes shapes. To *silence* them is to set weights to
 zero so that they contribute nothing, without changing shapes. Both give the same outputs, up to rounding.
 
-``kept`` maps group names to the units that stay; a group that is not named keeps all. Functions work on the meta device
-too.
+``kept`` maps group names to the units that stay; a group that is not named keeps all. The meta device works too.
 """
 
 from __future__ import annotations
 
 import copy
+from functools import partial
 from math import sqrt
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-from torch import nn
 
 from ..errors import PlanError
 from ..structure.coupling import LAYER, VOCABULARY, CouplingGraph, Role
 from ..structure.kept import Kept, check_kept, kept_indices, layer_numbers, removed_layers, restrict
-from .modeling_llmpruner import drop_layers, follow_shape
+from .modeling_llmpruner import drop_layers, replace_tensor
 from .vocabulary import renumber
 
 if TYPE_CHECKING:
@@ -36,11 +35,9 @@ class Follows(Protocol):
 def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:
     """Remove all units that ``kept`` leaves out, in place, and return the coupling graph of the cut model.
 
-    Replaces parameters (tied ones stay tied) and buffers, updates the sizes that linear, embedding and norm modules
-    store, rescales RMS norms over cut units so that the result equals the silenced model, deletes removed layers,
-    renumbers tokens and layers; then ``family.follow`` updates other attributes. Raises `PlanError` for invalid
-    ``kept``.
-    """
+    Replaces parameters and buffers, updates the sizes that linear, embedding and norm modules store, rescales RMS norms
+    over cut units so that the result equals the silenced model, deletes removed layers, renumbers tokens and layers;
+    then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``."""
     check_kept(graph, kept)
     sizes = {model.get_submodule(name.rpartition(".")[0]): size for (name, _), size in norms(graph, kept).items()}
     for module, (before, after, _) in sizes.items():
@@ -55,19 +52,17 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     replaced: dict[int, torch.Tensor] = {}
     for name in (*graph.shapes, *graph.buffers):
         if values.changes(name):
-            _replace(model, name, values, replaced)
+            replace_tensor(model, name, partial(values.of, name), replaced)
     if removed_layers(graph, kept):
         drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
-    remaining = restrict(graph, kept)
     if family is not None:
         family.follow(model, graph, kept)
-    return remaining
+    return restrict(graph, kept)
 
 
 def silence(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-    """Silence all units that ``kept`` leaves out, in place: the weights that consume them are set to zero; where a norm
-    is computed over the units, the weights that produce them too. Raises `PlanError` for layers, which zeros do not
-    silence in general."""
+    """Silence all units that ``kept`` leaves out, in place: zero the weights that consume them, and where a norm is
+    computed over the units, those that produce them. Raises `PlanError` for layers, which zeros do not silence."""
     check_kept(graph, kept)
     for name, units in kept.items():
         group = graph.by_name[name]
@@ -116,10 +111,8 @@ class CutValues:
 
 def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, int, float]]:
     """(weight of an RMS norm, axis) → the number of its entries before and after the cut, and what is added to them.
-
-    The mean runs over all entries, of whichever groups: a norm over two concatenated copies of the residual stream has
-    two spans of one group, and one over all heads spans of key/value and of query heads.
-    """
+    The mean runs over all entries, of whichever groups: a norm over two copies of the residual stream has two spans of
+    one group, and one over all heads spans of key/value and of query heads."""
     stay = kept_indices(graph, kept)
     offsets = {
         (span.parameter, span.axis): span.offset for name in kept for span in graph.by_name[name].spans_with(Role.NORM)
@@ -131,23 +124,8 @@ def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, 
     }
 
 
-def _replace(model: nn.Module, name: str, values: CutValues, replaced: dict[int, torch.Tensor]) -> None:
-    path, _, leaf = name.rpartition(".")
-    module = model.get_submodule(path)
-    table: dict[str, Any] = module._buffers if leaf in module._buffers else module._parameters
-    old = table[leaf]
-    if id(old) not in replaced:
-        # Keeping the old tensor alive in `replaced` would hold the memory of every cut parameter: keep the new.
-        data = values.of(name, old.data)
-        is_parameter = isinstance(old, nn.Parameter)
-        replaced[id(old)] = nn.Parameter(data, requires_grad=old.requires_grad) if is_parameter else data
-    table[leaf] = replaced[id(old)]
-    follow_shape(module, leaf)
-
-
 def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:
-    """A copy of ``model`` cut to ``kept``. Weights that are not cut are shared, so it takes only the memory of the cut
-    ones."""
+    """A copy of ``model`` cut to ``kept``, which shares the weights that are not cut."""
     copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     cut(copied, graph, kept, family)
     return copied

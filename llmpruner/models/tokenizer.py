@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import TOKENIZER_MAPPING, AutoTokenizer
 
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
-from .checkpoint import adapter_base
 from .gguf import RECORDED_PRE, gguf_reader
-from .messages import in_one_line, quiet_transformers
-from .reference import Reference, resolve
-from .trimmed import InTokens
+from .messages import from_pretrained
+from .reference import Reference, adapter_base, resolve
+from .vocabulary import InTokens
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -32,11 +32,12 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     if not _may_have_tokenizer(ref):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
-    extra: dict[str, Any] = ref.gguf_argument or {"config": structure.config}
-    with in_one_line(ref), quiet_transformers(), ref.parsed_once():
-        tokenizer = AutoTokenizer.from_pretrained(
-            ref.location, revision=structure.revision, trust_remote_code=options.trust_remote_code, **extra
-        )
+    extra = {} if ref.gguf_file else {"config": structure.config}
+    # A tokenizer that a plugin registers is used in place of code in the checkpoint, as its model is.
+    kind = type(structure.config)
+    registered = kind in TOKENIZER_MAPPING and not kind.__module__.startswith("transformers.")
+    trusted = options.trust_remote_code and not registered
+    tokenizer = from_pretrained(AutoTokenizer, ref, structure.revision, trust_remote_code=trusted, **extra)
     if ref.gguf_file:
         pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
         if pre is not None:
@@ -56,23 +57,22 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
 def _may_have_tokenizer(ref: Reference) -> bool:
     if ref.gguf_file or not ref.directory.is_dir():
         return True
-    return any((ref.directory / name).is_file() for name in TOKENIZER_FILES)
+    names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
+    return any((ref.directory / name).is_file() for name in names)
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-"""A model that has none of them brings no tokenizer."""
 LONGEST_WORD = 2000
-"""Characters without a blank that are encoded at once. Words are shorter, and so are most paragraphs in scripts without
-blanks."""
-_WORD = re.compile(r"\S+")
+"""Characters without a blank that are encoded at once: more than in words, or paragraphs of scripts without."""
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of ``text``, without special tokens. Text is encoded as one string, but for runs of more than
-    `LONGEST_WORD` characters without a blank, which are cut at every so many."""
+    """The token ids of ``text``, without special tokens. Only words of more than `LONGEST_WORD` characters are cut."""
+    starts = [0]
+    for word in re.finditer(r"\S+", text) if len(text) > LONGEST_WORD else ():
+        starts += range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)
     ids: list[int] = []
-    for piece in _pieces(text):
-        ids += tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+    for start, stop in pairwise([*starts, len(text)]):
+        ids += tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
     return ids
 
 
@@ -88,16 +88,6 @@ def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     return ids
 
 
-def _pieces(text: str) -> Iterator[str]:
-    start = 0
-    for word in _WORD.finditer(text) if len(text) > LONGEST_WORD else ():
-        for stop in range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD):
-            yield text[start:stop]
-            start = stop
-    if start < len(text) or not text:
-        yield text[start:]
-
-
 def predicted_tokens(model: Any) -> int:
     """How many tokens a model predicts. Reads no weights."""
     if isinstance(model, InTokens):
@@ -108,8 +98,7 @@ def predicted_tokens(model: Any) -> int:
 
 
 def check_one_head(reference: Any, model: Any) -> None:
-    """Raise `ModelError` for models that predict different numbers of tokens: one cannot read what the other can, and
-    their predictions are not of the same tokens."""
+    """Raise `ModelError` for models that predict different numbers of tokens, so not the same tokens."""
     expected, predicted = predicted_tokens(reference), predicted_tokens(model)
     if expected != predicted:
         raise ModelError(
@@ -117,23 +106,16 @@ def check_one_head(reference: Any, model: Any) -> None:
         )
 
 
-def embedding_rows(model: Any) -> int:
-    """How many tokens a model reads. Reads no weights."""
-    return int(model.get_input_embeddings().weight.shape[0])
-
-
 def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
-    """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, if ``model``
-    can read it, which it cannot where one was added to the tokenizer alone; else one of ``others``, the end of the
-    sequence, or 0."""
-    rows = embedding_rows(model)
+    """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, unless it is
+    in the tokenizer alone and ``model`` can't read it; else one of ``others``, the end of the sequence, or 0."""
+    rows = model.get_input_embeddings().weight.shape[0]
     candidates = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
     return next(int(token) for token in candidates if token is not None and 0 <= token < rows)
 
 
 def with_padding(tokenizer: Any, model: Any) -> Any:
-    """``tokenizer`` with `padding_id` as its padding token; a copy where that is another one, as the tokenizer is saved
-    with the model."""
+    """``tokenizer``, which is saved with the model, or a copy of it with `padding_id` as its padding token."""
     token = padding_id(tokenizer, model)
     if token == tokenizer.pad_token_id:
         return tokenizer
@@ -146,7 +128,7 @@ def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:
     """``ids``, once it is sure that ``model`` can read them. Raises `DataError` for a tokenizer of another model."""
     if not ids.numel():
         return ids
-    rows = embedding_rows(model)
+    rows = model.get_input_embeddings().weight.shape[0]
     largest = int(ids.max())
     if largest >= rows:
         raise DataError(

@@ -1,4 +1,5 @@
-"""A vocabulary with fewer tokens: which tokens need each other, the tokenizer that remains, and the new ids.
+"""A vocabulary with fewer tokens: which tokens need each other, the tokenizer that remains, the new ids, and the dense
+model in the remaining tokens.
 
 Works on the JSON of the `tokenizers` library. Text whose tokens are all kept is tokenised as before; in other text the
 removed tokens are replaced by their parts.
@@ -9,31 +10,34 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from math import inf, nextafter
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from ..errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from .model import Model
+
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _IDS = re.compile("token_(id|index)s?$|^(begin_)?suppress_tokens$|^padding_idx$")
 """Names of configurations, and of attributes of modules, whose values are token ids."""
+_NEVER = -1e4  # a logit of probability 0
 
 Pair = tuple[str, str]
 
 
 class Vocabulary:
-    """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece.
-
-    Raises `UnsupportedModelError` for a tokenizer that is none of these.
-    """
+    """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece; raises for any other."""
 
     def __init__(self, tokenizer: Any) -> None:
         backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -58,7 +62,7 @@ class Vocabulary:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """The ids that always stay: special and added tokens, bytes, and single characters."""
+        """The ids that always stay: special and added tokens, bytes, single characters, and what no merge makes."""
         added = {token["id"] for token in self._spec["added_tokens"]}
         prefix = self._model.get("continuing_subword_prefix") or ""
         unknown = self._model.get("unk_token")
@@ -69,7 +73,10 @@ class Vocabulary:
         }
         if self._model["type"] == "Unigram" and self._model.get("unk_id") is not None:
             single.add(self._model["unk_id"])
-        return frozenset(added | single | {self.ids[t] for t in self._made_of_nothing()})
+        if self._model["type"] == "BPE":
+            made = {left + right for left, right in self._ranks}
+            single.update(number for token, number in self.ids.items() if token not in made)
+        return frozenset(added | single)
 
     @cached_property
     def parts(self) -> Mapping[int, tuple[int, ...]]:
@@ -93,16 +100,7 @@ class Vocabulary:
 
     @cached_property
     def _ranks(self) -> Mapping[Pair, int]:
-        merges = self._model.get("merges") or ()
-        pairs = (tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in merges)
-        return {(left, right): rank for rank, (left, right) in enumerate(pairs)}
-
-    def _made_of_nothing(self) -> Iterable[str]:
-        """Tokens of BPE that no merge makes."""
-        if self._model["type"] != "BPE":
-            return ()
-        made = {left + right for left, right in self._ranks}
-        return (token for token in self.ids if token not in made)
+        return {(left, right): rank for rank, (left, right) in enumerate(self._model.get("merges") or ())}
 
     def check_kept(self, kept: Iterable[int], rows: int) -> None:
         """Raise `PlanError` unless ``kept``, of this many ``rows``, has what `trimmed` needs."""
@@ -113,10 +111,8 @@ class Vocabulary:
             raise PlanError(f"the plan removes {len(lost)} tokens that others or the tokenizer need, first {lost[0]}")
 
     def trimmed(self, kept: Iterable[int]) -> Any:
-        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in their order.
-
-        ``kept``: ids, of rows of the embedding, with `required` and `parts` of each. Added tokens may have no row.
-        """
+        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in order. ``kept``: ids, of rows of
+        the embedding, with `required` and `parts` of each. Added tokens may have no row."""
         new = {old: number for number, old in enumerate(sorted({*kept, *self.required}))}
         spec = copy.deepcopy(self._spec)
         model = spec["model"]
@@ -156,8 +152,7 @@ def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-    """``scores`` of tokens, (V,), float64, raised where needed so that a token goes before the parts that it is made of
-    by merges, without which text would not be tokenised as before."""
+    """``scores`` of tokens, (V,), raised so that tokens go before the parts that they are merged of, as float64."""
     values = scores.tolist()
     for whole, parts in Vocabulary(tokenizer).longest_first():
         for part in parts:
@@ -196,25 +191,22 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
 
 def named_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The ids of tokens that the configurations of ``model`` name."""
-    named: list[int] = []
-
-    def note(number: int) -> int:
-        named.append(number)
-        return number
-
+    named: set[int] = set()
     for config in _configs(model):
-        _each_id(config, note)
+        for _, value in _token_ids(config):
+            named.update(value if isinstance(value, list | tuple) else [value])
     return frozenset(named)
 
 
 def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
-    """Number the tokens that the configurations and modules of ``model`` name anew, in place, and set the size of the
-    vocabulary, which was ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or are
-    None."""
+    """Number the tokens that configurations and modules of ``model`` name anew, in place, and set the vocabulary size,
+    which was ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or become None."""
     new = {old: number for number, old in enumerate(kept)}
     configs = {id(c): c for c in _configs(model)}
     for named in (*configs.values(), *model.modules()):
-        _each_id(named, new.get)
+        for name, value in _token_ids(named):
+            stay = [new[v] for v in value if v in new] if isinstance(value, list | tuple) else new.get(value)
+            setattr(named, name, stay)
         if vars(named).get("vocab_size") == before:
             named.vocab_size = len(kept)
 
@@ -226,11 +218,92 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
     yield from (module.config for module in model.modules() if vars(module).get("config") is not None)
 
 
-def _each_id(named: Any, change: Callable[[int], int | None]) -> None:
-    for name, value in list(vars(named).items()):
-        if not _IDS.search(name):
-            continue
-        if isinstance(value, list | tuple):
-            setattr(named, name, [n for n in (change(v) for v in value) if n is not None])
-        elif isinstance(value, int) and value >= 0:
-            setattr(named, name, change(value))
+def _token_ids(named: Any) -> list[tuple[str, Any]]:
+    """The attributes of a configuration or module that are the id of a token, or a list of ids."""
+    values = [(name, value) for name, value in vars(named).items() if _IDS.search(name)]
+    return [(n, v) for n, v in values if isinstance(v, list | tuple) or (isinstance(v, int) and v >= 0)]
+
+
+def old_ids(dense: Any, trimmed: Any) -> list[int] | None:
+    """The ids that the tokenizer ``dense`` has for the tokens of ``trimmed``; None unless it has all, in order."""
+    if dense is None or not getattr(trimmed, "is_fast", False):
+        return None
+    before, after = dense.get_vocab(), trimmed.get_vocab()
+    old = [before.get(token, -1) for token in sorted(after, key=after.__getitem__)]
+    ascending = all(one < other for one, other in pairwise([-1, *old]))
+    return old if ascending and len(old) == max(after.values()) + 1 else None
+
+
+def in_tokens_of(trimmed: Model, dense: Model, *, teaching: bool = False) -> Any:
+    """The network of ``dense``: as `InTokens` where ``trimmed`` has fewer of its tokens, else as it is."""
+    rows, before = (model.model.get_input_embeddings().weight.shape[0] for model in (trimmed, dense))
+    old = None if rows >= before else old_ids(dense.tokenizer, trimmed.tokenizer)
+    if old is None:
+        return dense.model
+    tokenizer, whole, kept = trimmed.tokenizer, dense.tokenizer, {*old}
+    assert tokenizer is not None and whole is not None, "they were compared"
+    split = tokenizer.backend_tokenizer.model.tokenize
+    pieces = {n: tuple(piece.id for piece in split(token)) for token, n in whole.get_vocab().items() if n not in kept}
+    # There may be rows that no token has, or added tokens without a row.
+    old = [*old, *range(len(whole), len(whole) + rows - len(old))][:rows]
+    return InTokens(dense.model, old, pieces, teaching)
+
+
+class InTokens(nn.Module):
+    """``model``, which reads and predicts the tokens of a trimmed vocabulary. It reads removed tokens whole, as it was
+    trained to, not in the pieces in which they arrive; its logits, (B, T, kept tokens), are those after each token that
+    ends where one of its own does. Without ``teaching``, they are those of the kept tokens, and 0 inside a removed one.
+
+    With ``teaching``, a removed token counts for its first piece, with its probability, and after that its next piece
+    is certain. Trained toward the kept tokens alone, a model would not learn to write the pieces.
+
+    ``old``: the id in ``model`` of each token. ``pieces``: those of each removed token, by its id in ``model``.
+    """
+
+    def __init__(self, model: Any, old: Sequence[int], pieces: Mapping[int, tuple[int, ...]], teaching: bool) -> None:
+        super().__init__()
+        self.model, self.device, self.teaching = model, model.device, teaching
+        self.wholes = {(new,): before for new, before in enumerate(old)} | {p: token for token, p in pieces.items()}
+        self.longest: dict[int, int] = {}
+        counts_for = [len(old)] * len(model.get_input_embeddings().weight)
+        for parts, token in self.wholes.items():
+            self.longest[parts[0]] = max(len(parts), self.longest.get(parts[0], 1))
+            counts_for[token] = parts[0]
+        self.old, self.counts_for = torch.tensor(old).to(self.device), torch.tensor(counts_for).to(self.device)
+
+    def read(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
+        """The tokens of ``model`` that ``ids`` are, and at which of ``ids`` each of them ends."""
+        own: list[int] = []
+        ends: list[int] = []
+        start = 0
+        while start < len(ids):
+            parts = (tuple(ids[start : start + length]) for length in range(self.longest[ids[start]], 0, -1))
+            whole = next(part for part in parts if part in self.wholes)
+            start += len(whole)
+            own.append(self.wholes[whole])
+            ends.append(start - 1)
+        return own, ends
+
+    def agree(self, ids_T: torch.Tensor) -> torch.Tensor:
+        """Whether after each of the tokens the next one is the same token in both vocabularies, (T,)."""
+        ends = torch.zeros(len(ids_T) + 1, dtype=torch.bool)
+        ends[self.read(ids_T.tolist())[1]] = True
+        return ends[:-1] & ends[1:]
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
+        places = [mask.nonzero()[:, 0] for mask in attention_mask]
+        read = [self.read(ids[place].tolist()) for ids, place in zip(input_ids, places, strict=True)]
+        own_BS = nn.utils.rnn.pad_sequence([torch.tensor(own) for own, _ in read], True, -1).to(self.device)
+        mask_BS = (own_BS >= 0).long()
+        logits_BSV = self.model(input_ids=own_BS.clamp_min(0), attention_mask=mask_BS, use_cache=use_cache).logits
+        kept, dtype = len(self.old), torch.float32 if self.teaching else logits_BSV.dtype
+        found_BTK = logits_BSV.new_zeros((*input_ids.shape, kept), dtype=dtype)
+        for row, (own, ends) in enumerate(read):
+            logits_SK = logits_BSV[row, : len(own)][:, self.old]
+            if self.teaching:
+                found_BTK[row].fill_(_NEVER).scatter_(1, input_ids[row].roll(-1)[:, None], 0.0)
+                p_SV = logits_BSV[row, : len(own)].float().softmax(-1)
+                p_SK = p_SV.new_zeros((len(own), kept + 1)).index_add_(1, self.counts_for, p_SV)[:, :kept]
+                logits_SK = p_SK.log().clamp_min_(_NEVER)
+            found_BTK[row, places[row][ends]] = logits_SK
+        return SimpleNamespace(logits=found_BTK)

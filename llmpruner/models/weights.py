@@ -9,23 +9,16 @@ A *part* is the number of a decoder layer, or None for everything outside the la
 from __future__ import annotations
 
 import contextlib
-import mmap
-import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.hooks import remove_hook_from_submodules
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import CheckpointError, first_line
 from ..structure.coupling import in_layer, layer_number
 from ..structure.kept import layer_numbers
-from .checkpoint import model_class
-from .messages import quiet_transformers
 from .record import names_in
 from .surgery import CutValues
 
@@ -46,9 +39,7 @@ class Weights:
         self.model, self.path = model, path
 
     def part(self, number: int | None) -> contextlib.AbstractContextManager[None]:
-        """While active, the parameters of a layer, or outside the layers, have their values; after it, changes in place
-        are lost unless `keep` was called."""
-        del number
+        """While active, the parameters of a part have their values. Changes in place last only if `keep` is called."""
         return contextlib.nullcontext()
 
     def layer(self, number: int) -> contextlib.AbstractContextManager[None]:
@@ -58,8 +49,7 @@ class Weights:
         return self.part(None)
 
     def like(self, model: PreTrainedModel) -> Weights:
-        """The same weights for another model with the same parameters, which for streamed ones is on the meta device,
-        and for others has them already."""
+        """The same weights for another model, which has them already, or is on the meta device if they are streamed."""
         return Weights(model, self.path)
 
     def number(self, name: str) -> int | None:
@@ -81,31 +71,25 @@ class Weights:
 
 class StreamedWeights(Weights):
     """Weights that are read part by part. ``model``: with parameters on the meta device. ``device``: of the
-    computation. Subclasses say what `read` gives.
-
-    At most two layers are in memory: the one in use and, unless ``ahead`` is False, the next one in the direction of
-    the walk, which a thread reads meanwhile.
-    """
+    computation. Subclasses say what `read` gives."""
 
     streamed = True
 
-    def __init__(self, model: PreTrainedModel, path: str, device: torch.device, *, ahead: bool = False) -> None:
+    def __init__(self, model: PreTrainedModel, path: str, device: torch.device) -> None:
         super().__init__(model, path)
         self.device = device
         self._users: dict[int | None, int] = {}
         self._kept: dict[int | None, Path] = {}
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="llmpruner-read") if ahead else None
-        self._next: tuple[int, Future[dict[str, torch.Tensor]]] | None = None
-        self._last = -1
         self._meta: dict[int | None, dict[str, nn.Parameter]] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
             self._meta.setdefault(self.number(name), {})[name] = parameter
-        self._names: dict[int | None, list[str]] = {}
-        """Part → its parameters; of tied ones, the first."""
+        self._names: dict[int | None, list[str]] = {}  # of tied parameters, the first
         for name, _ in model.named_parameters():
             self._names.setdefault(self.number(name), []).append(name)
-        self._layers: Any = model.get_submodule(path)
-        for number, layer in enumerate(self._layers):
+        layers: Any = model.get_submodule(path)
+        self.numbers: list[int | None] = [None, *range(len(layers))]
+        """All parts."""
+        for number, layer in enumerate(layers):
             layer.forward = self._reading(number, layer.forward)
         model.register_forward_pre_hook(lambda *_: self._enter(None))
         model.register_forward_hook(lambda *_: self._leave(None), always_call=True)
@@ -113,11 +97,6 @@ class StreamedWeights(Weights):
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         """Parameter or buffer → its value, on the CPU. Raises `CheckpointError` for files that are damaged or gone."""
         raise NotImplementedError
-
-    @property
-    def numbers(self) -> list[int | None]:
-        """All parts."""
-        return [None, *range(len(self._layers))]
 
     @contextlib.contextmanager
     def part(self, number: int | None) -> Iterator[None]:
@@ -148,7 +127,7 @@ class StreamedWeights(Weights):
         self._users[part] = self._users.get(part, 0) + 1
         if self._users[part] > 1:
             return
-        for name, tensor in self._read(part).items():
+        for name, tensor in self.read(part).items():
             path, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(path)
             if leaf in module._buffers:
@@ -172,102 +151,9 @@ class StreamedWeights(Weights):
                 path, _, leaf = name.rpartition(".")
                 self.model.get_submodule(path)._parameters[leaf] = parameter
 
-    def _read(self, part: int | None) -> Mapping[str, torch.Tensor]:
-        """`read`, by the thread if it has begun with ``part``; it goes on with the next one."""
-        running, self._next = self._next, None
-        tensors = running[1].result() if running is not None and running[0] == part else self.read(part)
-        if part is not None:
-            following = part + (1 if part > self._last else -1)
-            self._last = part
-            if self._thread is not None and 0 <= following < len(self._layers):
-                self._next = following, self._thread.submit(self._read_pages, following)
-        return tensors
-
-    def _read_pages(self, part: int) -> dict[str, torch.Tensor]:
-        """`read`, and one byte of every page, so that mapped files are read from the disk now."""
-        tensors = self.read(part)
-        for tensor in filter(torch.numel, tensors.values()):
-            tensor.flatten().view(torch.uint8)[:: mmap.PAGESIZE].max()
-        return tensors
-
-
-class CheckpointWeights(StreamedWeights):
-    """The weights in the safetensors files of ``directory``.
-
-    transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
-    has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
-    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``.
-    """
-
-    def __init__(
-        self,
-        directory: Path,
-        dtype: torch.dtype,
-        path: str,
-        device: torch.device,
-        scratch: Path | None = None,
-        *,
-        trust_remote_code: bool = False,
-    ) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix=".converted-", suffix=".partial", dir=scratch)
-        with quiet_transformers():
-            model, self.info = model_class(directory, trust_remote_code).from_pretrained(
-                str(directory),
-                dtype=dtype,
-                device_map={"": "disk"},
-                offload_folder=self._folder.name,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=trust_remote_code,
-            )
-        self._stored = _offloaded(model)
-        remove_hook_from_submodules(model)
-        vars(model).pop("hf_device_map", None)
-        _tie(directory, model, self._stored)
-        super().__init__(model.eval(), path, device, ahead=True)
-
-    def read(self, part: int | None) -> dict[str, torch.Tensor]:
-        try:
-            return {name: self._stored[name] for name in self._names.get(part, ())}
-        except Exception as error:  # safetensors, torch and the system raise what they like
-            raise CheckpointError(f"the weights of a layer cannot be read: {first_line(error)}") from error
-
-
-def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
-    """accelerate's map from parameters to their values in files, which its hooks on ``model`` share."""
-    for module in model.modules():
-        hook = getattr(module, "_hf_hook", None)
-        for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None:
-                stored: Mapping[str, torch.Tensor] = getattr(weights, "dataset", weights)
-                return stored
-    raise CheckpointError("accelerate keeps none of this model's weights on disk")
-
-
-def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
-    """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
-    values to compare. Raises `CheckpointError` where the values differ."""
-    before = dict(model.named_parameters(remove_duplicate=False))
-    model.tie_weights()
-    after = dict(model.named_parameters(remove_duplicate=False))
-    kept = {id(value): name for name, value in after.items() if before[name] is value}
-    for name, value in before.items():
-        if after[name] is not value and not torch.equal(stored[name], stored[kept[id(after[name])]]):
-            raise tied_differ(directory, name, kept[id(after[name])])
-
-
-def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
-    """For parameters that the configuration ties, and that are stored with different values."""
-    return CheckpointError(
-        f"{directory}: {name} and {other} differ, but the configuration ties them; "
-        'set "tie_word_embeddings": false in config.json'
-    )
-
 
 class DerivedWeights(StreamedWeights):
-    """The weights of ``source`` for another model: the same, or cut when they are read. ``cut``: the graph of the model
-    of ``source``, and what is kept."""
+    """The weights of ``source`` for another model. ``cut``: the graph of the source's model, and what is kept of it."""
 
     def __init__(
         self, model: PreTrainedModel, source: StreamedWeights, cut: tuple[CouplingGraph, Kept] | None = None
@@ -275,9 +161,7 @@ class DerivedWeights(StreamedWeights):
         super().__init__(model, source.path, source.device)
         self._source, self._cut = source, cut
         self._values = None if cut is None else CutValues(*cut)
-        self._old: dict[int | None, int] = {}
-        if cut is not None:
-            self._old.update({new: old for old, new in layer_numbers(*cut).items()})
+        self._old: dict[int | None, int] = {} if cut is None else {n: old for old, n in layer_numbers(*cut).items()}
 
     def like(self, model: PreTrainedModel) -> DerivedWeights:
         return DerivedWeights(model, self._source, self._cut)

@@ -3,96 +3,95 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from .hookspecs import hookimpl
 
 
 @hookimpl
-def llmpruner_model_families() -> list[type[Any]]:
+def llmpruner_model_families() -> list[type]:
     from ..discovery.family import AutoFamily
 
     return [AutoFamily]
 
 
 @hookimpl
-def llmpruner_importance_criteria() -> list[type[Any]]:
-    from ..pruning.criteria.experts import ExpertContribution, ExpertFrequency, ExpertNorm, ExpertReap
-    from ..pruning.criteria.layers import AngularBlock, AngularDistance, BlockInfluence
-    from ..pruning.criteria.obs import OptimalBrainSurgeon
-    from ..pruning.criteria.taylor import Fisher, Taylor
-    from ..pruning.criteria.tokens import TokenUse
-    from ..pruning.criteria.weights import L1, L2, ActivationNorm, Fluctuation, OutputEnergy, Pca, Random, WandaSp
+def llmpruner_importance_criteria() -> list[type]:
+    from ..pruning.criteria import experts, layers, taylor, tokens, weights
 
-    weights = [Random, L1, L2]
-    forward = [WandaSp, OutputEnergy, Fluctuation, ActivationNorm, Pca, OptimalBrainSurgeon]
-    experts = [ExpertReap, ExpertNorm, ExpertFrequency, ExpertContribution]
-    layers = [BlockInfluence, AngularDistance, AngularBlock]
-    return [*weights, Taylor, Fisher, *forward, *experts, *layers, TokenUse]
+    return [
+        weights.Random, weights.L1, weights.L2, weights.WandaSp, weights.OutputEnergy, weights.Fluctuation,
+        weights.ActivationNorm, weights.Pca, weights.OptimalBrainSurgeon, taylor.Taylor, taylor.Fisher,
+        experts.ExpertReap, experts.ExpertNorm, experts.ExpertFrequency, experts.ExpertContribution,
+        layers.BlockInfluence, layers.AngularDistance, layers.AngularBlock, tokens.TokenUse,
+    ]  # fmt: skip
 
 
 @hookimpl
-def llmpruner_recovery_strategies() -> list[type[Any]]:
+def llmpruner_recovery_strategies() -> list[type]:
     from ..recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy
 
     return [LoraStrategy, FullStrategy, DistilStrategy]
 
 
 @hookimpl
-def llmpruner_allocations() -> list[type[Any]]:
+def llmpruner_allocations() -> list[type]:
     from ..pruning.allocation import GlobalRanking, Sensitivity, Uniform
 
     return [Uniform, GlobalRanking, Sensitivity]
 
 
 @hookimpl
-def llmpruner_budgets() -> list[type[Any]]:
-    from ..pruning.budgets import AllParameters, DecoderParameters, Macs, WeightBytes
-    from ..pruning.kv_cache import KvCache
+def llmpruner_budgets() -> list[type]:
+    from ..pruning.budgets import AllParameters, DecoderParameters, KvCache, Macs, WeightBytes
 
     return [DecoderParameters, AllParameters, WeightBytes, Macs, KvCache]
 
 
 @hookimpl
-def llmpruner_compensations() -> list[type[Any]]:
-    from ..pruning.compensation.builtin import BiasShift, NoCompensation, Refit
+def llmpruner_compensations() -> list[type]:
+    from ..pruning.compensation.base import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 
 
 @hookimpl
-def llmpruner_calibration_sources() -> list[type[Any]]:
-    from ..calibration.sources import ChatSource, SelfWritten, TextSource
+def llmpruner_calibration_sources() -> list[type]:
+    from ..calibration.calibration import ChatSource, SelfWritten, TextSource
 
     return [SelfWritten, TextSource, ChatSource]
 
 
 @hookimpl
-def llmpruner_metrics() -> list[type[Any]]:
-    from ..evaluation.answers import AnswersMetric, GivenAnswersMetric
-    from ..evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
+def llmpruner_metrics() -> list[type]:
+    from ..evaluation.metrics import AnswersMetric, GivenAnswersMetric, PerplexityMetric, SizeMetric
+    from ..evaluation.tasks import TasksMetric
 
     return [SizeMetric, PerplexityMetric, TasksMetric, AnswersMetric, GivenAnswersMetric]
 
 
 @hookimpl
-def llmpruner_exporters() -> list[type[Any]]:
+def llmpruner_exporters() -> list[type]:
     from ..exporters import StockExporter
 
     return [StockExporter]
 
 
 @hookimpl
-def llmpruner_runtimes() -> list[type[Any]]:
-    from ..evaluation.runtime import TransformersRuntime
+def llmpruner_runtimes() -> list[type]:
+    from ..evaluation.bench import TransformersRuntime
 
     return [TransformersRuntime]
 
 
 @hookimpl
-def llmpruner_report_sections() -> list[type[Any]]:
-    from ..report.history import OriginSection, PlanSection, RecoverySection
-    from ..report.measured import AnswersSection, CostSection, QualitySection
+def llmpruner_report_sections() -> list[type]:
+    from ..report.sections import (
+        AnswersSection,
+        CostSection,
+        OriginSection,
+        PlanSection,
+        QualitySection,
+        RecoverySection,
+    )
     from ..report.summary import ComparisonSection, SummarySection
 
     sections = [SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection]
@@ -100,14 +99,14 @@ def llmpruner_report_sections() -> list[type[Any]]:
 
 
 @hookimpl
-def llmpruner_methods() -> list[type[Any]]:
+def llmpruner_methods() -> list[type]:
     from ..pruning.methods import Best, Fast, LlmPruner
 
     return [Best, Fast, LlmPruner]
 
 
 @hookimpl
-def llmpruner_recipes() -> list[type[Any]]:
-    from ..recipes.named import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
+def llmpruner_recipes() -> list[type]:
+    from ..recipes import DemoRecipe, ExpertsRecipe, PaperRecipe, QualityRecipe
 
     return [PaperRecipe, QualityRecipe, ExpertsRecipe, DemoRecipe]

@@ -9,12 +9,12 @@ from pathlib import Path
 from reprlib import repr as short_repr
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from ..calibration.sources import CalibrationSource
+from ..calibration.calibration import CalibrationSource
 from ..component import Component, check_chosen
 from ..discovery.family import AUTO, ModelFamily
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError, first_line
-from ..evaluation.base import Metric
-from ..evaluation.runtime import Runtime
+from ..evaluation.bench import Runtime
+from ..evaluation.evaluate import Metric
 from ..exporters import Exporter
 from ..models.reference import CheckpointReader
 from ..pruning.allocation import Allocation
@@ -22,7 +22,7 @@ from ..pruning.budgets import Budget
 from ..pruning.compensation.base import Compensation
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.methods import Method
-from ..recipes.named import NamedRecipe
+from ..recipes import NamedRecipe
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
 from .manager import PluginManager, plugin_manager

@@ -25,10 +25,10 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from ..calibration.sources import CalibrationSource
+    from ..calibration.calibration import CalibrationSource
     from ..discovery.family import ModelFamily
-    from ..evaluation.base import Metric
-    from ..evaluation.runtime import Runtime
+    from ..evaluation.bench import Runtime
+    from ..evaluation.evaluate import Metric
     from ..exporters import Exporter
     from ..models.reference import CheckpointReader
     from ..pruning.allocation import Allocation
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from ..pruning.compensation.base import Compensation
     from ..pruning.criteria.base import ImportanceCriterion
     from ..pruning.methods import Method
-    from ..recipes.named import NamedRecipe
+    from ..recipes import NamedRecipe
     from ..recovery.base import RecoveryStrategy
     from ..report.base import ReportSection
 

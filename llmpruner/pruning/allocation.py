@@ -91,7 +91,6 @@ class Allocation(Component):
     def comparable(self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph) -> Mapping[str, torch.Tensor]:
         """``scores`` (group name → score of each unit) on a scale on which those of different groups can be compared;
         by default as they are."""
-        del graph
         return scores
 
 
@@ -118,9 +117,8 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
     while moved:
         moved = False
         for queue in task.queues:
-            name = queue.group.name
-            if taken[name] < len(queue.steps) and _take_if_it_fits(task, taken, name):
-                moved = True
+            if taken[queue.group.name] < len(queue.steps):
+                moved |= _take_if_it_fits(task, taken, queue.group.name)
     gap = task.amount - task.meter.removed(taken)
     over = [
         (task.meter.removed({**taken, q.group.name: taken[q.group.name] + 1}) - task.amount, number, q.group.name)
@@ -196,12 +194,11 @@ class GlobalRanking(Allocation):
         return {name: normalized(values, self.settings.normalize, sizes[name]) for name, values in scores.items()}
 
     def allocate(self, task: AllocationTask) -> Taken:
-        queues = {queue.group.name: queue for queue in task.queues}
         order = [n for *_, n in sorted((s, at, q.group.name) for at, q in enumerate(task.queues) for s in q.scores)]
 
         def first(count: int) -> Taken:
             counted = Counter(order[:count])
-            return {name: counted[name] for name in queues}
+            return {queue.group.name: counted[queue.group.name] for queue in task.queues}
 
         start, above = 0, len(order) + 1
         while above - start > 1:
@@ -211,22 +208,13 @@ class GlobalRanking(Allocation):
         for name in order[start:]:
             if name in full or _take_if_it_fits(task, taken, name):
                 continue
-            if _waits(task, taken, name):
-                return taken
+            if task.whole is not None:
+                more = {**taken, name: taken[name] + 1}
+                before, after = task.meter.removed(taken), task.meter.removed(more)
+                if before < after <= task.whole:
+                    return more if after - task.amount < task.amount - before else taken
             full.add(name)
         return taken if task.whole is not None else top_up(task, taken)
-
-
-def _waits(task: AllocationTask, taken: Taken, name: str) -> bool:
-    """Whether a step of group ``name``, which does not fit into this cut, fits into this one and those to come
-    together. Takes it if that is nearer to the amount."""
-    more = {**taken, name: taken[name] + 1}
-    before, after = task.meter.removed(taken), task.meter.removed(more)
-    if task.whole is None or not before < after <= task.whole:
-        return False
-    if after - task.amount < task.amount - before:
-        taken.update(more)
-    return True
 
 
 def normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:

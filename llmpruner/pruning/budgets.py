@@ -1,7 +1,13 @@
 """Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep.
 
 A cost is arithmetic on counts, so that allocations can evaluate thousands of selections. `SizeModel` has the sizes of
-parameters; `WeightCost` (parameters, bytes) and `MacsCost` are sums of them. Imports no torch.
+parameters; `WeightCost` (parameters, bytes) and `MacsCost` are sums of them.
+
+Shapes of weights do not determine what an architecture caches (heads, one shared head, or a latent vector). So the
+bytes of the tensors in the key/value cache are counted after processing a few tokens, for the whole model and with one
+step of each group cut. An uneven cut without one layer checks that they are proportional to the units kept.
+
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -10,16 +16,18 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from math import prod
 from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
 from ..component import Component, ComponentSettings
-from ..errors import SelectionError
+from ..errors import SelectionError, UnsupportedModelError
 from ..progress import QUIET, Progress
 from ..structure.coupling import ATTENTION, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Role
 from ..structure.kept import kept_indices, removed_layers, surviving_units
+from ..structure.scope import Queue, build_queue
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -87,7 +95,7 @@ def savings(cost: Cost, group: CoupledGroup) -> list[float]:
     whole = cost.remaining()
     if group.kind == LAYER:
         return [whole - cost.remaining(gone=(unit,)) for unit in range(group.units)]
-    least = max(group.minimum, group.blocks if group.blocks > 1 else 1)
+    least = max(group.minimum, group.blocks)
     if least >= group.units:
         return [0.0] * group.units
     return [(whole - cost.remaining({group.name: least})) / (group.units - least)] * group.units
@@ -100,11 +108,8 @@ def saving_units(
     alike: Iterable[Sequence[str]],
 ) -> dict[str, frozenset[int] | None]:
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
-    and without groups that have no others. Raises `SelectionError` when no unit saves any.
-
-    ``alike``: the names of groups that must keep the same number of units, as `Widths.alike` gives them; all of them
-    stay where one saves.
-    """
+    and without groups that have no others. ``alike``: the names of groups that must keep the same number of units, as
+    `Widths.alike` gives them; all of them stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
     for group in groups:
         units = allowed[group.name]
@@ -232,10 +237,8 @@ class MacsCost(Cost):
 
 
 class DecoderParameters(Budget):
-    """Parameters of the decoder's layers, without embeddings, final norm and head."""
-
     name = "decoder"
-    summary = "parameters of the decoder's layers"
+    summary = "parameters of the decoder's layers, without embeddings, final norm and head"
     from_shapes = True
     decoder: ClassVar[bool] = True
 
@@ -244,18 +247,14 @@ class DecoderParameters(Budget):
 
 
 class AllParameters(DecoderParameters):
-    """All parameters; tied ones count once."""
-
     name = "parameters"
-    summary = "all parameters"
+    summary = "all parameters; tied ones count once"
     decoder = False
 
 
 class WeightBytes(Budget):
-    """Bytes of all weights in the dtypes that they have in memory; tied ones count once."""
-
     name = "bytes"
-    summary = "bytes of all weights, in the dtypes that they are loaded in"
+    summary = "bytes of all weights in the dtypes that they are loaded in; tied ones count once"
     from_shapes = True
 
     def cost(self, subject: BudgetSubject) -> WeightCost:
@@ -279,3 +278,110 @@ class Macs(Budget):
 
         routed = {name: experts for name, _, experts in multiplied(subject.model)}
         return MacsCost(subject.graph, subject.groups, routed, self.settings.context)
+
+
+_FEW, _MORE, _MOST = 2, 3, 6
+"""Numbers of tokens for which the cache is measured; smaller than any sliding window."""
+
+
+class CacheCost(Cost):
+    """Bytes that the key/value cache grows by with every token. ``layers``: bytes of each decoder layer while nothing
+    is cut. ``per_unit``: (group name, layer) → bytes of that layer that are saved with each unit of the group.
+    ``units``: group name → its number of units."""
+
+    label = "KV-cache bytes per token"
+
+    def __init__(
+        self, layers: Sequence[int], per_unit: Mapping[tuple[str, int], Fraction], units: Mapping[str, int]
+    ) -> None:
+        self._layers, self._per_unit, self._units = layers, per_unit, units
+
+    def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
+        kept = kept or {}
+        lost = sum(
+            rate * (self._units[name] - kept[name])
+            for (name, layer), rate in self._per_unit.items()
+            if name in kept and layer not in gone
+        )
+        return round(sum(size for layer, size in enumerate(self._layers) if layer not in gone) - lost)
+
+
+class KvCache(Budget):
+    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
+    with units of each group removed."""
+
+    name = "kv-cache"
+    summary = "bytes of key/value cache per token"
+
+    def cost(self, subject: BudgetSubject) -> CacheCost:
+        """Raises `UnsupportedModelError` where the cache does not grow with every token, or where the bytes of a model
+        that is cut unevenly are not proportional to its units."""
+        from ..discovery.verify import with_rules
+        from ..models.surgery import cut_copy
+
+        model, graph, groups = subject.model, subject.graph, subject.groups
+        follows = with_rules(subject.family, model, {g.kind for g in groups})
+        dense = bytes_per_token(model, graph)
+        if not sum(dense):
+            raise _unknown(model, "does not grow with the tokens")
+        # Each trial cuts one group of each layer, so that the change in a layer is that of this group.
+        queues = [q for g in groups if g.kind != LAYER and (q := build_queue(g, [0.0] * g.units)).steps]
+        rounds: dict[str, list[Queue]] = {}
+        for queue in queues:
+            rounds.setdefault(queue.group.in_layer(0), []).append(queue)
+        per_unit: dict[tuple[str, int], Fraction] = {}
+        for together in subject.progress.track(list(rounds.values()), "key/value cache"):
+            cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, follows)
+            after = bytes_per_token(cut, graph)
+            for queue in together:
+                layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
+                for layer in layers:
+                    if after[layer] != dense[layer]:
+                        saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
+                        per_unit[queue.group.name, layer] = saved
+        cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if g.kind != LAYER})
+        # An uneven cut, without one layer.
+        kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
+        for group in groups:
+            if group.kind == LAYER and group.units > 1:
+                kept[group.name] = tuple(u for u in range(group.units) if u != group.units // 2)
+        measured = bytes_per_token(cut_copy(model, graph, kept, follows) if kept else model, graph)
+        if sum(measured) != cost.remaining(*counts(graph, kept)):
+            raise _unknown(model, "is not proportional to the units that are kept")
+        return cost
+
+
+def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
+    """Bytes that the cache of each decoder layer grows by with every token, before sliding windows are full."""
+    few, more, most = (_cached(model, count) for count in (_FEW, _MORE, _MOST))
+    if len(most) > graph.num_layers:
+        raise _unknown(model, "has more parts than the decoder has layers")
+    grown = [b - a for a, b in zip(few, more, strict=True)]
+    if any(c - a != (_MOST - _FEW) * g for a, c, g in zip(few, most, grown, strict=True)):
+        raise _unknown(model, "does not grow by the same amount with every token")
+    return grown + [0] * (graph.num_layers - len(grown))
+
+
+def _cached(model: PreTrainedModel, count: int) -> list[int]:
+    import torch
+    from torch.utils._pytree import tree_leaves
+    from transformers import cache_utils
+
+    from ..models.generation import CachedModel
+
+    cached = CachedModel(model)
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    cached.process(torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)))
+    for layer in cached.cache.layers:
+        # A class outside transformers' cache module may compress, which a few tokens would not show.
+        if type(layer).__module__ != cache_utils.__name__:
+            raise _unknown(model, f"is a {type(layer).__name__}, which may not grow with every token")
+    leaves = [tree_leaves(vars(layer)) for layer in cached.cache.layers]
+    return [sum(leaf.nbytes for leaf in own if isinstance(leaf, torch.Tensor)) for own in leaves]
+
+
+def _unknown(model: PreTrainedModel, why: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the key/value cache of this {model.config.model_type} model {why}, so it cannot be a budget; choose another "
+        "--budget"
+    )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import transformers
 
 from .. import __version__
+from ..discovery.opening import Opener
 from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
-from ..models.identity import data_identity, model_identity
+from ..models.model import Structure
 from ..models.numbers import stored_value
+from ..models.reference import data_identity, model_identity
 from ..models.vocabulary import Vocabulary
 from ..settings import PruneSettings
 from ..structure.coupling import VOCABULARY
@@ -19,19 +21,12 @@ from ..structure.plan import PruningPlan
 from .allocation import Uniform
 from .budgets import BudgetSubject
 from .criteria.estimate import check_accepted
-from .job import PruneJob, ReplayJob
+from .job import Job, PruneJob, ReplayJob
 from .saving import without_weights
-from .selection import equal_scores, select
-from .targets import demand, scope_of, widths_of
-
-if TYPE_CHECKING:
-    from ..discovery.opening import Opener
-    from ..models.model import Structure
+from .selection import demand, equal_scores, scope_of, select, widths_of
 
 
-def identity(
-    what: PruneSettings | PruningPlan, job: PruneJob | ReplayJob, structure: Structure, opener: Opener
-) -> dict[str, Any]:
+def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:
     """JSON values that tell a run from others: all that its result, and the shapes of its hidden states, depend on."""
     return {
         "model": structure.path or structure.ref,
@@ -43,19 +38,10 @@ def identity(
     }
 
 
-def check_vocabulary(job: PruneJob | ReplayJob, tokenizer: Callable[[], Any]) -> None:
-    """Where tokens go, raise `UnsupportedModelError` for a tokenizer that cannot be rewritten, and `PlanError` for a
-    plan without tokens that it needs. ``tokenizer``: reads it."""
-    cuts = [cut for cut in job.plan.cuts.values() if cut.kind == VOCABULARY] if isinstance(job, ReplayJob) else []
-    if cuts or (isinstance(job, PruneJob) and VOCABULARY in job.kinds):
-        vocabulary = Vocabulary(tokenizer())
-        for cut in cuts:
-            vocabulary.check_kept(cut.kept, cut.units)
-
-
-def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: bool) -> None:
+def check_job(job: Job, structure: Structure, opener: Opener) -> None:
     """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, for
-    an amount that its groups cannot give, and for a plan of another model. ``tokenizer``: whether the model has one."""
+    an amount that its groups cannot give, for a plan of another model, and where tokens go, for a tokenizer that
+    cannot be rewritten and a plan without tokens that it needs."""
     _check_unquantised(structure)
     graph = structure.graph
     if isinstance(job, ReplayJob):
@@ -69,12 +55,19 @@ def check_job(job: PruneJob | ReplayJob, structure: Structure, *, tokenizer: boo
     if job.calibration is not None:
         job.calibration.length_for(structure.config)  # refuses samples beyond its positions
         for part in job.calibration.parts:
-            if not part.source.writes and not tokenizer:
+            if not part.source.writes and not opener.has_tokenizer(structure):
                 advice = f"it cannot be calibrated on '{part.reference}'; use 'self'"
                 raise no_tokenizer(f"model '{structure.ref}'", advice)
         job.calibration.check()
-    if isinstance(job, PruneJob) and job.budget.from_shapes:
+    if isinstance(job, ReplayJob):
+        for cut in job.plan.cuts.values():
+            if cut.kind == VOCABULARY:
+                Vocabulary(opener.tokenizer(structure)).check_kept(cut.kept, cut.units)
+        return
+    if job.budget.from_shapes:
         _check_amount(job, structure)
+    if VOCABULARY in job.kinds:
+        Vocabulary(opener.tokenizer(structure))  # refuses one that cannot be rewritten
 
 
 def _check_unquantised(structure: Structure) -> None:

@@ -12,31 +12,26 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import inf, prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import torch
 
 from ..calibration.written import passages_at_once
+from ..discovery.opening import Opener
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
 from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
-from ..models.generation import cached_bytes
-from ..models.model import Model
+from ..models.generation import LOGIT_ELEMENTS, cached_bytes
+from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
-from ..models.positions import LOGIT_ELEMENTS
 from ..structure.coupling import VOCABULARY, Role
 from ..values import bytes_text
 from .criteria.estimate import scored_spans
-from .job import PruneJob, ReplayJob
-from .selection import GRADIENT_TOKENS, TRIED
-from .targets import scope_of
-
-if TYPE_CHECKING:
-    from ..discovery.opening import Opener
-    from ..models.model import Structure
+from .job import Job, PruneJob, ReplayJob
+from .selection import GRADIENT_TOKENS, TRIED, scope_of
 
 F32 = 4
 MODULES = 96 << 20
@@ -69,7 +64,7 @@ class _Stage(NamedTuple):
 class _Sizes:
     """Sums the bytes of ``job`` for a model in ``dtype``. ``saves``: whether the result is cut and saved."""
 
-    def __init__(self, job: PruneJob | ReplayJob, structure: Structure, dtype: torch.dtype, device: str, saves: bool):
+    def __init__(self, job: Job, structure: Structure, dtype: torch.dtype, device: str, saves: bool):
         graph, text = structure.graph, job.calibration
         self.job, self.graph, self.saves, self.item = job, graph, saves, dtype.itemsize
         self.config: Any = structure.config.get_text_config()
@@ -87,8 +82,9 @@ class _Sizes:
         self.widest = max(size for shape in inside for size in shape[-2:])
         self.forwards = 3 * self.widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
-        cut = _Stage(self.layer if saves else 0)
-        self.stages = [cut, self._written(), self._scores(), self._trials(), self._fits()]
+        self.stages = [_Stage(self.layer if saves else 0), self._written(), self._fits()]
+        if isinstance(job, PruneJob):
+            self.stages += [self._scores(job), self._trials(job)]
 
     def of(self, streamed: bool, process: int) -> Forecast:
         """With all weights in memory, or two layers of them. ``process``: bytes of all else."""
@@ -112,12 +108,10 @@ class _Sizes:
         cache = passage * cached_bytes(self.config, self.item)
         return _Stage(rows * (cache + 4 * self.vocabulary * F32 + self.forwards) + self.tokens * 64)
 
-    def _scores(self) -> _Stage:
+    def _scores(self, job: PruneJob) -> _Stage:
         """Scores of units, by weights, a walk forwards, or a walk with gradients."""
-        job, graph = self.job, self.graph
-        if isinstance(job, ReplayJob):
-            return _Stage()
-        signals, groups = job.criterion.signals, [graph.by_name[name] for name in self.left]
+        graph, signals = self.graph, job.criterion.signals
+        groups = [graph.by_name[name] for name in self.left]
         spans = scored_spans(graph, [group for group in groups if group.kind != VOCABULARY], job.criterion)
         shapes = {name: graph.shapes[name] for name in spans}
         matrix = F32 * max((prod(shape[-2:]) for shape in shapes.values()), default=0)
@@ -151,14 +145,14 @@ class _Sizes:
             layer = max(layer, at_once * self.forwards + own)
         return _Stage(max(logits, layer + scoring), tokens * self.hidden * self.item * (graph.num_layers + 2))
 
-    def _trials(self) -> _Stage:
+    def _trials(self, job: PruneJob) -> _Stage:
         """Trial cuts of an allocation: the weights that one cuts, and logits of the uncut model and of the cut one."""
-        if isinstance(self.job, ReplayJob) or not self.job.allocation.measures:
+        if not job.allocation.measures:
             return _Stage()
         weights = Counter[str]()
         for group in (self.graph.by_name[name] for name in self.left):
             if group.kind != VOCABULARY:
-                together = group.kind if self.job.shape == "uniform" else group.name
+                together = group.kind if job.shape == "uniform" else group.name
                 weights[together] += self.graph.parameters_per_unit(group) * group.units * self.item
         logits = self.vocabulary * (TRIED * 5 // 4 * self.item + 3 * self.length * F32)
         return _Stage(max(weights.values(), default=0) + logits)
@@ -201,13 +195,7 @@ class _Sizes:
 
 
 def forecast(
-    job: PruneJob | ReplayJob,
-    structure: Structure,
-    opener: Opener,
-    max_memory: int | None,
-    *,
-    saves: bool,
-    in_memory: bool,
+    job: Job, structure: Structure, opener: Opener, max_memory: int | None, *, saves: bool, in_memory: bool
 ) -> Forecast:
     """How a prune runs: with all weights in memory where they fit into half of what is free, or all that it takes into
     ``max_memory``; else layer by layer. ``in_memory``: the result stays in memory. Reads no weights. Raises
@@ -253,7 +241,7 @@ def free_memory() -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _why_in_memory(job: PruneJob | ReplayJob, *, saves: bool, in_memory: bool) -> str | None:
+def _why_in_memory(job: Job, *, saves: bool, in_memory: bool) -> str | None:
     """What needs the whole model in memory; None if nothing does."""
     if in_memory:
         return "the result stays in memory"
@@ -268,7 +256,7 @@ def _why_in_memory(job: PruneJob | ReplayJob, *, saves: bool, in_memory: bool) -
     return None
 
 
-def _left(job: PruneJob | ReplayJob, structure: Structure) -> dict[str, float]:
+def _left(job: Job, structure: Structure) -> dict[str, float]:
     """Group name → the share of its units that stays, in equal shares."""
     if isinstance(job, ReplayJob):
         return {name: len(cut.kept) / cut.units for name, cut in job.plan.cuts.items()}

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from ..calibration.calibration import CalibrationJob, CalibrationSet, parse_calibration
 from ..component import check_chosen
@@ -14,8 +14,8 @@ from ..engine.signals import Signal
 from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import KINDS, VOCABULARY
-from ..structure.plan import By, PruningPlan
-from .methods import TEN_SAMPLES
+from ..structure.plan import By, CompensationRecord, PruningPlan
+from .methods import TEN_SAMPLES, Method
 
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
@@ -23,13 +23,6 @@ if TYPE_CHECKING:
     from .budgets import Budget
     from .compensation.base import Compensation
     from .criteria.base import ImportanceCriterion
-    from .methods import Method
-
-_AMOUNTS: Final[Mapping[str, By]] = {
-    "ratio": "ratio",
-    "target_params": "parameters",
-    "unit_ratio": "units",
-}
 
 
 @dataclass(frozen=True)
@@ -76,13 +69,25 @@ class ReplayJob:
             raise DataError(f"'{text.source}' is not the text that this plan was made with; make a new plan")
 
 
-def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> PruneJob | ReplayJob:
-    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or contradict each other."""
-    return prune_job(what, catalog) if isinstance(what, PruneSettings) else _replay_job(what, catalog)
+Job = PruneJob | ReplayJob
+
+
+def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> Job:
+    """The job of settings, as `prune_job`, or of a plan that is replayed."""
+    if isinstance(what, PruneSettings):
+        return prune_job(what, catalog)
+    budget = catalog.budgets.create(what.target.counted_in, what.target.settings)
+    record = what.compensation or CompensationRecord(name="none")
+    compensation = catalog.compensations.create(record.name, record.settings)
+    calibration = None
+    if record.calibration is not None and record.samples and record.length:
+        parts = parse_calibration(record.calibration, catalog.sources, record.sources)
+        calibration = CalibrationJob(record.calibration, parts, record.samples, record.length)
+    return ReplayJob(what, budget, compensation, calibration, what.seed)
 
 
 def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
-    """Raises as `job_of`."""
+    """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or contradict each other."""
     own = settings.settings
     for kind in settings.kinds:
         if kind.lower() in MEANT:  # families may have other kinds than those known
@@ -104,19 +109,18 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     counted = {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters")
     budget = catalog.budgets.create(counted, of(counted))
     criterion = catalog.criteria.create(settings.importance, of(settings.importance))
-    of_tokens = None
-    if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and not criterion.accepts(VOCABULARY):
+    mixed, of_tokens = VOCABULARY in settings.kinds and len(settings.kinds) > 1, None
+    if mixed and not criterion.accepts(VOCABULARY):
         of_tokens = catalog.criteria.create(VOCABULARY, of(VOCABULARY))
-    shares = settings.allocation
-    if VOCABULARY in settings.kinds and len(settings.kinds) > 1 and "allocation" not in explicit:
-        shares = "sensitivity"  # equal shares of tokens and of channels would compare what has no common measure
+    # Equal shares of tokens and of channels would compare what has no common measure.
+    shares = "sensitivity" if mixed and "allocation" not in explicit else settings.allocation
     allocation = catalog.allocations.create(shares, of(shares))
     compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
     if settings.steps > 1 and by == "units":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     if settings.steps > 1 and VOCABULARY in settings.kinds:
         raise SettingsError("tokens go in one step; leave --steps out")
-    criteria = [criterion, *([] if of_tokens is None else [of_tokens])]
+    criteria = [criterion] if of_tokens is None else [criterion, of_tokens]
     methods = [] if method is None else [method]
     check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in parts)])
     calibration = None
@@ -145,7 +149,8 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
 
 def _amount(settings: PruneSettings) -> tuple[By, Any]:
     """`PruneJob.by`, and its ``amount`` as the user gave it."""
-    amounts = [(by, value) for name, by in _AMOUNTS.items() if (value := getattr(settings, name)) is not None]
+    given: dict[By, Any] = {"ratio": settings.ratio, "parameters": settings.target_params, "units": settings.unit_ratio}
+    amounts = [(by, value) for by, value in given.items() if value is not None]
     tokens = settings.settings.get(VOCABULARY, {}).get("tokens")
     if tokens is not None and (amounts or settings.kinds != (VOCABULARY,)):
         raise SettingsError("vocabulary.tokens says how much to remove by itself, with --kinds vocabulary and no other")
@@ -175,16 +180,3 @@ def _filled(
     except SettingsError as error:
         raise SettingsError(f"method {name}: {error}") from error
     return settings.model_copy(update={n: getattr(checked, n) for n in defaults if n not in explicit}), of_components
-
-
-def _replay_job(plan: PruningPlan, catalog: Catalog) -> ReplayJob:
-    budget = catalog.budgets.create(plan.target.counted_in, plan.target.settings)
-    record = plan.compensation
-    if record is None:
-        return ReplayJob(plan, budget, catalog.compensations.create("none"), None, plan.seed)
-    compensation = catalog.compensations.create(record.name, record.settings)
-    calibration = None
-    if record.calibration is not None and record.samples and record.length:
-        parts = parse_calibration(record.calibration, catalog.sources, record.sources)
-        calibration = CalibrationJob(record.calibration, parts, record.samples, record.length)
-    return ReplayJob(plan, budget, compensation, calibration, plan.seed)

@@ -51,7 +51,6 @@ class Fast(Method):
     summary = "units chosen by one forward pass over a few thousand tokens; no compensation"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        del writes
         return {"importance": _criterion(asked, "energy"), "compensate": "none", "samples": 64, "length": 128}
 
 
@@ -64,7 +63,6 @@ class LlmPruner(Method):
     summary = "the paper's: first-order Taylor importance on ten samples; no compensation"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        del writes
         taylor = {"settings": {"taylor": {"variant": "element1"}}} if asked.importance in (None, "taylor") else {}
         free = {} if asked.kinds == (LAYER,) else {"shape": "free"}
         return {"importance": "taylor", **taylor, **TEN_SAMPLES, **free}

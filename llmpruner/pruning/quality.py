@@ -10,23 +10,21 @@ from __future__ import annotations
 from contextlib import suppress
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from ..calibration.calibration import CalibrationSet
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
-from ..engine.walk import Stop, check_tokens, hidden_of, replaced_layers
+from ..engine.walk import Stop, as_output, hidden_of, replaced_layers
+from ..models.generation import LOGIT_ELEMENTS
+from ..models.model import Model
 from ..models.numbers import with_fast_products
-from ..models.positions import LOGIT_ELEMENTS
 from ..models.tokenizer import predicted_tokens
 from ..structure.coupling import LAYER
 from ..structure.plan import PruningPlan, Quality
-
-if TYPE_CHECKING:
-    from ..calibration.calibration import CalibrationSet
-    from ..models.model import Model
-    from .job import PruneJob, ReplayJob
+from .job import Job
 
 TOKENS = 2048
 """Tokens that are read: at least one sample, and no more samples than of calibration."""
@@ -45,7 +43,7 @@ class Dense(NamedTuple):
 
 @torch.no_grad()
 def dense_predictions(
-    model: Model, plan: PruningPlan, job: PruneJob | ReplayJob, text: CalibrationSet | None, execution: Execution
+    model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Dense | None:
     """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
     is cut: of removed tokens, or of removed channels of the residual stream."""
@@ -82,7 +80,7 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
     hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
     try:
         with suppress(Stop):
-            with_fast_products(model, partial(model, input_ids=check_tokens(model, ids), use_cache=False))
+            with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
     finally:
         for hook in hooks:
             hook.remove()
@@ -106,9 +104,8 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         hidden_STD, further = _at_head(execution, dense.ids)
         assert hidden_STD is not None, "as in the dense model"
 
-        def unchanged(*args: Any, **kwargs: Any) -> Any:
-            hidden = hidden_of(args, kwargs)
-            return hidden if further is None else (hidden, *[None] * further)
+        def unchanged(_: int, /, *args: Any, **kwargs: Any) -> Any:
+            return as_output(hidden_of(args, kwargs), further)
 
         head: Any = network.get_output_embeddings()
         rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network)))
@@ -116,7 +113,7 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         for both_2ND in torch.split(whole_2ND, rows, 1):
             hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
             try:
-                with replaced_layers(execution.layers, lambda _: unchanged):
+                with replaced_layers(execution.layers, unchanged):
                     logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
             finally:
                 hook.remove()

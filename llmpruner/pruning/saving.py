@@ -6,14 +6,19 @@ import copy
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
+
+import torch
+from transformers import PreTrainedModel
 
 from .. import __version__
+from ..calibration.calibration import CalibrationSet
 from ..discovery.groups import build_graph
 from ..discovery.opening import base_record
 from ..engine.signals import Signal
 from ..errors import ModelError
 from ..models.meta import meta_model
+from ..models.model import Model, Structure
 from ..models.numbers import stored_dtype
 from ..models.record import read_any_record, stated
 from ..models.save import save_checkpoint
@@ -21,12 +26,13 @@ from ..models.surgery import cut
 from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
 from ..structure.coupling import VOCABULARY
-from ..structure.kept import restrict
+from ..structure.kept import Kept, restrict
 from ..structure.plan import (
     BaseRef,
     BudgetOutcome,
     CompensationRecord,
     EstimationRecord,
+    GroupCut,
     Outcome,
     PruningPlan,
     ScriptTokens,
@@ -37,21 +43,10 @@ from ..structure.plan import (
     cuts_of,
     structure_of,
 )
-from .budgets import BudgetSubject, byte_cost, counts
-from .criteria.tokens import scripts_of, texts_of
-from .selection import counted_part
-from .targets import scope_of, widths_of
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PreTrainedModel
-
-    from ..calibration.calibration import CalibrationSet
-    from ..models.model import Model, Structure
-    from ..structure.kept import Kept
-    from ..structure.plan import GroupCut
-    from .budgets import Budget
-    from .job import PruneJob
+from .budgets import Budget, BudgetSubject, byte_cost, counts
+from .criteria.tokens import counted_part, scripts_of, texts_of
+from .job import PruneJob
+from .selection import scope_of, widths_of
 
 SCRIPTS: Final = 6
 """Those with most tokens; others are counted together."""
@@ -60,8 +55,20 @@ SCRIPTS: Final = 6
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
     signals = job.criterion.signals | (job.tokens.signals if job.tokens else set())
-    scored = text if signals - {Signal.WEIGHT} or job.allocation.measures else None
-    sources = job.calibration.record() if job.calibration else {}
+    scores_read = signals - {Signal.WEIGHT} or job.allocation.measures
+    read: dict[str, Any] = {}
+    fitted: dict[str, Any] = {}
+    if text is not None and job.calibration is not None:
+        samples, length = text.input_ids.shape
+        read = {"calibration": text.source, "sources": job.calibration.record(), "fingerprint": text.fingerprint}
+        fitted = {**read, "samples": samples, "length": length}
+    compensation = None
+    if job.compensation.name != "none":
+        compensation = CompensationRecord(
+            name=job.compensation.name,
+            settings=job.compensation.record(),
+            **(fitted if job.compensation.reads_text else {}),
+        )
     return PruningPlan(
         base=BaseRef(model=model.ref, revision=model.revision, structure=structure_of(model.graph)),
         family=model.family.name,
@@ -69,9 +76,7 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
             criterion=job.criterion.name,
             settings=job.criterion.record(),
             reduction=job.reduction,
-            calibration=scored.source if scored else None,
-            sources=sources if scored else {},
-            fingerprint=scored.fingerprint if scored else None,
+            **(read if scores_read else {}),
         ),
         selection=SelectionRecord(
             kinds=job.kinds,
@@ -82,25 +87,11 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
             shape=job.shape,
             round_to=widths_of(job, model).round_to,
         ),
-        compensation=_compensation_record(job, text, sources),
+        compensation=compensation,
         target=Target(by=job.by, amount=job.amount, budget=job.budget.name, settings=job.budget.record()),
         seed=job.seed,
         cuts=cuts_of(model.graph, kept),
     )
-
-
-def _compensation_record(
-    job: PruneJob, text: CalibrationSet | None, sources: dict[str, Any]
-) -> CompensationRecord | None:
-    compensation = job.compensation
-    if compensation.name == "none":
-        return None
-    read: dict[str, Any] = {}
-    if text is not None and compensation.reads_text:
-        samples, length = text.input_ids.shape
-        read = {"calibration": text.source, "sources": sources, "fingerprint": text.fingerprint}
-        read |= {"samples": samples, "length": length}
-    return CompensationRecord(name=compensation.name, settings=compensation.record(), **read)
 
 
 def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: CalibrationSet | None) -> Outcome:
@@ -184,9 +175,16 @@ def without_weights(structure: Structure, dtype: torch.dtype | None = None) -> P
 
 
 def save(model: Model, directory: Path) -> str:
-    """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` as
-    `_check_fits`."""
-    _check_fits(model)
+    """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` for a
+    model that is half-changed, or that something else than `llmpruner.prune` cut, which could not be loaded."""
+    model.check_whole()
+    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+        expected, found = model.graph.shapes.get(name), tuple(parameter.shape)
+        if found != expected:
+            raise ModelError(
+                f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
+                f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
+            )
     record = {
         **_own_record(model),
         **base_record(model),
@@ -198,19 +196,6 @@ def save(model: Model, directory: Path) -> str:
     return save_checkpoint(
         model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed
     )
-
-
-def _check_fits(model: Model) -> None:
-    """Raise `ModelError` for a model that is half-changed, or whose parameters are not those of its plans: something
-    else than `llmpruner.prune` cut it, and what is saved could not be loaded."""
-    model.check_whole()
-    for name, parameter in model.model.named_parameters(remove_duplicate=False):
-        expected, found = model.graph.shapes.get(name), tuple(parameter.shape)
-        if found != expected:
-            raise ModelError(
-                f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
-                f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
-            )
 
 
 def _own_record(model: Model) -> dict[str, Any]:

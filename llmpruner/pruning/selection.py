@@ -1,45 +1,40 @@
-"""Selection: scores, then an allocation of the amount, in one step or several; the units that are kept."""
+"""Selection: which units of a model a job removes. The job says what may go and how much; units are scored, and the
+amount is allocated to groups, in one step or several."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
-from math import isfinite
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from math import ceil, isfinite
 
 import torch
+from transformers import PreTrainedModel
 
 from ..calibration.calibration import CalibrationSet
+from ..discovery.family import ModelFamily
 from ..discovery.verify import with_rules
 from ..engine.execution import Execution
 from ..engine.journal import recalled
 from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
-from ..engine.walk import check_tokens
 from ..errors import ModelError, SelectionError
+from ..models.model import Model, Structure
 from ..models.numbers import with_fast_products
 from ..models.surgery import cut, cut_copy
-from ..models.vocabulary import whole_first
+from ..models.vocabulary import removable_tokens, whole_first
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..structure.coupling import LAYER, VOCABULARY, CoupledGroup, CouplingGraph
-from ..structure.kept import compose, layer_numbers, removed_layers
-from ..structure.scope import Queue, Scope, build_queue
-from ..structure.widths import ANY, Widths
+from ..structure.kept import Kept, compose, layer_numbers, removed_layers, renamed
+from ..structure.plan import dense_units
+from ..structure.scope import ANY, NARROW, Scope, Widths, build_queue, like, widths_for
+from ..values import chosen_layers
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Scores, estimate
-from .targets import Demand, demand, lost, part_of, scope_of, widths_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..discovery.family import ModelFamily
-    from ..models.model import Model
-    from ..structure.kept import Kept
-    from .job import PruneJob
+from .criteria.tokens import counted_part
+from .job import PruneJob
 
 GRADIENT_TOKENS = 32768
 """Calibration tokens for scores that need gradients, where a compensation reads more text."""
@@ -54,6 +49,215 @@ def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: 
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
     return kept
+
+
+class _Choice:
+    """Chooses the units of ``model`` that ``job`` removes. ``text``: for scores and trials. ``kept``: by the steps so
+    far, in numbers of ``model``.
+
+    ``network``: before the first step that of ``model``, then a copy that is cut to ``kept``; ``graph``, ``scope``,
+    ``groups``, ``widths`` and ``cost`` are of it. ``scores``: as the allocation compares them; empty until they are
+    known. ``loss``: of trial cuts, once an allocation measures."""
+
+    def __init__(self, model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> None:
+        self.model, self.job, self.text, self.execution = model, job, text, execution
+        self.kept: Kept = {}
+        self._cut()
+        self.whole = self.cost
+
+    def _cut(self) -> None:
+        model, job, kept = self.model, self.job, self.kept
+        self.network, self.graph = model.model, model.graph
+        self.scope, self.widths = scope_of(job, model), widths_of(job, model)
+        if kept:
+            self.network = copy.deepcopy(model.model)
+            self.graph = cut(self.network, model.graph, kept, model.family)
+            numbers, scope = layer_numbers(model.graph, kept), self.scope
+            layers = tuple(numbers[n] for n in scope.layers if n in numbers)
+            removable = tuple(numbers[n] for n in scope.removable or () if n in numbers)
+            self.scope, self.widths = Scope(scope.kinds, layers, removable), self.widths.after(model.graph, kept)
+        self.groups = self.scope.groups(self.graph)
+        self.scores: Scores = {}
+        self.loss: Callable[[Kept], float] | None = None
+        with self.execution.stages.stage("budget"):
+            subject = BudgetSubject(self.network, self.graph, self.groups, model.family, self.execution.progress)
+            self.cost = job.budget.cost(subject)
+
+    def units(self) -> Kept:
+        job, stages = self.job, self.execution.stages
+        # With equal shares, the numbers of units are decided once. Where layers alone go, each step takes its amount.
+        once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
+        numbers: dict[str, float] = {}
+        for step in range(1, job.steps + 1):
+            last = step == job.steps
+            amount = demand(job, self.whole, self.cost, self.groups, self.scope, step)
+            with stages.stage("scores"):
+                self._rank(amount)
+            with stages.stage("selection"):
+                if once and step == 1:
+                    all_of_it = demand(job, self.whole, self.whole, self.groups, self.scope, job.steps)
+                    numbers = lost(self.graph, self.groups, self._select(all_of_it, job.allocation))
+                chosen = None
+                if once and not last:
+                    chosen = self._select(self._part(numbers, step / job.steps), Uniform())
+                if chosen is None or self._is_more_than_all(chosen, amount):
+                    chosen = self._select(amount, job.allocation)
+            self.kept = compose(self.model.graph, self.kept, chosen)
+            # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
+            if chosen and not last:
+                self._cut()
+        return self.kept
+
+    def _rank(self, amount: Demand) -> None:
+        """Set the scores, unless they are set and do not depend on the amount."""
+        job, execution = self.job, self.execution
+        blocks = Signal.STREAM_BLOCKS in job.criterion.signals
+        if self.scores and not blocks:
+            return
+        group, length = self.groups[0], 1
+        if blocks:
+            # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
+            kept = select(self.graph, [group], equal_scores([group]), self.scope, amount, Uniform(), cost=self.cost)
+            length = max(1, group.units - len(kept.get(group.name, range(group.units))))
+        shared = None if blocks else execution.shared
+        if self.network is not self.model.model:
+            execution = replace(execution, weights=Weights(self.network, self.graph.layers), journal=None)
+            shared = None
+
+        def scored() -> dict[str, list[float]]:
+            return {name: values.tolist() for name, values in self._estimate(execution, length).items()}
+
+        scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
+        self.scores = job.allocation.comparable(scores, self.graph)
+
+    def _estimate(self, execution: Execution, length: int) -> Scores:
+        """``length``: as in `StreamStats`."""
+        job, text = self.job, self.text
+        of_tokens = [group for group in self.groups if group.kind == VOCABULARY]
+        others = [group for group in self.groups if job.tokens is None or group.kind != VOCABULARY]
+        scores: dict[str, torch.Tensor] = {}
+        for criterion, groups in ((job.criterion, others), (job.tokens, of_tokens)):
+            if criterion is None:
+                continue
+            read = text
+            if text is not None and job.compensation.reads_text and criterion.signals & GRADIENTS:
+                read = text.first(GRADIENT_TOKENS)
+            if text is not None and Signal.TOKENS in criterion.signals:
+                read = counted_part(text)
+            scores |= estimate(
+                self.network, self.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
+                execution=execution, length=length, removable=self.scope.allowed_units(self.groups[0]),
+                tokenizer=self.model.tokenizer,
+            )  # fmt: skip
+        for group in of_tokens:
+            scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
+        return scores
+
+    def _select(self, amount: Demand, allocation: Allocation) -> Kept:
+        if self.loss is None and allocation.measures and self.text is not None:
+            kinds = {group.kind for group in self.groups} - {VOCABULARY}
+            self.loss = trial_loss(self.network, self.graph, kinds, self.model.family, self.text, self.scores)
+
+        def chosen() -> Kept:
+            return select(
+                self.graph, self.groups, self.scores, self.scope, amount, allocation,
+                cost=self.cost, widths=self.widths, loss=self.loss, progress=self.execution.progress,
+            )  # fmt: skip
+
+        return self.execution.ranks.from_first(chosen)
+
+    def _part(self, numbers: Mapping[str, float], share: float) -> Demand:
+        """What must go now so that ``share`` of the ``numbers`` of units of all groups is gone after it. Where steps
+        took amounts, each could be less than a head or a layer, so that heads and layers would never go."""
+        units: dict[str, float] = {}
+        before = {new: old for old, new in renamed(self.model.graph, self.kept).items()}
+        for group in self.groups:
+            dense = self.model.graph.by_name[before[group.name]]
+            # Query heads that went with a key/value head are not part of what their own group loses.
+            blocks = dense.blocks / group.blocks
+            units[group.name] = (group.units * blocks - (dense.units - share * numbers[dense.name])) / blocks
+        return Demand(units=units)
+
+    def _is_more_than_all(self, chosen: Kept, amount: Demand) -> bool:
+        """Whether ``chosen`` removes more than all steps are to: its layers may be larger than those that were counted
+        when their number was decided."""
+        if amount.whole is None or not chosen:
+            return False
+        graph = self.model.graph
+        after = self.whole.remaining(*counts(graph, compose(graph, self.kept, chosen)))
+        return self.cost.remaining() - after > amount.whole
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What must be removed: an ``amount`` of a cost, and the ``whole``, as in `AllocationTask`; or ``units``: group
+    name → number of units, which need not be whole."""
+
+    amount: int = 0
+    whole: int | None = None
+    units: Mapping[str, float] | None = None
+
+
+def scope_of(job: PruneJob, structure: Structure) -> Scope:
+    """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
+    removal of whole layers, a tenth of the layers at either end stays."""
+    count = structure.graph.num_layers
+    chosen = chosen_layers(job.layers, count)
+    tokens = None
+    if VOCABULARY in job.kinds and isinstance(structure, Model):
+        tokens = removable_tokens(structure.model, structure.tokenizer)
+    if chosen is not None:
+        return Scope(job.kinds, chosen, chosen, tokens)
+    ends = round(0.1 * count)  # LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32
+    inner = tuple(range(ends, count - ends))
+    return Scope(job.kinds, tuple(range(count)) if job.shape == "uniform" else inner, inner, tokens)
+
+
+def widths_of(job: PruneJob, structure: Structure) -> Widths:
+    """The widths that a job allows in this model."""
+    config = structure.config.get_text_config(decoder=True)
+    dense = dense_units(structure.plans, structure.graph)
+    return widths_for(job.shape, job.round_to, int(getattr(config, "hidden_size", 0) or NARROW), dense)
+
+
+def demand(job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup], scope: Scope, step: int) -> Demand:
+    """What must be removed in step number ``step``, so that ``step / job.steps`` of the amount is removed after it.
+    ``whole``: the cost of the dense model; ``now``: of the model after earlier steps. Raises `SelectionError`."""
+    if job.by == "tokens":
+        (group,) = groups
+        gone = group.units - round(job.amount)
+        most = len(scope.allowed_units(group) or range(group.units))
+        if not 0 < gone <= most:
+            raise SelectionError(
+                f"vocabulary.tokens={job.amount:.0f}: the model has {group.units:,} tokens, of which "
+                f"{group.units - most:,} must stay (special tokens, bytes and single characters)"
+            )
+        return Demand(units={group.name: float(gone)})
+    if job.by == "units":
+        return Demand(units={g.name: job.amount * len(scope.allowed_units(g) or range(g.units)) for g in groups})
+    dense, left = whole.remaining(), now.remaining()
+    if job.by == "ratio":
+        after = [dense - round(dense * job.amount * (n / job.steps)) for n in (step, job.steps)]
+    else:
+        gone = dense - round(job.amount)
+        if gone <= 0:
+            raise SelectionError(f"prune.target_params {job.amount:,.0f} is not below the model's {dense:,} parameters")
+        after = [dense - ceil(gone * (n / job.steps)) for n in (step, job.steps)]
+    return Demand(amount=left - after[0], whole=None if step == job.steps else left - after[1])
+
+
+def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> dict[str, float]:
+    """Group name → how many units it loses by a cut to ``kept``: of a group in a layer that goes, as many as equal
+    groups of other layers lose on average, or others of its kind."""
+    gone = removed_layers(graph, kept)
+    stay = [group for group in groups if group.layer not in gone]
+    found: dict[str, float] = {g.name: g.units - len(kept.get(g.name, range(g.units))) for g in stay}
+    for group in groups:
+        if group.name not in found:
+            peers = [g for g in stay if like(g) == like(group)] or [g for g in stay if g.kind == group.kind]
+            share = sum(found[g.name] for g in peers) / max(sum(g.units for g in peers), 1)
+            found[group.name] = group.units * share
+    return found
 
 
 def select(
@@ -76,10 +280,7 @@ def select(
     units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
     MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
     kept, unless ``widths``, what groups may keep, forbids it. ``loss``: for an allocation that measures, kept units →
-    divergence of the cut model from the current one.
-
-    Raises `SelectionError` when the demand cannot be met.
-    """
+    divergence of the cut model from the current one. Raises `SelectionError` when the demand cannot be met."""
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
@@ -91,16 +292,20 @@ def select(
     }
     together = [[queues[name] for name in names if name in queues] for names in widths.alike(groups)]
     members = {own[0].group.name: own for own in together if own}
-    steps_of = {queue.group.name: name for name, own in members.items() for queue in own}
 
     def chosen(taken: Taken) -> Kept:
-        steps = {name: taken.get(steps_of[name], 0) for name in queues}
-        kept = {name: queue.kept_after(steps[name]) for name, queue in queues.items() if steps[name]}
+        losing = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
+        kept = {queue.group.name: queue.kept_after(steps) for queue, steps in losing}
         gone = removed_layers(graph, kept)
         return {name: units for name, units in kept.items() if graph.by_name[name].layer not in gone}
 
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
-    joint, meter, amount = list(map(_joint, members.values())), Meter(cost, members), demand.amount
+    # Groups that lose the same number of units are equal but for their layers; a step has the mean of their scores.
+    joint = []
+    for own in members.values():
+        steps = zip(*(queue.scores for queue in own), strict=True)
+        joint.append(replace(own[0], scores=tuple(sum(each) / len(own) for each in steps)))
+    meter, amount = Meter(cost, members), demand.amount
     if demand.units is not None:
         taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
         if isinstance(allocation, Uniform):
@@ -115,174 +320,9 @@ def select(
     return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))
 
 
-def _joint(queues: Sequence[Queue]) -> Queue:
-    """One queue for groups that lose the same number of units: the score of a step is the mean of theirs. Groups that
-    are equal but for their layers have equally long queues."""
-    scores = tuple(sum(each) / len(queues) for each in zip(*(queue.scores for queue in queues), strict=True))
-    return replace(queues[0], scores=scores)
-
-
 def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
     """All zero, for `select` where only the numbers of units matter."""
     return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
-
-
-@dataclass
-class _Current:
-    """The model after the steps so far: before the first one itself, then a copy that is cut. ``cost``: of what is
-    left. ``ranked``: group name → scores that the allocation compares; empty until they are known. ``loss``: of
-    trial cuts, once an allocation measures."""
-
-    network: PreTrainedModel
-    graph: CouplingGraph
-    scope: Scope
-    groups: Sequence[CoupledGroup]
-    widths: Widths
-    cost: Cost
-    ranked: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    loss: Callable[[Kept], float] | None = None
-
-
-class _Choice:
-    """Chooses the units of ``model`` that ``job`` removes. ``text``: for scores and trials. With several steps, copies
-    of the model are cut."""
-
-    def __init__(self, model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> None:
-        self.model, self.job, self.text, self.execution = model, job, text, execution
-        self.kept: Kept = {}
-        """By the steps so far, in numbers of the model before the first one."""
-        self.now = self._current(model.model, model.graph, scope_of(job, model), widths_of(job, model))
-        self.whole = self.now.cost
-
-    def _current(self, network: PreTrainedModel, graph: CouplingGraph, scope: Scope, widths: Widths) -> _Current:
-        groups = scope.groups(graph)
-        with self.execution.stages.stage("budget"):
-            subject = BudgetSubject(network, graph, groups, self.model.family, self.execution.progress)
-            return _Current(network, graph, scope, groups, widths, self.job.budget.cost(subject))
-
-    def units(self) -> Kept:
-        """As `choose`."""
-        job, stages = self.job, self.execution.stages
-        # With equal shares, the numbers of units are decided once. Where layers alone go, each step takes its amount.
-        once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
-        numbers: dict[str, float] = {}
-        for step in range(1, job.steps + 1):
-            now, last = self.now, step == job.steps
-            amount = demand(job, self.whole, now.cost, now.groups, now.scope, step)
-            with stages.stage("scores"):
-                self._rank(amount)
-            with stages.stage("selection"):
-                if once and step == 1:
-                    all_of_it = demand(job, self.whole, self.whole, now.groups, now.scope, job.steps)
-                    numbers = lost(now.graph, now.groups, self._select(all_of_it, job.allocation))
-                chosen = None
-                if once and not last:
-                    part = part_of(self.model.graph, self.kept, numbers, step / job.steps, now.groups)
-                    chosen = self._select(part, Uniform())
-                if chosen is None or self._is_more_than_all(chosen, amount):
-                    chosen = self._select(amount, job.allocation)
-            self.kept = compose(self.model.graph, self.kept, chosen)
-            # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
-            if chosen and not last:
-                self.now = self._cut()
-        return self.kept
-
-    def _cut(self) -> _Current:
-        model, job, kept = self.model, self.job, self.kept
-        network = copy.deepcopy(model.model)
-        graph = cut(network, model.graph, kept, model.family)
-        scope, numbers = scope_of(job, model), layer_numbers(model.graph, kept)
-        layers = tuple(numbers[n] for n in scope.layers if n in numbers)
-        removable = None if scope.removable is None else tuple(numbers[n] for n in scope.removable if n in numbers)
-        widths = widths_of(job, model).after(model.graph, kept)
-        return self._current(network, graph, Scope(scope.kinds, layers, removable), widths)
-
-    def _rank(self, amount: Demand) -> None:
-        """Set the scores, unless they are set and do not depend on the amount."""
-        now, job, execution = self.now, self.job, self.execution
-        blocks = Signal.STREAM_BLOCKS in job.criterion.signals
-        if now.ranked and not blocks:
-            return
-        group, length = now.groups[0], 1
-        if blocks:
-            # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
-            kept = select(now.graph, [group], equal_scores([group]), now.scope, amount, Uniform(), cost=now.cost)
-            length = max(1, group.units - len(kept.get(group.name, range(group.units))))
-        shared = None if blocks else execution.shared
-        if now.network is not self.model.model:
-            execution = replace(execution, weights=Weights(now.network, now.graph.layers), journal=None)
-            shared = None
-
-        def scored() -> dict[str, list[float]]:
-            return {name: values.tolist() for name, values in self._estimate(execution, length).items()}
-
-        scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
-        now.ranked = job.allocation.comparable(scores, now.graph)
-
-    def _estimate(self, execution: Execution, length: int) -> Scores:
-        """``length``: as in `StreamStats`."""
-        now, job, text = self.now, self.job, self.text
-        of_tokens = [group for group in now.groups if group.kind == VOCABULARY]
-        scores: dict[str, torch.Tensor] = {}
-        for criterion, groups in (
-            (job.criterion, [group for group in now.groups if job.tokens is None or group.kind != VOCABULARY]),
-            (job.tokens, of_tokens),
-        ):
-            if criterion is None:
-                continue
-            read = text
-            if text is not None and job.compensation.reads_text and criterion.signals & GRADIENTS:
-                read = text.first(GRADIENT_TOKENS)
-            if text is not None and Signal.TOKENS in criterion.signals:
-                read = counted_part(text)
-            scores |= estimate(
-                now.network, now.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
-                execution=execution, length=length, removable=now.scope.allowed_units(now.groups[0]),
-                tokenizer=self.model.tokenizer,
-            )  # fmt: skip
-        for group in of_tokens:
-            scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
-        return scores
-
-    def _select(self, amount: Demand, allocation: Allocation) -> Kept:
-        now = self.now
-        if now.loss is None and allocation.measures and self.text is not None:
-            kinds = {group.kind for group in now.groups} - {VOCABULARY}
-            trial = trial_loss(now.network, now.graph, kinds, self.model.family, self.text)
-            now.loss = partial(with_tokens, trial, now.graph, now.ranked)
-
-        def chosen() -> Kept:
-            return select(
-                now.graph, now.groups, now.ranked, now.scope, amount, allocation,
-                cost=now.cost, widths=now.widths, loss=now.loss, progress=self.execution.progress,
-            )  # fmt: skip
-
-        return self.execution.ranks.from_first(chosen)
-
-    def _is_more_than_all(self, chosen: Kept, amount: Demand) -> bool:
-        """Whether ``chosen`` removes more than all steps are to: its layers may be larger than those that were counted
-        when their number was decided."""
-        if amount.whole is None or not chosen:
-            return False
-        graph = self.model.graph
-        after = self.whole.remaining(*counts(graph, compose(graph, self.kept, chosen)))
-        return self.now.cost.remaining() - after > amount.whole
-
-
-def counted_part(text: CalibrationSet) -> CalibrationSet:
-    """The part of a calibration text on which tokens are counted; the rest tells how many other texts need."""
-    return text.first(text.input_ids.numel() * 7 // 8)
-
-
-def with_tokens(
-    trial: Callable[[Kept], float], graph: CouplingGraph, scores: Mapping[str, torch.Tensor], kept: Kept
-) -> float:
-    """The divergence of a cut to ``kept``: by ``trial``, and for tokens, whose cut changes what the text is made of, by
-    the sum of the scores of the removed ones, which are nats per token of the text."""
-    tokens = {name: units for name, units in kept.items() if graph.by_name[name].kind == VOCABULARY}
-    others = {name: units for name, units in kept.items() if name not in tokens}
-    lost = sum(float(scores[name].sum() - scores[name][list(units)].sum()) for name, units in tokens.items())
-    return lost + (trial(others) if others else 0.0)
 
 
 @torch.no_grad()
@@ -292,14 +332,15 @@ def trial_loss(
     kinds: Collection[str],
     family: ModelFamily,
     calibration: CalibrationSet,
+    scores: Scores,
 ) -> Callable[[Kept], float]:
     """A function from kept units to the mean KL divergence per token, in nats, of the model cut to them from ``model``.
 
-    ``kinds``: of the units that are cut. Every trial cuts a copy that shares the weights that are not cut. Memory
-    beyond the model: the logits of 2,048 tokens.
-    """
+    ``kinds``: of the units that are cut, but tokens: a cut of these changes what the text is made of, and costs the sum
+    of their ``scores``, which are nats per token of the text. Every trial cuts a copy that shares the weights that are
+    not cut. Memory beyond the model: the logits of 2,048 tokens."""
     follows = with_rules(family, model, set(kinds))
-    ids = check_tokens(model, calibration.input_ids)
+    ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
 
@@ -311,13 +352,18 @@ def trial_loss(
 
     @torch.no_grad()
     def loss(kept: Kept) -> float:
-        copied = cut_copy(model, graph, kept, follows)
+        tokens = {name: units for name, units in kept.items() if graph.by_name[name].kind == VOCABULARY}
+        others = {name: units for name, units in kept.items() if name not in tokens}
+        of_tokens = sum(float(scores[name].sum() - scores[name][list(units)].sum()) for name, units in tokens.items())
+        if not others:
+            return of_tokens
+        copied = cut_copy(model, graph, others, follows)
         total = sum(divergence(before, logits(copied, part)) for before, part in zip(dense, tried, strict=True))
         if not isfinite(total):
             raise ModelError(
                 "the divergence of a trial cut is not a finite number; the weights are damaged, or activations "
                 f"overflow in {str(model.dtype).removeprefix('torch.')}"
             )
-        return total / sum(part[:, 1:].numel() for part in tried)
+        return of_tokens + total / sum(part[:, 1:].numel() for part in tried)
 
     return loss

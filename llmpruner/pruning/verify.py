@@ -15,28 +15,26 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 
-from ..discovery.opening import dense_structure, load_structure
+from ..discovery.opening import Opener, dense_structure, load_structure
 from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
-from ..models.checkpoint import adapter_base
+from ..models.messages import ALLOW
+from ..models.model import Model, Structure
 from ..models.numbers import loaded_bytes
 from ..models.opening import load_model, open_streamed, open_weights, why_not_streamed
 from ..models.record import RECORD_FILE, check_index, damaged_files, has_shards, read_any_record, recorded_files
-from ..models.remote import ALLOW
+from ..models.reference import adapter_base
 from ..models.weights import StreamedWeights, Weights
-from ..progress import QUIET, Progress
 from ..settings import DEMO, LoadSettings
-from ..structure.coupling import Role
+from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
+from ..structure.plan import PruningPlan
 from ..values import counted
 from .saving import cut_model
 
 if TYPE_CHECKING:
-    from ..models.model import Model, Structure
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CouplingGraph
-    from ..structure.plan import PruningPlan
 
 PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
 _CHECKS = ("files", "shapes", "weights", "logits")
@@ -75,24 +73,19 @@ class _NotComparable(Exception):
     """Nothing more can be compared; the message says why."""
 
 
-def verify_checkpoint(
-    directory: Path, base: str | None, load: LoadSettings, catalog: Catalog, progress: Progress = QUIET
-) -> Verification:
-    """Check ``directory``. ``base``: reference of the dense model, instead of that in the record.
-
-    Damage is part of the result. Raises `ModelError` for a directory that holds no checkpoint, and for a ``base`` that
-    cannot be opened or is another model.
-    """
+def verify_checkpoint(directory: Path, base: str | None, opener: Opener) -> Verification:
+    """Check ``directory``. ``base``: reference of the dense model, instead of that in the record. Damage is part of the
+    result. Raises `ModelError` where there is no checkpoint, and where ``base`` can't be opened or is another model."""
     recorded = (directory / RECORD_FILE).is_file() or adapter_base(directory) is not None
     if not recorded and not has_shards(directory):
         raise ModelError(
             f"'{directory}' has neither a {RECORD_FILE} nor safetensors files, so there is nothing to verify"
         )
-    checks = list(_file_checks(directory))
+    checks = _file_checks(directory)
     reason = "the files are damaged"
     if not any(check.state == DAMAGED for check in checks):
         try:
-            for name, compared in _model_checks(directory, base, load, catalog, progress):
+            for name, compared in _model_checks(directory, base, opener):
                 checks.append(Check(name, PASSED, compared))
         except _NotComparable as why:
             reason = str(why)
@@ -103,39 +96,35 @@ def verify_checkpoint(
     return Verification(str(directory), (*checks, *rest))
 
 
-def _file_checks(directory: Path) -> Iterator[Check]:
+def _file_checks(directory: Path) -> list[Check]:
     try:
         recorded = recorded_files(read_any_record(directory))
         damaged = [f"{directory / name} {what}" for name, what in damaged_files(directory, recorded or {})]
     except CheckpointError as error:
         damaged, recorded = [str(error)], {}
-    for line in damaged:
-        yield Check("files", DAMAGED, line)
+    if damaged:
+        return [Check("files", DAMAGED, line) for line in damaged]
     if recorded is None:
-        yield Check("files", NOT_CHECKED, "there is no record with hashes")
-    elif not damaged:
-        yield Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")
+        return [Check("files", NOT_CHECKED, "there is no record with hashes")]
+    return [Check("files", PASSED, f"SHA-256 of {counted(len(recorded), 'file')} is as recorded")]
 
 
-def _model_checks(
-    directory: Path, named: str | None, load: LoadSettings, catalog: Catalog, progress: Progress
-) -> Iterator[tuple[str, str]]:
+def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterator[tuple[str, str]]:
     """The checks after those of the files, with what was compared. Raises `_NotComparable`, and `CheckpointError` for
     damage."""
-    progress.status("comparing shapes with the plans")
-    structure, weights = _opened(directory, load, catalog)
+    opener.progress.status("comparing shapes with the plans")
+    structure, weights = _opened(directory, opener.load, opener.catalog)
     yield "shapes", f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
     if not structure.plans:
         raise _NotComparable("it was not pruned by llmpruner")
-    base = structure.plans[0].base.model
-    if named is None and not any(map(exists, (base, str((structure.record or {}).get("base_path"))))) and base != DEMO:
+    base, record = structure.plans[0].base.model, structure.record or {}
+    if named is None and not any(map(exists, (base, str(record.get("base_path"))))) and base != DEMO:
         raise _NotComparable(f"the base '{base}' is not on this machine; name it with --base")
-    record = structure.record or {}
     if record.get("recovery") or record.get("adapters"):
         raise _NotComparable("weights were trained after the cut")
-    dense = _dense(structure, named, _typed(directory, load), catalog)
-    progress.status(f"comparing with '{dense.ref}'")
-    changed = _changed_modules(dense.graph, structure.plans, catalog)
+    dense = _dense(structure, named, _typed(directory, opener.load), opener.catalog)
+    opener.progress.status(f"comparing with '{dense.ref}'")
+    changed = _changed_modules(dense.graph, structure.plans, opener.catalog)
     vocabulary = dense.model.get_input_embeddings().weight.shape[0]
     random = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     kept: Kept = {}

@@ -20,7 +20,7 @@ from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line
 from ..evaluation.evaluate import chosen_metrics
 from ..plugins.catalog import Catalog
 from ..pruning.job import prune_job
-from ..recovery.job import check_recover, recover_job
+from ..recovery.data import check_recover, recover_job
 from ..settings import (
     BenchSettings,
     EvaluateSettings,
@@ -110,11 +110,7 @@ class Recipe:
 
     @classmethod
     def of(
-        cls,
-        value: Mapping[str, Any],
-        catalog: Catalog,
-        source: str = "recipe",
-        values: Mapping[str, Any] | None = None,
+        cls, value: Mapping[str, Any], catalog: Catalog, source: str = "recipe", values: Mapping[str, Any] | None = None
     ) -> Recipe:
         """The recipe in ``value``, which has the keys of a recipe file. ``values``: other settings, as of
         `llmpruner.run`. Raises `LlmprunerError`, in one line with the step and the key, for what is no recipe, and for

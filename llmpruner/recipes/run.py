@@ -16,17 +16,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..discovery.opening import load_structure
+from ..discovery.opening import Opener, load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
-from ..models.identity import data_identity, model_identity
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
+from ..models.reference import data_identity, model_identity
 from ..models.tokenizer import brings_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job
-from ..report.history import first_and_last, loss_text, no_better
+from ..report.sections import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
 from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
 
@@ -104,7 +104,7 @@ class RecipeRun:
             with naming(step.place):
                 COMMANDS[step.command].check(step.job)
                 if step.command == "prune" and step.reads == (DENSE,):
-                    check_job(step.job, self.dense, tokenizer=True)
+                    check_job(step.job, self.dense, Opener(catalog, self.load, progress))
                 learns = step.command == "recover" and step.job.reads_dense
                 if learns and step.reads == (DENSE,) and not self.dense.plans:
                     raise not_pruned(self.model)
@@ -142,7 +142,7 @@ class RecipeRun:
             for name in step.reads
         }
         settings = step.settings.model_dump(mode="json")
-        inputs = {
+        return {
             "command": step.command,
             "settings": settings,
             "load": self.load.model_dump(mode="json"),
@@ -150,8 +150,6 @@ class RecipeRun:
             "data": data_identity(settings, step.job),
             "prompt": step.prompt,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(inputs))
-        return plain
 
     def do(self, on_step: Callable[[StepResult], None] | None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
@@ -234,9 +232,8 @@ def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     record = model.record["recovery"][-1]
     kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
     facts = {key: record[key] for key in kept if key in record}
-    if (losses := first_and_last(record)) is not None:
-        facts |= {"steps": len(record["losses"]), "losses": list(losses[1:])}
-        facts["loss"] = no_better(record) or loss_text(record)
+    _, first, last = first_and_last(record)
+    facts |= {"steps": len(record["losses"]), "losses": [first, last], "loss": no_better(record) or loss_text(record)}
     return {"checkpoint": model.form, **facts}, None
 
 

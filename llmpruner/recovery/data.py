@@ -1,49 +1,88 @@
-"""The rows that a model is trained and validated on, from files, data sets, and text that the dense model writes."""
+"""What a recovery is to do, and the rows that it trains on: of files, of data sets, and text that the dense model
+writes. Imports no torch.
+
+With ``--data self`` or ``self-text``, a recovery needs no corpus. One of four rows of ``self`` is an answer to an
+instruction of ``instructions.txt``, in the model's chat format; the others, and all rows of ``self-text``, are short
+texts that the model writes from nothing, as for calibration. Tokens are drawn at temperature 1 from the whole
+distribution: then the cross entropy of the rows differs from the divergence of the trained model from the dense one by
+a constant, in expectation.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import json
+import math
+import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import texts_at, token_ids
-from ..calibration.conversations import Completion, Example, example, read_examples
+from ..calibration.chat import chat_prompt, texts_at, token_ids
+from ..calibration.conversations import Completion, Example, Instruction, example, read_examples
 from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture
-from ..errors import DataError
+from ..errors import DataError, MissingExtraError, SettingsError
+from ..progress import QUIET, Progress
+from ..settings import RecoverSettings
 from ..values import counted
-from .base import Row
-from .dense_text import dense_text_in
+from .base import RecoveryStrategy, Row
 
 if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
-    from ..settings import RecoverSettings
+    from ..models.model import Model
+    from ..plugins.catalog import Catalog
 
+ROWS = 512
+"""Rows of ``self`` and ``self-text`` without a number."""
+ANSWER_TOKENS, TEXT_TOKENS = 192, 64
+"""The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
+_BATCH = 64
+"""Rows that are written at once; memory grows with it."""
+_SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 _LEAST, _MOST = 48, 128
 """Examples for validation where a share of the data is asked for, at most a fifth of the data: enough to tell a small
 gain from noise (of the texts that a model writes, some 15 rows of 256 tokens), and few enough to take little time."""
 
 
 @dataclass(frozen=True)
-class TrainingData:
-    """Tokenised examples, see `Row`."""
+class DenseText:
+    """A source of rows that the dense model writes. ``source``: as the user wrote it; ``answers``, ``texts``: numbers
+    of rows with and without an instruction, at most."""
 
-    rows: list[Row]
-    validation: list[Row]
-    """With ``held_out``, rows that are not trained on; else some of ``rows``."""
-    held_out: bool
+    source: str
+    answers: int
+    texts: int
+
+
+@dataclass(frozen=True)
+class RecoverJob:
+    """The settings of a recovery, and what they name. ``dense_text``: of the data, what the dense model writes."""
+
+    settings: RecoverSettings
+    strategy: RecoveryStrategy
+    dense_text: DenseText | None = None
 
     @property
-    def fingerprint(self) -> str:
-        """SHA-256 over all rows in their order."""
-        return hashlib.sha256(json.dumps([self.rows, self.validation]).encode()).hexdigest()
+    def reads_dense(self) -> bool:
+        """Whether the dense model writes examples, or teaches."""
+        return self.strategy.needs_dense or self.dense_text is not None
 
 
-def check_data(data: str) -> None:
-    """Raise `DataError` for data that is missing or begins malformed."""
-    for source in _stored(data):
+def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
+    """Raises `SettingsError` (or `UnknownNameError`, or `DataError`) for settings that are wrong."""
+    strategy = catalog.strategies.create_only(settings.strategy, settings.settings)
+    return RecoverJob(settings, strategy, dense_text_in(settings.data))
+
+
+def check_recover(job: RecoverJob) -> None:
+    """Refuse what needs no model to be seen: missing or malformed data, missing libraries, and FSDP."""
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
+    if job.strategy.adapters and find_spec("peft") is None:
+        raise MissingExtraError("peft", "recover")
+    for source in _stored(job.settings.data):
         check_source(source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
 
 
@@ -57,6 +96,97 @@ def _stored(data: str) -> list[str]:
     """The files and data sets that ``data`` names."""
     written = dense_text_in(data)
     return [part.source for part in parse_mixture(data) if written is None or part.source != written.source]
+
+
+def dense_text_in(data: str) -> DenseText | None:
+    """The part of the value of ``--data`` that the dense model writes, at most one; None where there is none."""
+    sources = [part.source for part in parse_mixture(data)]
+    written = [text for text in sources if text.partition(":")[0] in ("self", "self-text") and not isfile(text)]
+    if not written:
+        return None
+    if len(written) > 1:
+        raise DataError(f"--data {data}: name 'self' or 'self-text' once, with the number of rows")
+    (source,) = written
+    name, colon, count = source.partition(":")
+    if colon and not (count.isascii() and count.isdecimal() and int(count)):
+        raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
+    rows = int(count) if colon else ROWS
+    answers = math.ceil(rows / 4) if name == "self" else 0
+    return DenseText(source, answers, rows - answers)
+
+
+def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress = QUIET) -> list[Example]:
+    """Let the ``dense`` model write the examples of ``text``. Raises `DataError` where that gives none."""
+    from ..calibration.written import self_generated
+
+    examples = _answers(text, dense, seed, progress) if text.answers else []
+    if text.texts:
+        ids = self_generated(
+            dense.model, dense.tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS, batch=_BATCH,
+            progress=progress, label="The dense model writes texts",
+        )  # fmt: skip
+        texts = (_decoded(dense.tokenizer, row, finished=False) for row in ids.tolist())
+        examples += [Completion(written) for written in texts if written]
+    if not examples:
+        raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
+    return examples
+
+
+def _answers(text: DenseText, dense: Model, seed: int, progress: Progress) -> list[Example]:
+    from torch.quasirandom import SobolEngine
+
+    from ..calibration.written import answered
+    from ..models.generation import table_of
+    from ..models.tokenizer import ids_to_continue
+
+    model, tokenizer, family = dense.model, dense.tokenizer, dense.family
+    prompts: dict[str, list[int]] = {}
+    for instruction in (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines():
+        prompt = chat_prompt(family, tokenizer, instruction)
+        prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
+    needed, positions = max(map(len, prompts.values())) + ANSWER_TOKENS, table_of(model.config)
+    if positions is not None and needed > positions:
+        raise DataError(
+            f"--data {text.source}: instructions with answers take {needed} tokens, and the model has {positions:,} "
+            "positions; give self-text or a file"
+        )
+    asked = list(prompts)
+    random.Random(seed).shuffle(asked)
+    # In a batch, prompts have the length of the longest.
+    chosen = sorted((asked[n % len(asked)] for n in range(text.answers)), key=lambda each: len(prompts[each]))
+    # Points of a scrambled Sobol sequence, see `calibration.written`.
+    numbers = SobolEngine(ANSWER_TOKENS, scramble=True, seed=seed).draw(len(chosen))  # type: ignore[no-untyped-call]
+    examples: list[Example] = []
+    for first in progress.track(range(0, len(chosen), _BATCH), "The dense model answers instructions"):
+        batch = chosen[first : first + _BATCH]
+        drawn = numbers[first : first + len(batch)]
+        answers = answered(model, tokenizer, [prompts[each] for each in batch], ANSWER_TOKENS, drawn)
+        for instruction, ids in zip(batch, answers, strict=True):
+            answer = _decoded(tokenizer, ids, finished=len(ids) < ANSWER_TOKENS, stop=family.stop_text)
+            if answer:
+                examples.append(Instruction(instruction, answer))
+    return examples
+
+
+def _decoded(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
+    """The text of ``ids``; where it is not ``finished``, up to the end of its last whole sentence, as the end of a row
+    is trained on."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    if stop and stop in text:
+        text, finished = text.partition(stop)[0], True
+    text = text.strip()
+    end = 0 if finished else max(text.rfind(mark) for mark in _SENTENCE_ENDS)
+    return text[: end + 1].strip() if end > 0 else text
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """Tokenised examples, see `Row`."""
+
+    rows: list[Row]
+    validation: list[Row]
+    """With ``held_out``, rows that are not trained on; else some of ``rows``."""
+    held_out: bool
 
 
 def prepare(
@@ -73,7 +203,14 @@ def prepare(
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)
         examples = examples[: settings.limit]
-    count = _held_out(settings.validation, len(examples), settings.data)
+    if settings.validation >= len(examples):
+        raise DataError(
+            f"{settings.data} has {counted(len(examples), 'example')}, and --validation takes "
+            f"{int(settings.validation)} of them; leave some to train on"
+        )
+    count = int(settings.validation)
+    if 0 < settings.validation < 1:
+        count = min(max(round(settings.validation * len(examples)), _LEAST), _MOST, len(examples) // 5)
     chosen = set(random.Random(f"{settings.seed} validation").sample(range(len(examples)), count))
     cutoff = settings.cutoff if positions is None else min(settings.cutoff, positions)
     rows = _tokenised([e for n, e in enumerate(examples) if n not in chosen], family, tokenizer, cutoff)
@@ -81,18 +218,6 @@ def prepare(
     if not rows:
         raise DataError(f"{settings.data}: no example has two tokens, so there is nothing to train on")
     return TrainingData(rows, validation or rows[:: max(1, len(rows) // _LEAST)][:_LEAST], bool(validation))
-
-
-def _held_out(validation: float, examples: int, source: str) -> int:
-    """How many examples are held back for validation. Raises `DataError` where none is left to train on."""
-    if validation >= examples:
-        raise DataError(
-            f"{source} has {counted(examples, 'example')}, and --validation takes {int(validation)} of them; leave "
-            "some to train on"
-        )
-    if validation >= 1 or validation == 0:
-        return int(validation)
-    return min(max(round(validation * examples), _LEAST), _MOST, examples // 5)
 
 
 def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tokenizer: Any, cutoff: int) -> list[Row]:

@@ -16,8 +16,9 @@ Batch = Mapping[str, torch.Tensor]
 """Padded rows: ``input_ids``, ``attention_mask`` and ``labels``, int64 (examples, tokens), on the model's device."""
 Loss = Callable[[Any, Batch], torch.Tensor]
 """Of a model and a batch: a scalar with gradients, the mean over the batch's trained tokens."""
-Term = Callable[[torch.Tensor, slice], torch.Tensor]
-"""Of float32 logits (n, V) of the tokens in a slice of all N tokens: their losses, (n,)."""
+Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""The losses (n,) of some trained tokens, of their float32 logits (n, V), their places (n,) among all tokens of the
+batch, and the next tokens (n,)."""
 
 _ELEMENTS = 1 << 22
 """Logits of a block, 16 MiB in float32, which stay in the processor's caches."""
@@ -31,30 +32,31 @@ def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
     def loss(model: Any, batch: Batch) -> torch.Tensor:
         with torch.no_grad():
             dense_NV = teacher(**_inputs(batch)).logits.flatten(0, -2)
-        rows, next_tokens = _trained(batch)
 
-        def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
+        def term(logits: torch.Tensor, places: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
             log_q = logits.log_softmax(-1)
-            log_p = dense_NV.index_select(0, rows[part]).float().log_softmax(-1)
+            log_p = dense_NV.index_select(0, places).float().log_softmax(-1)
             value: torch.Tensor = (log_p.exp() * (log_p - log_q)).sum(-1)
             if labels:
-                next_token = functional.cross_entropy(logits, next_tokens[part], reduction="none")
-                value = (1 - labels) * value + labels * next_token
+                value = (1 - labels) * value + labels * _cross_entropy(logits, places, next_tokens)
             return value
 
-        return mean_over_tokens(model(**_inputs(batch)).logits, rows, term)
+        return mean_over_tokens(model(**_inputs(batch)).logits, batch["labels"], term)
 
     return loss
 
 
 def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
     """The cross entropy of the next token."""
-    rows, next_tokens = _trained(batch)
+    return mean_over_tokens(model(**_inputs(batch)).logits, batch["labels"], _cross_entropy)
 
-    def term(logits: torch.Tensor, part: slice) -> torch.Tensor:
-        return functional.cross_entropy(logits, next_tokens[part], reduction="none")
 
-    return mean_over_tokens(model(**_inputs(batch)).logits, rows, term)
+def _inputs(batch: Batch) -> dict[str, Any]:
+    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
+
+
+def _cross_entropy(logits: torch.Tensor, _: torch.Tensor, next_tokens: torch.Tensor) -> torch.Tensor:
+    return functional.cross_entropy(logits, next_tokens, reduction="none")
 
 
 def trained_tokens(batch: Batch) -> int:
@@ -74,53 +76,41 @@ def by_length(batch: Batch) -> list[Batch]:
     return parts
 
 
-def mean_over_tokens(logits_BTV: torch.Tensor, rows_N: torch.Tensor, term: Term) -> torch.Tensor:
-    """Mean of ``term`` over the tokens at ``rows_N``, numbers of rows of the logits flattened to (B·T, V): a scalar in
-    float32, 0 for no rows.
+def mean_over_tokens(logits_BTV: torch.Tensor, labels_BT: torch.Tensor, term: Term) -> torch.Tensor:
+    """Mean of ``term`` over the tokens whose next one is trained on: a scalar in float32, 0 where there is none.
 
     The gradient is computed along with the loss, block by block, so that there is only one more tensor of the logits'
     size; plain autograd would keep several, and take more time than a small model's own computation. Only
     ``logits_BTV`` gets a gradient, once.
     """
+    next_tokens = functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORED).flatten()
+    (places,) = torch.nonzero(next_tokens != IGNORED, as_tuple=True)
     compute: Any = _MeanOverTokens.apply  # torch types it in some versions
-    mean: torch.Tensor = compute(logits_BTV.flatten(0, -2), rows_N, term)
+    mean: torch.Tensor = compute(logits_BTV.flatten(0, -2), places, next_tokens[places], term)
     return mean
 
 
 class _MeanOverTokens(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: torch.Tensor, rows: torch.Tensor, term: Term) -> torch.Tensor:
-        count, needed = len(rows), ctx.needs_input_grad[0]
+    def forward(ctx: Any, logits: torch.Tensor, places: torch.Tensor, next_tokens: torch.Tensor, term: Term) -> Any:
+        count, needed = len(places), ctx.needs_input_grad[0]
         size = max(1, _ELEMENTS // logits.shape[-1])
         total = torch.zeros((), dtype=torch.float64, device=logits.device)
         gradient = torch.zeros_like(logits) if needed else None
         # The precision of the loss is float32 wherever it is called.
         with torch.autocast(logits.device.type, enabled=False):
-            for first in range(0, count, size):
-                part = slice(first, min(first + size, count))
-                block = logits.index_select(0, rows[part]).float().requires_grad_(needed)
+            for at, expected in zip(torch.split(places, size), torch.split(next_tokens, size), strict=True):
+                block = logits.index_select(0, at).float().requires_grad_(needed)
                 with torch.set_grad_enabled(needed):
-                    loss = term(block, part).sum()
+                    loss = term(block, at, expected).sum()
                 total += loss.detach()
                 if gradient is not None:
                     (of_block,) = torch.autograd.grad(loss, block)
-                    gradient.index_copy_(0, rows[part], of_block.div_(count).to(gradient.dtype))
+                    gradient.index_copy_(0, at, of_block.div_(count).to(gradient.dtype))
         ctx.gradient = gradient
         return (total / max(count, 1)).float()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         gradient, ctx.gradient = ctx.gradient, None
-        return gradient.mul_(upstream[0]), None, None
-
-
-def _inputs(batch: Batch) -> dict[str, Any]:
-    return {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "use_cache": False}
-
-
-def _trained(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where the next token is trained on: rows of logits flattened to (B·T, V), in order, and these next tokens."""
-    labels = batch["labels"]
-    next_tokens = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    (rows,) = torch.nonzero(next_tokens != IGNORED, as_tuple=True)
-    return rows, next_tokens[rows]
+        return gradient.mul_(upstream[0]), None, None, None

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,25 +21,22 @@ from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
 from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
 from ..files import alone_in, check_new_directory, write_text, writing
+from ..models.generation import table_of
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
-from ..models.opening import load_model, reopened
-from ..models.positions import table_of
+from ..models.opening import load_model
 from ..models.tokenizer import check_ids
-from ..models.trimmed import in_tokens_of
+from ..models.vocabulary import in_tokens_of
+from ..progress import QUIET, Progress
 from ..pruning.saving import save
 from .base import RecoveryJob, TrainingResult, helped, nothing
-from .data import TrainingData, prepare, read_data
-from .dense_text import DenseText, write_examples
-from .job import RecoverJob, check_recover
+from .data import DenseText, RecoverJob, TrainingData, check_recover, prepare, read_data, write_examples
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""
-_TRAINED = 16
-"""Bytes of each trained number in memory: itself, its gradient and two moments of AdamW, in float32."""
 
 
 def recover(
@@ -61,7 +58,12 @@ def recover(
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
-    dense = _dense_of(job, opened, opener)
+    dense: Structure | None = None
+    if job.reads_dense:
+        try:
+            dense = dense_structure(opened, opener.catalog, opener.load)
+        except LlmprunerError as error:
+            raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
     _check_memory(job, opened, dense, opener)
     examples = read_data(settings.data)
     if output is not None:
@@ -84,10 +86,12 @@ def recover(
         data = prepare(settings, examples, opened.family, opener.tokenizer(opened), table_of(opened.config))
         with stages.stage("loading"):
             loaded = opener.weights(opened)
-        with stages.stage("training"):
-            result, record = _trained(
-                loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True), opener
-            )
+        with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
+            result, record = train(
+                loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True),
+                on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
+                progress=opener.progress,
+            )  # fmt: skip
         before = dict(loaded.record or {})
         history = [*before.get("recovery", []), record]
         recovered = replace(loaded, model=result.model, record={**before, "recovery": history})
@@ -97,27 +101,18 @@ def recover(
             form = ranks.from_first(lambda: save(recovered, output))
         if ranks.first:
             write_run(output, stages, "recover", opened.ref, {**settings.given(), **opener.load.given()})
-        loaded.become(reopened(replace(recovered, form=form), output, trust_remote_code=opener.load.trust_remote_code))
+        loaded.become(replace(recovered, form=form))
         if work_dir is None and ranks.first:
             shutil.rmtree(folder, ignore_errors=True)
         return loaded
-
-
-def _dense_of(job: RecoverJob, opened: Structure, opener: Opener) -> Structure | None:
-    """The dense model, where the job reads it. Raises `ModelError` for one that cannot be opened."""
-    if not job.reads_dense:
-        return None
-    try:
-        return dense_structure(opened, opener.catalog, opener.load)
-    except LlmprunerError as error:
-        raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
 
 
 def _check_memory(job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> None:
     """Say what a training needs. Raises `SettingsError` for more memory than the machine has."""
     strategy, load = job.strategy, opener.load
     needed = loaded_bytes(opened, load)
-    needed += strategy.trained_parameters(opened.graph) * (_TRAINED - dtype_of(opened, load).itemsize)
+    # A number that is trained takes 16 bytes: itself, its gradient and two moments of AdamW, in float32.
+    needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
     if dense is not None and strategy.needs_dense:
         needed += loaded_bytes(dense, load)
     device = opened.model.device if isinstance(opened, Model) else torch.device(load.device)
@@ -151,22 +146,6 @@ def _written(
     return read_examples(str(file))
 
 
-def _trained(
-    loaded: Model, job: RecoverJob, data: TrainingData, folder: Path, load_teacher: Callable[[], Any], opener: Opener
-) -> tuple[TrainingResult, dict[str, Any]]:
-    """Of `train`, with messages for the user."""
-    progress = opener.progress
-    what = "held-out loss" if data.held_out else "loss on examples"
-    if steps := [int(file.name.partition("-")[2]) for file in folder.glob("checkpoint-*")]:
-        progress.status(f"continuing the training in {folder} from step {max(steps)}")
-    with progress.bar("Recovering") as at, loaded.changing("recovery"):
-        return train(
-            loaded, job, data, folder, load_teacher,
-            on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
-            on_validation=lambda step, loss, _: progress.status(f"step {step}: {what} {loss:.4f}"),
-        )  # fmt: skip
-
-
 def train(
     loaded: Model,
     job: RecoverJob,
@@ -175,7 +154,7 @@ def train(
     load_teacher: Callable[[], PreTrainedModel],
     *,
     on_step: Callable[[int, int, float], object] = nothing,
-    on_validation: Callable[[int, float, float], object] = nothing,
+    progress: Progress = QUIET,
 ) -> tuple[TrainingResult, dict[str, Any]]:
     """Train a model, in place, and return what its strategy returns, and the training's record for ``llmpruner.json``.
 
@@ -192,31 +171,33 @@ def train(
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
         "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
-        "fingerprint": data.fingerprint,
+        "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
     ranks = Ranks.current()
     ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
+    if steps := [int(file.name.partition("-")[2]) for file in work_dir.glob("checkpoint-*")]:
+        progress.status(f"continuing the training in {work_dir} from step {max(steps)}")
     validations: list[dict[str, Any]] = []
 
     @functools.cache
     def teacher() -> PreTrainedModel:
         return load_teacher().to(model.device).eval().requires_grad_(False)
 
-    def validated(step: int, loss: float, error: float) -> None:
+    def checked(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
-        on_validation(step, loss, error)
+        progress.status(f"step {step}: {'held-out loss' if data.held_out else 'loss on examples'} {loss:.4f}")
 
+    inputs = RecoveryJob(
+        model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step, checked
+    )
     with writing(work_dir):
-        result = strategy.train(
-            RecoveryJob(
-                model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
-                validated,
-            )
-        )  # fmt: skip
+        result = strategy.train(inputs)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
-    best = _best_step(validations)
+    # The step with the lowest loss that helped; without any, the start.
+    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
+    best = min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
     record = {
         **about,
         "data": settings.data,
@@ -232,12 +213,6 @@ def train(
     return result, record
 
 
-def _best_step(validations: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step with the lowest loss that `helped`; without any, the first."""
-    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
-    return min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
-
-
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     """Create ``work_dir`` for this job. Raises `OutputError` where it has a checkpoint of another."""
     file = work_dir / _JOB_FILE
@@ -248,8 +223,7 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
             f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
             "or choose another output"
         )
-    with writing(work_dir):
-        work_dir.mkdir(parents=True, exist_ok=True)
+    work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
 
 

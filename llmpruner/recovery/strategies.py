@@ -19,14 +19,6 @@ if TYPE_CHECKING:
     from .losses import Loss
 
 
-class AdapterSettings(ComponentSettings):
-    """Of low-rank adapters."""
-
-    rank: int = Field(8, ge=1, le=16_384, description="Rank of the adapters.")
-    alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
-    dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
-
-
 class FullStrategy(RecoveryStrategy):
     """Every weight is trained on the next tokens of the data."""
 
@@ -37,7 +29,10 @@ class FullStrategy(RecoveryStrategy):
         return graph.total_parameters
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        return _all_trained(job)
+        from .training import fit
+
+        job.model.requires_grad_(True)
+        return fit(job.model, job)
 
 
 class LoraStrategy(RecoveryStrategy):
@@ -48,21 +43,15 @@ class LoraStrategy(RecoveryStrategy):
     adapters = True
     summary = "trains low-rank adapters of the decoder's linear layers, and merges them (Hu et al., 2021)"
 
-    Settings = AdapterSettings
-    settings: AdapterSettings
+    class Settings(ComponentSettings):
+        rank: int = Field(8, ge=1, le=16_384, description="Rank of the adapters.")
+        alpha: int = Field(16, ge=1, description="Scale of the adapters: their product is multiplied by alpha / rank.")
+        dropout: float = Field(0.05, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
+
+    settings: Settings
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         return _adapters_trained(job, self.settings)
-
-
-class DistilSettings(AdapterSettings):
-    """Of `DistilStrategy`; those of adapters are for ``trains=lora``."""
-
-    trains: Literal["all", "lora"] = Field("all", description="What is trained: all weights, or LoRA adapters.")
-    labels: float = Field(
-        0.0, ge=0, lt=1, description="Weight of the cross entropy of the next token; the divergence has the rest."
-    )
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
 
 
 class DistilStrategy(RecoveryStrategy):
@@ -77,8 +66,15 @@ class DistilStrategy(RecoveryStrategy):
     needs_dense = True
     summary = "trains toward the predictions of the dense model (Hinton et al., 2015)"
 
-    Settings = DistilSettings
-    settings: DistilSettings
+    class Settings(LoraStrategy.Settings):
+        # Those of LoRA are for ``trains=lora``.
+        trains: Literal["all", "lora"] = Field("all", description="What is trained: all weights, or LoRA adapters.")
+        labels: float = Field(
+            0.0, ge=0, lt=1, description="Weight of the cross entropy of the next token; the divergence has the rest."
+        )
+        dropout: float = Field(0.0, ge=0, lt=1, description="Dropout of the adapters' inputs, while training.")
+
+    settings: Settings
 
     @property
     def adapters(self) -> bool:  # type: ignore[override]
@@ -89,19 +85,16 @@ class DistilStrategy(RecoveryStrategy):
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .losses import distillation_loss
+        from .training import fit
 
         loss = distillation_loss(job, self.settings.labels)
-        return _adapters_trained(job, self.settings, loss) if self.adapters else _all_trained(job, loss)
+        if self.adapters:
+            return _adapters_trained(job, self.settings, loss)
+        job.model.requires_grad_(True)
+        return fit(job.model, job, loss)
 
 
-def _all_trained(job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
-    from .training import fit
-
-    job.model.requires_grad_(True)
-    return fit(job.model, job, loss)
-
-
-def _adapters_trained(job: RecoveryJob, settings: AdapterSettings, loss: Loss | None = None) -> TrainingResult:
+def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: Loss | None = None) -> TrainingResult:
     """Train LoRA adapters of the modules in `adapter_targets`, drawn by the job's seed, and merge them."""
     import peft
     from transformers import set_seed

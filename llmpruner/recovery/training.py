@@ -1,13 +1,5 @@
-"""`fit`: transformers' Trainer for a pruned model.
-
-Notable:
-- the loss of a step is a mean over its trained tokens, whatever the micro-batches and the number of processes;
-- weights of 16 bits are in float32 while they are trained;
-- the loss on ``job.validation`` is measured before the first step and up to ten times afterwards, with the weights as
-  they would be saved; the model ends with those of the lowest one, or of the start where none is clearly lower;
-- rows of a micro-batch that are much shorter than others are computed by themselves, without padding;
-- with ``minutes``, the learning rate follows the time that has passed, and the training stops at its end.
-"""
+"""`fit`: transformers' Trainer for a pruned model, with validations that decide which weights are the result, and a
+learning rate that may follow the time."""
 
 from __future__ import annotations
 
@@ -16,7 +8,6 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,8 +30,7 @@ if TYPE_CHECKING:
     from ..settings import RecoverSettings
 
 _NEVER = 10**9
-"""Steps between validations, and between checkpoints, for the Trainer: `_Schedule` decides about both; and the steps of
-a training that ends by its time."""
+"""More steps than a training takes: `_Schedule` says when to validate and to save, and when the time is up."""
 _WARMUP = 100
 """Steps over which the learning rate rises, or a tenth of all where that is fewer."""
 _NARROW = {torch.bfloat16, torch.float16}
@@ -102,12 +92,11 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     if size % processes:
         raise SettingsError(f"--batch-size {size} cannot be shared by {processes} processes; give a multiple")
     settings = settings.model_copy(update={"batch_size": size})
-    rate = settings.learning_rate
-    if rate is None:
-        # With minutes, the schedule lowers it.
-        few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
-        rate = 1e-4 * min(1.0, few)
-    return settings.model_copy(update={"learning_rate": rate})
+    if settings.learning_rate is not None:
+        return settings
+    # With minutes, the schedule lowers it.
+    few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
+    return settings.model_copy(update={"learning_rate": 1e-4 * min(1.0, few)})
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> int:
@@ -171,7 +160,6 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=_NEVER,
-        save_strategy="steps",
         save_steps=_NEVER,
         save_total_limit=2,
         load_best_model_at_end=True,
@@ -179,11 +167,9 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         greater_is_better=False,
         seed=settings.seed,
         data_seed=settings.seed,
-        label_names=["labels"],
         remove_unused_columns=False,
         # Processes call the model different numbers of times in a step.
         ddp_broadcast_buffers=False,
-        report_to=[],
         log_level="error",
         disable_tqdm=True,
     )
@@ -192,8 +178,6 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
 class _LossTrainer(Trainer):  # type: ignore[misc]
     """A Trainer with the loss, the learning rate and the validations of `fit`. Its checkpoints have the parameters that
     are trained, by name, as those of models whose layers differ in width cannot be saved otherwise."""
-
-    control: Any
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
         self.job, self.loss, self.autocast, self.widened, self.ranks = job, loss, autocast, widened, Ranks.current()
@@ -216,10 +200,9 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         steps = float(self.state.global_step / max(self.state.max_steps, 1))
         if self.job.settings.minutes is None:
             return steps
-        limit = 60 * self.job.settings.minutes
         # Clocks of processes differ. The last validation is part of the time.
         seconds = self.ranks.from_first(lambda: time.monotonic() - self.began + self.check_seconds)
-        return max(steps, seconds / limit)
+        return max(steps, seconds / (60 * self.job.settings.minutes))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
         """Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its end. Where minutes
@@ -242,15 +225,11 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         (count,) = self.ranks.totals(sum(map(trained_tokens, batches)))
         return batches, count
 
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> AbstractContextManager[Any]:
-        del cache_enabled
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
         return autocast_to(self.job.model.device.type, torch.bfloat16, enabled=self.autocast)
 
-    def compute_loss(
-        self, model: Any, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        del return_outputs
+    def compute_loss(self, model: Any, inputs: Batch, *_: Any, num_items_in_batch: Any) -> Any:
         total = sum(self.loss(model, part) * trained_tokens(part) for part in by_length(inputs))
         # The gradients of several processes are averaged.
         return total * (self.ranks.count / num_items_in_batch)
@@ -263,7 +242,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self.model.eval()
         rows = [self.data_collator([row]) for row in self.job.validation]
         sums, counts = [0.0] * len(rows), [trained_tokens(row) for row in rows]
-        with self.as_saved(), self.compute_loss_context_manager():
+        with _as_saved(self.model, self.widened), self.compute_loss_context_manager():
             for n in range(self.ranks.rank, len(rows), self.ranks.count):
                 sums[n] = counts[n] * float(self.loss(self.model, self._prepare_inputs(rows[n])))
         sums, history = list(self.ranks.totals(*sums)), self.state.log_history
@@ -277,44 +256,21 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    @contextlib.contextmanager
-    def as_saved(self) -> Iterator[None]:
-        """A block with the weights as they will be saved."""
-        exact = {parameter: parameter.data for parameter in self.widened}
-        try:
-            for parameter, dtype in self.widened.items():
-                parameter.data = parameter.data.to(dtype).float()
-            with _merging_adapters(self.model):
-                yield
-        finally:
-            for parameter, data in exact.items():
-                parameter.data = data
-
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Also reports the entry to the job, and keeps the seconds so far, for a training that is resumed."""
+        """Also keeps the seconds so far, for a training that is resumed, and reports to the job."""
         super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
-        self.report(self.state.log_history[-1])
-
-    def report(self, entry: dict[str, Any], again: bool = False) -> None:
-        """``again``: of a training that goes on, whose steps are not repeated."""
-        job, step = self.job, entry["step"]
+        job, entry = self.job, self.state.log_history[-1]
+        step = entry["step"]
         for name, what in (("loss", "loss"), ("eval_loss", "validation loss")):
             if not math.isfinite(entry.get(name, 0.0)):
                 hint = "lower the learning rate" if step else "the weights of the model are damaged"
                 raise ModelError(f"the {what} became {entry[name]} at step {step}; {hint}")
-        if "loss" in entry and not again:
+        if "loss" in entry:
             job.on_step(step, max(step, round(step / self.share_done())), entry["loss"])
         if "eval_loss" in entry:
             job.on_validation(step, entry["eval_loss"], entry["eval_error"])
 
-    def save_start(self) -> None:
-        """Measure the loss before the first step, and keep these weights: they may stay the best."""
-        self.state.best_metric, self.state.best_global_step = self.evaluate()["eval_loss"], 0
-        self.state.best_model_checkpoint = str(Path(self.args.output_dir) / "checkpoint-0")
-        self._save_checkpoint(self.model, None)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        del _internal_call
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         if self.args.should_save:
@@ -322,7 +278,6 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
             save_file({n: p.detach().cpu().contiguous() for n, p in trained.items()}, folder / "model.safetensors")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        del model
         tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -340,31 +295,37 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
 
 @contextlib.contextmanager
-def _merging_adapters(model: Any) -> Iterator[None]:
-    """A block in which layers of 16 bits compute with their adapters merged, as they will be saved: each only while it
-    computes, as a second copy of all weights may not fit into memory."""
-    exact: dict[Any, torch.Tensor] = {}
+def _as_saved(model: Any, widened: Mapping[Any, torch.dtype]) -> Iterator[None]:
+    """A block in which the model computes with the weights as they will be saved: rounded to their dtype, and adapters
+    merged into weights of 16 bits, each only while its layer computes, as a second copy of all may not fit into memory.
+    """
+    exact = {parameter: parameter.data for parameter in widened}
+    unmerged: dict[Any, torch.Tensor] = {}
 
     def merge(layer: Any, _: Any) -> None:
         weight = layer.get_base_layer().weight
-        exact[layer] = weight.data
+        unmerged[layer] = weight.data
         weight.data = weight.data.clone()
         with torch.autocast(weight.device.type, enabled=False):
             layer.merge()
 
     def restore(layer: Any, *_: Any) -> None:
         layer.merged_adapters.clear()
-        layer.get_base_layer().weight.data = exact.pop(layer)
+        layer.get_base_layer().weight.data = unmerged.pop(layer)
 
     adapted = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]
     narrow = [layer for layer in adapted if layer.get_base_layer().weight.dtype in _NARROW]
     hooks = [layer.register_forward_pre_hook(merge) for layer in narrow]
     hooks += [layer.register_forward_hook(restore) for layer in narrow]
     try:
+        for parameter, dtype in widened.items():
+            parameter.data = parameter.data.to(dtype).float()
         yield
     finally:
         for hook in hooks:
             hook.remove()
+        for parameter, data in exact.items():
+            parameter.data = data
 
 
 def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
@@ -382,20 +343,22 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
         """``_before``: `_LossTrainer.share_done` at the step before."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del control
         trainer = self._trainer
         if not state.log_history:
-            trainer.save_start()
+            # These weights may stay the best.
+            state.best_metric, state.best_global_step = trainer.evaluate()["eval_loss"], 0
+            state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
+            trainer._save_checkpoint(trainer.model, None)
             return
         # The folder may have been moved, or be named otherwise, since the interruption.
         state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
         trainer.began = time.monotonic() - state.log_history[-1]["seconds"]
         self._before = trainer.share_done()
         for entry in state.log_history:
-            trainer.report(entry, again=True)
+            if "eval_loss" in entry:
+                trainer.job.on_validation(entry["step"], entry["eval_loss"], entry["eval_error"])
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        del state
         trainer, settings, done = self._trainer, self._trainer.job.settings, self._trainer.share_done()
         if settings.minutes is None:
             # Of a step, every example is computed forwards and backwards: three times the work.

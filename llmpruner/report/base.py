@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
-from ..errors import SettingsError, first_line
+from ..errors import first_line
 from ..evaluation.metrics import Size
 from ..values import bytes_text, count_text, counted, without_folders
 
@@ -28,9 +28,8 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs(Size):
-    """What a model takes, by the shapes of its weights: parameters (tied ones once), those of the decoder layers, bytes
-    of all weights, and multiply-accumulate operations to decode one token with ``context`` tokens in the cache.
-    ``cache_bytes``: what the cache grows by with every token; None where that cannot be known without weights."""
+    """The `Size` of a model, by its shapes. ``cache_bytes``: what the cache grows by with every token; None where that
+    cannot be known without weights."""
 
     cache_bytes: int | None = None
 
@@ -103,7 +102,6 @@ class ReportSection(Component):
     def compare(self, subjects: Sequence[ReportSubject]) -> str | None:
         """HTML as of `render`, about several checkpoints together, two or more, above the sections of each one. None by
         default."""
-        del subjects
         return None
 
 
@@ -120,8 +118,7 @@ def _environment() -> Environment:
         loader=PackageLoader("llmpruner.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=StrictUndefined,
     )  # fmt: skip
-    environment.filters |= {"bytes": bytes_text, "count": count_text, "counted": counted}
-    environment.filters["without_folders"] = without_folders
+    environment.filters.update(bytes=bytes_text, count=count_text, counted=counted, without_folders=without_folders)
     return environment
 
 
@@ -137,20 +134,18 @@ class Report:
 
 def report_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSection]) -> tuple[str, tuple[str, ...]]:
     """The HTML document, which uses no network, and its warnings. Several checkpoints are compared, above the sections
-    of each one. Raises `SettingsError` where a section cannot use a setting for these models."""
+    of each one."""
     ordered = sorted(sections, key=lambda section: (section.order, section.name))
     warnings: dict[str, None] = {}
 
     def parts(render: Callable[[ReportSection], str | None]) -> list[dict[str, str]]:
         rendered_parts = []
         for section in ordered:
-            # Sections of plugins may raise anything; the page is made without them. Settings are the user's to correct.
+            # Sections of plugins may raise anything; the page is made without them.
             try:
                 html = render(section)
                 if html is not None and not isinstance(html, str):
                     raise TypeError(f"it returned {type(html).__name__}, expected HTML text or None")
-            except SettingsError:
-                raise
             except Exception as error:
                 warnings[f"{section.label()} is left out: {first_line(error)}"] = None
                 continue

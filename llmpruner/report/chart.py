@@ -35,14 +35,7 @@ class Series:
 
 
 def drawn(
-    what: str,
-    x: str,
-    y: str,
-    series: Sequence[Series],
-    *,
-    log: bool = False,
-    width: int = 640,
-    height: int = 320,
+    what: str, x: str, y: str, series: Sequence[Series], *, log: bool = False, width: int = 640, height: int
 ) -> str:
     """The SVG element. ``what``: a description for screen readers; ``x``, ``y``: titles of the axes; ``series`` need at
     least one point. ``log``: the axis upwards is logarithmic; all values must be above zero then."""

@@ -19,15 +19,12 @@ from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
 from ..models.surgery import cut
-from ..pruning.kv_cache import bytes_per_token
+from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..models.model import Structure
     from ..plugins.catalog import Catalog
-    from ..structure.coupling import CouplingGraph
 
 
 def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
@@ -77,15 +74,12 @@ def _steps_in(output: Path) -> list[Mapping[str, Any]]:
 
 def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
-    try:
+    with _as_written(path):
         value = json.loads(path.read_bytes())
-        if value and isinstance(value, list | dict) and all(isinstance(model["name"], str) for model in _models(value)):
-            return value
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, RecursionError, TypeError, LookupError):
-        pass
-    raise DataError(f"{path} is not what `llmpruner evaluate --json` or `llmpruner bench --json` wrote")
+        names = [model["name"] for model in _models(value)]
+        if not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("it names no models")
+        return value
 
 
 def _models(results: Any) -> list[dict[str, Any]]:
@@ -136,19 +130,20 @@ def _renamed(results: Any, rename: Callable[[str], str | None]) -> Any:
 
 @contextmanager
 def _as_written(file: Path) -> Iterator[None]:
-    """Raise `DataError` where values are missing in the results of ``file``, or of another type."""
+    """Raise `DataError` where ``file`` cannot be read, or values in it are missing or of another type."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{file} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
 
 
 def read_evaluations(file: Path, catalog: Catalog) -> Evaluations:
     """What ``evaluate --json`` wrote. Raises `DataError`."""
-    results = read_results(file)
     with _as_written(file):
-        return _evaluations(results, catalog)
+        return _evaluations(read_results(file), catalog)
 
 
 def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evaluations:
@@ -178,19 +173,19 @@ def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
     """Of the dense model and of the pruned one, which are built without weights."""
     graph = build_graph(structure.family, structure.config)
     model = meta_model(structure.config)
-    dense = _costs_of(model, graph)
+
+    def costs() -> Costs:
+        try:
+            cache = sum(bytes_per_token(model, graph))
+        except UnsupportedModelError:  # the cache does not grow with the tokens, or cannot be made on this device
+            cache = None
+        return Costs(**asdict(size(model, graph)), cache_bytes=cache)
+
+    dense = costs()
     if (dtype := read_json(folder / "config.json").get("dtype")) is not None:
         import torch
 
         model.to(getattr(torch, dtype))
     for plan in structure.plans:
         graph = cut(model, graph, plan.kept, structure.family)
-    return dense, _costs_of(model, graph)
-
-
-def _costs_of(model: PreTrainedModel, graph: CouplingGraph) -> Costs:
-    try:
-        cache = sum(bytes_per_token(model, graph))
-    except UnsupportedModelError:  # an architecture whose cache does not grow with the tokens, or not on this device
-        cache = None
-    return Costs(**asdict(size(model, graph)), cache_bytes=cache)
+    return dense, costs()

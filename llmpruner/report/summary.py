@@ -11,8 +11,7 @@ from typing import Any
 from ..values import bytes_text, count_text, counted, without_folders
 from .base import DENSE, ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
-from .history import trainings, verdict
-from .measured import tokens_per_byte
+from .sections import tokens_per_byte, verdict
 
 _DASHES = ("", "6 4", "2 3", "8 3 2 3")
 
@@ -97,8 +96,7 @@ def sentence(subject: ReportSubject) -> str:
     if not lost and (quality := subject.cut_quality):
         lost.append(f"{quality}{', before it was trained' if subject.recovered else ''}")
     told = f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
-    last = trainings(subject.record)[-1:] if subject.recovered else ()
-    return " ".join([told, *map(verdict, last)])
+    return f"{told} {verdict(subject.record['recovery'][-1])}" if subject.recovered else told
 
 
 class SummarySection(ReportSection):
@@ -120,7 +118,7 @@ class ComparisonSection(ReportSection):
     order = 1
 
     def render(self, subject: ReportSubject) -> None:
-        del subject
+        """Nothing about one checkpoint."""
 
     def compare(self, subjects: Sequence[ReportSubject]) -> str:
         pairs = {subject.name: figures(subject) for subject in subjects}

@@ -21,15 +21,6 @@ if TYPE_CHECKING:
 
     from ..plugins.catalog import Catalog
 
-FILES = {
-    "pyproject.toml": "pyproject.toml.j2",
-    "README.md": "README.md.j2",
-    "src/{module}/__init__.py": "init.py.j2",
-    "src/{module}/{kind}.py": "{kind}.py.j2",
-    "tests/test_{kind}.py": "test_{kind}.py.j2",
-}
-"""Path in the package → template, both with placeholders for the names of the module and of the kind."""
-
 KINDS = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
 """What a package can add → the kind of component, as the catalog names it."""
 
@@ -75,7 +66,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
 
     distribution = _import(package) if package else None
     with quiet_transformers():
-        config = read_config(source, catalog)
+        config = _config_of(source, catalog)
         family = catalog.family_for(config)
         if family.name != AUTO:
             cls = type(family)
@@ -102,7 +93,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
         )
 
 
-def read_config(source: str, catalog: Catalog) -> PreTrainedConfig:
+def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
     """The dense configuration of a model, or the default one of a model type."""
     from transformers import CONFIG_MAPPING
 
@@ -130,15 +121,15 @@ def _import(package: str) -> str:
     return min(metadata.packages_distributions().get(top, [top]))
 
 
-def render(name: str, model: ModelFacts | None = None, *, kind: str = "family") -> dict[str, str]:
-    """Path in the package → text. ``kind``: one of `KINDS`. ``model``: of a family."""
+def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = "family") -> None:
+    """Write the package of the plugin ``name`` to the new ``directory``, completely or not at all. ``kind``: one of
+    `KINDS`. ``model``: of a family. Raises `OutputError`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from ..plugins import catalog
 
     distribution = distribution_of(name)
     module = distribution.replace("-", "_")
-    model = model or ModelFacts()
     environment = Environment(
         loader=PackageLoader("llmpruner.scaffold", "templates"), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
@@ -153,17 +144,16 @@ def render(name: str, model: ModelFacts | None = None, *, kind: str = "family") 
         "adds": catalog.KINDS[KINDS[kind]],
         "cls": "".join(part.capitalize() for part in (*name.split("-"), kind)),
     }
-    files = {
-        path.format(module=module, kind=kind): environment.get_template(template.format(kind=kind)).render(values)
-        for path, template in FILES.items()
+    templates = {
+        "pyproject.toml": "pyproject.toml",
+        "README.md": "README.md",
+        f"src/{module}/__init__.py": "init.py",
+        f"src/{module}/{kind}.py": f"{kind}.py",
+        f"tests/test_{kind}.py": "test_family.py" if kind == "family" else "test_component.py",
     }
+    files = {path: environment.get_template(f"{template}.j2").render(values) for path, template in templates.items()}
     if model.config_values:
         files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
-    return files
-
-
-def write(directory: Path, files: dict[str, str]) -> None:
-    """Write ``files`` to the new ``directory``, completely or not at all. Raises `OutputError`."""
     with new_directory(directory) as partial:
         for path, text in files.items():
             file = partial / path

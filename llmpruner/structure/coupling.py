@@ -26,8 +26,7 @@ LAYER = "layer"
 EXPERT = "expert"
 VOCABULARY = "vocabulary"
 LATENT = "latent"
-"""Channels inside attention or another sub-layer: the low rank of multi-head latent attention, heads of a state space
-model."""
+"""Channels inside a sub-layer: the low rank of multi-head latent attention, heads of a state space model."""
 KINDS = (MLP, ATTENTION, QUERY, HIDDEN, LAYER, EXPERT, VOCABULARY, LATENT)
 
 _IN_A_LAYER = re.compile(r"^layers\.(\d+)\.(?=.)")
@@ -101,20 +100,8 @@ class Explicit:
 IndexMap = Blocks | Explicit
 
 
-def runs(indices: Iterable[int]) -> list[tuple[int, int]]:
-    """First and last of every run of consecutive numbers in ``indices``, which must be in ascending order."""
-    found: list[tuple[int, int]] = []
-    for index in indices:
-        if found and found[-1][1] == index - 1:
-            found[-1] = found[-1][0], index
-        else:
-            found.append((index, index))
-    return found
-
-
 def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
-    """The most compact map for ``rows`` (one sequence of indices per unit): `Blocks` where regular. Raises
-    `CouplingError` where units have different numbers of indices."""
+    """The most compact map for ``rows``, the indices of each unit. `CouplingError` where they differ in length."""
     width = len(rows[0]) if rows else 0
     if any(len(row) != width for row in rows):
         raise CouplingError("every unit of a span must own the same number of indices")
@@ -129,11 +116,8 @@ def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """The indices of one axis of one parameter (or buffer) that each unit of a group owns.
-
-    ``offset`` is what the forward pass adds to the parameter before use (1.0 for Gemma's ``1 + weight`` norms);
-    rescaling a norm needs it.
-    """
+    """The indices of one axis of one parameter (or buffer) that each unit of a group owns. ``offset``: what the forward
+    pass adds to the parameter before use (1.0 for Gemma's ``1 + weight`` norms); rescaling a norm needs it."""
 
     parameter: str
     axis: int
@@ -167,9 +151,8 @@ class CoupledGroup:
     ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
     (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
     a multiple of it (kernels that need aligned rows). ``buffers``: spans of buffers with an entry for each unit (the
-    selection bias of experts); they are cut with the parameters, and neither scored nor counted.
-
-    Raises `CouplingError` where one of these rules is broken.
+    selection bias of experts); they are cut with the parameters, and neither scored nor counted. Raises `CouplingError`
+    where one of these rules is broken.
     """
 
     name: str
@@ -221,8 +204,7 @@ class CoupledGroup:
 
 @dataclass(frozen=True, slots=True)
 class Blocked:
-    """An axis on which discovery found no removable units. ``reason``: one line; where an operator is the reason, it
-    names the operator and the path of the module that applies it."""
+    """An axis on which discovery found no removable units. ``reason``: one line, with operator and module if known."""
 
     parameter: str
     axis: int
@@ -230,15 +212,13 @@ class Blocked:
 
 
 def layer_number(name: str, layers: str) -> int | None:
-    """The number of the decoder layer that a parameter or buffer is in; None outside the layers. ``layers``: path of
-    their list."""
+    """The number of the decoder layer that a tensor is in; None outside ``layers``, the path of their list."""
     prefix = f"{layers}."
     return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
 
 
 def in_layer(path: str, layers: str, number: object) -> str:
-    """The path of a module or parameter with another number of its layer; outside the layers, as it is. ``layers``: as
-    in `layer_number`."""
+    """The path of a module or parameter with another number of its layer; outside ``layers``, as it is."""
     old = layer_number(path, layers)
     return path if old is None else f"{layers}.{number}{path.removeprefix(f'{layers}.{old}')}"
 
@@ -252,9 +232,8 @@ class CouplingGraph:
     ``blocked``: axes without removable units, where the groups come from discovery.
     ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
 
-    Raises `CouplingError` for groups of one name, for a name of another layer than that of the spans, for a group of
-    layers that are not all decoder layers, and for spans that do not fit the shapes: a parameter or an axis that does
-    not exist, an index outside of its axis, or one that two units of a group own.
+    Raises `CouplingError` for two groups of one name, a name of another layer than that of the spans, a group of layers
+    that are not all decoder layers, and spans that do not fit the shapes.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -265,8 +244,7 @@ class CouplingGraph:
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        clash = [name for name, n in Counter(g.name for g in self.groups).items() if n > 1]
-        if clash:
+        if clash := [name for name, n in Counter(g.name for g in self.groups).items() if n > 1]:
             raise CouplingError(f"two coupled groups are named '{clash[0]}'")
         for group in self.groups:
             for span in group.spans:
@@ -292,12 +270,9 @@ class CouplingGraph:
             raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
         if not 0 <= span.axis < len(shape):
             raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
-        owned: Sequence[int]
-        if isinstance(span.index, Blocks) and span.index.step >= span.index.width:
-            # Disjoint by construction, so the first and last unit suffice; checking millions of indices is slow.
-            owned = [*span.index.of(0), *span.index.of(group.units - 1)] if group.units > 1 else span.index.of(0)
-        else:
-            owned = span.indices(range(group.units))
+        # Blocks that do not overlap: the first and the last suffice, as checking millions of indices is slow.
+        apart = isinstance(span.index, Blocks) and span.index.step >= span.index.width
+        owned = span.indices({0, group.units - 1} if apart else range(group.units))
         if min(owned) < 0 or max(owned) >= shape[span.axis]:
             raise CouplingError(
                 f"group '{group.name}': span {span} reaches index {max(owned)}, "
@@ -348,9 +323,8 @@ class CouplingGraph:
         """Number of parameters that removing one unit alone removes (for layers, the mean over units)."""
         if group.kind == LAYER:
             return self.decoder_parameters // group.units
-        axes: dict[tuple[str, int], int] = {}
-        for span in group.spans:
-            if span.parameter not in self.ties:
-                key = span.parameter, span.axis
-                axes[key] = axes.get(key, 0) + span.index.width
-        return sum(width * prod(self.shapes[p]) // self.shapes[p][axis] for (p, axis), width in axes.items())
+        return sum(
+            span.index.width * prod(self.shapes[span.parameter]) // self.shapes[span.parameter][span.axis]
+            for span in group.spans
+            if span.parameter not in self.ties
+        )

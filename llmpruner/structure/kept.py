@@ -1,10 +1,9 @@
-"""Which units stay: ``kept`` maps group names to the units that stay; a group that is not named keeps everything.
-
-Index arithmetic without tensors: which indices of each axis remain, and the groups and names of the cut model.
-"""
+"""Which units stay, as index arithmetic without tensors. ``kept`` maps group names to the units that stay; a group that
+is not named keeps everything."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,16 +16,14 @@ Kept = Mapping[str, Sequence[int]]
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
     """Numbers of the decoder layers that are removed."""
-    layers = [(graph.by_name[name].units, units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
-    return {unit for count, units in layers for unit in set(range(count)) - set(units)}
+    stay = [set(units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
+    return {number for units in stay for number in range(graph.num_layers) if number not in units}
 
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
     """One ``kept`` for two successive cuts, in units of ``graph``; ``second`` is in groups and units of the cut model.
-
     A block of which the first cut left nothing (the query heads of a removed key/value head) keeps as many units as the
-    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds.
-    """
+    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds."""
     kept = {name: tuple(units) for name, units in first.items()}
     axes = kept_indices(graph, first)
     for original, current in renamed(graph, first).items():
@@ -34,21 +31,13 @@ def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[
             group = graph.by_name[original]
             survivors = surviving_units(first, group, axes)
             units = [survivors[unit] for unit in second[current]]
-            kept[original] = (*units,) if group.blocks == 1 else _with_gone_blocks(group, units, survivors, first)
+            size = group.units // group.blocks
+            live = {unit // size for unit in survivors}
+            each = len(units) // len(live)
+            for gone in set(range(group.blocks)) - live:
+                units += [u for u in first.get(original, range(group.units)) if u // size == gone][:each]
+            kept[original] = tuple(sorted(units))
     return kept
-
-
-def _with_gone_blocks(
-    group: CoupledGroup, units: Sequence[int], survivors: Sequence[int], first: Kept
-) -> tuple[int, ...]:
-    size = group.units // group.blocks
-    live = {unit // size for unit in survivors}
-    gone: dict[int, list[int]] = {}
-    for unit in first.get(group.name, range(group.units)):
-        if unit // size not in live:
-            gone.setdefault(unit // size, []).append(unit)
-    each = len(units) // len(live)
-    return tuple(sorted([*units, *(unit for block in gone.values() for unit in block[:each])]))
 
 
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:
@@ -59,26 +48,19 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
             raise PlanError(f"the plan cuts group '{name}', which this model does not have")
         if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.units):
             raise PlanError(f"group '{name}': kept units must be increasing and within 0…{group.units - 1}")
+        must = f"group '{name}' must keep"
         if len(units) < group.minimum:
-            raise PlanError(f"group '{name}' must keep at least {group.minimum} units, the plan keeps {len(units)}")
+            raise PlanError(f"{must} at least {group.minimum} units, the plan keeps {len(units)}")
         if len(units) < group.units and len(units) % group.multiple:
-            raise PlanError(
-                f"group '{name}' must keep a multiple of {group.multiple} units, the plan keeps {len(units)}"
-            )
+            raise PlanError(f"{must} a multiple of {group.multiple} units, the plan keeps {len(units)}")
         if group.blocks > 1:
-            per_block = group.units // group.blocks
-            counts = [0] * group.blocks
-            for unit in units:
-                counts[unit // per_block] += 1
-            if len(set(counts)) > 1:
-                raise PlanError(
-                    f"group '{name}' must keep the same number of units in each of its {group.blocks} blocks"
-                )
+            counts = Counter(unit * group.blocks // group.units for unit in units)
+            if len({counts[block] for block in range(group.blocks)}) > 1:
+                raise PlanError(f"{must} the same number of units in each of its {group.blocks} blocks")
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
-    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tied parameter. ``prefix``: of
-    names."""
+    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tensor that has ``prefix``."""
     # Layers that share weights have several names for one tensor, and groups know one of them.
     aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
     owners = set(aliases.values())
@@ -103,13 +85,10 @@ def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tup
 def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
     axes = kept_indices(graph, kept)
-    names = renamed(graph, kept)
-    numbers = layer_numbers(graph, kept)
-    move = partial(path_after, layers=graph.layers, numbers=numbers)
+    move = partial(path_after, layers=graph.layers, numbers=layer_numbers(graph, kept))
     groups = []
-    for group in graph.groups:
-        if group.name not in names:
-            continue
+    for old_name, new_name in renamed(graph, kept).items():
+        group = graph.by_name[old_name]
         units = surviving_units(kept, group, axes)
         spans, buffers = (
             tuple(
@@ -119,21 +98,10 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
             )
             for owned in (group.spans, group.buffers)
         )
-        per_block = group.units // group.blocks
-        blocks = len({u // per_block for u in units})
+        blocks = len({unit * group.blocks // group.units for unit in units})
         # The minimum is shared equally by the blocks; removed blocks no longer need their share.
-        minimum = -(-group.minimum * blocks // group.blocks)
-        groups.append(
-            replace(
-                group,
-                name=names[group.name],
-                units=len(units),
-                spans=spans,
-                blocks=blocks,
-                minimum=min(minimum, len(units)),
-                buffers=buffers,
-            )
-        )
+        minimum = min(-(-group.minimum * blocks // group.blocks), len(units))
+        groups.append(CoupledGroup(new_name, group.kind, len(units), spans, blocks, minimum, group.multiple, buffers))
     shapes, sizes = (
         {
             name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
@@ -190,8 +158,7 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
 
 
 def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
-    """The path of a module or parameter after a cut that renumbers layers by ``numbers``, see `layer_numbers`; None
-    where its layer was removed. ``layers``: the path of their list."""
+    """The path of a module or parameter after a cut, see `layer_numbers`; None where its layer was removed."""
     number = layer_number(path, layers)
     if number is None:
         return path

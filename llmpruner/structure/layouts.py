@@ -14,10 +14,8 @@ from .coupling import VOCABULARY, Blocks, CoupledGroup, IndexMap, Role, Span
 
 def produces(module: str, index: IndexMap, *, bias: bool = False) -> list[Span]:
     """Rows of ``module.weight`` (and of ``module.bias``)."""
-    spans = [Span(f"{module}.weight", 0, Role.PRODUCES, index)]
-    if bias:
-        spans.append(Span(f"{module}.bias", 0, Role.PRODUCES, index))
-    return spans
+    leaves = ("weight", "bias") if bias else ("weight",)
+    return [Span(f"{module}.{leaf}", 0, Role.PRODUCES, index) for leaf in leaves]
 
 
 def consumes(module: str, index: IndexMap) -> list[Span]:
@@ -27,18 +25,13 @@ def consumes(module: str, index: IndexMap) -> list[Span]:
 
 def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
     """``down(act(gate(x)) · up(x))`` with separate gate and up projections; a unit is one of F = ``width`` channels.
-
-    Weights: ``gate`` and ``up`` (F, hidden), ``down`` (hidden, F).
-    """
-    channel = Blocks(width)
-    return (*produces(gate, channel, bias=bias), *produces(up, channel, bias=bias), *consumes(down, channel))
+    Weights: ``gate`` and ``up`` (F, hidden), ``down`` (hidden, F)."""
+    return (*produces(gate, Blocks(width), bias=bias), *two_layer_mlp(up, down, width, bias=bias))
 
 
 def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
     """``down(act(up(x)))``; a unit is one of F = ``width`` channels.
-
-    Weights: ``up`` (F, hidden), ``down`` (hidden, F).
-    """
+    Weights: ``up`` (F, hidden), ``down`` (hidden, F)."""
     return (*produces(up, Blocks(width), bias=bias), *consumes(down, Blocks(width)))
 
 
@@ -46,10 +39,8 @@ def grouped_query_attention(
     q: str, k: str, v: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
 ) -> tuple[Span, ...]:
     """Separate projections; a unit is one KV head with its ``heads/kv_heads`` query heads, which follow one another.
-
     Weights: ``q`` (heads · head_dim, hidden), ``k`` and ``v`` (kv_heads · head_dim, hidden), ``o`` (hidden, heads ·
-    head_dim).
-    """
+    head_dim)."""
     query, key = Blocks(kv_heads, heads // kv_heads * head_dim), Blocks(kv_heads, head_dim)
     return (
         *produces(q, query, bias=bias),
@@ -76,11 +67,9 @@ def hidden_channels(
     biased: Collection[str] = (),
 ) -> tuple[Span, ...]:
     """The channels of the residual stream in a model with RMS norms; all arguments but ``width`` are module paths.
-
     ``embeddings``: (vocabulary, hidden). ``consumers``: projections whose inputs are hidden states, ``lm_head``
     included. ``producers``: projections whose outputs are added to the residual stream; those in ``biased`` have a
-    bias. ``norms``: RMS norms over the hidden states.
-    """
+    bias. ``norms``: RMS norms over the hidden states."""
     channel = Blocks(width)
     return (
         *(Span(f"{m}.weight", 1, Role.PRODUCES, channel) for m in embeddings),

@@ -1,37 +1,22 @@
-"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed.
-
-A cut needs nothing else but the model. A plan contains no timestamps, and of the machine only the path of a local
-model, so that the same command gives the same bytes.
-"""
+"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed. It
+contains no timestamps, and of the machine only the path of a local model: the same command gives the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    PlainSerializer,
-    SerializerFunctionWrapHandler,
-    ValidationError,
-    model_serializer,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainSerializer, ValidationError, model_serializer
 
 from ..errors import PlanError
 from ..files import write_text
 from ..values import html_table
-from .coupling import LAYER, CouplingGraph, runs
-from .kept import check_kept
-
-if TYPE_CHECKING:
-    from .kept import Kept
-
+from .coupling import LAYER, CouplingGraph
+from .kept import Kept, check_kept
 
 SCHEMA_VERSION: Final = 2
 By = Literal["ratio", "parameters", "units", "tokens"]
@@ -39,7 +24,13 @@ By = Literal["ratio", "parameters", "units", "tokens"]
 
 def _pack(units: Sequence[int]) -> str:
     """``0-4,7`` for ``(0, 1, 2, 3, 4, 7)``, which is easier to read and to diff."""
-    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs(units))
+    runs: list[list[int]] = []
+    for unit in units:
+        if runs and runs[-1][1] == unit - 1:
+            runs[-1][1] = unit
+        else:
+            runs.append([unit, unit])
+    return ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in runs)
 
 
 def _unpack(value: Any) -> Any:
@@ -80,10 +71,7 @@ class BaseRef(Frozen):
 class Target(Frozen):
     """The requested amount. ``by``: the meaning of ``amount``: ``ratio``, the share of ``budget`` (a registered name)
     to remove; ``parameters``, the total number of parameters to keep; ``units``, the share of the units of every group
-    in scope to remove, as LLM-Pruner counts; ``tokens``, the number of tokens to keep.
-
-    ``settings``: of the budget.
-    """
+    in scope to remove, as LLM-Pruner counts; ``tokens``, the number of tokens to keep. ``settings``: of the budget."""
 
     by: By
     amount: float
@@ -96,10 +84,13 @@ class Target(Frozen):
         return {"ratio": self.budget, "units": "decoder"}.get(self.by, "parameters")
 
     @model_serializer(mode="wrap")
-    def _what_applies(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        values: dict[str, Any] = serialize(self)
-        unused = ({"settings"} if not self.settings else set()) | ({"budget"} if self.by != "ratio" else set())
-        return {name: value for name, value in values.items() if name not in unused}
+    def _what_applies(self, serialize: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+        values = serialize(self)
+        if not self.settings:
+            values.pop("settings", None)
+        if self.by != "ratio":
+            values.pop("budget", None)
+        return values
 
 
 class EstimationRecord(Frozen):
@@ -130,12 +121,8 @@ class SelectionRecord(Frozen):
 
 class CompensationRecord(Frozen):
     """How the weights that read removed units are adapted before the cut: ``name`` of the compensation and its
-    ``settings``.
-
-    ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the shape of the
-    calibration tokens, which are drawn with the seed of the plan. All are None or empty for a compensation that reads
-    no text.
-    """
+    ``settings``. ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the
+    shape of the calibration tokens, drawn with the plan's seed. All None or empty for one that reads no text."""
 
     name: str
     settings: dict[str, Any] = {}
@@ -147,8 +134,7 @@ class CompensationRecord(Frozen):
 
 
 class GroupCut(Frozen):
-    """One group that loses units: their number ``units`` before the cut, and which of them are ``kept``, by their
-    numbers from 0."""
+    """One group that loses units: how many ``units`` it had, and the numbers, from 0, of those that are ``kept``."""
 
     kind: str
     layer: int | None = None
@@ -157,9 +143,8 @@ class GroupCut(Frozen):
 
 
 class PruningPlan(Frozen):
-    """What is removed, and how that was chosen. ``cuts``: group name → its cut; groups that keep all units are left
-    out. ``compensation``: None where weights are left as they are. ``seed``: of all random numbers. A plan of another
-    ``schema_version`` is refused."""
+    """What is removed, and how that was chosen. ``cuts``: group name → its cut, for groups that lose units.
+    ``compensation``: None where weights stay. ``seed``: of random numbers. Another ``schema_version`` is refused."""
 
     schema_version: Literal[2] = SCHEMA_VERSION
     base: BaseRef
@@ -232,20 +217,19 @@ class PruningPlan(Frozen):
 
     @classmethod
     def load(cls, path: Path) -> PruningPlan:
-        """The plan in the file ``path``. Raises `PlanError` for a file that cannot be read, is no plan, or has another
-        version."""
+        """The plan in a file. Raises `PlanError` for one that cannot be read, is no plan, or has another version."""
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
         except ValidationError as error:
-            first, *_ = found = error.errors()
-            version = next((each["input"] for each in found if each["loc"] == ("schema_version",)), SCHEMA_VERSION)
-            if version != SCHEMA_VERSION:
-                raise PlanError(
-                    f"{path} is a plan of version {version}, and this llmpruner reads version {SCHEMA_VERSION}; make a "
-                    "new plan with `llmpruner plan`"
-                ) from error
+            for each in error.errors():
+                if each["loc"] == ("schema_version",):
+                    raise PlanError(
+                        f"{path} is a plan of version {each['input']}, and this llmpruner reads version "
+                        f"{SCHEMA_VERSION}; make a new plan with `llmpruner plan`"
+                    ) from error
+            first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise PlanError(f"{path} is not a pruning plan: {where + ': ' if where else ''}{first['msg']}") from error
 
@@ -257,8 +241,7 @@ def structure_of(graph: CouplingGraph) -> str:
 
 
 def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str, int]:
-    """Group name → its number of units before the first of ``plans``, for the groups of ``graph``, which is left after
-    the last one, that lost units."""
+    """Group name → its units before the first of ``plans``, for the groups of ``graph``, cut by all, that lost some."""
     found: dict[str, int] = {}
     numbers = list(range(graph.num_layers))
     for plan in reversed(plans):

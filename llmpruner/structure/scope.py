@@ -1,17 +1,29 @@
-"""Which units may be removed, and in which order: the scope of a cut, and queues of removal steps. Imports no torch."""
+"""What a cut may remove: which units (`Scope`), how many of a group (`Widths`), and in which order (`Queue`)."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate
 from math import lcm
 
 from ..errors import SelectionError, UnknownNameError, UnsupportedModelError
-from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, VOCABULARY, CoupledGroup, CouplingGraph
+from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, QUERY, VOCABULARY, CoupledGroup, CouplingGraph
+from .kept import Kept, renamed
+
+ALIGNMENT = 64
+"""Default multiple of kept widths: kernels of matrix products run at full speed at multiples of 64."""
+NARROW = 1024
+"""Models whose hidden states have fewer channels than this are narrow: finer widths, at multiples of 32, suit them."""
+FEWEST_WIDTHS = 8
+"""A default multiple leaves every group at least this many widths to choose from."""
+QUANTISED = 32
+"""Weights of a row share a scale in blocks of 32 or more in GGUF and in torchao's int4; widths must be multiples."""
+COUNTED = frozenset({ATTENTION, QUERY, LAYER, EXPERT})
+"""Kinds whose units are counted: heads, layers and experts. The others are widths of matrix products."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +41,7 @@ class Scope:
         and `UnknownNameError` for any other that the model does not have."""
         for kind in self.kinds:
             if kind not in graph.kinds:
-                why = _why_not(graph, kind)
-                if why:
+                if why := _why_not(graph, kind):
                     raise UnsupportedModelError(
                         f"this model has no {kind} units that can be removed exactly "
                         f"(it has: {', '.join(graph.kinds) or 'none'}); discovery could not follow {why}"
@@ -43,8 +54,7 @@ class Scope:
         return found
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
-        """The units of ``group`` that may be removed: of the decoder layers and of the tokens, the removable ones; else
-        None: all."""
+        """The units of ``group`` that may be removed; None: all."""
         if group.kind == VOCABULARY:
             return self.tokens
         if group.kind != LAYER:
@@ -67,6 +77,66 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
     reason, _ = Counter(b.reason for b in blocked).most_common(1)[0]
     first = next(b for b in blocked if b.reason == reason)
     return f"{first.parameter} axis {first.axis}: {reason}"
+
+
+@dataclass(frozen=True)
+class Widths:
+    """``uniform``: whether groups of the same kind and size in all layers keep the same number of units, so that one
+    number in a configuration describes them. ``round_to``: kept widths are multiples of it. ``adapts``: whether
+    `round_to` is a default, which is halved for groups that it would leave too few widths (`FEWEST_WIDTHS`).
+    ``dense``: group name → units in the dense model, for groups that were cut before: multiples stay the same then."""
+
+    uniform: bool = False
+    round_to: int = 1
+    adapts: bool = False
+    dense: Mapping[str, int] = field(default_factory=dict)
+
+    def multiple(self, group: CoupledGroup) -> int:
+        """What the kept number of units of ``group`` must be a multiple of, including the group's own multiple."""
+        units = self.dense.get(group.name, group.units)
+        if group.kind == EXPERT and self.uniform:
+            # At most a quarter of them, so that they can be spread evenly over as many devices (expert parallelism).
+            return lcm(max(n for n in (1, 2, 4, 8) if n == 1 or 4 * n <= units), group.multiple)
+        if group.kind in COUNTED:
+            return group.multiple
+        # The rows of an embedding and of a head are no layer's, so that free shapes need not leave them odd.
+        of_tokens = group.kind == VOCABULARY
+        own = max(self.round_to, ALIGNMENT) if of_tokens else self.round_to
+        while (self.adapts or of_tokens) and own > 1 and units < FEWEST_WIDTHS * own:
+            own //= 2
+        return lcm(own, group.multiple)
+
+    def alike(self, groups: Iterable[CoupledGroup]) -> list[list[str]]:
+        """The names of the groups, those that must keep the same number of units together, in order of appearance."""
+        found: dict[tuple[object, ...], list[str]] = {}
+        for group in groups:
+            # Equal numbers of units may be left of different ones.
+            inside = self.uniform and group.layer is not None
+            key = (*like(group), self.multiple(group)) if inside else (group.name,)
+            found.setdefault(key, []).append(group.name)
+        return list(found.values())
+
+    def after(self, graph: CouplingGraph, kept: Kept) -> Widths:
+        """The same for what is left of ``graph`` after a cut to ``kept``."""
+        names = renamed(graph, kept).items()
+        return replace(self, dense={new: self.dense.get(old, graph.by_name[old].units) for old, new in names})
+
+
+def like(group: CoupledGroup) -> tuple[object, ...]:
+    """What a group in a layer shares with the equal groups of other layers."""
+    return group.in_layer(0), group.kind, group.units, group.blocks, group.multiple, group.minimum
+
+
+ANY = Widths()  # any number of units in any group
+
+
+def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mapping[str, int] | None = None) -> Widths:
+    """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels."""
+    if shape == "free":
+        return Widths(round_to=round_to or 1)
+    # Less for models too small for any kernel to matter.
+    default = ALIGNMENT if hidden_size >= NARROW else min(32, 2 ** max(0, (hidden_size // 16).bit_length() - 1))
+    return Widths(uniform=True, round_to=round_to or default, adapts=round_to is None, dense=dense or {})
 
 
 @dataclass(frozen=True)
@@ -110,12 +180,11 @@ def build_queue(
     for block in range(group.blocks):
         units = range(block * per_block, (block + 1) * per_block)
         free = [u for u in units if allowed is None or u in allowed]
-        columns.append(sorted(free, key=lambda u: (scores[u], u)))
-    rows = list(zip(*columns, strict=False))
+        columns.append(sorted(free, key=scores.__getitem__))
     steps: list[tuple[int, ...]] = []
     pending: list[int] = []
     left = group.units
-    for row in rows:
+    for row in zip(*columns, strict=False):
         pending += row
         left -= len(row)
         if left < max(group.minimum, 1):

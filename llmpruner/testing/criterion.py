@@ -36,12 +36,11 @@ class CriterionConformance:
         return tiny_mixture() if self.criterion.kinds == frozenset({EXPERT}) else tiny_llama()
 
     def _cases(self) -> Iterator[tuple[ImportanceCriterion, Model, tuple[CoupledGroup, ...]]]:
-        """Each instance with `loaded`, and with a mixture if it scores stacks and `loaded` has none; and the groups
-        that it scores."""
+        """Each instance with `loaded`, and with a mixture for stacks that `loaded` lacks; and the groups it scores."""
         loaded, mixture = self.loaded(), tiny_mixture()
         for criterion in settings_grid(self.criterion):
             yield criterion, loaded, scorable(loaded.graph, criterion)
-            if stacks(mixture.graph, criterion) and not stacks(loaded.graph, criterion):
+            if _scores_stacks(mixture.graph, criterion) and not _scores_stacks(loaded.graph, criterion):
                 yield criterion, mixture, scorable(mixture.graph, criterion)
 
     def test_it_is_a_component_that_an_entry_point_registers(self) -> None:
@@ -134,10 +133,9 @@ def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[Coup
     return tuple(group for group in graph.groups if criterion.accepts(group.kind))
 
 
-def stacks(graph: CouplingGraph, criterion: ImportanceCriterion) -> bool:
-    """Whether a criterion scores parameters with three axes, as stacks of experts are."""
-    groups = scorable(graph, criterion)
-    return any(len(graph.shapes[name]) == 3 for name in scored_spans(graph, groups, criterion))
+def _scores_stacks(graph: CouplingGraph, criterion: ImportanceCriterion) -> bool:
+    spans = scored_spans(graph, scorable(graph, criterion), criterion)
+    return any(len(graph.shapes[name]) == 3 for name in spans)
 
 
 def _scores(

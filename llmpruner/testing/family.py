@@ -180,8 +180,7 @@ class FamilyConformance:
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
         loaded = self.loaded()
-        plan = make_plan(loaded, small_job(kinds=_kinds(loaded.graph.groups)))
-        pruned = cut_by(loaded, plan)
+        pruned = cut_by(loaded, make_plan(loaded, small_job(kinds=_kinds(loaded.graph.groups))))
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
@@ -200,9 +199,8 @@ def _kinds(groups: Iterable[CoupledGroup]) -> tuple[str, ...]:
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. ``ids``: token ids,
-    (batch, time). Returns, for each, the ``logits`` and the tokens generated with a cache (``cached``) and without
-    (``plain``)."""
+    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns, for each,
+    the ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache."""
     done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")

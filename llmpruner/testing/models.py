@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
 
-from ..calibration.calibration import CalibrationJob, Part
-from ..calibration.sources import SelfWritten
+from ..calibration.calibration import CalibrationJob, Part, SelfWritten
 from ..discovery.family import AutoFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
@@ -29,23 +29,12 @@ from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from transformers import PreTrainedConfig
 
-
 _SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 40,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
-}
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3,
+    "head_dim": 8, "max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
 
 
 def tiny_llama(seed: int = 0) -> Model:
@@ -54,9 +43,9 @@ def tiny_llama(seed: int = 0) -> Model:
     return _copy(_built(LlamaConfig, seed))
 
 
-def tiny_mixture(seed: int = 0) -> Model:
+def tiny_mixture() -> Model:
     """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 3 layers, of which a token gets 2."""
-    return _copy(_built(MixtralConfig, seed, num_local_experts=7, num_experts_per_tok=2))
+    return _copy(_built(MixtralConfig, 0, num_local_experts=7, num_experts_per_tok=2))
 
 
 class _MixtureFamily(AutoFamily):
@@ -96,8 +85,7 @@ def letters() -> Any:
 
 def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> PruneJob:
     """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
-    by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob` to
-    replace."""
+    by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob`."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
     job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
     calibration = CalibrationJob("self", (Part(SelfWritten(), ""),), samples=1, length=4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
@@ -12,12 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 import pytest
 import torch
 
-from ..models.checkpoint import load_pruned
+from ..models.opening import load_pruned
 from ..models.surgery import cut
 from ..pruning.saving import save
 from ..recovery.base import RecoveryStrategy, nothing
-from ..recovery.data import prepare, read_data
-from ..recovery.job import RecoverJob
+from ..recovery.data import RecoverJob, prepare, read_data
 from ..recovery.recover import train
 from ..settings import RecoverSettings
 from .components import check_component
@@ -56,8 +56,8 @@ class RecoveryConformance:
         assert type(result.model) is type(loaded.model), (
             f"strategy '{name}' turns a {type(loaded.model).__name__} into a {type(result.model).__name__}"
         )
-        shapes = [{key: tuple(p.shape) for key, p in state.items()} for state in (before, after)]
-        odd = sorted(key for key in before.keys() | after.keys() if shapes[0].get(key) != shapes[1].get(key))
+        one, other = ({key: tuple(p.shape) for key, p in state.items()} for state in (before, after))
+        odd = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
         assert not odd, f"strategy '{name}' must keep names and shapes; it changes those of '{odd[0]}'"
         bad = sorted(key for key, p in after.items() if not bool(torch.isfinite(p).all()))
         assert not bad, f"strategy '{name}' leaves values that are not finite in parameter '{bad[0]}'"
@@ -97,11 +97,8 @@ class RecoveryConformance:
         name = self.strategy.name
         whole = self._run(self.loaded(), tmp_path / "whole")
         assert len(whole.losses) == _STEPS, f"strategy '{name}' returns {len(whole.losses)} losses of {_STEPS} steps"
-        try:
+        with suppress(KeyboardInterrupt):
             self._run(self.loaded(), tmp_path / "parts", on_step=_interrupt)
-        except KeyboardInterrupt:
-            pass
-        else:
             raise AssertionError(f"strategy '{name}' goes on when job.on_step raises KeyboardInterrupt at step 4")
         steps: list[int] = []
         resumed = self._run(self.loaded(), tmp_path / "parts", on_step=lambda step, *_: steps.append(step))
@@ -118,15 +115,10 @@ class RecoveryConformance:
         )
 
     def _run(
-        self,
-        loaded: Model,
-        work_dir: Path,
-        steps: int = _STEPS,
-        on_step: Callable[[int, int, float], object] = nothing,
+        self, loaded: Model, work_dir: Path, steps: int = _STEPS, on_step: Callable[[int, int, float], object] = nothing
     ) -> TrainingResult:
-        words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t")
-        answers = [f"{words[(n + 1) % 6]} {words[(n + 2) % 6]}" for n in range(12)]
-        rows = [{"instruction": words[n % 6], "output": answer} for n, answer in enumerate(answers)]
+        words = ("a b c", "d e f g", "h i j", "k l", "m n o p q", "r s t") * 3
+        rows = [{"instruction": words[n], "output": f"{words[n + 1]} {words[n + 2]}"} for n in range(12)]
         file = work_dir.with_suffix(".jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         # Clearly changes weights.
@@ -136,8 +128,7 @@ class RecoveryConformance:
         )  # fmt: skip
         data = prepare(settings, read_data(settings.data), loaded.family, loaded.tokenizer)
         job = RecoverJob(settings, self.strategy())
-        result, _ = train(loaded, job, data, work_dir, lambda: tiny_llama().model, on_step=on_step)
-        return result
+        return train(loaded, job, data, work_dir, lambda: tiny_llama().model, on_step=on_step)[0]
 
 
 def _interrupt(step: int, *_: object) -> None:

@@ -8,17 +8,16 @@ send.
 
 from __future__ import annotations
 
-import json
 import secrets
 import socket
 from collections.abc import AsyncIterator, Generator, Sequence
 from contextlib import suppress
-from importlib.resources import files
+from pathlib import Path
 from queue import Queue
 from threading import Event, Lock, Thread
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from llmpruner import LlmprunerError, MissingExtraError, SettingsError
 
@@ -72,7 +71,7 @@ def serve(chats: Sequence[Chat], listening: socket.socket) -> None:
 
 def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
     """The ASGI application. ``port``: that of the addresses at which it may be asked."""
-    page = files("llmpruner_chat").joinpath("page.html").read_text(encoding="utf-8")
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # Models share the random state of the process, so one answers at a time.
     turn = Lock()
 
@@ -95,9 +94,9 @@ def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             return PlainTextResponse("a question must be JSON", 415)
         try:
-            question = Question.model_validate(json.loads(await request.body()))
+            question = Question.model_validate_json(await request.body())
             chat = chats[question.model]
-        except (ValueError, ValidationError, IndexError):
+        except (ValueError, IndexError):
             return PlainTextResponse("no such question", 400)
         pieces = _pieces(chat, question.exchanges, question.text, turn)
         try:

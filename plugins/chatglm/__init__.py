@@ -1,11 +1,163 @@
-"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, in their original formats and in transformers' own."""
+"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, in their original formats and in transformers' own: prompts, and a
+reader. Their structure is discovered."""
 
 from __future__ import annotations
 
-from llmpruner import hookimpl
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from .family import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, GlmFamily
-from .readers import ChatGLM6BReader, ChatGLMReader
+from llmpruner import CheckpointError, CheckpointReader, ModelFamily, hookimpl, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+CHAT_FORMAT = "chat_format"
+"""Attribute that `ChatGLMReader` adds to a converted configuration: `ROUNDS` for prompts of ChatGLM2, `ROLES` for those
+of ChatGLM3."""
+ROUNDS = "rounds"
+ROLES = "roles"
+
+
+class ChatGLMFamily(ModelFamily):
+    """ChatGLM-6B, the first generation. Its hidden channels cannot be cut exactly, because of LayerNorms over them."""
+
+    name = "chatglm"
+    summary = "ChatGLM-6B, the first generation"
+    model_types = ("chatglm",)
+    answer_separator: ClassVar[str] = ""
+
+    def register_models(self) -> None:
+        """Register model type ``chatglm``. ChatGLM2, ChatGLM3 and GLM-4 in the original format have it too;
+        `ChatGLMConfig` refuses their configurations."""
+        from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+
+        from .configuration_chatglm import ChatGLMConfig
+        from .modeling_chatglm import ChatGLMForConditionalGeneration, ChatGLMModel
+        from .tokenization_chatglm import ChatGLMTokenizer
+
+        AutoConfig.register(ChatGLMConfig.model_type, ChatGLMConfig, exist_ok=True)
+        AutoModel.register(ChatGLMConfig, ChatGLMModel, exist_ok=True)
+        AutoModelForCausalLM.register(ChatGLMConfig, ChatGLMForConditionalGeneration, exist_ok=True)
+        AutoTokenizer.register(ChatGLMConfig, ChatGLMTokenizer, exist_ok=True)
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Nothing to set: modules compute numbers of heads from the shapes of their weights."""
+
+    def format_text(self, text: str) -> str:
+        """Text as the answer to an empty context, as the context is not trained on."""
+        return f"[gMASK]<sop>{text}"
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method: without
+        any, the query alone. Two tokens come before an answer."""
+        if not history:
+            return f"{query}[gMASK]<sop>"
+        rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
+        return f"{rounds}[Round {len(history)}]\n问：{query}\n答：[gMASK]<sop>"
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """One pair, as `answer_separator`, and here ``[gMASK]<sop>``, are before the last answer alone."""
+        *history, (query, answer) = exchanges
+        before = "" if system is None else self.format_system(system)
+        return [(before + self.format_chat(history, query), self.answer_separator + answer)]
+
+
+class GlmFamily(ModelFamily):
+    """GLM-4 in transformers' own format (``glm`` and ``glm4``, which adds norms after each sub-layer)."""
+
+    name = "glm"
+    summary = "GLM-4 in transformers' own format"
+    model_types = ("glm", "glm4")
+    answer_separator: ClassVar[str] = "\n"
+    eos_after: ClassVar[Literal["every", "last", "none"]] = "last"
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Set the number of query heads per KV head, by which eager attention repeats keys."""
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+
+    def format_prompt(self, question: str) -> str:
+        """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
+        return f"<|user|>\n{question}<|assistant|>"
+
+    def format_system(self, system: str) -> str:
+        """A turn with the role ``<|system|>``."""
+        return f"<|system|>{self.answer_separator}{system}"
+
+
+class ChatGLM2Family(GlmFamily):
+    """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
+
+    name = "chatglm2"
+    summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
+    extends = "glm"
+    answer_separator = " "
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROUNDS
+
+    def format_system(self, system: str) -> str:
+        """Plain text before the first round, as the format has no system turns."""
+        return f"{system}\n\n"
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
+        rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, start=1))
+        return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    # The blank before the last answer is what the tokenizer adds where the released training code encodes an answer.
+    format_conversation = ChatGLMFamily.format_conversation
+
+
+class ChatGLM3Family(GlmFamily):
+    """ChatGLM3-6B, converted to GLM: prompts with a special token per role."""
+
+    name = "chatglm3"
+    summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
+    extends = "glm"
+    answer_separator = "\n "
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROLES
+
+    def format_prompt(self, question: str) -> str:
+        """The blank after each line break is the one that the released tokenizer adds before every message."""
+        return f"<|user|>\n {question}<|assistant|>"
+
+
+class ChatGLMReader(CheckpointReader):
+    """ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format, read into `GlmForCausalLM`."""
+
+    name = "chatglm-original"
+    summary = "ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format"
+
+    def recognises(self, path: Path) -> bool:
+        try:
+            values = read_json(path / "config.json")
+        except CheckpointError:
+            return False
+        # All generations have one model type; from the second on, they have this key.
+        return values.get("model_type") == "chatglm" and "multi_query_group_num" in values
+
+    def read_config(self, path: Path) -> PreTrainedConfig:
+        from .original import read_config
+
+        return read_config(path)
+
+    def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+        from .original import read_model
+
+        return read_model(path, dtype)
+
+    def read_tokenizer(self, path: Path) -> Any | None:
+        from .original import read_tokenizer
+
+        return read_tokenizer(path)
 
 
 @hookimpl
@@ -15,4 +167,4 @@ def llmpruner_model_families() -> list[type]:
 
 @hookimpl
 def llmpruner_checkpoint_readers() -> list[type]:
-    return [ChatGLM6BReader, ChatGLMReader]
+    return [ChatGLMReader]

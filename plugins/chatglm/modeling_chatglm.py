@@ -2,11 +2,16 @@
 
 Du et al., "GLM: General Language Model Pretraining with Autoregressive Blank Infilling" (ACL 2022); parameter names and
 arithmetic are those of the released checkpoints. Shapes: B batch, T new tokens, S keys, N heads, D head size.
+
+A sequence is ``context… <sop> answer…``. Attention is bidirectional in the context and causal in the answer. Every
+token has two positions: that in the context, which is that of ``[gMASK]`` (else ``[MASK]``) from ``<sop>`` on, and that
+in the answer, which is 0 in the context and counts from 1 at ``<sop>``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,13 +23,70 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
-from .layout_chatglm import Layout
 
 # transformers renamed `past_key_values` to `cache`; this file works under either name.
 _CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _MASKED = -10000.0
 # The residual scale α = √(2·28), constant in the released code, so that it does not change when layers are removed.
 _ALPHA = (2 * 28) ** 0.5
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The columns of the parts of every row; each tensor is ``[B]``.
+
+    ``start``: first token that is not padding. ``sop``: the ``<sop>`` token. ``mask``: the position of ``[gMASK]``,
+    counted from ``start``. A row without ``<sop>`` is the continuation of an empty context, with causal attention, so
+    that the likelihood of plain text is valid.
+    """
+
+    start: torch.Tensor
+    sop: torch.Tensor
+    mask: torch.Tensor
+
+    @classmethod
+    def of(cls, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, config: ChatGLMConfig) -> Layout:
+        """``input_ids`` ``[B, T]`` of whole sequences; ``attention_mask`` ``[B, T]``, 0 on padding, or None."""
+        start = torch.zeros_like(input_ids[:, 0])
+        if attention_mask is not None:
+            input_ids = input_ids.masked_fill(attention_mask == 0, -1)
+            start = _first(attention_mask != 0, otherwise=start)
+        sop = _first(input_ids == config.bos_token_id, otherwise=start)
+        mask = _first(input_ids == config.mask_token_id, otherwise=start)
+        mask = _first(input_ids == config.gmask_token_id, otherwise=mask)
+        return cls(start, sop, mask - start)
+
+    @classmethod
+    def without_context(cls, batch: int, device: torch.device) -> Layout:
+        zero = torch.zeros(batch, dtype=torch.long, device=device)
+        return cls(zero, zero, zero)
+
+    def position_ids(self, columns: torch.Tensor) -> torch.Tensor:
+        """``columns`` ``[T]`` → ``[B, 2, T]``: position in the context, position in the answer."""
+        sop = self.sop[:, None]
+        in_context = columns < sop
+        position = torch.where(in_context, columns - self.start[:, None], self.mask[:, None])
+        block = torch.where(in_context, 0, columns - sop + 1)
+        return torch.stack((position, block), dim=1).clamp_min(0)
+
+    def visible(
+        self, queries: torch.Tensor, keys: torch.Tensor, attention_mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Columns ``[T]`` of queries and ``[S]`` of keys → bool ``[B, 1, T, S]``, True where a query may attend.
+
+        Queries of padding attend to all keys, so that no attention function divides by zero; no other attends to them.
+        """
+        causal = keys[None, None, None, :] <= queries[None, None, :, None]
+        visible = causal | (keys < self.sop[:, None])[:, None, None, :]
+        if attention_mask is not None:
+            real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
+            visible = visible & real[:, None, None, :]
+        return visible | ~visible.any(-1, keepdim=True)
+
+
+def _first(found: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+    """Column of the first True of every row, ``otherwise`` where there is none."""
+    return torch.where(found.any(-1), found.int().argmax(-1), otherwise)
 
 
 def rotary_embedding(
@@ -61,7 +123,6 @@ def eager_attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may attend."""
-    del module, kwargs
     scores = (query * scaling) @ key.transpose(-1, -2)
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, _MASKED)
@@ -139,13 +200,7 @@ class ChatGLMBlock(GradientCheckpointingLayer):
         **kwargs: Any,
     ) -> torch.Tensor:
         normed = self.input_layernorm(hidden_states)
-        attended, _ = self.attention(
-            hidden_states=normed,
-            position_embeddings=position_embeddings,
-            attention_mask=attention_mask,
-            cache=cache,
-            **kwargs,
-        )
+        attended, _ = self.attention(normed, position_embeddings, attention_mask, cache, **kwargs)
         normed = self.post_attention_layernorm(normed * _ALPHA + attended)
         return normed * _ALPHA + self.mlp(normed)
 
@@ -154,6 +209,7 @@ class ChatGLMPreTrainedModel(PreTrainedModel):
     config_class = ChatGLMConfig
     config: ChatGLMConfig
     base_model_prefix = "transformer"
+    _input_embed_layer = "word_embeddings"
     supports_gradient_checkpointing = True
     _no_split_modules = ["ChatGLMBlock"]  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$"]  # noqa: RUF012
@@ -172,12 +228,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.word_embeddings = value
-
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
@@ -194,7 +244,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
         ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
         """
-        del position_ids
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -206,7 +255,11 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         past = int(cache.get_seq_length()) if cache is not None else 0
         layout = self._layout(input_ids, attention_mask, cache, past, batch)
         columns = torch.arange(past, past + length, device=hidden.device)
-        visible = layout.visible(columns, _key_columns(cache, past + length, hidden.device), attention_mask)
+        slots = past + length
+        if cache is not None and cache.layers:
+            # A static cache returns all its slots; the empty ones are after every query, and so never visible.
+            slots = getattr(cache.layers[0], "max_cache_len", slots)
+        visible = layout.visible(columns, torch.arange(slots, device=hidden.device), attention_mask)
         position_embeddings = rotary_embedding(layout.position_ids(columns), self.config.head_dim, hidden.dtype)
         states = [hidden]
         for layer in self.layers:
@@ -225,21 +278,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
     ) -> Layout:
         if cache is not None and past:
             # The end of the context is not in later tokens, so it is stored in the cache.
-            layout = getattr(cache, "chatglm_layout", None)
-            return Layout.without_context(batch, self.device) if layout is None else layout
-        if input_ids is None:
-            layout = Layout.without_context(batch, self.device)
-        else:
+            return getattr(cache, "chatglm_layout", None) or Layout.without_context(batch, self.device)
+        layout = Layout.without_context(batch, self.device)
+        if input_ids is not None:
             layout = Layout.of(input_ids, mask, self.config)
         if cache is not None:
             cache.chatglm_layout = layout
         return layout
-
-
-def _key_columns(cache: Cache | None, length: int, device: torch.device) -> torch.Tensor:
-    # A static cache returns all its slots; the empty ones are after every query, and so never visible.
-    slots = getattr(cache.layers[0], "max_cache_len", length) if cache is not None and cache.layers else length
-    return torch.arange(slots, device=device)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -253,18 +298,6 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.loss_type = "ForCausalLM"
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        return self.transformer.word_embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        self.transformer.word_embeddings = value
-
-    def get_output_embeddings(self) -> nn.Module:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
-        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -284,14 +317,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         are those before ``<sop>``, as attention to them is bidirectional."""
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         output = self.transformer(
-            input_ids,
-            attention_mask,
-            cache,
-            inputs_embeds,
-            use_cache,
-            output_hidden_states,
-            past_key_values,
-            **kwargs,
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, past_key_values, **kwargs
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])

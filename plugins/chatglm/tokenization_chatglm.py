@@ -75,7 +75,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
         return {**vocabulary, **self._added_tokens_encoder}
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
-        del kwargs
         text = text.replace("\n", _LINE_BREAK).replace("\t", _TAB)
         text = _BLANKS.sub(lambda blanks: f"<|blank_{len(blanks.group())}|>", text)
         return self.sp_model.encode(text, out_type=str)
@@ -105,11 +104,6 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
             token_ids_0 if self.bos_token_id in token_ids_0 else [*token_ids_0, self.gmask_token_id, self.bos_token_id]
         )
         return prompt if token_ids_1 is None else [*prompt, *token_ids_1, self.eos_token_id]
-
-    def create_token_type_ids_from_sequences(
-        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
-    ) -> list[int]:
-        return [0] * len(self.build_inputs_with_special_tokens(token_ids_0, token_ids_1))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
         prefix = f"{filename_prefix}-" if filename_prefix else ""

@@ -81,11 +81,8 @@ class LlamaCppSession(Session):
 
 
 def gguf_work(path: Path) -> tuple[Work, str]:
-    """What the steps of a GGUF file of a decoder with heads cost, and the type of most of its weights.
-
-    Tokens are multiplied by every matrix, except for the embedding if the file has a head, too; of stacked experts, by
-    those that they are routed to.
-    """
+    """What the steps of a GGUF file cost, and the type of most of its weights. Tokens are multiplied by every matrix,
+    but by the embedding only if the file has no head; of stacked experts, by those that they are routed to."""
     reader = GGUFReader(path)
     architecture = str(reader.fields["general.architecture"].contents())
 

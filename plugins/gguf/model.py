@@ -1,6 +1,5 @@
-"""A model in the terms of GGUF: the architectures that models are written as (what the graphs of llama.cpp compute, as
-far as they differ), tensors under GGUF's names, sizes, what modules compute, and the architecture that states all of it
-exactly."""
+"""A model in the terms of GGUF: how the architectures of llama.cpp differ, tensors under GGUF's names, sizes, what
+modules compute, and the architecture that states all of it exactly."""
 
 from __future__ import annotations
 
@@ -24,38 +23,25 @@ ALL_LINEAR = QKV | {"attn_output", "ffn_gate", "ffn_up", "ffn_down"}
 
 @dataclass(frozen=True)
 class Architecture:
-    """``name``: in ``general.architecture``.
-
-    ``interleaved``: rotary embedding turns the channels 2i and 2i+1 together, else i and i + head size / 2.
-    ``per_layer``: the numbers of heads, KV heads and MLP channels may differ between layers.
-    ``fills_hidden``: query heads × head size must be the hidden size.
-    ``biases``: linear layers of a block that may have a bias. ``output_bias``: the head may, too.
-    ``weights_sum_to_one``: the weights of the experts that a token uses are divided by their sum.
-    ``rope_factors``: a divisor for every rotary frequency may be stored.
-    ``window_period``: of so many layers in a row, all but the last have a sliding window, counted from the first layer;
-    0: no layer has. llama.cpp knows it by the architecture; an array in the file changes nothing.
-    ``stores_head``: the output head is stored even if it is the embedding.
-    ``soft_caps``: attention logits and output logits are soft-capped, always. ``output_cap``: the latter may be.
-    ``is_gemma``: embeddings are multiplied by √hidden, norms store 1 + weight, the activation is GELU (tanh), else
-    SiLU.
-    ``wide_scale_layers``: a model of this many layers scales attention by √(heads / hidden), others by
-    1/√(head size).
-    """
+    """``name``: in ``general.architecture``."""
 
     name: str
-    interleaved: bool = False
-    per_layer: bool = False
-    fills_hidden: bool = False
-    biases: frozenset[str] = QKV
-    output_bias: bool = False
-    weights_sum_to_one: bool = True
-    rope_factors: bool = False
+    interleaved: bool = False  # rotary embedding turns the channels 2i and 2i+1 together, else i and i + head size / 2
+    per_layer: bool = False  # the numbers of heads, KV heads and MLP channels may differ between layers
+    fills_hidden: bool = False  # query heads × head size must be the hidden size
+    biases: frozenset[str] = QKV  # linear layers of a block that may have a bias
+    output_bias: bool = False  # the head may, too
+    weights_sum_to_one: bool = True  # the weights of the experts that a token uses are divided by their sum
+    rope_factors: bool = False  # a divisor for every rotary frequency may be stored
     window_period: int = 0
-    stores_head: bool = False
-    soft_caps: bool = False
-    output_cap: bool = False
-    is_gemma: bool = False
+    """Of so many layers in a row, all but the last have a sliding window, counted from the first layer; 0: no layer
+    has. llama.cpp knows it by the architecture; an array in the file changes nothing."""
+    stores_head: bool = False  # the output head is stored even if it is the embedding
+    soft_caps: bool = False  # attention logits and output logits are soft-capped, always
+    output_cap: bool = False  # output logits may be
+    is_gemma: bool = False  # embeddings are multiplied by √hidden, norms store 1 + weight, GELU (tanh) instead of SiLU
     wide_scale_layers: int | None = None
+    """A model of this many layers scales attention by √(heads / hidden), others by 1/√(head size)."""
 
     def slides(self, layer: int) -> bool:
         """Whether llama.cpp gives the layer of this number a sliding window."""
@@ -77,24 +63,16 @@ BY_MODEL_TYPE: Mapping[str, tuple[Architecture, ...]] = {
     "gemma2": (Architecture("gemma2", is_gemma=True, window_period=2, soft_caps=True, wide_scale_layers=46),),
     "gemma3_text": (Architecture("gemma3", is_gemma=True, window_period=6, output_cap=True, wide_scale_layers=62),),
 }
-"""``model_type`` of transformers → architectures; the first that can state a model is used. All of these types turn the
-rotary channels i and i + head size / 2 together."""
+"""``model_type`` of transformers → architectures, of which the first that can state a model is used. All of these types
+turn the rotary channels i and i + head size / 2 together."""
 
 KEYS = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
 """Name of an architecture → the ``gguf`` package's key for it."""
-_STACKED = "gate_up_proj"
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What GGUF states besides tensors; sizes are read from shapes, the rest from modules.
-
-    ``heads``, ``kv_heads``, ``widths``, ``experts``, ``windows``: an entry for each layer; ``widths``: MLP channels, of
-    a single expert if there are experts; ``experts``: 0 for an ordinary MLP; ``windows``: None without a sliding
-    window. ``sums_to_one``: whether the weights of the ``active_experts`` of a token are divided by their sum.
-    ``scale``: of attention logits. ``rope``: parameters of the rotary embedding; ``sliding_rope``: of the layers with a
-    window, if those have their own. ``rope_scaling``: what cosine and sine are multiplied by.
-    """
+    """What GGUF states besides tensors: sizes by shapes, the rest by modules. Tuples have an entry for each layer."""
 
     hidden: int
     vocabulary: int
@@ -102,25 +80,24 @@ class Facts:
     head_size: int
     heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
-    widths: tuple[int, ...]
-    experts: tuple[int, ...]
-    active_experts: int
-    sums_to_one: bool
-    windows: tuple[int | None, ...]
+    widths: tuple[int, ...]  # MLP channels, of a single expert if there are experts
+    experts: tuple[int, ...]  # 0 for an ordinary MLP
+    active_experts: int  # that a token uses
+    sums_to_one: bool  # whether their weights are divided by their sum
+    windows: tuple[int | None, ...]  # None without a sliding window
     epsilon: float
     activation: str
-    scale: float
+    scale: float  # of attention logits
     embedding_scale: float
     attention_cap: float | None
     output_cap: float | None
     rope: Mapping[str, Any]
-    sliding_rope: Mapping[str, Any] | None
-    rope_scaling: float
+    sliding_rope: Mapping[str, Any] | None  # of the layers with a window, if those have their own
+    rope_scaling: float  # what cosine and sine are multiplied by
 
 
 def described(model: PreTrainedModel) -> tuple[Architecture, dict[str, torch.Tensor], Facts]:
-    """The architecture that states ``model`` exactly, the tensors under its names, and the facts. Raises
-    `UnsupportedModelError` with the reason if there is none."""
+    """The architecture that states ``model`` exactly, the tensors under its names, and the facts; or why none can."""
     model_type = model.config.model_type.removeprefix("llmpruner_")
     if model_type not in BY_MODEL_TYPE:
         raise UnsupportedModelError(
@@ -150,8 +127,8 @@ def tensors_of(model: PreTrainedModel, architecture: Architecture) -> dict[str, 
     for name, tensor in model.state_dict(keep_vars=True).items():
         if name == "lm_head.weight" and tensor is embedding:
             continue
-        if name.endswith(_STACKED):
-            stem = name.removesuffix(_STACKED)
+        stem = name.removesuffix("gate_up_proj")
+        if stem != name:
             stored[f"{stem}gate_proj"], stored[f"{stem}up_proj"] = tensor.detach().chunk(2, 1)
         else:
             stored[name] = tensor.detach()
@@ -242,17 +219,6 @@ def _same(values: Iterator[Any], what: str, default: Any = None) -> Any:
 
 def _refusals(architecture: Architecture, tensors: Mapping[str, torch.Tensor], facts: Facts) -> Iterator[str]:
     """Why the architecture can't state the model."""
-    yield from _refused_sizes(architecture, facts)
-    for name in tensors:
-        layer, part = layer_and_part(name)
-        allowed = architecture.output_bias if layer is None else part in architecture.biases
-        if name.endswith(".bias") and not allowed:
-            yield f"it has no bias '{name}'"
-    yield from _refused_computations(architecture, facts)
-    yield from _refused_rope(architecture, facts.rope)
-
-
-def _refused_sizes(architecture: Architecture, facts: Facts) -> Iterator[str]:
     sizes = facts.heads, facts.kv_heads, facts.widths, facts.experts
     if not architecture.per_layer and any(len(set(row)) > 1 for row in sizes):
         yield "its layers have different numbers of channels, heads or experts; prune with --shape uniform"
@@ -263,6 +229,13 @@ def _refused_sizes(architecture: Architecture, facts: Facts) -> Iterator[str]:
             f"{facts.heads[0]} heads of {facts.head_size} must make up the {facts.hidden} hidden channels; keep all "
             "heads and all hidden channels"
         )
+    for name in tensors:
+        layer, part = layer_and_part(name)
+        allowed = architecture.output_bias if layer is None else part in architecture.biases
+        if name.endswith(".bias") and not allowed:
+            yield f"it has no bias '{name}'"
+    yield from _refused_computations(architecture, facts)
+    yield from _refused_rope(architecture, facts.rope)
 
 
 def _refused_computations(architecture: Architecture, facts: Facts) -> Iterator[str]:

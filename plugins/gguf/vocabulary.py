@@ -64,19 +64,10 @@ def _pre_tokenizer(content: Mapping[str, Any], tokenizer: Any, pre: str | None) 
     return name
 
 
-def stop_texts(tokenizer: Any | None, generation: Any) -> list[str]:
-    """Texts of the tokens that end an answer."""
-    if tokenizer is None:
-        return []
-    stated = getattr(generation, "eos_token_id", None)
-    ids = [*(stated if isinstance(stated, list) else [stated]), tokenizer.eos_token_id]
-    return [tokenizer.convert_ids_to_tokens(number) for number in dict.fromkeys(ids) if number is not None]
-
-
 def _scores(content: Mapping[str, Any], size: int) -> list[float]:
     """The scores order the merges, as those of SentencePiece do: the earlier a merge, the higher its score."""
     vocab: Mapping[str, int] = content["model"]["vocab"]
-    merges = [tuple(m.split(" ")) if isinstance(m, str) else tuple(m) for m in content["model"]["merges"]]
+    merges = content["model"]["merges"]
     scores = [-float(len(merges))] * (max(vocab.values()) + 1)
     for rank, pair in reversed(list(enumerate(merges))):
         scores[vocab["".join(pair)]] = -float(rank)
@@ -140,8 +131,7 @@ _PRE_TOKENIZERS: Mapping[str, tuple[list[dict[str, Any]], bool]] = {
 
 
 def _known_name(content: Mapping[str, Any]) -> str | None:
-    """None for settings that are not known, and where text is normalised by other rules than NFC, as GGUF does not
-    normalise."""
+    """None for unknown settings, and for a normalizer other than NFC, as llama.cpp does not normalise."""
     if content.get("normalizer") not in (None, {"type": "NFC"}):
         return None
     settings = content.get("pre_tokenizer") or {"type": "Sequence", "pretokenizers": []}

@@ -47,6 +47,7 @@ def _push(
         typer.echo(f"✓ {send(upload, public=public)}")
         return
     typer.echo(upload.card)
-    for name, size in upload.sizes.items():
+    for name, content in upload.files.items():
+        size = content.stat().st_size if isinstance(content, Path) else len(content)
         typer.echo(f"{size:>15,} bytes  {name}")
     typer.echo(f"nothing was sent; --yes sends these files to {repo}", err=True)

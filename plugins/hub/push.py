@@ -1,22 +1,25 @@
-"""Collecting the files of a checkpoint, and sending them to the Hugging Face Hub."""
+"""What is sent to the Hugging Face Hub: the files of a checkpoint, and its model card, written from its record."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import llmpruner
-from llmpruner import Catalog, CheckpointError, ModelError, OutputError, SettingsError
+from llmpruner import CheckpointError, ModelError, OutputError, PruningPlan, SettingsError, Structure
 
-from .card import CARD_FILE, base_of, model_card
-
+CARD_FILE = "README.md"
+_HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
+_LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _RECORD = "llmpruner.json"
 _STAYS = ("run.json", "report.html", "step.json")
 """Files about the machine that the checkpoint was made on: they have paths of it."""
@@ -31,11 +34,6 @@ class Upload:
     card: str
     files: Mapping[str, bytes | Path]
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Path in the repository → bytes."""
-        return {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
-
 
 def prepare(
     directory: Path,
@@ -44,7 +42,7 @@ def prepare(
     license: str | None = None,
     base_model: str | None = None,
     evaluation: Path | None = None,
-    catalog: Catalog | None = None,
+    catalog: llmpruner.Catalog | None = None,
 ) -> Upload:
     """The files of a checkpoint with its model card, unless there is a ``README.md`` already.
 
@@ -69,7 +67,7 @@ def prepare(
             )
         card = (directory / CARD_FILE).read_text(encoding="utf-8")
     else:
-        figures = None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or Catalog())
+        figures = None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or llmpruner.Catalog())
         card = model_card(structure, repo, record, base=base, license=license, evaluations=figures)
     files: dict[str, bytes | Path] = {
         path.relative_to(directory).as_posix(): path
@@ -113,12 +111,93 @@ def _check_repo(repo: str) -> None:
         raise SettingsError(f"'{repo}' is no name of a repository: {reason}; expected OWNER/NAME") from error
 
 
-def send(upload: Upload, *, public: bool = False, api: HfApi | None = None) -> str:
+def model_card(
+    structure: Structure,
+    repo: str,
+    record: Mapping[str, Any],
+    *,
+    base: str | None = None,
+    license: str | None = None,
+    evaluations: Any = None,
+) -> str:
+    """The text of ``README.md``, with metadata that the hub reads.
+
+    ``record``: of the checkpoint, as it is published. ``base``: the hub id of the dense model; None where it is not
+    known. ``evaluations``: of `llmpruner.evaluate`. Raises `CheckpointError` for a record without a plan.
+    """
+    if not structure.plans:
+        raise CheckpointError("the record of the checkpoint has no plan, so there is nothing to write a card from")
+    local = (structure.record or {}).get("base_path")
+    if license is not None and not _LICENCE.fullmatch(license):
+        raise SettingsError(f"--license '{license}': expected an identifier in lower case, such as apache-2.0, mit")
+    licence = licence_of(base, local) if license is None else {"license": license}
+    tags = ["llmpruner", "pruned"]
+    data = ModelCardData(
+        base_model=base, library_name="transformers", pipeline_tag="text-generation", tags=tags, **licence
+    )
+    config = llmpruner.read_json(Path(structure.path or structure.ref) / "config.json")
+    dense, graph = llmpruner.build_graph(structure.family, structure.config), structure.graph
+    decoder = (dense.decoder_parameters, graph.decoder_parameters)
+    parameters = (dense.total_parameters, graph.total_parameters)
+    plans = [PruningPlan.model_validate(plan) for plan in record["plans"]]
+    environment = Environment(
+        loader=PackageLoader("llmpruner_hub", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False,
+        undefined=StrictUndefined, keep_trailing_newline=True,
+    )  # fmt: skip
+    return environment.get_template("card.md.j2").render(
+        metadata=data.to_yaml(),
+        repo=repo,
+        hub_id=base,
+        base=base or Path(plans[0].base.model).name,
+        licence=licence,
+        headline=(*parameters, "parameters") if len(set(decoder)) == 1 else (*decoder, "decoder's parameters"),
+        decoder=decoder,
+        parameters=parameters,
+        shim="llmpruner" in config,
+        quantised=(config.get("quantization_config") or {}).get("quant_method"),
+        steps=[(plan, *plan.table()) for plan in plans],
+        recoveries=record.get("recovery") or (),
+        loss_text=llmpruner.loss_text,
+        evaluations=evaluations,
+        names=[Path(each.name).name for each in evaluations or ()],
+        version=record.get("llmpruner", ""),
+    )
+
+
+def base_of(record: Mapping[str, Any]) -> str | None:
+    """The hub id of the dense model in a record; None for a local model."""
+    plans = record.get("plans") or ()
+    name = str(plans[0]["base"]["model"]) if plans and "base_path" not in record else ""
+    return name if _HUB_ID.fullmatch(name) else None
+
+
+def licence_of(base: str | None, path: str | None) -> dict[str, Any]:
+    """The licence that the card of the dense model states, as keys of a card's metadata: in its local directory
+    ``path``, or in the cache of the hub model ``base``. Empty where no such card is on this machine, or it states
+    none."""
+    cached = None if base is None else try_to_load_from_cache(base, CARD_FILE)
+    files = [Path(path) / CARD_FILE] if path else []
+    # The cache answers with a mark of its own for files that are known not to exist.
+    files += [Path(cached)] if isinstance(cached, str) else []
+    for file in files:
+        if not file.is_file():
+            continue
+        try:
+            data = ModelCard(file.read_text(encoding="utf-8"), ignore_metadata_errors=True).data
+        except Exception as error:  # cards have YAML by many hands
+            reason = str(error).splitlines()[0]
+            raise CheckpointError(f"the licence cannot be read from {file}: {reason}; use --license") from error
+        if isinstance(data.license, str):
+            return {key: getattr(data, key) for key in ("license", "license_name", "license_link")}
+    return {}
+
+
+def send(upload: Upload, *, public: bool = False) -> str:
     """Create the repository unless it exists, and commit all files at once; returns the URL of the commit.
 
     ``public``: of a repository that is created; an existing one stays as it is. Raises `OutputError` in one line.
     """
-    api = api or HfApi()
+    api = HfApi()
     operations = [CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in upload.files.items()]
     try:
         api.whoami()

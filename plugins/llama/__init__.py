@@ -2,12 +2,104 @@
 
 from __future__ import annotations
 
-from llmpruner import hookimpl
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, FilePath
+
+from llmpruner import (
+    CheckpointReader,
+    ComponentSettings,
+    Exporter,
+    ExportTask,
+    UnsupportedModelError,
+    hookimpl,
+    read_json,
+)
 
 from .family import LlamaFamily
-from .meta import MetaExporter, MetaReader
 
-__all__ = ["LlamaFamily", "MetaExporter", "MetaReader"]
+if TYPE_CHECKING:
+    import torch
+    from transformers import LlamaConfig, PreTrainedModel
+
+
+class MetaReader(CheckpointReader):
+    """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""
+
+    name = "meta-llama"
+    summary = "LLaMA 1, 2 and 3 as Meta publishes them: params.json and consolidated.NN.pth"
+    family = "llama"
+
+    def recognises(self, path: Path) -> bool:
+        if not path.is_dir() or (path / "config.json").exists():
+            return False
+        # A folder without its shards is recognised too, so that the error names what is missing.
+        weights = any(path.glob("consolidated.*.pth"))
+        return weights or ((path / "params.json").is_file() and not any(path.glob("*.safetensors")))
+
+    def read_config(self, path: Path) -> LlamaConfig:
+        from .meta_format import MetaFolder, tokenizer_in
+
+        return MetaFolder(path).config(tokenizer_in(path))
+
+    def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
+        from .meta_format import model_in
+
+        return model_in(path, dtype)
+
+    def read_tokenizer(self, path: Path) -> Any | None:
+        from .meta_format import tokenizer_in
+
+        return tokenizer_in(path)
+
+
+class MetaExporter(Exporter):
+    """LLaMA in Meta's format, which can represent MLPs of the same pruned width and fewer layers, but not pruned
+    attention or hidden channels, nor a vocabulary that lost tokens. Every tensor is read back and compared.
+
+    Meta's own code has one factor for scaled rotary frequencies, 8, and ignores others in ``params.json``, which
+    llmpruner reads: of models with another (Llama 3.2 has 32), it computes slightly different logits. The length of the
+    context is not stored, because Meta's code takes it as an argument and refuses it in ``params.json``.
+    """
+
+    name = "meta"
+    summary = "Meta's LLaMA format: params.json, consolidated.NN.pth and tokenizer.model"
+
+    class Settings(ComponentSettings):
+        shards: int = Field(1, ge=1, description="Number of consolidated.NN.pth files.")
+        tokenizer: FilePath | None = Field(
+            None, description="A tokenizer.model from elsewhere; by default the source's, if it has any."
+        )
+
+    settings: Settings
+
+    def export(self, task: ExportTask) -> str:
+        from .meta_format import META_FACTOR, check_written, write_meta
+
+        record = task.source / "llmpruner.json"
+        plans = read_json(record).get("plans", []) if record.is_file() else []
+        if any("vocabulary" in plan["cuts"] for plan in plans):
+            raise UnsupportedModelError(
+                "Meta's format cannot hold this model: tokens were removed, and tokenizer.model has no form without "
+                "them; export it --to stock or gguf"
+            )
+        shards, own = self.settings.shards, task.source / "tokenizer.model"
+        tokenizer = self.settings.tokenizer or (own if own.is_file() else None)
+        task.progress.status("Writing Meta's format")
+        params = write_meta(task.model, tokenizer, task.directory, shards)
+        task.progress.status("Reading it back")
+        check_written(task.directory, task.model)
+        line = f"Meta's llama code loads it with model-parallel size {shards}, and llmpruner does"
+        factor, positions = params.rope_scaling_factor, task.model.config.max_position_embeddings
+        if factor not in (None, META_FACTOR):
+            line += f"; its rotary factor is {factor:g}, and Meta's code takes {META_FACTOR:g}"
+        # ``max_seq_len`` in params.json is a second value for an argument that Meta's code gives, which Python refuses.
+        if positions != params.max_positions:
+            line += f"; its context of {positions} tokens is not stored, and is read back as {params.max_positions}"
+        if tokenizer is None:
+            line += "; without tokenizer.model, as the source has none (--set meta.tokenizer=PATH)"
+        return line
 
 
 @hookimpl

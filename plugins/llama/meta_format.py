@@ -1,10 +1,12 @@
-"""Reading Meta's official format: ``params.json``, ``consolidated.NN.pth`` and ``tokenizer.model``."""
+"""Meta's official format, ``params.json``, ``consolidated.NN.pth`` and ``tokenizer.model``: reading and writing it."""
 
 from __future__ import annotations
 
+import json
 import pickle
+import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +17,13 @@ from transformers import GenerationConfig, LlamaConfig
 
 from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
 
-from .meta_tokenizer import find_tokenizer, read_tokenizer, stop_tokens
+from .meta_tokenizer import TOKENIZER, read_tokenizer, stop_tokens, tiktoken_ranks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PARAMS = "params.json"
+_REFUSED = "Meta's format cannot hold this model"
 _SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 """The constants of ``use_scaled_rope`` in Meta's code."""
 META_FACTOR = 8.0
@@ -109,22 +112,12 @@ class MetaParams(BaseModel):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for ``params.json``, without those at their default: Meta's older code refuses them. Its later
-        code ignores those that it does not know: ``rope_scaling_factor`` is for `read` alone."""
-        values: dict[str, Any] = {"dim": self.dim, "n_layers": self.n_layers, "n_heads": self.n_heads}
-        if self.n_kv_heads != self.n_heads:
-            values["n_kv_heads"] = self.n_kv_heads
-        values |= {"vocab_size": self.vocab_size, "multiple_of": self.multiple_of}
-        if self.ffn_dim_multiplier is not None:
-            values["ffn_dim_multiplier"] = self.ffn_dim_multiplier
-        values["norm_eps"] = self.norm_eps
-        if self.rope_theta != 10000.0:
-            values["rope_theta"] = self.rope_theta
-        if self.rope_scaling_factor is not None:
-            values["use_scaled_rope"] = True
-            if self.rope_scaling_factor != scaled_rope_factor(self.dim):
-                values["rope_scaling_factor"] = self.rope_scaling_factor
-        return values
+        """The fields for ``params.json``. Meta's older code refuses those that it does not know, which are left out
+        where they have their defaults; its later code ignores them: ``rope_scaling_factor`` is for `read` alone."""
+        factor = scaled_rope_factor(self.dim)
+        defaults = {"n_kv_heads": self.n_heads, "rope_theta": 10000.0, "rope_scaling_factor": factor}
+        values = {k: v for k, v in self.model_dump(exclude_none=True).items() if v != defaults.get(k)}
+        return values if self.rope_scaling_factor is None else {**values, "use_scaled_rope": True}
 
     @property
     def ffn_width(self) -> int:
@@ -142,28 +135,6 @@ class MetaParams(BaseModel):
         if self.rope_theta > 10_000:
             return 8192  # Llama 3
         return 2048 if self.norm_eps < 1e-5 else 4096  # Llama 1, Llama 2
-
-    def to_config(self, vocabulary: int, *, tied: bool, bos: int, eos: int, dtype: Any) -> LlamaConfig:
-        """The configuration in transformers; ``vocabulary``: rows of the embedding."""
-        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": self.rope_theta}
-        if self.rope_scaling_factor is not None:
-            rope |= {"rope_type": "llama3", "factor": self.rope_scaling_factor, **_SCALED_ROPE}
-        return LlamaConfig(
-            vocab_size=vocabulary,
-            hidden_size=self.dim,
-            intermediate_size=self.ffn_width,
-            num_hidden_layers=self.n_layers,
-            num_attention_heads=self.n_heads,
-            num_key_value_heads=self.n_kv_heads,
-            max_position_embeddings=self.max_positions,
-            rms_norm_eps=self.norm_eps,
-            rope_parameters=rope,
-            tie_word_embeddings=tied,
-            bos_token_id=bos,
-            eos_token_id=eos,
-            dtype=dtype,
-            architectures=["LlamaForCausalLM"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +184,9 @@ class MetaFolder:
         if not (directory / PARAMS).is_file():
             raise CheckpointError(f"{directory} is no LLaMA folder in Meta's format: it has no {PARAMS}")
         self.directory, self.params = directory, MetaParams.read(directory / PARAMS)
-        paths = _shard_paths(directory)
+        paths = sorted(directory.glob("consolidated.*.pth"))
+        if not paths:
+            raise CheckpointError(f"{directory} has no consolidated.NN.pth: download them")
         self._shards = [_mapped(path) for path in paths]
         # The query projection is split by rows.
         name, size = "layers.0.attention.wq.weight", (self.params.dim // len(paths), self.params.dim)
@@ -259,15 +232,27 @@ class MetaFolder:
                 f"{self.directory}: its tokenizer has {len(tokenizer)} tokens, its embedding {self.vocabulary} rows: "
                 "the two belong to different models"
             )
-        config = self.params.to_config(
-            self.vocabulary,
-            tied=self.tied,
-            bos=1 if tokenizer is None else tokenizer.bos_token_id,
-            eos=2 if tokenizer is None else tokenizer.eos_token_id,
+        params = self.params
+        rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
+        if params.rope_scaling_factor is not None:
+            rope |= {"rope_type": "llama3", "factor": params.rope_scaling_factor, **_SCALED_ROPE}
+        return LlamaConfig(
+            vocab_size=self.vocabulary,
+            hidden_size=params.dim,
+            intermediate_size=params.ffn_width,
+            num_hidden_layers=params.n_layers,
+            num_attention_heads=params.n_heads,
+            num_key_value_heads=params.n_kv_heads,
+            max_position_embeddings=params.max_positions,
+            rms_norm_eps=params.norm_eps,
+            rope_parameters=rope,
+            tie_word_embeddings=self.tied,
+            bos_token_id=1 if tokenizer is None else tokenizer.bos_token_id,
+            eos_token_id=2 if tokenizer is None else tokenizer.eos_token_id,
             dtype=self.dtype,
+            architectures=["LlamaForCausalLM"],
+            name_or_path=str(self.directory),
         )
-        config.name_or_path = str(self.directory)
-        return config
 
 
 def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -292,21 +277,13 @@ def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def tokenizer_in(directory: Path) -> Any | None:
-    """The tokenizer of a folder (see `find_tokenizer`); None when it has none."""
-    file = find_tokenizer(directory)
+    """The tokenizer of a folder: ``tokenizer.model`` in it or in its parent, where Meta's download script puts it; None
+    without one."""
+    files = [folder / TOKENIZER for folder in (directory, directory.absolute().parent)]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
         return None
     return read_tokenizer(file, scaled_rope=MetaParams.read(directory / PARAMS).rope_scaling_factor is not None)
-
-
-def _shard_paths(directory: Path) -> list[Path]:
-    numbers = (path.name.split(".")[1] for path in directory.glob("consolidated.*.pth"))
-    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
-    paths = [directory / f"consolidated.{n:02}.pth" for n in range(last + 1)]
-    for path in paths:
-        if not path.is_file():
-            raise CheckpointError(f"{directory} lacks {path.name}: download it")
-    return paths
 
 
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
@@ -328,3 +305,90 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
     ):
         raise CheckpointError(f"{path} is not a plain dictionary of floating-point tensors, as a model's weights are")
     return tensors
+
+
+def write_meta(model: PreTrainedModel, tokenizer: Path | None, directory: Path, shards: int = 1) -> MetaParams:
+    """Write ``model`` into ``directory`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
+    ``tokenizer``: the ``tokenizer.model`` to copy, if any. Raises `UnsupportedModelError` when the format can't
+    represent the model."""
+    state = model.state_dict()
+    params = MetaParams.of(model.config, width=_check(model, state), vocabulary=len(state["model.embed_tokens.weight"]))
+    if params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
+        raise UnsupportedModelError(
+            f"{_REFUSED} in {shards} shards: {params.n_kv_heads} KV heads, {params.vocab_size} tokens and an "
+            f"MLP of width {params.ffn_width} must all divide by the number of shards"
+        )
+    # Llama 3 and later are known by their rotary settings or their tokenizer; Code Llama has a base of 1e6.
+    llama_3 = params.rope_scaling_factor is not None or params.rope_theta == 500000.0
+    axis = 0 if llama_3 or (tokenizer is not None and tiktoken_ranks(tokenizer)) else 1
+    for number in range(shards):
+        # Meta's format has no tied embeddings.
+        parts = {
+            placement.meta: _part(state[placement.name], placement, number, shards)
+            for placement in placements(params, tied=False, embedding_axis=axis)
+        }
+        torch.save(parts, directory / f"consolidated.{number:02}.pth")
+    (directory / PARAMS).write_text(json.dumps(params.to_json()) + "\n")
+    if tokenizer is not None:
+        shutil.copyfile(tokenizer, directory / TOKENIZER)
+    return params
+
+
+def check_written(directory: Path, model: PreTrainedModel) -> None:
+    """Read ``directory`` back and compare it with ``model``: the sizes and rotary settings of the configuration, and
+    every tensor bit by bit. Raises `CheckpointError` for the first difference."""
+    folder, state = MetaFolder(directory), model.state_dict()
+    # `tokenizer_in` also searches the parent of ``directory``.
+    again = folder.config(tokenizer_in(directory) if (directory / TOKENIZER).is_file() else None)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    for field in (*sizes, "rms_norm_eps", "rope_parameters"):
+        ours, theirs = getattr(again, field), getattr(model.config, field)
+        if ours != theirs:
+            raise CheckpointError(f"Meta's format does not keep {field}: it was {theirs}, and is read back as {ours}")
+    for name, tensor in folder.state(None).items():
+        if not torch.equal(tensor, state[name].cpu()):
+            raise CheckpointError(f"{name} is read back with other values than were written: check disk and memory")
+
+
+def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) -> torch.Tensor:
+    if placement.heads:
+        tensor = to_neighbours(tensor, placement.heads)
+    if placement.axis is not None:
+        tensor = tensor.chunk(shards, placement.axis)[number]
+    # torch.save would write the whole storage of a view.
+    return tensor.cpu().contiguous().clone()
+
+
+def _check(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> int:
+    """The width of all MLPs. Raises `UnsupportedModelError` for models that Meta's code can't build."""
+    config = model.config
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    if config.model_type not in ("llama", "mistral") or config.hidden_act != "silu":
+        raise UnsupportedModelError(f"{_REFUSED}: it holds LLaMA, and the model_type is '{config.model_type}'")
+    if getattr(config, "sliding_window", None):
+        raise UnsupportedModelError(f"{_REFUSED}: its attention has a sliding window")
+    left = state["model.embed_tokens.weight"].shape[1]
+    if left != hidden:
+        raise UnsupportedModelError(
+            f"{_REFUSED}: hidden channels were pruned ({left} of {hidden} are left), and there head_dim is "
+            "dim / n_heads; prune MLP channels or layers instead"
+        )
+    biased = next((name for name in state if name.endswith(".bias")), None)
+    if biased is not None:
+        raise UnsupportedModelError(f"{_REFUSED}: it has biases ({biased})")
+    widths = set()
+    for number, layer in enumerate(model.model.layers):
+        widths.add(len(layer.mlp.gate_proj.weight))
+        for m, count in (("q", heads), ("k", config.num_key_value_heads)):
+            rows = len(state[f"model.layers.{number}.self_attn.{m}_proj.weight"])
+            if hidden % heads or rows != count * (hidden // heads):
+                raise UnsupportedModelError(
+                    f"{_REFUSED}: heads were pruned (layer {number}: {rows} rows in {m}_proj), and there head_dim "
+                    "is dim / n_heads in every layer; prune MLP channels or layers instead"
+                )
+    if len(widths) != 1:
+        raise UnsupportedModelError(
+            f"{_REFUSED}: there all MLPs have the same width, here they have {min(widths)} to {max(widths)}; prune "
+            "every MLP by the same share (--set prune.unit_ratio=…, prune.layers=all), or whole layers (--kinds layer)"
+        )
+    return widths.pop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,6 @@ from llmpruner import CheckpointError
 
 TOKENIZER = "tokenizer.model"
 _BEGIN, _END, _END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-_SPECIAL_TOKENS = 256
 _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -24,28 +24,13 @@ _PATTERN = (
 """The pattern by which Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
 
 
-def find_tokenizer(directory: Path) -> Path | None:
-    """``tokenizer.model`` in the folder or in its parent, where Meta's download script puts it; None without one."""
-    for folder in (directory, directory.absolute().parent):
-        if (folder / TOKENIZER).is_file():
-            return folder / TOKENIZER
-    return None
-
-
 def read_tokenizer(path: Path, *, scaled_rope: bool = False) -> Any:
     """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, with more named special tokens.
 
     Raises `CheckpointError` when the file is neither of the two kinds.
     """
-    ranks = _tiktoken_ranks(path)
-    return _sentencepiece(path) if ranks is None else _tiktoken(path, ranks, _special_tokens(scaled_rope))
-
-
-def is_tiktoken(path: Path) -> bool:
-    return _tiktoken_ranks(path, first_only=True) is not None
-
-
-def _sentencepiece(path: Path) -> Any:
+    if (ranks := tiktoken_ranks(path)) is not None:
+        return _tiktoken(path, ranks, scaled_rope)
     try:
         SentencePieceProcessor(model_file=str(path))
     except (RuntimeError, OSError):
@@ -56,7 +41,7 @@ def _sentencepiece(path: Path) -> Any:
     return LlamaTokenizer.from_pretrained(str(path.parent), local_files_only=True, add_bos_token=True)
 
 
-def _tiktoken_ranks(path: Path, *, first_only: bool = False) -> dict[bytes, int] | None:
+def tiktoken_ranks(path: Path) -> dict[bytes, int] | None:
     """Token bytes → rank, from lines "base64 rank"; None for a file of another kind."""
     ranks: dict[bytes, int] = {}
     with path.open("rb") as file:
@@ -66,26 +51,21 @@ def _tiktoken_ranks(path: Path, *, first_only: bool = False) -> dict[bytes, int]
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
             except (ValueError, binascii.Error):
                 return None
-            if first_only:
-                break
     return ranks or None
 
 
-def _special_tokens(scaled_rope: bool) -> list[str]:
-    """The names of the 256 special tokens after the mergeable ones, in the order of their ids."""
+def _tiktoken(path: Path, ranks: dict[bytes, int], scaled_rope: bool) -> Any:
     named = {0: _BEGIN, 1: _END, 6: "<|start_header_id|>", 7: "<|end_header_id|>", 9: _END_OF_TURN}
     if scaled_rope:
         named |= {4: "<|finetune_right_pad_id|>", 8: "<|eom_id|>", 10: "<|python_tag|>"}
-    free = iter(range(_SPECIAL_TOKENS))
-    return [named.get(n) or f"<|reserved_special_token_{next(free)}|>" for n in range(_SPECIAL_TOKENS)]
+    # 256 special tokens follow the mergeable ones.
+    free = itertools.count()
+    special = [named.get(n) or f"<|reserved_special_token_{next(free)}|>" for n in range(256)]
 
-
-def _tiktoken(path: Path, ranks: dict[bytes, int], special: list[str]) -> Any:
     class Converter(TikTokenConverter):
         # tiktoken's own loader caches by path, even when the file has changed.
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-            del tiktoken_url
             return ranks
 
     backend = Converter(vocab_file=str(path), pattern=_PATTERN, extra_special_tokens=special).converted()

@@ -23,7 +23,7 @@ class Block(dict):  # type: ignore[type-arg]
 
 class NemotronNasConfig(LlamaConfig):  # type: ignore[misc]
     """LLaMA's configuration with ``block_configs``: for each layer, ``attention.no_op``, ``attention.n_heads_in_group``
-    (query heads per key/value head), ``ffn.no_op`` and ``ffn.ffn_mult`` (see `llmpruner_nemotron_nas.layers`)."""
+    (query heads per key/value head), ``ffn.no_op`` and ``ffn.ffn_mult`` (see `llmpruner_nemotron_nas`)."""
 
     model_type = "nemotron-nas"
 

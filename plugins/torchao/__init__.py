@@ -63,7 +63,15 @@ class TorchAoExporter(Exporter):
         task.progress.status(f"Quantising to {self.settings.scheme}")
         quantised = self._quantised(dense, model)
         quantised.save_pretrained(task.directory)
-        _complete(task.directory, dense)
+        # The rest of the files, and a configuration that states sizes under the names of other programs, too.
+        config = read_json(dense / "config.json")
+        config["quantization_config"] = read_json(task.directory / "config.json")["quantization_config"]
+        (task.directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
+        for file in dense.iterdir():
+            weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
+            if not weights and not (task.directory / file.name).exists():
+                file.rename(task.directory / file.name)
+        shutil.rmtree(dense)
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again, quantised)
         return (
@@ -103,10 +111,7 @@ class TorchAoExporter(Exporter):
             scheme = Int4WeightOnlyConfig(group_size=self.settings.group, int4_packing_format="tile_packed_to_4d")
         register()
         quantised: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            str(directory),
-            dtype=model.dtype,
-            quantization_config=TorchAoConfig(scheme),
-            device_map={"": model.device},
+            str(directory), dtype=model.dtype, quantization_config=TorchAoConfig(scheme), device_map={"": model.device}
         )
         for path, module in linear_layers(quantised):
             # torchao leaves a layer that it cannot quantise as it is, without an error.
@@ -123,19 +128,6 @@ def linear_layers(model: PreTrainedModel) -> Iterator[tuple[str, nn.Linear]]:
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head:
             yield path, module
-
-
-def _complete(directory: Path, dense: Path) -> None:
-    """Move what else ``dense`` has into ``directory``, and add the quantisation to its configuration, which states
-    sizes under the names of other programs, too."""
-    config = read_json(dense / "config.json")
-    config["quantization_config"] = read_json(directory / "config.json")["quantization_config"]
-    (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for file in dense.iterdir():
-        weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-        if not weights and not (directory / file.name).exists():
-            file.rename(directory / file.name)
-    shutil.rmtree(dense)
 
 
 def _weight_bytes(directory: Path) -> int:

@@ -1,17 +1,158 @@
-"""Vicuna: LLaMA with a conversation format, and delta weights."""
+"""Vicuna: LLaMA with a conversation format, and delta weights.
+
+Vicuna has the configuration of LLaMA; it is recognised by its name or chat template, and otherwise needs ``--family``.
+
+Source of the formats: FastChat (https://github.com/lm-sys/FastChat, Apache-2.0), ``fastchat/conversation.py``. The
+published weights were trained with exactly these texts.
+"""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
+from llmpruner_llama import LlamaFamily
 
-from llmpruner import hookimpl
+from llmpruner import CheckpointError, hookimpl, read_json
 
-from .family import VicunaFamily, VicunaV0Family
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
-__all__ = ["VicunaFamily", "VicunaV0Family"]
+_SYSTEM = (
+    "A chat between a curious {0} and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the {0}'s questions."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A conversation as text: ``system``, ``lead``, then for every message the name of its speaker, a colon, a blank,
+    the message, and the closing text of that speaker. The model writes answers from the blank to the closing text."""
+
+    system: str
+    lead: str
+    names: tuple[str, str]
+    """Of the human and of the assistant."""
+    closing: tuple[str, str]
+
+    def exchanges(self, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Questions and answers as (prompt, answer) pairs that are joined to the text of the conversation."""
+        human, assistant = self.names
+        pairs = [
+            (f"{human}: {question}{self.closing[0]}{assistant}:", f" {answer}{self.closing[1]}")
+            for question, answer in exchanges
+        ]
+        return [(f"{self.system}{self.lead}{pairs[0][0]}", pairs[0][1]), *pairs[1:]]
+
+
+V1_1 = Template(_SYSTEM.format("user"), " ", ("USER", "ASSISTANT"), (" ", "</s>"))
+"""Of the weights v1.1, v1.3 and v1.5."""
+V0 = Template(_SYSTEM.format("human"), "\n### ", ("Human", "Assistant"), ("\n### ", "\n### "))
+"""Of the weights v0 (``zero_shot`` in FastChat)."""
+
+
+def chat_template(template: Template) -> str:
+    """``template`` as a chat template of transformers, starting with the beginning-of-sequence token. A system message
+    replaces the official one."""
+    human, assistant = (f"{name}:" for name in template.names)
+    return (
+        "{% if messages and messages[0]['role'] == 'system' %}"
+        "{% set system, messages = messages[0]['content'], messages[1:] %}"
+        f"{{% else %}}{{% set system = {_quoted(template.system)} %}}{{% endif %}}"
+        f"{{{{ bos_token + system + {_quoted(template.lead)} }}}}"
+        "{% for message in messages %}"
+        "{% if message['role'] == 'user' %}"
+        f"{{{{ {_quoted(human + ' ')} + message['content'] + {_quoted(template.closing[0])} }}}}"
+        "{% elif message['role'] == 'assistant' %}"
+        f"{{{{ {_quoted(assistant + ' ')} + message['content'] + {_quoted(template.closing[1])} }}}}"
+        "{% else %}{{ raise_exception('only user and assistant may follow the system message') }}{% endif %}"
+        "{% endfor %}"
+        f"{{% if add_generation_prompt %}}{{{{ {_quoted(assistant)} }}}}{{% endif %}}"
+    )
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False)
+
+
+class VicunaFamily(LlamaFamily):
+    """Vicuna v1.1, v1.3 and v1.5."""
+
+    name = "vicuna"
+    summary = "Vicuna v1.1, v1.3 and v1.5: LLaMA with a conversation format"
+    extends = "llama"
+    template: ClassVar[Template] = V1_1
+
+    def matches(self, config: PreTrainedConfig) -> bool:
+        return super().matches(config) and template_of(config) == self.template
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> list[tuple[str, str]]:
+        """(prompt, answer) pairs of Vicuna's training text. ``system`` replaces Vicuna's system message."""
+        return (self.template if system is None else replace(self.template, system=system)).exchanges(exchanges)
+
+
+class VicunaV0Family(VicunaFamily):
+    """Vicuna v0, the first release: another conversation format, and one more token."""
+
+    name = "vicuna-v0"
+    summary = "Vicuna v0, the first release: another conversation format, and one more token"
+    template = V0
+    stop_text = "###"
+    eos_after = "none"
+
+
+_V0_NAME = re.compile(r"(^|[-_.])v0([-_.]|$)|stable[-_.]?vicuna")
+"""StableVicuna is v0, tuned further with the same roles (``### Human:``, ``### Assistant:``)."""
+_OTHER_FORMAT = re.compile(r"gpt[-_.]?4[-_.]?x[-_.]?vicuna")
+"""GPT4-x-Vicuna is v1.1, tuned further with Alpaca's format (``### Instruction:``, ``### Response:``)."""
+
+
+def template_of(config: PreTrainedConfig) -> Template | None:
+    """The conversation format of a Vicuna; None for other models.
+
+    Found by the name in the reference, else the name in saved configurations, else the chat template.
+    """
+    place = str(getattr(config, "name_or_path", "") or "")
+    folder = Path(place)
+    saved: list[Any] = []
+    if place and folder.is_dir():
+        saved = [_read(folder / file).get("_name_or_path") for file in ("config.json", "generation_config.json")]
+    for name in (_own_name(each) for each in (place, *saved) if isinstance(each, str)):
+        if _OTHER_FORMAT.search(name):
+            return None  # its files may name the Vicuna that it was made from
+        if "vicuna" in name:
+            return V0 if _V0_NAME.search(name) else V1_1
+    if not saved:
+        return None
+    text = _read(folder / "tokenizer_config.json").get("chat_template")
+    if (folder / "chat_template.jinja").is_file():
+        text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    for template, marks in ((V1_1, ("ASSISTANT:",)), (V0, ("###", "Assistant:"))):
+        if isinstance(text, str) and all(mark in text for mark in (template.system, *marks)):
+            return template
+    return None
+
+
+def _own_name(place: str) -> str:
+    """The last part of a path or hub id; for a folder in the hub's cache, the name of the repository."""
+    parts = [part for part in re.split(r"[/\\]", place) if part]
+    cached = [part for part in parts if part.startswith("models--")]
+    return (cached or parts or [""])[-1].rpartition("--")[2].lower()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, empty if it cannot be read; loading the checkpoint will report that."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        return {}
 
 
 @hookimpl

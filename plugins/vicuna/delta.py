@@ -13,7 +13,7 @@ import torch
 
 from llmpruner import CheckpointError, load, new_directory
 
-from .conversation import V0, V1_1, Template, chat_template
+from . import V0, V1_1, Template, chat_template
 
 _TOKENIZER = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",

@@ -15,9 +15,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, ModelError, UnsupportedModelError
 from llmpruner.calibration import written
-from llmpruner.calibration.calibration import CalibrationJob, parse_calibration
+from llmpruner.calibration.calibration import (
+    CalibrationJob,
+    CalibrationSource,
+    ChatSource,
+    SelfWritten,
+    TextSource,
+    parse_calibration,
+)
 from llmpruner.calibration.chat import packed
-from llmpruner.calibration.sources import CalibrationSource, ChatSource, SelfWritten, TextSource
 from llmpruner.calibration.written import _Draw
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError
@@ -227,7 +233,6 @@ def test_conversations_are_sampled_in_the_models_own_chat_template(wide, tmp_pat
     tokenizer.chat_template = TEMPLATE
     rendered = {f"<s>user: {q}</s><s>assistant: {a}</s>" for q, a in said}
     job = job_of(f"1*self,3*chat:{file}", samples=4, length=48)
-    job.check()
     ids = job.draw(replace(wide, tokenizer=tokenizer), 4, 0)
     assert ids.shape == (4, 48)
     chats = [row for row, part in zip(ids, job.order(), strict=True) if part == 1]
@@ -274,9 +279,9 @@ def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
         assert torch.equal(row, alone[number % 3][number // 3])
 
 
-def test_text_for_a_model_without_a_tokenizer_is_refused(gqa):
-    with pytest.raises(ModelError, match=r"no tokenizer, so it cannot be calibrated on 'somewhere.txt'; use 'self'"):
-        drawn("somewhere.txt", gqa, samples=1, length=8, seed=0)
+def test_samples_beyond_the_models_positions_are_refused(gqa):
+    with pytest.raises(DataError, match="beyond the model's 128 positions"):
+        drawn("self", gqa, samples=1, length=129, seed=0)
 
 
 @pytest.mark.parametrize(

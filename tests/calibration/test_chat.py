@@ -109,9 +109,9 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     assert text.turns[0].prompt == chat_prompt(FAMILY, chosen, "Add them.\n2, 2").text
     assert text == TrainingText((Turn("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), Own(), chosen)
-    assert text == TrainingText((Turn(chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4"),))
+    assert text == TrainingText((Turn(chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4</s>"),))
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, tokenizer())
-    assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4"),))
+    assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4</s>"),))
 
 
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
@@ -130,8 +130,8 @@ def test_text_and_completions_get_no_template():
 
 def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer())
-    first = Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.")
-    assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.")))
+    first = Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>")
+    assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.</s>")))
 
 
 class Numbered(ModelFamily):

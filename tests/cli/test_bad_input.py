@@ -80,6 +80,10 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
         ("plan", DENSE, *FIFTH, "--calibration", "nobody/none"),
         "'nobody/none' is no file here, and cannot be loaded as a data set",
     ),
+    "calibration without a tokenizer": (
+        ("plan", "{models}/bare", *FIFTH, "--calibration", "{models}/text.txt"),
+        "bare' brings no tokenizer, so it cannot be calibrated on '",
+    ),
     "calibration: too long": (("plan", DENSE, *FIFTH, "--set", "prune.length=513"), "beyond the model's 512 positions"),
     "recovery: no file": (
         ("recover", DENSE, "--data", "no.jsonl", *OUT),

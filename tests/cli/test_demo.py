@@ -8,8 +8,7 @@ from html import unescape
 import pytest
 import yaml
 
-from llmpruner.cli import run as commands
-from llmpruner.recipes.named import DemoRecipe
+from llmpruner.recipes import DemoRecipe
 
 
 @pytest.fixture
@@ -26,7 +25,7 @@ def small(monkeypatch, dense, tmp_path):
         step["generate"]["max_new_tokens"] = 8
     steps[7]["bench"].update(prompt=32, rounds=1)
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(recipe))
-    monkeypatch.setattr(commands, "DEMO", str(tmp_path / "small.yaml"))
+    monkeypatch.setattr(DemoRecipe, "path", tmp_path / "small.yaml")
     return dense
 
 

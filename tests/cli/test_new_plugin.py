@@ -12,7 +12,7 @@ import pytest
 from fresh import run_fresh
 
 import llmpruner
-from llmpruner.scaffold.package import KINDS, ModelFacts, render, write
+from llmpruner.scaffold.package import KINDS, ModelFacts, write_package
 
 MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
@@ -118,14 +118,15 @@ def check_style(package: Path, cache: Path) -> None:
 def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
     (tmp_path / "mypy").mkdir()
     odd = ModelFacts("made_up", "MadeUpConfig", "made_up", {"hidden_size": 8}, "made_up", "made-up", ("mlp",))
-    packages = {
-        "bare": render("bare"),
-        "odd": render(LONG, odd),
-        **{kind: render(LONG, kind=kind) for kind in ("criterion", "strategy")},
-    }
-    for name, files in packages.items():
-        write(tmp_path / name, files)
-        check_style(tmp_path / name, tmp_path / "mypy")
+    for name, model, kind in (
+        ("bare", ModelFacts(), "family"),
+        (LONG, odd, "family"),
+        (LONG, ModelFacts(), "criterion"),
+        (LONG, ModelFacts(), "strategy"),
+    ):
+        package = tmp_path / f"{name}-{kind}"
+        write_package(package, name, model, kind=kind)
+        check_style(package, tmp_path / "mypy")
 
 
 def test_without_a_model_the_tests_name_what_is_missing(run, tmp_path):

@@ -275,7 +275,7 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     quantised = ("--set", "export.to=gguf", "--set", "export.settings.gguf.quant=q8_0")
     found = refused("run", file, "-o", "{tmp}/out", *quantised)
     assert "step 4 (export): llama-cpp-python is not installed; run: pip install 'llmpruner[llama-cpp]'" in found
-    monkeypatch.setattr("llmpruner.recovery.job.find_spec", lambda name: None)
+    monkeypatch.setattr("llmpruner.recovery.data.find_spec", lambda name: None)
     adapters = ("--set", "recover.strategy=lora")
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
 

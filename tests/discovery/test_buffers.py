@@ -19,8 +19,8 @@ from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import check_kinds, rules_of
-from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import graph_of
+from llmpruner.models.opening import load_pruned
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.criteria.estimate import estimate

@@ -11,12 +11,11 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits
-from llmpruner.discovery.shrink import Small
-from llmpruner.discovery.tiny import random_instance, tiny_config
+from llmpruner.discovery.tiny import Small, random_instance, tiny_config
 from llmpruner.discovery.verify import verify
-from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers
+from llmpruner.models.opening import load_pruned
 from llmpruner.models.save import save_checkpoint
 from llmpruner.structure.coupling import LAYER
 

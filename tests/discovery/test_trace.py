@@ -12,12 +12,10 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Role
-from llmpruner.discovery.groups import discover_graph
-from llmpruner.discovery.ids import connected_components
+from llmpruner import Blocks
+from llmpruner.discovery.groups import components, connected_components, discover_graph, unit_sets
 from llmpruner.discovery.propagate import RULES, Propagation
 from llmpruner.discovery.trace import export, trace
-from llmpruner.discovery.units import unit_sets
 from llmpruner.errors import UnsupportedModelError
 
 
@@ -43,40 +41,49 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-class Loop(nn.Module):
+class Experts(nn.Module):
     """Experts in one matrix, of which those run that some token chose, each for the tokens that chose it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
-        self.layers = nn.ModuleList([nn.Module()])
-        self.layers[0].up, self.layers[0].down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
+        self.up, self.down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
-        hidden = self.embed(input_ids).reshape(-1, 8)
-        chosen = self.router(hidden).topk(2, -1).indices
+    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
         # One class more than there are experts, as in DBRX.
         mask = nn.functional.one_hot(chosen, 4).permute(2, 1, 0)
         result = torch.zeros_like(hidden)
         for expert in (mask.sum((1, 2)) > 0).nonzero():
             number = expert[0]
             _, tokens = torch.where(mask[number])
-            up, down = (matrix.view(3, 5, 8)[number] for matrix in (self.layers[0].up, self.layers[0].down))
+            up, down = (matrix.view(3, 5, 8)[number] for matrix in (self.up, self.down))
             result.index_add_(0, tokens, torch.relu(hidden[tokens] @ up.T) @ down)
-        return self.head(result)
+        return result
+
+
+class Loop(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
+        self.layers = nn.ModuleList([Experts()])
+
+    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+        hidden = self.embed(input_ids).reshape(-1, 8)
+        return self.head(self.layers[0](hidden, self.router(hidden).topk(2, -1).indices))
 
 
 def test_a_loop_over_experts_is_traced_for_all_of_them():
     traced = export(Loop(), "layers", {})
     run = Propagation()
     run.run(traced.program, {})
-    usable, reasons = unit_sets(run)
-    (found,) = (units for units in usable if units.owned[0].parameter == "layers.0.up")
-    assert [(s.parameter, s.axis, s.role, s.rows[:, 0].tolist(), s.rows.shape) for s in found.owned] == [
-        ("layers.0.up", 0, Role.PRODUCES, [0, 1, 2, 3, 4], (5, 3)),
-        ("layers.0.down", 0, Role.CONSUMES, [0, 1, 2, 3, 4], (5, 3)),
+    usable, reasons = unit_sets(run, "layers")
+    (found,) = (units for units in usable if units.spans[0].parameter == "layers.0.up")
+    assert [str(s) for s in found.spans] == [
+        f"layers.0.{name}[axis 0] {rows} ({role})"
+        for name, role in (("up", "produces"), ("down", "consumes"))
+        for rows in ("0:5", "5:10", "10:15")
     ]
     assert reasons["router.weight", 0].startswith("numbered otherwise"), "experts are picked by number"
+    assert traced.stay == "", "the layer ran in two exports, and once in each"
 
 
 class Placed(composed.Layer):
@@ -129,11 +136,11 @@ def test_components_of_a_random_graph_agree_with_a_search() -> None:
 
 def test_rows_of_several_tables_are_blocked() -> None:
     run = Propagation(where="embedding in second")
-    rows = run.ids.new(3)
+    rows = run.new(3)
     run.look_up(rows)
-    run.look_up(run.ids.new(3))
+    run.look_up(run.new(3))
     run.predict(rows)
-    assert set(run.ids.components().reasons.values()) == {"token ids are read by several tables (embedding in second)"}
+    assert set(components(run).reasons.values()) == {"token ids are read by several tables (embedding in second)"}
 
 
 class Odd(nn.Module):
@@ -153,8 +160,8 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
     run.run(program, {})
-    found, reasons = unit_sets(run)
-    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.owned)
+    found, reasons = unit_sets(run, "layers")
+    assert not any(s.parameter == "up.weight" and s.axis == 0 for f in found for s in f.spans)
     assert reason in reasons["up.weight", 0]
     assert ("down.weight", 1) in reasons
 
@@ -212,7 +219,7 @@ class Turned(nn.Module):
 def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
     run = Propagation()
     run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {})
-    (heads,) = [f for f in unit_sets(run)[0] if any(s.parameter == "out.weight" and s.axis == 1 for s in f.owned)]
-    rows = {(s.parameter, s.axis): s.rows.tolist() for s in heads.owned}
-    assert rows["heads.weight", 0] == [list(range(u * 4, u * 4 + 4)) for u in range(3)]
-    assert rows["out.weight", 1] == [list(range(u * consumed, (u + 1) * consumed)) for u in range(3)]
+    found, _ = unit_sets(run, "layers")
+    (heads,) = [f for f in found if any(s.parameter == "out.weight" and s.axis == 1 for s in f.spans)]
+    maps = {(s.parameter, s.axis): s.index for s in heads.spans}
+    assert (maps["heads.weight", 0], maps["out.weight", 1]) == (Blocks(3, 4), Blocks(3, consumed))

@@ -14,10 +14,9 @@ from transformers import CONFIG_MAPPING
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.parameter_signals import walk_signals
 from llmpruner.engine.products import ReduceProducts
 from llmpruner.engine.signals import kinds_read
-from llmpruner.engine.statistics import forward_statistics
+from llmpruner.engine.statistics import forward_statistics, walk_signals
 from llmpruner.errors import PluginError
 from llmpruner.models.meta import decoder_layers
 from llmpruner.pruning.criteria.estimate import estimate
@@ -29,7 +28,7 @@ CALIBRATION = tokens(6, 16)
 def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 4 * 16)
     monkeypatch.setattr("llmpruner.engine.gradients.TOKENS_WITH_GRADIENTS", 4 * 16)
-    monkeypatch.setattr("llmpruner.models.positions.LOGIT_ELEMENTS", 4 * 5 * 96)
+    monkeypatch.setattr("llmpruner.models.generation.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
 def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
@@ -151,6 +150,13 @@ def test_gradients_at_a_product_make_the_gradient_of_its_weight():
         torch.testing.assert_close(
             found.products.sums["outer"].float(), found.grad, rtol=1e-3, atol=1e-5 * float(found.grad.abs().max())
         )
+
+
+def test_sums_of_the_forward_pass_are_there_with_gradients_too():
+    loaded, name = make("llama-gqa"), "model.layers.1.mlp.down_proj.weight"
+    alone = signals_of(loaded, [name], squares, Signal.PRODUCT)[name].products
+    found = signals_of(loaded, [name], squares, Signal.PRODUCT, Signal.GRAD)[name]
+    assert found.grad is not None and torch.equal(found.products.sums["square"], alone.sums["square"])
 
 
 def test_gradients_of_inputs_go_through_this_product_alone():

@@ -13,7 +13,7 @@ from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.parameter_signals import walk_signals
+from llmpruner.engine.statistics import walk_signals
 from llmpruner.models.meta import graph_of
 
 BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
@@ -28,7 +28,7 @@ def stored(graph):
 
 
 def walk(model, graph, calibration, names=None, needs=BOTH):
-    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0)
+    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0, None)
 
 
 def test_gradients_equal_plain_autograd(loaded):

@@ -20,8 +20,7 @@ from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.numbers import computes_bfloat16_fast
-from llmpruner.pruning.compensation.base import RepairTask
-from llmpruner.pruning.compensation.builtin import Refit
+from llmpruner.pruning.compensation.base import Refit, RepairTask
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -37,13 +36,11 @@ def over(loaded, calibration: CalibrationSet | None = None):
 
 def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
     walk, embedded = over(loaded, calibration)
-    states = list(embedded)
     found = []
     with torch.no_grad():
         for number in range(len(walk.layers)):
-            pairs, passed = zip(walk.batches, states, strict=True), embedded.passed
-            states = [walk.run(number, batch, hidden, passed) for batch, hidden in pairs]
-            found.append(joined(states))
+            walk.advance(number, embedded)
+            found.append(joined(embedded))
     return walk, found
 
 
@@ -71,7 +68,7 @@ def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     calibration = tokens(5, 16, vocabulary=sharing.config.vocab_size)
     walk, found = walked(sharing, calibration)
-    assert len(walk.batches) == 3 and walk.passes_on
+    assert len(walk.calls) == 3 and walk.passes_on
     for mine, own in zip(found, boundaries(sharing, calibration.input_ids)[1:], strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
 
@@ -98,10 +95,10 @@ def test_micro_batches_make_no_difference(monkeypatch):
     _, whole = walked(loaded, calibration)
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     walk, parts = walked(loaded, calibration)
-    assert [len(batch.input_ids) for batch in walk.batches] == [2, 2, 1]
+    assert list(walk.firsts) == [0, 2, 4]
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     # Arguments besides the hidden states are kept once for each shape.
-    assert walk.batches[0].calls is walk.batches[1].calls is not walk.batches[2].calls
+    assert walk.calls[0] is walk.calls[1] is not walk.calls[2]
 
 
 def test_arguments_are_shared_only_where_they_are_equal():
@@ -179,7 +176,7 @@ def test_layers_are_compared_in_the_first_walk_of_a_run(monkeypatch):
 def test_layers_that_return_lists_are_walked():
     model = random_instance(small_config(CONFIG_MAPPING["openai-gpt"]()))
     walk, _ = ForwardWalk.over(Execution.of(model, decoder_layers(model)), tokens(2, 9))
-    assert len(walk.batches) == 1
+    assert len(walk.calls) == 1
 
 
 @pytest.mark.parametrize(("changed", "accepted"), [(3, True), (12, False)])
@@ -217,12 +214,6 @@ def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch)
     assert torch.equal(written, self_generated(loaded.model, None, 2, 8, 0))
 
 
-def test_a_token_outside_the_vocabulary_is_named():
-    loaded = make("llama-gqa")
-    with pytest.raises(ModelError, match="token 96 is outside the model's vocabulary of 96"):
-        over(loaded, CalibrationSet(torch.tensor([[3, 96, 4]]), "wrong"))
-
-
 def test_damaged_weights_are_not_taken_for_an_odd_model():
     loaded = make("llama-gqa")
     with torch.no_grad():
@@ -235,7 +226,7 @@ def test_damaged_weights_are_not_taken_for_an_odd_model():
 def test_a_forward_that_another_library_put_on_a_layer_is_put_back():
     layers = nn.ModuleList([nn.Identity(), nn.Identity()])
     own = layers[0].forward = lambda x: x + 1
-    with replaced_layers(layers, lambda number: lambda x: x * number):
+    with replaced_layers(layers, lambda number, x: x * number):
         assert layers[1](torch.tensor(5)) == 5
         assert layers[0](torch.tensor(5)) == 0
     assert layers[0].forward is own

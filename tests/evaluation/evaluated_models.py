@@ -8,8 +8,7 @@ import tiny_models
 from llmpruner_llama.family import LlamaFamily
 
 from llmpruner import Metric, Model, build_graph
-from llmpruner.evaluation.base import ComparedModel
-from llmpruner.evaluation.evaluate import Evaluations, evaluate
+from llmpruner.evaluation.evaluate import ComparedModel, Evaluations, evaluate
 from llmpruner.progress import QUIET, Progress
 
 

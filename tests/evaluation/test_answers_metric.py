@@ -13,8 +13,8 @@ from test_chat import CHATML, tokenizer
 
 from llmpruner import DataError, ModelError, ModelFamily
 from llmpruner.errors import SettingsError
-from llmpruner.evaluation.answers import AnswersMetric, GivenAnswersMetric, repeated
-from llmpruner.evaluation.base import ComparedModel
+from llmpruner.evaluation.evaluate import ComparedModel
+from llmpruner.evaluation.metrics import AnswersMetric, GivenAnswersMetric, repeated
 
 RECORDS = (
     {"instruction": "Name two rivers.", "output": "Elbe, Loire."},

@@ -10,11 +10,13 @@ import torch
 from llmpruner_llama.family import LlamaFamily
 
 import llmpruner
-from llmpruner import BenchSubject, LlmprunerError, Runtime, Session, Work
+from llmpruner import BenchSubject, Catalog, LlmprunerError, LoadSettings, Runtime, Session, Work
 from llmpruner.discovery.groups import build_graph
-from llmpruner.evaluation.bench import bench, measurement
-from llmpruner.evaluation.runtime import TorchSession, work_of
+from llmpruner.discovery.opening import Opener
+from llmpruner.evaluation.bench import TorchSession, bench, measurement, work_of
 from llmpruner.models.surgery import cut
+from llmpruner.progress import QUIET
+from llmpruner.settings import BenchSettings
 
 FAMILY = LlamaFamily()
 
@@ -128,7 +130,8 @@ class Script(Runtime):
 
 
 def subjects():
-    return [BenchSubject(name, None, 2, 9, name, None) for name in ("dense", "pruned")]
+    opener = Opener(Catalog(), LoadSettings(), QUIET)
+    return [BenchSubject(name, None, 2, 9, name, opener) for name in ("dense", "pruned")]
 
 
 def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
@@ -139,7 +142,7 @@ def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
         "dense": Scripted("dense", [99, 99, 10, 40, 20, 80], log, clock),
         "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log, clock),
     }
-    result = bench(subjects(), Script(sessions), batches=[2], prompts=[5], new_tokens=4, rounds=2)
+    result = bench(subjects(), Script(sessions), BenchSettings(batch=2, prompt=5, new=4, rounds=2))
     started = [entry for entry in log if entry in ("dense", "pruned")]
     assert started == ["dense", "pruned", "pruned", "dense", "dense", "pruned"]
     prompts = [entry for entry in log if isinstance(entry, list)]

@@ -18,9 +18,9 @@ from said import Said
 import llmpruner
 from llmpruner import CheckpointError, ComponentSettings, DataError, Metric, ModelError, Row
 from llmpruner.errors import SettingsError
-from llmpruner.evaluation.base import ComparedModel
-from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
-from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric, TasksMetric
+from llmpruner.evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
+from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric
+from llmpruner.evaluation.tasks import TasksMetric
 from llmpruner.settings import EvaluateSettings
 
 

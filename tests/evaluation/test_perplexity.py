@@ -5,7 +5,12 @@ import tiny_models
 import torch
 
 from llmpruner import DataError, ModelError
-from llmpruner.evaluation.perplexity import perplexity
+from llmpruner.evaluation.metrics import PerplexityMetric
+from llmpruner.evaluation.perplexity import perplexity as measure
+
+
+def perplexity(model, tokenizer, text, *, reference=None, **settings):
+    return measure(model, tokenizer, text, PerplexityMetric.Settings(**settings), reference)
 
 
 def test_agrees_with_one_window_after_the_other():

@@ -20,8 +20,8 @@ from llmpruner.discovery.oracle import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.walk import ForwardWalk, call_layer
-from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.numbers import autocast_to
+from llmpruner.models.opening import load_pruned
 from llmpruner.settings import LoadSettings
 
 TYPES = {
@@ -149,12 +149,12 @@ def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
     calibration = CalibrationSet(tokens(4, 16).input_ids, "steps")
     walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
     assert (walk.form.narrow, walk.form.products) == (True, torch.bfloat16)
-    (hidden,), (batch,) = embedded, walk.batches
+    (calls,) = walk.calls
     with torch.no_grad():
         for number, layer in enumerate(walk.layers):
-            wanted = call_layer(layer, hidden.bfloat16(), copy.deepcopy(batch.calls[number]))
-            hidden = walk.run(number, batch, hidden, {})
-            assert hidden.dtype == torch.float32 and torch.equal(hidden, wanted.float())
+            wanted = call_layer(layer, embedded[0].bfloat16(), copy.deepcopy(calls[number]))
+            walk.advance(number, embedded)
+            assert embedded[0].dtype == torch.float32 and torch.equal(embedded[0], wanted.float())
 
 
 @pytest.mark.parametrize(("dense_in", "pruned_in"), [("float32", "bfloat16"), ("bfloat16", "float32")])

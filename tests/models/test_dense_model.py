@@ -15,9 +15,8 @@ from llmpruner import LoadSettings, api
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
 from llmpruner.discovery.oracle import logits
-from llmpruner.models.checkpoint import load_pruned
-from llmpruner.models.identity import model_identity
-from llmpruner.models.opening import load_model
+from llmpruner.models.opening import load_model, load_pruned
+from llmpruner.models.reference import model_identity
 
 IDS = torch.arange(5, 37).unsqueeze(0)
 

@@ -16,12 +16,12 @@ from llmpruner import Signal, api
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.parameter_signals import walk_signals
+from llmpruner.engine.statistics import walk_signals
 from llmpruner.engine.walk import ForwardWalk
 from llmpruner.errors import CheckpointError, ModelError, SettingsError
-from llmpruner.models.checkpoint import load_pruned
 from llmpruner.models.meta import graph_of
-from llmpruner.models.weights import CheckpointWeights, Weights
+from llmpruner.models.opening import CheckpointWeights, load_pruned
+from llmpruner.models.weights import Weights
 from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")
@@ -103,7 +103,7 @@ def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
     text = CalibrationSet(torch.arange(3, 19).view(2, 8), "numbers")
     names, found = graph.shapes.keys() - graph.ties, []
     for weights in (Weights(model, graph.layers), opened):
-        signals = walk_signals(Execution(weights), graph, names, {Signal.WEIGHT, Signal.GRAD}, text, 0)
+        signals = walk_signals(Execution(weights), graph, names, {Signal.WEIGHT, Signal.GRAD}, text, 0, None)
         found.append({name: torch.stack([own.weight, own.grad]) for name, own in signals})
     resident, streamed = found
     assert resident.keys() == streamed.keys() == names

@@ -18,12 +18,11 @@ from llmpruner.calibration.conversations import Conversation, Instruction, Messa
 from llmpruner.calibration.windows import windows
 from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
+from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.generation import generate
-from llmpruner.models.positions import positions_of, table_of
+from llmpruner.models.generation import generate, positions_of, table_of
 from llmpruner.models.tokenizer import (
     LONGEST_WORD,
-    embedding_rows,
     ids_to_continue,
     padding_id,
     tokens_of,
@@ -62,7 +61,7 @@ def test_runs_without_a_blank_are_cut_and_nothing_else():
 
 def test_a_long_text_without_blanks_is_measured_and_sampled_in_pieces():
     tokenizer, text = Recording(), "ab" * 20_000
-    found = perplexity(tiny_models.llama(), tokenizer, text, window=32, tokens=64)
+    found = perplexity(tiny_models.llama(), tokenizer, text, PerplexityMetric.Settings(window=32, tokens=64))
     assert found.tokens == 64 and max(map(len, tokenizer.texts)) == LONGEST_WORD
     tokenizer = Recording()
     assert windows([text], tokenizer, samples=3, length=128, seed=0, source="x").shape == (3, 128)
@@ -105,9 +104,10 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
 def padded():
     """A tokenizer whose padding token was added without resizing the model, as in many derivatives of Llama."""
     model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
-    tokenizer.add_tokens([f"<extra {n}>" for n in range(embedding_rows(model) - len(tokenizer))])
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(rows - len(tokenizer))])
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})
-    assert tokenizer.pad_token_id >= embedding_rows(model)
+    assert tokenizer.pad_token_id >= rows
     return model, tokenizer
 
 

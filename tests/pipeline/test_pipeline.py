@@ -16,9 +16,8 @@ from llmpruner import ModelError, OutputError, PruningPlan
 from llmpruner.discovery.oracle import logits
 from llmpruner.errors import PlanError, SelectionError
 from llmpruner.models.surgery import cut
-from llmpruner.pruning.compensation.builtin import Refit
+from llmpruner.pruning.compensation.base import Refit
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.pruning.targets import inner_layers
 from llmpruner.structure.kept import restrict
 from llmpruner.testing.models import make_plan, small_job
 
@@ -89,8 +88,10 @@ def test_an_amount_of_nothing_or_everything_is_refused(gqa):
         make_plan(gqa, small_job(amount=1e-5))
 
 
-def test_both_ends_are_protected():
-    assert inner_layers(30) == tuple(range(3, 27))
+def test_both_ends_are_protected(deep):
+    options = {"ratio": 0.2, "importance": "l2", "compensate": "none"}
+    assert llmpruner.plan(deep, shape="free", **options).selection.layers == tuple(range(1, 7))
+    assert llmpruner.plan(deep, **options).selection.layers == tuple(range(8))
 
 
 def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):

@@ -9,18 +9,19 @@ from llmpruner_llama import LlamaFamily
 from transformers import LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
+from llmpruner.discovery.opening import Opener
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
+from llmpruner.progress import QUIET
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
 from llmpruner.pruning.saving import plan_of
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select
+from llmpruner.settings import LoadSettings
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import dense_units
-from llmpruner.structure.scope import Scope
-from llmpruner.structure.widths import Widths, widths_for
+from llmpruner.structure.scope import Scope, Widths, widths_for
 from llmpruner.testing.models import cut_by, make_plan, small_job
 
 UNIFORM = Widths(uniform=True, round_to=8)
@@ -173,6 +174,6 @@ def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
     assert widths.after(pruned.graph, second).dense.items() >= found.items()
 
 
-def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa):
+def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa, catalog):
     with pytest.raises(SelectionError, match=r"less than one unit .* in all layers at once, .* or for --shape free"):
-        check_job(small_job(shape="uniform", amount=0.005), gqa, tokenizer=False)
+        check_job(small_job(shape="uniform", amount=0.005), gqa, Opener(catalog, LoadSettings(), QUIET))

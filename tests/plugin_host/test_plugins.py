@@ -25,7 +25,7 @@ from llmpruner.cli.app import build_app
 from llmpruner.cli.plugins import settings_of
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError, UnknownNameError
-from llmpruner.evaluation.base import Metric
+from llmpruner.evaluation.evaluate import Metric
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.testing import catalog_with

@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
-from llmpruner_hub import card, push
+from llmpruner_hub import push
 from typer.testing import CliRunner
 
 import llmpruner
@@ -116,14 +116,14 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
     readme = tmp_path / "README.md"
     readme.write_text("---\nlicense: other\nlicense_name: own\nlicense_link: https://a.b/c\n---\n# Dense\n")
     if cached:
-        monkeypatch.setattr(card, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
-        found = card.licence_of("org/dense", None)
+        monkeypatch.setattr(push, "try_to_load_from_cache", lambda repo, name: str(tmp_path / name))
+        found = push.licence_of("org/dense", None)
     else:
-        found = card.licence_of(None, str(tmp_path))
-    assert found == card.Licence("other", "own", "https://a.b/c")
+        found = push.licence_of(None, str(tmp_path))
+    assert found == {"license": "other", "license_name": "own", "license_link": "https://a.b/c"}
     readme.write_text("---\nlicense: [\n---\n")
     with pytest.raises(CheckpointError, match=r"the licence cannot be read from .*; use --license"):
-        card.licence_of(None, str(tmp_path))
+        push.licence_of(None, str(tmp_path))
 
 
 def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
@@ -138,7 +138,7 @@ def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
 def test_the_card_has_figures_and_says_which_trainings_were_undone(folders, tmp_path):
     folder = shutil.copytree(folders / "stock", tmp_path / "own")
     losses = {"losses": [4.0, 1.0], "validation": [{"step": 0, "loss": 3.0}, {"step": 2, "loss": 2.5}]}
-    trained = {"strategy": "full", "examples": 9, "data": "/x/a.jsonl", **losses}
+    trained = {"strategy": "full", "examples": 9, "data": "/x/a.jsonl", "held_out": True, **losses}
     record = json.loads((folder / "llmpruner.json").read_text())
     record["recovery"] = [{**trained, "best_step": 2}, {**trained, "best_step": 0}]
     (folder / "llmpruner.json").write_text(json.dumps(record))
@@ -163,7 +163,6 @@ def test_folders_of_this_machine_stay_here(folders):
     assert json.loads(named.files["llmpruner.json"])["plans"][0]["base"]["model"] == "org/dense"
     own = json.loads((folders / "stock" / "llmpruner.json").read_text())
     assert own["base_path"] == str(folders / "dense")
-    assert upload.sizes["model.safetensors"] == (folders / "stock" / "model.safetensors").stat().st_size
     values = {"a": ["/x/y.txt,self", "C:\\data\\z.txt", 3, "a/b", None]}
     assert push.public_record(values, None) == {"a": ["y.txt,self", "z.txt", 3, "a/b", None]}
 
@@ -248,7 +247,9 @@ def test_a_folder_without_weights_or_plan(folders, tmp_path):
 def test_the_command_shows_the_card_and_sends_nothing(folders, hub):
     asked = hub()
     result = CliRunner().invoke(build_app(), ["push", str(folders / "stock"), "me/small"])
-    assert result.exit_code == 0 and "# small" in result.output and "model.safetensors" in result.output
+    assert result.exit_code == 0 and "# small" in result.output
+    size = (folders / "stock" / "model.safetensors").stat().st_size
+    assert f"{size:,} bytes  model.safetensors" in result.output
     assert "nothing was sent; --yes sends these files" in result.output and not asked.calls
     result = CliRunner().invoke(build_app(), ["push", str(folders / "stock"), "me/small", "--yes"])
     assert "https://hub/me/small/commit/1" in result.output and len(asked.calls) == 2

@@ -20,12 +20,11 @@ from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut, cut_copy
 from llmpruner.plugins.builtin import llmpruner_budgets
-from llmpruner.pruning import kv_cache
+from llmpruner.pruning import budgets
 from llmpruner.pruning.allocation import GlobalRanking, Uniform
 from llmpruner.pruning.budgets import BudgetSubject, Macs, counts, savings
 from llmpruner.pruning.saving import outcome_of
-from llmpruner.pruning.selection import select
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select
 from llmpruner.structure.plan import Target
 from llmpruner.structure.scope import Scope
 from llmpruner.testing.models import cut_by, make_plan, small_job
@@ -194,7 +193,7 @@ def test_a_cut_copy_shares_what_is_not_cut_and_leaves_the_model(gqa):
 
 def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
     def measure():
-        return kv_cache.KvCache().cost(subject(gqa))
+        return budgets.KvCache().cost(subject(gqa))
 
     with monkeypatch.context() as patch:
         patch.setattr(DynamicCache, "update", lambda self, keys, values, *_a, **_k: (keys, values))
@@ -214,8 +213,8 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
         with pytest.raises(UnsupportedModelError, match="is a Compressed, which may not grow with every token"):
             measure()
     # No layer caches less than three heads, whatever is left of it.
-    honest = kv_cache.bytes_per_token
-    monkeypatch.setattr(kv_cache, "bytes_per_token", lambda *a: [max(size, 3 * 64) for size in honest(*a)])
+    honest = budgets.bytes_per_token
+    monkeypatch.setattr(budgets, "bytes_per_token", lambda *a: [max(size, 3 * 64) for size in honest(*a)])
     with pytest.raises(UnsupportedModelError, match="is not proportional to the units that are kept"):
         measure()
 

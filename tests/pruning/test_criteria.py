@@ -23,7 +23,7 @@ from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.allocation import Normalization, normalized
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.layers import AngularBlock
-from llmpruner.pruning.criteria.obs import OptimalBrainSurgeon
+from llmpruner.pruning.criteria.weights import OptimalBrainSurgeon
 from llmpruner.structure.coupling import Role
 from llmpruner.testing import settings_grid
 from llmpruner.testing.components import label

@@ -6,7 +6,7 @@ import pytest
 
 from llmpruner import Method
 from llmpruner.errors import LlmprunerError
-from llmpruner.models.identity import data_identity
+from llmpruner.models.reference import data_identity
 from llmpruner.plugins import builtin
 from llmpruner.pruning.job import prune_job
 from llmpruner.pruning.methods import Best, Fast, LlmPruner

@@ -12,8 +12,7 @@ from torch.nn import functional
 from transformers import GraniteConfig, GraniteForCausalLM
 
 import llmpruner
-from llmpruner.calibration.calibration import CalibrationJob, parse_calibration
-from llmpruner.calibration.sources import SelfWritten, TextSource
+from llmpruner.calibration.calibration import CalibrationJob, SelfWritten, TextSource, parse_calibration
 
 TEXT = " ".join(f"{n} and {n + 1} make {2 * n + 1}, but {n} times {n} is {n * n}." for n in range(1500))
 SAMPLES, LENGTH = 6, 64

@@ -16,11 +16,9 @@ from llmpruner.errors import SelectionError, UnknownNameError
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.budgets import counts, parameter_cost
-from llmpruner.pruning.selection import select, trial_loss
-from llmpruner.pruning.targets import Demand
+from llmpruner.pruning.selection import Demand, select, trial_loss
 from llmpruner.structure.kept import restrict
-from llmpruner.structure.scope import Scope, build_queue
-from llmpruner.structure.widths import Widths
+from llmpruner.structure.scope import Scope, Widths, build_queue
 
 ALL = (0, 1, 2, 3)
 
@@ -189,7 +187,7 @@ IDS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(3))
 
 
 def trials(loaded, kind):
-    return trial_loss(loaded.model, loaded.graph, [kind], loaded.family, CalibrationSet(IDS, "made up"))
+    return trial_loss(loaded.model, loaded.graph, [kind], loaded.family, CalibrationSet(IDS, "made up"), {})
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention", "hidden", "layer"])

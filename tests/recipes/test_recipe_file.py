@@ -8,7 +8,7 @@ import pytest
 
 from llmpruner import Catalog, LoadSettings, SettingsError, api
 from llmpruner.errors import UnknownNameError
-from llmpruner.models.identity import data_identity
+from llmpruner.models.reference import data_identity
 from llmpruner.recipes.recipe import Recipe, values_of
 
 GOOD = """\

@@ -13,8 +13,7 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner import Model, build_graph
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.base import nothing
-from llmpruner.recovery.data import prepare, read_data
-from llmpruner.recovery.job import RecoverJob
+from llmpruner.recovery.data import RecoverJob, prepare, read_data
 from llmpruner.recovery.recover import train
 from llmpruner.settings import RecoverSettings
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_models
@@ -12,8 +14,8 @@ from recovery_cases import model_of
 from llmpruner import api
 from llmpruner.calibration.written import answered
 from llmpruner.errors import DataError, ModelError, OutputError
-from llmpruner.recovery import dense_text
-from llmpruner.recovery.dense_text import ROWS, DenseText, dense_text_in, instructions, up_to_sentence, write_examples
+from llmpruner.recovery import data as training_data
+from llmpruner.recovery.data import ROWS, DenseText, _decoded, dense_text_in, write_examples
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -21,10 +23,12 @@ TEMPLATE = (
 )
 
 
+INSTRUCTIONS = (Path(training_data.__file__).parent / "instructions.txt").read_text(encoding="utf-8").splitlines()
+
+
 def test_the_instructions_are_many_and_distinct():
-    found = instructions()
-    assert 250 <= len(found) <= 400 and len({one.lower() for one in found}) == len(found)
-    assert all(one == one.strip() and 8 < len(one) < 250 for one in found)
+    assert 250 <= len(INSTRUCTIONS) <= 400 and len({one.lower() for one in INSTRUCTIONS}) == len(INSTRUCTIONS)
+    assert all(one == one.strip() and 8 < len(one) < 250 for one in INSTRUCTIONS)
 
 
 @pytest.mark.parametrize(
@@ -61,9 +65,13 @@ def test_a_file_of_that_name_is_a_file(tmp_path, monkeypatch):
 
 
 def test_text_ends_with_a_sentence():
-    assert up_to_sentence("One. Two! And th") == "One. Two!"
-    assert up_to_sentence("a list\n- b\n\nand the") == "a list\n- b"
-    assert up_to_sentence("no end") == "no end"
+    tokenizer = SimpleNamespace(decode=lambda text, **_: text)
+    for text, kept in (
+        ("One. Two! And th", "One. Two!"),
+        ("a list\n- b\n\nand the", "a list\n- b"),
+        ("no end", "no end"),
+    ):
+        assert _decoded(tokenizer, text, finished=False) == kept and _decoded(tokenizer, text, finished=True) == text
 
 
 def test_answers_follow_the_numbers_of_their_row(random_model, monkeypatch):
@@ -112,9 +120,9 @@ def home(tmp_path_factory, random_model):
 
 @pytest.fixture(autouse=True)
 def few_tokens(monkeypatch):
-    monkeypatch.setattr(dense_text, "ANSWER_TOKENS", 8)
-    monkeypatch.setattr(dense_text, "TEXT_TOKENS", 6)
-    monkeypatch.setattr(dense_text, "_BATCH", 4)
+    monkeypatch.setattr(training_data, "ANSWER_TOKENS", 8)
+    monkeypatch.setattr(training_data, "TEXT_TOKENS", 6)
+    monkeypatch.setattr(training_data, "_BATCH", 4)
 
 
 def recover(home, output, data="self:24", **options):
@@ -132,7 +140,7 @@ def test_a_model_recovers_without_a_corpus(tmp_path, random_model, template):
     made = recover(dense_and_pruned(tmp_path, random_model, template), tmp_path / "out", work_dir=tmp_path / "work")
     rows = rows_in(tmp_path / "work")
     asked = [row["instruction"] for row in rows if "instruction" in row]
-    assert set(asked) <= set(instructions()) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
+    assert set(asked) <= set(INSTRUCTIONS) and len(set(asked)) == len(asked) and 4 <= len(asked) <= 6
     assert 14 <= sum("completion" in row for row in rows) <= 18
     record = made.record["recovery"][0]
     assert record["data"] == "self:24" and record["examples"] > len(asked) // 2
@@ -166,6 +174,6 @@ def test_what_needs_no_weights_is_refused_before_they_are_loaded(home, tmp_path,
 
 
 def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):
-    monkeypatch.setattr(dense_text, "_decoded", lambda *_, **__: "")
+    monkeypatch.setattr(training_data, "_decoded", lambda *_, **__: "")
     with pytest.raises(DataError, match="writes nothing but blanks"):
         write_examples(DenseText("self:4", 1, 3), model_of(random_model), 0)

@@ -11,7 +11,7 @@ from llmpruner.recovery import training
 from llmpruner.recovery.losses import next_token_loss
 from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.recovery.training import filled_in
-from llmpruner.report.history import first_and_last, no_better
+from llmpruner.report.sections import first_and_last, no_better
 from llmpruner.settings import RecoverSettings
 
 

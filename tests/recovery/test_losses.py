@@ -16,16 +16,17 @@ from llmpruner.recovery.strategies import DistilStrategy, FullStrategy
 from llmpruner.settings import RecoverSettings
 from llmpruner.testing import RecoveryConformance
 
-ROWS = torch.tensor([0, 2, 3, 7, 8])
-LABELS = torch.tensor([1, 0, 6, 6, 3])
+LABELS = torch.tensor([[-100, 1, -100], [2, 0, 6], [6, -100, 3]])
+PLACES, NEXT = torch.tensor([0, 3, 4, 7]), torch.tensor([1, 0, 6, 3])
 
 
 class TestConformance(RecoveryConformance):
     strategy = DistilStrategy
 
 
-def term(logits, part):
-    return functional.cross_entropy(logits, LABELS[part], reduction="none")
+def term(logits, places, next_tokens):
+    assert set(places.tolist()) <= set(PLACES.tolist())
+    return functional.cross_entropy(logits, next_tokens, reduction="none")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -34,25 +35,25 @@ def test_it_is_the_loss_over_all_logits(monkeypatch, dtype, elements):
     monkeypatch.setattr(losses, "_ELEMENTS", elements)
     logits = torch.randn(3, 3, 7).to(dtype)
     one, other = logits.clone().requires_grad_(), logits.clone().requires_grad_()
-    expected = functional.cross_entropy(one.flatten(0, 1)[ROWS].float(), LABELS)
-    mean = mean_over_tokens(other, ROWS, term)
+    expected = functional.cross_entropy(one.flatten(0, 1)[PLACES].float(), NEXT)
+    mean = mean_over_tokens(other, LABELS, term)
     torch.testing.assert_close(mean, expected)
     (3 * expected).backward()
     (3 * mean).backward()
     torch.testing.assert_close(other.grad, one.grad)
-    nothing = mean_over_tokens(other, ROWS[:0], term)
+    nothing = mean_over_tokens(other, LABELS * 0 - 100, term)
     assert float(nothing.detach()) == 0
 
 
 def test_it_computes_in_float32_under_autocast():
     seen = []
 
-    def exact(logits, part):
+    def exact(logits, *_):
         seen.append((logits @ logits.T).dtype)
         return logits.sum(-1)
 
     with torch.autocast("cpu", torch.bfloat16):
-        mean_over_tokens(torch.randn(3, 3, 7, dtype=torch.bfloat16), ROWS, exact)
+        mean_over_tokens(torch.randn(3, 3, 7, dtype=torch.bfloat16), LABELS, exact)
     assert seen == [torch.float32]
 
 

@@ -15,8 +15,7 @@ from llmpruner import DataError, ModelError, OutputError, RecoveryStrategy, Sett
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import PluginError
 from llmpruner.recovery import training
-from llmpruner.recovery.data import TrainingData
-from llmpruner.recovery.job import RecoverJob
+from llmpruner.recovery.data import RecoverJob, TrainingData
 from llmpruner.recovery.recover import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps

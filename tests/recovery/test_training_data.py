@@ -11,7 +11,8 @@ from recovery_cases import write_lines
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.data import check_data, prepare, read_data
+from llmpruner.recovery.data import RecoverJob, check_recover, prepare, read_data
+from llmpruner.recovery.strategies import FullStrategy
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
@@ -37,7 +38,7 @@ def test_an_instruction_is_a_row_and_texts_are_joined(tmp_path):
     assert all(row["labels"] == row["input_ids"] for row in data.rows)
     (tmp_path / "a.json").write_text(json.dumps(rows))
     listed = prepared(tmp_path / "a.json")
-    assert listed.rows == data.rows and listed.fingerprint == data.fingerprint
+    assert listed == data
 
 
 def test_rows_have_the_length_of_the_cutoff(tmp_path):
@@ -67,7 +68,7 @@ def test_a_share_is_held_back(tmp_path):
 def test_a_limit_draws_by_seed(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "output": f"text {n}"} for n in range(50)])
     one, again, other = (prepared(source, limit=5, seed=seed) for seed in (1, 1, 2))
-    assert len(one.rows) == 5 and one.fingerprint == again.fingerprint != other.fingerprint
+    assert len(one.rows) == 5 and one == again != other
 
 
 def test_sources_are_mixed_in_shares(tmp_path):
@@ -79,9 +80,12 @@ def test_sources_are_mixed_in_shares(tmp_path):
 
 
 def test_data_is_looked_at_before_anything_long(tmp_path):
+    def check(data):
+        check_recover(RecoverJob(RecoverSettings(data=data), FullStrategy()))
+
     with pytest.raises(DataError, match="no such file"):
-        check_data(f"self:8,{tmp_path / 'none.jsonl'}")
+        check(f"self:8,{tmp_path / 'none.jsonl'}")
     (tmp_path / "bad.jsonl").write_text('{"txt": "x"}')
     with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
-        check_data(str(tmp_path / "bad.jsonl"))
-    check_data("self")
+        check(str(tmp_path / "bad.jsonl"))
+    check("self")

@@ -16,10 +16,10 @@ import llmpruner
 from llmpruner import Catalog, DataError, ModelError, ReportSection
 from llmpruner.evaluation.metrics import size
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.kv_cache import bytes_per_token
+from llmpruner.pruning.budgets import bytes_per_token
 from llmpruner.report.base import Costs
 from llmpruner.report.evidence import report_subjects
-from llmpruner.report.history import RecoverySection
+from llmpruner.report.sections import RecoverySection
 from llmpruner.report.summary import Pair, sentence
 from llmpruner.structure.plan import Quality
 from llmpruner.values import without_folders
@@ -84,8 +84,9 @@ def test_costs_are_those_of_the_model(places, small, tmp_path):
     ],
 )
 def test_a_recovered_model_is_told_to_be_better_only_if_that_was_measured(training, words, small):
-    checks = [{"step": step, "loss": loss} for step, loss in training["validation"]]
+    checks = [{"step": step, "loss": loss, "error": 0.1} for step, loss in training["validation"]]
     trained = {"strategy": "lora", "data": "x", "examples": 2, "losses": [4.0, 1.0], **training, "validation": checks}
+    trained = {"held_out": True, "best_step": None, **trained}
     cut_again = replace(small, record={**small.record, "recovery": [trained]})
     told = sentence(cut_again)
     assert words not in told and "before it was trained" not in told, "as the last run is a prune"

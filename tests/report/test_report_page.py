@@ -12,8 +12,7 @@ from pydantic import Field
 from llmpruner import ComponentSettings, ReportSection
 from llmpruner.plugins.builtin import llmpruner_report_sections
 from llmpruner.report.base import Costs, ReportSubject, report_page
-from llmpruner.report.history import OriginSection, PlanSection
-from llmpruner.report.measured import CostSection
+from llmpruner.report.sections import CostSection, OriginSection, PlanSection
 from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.plan import (

@@ -1,6 +1,7 @@
 """Compensation: changes the weights that read removed units before the cut, in closed form, without training.
 
-`Compensation` is the contract; `compensation.builtin` has ``none``, ``bias`` and ``refit``. Imports no torch.
+`Compensation` is the contract. Built in are ``none``, ``bias`` and ``refit``; the last two walk through the decoder
+layer by layer, in `compensation.repair`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from ...component import Component
-from ...errors import UnsupportedModelError
+from pydantic import Field
+
+from ...component import Component, ComponentSettings
+from ...structure.coupling import Role
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -19,22 +22,7 @@ if TYPE_CHECKING:
     from ...engine.execution import Execution
     from ...structure.coupling import CoupledGroup, CouplingGraph
     from ...structure.kept import Kept
-
-
-@dataclass(frozen=True)
-class Fit:
-    """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
-    number of tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal
-    of the Gram matrix XᵀX; None: weights are unchanged. ``before``, ``after``: squared error of the outputs on tokens
-    that are held out, as a share of the mean square of the targets, with the old weights of the inputs that stay and
-    with fitted ones; None where it was not computed."""
-
-    parameter: str
-    slot: int | None
-    rows: int
-    ridge: float | None
-    before: float | None = None
-    after: float | None = None
+    from .least_squares import Fit
 
 
 @dataclass(frozen=True)
@@ -82,8 +70,65 @@ class Compensation(Component):
         raise NotImplementedError
 
 
-def no_bias(parameter: str) -> UnsupportedModelError:
-    """The error for a weight without a bias to change."""
-    return UnsupportedModelError(
-        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
-    )
+class NoCompensation(Compensation):
+    name = "none"
+    summary = "weights do not change"
+    reads_text = False
+    changes_readers_alone = True
+
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
+        return ()
+
+
+class BiasShift(Compensation):
+    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R, with the mean over the
+    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Weights do not change. Raises
+    `UnsupportedModelError` where a weight has no bias."""
+
+    name = "bias"
+    summary = "the mean contribution of removed units is added to the biases of the weights that read them"
+    by_layer = True
+    changes_readers_alone = True
+
+    def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
+        """Of stacked matrices, whose biases have other names in other models, any bias of their module will do."""
+        from .least_squares import no_bias
+
+        with_bias = {name.rpartition(".")[0] for name in graph.shapes if "bias" in name.rpartition(".")[2]}
+        for span in (span for group in groups for span in group.spans_with(Role.CONSUMES)):
+            name, axes = span.parameter, len(graph.shapes[span.parameter])
+            matrix = (axes == 2 and name.endswith(".weight")) or (axes == 3 and span.axis > 0)
+            if matrix and graph.is_decoder(name) and name.rpartition(".")[0] not in with_bias:
+                raise no_bias(name)
+
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
+        from . import least_squares, repair
+
+        return repair.repair(task, least_squares.BiasFitter)
+
+
+class Refit(Compensation):
+    """Fits every weight matrix that loses inputs again, with its bias where it has one, on the kept inputs, by ridge
+    regression against the dense model (`compensation.least_squares`). Layers are fitted in order, each on the
+    outputs of compensated layers (`llmpruner.pruning.compensation.repair`)."""
+
+    name = "refit"
+    summary = "weights that read removed units are fitted again by least squares against the dense model"
+    by_layer = True
+    changes_readers_alone = True
+
+    class Settings(ComponentSettings):
+        mix: float = Field(
+            0.5,
+            ge=0,
+            le=1,
+            description="Target of each fit: 0 is the output of the uncut layer in the pruned model; 1 also adds the "
+            "whole difference of the hidden states from the dense model's.",
+        )
+
+    settings: Settings
+
+    def repair(self, task: RepairTask) -> Sequence[Fit]:
+        from . import least_squares, repair
+
+        return repair.repair(task, least_squares.WeightFitter, mix=self.settings.mix)

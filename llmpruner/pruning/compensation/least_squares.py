@@ -15,19 +15,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite
-from typing import TYPE_CHECKING
 
 import torch
+from transformers import PreTrainedModel
 
+from ...engine.products import WatchedProduct
+from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
-from .base import Fit, no_bias
+from ...errors import UnsupportedModelError
 from .readers import Reader, matrix_of
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ...engine.products import WatchedProduct
-    from ...engine.ranks import Ranks
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -38,21 +34,34 @@ _BLOCK = 1024
 _OUTPUTS = 128
 """The least number of outputs that errors are computed of, where there are more."""
 
+Matrix = tuple[str, int | None]
+"""Name of a parameter, and the number of the matrix in a stacked one."""
 
-@dataclass
+
+@dataclass(frozen=True)
+class Fit:
+    """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
+    number of tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal
+    of the Gram matrix XᵀX; None: weights are unchanged. ``before``, ``after``: squared error of the outputs on tokens
+    that are held out, as a share of the mean square of the targets, with the old weights of the inputs that stay and
+    with fitted ones; None where it was not computed."""
+
+    parameter: str
+    slot: int | None
+    rows: int
+    ridge: float | None
+    before: float | None = None
+    after: float | None = None
+
+
 class _Sums:
     """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``squares``: the squares of T, summed
     over the rows (out,); ``rows``: n."""
 
-    gram: torch.Tensor
-    cross: torch.Tensor
-    squares: torch.Tensor
-    rows: int = 0
-
-    @classmethod
-    def zeros(cls, width: int, out: int, device: torch.device) -> _Sums:
-        gram, cross = torch.zeros(width, width, device=device), torch.zeros(width, out, device=device)
-        return cls(gram, cross, torch.zeros(out, device=device))
+    def __init__(self, width: int, out: int, device: torch.device) -> None:
+        self.gram = torch.zeros(width, width, device=device)
+        self.cross = torch.zeros(width, out, device=device)
+        self.squares, self.rows = torch.zeros(out, device=device), 0
 
     def reduce(self, ranks: Ranks) -> None:
         ranks.sum_([self.gram, self.cross, self.squares])
@@ -104,19 +113,16 @@ class WeightFitter:
 
     X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
     view of the parameter. ``bias``: b (out,), None where there is none. One row in eight is held out until the ridge is
-    chosen. Memory: 2 · in · (in + out) float32.
-    """
+    chosen. Memory: 2 · in · (in + out) float32."""
+
+    trials = len(RIDGES) + 1
+    """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
 
     def __init__(self, reader: Reader, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.reader, self.bias = reader, bias
         self.kept = reader.kept.to(matrix.device)
         sizes = len(self.kept) + (bias is not None), matrix.shape[0], matrix.device
-        self._fit, self._held_out = _Sums.zeros(*sizes), _Sums.zeros(*sizes)
-
-    @property
-    def trials(self) -> int:
-        """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
-        return len(RIDGES) + 1
+        self._fit, self._held_out = _Sums(*sizes), _Sums(*sizes)
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32. The last eighth of
@@ -148,13 +154,14 @@ class WeightFitter:
         old_OI = self._old(matrix)
         step = max(1, len(old_OI) // _OUTPUTS)
         weight: torch.Tensor | None = old_OI[::step].T.double()
-        if weight is not None and trial < len(RIDGES):
+        if trial < len(RIDGES):
             weight = _ridge(self._fit, weight, RIDGES[trial], step)
         error = inf if weight is None else self._held_out.error(weight, step)
         return error if isfinite(error) else inf
 
     def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
-        """Replace W_K and b by the fitted values, and W_R by zeros. ``errors``: of all trials."""
+        """Replace W_K and b by values that are fitted on all rows, and W_R by zeros. W_K and b stay where no fit gives
+        a smaller error on the held-out rows. ``errors``: of all trials."""
         # The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
         # of the mean square of the targets. Differences of sums in float32 may fall below zero.
         before = after = None
@@ -163,7 +170,17 @@ class WeightFitter:
         if self._fit.rows and whole:
             before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
         rows = self._fit.rows + self._held_out.rows
-        new, ridge = self._solve(self._old(matrix), errors)
+        new = old_OI = self._old(matrix)
+        ridge: float | None = None
+        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
+        if better:
+            self._fit.gram += self._held_out.gram
+            self._fit.cross += self._held_out.cross
+        for _, trial in better:
+            fitted = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
+            if fitted is not None:
+                new, ridge = fitted.T.float(), RIDGES[trial]
+                break
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
@@ -174,19 +191,6 @@ class WeightFitter:
     def _old(self, matrix: torch.Tensor) -> torch.Tensor:
         old = matrix.index_select(1, self.kept).float()
         return old if self.bias is None else torch.cat([old, self.bias.float()[:, None]], 1)
-
-    def _solve(self, old_OI: torch.Tensor, errors: Sequence[float]) -> tuple[torch.Tensor, float | None]:
-        """New weights (out, in), float32, fitted on all rows, and their ridge; the old weights and None where no fit
-        gives a smaller error on the held-out rows."""
-        better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
-        if better:
-            self._fit.gram += self._held_out.gram
-            self._fit.cross += self._held_out.cross
-        for _, trial in better:
-            new = _ridge(self._fit, old_OI.T.double(), RIDGES[trial])
-            if new is not None:
-                return new.T.float(), RIDGES[trial]
-        return old_OI, None
 
 
 class BiasFitter:
@@ -201,7 +205,6 @@ class BiasFitter:
         self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
-        del target
         self.total += use.inputs.sum(0, dtype=torch.float64)
         self.rows += len(use.inputs)
 
@@ -214,7 +217,6 @@ class BiasFitter:
 
     def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
         """Change b, and set W_R to zero. The `Fit` has the number of tokens in the mean."""
-        del errors
         removed = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
         removed[self.reader.kept.to(matrix.device)] = False
         lost = self.total / max(self.rows, 1) * removed
@@ -223,9 +225,14 @@ class BiasFitter:
         return Fit(*key, self.rows, None)
 
 
+def no_bias(parameter: str) -> UnsupportedModelError:
+    """The error for a weight without a bias to change."""
+    return UnsupportedModelError(
+        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
+    )
+
+
 Fitter = WeightFitter | BiasFitter
-Matrix = tuple[str, int | None]
-"""Name of a parameter, and the number of the matrix in a stacked one."""
 
 
 def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: Ranks) -> list[Fit]:

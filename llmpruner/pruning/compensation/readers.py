@@ -9,18 +9,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ...structure.coupling import CouplingGraph, Role
-from ...structure.kept import kept_indices
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from ...structure.kept import Kept
+from ...structure.kept import Kept, kept_indices
 
 
 @dataclass(frozen=True)
@@ -58,20 +53,18 @@ def readers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Reader
     return readers
 
 
-def stream_writers(graph: CouplingGraph, layer: int) -> Sequence[str]:
+def stream_writers(graph: CouplingGraph, layer: int) -> list[str]:
     """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output
     projection of attention, down projection of an MLP), unless they produce other ones (the second projection of a
     latent vector)."""
     inside = [group for group in graph.groups if group.layer == layer]
     produce = {span.parameter for group in inside for span in group.spans_with(Role.PRODUCES)}
-    return tuple(
-        dict.fromkeys(
-            span.parameter
-            for group in inside
-            for span in group.spans_with(Role.CONSUMES)
-            if len(graph.shapes[span.parameter]) >= 2 and span.parameter not in produce
-        )
-    )
+    return [
+        span.parameter
+        for group in inside
+        for span in group.spans_with(Role.CONSUMES)
+        if len(graph.shapes[span.parameter]) >= 2 and span.parameter not in produce
+    ]
 
 
 def removed_channels(graph: CouplingGraph, kept: Kept) -> torch.Tensor:
@@ -117,13 +110,11 @@ class _Rows:
 
 
 class ProducerRows:
-    """The rows of one layer's weights that produce removed units over which a norm is computed.
-
-    The norm depends on such units, so they must be silenced where they are produced.
-    """
+    """The rows of one layer's weights that produce removed units over which a norm is computed: it depends on them, so
+    they must be silenced where they are produced."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
-        self._rows: list[_Rows] = []
+        self.rows: list[_Rows] = []
         for name, units in kept.items():
             group = graph.by_name[name]
             gone = sorted(set(range(group.units)) - set(units)) if group.is_normalized else []
@@ -131,25 +122,21 @@ class ProducerRows:
                 if gone and span.parameter.startswith(f"{graph.layers}.{number}."):
                     parameter = model.get_parameter(span.parameter)
                     index = torch.tensor(span.indices(gone), device=parameter.device)
-                    self._rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [rows.parameter for rows in self._rows]
+                    self.rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
 
     def zero(self) -> None:
         # All are read before any is changed: query heads are rows of their key/value heads, too.
-        for rows in self._rows:
+        for rows in self.rows:
             values = rows.parameter.index_select(rows.axis, rows.index)
             if rows.inside and bool(values.any()):
                 rows.values = values
-        for rows in self._rows:
+        for rows in self.rows:
             rows.parameter.index_fill_(rows.axis, rows.index, 0.0)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """While active, units inside the layer are produced as if they were not removed."""
-        for rows in self._rows:
+        for rows in self.rows:
             if rows.values is not None:
                 rows.parameter.index_copy_(rows.axis, rows.index, rows.values)
         try:

@@ -22,50 +22,95 @@ reduced, and all have the same weights afterwards (`write_all`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
-from dataclasses import astuple
-from functools import partial
+from dataclasses import astuple, dataclass, field
+from itertools import groupby
+from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
+from torch.nn import functional
 
 from ...engine.boundaries import States
 from ...engine.execution import Execution
-from ...engine.walk import ForwardWalk
+from ...engine.products import WatchedProduct, WatchProducts
+from ...engine.walk import ForwardWalk, Stop
 from ...structure.kept import removed_layers
-from .base import Fit, RepairTask
-from .layer_fit import LayerFit, fit_steps
-from .least_squares import Fitter
-from .readers import ProducerRows, Reader, names_in_layer, readers_of, removed_channels
+from .least_squares import Fit, Fitter, Matrix, write_all
+from .readers import (
+    ProducerRows,
+    Reader,
+    matrix_of,
+    names_in_layer,
+    readers_of,
+    removed_channels,
+    stream_writers,
+    swapped,
+)
+
+if TYPE_CHECKING:
+    from .base import RepairTask
+
+_DIRECT = 2e-2
+"""Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
+outputs."""
 
 
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
-    experts are not silenced.
-
-    ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module.
-
-    Raises `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that ``fitter``
-    cannot fit.
-    """
+    experts are not silenced. ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. Raises
+    `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that cannot be fitted."""
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
     return _Repair(task, *ForwardWalk.over(execution, task.calibration), fitter, mix).run()
 
 
+@dataclass(frozen=True)
+class _Step:
+    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c, None where the layer's
+    output is not such a sum, or where they do not all add to the residual stream. ``last``: whether one of them is the
+    last of the `stream_writers` that is used."""
+
+    readers: Mapping[str, Reader]
+    factor: float | None
+    last: bool
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether the step is one matrix, used last, whose outputs times c are added to the hidden states."""
+        (reader, *others) = self.readers.values()
+        inside = not reader.from_stream and not reader.normed
+        return self.last and self.factor is not None and not others and inside and len(reader.shape) == 2
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether targets need the outputs of the matrices in the dense model."""
+        additive = self.factor is not None
+        return (additive and not self.last) or any(reader.from_stream for reader in self.readers.values())
+
+
+@dataclass
+class _Run:
+    """One run of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
+
+    uses: list[WatchedProduct] = field(default_factory=list)
+    output: torch.Tensor | None = None
+
+
 class _Repair:
-    """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor per batch; ``pruned`` is None as long as
-    no unit was removed, when both are the same."""
+    """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor (samples, length, hidden size) in float32
+    for each micro-batch; the same object as long as no unit was removed."""
 
     def __init__(self, task: RepairTask, walk: ForwardWalk, embedded: States, fitter: type[Fitter], mix: float) -> None:
         self.model, self.graph, self.kept = task.model, task.graph, task.kept
-        self.walk, self.fitter, self.mix, self.execution = walk, fitter, mix, walk.execution
-        self.weights, self.ranks, self.journal = walk.execution.weights, walk.ranks, walk.execution.journal
-        self.channels = removed_channels(self.graph, self.kept)
-        self.dense = embedded
-        self.pruned: States | None = None
-        if len(self.channels):
+        self.walk, self.fitter, self.mix, execution = walk, fitter, mix, walk.execution
+        self.weights, self.ranks, self.journal = execution.weights, execution.ranks, execution.journal
+        self.removed_channels = removed_channels(self.graph, self.kept)
+        self.dense = self.pruned = embedded
+        if len(self.removed_channels):
             self._keep_apart()
         self.fits: list[Fit] = []
 
@@ -75,10 +120,10 @@ class _Repair:
         readers = [readers_of(self.graph, self.kept, number) for number in layers]
         count = max((number + 1 for number in layers if readers[number]), default=0)
         done = self._resume()
-        for number in self.execution.progress.track(range(count), "Compensating"):
+        for number in self.walk.execution.progress.track(range(count), "Compensating"):
             if number < done:
                 continue
-            with self.walk.layer(number):
+            with self.weights.layer(number):
                 if number in removed:
                     self._keep_apart()
                     self.walk.advance(number, self.dense)
@@ -87,7 +132,7 @@ class _Repair:
                 else:
                     ProducerRows(self.model, self.graph, self.kept, number).zero()
                     self.walk.advance(number, self.dense)
-                    if self.pruned is not None:
+                    if self.pruned is not self.dense:
                         self.walk.advance(number, self.pruned)
             self._record(number)
         return self.fits
@@ -99,50 +144,46 @@ class _Repair:
             return 0
         state, states = earlier
         self.fits = [Fit(*values) for values in state["fits"]]
-        self.pruned = self.dense.loaded(states["pruned"]) if "pruned" in states else None
-        self.dense = self.dense.loaded(states["dense"])
+        embedded, self.dense = self.dense, self.dense.loaded(states["dense"])
+        self.pruned = embedded.loaded(states["pruned"]) if "pruned" in states else self.dense
         return int(state["layers"])
 
     def _record(self, number: int) -> None:
         # A continued run would lack the keys and values that layers have passed on; it fits all layers again.
         if self.journal is not None and not self.walk.passes_on:
             state = {"layers": number + 1, "fits": [astuple(fit) for fit in self.fits]}
-            states = {"dense": self.dense} if self.pruned is None else {"dense": self.dense, "pruned": self.pruned}
-            self.journal.layer_done(state, states)
+            apart = {} if self.pruned is self.dense else {"pruned": self.pruned}
+            self.journal.layer_done(state, {"dense": self.dense, **apart})
 
-    def _keep_apart(self) -> States:
-        """``pruned``, with hidden states of its own from now on, zero in removed channels of the residual stream."""
-        if self.pruned is None:
+    def _keep_apart(self) -> None:
+        """From now on, ``pruned`` has hidden states of its own, zero in removed channels of the residual stream."""
+        if self.pruned is self.dense:
             self.pruned = self.dense.empty()
             for hidden in self.dense:
-                self.pruned.append(hidden.index_fill(-1, self.channels.to(hidden.device), 0.0))
-        return self.pruned
+                self.pruned.append(hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0))
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
-        """Fit the weights of one layer, and move h and ĥ to after it."""
-        pruned = self._keep_apart()
-        uses = partial(fit_steps, self.walk, self.graph, number, self.dense, readers)
-        steps, biases = self.ranks.from_first(uses)
+        """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
+        after it; ``producers``, the rows that produce removed units, silenced; ``original``, the changed weights, each
+        with a copy of the dense model's, where a step needs these."""
+        self._keep_apart()
+        steps, biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
         if needs_dense:
-            after = self.dense.empty(continued=True)
-            for batch, hidden in zip(self.walk.batches, self.dense, strict=True):
-                after.append(self.walk.run(number, batch, hidden, after.passed))
+            self.after = self.dense.empty(continued=True)
+            for position in range(len(self.walk.calls)):
+                self.after.append(self.walk.run(number, position, self.dense))
         else:
-            after = self.dense
-            self.walk.advance(number, after)
-        producers = ProducerRows(self.model, self.graph, self.kept, number)
-        changed = [*map(self.model.get_parameter, (*readers, *biases)), *producers.parameters]
-        original = [(p, p.detach().clone()) for p in {id(p): p for p in changed}.values()] if needs_dense else []
-        producers.zero()
-        layer = LayerFit(
-            self.walk, self.graph, number, self.fitter, self.mix, self.channels,
-            self.dense, after, pruned, producers, original,
-        )  # fmt: skip
+            self.after = self.dense
+            self.walk.advance(number, self.after)
+        self.number, self.producers = number, ProducerRows(self.model, self.graph, self.kept, number)
+        changed = [self.model.get_parameter(name) for name in (*readers, *biases)]
+        changed += [rows.parameter for rows in self.producers.rows]
+        self.original = [(p, p.detach().clone()) for p in {id(p): p for p in changed}.values()] if needs_dense else []
+        self.producers.zero()
         moved = False
         for step in steps:
-            fits, moved = layer.fit(step)
-            self.fits += fits
+            moved = self._fit(step)
         for reader in readers.values():
             # Experts that no token was routed to, and weights in products that are not observed, were not fitted.
             parameter = self.model.get_parameter(reader.parameter).data
@@ -152,7 +193,169 @@ class _Repair:
         fitted = {fit.parameter for fit in self.fits}
         self.fits += [Fit(name, None, 0, None) for name in readers if name not in fitted]
         if not moved:
-            self.walk.advance(number, pruned)
-        self.dense = after
+            self.walk.advance(number, self.pruned)
+        self.dense = self.after
+        del self.producers, self.original  # they keep weights of this layer in memory
         if self.journal is not None:
             self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
+
+    def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
+        """How layer ``number`` of the dense model uses the matrices of ``readers`` in the first micro-batch: the steps
+        in the order of their use, and the names of the biases. c is the least-squares solution of change = c · outputs,
+        taken if its relative residual is below `_DIRECT`."""
+        uses: dict[str, WatchedProduct] = {}
+        outputs: list[torch.Tensor] = []
+
+        # Inputs are compared by address; all are kept until the end, so that no address is used twice. Their values,
+        # which may have changed by then, are not read.
+        def seen(use: WatchedProduct) -> None:
+            uses.setdefault(use.parameter, use)
+            if use.parameter in writers:
+                # The layer may add to them in place afterwards.
+                outputs.append(use.outputs.to(torch.float32, copy=True))
+
+        factor: float | None = None
+        writers = stream_writers(self.graph, number)
+        with WatchProducts(self.model, dict.fromkeys([*readers, *writers]), seen):
+            change = (self.walk.run(number, 0, self.dense, tried=True) - self.dense[0]).flatten(0, -2)
+        if outputs and all(part.shape == change.shape for part in outputs):
+            total = torch.stack(outputs).sum(0)
+            solution = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
+            if float((change - solution * total).norm()) < _DIRECT * float(change.norm()):
+                factor = solution
+        last = next((name for name in reversed(uses) if name in writers), None)
+        read = [use for name, use in uses.items() if name in readers]
+        together = [[use.parameter for use in same] for _, same in groupby(read, key=lambda use: use.inputs.data_ptr())]
+        steps = [
+            _Step({n: readers[n] for n in names}, factor if set(writers).issuperset(names) else None, last in names)
+            for names in together
+        ]
+        biases = [use.bias for use in read if use.bias is not None]
+        return steps, names_in_layer(self.model, self.graph, number, biases)
+
+    def _fit(self, step: _Step) -> bool:
+        """Fit the weights of one step. Returns whether ĥ was moved to after the layer, which needs no further run of it
+        where the step `is_simple`."""
+        fitters: dict[Matrix, Fitter] = {}
+        move = _Move(step, self.pruned, self.model) if step.is_simple else None
+        for position in range(len(self.walk.calls)):
+            pruned, uncut, dense = self._observe(step, position)
+            for use, own in zip(pruned.uses, uncut.uses, strict=True):
+                if step.readers[use.parameter].from_stream and use.slot is not None:
+                    # Other tokens are routed to the expert in the dense model, so rows do not correspond.
+                    continue
+                key = use.parameter, use.slot
+                target = self._target(step, position, uncut, own, dense.get(key))
+                if key not in fitters:
+                    fitters[key] = self._fitter(step, key, use.bias)
+                fitters[key].add(use, target)
+            if move is not None and not move.take(position, pruned):
+                move = None
+        fitters = self._of_all_processes(step, fitters)
+        self.fits += write_all(fitters, self.model, self.ranks)
+        self.producers.zero()
+        if move is not None:
+            (fitter,) = fitters.values()
+            move.finish(fitter.bias)
+        return move is not None
+
+    def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
+        """The layer on one micro-batch: its run on ĥ with removed units silenced; its run on ĥ with the products that
+        targets are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
+        pruned = uncut = self._run(step, position, self.pruned, whole=step.last)
+        if any(reader.normed for reader in step.readers.values()):
+            # Removed units are silenced where they are produced, so that targets need another run.
+            with self.producers.restored():
+                uncut = self._run(step, position, self.pruned, whole=step.last, tried=True)
+        if not step.needs_dense:
+            return pruned, uncut, {}
+        with swapped(self.original):
+            dense = self._run(step, position, self.dense, whole=False, tried=True)
+        return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
+
+    def _run(self, step: _Step, position: int, states: States, *, whole: bool, tried: bool = False) -> _Run:
+        """Run the layer; without ``whole``, only until all weights of this step were used. ``tried``: see
+        `ForwardWalk.run`."""
+        run, waiting = _Run(), set(step.readers)
+
+        def seen(use: WatchedProduct) -> None:
+            run.uses.append(use.copied())
+            waiting.discard(use.parameter)
+            if not whole and not waiting and use.slot is None:
+                raise Stop
+
+        with contextlib.suppress(Stop), WatchProducts(self.model, step.readers, seen):
+            run.output = self.walk.run(self.number, position, states, tried=tried)
+        return run
+
+    def _target(
+        self, step: _Step, position: int, uncut: _Run, own: WatchedProduct, dense: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The target (tokens, out), float32, see the module. ``own``: the product that y is of; ``dense``:
+        y_dense for the same rows."""
+        outputs = own.outputs.float()
+        if step.readers[own.parameter].from_stream:
+            assert dense is not None
+            return dense
+        if step.factor is None:
+            return outputs
+        if step.last:
+            assert uncut.output is not None
+            difference = self.after[position] - uncut.output
+        else:
+            assert dense is not None
+            before = self.dense[position]
+            difference = before - self.pruned[position] + step.factor * (dense - outputs).view_as(before)
+        # Differences in removed channels of the residual stream cannot be compensated.
+        difference = difference.index_fill(-1, self.removed_channels.to(difference.device), 0.0)
+        return outputs + self.mix / step.factor * difference.flatten(0, -2)
+
+    def _fitter(self, step: _Step, key: Matrix, bias: torch.Tensor | None) -> Fitter:
+        reader = step.readers[key[0]]
+        return self.fitter(reader, matrix_of(self.model, reader, key[1]), bias)
+
+    def _of_all_processes(self, step: _Step, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
+        """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
+        biases = {
+            key: names_in_layer(self.model, self.graph, self.number, [] if fitter.bias is None else [fitter.bias])
+            for key, fitter in fitters.items()
+        }
+        merged: dict[Matrix, Fitter] = {}
+        for key, names in self.ranks.merged(biases).items():
+            if key in fitters:
+                merged[key] = fitters[key]
+            else:
+                bias = self.model.get_parameter(names[0]).data if names else None
+                # The bias of one expert is a row of that of all.
+                row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
+                merged[key] = self._fitter(step, key, row)
+        return merged
+
+
+class _Move:
+    """Moves ĥ of a simple step to after the layer without running it again: what remains without the outputs of the
+    matrix, and its inputs, kept until its new value is known."""
+
+    def __init__(self, step: _Step, pruned: States, model: nn.Module) -> None:
+        assert step.factor is not None
+        (reader,) = step.readers.values()
+        self.matrix = matrix_of(model, reader, None)
+        self.kept = reader.kept.to(self.matrix.device)
+        self.factor, self.pruned, self.inputs = step.factor, pruned, pruned.empty()
+
+    def take(self, position: int, run: _Run) -> bool:
+        """Take one micro-batch; False, and no change, where the run has not just one product and an output."""
+        if run.output is None or len(run.uses) != 1:
+            return False
+        (use,) = run.uses
+        self.pruned[position] = run.output - self.factor * use.outputs.float().view_as(run.output)
+        self.inputs.append(use.inputs.index_select(1, self.kept))
+        return True
+
+    def finish(self, bias: torch.Tensor | None) -> None:
+        """Add the outputs of the fitted matrix, computed in the dtype of its inputs."""
+        weight = self.matrix.index_select(1, self.kept)
+        for position, inputs in enumerate(self.inputs):
+            rest, dtype = self.pruned[position], inputs.dtype
+            outputs = functional.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+            self.pruned[position] = rest + self.factor * outputs.view_as(rest)

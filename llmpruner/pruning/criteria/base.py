@@ -79,8 +79,7 @@ class ImportanceCriterion(Component):
 
     def counts(self, axis: UnitAxis) -> bool:
         """Whether a span counts for the scores of its group; by default, if its role is in `roles`. A group without
-        spans that count is scored on all. For layers every parameter counts, and this is not called.
-        """
+        spans that count is scored on all. For layers every parameter counts, and this is not called."""
         return self.roles is None or axis.role in self.roles
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
@@ -106,7 +105,6 @@ class ImportanceCriterion(Component):
         ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64, on the device of
         ``signals.weight``. For layers, one unit that owns all indices of axis 0.
         """
-        del signals, axis, index_UK
         return None
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:

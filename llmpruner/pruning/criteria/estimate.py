@@ -7,30 +7,24 @@ unit.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
+from ...calibration.calibration import CalibrationSet
 from ...engine.execution import Execution
-from ...engine.parameter_signals import walk_signals
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
-from ...engine.statistics import stream_statistics, token_statistics
+from ...engine.statistics import stream_statistics, token_statistics, walk_signals
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from .base import ImportanceCriterion
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ...calibration.calibration import CalibrationSet
-
-
 _ELEMENTS = 1 << 20
 """Of a saliency that are summed at once."""
-
-
 Scores = Mapping[str, torch.Tensor]
 """Group name → scores of its units, (units,), float64; higher is more important."""
 
@@ -60,32 +54,26 @@ def estimate(
 ) -> Scores:
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
     ``model``; None for a model in memory. ``length``, ``removable``: as in `StreamStats`, for a criterion of blocks of
-    layers. ``tokenizer``: for a criterion of tokens.
-
-    Memory beyond the model: that of `walk_signals` or `stream_statistics`, depending on the criterion.
-
-    Raises `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not
-    finite, or a calibration set is needed and missing.
-    """
+    layers. ``tokenizer``: for a criterion of tokens. Raises `SelectionError` for units that the criterion does not
+    score, `ModelError` when weights or scores are not finite, or a calibration set is needed and missing."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
-    if signals - {Signal.WEIGHT} and calibration is None:
-        raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
-    if signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        assert calibration is not None
-        stream = stream_statistics(execution, calibration, length, removable)
-        values = criterion.score_layers(stream).double().cpu()
-        scores = {group.name: values for group in groups}
+    of_all: torch.Tensor | None = None
+    if calibration is None:
+        if signals - {Signal.WEIGHT}:
+            raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
+    elif signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        of_all = criterion.score_layers(stream_statistics(execution, calibration, length, removable))
     elif Signal.TOKENS in signals:
-        assert calibration is not None
-        values = criterion.score_tokens(token_statistics(execution, calibration, tokenizer)).double().cpu()
-        scores = {group.name: values for group in groups}
+        of_all = criterion.score_tokens(token_statistics(execution, calibration, tokenizer))
+    if of_all is not None:
+        scores = {group.name: of_all.double().cpu() for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
         measured = walk_signals(
             execution, graph, uses, signals, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
         )
-        scores = _score(graph, groups, criterion, uses, measured, reduction)
+        scores = _score(groups, criterion, uses, measured, reduction)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
@@ -94,23 +82,23 @@ def estimate(
 
 @dataclass(frozen=True, slots=True)
 class _Use:
-    """One span of a group; for a group of layers, one parameter of a layer. ``number``: among the group's spans, or
-    among the parameters of all layers."""
+    """One span of a group; for a group of layers, one parameter of ``layer``. ``number``: among the group's spans, or
+    among the parameters of the model."""
 
     group: CoupledGroup
     number: int
     axis: UnitAxis
+    layer: int | None = None
 
 
 def _score(
-    graph: CouplingGraph,
     groups: Sequence[CoupledGroup],
     criterion: ImportanceCriterion,
     uses: Mapping[str, Sequence[_Use]],
     stream: Iterable[tuple[str, ParameterSignals]],
     reduction: str,
 ) -> dict[str, torch.Tensor]:
-    partial: dict[tuple[str, int], torch.Tensor] = {}
+    partial: dict[tuple[str, int | None], dict[int, torch.Tensor]] = defaultdict(dict)
     sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
     for name, signals in stream:
         saliency: torch.Tensor | None = None
@@ -119,7 +107,7 @@ def _score(
             if signals.matrix is None:
                 scores = criterion.score_units(signals, use.axis, _index(use, signals.weight))
                 if scores is not None:
-                    partial[key] = scores.double().cpu()
+                    partial[use.group.name, use.layer][use.number] = scores.double().cpu()
                     continue
             saliency = criterion.saliency(signals) if saliency is None else saliency
             found = _per_index(saliency, use, criterion.signed).cpu()
@@ -128,9 +116,15 @@ def _score(
                 follows = use.axis.axis == 0 and use.group.kind != LAYER
                 found = torch.cat([before, found]) if follows else before + found
             sums[key] = use, found
-    for key, (use, values) in sums.items():
-        partial[key] = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
-    return {group.name: _reduce(graph, group, partial, reduction) for group in groups}
+    for use, values in sums.values():
+        scores = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
+        partial[use.group.name, use.layer][use.number] = scores
+    reduced = {}
+    for group in groups:
+        layers: Iterable[int | None] = range(group.units) if group.kind == LAYER else (None,)
+        parts = [dict(sorted(partial[group.name, layer].items())) for layer in layers]
+        reduced[group.name] = torch.cat([reduce_spans(torch.stack([*part.values()]), reduction) for part in parts])
+    return reduced
 
 
 def scored_spans(
@@ -148,14 +142,11 @@ def scored_spans(
         scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
         for name, use in scored or found:
             uses.setdefault(name, []).append(use)
-        for number, name in enumerate(_in_layers(graph) if group.kind == LAYER else ()):
-            axis = UnitAxis(group.kind, None, 0, reads[name])
-            uses.setdefault(name, []).append(_Use(group, number, axis))
+        for number, name in enumerate(graph.shapes if group.kind == LAYER else ()):
+            if name in reads and graph.is_decoder(name):
+                axis = UnitAxis(group.kind, None, 0, reads[name])
+                uses.setdefault(name, []).append(_Use(group, number, axis, graph.layer_of(name)))
     return uses
-
-
-def _in_layers(graph: CouplingGraph) -> list[str]:
-    return [name for name in graph.shapes if graph.is_decoder(name) and name not in graph.ties]
 
 
 def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
@@ -180,18 +171,6 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
     parts = torch.split(saliency, max(1, _ELEMENTS * len(saliency) // max(1, saliency.numel())))
     sums = [(part if signed else part.abs()).sum(others, dtype=torch.float64) for part in parts]
     return torch.cat(sums) if use.axis.axis == 0 else torch.stack(sums).sum(0)
-
-
-def _reduce(
-    graph: CouplingGraph, group: CoupledGroup, partial: Mapping[tuple[str, int], torch.Tensor], reduction: str
-) -> torch.Tensor:
-    if group.kind != LAYER:
-        spans = [partial[group.name, n] for n in range(len(group.spans)) if (group.name, n) in partial]
-        return reduce_spans(torch.stack(spans), reduction)
-    of_layer: dict[int | None, list[torch.Tensor]] = {}
-    for number, name in enumerate(_in_layers(graph)):
-        of_layer.setdefault(graph.layer_of(name), []).append(partial[group.name, number])
-    return torch.cat([reduce_spans(torch.stack(of_layer[unit]), reduction) for unit in range(group.units)])
 
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:

@@ -8,7 +8,7 @@ alone, by sizes: two experts that compute the same get equal scores, and neither
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pydantic import Field
 
@@ -23,10 +23,12 @@ if TYPE_CHECKING:
 
 
 class OfExpertOutputs(ImportanceCriterion):
-    """Scores an expert by a sum over its tokens, divided by `divisor`."""
+    """Scores an expert by a sum over its tokens, divided by their number."""
 
     needs = frozenset({Signal.PRODUCT})
     kinds = frozenset({EXPERT})
+    by_layer: ClassVar[bool] = False
+    """Whether sums are divided by the tokens of all experts of the layer instead."""
 
     def counts(self, axis: UnitAxis) -> bool:
         """Of all that an expert owns, the projection that reads its inner channels: it computes the output."""
@@ -43,19 +45,15 @@ class OfExpertOutputs(ImportanceCriterion):
         """What each token of an expert adds to its sum, (rows,), float32."""
         raise NotImplementedError
 
-    def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
-        """What the sums (experts,) are divided by. ``tokens``: how many are routed to each, (experts,), float64."""
-        return tokens
-
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor:
-        del axis
         sums = signals.products.sums if signals.products is not None else {}
         if not sums:
             raise UnsupportedModelError(
                 f"{self.name} cannot tell which weights compute the outputs of this model's experts; choose another "
                 "criterion"
             )
-        scores = sums["sum"] / self.divisor(sums["tokens"]).clamp_min(1)
+        tokens = sums["tokens"].sum() if self.by_layer else sums["tokens"]
+        scores = sums["sum"] / tokens.clamp_min(1)
         return scores[index_UK].sum(1)
 
 
@@ -78,7 +76,7 @@ class ExpertReap(OfExpertOutputs):
 
     def of_tokens(self, product: Product) -> torch.Tensor:
         gates = product.gate_shares if self.settings.renormalize else product.gates
-        return gates * _norms(product)
+        return gates * product.outputs.norm(dim=1)
 
 
 class ExpertNorm(OfExpertOutputs):
@@ -88,7 +86,8 @@ class ExpertNorm(OfExpertOutputs):
     summary = "for experts: mean norm of the output over an expert's tokens, without the router's weight"
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        return _norms(product)
+        norms: torch.Tensor = product.outputs.norm(dim=1)
+        return norms
 
 
 class ExpertFrequency(OfExpertOutputs):
@@ -97,12 +96,10 @@ class ExpertFrequency(OfExpertOutputs):
 
     name = "expert-frequency"
     summary = "for experts: share of the tokens that the router sends to an expert"
+    by_layer = True
 
     def of_tokens(self, product: Product) -> torch.Tensor:
         return product.inputs.new_ones(len(product.inputs))
-
-    def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.sum()
 
 
 class ExpertContribution(OfExpertOutputs):
@@ -112,15 +109,7 @@ class ExpertContribution(OfExpertOutputs):
 
     name = "expert-contribution"
     summary = "for experts: router weight × norm of the output, summed over an expert's tokens"
+    by_layer = True
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        return product.gates * _norms(product)
-
-    def divisor(self, tokens: torch.Tensor) -> torch.Tensor:
-        return tokens.sum()
-
-
-def _norms(product: Product) -> torch.Tensor:
-    """‖f_j(x)‖₂ of each token of an expert, (rows,)."""
-    norms: torch.Tensor = product.outputs.norm(dim=1)
-    return norms
+        return product.gates * product.outputs.norm(dim=1)

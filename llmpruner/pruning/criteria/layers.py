@@ -52,17 +52,15 @@ class AngularBlock(ImportanceCriterion):
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
         n, layers = stream.length, len(stream.angle)
         removable = range(layers) if stream.removable is None else stream.removable
-        # Beyond any angle, so that layers outside of all blocks go last.
-        scores = stream.angle.new_full((layers,), 2.0)
-        found = False
-        for start in range(layers - n + 1):
-            block = range(start, start + n)
-            if all(layer in removable for layer in block):
-                found = True
-                scores[list(block)] = scores[list(block)].clamp_max(stream.angle[start])
-        if not found:
+        blocks = [list(range(start, start + n)) for start in range(layers - n + 1)]
+        blocks = [block for block in blocks if all(layer in removable for layer in block)]
+        if not blocks:
             raise SelectionError(
                 f"criterion {self.name} removes a block of layers, and no {n} successive layers may be removed; choose "
                 "fewer layers, or more with --set prune.layers"
             )
+        # Beyond any angle, so that layers outside of all blocks go last.
+        scores = stream.angle.new_full((layers,), 2.0)
+        for block in blocks:
+            scores[block] = scores[block].clamp_max(stream.angle[block[0]])
         return scores

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
+from ...calibration.calibration import CalibrationSet
 from ...calibration.documents import check_source, read_documents
 from ...component import ComponentSettings
 from ...engine.signals import Signal, TokenStats
@@ -91,3 +92,8 @@ def texts_of(tokenizer: Any) -> list[str]:
 def scripts_of(text: str) -> set[str]:
     """The scripts of the letters in ``text``, as Unicode's names of characters begin: LATIN, CYRILLIC, CJK."""
     return {unicodedata.name(letter, "?").split()[0] for letter in text if letter.isalpha()}
+
+
+def counted_part(text: CalibrationSet) -> CalibrationSet:
+    """The part of a calibration text on which tokens are counted; the rest tells how many other texts need."""
+    return text.first(text.input_ids.numel() * 7 // 8)

@@ -3,6 +3,15 @@
 W is a weight matrix (d_out, d_in), w its weights, x_j its input channel j, and E the mean over all calibration tokens.
 Scores of weights alone are sums over the weights that a unit owns; those with inputs are of the weights that read a
 unit (the down projection for an MLP channel, the output projection for a head).
+
+Optimal Brain Surgeon (``obs``) removes units one after another, always the one whose removal increases the error least,
+and after each the weights of the remaining ones are fitted again. With H = E[xxᵀ] + λI and the columns u of a unit, its
+removal increases the squared error of the output by E_u and changes W and H⁻¹ to
+
+    E_u = tr(W_u [(H⁻¹)_uu]⁻¹ W_uᵀ),   W ← W − W_u [(H⁻¹)_uu]⁻¹ (H⁻¹)_u:,   H⁻¹ ← H⁻¹ − (H⁻¹)_:u [(H⁻¹)_uu]⁻¹ (H⁻¹)_u:
+
+(Hassibi and Stork, 1993; for structures of language models: SlimGPT, Ling et al., 2024, eq. 5; ZipLM, Kurtic et al.,
+2023, eq. 4).
 """
 
 from __future__ import annotations
@@ -12,21 +21,17 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from ...component import ComponentSettings
-from ...engine.signals import InputStats, ParameterSignals, Signal
+from ...engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
 from ...structure.coupling import Role
 from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
     import torch
 
-_READERS = frozenset({Role.CONSUMES})
-
 
 class Random(ImportanceCriterion):
-    """Saliencies drawn uniformly from [0, 1): the baseline for every other criterion."""
-
     name = "random"
-    summary = "uniform random numbers: the baseline"
+    summary = "uniform random numbers from [0, 1): the baseline for every other criterion"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         import torch
@@ -36,8 +41,6 @@ class Random(ImportanceCriterion):
 
 
 class L1(ImportanceCriterion):
-    """Σ|w|."""
-
     name = "l1"
     by_matrix = True
     summary = "sum of absolute weights, Σ|w|"
@@ -61,7 +64,7 @@ class OfInputs(ImportanceCriterion):
     """Scores weights by their inputs, and parameters that are not used in matrix products by zero."""
 
     needs = frozenset({Signal.WEIGHT, Signal.INPUT_STATS})
-    roles = _READERS
+    roles = frozenset({Role.CONSUMES})
     by_matrix = True
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
@@ -85,8 +88,6 @@ class WandaSp(OfInputs):
 
 
 class OutputEnergy(OfInputs):
-    """‖W_:j‖²·E[x_j²]: the mean square of a unit's contribution to the output of the weight."""
-
     name = "energy"
     summary = "mean square of what a unit adds to the output, ‖W_:j‖²·E[x_j²]"
 
@@ -116,31 +117,117 @@ class ActivationNorm(OfInputs):
         return signals.over_inputs(inputs.second_moment)
 
 
-class Pca(ImportanceCriterion):
+class Pca(OfInputs):
     """Σ_k λ_k v_jk² over the leading principal components v_k of the inputs, whose eigenvalues λ_k sum to a ``share``
     of the total: the mean square of a channel within the subspace that pruning by PCA keeps (SliceGPT; Ashkboos et al.,
-    2024).
-    """
+    2024)."""
 
     name = "pca"
     summary = "energy of a channel within the leading principal components of the inputs (after SliceGPT)"
     needs = frozenset({Signal.WEIGHT, Signal.GRAM})
-    roles = _READERS
+    by_matrix = False
 
     class Settings(ComponentSettings):
         share: float = Field(0.99, gt=0, le=1, description="Share of the inputs' energy in the leading components.")
 
     settings: Settings
 
-    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+    def weigh(self, signals: ParameterSignals, inputs: InputStats) -> torch.Tensor:
         import torch
 
-        if signals.inputs is None or signals.inputs.gram is None:
-            return signals.weight.new_zeros(signals.weight.shape)
-        values, vectors = torch.linalg.eigh(signals.inputs.gram.double())
+        assert inputs.gram is not None, "Signal.GRAM is needed"
+        values, vectors = torch.linalg.eigh(inputs.gram.double())
         values = values.clamp_min(0)
         # Eigenvalues are in ascending order: the smallest are dropped, up to the rest of the energy.
         rest = (1 - self.settings.share) * values.sum(-1, keepdim=True)
         leading = values * (values.cumsum(-1) > rest)
         energy: torch.Tensor = (vectors.square() * leading[..., None, :]).sum(-1).float()
         return signals.over_inputs(energy)
+
+
+_STEPS = 1024
+"""Maximum evaluations of E_u: with more units, several are removed after each."""
+
+
+class OptimalBrainSurgeon(OutputEnergy):
+    """A unit's score is the error that has accumulated after its removal, with a least-squares update of the other
+    weights after each."""
+
+    name = "obs"
+    summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"
+    needs = frozenset({Signal.WEIGHT, Signal.GRAM})
+    by_matrix = False
+
+    class Settings(ComponentSettings):
+        ridge: float = Field(
+            0.01, gt=0, description="λ, added to the diagonal of the Gram matrix, as a share of the diagonal's mean."
+        )
+
+    settings: Settings
+
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
+        """None for units that are not columns (experts, layers), of which `energy` is the error without an update."""
+        inputs = signals.inputs
+        if axis.role is None or inputs is None or inputs.gram is None or axis.axis != inputs.axis:
+            return None
+        weight = signals.weight if axis.axis == signals.weight.dim() - 1 else signals.weight.mT
+        weight, gram = (t if t.dim() == 3 else t[None] for t in (weight, inputs.gram))
+        return remove_all(weight, gram, index_UK, self.settings.ridge)
+
+
+def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
+    """Scores (units,), float64: for each unit, Σ E over the units removed up to and including it.
+
+    ``weight_SOI``: S matrices in a stack; a unit is removed from all of them at once. ``gram_SII``: E[xxᵀ] of their
+    inputs. ``index_UK``: the columns of each unit. ``ridge``: λ as a share of the mean diagonal.
+    """
+    import torch
+
+    weight = weight_SOI.to(torch.float64, copy=True)
+    hessian = gram_SII.to(torch.float64, copy=True)
+    diagonal = hessian.diagonal(dim1=-2, dim2=-1)
+    diagonal += (ridge * diagonal.mean(-1, keepdim=True)).clamp_min(torch.finfo(torch.float32).tiny)
+    inverse = torch.linalg.inv(hessian)
+    del hessian, diagonal
+    units = len(index_UK)
+    scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
+    remaining, total, at_once = list(range(units)), 0.0, -(-units // _STEPS)
+    while remaining:
+        index = index_UK[torch.tensor(remaining, device=index_UK.device)]
+        costs = _costs(weight, inverse, index)
+        order = costs.argsort(stable=True)[:at_once].tolist()
+        for place in order:
+            total += max(float(costs[place]), 0.0)
+            scores[remaining[place]] = total
+            _remove(weight, inverse, index[place])
+        chosen = set(order)
+        remaining = [unit for place, unit in enumerate(remaining) if place not in chosen]
+    return scores
+
+
+def _costs(weight: torch.Tensor, inverse: torch.Tensor, index_AK: torch.Tensor) -> torch.Tensor:
+    """E_u (A,) of the units whose columns are given (A, K), summed over the stack."""
+    import torch
+
+    if index_AK.shape[1] == 1:
+        column = index_AK[:, 0]
+        diagonal = inverse.diagonal(dim1=-2, dim2=-1)[:, column].clamp_min(1e-300)
+        return (weight[:, :, column].square().sum(1) / diagonal).sum(0)
+    blocks = inverse[:, index_AK[:, :, None], index_AK[:, None, :]]
+    columns = weight[:, :, index_AK].permute(0, 2, 3, 1)
+    repaired: torch.Tensor = torch.linalg.solve(blocks, columns)
+    return (columns * repaired).sum((0, 2, 3))
+
+
+def _remove(weight: torch.Tensor, inverse: torch.Tensor, index_K: torch.Tensor) -> None:
+    """Remove the columns K of one unit: update W and H⁻¹ in place, with zeros in the rows and columns of the unit."""
+    import torch
+
+    rows = inverse[:, index_K]
+    block = rows[:, :, index_K]
+    step = rows / block.clamp_min(1e-300) if len(index_K) == 1 else torch.linalg.solve(block, rows)
+    weight -= weight[:, :, index_K] @ step
+    weight[:, :, index_K] = 0
+    inverse -= rows.mT @ step
+    inverse[:, index_K] = 0
+    inverse[:, :, index_K] = 0

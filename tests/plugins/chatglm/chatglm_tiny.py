@@ -7,8 +7,8 @@ from typing import Any
 
 import sentencepiece
 import torch
+from llmpruner_chatglm import ChatGLMFamily
 from llmpruner_chatglm.configuration_chatglm import ChatGLMConfig
-from llmpruner_chatglm.family import register
 from transformers import AutoModelForCausalLM, Glm4Config, GlmConfig
 
 DATA = Path(__file__).parents[2] / "data"
@@ -24,7 +24,7 @@ TEXT = [
 
 
 def tiny_config(kind: str, **changes: Any) -> Any:
-    register()
+    ChatGLMFamily().register_models()
     if kind == "chatglm":
         values: dict[str, Any] = {
             "vocab_size": 64, "hidden_size": 32, "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 48,

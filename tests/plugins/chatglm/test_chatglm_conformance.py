@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmpruner_chatglm.family import ChatGLMFamily, GlmFamily
+from llmpruner_chatglm import ChatGLMFamily, GlmFamily
 from transformers import Glm4Config, GlmConfig
 
 from llmpruner.discovery.oracle import VERIFIED

@@ -96,13 +96,13 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
     chat = [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
     texts = training_texts(Conversation(tuple(chat)), family(), Marked(eos))
     gap = family.answer_separator
-    closed = ["".join(a + b for a, b in text.closed_turns(eos)) for text in texts]
+    closed = ["".join(a + b for a, b in text.turns) for text in texts]
     whole = f"{expected}{gap}a2{eos}"
     if family in (ChatGLMFamily, ChatGLM2Family):
         assert closed == [f"{chat_prompt(family(), None, 'q1').text}{gap}a1{eos}", whole]
-        assert [turn.answer for text in texts for turn in text.turns] == [f"{gap}a1", f"{gap}a2"]
+        assert [turn.answer for text in texts for turn in text.turns] == [f"{gap}a1{eos}", f"{gap}a2{eos}"]
     else:
         assert closed == [whole]
-        assert [turn.answer for turn in texts[0].turns] == [f"{gap}a1", f"{gap}a2"]
+        assert [turn.answer for turn in texts[0].turns] == [f"{gap}a1", f"{gap}a2{eos}"]
     system = training_texts(Conversation((Message("system", "Brief."), *chat)), family(), Marked(eos))
     assert all(text.turns[0].prompt.startswith(family().format_system("Brief.")) for text in system)

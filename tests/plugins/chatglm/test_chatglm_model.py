@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from chatglm_tiny import GMASK, MASK, PAD, SOP, prompts, tiny_config, tiny_model
-from llmpruner_chatglm.layout_chatglm import Layout
+from llmpruner_chatglm.modeling_chatglm import Layout
 from transformers import DynamicCache
 
 

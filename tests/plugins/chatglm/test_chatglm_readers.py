@@ -12,23 +12,21 @@ from typing import Any
 import pytest
 import torch
 from chatglm_tiny import DATA, train_sentencepiece
-from llmpruner_chatglm.readers import ChatGLM6BReader, ChatGLMReader
+from llmpruner_chatglm import ChatGLMFamily, ChatGLMReader
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
-from llmpruner import CheckpointError, LlmprunerError, ModelError
+import llmpruner
+from llmpruner import LlmprunerError, ModelError
 
-READERS = {"chatglm_v1": ChatGLM6BReader(), "chatglm2": ChatGLMReader()}
-
-
-@pytest.fixture(params=list(READERS))
-def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Any]:
-    """A copy without weights, and the reader for it."""
-    shutil.copyfile(DATA / request.param / "config.json", tmp_path / "config.json")
-    return tmp_path, READERS[request.param]
+TENSORS = load_file(DATA / "chatglm2" / "model.safetensors")
 
 
-def weights(reader: Any) -> dict[str, torch.Tensor]:
-    return load_file(DATA / next(k for k, v in READERS.items() if v is reader) / "model.safetensors")
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """A copy without weights."""
+    shutil.copyfile(DATA / "chatglm2" / "config.json", tmp_path / "config.json")
+    return tmp_path
 
 
 def write_shards(directory: Path, tensors: dict[str, torch.Tensor], suffix: str, shards: int = 3) -> None:
@@ -55,15 +53,12 @@ WRITERS: dict[str, Callable[[Path, dict[str, torch.Tensor]], None]] = {
 
 
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_file_layout_gives_the_same_model(checkpoint: tuple[Path, Any], writer: str) -> None:
-    directory, reader = checkpoint
-    tensors = weights(reader)
-    WRITERS[writer](directory, {k: v.half() for k, v in tensors.items()})
-    model = reader.read_model(directory, torch.float32)
-    folder = "chatglm_v1" if reader.name == "chatglm-6b" else "chatglm2"
-    expected = reader.read_model(DATA / folder, None).state_dict()
+def test_every_file_layout_gives_the_same_model(checkpoint: Path, writer: str) -> None:
+    WRITERS[writer](checkpoint, {k: v.half() for k, v in TENSORS.items()})
+    model = ChatGLMReader().read_model(checkpoint, torch.float32)
+    expected = ChatGLMReader().read_model(DATA / "chatglm2", None).state_dict()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
-    stored = reader.read_model(directory, None)
+    stored = ChatGLMReader().read_model(checkpoint, None)
     assert {p.dtype for p in stored.parameters()} == {torch.float16}
     assert stored.config.dtype == torch.float16
     assert not any(p.is_meta for p in (*model.parameters(), *model.buffers()))
@@ -71,8 +66,7 @@ def test_every_file_layout_gives_the_same_model(checkpoint: tuple[Path, Any], wr
 
 def test_glm_tensors_are_renamed_and_split() -> None:
     model = ChatGLMReader().read_model(DATA / "chatglm2", None)
-    tensors = load_file(DATA / "chatglm2" / "model.safetensors")
-    fused = tensors["transformer.encoder.layers.1.self_attention.query_key_value.bias"]
+    fused = TENSORS["transformer.encoder.layers.1.self_attention.query_key_value.bias"]
     attention = model.model.layers[1].self_attn
     assert torch.equal(torch.cat([attention.q_proj.bias, attention.k_proj.bias, attention.v_proj.bias]), fused)
     assert (model.config.head_dim, model.config.num_key_value_heads) == (16, 2)
@@ -167,14 +161,13 @@ DAMAGE: dict[str, tuple[Callable[[Path, Tensors], Any], str]] = {
 
 
 @pytest.mark.parametrize("what", DAMAGE)
-def test_damage_is_one_line(checkpoint: tuple[Path, Any], what: str) -> None:
-    directory, reader = checkpoint
+def test_damage_is_one_line(checkpoint: Path, what: str) -> None:
     damage, message = DAMAGE[what]
-    damage(directory, weights(reader))
+    damage(checkpoint, TENSORS)
     with pytest.raises(LlmprunerError, match=message) as caught:
-        reader.read_model(directory, None)
+        ChatGLMReader().read_model(checkpoint, None)
     assert "\n" not in str(caught.value)
-    assert not (directory / "ran").exists()
+    assert not (checkpoint / "ran").exists()
 
 
 @pytest.mark.parametrize(
@@ -186,6 +179,7 @@ def test_damage_is_one_line(checkpoint: tuple[Path, Any], what: str) -> None:
         ("chatglm2", {"quantization_bit": 8}, "quantization_bit is 8"),
         ("chatglm2", {"add_bias_linear": True}, "add_bias_linear"),
         ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
+        ("chatglm2", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
         ("chatglm2", {"num_layers": "many"}, "config.json: .*'num_hidden_layers'"),
     ],
 )
@@ -195,34 +189,20 @@ def test_variants_that_cannot_be_read_exactly_are_refused(
     config = json.loads((DATA / folder / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=message) as caught:
-        READERS[folder].read_config(tmp_path)
+        llmpruner.discover(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_ice_text_is_one_line(tmp_path: Path) -> None:
-    (tmp_path / "ice_text.model").write_bytes(b"not a model")
-    with pytest.raises(CheckpointError, match=r"ice_text\.model is no readable vocabulary") as caught:
-        ChatGLM6BReader().read_tokenizer(tmp_path)
+    shutil.copytree(DATA / "chatglm_v1", tmp_path / "m")
+    (tmp_path / "m" / "tokenizer_config.json").write_text('{"tokenizer_class": "ChatGLMTokenizer"}')
+    (tmp_path / "m" / "ice_text.model").write_bytes(b"not a model")
+    with pytest.raises(ModelError, match="cannot load model") as caught:
+        llmpruner.load(tmp_path / "m")
     assert "\n" not in str(caught.value)
 
 
-def test_tied_embeddings_may_be_stored_once_but_not_differ(tmp_path: Path) -> None:
-    shutil.copyfile(DATA / "chatglm_v1" / "tied" / "config.json", tmp_path / "config.json")
-    tensors = load_file(DATA / "chatglm_v1" / "tied" / "model.safetensors")
-    for left_out in ("lm_head.weight", "transformer.word_embeddings.weight"):
-        save_file({k: v for k, v in tensors.items() if k != left_out}, tmp_path / "model.safetensors")
-        model = ChatGLM6BReader().read_model(tmp_path, None)
-        assert model.lm_head.weight is model.transformer.word_embeddings.weight
-        assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"])
-    save_file({**tensors, "lm_head.weight": tensors["lm_head.weight"] + 1}, tmp_path / "model.safetensors")
-    with pytest.raises(CheckpointError, match="differ, but the configuration ties them"):
-        ChatGLM6BReader().read_model(tmp_path, None)
-
-
 def test_later_generations_are_refused_by_the_class_of_the_first() -> None:
-    from llmpruner_chatglm.family import register
-    from transformers import AutoConfig
-
-    register()
+    ChatGLMFamily().register_models()
     with pytest.raises(Exception, match="ChatGLM2, ChatGLM3 or GLM-4"):
         AutoConfig.from_pretrained(DATA / "chatglm2")

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import sentencepiece
-from chatglm_tiny import train_sentencepiece
-from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily
-from llmpruner_chatglm.family import register
+from chatglm_tiny import DATA, train_sentencepiece
+from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, ChatGLMReader
+from llmpruner_chatglm.original import chat_format, read_tokenizer
 from llmpruner_chatglm.tokenization_chatglm import ChatGLMTokenizer
-from llmpruner_chatglm.tokenizers import chat_format, read_glm_tokenizer, role_stops
 from transformers import AutoTokenizer
 
 from llmpruner import CheckpointError
@@ -79,7 +79,7 @@ def test_batches_are_padded_on_the_left(ice_text: Path) -> None:
 
 
 def test_saved_tokenizer_comes_back_through_auto_tokenizer(ice_text: Path, tmp_path: Path) -> None:
-    register()
+    ChatGLMFamily().register_models()
     tokenizer = ChatGLMTokenizer(ice_text)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False)
@@ -95,7 +95,7 @@ def test_fast_tokenizer_equals_sentencepiece(bpe: Path, roles: bool) -> None:
     config.write_text(json.dumps({"chat_template": "<|user|>"} if roles else {}))
     piece = sentencepiece.SentencePieceProcessor(model_file=str(bpe))
     size = piece.get_piece_size()
-    tokenizer: Any = read_glm_tokenizer(bpe.parent)
+    tokenizer: Any = read_tokenizer(bpe.parent)
     assert chat_format(bpe.parent) == ("roles" if roles else "rounds")
     assert len(tokenizer) == size + (9 if roles else 5)
     for text in ODD:
@@ -107,7 +107,8 @@ def test_fast_tokenizer_equals_sentencepiece(bpe: Path, roles: bool) -> None:
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
     assert tokenizer.padding_side == "left"
     if roles:
-        assert role_stops(bpe.parent) == [size + 6, size + 8]
+        shutil.copyfile(DATA / "chatglm3" / "config.json", bpe.parent / "config.json")
+        assert ChatGLMReader().read_config(bpe.parent).eos_token_id == [2, size + 6, size + 8]
         prompt = tokenizer(chat_prompt(ChatGLM3Family(), tokenizer, "你好").text, add_special_tokens=False)["input_ids"]
         assert prompt == [size + 6, *piece.encode("\n"), *piece.encode("你好"), size + 7]
     else:
@@ -116,7 +117,7 @@ def test_fast_tokenizer_equals_sentencepiece(bpe: Path, roles: bool) -> None:
 
 
 def test_fast_tokenizer_saves_and_loads_without_the_plugin(bpe: Path, tmp_path: Path) -> None:
-    tokenizer = read_glm_tokenizer(bpe.parent)
+    tokenizer = read_tokenizer(bpe.parent)
     tokenizer.save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert type(again).__module__.startswith("transformers.")
@@ -128,23 +129,23 @@ def test_tiktoken_vocabulary_of_glm4(tmp_path: Path) -> None:
     tokens = [bytes([b]) for b in range(256)] + [b"fo", b"fox", b" fox", b"\n\n"]
     lines = [base64.b64encode(t) + f" {n}\n".encode() for n, t in enumerate(tokens)]
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
-    tokenizer: Any = read_glm_tokenizer(tmp_path)
+    tokenizer: Any = read_tokenizer(tmp_path)
     assert chat_format(tmp_path) is None
     ids = tokenizer("fox fox")["input_ids"]
     assert ids == [len(tokens) + 2, len(tokens) + 4, 257, 258]
     assert tokenizer.decode(ids, skip_special_tokens=True) == "fox fox"
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines[:257]))  # another file at the same path
-    changed: Any = read_glm_tokenizer(tmp_path)
+    changed: Any = read_tokenizer(tmp_path)
     assert len(changed) == len(tokenizer) - 3
     (tmp_path / "tokenizer.model").write_bytes(b"".join(lines))
     stored = {str(len(tokens) + 1): {"content": "<|endoftext|>"}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": stored}))
     with pytest.raises(CheckpointError, match="do not follow the 260 tokens"):
-        read_glm_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def test_damaged_vocabulary_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"\x00\x01 no vocabulary")
     with pytest.raises(CheckpointError, match=r"tokenizer\.model is no readable vocabulary") as caught:
-        read_glm_tokenizer(tmp_path)
+        read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value)

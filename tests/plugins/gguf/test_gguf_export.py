@@ -26,7 +26,7 @@ from gguf_cases import (
     randomised,
 )
 from gguf_reference import GgufFile, gguf_logits
-from llmpruner_gguf import GgufExporter, write
+from llmpruner_gguf import GgufExporter
 from llmpruner_gguf import export as steps
 from llmpruner_gguf.export import relative_errors
 from transformers import (
@@ -260,7 +260,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_the_reference_notices_a_wrong_file(mistake, tmp_path, monkeypatch):
     name, function, wrong = MISTAKES[mistake]
-    monkeypatch.setattr(write, function, wrong)
+    monkeypatch.setattr(steps, function, wrong)
     monkeypatch.setattr(steps, "find_spec", lambda name: None)
     model = random_model(name)
     _, file = exported(model, tmp_path)

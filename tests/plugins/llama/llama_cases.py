@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_writer import write_meta
+from llmpruner_llama.meta_format import write_meta
 from safetensors.torch import load_file
 
 from llmpruner import new_directory

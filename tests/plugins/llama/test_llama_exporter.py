@@ -86,9 +86,9 @@ def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(pruned: tu
 def test_a_wrong_order_of_rotary_dimensions_is_noticed(
     pruned: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmpruner_llama import meta_writer
+    from llmpruner_llama import meta_format
 
-    monkeypatch.setattr(meta_writer, "to_neighbours", to_rotate_half)
+    monkeypatch.setattr(meta_format, "to_neighbours", to_rotate_half)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight is read back with other values"):
         export(pruned[0], tmp_path / "meta")
     assert not (tmp_path / "meta").exists()

@@ -37,7 +37,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "first shard missing": (
         lambda f: (f / "consolidated.00.pth").unlink(),
-        r"lacks consolidated\.00\.pth",
+        r"1 shards and .* a consolidated\.NN\.pth is missing",
+    ),
+    "no shard at all": (
+        lambda f: [(f / f"consolidated.0{n}.pth").unlink() for n in (0, 1)],
+        r"has no consolidated\.NN\.pth",
     ),
     "a shard too many": (
         lambda f: (f / "consolidated.02.pth").write_bytes((f / "consolidated.01.pth").read_bytes()),

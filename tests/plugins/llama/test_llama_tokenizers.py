@@ -14,7 +14,7 @@ import tiktoken
 import torch
 from llama_cases import DATA, TOKENIZER, copy_of, set_param, write
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_tokenizer import _PATTERN, find_tokenizer, read_tokenizer, stop_tokens
+from llmpruner_llama.meta_tokenizer import _PATTERN, read_tokenizer, stop_tokens
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import llmpruner
@@ -48,7 +48,6 @@ def test_sentencepiece_survives_the_conversion(tmp_path: Path) -> None:
 
 
 def test_none_is_found_where_there_is_none() -> None:
-    assert find_tokenizer(DATA / "mha" / "1shard") is None
     assert MetaReader().read_tokenizer(DATA / "mha" / "1shard") is None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_writer import write_meta
+from llmpruner_llama.meta_format import write_meta
 from llmpruner_vicuna.delta import apply_delta
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer

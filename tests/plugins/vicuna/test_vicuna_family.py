@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from llmpruner_vicuna.conversation import V0, V1_1, chat_template
+from llmpruner_vicuna import V0, V1_1, chat_template
 from transformers import AutoConfig, LlamaConfig
 
 from llmpruner import Catalog

@@ -1,0 +1,210 @@
+"""The sections about one checkpoint: what was measured (``quality``, ``answers``, ``cost``), and what was done to the
+model (``plan``, ``recovery``, ``origin``). Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain, repeat
+from typing import TYPE_CHECKING, Any
+
+from ..values import bytes_text, count_text, counted, without_folders
+from .base import ReportSection, ReportSubject, rendered
+from .chart import Point, Series, drawn
+
+if TYPE_CHECKING:
+    from ..evaluation.evaluate import Evaluations
+
+SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
+
+
+class QualitySection(ReportSection):
+    """A table for each call of ``evaluate``."""
+
+    name = "quality"
+    summary = "perplexity, divergence and tasks of dense and pruned models"
+    order = 11
+
+    def render(self, subject: ReportSubject) -> str | None:
+        tables = [(measured, _texts(measured)) for measured in subject.measured]
+        # Texts of an earlier plan count: the weights that it fitted are in the model.
+        parts = [part for plan in subject.plans for part in (plan.estimation, plan.compensation)]
+        read = dict.fromkeys(without_folders(part.calibration) for part in parts if part and part.calibration)
+        return rendered(
+            "quality.html.j2", tables=tables, calibration=", ".join(read), name=subject.name, cut=subject.cut_quality
+        )
+
+
+def _texts(measured: Evaluations) -> str:
+    """What the perplexity was measured on."""
+    perplexities = [each.results["perplexity"] for each in measured if "perplexity" in each.results]
+    if not perplexities:
+        return ""
+    first = perplexities[0]
+    texts = {first["text"]: first, **first["others"]}
+    each = "; ".join(f"{counted(one['tokens'], 'token')} of {without_folders(text)}" for text, one in texts.items())
+    window, predicted = counted(first["window"], "token"), counted(first["window"] - 1, "prediction")
+    rates = {round(tokens_per_byte(result), 6) for result in perplexities}
+    differ = " It is per token, and the tokens differ between models: compare bits per byte." if len(rates) > 1 else ""
+    return f"Perplexity: {each}; windows of {window} with {predicted} each.{differ}"
+
+
+def tokens_per_byte(result: Mapping[str, Any]) -> float:
+    """Of the text of a perplexity, but for a constant factor."""
+    return float(result["bits_per_byte"] / result["nll_per_token"])
+
+
+class AnswersSection(ReportSection):
+    """Nothing where no texts were generated."""
+
+    name = "answers"
+    summary = "the same prompts answered side by side"
+    order = 12
+
+    def render(self, subject: ReportSubject) -> str | None:
+        return rendered("answers.html.j2", asked=subject.answers) if subject.answers else None
+
+
+class CostSection(ReportSection):
+    """Sizes by shapes, and a table for each call of ``bench``."""
+
+    name = "cost"
+    summary = "parameters, bytes, operations and cache before and after, and measured speed next to the ideal"
+    order = 14
+
+    def render(self, subject: ReportSubject) -> str | None:
+        dense, own = subject.dense, subject.costs
+        pairs: list[tuple[str, float | None, float | None, Any]] = [
+            ("Parameters", dense.parameters, own.parameters, count_text),
+            ("Parameters of the decoder", dense.decoder_parameters, own.decoder_parameters, count_text),
+            ("Bytes of the weights", dense.weight_bytes, own.weight_bytes, bytes_text),
+            ("MACs per token", dense.macs_per_token, own.macs_per_token, count_text),
+            ("KV cache per token, bytes", dense.cache_bytes, own.cache_bytes, "{:,}".format),
+        ]
+        rows = [
+            # A state space model has no keys and values, of which nothing can be removed.
+            (label, text(before), text(after), f"{1 - after / before:.1%}" if before else "–")
+            for label, before, after, text in pairs
+            if before is not None and after is not None
+        ]
+        benches = [
+            (bench, [("Prefill", speed_rows(bench, "prefill")), ("Decoding", speed_rows(bench, "decode"))])
+            for bench in subject.benches
+        ]
+        return rendered(
+            "cost.html.j2", rows=rows, benches=benches, columns=SPEED_COLUMNS, name=subject.name, context=own.context
+        )
+
+
+def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]]:
+    """Cells of `SPEED_COLUMNS` for every case and model of what ``bench --json`` writes; ``stage``: ``prefill`` or
+    ``decode``."""
+    for case in bench["cases"]:
+        for model in case["models"]:
+            rate = model[stage]
+            speed, ideal, share = rate["tokens_per_second"], rate["ideal"], rate["share_of_ideal"]
+            median, lower, upper = (
+                f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
+                for value in (speed["median"], speed["lower_quartile"], speed["upper_quartile"])
+            )
+            yield (
+                str(case["batch"]), str(case["prompt_tokens"]), model["name"], f"{median} ({lower}–{upper})",
+                f"{rate['speedup']['median']:.2f}", "–" if ideal is None else f"{ideal:.2f}",
+                "–" if share is None else f"{share:.0%}",
+            )  # fmt: skip
+
+
+class PlanSection(ReportSection):
+    """A table for each plan."""
+
+    name = "plan"
+    summary = "what was cut: units kept of each kind in each layer"
+    order = 20
+
+    def render(self, subject: ReportSubject) -> str:
+        from pydantic import TypeAdapter
+
+        from ..structure.plan import TokenOutcome
+
+        plans = []
+        for plan, work in zip(subject.plans, chain(subject.record.get("work", ()), repeat({})), strict=False):
+            kinds, rows = plan.table()
+            tables = [("Units kept", ("Layers", *kinds), rows, 1)]
+            if "tokens" in work:
+                tables.append(("Tokens that go", *TypeAdapter(TokenOutcome).validate_python(work["tokens"]).table(), 2))
+            plans.append(tables)
+        return rendered("plan.html.j2", plans=plans)
+
+
+class RecoverySection(ReportSection):
+    """A drawing of the losses for each training; nothing for a model that was not trained."""
+
+    name = "recovery"
+    summary = "the losses of every training that restored quality"
+    order = 25
+
+    def render(self, subject: ReportSubject) -> str | None:
+        curves = [(each, verdict(each), loss_curve(each)) for each in subject.record.get("recovery", ())]
+        return rendered("recovery.html.j2", trainings=curves) if curves else None
+
+
+def loss_curve(training: Mapping[str, Any]) -> str:
+    """An SVG of a training's losses. ``training``: an element of ``recovery`` in ``llmpruner.json``."""
+    points = tuple(Point(step, loss) for step, loss in enumerate(training["losses"], 1))
+    series = [Series("loss", points, accent=True)]
+    if checks := training["validation"]:
+        marks = (Point(at["step"], at["loss"], f"step {at['step']}: {at['loss']:.3f}") for at in checks)
+        series.append(Series("validation loss", tuple(marks)))
+    return drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300)
+
+
+class OriginSection(ReportSection):
+    """Runs with their settings, stages and machines, plans, and the steps of a recipe."""
+
+    name = "origin"
+    summary = "how the checkpoint was made: settings, plans, seconds and memory of every stage, machine, versions"
+    order = 40
+
+    def render(self, subject: ReportSubject) -> str:
+        runs = []
+        for run in subject.runs:
+            settings = dict(run["settings"])
+            for name, values in settings.pop("settings", {}).items():
+                settings |= {f"{name}.{key}": value for key, value in values.items()}
+            runs.append((run, settings))
+        return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=subject.steps)
+
+
+def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float]:
+    """What was measured, its value before the training, and that of the result: of the rows that were validated on, if
+    there were any; else of the steps. ``training``: as of `loss_curve`."""
+    if checked := training["validation"]:
+        what = "held-out loss" if training["held_out"] else "loss on examples"
+        return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]
+    return "loss", training["losses"][0], training["losses"][-1]
+
+
+def loss_text(training: Mapping[str, Any]) -> str:
+    """``held-out loss 2.500 → 1.250``."""
+    what, first, last = first_and_last(training)
+    return f"{what} {first:.3f} → {last:.3f}"
+
+
+def verdict(training: Mapping[str, Any]) -> str:
+    """Whether a training helped, in one sentence."""
+    if failed := no_better(training):
+        return f"Recovery did not help and was undone: {failed.partition(': ')[2]}."
+    held = training["validation"] and training["held_out"]
+    helped = "Recovery helped" if held else "Whether recovery helped was not measured, as no rows were held out"
+    return f"{helped}: {loss_text(training)}."
+
+
+def no_better(training: Mapping[str, Any]) -> str | None:
+    """A line for a training after which no loss was lower than before it; None for others."""
+    if training["best_step"] != 0:
+        return None
+    checked = training["validation"]
+    return (
+        f"no better than before: the loss went from {checked[0]['loss']:.4f} to {checked[-1]['loss']:.4f} "
+        f"(± {checked[-1]['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the "
+        "start; lower --learning-rate, or give more data or steps"
+    )
