@@ -141,8 +141,8 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
         matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
         owned: list[Span] = []
         column = 0
-        for slot, width in pattern:
-            name, axis = slots[slot]
+        for number, width in pattern:
+            name, axis = slots[number]
             first = int(run.parameters[name, axis][matrix[0, column]])
             role = Role.CONSUMES if parts.element[Mark.CONSUMED][first] else Role.PRODUCES
             role = Role.NORM if parts.element[Mark.RMS][first] else role
