@@ -232,8 +232,8 @@ def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     record = model.record["recovery"][-1]
     kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
     facts = {key: record[key] for key in kept if key in record}
-    _, first, last = first_and_last(record)
-    facts |= {"steps": len(record["losses"]), "losses": [first, last], "loss": no_better(record) or loss_text(record)}
+    facts |= {"steps": len(record["losses"]), "losses": list(first_and_last(record) or ())[1:]}
+    facts["loss"] = no_better(record) or loss_text(record)
     return {"checkpoint": model.form, **facts}, None
 
 

@@ -63,7 +63,7 @@ class TrainingResult:
     model: Any
     """As `RecoveryStrategy.train` describes."""
     losses: tuple[float, ...]
-    """Of every optimizer step, one at least, as means over its trained tokens; with those before an interruption."""
+    """Of every optimizer step, as means over its trained tokens, including those before an interruption."""
     trainable_parameters: int
     """How many numbers were trained."""
 

@@ -253,7 +253,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         # All processes must decide alike when to validate again.
         self.check_seconds = self.ranks.from_first(lambda: time.monotonic() - began)
         metrics = {"eval_loss": loss, "eval_lower": loss if helped(start, loss, error) else math.inf}
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:

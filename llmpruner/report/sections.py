@@ -143,7 +143,9 @@ class RecoverySection(ReportSection):
     order = 25
 
     def render(self, subject: ReportSubject) -> str | None:
-        curves = [(each, verdict(each), loss_curve(each)) for each in subject.record.get("recovery", ())]
+        curves = [
+            (each, verdict(each), loss_curve(each)) for each in subject.record.get("recovery", ()) if each["losses"]
+        ]
         return rendered("recovery.html.j2", trainings=curves) if curves else None
 
 
@@ -174,18 +176,21 @@ class OriginSection(ReportSection):
         return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=subject.steps)
 
 
-def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float]:
+def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
     """What was measured, its value before the training, and that of the result: of the rows that were validated on, if
-    there were any; else of the steps. ``training``: as of `loss_curve`."""
+    there were any; else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
     if checked := training["validation"]:
         what = "held-out loss" if training["held_out"] else "loss on examples"
         return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]
-    return "loss", training["losses"][0], training["losses"][-1]
+    losses = training["losses"]
+    return ("loss", losses[0], losses[-1]) if losses else None
 
 
 def loss_text(training: Mapping[str, Any]) -> str:
     """``held-out loss 2.500 → 1.250``."""
-    what, first, last = first_and_last(training)
+    if (measured := first_and_last(training)) is None:
+        return "no loss measured"
+    what, first, last = measured
     return f"{what} {first:.3f} → {last:.3f}"
 
 

@@ -153,9 +153,8 @@ class WeightFitter:
             return inf
         old_OI = self._old(matrix)
         step = max(1, len(old_OI) // _OUTPUTS)
-        weight: torch.Tensor | None = old_OI[::step].T.double()
-        if trial < len(RIDGES):
-            weight = _ridge(self._fit, weight, RIDGES[trial], step)
+        old_IO = old_OI[::step].T.double()
+        weight = _ridge(self._fit, old_IO, RIDGES[trial], step) if trial < len(RIDGES) else old_IO
         error = inf if weight is None else self._held_out.error(weight, step)
         return error if isfinite(error) else inf
 
