@@ -125,14 +125,9 @@ def structure(name: str) -> tuple[LlamaConfig, CouplingGraph]:
     from llmpruner import build_graph
 
     sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-        "vocab_size": 128,
-        "max_position_embeddings": 128,
-    }
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "vocab_size": 128, "max_position_embeddings": 128,
+    }  # fmt: skip
     config = LlamaConfig(**{**sizes, **LLAMAS[name]})
     return config, build_graph(LlamaFamily(), config)
 

@@ -11,6 +11,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import Catalog, ModelFamily
 from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
@@ -18,18 +19,10 @@ from llmpruner.plugins.manager import plugin_manager
 from llmpruner.structure.coupling import CouplingGraph
 
 SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 48,
-    "intermediate_size": 56,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 3,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
+    "vocab_size": 96, "hidden_size": 48, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 6,
+    "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1,
     "eos_token_id": 2,
-}
+}  # fmt: skip
 GPT = {"vocab_size": 96, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 128, "n_inner": 56}
 TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
 FALCON = {"vocab_size": 96, "hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 6, "bias": False}
@@ -72,22 +65,22 @@ def tokens(samples: int = 24, length: int = 32, seed: int = 0, vocabulary: int =
     return CalibrationSet(3 + (ids - 3) % (vocabulary - 3), "steps")
 
 
-def make(name: str, seed: int = 0) -> Model:
+def make(name: str) -> Model:
     """The model ``name`` of `CASES`; its weights have rank 12, so that units are correlated and the rest can replace a
     cut one."""
     config, family, graph = _structure(name)
-    model = copy.deepcopy(_instance(name, seed))
+    model = copy.deepcopy(_instance(name))
     return Model("tiny", copy.deepcopy(config), family, graph, model=model, tokenizer=None)
 
 
 @cache
-def _instance(name: str, seed: int) -> PreTrainedModel:
-    return correlated(random_instance(_structure(name)[0], seed), seed)
+def _instance(name: str) -> PreTrainedModel:
+    return correlated(random_instance(_structure(name)[0]))
 
 
-def correlated(model: PreTrainedModel, seed: int = 0) -> PreTrainedModel:
+def correlated(model: PreTrainedModel) -> PreTrainedModel:
     """``model`` with weights of rank 12 nearly."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -103,14 +96,24 @@ def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]
     """Once in a process, as most of these structures are discovered."""
     model_type, changes = CASES[name]
     config = CONFIG_MAPPING[model_type](**changes)
-    catalog = Catalog(plugin_manager())
-    known = [f for f in catalog.families.values() if f().matches(config)]
-    family = known[0]() if known else catalog.families["auto"]()
+    family = Catalog(plugin_manager()).family_for(config)
     return config, family, build_graph(family, config)
+
+
+def opened(network: PreTrainedModel, family: ModelFamily | None = None) -> Model:
+    """``network`` as `llmpruner.load` gives one, with the groups of ``family`` (default: as discovery finds them)."""
+    config, family = copy.deepcopy(network.config), family or AutoFamily()
+    return Model("tiny", config, family, build_graph(family, config), model=network, tokenizer=None)
 
 
 def layers_of(loaded: Model) -> Any:
     return loaded.model.get_submodule(loaded.graph.layers)
+
+
+def experts_of(model: Any, layer: int | None = None) -> tuple[str, Any]:
+    """Path and module of the experts of ``layer``, or of the first that has any."""
+    named = ((path, module) for path, module in model.named_modules() if path.endswith(".experts"))
+    return next((path, module) for path, module in named if layer is None or f".{layer}." in path)
 
 
 def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
@@ -127,3 +130,14 @@ def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
     for handle in [first, *rest]:
         handle.remove()
     return states
+
+
+def observed(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and outputs of the module ``path``, (tokens, width), float64."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    handle.remove()
+    inputs, outputs = (tensor.flatten(0, -2).double() for tensor in seen)
+    return inputs, outputs

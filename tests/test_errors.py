@@ -1,12 +1,14 @@
-"""Messages of exceptions."""
+"""Messages of exceptions; and a want of memory is told from a fault of a model, and is never taken for one."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 from pydantic import model_validator
 
-from llmpruner import ComponentSettings
-from llmpruner.errors import MissingExtraError, SettingsError, UnknownNameError
+from llmpruner import ComponentSettings, cli
+from llmpruner.errors import SettingsError, UnknownNameError, is_out_of_memory
+from llmpruner.models.save import gives_logits
 from llmpruner.settings import PruneSettings, settings_from
 from llmpruner.values import validated
 
@@ -15,10 +17,6 @@ def test_an_unknown_name_offers_near_misses_and_lists_all():
     error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
     assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."
     assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x'. Known: none."
-
-
-def test_the_message_on_a_missing_extra_names_the_command():
-    assert str(MissingExtraError("peft", "recover")) == "peft is not installed; run: pip install 'llmpruner[recover]'"
 
 
 class Ordered(ComponentSettings):
@@ -40,3 +38,49 @@ def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
 def test_a_setting_of_loading_is_said_to_be_one():
     with pytest.raises(SettingsError, match=r"setting 'dtype'; write load=LoadSettings\(dtype=…\), or --dtype$"):
         settings_from(PruneSettings, {"ratio": 0.2, "dtype": "bfloat16"})
+
+
+LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")
+
+
+@pytest.mark.parametrize(
+    ("error", "lacks"),
+    [
+        (MemoryError(), True),
+        (torch.OutOfMemoryError("CUDA out of memory."), True),
+        (LACK, True),
+        (RuntimeError("MPS backend out of memory"), True),
+        (RuntimeError("could not create a descriptor for a memory object"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x64 and 48x64)"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_errors_for_want_of_memory_are_known(error, lacks):
+    assert is_out_of_memory(error) == lacks
+
+
+def test_a_rebuilt_model_is_not_called_different_for_want_of_memory(gqa, monkeypatch):
+    def raising(error):
+        def forward(**_):
+            raise error
+
+        return forward
+
+    monkeypatch.setattr(gqa.model, "forward", raising(LACK))
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        gives_logits(torch.zeros(1), gqa.model)
+    monkeypatch.setattr(gqa.model, "forward", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    assert not gives_logits(torch.zeros(1), gqa.model)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), LACK])
+def test_a_command_that_lacks_memory_ends_with_one_line(error, monkeypatch, capsys):
+    def build_app():
+        raise error
+
+    monkeypatch.setattr(cli.app, "build_app", build_app)
+    monkeypatch.setattr("sys.argv", ["llmpruner", "plan", "demo"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and "out of memory (" in printed and "Traceback" not in printed

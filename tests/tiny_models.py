@@ -54,16 +54,8 @@ def llama(*, layers: int = 2, tied: bool = False, seed: int = 0, **changes: Any)
 
     torch.manual_seed(seed)
     values = {
-        "vocab_size": 300,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "tie_word_embeddings": tied,
-        "bos_token_id": 0,
-        "eos_token_id": 1,
-        "max_position_embeddings": 512,
-    }
+        "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+        "bos_token_id": 0, "eos_token_id": 1, "tie_word_embeddings": tied,
+    }  # fmt: skip
     return LlamaForCausalLM(LlamaConfig(**{**values, **changes})).eval()

@@ -63,12 +63,6 @@ _ZEPHYR = (
     "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
     "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
 )
-_COMMAND_R = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|START_OF_TURN_TOKEN|><|' + "
-    "{'system': 'SYSTEM', 'user': 'USER', 'assistant': 'CHATBOT'}[message['role']] + '_TOKEN|>'"
-    " + message['content'].strip() + '<|END_OF_TURN_TOKEN|>' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|START_OF_TURN_TOKEN|><|CHATBOT_TOKEN|>' }}{% endif %}"
-)
 _LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
@@ -95,7 +89,6 @@ TEMPLATES = {
     "Phi-3": _PHI_3,
     "DeepSeek-R1": _DEEPSEEK,
     "Zephyr": _ZEPHYR,
-    "Command R": _COMMAND_R,
 }
 WITHOUT_SYSTEM = {"Gemma"}
 OPENERS = {"DeepSeek-R1": "<think>\n"}

@@ -1,11 +1,10 @@
 """Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
 
-import copy
 import json
 
 import pytest
 import tiny_models
-from tokenizers.processors import TemplateProcessing
+from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
 
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
@@ -20,14 +19,6 @@ CHATML = (
     "{{ '[' + message['role'] + '] ' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
-FORGETFUL = (
-    "{% for message in messages %}[{{ message['role'] }}]"
-    "{% if message['role'] == 'assistant' and loop.last %}<think></think>{% endif %} {{ message['content'] }}"
-    "{{ eos_token }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
-)
-"""Like Qwen3's: only the last answer shows its reasoning."""
-REASONING = CHATML.replace("'[assistant] '", "'[assistant] <think>'")
-"""Like DeepSeek-R1's: the generation prompt begins a reasoning, which answers in conversations do not have."""
 STRICT = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
@@ -46,7 +37,7 @@ class Own(ModelFamily):
 
 
 def tokenizer(template=None):
-    made = copy.deepcopy(tiny_models.tokenizer())
+    made = tiny_models.tokenizer()
     made.add_bos_token = True
     made.chat_template = template
     return made
@@ -85,6 +76,10 @@ def rows(example, chosen):
     return [labelled(text, chosen, 512) for text in training_texts(example, FAMILY, chosen)]
 
 
+def plain(messages):
+    return [{"role": message.role, "content": message.content} for message in messages]
+
+
 def rendered(chat):
     return "<s>" + "".join(f"[{message.role}] {message.content}</s>\n" for message in chat)
 
@@ -103,8 +98,7 @@ def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_fam
 def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
     chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
     (row,) = rows(Conversation(CHAT), chosen)
-    messages = [{"role": message.role, "content": message.content} for message in CHAT]
-    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(messages)["input_ids"]
+    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(plain(CHAT))["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1
     assert trained(row, chosen) == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
@@ -120,22 +114,10 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4</s>"),))
 
 
-def test_a_template_that_shows_earlier_answers_differently_gives_a_text_for_each_answer():
-    first, second = training_texts(Conversation(CHAT[1:]), FAMILY, tokenizer(FORGETFUL))
-    assert first.turns == (Turn("[user] Two rivers?</s>[assistant]", "<think></think> Elbe, Loire.</s>"),)
-    history = "[user] Two rivers?</s>[assistant] Elbe, Loire.</s>[user] The longer?</s>[assistant]"
-    assert second.turns == (Turn(history, "<think></think> Elbe.</s>"),)
-
-
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
     (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
     assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask" + rendered(CHAT)
-    assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
-
-
-def test_a_generation_prompt_that_goes_on_beyond_the_template_is_cut_where_they_part():
-    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(REASONING))
     assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
 
@@ -148,12 +130,8 @@ def test_text_and_completions_get_no_template():
 
 def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer())
-    assert text == TrainingText(
-        (
-            Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>"),
-            Turn(alpaca_prompt("The longer?"), "Elbe.</s>"),
-        )
-    )
+    first = Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>")
+    assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.</s>")))
 
 
 class Numbered(ModelFamily):
@@ -188,19 +166,9 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
     assert [a.strip() for a in answers] == ["Elbe.</s>"]
 
 
-def test_a_tokenizer_that_ends_texts_itself_ends_them_once():
-    chosen = tiny_models.tokenizer()
-    both = "<s> $A </s> $B </s>"
-    chosen._tokenizer.post_processor = TemplateProcessing("<s> $A </s>", both, [("<s>", 0), ("</s>", 1)])
-    (row,) = rows(Completion("Elbe.", "A river? "), chosen)
-    assert row["input_ids"].count(1) == 1 and row["labels"][-1] == 1
-    assert [text.strip() for text in trained(row, chosen)] == ["Elbe.</s>"]
-
-
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
-    plain, system = ([{"role": m.role, "content": m.content} for m in chat] for chat in (CHAT[1:], CHAT))
     file = tmp_path / "a.json"
-    file.write_text(json.dumps([{"messages": plain}, {"messages": system}]))
+    file.write_text(json.dumps([{"messages": plain(chat)} for chat in (CHAT[1:], CHAT)]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
         prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(STRICT))
 
@@ -209,3 +177,102 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
 def test_a_template_that_prints_the_date_prints_the_same_every_day(call):
     chosen = tokenizer("{% if strftime_now is defined %}{{ " + call + " }}{% endif %}" + CHATML)
     assert chat_prompt(FAMILY, chosen, "x").text.startswith("26 Jul 2024<s>")
+
+
+SYSTEM = Message("system", "Answer in French.")
+ONE = (Message("user", "Say hello"), Message("assistant", "Bonjour"))
+THREE = (
+    *ONE,
+    Message("user", "And <b>bold</b>?"),
+    Message("assistant", "<b>Salut</b>"),
+    Message("user", "Which letter is in both?"),
+    Message("assistant", "s"),
+)
+CHATS = {
+    "one": ONE, "one with system": (SYSTEM, *ONE), "three": THREE, "three with system": (SYSTEM, *THREE),
+    "an answer with blanks around": (SYSTEM, Message("user", "Say hello "), Message("assistant", "\n Bonjour \n")),
+    "the answer is the question": (SYSTEM, Message("user", "Bonjour"), Message("assistant", "Bonjour")),
+}  # fmt: skip
+
+
+def asked(chosen, messages):
+    """The prompt of a model that is asked the last of ``messages``."""
+    return chosen.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
+
+
+def prompts_and_answers(texts):
+    """The text before every answer, and the answer."""
+    found = []
+    for text in texts:
+        before = ""
+        for turn in text.turns:
+            found.append((before + turn.prompt, turn.answer))
+            before += turn.prompt + turn.answer
+    return found
+
+
+@pytest.mark.parametrize("chat", CHATS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
+    messages, chosen = CHATS[chat], tokenizer(TEMPLATES[name])
+    if name in WITHOUT_SYSTEM:
+        messages = tuple(message for message in messages if message.role != "system")
+    texts = training_texts(Conversation(messages), FAMILY, chosen)
+    found = prompts_and_answers(texts)
+    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    assert len(found) == len(answers)
+    for number, (prompt, answer) in zip(answers, found, strict=True):
+        question, content = messages[number - 1].content, messages[number].content.strip()
+        wanted = asked(chosen, messages[:number])
+        assert prompt == wanted.removesuffix(OPENERS.get(name, ""))
+        assert answer.removeprefix("<think>\n\n</think>\n\n").strip().startswith(content)
+        assert content == question or question not in answer
+    marked = [text for row in rows(Conversation(messages), chosen) for text in trained(row, chosen)]
+    assert len(marked) == len(answers)
+    for number, text in zip(answers, marked, strict=True):
+        assert messages[number].content.strip() in text and "ello" not in text and "letter" not in text
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_prompts_of_training_are_those_of_instructions_and_chats(name):
+    chosen, opener = tokenizer(TEMPLATES[name]), OPENERS.get(name, "")
+    ((prompt, _),) = prompts_and_answers(training_texts(Instruction("Add.", "4", "2, 2"), FAMILY, chosen))
+    assert prompt == chat_prompt(FAMILY, chosen, "Add.\n2, 2").text.removesuffix(opener)
+    exchanges = list(zip((m.content for m in THREE[::2]), (m.content for m in THREE[1::2]), strict=True))
+    found = prompts_and_answers(training_texts(Conversation(THREE), FAMILY, chosen))
+    for number, (prompt, _) in enumerate(found):
+        wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
+        assert prompt == wanted.text.removesuffix(opener)
+
+
+def test_a_system_message_of_a_last_question_is_in_the_text_of_every_answer():
+    texts = training_texts(Conversation((SYSTEM, *THREE[:4])), FAMILY, tokenizer(TEMPLATES["Mistral v0.3"]))
+    first, second = ("".join(turn.prompt + "|" + turn.answer for turn in text.turns) for text in texts)
+    assert first == "<s>[INST] Answer in French.\n\nSay hello[/INST]| Bonjour</s>"
+    assert second == (
+        "<s>[INST] Say hello[/INST] Bonjour</s>[INST] Answer in French.\n\nAnd <b>bold</b>?[/INST]| <b>Salut</b></s>"
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("Qwen3", "<think>\nShort.\n</think>\n\nBonjour<|im_end|>\n"),
+        ("DeepSeek-R1", "\n\nBonjour<｜end▁of▁sentence｜>"),
+        ("ChatML", "<think>\nShort.\n</think>\n\nBonjour<|im_end|>\n"),
+    ],
+)
+def test_an_answer_with_a_reasoning_is_what_the_template_makes_of_it(name, wanted):
+    chat = (ONE[0], Message("assistant", "<think>\nShort.\n</think>\n\nBonjour"))
+    ((_, answer),) = prompts_and_answers(training_texts(Conversation(chat), FAMILY, tokenizer(TEMPLATES[name])))
+    assert answer == wanted
+
+
+@pytest.mark.parametrize("end", ["", "{{ eos_token }}"])
+def test_a_template_that_renders_no_answers_is_refused(end):
+    chosen = tokenizer(
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ message['content'] }}{% endif %}{% endfor %}"
+        + end
+    )
+    with pytest.raises(DataError, match="the chat template of the model's tokenizer renders no answers"):
+        training_texts(Conversation(ONE), FAMILY, chosen)

@@ -59,8 +59,6 @@ FORMS = {
     ),
     "messages": ({"prompt": "Two rivers?", "messages": CHAT}, DIALOGUE),
     "messages with a system message": ({"messages": chat(("system", "Be brief.")) + CHAT}, WITH_SYSTEM),
-    "messages with a system field": ({"messages": CHAT, "system": "Be brief."}, WITH_SYSTEM),
-    "messages that end with a question": ({"messages": CHAT + chat(("user", "And?"))}, DIALOGUE),
     "prompt and completion": (
         {"prompt": "The sky is", "completion": " blue."}, Completion(" blue.", prompt="The sky is")
     ),
@@ -75,42 +73,27 @@ def test_every_form_has_one_normal_form(form):
     assert example(Record(value, "here")) == expected
 
 
-def test_a_conversation_gives_its_exchanges_and_its_system_message():
-    pairs = [("Two rivers?", "Elbe, Loire."), ("The longer?", "Elbe.")]
-    assert DIALOGUE.exchanges == WITH_SYSTEM.exchanges == pairs
-    assert (DIALOGUE.system, WITH_SYSTEM.system) == (None, "Be brief.")
-
-
 MALFORMED = {
     "string": ("text", r"^here: expected .*; found str, without fields as \.json, \.jsonl and \.parquet"),
     "list": ([{"text": "x"}], "^here: expected .*; found list$"),
-    "nothing": ({}, "found nothing"),
     "unknown fields": ({"question": "x"}, "^here: expected 'instruction', 'output'.* or 'text'; found 'question'$"),
     "no output": ({"instruction": "x", "output": None}, "expected 'instruction', 'output'.*; found 'instruction'$"),
     "output of another type": ({"instruction": "x", "output": 4}, "here: 'output' must be text, found int"),
-    "input of another type": ({"instruction": "x", "output": "y", "input": 4}, "'input' must be text, found int"),
     "empty instruction": ({"instruction": " ", "output": "x"}, "here: 'instruction' is empty"),
-    "empty text": ({"text": "\n"}, "here: 'text' is empty"),
-    "prompt of another type": ({"prompt": ["x"], "completion": "y"}, "'prompt' must be text, found list"),
     "messages of another type": ({"messages": "x"}, "'messages' must be a list of {'role': 'user' or"),
     "no messages": ({"messages": []}, "'messages' must be a list of"),
     "unknown role": ({"messages": CHAT + chat(("tool", "x"))}, "here: message 5 must be .*its role is 'tool'"),
     "parts": ({"messages": [{"role": "user", "content": [{}]}]}, "message 1 must .*'user', and its content list"),
     "no message": ({"messages": ["x"]}, "message 1 must be .*its role is None"),
     "system later": ({"messages": CHAT + chat(("system", "x"))}, "message 5 must be .*system message as the first"),
-    "two system messages": ({"messages": chat(("system", "a"), ("system", "b")) + CHAT}, "message 2 must be .*first"),
     "system twice": (
         {"messages": chat(("system", "a")) + CHAT, "system": "b"}, "is in 'system' and in the conversation"
     ),
     "system of another type": ({"messages": CHAT, "system": 1}, "'system' must be text, found int"),
     "two questions": ({"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, "answers in turn"),
-    "two answers": ({"conversations": SHAREGPT + sharegpt(("gpt", "b"))}, "answers in turn"),
     "two answers at first": ({"conversations": sharegpt(("gpt", "a"), ("gpt", "b")) + SHAREGPT}, "answers in turn"),
     "no answer": ({"messages": chat(("system", "s"), ("user", "a"))}, "an answer to the first question"),
     "no question": ({"conversations": sharegpt(("gpt", "a"))}, "an answer to the first question"),
-    "no turns": ({"conversations": []}, "'conversations' must be a list of"),
-    "unknown side": ({"conversations": sharegpt(("alien", "a"))}, "its role is 'alien'"),
-    "a turn without text": ({"conversations": [{"from": "human"}]}, "message 1 must .*'human', and its content None"),
 }  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -14,7 +13,6 @@ from llmpruner.calibration.documents import (
     Part,
     Record,
     check_source,
-    document,
     mixed,
     parse_mixture,
     read_documents,
@@ -23,7 +21,8 @@ from llmpruner.calibration.documents import (
 )
 from llmpruner.errors import MissingExtraError
 
-ROWS = [{"text": "one"}, {"page": "two"}, {"content": "three"}, "four"]
+ROWS = [{"text": "one"}, {"page": "two"}, {"content": "three"}, "four", {"text": " \n"}]
+ROWS += [{"text": None, "content": "c", "page": "five"}]
 MARK = b"\xef\xbb\xbf"
 
 
@@ -44,8 +43,8 @@ def parquet(path, rows):
 def test_text_is_looked_for_in_each_field_in_json_and_jsonl_alike(tmp_path):
     listed = write(tmp_path / "a.json", json.dumps(ROWS, indent=1))
     lined = write(tmp_path / "a.JSONL", lines(ROWS))
-    assert read_documents(listed) == read_documents(lined) == ["one", "two", "three", "four"]
-    assert read_text(lined) == "one\n\ntwo\n\nthree\n\nfour"
+    assert read_documents(listed) == read_documents(lined) == ["one", "two", "three", "four", "five"]
+    assert read_text(lined) == "one\n\ntwo\n\nthree\n\nfour\n\nfive"
 
 
 def test_records_come_with_their_place(tmp_path):
@@ -76,10 +75,6 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
 def test_other_files_are_one_text_as_it_stands_but_for_line_ends(tmp_path):
     for name in ("a.txt", "a.md", "a.rst", "noted"):
         assert read_documents(write(tmp_path / name, " one\r\ntwo\rthree\n\n")) == [" one\ntwo\nthree\n\n"]
-
-
-def test_blank_documents_are_left_out(tmp_path):
-    assert read_documents(write(tmp_path / "a.jsonl", lines([{"text": " \n"}, {"text": "x"}]))) == ["x"]
 
 
 def test_parquet_rows_are_records(tmp_path):
@@ -155,7 +150,6 @@ def test_libraries_that_are_not_installed_are_named(monkeypatch, tmp_path):
 MALFORMED = {
     "fields": ("a.jsonl", '{"text": "x"}\n{"body": "y", "content": ["z"]}', r"a\.jsonl, line 2: expected an object "
                r"with one of the fields text, page, content as a string, found 'body' \(str\), 'content' \(list\)"),
-    "number": ("a.json", "[1]", r"a\.json, record 1: expected an object .*, found int"),
     "empty object": ("a.json", "{}", r"a\.json, record 1: expected an object .*, found dict"),
     "broken line": ("a.jsonl", '{"text": "x"}\n\n{"text": \n', r"a\.jsonl, line 3: not valid JSON \(Expecting value\)"),
     "broken list": ("a.json", '[\n{"text": "x"}\n{}]', r"a\.json, line 3: not valid JSON"),
@@ -163,10 +157,7 @@ MALFORMED = {
     "scalar": ("a.json", '"x"', r"a\.json: expected a JSON list of records, or one record, found str"),
     "bytes": ("a.txt", b"ab\xff", r"a\.txt: not UTF-8 text \(byte 2\); save it as UTF-8 text"),
     "bytes in a line": ("a.jsonl", b'"x"\n"\xff"\n', r"a\.jsonl, line 2: not UTF-8 text \(byte 1\)"),
-    "UTF-16": ("a.txt", "text".encode("utf-16-le"), r"a\.txt: not UTF-8 text \(byte 1\)"),
-    "compressed": ("a.jsonl.gz", b"\x1f\x8b\x08\x00", r"a\.jsonl\.gz: not UTF-8 text \(byte 1\)"),
     "blank": ("a.txt", " \n", r"a\.txt holds no text"),
-    "blank lines": ("a.jsonl", "\n\n", r"a\.jsonl holds no text"),
     "empty list": ("a.json", "[]", r"a\.json holds no text"),
     "no table": ("a.parquet", "x,y", r"a\.parquet: not a readable Parquet file: "),
 }  # fmt: skip
@@ -191,9 +182,6 @@ MISSING = {
     "nowhere.txt:train": "no such file",
     "chat:nowhere.jsonl": "chat:nowhere.jsonl: no such file",
     "../nowhere": "no such file",
-    "/nowhere/at/all": "no such file",
-    "a/b/c": "no such file",
-    "two words": "no such file",
     "": "the source of data: no such file",
     ".": "a folder or a model, and no text",
     "/dev/null": "no such file",
@@ -214,22 +202,6 @@ def test_the_early_check_reads_no_further_than_the_first_record(tmp_path):
     assert seen == [Record({"text": "x"}, f"{source}, line 2")]
     with pytest.raises(DataError, match="line 3: not valid JSON"):
         read_documents(source)
-
-
-def test_the_first_field_that_holds_a_string_counts():
-    assert document(Record({"text": None, "content": "c", "page": "p"}, "here")) == "p"
-
-
-def test_reading_text_imports_no_heavy_library(tmp_path):
-    source = write(tmp_path / "a.jsonl", '{"text": "x"}')
-    code = (
-        "import sys; from llmpruner.calibration.documents import check_source, read_text; "
-        f"check_source({source!r}); assert read_text({source!r}) == 'x'; "
-        "import llmpruner.calibration.conversations; "
-        "print(sorted({'torch', 'transformers', 'datasets', 'pyarrow'} & set(sys.modules)))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_sources_and_shares(tmp_path, monkeypatch):

@@ -24,49 +24,31 @@ class ComposedConfig(PreTrainedConfig):
 
     model_type = "composed"
 
-    def __init__(
-        self,
-        vocab_size: int = 96,
-        hidden_size: int = 48,
-        num_hidden_layers: int = 2,
-        num_attention_heads: int = 6,
-        num_key_value_heads: int = 3,
-        head_dim: int = 16,
-        intermediate_size: int = 40,
-        qkv: str = "separate",
-        mlp: str = "gated",
-        norm: str = "rms",
-        rotary: float = 0.5,
-        parallel: bool = False,
-        qkv_bias: bool = False,
-        out_bias: bool = False,
-        mlp_bias: bool = False,
-        head_norm: bool = False,
-        transposed: bool = False,
-        tie_word_embeddings: bool = False,
-        scaled: bool = False,
-        linear: tuple[int, ...] = (),
-        linear_key_heads: int = 4,
-        linear_value_heads: int = 8,
-        linear_head_dim: int = 8,
-        linear_qkv: str = "concatenated",
-        convolved: bool = True,
-        **options: Any,
-    ) -> None:
-        self.vocab_size = vocab_size
-        self.hidden_size = hidden_size
-        self.num_hidden_layers = num_hidden_layers
-        self.num_attention_heads = num_attention_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.intermediate_size = intermediate_size
-        self.qkv, self.mlp, self.norm, self.rotary, self.parallel = qkv, mlp, norm, rotary, parallel
-        self.qkv_bias, self.out_bias, self.mlp_bias = qkv_bias, out_bias, mlp_bias
-        self.head_norm, self.transposed, self.scaled = head_norm, transposed, scaled
-        self.linear, self.linear_qkv, self.convolved = tuple(linear), linear_qkv, convolved
-        self.linear_key_heads, self.linear_value_heads = linear_key_heads, linear_value_heads
-        self.linear_head_dim = linear_head_dim
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **options)
+    vocab_size: int = 96
+    hidden_size: int = 48
+    num_hidden_layers: int = 2
+    num_attention_heads: int = 6
+    num_key_value_heads: int = 3
+    head_dim: int = 16
+    intermediate_size: int = 40
+    qkv: str = "separate"
+    mlp: str = "gated"
+    norm: str = "rms"
+    rotary: float = 0.5
+    parallel: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_norm: bool = False
+    transposed: bool = False
+    tie_word_embeddings: bool = False
+    scaled: bool = False
+    linear: tuple[int, ...] = ()
+    linear_key_heads: int = 4
+    linear_value_heads: int = 8
+    linear_head_dim: int = 8
+    linear_qkv: str = "concatenated"
+    convolved: bool = True
 
 
 class Projection(nn.Module):
@@ -289,7 +271,5 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=self.head(self.norm(x)))
 
 
-def register() -> None:
-    """Make the model known to transformers' Auto classes; safe to call twice."""
-    AutoConfig.register("composed", ComposedConfig, exist_ok=True)
-    AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)
+AutoConfig.register("composed", ComposedConfig, exist_ok=True)
+AutoModelForCausalLM.register(ComposedConfig, ComposedForCausalLM, exist_ok=True)

@@ -16,7 +16,7 @@ from llmpruner.discovery.verify import verify
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers
 from llmpruner.models.opening import load_pruned
-from llmpruner.models.save import save_checkpoint, stock_config
+from llmpruner.models.save import save_checkpoint
 from llmpruner.structure.coupling import LAYER
 
 TYPES = {
@@ -45,50 +45,31 @@ def test_layers_of_every_sort_of_configuration_are_removable(model_type: str) ->
     assert "save and load" in verdict.checks
 
 
-def test_the_number_of_dense_layers_follows(tmp_path: Path) -> None:
-    model, config = shortened("afmoe", [1, 2])
-    assert (config.num_dense_layers, model.config.num_dense_layers) == (1, 0)
-    assert save_checkpoint(model, tmp_path / "stock", record={}) == "stock"
-
-
-def test_types_derived_from_a_period_stay_with_their_layers() -> None:
-    """By the period, the layers left would all be of type 'mamba', with wrong masks and caches."""
-    model, config = shortened("jamba", [0, 2, 4])
-    assert config.layers_block_type[4] == "attention"
-    assert model.config.layers_block_type == ["mamba", "mamba", "attention"]
-    assert model.config.layer_types[2] == "full_attention"
-    assert stock_config(model).layers_block_type == ["mamba"] * 3
+def shortened(kept: list[int]) -> Any:
+    """A random Jamba that has lost all but the layers ``kept``, of which number 4 alone is attention."""
+    model = random_instance(tiny_config(CONFIG_MAPPING["jamba"](), Small((4, 2))))
+    drop_layers(model, decoder_layers(model), kept)
+    return model
 
 
 def test_layers_removed_again_from_a_loaded_model(tmp_path: Path) -> None:
-    model, _ = shortened("jamba", [0, 2, 3, 4])
-    assert save_checkpoint(model, tmp_path / "once", record={}) == "shim"
+    """By their period, the types of the layers left would all be 'mamba', with wrong masks and caches."""
+    assert save_checkpoint(shortened([0, 2, 3, 4]), tmp_path / "once", record={}) == "shim"
     loaded: Any = load_pruned(tmp_path / "once", attn_implementation="eager")
     assert loaded.config.layers_block_type == ["mamba", "mamba", "mamba", "attention"]
 
     drop_layers(loaded, "model.layers", [1, 3])
     save_checkpoint(loaded, tmp_path / "twice", record={})
     again: Any = load_pruned(tmp_path / "twice", attn_implementation="eager")
-    direct, _ = shortened("jamba", [2, 4])
-    assert again.layers_kept["kept"] == [2, 4]
-    assert torch.equal(logits(again, TOKENS), logits(direct, TOKENS))
-    assert cached_difference(again, TOKENS) < 1e-5
-
     again.save_pretrained(tmp_path / "plain")
-    assert torch.equal(
-        logits(load_pruned(tmp_path / "plain", attn_implementation="eager"), TOKENS), logits(direct, TOKENS)
-    )
+    direct = logits(shortened([2, 4]), TOKENS)
+    assert again.layers_kept["kept"] == [2, 4]
+    assert torch.equal(logits(again, TOKENS), direct)
+    assert cached_difference(again, TOKENS) < 1e-5
+    assert torch.equal(logits(load_pruned(tmp_path / "plain", attn_implementation="eager"), TOKENS), direct)
 
 
 def test_a_small_model_shows_every_derived_layer_type() -> None:
     small = tiny_config(CONFIG_MAPPING["jamba"]())
     assert set(small.layer_types) == {"linear_attention", "full_attention"}
     assert set(small.layers_num_experts) == {1, small.num_experts}
-
-
-def shortened(model_type: str, kept: list[int]) -> tuple[Any, Any]:
-    """A random model that has lost all but the layers ``kept``, and its configuration before."""
-    config = tiny_config(CONFIG_MAPPING[model_type](), Small((4, 2)))
-    model = random_instance(config)
-    drop_layers(model, decoder_layers(model), kept)
-    return model, config

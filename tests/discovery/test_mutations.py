@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from composed import ComposedConfig, LinearAttention
 from transformers import PreTrainedModel
 
-from llmpruner import QUERY, Blocks, CoupledGroup, ModelFamily, Role, Span
+from llmpruner import QUERY, Blocks, CoupledGroup, ModelFamily, Role
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.structure.coupling import CouplingGraph, Explicit
@@ -17,20 +18,13 @@ from llmpruner.structure.coupling import CouplingGraph, Explicit
 CONFIG = ComposedConfig(
     qkv="concatenated", mlp="packed", norm="offset", num_key_value_heads=3, qkv_bias=True, mlp_bias=True, out_bias=True
 )
+Mutation = Callable[[CoupledGroup], CoupledGroup]
 
 
-@pytest.fixture(scope="module")
-def graph() -> CouplingGraph:
-    found = discover_graph(CONFIG)
+def graph_of(config: ComposedConfig) -> CouplingGraph:
+    found = discover_graph(config)
     # Query heads share spans with the groups that are broken here; without them every map stands alone.
     return replace(found, groups=tuple(g for g in found.groups if g.kind != QUERY))
-
-
-def explicit(span: Span, order: Callable[[list[int]], list[int]]) -> Span:
-    """The same indices, given to the units in another order."""
-    units = span.index.units
-    rows = tuple(tuple(span.index.of(u)) for u in order(list(range(units))))
-    return replace(span, index=Explicit(rows))
 
 
 def reverse(units: list[int]) -> list[int]:
@@ -41,66 +35,47 @@ def rotate(units: list[int]) -> list[int]:
     return units[1:] + units[:1]
 
 
-def of(name: str, axis: int = 0, number: int = 0) -> Callable[[CoupledGroup], int]:
-    def find(group: CoupledGroup) -> int:
-        return [n for n, s in enumerate(group.spans) if s.parameter.endswith(name) and s.axis == axis][number]
+def change(
+    name: str, order: Callable[[list[int]], list[int]] | None = None, *, axis: int = 0, number: int = 0, **values: Any
+) -> Mutation:
+    """With span ``number`` of a parameter changed: its indices in another ``order`` of the units, or ``values``."""
 
-    return find
-
-
-def change(find: Callable[[CoupledGroup], int], new: Callable[[Span], Span]) -> Callable[[CoupledGroup], CoupledGroup]:
     def mutate(group: CoupledGroup) -> CoupledGroup:
-        position = find(group)
-        spans = [new(s) if n == position else s for n, s in enumerate(group.spans)]
+        spans = list(group.spans)
+        position = [n for n, s in enumerate(spans) if s.parameter.endswith(name) and s.axis == axis][number]
+        index = spans[position].index
+        new = values
+        if order is not None:
+            new = {"index": Explicit(tuple(tuple(index.of(u)) for u in order(list(range(index.units)))))}
+        spans[position] = replace(spans[position], **new)
         return replace(group, spans=tuple(spans))
 
     return mutate
 
 
-MUTATIONS: dict[str, tuple[str, Callable[[CoupledGroup], CoupledGroup]]] = {
-    "mlp: up rows reversed": ("mlp", change(of("both.weight", number=1), lambda s: explicit(s, reverse))),
-    "mlp: up bias shifted by one": ("mlp", change(of("both.bias", number=1), lambda s: explicit(s, rotate))),
-    "mlp: gate and up neighbours": (
-        "mlp",
-        lambda g: change(of("both.weight"), lambda s: replace(s, index=Blocks(40, stride=2)))(
-            change(of("both.weight", number=1), lambda s: replace(s, index=Blocks(40, start=1, stride=2)))(g)
-        ),
-    ),
-    "mlp: down columns reversed": ("mlp", change(of("down.weight", 1), lambda s: explicit(s, reverse))),
-    "mlp: down taken for a producer": ("mlp", change(of("down.weight", 1), lambda s: replace(s, role=Role.PRODUCES))),
-    "attention: key rows shifted by a head": (
-        "attention",
-        change(of("qkv.weight", number=1), lambda s: explicit(s, rotate)),
-    ),
-    "attention: value bias reversed": ("attention", change(of("qkv.bias", number=2), lambda s: explicit(s, reverse))),
-    "attention: query heads strided": (
-        "attention",
-        change(
-            of("qkv.weight"),
-            lambda s: replace(
-                s,
-                index=Explicit(
-                    tuple((*range(u * 16, u * 16 + 16), *range(u * 16 + 48, u * 16 + 64)) for u in range(3))
-                ),
-            ),
-        ),
-    ),
-    "attention: output columns shifted by a head": (
-        "attention",
-        change(of("out.weight", 1), lambda s: explicit(s, rotate)),
-    ),
-    "hidden: one norm is not rescaled": (
-        "hidden",
-        change(of("norm_2.weight"), lambda s: replace(s, role=Role.PRODUCES)),
-    ),
-    "hidden: the norm's offset is forgotten": ("hidden", change(of("norm_1.weight"), lambda s: replace(s, offset=0.0))),
-    "hidden: an output projection reversed": ("hidden", change(of("down.weight"), lambda s: explicit(s, reverse))),
-    "hidden: embedding columns shifted": ("hidden", change(of("embed.weight", 1), lambda s: explicit(s, rotate))),
-    "vocabulary: rows of the embedding shifted": (
-        "vocabulary",
-        change(of("embed.weight"), lambda s: explicit(s, rotate)),
-    ),
-    "vocabulary: rows of the head reversed": ("vocabulary", change(of("head.weight"), lambda s: explicit(s, reverse))),
+def neighbours(group: CoupledGroup) -> CoupledGroup:
+    for number in range(2):
+        group = change("both.weight", number=number, index=Blocks(40, start=number, stride=2))(group)
+    return group
+
+
+STRIDED = Explicit(tuple((*range(u * 16, u * 16 + 16), *range(u * 16 + 48, u * 16 + 64)) for u in range(3)))
+MUTATIONS: dict[str, Mutation] = {
+    "mlp: up rows reversed": change("both.weight", reverse, number=1),
+    "mlp: up bias shifted by one": change("both.bias", rotate, number=1),
+    "mlp: gate and up neighbours": neighbours,
+    "mlp: down columns reversed": change("down.weight", reverse, axis=1),
+    "mlp: down taken for a producer": change("down.weight", axis=1, role=Role.PRODUCES),
+    "attention: key rows shifted by a head": change("qkv.weight", rotate, number=1),
+    "attention: value bias reversed": change("qkv.bias", reverse, number=2),
+    "attention: query heads strided": change("qkv.weight", index=STRIDED),
+    "attention: output columns shifted by a head": change("out.weight", rotate, axis=1),
+    "hidden: one norm is not rescaled": change("norm_2.weight", role=Role.PRODUCES),
+    "hidden: the norm's offset is forgotten": change("norm_1.weight", offset=0.0),
+    "hidden: an output projection reversed": change("down.weight", reverse),
+    "hidden: embedding columns shifted": change("embed.weight", rotate, axis=1),
+    "vocabulary: rows of the embedding shifted": change("embed.weight", rotate),
+    "vocabulary: rows of the head reversed": change("head.weight", reverse),
 }
 
 
@@ -119,61 +94,61 @@ class ComposedFamily(ModelFamily):
 
 
 @pytest.fixture(scope="module")
-def oracle(graph: CouplingGraph) -> Oracle:
-    return Oracle(CONFIG, graph, ComposedFamily(), 0)
+def oracle() -> Oracle:
+    return Oracle(CONFIG, graph_of(CONFIG), ComposedFamily(), 0)
+
+
+@pytest.fixture(scope="module")
+def hybrid() -> Oracle:
+    config = ComposedConfig(linear=(1,))
+    oracle = Oracle(config, graph_of(config), ComposedFamily(), 0)
+    assert oracle.judge("attention").verdict == VERIFIED
+    return oracle
+
+
+def broken(graph: CouplingGraph, name: str, mutate: Mutation) -> CouplingGraph:
+    victim = graph.by_name[name]
+    new = mutate(victim)
+    assert new != victim
+    return replace(graph, groups=tuple(new if g is victim else g for g in graph.groups))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_oracle_catches(name: str, graph: CouplingGraph, oracle: Oracle) -> None:
-    kind, mutate = MUTATIONS[name]
-    victim = next(g for g in graph.groups if g.kind == kind)
-    groups = tuple(mutate(g) if g is victim else g for g in graph.groups)
-    assert groups != graph.groups
-    oracle.graph = replace(graph, groups=groups)
+def test_oracle_catches(name: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = name.partition(":")[0]
+    victim = kind if kind in ("hidden", "vocabulary") else f"layers.0.{kind}"
+    monkeypatch.setattr(oracle, "graph", broken(oracle.graph, victim, MUTATIONS[name]))
     verdict = oracle.judge(kind)
     assert verdict.verdict == FAILED, verdict
     assert verdict.difference > 1e-3
     assert verdict.where or name.startswith("vocabulary: rows of the head")  # nothing comes after it
 
 
-LINEAR: dict[str, Callable[[CoupledGroup], CoupledGroup]] = {
-    "value rows shifted by a head": change(of("qkv.weight", number=2), lambda s: explicit(s, rotate)),
-    "filters of the keys reversed": change(of("filter", number=1), lambda s: explicit(s, reverse)),
-    "gates reversed": change(of("gate.weight"), lambda s: explicit(s, reverse)),
-    "output columns shifted by a head": change(of("out.weight", 1), lambda s: explicit(s, rotate)),
+LINEAR: dict[str, Mutation] = {
+    "value rows shifted by a head": change("qkv.weight", rotate, number=2),
+    "filters of the keys reversed": change("filter", reverse, number=1),
+    "gates reversed": change("gate.weight", reverse),
+    "output columns shifted by a head": change("out.weight", rotate, axis=1),
 }
-
-
-@pytest.fixture(scope="module")
-def hybrid() -> Oracle:
-    config = ComposedConfig(linear=(1,))
-    found = discover_graph(config)
-    graph = replace(found, groups=tuple(g for g in found.groups if g.kind != QUERY))
-    oracle = Oracle(config, graph, ComposedFamily(), 0)
-    assert oracle.judge("attention").verdict == VERIFIED
-    return oracle
 
 
 @pytest.mark.parametrize("name", LINEAR)
 def test_oracle_catches_in_a_layer_of_another_kind(name: str, hybrid: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    broken = LINEAR[name](hybrid.graph.by_name["layers.1.attention"])
-    groups = tuple(broken if g.name == broken.name else g for g in hybrid.graph.groups)
-    assert groups != hybrid.graph.groups
-    monkeypatch.setattr(hybrid, "graph", replace(hybrid.graph, groups=groups))
+    monkeypatch.setattr(hybrid, "graph", broken(hybrid.graph, "layers.1.attention", LINEAR[name]))
     verdict = hybrid.judge("attention")
     assert verdict.verdict == FAILED, verdict
     assert verdict.where.startswith("layers.1.attention")
 
 
-def test_unbroken_map_passes(graph: CouplingGraph, oracle: Oracle) -> None:
-    oracle.graph = graph
+def test_unbroken_map_passes(oracle: Oracle) -> None:
     assert [oracle.judge(kind).verdict for kind in ("mlp", "attention", "hidden", "vocabulary")] == [VERIFIED] * 4
 
 
-def test_a_missing_span_is_refused(graph: CouplingGraph, oracle: Oracle) -> None:
-    victim = graph.by_name["layers.0.mlp"]
-    without = replace(victim, spans=tuple(s for s in victim.spans if not s.parameter.endswith("bias")))
-    oracle.graph = replace(graph, groups=tuple(without if g is victim else g for g in graph.groups))
+def test_a_missing_span_is_refused(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forget(group: CoupledGroup) -> CoupledGroup:
+        return replace(group, spans=tuple(s for s in group.spans if not s.parameter.endswith("bias")))
+
+    monkeypatch.setattr(oracle, "graph", broken(oracle.graph, "layers.0.mlp", forget))
     verdict = oracle.judge("mlp")
     assert verdict.verdict != VERIFIED
     assert "size" in verdict.reason

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cache
 
 import pytest
-from composed import ComposedConfig, register
+from composed import ComposedConfig
 from llmpruner_llama.family import LlamaFamily
 from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
 
@@ -19,7 +19,9 @@ from llmpruner.discovery.oracle import REFUSED, VERIFIED
 from llmpruner.discovery.verify import check_kinds, differences, verify
 from llmpruner.structure.coupling import Explicit
 
-register()
+SIZES = {
+    "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 64,
+}  # fmt: skip
 BIASED = ComposedConfig(mlp_bias=True, num_hidden_layers=3)
 UP, BIAS, DOWN = (f"layers.0.mlp.{name}" for name in ("up.weight", "up.bias", "down.weight"))
 
@@ -107,10 +109,7 @@ def test_checks_that_are_not_possible_are_listed() -> None:
 
 
 def test_a_model_with_everything_skips_nothing() -> None:
-    config = LlamaConfig(
-        hidden_size=48, intermediate_size=40, num_attention_heads=6, num_hidden_layers=2, vocab_size=96
-    )
-    (verdict,) = check_kinds(AutoFamily(), config, kinds=["mlp"])
+    (verdict,) = check_kinds(AutoFamily(), LlamaConfig(**SIZES), kinds=["mlp"])
     assert verdict.verdict == VERIFIED and verdict.skipped == []
 
 
@@ -128,12 +127,6 @@ def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
     assert verdict.checks == []
 
 
-def agree(config: LlamaConfig) -> bool:
-    declared, found = LlamaFamily().coupled_groups(config), discover_graph(config).groups
-    same = [[(g.name, g.kind, g.units, g.layer, g.blocks, g.minimum) for g in of] for of in (declared, found)]
-    return sorted(same[0]) == sorted(same[1]) and differences(declared, found) == []
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -141,25 +134,16 @@ def agree(config: LlamaConfig) -> bool:
         {"num_key_value_heads": 6},
         {"attention_bias": True, "mlp_bias": True},
         {"tie_word_embeddings": True, "head_dim": 10},
+        {
+            "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4,
+            "head_dim": 4, "vocab_size": 16,
+        },
     ],
-    ids=["gqa", "mha", "biases", "tied"],
-)
+    ids=["gqa", "mha", "biases", "tied", "equal sizes"],
+)  # fmt: skip
 def test_what_the_llama_plugin_declares_is_what_discovery_finds(changes: dict[str, object]) -> None:
-    sizes = {"hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 2}
-    config = LlamaConfig(**{**sizes, "num_hidden_layers": 3, "vocab_size": 64, **changes})
-    assert agree(config)
-
-
-def test_equal_sizes_do_not_confuse_discovery() -> None:
-    config = LlamaConfig(
-        hidden_size=16, intermediate_size=16, num_attention_heads=4, num_key_value_heads=4, head_dim=4,
-        num_hidden_layers=2, vocab_size=16,
-    )  # fmt: skip
-    assert agree(config)
-
-
-def test_everything_is_offered() -> None:
-    config = LlamaConfig(
-        hidden_size=32, intermediate_size=24, num_attention_heads=4, num_hidden_layers=1, vocab_size=40
-    )
-    assert discover_graph(config).blocked == ()
+    config = LlamaConfig(**{**SIZES, "num_key_value_heads": 2, **changes})
+    declared, found = LlamaFamily().coupled_groups(config), discover_graph(config)
+    same = [[(g.name, g.kind, g.units, g.layer, g.blocks, g.minimum) for g in of] for of in (declared, found.groups)]
+    assert sorted(same[0]) == sorted(same[1]) and differences(declared, found.groups) == []
+    assert found.blocked == (), "everything is offered"

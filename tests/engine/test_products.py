@@ -8,7 +8,7 @@ from collections import defaultdict
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import experts_of, layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
@@ -49,10 +49,9 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     return found
 
 
-def signals_of(loaded, names, measure, *needs, execution=None):
-    execution = execution or Execution.of(loaded.model, loaded.graph.layers)
-    walk = walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure)
-    return dict(walk)
+def signals_of(loaded, names, measure, *needs):
+    execution = Execution.of(loaded.model, loaded.graph.layers)
+    return dict(walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure))
 
 
 MIXTURES = [
@@ -65,20 +64,11 @@ MIXTURES = [
 def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_type):
     """So rows, router weights and biases belong together."""
     model = random_instance(small_config(CONFIG_MAPPING[model_type]()))
-    path = decoder_layers(model)
-    layers = model.get_submodule(path)
-    number, experts = next(
-        (n, module)
-        for n, layer in enumerate(layers)
-        for module in layer.modules()
-        if getattr(getattr(module, "down_proj", None), "ndim", 0) == 3
-    )
+    path, experts = experts_of(model)
     calibration = tokens(3, 9, vocabulary=int(model.get_input_embeddings().weight.shape[0]))
     returned = []
     handle = experts.register_forward_hook(lambda _, __, out: returned.append(out.flatten(0, -2)))
-    name = next(n for n, p in model.named_parameters() if p is experts.down_proj)
-    assert name.startswith(f"{path}.{number}.")
-    found = shown(model, path, [name], calibration)
+    found = shown(model, decoder_layers(model), [f"{path}.down_proj"], calibration)
     handle.remove()
     total = sum((product.gates[:, None] * product.outputs).sum(0) for product in found)
     expected = returned[-1].sum(0)
@@ -104,23 +94,16 @@ def test_a_transposed_weight_is_shown_as_out_by_in_and_with_its_bias():
     torch.testing.assert_close(product.outputs, product.inputs @ product.weight.T + bias)
 
 
-def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own():
-    """Llama 4 multiplies them with the inputs, and calls its experts with nothing else."""
-    loaded = make("llama4")
-    name = next(n for n, _ in loaded.model.named_parameters() if n.endswith("1.feed_forward.experts.down_proj"))
-    (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
-    with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
-        _ = product.gates
-
-
-def test_rows_that_are_not_in_the_routers_order_have_no_router_weights(monkeypatch):
-    loaded = make("mixtral")
-    experts = layers_of(loaded)[1].mlp.experts
-    own = type(experts).forward
-    monkeypatch.setattr(type(experts), "forward", lambda self, x, chosen, gates: own(self, x.flip(0), chosen, gates))
-    # The hook sees what the module is called with, and the products see it reversed.
-    name = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
-    (product, *_) = shown(loaded.model, loaded.graph.layers, [name])
+@pytest.mark.parametrize("name", ["llama4", "mixtral"])
+def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own(name, monkeypatch):
+    """Llama 4 multiplies them with the inputs, and calls its experts with nothing else. Experts of Mixtral are made to
+    take their rows in another order than that in which they are called with them."""
+    loaded = make(name)
+    path, experts = experts_of(loaded.model, 1)
+    if name == "mixtral":
+        kind, own = type(experts), type(experts).forward
+        monkeypatch.setattr(kind, "forward", lambda self, x, chosen, gates: own(self, x.flip(0), chosen, gates))
+    (product, *_) = shown(loaded.model, loaded.graph.layers, [f"{path}.down_proj"])
     with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
         _ = product.gates
 
@@ -217,13 +200,6 @@ def test_sums_of_one_name_have_one_shape():
     name = "model.layers.1.mlp.down_proj.weight"
     with pytest.raises(PluginError, match=r"'rows' of shape \(32,\) for one product .* shape \(64,\) for another"):
         signals_of(loaded, [name], lambda p: {"rows": p.inputs[:, 0]}, Signal.PRODUCT)
-
-
-def test_a_parameter_reads_kinds_of_units():
-    reads = kinds_read(make("mixtral").graph)
-    assert reads["model.layers.2.mlp.experts.down_proj"] == {"mlp"}
-    assert reads["model.layers.0.self_attn.o_proj.weight"] == {"attention", "query"}
-    assert reads["model.embed_tokens.weight"] == reads["model.layers.1.input_layernorm.weight"] == set()
 
 
 class Recording(ImportanceCriterion):

@@ -6,14 +6,14 @@ from math import pi
 
 import pytest
 import torch
-from criteria_cases import boundaries, layers_of, make, tokens
+from criteria_cases import boundaries, experts_of, make, observed, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.statistics import forward_statistics, stream_statistics
+from llmpruner.engine.statistics import add_gram, both_triangles, forward_statistics, stream_statistics
 from llmpruner.engine.walk import ForwardWalk
 
 pytestmark = pytest.mark.usefixtures("full_precision")
@@ -26,21 +26,6 @@ def statistics(loaded, wanted, *, gram=True):
     found = list(stream)
     assert len(dict(found)) == len(found)
     return {name: inputs for name, (inputs, _) in found}
-
-
-def inputs_of(loaded, names):
-    rows = {name: [] for name in names}
-    handles = [
-        loaded.model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
-            lambda _, args, __, name=name: rows[name].append(args[0].flatten(0, -2))
-        )
-        for name in names
-    ]
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return {name: torch.cat(found).double() for name, found in rows.items()}
 
 
 @pytest.mark.parametrize(
@@ -57,8 +42,9 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
     wanted = [module.format(n) + ".weight" for module in modules for n in (0, 2)]
     found = statistics(loaded, wanted)
     assert sorted(found) == sorted(wanted)
-    for parameter, x in inputs_of(loaded, wanted).items():
-        stats, shape = found[parameter], [1, 1]
+    for parameter, stats in found.items():
+        x, _ = observed(loaded.model, parameter.removesuffix(".weight"), CALIBRATION.input_ids)
+        shape = [1, 1]
         shape[axis] = x.shape[1]
         assert stats.axis == axis
         for actual, expected in (
@@ -68,18 +54,16 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
             (stats.gram, x.T @ x / len(x)),
         ):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
-        assert (stats.second_moment * loaded.model.get_parameter(parameter)).shape == loaded.model.get_parameter(
-            parameter
-        ).shape
+        weight = loaded.model.get_parameter(parameter)
+        assert (stats.second_moment * weight).shape == weight.shape
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 def test_experts_are_averaged_over_all_tokens(name):
     """A token routed elsewhere counts as zero: its part of the output is zero."""
     loaded = make(name)
-    experts = next(m for n, m in layers_of(loaded)[1].named_modules() if n.endswith("experts"))
-    parameter = next(n for n, p in loaded.model.named_parameters() if p is experts.down_proj)
-    stats = statistics(loaded, [parameter])[parameter]
+    path, experts = experts_of(loaded.model, 1)
+    stats = statistics(loaded, [f"{path}.down_proj"])[f"{path}.down_proj"]
     seen = []
     handle = experts.register_forward_hook(lambda _, args, out: seen.append((args, out)))
     with torch.no_grad():
@@ -101,23 +85,18 @@ def test_experts_are_averaged_over_all_tokens(name):
             torch.testing.assert_close(stats.gram[expert].double(), x.T @ x / total, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [0, 1, 3, 4, 5, 17])
+def test_half_of_the_products_give_the_whole_gram_matrix(width):
+    x, lower = torch.randn(40, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    for part in x.split([1, 39, 0]):
+        add_gram(lower, part)
+    torch.testing.assert_close(both_triangles(lower), x.T @ x)
+
+
 def test_gram_matrices_are_made_only_when_asked_for():
     loaded = make("llama-gqa")
     name = "model.layers.1.mlp.down_proj.weight"
     assert statistics(loaded, [name], gram=False)[name].gram is None
-
-
-def test_layers_after_the_last_wanted_are_not_run():
-    loaded = make("llama-gqa")
-    stream = forward_statistics(
-        Execution.of(loaded.model, loaded.graph.layers),
-        ["model.layers.0.mlp.down_proj.weight"],
-        CALIBRATION,
-        gram=False,
-    )
-    next(stream)
-    layers_of(loaded)[1].forward = None
-    assert list(stream) == []
 
 
 @pytest.mark.parametrize("at_once", [32, 4096])

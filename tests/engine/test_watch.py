@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.engine.execution import Execution
 from llmpruner.engine.products import WatchedProduct, WatchProducts
-from llmpruner.engine.walk import ForwardWalk
 
 
 class Weights(nn.Module):
@@ -71,49 +68,41 @@ def test_the_bias_is_what_the_product_adds(weights):
         torch.testing.assert_close(use.outputs, ROWS @ weights.wide.detach().T + weights.bias.detach())
 
 
-def test_one_expert_is_a_slot(weights):
-    uses = watch(weights, lambda m: (functional.linear(ROWS, m.experts[2]), ROWS @ m.experts[1].T))
-    assert [(use.parameter, use.axis, use.slot) for use in uses] == [("experts", 2, 2), ("experts", 2, 1)]
+STACK = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
+SLOTS = {
+    "one expert, and another": (lambda m: (functional.linear(ROWS, m.experts[2]), ROWS @ m.experts[1].T), [2, 1]),
+    "a batch of experts": (lambda m: torch.bmm(STACK, m.experts.mT), [0, 1, 2]),
+    "some experts of a stack": (lambda m: torch.bmm(X, m.experts[1:].mT), [1, 2]),
+    "inputs that all experts share": (lambda m: torch.matmul(ROWS, m.experts.mT), [0, 1, 2]),
+}
 
 
-def test_a_batch_of_experts_is_one_use_each(weights):
-    stack = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
-    uses = watch(weights, lambda m: torch.bmm(stack, m.experts.mT))
-    assert [(use.axis, use.slot) for use in uses] == [(2, 0), (2, 1), (2, 2)]
+@pytest.mark.parametrize("how", SLOTS)
+def test_every_expert_is_a_slot(weights, how):
+    compute, slots = SLOTS[how]
+    uses = watch(weights, compute)
+    assert [(use.parameter, use.axis, use.slot) for use in uses] == [("experts", 2, slot) for slot in slots]
     for use in uses:
-        torch.testing.assert_close(use.inputs, stack[use.slot])
-        torch.testing.assert_close(use.outputs, stack[use.slot] @ weights.experts[use.slot].detach().T)
+        torch.testing.assert_close(use.outputs, use.inputs @ weights.experts[use.slot].detach().T)
 
 
-def test_some_experts_of_a_stack_keep_their_numbers(weights):
-    uses = watch(weights, lambda m: torch.bmm(X, m.experts[1:].mT))
-    assert [use.slot for use in uses] == [1, 2]
+UNUSED = {
+    # Which expert multiplies which rows cannot be told from the shapes.
+    "inputs of more axes than the stack": lambda m: torch.matmul(X[:, None].expand(2, 3, 4, 5), m.experts.mT),
+    # Its columns would be taken for the first ones of the whole matrix.
+    "part of the inputs": lambda m: functional.linear(X[..., :3], m.wide[:, :3]),
+    "a matrix viewed as a stack": lambda m: torch.bmm(X[:1], m.square.view(1, 5, 5)),
+}
 
 
-def test_inputs_that_all_experts_share_are_given_to_each(weights):
-    uses = watch(weights, lambda m: torch.matmul(ROWS, m.experts.mT))
-    assert [use.slot for use in uses] == [0, 1, 2]
-    assert all(torch.equal(use.inputs, ROWS) for use in uses)
-
-
-def test_inputs_of_more_axes_than_the_stack_are_no_use(weights):
-    """Which expert multiplies which rows cannot be told from the shapes."""
-    assert watch(weights, lambda m: torch.matmul(X[:, None].expand(2, 3, 4, 5), m.experts.mT)) == []
-
-
-def test_part_of_the_inputs_is_no_use(weights):
-    """Its columns would be taken for the first ones of the whole matrix."""
-    assert watch(weights, lambda m: functional.linear(X[..., :3], m.wide[:, :3])) == []
-
-
-def test_a_matrix_viewed_as_a_stack_is_no_use(weights):
-    assert watch(weights, lambda m: torch.bmm(X[:1], m.square.view(1, 5, 5))) == []
+@pytest.mark.parametrize("what", UNUSED)
+def test_what_cannot_be_told_is_no_use(weights, what):
+    assert watch(weights, UNUSED[what]) == []
 
 
 @pytest.mark.parametrize("how", ["matrix", "stack"])
 def test_a_copy_stays_as_it_was_when_the_model_overwrites_its_tensors(weights, how):
-    inputs = X.clone()
-    before = X.clone()
+    inputs, before = X.clone(), X.clone()
     uses: list[WatchedProduct] = []
     with torch.no_grad(), WatchProducts(weights, ["wide", "experts"], lambda use: uses.append(use.copied())):
         result = functional.linear(inputs, weights.wide) if how == "matrix" else inputs @ weights.experts[:2].mT
@@ -133,50 +122,3 @@ def test_parameters_in_one_storage_are_told_apart():
     module.first, module.second = nn.Parameter(flat[:20].view(4, 5)), nn.Parameter(flat[20:].view(4, 5))
     uses = watch(module, lambda m: (functional.linear(X, m.first), functional.linear(X, m.second)))
     assert [use.parameter for use in uses] == ["first", "second"]
-
-
-def uses_in(name: str) -> tuple[dict[str, list[WatchedProduct]], object, int]:
-    loaded = make(name)
-    walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), tokens(4, 16))
-    found: dict[str, list[WatchedProduct]] = {}
-    names = [
-        n
-        for n, p in layers_of(loaded)[0].named_parameters(prefix=f"{loaded.graph.layers}.0")
-        if p.dim() > 1 and "bias" not in n
-    ]
-    with (
-        torch.no_grad(),
-        WatchProducts(loaded.model, names, lambda use: found.setdefault(use.parameter, []).append(use)),
-    ):
-        walk.run(0, 0, embedded)
-    assert sorted(found) == sorted(names)
-    return found, loaded.model, 4 * 16
-
-
-def test_gpt2_sums_over_the_first_axis_and_adds_a_bias():
-    found, model, rows = uses_in("gpt2")
-    for name, uses in found.items():
-        (use,) = uses
-        assert (use.axis, use.slot, len(use.inputs)) == (0, None, rows)
-        assert use.bias is model.get_parameter(name.replace("weight", "bias"))
-
-
-@pytest.mark.parametrize(
-    ("name", "axis", "each"), [("mixtral", 2, 2), ("gpt_oss", 1, 2), ("llama4", 1, 4)], ids=["linear", "matmul", "bmm"]
-)
-def test_experts_are_seen_in_the_walk(name, axis, each):
-    """``each``: how many experts a token goes to; llama4 shows all of them every token, most as zeros."""
-    found, model, rows = uses_in(name)
-    down = next(uses for parameter, uses in found.items() if parameter.endswith("experts.down_proj"))
-    assert all(use.axis == axis for use in down)
-    assert len({use.slot for use in down}) == len(down) == 4
-    assert sum(len(use.inputs) for use in down) == each * rows
-    parameter = next(
-        p
-        for n, p in model.named_parameters()
-        if n.endswith("0.mlp.experts.down_proj") or n.endswith("0.feed_forward.experts.down_proj")
-    )
-    for use in down:
-        weight = parameter[use.slot].detach()
-        expected = use.inputs.float() @ (weight.T if axis == 2 else weight).float()
-        torch.testing.assert_close(use.outputs.float(), expected, rtol=2e-2, atol=2e-2)

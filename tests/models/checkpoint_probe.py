@@ -79,8 +79,7 @@ def probe(directory: Path) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as again:
         model.save_pretrained(again)
         found["saved again"] = distance(load(Path(again)), "default")
-        files = sorted(file.name for file in Path(again).iterdir())
-    found["files"] = files
+        found["files"] = sorted(file.name for file in Path(again).iterdir())
     found["headless"] = headless(directory, model, ids)
     found["tied"] = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     return found

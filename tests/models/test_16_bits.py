@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -49,14 +50,12 @@ TOKENS = torch.arange(20, 40).reshape(2, 10)
 
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
-    made: dict[tuple[str, str], Path] = {}
-
+    @cache
     def folder(name: str, dtype: str) -> Path:
-        if (name, dtype) not in made:
-            made[name, dtype] = tmp_path_factory.mktemp(name) / "dense"
-            model = correlated(random_instance(CONFIG_MAPPING[name](**LAYERS_AND_HEADS | TYPES[name])))
-            model.to(getattr(torch, dtype)).save_pretrained(made[name, dtype])
-        return made[name, dtype]
+        path = tmp_path_factory.mktemp(name) / "dense"
+        model = correlated(random_instance(CONFIG_MAPPING[name](**LAYERS_AND_HEADS | TYPES[name])))
+        model.to(getattr(torch, dtype)).save_pretrained(path)
+        return path
 
     return folder
 
@@ -171,7 +170,6 @@ def test_a_pruned_model_is_loaded_in_the_dtype_that_it_is_stored_in(tmp_path, de
     found = api.load(tmp_path / "pruned")
     assert found.model.dtype == getattr(torch, pruned_in)
     api.save(found, tmp_path / "saved")
-    assert (tmp_path / "saved" / "model.safetensors").read_bytes() == (
-        tmp_path / "pruned" / "model.safetensors"
-    ).read_bytes()
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "pruned"))
+    assert one == other
     assert api.load(tmp_path / "pruned", dtype="float16").model.dtype == torch.float16

@@ -14,19 +14,19 @@ import torch
 import transformers
 from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import CheckpointError, ModelError, OutputError, build_graph, load_pruned, save_checkpoint
+from llmpruner.discovery.oracle import logits
 from llmpruner.models.modeling_llmpruner import pruned_config
 from llmpruner.models.record import read_record
+from llmpruner.models.save import valid_generation_config
 from llmpruner.models.surgery import cut
+from llmpruner.structure.kept import restrict
 
 FAMILY = LlamaFamily()
-
-
-def logits(model: Any) -> torch.Tensor:
-    with torch.no_grad():
-        return model(INPUT_IDS).logits
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_record(shim: Path, tmp_path: Path) -> None:
 
 def test_the_configuration_class_of_a_shim_has_defaults() -> None:
     """transformers 5.19, which vLLM 0.32 brings, compares a configuration with one without values."""
-    assert pruned_config(transformers.LlamaConfig)().to_dict()["model_type"] == "llama"
+    assert pruned_config(LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -73,8 +73,6 @@ def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
 
 
 def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from transformers import GenerationConfig
-
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -107,8 +105,6 @@ def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
 
 
 def test_missing_tensor(shim: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(shim / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, shim / "model.safetensors", metadata={"format": "pt"})
@@ -136,8 +132,6 @@ def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Pat
 
 
 def test_generation_config_and_tokenizer_are_kept(tmp_path: Path) -> None:
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
     tokenizer = tiny_models.tokenizer()
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)})).eval()
     cut(model, build_graph(FAMILY, model.config), {"layers.0.mlp": range(7)}, FAMILY)
@@ -164,22 +158,18 @@ def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     """First to other shapes, with a shim upon a shim; then to uniform ones, which a stock model can state."""
     case = LLAMA[name]
     save_checkpoint(cut_llama(name), tmp_path / "once", record={}, family=FAMILY)
-    from transformers import LlamaConfig
-
-    from llmpruner.structure.kept import restrict
-
     graph = restrict(build_graph(FAMILY, LlamaConfig(**{**SIZES, **case.options})), case.kept)
     model = load_pruned(tmp_path / "once")
     remaining = cut(model, graph, {"layers.0.mlp": range(5)}, FAMILY)
     assert save_checkpoint(model, tmp_path / "twice", record={}, family=FAMILY) == "shim"
     again = load_pruned(tmp_path / "twice")
-    assert torch.equal(logits(again), logits(model))
+    assert torch.equal(logits(again, INPUT_IDS), logits(model, INPUT_IDS))
     kept = {group.name: range(5) for group in remaining.groups if group.kind == "mlp"}
     kept |= {group.name: [0, group.units // 2] for group in remaining.groups if group.kind == "query"}
     kept |= {group.name: [0, 2] for group in remaining.groups if group.kind == "query" and group.units == 4}
     cut(again, remaining, kept, FAMILY)
     assert save_checkpoint(again, tmp_path / "thrice", record={}, family=FAMILY) == "stock"
-    assert torch.equal(logits(load_pruned(tmp_path / "thrice")), logits(again))
+    assert torch.equal(logits(load_pruned(tmp_path / "thrice"), INPUT_IDS), logits(again, INPUT_IDS))
 
 
 def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path) -> None:
@@ -197,11 +187,61 @@ def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path) -
     stated = json.loads((tmp_path / "out" / "config.json").read_text())
     assert found.form == "shim" and not stated["llmpruner"].get("shapes")
     assert stated["model_type"] == "llmpruner_qwen2_moe"
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(INPUT_IDS).logits, found.model(INPUT_IDS).logits, atol=1e-5, rtol=0)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(found.model, INPUT_IDS), atol=1e-5, rtol=0)
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["model_type"] == "llmpruner_qwen2_moe"
     with pytest.raises(ValueError):  # transformers asks for the flag, or does not know the type
         transformers.AutoConfig.from_pretrained(tmp_path / "out", trust_remote_code=False)
+
+
+# Published models have generation configurations that transformers loads, and refuses to save.
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+REFUSED = {
+    "a padding token of -1": ({"pad_token_id": -1}, {}),
+    "and no sampling": ({"pad_token_id": -1, "temperature": 0.6}, {"do_sample": True, "temperature": 0.6}),
+    "sampling alone": ({"top_p": 0.9}, {"do_sample": True, "top_p": 0.9}),
+    "scores that are not returned": ({"output_scores": True, "top_k": None}, {"do_sample": None}),
+    "no samples and scores": ({"output_scores": True, "do_sample": False}, {}),
+    "a cache that is not used": ({"use_cache": False, "cache_implementation": "static"}, {}),
+    "many beams": ({"num_beams": 1, "length_penalty": 0.5, "pad_token_id": -1}, {}),
+}
+
+
+@pytest.mark.parametrize(("options", "kept"), REFUSED.values(), ids=REFUSED)
+def test_a_generation_config_is_valid_without_what_is_refused(options, kept):
+    model = tiny_models.llama()
+    model.generation_config = GenerationConfig.from_dict({**options, **TOKENS})
+    found = valid_generation_config(model)
+    found.validate(strict=True)
+    assert {name: getattr(found, name) for name in (*TOKENS, *kept)} == {**TOKENS, **kept}
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json"])
+def test_a_pruned_model_has_a_valid_generation_config(place, tmp_path):
+    tiny_models.llama().save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    file = tmp_path / "model" / place
+    values = json.loads(file.read_text()) if file.is_file() else {}
+    file.write_text(json.dumps({**values, "pad_token_id": -1, **TOKENS}))
+    llmpruner.prune(tmp_path / "model", unit_ratio=0.25, importance="l1", output=tmp_path / "pruned")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
+    found.validate(strict=True)
+    assert {name: getattr(found, name) for name in TOKENS} == TOKENS and found.pad_token_id is None
+
+
+def test_the_last_resort_of_a_generation_config_has_the_tokens(monkeypatch):
+    """For a refusal that names no option."""
+    model = tiny_models.llama()
+    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=-1, max_length=9)
+
+    def refused(self, **_):
+        if self.max_length == 9:
+            raise TypeError("unorderable")
+
+    monkeypatch.setattr(GenerationConfig, "validate", refused)
+    found = valid_generation_config(model)
+    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, [2, 3], None)
+    model.generation_config = None
+    assert valid_generation_config(model) is None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 
 import pytest
 import torch
@@ -20,22 +19,15 @@ def written(tmp_path, *, nearly_tied=False):
     gguf = pytest.importorskip("gguf")
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
-    writer.add_block_count(2)
-    writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
-    writer.add_feed_forward_length(INNER)
-    writer.add_head_count(HEADS)
-    writer.add_head_count_kv(HEADS)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(WORDS)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    writer.add_token_list(["<s>", "</s>", "a", "b", "ab", *(f"<{n}>" for n in range(5, WORDS))])
-    writer.add_token_types([1] * WORDS)
-    writer.add_token_merges(["a b"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    values = {
+        "block_count": 2, "context_length": 64, "embedding_length": HIDDEN, "feed_forward_length": INNER,
+        "head_count": HEADS, "head_count_kv": HEADS, "layer_norm_rms_eps": 1e-5, "rope_freq_base": 10000.0,
+        "vocab_size": WORDS, "tokenizer_model": "gpt2", "tokenizer_pre": "smollm",
+        "token_list": ["<s>", "</s>", "a", "b", "ab", *(f"<{n}>" for n in range(5, WORDS))],
+        "token_types": [1] * WORDS, "token_merges": ["a b"], "bos_token_id": 0, "eos_token_id": 1,
+    }  # fmt: skip
+    for name, value in values.items():
+        getattr(writer, f"add_{name}")(value)
     torch.manual_seed(0)
     shapes = {"token_embd": (WORDS, HIDDEN), "output": (WORDS, HIDDEN), "output_norm": (HIDDEN,)}
     for n in range(2):
@@ -43,12 +35,11 @@ def written(tmp_path, *, nearly_tied=False):
         shapes |= {f"blk.{n}.{name}_norm": (HIDDEN,) for name in ("attn", "ffn")}
         shapes |= {f"blk.{n}.ffn_{name}": (INNER, HIDDEN) for name in ("gate", "up")}
         shapes[f"blk.{n}.ffn_down"] = (HIDDEN, INNER)
-    values = {}
-    for name, shape in shapes.items():
-        values[name] = torch.randn(shape)
-        if name == "output" and nearly_tied:
-            values[name] = values["token_embd"] + 0.02 * values[name]
-        writer.add_tensor(f"{name}.weight", values[name].numpy())
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    if nearly_tied:
+        tensors["output"] = tensors["token_embd"] + 0.02 * tensors["output"]
+    for name, tensor in tensors.items():
+        writer.add_tensor(f"{name}.weight", tensor.numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -72,39 +63,23 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
 
 @pytest.fixture
 def parses(monkeypatch):
-    """What is parsed: the header with the vocabulary, its values, and the map of tensor names."""
+    """How often a file is parsed."""
     gguf = pytest.importorskip("gguf")
-    calls = Counter()
-
-    def counted(owner, name):
-        own = getattr(owner, name)
-
-        def call(*given, **options):
-            calls[name] += 1
-            return own(*given, **options)
-
-        monkeypatch.setattr(owner, name, call)
-
-    counted(gguf.GGUFReader, "__init__")
-    counted(gguf, "get_tensor_name_map")
-    counted(parsing, "_OWN_LOAD")
+    calls, own = [], gguf.GGUFReader.__init__
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: calls.append(given) or own(*given))
     return calls
-
-
-ONCE = {"__init__": 1, "get_tensor_name_map": 1, "_OWN_LOAD": 2}
-"""transformers looks at the values of the header again when it loads the tensors."""
 
 
 def test_a_command_parses_the_file_once(gguf_file, tmp_path, parses):
     llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
-    assert parses == ONCE
+    assert len(parses) == 1
 
 
 def test_what_was_parsed_is_freed_and_follows_the_file(gguf_file, catalog, parses):
     assert llmpruner.discover(gguf_file).graph.num_layers == 2 and parsing._parsed.cache_info().currsize == 0
     parses.clear()
     first = parsing.gguf_reader(gguf_file)
-    assert parsing.gguf_reader(str(gguf_file)) is first and parses["__init__"] == 1
+    assert parsing.gguf_reader(str(gguf_file)) is first and len(parses) == 1
     load_structure(str(gguf_file), catalog)
     os.utime(gguf_file, ns=(0, 0))
     assert parsing.gguf_reader(gguf_file) is not first

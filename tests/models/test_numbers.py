@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from criteria_cases import SMALL, random_instance, tokens
+from criteria_cases import SMALL, opened, tokens
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Catalog, build_graph
+from llmpruner import Catalog
 from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
 from llmpruner.models.numbers import first_not_finite
 from llmpruner.models.surgery import cut, silence
@@ -24,9 +25,7 @@ ODD = SMALL | {"hidden_size": 36, "intermediate_size": 37, "num_hidden_layers": 
 
 def model_of(kind: str = "llama", values=ODD, dtype=torch.float32) -> Model:
     config = CONFIG_MAPPING[kind](**values)
-    family = CATALOG.family_for(config)
-    model = random_instance(config, 0).to(dtype)
-    return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+    return opened(random_instance(config).to(dtype), CATALOG.family_for(config))
 
 
 @pytest.fixture(scope="module", params=DTYPES[1:], ids=str)

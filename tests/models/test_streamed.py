@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,13 +37,11 @@ METHODS = {
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     """A folder with the model of one of the `CASES`."""
-    made: dict[str, Path] = {}
 
+    @cache
     def folder(name: str) -> Path:
-        if name not in made:
-            made[name] = tmp_path_factory.mktemp(name) / "dense"
-            make(name).model.save_pretrained(made[name])
-        return made[name]
+        make(name).model.save_pretrained(path := tmp_path_factory.mktemp(name) / "dense")
+        return path
 
     return folder
 
@@ -111,16 +110,18 @@ def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
     assert [name for name in names if not torch.equal(resident[name], streamed[name])] == []
 
 
-@pytest.mark.parametrize("kinds", ["hidden", "layer", "query"])
+READS_TEXT = {"calibration": "self", "layers": "all"}
+KINDS = {
+    "hidden": {"importance": "l1", "ratio": 0.1},
+    "layer": {"importance": "angular", "ratio": 0.4, **READS_TEXT},
+    "query": {"importance": "energy", "ratio": 0.1, **READS_TEXT},
+}
+
+
+@pytest.mark.parametrize("kinds", KINDS)
 def test_other_kinds(kinds, dense, tmp_path):
-    importance = "angular" if kinds == "layer" else "energy" if kinds == "query" else "l1"
     for streamed in (False, True):
-        options = {} if kinds == "hidden" else {"calibration": "self", "layers": "all"}
-        options["ratio"] = 0.4 if kinds == "layer" else 0.1
-        prune(
-            dense("llama-gqa"), tmp_path / str(streamed), streamed=streamed, kinds=kinds, importance=importance,
-            **options,
-        )  # fmt: skip
+        prune(dense("llama-gqa"), tmp_path / str(streamed), streamed=streamed, kinds=kinds, **KINDS[kinds])
     assert_same(tmp_path / "False", tmp_path / "True")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import random
+from dataclasses import replace
 from functools import partial, reduce
 
 import pytest
@@ -11,75 +11,48 @@ import torch
 from torch import nn
 
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, Role, Span
-from llmpruner.discovery.oracle import random_plan, silenced
-from llmpruner.errors import PlanError
+from llmpruner.discovery.oracle import cached_difference, logits, random_plan, silenced
+from llmpruner.errors import CouplingError, PlanError
 from llmpruner.models.surgery import CutValues, cut, silence
 from llmpruner.structure.coupling import CouplingGraph, Explicit
 from llmpruner.structure.kept import check_kept, compose, restrict
+from llmpruner.structure.plan import structure_of
 
 
-def keep_some(graph, kinds, seed, share=0.6):
+def some(graph, kinds, seed):
     """A random choice of units, another in every group."""
-    rng = random.Random(seed)
-    kept = {}
-    for group in graph.of_kinds(kinds):
-        per_block = group.units // group.blocks
-        count = max(1, round(per_block * share * rng.uniform(0.7, 1.2)))
-        blocks = [sorted(rng.sample(range(per_block), min(count, per_block))) for _ in range(group.blocks)]
-        kept[group.name] = [b * per_block + u for b, units in enumerate(blocks) for u in units]
-    return kept
+    return random_plan(graph.of_kinds(kinds), seed, uneven=True)
 
 
-@pytest.mark.parametrize("index", [Blocks(9, start=3), Blocks(9, 1, 2, 4), Blocks(9, 2), Explicit(((5, 1), (0, 7)))])
-def test_indices_of_units(index, monkeypatch):
-    units = [1, 0] if isinstance(index, Explicit) else [8, 0, 3]
-    expected = [i for unit in units for i in index.of(unit)]
-    if index.width == 1:  # without a call for each of a large model's channels
-        monkeypatch.setattr(Blocks, "of", None)
-    assert Span("weight", 0, Role.PRODUCES, index).indices(iter(units)) == expected
+def assert_exact(loaded, kept, graph=None):
+    """Copies of the model, cut and silenced, have the same logits with each attention; returns the cut one, the graph
+    that is left of ``graph``, and how far the logits are from those of the whole model."""
+    graph = graph or loaded.graph
+    loaded.model.double()  # in float32, sums of other lengths differ by up to 1.05e-5 on some processors
+    without, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
+    silence(without, graph, kept)
+    remaining = cut(smaller, graph, kept, loaded.family)
+    ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
+    for attention in ("eager", "sdpa"):
+        for model in (without, smaller):
+            model.set_attn_implementation(attention)
+        expected = logits(without, ids)
+        torch.testing.assert_close(logits(smaller, ids), expected, atol=1e-5, rtol=1e-5)
+    return smaller, remaining, float((expected - logits(loaded.model, ids)).abs().max())
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("hidden",), ("mlp", "attention", "hidden")], ids="+".join)
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-def test_a_cut_equals_silencing(loaded, kinds, attention):
-    kept = keep_some(loaded.graph, kinds, seed=len(kinds))
-    loaded.model.double()  # in float32, sums of other lengths differ by up to 1.05e-5 on some processors
-    silenced, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
-    silence(silenced, loaded.graph, kept)
-    cut(smaller, loaded.graph, kept, loaded.family)
-    for model in (silenced, smaller):
-        model.set_attn_implementation(attention)
-    ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        expected, actual = silenced(ids).logits, smaller(ids).logits
-        dense = loaded.model(ids).logits
-    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
-    assert (expected - dense).abs().max() > 0.1, "the cut must be visible, or equality proves nothing"
+def test_a_cut_equals_silencing(loaded, kinds):
+    *_, change = assert_exact(loaded, some(loaded.graph, kinds, seed=len(kinds)))
+    assert change > 0.1, "the cut must be visible, or equality proves nothing"
 
 
 def test_query_heads_can_go_inside_their_groups(gqa):
     kept = {"layers.1.query": [0, 3, 5, 6], "layers.2.query": [1, 2, 4, 7], "layers.1.attention": [1, 3]}
-    silenced, smaller = copy.deepcopy(gqa.model), copy.deepcopy(gqa.model)
-    silence(silenced, gqa.graph, kept)
-    remaining = cut(smaller, gqa.graph, kept, gqa.family)
-    ids = torch.arange(10)[None]
-    for attention in ("eager", "sdpa"):
-        silenced.set_attn_implementation(attention)
-        smaller.set_attn_implementation(attention)
-        with torch.no_grad():
-            torch.testing.assert_close(smaller(ids).logits, silenced(ids).logits, atol=1e-5, rtol=1e-5)
+    smaller, remaining, _ = assert_exact(gqa, kept)
     assert smaller.model.layers[1].self_attn.num_key_value_groups == 1
-    assert remaining.by_name["layers.1.query"].units == 2
-    assert remaining.by_name["layers.1.query"].blocks == 2
-
-
-def test_query_heads_can_go_after_their_kv_heads(gqa):
-    """One query head must stay in each KV head that is left, not as many as there were KV heads once."""
-    attention, query = "layers.1.attention", "layers.1.query"
-    left = restrict(gqa.graph, {attention: (0, 2, 3)})
-    group = left.by_name[query]
-    assert (group.units, group.blocks, group.minimum) == (6, 3, 3)
-    assert restrict(left, {query: (0, 3, 4)}).by_name[query].units == 3
+    left = remaining.by_name["layers.1.query"]
+    assert (left.units, left.blocks) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +70,8 @@ def test_query_heads_can_go_after_their_kv_heads(gqa):
     ids=["query heads later", "both first", "across layers"],
 )
 def test_successive_cuts_are_one_cut(gqa, cuts):
-    """One that keeps query heads in the blocks of removed KV heads, too, as a plan of one step does."""
+    """One that keeps query heads in the blocks of removed KV heads, too, as a plan of one step does. One query head
+    must stay in each KV head that is left, not as many as there were KV heads once."""
     graph, smaller = gqa.graph, copy.deepcopy(gqa.model)
     for kept in cuts:
         graph = cut(smaller, graph, kept, gqa.family)
@@ -107,25 +81,14 @@ def test_successive_cuts_are_one_cut(gqa, cuts):
     again = copy.deepcopy(gqa.model)
     cut(again, gqa.graph, at_once, gqa.family)
     ids = torch.arange(9)[None]
-    with torch.no_grad(), silenced(gqa.model, gqa.graph, at_once):
-        assert torch.equal(again(ids).logits, smaller(ids).logits)
-        torch.testing.assert_close(smaller(ids).logits, gqa.model(ids).logits, atol=1e-5, rtol=1e-5)
-
-
-def test_a_block_that_is_gone_keeps_the_first_units_that_it_had(gqa):
-    first = {"layers.1.attention": (0, 2, 3)}
-    assert compose(gqa.graph, first, {"layers.1.query": (0, 3, 5)})["layers.1.query"] == (0, 2, 5, 7)
-    first |= {"layers.1.query": (1, 3, 5, 7)}
-    assert compose(gqa.graph, first, {"layers.1.attention": (0, 1)})["layers.1.query"] == (1, 3, 5, 7)
+    with silenced(gqa.model, gqa.graph, at_once):
+        assert torch.equal(logits(again, ids), logits(smaller, ids))
+        torch.testing.assert_close(logits(smaller, ids), logits(gqa.model, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
-    kept = keep_some(loaded.graph, ("mlp", "attention", "layer"), seed=5)
-    cut(loaded.model, loaded.graph, kept, loaded.family)
-    ids = torch.tensor([[5, 9, 3]])
-    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
-    cached = loaded.model.generate(ids, use_cache=True, **options)
-    assert torch.equal(cached, loaded.model.generate(ids, use_cache=False, **options))
+    cut(loaded.model, loaded.graph, some(loaded.graph, ("mlp", "attention", "layer"), seed=5), loaded.family)
+    assert cached_difference(loaded.model, torch.tensor([[5, 9, 3]])) < 1e-5
 
 
 def test_removing_layers_equals_skipping_them(gqa):
@@ -134,25 +97,18 @@ def test_removing_layers_equals_skipping_them(gqa):
     for number in (1, 2):
         gqa.model.model.layers[number].forward = lambda hidden_states, *_, **__: hidden_states
     ids = torch.arange(12)[None]
-    with torch.no_grad():
-        assert torch.equal(smaller(ids).logits, gqa.model(ids).logits)
+    assert torch.equal(logits(smaller, ids), logits(gqa.model, ids))
     assert smaller.config.num_hidden_layers == 2
     assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1]
 
 
 def test_the_graph_follows_the_cut(loaded):
-    kept = keep_some(loaded.graph, ("mlp", "attention", "layer", "hidden"), seed=9)
+    kept = some(loaded.graph, ("mlp", "attention", "layer", "hidden"), seed=9)
     remaining = cut(loaded.model, loaded.graph, kept, loaded.family)
     assert remaining == restrict(loaded.graph, kept)
     shapes = {n: tuple(p.shape) for n, p in loaded.model.named_parameters(remove_duplicate=False)}
     assert dict(remaining.shapes) == shapes
-    again = {g.name: range(g.minimum) for g in remaining.of_kinds(["mlp", "attention"])}
-    silenced, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
-    silence(silenced, remaining, again)
-    cut(smaller, remaining, again, loaded.family)
-    ids = torch.arange(9)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(smaller(ids).logits, silenced(ids).logits, atol=1e-5, rtol=1e-5)
+    assert_exact(loaded, {g.name: range(g.minimum) for g in remaining.of_kinds(["mlp", "attention"])}, remaining)
 
 
 @pytest.mark.parametrize(
@@ -266,3 +222,70 @@ def test_layers_that_share_weights_are_cut_together():
         assert first.weight is second.weight and first.weight.shape[-1] == 3
         assert remaining.shapes[f"layers.1.{name}.weight"] == tuple(second.weight.shape)
     assert all(abs(layer["norm"].eps - 0.2) < 1e-9 for layer in layers) and layers[1]["out"].in_features == 3
+
+
+BUFFER = Span("layers.0.table", 0, Role.PRODUCES, Blocks(3, width=2))
+WEIGHT = Span("layers.0.weight", 1, Role.CONSUMES, Blocks(3, width=2))
+
+
+def with_table():
+    layer = nn.Linear(6, 4, bias=False)
+    layer.register_buffer("table", torch.arange(6.0), persistent=False)
+    return nn.ModuleDict({"layers": nn.ModuleList([layer])})
+
+
+def graph_of(*buffers):
+    group = CoupledGroup("layers.0.mlp", "mlp", 3, (WEIGHT,), buffers=buffers)
+    return CouplingGraph((group,), {"layers.0.weight": (4, 6)}, "layers", buffers={"layers.0.table": (6,)})
+
+
+def test_buffers_keep_the_entries_of_the_units_that_stay():
+    tiny = with_table()
+    remaining = cut(tiny, graph_of(BUFFER), {"layers.0.mlp": [0, 2]})
+    layer = tiny["layers"][0]
+    assert layer.table.tolist() == [0.0, 1.0, 4.0, 5.0]
+    assert not isinstance(layer.table, nn.Parameter)
+    assert layer.weight.shape == (4, 4)
+    assert "layers.0.table" in tiny.state_dict(), "computed anew, it would have the entries of all units again"
+    assert remaining == restrict(graph_of(BUFFER), {"layers.0.mlp": [0, 2]})
+    assert remaining.buffers == {"layers.0.table": (4,)}
+    assert remaining.groups[0].buffers == (replace(BUFFER, index=Blocks(2, width=2)),)
+    cut(tiny, remaining, {"layers.0.mlp": [1]})
+    assert layer.table.tolist() == [4.0, 5.0]
+
+
+def test_an_untouched_buffer_stays_as_it_was():
+    tiny = with_table()
+    cut(tiny, graph_of(), {"layers.0.mlp": [0, 2]})
+    assert tiny["layers"][0].table.tolist() == list(range(6))
+    assert "layers.0.table" not in tiny.state_dict()
+
+
+def test_units_under_a_norm_are_silenced_in_buffers_too():
+    norm = Span("layers.0.weight", 1, Role.NORM, Blocks(3, width=2))
+    group = CoupledGroup("layers.0.hidden", "hidden", 3, (norm,), buffers=(BUFFER,))
+    tiny = with_table()
+    silence(tiny, replace(graph_of(), groups=(group,)), {"layers.0.hidden": [0, 2]})
+    assert tiny["layers"][0].table.tolist() == [0.0, 1.0, 0.0, 0.0, 4.0, 5.0]
+
+
+def test_buffers_do_not_count():
+    with_buffer, without = graph_of(BUFFER), replace(graph_of(), buffers={})
+    assert structure_of(with_buffer) == structure_of(without)
+    assert with_buffer.total_parameters == with_buffer.decoder_parameters == 24
+    assert restrict(with_buffer, {"layers.0.mlp": [0]}).total_parameters == 8
+    assert with_buffer.parameters_per_unit(with_buffer.groups[0]) == without.parameters_per_unit(without.groups[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"parameter": "layers.0.other"}, "the model has no buffer 'layers.0.other'"),
+        ({"axis": 1}, "has no axis 1"),
+        ({"index": Blocks(3, width=2, start=1)}, "outside the axis of size 6"),
+        ({"index": Blocks(2, width=2)}, "maps 2 units, not 3"),
+    ],
+)
+def test_a_wrong_span_of_a_buffer_is_refused(change, message):
+    with pytest.raises(CouplingError, match=message):
+        graph_of(replace(BUFFER, **change))

@@ -1,20 +1,33 @@
-"""Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks."""
+"""Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks, with a padding token
+that the model knows, and no more than the model reads."""
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import tiny_models
+import torch
 from tokenizers.processors import TemplateProcessing
+from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
+import llmpruner
 from llmpruner import DataError
 from llmpruner.calibration.chat import labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, Message
 from llmpruner.calibration.windows import windows
+from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.generation import generate
-from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, tokens_of
+from llmpruner.models.generation import generate, positions_of, table_of
+from llmpruner.models.tokenizer import (
+    LONGEST_WORD,
+    ids_to_continue,
+    padding_id,
+    tokens_of,
+    with_padding,
+)
 
 
 class Recording:
@@ -85,3 +98,83 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
         (text,) = training_texts(Instruction("q", "a"), Family(), tokenizer)
         row = labelled(text, tokenizer, None)
         assert row["labels"].count(end) == row["input_ids"].count(end) == min(ends, 1)
+
+
+@pytest.fixture
+def padded():
+    """A tokenizer whose padding token was added without resizing the model, as in many derivatives of Llama."""
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    rows = model.get_input_embeddings().num_embeddings
+    tokenizer.add_tokens([f"<extra {n}>" for n in range(rows - len(tokenizer))])
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tokenizer.pad_token_id >= rows
+    return model, tokenizer
+
+
+def test_another_token_pads_where_the_padding_token_has_no_row(padded):
+    model, tokenizer = padded
+    assert padding_id(tokenizer, model) == tokenizer.eos_token_id
+    assert padding_id(tokenizer, model, [None, 10**6, 7]) == 7
+    other = with_padding(tokenizer, model)
+    assert (other.pad_token_id, tokenizer.pad_token) == (tokenizer.eos_token_id, "[PAD]")
+    assert with_padding(other, model) is other
+    numbers = torch.rand(2, 4, generator=torch.Generator().manual_seed(0))
+    assert len(answered(model, tokenizer, [[5, 6, 7], [8]], 4, numbers)) == 2
+
+
+def test_a_model_without_a_row_for_the_padding_token_is_recovered(padded, tmp_path):
+    for part in padded:
+        part.save_pretrained(tmp_path / "model")
+    rows = [{"prompt": "Question", "completion": "It is so. " * (1 + n % 3)} for n in range(8)]
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    llmpruner.prune(tmp_path / "model", ratio=0.2, importance="l1", compensate="none", output=tmp_path / "pruned")
+    llmpruner.recover(
+        tmp_path / "pruned", data=str(tmp_path / "d.jsonl"), output=tmp_path / "out", strategy="full", max_steps=3,
+        batch_size=4, micro_batch_size=4,
+    )  # fmt: skip
+    assert llmpruner.load(tmp_path / "out").tokenizer.pad_token == "[PAD]"
+
+
+MPT = {"vocab_size": 300, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 32}
+OPT = {
+    "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "ffn_dim": 48,
+    "word_embed_proj_dim": 32, "max_position_embeddings": 32,
+}  # fmt: skip
+MODELS = {
+    "gpt2": tiny_models.gpt2,
+    "mpt": lambda: MptForCausalLM(MptConfig(**MPT)),
+    "opt": lambda: OPTForCausalLM(OPTConfig(**OPT)),
+}
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return MODELS[request.param]().eval()
+
+
+def test_as_many_tokens_as_the_model_reads(model):
+    assert positions_of(model.config) == table_of(model.config) == 32
+    ids = torch.arange(10, 43)[None]
+    model(ids[:, :32], use_cache=False)
+    with pytest.raises((RuntimeError, IndexError)):
+        model(ids, use_cache=False)
+
+
+def test_a_rotary_model_reads_more():
+    model = tiny_models.llama()
+    assert positions_of(model.config) == 512 and table_of(model.config) is None
+
+
+def test_more_is_refused_before_weights_are_read(model, tmp_path):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    model.save_pretrained(folder)
+    tiny_models.tokenizer().save_pretrained(folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"text": tiny_models.TEXT}) + "\n")
+    with pytest.raises(DataError, match="calibration length 33 is beyond the model's 32 positions; lower --set"):
+        llmpruner.prune(folder, ratio=0.2, importance="l1", compensate="refit", samples=4, length=33, output=out)
+    with pytest.raises(DataError, match=r"windows of 33 tokens are beyond the 32 positions of '.*model'; lower --win"):
+        llmpruner.evaluate(folder, perplexity=str(data), window=33)
+    assert {file.name for file in tmp_path.iterdir()} == {"model", "data.jsonl"}

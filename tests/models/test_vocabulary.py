@@ -58,15 +58,9 @@ def wrapped(backend: Tokenizer) -> Any:
     return made
 
 
-def byte_level() -> Tokenizer:
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    backend.train_from_iterator(
-        [TEXT],
-        trainers.BpeTrainer(vocab_size=1200, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False),
-    )
+def trained(backend: Tokenizer, trainer: type[Any], size: int, **options: Any) -> Tokenizer:
+    options = {"special_tokens": SPECIAL, "show_progress": False, **options}
+    backend.train_from_iterator([TEXT], trainer(vocab_size=size, **options))
     return backend
 
 
@@ -74,6 +68,13 @@ def changed(backend: Tokenizer, change: Callable[[dict[str, Any]], None]) -> Tok
     spec = json.loads(backend.to_str())
     change(spec)
     return Tokenizer.from_str(json.dumps(spec))
+
+
+def byte_level() -> Tokenizer:
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return trained(backend, trainers.BpeTrainer, 1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
 def as_llama_3() -> Tokenizer:
@@ -94,10 +95,6 @@ def as_llama_2() -> Tokenizer:
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     special = [*SPECIAL, *BYTES]
-    backend.train_from_iterator(
-        [TEXT],
-        trainers.BpeTrainer(vocab_size=1500, special_tokens=special, limit_alphabet=120, show_progress=False),
-    )
 
     def change(spec: dict[str, Any]) -> None:
         spec["added_tokens"] = spec["added_tokens"][: len(SPECIAL)]
@@ -108,23 +105,19 @@ def as_llama_2() -> Tokenizer:
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    return changed(backend, change)
+    return changed(trained(backend, trainers.BpeTrainer, 1500, special_tokens=special, limit_alphabet=120), change)
 
 
 def unigram() -> Tokenizer:
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(
-        [TEXT],
-        trainers.UnigramTrainer(vocab_size=800, special_tokens=SPECIAL, unk_token="<unk>", show_progress=False),
-    )
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
 
     def change(spec: dict[str, Any]) -> None:
         spec["model"]["vocab"][len(SPECIAL) : len(SPECIAL)] = [[byte, 0.0] for byte in BYTES]
         spec["model"]["byte_fallback"] = True
 
-    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
-    return changed(backend, change)
+    return changed(trained(backend, trainers.UnigramTrainer, 800, unk_token="<unk>"), change)
 
 
 def word_piece() -> Tokenizer:
@@ -132,10 +125,7 @@ def word_piece() -> Tokenizer:
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.WordPiece()
-    backend.train_from_iterator(
-        [TEXT], trainers.WordPieceTrainer(vocab_size=1000, special_tokens=SPECIAL, show_progress=False)
-    )
-    return backend
+    return trained(backend, trainers.WordPieceTrainer, 1000)
 
 
 def as_gpt_1() -> Tokenizer:
@@ -143,11 +133,7 @@ def as_gpt_1() -> Tokenizer:
     backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     backend.decoder = decoders.BPEDecoder()
-    backend.train_from_iterator(
-        [TEXT],
-        trainers.BpeTrainer(vocab_size=900, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False),
-    )
-    return backend
+    return trained(backend, trainers.BpeTrainer, 900, end_of_word_suffix="</w>")
 
 
 CLASSES = [
@@ -218,10 +204,7 @@ def test_any_text_comes_back(kind) -> None:
     trimmed = Vocabulary(tokenizer).trimmed(kept_of(tokenizer, 0.7, seed=3))
     texts = strings(10_000)
     before, after = (
-        [
-            each.decode(ids, clean_up_tokenization_spaces=False)
-            for ids in each(texts, add_special_tokens=False)["input_ids"]
-        ]
+        each.batch_decode(each(texts, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False)
         for each in (tokenizer, trimmed)
     )
     assert after == (texts if kind in (byte_level, as_llama_3) else before)
@@ -231,9 +214,8 @@ def as_class(cls: type[Any], kind: Callable[[], Tokenizer]) -> Any:
     """A class that builds its tokenizer from a vocabulary and merges, and the rest of ``tokenizer.json`` by rules."""
     model = json.loads(kind().to_str())["model"]
     merges = {"merges": [tuple(pair) for pair in model["merges"]]} if "merges" in model else {}
-    vocabulary = (
-        model["vocab"] if merges or model["type"] == "WordPiece" else [tuple(entry) for entry in model["vocab"]]
-    )
+    unigrams = not merges and model["type"] != "WordPiece"
+    vocabulary = [tuple(entry) for entry in model["vocab"]] if unigrams else model["vocab"]
     made = cls(vocab=vocabulary, **merges, bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True)
     made.add_tokens(["<|user|>", "<|late|>"], special_tokens=True)
     made.chat_template = TEMPLATE
@@ -252,13 +234,11 @@ def test_a_saved_tokenizer_is_the_same_but_for_its_ids(make, tmp_path) -> None:
     save_tokenizer(trimmed, tmp_path / "trimmed")
     loaded = AutoTokenizer.from_pretrained(tmp_path / "trimmed")
     assert type(loaded) is type(tokenizer) or type(loaded).__name__ == "TokenizersBackend"
-    assert {
-        token: kept[number] for token, number in loaded.get_vocab().items()
-    }.items() <= tokenizer.get_vocab().items()
+    before = {token: kept[number] for token, number in loaded.get_vocab().items()}
+    assert before.items() <= tokenizer.get_vocab().items()
     assert len(loaded) == len(kept) and loaded.special_tokens_map == tokenizer.special_tokens_map
-    assert {t.content: vars_of(t) for t in loaded.added_tokens_decoder.values()} == {
-        t.content: vars_of(t) for t in tokenizer.added_tokens_decoder.values()
-    }
+    one, other = ({t.content: vars_of(t) for t in each.added_tokens_decoder.values()} for each in (loaded, tokenizer))
+    assert one == other
     assert {file.name for file in (tmp_path / "trimmed").iterdir()} == {
         "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
     }  # fmt: skip

@@ -16,7 +16,6 @@ from llmpruner import api, pipeline
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
-from llmpruner.files import write_text
 from llmpruner.progress import Progress
 from llmpruner.pruning import selection
 from llmpruner.settings import RunSettings
@@ -125,24 +124,6 @@ def test_a_folder_of_the_user_is_not_touched(anew, tmp_path):
     with pytest.raises(OutputError, match="move it away"), Journal(tmp_path / "out.pruning", {}).running(anew=anew):
         pass
     assert (tmp_path / "out.pruning" / "thesis.txt").read_text() == "mine"
-
-
-def test_a_folder_that_was_just_begun_is_not_in_the_way(tmp_path, monkeypatch):
-    """The process ends while the file is written by which its folder is known."""
-
-    def killed(*_, **__):
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", killed)
-        patch.setattr(Path, "unlink", killed)
-        journal = tmp_path / "run.json"
-        journal.mkdir()
-        with pytest.raises(Killed):
-            write_text(journal / "run.json", "{}")
-    assert len(list(journal.iterdir())) == 1
-    with Journal(journal, {}).running():
-        pass
 
 
 def test_a_refused_run_leaves_no_folder(dense, tmp_path):

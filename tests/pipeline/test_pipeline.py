@@ -9,13 +9,12 @@ import criteria_cases
 import pytest
 import tiny_models
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from llmpruner_llama import LlamaFamily
 
 import llmpruner
 from llmpruner import ModelError, OutputError, PruningPlan
-from llmpruner.discovery.groups import build_graph
+from llmpruner.discovery.oracle import logits
 from llmpruner.errors import PlanError, SelectionError
-from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.compensation.base import Refit
 from llmpruner.pruning.criteria.estimate import estimate
@@ -25,35 +24,8 @@ from llmpruner.testing.models import make_plan, small_job
 LITTLE_TEXT = {"samples": 2, "length": 12}
 
 
-@pytest.fixture
-def plan(gqa) -> PruningPlan:
-    return llmpruner.plan(gqa, ratio=0.3, importance="l1")
-
-
-def test_the_same_seed_gives_the_same_bytes(gqa):
-    first, again, other = (
-        llmpruner.plan(
-            gqa, ratio=0.3, kinds="mlp,attention", importance="taylor", samples=3, length=16, seed=seed
-        ).to_json()
-        for seed in (7, 7, 8)
-    )
-    assert again == first != other
-
-
-def test_a_plan_survives_its_file(plan, tmp_path):
-    plan.save(tmp_path / "plan.json")
-    assert PruningPlan.load(tmp_path / "plan.json") == plan
-    assert [p.name for p in tmp_path.iterdir()] == ["plan.json"]
-
-
-def test_a_plan_fits_every_model_of_its_structure_and_no_other(gqa, plan, loaded):
-    if loaded.graph.shapes == gqa.graph.shapes:
-        plan.check(loaded.graph)
-        return
-    before = copy.deepcopy(loaded.model.state_dict())
-    with pytest.raises(PlanError, match=r"this plan was made for 'tiny' .* make a new plan"):
-        llmpruner.prune(loaded, plan=plan)
-    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.state_dict().items())
+def stopped(*_):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(
@@ -64,7 +36,8 @@ def test_a_plan_fits_every_model_of_its_structure_and_no_other(gqa, plan, loaded
         ({"schema_version": 1, "gone": 1}, "/p is a plan of version 1, and this .* reads version 2; make a new"),
     ],
 )
-def test_a_plan_that_cannot_be_read_is_refused(plan, change, message, tmp_path):
+def test_a_plan_that_cannot_be_read_is_refused(gqa, change, message, tmp_path):
+    plan = llmpruner.plan(gqa, ratio=0.3, importance="l1")
     (tmp_path / "p").write_text(json.dumps({**json.loads(plan.to_json()), **change}))
     with pytest.raises(PlanError, match=message):
         PruningPlan.load(tmp_path / "p")
@@ -77,14 +50,8 @@ def test_a_plan_records_the_settings_that_it_replays_with(gqa):
     assert values["selection"]["allocation"] == "uniform"
     written = {"self": {"passage": 64}}
     assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
-    recorded = {name: values["compensation"][name] for name in ("name", "settings", "calibration", "samples", "length")}
-    assert recorded == {
-        "name": "refit",
-        "settings": Refit().record(),
-        "calibration": "self",
-        "samples": 3,
-        "length": 16,
-    }
+    text = {"calibration": "self", "samples": 3, "length": 16}
+    assert values["compensation"].items() >= {"name": "refit", "settings": Refit().record(), **text}.items()
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)
@@ -113,35 +80,12 @@ def test_query_heads_go_in_steps_with_their_kv_heads(shape, monkeypatch):
     assert abs(removed - 0.3) < 0.05
 
 
-def test_less_than_one_unit_is_refused(gqa):
-    with pytest.raises(SelectionError, match="less than one unit of the selected groups; ask for more"):
-        llmpruner.plan(gqa, ratio=1e-5, shape="free", importance="l1")
-    # By the stages, too, for budgets and allocations whose demand is known only while they run.
-    with pytest.raises(SelectionError, match="less than one unit"):
-        make_plan(gqa, small_job(amount=1e-5))
-
-
-def test_total_parameters(gqa):
-    total = gqa.graph.total_parameters
+def test_an_amount_of_nothing_or_everything_is_refused(gqa):
     with pytest.raises(SelectionError, match="is not below the model's"):
-        llmpruner.plan(gqa, target_params=total * 2, importance="l1")
-    unit = gqa.graph.parameters_per_unit(gqa.graph.by_name["layers.0.mlp"])
-    pruned = llmpruner.prune(gqa, target_params=total * 0.8, shape="free", importance="l1")
-    assert abs(pruned.graph.total_parameters - total * 0.8) <= unit
-
-
-def test_a_share_of_units_is_the_papers_amount(gqa):
-    cuts = llmpruner.plan(gqa, unit_ratio=0.25, kinds="mlp,attention", layers="1-2", importance="l1").cuts
-    assert {(c.kind, len(c.kept)) for c in cuts.values()} == {("mlp", 72), ("attention", 3)}
-    assert {c.layer for c in cuts.values()} == {1, 2}
-
-
-def test_every_plan_of_a_checkpoint_has_its_work(gqa, tmp_path):
-    llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "once")
-    (first,) = json.loads((tmp_path / "once" / "llmpruner.json").read_text())["work"]
-    llmpruner.prune(tmp_path / "once", ratio=0.2, importance="l2", output=tmp_path / "twice")
-    one, two = json.loads((tmp_path / "twice" / "llmpruner.json").read_text())["work"]
-    assert one == first and two
+        llmpruner.plan(gqa, target_params=gqa.graph.total_parameters * 2, importance="l1")
+    # By the stages, too, for budgets and allocations whose demand is known only while they run.
+    with pytest.raises(SelectionError, match="less than one unit of the selected groups; ask for more"):
+        make_plan(gqa, small_job(amount=1e-5))
 
 
 def test_both_ends_are_protected(deep):
@@ -156,28 +100,20 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):
     assert loaded.graph == once.graph
     twice = llmpruner.prune(loaded, ratio=0.3, kinds="layer,attention", importance="l1", output=tmp_path / "twice")
     again = llmpruner.load(tmp_path / "twice")
-    assert len(again.plans) == 2
+    assert len(again.plans) == 2 and again.record["work"][:1] == loaded.record["work"] and again.record["work"][1]
     ids = torch.arange(8)[None]
-    with torch.no_grad():
-        torch.testing.assert_close(again.model(ids).logits, twice.model(ids).logits, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(again.model, ids), logits(twice.model, ids), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("criterion", "compensate", "tokens"), [("energy", "refit", 96), ("taylor", "refit", 32), ("taylor", "none", 96)]
 )
-def test_scores_of_gradients_read_less_text_where_a_compensation_follows(
-    gqa, monkeypatch, criterion, compensate, tokens
-):
+def test_gradients_read_less_text_where_a_compensation_follows(gqa, monkeypatch, criterion, compensate, tokens):
     monkeypatch.setattr("llmpruner.pruning.selection.GRADIENT_TOKENS", 32)
     seen = []
-
-    def spy(*arguments, **options):
-        seen.append(arguments[4].input_ids.numel())
-        return estimate(*arguments, **options)
-
-    monkeypatch.setattr("llmpruner.pruning.selection.estimate", spy)
+    monkeypatch.setattr("llmpruner.pruning.selection.estimate", lambda *a, **o: seen.append(a[4]) or estimate(*a, **o))
     llmpruner.plan(gqa, ratio=0.3, importance=criterion, samples=6, length=16, compensate=compensate)
-    assert seen == [tokens]
+    assert [text.input_ids.numel() for text in seen] == [tokens]
 
 
 def test_a_model_that_was_changed_in_place_has_its_plans(gqa, tmp_path):
@@ -193,9 +129,6 @@ def test_a_model_that_was_changed_in_place_has_its_plans(gqa, tmp_path):
 
 
 def test_a_model_that_a_prune_left_half_changed_is_refused(gqa, tmp_path, monkeypatch):
-    def stopped(*_):
-        raise KeyboardInterrupt
-
     with pytest.raises(SelectionError):
         llmpruner.prune(gqa, ratio=1e-5, shape="free", importance="l1")
     assert llmpruner.plan(gqa, ratio=0.2, importance="l1")  # nothing was changed
@@ -246,10 +179,6 @@ def test_a_model_that_was_trained_in_place_has_its_record(tmp_path, monkeypatch)
     out = llmpruner.recover(model, output=tmp_path / "out", **options)
     assert out is model and model.form == "stock" and len(llmpruner.discover(tmp_path / "out").record["recovery"]) == 2
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-
-        def stopped(*_):
-            raise KeyboardInterrupt
-
         patched.setattr("llmpruner.recovery.strategies.FullStrategy.train", stopped)
         llmpruner.recover(model, work_dir=tmp_path / "other", **options)
     with pytest.raises(ModelError, match="was left half-changed by a recovery that did not end"):
@@ -272,21 +201,16 @@ def test_equal_shares_in_many_steps_are_those_of_one(gqa, shape):
 
 
 @pytest.fixture
-def deep(catalog):
+def deep():
     """Of eight layers, of which number 3 changes little."""
-    config = LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4,
-        vocab_size=128, max_position_embeddings=128,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    family = catalog.family_for(config)
-    network = LlamaForCausalLM(config).eval()
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8, "num_key_value_heads": 4}
+    network = tiny_models.llama(layers=8, vocab_size=128, **sizes)
     with torch.no_grad():
         for weight in network.parameters():
             weight.normal_(0.0, 0.2)
         for weight in network.model.layers[3].parameters():
             weight.mul_(0.01)
-    return Model("tiny", config, family, build_graph(family, config), model=network, tokenizer=None)
+    return criteria_cases.opened(network, LlamaFamily())
 
 
 @pytest.mark.parametrize("shape", ["free", "uniform"])
@@ -313,12 +237,3 @@ def test_a_ranking_in_many_steps_takes_the_layer_that_is_first(deep):
     # A layer that the whole amount has no room for is passed over, and the ranking goes on.
     few = [llmpruner.plan(deep, ratio=0.1, **options, steps=steps) for steps in (1, 10)]
     assert few[0].cuts == few[1].cuts and {each.kind for each in few[0].cuts.values()} == {"mlp"}
-
-
-def test_a_step_that_removes_nothing_measures_nothing_again(deep, monkeypatch):
-    runs = []
-    monkeypatch.setattr("llmpruner.pruning.selection.estimate", lambda *a, **o: runs.append(a) or estimate(*a, **o))
-    options = {"kinds": "layer", "importance": "l2", "layers": "all", "compensate": "none"}
-    made = llmpruner.plan(deep, ratio=0.5, steps=8, **options)
-    assert len(made.cuts["layers"].kept) == 4
-    assert len(runs) == 4

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
+from criteria_cases import opened
+from llmpruner_llama import LlamaFamily
+from transformers import LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
-from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import Opener
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.errors import SelectionError
-from llmpruner.models.model import Model
 from llmpruner.progress import QUIET
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.checks import check_job
-from llmpruner.pruning.saving import plan_of, save
+from llmpruner.pruning.saving import plan_of
 from llmpruner.pruning.selection import Demand, select
 from llmpruner.settings import LoadSettings
 from llmpruner.structure.kept import restrict
@@ -58,14 +58,6 @@ def test_all_layers_keep_the_same_aligned_number_of_units(loaded, kinds, allocat
         gone = set(range(graph.num_layers)) - set(kept.get("layers", range(graph.num_layers)))
         assert gone or all(len(found) == 1 for found in widths.values()), widths
     assert all(len(units) % 8 == 0 for name, units in kept.items() if graph.by_name[name].kind == "mlp")
-
-
-def test_the_least_important_units_of_each_layer_go(gqa):
-    kept, _ = chosen(gqa, ("mlp",), 0.3)
-    generator = torch.Generator().manual_seed(0)
-    for layer, g in enumerate(gqa.graph.of_kinds(["mlp"])):
-        scores = (1 + layer) * torch.rand(g.units, generator=generator, dtype=torch.float64)
-        assert list(kept[g.name]) == sorted(scores.argsort(descending=True)[: len(kept[g.name])].tolist())
 
 
 def test_an_allocation_that_measures_cuts_all_layers_of_a_kind_together(gqa):
@@ -126,6 +118,9 @@ def test_groups_of_different_sizes_need_not_agree():
     names = [g.name for g in groups]
     assert UNIFORM.alike(groups) == [names[:2], names[2:3], names[3:]]
     assert Widths().alike(groups) == [[name] for name in names]
+    # Nor those that have equal numbers left of different ones.
+    left = widths_for("uniform", None, 1024, {names[1]: 512})
+    assert [left.multiple(one) for one in groups[:2]] == [8, 64] and len(left.alike(groups[:2])) == 2
 
 
 def test_multiples():
@@ -141,19 +136,14 @@ def test_multiples():
     assert widths_for("free", None, 4096).multiple(group(256, multiple=4)) == 4
 
 
-def wide_llama() -> LlamaConfig:
+@pytest.mark.parametrize("steps", [2, 4])
+def test_widths_are_multiples_of_the_same_number_in_every_step(steps):
     """Of 1,024 channels, whose alignment is 64, and 512 MLP channels, for which it is still 64."""
-    return LlamaConfig(
+    config = LlamaConfig(
         hidden_size=1024, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
         head_dim=8, vocab_size=64,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("steps", [2, 4])
-def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
-    config = wide_llama()
-    family = catalog.family_for(config)
-    loaded = Model("wide", config, family, build_graph(family, config), model=random_instance(config), tokenizer=None)
+    loaded = opened(random_instance(config), LlamaFamily())
     plan = make_plan(loaded, small_job(shape="uniform", amount=0.31, steps=steps, kinds=("mlp",)))
     assert {len(cut.kept) for cut in plan.cuts.values()} == {320}
     # A second prune of the result.
@@ -161,14 +151,12 @@ def test_widths_are_multiples_of_the_same_number_in_every_step(catalog, steps):
     assert {(cut.units, len(cut.kept)) for cut in again.cuts.values()} == {(320, 256)}
 
 
-def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step(catalog):
+def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step():
     config = MixtralConfig(
         hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
         vocab_size=64, num_local_experts=16, num_experts_per_tok=2,
     )  # fmt: skip
-    family = catalog.family_for(config, "auto")
-    graph = build_graph(family, config)
-    loaded = Model("experts", config, family, graph, model=random_instance(config), tokenizer=None)
+    loaded = opened(random_instance(config))
     for amount, steps in ((0.3, 2), (0.55, 2), (0.55, 3)):
         plan = make_plan(loaded, small_job(shape="uniform", amount=amount, steps=steps, kinds=("expert",)))
         assert {len(cut.kept) % 4 for cut in plan.cuts.values()} == {0}, (amount, steps, plan.kept)
@@ -184,25 +172,6 @@ def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
     assert found == {"layers": 4, "layers.0.mlp": 96, "layers.1.mlp": 96}
     widths = widths_for("uniform", None, 512, dense_units(pruned.plans, pruned.graph))
     assert widths.after(pruned.graph, second).dense.items() >= found.items()
-
-
-def test_groups_with_equal_numbers_left_of_different_ones_need_not_agree():
-    groups = [group(64, layer=0), group(64, layer=1)]
-    widths = widths_for("uniform", None, 1024, {groups[1].name: 512})
-    assert [widths.multiple(one) for one in groups] == [8, 64]
-    assert len(widths.alike(groups)) == 2
-
-
-def test_the_default_is_uniform_and_a_checkpoint_of_transformers_alone(gqa, tmp_path):
-    plan = make_plan(gqa, small_job(shape="uniform"))
-    assert {len(cut.kept) for cut in plan.cuts.values()} == {64}  # of 96, in multiples of 4
-    assert len(plan.cuts) == gqa.graph.num_layers
-    pruned = cut_by(gqa, plan)
-    assert save(pruned, tmp_path / "out") == "stock"
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        assert torch.allclose(again(ids).logits, pruned.model(ids).logits, atol=1e-5)
 
 
 def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa, catalog):

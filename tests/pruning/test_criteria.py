@@ -1,22 +1,28 @@
-"""Criteria that read a forward pass against their equations, worked out directly."""
+"""Criteria that read a forward pass against their equations, worked out directly; and blocks of layers."""
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from itertools import pairwise
 from math import pi
 from typing import get_args
 
 import pytest
+import tiny_models
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import layers_of, make, observed, opened, tokens
+from llmpruner_llama import LlamaFamily
 
-from llmpruner import Catalog, ModelError
-from llmpruner.calibration.calibration import CalibrationSet
+import llmpruner
+from llmpruner import Catalog, StreamStats
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
 from llmpruner.errors import SelectionError
+from llmpruner.models.model import Model
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.allocation import Normalization, normalized
 from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.pruning.criteria.layers import AngularBlock
 from llmpruner.pruning.criteria.weights import OptimalBrainSurgeon
 from llmpruner.structure.coupling import Role
 from llmpruner.testing import settings_grid
@@ -26,6 +32,7 @@ from llmpruner.testing.criterion import scorable
 pytestmark = pytest.mark.usefixtures("full_precision")
 
 CALIBRATION = tokens(8, 24)
+IDS = CALIBRATION.input_ids
 CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
 ALL = [criterion for cls in CRITERIA.values() for criterion in settings_grid(cls)]
 OF_UNITS = [criterion for criterion in ALL if criterion.accepts("mlp")]
@@ -39,15 +46,6 @@ def llama():
 def scores_of(loaded, criterion, name: str) -> torch.Tensor:
     group = loaded.graph.by_name[name]
     return estimate(loaded.model, loaded.graph, [group], criterion, CALIBRATION)[name]
-
-
-def inputs_of(loaded, path: str) -> torch.Tensor:
-    rows: list[torch.Tensor] = []
-    handle = loaded.model.get_submodule(path).register_forward_hook(lambda _, a, __: rows.append(a[0].flatten(0, -2)))
-    with torch.no_grad():
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    handle.remove()
-    return torch.cat(rows).double()
 
 
 def principal(x: torch.Tensor) -> torch.Tensor:
@@ -65,92 +63,50 @@ EQUATIONS = {
     "activation": lambda w, x: x.square().mean(0),
     "pca": lambda w, x: principal(x),
 }
+PLACES = [
+    ("llama-gqa", "layers.1.mlp", "model.layers.1.mlp.down_proj", 1),
+    ("llama-gqa", "layers.1.attention", "model.layers.1.self_attn.o_proj", 16),
+    ("gpt2", "layers.1.mlp", "transformer.h.1.mlp.c_proj", 1),
+]
+"""Model, group, the module that reads its units, and how many of the inputs are a unit."""
 
 
+@pytest.mark.parametrize(("model", "group", "path", "width"), PLACES)
 @pytest.mark.parametrize("name", EQUATIONS)
-@pytest.mark.parametrize(
-    ("group", "module", "width"), [("layers.1.mlp", "mlp.down_proj", 1), ("layers.1.attention", "self_attn.o_proj", 16)]
-)
-def test_equations(llama, name, group, module, width):
-    path = f"model.layers.1.{module}"
-    weight = llama.model.get_submodule(path).weight.detach().double()
-    expected = EQUATIONS[name](weight, inputs_of(llama, path)).view(-1, width).sum(1)
-    torch.testing.assert_close(scores_of(llama, CRITERIA[name](), group), expected, rtol=1e-3, atol=1e-7)
+def test_equations(name, model, group, path, width):
+    loaded = make(model)
+    weight = matrix(loaded.model.get_submodule(path)).detach().double()
+    expected = EQUATIONS[name](weight, observed(loaded.model, path, IDS)[0]).view(-1, width).sum(1)
+    torch.testing.assert_close(scores_of(loaded, CRITERIA[name](), group), expected, rtol=1e-3, atol=1e-7)
 
 
-def fisher_of(loaded, path: str, width: int = 1) -> torch.Tensor:
+def matrix(module: torch.nn.Module) -> torch.Tensor:
+    """The weight as (out, in)."""
+    return module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
+
+
+def fisher_of(loaded, path: str, width: int) -> torch.Tensor:
     """The mean over samples of Σ_t (Σ_j x_tj · W_:jᵀg_t)² for units of ``width`` inputs, by autograd over the whole
     model, one sample at a time."""
-    module, ids = loaded.model.get_submodule(path), CALIBRATION.input_ids
+    module = loaded.model.get_submodule(path)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = module.register_forward_hook(lambda _, a, out: seen.append((a[0][0], out)))
     total = 0.0
-    for row in ids:
+    for row in IDS:
         loss = loaded.model(input_ids=row[None], labels=row[None], use_cache=False).loss
         x, out = seen.pop()
         (gradient,) = torch.autograd.grad(loss, out)
-        weight = module.weight if isinstance(module, torch.nn.Linear) else module.weight.T
-        effects = (x * (gradient[0] @ weight)).double().view(len(x), -1, width).sum(-1)
-        total = total + effects.square().sum(0).detach() / len(ids)
+        effects = (x * (gradient[0] @ matrix(module))).double().view(len(x), -1, width).sum(-1)
+        total = total + effects.square().sum(0).detach() / len(IDS)
     handle.remove()
     return total
 
 
-@pytest.mark.parametrize(
-    ("group", "module", "width"), [("layers.1.mlp", "mlp.down_proj", 1), ("layers.0.attention", "self_attn.o_proj", 16)]
-)
-def test_fisher_is_that_of_autograd(llama, group, module, width):
-    path = f"model.{group.rpartition('.')[0]}.{module}"
-    found = scores_of(llama, CRITERIA["fisher"](), group)
-    torch.testing.assert_close(found, fisher_of(llama, path, width), rtol=1e-3, atol=0)
-
-
-def test_fisher_of_a_transposed_weight():
-    loaded = make("gpt2")
-    group = next(g for g in loaded.graph.of_kinds(["mlp"]) if g.layer == 1)
-    found = scores_of(loaded, CRITERIA["fisher"](), group.name)
-    torch.testing.assert_close(found, fisher_of(loaded, "transformer.h.1.mlp.c_proj"), rtol=1e-3, atol=0)
-
-
-def test_fisher_estimates_the_divergence_of_the_predictions(llama):
-    """Of one channel that is made smaller by a part, on text that the model draws itself: half the squares that one
-    token of a sample has on average, times the part squared."""
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, 64, (256, 1), generator=generator)
-    model, part = llama.model, 0.05
-    with torch.no_grad():
-        for _ in range(15):
-            chances = model(input_ids=ids, use_cache=False).logits[:, -1].softmax(-1)
-            ids = torch.cat([ids, torch.multinomial(chances, 1, generator=generator)], 1)
-        dense = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
-    text = CalibrationSet(ids, "its own")
-    scores = estimate(model, llama.graph, [llama.graph.by_name["layers.1.mlp"]], CRITERIA["fisher"](), text)
-    squares = scores["layers.1.mlp"]
-    weight = model.get_parameter("model.layers.1.mlp.down_proj.weight")
-    chosen = squares.argsort(descending=True)[:8]
-    found = []
-    for unit in chosen.tolist():
-        before = weight.data[:, unit].clone()
-        weight.data[:, unit] *= 1 - part
-        with torch.no_grad():
-            cut = model(input_ids=ids, use_cache=False).logits[:, :-1].log_softmax(-1)
-        weight.data[:, unit] = before
-        found.append(float((dense.exp() * (dense - cut)).sum(-1).mean()))
-    tokens = ids.shape[1] - 1
-    expected = 0.5 * tokens * squares[chosen] * part**2
-    ratio = torch.tensor(found, dtype=torch.float64) / expected
-    assert ratio.min() > 0.5 and ratio.max() < 2
-    assert torch.corrcoef(torch.stack([torch.tensor(found, dtype=torch.float64), expected]))[0, 1] > 0.9
-
-
-@pytest.mark.parametrize("name", EQUATIONS)
-def test_a_transposed_weight_scores_alike(name):
-    loaded = make("gpt2")
-    path = "transformer.h.1.mlp.c_proj"
-    weight = loaded.model.get_submodule(path).weight.detach().double().T
-    group = next(g for g in loaded.graph.of_kinds(["mlp"]) if g.layer == 1)
-    expected = EQUATIONS[name](weight, inputs_of(loaded, path))
-    torch.testing.assert_close(scores_of(loaded, CRITERIA[name](), group.name), expected, rtol=1e-3, atol=1e-7)
+@pytest.mark.parametrize(("model", "group", "path", "width"), PLACES)
+def test_fisher_is_that_of_autograd(model, group, path, width):
+    loaded = make(model)
+    found = scores_of(loaded, CRITERIA["fisher"](), group)
+    torch.testing.assert_close(found, fisher_of(loaded, path, width), rtol=1e-3, atol=0)
 
 
 def columns(axis: int) -> UnitAxis:
@@ -164,10 +120,8 @@ def obs_problem(units: int, width: int = 1, out: int = 5, seed: int = 0):
     weight = torch.randn(out, inside, generator=generator)
     gram = (x.T @ x / len(x)).double()
     ridge = 0.01 * float(gram.diagonal().mean())
-    signals = ParameterSignals(
-        weight, None, None, generator,
-        InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram.float()),
-    )  # fmt: skip
+    stats = InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram.float())
+    signals = ParameterSignals(weight, None, None, generator, stats)
     return signals, gram + ridge * torch.eye(inside, dtype=torch.float64), torch.arange(inside).view(units, width)
 
 
@@ -206,37 +160,18 @@ def test_the_share_of_pca_is_a_setting(llama):
     """With all the energy, the components add up to the mean square of every channel."""
     group, path = "layers.1.mlp", "model.layers.1.mlp.down_proj"
     whole = scores_of(llama, CRITERIA["pca"](share=1.0), group)
-    torch.testing.assert_close(whole, inputs_of(llama, path).square().mean(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(whole, observed(llama.model, path, IDS)[0].square().mean(0), rtol=1e-3, atol=1e-7)
     assert bool((scores_of(llama, CRITERIA["pca"](share=0.5), group) < whole).all())
-
-
-def test_obs_prefers_a_unit_that_others_can_replace():
-    """Two inputs that are nearly one: each is large, and either can go. No sum over weights can see that."""
-    signals, _, index = obs_problem(5)
-    x = torch.randn(500, 5, generator=torch.Generator().manual_seed(3))
-    x[:, 4] = x[:, 1] + 0.01 * x[:, 4]
-    gram = x.T @ x / len(x)
-    stats = InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram)
-    weight = torch.ones(3, 5)
-    weight[:, [1, 4]] = 3.0
-    scores = OptimalBrainSurgeon().score_units(
-        ParameterSignals(weight, None, None, signals.generator, stats), columns(1), index
-    )
-    energy = CRITERIA["energy"]().saliency(ParameterSignals(weight, None, None, signals.generator, stats)).sum(0)
-    assert int(scores.argmin()) in (1, 4)
-    assert int(energy.argmin()) not in (1, 4)
 
 
 def test_obs_of_a_stack_removes_units_of_one_number_together():
     first, one, index = obs_problem(4, seed=1)
     second, other, _ = obs_problem(4, seed=2)
-    stack = InputStats(
-        torch.zeros(2, 1, 4), torch.ones(2, 1, 4), 2, torch.stack([first.inputs.gram, second.inputs.gram])
-    )
     weight = torch.stack([first.weight, second.weight])
-    scores = OptimalBrainSurgeon().score_units(
-        ParameterSignals(weight, None, None, first.generator, stack), columns(2), index
-    )
+    grams = torch.stack([first.inputs.gram, second.inputs.gram])
+    stack = InputStats(torch.zeros(2, 1, 4), torch.ones(2, 1, 4), 2, grams)
+    signals = ParameterSignals(weight, None, None, first.generator, stack)
+    scores = OptimalBrainSurgeon().score_units(signals, columns(2), index)
     unit = int(scores.argmin())
     together = [refit_error(weight[0], one, [u]) + refit_error(weight[1], other, [u]) for u in range(4)]
     assert unit == together.index(min(together))
@@ -244,8 +179,8 @@ def test_obs_of_a_stack_removes_units_of_one_number_together():
 
 
 def test_depth_criteria(llama):
-    before = [inputs_of(llama, f"model.layers.{n}.input_layernorm") for n in range(3)]
-    before.append(inputs_of(llama, "model.norm"))
+    before = [observed(llama.model, f"model.layers.{n}.input_layernorm", IDS)[0] for n in range(3)]
+    before.append(observed(llama.model, "model.norm", IDS)[0])
     cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in pairwise(before)]
     influence = torch.stack([1 - c.mean() for c in cosines])
     angle = torch.stack([c.arccos().mean() / pi for c in cosines])
@@ -259,13 +194,6 @@ def test_depth_criteria(llama):
 def test_units_that_a_criterion_does_not_score_are_refused(llama, name, advice):
     with pytest.raises(SelectionError, match=f"{name} does not score 'mlp' units{advice}"):
         scores_of(llama, CRITERIA[name](), "layers.1.mlp")
-
-
-@pytest.mark.parametrize("name", ["wanda-sp", "obs", "block-influence", "taylor"])
-def test_a_calibration_set_is_asked_for(llama, name):
-    group = llama.graph.by_name["layers"]
-    with pytest.raises(ModelError, match="needs a calibration set"):
-        estimate(llama.model, llama.graph, [group], CRITERIA[name](), None)
 
 
 @pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name not in ("random", "activation", "pca")], ids=label)
@@ -284,17 +212,6 @@ def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
         torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name != "random"], ids=label)
-def test_a_kv_group_of_large_heads_comes_first(llama, criterion):
-    """Planted: the values of KV head 1, which only its own query heads use, and what o_proj reads from them."""
-    attention = layers_of(llama)[2].self_attn
-    with torch.no_grad():
-        attention.v_proj.weight[8:16] *= 30
-        attention.o_proj.weight[:, 16:32] *= 30
-    scores = scores_of(llama, criterion, "layers.2.attention")
-    assert scores.tolist().index(max(scores.tolist())) == 1
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "model", ["gpt2", "gpt_oss", "glm", *(pytest.param(name, marks=pytest.mark.long) for name in ("phi", "gemma2"))]
@@ -310,20 +227,6 @@ def test_every_criterion_scores_every_kind(model):
             assert values.shape == (group.units,)
             assert bool(values.isfinite().all())
             assert len(set(values.tolist())) > 1, f"{label(criterion)} on {model} {group.name}: all alike"
-
-
-def test_readers_alone_count_where_there_are_any(llama):
-    """A criterion of what reads a unit is not moved by what makes it, beyond the inputs."""
-    group = llama.graph.by_name["layers.1.mlp"]
-    readers = {s.parameter for s in group.spans_with(Role.CONSUMES)}
-    assert readers == {"model.layers.1.mlp.down_proj.weight"}
-    before = scores_of(llama, CRITERIA["energy"](), group.name)
-    with torch.no_grad():
-        llama.model.model.layers[1].mlp.up_proj.weight[7] *= 2.0
-    after = scores_of(llama, CRITERIA["energy"](), group.name)
-    ratio = after / before
-    assert float(ratio[7]) == pytest.approx(4.0, rel=1e-4)
-    torch.testing.assert_close(ratio[:7], torch.ones(7, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 NORMALIZATIONS = get_args(Normalization)
@@ -346,3 +249,56 @@ def test_normalization_keeps_the_order(how, values):
     result = normalized(torch.tensor(values).double(), how, 100)
     assert bool(result.isfinite().all())
     assert result.argsort(stable=True).tolist() == torch.tensor(values).argsort(stable=True).tolist()
+
+
+FIRST, SECOND = 2, 3
+"""Two layers that undo one another."""
+LITTLE_TEXT = {"samples": 4, "length": 24, "kinds": "layer"}
+
+
+@pytest.fixture(scope="module")
+def planted() -> Model:
+    model = tiny_models.llama(layers=6)
+    loaded = opened(model, LlamaFamily())
+    shift = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        for number, sign in ((FIRST, 1), (SECOND, -1)):
+            layer = model.model.layers[number]
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+            layer.register_forward_hook(lambda _, __, out, sign=sign: out + sign * shift)
+    return loaded
+
+
+def removed(loaded: Model, importance: str, **settings) -> list[int]:
+    plan = llmpruner.plan(loaded, importance=importance, **LITTLE_TEXT, **settings)
+    return sorted(set(range(6)) - set(plan.cuts["layers"].kept))
+
+
+def test_a_block_that_changes_nothing_goes_although_its_layers_do(planted):
+    """Each of the two alone is the last that other criteria would remove; without both the model is the same."""
+    for amount in ({"unit_ratio": 1 / 3}, {"ratio": 1 / 3}):
+        assert removed(planted, "angular-block", layers="all", **amount) == [FIRST, SECOND]
+        assert not {FIRST, SECOND} & set(removed(planted, "angular", layers="all", **amount))
+    ids = torch.arange(3, 23)[None]
+    whole = replace(planted, model=copy.deepcopy(planted.model))
+    pruned = llmpruner.prune(whole, importance="angular-block", layers="all", unit_ratio=1 / 3, **LITTLE_TEXT)
+    with torch.no_grad():
+        torch.testing.assert_close(pruned.model(ids).logits, planted.model(ids).logits)
+
+
+def test_the_block_is_of_layers_that_may_go(planted):
+    assert removed(planted, "angular-block", layers="3-5", unit_ratio=2 / 3) in ([3, 4], [4, 5])
+    with pytest.raises(SelectionError, match="no 2 successive layers may be removed"):
+        removed(planted, "angular-block", layers="0,2,4", unit_ratio=2 / 3)
+
+
+def test_a_layer_has_the_distance_of_the_best_block_that_it_is_in():
+    nan = torch.nan
+    angle = torch.tensor([[0.3, 0.1, 0.2, 0.1], [0.4, 0.25, 0.15, nan]])
+    one, two = (StreamStats(torch.zeros(4), row.double(), n) for n, row in enumerate(angle, start=1))
+    assert AngularBlock().score_layers(one).tolist() == pytest.approx([0.3, 0.1, 0.2, 0.1])
+    found = AngularBlock().score_layers(two)
+    assert found.tolist() == pytest.approx([0.4, 0.25, 0.15, 0.15])
+    found = AngularBlock().score_layers(replace(two, removable=frozenset({0, 1, 2})))
+    assert found.tolist() == pytest.approx([0.4, 0.25, 0.25, 2.0])

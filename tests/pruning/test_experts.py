@@ -8,12 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from criteria_cases import layers_of, make, tokens
+from criteria_cases import experts_of, make, opened, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
 from llmpruner import Catalog, Role
-from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import plugin_manager
@@ -23,18 +22,17 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 
 ALL = ["mixtral", "deepseek_v3", "olmoe", "qwen3_moe", "deepseek_v2"]
 TYPES = [*ALL[:3], *(pytest.param(name, marks=pytest.mark.long) for name in ALL[3:])]
-CRITERIA = ["expert-reap", "expert-norm", "expert-frequency", "expert-contribution"]
-UNUSED, SILENT, CRUCIAL, COPIED, COPY = 0, 4, 2, 5, 6
-"""Never chosen by the router; often chosen, with outputs of zero; rarely chosen, with large outputs; two alike. The two
-that can go are in different halves, as DeepSeek-V3 chooses from groups of experts."""
+CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
+UNUSED, SILENT, CRUCIAL = 0, 4, 2
+"""Never chosen by the router; often chosen, with outputs of zero; rarely chosen, with large outputs. The two that
+can go are in different halves, as DeepSeek-V3 chooses from groups of experts."""
 
 
 @functools.cache
 def planted(model_type: str) -> Model:
     config = small_config(CONFIG_MAPPING[model_type](**({"num_experts_per_tok": 2} if "v2" in model_type else {})))
-    family = Catalog(plugin_manager(entry_points=False)).families["auto"]()
-    model = random_instance(config, 0)
-    loaded = Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+    loaded = opened(random_instance(config))
+    model = loaded.model
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Channels 0 and 1 of the residual stream keep what the embedding gives: a constant, so that the first column of
@@ -54,11 +52,9 @@ def planted(model_type: str) -> Model:
                     weight[:, :2] = 0.0
                     weight[UNUSED, 0], weight[SILENT, 0] = -100.0, 0.4
                     weight[CRUCIAL, 0], weight[CRUCIAL, 1] = -1.0, 4.0
-                else:
-                    weight[COPY] = weight[COPIED]
-                    if "down_proj" in span.parameter:
-                        weight[SILENT] = 0.0
-                        weight[CRUCIAL] *= 8
+                elif "down_proj" in span.parameter:
+                    weight[SILENT] = 0.0
+                    weight[CRUCIAL] *= 8
     return loaded
 
 
@@ -67,7 +63,7 @@ def scores(model_type: str, name: str) -> torch.Tensor:
     """(layers, experts)"""
     loaded = planted(model_type)
     groups = loaded.graph.of_kinds(["expert"])
-    criterion = Catalog(plugin_manager(entry_points=False)).criteria[name]()
+    criterion = CRITERIA[name]()
     vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
     found = estimate(loaded.model, loaded.graph, groups, criterion, tokens(16, 32, vocabulary=vocabulary))
     return torch.stack([found[group.name] for group in groups])
@@ -101,27 +97,6 @@ def test_frequency_sees_that_an_expert_is_not_used_and_not_that_its_outputs_are_
     assert first[CRUCIAL] < first[SILENT], "worth most, and rarely chosen"
 
 
-@pytest.mark.parametrize("name", CRITERIA)
-def test_no_criterion_sees_that_two_experts_are_alike(name):
-    """The score of an expert in the first mixture does not depend on whether another one is its copy."""
-    loaded = planted("mixtral")
-    group = loaded.graph.of_kinds(["expert"])[0]
-    criterion = Catalog(plugin_manager(entry_points=False)).criteria[name]()
-    stacks = [p for s in group.spans if (p := loaded.model.get_parameter(s.parameter)).dim() == 3]
-    before = [stack.detach().clone() for stack in stacks]
-    calibration = tokens(16, 32, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
-    with torch.no_grad():
-        for stack in stacks:
-            stack[COPY].normal_(std=float(stack.std()), generator=torch.Generator().manual_seed(2))
-    try:
-        alone = estimate(loaded.model, loaded.graph, [group], criterion, calibration)[group.name]
-    finally:
-        with torch.no_grad():
-            for stack, values in zip(stacks, before, strict=True):
-                stack.copy_(values)
-    assert torch.equal(alone[COPIED], scores("mixtral", name)[0, COPIED])
-
-
 def expert_output(experts, number: int, rows: torch.Tensor) -> torch.Tensor:
     """f_j(x), as the module of experts computes it."""
     if hasattr(experts, "down_proj_bias"):
@@ -137,10 +112,10 @@ def expert_output(experts, number: int, rows: torch.Tensor) -> torch.Tensor:
 def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name, renormalize):
     loaded, calibration = make(name), tokens(6, 16)
     groups = loaded.graph.of_kinds(["expert"])
-    reap = Catalog(plugin_manager(entry_points=False)).criteria["expert-reap"](renormalize=renormalize)
+    reap = CRITERIA["expert-reap"](renormalize=renormalize)
     found = estimate(loaded.model, loaded.graph, groups, reap, calibration)
     for group in groups:
-        experts = next(m for n, m in layers_of(loaded)[group.layer].named_modules() if n.endswith("experts"))
+        _, experts = experts_of(loaded.model, group.layer)
         seen = []
         handle = experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
         with torch.no_grad():

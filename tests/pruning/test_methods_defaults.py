@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 
 from llmpruner import Method
@@ -17,41 +14,22 @@ from llmpruner.settings import PruneSettings
 from llmpruner.testing import catalog_with
 
 MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
-KINDS = ("allocations", "budgets", "compensations", "calibration_sources", "methods")
+BUILT_IN = {
+    "allocations": ["uniform", "global", "sensitivity"],
+    "budgets": ["decoder", "parameters", "bytes", "macs", "kv-cache"],
+    "compensations": ["refit", "bias", "none"],
+    "calibration_sources": ["self", "text", "chat"],
+    "methods": ["best", "fast", "llm-pruner"],
+}
 
 
-def names(kind):
-    return [cls.name for cls in getattr(builtin, f"llmpruner_{kind}")()]
-
-
-def test_the_built_in_components():
-    assert names("allocations") == ["uniform", "global", "sensitivity"]
-    assert names("budgets") == ["decoder", "parameters", "bytes", "macs", "kv-cache"]
-    assert names("compensations") == ["refit", "bias", "none"]
-    assert names("calibration_sources") == ["self", "text", "chat"]
-    assert names("methods") == ["best", "fast", "llm-pruner"]
-    for kind in KINDS:
-        for cls in getattr(builtin, f"llmpruner_{kind}")():
-            assert cls.summary and "\n" not in cls.summary
-            assert all(field.description for field in cls.Settings.model_fields.values()), cls.name
-
-
-def test_they_are_made_with_all_their_defaults_without_torch():
-    made = "; ".join(f"[cls() for cls in builtin.llmpruner_{kind}()]" for kind in KINDS)
-    code = f"import sys; from llmpruner.plugins import builtin; {made}; print(' '.join(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not {"torch", "transformers", "llmpruner.structure.plan"} & set(done.stdout.split())
-
-
-@pytest.mark.parametrize("writes", [True, False])
-@pytest.mark.parametrize("asked", [MLP, LAYERS], ids=["mlp", "layer"])
-@pytest.mark.parametrize("method", [Best, Fast, LlmPruner])
-def test_defaults_are_settings_that_name_what_exists(method, asked, writes):
-    values = method().defaults(asked, writes=writes)
-    chosen = PruneSettings(ratio=0.2, **values)
-    assert chosen.model_fields_set - {"ratio"} == set(values)
-    assert chosen.compensate in names("compensations")
-    assert chosen.importance in (None, *names("importance_criteria"))
+@pytest.mark.parametrize("kind", BUILT_IN)
+def test_the_built_in_components(kind):
+    components = getattr(builtin, f"llmpruner_{kind}")()
+    assert [cls.name for cls in components] == BUILT_IN[kind]
+    for cls in components:
+        assert cls.summary and "\n" not in cls.summary
+        assert all(field.description for field in cls.Settings.model_fields.values()), cls.name
 
 
 def test_best_writes_fewer_samples_than_it_reads():
@@ -93,11 +71,8 @@ def test_every_setting_of_a_method_is_used_unless_the_user_gives_it(job):
             "settings": {"global": {"normalize": "mean"}},
             "shape": "free", "layers": "all", "round_to": 4, "budget": "bytes", "seed": 7}  # fmt: skip
     found = job(mine, steps=2)
-    assert (found.criterion.name, found.allocation.name, found.allocation.settings.normalize) == (
-        "l1",
-        "global",
-        "mean",
-    )
+    assert (found.criterion.name, found.allocation.name) == ("l1", "global")
+    assert found.allocation.settings.normalize == "mean"
     assert (found.kinds, found.steps, found.shape, found.round_to) == (("mlp", "attention"), 2, "free", 4)
     assert (found.budget.name, found.seed, found.layers) == ("bytes", 7, "all")
 

@@ -1,15 +1,22 @@
-"""Selection hits the amount within one unit and obeys every constraint."""
+"""Selection hits the amount within one unit and obeys every constraint; `Sensitivity` removes most where the loss of a
+model that is really cut rises least."""
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
+from torch.nn import functional
 
-from llmpruner import Blocks, CoupledGroup, Role, Span
+import llmpruner
+from llmpruner import Blocks, CoupledGroup, ModelError, Role, Span
+from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.errors import SelectionError, UnknownNameError
-from llmpruner.pruning.allocation import GlobalRanking, Uniform
+from llmpruner.models.surgery import cut
+from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.budgets import counts, parameter_cost
-from llmpruner.pruning.selection import Demand, select
+from llmpruner.pruning.selection import Demand, select, trial_loss
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.scope import Scope, Widths, build_queue
 
@@ -68,12 +75,6 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
     assert gone == {(name, unit) for _, name, unit in everything[:50]}
 
 
-def test_widths_are_rounded(gqa):
-    demand = Demand(amount=round(0.2 * gqa.graph.decoder_parameters))
-    kept = choose(gqa.graph, ("mlp",), demand, widths=Widths(round_to=16))
-    assert {len(units) % 16 for units in kept.values()} == {0}
-
-
 def test_query_heads_go_evenly_and_each_group_keeps_its_minimum(gqa):
     kept = choose(gqa.graph, ("query",), Demand(units={f"layers.{n}.query": 7.9 for n in ALL}))
     assert all([u // 2 for u in units] == [0, 1, 2, 3] for units in kept.values())
@@ -102,7 +103,6 @@ def test_a_demand_that_cannot_be_met_is_refused_with_the_most_that_can(gqa):
 def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
     groups = gqa.graph.of_kinds(["attention", "query", "hidden", "mlp"])
     kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 3, 4, 7], "hidden": range(40), "layers.2.mlp": range(5)}
-    kept = {name: list(units) for name, units in kept.items()}
     numbers = {name: len(units) for name, units in kept.items()}
     assert counts(gqa.graph, kept) == (numbers, set())
     left = [parameter_cost(gqa.graph, groups, decoder=decoder).remaining(numbers) for decoder in (False, True)]
@@ -113,3 +113,112 @@ def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
 def test_numbers_of_units_do_not_count_what_another_group_took(gqa):
     kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 5], "layers": [0, 1, 3]}
     assert counts(gqa.graph, kept) == ({"layers.1.attention": 2, "layers.1.query": 4}, {2})
+
+
+def measured(graph, kinds, demand, loss, allocation):
+    scope = Scope(kinds, tuple(range(graph.num_layers)))
+    groups = scope.groups(graph)
+    scores = {g.name: torch.arange(g.units, dtype=torch.float64) for g in groups}
+    return select(graph, groups, scores, scope, demand, allocation, loss=loss)
+
+
+def lost(graph, kept):
+    """Group → share of its units that were removed."""
+    return {name: 1 - len(units) / graph.by_name[name].units for name, units in kept.items()}
+
+
+def quadratic(graph, weights):
+    return lambda kept: sum(weights[name] * share**2 for name, share in lost(graph, kept).items())
+
+
+LOSSES = {f"layers.{layer}.mlp": loss for layer, loss in enumerate((1.0, 2.0, 4.0, 8.0))}
+
+
+def test_shares_go_where_the_loss_rises_least(gqa):
+    """For losses aᵢsᵢ² under Σsᵢ = S the best shares are sᵢ = S/(aᵢ Σ1/aⱼ), with a loss of S²/Σ1/aⱼ."""
+    graph = gqa.graph
+    demand = Demand(units=dict.fromkeys(LOSSES, 0.25 * 96))
+    loss = quadratic(graph, LOSSES)
+    kept = measured(graph, ("mlp",), demand, loss, Sensitivity())
+    equal = 0.25**2 * sum(LOSSES.values())
+    best = 1.0 / sum(1 / weight for weight in LOSSES.values())
+    assert best <= loss(kept) + 1e-3 and loss(kept) < best + 0.35 * (equal - best)
+    shares = [lost(graph, kept).get(name, 0.0) for name in LOSSES]
+    assert shares == sorted(shares, reverse=True)
+
+
+class OfAPlugin(Allocation):
+    """It knows the amount alone."""
+
+    name = "of-a-plugin"
+
+    def allocate(self, task):
+        return top_up(task, {queue.group.name: 0 for queue in task.queues})
+
+
+@pytest.mark.parametrize("allocation", (Sensitivity(), GlobalRanking(), OfAPlugin()), ids=lambda one: one.name)
+@pytest.mark.parametrize("kinds", [("mlp",), ("mlp", "attention"), ("layer", "mlp")], ids="+".join)
+def test_shares_of_units_remove_what_equal_shares_do(gqa, kinds, allocation):
+    """A head or a layer was counted as one MLP channel, and channels of layers that go as removed ones: 0.3 of the
+    units were up to all layers but one."""
+    graph = gqa.graph
+    groups = graph.of_kinds(kinds)
+    weights = {g.name: 1.0 if g.layer is None else (5.0, 1.0, 2.0, 1.0)[g.layer] for g in groups}
+    for share in (0.2, 0.25, 0.3):
+        demand = Demand(units={g.name: share * g.units for g in groups})
+        equal, found = (
+            graph.decoder_parameters
+            - restrict(graph, measured(graph, kinds, demand, quadratic(graph, weights), how)).decoder_parameters
+            for how in (Uniform(), allocation)
+        )
+        assert 2 * abs(found - equal) <= min(graph.parameters_per_unit(g) for g in groups)
+
+
+@pytest.mark.parametrize(("levels", "cuts"), [((), 4), ((0.5,), 8), ((0.1, 0.5, 0.9), 16)])
+def test_each_group_is_measured_at_the_levels_and_in_full(gqa, levels, cuts):
+    calls, loss, demand = [], quadratic(gqa.graph, LOSSES), Demand(units=dict.fromkeys(LOSSES, 24.0))
+    measured(gqa.graph, ("mlp",), demand, lambda kept: calls.append(kept) or loss(kept), Sensitivity(levels=levels))
+    assert len(calls) == cuts
+    as_text = ", ".join(map(str, levels))
+    assert Sensitivity(levels=as_text).settings.levels == levels, "from the command line"
+
+
+IDS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(3))
+
+
+def trials(loaded, kind):
+    return trial_loss(loaded.model, loaded.graph, [kind], loaded.family, CalibrationSet(IDS, "made up"), {})
+
+
+@pytest.mark.parametrize("kind", ["mlp", "attention", "hidden", "layer"])
+def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
+    before = {name: p.detach().clone() for name, p in gqa.model.named_parameters()}
+    loss = trials(gqa, kind)
+    group = gqa.graph.of_kinds([kind])[0]
+    kept = {group.name: tuple(range(group.units * 3 // 4))}
+    pruned = copy.deepcopy(gqa.model)
+    cut(pruned, gqa.graph, kept, gqa.family)
+    tried = IDS[-12:]
+    with torch.no_grad():
+        log_p, log_q = (m(tried).logits[:, :-1].double().log_softmax(-1) for m in (gqa.model, pruned))
+    expected = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
+    assert loss(kept) == pytest.approx(float(expected), rel=0.05) and expected > 1e-4
+    assert loss({}) == pytest.approx(0.0, abs=1e-6)
+    assert all(torch.equal(p, before[name]) for name, p in gqa.model.named_parameters())
+
+
+def test_a_divergence_that_is_not_finite_is_refused(gqa):
+    loss = trials(gqa, "mlp")
+    with torch.no_grad():
+        gqa.model.lm_head.weight[5] = float("nan")
+    with pytest.raises(ModelError, match=r"not a finite number; .* overflow in float32"):
+        loss({"layers.1.mlp": range(48)})
+
+
+def test_plans_repeat_and_record_the_allocation(gqa):
+    by_norm = {"ratio": 0.2, "kinds": "mlp,attention", "importance": "l2"}
+    one, other = (llmpruner.plan(gqa, **by_norm, allocation="sensitivity", samples=8, length=16) for _ in range(2))
+    assert one == other and one.selection.allocation == "sensitivity"
+    assert one.selection.settings == Sensitivity().record() != {}
+    assert one.estimation.fingerprint is not None
+    assert one.cuts != llmpruner.plan(gqa, **by_norm).cuts

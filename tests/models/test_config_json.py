@@ -1,4 +1,5 @@
-"""Sizes per layer by the convention of transformers: a class that obeys it needs no shim."""
+"""``config.json``: names of transformers 5 and of readers before it; and sizes per layer by the convention of
+transformers, by which a class that obeys it needs no shim."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from checkpoint_cases import INPUT_IDS, SIZES
 from llmpruner_llama.family import LlamaFamily
 from transformers import (
@@ -21,7 +23,53 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from llmpruner import build_graph, save_checkpoint
+from llmpruner.discovery.oracle import logits
 from llmpruner.models.surgery import cut
+
+DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}  # fmt: skip
+PARTIAL = {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}
+
+
+def saved(folder: Path, prefix: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+    """A model of the class that begins with ``prefix``, and what its checkpoint's configuration states."""
+    config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **copy.deepcopy(changes)})
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    assert save_checkpoint(model, folder, record={}) == "stock"
+    return model, json.loads((folder / "config.json").read_text())
+
+
+@pytest.mark.parametrize("rope", [DEFAULT, LLAMA3], ids=["default", "llama3"])
+def test_rotary_embedding(rope: dict[str, Any], tmp_path: Path) -> None:
+    model, config = saved(tmp_path / "out", "Llama", rope_parameters=rope)
+    assert config["rope_theta"] == 5e5
+    scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    assert config.get("rope_scaling") == (None if rope is DEFAULT else scaling)
+    assert config["rope_parameters"] == rope
+
+    # What programs before transformers 5 wrote has these names alone.
+    del config["rope_parameters"]
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.config.rope_parameters == rope
+    torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(model, INPUT_IDS))
+
+
+def test_part_of_a_head(tmp_path: Path) -> None:
+    _, config = saved(tmp_path / "out", "GPTNeoX", rope_parameters=PARTIAL)
+    assert (config["rope_theta"], config["partial_rotary_factor"]) == (2e4, 0.5)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.rope_parameters == PARTIAL
+
+
+def test_experts(tmp_path: Path) -> None:
+    sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    _, config = saved(tmp_path / "out", "Qwen3Moe", **sizes)
+    assert config["num_experts"] == 3
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.num_experts == 3
+
 
 MODULE = "transformers.models.obedient.modeling_obedient"
 
@@ -80,6 +128,5 @@ def test_a_class_that_obeys_is_saved_as_stock(kept: Any, stated: Any, tmp_path: 
     if kept == {"layers.0.mlp": range(40)}:  # the head size of all layers is computed from the number of heads
         assert bool(written.get("allow_global_per_layer_attribute_access")) == bool(Obedient.reads)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    with torch.no_grad():
-        assert type(loaded) is Obedient
-        assert torch.equal(loaded(INPUT_IDS).logits, model(INPUT_IDS).logits)
+    assert type(loaded) is Obedient
+    assert torch.equal(logits(loaded, INPUT_IDS), logits(model, INPUT_IDS))

@@ -1,4 +1,4 @@
-"""A model with an adapter is the two together: for what is pruned from it, trained toward it, or trained on it."""
+"""The dense model of a pruned one: the base and its adapter together, and of a hub model the commit that was pruned."""
 
 from __future__ import annotations
 
@@ -14,15 +14,11 @@ import llmpruner
 from llmpruner import LoadSettings, api
 from llmpruner.calibration.conversations import Completion
 from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
+from llmpruner.discovery.oracle import logits
 from llmpruner.models.opening import load_model, load_pruned
+from llmpruner.models.reference import model_identity
 
-TRAINING = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2, "learning_rate": 1e-2, "seed": 1}
 IDS = torch.arange(5, 37).unsqueeze(0)
-
-
-def logits(model) -> torch.Tensor:
-    with torch.no_grad():
-        return model(IDS).logits
 
 
 def adapted(base: Path, folder: Path, seed: int) -> Path:
@@ -48,16 +44,8 @@ def one(base, tmp_path) -> Path:
     return adapted(base, tmp_path / "one", 1)
 
 
-def data(folder: Path) -> str:
-    file = folder / "data.jsonl"
-    rows = [{"prompt": f"Question {n}: what is it?\n", "completion": f"It is {n * n} or so."} for n in range(8)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(file)
-
-
 def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     """For a recovery, and for `verify`, from any folder."""
-    adapter = one
     monkeypatch.chdir(tmp_path)
     llmpruner.prune("one", ratio=0.2, importance="l1", compensate="none", output="pruned")
     elsewhere = tmp_path / "elsewhere"
@@ -65,10 +53,11 @@ def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     pruned = load_model(load_structure("../pruned", catalog))
     dense = dense_structure(pruned, catalog)
-    assert pruned.record["base_path"] == str(adapter) == dense.path
-    whole = load_model(load_structure(str(adapter), catalog))
-    assert torch.equal(logits(load_model(dense, placed_as(pruned, LoadSettings())).model), logits(whole.model))
-    assert not torch.allclose(logits(whole.model), logits(load_pruned(tmp_path / "base")), atol=1e-2)
+    assert pruned.record["base_path"] == str(one) == dense.path
+    whole = load_model(load_structure(str(one), catalog))
+    again = load_model(dense, placed_as(pruned, LoadSettings()))
+    assert torch.equal(logits(again.model, IDS), logits(whole.model, IDS))
+    assert not torch.allclose(logits(whole.model, IDS), logits(load_pruned(tmp_path / "base"), IDS), atol=1e-2)
     states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
     assert set(states.values()) == {"passed"}, states
 
@@ -78,10 +67,11 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     wrote = []
     monkeypatch.setattr(
         "llmpruner.recovery.recover.write_examples",
-        lambda own, dense, *_: wrote.append(logits(dense.model)) or [Completion("The fox jumps over it. " * 4)],
+        lambda own, dense, *_: wrote.append(logits(dense.model, IDS)) or [Completion("The fox jumps over it. " * 4)],
     )
-    api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **TRAINING)
-    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model))
+    training = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}
+    api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **training)
+    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model, IDS))
 
 
 def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):
@@ -103,3 +93,34 @@ def test_an_adapter_for_an_adapter_is_refused(one, catalog, tmp_path):
     (two / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(one)}))
     with pytest.raises(llmpruner.ModelError, match=r"two' is an adapter for an adapter, '.*one'; merge"):
         load_structure(str(two), catalog)
+
+
+FIRST, SECOND = "1" * 40, "2" * 40
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """The cache of a hub model with two commits, of which the branch is the first."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    repository = tmp_path / "hub" / "models--some--model"
+    for seed, commit in enumerate((FIRST, SECOND)):
+        tiny_models.llama(seed=seed).save_pretrained(repository / "snapshots" / commit)
+        tiny_models.tokenizer().save_pretrained(repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(FIRST)
+    return repository
+
+
+def test_the_dense_model_is_the_commit_that_was_pruned(hub, catalog, tmp_path):
+    pruned = api.prune("some/model", ratio=0.2, importance="l1", compensate="none", output=tmp_path / "out")
+    assert pruned.plans[-1].base.revision == FIRST
+    (hub / "refs" / "main").write_text(SECOND)
+    dense = load_model(dense_structure(load_structure(str(tmp_path / "out"), catalog), catalog))
+    expected = (tiny_models.llama(seed=seed).lm_head.weight for seed in range(2))
+    assert [torch.equal(dense.model.lm_head.weight, weight) for weight in expected] == [True, False]
+
+
+def test_another_commit_is_another_model(hub, catalog):
+    commits = [api.discover("some/model", revision=revision).revision for revision in (None, SECOND)]
+    assert commits == [FIRST, SECOND]
+    assert len({model_identity("some/model", catalog, commit) for commit in commits}) == 2
