@@ -96,7 +96,8 @@ def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
         line = message_of(error)
         if line is None:
             raise
-        if ranks is None or ranks.claim("error"):
+        # One that cannot connect is silent beside the first, which says so, too, or has failed before and said why.
+        if ranks.claim("error") if ranks else is_first():
             if debug:
                 raise
             error_line(line)
