@@ -131,8 +131,10 @@ def test_two_processes_train_as_one(home):
             [sys.executable, *map(str, command)], text=True, capture_output=True, timeout=200,
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert (done.stdout + done.stderr).count("✓") == 1 and not Path(f"{out}.recovery").exists()
+        # So few steps may not help, and products in bfloat16 differ; the launcher makes 1 of the exit code 3.
+        said = "no better than before" if done.returncode else "✓"
+        assert (done.stdout + done.stderr).count(said) == 1, done.stderr
+        assert not Path(f"{out}.recovery").exists()
         (together,) = json.loads((out / "llmpruner.json").read_text())["recovery"]
         records = alone.record["recovery"][0], together
         assert records[0]["losses"] == pytest.approx(records[1]["losses"], rel=1e-2)
