@@ -23,7 +23,7 @@ from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
-from .base import RecoveryJob, TrainingResult, helped
+from .base import RecoveryJob, Row, TrainingResult, helped
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
 
 if TYPE_CHECKING:
@@ -50,7 +50,8 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
     cross entropy of the next token, in nats.
 
     Parameters of 16 bits that require gradients are in float32 meanwhile, and rounded once, at the end. A model in
-    bfloat16, or on a device that is faster so, computes in bfloat16 under autocast: a loss sees logits in that dtype.
+    bfloat16, or on a device that is faster so, computes in bfloat16 under autocast, if it can: a loss sees logits in
+    that dtype.
 
     The same loss is measured on each row of ``job.validation``, without gradients, in evaluation mode. The model ends
     with the weights that had the lowest one; or with those of the start, unless it is lower by more than its error.
@@ -123,9 +124,9 @@ def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[An
     """A block in which trained parameters of 16 bits are in float32: a step of a low learning rate is mostly smaller
     than the distance of two numbers of bfloat16, and would be rounded away. After it they are rounded to their dtype.
 
-    Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so. A
-    model in float16, whose range bfloat16 would replace by less precision, is in float32 as a whole. And former dtypes.
-    """
+    Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so,
+    and its operators take what autocast gives them (DBRX adds bfloat16 to float32). A model in float16, whose range
+    bfloat16 would replace by less precision, is in float32 as a whole. And former dtypes."""
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
     autocast = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
     whole = torch.float16 in narrow
@@ -133,11 +134,21 @@ def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[An
     try:
         for parameter in widened:
             parameter.data = parameter.data.float()
-        yield autocast, widened
+        yield autocast and _runs_under_autocast(model, job.examples[0]), widened
     finally:
         for parameter, dtype in widened.items():
             parameter.grad = None
             parameter.data = parameter.data.to(dtype)
+
+
+def _runs_under_autocast(model: Any, row: Row) -> bool:
+    ids = torch.tensor([row["input_ids"][:8]], device=model.device)
+    try:
+        with torch.no_grad(), autocast_to(model.device.type, torch.bfloat16):
+            model(input_ids=ids, use_cache=False)
+    except RuntimeError:  # another cause raises again in the training
+        return False
+    return True
 
 
 def _arguments(job: RecoveryJob) -> TrainingArguments:

@@ -11,7 +11,7 @@ import pytest
 import tiny_models
 import torch
 from recovery_cases import dense_model, model_of, pruned_model
-from transformers import MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
+from transformers import DbrxConfig, DbrxForCausalLM, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llmpruner import DataError, ModelError, OutputError, RecoveryStrategy, SettingsError, UnsupportedModelError
@@ -144,6 +144,17 @@ def test_weights_of_16_bits_are_trained_in_float32(tiny, dtype):
     products = torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
     assert set(seen) == {(products, torch.float32, dtype)}
     assert {p.dtype for p in result.model.parameters()} == {dtype}
+
+
+def test_operators_that_refuse_autocast_compute_in_the_precision_of_the_weights(tiny):
+    """DBRX adds what experts give, in bfloat16 under autocast, to sums in float32."""
+    parts = {
+        "attn_config": {"rope_theta": 1e4, "kv_n_heads": 2, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 16, "hidden_size": 32},
+    }
+    config = DbrxConfig(d_model=32, n_heads=4, n_layers=1, vocab_size=tiny_models.tokenizer().vocab_size, **parts)
+    result = tiny(FullStrategy(), (DbrxForCausalLM(config).bfloat16(), None))
+    assert result.losses and {p.dtype for p in result.model.parameters()} == {torch.bfloat16}
 
 
 def test_minutes_end_a_training_that_was_interrupted_too(tiny):
