@@ -152,7 +152,8 @@ class _Draw:
         # A few rows at a time stay in the processor's caches.
         parts = zip(torch.split(logits_BV, _ROWS), torch.split(self._numbers[:, step : step + 1], _ROWS), strict=True)
         tokens = [self._tokens(logits.float(), numbers, never) for logits, numbers in parts]
-        return torch.full_like(logits_BV, -torch.inf).scatter_(-1, torch.cat(tokens), 0.0)
+        # In place: new memory of this size would take longer than the draw.
+        return logits_BV.fill_(-torch.inf).scatter_(-1, torch.cat(tokens), 0.0)
 
     def _tokens(self, logits_RV: torch.Tensor, numbers_R1: torch.Tensor, never: torch.Tensor) -> torch.Tensor:
         upto_RV = logits_RV.index_fill(-1, never, -torch.inf).softmax(-1).cumsum(-1)
