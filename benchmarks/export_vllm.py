@@ -90,8 +90,7 @@ def outside(python: Path, work: Path, name: str, program: str, prompts: list[lis
     )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{program} failed on {name}:\n{done.stderr[-4000:]}")
-    result: dict[str, Any] = json.loads(file.read_text())
-    return result
+    return json.loads(file.read_text())
 
 
 def compared(expected: dict[str, Any], tokens: list[list[int]], row: str) -> dict[str, Any]:

@@ -33,7 +33,6 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, "-m", "llmpruner", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
     limit = threading.Timer(timeout, process.kill)
     limit.start()
     output = process.stdout.read()

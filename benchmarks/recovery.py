@@ -82,8 +82,7 @@ def divergence(model: Path, folder: Path) -> float:
     file.unlink(missing_ok=True)
     options = ("--perplexity", "pydoc", "--set", "perplexity.tokens=1024", "--window", "128", "--json", str(file))
     command("evaluate", "demo", str(model), "--kl", "--dtype", "float32", *options)
-    value: float = json.loads(file.read_text())[-1]["perplexity"]["kl_per_token"]
-    return round(value, 5)
+    return round(json.loads(file.read_text())[-1]["perplexity"]["kl_per_token"], 5)
 
 
 def write_rows(file: Path) -> None:
@@ -92,7 +91,6 @@ def write_rows(file: Path) -> None:
     from llmpruner.recovery.data import dense_text_in, write_examples
 
     model, text = llmpruner.load("demo"), dense_text_in(WRITTEN)
-    assert text is not None
     examples = write_examples(text, model, seed=0)
     file.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), encoding="utf-8")
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
@@ -163,8 +163,7 @@ def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, di
     code = f"from benchmarks.same_results import inside; inside({str(checkout)!r})"
     environment = {**os.environ, **settings, "PYTHONPATH": str(folder)}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
-    found: dict[str, dict[str, Any]] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
 
 
 def inside(checkout: str) -> None:
@@ -211,8 +210,7 @@ def digests(folder: Path) -> dict[str, str]:
     """Tensor → SHA-256 of its dtype, shape and bytes."""
     from safetensors import deserialize
 
-    read: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
-    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in read(file.read_bytes())]
+    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in deserialize(file.read_bytes())]
     return {name: digest([t["dtype"], t["shape"], hashlib.sha256(t["data"]).hexdigest()]) for name, t in tensors}
 
 

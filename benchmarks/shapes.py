@@ -48,8 +48,7 @@ _SHARD = 2_000_000_000
 def config_of(shape: str, dtype: str = "bfloat16") -> PreTrainedConfig:
     """The configuration of one of the `SHAPES`."""
     model_type, changes = SHAPES[shape]
-    config: PreTrainedConfig = CONFIG_MAPPING[model_type](**changes, dtype=dtype)
-    return config
+    return CONFIG_MAPPING[model_type](**changes, dtype=dtype)
 
 
 def write_tokenizer(directory: Path) -> None:
@@ -58,8 +57,8 @@ def write_tokenizer(directory: Path) -> None:
     tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), space * 2]
     # llama.cpp reads no byte-level vocabulary without merges.
     tokenizer = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, [(space, space)]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-    tokenizer.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>").save_pretrained(directory)
 
 
@@ -69,33 +68,32 @@ def write_random(config: PreTrainedConfig, directory: Path, dtype: torch.dtype =
     directory.mkdir(parents=True)
     model = meta_model(config, dtype)
     generator = torch.Generator().manual_seed(0)
-    shards: list[dict[str, torch.Tensor]] = [{}]
+    shard: dict[str, torch.Tensor] = {}
     files: dict[str, str] = {}
-    total = number = 0
-
-    def flush() -> None:
-        nonlocal number
-        name = f"model-{number:05}.safetensors"
-        save_file(shards[0], directory / name, metadata={"format": "pt"})
-        files.update(dict.fromkeys(shards[0], name))
-        shards[0] = {}
-        number += 1
-
-    for name, parameter in model.named_parameters():
-        for own, shape in _published(name, tuple(parameter.shape)):
+    total = 0
+    for parameter_name, parameter in model.named_parameters():
+        for name, shape in _published(parameter_name, tuple(parameter.shape)):
             if len(shape) == 1:
                 tensor = torch.ones(shape, dtype=dtype)
             else:
                 tensor = torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator)
-            if sum(t.nbytes for t in shards[0].values()) + tensor.nbytes > _SHARD:
-                flush()
-            shards[0][own] = tensor
+            if sum(t.nbytes for t in shard.values()) + tensor.nbytes > _SHARD:
+                _save(shard, directory, files)
+                shard = {}
+            shard[name] = tensor
             total += tensor.nbytes
-    flush()
+    _save(shard, directory, files)
     index = {"metadata": {"total_size": total}, "weight_map": files}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     config.architectures = [type(model).__name__]
     config.save_pretrained(directory)
+
+
+def _save(shard: dict[str, torch.Tensor], directory: Path, files: dict[str, str]) -> None:
+    """Write one shard; ``files``: tensor → the file that has it."""
+    name = f"model-{len(set(files.values())):05}.safetensors"
+    save_file(shard, directory / name, metadata={"format": "pt"})
+    files.update(dict.fromkeys(shard, name))
 
 
 def _published(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...]]]:
