@@ -143,17 +143,17 @@ def make_models(folder: Path) -> None:
 
 def jobs() -> dict[str, str]:
     """``MODEL: NAME`` → the words after ``llmpruner prune``."""
-    found = {f"demo: {name}": f"demo {words}" for name, words in ON_DEMO.items()}
-    for model in ("dense", "chatglm"):
-        for name, words in {**ON_TINY, **ON_PLUGINS_MODELS}.items():
-            found[f"{model}: {name}"] = f"models/{model} {words}"
-    for model in ("fused", "experts"):
-        found |= {f"{model}: {n}": f"models/{model} {w}" for n, w in ON_TINY.items()}
-    return found
+    named = {**ON_TINY, **ON_PLUGINS_MODELS}
+    of_model = {"demo": ON_DEMO, "dense": named, "chatglm": named, "fused": ON_TINY, "experts": ON_TINY}
+    return {
+        f"{model}: {name}": f"{model if model == 'demo' else f'models/{model}'} {words}"
+        for model, chosen in of_model.items()
+        for name, words in chosen.items()
+    }
 
 
 def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What `prune` finds for each job with the code of ``checkout``, in a process that works in ``folder``."""
+    """What `prune` gives for each job with the code of ``checkout``, in a process that works in ``folder``."""
     folder.mkdir()
     links = {name: checkout / place for name, place in PACKAGES.items()}
     for name, target in {**links, "benchmarks": ROOT / "benchmarks", "models": folder.parent / "models"}.items():
@@ -163,22 +163,22 @@ def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, di
     code = f"from benchmarks.same_results import inside; inside({str(checkout)!r})"
     environment = {**os.environ, **settings, "PYTHONPATH": str(folder)}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
-    return json.loads((folder / "found.json").read_text(encoding="utf-8"))
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def inside(checkout: str) -> None:
-    """The child: from ``jobs.json`` in the working directory to ``found.json``."""
+    """The child: from ``jobs.json`` in the working directory to ``results.json``."""
     for package in PACKAGES:
         file = Path(str(import_module(package).__file__)).resolve()
         if not file.is_relative_to(checkout):
             raise SystemExit(f"{package} is imported from {file}, not from {checkout}")
-    found = {}
+    results = {}
     for name, words in json.loads(Path("jobs.json").read_text(encoding="utf-8")).items():
         started = time.monotonic()
-        found[name] = prune(words.split(), Path("pruned"))
-        took = f"exit code {found[name]['exit']}, {time.monotonic() - started:.1f} s"
+        results[name] = prune(words.split(), Path("pruned"))
+        took = f"exit code {results[name]['exit']}, {time.monotonic() - started:.1f} s"
         print(f"{Path.cwd().name} checkout, {name}: {took}", file=sys.stderr)
-    Path("found.json").write_text(json.dumps(found), encoding="utf-8")
+    Path("results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 def prune(words: list[str], output: Path) -> dict[str, Any]:
