@@ -20,7 +20,7 @@ import llmpruner
 from llmpruner import LoadSettings
 
 from .measure import as_json, machine
-from .shapes import config_of, write_random, write_tokenizer
+from .shapes import write_model
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
 METHODS = ("best", "fast", "llm-pruner")
@@ -32,8 +32,7 @@ def main() -> None:
     (device,) = sys.argv[1:] or ["cuda"]
     with tempfile.TemporaryDirectory() as folder:
         model, text = Path(folder) / "model", Path(folder) / "text.txt"
-        write_random(config_of("tiny", "float32"), model, torch.float32)
-        write_tokenizer(model)
+        write_model("tiny", model, torch.float32)
         # What a model writes differs between devices, so that the text comes from a file.
         text.write_text(Path(__file__).read_text(encoding="utf-8") * 20, encoding="utf-8")
         rows = {method: check(model, text, method, device) for method in METHODS}
