@@ -24,10 +24,16 @@ from transformers import AutoTokenizer
 from llmpruner import load_pruned
 
 from .export_worker import greedy
-from .measure import PROMPTS, as_json, data_folder, machine, run
+from .measure import as_json, data_folder, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "export_vllm.json"
 WORKER = Path(__file__).with_name("export_worker.py")
+PROMPTS = (
+    "The capital of France is", "Once upon a time there was a", "To bake a loaf of bread, you need",
+    "In 1969, the first people", "Write a short poem about the sea.", "def fibonacci(n):",
+    "The three states of water are", "My favourite animal is the", "If you add 12 and 30, you get",
+    "The president said on Monday that",
+)  # fmt: skip
 TOKENS = 32
 NEARLY_EQUAL = 1e-3
 """Largest difference of logits, as a share of their largest absolute value, at which either token may be chosen."""

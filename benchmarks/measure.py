@@ -13,16 +13,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-WINDOW = 512
-"""Tokens that are read together where perplexity is measured."""
-PROMPTS = (
-    "The capital of France is", "Once upon a time there was a", "To bake a loaf of bread, you need",
-    "In 1969, the first people", "Write a short poem about the sea.", "def fibonacci(n):",
-    "The three states of water are", "My favourite animal is the", "If you add 12 and 30, you get",
-    "The president said on Monday that",
-)  # fmt: skip
-"""To continue, where runtimes are compared."""
-
 
 def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
     """``llmpruner ARGUMENTS``: wall seconds, peak resident MiB, and standard output. Raises on a non-zero exit,

@@ -27,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 from . import real_models
-from .measure import WINDOW, as_json, data_folder, instructions, machine, run
+from .measure import as_json, data_folder, instructions, machine, run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
@@ -54,6 +54,8 @@ METHODS = {
 DECODER = {"SmolLM2-135M-Instruct": 0.79, "Qwen2.5-Coder-0.5B-Instruct": 0.57}
 """Share of a model's bytes in the decoder: with tokens, as many bytes go as without."""
 RECOVERY = ("--minutes", "15")
+WINDOW = 512
+"""Tokens that are read together where perplexity is measured."""
 COLUMNS = {
     "WikiText-2": "WikiText-2", "C4": "C4", "answers": "answers in chat", "instructions": "answers", "code": "code",
 }  # fmt: skip
