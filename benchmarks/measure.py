@@ -7,8 +7,10 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,22 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
         "peak_mib": round(usage.ru_maxrss / 1024),
         "output": output,
     }
+
+
+def evaluated(*arguments: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """What ``llmpruner evaluate ARGUMENTS`` gives for the last model, in float32; its ``perplexity`` is one for each of
+    the ``texts``."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.txt" for name in texts}
+        for name, file in files.items():
+            file.write_text(texts[name], encoding="utf-8")
+        report = Path(folder) / "evaluation.json"
+        options = ("--perplexity", ",".join(map(str, files.values())), "--dtype", "float32", "--json", str(report))
+        run("evaluate", *arguments, *options, timeout=7200)
+        result = json.loads(report.read_text())[-1]
+    first = result["perplexity"]
+    by_file = {first["text"]: first, **first["others"]}
+    return {**result, "perplexity": {name: by_file[str(file)] for name, file in files.items()}}
 
 
 def data_folder() -> Path:

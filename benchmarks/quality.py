@@ -27,7 +27,7 @@ from statistics import fmean
 from typing import Any
 
 from . import real_models
-from .measure import as_json, data_folder, instructions, machine, run
+from .measure import as_json, data_folder, evaluated, instructions, machine, run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
@@ -165,7 +165,7 @@ def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
         done = run("recover", pruned, *RECOVERY, "--dtype", "float32", "-o", model)
         entry["seconds"] += done["seconds"]
         entry["peak_mib"] = max(entry["peak_mib"], done["peak_mib"])
-    return entry | measured_on(row, dense, model, data, work, tokens)
+    return entry | measured_on(row, dense, model, data, tokens)
 
 
 def version() -> str:
@@ -199,7 +199,7 @@ def prune(dense: str, options: tuple[str, ...], work: Path) -> tuple[str, dict[s
     return output, {**took, "decoder_removed": result["decoder_removed"], "gone": gone}
 
 
-def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, Any]:
+def measured_on(row: Row, dense: str, model: str, data: Path, tokens: int) -> dict[str, Any]:
     """``texts``: text → perplexity, and the divergence from the dense model (0 for that itself), in nats per token;
     and ``asked``, what the model answers to instructions."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()[C4_JUDGED]
@@ -209,9 +209,6 @@ def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens
         "instructions": instructions(data),
         "code": "\n\n".join(inspect.getsource(import_module(name)) for name in CODE),
     }
-    files = {name: work / f"{name}.txt" for name in texts}
-    for name, file in files.items():
-        file.write_text(texts[name], encoding="utf-8")
     settings = {"perplexity.tokens": tokens, "perplexity.window": WINDOW, "perplexity.autocast": True}
     metrics, models = "answers", (model,) if model == dense else (dense, model, "--kl")
     trimmed = "tokens" in row.method  # its answers have other tokens than the dense model's
@@ -222,15 +219,8 @@ def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens
             "given-answers.autocast": True, "given-answers.kl": model != dense,
         }  # fmt: skip
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    report = work / "evaluation.json"
-    report.unlink(missing_ok=True)
-    run(
-        "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
-        "--metrics", metrics, *options, "--json", str(report), timeout=7200,
-    )  # fmt: skip
-    measured = json.loads(report.read_text())[-1]
-    of_texts = {str(files["WikiText-2"]): measured["perplexity"], **measured["perplexity"]["others"]}
-    results = {name: of_texts[str(file)] for name, file in files.items()}
+    measured = evaluated(*models, "--metrics", metrics, *options, texts=texts)
+    results = measured["perplexity"]
     if not trimmed:
         results["answers"] = measured["given-answers"]
     kept = ("perplexity", "kl_per_token", "bits_per_byte")
