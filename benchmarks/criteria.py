@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,16 +50,13 @@ def main() -> None:
 
 def measure(text: bytes) -> dict[str, Any]:
     torch.set_num_threads(1)
-    started = time.process_time()
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     split = len(ids) * 4 // 5
     loaded = _model()
     _train(loaded.model, ids[:split])
     held_out = _windows(ids[split:], HELD_OUT, seed=0)
     dense = _loss(loaded.model, held_out)
-    trained = time.process_time()
     truth = {group.name: _truth(loaded, group, held_out, dense) for group in loaded.graph.groups}
-    silenced = time.process_time()
     rows = {}
     for label, criterion in _criteria():
         if not any(map(criterion.accepts, loaded.graph.kinds)):
@@ -75,13 +71,9 @@ def measure(text: bytes) -> dict[str, Any]:
         "training": {**TRAIN, "length": LENGTH, "bytes": split},
         "held_out": {"tokens": held_out.numel(), "loss": round(dense, 4)},
         "calibration": {"samples": CALIBRATION, "length": LENGTH, "seeds": list(SEEDS)},
-        "cpu_seconds": {
-            "training": round(trained - started), "truth": round(silenced - trained),
-            "criteria": round(time.process_time() - silenced),
-        },
         "truth": {name: [round(v, 6) for v in values.tolist()] for name, values in truth.items()},
         "spearman": rows,
-    }  # fmt: skip
+    }
 
 
 def _model() -> Any:
