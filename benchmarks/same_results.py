@@ -5,8 +5,8 @@
 
 A job is one ``llmpruner prune`` of the demo model or of a tiny random model (dense, fused projections, mixture of
 experts, ChatGLM-6B). It is equal when both plans have the same target and keep the same units of every group, and the
-written safetensors hold the same tensors: names, dtypes, shapes and bytes. It is equal, too, when both refuse it (exit
-code 2); both reasons are recorded. Any other exit code is a difference. Exits with 1 when there is one.
+written safetensors hold the same tensors: names, dtypes, shapes and bytes; or when both refuse it (exit code 2). Any
+other exit code is a difference. Exits with 1 when there is one.
 
 All jobs of a checkout run in one process of their own, this checkout's first, each with OMP_NUM_THREADS threads, or 1.
 """
@@ -93,23 +93,21 @@ def main() -> None:
     chosen = {name: words for name, words in jobs().items() if options.only in name}
     if not chosen:
         parser.error(f"no job has '{options.only}' in its name")
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         make_models(Path(work) / "models")
         this, other = (run(checkout, Path(work) / name, chosen) for name, checkout in checkouts.items())
-    seconds = round(time.monotonic() - started)
-    compared = {name: {"command": words, **compare(this[name], other[name])} for name, words in chosen.items()}
-    wrong = [f"{name}: {job['difference']}" for name, job in compared.items() if not job["equal"]]
+    wrong = {name: text for name in chosen if (text := difference(this[name], other[name]))}
     for model in sorted({name.split(":")[0] for name in chosen}):
         if all(this[name]["exit"] for name in chosen if name.startswith(model)):
-            wrong.append(f"{model}: no job prunes, which proves nothing")
+            wrong[model] = "no job prunes, which proves nothing"
     if not options.only:
-        about: dict[str, Any] = {"command": "python -m benchmarks.same_results OTHER_CHECKOUT", "machine": machine()}
-        about |= {"threads": THREADS, "seconds": seconds, "commits": commits}
-        RESULTS.write_text(as_json({**about, "jobs": compared}), encoding="utf-8")
-    refused = sum("refused" in job for job in compared.values())
-    equal = sum(job["equal"] for job in compared.values())
-    print(*wrong, f"{equal} of {len(chosen)} jobs equal, {refused} of them refused by both; {seconds} s", sep="\n")
+        done = {name: {"command": words, "exit": this[name]["exit"]} for name, words in chosen.items()}
+        about = {"machine": machine(), "threads": THREADS, "commits": commits}
+        RESULTS.write_text(as_json({**about, "jobs": done, "different": wrong}), encoding="utf-8")
+    refused = sum(this[name]["exit"] == 2 for name in chosen if name not in wrong)
+    for name, text in wrong.items():
+        print(f"{name}: {text}")
+    print(f"{len(chosen)} jobs, {len(wrong)} differ; {refused} are refused by both")
     sys.exit(bool(wrong))
 
 
@@ -207,30 +205,25 @@ def prune(words: list[str], output: Path) -> dict[str, Any]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Tensor → SHA-256 of its dtype, shape and bytes."""
+    """Tensor → its dtype, shape, and SHA-256 of its bytes."""
     from safetensors import deserialize
 
     tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in deserialize(file.read_bytes())]
-    return {name: digest([t["dtype"], t["shape"], hashlib.sha256(t["data"]).hexdigest()]) for name, t in tensors}
+    return {name: f"{t['dtype']} {t['shape']} {hashlib.sha256(t['data']).hexdigest()}" for name, t in tensors}
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def compare(this: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """``equal``, and the common ``digest``, both reasons why it is ``refused``, or the ``difference`` in words."""
+def difference(this: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In words; empty where both prune alike, or both refuse (exit code 2)."""
     codes = [this["exit"], other["exit"]]
     if codes == [2, 2]:
-        return {"equal": True, "refused": [this["reason"], other["reason"]]}
+        return ""
     if codes != [0, 0]:
-        reasons = [f"exit code {side['exit']} ({side.get('reason', 'pruned')})" for side in (this, other)]
-        return {"equal": False, "difference": " and ".join(reasons)}
+        return " and ".join(f"exit code {side['exit']} ({side.get('reason', 'pruned')})" for side in (this, other))
     for part in ("target", "kept", "tensors"):
         names = sorted(n for n in {*this[part], *other[part]} if this[part].get(n) != other[part].get(n))
         if names:
-            return {"equal": False, "difference": f"{part}: {len(names)} differ, {', '.join(names[:3])} first"}
-    return {"equal": True, "digest": digest(this)}
+            return f"{part}: {len(names)} differ, {', '.join(names[:3])} first"
+    return ""
 
 
 if __name__ == "__main__":
