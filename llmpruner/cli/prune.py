@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,9 +44,7 @@ def plan(
         pruning_plan.save(output)
         note(f"plan written to {output}")
     if as_json:
-        forecast = _forecast(outcome, time.monotonic() - started)
-        values = pruning_plan.model_dump(mode="json")
-        print_json({"plan": values, "result": outcome.as_json(), "forecast": forecast})
+        _print_json(pruning_plan, outcome, round(time.monotonic() - started, 1), {})
     else:
         show_plan(pruning_plan, outcome)
         file = output or "PLAN (written by -o PLAN)"
@@ -87,9 +85,8 @@ def prune(
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:
-        result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
-        values = pruning_plan.model_dump(mode="json")
-        print_json({"plan": values, "result": result, "forecast": _forecast(outcome, seconds)})
+        facts = {"output": str(output), "checkpoint": pruned.form, "seconds": seconds}
+        _print_json(pruning_plan, outcome, seconds, facts)
         return
     show_plan(pruning_plan, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
@@ -98,11 +95,12 @@ def prune(
     note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
-def _forecast(outcome: Outcome, seconds: float) -> dict[str, Any] | None:
-    """The forecast, next to the bytes of memory and the seconds that the run took."""
-    if outcome.forecast is None:
-        return None
-    return {**outcome.forecast, "used": {"seconds": round(seconds, 1), "memory": peak_memory()}}
+def _print_json(plan: PruningPlan, outcome: Outcome, seconds: float, facts: Mapping[str, Any]) -> None:
+    """The plan, the sizes and ``facts``, and the forecast next to the memory and the seconds that the run took."""
+    used = {"seconds": seconds, "memory": peak_memory()}
+    forecast = None if outcome.forecast is None else {**outcome.forecast, "used": used}
+    result = {**outcome.as_json(), **facts}
+    print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": forecast})
 
 
 def show_plan(plan: PruningPlan, outcome: Outcome) -> None:
