@@ -1,4 +1,4 @@
-"""Greedy continuations in vLLM or transformers, for `benchmarks.export_vllm`, in an environment without llmpruner:
+"""Greedy continuations in vLLM or transformers, for `benchmarks.exports`, in an environment without llmpruner:
 reads a job from standard input (JSON), writes the result to the file that the job names.
 
 Job: ``program`` ("vllm" or "transformers"), ``model`` (a directory), ``prompts`` (lists of token ids), ``tokens`` (how
