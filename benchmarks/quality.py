@@ -18,7 +18,7 @@ import inspect
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -34,10 +34,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 AGAIN = RESULTS.with_name("quality_again.jsonl")
 PAGE = ROOT / "docs" / "quality.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
-MODELS: dict[str, Callable[[], str]] = {
-    "SmolLM2-135M-Instruct": lambda: "demo",
-    "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
-}
+MODELS = {"SmolLM2-135M-Instruct": lambda: "demo", "Qwen2.5-Coder-0.5B-Instruct": real_models.qwen}
 _SAMPLES = ("--samples", "64", "--set", "prune.length=512")
 METHODS = {
     "best": ("--method", "best"),
@@ -155,7 +152,7 @@ def read(file: Path) -> dict[Row, dict[str, Any]]:
 
 
 def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
-    dense = model = MODELS[row.model]()
+    dense = model = str(MODELS[row.model]())
     entry: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine(), "commit": version()}
     if row.method != "dense":
         model, took = prune(dense, options_of(row, data, work), work)

@@ -35,8 +35,7 @@ from .measure import as_json, commit, machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "same_results.json"
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
-PLUGINS = ("llama", "vicuna", "chatglm")
-PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{name}": f"plugins/{name}" for name in PLUGINS}}
+PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{n}": f"plugins/{n}" for n in ("llama", "vicuna", "chatglm")}}
 """Package → its folder in a checkout."""
 
 TEXT, BLOCK = "--samples 8 --set prune.length=32", "--kinds attention,mlp"

@@ -15,7 +15,6 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,7 @@ from .measure import as_json, data_folder, evaluated, instructions, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "vocabulary.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "vocabulary.md"
-MODELS: dict[str, Callable[[], str]] = {
-    "SmolLM2-135M": lambda: "demo",
-    "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
-}
+MODELS = {"SmolLM2-135M": lambda: "demo", "Qwen2.5-Coder-0.5B": real_models.qwen}
 TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (65536, 50688)}
 LATIN = {"Qwen2.5-Coder-0.5B": 98304}
 """Tokens that stay where those of other scripts go first."""

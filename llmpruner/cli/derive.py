@@ -159,13 +159,9 @@ class Command(TyperCommand):
 
 
 _METAVARS = {
-    "int": "INTEGER",
-    "float": "NUMBER",
-    "ByteSize": "SIZE",
-    "list of int": "NUMBERS",
-    "list of text": "NAMES",
+    "int": "INTEGER", "float": "NUMBER", "ByteSize": "SIZE", "list of int": "NUMBERS", "list of text": "NAMES",
     "dict": "NAME.key=value",
-}
+}  # fmt: skip
 
 
 def _parameter(model: type[Settings], name: str) -> Parameter:
