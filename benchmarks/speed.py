@@ -40,9 +40,8 @@ def main() -> None:
             done = run("bench", *map(str, paths), *options, timeout=7200)
             measured = json.loads(file.read_text().replace(work, "$WORK"))
             about = {"command": done["command"].replace(work, "$WORK"), "machine": machine()}
-            results[runtime] = {**about, **measured, "lowest share of ideal": lowest(measured)}
+            results[runtime] = {**about, **measured}
             RESULTS.write_text(as_json(results))
-            print(runtime, results[runtime]["lowest share of ideal"])
     write_table(PAGE, "speed", table(results))
 
 
@@ -62,12 +61,6 @@ def gguf_of(model: Path) -> Path:
     folder = model.with_name(model.name + "-gguf")
     run("export", str(model), "--to", "gguf", "--dtype", "bfloat16", "-o", str(folder))
     return next(folder.glob("*.gguf"))
-
-
-def lowest(measured: dict[str, Any]) -> dict[str, float]:
-    """The lowest share of the ideal speed-up over all cases and cut models, of prefill and of decoding."""
-    cut = [model for case in measured["cases"] for model in case["models"][1:]]
-    return {stage: round(min(model[stage]["share_of_ideal"] for model in cut), 3) for stage in STAGES}
 
 
 def table(results: dict[str, Any]) -> str:
