@@ -53,8 +53,8 @@ speed: .venv/ready  ## a 1B model, whole and cut, against the ideal speed-up; ne
 gpu-check: .venv/ready  ## the same models on a GPU as on the CPU
 	$(BIN)/python -m benchmarks.gpu_check
 
-export-check: .venv/ready  ## pruned models in vLLM: make export-check VLLM=PYTHON of an environment that has it
-	$(BIN)/python -m benchmarks.export_vllm --vllm $(VLLM)
+export-check: .venv/ready  ## pruned models in llama.cpp, or in vLLM: make export-check VLLM=PYTHON of an environment that has it
+	$(BIN)/python -m benchmarks.exports $(VLLM)
 
 clean:
 	rm -rf .venv demo-output build dist site *.egg-info

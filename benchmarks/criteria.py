@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,15 @@ from statistics import mean, pstdev
 from typing import Any
 
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmpruner import Catalog, build_graph
+from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.models.model import Model
+from llmpruner.plugins.manager import plugin_manager
+from llmpruner.pruning.criteria.estimate import estimate
+from llmpruner.structure.coupling import LAYER, Role
+from llmpruner.testing import settings_grid
 
 from .measure import as_json, data_folder, machine, write_table
 
@@ -26,7 +34,7 @@ RESULTS = Path(__file__).parent / "results" / "criteria.json"
 PAGE = Path(__file__).parents[1] / "docs" / "criteria-measured.md"
 SEEDS = (0, 1, 2)
 LENGTH = 128
-TRAIN: dict[str, Any] = {"steps": 500, "batch": 32, "rate": 3e-3}
+TRAIN = {"steps": 500, "batch": 32, "rate": 3e-3}
 HELD_OUT, CALIBRATION = 96, 64
 FEW = 8
 """Ranks within a group of fewer units say nothing."""
@@ -42,16 +50,13 @@ def main() -> None:
 
 def measure(text: bytes) -> dict[str, Any]:
     torch.set_num_threads(1)
-    started = time.process_time()
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     split = len(ids) * 4 // 5
     loaded = _model()
     _train(loaded.model, ids[:split])
     held_out = _windows(ids[split:], HELD_OUT, seed=0)
     dense = _loss(loaded.model, held_out)
-    trained = time.process_time()
     truth = {group.name: _truth(loaded, group, held_out, dense) for group in loaded.graph.groups}
-    silenced = time.process_time()
     rows = {}
     for label, criterion in _criteria():
         if not any(map(criterion.accepts, loaded.graph.kinds)):
@@ -66,34 +71,23 @@ def measure(text: bytes) -> dict[str, Any]:
         "training": {**TRAIN, "length": LENGTH, "bytes": split},
         "held_out": {"tokens": held_out.numel(), "loss": round(dense, 4)},
         "calibration": {"samples": CALIBRATION, "length": LENGTH, "seeds": list(SEEDS)},
-        "cpu_seconds": {
-            "training": round(trained - started), "truth": round(silenced - trained),
-            "criteria": round(time.process_time() - silenced),
-        },
         "truth": {name: [round(v, 6) for v in values.tolist()] for name, values in truth.items()},
         "spearman": rows,
-    }  # fmt: skip
+    }
 
 
 def _model() -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from llmpruner import Catalog, build_graph
-    from llmpruner.models.model import Model
-    from llmpruner.plugins.manager import plugin_manager
-
     config = LlamaConfig(
         vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    family = Catalog(plugin_manager()).family_for(config)
-    graph = build_graph(family, config)
-    return Model("tiny", config, family, graph, model=LlamaForCausalLM(config), tokenizer=None)
+    family = Catalog().family_for(config)
+    return Model("tiny", config, family, build_graph(family, config), model=LlamaForCausalLM(config), tokenizer=None)
 
 
-def _train(model: Any, ids: torch.Tensor, steps: int = TRAIN["steps"]) -> None:
-    batch, rate = TRAIN["batch"], TRAIN["rate"]
+def _train(model: Any, ids: torch.Tensor) -> None:
+    steps, batch, rate = TRAIN["steps"], TRAIN["batch"], TRAIN["rate"]
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.1)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps, pct_start=0.1)
     model.train()
@@ -131,8 +125,6 @@ def _truth(loaded: Any, group: Any, held_out: torch.Tensor, dense: float) -> tor
 
 @contextmanager
 def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
-    from llmpruner.structure.coupling import LAYER, Role
-
     model = loaded.model
     if group.kind == LAYER:
         layer = model.get_submodule(f"{loaded.graph.layers}.{unit}")
@@ -152,10 +144,6 @@ def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
 
 
 def _criteria() -> Iterator[tuple[str, Any]]:
-    from llmpruner import Catalog
-    from llmpruner.plugins.manager import plugin_manager
-    from llmpruner.testing import settings_grid
-
     for name, cls in Catalog(plugin_manager(entry_points=False)).criteria.items():
         for criterion in settings_grid(cls):
             yield f"{name} {criterion.record().get('variant', '')}".strip(), criterion
@@ -165,20 +153,16 @@ def _correlations(
     loaded: Any, criterion: Any, truth: Mapping[str, torch.Tensor], ids: torch.Tensor, seed: int
 ) -> dict[str, dict[str, float]]:
     """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
-    from llmpruner.calibration.calibration import CalibrationSet
-    from llmpruner.pruning.criteria.estimate import estimate
-
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
-    kinds = [kind for kind in loaded.graph.kinds if criterion.accepts(kind)]
-    found = {}
-    for kind in kinds:
+    correlations: dict[str, dict[str, float]] = {}
+    for kind in filter(criterion.accepts, loaded.graph.kinds):
         groups = loaded.graph.of_kinds([kind])
         scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed)
         pooled = [torch.cat([values[g.name] for g in groups]) for values in (scores, truth)]
-        found[kind] = {"across": spearman(*pooled)}
+        correlations[kind] = {"across": spearman(*pooled)}
         if groups[0].units >= FEW and len(groups) > 1:
-            found[kind]["within"] = mean(spearman(scores[g.name], truth[g.name]) for g in groups)
-    return found
+            correlations[kind]["within"] = mean(spearman(scores[g.name], truth[g.name]) for g in groups)
+    return correlations
 
 
 def spearman(one: torch.Tensor, other: torch.Tensor) -> float:

@@ -1,5 +1,5 @@
-"""Greedy continuations in the programs that `benchmarks.export_vllm` compares. Runs in an environment without
-llmpruner, too: reads a job from standard input (JSON), writes the result to the file that the job names.
+"""Greedy continuations in vLLM or transformers, for `benchmarks.exports`, in an environment without llmpruner:
+reads a job from standard input (JSON), writes the result to the file that the job names.
 
 Job: ``program`` ("vllm" or "transformers"), ``model`` (a directory), ``prompts`` (lists of token ids), ``tokens`` (how
 many to generate), ``trust`` (whether code in the directory may run), ``result`` (a file).
@@ -46,23 +46,9 @@ def transformers(job: dict[str, Any]) -> dict[str, Any]:
     return {"class": type(model).__name__, "tokens": tokens, "versions": versions}
 
 
-def continuations(directory: str) -> dict[str, Any]:
-    """With llmpruner: ``prompts``, ``tokens``, and ``gaps``: at each step the difference of the two largest logits as a
-    share of the largest absolute one."""
-    import torch
-    from transformers import AutoTokenizer
-
-    from benchmarks.export_vllm import TOKENS
-    from benchmarks.measure import PROMPTS
-    from llmpruner import load_pruned
-
-    model, tokenizer = load_pruned(directory, dtype=torch.float32), AutoTokenizer.from_pretrained(directory)
-    prompts = [tokenizer(text).input_ids for text in PROMPTS]
-    tokens, gaps = zip(*(greedy(model, ids, TOKENS) for ids in prompts), strict=True)
-    return {"prompts": prompts, "tokens": tokens, "gaps": gaps}
-
-
 def greedy(model: Any, ids: list[int], count: int) -> tuple[list[int], list[float]]:
+    """The ``count`` likeliest tokens; and at each the difference of the two largest logits, as a share of the largest
+    absolute one."""
     import torch
 
     made = model.generate(

@@ -1,6 +1,6 @@
 """Does everything that runs on a CPU run on a GPU, and how fast? On random weights, so that nothing is fetched.
 
-    python -m benchmarks.gpu_check [--device cuda]
+    python -m benchmarks.gpu_check [DEVICE]
 
 Every method plans on both devices; the plan of the CPU is then replayed on both, and the results must give the same
 logits. Writes ``results/gpu_check.json``.
@@ -8,7 +8,7 @@ logits. Writes ``results/gpu_check.json``.
 
 from __future__ import annotations
 
-import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +20,7 @@ import llmpruner
 from llmpruner import LoadSettings
 
 from .measure import as_json, machine
-from .shapes import config_of, write_random, write_tokenizer
+from .shapes import write_model
 
 RESULTS = Path(__file__).parent / "results" / "gpu_check.json"
 METHODS = ("best", "fast", "llm-pruner")
@@ -29,13 +29,10 @@ TOLERANCE = 2e-2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda")
-    device = parser.parse_args().device
+    (device,) = sys.argv[1:] or ["cuda"]
     with tempfile.TemporaryDirectory() as folder:
         model, text = Path(folder) / "model", Path(folder) / "text.txt"
-        write_random(config_of("tiny", "float32"), model, torch.float32)
-        write_tokenizer(model)
+        write_model("tiny", model, torch.float32)
         # What a model writes differs between devices, so that the text comes from a file.
         text.write_text(Path(__file__).read_text(encoding="utf-8") * 20, encoding="utf-8")
         rows = {method: check(model, text, method, device) for method in METHODS}

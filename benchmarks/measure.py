@@ -7,21 +7,13 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
-
-WINDOW = 512
-"""Tokens that are read together where perplexity is measured."""
-PROMPTS = (
-    "The capital of France is", "Once upon a time there was a", "To bake a loaf of bread, you need",
-    "In 1969, the first people", "Write a short poem about the sea.", "def fibonacci(n):",
-    "The three states of water are", "My favourite animal is the", "If you add 12 and 30, you get",
-    "The president said on Monday that",
-)  # fmt: skip
-"""To continue, where runtimes are compared."""
 
 
 def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
@@ -33,7 +25,6 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
     started = time.monotonic()
     command = [sys.executable, "-m", "llmpruner", *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    assert process.stdout is not None
     limit = threading.Timer(timeout, process.kill)
     limit.start()
     output = process.stdout.read()
@@ -48,6 +39,22 @@ def run(*arguments: str, timeout: int = 3600) -> dict[str, Any]:
         "peak_mib": round(usage.ru_maxrss / 1024),
         "output": output,
     }
+
+
+def evaluated(*arguments: str, texts: Mapping[str, str]) -> dict[str, Any]:
+    """What ``llmpruner evaluate ARGUMENTS`` gives for the last model, in float32; its ``perplexity`` is one for each of
+    the ``texts``."""
+    with tempfile.TemporaryDirectory() as folder:
+        files = {name: Path(folder) / f"{name}.txt" for name in texts}
+        for name, file in files.items():
+            file.write_text(texts[name], encoding="utf-8")
+        report = Path(folder) / "evaluation.json"
+        options = ("--perplexity", ",".join(map(str, files.values())), "--dtype", "float32", "--json", str(report))
+        run("evaluate", *arguments, *options, timeout=7200)
+        result = json.loads(report.read_text())[-1]
+    first = result["perplexity"]
+    by_file = {first["text"]: first, **first["others"]}
+    return {**result, "perplexity": {name: by_file[str(file)] for name, file in files.items()}}
 
 
 def data_folder() -> Path:

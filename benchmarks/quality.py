@@ -18,7 +18,7 @@ import inspect
 import json
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -27,18 +27,14 @@ from statistics import fmean
 from typing import Any
 
 from . import real_models
-from .measure import WINDOW, as_json, data_folder, instructions, machine, run
+from .measure import as_json, data_folder, evaluated, instructions, machine, run
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 AGAIN = RESULTS.with_name("quality_again.jsonl")
 PAGE = ROOT / "docs" / "quality.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
-MODELS: dict[str, Callable[[], str]] = {
-    "SmolLM2-135M-Instruct": lambda: "demo",
-    "Qwen2.5-Coder-0.5B-Instruct": lambda: str(real_models.qwen()),
-}
-CALIBRATION = {"self-written": "self", "C4": "{c4}"}
+MODELS = {"SmolLM2-135M-Instruct": lambda: "demo", "Qwen2.5-Coder-0.5B-Instruct": real_models.qwen}
 _SAMPLES = ("--samples", "64", "--set", "prune.length=512")
 METHODS = {
     "best": ("--method", "best"),
@@ -54,15 +50,12 @@ METHODS = {
 """The last three are our implementations of the criteria of other papers, with what goes with them there."""
 DECODER = {"SmolLM2-135M-Instruct": 0.79, "Qwen2.5-Coder-0.5B-Instruct": 0.57}
 """Share of a model's bytes in the decoder: with tokens, as many bytes go as without."""
-RECOVERED = {"best, recovered": ("--minutes", "15")}
-"""Method → options of `llmpruner recover` for the pruned model."""
+RECOVERY = ("--minutes", "15")
+WINDOW = 512
+"""Tokens that are read together where perplexity is measured."""
 COLUMNS = {
-    "WikiText-2": "WikiText-2",
-    "C4": "C4",
-    "answers": "answers in chat",
-    "instructions": "answers",
-    "code": "code",
-}
+    "WikiText-2": "WikiText-2", "C4": "C4", "answers": "answers in chat", "instructions": "answers", "code": "code",
+}  # fmt: skip
 """Text → the heading of its column."""
 LABELS = {
     ("best", "uniform"): "best, the default",
@@ -104,8 +97,8 @@ CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarf
 
 @dataclass(frozen=True)
 class Row:
-    """One result. ``method``: of `METHODS`, or "dense" with ratio 0. ``text``: of `CALIBRATION`. ``samples``: of the
-    calibration; 0 for the method's own number."""
+    """One result. ``method``: of `METHODS`, or "dense" with ratio 0. ``text``: "self-written" or "C4". ``samples``: of
+    the calibration; 0 for the method's own number."""
 
     model: str
     method: str = "dense"
@@ -159,17 +152,17 @@ def read(file: Path) -> dict[Row, dict[str, Any]]:
 
 
 def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
-    dense = model = MODELS[row.model]()
-    found: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine(), "commit": version()}
+    dense = model = str(MODELS[row.model]())
+    entry: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine(), "commit": version()}
     if row.method != "dense":
         model, took = prune(dense, options_of(row, data, work), work)
-        found |= took
-    if row.method in RECOVERED:
+        entry |= took
+    if "recovered" in row.method:
         pruned, model = model, str(Path(tempfile.mkdtemp(dir=work)) / "recovered")
-        done = run("recover", pruned, *RECOVERED[row.method], "--dtype", "float32", "-o", model)
-        found["seconds"] += done["seconds"]
-        found["peak_mib"] = max(found["peak_mib"], done["peak_mib"])
-    return found | measured_on(row, dense, model, data, work, tokens)
+        done = run("recover", pruned, *RECOVERY, "--dtype", "float32", "-o", model)
+        entry["seconds"] += done["seconds"]
+        entry["peak_mib"] = max(entry["peak_mib"], done["peak_mib"])
+    return entry | measured_on(row, dense, model, data, tokens)
 
 
 def version() -> str:
@@ -181,11 +174,12 @@ def version() -> str:
 def options_of(row: Row, data: Path, work: Path) -> tuple[str, ...]:
     """Of `llmpruner prune`."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-    judged = set(range(len(documents))[C4_JUDGED])
+    del documents[C4_JUDGED]
     c4 = work / "c4.jsonl"
-    c4.write_text("".join(line for n, line in enumerate(documents) if n not in judged), encoding="utf-8")
+    c4.write_text("".join(documents), encoding="utf-8")
     ratio = row.ratio * (DECODER[row.model] if "tokens" in row.method else 1)
-    options = [*METHODS[row.method], "--ratio", f"{ratio:.4g}", "--calibration", CALIBRATION[row.text].format(c4=c4)]
+    text = str(c4) if row.text == "C4" else "self"
+    options = [*METHODS[row.method], "--ratio", f"{ratio:.4g}", "--calibration", text]
     options += ["--shape", row.shape] if row.shape else []
     options += ["--samples", str(row.samples)] if row.samples else []
     return tuple(options)
@@ -202,7 +196,7 @@ def prune(dense: str, options: tuple[str, ...], work: Path) -> tuple[str, dict[s
     return output, {**took, "decoder_removed": result["decoder_removed"], "gone": gone}
 
 
-def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens: int) -> dict[str, Any]:
+def measured_on(row: Row, dense: str, model: str, data: Path, tokens: int) -> dict[str, Any]:
     """``texts``: text → perplexity, and the divergence from the dense model (0 for that itself), in nats per token;
     and ``asked``, what the model answers to instructions."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()[C4_JUDGED]
@@ -212,33 +206,23 @@ def measured_on(row: Row, dense: str, model: str, data: Path, work: Path, tokens
         "instructions": instructions(data),
         "code": "\n\n".join(inspect.getsource(import_module(name)) for name in CODE),
     }
-    files = {name: work / f"{name}.txt" for name in texts}
-    for name, file in files.items():
-        file.write_text(texts[name], encoding="utf-8")
-    settings = {
-        "perplexity.tokens": tokens, "perplexity.window": WINDOW, "perplexity.autocast": True,
-        "given-answers.data": data / "alpaca_gpt4_en_999.jsonl", "given-answers.limit": tokens // 100,
-        "given-answers.autocast": True,
-    }  # fmt: skip
-    trimmed = model != dense and "tokens" in row.method
-    metrics = "answers" if trimmed else "given-answers,answers"
-    models = (model,) if model == dense else (dense, model, "--kl")
-    models += () if trimmed or model == dense else ("--set", "given-answers.kl=true")
-    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    report = work / "evaluation.json"
-    report.unlink(missing_ok=True)
-    run(
-        "evaluate", *models, "--dtype", "float32", "--perplexity", ",".join(map(str, files.values())),
-        "--metrics", metrics, *options, "--json", str(report), timeout=7200,
-    )  # fmt: skip
-    found = json.loads(report.read_text())[-1]
-    of_texts = {str(files["WikiText-2"]): found["perplexity"], **found["perplexity"]["others"]}
-    results = {name: of_texts[str(file)] for name, file in files.items()}
+    settings = {"perplexity.tokens": tokens, "perplexity.window": WINDOW, "perplexity.autocast": True}
+    metrics, models = "answers", (model,) if model == dense else (dense, model, "--kl")
+    trimmed = "tokens" in row.method  # its answers have other tokens than the dense model's
     if not trimmed:
-        results["answers"] = found["given-answers"]
+        metrics = "given-answers,answers"
+        settings |= {
+            "given-answers.data": data / "alpaca_gpt4_en_999.jsonl", "given-answers.limit": tokens // 100,
+            "given-answers.autocast": True, "given-answers.kl": model != dense,
+        }  # fmt: skip
+    options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    measured = evaluated(*models, "--metrics", metrics, *options, texts=texts)
+    results = measured["perplexity"]
+    if not trimmed:
+        results["answers"] = measured["given-answers"]
     kept = ("perplexity", "kl_per_token", "bits_per_byte")
-    asked = {name: found["answers"][name] for name in ("repeat_themselves", "cut_off", "first_tokens")}
-    return {"texts": {name: {key: one.get(key) for key in kept} for name, one in results.items()}, "asked": asked}
+    asked = {name: measured["answers"][name] for name in ("repeat_themselves", "cut_off", "first_tokens")}
+    return {"texts": {name: {key: result.get(key) for key in kept} for name, result in results.items()}, "asked": asked}
 
 
 def picture(done: dict[Row, dict[str, Any]]) -> str:
@@ -271,7 +255,7 @@ def picture(done: dict[Row, dict[str, Any]]) -> str:
 
 
 def mean_divergence(entry: dict[str, Any]) -> float:
-    return fmean(one["kl_per_token"] for one in entry["texts"].values())
+    return fmean(text["kl_per_token"] for text in entry["texts"].values())
 
 
 def is_own(row: Row) -> bool:
@@ -328,14 +312,14 @@ def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
     return [shown[0], "|---" * len(heads) + "|", *shown[1:]]
 
 
-def cell(one: dict[str, float] | None, dense: dict[str, float]) -> str:
+def cell(result: dict[str, float] | None, dense: dict[str, float]) -> str:
     """Perplexity, and KL in parentheses. Fewer tokens read a text in more pieces, so perplexity is what as many bits
     per byte are in tokens of the dense model."""
-    if one is None:
+    if result is None:
         return "–"
-    bits = one["bits_per_byte"]
-    value = one["perplexity"] if bits is None else dense["perplexity"] ** (bits / dense["bits_per_byte"])
-    return f"{value:.2f}" + (f" ({one['kl_per_token']:.3f})" if one["kl_per_token"] else "")
+    bits = result["bits_per_byte"]
+    value = result["perplexity"] if bits is None else dense["perplexity"] ** (bits / dense["bits_per_byte"])
+    return f"{value:.2f}" + (f" ({result['kl_per_token']:.3f})" if result["kl_per_token"] else "")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """Twenty random settings of a short training: is what they save ever worse than the pruned model they began with?
 
-    python -m benchmarks.recovery [--tiny]
+    python -m benchmarks.recovery
 
 The demo model, without a fifth of its decoder, is distilled on rows that the dense model writes, for 1 to 50 steps of 1
 to 16 rows at rates from 1e-6 to 1e-2. Its divergence from the dense model is measured on the documentation of Python,
 which is neither trained on nor among the held-out rows. Rows are kept in ``results/recovery.json``, so that an
-interrupted run goes on where it stopped. ``--tiny``: a model of the tests, by all strategies, in float32 and bfloat16;
-the rows are only printed.
+interrupted run goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -25,47 +24,45 @@ from .measure import as_json, machine
 
 RESULTS = Path(__file__).parent / "results" / "recovery.json"
 SETTINGS, WRITTEN = 20, "self-text:96"
-TINY = tuple((s, t) for t in ("float32", "bfloat16") for s in ("distil", "full", "lora"))
 
 
 def main() -> None:
-    tiny = "--tiny" in sys.argv
-    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() and not tiny else {"rows": []}
+    results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        dense = tiny_model(folder) if tiny else "demo"
-        command("prune", dense, "--ratio", "0.2", "--method", "fast", "-o", str(folder / "pruned"))
-        write_rows(dense, folder / "rows.jsonl")
+        command("prune", "demo", "--ratio", "0.2", "--method", "fast", "-o", str(folder / "pruned"))
+        write_rows(folder / "rows.jsonl")
         results |= {"machine": machine(), "command": "python -m benchmarks.recovery"}
-        results["start"] = {"kl": divergence(dense, folder / "pruned", folder)}
+        results["start"] = {"kl": divergence(folder / "pruned", folder)}
         print(results["start"])
-        for number, options in list(enumerate(drawn(tiny)))[len(results["rows"]) :]:
-            row = {**options, **trained(dense, options, folder, results["start"]["kl"])}
+        for number, options in list(enumerate(random_settings()))[len(results["rows"]) :]:
+            row = {**options, **trained(options, folder, results["start"]["kl"])}
             print(number + 1, row, flush=True)
             results["rows"].append(row)
-            if not tiny:
-                RESULTS.write_text(as_json(results))
-    worse = [n + 1 for n, row in enumerate(results["rows"]) if row.get("kl", 0) > results["start"]["kl"]]
+            RESULTS.write_text(as_json(results))
+    worse = [n + 1 for n, row in enumerate(results["rows"]) if row["kl"] > results["start"]["kl"]]
     print(f"worse than their start on text that nothing saw: {worse or 'none'}")
 
 
-def drawn(tiny: bool) -> list[dict[str, Any]]:
-    """Steps and batches are drawn from logarithmic scales, as rates are."""
+def random_settings() -> list[dict[str, Any]]:
+    """Steps, rates and batch sizes, all from logarithmic scales."""
     numbers = random.Random(1)
 
     def draw(low: float, high: float) -> float:
         return math.exp(numbers.uniform(math.log(low), math.log(high)))
 
-    rows = []
-    for n in range(SETTINGS):
-        options = {"max-steps": round(draw(1, 50)), "learning-rate": float(f"{draw(1e-6, 1e-2):.2g}")}
-        options["batch-size"] = round(draw(1, 16))
-        rows.append(options | (dict(zip(("strategy", "dtype"), TINY[n % len(TINY)], strict=True)) if tiny else {}))
-    return rows
+    return [
+        {
+            "max-steps": round(draw(1, 50)),
+            "learning-rate": float(f"{draw(1e-6, 1e-2):.2g}"),
+            "batch-size": round(draw(1, 16)),
+        }
+        for _ in range(SETTINGS)
+    ]
 
 
-def trained(dense: str, options: dict[str, Any], folder: Path, start: float) -> dict[str, Any]:
-    """What a training with ``options`` saves."""
+def trained(options: dict[str, Any], folder: Path, start: float) -> dict[str, Any]:
+    """What a training with ``options`` saves; ``start``: the divergence of the pruned model."""
     output = folder / "recovered"
     shutil.rmtree(output, ignore_errors=True)
     words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
@@ -74,31 +71,28 @@ def trained(dense: str, options: dict[str, Any], folder: Path, start: float) -> 
     if code not in (0, 3):
         raise SystemExit(code)
     record = json.loads((output / "llmpruner.json").read_text())["recovery"][-1]
-    row: dict[str, Any] = {"exit": code, "best_step": record["best_step"]}
-    row["held_out"] = [[v["step"], round(v["loss"], 5), round(v["error"], 5)] for v in record["validation"]]
-    same = code == 3 and options.get("dtype") != "bfloat16"
-    return row | {"kl": start if same else divergence(dense, output, folder)}
+    held_out = [[v["step"], round(v["loss"], 5), round(v["error"], 5)] for v in record["validation"]]
+    kl = start if code == 3 else divergence(output, folder)  # 3: the weights are those of the start
+    return {"exit": code, "best_step": record["best_step"], "held_out": held_out, "kl": kl}
 
 
-def divergence(dense: str, model: Path, folder: Path) -> float:
-    """KL divergence of ``model`` from ``dense`` on text that no training saw."""
+def divergence(model: Path, folder: Path) -> float:
+    """KL divergence of ``model`` from the dense model on text that no training saw."""
     file = folder / "evaluation.json"
     file.unlink(missing_ok=True)
     options = ("--perplexity", "pydoc", "--set", "perplexity.tokens=1024", "--window", "128", "--json", str(file))
-    command("evaluate", dense, str(model), "--kl", "--dtype", "float32", *options)
-    value: float = json.loads(file.read_text())[-1]["perplexity"]["kl_per_token"]
-    return round(value, 5)
+    command("evaluate", "demo", str(model), "--kl", "--dtype", "float32", *options)
+    return round(json.loads(file.read_text())[-1]["perplexity"]["kl_per_token"], 5)
 
 
-def write_rows(dense: str, file: Path) -> None:
+def write_rows(file: Path) -> None:
     """What the dense model writes, once for all trainings."""
     import llmpruner
     from llmpruner.recovery.data import dense_text_in, write_examples
 
-    model, text = llmpruner.load(dense), dense_text_in(WRITTEN)
-    assert text is not None
+    model, text = llmpruner.load("demo"), dense_text_in(WRITTEN)
     examples = write_examples(text, model, seed=0)
-    file.write_text("".join(json.dumps(asdict(one)) + "\n" for one in examples), encoding="utf-8")
+    file.write_text("".join(json.dumps(asdict(example)) + "\n" for example in examples), encoding="utf-8")
 
 
 def command(*arguments: str) -> int:
@@ -111,16 +105,6 @@ def command(*arguments: str) -> int:
     except SystemExit as end:
         return int(end.code or 0)
     return 0
-
-
-def tiny_model(folder: Path) -> str:
-    sys.path += [str(Path(__file__).parents[1] / "tests" / part) for part in ("", "recovery")]
-    import tiny_models
-    from recovery_cases import dense_model
-
-    dense_model().save_pretrained(folder / "dense")
-    tiny_models.tokenizer().save_pretrained(folder / "dense")
-    return str(folder / "dense")
 
 
 if __name__ == "__main__":

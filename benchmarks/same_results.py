@@ -5,8 +5,8 @@
 
 A job is one ``llmpruner prune`` of the demo model or of a tiny random model (dense, fused projections, mixture of
 experts, ChatGLM-6B). It is equal when both plans have the same target and keep the same units of every group, and the
-written safetensors hold the same tensors: names, dtypes, shapes and bytes. It is equal, too, when both refuse it (exit
-code 2); both reasons are recorded. Any other exit code is a difference. Exits with 1 when there is one.
+written safetensors hold the same tensors: names, dtypes, shapes and bytes; or when both refuse it (exit code 2). Any
+other exit code is a difference. Exits with 1 when there is one.
 
 All jobs of a checkout run in one process of their own, this checkout's first, each with OMP_NUM_THREADS threads, or 1.
 """
@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
@@ -35,8 +35,7 @@ from .measure import as_json, commit, machine
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "same_results.json"
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
-PLUGINS = ("llama", "vicuna", "chatglm")
-PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{name}": f"plugins/{name}" for name in PLUGINS}}
+PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{n}": f"plugins/{n}" for n in ("llama", "vicuna", "chatglm")}}
 """Package → its folder in a checkout."""
 
 TEXT, BLOCK = "--samples 8 --set prune.length=32", "--kinds attention,mlp"
@@ -93,23 +92,21 @@ def main() -> None:
     chosen = {name: words for name, words in jobs().items() if options.only in name}
     if not chosen:
         parser.error(f"no job has '{options.only}' in its name")
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as work:
         make_models(Path(work) / "models")
         this, other = (run(checkout, Path(work) / name, chosen) for name, checkout in checkouts.items())
-    seconds = round(time.monotonic() - started)
-    compared = {name: {"command": words, **compare(this[name], other[name])} for name, words in chosen.items()}
-    wrong = [f"{name}: {job['difference']}" for name, job in compared.items() if not job["equal"]]
+    wrong = {name: text for name in chosen if (text := difference(this[name], other[name]))}
     for model in sorted({name.split(":")[0] for name in chosen}):
         if all(this[name]["exit"] for name in chosen if name.startswith(model)):
-            wrong.append(f"{model}: no job prunes, which proves nothing")
+            wrong[model] = "no job prunes, which proves nothing"
     if not options.only:
-        about: dict[str, Any] = {"command": "python -m benchmarks.same_results OTHER_CHECKOUT", "machine": machine()}
-        about |= {"threads": THREADS, "seconds": seconds, "commits": commits}
-        RESULTS.write_text(as_json({**about, "jobs": compared}), encoding="utf-8")
-    refused = sum("refused" in job for job in compared.values())
-    equal = sum(job["equal"] for job in compared.values())
-    print(*wrong, f"{equal} of {len(chosen)} jobs equal, {refused} of them refused by both; {seconds} s", sep="\n")
+        done = {name: {"command": words, "exit": this[name]["exit"]} for name, words in chosen.items()}
+        about = {"machine": machine(), "threads": THREADS, "commits": commits}
+        RESULTS.write_text(as_json({**about, "jobs": done, "different": wrong}), encoding="utf-8")
+    refused = sum(this[name]["exit"] == 2 for name in chosen if name not in wrong)
+    for name, text in wrong.items():
+        print(f"{name}: {text}")
+    print(f"{len(chosen)} jobs, {len(wrong)} differ; {refused} are refused by both")
     sys.exit(bool(wrong))
 
 
@@ -143,17 +140,17 @@ def make_models(folder: Path) -> None:
 
 def jobs() -> dict[str, str]:
     """``MODEL: NAME`` → the words after ``llmpruner prune``."""
-    found = {f"demo: {name}": f"demo {words}" for name, words in ON_DEMO.items()}
-    for model in ("dense", "chatglm"):
-        for name, words in {**ON_TINY, **ON_PLUGINS_MODELS}.items():
-            found[f"{model}: {name}"] = f"models/{model} {words}"
-    for model in ("fused", "experts"):
-        found |= {f"{model}: {n}": f"models/{model} {w}" for n, w in ON_TINY.items()}
-    return found
+    named = {**ON_TINY, **ON_PLUGINS_MODELS}
+    of_model = {"demo": ON_DEMO, "dense": named, "chatglm": named, "fused": ON_TINY, "experts": ON_TINY}
+    return {
+        f"{model}: {name}": f"{model if model == 'demo' else f'models/{model}'} {words}"
+        for model, chosen in of_model.items()
+        for name, words in chosen.items()
+    }
 
 
 def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """What `prune` finds for each job with the code of ``checkout``, in a process that works in ``folder``."""
+    """What `prune` gives for each job with the code of ``checkout``, in a process that works in ``folder``."""
     folder.mkdir()
     links = {name: checkout / place for name, place in PACKAGES.items()}
     for name, target in {**links, "benchmarks": ROOT / "benchmarks", "models": folder.parent / "models"}.items():
@@ -163,23 +160,22 @@ def run(checkout: Path, folder: Path, chosen: Mapping[str, str]) -> dict[str, di
     code = f"from benchmarks.same_results import inside; inside({str(checkout)!r})"
     environment = {**os.environ, **settings, "PYTHONPATH": str(folder)}
     subprocess.run([sys.executable, "-c", code], cwd=folder, env=environment, check=True)
-    found: dict[str, dict[str, Any]] = json.loads((folder / "found.json").read_text(encoding="utf-8"))
-    return found
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def inside(checkout: str) -> None:
-    """The child: from ``jobs.json`` in the working directory to ``found.json``."""
+    """The child: from ``jobs.json`` in the working directory to ``results.json``."""
     for package in PACKAGES:
         file = Path(str(import_module(package).__file__)).resolve()
         if not file.is_relative_to(checkout):
             raise SystemExit(f"{package} is imported from {file}, not from {checkout}")
-    found = {}
+    results = {}
     for name, words in json.loads(Path("jobs.json").read_text(encoding="utf-8")).items():
         started = time.monotonic()
-        found[name] = prune(words.split(), Path("pruned"))
-        took = f"exit code {found[name]['exit']}, {time.monotonic() - started:.1f} s"
+        results[name] = prune(words.split(), Path("pruned"))
+        took = f"exit code {results[name]['exit']}, {time.monotonic() - started:.1f} s"
         print(f"{Path.cwd().name} checkout, {name}: {took}", file=sys.stderr)
-    Path("found.json").write_text(json.dumps(found), encoding="utf-8")
+    Path("results.json").write_text(json.dumps(results), encoding="utf-8")
 
 
 def prune(words: list[str], output: Path) -> dict[str, Any]:
@@ -208,31 +204,25 @@ def prune(words: list[str], output: Path) -> dict[str, Any]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Tensor → SHA-256 of its dtype, shape and bytes."""
+    """Tensor → its dtype, shape, and SHA-256 of its bytes."""
     from safetensors import deserialize
 
-    read: Callable[[bytes], list[tuple[str, dict[str, Any]]]] = deserialize
-    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in read(file.read_bytes())]
-    return {name: digest([t["dtype"], t["shape"], hashlib.sha256(t["data"]).hexdigest()]) for name, t in tensors}
+    tensors = [tensor for file in sorted(folder.glob("*.safetensors")) for tensor in deserialize(file.read_bytes())]
+    return {name: f"{t['dtype']} {t['shape']} {hashlib.sha256(t['data']).hexdigest()}" for name, t in tensors}
 
 
-def digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def compare(this: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """``equal``, and the common ``digest``, both reasons why it is ``refused``, or the ``difference`` in words."""
+def difference(this: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """In words; empty where both prune alike, or both refuse (exit code 2)."""
     codes = [this["exit"], other["exit"]]
     if codes == [2, 2]:
-        return {"equal": True, "refused": [this["reason"], other["reason"]]}
+        return ""
     if codes != [0, 0]:
-        reasons = [f"exit code {side['exit']} ({side.get('reason', 'pruned')})" for side in (this, other)]
-        return {"equal": False, "difference": " and ".join(reasons)}
+        return " and ".join(f"exit code {side['exit']} ({side.get('reason', 'pruned')})" for side in (this, other))
     for part in ("target", "kept", "tensors"):
         names = sorted(n for n in {*this[part], *other[part]} if this[part].get(n) != other[part].get(n))
         if names:
-            return {"equal": False, "difference": f"{part}: {len(names)} differ, {', '.join(names[:3])} first"}
-    return {"equal": True, "digest": digest(this)}
+            return f"{part}: {len(names)} differ, {', '.join(names[:3])} first"
+    return ""
 
 
 if __name__ == "__main__":

@@ -50,10 +50,7 @@ def pruned(name: str) -> dict[str, Any]:
 
 
 def table(results: dict[str, Any]) -> str:
-    lines = [
-        "| model | weights | `--max-memory` | peak memory | seconds |",
-        "|---|---|---|---|---|",
-    ]
+    lines = ["| model | weights | `--max-memory` | peak memory | seconds |", "|---|---|---|---|---|"]
     for name in (name for name in LIMITS if name in results):
         row = results[name]
         lines.append(

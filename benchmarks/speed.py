@@ -3,16 +3,14 @@ and 40 % of its decoder removed, in several runtimes.
 
     python -m benchmarks.speed [RUNTIME …]
 
-Runtimes are those of ``llmpruner bench``: by default transformers, and llama-cpp where
-llama-cpp-python is installed and ``llmpruner export --to gguf`` exists. Writes ``benchmarks/results/speed.json``, each
-runtime when it is done; the others keep their results. Needs an idle machine, 12 GB of disk and 8 GB of memory.
-LLMPRUNER_SHAPE is the shape (of `benchmarks.shapes`), LLMPRUNER_SHAPES a folder that keeps the models.
+Runtimes are those of ``llmpruner bench``: by default transformers, and llama-cpp where llama-cpp-python is installed.
+Writes ``benchmarks/results/speed.json``, each runtime when it is done; the others keep their results. Needs an idle
+machine, 12 GB of disk and 8 GB of memory.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -24,73 +22,52 @@ from .measure import as_json, machine, run, write_table
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "deploy.md"
-SHAPE = os.environ.get("LLMPRUNER_SHAPE", "1b")
 RATIOS = (0.2, 0.4)
-CASES = ("--batch", "1,4", "--prompt", "128,512", "--new", "32", "--rounds", os.environ.get("LLMPRUNER_ROUNDS", "7"))
+CASES = ("--batch", "1,4", "--prompt", "128,512", "--new", "32", "--rounds", "7")
 STAGES = ("prefill", "decode")
-BAR = 0.95
-"""The share of the ideal speed-up that is to be reached."""
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["transformers", *(["llama-cpp"] if find_spec("llama_cpp") else [])]
+    runtimes = sys.argv[1:] or ["transformers", *(["llama-cpp"] if find_spec("llama_cpp") else [])]
     results: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory() as work:
-        folder = Path(os.environ.get("LLMPRUNER_SHAPES", work))
-        models = made(folder)
-        for runtime in wanted:
+        models = write_models(Path(work))
+        for runtime in runtimes:
             paths = [gguf_of(model) for model in models] if runtime == "llama-cpp" else models
-            file = Path(work) / "bench.json"
+            file = Path(work) / f"{runtime}.json"
             dtype = () if runtime == "llama-cpp" else ("--dtype", "bfloat16")
             options = ("--runtime", runtime, *CASES, *dtype, "--json", str(file))
             done = run("bench", *map(str, paths), *options, timeout=7200)
-            found = json.loads(file.read_text())
-            results[runtime] = {
-                "command": done["command"].replace(str(folder), "$WORK").replace(work, "$WORK"),
-                "machine": machine(),
-                **json.loads(json.dumps(found).replace(str(folder), "$WORK")),
-                "lowest share of ideal": lowest(found),
-            }
+            measured = json.loads(file.read_text().replace(work, "$WORK"))
+            about = {"command": done["command"].replace(work, "$WORK"), "machine": machine()}
+            results[runtime] = {**about, **measured}
             RESULTS.write_text(as_json(results))
-            print(runtime, results[runtime]["lowest share of ideal"])
     write_table(PAGE, "speed", table(results))
-    shares = {name: min(found["lowest share of ideal"].values()) for name, found in results.items()}
-    met = [name for name, share in shares.items() if share >= BAR]
-    print(f"at least {BAR} of the ideal speed-up in: {', '.join(met) or 'no runtime'}")
 
 
-def made(folder: Path) -> list[Path]:
-    """The dense model and the cut ones, written unless they are there."""
-    dense = folder / SHAPE
-    if not dense.is_dir():
-        subprocess.run([sys.executable, "-m", "benchmarks.shapes", SHAPE, str(dense)], check=True)
-    cut = [folder / f"{SHAPE}-{ratio:.0%}" for ratio in RATIOS]
+def write_models(folder: Path) -> list[Path]:
+    """The dense model and the cut ones."""
+    dense = folder / "1b"
+    subprocess.run([sys.executable, "-m", "benchmarks.shapes", dense.name, str(dense)], check=True)
+    cut = [folder / f"1b-{ratio:.0%}" for ratio in RATIOS]
     for ratio, path in zip(RATIOS, cut, strict=True):
-        if not path.is_dir():
-            how = ("--importance", "random", "--dtype", "bfloat16")
-            run("prune", str(dense), "--ratio", str(ratio), *how, "-o", str(path))
+        options = ("--ratio", str(ratio), "--importance", "random", "--dtype", "bfloat16")
+        run("prune", str(dense), *options, "-o", str(path))
     return [dense, *cut]
 
 
 def gguf_of(model: Path) -> Path:
     """The model as a GGUF file of the same dtype."""
     folder = model.with_name(model.name + "-gguf")
-    if not folder.is_dir():
-        run("export", str(model), "--to", "gguf", "--dtype", "bfloat16", "-o", str(folder))
+    run("export", str(model), "--to", "gguf", "--dtype", "bfloat16", "-o", str(folder))
     return next(folder.glob("*.gguf"))
-
-
-def lowest(found: dict[str, Any]) -> dict[str, float]:
-    """The lowest share of the ideal speed-up over all cases and cut models, of prefill and of decoding."""
-    cut = [model for case in found["cases"] for model in case["models"][1:]]
-    return {stage: round(min(model[stage]["share_of_ideal"] for model in cut), 3) for stage in STAGES}
 
 
 def table(results: dict[str, Any]) -> str:
     """The speed-up, and what sizes allow in parentheses, for one sequence after the longest prompt."""
     lines = ["| runtime | decoder | prompt | decoding |", "|---|---|---|---|"]
-    for runtime, found in results.items():
-        case = [case for case in found["cases"] if case["batch"] == 1][-1]
+    for runtime, measured in results.items():
+        case = [case for case in measured["cases"] if case["batch"] == 1][-1]
         for ratio, model in zip(RATIOS, case["models"][1:], strict=True):
             times = (f"{model[stage]['speedup']['median']:.2f} × ({model[stage]['ideal']:.2f})" for stage in STAGES)
             lines.append(f"| {runtime} | −{ratio:.0%} | {' | '.join(times)} |")

@@ -58,11 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("types", nargs="*", help="model types to run again; by default those without a result")
     parser.add_argument("--render", action="store_true", help="write the page from the results and stop")
-    parser.add_argument("--one", metavar="TYPE", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.one:
-        print(json.dumps(examine(options.one)))
-        return
     if not options.render:
         run(options.types or [name for name in all_types() if name not in read()])
     PAGE.write_text(render(read()), encoding="utf-8")
@@ -78,20 +74,21 @@ def run(types: Iterable[str]) -> None:
     """Examine each type in a process of its own and append its result."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
 
-    def one(name: str) -> dict[str, Any]:
-        command = [sys.executable, "-m", "benchmarks.support_matrix", "--one", name]
+    def examined(name: str) -> dict[str, Any]:
+        code = f"import json; from benchmarks.support_matrix import examine; print(json.dumps(examine({name!r})))"
         try:
             done = subprocess.run(
-                command, capture_output=True, text=True, timeout=TIME_LIMIT, env=environment, check=False
-            )
-            if done.returncode == 0:
-                return {"type": name, **json.loads(done.stdout.splitlines()[-1])}
-            return {"type": name, "reason": f"the process ended with status {done.returncode}"}
+                [sys.executable, "-c", code], capture_output=True, text=True, timeout=TIME_LIMIT, env=environment,
+                check=False,
+            )  # fmt: skip
         except subprocess.TimeoutExpired:
             return {"type": name, "reason": f"not finished within {TIME_LIMIT} s"}
+        if done.returncode:
+            return {"type": name, "reason": f"the process ended with status {done.returncode}"}
+        return {"type": name, **json.loads(done.stdout.splitlines()[-1])}
 
     with ThreadPoolExecutor(2) as pool, RESULTS.open("a", encoding="utf-8") as file:
-        for result in pool.map(one, types):
+        for result in pool.map(examined, types):
             file.write(json.dumps(result) + "\n")
             file.flush()
             print(result["type"], {v["kind"]: v["verdict"] for v in result.get("verdicts", [])} or result.get("reason"))
@@ -121,14 +118,10 @@ def examine(model_type: str) -> dict[str, Any]:
         result["reason"] = f"the class cannot be used: {first_line(error)} ({type(error).__name__})"
     else:
         result["verdicts"] = [
-            {
-                "kind": v.kind,
-                "verdict": v.verdict,
-                "reason": re.sub(r"/\S+/", "", v.reason),
-                "difference": min(v.difference, 1e30),
-            }
+            {"kind": v.kind, "verdict": v.verdict, "reason": re.sub(r"/\S+/", "", v.reason),
+             "difference": min(v.difference, 1e30)}
             for v in verdicts
-        ]
+        ]  # fmt: skip
     return {**result, "seconds": round(time.monotonic() - started, 1)}
 
 
@@ -140,8 +133,6 @@ def has_part(model: Any, pattern: re.Pattern[str]) -> bool:
 
 def read() -> dict[str, dict[str, Any]]:
     """The latest result of every type."""
-    if not RESULTS.is_file():
-        return {}
     return {r["type"]: r for r in map(json.loads, RESULTS.read_text(encoding="utf-8").splitlines())}
 
 

@@ -15,20 +15,16 @@ import shutil
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from . import real_models
-from .measure import as_json, data_folder, instructions, machine, run, write_table
+from .measure import as_json, data_folder, evaluated, instructions, machine, run, write_table
 
 RESULTS = Path(__file__).parent / "results" / "vocabulary.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "vocabulary.md"
-MODELS: dict[str, Callable[[], str]] = {
-    "SmolLM2-135M": lambda: "demo",
-    "Qwen2.5-Coder-0.5B": lambda: str(real_models.qwen()),
-}
+MODELS = {"SmolLM2-135M": lambda: "demo", "Qwen2.5-Coder-0.5B": real_models.qwen}
 TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (65536, 50688)}
 LATIN = {"Qwen2.5-Coder-0.5B": 98304}
 """Tokens that stay where those of other scripts go first."""
@@ -43,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counted = counted_text(Path(folder))
         for name in sys.argv[1:] or MODELS:
-            model, texts = str(MODELS[name]()), measured_texts(Path(folder), BYTES[name])
+            model, texts = str(MODELS[name]()), measured_texts(BYTES[name])
             rows = results.setdefault(name, {"machine": machine()})
             for row, options in options_of(name).items():
                 if row not in rows:
@@ -63,9 +59,7 @@ def options_of(model: str) -> dict[str, tuple[str, ...]]:
     return rows | {f"a fifth fewer bytes: {k}": ("--kinds", k, *FIFTH) for k in ("mlp", "mlp,vocabulary")}
 
 
-def measured(
-    model: str, options: tuple[str, ...], texts: dict[str, Path], counted: str, folder: Path
-) -> dict[str, Any]:
+def measured(model: str, options: tuple[str, ...], texts: dict[str, str], counted: str, folder: Path) -> dict[str, Any]:
     """Bits per byte on every text, and the share of parameters that is gone."""
     cut: dict[str, Any] = {}
     if options:
@@ -79,16 +73,11 @@ def measured(
         for place, name in ((str(folder), "$WORK"), (str(data_folder()), "$LLMPRUNER_DATA"), (model, Path(model).name)):
             cut["command"] = cut["command"].replace(place, name)
         model = str(output)
-    file = folder / "evaluation.json"
-    file.unlink(missing_ok=True)
-    options = ("--perplexity", ",".join(map(str, texts.values())), "--dtype", "float32", "--json", str(file))
-    run("evaluate", model, *options, timeout=7200)
-    (found,) = json.loads(file.read_text())
-    by_file = {found["perplexity"]["text"]: found["perplexity"], **found["perplexity"]["others"]}
-    return {**cut, "bits_per_byte": {name: by_file[str(path)]["bits_per_byte"] for name, path in texts.items()}}
+    perplexities = evaluated(model, texts=texts)["perplexity"]
+    return {**cut, "bits_per_byte": {name: each["bits_per_byte"] for name, each in perplexities.items()}}
 
 
-def measured_texts(folder: Path, size: int) -> dict[str, Path]:
+def measured_texts(size: int) -> dict[str, str]:
     data = data_folder()
     texts = {
         "WikiText-2": "\n\n".join(fields(data / "wikitext2_raw_test.jsonl", "page")),
@@ -97,11 +86,7 @@ def measured_texts(folder: Path, size: int) -> dict[str, Path]:
         "roleplay": "\n\n".join(fields(data / "gpteacher_roleplay_en.jsonl", "output")),
         "Chinese": "\n\n".join(fields(data / "alpaca_gpt4_zh_1k.jsonl", "output")),
     }
-    for name, text in texts.items():
-        path = folder / f"{name}.txt"
-        path.write_text(text.encode()[:size].decode(errors="ignore"), encoding="utf-8")
-        texts[name] = path
-    return texts
+    return {name: text.encode()[:size].decode(errors="ignore") for name, text in texts.items()}
 
 
 def counted_text(folder: Path) -> str:

@@ -113,8 +113,8 @@ def plan(
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
     opener, values = _opener(load, catalog, progress), _with_ratio(ratio, settings)
-    made, _ = pipeline.plan(model, settings_from(PruneSettings, values), opener, run or RunSettings())
-    return made
+    result, _ = pipeline.plan(model, settings_from(PruneSettings, values), opener, run or RunSettings())
+    return result
 
 
 @overload
@@ -151,16 +151,18 @@ def prune(
         raise SettingsError(
             f"{flag_of(PruneSettings, min(values))} can't be combined with a plan, which has all settings"
         )
-    opener, run, each = _opener(load, catalog, progress), run or RunSettings(), each_ratio(values)
-    if isinstance(ratio, (list, tuple)) or len(each) > 1:
-        if output is None or isinstance(model, Model):
+    opener, run, folder = _opener(load, catalog, progress), run or RunSettings(), _path(output)
+    first, *more = each_ratio(values)
+    if more or isinstance(ratio, (list, tuple)):
+        if folder is None or isinstance(model, Model):
             raise SettingsError("for several ratios, name a model that is not loaded, and an output for their folders")
-        return pipeline.prune_each(model, {f"{one.ratio:g}": one for one in each}, Path(output), opener, run)
+        sizes = {f"{each.ratio:g}": each for each in (first, *more)}
+        return pipeline.prune_each(model, sizes, folder, opener, run)
     if plan is None:
-        return pipeline.prune(model, each[0], _path(output), opener, run, each[0].given())
-    made = plan if isinstance(plan, PruningPlan) else PruningPlan.load(Path(plan))
-    asked = {} if made is plan else {"plan": str(plan)}
-    return pipeline.prune(model, made, _path(output), opener, run, asked)
+        return pipeline.prune(model, first, folder, opener, run, first.given())
+    if isinstance(plan, PruningPlan):
+        return pipeline.prune(model, plan, folder, opener, run, {})
+    return pipeline.prune(model, PruningPlan.load(Path(plan)), folder, opener, run, {"plan": str(plan)})
 
 
 def recover(
@@ -266,13 +268,13 @@ def generate(
         if not tokenizer(prompt)["input_ids"]:
             raise DataError("the prompt is empty")
     loaded = opener.weights(opened)
-    asked = Prompt(prompt, False)
+    formatted = Prompt(prompt, False)
     if options.chat:
-        asked = chat_prompt(loaded.family, loaded.tokenizer, prompt, history)
+        formatted = chat_prompt(loaded.family, loaded.tokenizer, prompt, history)
         if note := format_note(loaded.ref, loaded.family, loaded.tokenizer):
             progress.status(note)
     return _generate(
-        loaded.model, loaded.tokenizer, asked.text, add_special_tokens=not asked.has_special_tokens,
+        loaded.model, loaded.tokenizer, formatted.text, add_special_tokens=not formatted.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed, stop_text=loaded.family.stop_text if options.chat else None,
         on_text=on_text,

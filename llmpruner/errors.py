@@ -6,35 +6,6 @@ import difflib
 from collections.abc import Iterable
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or the name of its class where the message is empty."""
-    lines = str(error).strip().splitlines()
-    if not lines:
-        return type(error).__name__
-    if "weights_only" in lines[0]:
-        # torch's own message advises to run what is in the file.
-        return "the file holds more than tensors, and is not read"
-    shown = "".join(c if c.isprintable() else "�" for c in lines[0])
-    return (shown if len(shown) <= 400 else f"{shown[:400]}…").rstrip(":")
-
-
-MEANT = {
-    "heads": "attention", "neurons": "mlp", "ffn": "mlp", "blocks": "layer", "depth": "layer", "tokens": "vocabulary",
-    "--sparsity": "--ratio", "--amount": "--ratio", "--criterion": "--importance", "--dataset": "--data",
-    "--format": "--to",
-    "magnitude": "l2", "hf": "stock", "safetensors": "stock", "llama.cpp": "gguf", "ollama": "gguf", "sft": "full",
-}  # fmt: skip
-"""Names in use elsewhere → names here, of options and of what they take."""
-
-
-def near(name: str, known: Iterable[str]) -> str:
-    """``; did you mean ratio?`` for the name in ``known`` that `MEANT` gives, or those spelled like it; or empty."""
-    known = sorted(known)
-    other = MEANT.get(name.lower(), name.lower())
-    names = [other] if other in known else difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(names)}?" if names else ""
-
-
 class LlmprunerError(Exception):
     """Base class. The message is one line: what is wrong, what was expected, what to do."""
 
@@ -55,16 +26,6 @@ class ModelError(LlmprunerError):
     """A model cannot be found, read or used."""
 
 
-def no_tokenizer(model: str, consequence: str) -> ModelError:
-    """``model``: as in "model 'name'"; ``consequence``: what cannot be done, and what to do."""
-    return ModelError(f"{model} brings no tokenizer, so {consequence}")
-
-
-def not_pruned(model: str) -> ModelError:
-    """For a dense ``model`` in place of a pruned one."""
-    return ModelError(f"'{model}' was not pruned by llmpruner, so no dense model is known for it; prune it first")
-
-
 class UnsupportedModelError(ModelError):
     """The model can be read, but its structure is not understood, or the output format can't represent it."""
 
@@ -78,7 +39,7 @@ class DataError(LlmprunerError):
 
 
 class SettingsError(LlmprunerError):
-    """An option or setting is unknown, out of bounds, or without effect beside the others."""
+    """An option or setting is unknown, out of bounds, or contradicts another."""
 
 
 class SelectionError(LlmprunerError):
@@ -106,6 +67,45 @@ class MissingExtraError(LlmprunerError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(f"{package} is not installed; run: pip install 'llmpruner[{extra}]'")
+
+
+def no_tokenizer(model: str, consequence: str) -> ModelError:
+    """``model``: as in "model 'name'"; ``consequence``: what cannot be done, and what to do."""
+    return ModelError(f"{model} brings no tokenizer, so {consequence}")
+
+
+def not_pruned(model: str) -> ModelError:
+    """For a dense ``model`` in place of a pruned one."""
+    return ModelError(f"'{model}' was not pruned by llmpruner, so no dense model is known for it; prune it first")
+
+
+MEANT = {
+    "heads": "attention", "neurons": "mlp", "ffn": "mlp", "blocks": "layer", "depth": "layer", "tokens": "vocabulary",
+    "--sparsity": "--ratio", "--amount": "--ratio", "--criterion": "--importance", "--dataset": "--data",
+    "--format": "--to",
+    "magnitude": "l2", "hf": "stock", "safetensors": "stock", "llama.cpp": "gguf", "ollama": "gguf", "sft": "full",
+}  # fmt: skip
+"""Names in use elsewhere → names here, of options and of their values."""
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """``; did you mean ratio?`` for the name in ``known`` that `MEANT` gives, or those spelled like it; or empty."""
+    known = sorted(known)
+    other = MEANT.get(name.lower(), name.lower())
+    names = [other] if other in known else difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(names)}?" if names else ""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or the name of its class where the message is empty."""
+    lines = str(error).strip().splitlines()
+    if not lines:
+        return type(error).__name__
+    if "weights_only" in lines[0]:
+        # torch's own message advises to run what is in the file.
+        return "the file holds more than tensors, and is not read"
+    shown = "".join(c if c.isprintable() else "�" for c in lines[0])
+    return (shown if len(shown) <= 400 else f"{shown[:400]}…").rstrip(":")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

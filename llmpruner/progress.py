@@ -1,5 +1,4 @@
-"""The interface by which stages report progress, which the command line implements with progress bars; and silence of
-other libraries."""
+"""How stages report progress, which the command line shows as bars; and silence of other libraries."""
 
 from __future__ import annotations
 
@@ -16,14 +15,12 @@ class Progress:
 
     def status(self, label: str) -> None:
         """Show ``label``, for a stage of unknown length."""
-        del label
 
     @contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
         """Yield a function ``at(share, label)`` to call with the share of the work that is done, from 0 to 1, and what
         is being done."""
-        del label
-        yield lambda share, now: None
+        yield lambda share, label: None
 
     def track(self, items: Sequence[T], label: str) -> Iterable[T]:
         """Iterate over ``items`` and show how many were processed."""

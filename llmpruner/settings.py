@@ -56,10 +56,14 @@ S = TypeVar("S", bound=Settings)
 
 def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
     """An instance of ``model``. Raises `SettingsError`, in one line that names the option."""
-    for name in sorted(values.keys() & LoadSettings.model_fields.keys() - model.model_fields.keys()):
-        raise SettingsError(
-            f"unknown setting '{name}'; write load=LoadSettings({name}=…), or {flag_of(LoadSettings, name)}"
-        )
+    others: dict[str, type[Settings]] = {"load": LoadSettings}
+    if model is PruneSettings:
+        others["run"] = RunSettings
+    for keyword, other in others.items():
+        for name in sorted(values.keys() & other.model_fields.keys() - model.model_fields.keys()):
+            raise SettingsError(
+                f"unknown setting '{name}'; write {keyword}={other.__name__}({name}=…), or {flag_of(other, name)}"
+            )
     return validated(model, values, label=lambda name: flag_of(model, name))
 
 

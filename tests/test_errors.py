@@ -35,9 +35,16 @@ def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
         validated(Ordered, {"low": 2}, "criterion mine")
 
 
-def test_a_setting_of_loading_is_said_to_be_one():
-    with pytest.raises(SettingsError, match=r"setting 'dtype'; write load=LoadSettings\(dtype=…\), or --dtype$"):
-        settings_from(PruneSettings, {"ratio": 0.2, "dtype": "bfloat16"})
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("dtype", r"load=LoadSettings\(dtype=…\), or --dtype"),
+        ("max_memory", r"run=RunSettings\(max_memory=…\), or --max-memory"),
+    ],
+)
+def test_a_setting_of_loading_or_running_is_said_to_be_one(name, place):
+    with pytest.raises(SettingsError, match=f"setting '{name}'; write {place}$"):
+        settings_from(PruneSettings, {"ratio": 0.2, name: "4GiB"})
 
 
 LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")

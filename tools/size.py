@@ -15,38 +15,23 @@ PYTHON = next(filter(os.path.exists, [ROOT / ".venv/bin/python", sys.executable]
 
 
 def main() -> None:
-    core = sources("llmpruner")
-    nodes = [node for file in core for node in ast.walk(ast.parse(file.read_text()))]
-    functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
-    small = sum(node.end_lineno - node.lineno < 4 for node in functions)
-    print(f"llmpruner/ {sum(map(lines, core)):,} lines, {len(core)} files, median {median(map(lines, core)):.0f}")
-    print(f"  {sum(lines(file) <= 60 for file in core)} files of at most 60 lines")
-    print(f"  {len(functions):,} functions, {small:,} of at most 4 lines")
-    for folder in ("plugins", "tests", "benchmarks", "tools"):
-        files = sources(folder)
-        print(f"{folder}/", f"{sum(map(lines, files)):,} lines, {len(files)} files")
+    for folder in ("llmpruner", "plugins", "tests", "benchmarks", "tools"):
+        files = [file for file in (ROOT / folder).rglob("*.py") if ".venv" not in file.parts]
+        lines = [len(file.read_text(encoding="utf-8").splitlines()) for file in files]
+        nodes = [node for file in files for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))]
+        functions = [node for node in nodes if isinstance(node, ast.FunctionDef)]
+        small = sum(node.end_lineno - node.lineno < 4 for node in functions)
+        print(f"{folder}/ {sum(lines):,} lines, {len(files)} files, median {median(lines):.0f}")
+        print(f"  {len(functions):,} functions, {small:,} of at most 4 lines")
     for command in ("prune", "recover", "evaluate"):
-        print(f"options of {command}:", options(command))
+        options = set(re.findall(r"^\W*(--[a-z][a-z-]+)", run("-m", "llmpruner", command, "--help"), re.M))
+        print(f"options of {command}:", len(options - {"--help"}))
     names = (ROOT / "llmpruner" / "__init__.pyi").read_text()
     print("public names:", len(re.findall(r" as \w+$", names, re.M)))
     words = sum(len(p.read_text().split()) for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
     print(f"words of README, CHANGELOG, CONTRIBUTING and docs: {words:,}")
     collected = re.search(r"(\d+)(/\d+)? tests", run("-m", "pytest", "--collect-only", "-m", "not long"))
     print("tests of `make test`:", collected[1] if collected else "none, as pytest fails")
-
-
-def sources(folder: str) -> list[Path]:
-    return [file for file in (ROOT / folder).rglob("*.py") if ".venv" not in file.parts]
-
-
-def lines(file: Path) -> int:
-    return len(file.read_text(encoding="utf-8").splitlines())
-
-
-def options(command: str) -> int:
-    """All but ``--help``."""
-    shown = run("-m", "llmpruner", command, "--help")
-    return len(set(re.findall(r"^\W*(--[a-z][a-z-]+)", shown, re.M)) - {"--help"})
 
 
 def run(*words: str) -> str:

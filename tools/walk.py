@@ -1,6 +1,5 @@
-"""The walk from ``llmpruner prune`` to the saved directory: the functions that the command, the Python API and the
-pipeline call once, in their order. What happens inside a station is the topic of its file. Functions that only call
-what they are given (`WRAPPERS`) are left out, and the walk ends with `save`: the report is written afterwards.
+"""The walk of docs/design.md, from ``llmpruner prune`` to the saved directory: the functions that the command, the
+Python API and the pipeline call once, in their order. What happens inside others is the topic of their file.
 
     python tools/walk.py MODEL [OPTION …]      such as: demo --ratio 0.2 --method fast --samples 8
 """
@@ -11,18 +10,18 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-OWN = str(ROOT / "llmpruner") + os.sep
+OWN = str(Path(__file__).resolve().parents[1] / "llmpruner") + os.sep
 STORY = ("__main__.py", "cli/", "api.py", "pipeline.py")
 """Files whose functions the walk goes into."""
 WRAPPERS = {("cli/derive.py", "run"), ("engine/ranks.py", "from_first")}
-"""The decorated command behind its options, and what one process does for all."""
+"""Functions that only call what they are given."""
 INSIDE = 100
-"""Calls inside this project that a function makes at least, directly and indirectly, to be a station."""
+"""Calls inside llmpruner that a function makes at least, directly and indirectly, to be in the walk."""
 
 
 class Call:
@@ -34,6 +33,16 @@ class Call:
 
     def size(self) -> int:
         return sum(call.count + call.size() for call in self.inside.values())
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as work:
+        calls = list(walk(traced(["prune", *sys.argv[1:], "-o", str(Path(work) / "pruned")])))
+    # The report is written after `save`.
+    calls = calls[: 1 + next(n for n, (_, name, _) in enumerate(calls) if name == "save")]
+    for depth, name, file in calls:
+        print(f"{'  ' * depth}{name}  ({file})")
+    print(f"{len(calls)} functions in {len({file for _, _, file in calls})} files")
 
 
 def traced(words: list[str]) -> Call:
@@ -57,31 +66,19 @@ def traced(words: list[str]) -> Call:
 
     sys.argv = ["llmpruner", *words]
     sys.setprofile(profile)
-    try:
+    with suppress(SystemExit):
         llmpruner()
-    except SystemExit as end:
-        if end.code:
-            raise
-    finally:
-        sys.setprofile(None)
+    sys.setprofile(None)
     return root
 
 
 def walk(call: Call, depth: int = 0) -> Iterator[tuple[int, str, str]]:
+    """(depth, function, file)."""
     for code, inner in call.inside.items():
         file = code.co_filename.removeprefix(OWN)
         if code.co_name.isidentifier() and inner.count == 1 and inner.size() >= INSIDE:
             yield depth, code.co_name, file
             yield from walk(inner, depth + 1) if file.startswith(STORY) else ()
-
-
-def main() -> None:
-    with tempfile.TemporaryDirectory() as work:
-        stations = list(walk(traced(["prune", *sys.argv[1:], "-o", str(Path(work) / "pruned")])))
-    stations = stations[: 1 + next(n for n, (_, name, _) in enumerate(stations) if name == "save")]
-    for depth, name, file in stations:
-        print(f"{'  ' * depth}{name}  ({file})")
-    print(f"{len(stations)} functions in {len({file for _, _, file in stations})} files")
 
 
 if __name__ == "__main__":

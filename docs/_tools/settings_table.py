@@ -11,8 +11,6 @@ from pydantic.fields import FieldInfo
 
 from llmpruner.cli.derive import bounds_of, type_text
 
-_UNBOUNDED = 100_000
-
 
 def table(model: type[BaseModel], first: str = "setting", *, links: bool = False) -> list[str]:
     """A Markdown table of the fields; without a column of descriptions where there are none. ``links``: as JSON has
@@ -21,7 +19,7 @@ def table(model: type[BaseModel], first: str = "setting", *, links: bool = False
     described = any(field.description for field in fields.values())
     lines = [f"| {first} | type | default |" + " what it is |" * described, "|---|---|---|" + "---|" * described]
     for name, field in fields.items():
-        kind = ", ".join([type_text(_written(field)), *bounds_of(field, below=_UNBOUNDED)])
+        kind = ", ".join([type_text(_written(field)), *bounds_of(field)])
         if links:
             kind = re.sub(r"\b[A-Z]\w+", lambda found: f"[{found[0]}](#{found[0].lower()})", kind)
             kind = kind.replace("dict", "object")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.main
 from typer.core import TyperCommand
-from typer.models import CommandInfo
+from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
@@ -27,8 +27,6 @@ Structural pruning of large language models: smaller, faster, still ordinary mod
 The usual order is [bold]discover[/] → [bold]plan[/] → [bold]prune[/] → [bold]recover[/] → [bold]evaluate[/].
 MODEL is a directory, a hub id, a .gguf file, or 'demo'. Try `llmpruner demo` first.
 """
-
-
 COMMANDS = (
     discover, plan, prune, recover, evaluate, bench, generate, export, verify, run, recipes, demo, report, plugins,
     new_plugin,
@@ -72,7 +70,7 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         from ..plugins.catalog import Catalog  # --help is shown without it
 
         ctx.obj = Catalog(manager)
-        # Hooks are called when their components are first looked up, so failures are known at the end.
+        # A plugin may turn out to be broken when its components are first looked up.
         ctx.call_on_close(lambda: list(map(warning_line, manager.broken)))
 
     for command in COMMANDS:
@@ -89,21 +87,20 @@ def _version(value: bool) -> None:
 
 def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
     """Add the commands and groups of plugins, except those whose name exists already."""
-    own = typer.Typer()
-    manager.call("llmpruner_commands", app=own)
+    added = typer.Typer()
+    manager.call("llmpruner_commands", app=added)
     names = {_name(command) for command in app.registered_commands}
-    for commands, mine in (
-        (app.registered_commands, own.registered_commands),
-        (app.registered_groups, own.registered_groups),
-    ):
-        for command in mine:
-            if (name := _name(command)) in names:
-                manager.broken.append(f"a plugin's command '{name}' was skipped: it exists already")
-                continue
-            names.add(name)
-            if isinstance(command, CommandInfo) and command.cls is TyperCommand:
+    for command in (*added.registered_commands, *added.registered_groups):
+        if (name := _name(command)) in names:
+            manager.broken.append(f"a plugin's command '{name}' was skipped: it exists already")
+            continue
+        names.add(name)
+        if isinstance(command, TyperInfo):
+            app.registered_groups.append(command)
+        elif isinstance(command, CommandInfo):
+            if command.cls is TyperCommand:
                 command.cls = Command
-            commands.append(command)  # type: ignore[arg-type]
+            app.registered_commands.append(command)
 
 
 def _name(command: Any) -> str:

@@ -25,6 +25,8 @@ from ..values import bytes_text
 
 _WIDTH = 160
 """Columns where the output is no terminal, so that rows of tables in files and pipes are not broken."""
+_LINE_EVERY = 60.0
+"""Seconds between lines of progress where standard error is no terminal."""
 
 
 def _console(stream: TextIO, *, stderr: bool = False) -> Console:
@@ -34,19 +36,6 @@ def _console(stream: TextIO, *, stderr: bool = False) -> Console:
 
 out = _console(sys.stdout)
 err = _console(sys.stderr, stderr=True)
-
-_LINE_EVERY = 60.0
-"""Seconds until the next line about the progress of a bar, where standard error is not a terminal."""
-
-
-class _Warnings(logging.Handler):
-    """Shows what the library logs, one line each."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        warning_line(record.getMessage())
-
-
-logging.getLogger("llmpruner").addHandler(_Warnings())
 
 
 def error_line(message: str) -> None:
@@ -88,8 +77,8 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
 
 
 def sizes_text(output: Path, checkpoint: str | Path) -> str:
-    """The bytes of the weights in ``output``, next to those of the dense model of ``checkpoint``; and how to get fewer
-    than there."""
+    """The bytes of the weights in ``output``, next to those of the dense model of ``checkpoint``; with a hint where
+    they are more."""
     source = Path((read_record(checkpoint) or {}).get("base_path") or checkpoint)
     after, before = weights_size(output), weights_size(source)
     if not (after and before) or source == output:
@@ -98,11 +87,21 @@ def sizes_text(output: Path, checkpoint: str | Path) -> str:
     return f"{bytes_text(after)} of weights ({source.name}: {bytes_text(before)}){hint}; "
 
 
+class _Warnings(logging.Handler):
+    """Shows what the library logs, one line each."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warning_line(record.getMessage())
+
+
+logging.getLogger("llmpruner").addHandler(_Warnings())
+
+
 class RichProgress(Progress):
     """Bars and notes on standard error; where that is no terminal, a line a minute instead of a bar."""
 
     def __init__(self) -> None:
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
 
     @contextlib.contextmanager
     def bar(self, label: str) -> Iterator[Callable[[float, str], None]]:
@@ -115,12 +114,12 @@ class RichProgress(Progress):
         began = time.monotonic()
 
         def line(share: float, now: str) -> None:
-            if time.monotonic() - self._said >= _LINE_EVERY:
+            if time.monotonic() - self._last_line >= _LINE_EVERY:
                 left = timedelta(seconds=round((time.monotonic() - began) * (1 - share) / share)) if share else None
                 self.status(f"{now}, {share:.0%} done" + (f", {left} left" if share else ""))
 
         yield line
 
     def status(self, label: str) -> None:
-        self._said = time.monotonic()
+        self._last_line = time.monotonic()
         note(label)

@@ -1,8 +1,5 @@
-"""Options that several commands share, and options derived from settings models, whose flags, types, help and defaults
-are those of the fields; and mistakes that are answered at once, without torch, whose import takes seconds.
-
-Values are passed on as text, so that the settings model checks them.
-"""
+"""Options of commands, made of the fields of settings models; and mistakes that are answered before torch is imported,
+which takes seconds. Values are passed on as text, so that the settings model checks them."""
 
 from __future__ import annotations
 
@@ -38,19 +35,6 @@ from .console import RichProgress
 if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
 
-_METAVARS = {
-    "int": "INTEGER",
-    "float": "NUMBER",
-    "ByteSize": "SIZE",
-    "list of int": "NUMBERS",
-    "list of text": "NAMES",
-    "dict": "NAME.key=value",
-}
-_OBVIOUS = 100_000
-"""Upper bounds from here on are beyond all values that users give, and left out of ``--help``."""
-_BOUNDS = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-
-
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hub id, .gguf file, or 'demo'.")]
 ModelNames = Annotated[
     list[str], typer.Argument(metavar="MODEL...", help="Directories, hub ids, .gguf files, or 'demo'.")
@@ -60,53 +44,64 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write
 
 
 def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that adds the options of settings models to a command. The command gets ``arguments``: keywords for
-    the function of the Python API: the settings that the user gave, the progress and the catalog, and ``load`` and
-    ``run`` where they are among ``models``. ``omit``: fields without an option."""
+    """A decorator that adds the options of settings models to a command, without the fields in ``omit``. The command
+    gets ``arguments``, keywords for its function of the Python API: the settings that the user gave, ``progress``,
+    ``catalog``, and ``load`` and ``run`` where they are among ``models``."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         written = inspect.signature(command, eval_str=True).parameters.values()
-        kept = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in written if p.name != "arguments"]
+        parameters = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in written if p.name != "arguments"]
         options = {
             model: [f for f in model.model_fields if f not in omit and not option_of(model, f)["advanced"]]
             for model in models
         }
-        context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
-        every = [context, *kept, *(_parameter(model, name) for model, names in options.items() for name in names)]
 
         def run(**values: Any) -> None:
-            progress = RichProgress()
-            arguments: dict[str, Any] = {"progress": progress, "catalog": values["ctx"].obj}
-            own: Sequence[Settings] = ()
+            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": values["ctx"].obj}
+            settings: list[Any] = []
             for model, names in options.items():
                 explicit = _explicit(values, names, model.group)
-                if model in (LoadSettings, RunSettings):
-                    arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
-                    continue
-                own = each_ratio(explicit) if command.__name__ == "prune" else [settings_from(model, explicit)]
-                arguments |= explicit
-            _check(command.__name__, values, own, arguments["catalog"])
-            command(**{p.name: values[p.name] for p in kept}, arguments=arguments)
+                if model is LoadSettings:
+                    arguments["load"] = settings_from(model, explicit)
+                elif model is RunSettings:
+                    arguments["run"] = settings_from(model, explicit)
+                else:
+                    several = command.__name__ == "prune"
+                    settings = each_ratio(explicit) if several else [settings_from(model, explicit)]
+                    arguments |= explicit
+            _check(command.__name__, values, settings, arguments["catalog"])
+            command(**{p.name: values[p.name] for p in parameters}, arguments=arguments)
 
+        context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
+        derived = [_parameter(model, name) for model, names in options.items() for name in names]
+        signature = Signature([context, *parameters, *derived])
         run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__annotations__ = {p.name: p.annotation for p in every}
-        run.__signature__ = Signature(every)  # type: ignore[attr-defined]
+        run.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+        run.__signature__ = signature  # type: ignore[attr-defined]
         return run
 
     return decorate
 
 
-_GROUPS: dict[str, type[Settings]] = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}
-"""The settings of commands that have some without an option."""
+def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[str, Any]:
+    """The values that the user set; ``--set GROUP.key=value`` is that of ``key``."""
+    explicit = {name: values[name] for name in names if values[name] is not None and values[name] != []}
+    of_group = [text for text in explicit.get("settings", ()) if group and text.startswith(f"{group}.") and "=" in text]
+    if of_group:
+        explicit["settings"] = [text for text in explicit["settings"] if text not in of_group]
+    for text in of_group:
+        key, _, value = text.removeprefix(f"{group}.").partition("=")
+        explicit[key] = value
+    return explicit
 
 
 def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], catalog: Catalog) -> None:
     """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters.
-    ``settings``: several for several ratios."""
+    ``settings``: one for each ratio."""
     from ..recipes.recipe import COMMANDS, Recipe, values_of
 
     models = values.get("models") or [model for model in (values.get("model"),) if model is not None]
-    references = [resolve(str(model), catalog) for model in models]
+    references = [resolve(model, catalog) for model in models]
     for folder in values.get("directories", [values.get("directory")]):
         if folder is not None and not folder.is_dir():
             raise ModelError(f"directory '{folder}' does not exist")
@@ -136,6 +131,10 @@ def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], cat
             raise not_pruned(model.text)
 
 
+_WITHOUT_OPTION: dict[str, type[Settings]] = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}
+"""Command → settings of which some have no option."""
+
+
 class Command(TyperCommand):
     """A command that answers mistakes of its line in one line; for an unknown option, with the one that was meant."""
 
@@ -150,8 +149,8 @@ class Command(TyperCommand):
                 text = f"`llmpruner {self.name}`: {message[:1].lower()}{message[1:]}; see llmpruner {self.name} --help"
                 raise SettingsError(text) from error
             option = str(getattr(error, "option_name", ""))
-            model = _GROUPS.get(self.name or "")
             field = option.lstrip("-").replace("-", "_")
+            model = _WITHOUT_OPTION.get(self.name or "")
             if model is not None and option_of(model, field)["advanced"]:
                 hint = f"; write {flag_of(model, field)}=…"
             else:
@@ -159,26 +158,28 @@ class Command(TyperCommand):
             raise SettingsError(f"`llmpruner {self.name}` has no option {option}{hint}") from error
 
 
-def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[str, Any]:
-    """The values that the user set; ``--set GROUP.key=value`` is that of ``key``."""
-    explicit = {name: values[name] for name in names if values[name] is not None and values[name] != []}
-    own = [text for text in explicit.get("settings", ()) if group and text.startswith(f"{group}.") and "=" in text]
-    if own:
-        explicit["settings"] = [text for text in explicit["settings"] if text not in own]
-    for text in own:
-        key, _, value = text.removeprefix(f"{group}.").partition("=")
-        explicit[key] = value
-    return explicit
+_METAVARS = {
+    "int": "INTEGER", "float": "NUMBER", "ByteSize": "SIZE", "list of int": "NUMBERS", "list of text": "NAMES",
+    "dict": "NAME.key=value",
+}  # fmt: skip
 
 
 def _parameter(model: type[Settings], name: str) -> Parameter:
+    """The field ``name`` as an option."""
     field, option = model.model_fields[name], option_of(model, name)
     kind = type_text(field.annotation).removesuffix(" | none")
+    text, facts = field.description or "", bounds_of(field)
+    if field.default not in (None, False, {}) and not field.is_required():
+        value = field.default
+        facts.append(f"default {','.join(map(str, value)) if isinstance(value, tuple) else value}")
+    if facts:
+        text += f" ({', '.join(facts)})"
     without_option = [other for other in model.model_fields if option_of(model, other)["advanced"]]
-    advanced = f" Of {model.group}: {', '.join(without_option)}." if name == "settings" and without_option else ""
+    if name == "settings" and without_option:
+        text += f" Of {model.group}: {', '.join(without_option)}."
     info = typer.Option(
         flag_of(model, name),
-        help=_help(field) + advanced,
+        help=text,
         rich_help_panel=option["panel"],
         metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
         show_default=False,
@@ -190,17 +191,11 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
 
 
-def _help(field: FieldInfo) -> str:
-    value, facts = field.default, bounds_of(field, below=_OBVIOUS)
-    if value not in (None, False, {}) and not field.is_required():
-        facts.append(f"default {','.join(map(str, value)) if isinstance(value, tuple) else value}")
-    return (field.description or "") + (f" ({', '.join(facts)})" if facts else "")
-
-
-def bounds_of(field: FieldInfo, *, below: float = float("inf")) -> list[str]:
-    """``["above 0", "at most 1"]``; without bounds from ``below`` on."""
-    limits = [(text, getattr(data, key, None)) for data in field.metadata for key, text in _BOUNDS.items()]
-    return [f"{text} {value:g}" for text, value in limits if isinstance(value, int | float) and value < below]
+def bounds_of(field: FieldInfo) -> list[str]:
+    """``["above 0", "at most 1"]``; without bounds beyond all values that users give."""
+    words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+    limits = [(text, getattr(data, key, None)) for data in field.metadata for key, text in words.items()]
+    return [f"{text} {value:g}" for text, value in limits if isinstance(value, int | float) and value < 100_000]
 
 
 def type_text(annotation: Any) -> str:

@@ -39,7 +39,7 @@ def evaluate(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile 
     try:
         show_evaluations(api.evaluate(models, on_result=results.append, **arguments))
     finally:
-        if results:  # those before one that failed, too
+        if results:  # those before a model that failed, too
             _write_json(json_file, [result.as_json() for result in results])
     note("next: llmpruner export DIR --to gguf -o OUT, for llama.cpp and Ollama")
 
@@ -50,7 +50,7 @@ def _write_json(file: Path | None, value: Any) -> None:
 
 
 def show_evaluations(results: Evaluations) -> None:
-    """One column per model, one row per quantity."""
+    """Print a column for each model, a row for each quantity."""
     rows = [(line.label, *line.cells) for line in results.lines]
     names = [result.name for result in results]
     short = [Path(name).name for name in names]
@@ -71,7 +71,7 @@ def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = N
 
 
 def show_bench(result: BenchResult) -> None:
-    """A table of prefill and one of decoding."""
+    """Print a table of prefill and one of decoding."""
     values = result.as_json()
     table("Prefill", SPEED_COLUMNS, speed_rows(values, "prefill"), left=3)
     decoding = f"Decoding, {counted(result.new_tokens, 'token')}"
@@ -94,12 +94,13 @@ def generate(
     from ..discovery.opening import Opener
 
     opener = Opener(arguments["catalog"], arguments["load"], arguments["progress"])
-    structures = [opener.readable(model, "read a prompt") for model in models]
     answers = {}
-    for each in structures:
-        answer = answers[each.ref] = api.generate(each, prompt, **arguments)
+    for structure in [
+        opener.readable(model, "read a prompt") for model in models
+    ]:  # all are checked before any answers
+        answer = answers[structure.ref] = api.generate(structure, prompt, **arguments)
         if not as_json:
-            out.print(f"[bold cyan]{escape(each.ref)}[/]")
+            out.print(f"[bold cyan]{escape(structure.ref)}[/]")
             out.print(escape(answer), highlight=False)
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
@@ -139,29 +140,32 @@ def report(
     from .. import api
 
     catalog, settings = arguments["catalog"], arguments.get("settings")
-    made = api.write_report(directories, output, results=results or (), catalog=catalog, settings=settings)
-    _tell(made, sentences=True)
-    done_line(str(made.path))
+    page = api.write_report(directories, output, results=results or (), catalog=catalog, settings=settings)
+    _show_report(page, sentences=True)
+    done_line(str(page.path))
 
 
-def write_next_to(directory: Path, catalog: Catalog, *, say: bool = False, of: Sequence[Path] = ()) -> None:
-    """Write ``report.html`` into a checkpoint or the output of a recipe; a failure is a warning, as the work itself is
-    done. ``say``: print the sentences of the page. ``of``: the checkpoints in ``directory`` that it compares."""
+def write_next_to(
+    directory: Path, catalog: Catalog, *, sentences: bool = False, checkpoints: Sequence[Path] = ()
+) -> None:
+    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe. A failure is a warning, as the
+    work itself is done. ``checkpoints``: those in ``directory``, to compare them."""
     from .. import api
 
     if not is_first():
         return
     try:
-        made = api.write_report(of or directory, directory / REPORT_FILE, catalog=catalog)
+        page = api.write_report(checkpoints or directory, directory / REPORT_FILE, catalog=catalog)
     except LlmprunerError as error:
         warning_line(f"no report was written: {error}")
         return
-    _tell(made, sentences=say)
-    note(f"report written to {made.path}")
+    _show_report(page, sentences=sentences)
+    note(f"report written to {page.path}")
 
 
-def _tell(made: Report, *, sentences: bool) -> None:
-    for warning in made.warnings:
+def _show_report(page: Report, *, sentences: bool) -> None:
+    """Print the warnings of a page and, if asked for, its sentences."""
+    for warning in page.warnings:
         warning_line(warning)
-    for name, sentence in made.sentences.items() if sentences else ():
+    for name, sentence in page.sentences.items() if sentences else ():
         out.print(f"[bold]{escape(name)}[/]: {escape(sentence)}", highlight=False, soft_wrap=True)

@@ -18,9 +18,6 @@ from ..errors import LlmprunerError, ProcessError, SettingsError, first_line, is
 from ..files import write_failure
 from .console import error_line
 
-_TOGETHER = ("plan", "prune", "recover")
-"""Commands that share work between processes."""
-
 
 def keep_freed_memory() -> None:
     """Let glibc keep up to 256 MiB of freed memory, and reuse it for tensors of up to 64 MiB. Otherwise every large
@@ -42,30 +39,6 @@ def exit_on_sigterm() -> None:
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
-def shares_work(arguments: Sequence[str]) -> bool:
-    """Whether several processes were started for a command that shares work between them. Raises `SettingsError` for a
-    command that each would repeat."""
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if not launched() or "--help" in arguments or command is None:
-        return False
-    if command not in _TOGETHER:
-        raise SettingsError(
-            f"`llmpruner {command}` runs in one process; start it without torchrun or accelerate launch"
-        )
-    return True
-
-
-def is_first() -> bool:
-    """Whether this process writes the output: with several, only the first does."""
-    return not launched() or os.environ["RANK"] == "0"
-
-
-def let_first_print() -> None:
-    """Wait in the others: a launcher ends all processes as soon as one has ended."""
-    if not is_first():
-        time.sleep(2)
-
-
 def message_of(error: Exception) -> str | None:
     """The line for the user; None for a defect of the program, and for other errors of the system."""
     if isinstance(error, LlmprunerError):
@@ -80,9 +53,33 @@ def message_of(error: Exception) -> str | None:
     return None
 
 
+def is_first() -> bool:
+    """Whether this process prints and writes files: of several, only the first does."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def let_first_print() -> None:
+    """Wait in the others: a launcher ends all processes as soon as one has ended."""
+    if not is_first():
+        time.sleep(2)
+
+
+def shares_work(arguments: Sequence[str]) -> bool:
+    """Whether a launcher started several processes for a command that shares work between them. Raises `SettingsError`
+    for a command that each would repeat."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if not launched() or "--help" in arguments or command is None:
+        return False
+    if command not in ("plan", "prune", "recover"):
+        raise SettingsError(
+            f"`llmpruner {command}` runs in one process; start it without torchrun or accelerate launch"
+        )
+    return True
+
+
 def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
-    """Run the command, and exit. All but the first process are silent, except that one of them, the first to fail,
-    writes the line of an error."""
+    """Run the command in one of several processes, and exit. Only the first process prints, but an error is printed by
+    the process that fails first."""
     from ..engine.ranks import Ranks
 
     ranks = None
@@ -96,7 +93,7 @@ def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
         line = message_of(error)
         if line is None:
             raise
-        # One that cannot connect is silent beside the first, which says so, too, or has failed before and said why.
+        # Of processes that cannot connect, the first one says so, or has failed before and said why.
         if ranks.claim("error") if ranks else is_first():
             if debug:
                 raise

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,15 +39,14 @@ def plan(
     started = time.monotonic()
     load, run, progress, catalog = (arguments.pop(name) for name in ("load", "run", "progress", "catalog"))
     settings = settings_from(PruneSettings, arguments)
-    made, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
+    pruning_plan, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
     if output is not None and is_first():
-        made.save(output)
+        pruning_plan.save(output)
         note(f"plan written to {output}")
     if as_json:
-        taken = _taken(outcome, time.monotonic() - started)
-        print_json({"plan": made.model_dump(mode="json"), "result": outcome.as_json(), **taken})
+        _print_json(pruning_plan, outcome, round(time.monotonic() - started, 1), {})
     else:
-        show_plan(made, outcome)
+        show_plan(pruning_plan, outcome)
         file = output or "PLAN (written by -o PLAN)"
         note(f"next: llmpruner prune {model} --plan {file} -o DIR")
 
@@ -72,64 +72,74 @@ def prune(
 
     started = time.monotonic()
     pruned: Model | list[Structure] = api.prune(model, plan=plan_file, output=output, **arguments)
+    seconds = round(time.monotonic() - started, 1)
     if isinstance(pruned, list):
-        write_next_to(output, arguments["catalog"], say=not as_json, of=[Path(each.ref) for each in pruned])
+        folders = [each.ref for each in pruned]
+        write_next_to(output, arguments["catalog"], sentences=not as_json, checkpoints=[Path(f) for f in folders])
         if as_json:
             print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in pruned])
-            return
-        done_line(f"{', '.join(each.ref for each in pruned)} in {time.monotonic() - started:.1f} s")
+        else:
+            done_line(f"{', '.join(folders)} in {seconds} s")
         return
-    made, outcome = pruned.plans[-1], pruned.outcome
-    assert outcome is not None
-    seconds = round(time.monotonic() - started, 1)
     write_next_to(output, arguments["catalog"])
+    pruning_plan, outcome = pruned.plans[-1], pruned.outcome
+    assert outcome is not None
     if as_json:
-        result = {**outcome.as_json(), "output": str(output), "checkpoint": pruned.form, "seconds": seconds}
-        print_json({"plan": made.model_dump(mode="json"), "result": result, **_taken(outcome, seconds)})
+        facts = {"output": str(output), "checkpoint": pruned.form, "seconds": seconds}
+        _print_json(pruning_plan, outcome, seconds, facts)
         return
-    show_plan(made, outcome)
+    show_plan(pruning_plan, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
     sizes, quality = sizes_text(output, output), "" if outcome.quality is None else f"{outcome.quality}; "
     done_line(f"{output} in {seconds} s; {sizes}{quality}loads with from_pretrained {needs}")
     note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
-def _taken(outcome: Outcome, seconds: float) -> dict[str, Any]:
-    """The forecast, and what the run took: bytes of the process at most, and seconds."""
-    used = {"seconds": round(seconds, 1), "memory": peak_memory()}
-    return {"forecast": None if outcome.forecast is None else {**outcome.forecast, "used": used}}
+def _print_json(plan: PruningPlan, outcome: Outcome, seconds: float, facts: Mapping[str, Any]) -> None:
+    """The plan, the sizes and ``facts``, and the forecast next to the memory and the seconds that the run took."""
+    used = {"seconds": seconds, "memory": peak_memory()}
+    forecast = None if outcome.forecast is None else {**outcome.forecast, "used": used}
+    result = {**outcome.as_json(), **facts}
+    print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": forecast})
 
 
-def show_plan(made: PruningPlan, outcome: Outcome) -> None:
-    """Print the numbers of kept units of each kind and layer, and the sizes before and after."""
-    kinds, rows = made.table()
+def show_plan(plan: PruningPlan, outcome: Outcome) -> None:
+    """Print the numbers of kept units of each kind and layer, the sizes before and after, and hints."""
+    kinds, rows = plan.table()
     table("Units kept", ("Layers", *kinds), rows)
-    sums: dict[str, tuple[str, float, float, Any]] = {
+    sizes: dict[str, tuple[str, float, float, Any]] = {
         "decoder": ("Decoder parameters", outcome.decoder_before, outcome.decoder_after, count_text),
         "parameters": ("All parameters", outcome.parameters_before, outcome.parameters_after, count_text),
         "bytes": ("Weights", outcome.bytes_before, outcome.bytes_after, bytes_text),
     }
     if budget := outcome.budget:
-        sums[budget.name] = (budget.label, budget.before, budget.after, count_text)
-    rows = [(label, form(x), form(y), f"{1 - y / x:.2%}") for label, x, y, form in sums.values()]
+        sizes[budget.name] = (budget.label, budget.before, budget.after, count_text)
+    rows = [(label, text(x), text(y), f"{1 - y / x:.2%}") for label, x, y, text in sizes.values()]
     table("Result", ("", "Before", "After", "Removed"), rows)
     if outcome.tokens is not None:
         table("Tokens that go", *outcome.tokens.table(), left=2)
+    _, before, after, _ = sizes[plan.target.budget]
+    for hint in _hints(plan, outcome, removed=1 - after / before):
+        note(hint)
+
+
+def _hints(plan: PruningPlan, outcome: Outcome, removed: float) -> Iterator[str]:
+    """What a user may want to change. ``removed``: the share of the budget."""
+    if outcome.tokens is not None:
         scripts = [s for s in outcome.tokens.scripts if s.gone > 0.75 * s.tokens and s.script.isupper()]
         if lost := ", ".join(f"{s.script}: {s.gone:,} of {s.tokens:,} tokens go" for s in scripts):
-            note(f"{lost}, and their text becomes small pieces; --set vocabulary.scripts=… keeps scripts")
-    _, before, after, _ = sums[made.target.budget]
-    asked, got = made.target.amount, 1 - after / before
-    uniform = made.selection.shape == "uniform" and any(cut.layer is not None for cut in made.cuts.values())
-    if made.target.by == "ratio" and f"{asked:.1%}" != f"{got:.1%}":
-        note(f"asked for {asked:.1%}; {'uniform widths' if uniform else 'whole units'} give {got:.1%}")
+            yield f"{lost}, and their text becomes small pieces; --set vocabulary.scripts=… keeps scripts"
+    amount = plan.target.amount
+    uniform = plan.selection.shape == "uniform" and any(cut.layer is not None for cut in plan.cuts.values())
+    if plan.target.by == "ratio" and f"{amount:.1%}" != f"{removed:.1%}":
+        yield f"asked for {amount:.1%}; {'uniform widths' if uniform else 'whole units'} give {removed:.1%}"
     if uniform:
-        note("equal widths load everywhere; --shape free costs less quality, for transformers, vLLM and llama.cpp")
-    # Formats with few bits refuse other widths; the dense model's are not.
-    quantisable = [cut for cut in made.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
+        yield "equal widths load everywhere; --shape free costs less quality, for transformers, vLLM and llama.cpp"
+    # Formats with few bits refuse other widths. Where the dense model has such a width, nothing is lost.
+    quantisable = [cut for cut in plan.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
     if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        note(
+        yield (
             f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; "
             f"--set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
         )
@@ -166,7 +176,7 @@ def recover(
         steps = counted(len(record["losses"]), "step")
         done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {loss_text(record)}, {seconds:.0f} s")
         note(f"next: llmpruner evaluate {model} {output}")
-    if record.get("improved") is False:
+    if record["improved"] is False:
         raise typer.Exit(3)
 
 

@@ -91,12 +91,11 @@ def show_step(step: StepResult) -> None:
     result = step.result
     details: list[str] = []
     if step.command == "recover":
-        details = [counted(result[f"{what}s"], what) for what in ("example", "step") if f"{what}s" in result]
-        details += filter(None, [result.get("loss")])
+        details = [counted(result["examples"], "example"), counted(result["steps"], "step"), result["loss"]]
     elif step.command == "generate":
         table(None, ("", f"“{result[0]['prompt']}”"), [(answer["name"], answer["text"]) for answer in result], left=2)
     elif step.value is None:
-        pass  # it was whole when an earlier run was killed
+        pass  # an earlier run finished it, and was killed before it was shown
     elif step.command == "prune":
         show_plan(*step.value)
         details = [f"{result['checkpoint']} checkpoint"]
@@ -134,7 +133,7 @@ def demo(
     started = time.monotonic()
     values = {"pruned.ratio": ratio, "prune.seed": seed}
     api.run("demo", output=output, values=values, on_step=show_step, **arguments)
-    write_next_to(output, arguments["catalog"], say=True)
+    write_next_to(output, arguments["catalog"], sentences=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)
     out.print("  llmpruner recover pruned -o recovered", highlight=False)

@@ -188,6 +188,10 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
     except Exception as error:
         # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"
+        if options.family is not None:
+            raise ModelError(
+                f"family '{options.family}' does not fit '{ref.text}' ({reason}); leave --family out"
+            ) from error
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
 
 

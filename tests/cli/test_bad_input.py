@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmpruner_llama import LlamaFamily
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
@@ -181,6 +182,13 @@ def test_a_spoilt_plan(refused, planned, tmp_path, what):
 def test_a_plan_for_another_model(refused, planned, shared, tmp_path):
     (tmp_path / "plan.json").write_text(planned)
     assert f"this plan was made for '{shared}/dense' (llama)" in refused("prune", "{models}/other", *REPLAY)
+
+
+def test_a_family_that_does_not_fit_a_pruned_model(refused, pruned, monkeypatch):
+    """It is not told as a damaged record."""
+    monkeypatch.setattr(LlamaFamily, "coupled_groups", lambda self, config: config.no_such_width)
+    message = refused("discover", pruned, "--family", "llama")
+    assert message.startswith(f"family 'llama' does not fit '{pruned}' (AttributeError: ")
 
 
 def test_disk_full_while_weights_are_written(run, dense, tmp_path, monkeypatch):
