@@ -54,7 +54,7 @@ SCRIPTS: Final = 6
 
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
-    signals = job.criterion.signals | (job.tokens.signals if job.tokens else set())
+    signals = job.criterion.signals | (job.token_criterion.signals if job.token_criterion else set())
     scores_read = signals - {Signal.WEIGHT} or job.allocation.measures
     read: dict[str, Any] = {}
     fitted: dict[str, Any] = {}

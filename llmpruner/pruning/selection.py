@@ -134,9 +134,9 @@ class _Choice:
         """``length``: as in `StreamStats`."""
         job, text = self.job, self.text
         of_tokens = [group for group in self.groups if group.kind == VOCABULARY]
-        others = [group for group in self.groups if job.tokens is None or group.kind != VOCABULARY]
+        others = [group for group in self.groups if job.token_criterion is None or group.kind != VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
-        for criterion, groups in ((job.criterion, others), (job.tokens, of_tokens)):
+        for criterion, groups in ((job.criterion, others), (job.token_criterion, of_tokens)):
             if criterion is None:
                 continue
             read = text
