@@ -24,12 +24,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from ...engine.boundaries import States
@@ -92,12 +91,11 @@ class _Step:
         return (additive and not self.last) or any(reader.from_stream for reader in self.readers.values())
 
 
-@dataclass
-class _Run:
+class _Run(NamedTuple):
     """One run of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
 
-    uses: list[WatchedProduct] = field(default_factory=list)
-    output: torch.Tensor | None = None
+    uses: list[WatchedProduct]
+    output: torch.Tensor | None
 
 
 class _Repair:
@@ -234,30 +232,44 @@ class _Repair:
         return steps, names_in_layer(self.model, self.graph, number, biases)
 
     def _fit(self, step: _Step) -> bool:
-        """Fit the weights of one step. Returns whether ĥ was moved to after the layer, which needs no further run of it
-        where the step `is_simple`."""
+        """Fit the weights of one step. Returns whether ĥ was moved to after the layer: of a simple step, by adding the
+        new outputs to what remains without the old ones, so that the layer need not run again."""
         fitters: dict[Matrix, Fitter] = {}
-        move = _Move(step, self.pruned, self.model) if step.is_simple else None
+        simple, inputs = step.is_simple, self.pruned.empty()
         for position in range(len(self.walk.calls)):
             pruned, uncut, dense = self._observe(step, position)
-            for use, own in zip(pruned.uses, uncut.uses, strict=True):
+            for use, uncut_use in zip(pruned.uses, uncut.uses, strict=True):
                 if step.readers[use.parameter].from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
                 key = use.parameter, use.slot
-                target = self._target(step, position, uncut, own, dense.get(key))
+                target = self._target(step, position, uncut, uncut_use, dense.get(key))
                 if key not in fitters:
                     fitters[key] = self._fitter(step, key, use.bias)
                 fitters[key].add(use, target)
-            if move is not None and not move.take(position, pruned):
-                move = None
+            simple = simple and len(pruned.uses) == 1
+            if simple:
+                assert pruned.output is not None and step.factor is not None, "simple steps are last"
+                (use,) = pruned.uses
+                self.pruned[position] = pruned.output - step.factor * use.outputs.float().view_as(pruned.output)
+                inputs.append(use.inputs.index_select(1, step.readers[use.parameter].kept.to(use.inputs.device)))
         fitters = self._of_all_processes(step, fitters)
         self.fits += write_all(fitters, self.model, self.ranks)
         self.producers.zero()
-        if move is not None:
+        if simple:
             (fitter,) = fitters.values()
-            move.finish(fitter.bias)
-        return move is not None
+            self._add_outputs(step, fitter, inputs)
+        return simple
+
+    def _add_outputs(self, step: _Step, fitter: Fitter, inputs: States) -> None:
+        """Add c times the outputs of the fitted matrix to ĥ. ``inputs``: its kept ones, whose dtype the product has."""
+        assert step.factor is not None, "simple steps are additive"
+        matrix, bias = matrix_of(self.model, fitter.reader, None), fitter.bias
+        weight = matrix.index_select(1, fitter.reader.kept.to(matrix.device))
+        for position, part in enumerate(inputs):
+            rest, dtype = self.pruned[position], part.dtype
+            outputs = functional.linear(part, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+            self.pruned[position] = rest + step.factor * outputs.view_as(rest)
 
     def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
         """The layer on one micro-batch: its run on ĥ with removed units silenced; its run on ĥ with the products that
@@ -276,17 +288,18 @@ class _Repair:
     def _run(self, step: _Step, position: int, states: States, *, whole: bool, tried: bool = False) -> _Run:
         """Run the layer; without ``whole``, only until all weights of this step were used. ``tried``: see
         `ForwardWalk.run`."""
-        run, waiting = _Run(), set(step.readers)
+        uses, waiting = list[WatchedProduct](), set(step.readers)
+        output: torch.Tensor | None = None
 
         def seen(use: WatchedProduct) -> None:
-            run.uses.append(use.copied())
+            uses.append(use.copied())
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
                 raise Stop
 
         with contextlib.suppress(Stop), WatchProducts(self.model, step.readers, seen):
-            run.output = self.walk.run(self.number, position, states, tried=tried)
-        return run
+            output = self.walk.run(self.number, position, states, tried=tried)
+        return _Run(uses, output)
 
     def _target(
         self, step: _Step, position: int, uncut: _Run, own: WatchedProduct, dense: torch.Tensor | None
@@ -330,32 +343,3 @@ class _Repair:
                 row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
                 merged[key] = self._fitter(step, key, row)
         return merged
-
-
-class _Move:
-    """Moves ĥ of a simple step to after the layer without running it again: what remains without the outputs of the
-    matrix, and its inputs, kept until its new value is known."""
-
-    def __init__(self, step: _Step, pruned: States, model: nn.Module) -> None:
-        assert step.factor is not None
-        (reader,) = step.readers.values()
-        self.matrix = matrix_of(model, reader, None)
-        self.kept = reader.kept.to(self.matrix.device)
-        self.factor, self.pruned, self.inputs = step.factor, pruned, pruned.empty()
-
-    def take(self, position: int, run: _Run) -> bool:
-        """Take one micro-batch; False, and no change, where the run has not just one product and an output."""
-        if run.output is None or len(run.uses) != 1:
-            return False
-        (use,) = run.uses
-        self.pruned[position] = run.output - self.factor * use.outputs.float().view_as(run.output)
-        self.inputs.append(use.inputs.index_select(1, self.kept))
-        return True
-
-    def finish(self, bias: torch.Tensor | None) -> None:
-        """Add the outputs of the fitted matrix, computed in the dtype of its inputs."""
-        weight = self.matrix.index_select(1, self.kept)
-        for position, inputs in enumerate(self.inputs):
-            rest, dtype = self.pruned[position], inputs.dtype
-            outputs = functional.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
-            self.pruned[position] = rest + self.factor * outputs.view_as(rest)
