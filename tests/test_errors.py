@@ -35,6 +35,12 @@ def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
         validated(Ordered, {"low": 2}, "criterion mine")
 
 
+@pytest.mark.parametrize("layers", [-3, [0, -1], "5-3"])
+def test_layers_that_no_model_has_are_refused(layers):
+    with pytest.raises(SettingsError, match="prune.layers .*: expected layer numbers such as 3-26"):
+        settings_from(PruneSettings, {"ratio": 0.2, "layers": layers})
+
+
 def test_a_setting_of_loading_is_said_to_be_one():
     with pytest.raises(SettingsError, match=r"setting 'dtype'; write load=LoadSettings\(dtype=…\), or --dtype$"):
         settings_from(PruneSettings, {"ratio": 0.2, "dtype": "bfloat16"})
