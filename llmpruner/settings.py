@@ -1,7 +1,6 @@
-"""Every setting of every command, once: name, type, default, bounds, help.
-
-Command-line options, keywords of the Python API (`llmpruner.keywords`), what plans and records keep, and the reference
-pages derive from these models. Names of components (criteria, budgets …) are checked where the catalog is known.
+"""Every setting of every command, once: name, type, default, bounds, help. Command-line options, keywords of the Python
+API (`llmpruner.keywords`), records and reference pages derive from these models. Names of components are checked where
+the catalog is known.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ _MACHINE, _TRAINING = "Memory and time", "Training"
 
 
 def option(default: Any, panel: str | None = None, *, advanced: bool = False, **bounds: Any) -> Any:
-    """A field with an option on the command line. ``panel``: its section in ``--help``. ``advanced``: instead of an
-    option of its own, ``--set GROUP.field=value`` with the `Settings.group`. ``bounds``: of `pydantic.Field`."""
+    """A field with an option in section ``panel`` of ``--help``; ``advanced``: with ``--set GROUP.field=value`` instead.
+    ``bounds``: of `pydantic.Field`."""
     return Field(default, json_schema_extra={"panel": panel, "advanced": advanced}, **bounds)
 
 
 class Settings(BaseModel):
-    """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave. The text below a
-    field is its help."""
+    """Frozen; an unknown name is an error. The text below a field is its help."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
@@ -65,8 +63,8 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
 
 def option_of(model: type[Settings], name: str) -> dict[str, Any]:
     """The ``panel`` and ``advanced`` of a field."""
-    shown: Any = getattr(model.model_fields.get(name), "json_schema_extra", None)
-    return shown or {"panel": None, "advanced": False}
+    extra: Any = getattr(model.model_fields.get(name), "json_schema_extra", None)
+    return extra or {"panel": None, "advanced": False}
 
 
 def flag_of(model: type[Settings], name: str) -> str:
@@ -103,9 +101,8 @@ class RunSettings(Settings):
     """How a long command runs. The result does not depend on it."""
 
     max_memory: ByteSize | None = option(None, _MACHINE, gt=0)
-    """Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by layer
-    and, if need be, hidden states are kept in a file. What cannot fit is refused beforehand. By default, models larger
-    than half of the free memory are read layer by layer."""
+    """Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by layer;
+    what cannot fit is refused beforehand. By default, weights may take half of the free memory."""
     restart: bool = option(False, _MACHINE)
     """Start anew instead of continuing an interrupted run of the same command."""
 
@@ -139,9 +136,8 @@ class PruneSettings(Settings):
     """uniform: all layers keep the same widths, in multiples that suit kernels, so that the result is an ordinary model
     for every runtime; free: every layer keeps its own number of units, which --method llm-pruner sets."""
     round_to: int | None = option(None, ge=1, advanced=True)
-    """Kept widths are multiples of this. By default 64 with --shape uniform (32 where hidden states have fewer than
-    1,024 channels, and a sixteenth of them or less below 512), halved for a group until it has at least 8 such
-    multiples; else 1."""
+    """Kept widths are multiples of this. By default 64 with --shape uniform (less below 1,024 hidden channels), halved
+    for a group until it has at least 8 such multiples; else 1."""
     method: str | None = option(None, _HOW)
     """Defaults of the options below. best (the default): units chosen by gradients on 32,768 tokens, weights
     compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the paper's, first-order Taylor on
@@ -179,7 +175,7 @@ def each_ratio(values: Mapping[str, Any]) -> list[PruneSettings]:
     ratio = values.get("ratio")
     if not isinstance(ratio, (list, tuple)) and "," not in str(ratio):
         return [settings_from(PruneSettings, values)]
-    return [settings_from(PruneSettings, {**values, "ratio": one}) for one in names_of(ratio) or [ratio]]
+    return [settings_from(PruneSettings, {**values, "ratio": share}) for share in names_of(ratio) or [ratio]]
 
 
 class RecoverSettings(Settings):
