@@ -1,8 +1,5 @@
-"""Allocation: how many units each coupled group loses. Imports no torch.
-
-`Allocation` is the contract, `top_up` helps to implement it. Built in are `Uniform` (equal shares), `GlobalRanking`
-(one ranking of all units) and `Sensitivity` (by measured divergence).
-"""
+"""Allocation: how many units each coupled group loses, by equal shares (`Uniform`), one ranking of all units
+(`GlobalRanking`) or measured divergence (`Sensitivity`). `top_up` helps to implement others. Imports no torch."""
 
 from __future__ import annotations
 
@@ -55,14 +52,14 @@ class Meter:
 class AllocationTask:
     """The inputs of an allocation.
 
-    ``queues``: the removal steps of every group in scope, least important first, each with its mean score; of groups
-    that must keep the same number of units, one queue, named after the first. ``amount``: what is to be removed, in the
+    ``queues``: the removal steps of every group in scope, least important first, each with its mean score; groups that
+    must keep the same number of units share one queue, named after the first. ``amount``: what is to be removed, in the
     units of `Cost.remaining` (parameters, bytes …), which the queues can give. ``meter``: computes the removed amount.
 
     ``whole``: in all but the last of several cuts (``--steps``), the amount that this one and those to come remove
-    together. What this one leaves is added to the amount of the next one, so that a unit that is too large for one cut
-    can be left to a later one. ``loss``: for allocations that measure, the mean KL divergence per token, in nats, of
-    the cut model from the current one on calibration text; else None.
+    together. A unit that is too large for this cut can be left to a later one, to which the rest of the amount goes.
+    ``loss``: for allocations that measure, the mean KL divergence of the cut model from the current one on calibration
+    text, in nats per token; else None.
     """
 
     queues: Sequence[Queue]
@@ -95,8 +92,8 @@ class Allocation(Component):
 
 
 def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
-    """Add one step of group ``name`` to ``taken`` if that removes something and no more than the amount in all;
-    otherwise leave ``taken`` as it is. Returns whether the step was taken."""
+    """Add one step of group ``name`` to ``taken`` if that removes something and no more than the amount in all. Returns
+    whether it was added."""
     before = task.meter.removed(taken)
     taken[name] += 1
     if before < task.meter.removed(taken) <= task.amount:
@@ -107,12 +104,9 @@ def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
     """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
-    return ``taken``.
-
-    One step of every queue in turn is taken if it fits, until none fits: where a step of large units (a KV head has
-    the parameters of hundreds of MLP channels) would exceed the amount, smaller ones are taken. Finally, one step
-    beyond the amount is taken if that is nearer to it.
-    """
+    return ``taken``. Steps of all queues in turn are taken where they fit: with no room for a KV head, which has the
+    parameters of hundreds of MLP channels, channels are taken. Finally, one step beyond the amount is taken if that is
+    nearer to it."""
     moved = True
     while moved:
         moved = False
@@ -120,14 +114,14 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
             if taken[queue.group.name] < len(queue.steps):
                 moved |= _take_if_it_fits(task, taken, queue.group.name)
     gap = task.amount - task.meter.removed(taken)
-    over = [
-        (task.meter.removed({**taken, q.group.name: taken[q.group.name] + 1}) - task.amount, number, q.group.name)
-        for number, q in enumerate(task.queues)
-        if taken[q.group.name] < len(q.steps)
-    ]
-    best = min((entry for entry in over if 0 < entry[0] < gap), default=None)
-    if best is not None:
-        taken[best[2]] += 1
+    more = {
+        queue.group.name: task.meter.removed({**taken, queue.group.name: taken[queue.group.name] + 1}) - task.amount
+        for queue in task.queues
+        if taken[queue.group.name] < len(queue.steps)
+    }
+    nearer = [name for name, beyond in more.items() if 0 < beyond < gap]
+    if nearer:
+        taken[min(nearer, key=more.__getitem__)] += 1
     return taken
 
 
@@ -194,7 +188,8 @@ class GlobalRanking(Allocation):
         return {name: normalized(values, self.settings.normalize, sizes[name]) for name, values in scores.items()}
 
     def allocate(self, task: AllocationTask) -> Taken:
-        order = [n for *_, n in sorted((s, at, q.group.name) for at, q in enumerate(task.queues) for s in q.scores)]
+        steps = [(score, number, q.group.name) for number, q in enumerate(task.queues) for score in q.scores]
+        order = [name for *_, name in sorted(steps)]
 
         def first(count: int) -> Taken:
             counted = Counter(order[:count])
