@@ -1,13 +1,5 @@
-"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep.
-
-A cost is arithmetic on counts, so that allocations can evaluate thousands of selections. `SizeModel` has the sizes of
-parameters; `WeightCost` (parameters, bytes) and `MacsCost` are sums of them.
-
-Shapes of weights do not determine what an architecture caches (heads, one shared head, or a latent vector). So the
-bytes of the tensors in the key/value cache are counted after processing a few tokens, for the whole model and with one
-step of each group cut. An uneven cut without one layer checks that they are proportional to the units kept.
-
-Imports no torch.
+"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep, in
+integers, so that allocations can evaluate thousands of selections. Imports no torch.
 """
 
 from __future__ import annotations
@@ -36,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Cost(ABC):
-    """The cost of a model as a function of the number of units that its groups keep. ``label``: what is counted, in the
-    plural."""
+    """The cost of a model as a function of the number of units that its groups keep."""
 
     label: str
+    """What is counted, in the plural."""
 
     @abstractmethod
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
@@ -74,8 +66,7 @@ class Budget(Component):
 
 
 def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:
-    """The arguments of `Cost.remaining` for a cut to ``kept`` (group name → kept units): (group name → number of kept
-    units, numbers of the removed layers)."""
+    """The arguments of `Cost.remaining` for a cut to ``kept`` (group name → kept units)."""
     axes = kept_indices(graph, kept)
     numbers: dict[str, int] = {}
     for name in kept:
@@ -90,8 +81,7 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
 
 
 def savings(cost: Cost, group: CoupledGroup) -> list[float]:
-    """The saving of each unit of ``group``: for layers, of each one; for other units, the mean over all units that may
-    be removed."""
+    """The saving of each unit of ``group``; for units that are no layers, the mean over all that may be removed."""
     whole = cost.remaining()
     if group.kind == LAYER:
         return [whole - cost.remaining(gone=(unit,)) for unit in range(group.units)]
@@ -108,8 +98,8 @@ def saving_units(
     alike: Iterable[Sequence[str]],
 ) -> dict[str, frozenset[int] | None]:
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
-    and without groups that have no others. ``alike``: the names of groups that must keep the same number of units, as
-    `Widths.alike` gives them; all of them stay where one saves. Raises `SelectionError` when no unit saves any."""
+    and groups without others. ``alike``: names of groups that keep the same number of units (`Widths.alike`); all of
+    them stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
     for group in groups:
         units = allowed[group.name]
@@ -128,12 +118,9 @@ def saving_units(
 
 
 class SizeModel:
-    """Sizes of every parameter of a graph, tied ones included, as a function of the number of units kept per group.
-
-    ``kept``, in all methods: group name → number of units kept, as if no other group lost any; missing groups keep
-    all. Exact for groups that own disjoint indices of an axis, and for a group whose units are nested in another's with
-    equal numbers per block (query heads in KV heads); groups do not overlap otherwise.
-    """
+    """Sizes of every parameter of a graph, tied ones included, as a function of the number of units kept per group:
+    ``kept``, group name → number; missing groups keep all. Exact for groups that own disjoint indices of an axis, or
+    whose units are nested in another's with equal numbers per block (query heads in KV heads)."""
 
     def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> None:
         # In a fused matrix, key/value heads own all rows and query heads some of them; the others stay when these go.
@@ -205,10 +192,8 @@ class MacsCost(Cost):
 
         Σ elements(p) · share of p's experts that a token is routed to  +  2 · context · Σ attention channels
 
-    over the parameters p of linear layers in the remaining layers.
-
-    ``multiplied``: parameter → how many of the experts stacked in it a token is routed to; None without experts.
-    """
+    over the parameters p of linear layers. ``multiplied``: p → how many of the experts stacked in it a token is routed
+    to; None without experts."""
 
     label = "MACs per token"
 
@@ -280,10 +265,6 @@ class Macs(Budget):
         return MacsCost(subject.graph, subject.groups, routed, self.settings.context)
 
 
-_FEW, _MORE, _MOST = 2, 3, 6
-"""Numbers of tokens for which the cache is measured; smaller than any sliding window."""
-
-
 class CacheCost(Cost):
     """Bytes that the key/value cache grows by with every token. ``layers``: bytes of each decoder layer while nothing
     is cut. ``per_unit``: (group name, layer) → bytes of that layer that are saved with each unit of the group.
@@ -307,15 +288,15 @@ class CacheCost(Cost):
 
 
 class KvCache(Budget):
-    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
-    with units of each group removed."""
+    """Bytes that the key/value cache grows by with every token. Shapes of weights do not tell what an architecture
+    caches (heads, one shared head, a latent vector), so the tensors in the caches of the whole model, and of models
+    with units of each group removed, are counted after a few tokens."""
 
     name = "kv-cache"
     summary = "bytes of key/value cache per token"
 
     def cost(self, subject: BudgetSubject) -> CacheCost:
-        """Raises `UnsupportedModelError` where the cache does not grow with every token, or where the bytes of a model
-        that is cut unevenly are not proportional to its units."""
+        """Raises `UnsupportedModelError` for a cache that does not grow with the tokens or the units."""
         from ..discovery.verify import with_rules
         from ..models.surgery import cut_copy
 
@@ -336,9 +317,8 @@ class KvCache(Budget):
             for queue in together:
                 layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
                 for layer in layers:
-                    if after[layer] != dense[layer]:
-                        saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
-                        per_unit[queue.group.name, layer] = saved
+                    if saved := dense[layer] - after[layer]:
+                        per_unit[queue.group.name, layer] = Fraction(saved, queue.removed_after(1))
         cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if g.kind != LAYER})
         # An uneven cut, without one layer.
         kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
@@ -353,16 +333,17 @@ class KvCache(Budget):
 
 def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
     """Bytes that the cache of each decoder layer grows by with every token, before sliding windows are full."""
-    few, more, most = (_cached(model, count) for count in (_FEW, _MORE, _MOST))
-    if len(most) > graph.num_layers:
+    two, three, six = (_cached(model, count) for count in (2, 3, 6))
+    if len(six) > graph.num_layers:
         raise _unknown(model, "has more parts than the decoder has layers")
-    grown = [b - a for a, b in zip(few, more, strict=True)]
-    if any(c - a != (_MOST - _FEW) * g for a, c, g in zip(few, most, grown, strict=True)):
+    grown = [b - a for a, b in zip(two, three, strict=True)]
+    if any(c - a != 4 * g for a, c, g in zip(two, six, grown, strict=True)):
         raise _unknown(model, "does not grow by the same amount with every token")
     return grown + [0] * (graph.num_layers - len(grown))
 
 
 def _cached(model: PreTrainedModel, count: int) -> list[int]:
+    """Bytes in the cache of each layer after ``count`` tokens."""
     import torch
     from torch.utils._pytree import tree_leaves
     from transformers import cache_utils
