@@ -14,10 +14,8 @@ channels of the residual stream is y_dense. Where a norm inside the layer is com
 norms over all heads), removed units are silenced where they are produced; then y is the output of a layer that still
 produces them.
 
-Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
-
-With several processes, each runs its own micro-batches. The first one finds c and the order of the matrices; sums are
-reduced, and all have the same weights afterwards (`write_all`).
+The weights of removed units are set to zero, so that the later cut does not change outputs. With several processes,
+each runs its own micro-batches; the first finds c and the order of the matrices, and `write_all` sums over all.
 """
 
 from __future__ import annotations
@@ -58,9 +56,9 @@ outputs."""
 
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
-    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
-    experts are not silenced. ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. Raises
-    `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that cannot be fitted."""
+    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units, but not
+    removed experts. ``mix``: in the targets, see the module. Raises `UnsupportedModelError` for a decoder that cannot
+    be run layer by layer, and for a matrix that cannot be fitted."""
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
@@ -69,9 +67,9 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
 
 @dataclass(frozen=True)
 class _Step:
-    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c, None where the layer's
-    output is not such a sum, or where they do not all add to the residual stream. ``last``: whether one of them is the
-    last of the `stream_writers` that is used."""
+    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where the layer's
+    output is not such a sum, or they do not all add to the residual stream. ``last``: one of them is the last of the
+    `stream_writers` that is used."""
 
     readers: Mapping[str, Reader]
     factor: float | None
@@ -199,8 +197,8 @@ class _Repair:
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
         """How layer ``number`` of the dense model uses the matrices of ``readers`` in the first micro-batch: the steps
-        in the order of their use, and the names of the biases. c is the least-squares solution of change = c · outputs,
-        taken if its relative residual is below `_DIRECT`."""
+        in their order, and the names of the biases. c is the least-squares solution of change = c · outputs, if its
+        relative residual is below `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 
@@ -272,8 +270,8 @@ class _Repair:
             self.pruned[position] = rest + step.factor * outputs.view_as(rest)
 
     def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
-        """The layer on one micro-batch: its run on ĥ with removed units silenced; its run on ĥ with the products that
-        targets are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
+        """The layer on one micro-batch: its runs on ĥ with removed units silenced, and with the products that targets
+        are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
         pruned = uncut = self._run(step, position, self.pruned, whole=step.last)
         if any(reader.normed for reader in step.readers.values()):
             # Removed units are silenced where they are produced, so that targets need another run.
@@ -302,12 +300,11 @@ class _Repair:
         return _Run(uses, output)
 
     def _target(
-        self, step: _Step, position: int, uncut: _Run, own: WatchedProduct, dense: torch.Tensor | None
+        self, step: _Step, position: int, uncut: _Run, use: WatchedProduct, dense: torch.Tensor | None
     ) -> torch.Tensor:
-        """The target (tokens, out), float32, see the module. ``own``: the product that y is of; ``dense``:
-        y_dense for the same rows."""
-        outputs = own.outputs.float()
-        if step.readers[own.parameter].from_stream:
+        """The target (tokens, out), float32, see the module. ``use``: the product that y is of; ``dense``: y_dense."""
+        outputs = use.outputs.float()
+        if step.readers[use.parameter].from_stream:
             assert dense is not None
             return dense
         if step.factor is None:
