@@ -1,8 +1,6 @@
-"""Estimation: from signals to a saliency of every weight, and to one score for each unit.
-
-Criteria do not depend on the layout of parameters. For one span, the saliencies are summed over the indices that a unit
-owns and over all other axes; the spans of a group are then reduced (sum, mean, max, prod or last) to one score for each
-unit.
+"""Estimation: from signals to a saliency of every weight, and to one score for each unit. For one span, saliencies are
+summed over the indices that a unit owns and over all other axes; the spans of a group are then reduced (sum, mean, max,
+prod or last).
 """
 
 from __future__ import annotations
@@ -52,10 +50,10 @@ def estimate(
     removable: frozenset[int] | None = None,
     tokenizer: Any | None = None,
 ) -> Scores:
-    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
-    ``model``; None for a model in memory. ``length``, ``removable``: as in `StreamStats`, for a criterion of blocks of
-    layers. ``tokenizer``: for a criterion of tokens. Raises `SelectionError` for units that the criterion does not
-    score, `ModelError` when weights or scores are not finite, or a calibration set is needed and missing."""
+    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
+    model in memory. ``length``, ``removable``: as in `StreamStats`. ``tokenizer``: for a criterion of tokens. Raises
+    `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not finite, or
+    a calibration set is needed and missing."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
@@ -110,12 +108,13 @@ def _score(
                     partial[use.group.name, use.layer][use.number] = scores.double().cpu()
                     continue
             saliency = criterion.saliency(signals) if saliency is None else saliency
-            found = _per_index(saliency, use, criterion.signed).cpu()
+            per_index = _per_index(saliency, use, criterion.signed).cpu()
             if key in sums:
+                # Matrices of a stack add up, or follow one another where the units are the matrices.
                 _, before = sums[key]
                 follows = use.axis.axis == 0 and use.group.kind != LAYER
-                found = torch.cat([before, found]) if follows else before + found
-            sums[key] = use, found
+                per_index = torch.cat([before, per_index]) if follows else before + per_index
+            sums[key] = use, per_index
     for use, values in sums.values():
         scores = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
         partial[use.group.name, use.layer][use.number] = scores
@@ -134,13 +133,13 @@ def scored_spans(
     uses: dict[str, list[_Use]] = {}
     reads = kinds_read(graph)
     for group in groups:
-        stored = [(n, span) for n, span in enumerate(group.spans) if span.parameter not in graph.ties]
-        found = [
+        spans = [
             (span.parameter, _Use(group, n, UnitAxis(group.kind, span.role, span.axis, reads[span.parameter])))
-            for n, span in stored
+            for n, span in enumerate(group.spans)
+            if span.parameter not in graph.ties
         ]
-        scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
-        for name, use in scored or found:
+        scored = [(name, use) for name, use in spans if criterion.counts(use.axis)]
+        for name, use in scored or spans:
             uses.setdefault(name, []).append(use)
         for number, name in enumerate(graph.shapes if group.kind == LAYER else ()):
             if name in reads and graph.is_decoder(name):
@@ -159,8 +158,7 @@ def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
-    """Sums of saliencies over all axes but that of the units, float64; for layers one sum, (1,). Those of the matrices
-    of a stack add up, or follow one another where the units are the matrices."""
+    """Sums of saliencies over all axes but that of the units, float64; for layers one sum, (1,)."""
     if use.group.kind == LAYER:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
         return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
@@ -175,10 +173,8 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
     """Scores (S, U) reduced over the first axis to (U,) by ``sum``, ``mean``, ``max``, ``prod`` (geometric mean), or
-    ``last``: those of the last span, an option of LLM-Pruner's code.
-
-    The geometric mean has the order of the product, as LLM-Pruner multiplies, and the scale of one span: the product of
-    hundreds of spans (a hidden channel has some in every layer) would be zero or infinite."""
+    ``last``: those of the last span, an option of LLM-Pruner's code. LLM-Pruner multiplies; the geometric mean has the
+    same order, and the scale of one span, where the product of hundreds of spans would be zero or infinite."""
     if reduction == "last":
         return scores_SU[-1]
     if reduction == "max":
