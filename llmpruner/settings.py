@@ -25,7 +25,7 @@ _MACHINE, _TRAINING = "Memory and time", "Training"
 
 
 def option(default: Any, panel: str | None = None, *, advanced: bool = False, **bounds: Any) -> Any:
-    """A field with an option in section ``panel`` of ``--help``; ``advanced``: with ``--set GROUP.field=value`` instead.
+    """A field with an option in section ``panel`` of ``--help``, or, ``advanced``, with ``--set GROUP.field=value``.
     ``bounds``: of `pydantic.Field`."""
     return Field(default, json_schema_extra={"panel": panel, "advanced": advanced}, **bounds)
 
@@ -131,10 +131,10 @@ class PruneSettings(Settings):
     compressed KV cache; vocabulary: tokens, of the model and of its tokenizer. `llmpruner discover` lists a model's."""
     layers: Layers | None = option(None, advanced=True)
     """Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with free, and for whole
-    layers, all but both ends (the first and last 10 %, as the paper protects the ends of LLaMA)."""
+    layers, all but the first and last 10 %, as in the paper."""
     shape: Shape = option("uniform", _WHAT)
-    """uniform: all layers keep the same widths, in multiples that suit kernels, so that the result is an ordinary model
-    for every runtime; free: every layer keeps its own number of units, which --method llm-pruner sets."""
+    """uniform: all layers keep the same widths, in multiples that suit kernels, for every runtime; free (the default of
+    --method llm-pruner): every layer keeps its own number of units."""
     round_to: int | None = option(None, ge=1, advanced=True)
     """Kept widths are multiples of this. By default 64 with --shape uniform (less below 1,024 hidden channels), halved
     for a group until it has at least 8 such multiples; else 1."""
@@ -147,17 +147,14 @@ class PruneSettings(Settings):
     and block-influence for layers; expert-reap and others for experts; or one that a plugin adds (see `llmpruner
     plugins`). Without --method: on ten samples, without compensation."""
     reduction: Reduction = option("sum", advanced=True)
-    """How the scores of a unit's parameters are combined to one score: sum, mean, max, prod, last. prod is the
-    geometric mean, which has the order of the product."""
+    """How the scores of a unit's parameters become one: sum, mean, max, prod (their geometric mean), last."""
     allocation: str = option("uniform", advanced=True)
-    """uniform: equal shares per layer and kind; global: one ranking over all units, whose scores --set
-    global.normalize=… makes comparable; sensitivity: by the divergence from the dense model that cuts of each group
-    cause alone."""
+    """uniform: equal shares per layer and kind; global: one ranking over all units, made comparable by --set
+    global.normalize=…; sensitivity: by the divergence from the dense model that cuts of each group cause alone."""
     steps: int = option(1, _HOW, ge=1, le=1000)
     """Remove in this many steps, with new scores after each."""
     compensate: str | None = option(None, advanced=True)
-    """refit: fit the weights that read removed units again, by least squares against the dense model; bias: only their
-    biases; none."""
+    """refit: fit the weights that read removed units again, by least squares; bias: only their biases; none."""
     calibration: Text = option("self", _ON)
     """Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet file with a text,
     page or content field, a data set (name:config:split), or chat:FILE for conversations in the model's chat format;
@@ -171,7 +168,7 @@ class PruneSettings(Settings):
 
 
 def each_ratio(values: Mapping[str, Any]) -> list[PruneSettings]:
-    """`PruneSettings` for each of several ratios, which are a list or text with commas; else the only ones."""
+    """`PruneSettings` for each ratio, of which there are several in a list or in text with commas."""
     ratio = values.get("ratio")
     if not isinstance(ratio, (list, tuple)) and "," not in str(ratio):
         return [settings_from(PruneSettings, values)]
@@ -186,9 +183,9 @@ class RecoverSettings(Settings):
 
     data: Text = "self"
     """Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, prompt and
-    completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or self:N for N rows that the
-    dense model generates (512 by default), self-text for texts without instructions. Several, with commas between them,
-    are joined; 3*FILE,1*FILE takes examples in these shares."""
+    completion, or text; a .json, .jsonl or .parquet file, or a data set; self or self:N for N rows that the dense model
+    generates (512 by default), self-text for texts without instructions. Several, with commas between them, are joined;
+    3*FILE,1*FILE takes examples in these shares."""
     strategy: str = "distil"
     """Recovery strategy: distil, toward the dense model's predictions; lora, as in the paper, or full, on the data
     alone; see `llmpruner plugins`."""
@@ -224,7 +221,7 @@ class EvaluateSettings(Settings):
 
     perplexity: Text | None = None
     """Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that is part of every Python
-    (the default when nothing else is named); several texts with commas between them."""
+    (the default when nothing else is named); several with commas between them."""
     window: int | None = None
     """Tokens per window of the perplexity, by default 512; windows do not overlap."""
     kl: bool = False
