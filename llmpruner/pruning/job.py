@@ -130,22 +130,11 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         )
         calibration.order()  # refuses samples that are fewer than the sources
     return PruneJob(
-        by=by,
-        amount=float(amount),
-        budget=budget,
-        kinds=settings.kinds,
-        layers=settings.layers,
-        shape=settings.shape,
-        round_to=settings.round_to,
-        criterion=criterion,
-        token_criterion=token_criterion,
-        reduction=settings.reduction,
-        allocation=allocation,
-        steps=settings.steps,
-        compensation=compensation,
-        calibration=calibration,
+        by=by, amount=float(amount), budget=budget, kinds=settings.kinds, layers=settings.layers, shape=settings.shape,
+        round_to=settings.round_to, criterion=criterion, token_criterion=token_criterion, reduction=settings.reduction,
+        allocation=allocation, steps=settings.steps, compensation=compensation, calibration=calibration,
         seed=settings.seed,
-    )
+    )  # fmt: skip
 
 
 def _amount(settings: PruneSettings) -> tuple[By, Any]:

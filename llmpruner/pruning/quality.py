@@ -1,8 +1,6 @@
 """What a prune costs: predictions of the pruned model next to those of the dense one, on text of the calibration's
-sources with which nothing was scored or fitted.
-
-Of the dense model, what its head reads is kept, far less than its logits. The logits of both are computed after the
-cut, in forwards of the pruned model without its layers, which scale and cap them as the model does.
+sources with which nothing was scored or fitted. Of the dense model, what its head reads is kept, far less than its
+logits; those of both are computed after the cut by the pruned model without its layers, which scales and caps them.
 """
 
 from __future__ import annotations
@@ -46,7 +44,7 @@ def dense_predictions(
     model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Dense | None:
     """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
-    is cut: of removed tokens, or of removed channels of the residual stream."""
+    is cut, with tokens or channels of the residual stream."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
     samples = min(job.calibration.samples, -(-TOKENS // text.input_ids.shape[1]))
@@ -89,8 +87,8 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 def compared(dense: Dense | None, pruned: Model, execution: Execution) -> Quality | None:
-    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number. ``execution``: of
-    the model before the cut."""
+    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number. ``execution``: that
+    of the model before the cut."""
     if dense is None:
         return None
     with execution.stages.stage("quality"):

@@ -140,15 +140,3 @@ class ProducerRows:
             yield
         finally:
             self.zero()
-
-
-@contextlib.contextmanager
-def swapped(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """While active, the tensors of each pair have each other's values."""
-    for tensor, other in pairs:
-        tensor.data, other.data = other.data, tensor.data
-    try:
-        yield
-    finally:
-        for tensor, other in pairs:
-            tensor.data, other.data = other.data, tensor.data

@@ -21,7 +21,7 @@ each runs its own micro-batches; the first finds c and the order of the matrices
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
@@ -35,16 +35,7 @@ from ...engine.products import WatchedProduct, WatchProducts
 from ...engine.walk import ForwardWalk, Stop
 from ...structure.kept import removed_layers
 from .least_squares import Fit, Fitter, Matrix, write_all
-from .readers import (
-    ProducerRows,
-    Reader,
-    matrix_of,
-    names_in_layer,
-    readers_of,
-    removed_channels,
-    stream_writers,
-    swapped,
-)
+from .readers import ProducerRows, Reader, matrix_of, names_in_layer, readers_of, removed_channels, stream_writers
 
 if TYPE_CHECKING:
     from .base import RepairTask
@@ -279,7 +270,7 @@ class _Repair:
                 uncut = self._run(step, position, self.pruned, whole=step.last, tried=True)
         if not step.needs_dense:
             return pruned, uncut, {}
-        with swapped(self.original):
+        with _swapped(self.original):
             dense = self._run(step, position, self.dense, whole=False, tried=True)
         return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
 
@@ -340,3 +331,15 @@ class _Repair:
                 row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
                 merged[key] = self._fitter(step, key, row)
         return merged
+
+
+@contextlib.contextmanager
+def _swapped(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """While active, the tensors of each pair have each other's values."""
+    for tensor, other in pairs:
+        tensor.data, other.data = other.data, tensor.data
+    try:
+        yield
+    finally:
+        for tensor, other in pairs:
+            tensor.data, other.data = other.data, tensor.data
