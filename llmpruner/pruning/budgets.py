@@ -80,17 +80,6 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
     return numbers, removed_layers(graph, kept)
 
 
-def savings(cost: Cost, group: CoupledGroup) -> list[float]:
-    """The saving of each unit of ``group``; for units that are no layers, the mean over all that may be removed."""
-    whole = cost.remaining()
-    if group.kind == LAYER:
-        return [whole - cost.remaining(gone=(unit,)) for unit in range(group.units)]
-    least = max(group.minimum, group.blocks)
-    if least >= group.units:
-        return [0.0] * group.units
-    return [(whole - cost.remaining({group.name: least})) / (group.units - least)] * group.units
-
-
 def saving_units(
     cost: Cost,
     groups: Sequence[CoupledGroup],
@@ -101,11 +90,17 @@ def saving_units(
     and groups without others. ``alike``: names of groups that keep the same number of units (`Widths.alike`); all of
     them stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
+    whole = cost.remaining()
     for group in groups:
-        units = allowed[group.name]
-        useful = {u for u, saved in enumerate(savings(cost, group)) if saved > 0 and (units is None or u in units)}
+        useful = allowed[group.name]
+        useful = frozenset(range(group.units)) if useful is None else useful
+        least = max(group.minimum, group.blocks)
+        if group.kind == LAYER:
+            useful = frozenset(unit for unit in useful if cost.remaining(gone=(unit,)) < whole)
+        elif least >= group.units or cost.remaining({group.name: least}) >= whole:
+            useful = frozenset()
         if useful:
-            saving[group.name] = None if len(useful) == group.units else frozenset(useful)
+            saving[group.name] = None if len(useful) == group.units else useful
         elif group.kind == VOCABULARY:
             raise SelectionError(f"tokens save nothing of the {cost.label}; count by --budget parameters or bytes")
     if not saving:
