@@ -75,8 +75,5 @@ TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length":
 def _criterion(asked: PruneSettings, of_units: str) -> str:
     """The criterion for whole layers, for tokens, for whole experts (on which `Fisher` was not measured), else
     ``of_units``."""
-    if asked.kinds == (LAYER,):
-        return "angular"
-    if asked.kinds == (VOCABULARY,):
-        return "vocabulary"
-    return "energy" if asked.kinds == (EXPERT,) else of_units
+    special: dict[tuple[str, ...], str] = {(LAYER,): "angular", (VOCABULARY,): "vocabulary", (EXPERT,): "energy"}
+    return special.get(asked.kinds, of_units)

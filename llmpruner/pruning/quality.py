@@ -74,14 +74,9 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
         raise Stop
 
     head = model.get_output_embeddings() or torch.nn.Identity()
-    hooks = [head.register_forward_pre_hook(stop)]
-    hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
-    try:
-        with suppress(Stop):
-            with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watched = execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output))
+    with watched, head.register_forward_pre_hook(stop), suppress(Stop):
+        with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
     further = len(returned[0]) - 1 if isinstance(returned[0], tuple | list) else None
     return (read[0] if read and read[0].shape[:2] == ids.shape else None), further
 
@@ -110,11 +105,8 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         whole_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]]).to(head.weight.dtype)
         for both_2ND in torch.split(whole_2ND, rows, 1):
             hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
-            try:
-                with replaced_layers(execution.layers, unchanged):
-                    logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
-            finally:
-                hook.remove()
+            with hook, replaced_layers(execution.layers, unchanged):
+                logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
             kl += float(divergences(*logits).double().sum())
             agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
     return Quality(kl / tokens, agreed / tokens, tokens) if isfinite(kl) else None

@@ -119,15 +119,11 @@ class _Current:
         shared = None if blocks or self.kept else execution.shared
         if self.kept:
             execution = replace(execution, weights=Weights(self.network, self.graph.layers), journal=None)
-
-        def scored() -> dict[str, list[float]]:
-            return {name: values.tolist() for name, values in self._estimate(execution, length).items()}
-
-        lists = recalled(shared, "scores", scored)
+        lists = recalled(shared, "scores", lambda: self._estimate(execution, length))
         scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in lists.items()}
         self.scores = job.allocation.comparable(scores, self.graph)
 
-    def _estimate(self, execution: Execution, length: int) -> Scores:
+    def _estimate(self, execution: Execution, length: int) -> dict[str, list[float]]:
         """``length``: as in `StreamStats`."""
         job, text = self.job, self.text
         token_groups = [group for group in self.groups if group.kind == VOCABULARY]
@@ -148,7 +144,7 @@ class _Current:
             )  # fmt: skip
         for group in token_groups:
             scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
-        return scores
+        return {name: values.tolist() for name, values in scores.items()}
 
     def select(self, amount: Demand, allocation: Allocation) -> Kept:
         if self.loss is None and allocation.measures and self.text is not None:
