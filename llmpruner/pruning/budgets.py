@@ -81,11 +81,9 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
 
 
 def saving_units(
-    cost: Cost,
-    groups: Sequence[CoupledGroup],
-    allowed: Mapping[str, frozenset[int] | None],
+    cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None],
     alike: Iterable[Sequence[str]],
-) -> dict[str, frozenset[int] | None]:
+) -> dict[str, frozenset[int] | None]:  # fmt: skip
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
     and groups without others. ``alike``: names of groups that keep the same number of units (`Widths.alike`); all of
     them stay where one saves. Raises `SelectionError` when no unit saves any."""

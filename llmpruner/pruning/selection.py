@@ -243,18 +243,10 @@ def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> di
 
 
 def select(
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    scores: Scores,
-    scope: Scope,
-    demand: Demand,
-    allocation: Allocation,
-    *,
-    cost: Cost | None = None,
-    widths: Widths = ANY,
-    loss: Callable[[Kept], float] | None = None,
-    progress: Progress = QUIET,
-) -> Kept:
+    graph: CouplingGraph, groups: Sequence[CoupledGroup], scores: Scores, scope: Scope, demand: Demand,
+    allocation: Allocation, *, cost: Cost | None = None, widths: Widths = ANY,
+    loss: Callable[[Kept], float] | None = None, progress: Progress = QUIET,
+) -> Kept:  # fmt: skip
     """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit. Equal
     scores are ordered by unit number.
 
@@ -309,13 +301,9 @@ def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
 
 @torch.no_grad()
 def trial_loss(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    kinds: Collection[str],
-    family: ModelFamily,
-    calibration: CalibrationSet,
-    scores: Scores,
-) -> Callable[[Kept], float]:
+    model: PreTrainedModel, graph: CouplingGraph, kinds: Collection[str], family: ModelFamily,
+    calibration: CalibrationSet, scores: Scores,
+) -> Callable[[Kept], float]:  # fmt: skip
     """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
     ``kinds``: of the units that are cut, but tokens, whose cut changes what the text is made of: it costs the sum of
     their ``scores``. Every trial cuts a copy that shares the weights that are not cut. Memory beyond the model: the

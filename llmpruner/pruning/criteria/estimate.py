@@ -36,19 +36,10 @@ def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup
 
 
 def estimate(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    criterion: ImportanceCriterion,
-    calibration: CalibrationSet | None,
-    *,
-    reduction: str = "sum",
-    seed: int = 0,
-    execution: Execution | None = None,
-    length: int = 1,
-    removable: frozenset[int] | None = None,
-    tokenizer: Any | None = None,
-) -> Scores:
+    model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion,
+    calibration: CalibrationSet | None, *, reduction: str = "sum", seed: int = 0, execution: Execution | None = None,
+    length: int = 1, removable: frozenset[int] | None = None, tokenizer: Any | None = None,
+) -> Scores:  # fmt: skip
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
     model in memory. ``length``, ``removable``: as in `StreamStats`. ``tokenizer``: for a criterion of tokens. Raises
     `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not finite, or
@@ -88,12 +79,9 @@ class _Use(NamedTuple):
 
 
 def _score(
-    groups: Sequence[CoupledGroup],
-    criterion: ImportanceCriterion,
-    uses: Mapping[str, Sequence[_Use]],
-    stream: Iterable[tuple[str, ParameterSignals]],
-    reduction: str,
-) -> dict[str, torch.Tensor]:
+    groups: Sequence[CoupledGroup], criterion: ImportanceCriterion, uses: Mapping[str, Sequence[_Use]],
+    stream: Iterable[tuple[str, ParameterSignals]], reduction: str,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     partial: dict[tuple[str, int | None], dict[int, torch.Tensor]] = defaultdict(dict)
     sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
     for name, signals in stream:
