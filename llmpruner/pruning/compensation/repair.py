@@ -228,13 +228,13 @@ class _Repair:
         for position in range(len(self.walk.calls)):
             pruned, uncut, dense = self._observe(step, position)
             for use, uncut_use in zip(pruned.uses, uncut.uses, strict=True):
-                if step.readers[use.parameter].from_stream and use.slot is not None:
+                reader, key = step.readers[use.parameter], (use.parameter, use.slot)
+                if reader.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
-                key = use.parameter, use.slot
                 target = self._target(step, position, uncut, uncut_use, dense.get(key))
                 if key not in fitters:
-                    fitters[key] = self._fitter(step, key, use.bias)
+                    fitters[key] = self.fitter(reader, matrix_of(self.model, reader, use.slot), use.bias)
                 fitters[key].add(use, target)
             simple = simple and len(pruned.uses) == 1
             if simple:
@@ -311,10 +311,6 @@ class _Repair:
         difference = difference.index_fill(-1, self.removed_channels.to(difference.device), 0.0)
         return outputs + self.mix / step.factor * difference.flatten(0, -2)
 
-    def _fitter(self, step: _Step, key: Matrix, bias: torch.Tensor | None) -> Fitter:
-        reader = step.readers[key[0]]
-        return self.fitter(reader, matrix_of(self.model, reader, key[1]), bias)
-
     def _of_all_processes(self, step: _Step, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
         """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
         biases = {
@@ -322,14 +318,14 @@ class _Repair:
             for key, fitter in fitters.items()
         }
         merged: dict[Matrix, Fitter] = {}
-        for key, names in self.ranks.merged(biases).items():
-            if key in fitters:
-                merged[key] = fitters[key]
-            else:
-                bias = self.model.get_parameter(names[0]).data if names else None
-                # The bias of one expert is a row of that of all.
-                row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
-                merged[key] = self._fitter(step, key, row)
+        for (name, slot), biases_of in self.ranks.merged(biases).items():
+            if (name, slot) in fitters:
+                merged[name, slot] = fitters[name, slot]
+                continue
+            bias = self.model.get_parameter(biases_of[0]).data if biases_of else None
+            if bias is not None and bias.dim() > 1 and slot is not None:
+                bias = bias[slot]  # the bias of one expert is a row of that of all
+            merged[name, slot] = self.fitter(step.readers[name], matrix_of(self.model, step.readers[name], slot), bias)
         return merged
 
 
