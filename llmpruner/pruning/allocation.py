@@ -28,15 +28,14 @@ Taken = dict[str, int]
 
 
 class Meter:
-    """Computes the amount of a cost that removal steps save. ``members``: the name of a queue → the queues of the
-    groups that take its steps together."""
+    """Computes what removal steps save of a cost. ``members``: the name of a queue → the queues of the groups that take
+    its steps together."""
 
     def __init__(self, cost: Cost, members: Mapping[str, Sequence[Queue]]) -> None:
         self.cost, self._members, self._dense = cost, members, cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
-        """The amount of the cost that ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing
-        queues lose none."""
+        """What ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing queues lose none."""
         kept: dict[str, int] = {}
         gone: set[int] = set()
         for name, steps in taken.items():
@@ -77,9 +76,8 @@ class Allocation(Component):
     measures: ClassVar[bool] = False
     """Whether it calls ``task.loss``, which needs calibration text."""
     equal_shares: ClassVar[bool] = False
-    """Whether the numbers of units do not depend on scores, but for which group loses the last unit. With
-    ``--steps``, they are decided once then, and each step takes a part of them; otherwise `allocate` is called in every
-    step for its amount."""
+    """Whether scores decide only which group loses the last unit, and not the other numbers of units. With ``--steps``,
+    these are then decided once, and each step takes a part of them; otherwise `allocate` is called in every step."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name)."""
@@ -126,12 +124,10 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
 
 
 class Uniform(Allocation):
-    """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023).
-
-    s is the largest share that removes at most the requested amount, found by bisection and rounded to whole steps in
-    each group. The remainder from rounding is filled with the steps between s and the next larger share, lowest score
-    first, and then with any steps (`top_up`).
-    """
+    """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023): the
+    largest that removes at most the requested amount, found by bisection and rounded to whole steps in each group. The
+    remainder is filled with the steps between s and the next larger share, lowest score first, and then with any
+    (`top_up`)."""
 
     name = "uniform"
     summary = "the same share of the units of every group"
@@ -164,12 +160,9 @@ Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters"]
 class GlobalRanking(Allocation):
     """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
     requested amount. A group whose next step does not fit loses no more, and the others go on in the same order; the
-    last step is as `top_up` says.
-
-    Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount has room for is not passed
-    over: the cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more
-    or less.
-    """
+    last step is as `top_up` says. Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount
+    has room for is not passed over: the cut ends before it, or with it if that is nearer to the amount, and later ones
+    remove the difference more or less."""
 
     name = "global"
     summary = "one ranking of the units of all groups, lowest score first"
@@ -227,13 +220,10 @@ def normalized(values: torch.Tensor, normalization: Normalization, parameters: i
 
 
 class Sensitivity(Allocation):
-    """The shares with the smallest sum of the divergences that cuts of each group alone cause.
-
-    The divergence Dᵍ(n) of the model with n steps of group g removed from the current model (KL, nats per token) is
-    measured at a few n and interpolated along the lower convex hull of these points. Steps are then ranked over all
-    groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first. Effects of cuts of several groups in combination
-    are not measured.
-    """
+    """The shares with the smallest sum of the divergences that cuts of each group alone cause; those of several groups
+    in combination are not measured. The divergence Dᵍ(n) of the model with n steps of group g removed from the current
+    model (KL, nats per token) is measured at a few n and interpolated along the lower convex hull of these points.
+    Steps are then ranked over all groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first."""
 
     name = "sensitivity"
     summary = "shares by the divergence that cuts of each group alone cause"
@@ -268,8 +258,8 @@ class Sensitivity(Allocation):
 def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """The lower convex hull of ``points`` in ascending order, so that a ranking takes a group's steps in order."""
 
-    def slope(one: tuple[int, float], other: tuple[int, float]) -> float:
-        return (other[1] - one[1]) / (other[0] - one[0])
+    def slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+        return (b[1] - a[1]) / (b[0] - a[0])
 
     hull: list[tuple[int, float]] = []
     for point in points:
