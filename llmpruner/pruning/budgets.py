@@ -119,12 +119,12 @@ class SizeModel:
         # In a fused matrix, key/value heads own all rows and query heads some of them; the others stay when these go.
         owners: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
         for group in groups:
-            indices: dict[tuple[str, int], set[int]] = {}
             for span in group.spans:
-                indices.setdefault((span.parameter, span.axis), set()).update(span.indices(range(group.units)))
-            for key, own in indices.items():
-                by_index = owners.setdefault(key, {})
-                by_index.update({index: (*by_index.get(index, ()), group.name) for index in own})
+                by_index = owners.setdefault((span.parameter, span.axis), {})
+                for index in span.indices(range(group.units)):
+                    names = by_index.get(index, ())
+                    if group.name not in names:
+                        by_index[index] = (*names, group.name)
         axes = [(name, axis) for name, shape in graph.shapes.items() for axis in range(len(shape))]
         self._owned = {key: Counter(owners.get(key, {}).values()) for key in axes}
         """Parameter and axis → names of groups → the number of indices that these, and no others, own."""
@@ -346,12 +346,13 @@ def _cached(model: PreTrainedModel, count: int) -> list[int]:
     cached = CachedModel(model)
     vocabulary = int(model.config.get_text_config().vocab_size)
     cached.process(torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)))
+    sizes = []
     for layer in cached.cache.layers:
         # A class outside transformers' cache module may compress, which a few tokens would not show.
         if type(layer).__module__ != cache_utils.__name__:
             raise _unknown(model, f"is a {type(layer).__name__}, which may not grow with every token")
-    leaves = [tree_leaves(vars(layer)) for layer in cached.cache.layers]
-    return [sum(leaf.nbytes for leaf in own if isinstance(leaf, torch.Tensor)) for own in leaves]
+        sizes.append(sum(leaf.nbytes for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)))
+    return sizes
 
 
 def _unknown(model: PreTrainedModel, why: str) -> UnsupportedModelError:
