@@ -188,8 +188,7 @@ def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettin
 def _check_and_forecast(
     job: Job, source: Source, opener: Opener, run: RunSettings, ranks: Ranks, *, saves: bool, in_memory: bool = False
 ) -> tuple[Structure, Forecast]:
-    """Check the job against the model's structure, and show what the run will take, which decides whether weights are
-    read layer by layer."""
+    """Check the job against the structure of the model, and show what the run will take, and how weights are read."""
     structure = opener.structure(source)
     check_job(job, structure, opener)
     expected = ranks.from_first(

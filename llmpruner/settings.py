@@ -184,8 +184,8 @@ class RecoverSettings(Settings):
     data: Text = "self"
     """Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, prompt and
     completion, or text; a .json, .jsonl or .parquet file, or a data set; self or self:N for N rows that the dense model
-    generates (512 by default), self-text for texts without instructions. Several, with commas between them, are joined;
-    3*FILE,1*FILE takes examples in these shares."""
+    generates (512 by default), self-text without instructions. Several, with commas between them, are joined, in shares
+    as in 3*FILE,1*FILE."""
     strategy: str = "distil"
     """Recovery strategy: distil, toward the dense model's predictions; lora, as in the paper, or full, on the data
     alone; see `llmpruner plugins`."""
@@ -202,8 +202,7 @@ class RecoverSettings(Settings):
     """Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the examples of
     --data self, loading and saving the model come on top."""
     batch_size: int | None = option(None, _TRAINING, ge=1, le=2**20)
-    """Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with
-    --minutes 4."""
+    """Examples per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 4."""
     micro_batch_size: int = option(4, ge=1, advanced=True)
     """Examples in memory at once; gradients accumulate up to the batch size."""
     cutoff: int = option(256, _TRAINING, ge=2, le=2**20)
@@ -303,5 +302,4 @@ class RecipeSettings(Settings):
     load: LoadSettings = LoadSettings()
     """How models are opened; `revision` is that of the dense model."""
     steps: list[Any]
-    """What is done, in this order: one command with its settings in each, or `rounds: N` with `steps` that are done N
-    times."""
+    """What is done, in this order: a command with its settings in each, or `rounds: N` with `steps`, done N times."""

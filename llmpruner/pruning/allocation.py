@@ -28,8 +28,7 @@ Taken = dict[str, int]
 
 
 class Meter:
-    """Computes what removal steps save of a cost. ``members``: the name of a queue → the queues of the groups that take
-    its steps together."""
+    """What removal steps save of a cost. ``members``: queue name → the queues of groups with these steps."""
 
     def __init__(self, cost: Cost, members: Mapping[str, Sequence[Queue]]) -> None:
         self.cost, self._members, self._dense = cost, members, cost.remaining()
@@ -90,8 +89,7 @@ class Allocation(Component):
 
 
 def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
-    """Add one step of group ``name`` to ``taken`` if that removes something and no more than the amount in all. Returns
-    whether it was added."""
+    """Add one step of group ``name`` to ``taken`` if that removes something and fits; returns whether it was added."""
     before = task.meter.removed(taken)
     taken[name] += 1
     if before < task.meter.removed(taken) <= task.amount:
@@ -102,9 +100,8 @@ def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
     """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
-    return ``taken``. Steps of all queues in turn are taken where they fit: with no room for a KV head, which has the
-    parameters of hundreds of MLP channels, channels are taken. Finally, one step beyond the amount is taken if that is
-    nearer to it."""
+    return ``taken``. Steps of all queues in turn are taken where they fit: MLP channels where a KV head, which has the
+    parameters of hundreds, does not. Finally, one step beyond the amount is taken if that is nearer to it."""
     moved = True
     while moved:
         moved = False
@@ -125,9 +122,8 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
 
 class Uniform(Allocation):
     """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023): the
-    largest that removes at most the requested amount, found by bisection and rounded to whole steps in each group. The
-    remainder is filled with the steps between s and the next larger share, lowest score first, and then with any
-    (`top_up`)."""
+    largest that removes at most the requested amount, rounded to whole steps in each group. The remainder is filled
+    with the steps between s and the next larger share, lowest score first, and then with any (`top_up`)."""
 
     name = "uniform"
     summary = "the same share of the units of every group"
@@ -159,10 +155,9 @@ Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters"]
 
 class GlobalRanking(Allocation):
     """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
-    requested amount. A group whose next step does not fit loses no more, and the others go on in the same order; the
-    last step is as `top_up` says. Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount
-    has room for is not passed over: the cut ends before it, or with it if that is nearer to the amount, and later ones
-    remove the difference more or less."""
+    requested amount. A group whose next step does not fit loses no more, and the others go on; the last step is as
+    `top_up` says. Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount has room for is
+    not passed over: the cut ends before it, or with it if that is nearer to the amount."""
 
     name = "global"
     summary = "one ranking of the units of all groups, lowest score first"
@@ -206,8 +201,7 @@ class GlobalRanking(Allocation):
 
 
 def normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:
-    """Scores of a group, (units,), divided as the setting ``normalize`` of `GlobalRanking` says. ``parameters``: of one
-    unit. The order within a group does not change."""
+    """Scores of a group, (units,), divided as ``normalize`` of `GlobalRanking` says. ``parameters``: of one unit."""
     tiny = 1e-300
     if normalization == "none":
         return values

@@ -42,8 +42,7 @@ class Cost(ABC):
 @dataclass(frozen=True)
 class BudgetSubject:
     """The model whose cost is counted. ``model``: with its weights, or on the meta device where `Budget.from_shapes`.
-    ``graph``: its coupled groups, of which ``groups`` may lose units. ``family``: for trial cuts, updates the
-    attributes of modules."""
+    ``groups``: those of ``graph`` that may lose units. ``family``: for trial cuts, updates attributes of modules."""
 
     model: PreTrainedModel
     graph: CouplingGraph
@@ -57,8 +56,7 @@ class Budget(Component):
 
     kind: ClassVar[str] = "budget"
     from_shapes: ClassVar[bool] = False
-    """Whether `cost` reads shapes alone, so that it works for a model on the meta device and an amount that cannot be
-    reached is refused before weights are read."""
+    """Whether `cost` reads shapes alone, so that an amount out of reach is refused before weights are read."""
 
     def cost(self, subject: BudgetSubject) -> Cost:
         """The cost. Raises `UnsupportedModelError` where it cannot be known for this model."""
@@ -259,9 +257,8 @@ class Macs(Budget):
 
 
 class CacheCost(Cost):
-    """Bytes that the key/value cache grows by with every token. ``layers``: bytes of each decoder layer while nothing
-    is cut. ``per_unit``: (group name, layer) → bytes of that layer that are saved with each unit of the group.
-    ``units``: group name → its number of units."""
+    """Bytes that the key/value cache grows by with every token. ``layers``: of each layer of the whole model.
+    ``per_unit``: (group name, layer) → those saved with each unit. ``units``: group name → its number of units."""
 
     label = "KV-cache bytes per token"
 

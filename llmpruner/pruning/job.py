@@ -62,8 +62,7 @@ class ReplayJob:
     seed: int
 
     def check_text(self, text: CalibrationSet | None) -> None:
-        """Raise `DataError` for a text that is not that of the plan. One that the model writes may differ on another
-        machine."""
+        """Raise `DataError` for another text than the plan's; one that the model writes may differ elsewhere."""
         record, job = self.plan.compensation, self.calibration
         if text is None or record is None or job is None or job.writes:
             return

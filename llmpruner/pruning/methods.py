@@ -73,7 +73,6 @@ TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length":
 
 
 def _criterion(asked: PruneSettings, of_units: str) -> str:
-    """The criterion for whole layers, for tokens, for whole experts (on which `Fisher` was not measured), else
-    ``of_units``."""
+    """The criterion for layers, tokens or experts alone (on these, `Fisher` was not measured), else ``of_units``."""
     special: dict[tuple[str, ...], str] = {(LAYER,): "angular", (VOCABULARY,): "vocabulary", (EXPERT,): "energy"}
     return special.get(asked.kinds, of_units)

@@ -31,8 +31,7 @@ RUN = 16
 
 
 class Dense(NamedTuple):
-    """``ids``: (samples, length); ``at``: samples and positions whose next token counts. ``hidden_ND``: what the head
-    reads there."""
+    """``ids``: (samples, length). ``at``: where the next token counts. ``hidden_ND``: what the head reads there."""
 
     ids: torch.Tensor
     at: tuple[torch.Tensor, ...]
@@ -82,8 +81,7 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
 
 
 def compared(dense: Dense | None, pruned: Model, execution: Execution) -> Quality | None:
-    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number. ``execution``: that
-    of the model before the cut."""
+    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number."""
     if dense is None:
         return None
     with execution.stages.stage("quality"):

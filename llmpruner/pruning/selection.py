@@ -1,5 +1,4 @@
-"""Selection: which units of a model a job removes. The job says what may go and how much; units are scored, and the
-amount is allocated to groups, in one step or several."""
+"""Selection: which units a job removes. Units are scored, and the amount is allocated to groups, in steps."""
 
 from __future__ import annotations
 
@@ -81,9 +80,8 @@ def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: 
 
 
 class _Current:
-    """``model`` after the steps so far, which kept ``kept``: a copy of its network that is cut, and the copy's graph,
-    scope, widths, groups and cost. ``scores``: as the allocation compares them, empty until they are known. ``loss``:
-    of trial cuts, once an allocation measures."""
+    """``model`` after steps that kept ``kept``: a copy of its network that is cut, and the copy's graph, scope, widths,
+    groups and cost. ``scores``: as the allocation compares them, once they are known. ``loss``: of trial cuts."""
 
     def __init__(
         self, model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None, execution: Execution
@@ -306,8 +304,7 @@ def trial_loss(
 ) -> Callable[[Kept], float]:  # fmt: skip
     """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
     ``kinds``: of the units that are cut, but tokens, whose cut changes what the text is made of: it costs the sum of
-    their ``scores``. Every trial cuts a copy that shares the weights that are not cut. Memory beyond the model: the
-    logits of 2,048 tokens."""
+    their ``scores``. A trial cuts a copy that shares the uncut weights. Memory: the logits of 2,048 tokens."""
     follows = with_rules(family, model, set(kinds))
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))

@@ -224,11 +224,11 @@ def _compare_weights(checked: StreamedWeights, expected: Weights, changed: set[s
     count = left = 0
     for part in checked.numbers:
         with checked.part(part), expected.part(part):
-            own, others = (dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, expected))
+            tensors, others = (dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, expected))
             for name in sorted(name for name in others if checked.number(name) == part):
                 if name.rpartition(".")[0] in changed:
                     left += 1
-                elif name not in own or not torch.equal(own[name], others[name]):
+                elif name not in tensors or not torch.equal(tensors[name], others[name]):
                     raise CheckpointError(f"tensor '{name}' is not that of the base '{base}', cut by the plans")
                 else:
                     count += 1

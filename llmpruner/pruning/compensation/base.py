@@ -44,8 +44,7 @@ class Compensation(Component):
     reads_text: ClassVar[bool] = True
     """Whether it needs calibration text."""
     by_layer: ClassVar[bool] = False
-    """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, so that the model need not
-    be in memory as a whole."""
+    """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, which may stream them."""
     changes_readers_alone: ClassVar[bool] = False
     """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
     compare all other weights with the dense model's."""
@@ -57,8 +56,7 @@ class Compensation(Component):
     def repair(self, task: RepairTask) -> Sequence[Fit]:
         """Change ``task.model`` in place, and return the fits: one for each matrix that was fitted, or that kept its
         weights because no fit was better. Called without gradients; the caller removes the units afterwards. Raises
-        `UnsupportedModelError` for a decoder that cannot be run as it needs, and `ModelError` for hidden states that
-        are not finite."""
+        `UnsupportedModelError` for a decoder that it cannot run, `ModelError` for hidden states that are not finite."""
         raise NotImplementedError
 
 

@@ -41,10 +41,10 @@ Matrix = tuple[str, int | None]
 @dataclass(frozen=True)
 class Fit:
     """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
-    number of tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal
-    of the Gram matrix XᵀX; None: weights are unchanged. ``before``, ``after``: squared error of the outputs on tokens
-    that are held out, as a share of the mean square of the targets, with the old weights of the inputs that stay and
-    with fitted ones; None where it was not computed."""
+    tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal of XᵀX; None:
+    weights are unchanged. ``before``, ``after``: squared error of the outputs on held-out tokens as a share of the mean
+    square of the targets, with the old weights of the inputs that stay and with fitted ones; None where it was not
+    computed."""
 
     parameter: str
     slot: int | None
@@ -253,12 +253,12 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
             f"'{name}' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
             "activations; raise --samples or --set prune.length"
         )
-    own = {
+    written = {
         key: fitter.write(key, matrices[key], by_matrix[key])
         for number, (key, fitter) in enumerate(fitters.items())
         if ranks.owns(number)
     }
     for number, (key, fitter) in enumerate(fitters.items()):
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
-    fits = ranks.merged(own)
+    fits = ranks.merged(written)
     return [fits[key] for key in fitters]

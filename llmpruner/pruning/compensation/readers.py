@@ -19,9 +19,8 @@ from ...structure.kept import Kept, kept_indices
 @dataclass(frozen=True)
 class Reader:
     """A weight of one layer that loses inputs. ``axis``: the input axis; ``kept``: its kept indices, int64, ascending.
-    ``from_stream``: the inputs are normed channels of the residual stream, not units inside the layer. ``normed``: a
-    norm in the layer is computed over the units (query and key norms over all heads), so that they are silenced where
-    they are produced."""
+    ``from_stream``: the inputs are normed channels of the residual stream. ``normed``: a norm in the layer is computed
+    over the units (query and key norms over all heads), so that they are silenced where they are produced."""
 
     parameter: str
     axis: int

@@ -41,8 +41,7 @@ if TYPE_CHECKING:
     from .base import RepairTask
 
 _DIRECT = 2e-2
-"""Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
-outputs."""
+"""Largest relative residual for a layer's output to count as its input plus c times outputs of `stream_writers`."""
 
 
 @torch.no_grad()
@@ -59,8 +58,8 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
 @dataclass(frozen=True)
 class _Step:
     """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where the layer's
-    output is not such a sum, or they do not all add to the residual stream. ``last``: one of them is the last of the
-    `stream_writers` that is used."""
+    output is not such a sum, or they do not all add to the residual stream. ``last``: the stream writer that is used
+    last is one of them."""
 
     readers: Mapping[str, Reader]
     factor: float | None
@@ -151,8 +150,8 @@ class _Repair:
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
-        after it; ``producers``, the rows that produce removed units, silenced; ``original``, the changed weights, each
-        with a copy of the dense model's, where a step needs these."""
+        after it; ``producers``, the silenced rows; ``original``, the changed weights with copies of the dense
+        model's."""
         self._keep_apart()
         steps, biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
@@ -187,9 +186,9 @@ class _Repair:
             self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
-        """How layer ``number`` of the dense model uses the matrices of ``readers`` in the first micro-batch: the steps
-        in their order, and the names of the biases. c is the least-squares solution of change = c · outputs, if its
-        relative residual is below `_DIRECT`."""
+        """How layer ``number`` of the dense model uses the matrices of ``readers``: the steps in order, and the names
+        of the biases. c is the least-squares solution of change = c · outputs, if its relative residual is below
+        `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 
@@ -275,8 +274,7 @@ class _Repair:
         return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
 
     def _run(self, step: _Step, position: int, states: States, *, whole: bool, tried: bool = False) -> _Run:
-        """Run the layer; without ``whole``, only until all weights of this step were used. ``tried``: see
-        `ForwardWalk.run`."""
+        """Run the layer; without ``whole``, only until all weights of the step were used."""
         uses, waiting = list[WatchedProduct](), set(step.readers)
         output: torch.Tensor | None = None
 

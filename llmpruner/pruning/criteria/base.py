@@ -54,9 +54,8 @@ class ImportanceCriterion(Component):
     """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
 
     by_matrix: ClassVar[bool] = False
-    """Whether the saliencies of a matrix in a stack (one per expert) depend on the signals of that matrix alone. Then
-    `saliency` gets one matrix at a time, with a first axis of length one, and `score_units` is not called for
-    stacks."""
+    """Whether the saliencies of a matrix in a stack (one per expert) depend on its own signals alone. Then `saliency`
+    gets one matrix at a time, with a first axis of length one, and `score_units` is not called for stacks."""
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -107,12 +106,10 @@ class ImportanceCriterion(Component):
         return None
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
-        """Scores of all layers, (layers,), of any real dtype; for criteria that need `Signal.STREAM` or
-        `Signal.STREAM_BLOCKS`, no other method is called."""
+        """Scores of all layers, (layers,), of any real dtype. No other method is called for criteria of the stream."""
         raise NotImplementedError
 
     def score_tokens(self, use: TokenStats) -> torch.Tensor:
-        """Scores of all tokens, (V,), of any real dtype; for criteria that need `Signal.TOKENS`, no other method is
-        called. Where other kinds of units are cut too, what the removal of the token costs, in nats per token of the
-        text."""
+        """Scores of all tokens, (V,), of any real dtype. No other method is called for criteria of tokens. Where
+        other kinds are cut too, scores are what the removal of a token costs, in nats per token of the text."""
         raise NotImplementedError

@@ -41,9 +41,8 @@ def estimate(
     length: int = 1, removable: frozenset[int] | None = None, tokenizer: Any | None = None,
 ) -> Scores:  # fmt: skip
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
-    model in memory. ``length``, ``removable``: as in `StreamStats`. ``tokenizer``: for a criterion of tokens. Raises
-    `SelectionError` for units that the criterion does not score, `ModelError` when weights or scores are not finite, or
-    a calibration set is needed and missing."""
+    model in memory. ``length``, ``removable``: as in `StreamStats`. Raises `SelectionError` for units that the
+    criterion does not score, `ModelError` when weights or scores are not finite, or a calibration set is missing."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
@@ -69,8 +68,7 @@ def estimate(
 
 
 class _Use(NamedTuple):
-    """One span of a group; for a group of layers, one parameter of ``layer``. ``number``: among the group's spans, or
-    among the parameters of the model."""
+    """One span of a group; for layers, one parameter of ``layer``. ``number``: of the span, or of the parameter."""
 
     group: CoupledGroup
     number: int
@@ -167,5 +165,5 @@ def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
         return scores_SU.amax(0)
     if reduction == "prod":
         return scores_SU.abs().log().mean(0).exp() * scores_SU.sign().prod(0)
-    values: torch.Tensor = getattr(scores_SU, reduction)(0)
-    return values
+    reduced: torch.Tensor = getattr(scores_SU, reduction)(0)  # sum or mean
+    return reduced
