@@ -93,18 +93,18 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         if kind.lower() in MEANT:  # families may have other kinds than those known
             raise UnknownNameError("kind", kind, KINDS)
     by, amount = _amount(settings)
-    chosen_values, method = settings.settings, None
+    user_values, method = settings.settings, None
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
-        method = catalog.methods.create(name, chosen_values.get(name))
-    parts = parse_calibration(settings.calibration, catalog.sources, chosen_values)
+        method = catalog.methods.create(name, user_values.get(name))
+    parts = parse_calibration(settings.calibration, catalog.sources, user_values)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
     settings, defaults = _filled(settings, explicit, method, writes=any(part.source.writes for part in parts))
-    parts = parse_calibration(settings.calibration, catalog.sources, chosen_values)  # a method may name it
+    parts = parse_calibration(settings.calibration, catalog.sources, user_values)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
     def create(registry: Registry[C], name: str) -> C:
-        return registry.create(name, {**defaults.get(name, {}), **chosen_values.get(name, {})})
+        return registry.create(name, {**defaults.get(name, {}), **user_values.get(name, {})})
 
     budget = create(catalog.budgets, {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters"))
     criterion, token_criterion = create(catalog.criteria, settings.importance), None
@@ -121,7 +121,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         raise SettingsError("tokens go in one step; leave --steps out")
     criteria = [criterion] if token_criterion is None else [criterion, token_criterion]
     methods = [] if method is None else [method]
-    check_chosen(chosen_values, [budget, *criteria, allocation, compensation, *methods, *(p.source for p in parts)])
+    check_chosen(user_values, [budget, *criteria, allocation, compensation, *methods, *(p.source for p in parts)])
     calibration = None
     if any(each.signals - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
         calibration = CalibrationJob(

@@ -42,9 +42,8 @@ Matrix = tuple[str, int | None]
 class Fit:
     """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
     tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal of XᵀX; None:
-    weights are unchanged. ``before``, ``after``: squared error of the outputs on held-out tokens as a share of the mean
-    square of the targets, with the old weights of the inputs that stay and with fitted ones; None where it was not
-    computed."""
+    weights are unchanged. ``before``, ``after``: squared error on held-out tokens as a share of the mean square of the
+    targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed."""
 
     parameter: str
     slot: int | None
