@@ -95,9 +95,9 @@ def _check_amount(job: PruneJob, structure: Structure) -> None:
     if scope.kinds == (VOCABULARY,):
         step = widths.multiple(groups[0])
         raise SelectionError(f"the number of tokens that stay is a multiple of {step}; ask for fewer")
-    advice = "; ask for more"
+    advice, multiple = "; ask for more", widths.round_to
     if widths.uniform:
-        advice = f" in all layers at once, at widths in multiples of {widths.round_to}; ask for more, or for --shape free"
-    elif widths.round_to > 1:
-        advice = f" at widths in multiples of {widths.round_to}; ask for more, or round less (--set prune.round_to=1)"
+        advice = f" in all layers at once, at widths in multiples of {multiple}; ask for more, or for --shape free"
+    elif multiple > 1:
+        advice = f" at widths in multiples of {multiple}; ask for more, or round less (--set prune.round_to=1)"
     raise SelectionError(f"the amount asked for is less than one unit of the selected groups{advice}")

@@ -150,8 +150,7 @@ class _Repair:
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
-        after it; ``producers``, the silenced rows; ``original``, the changed weights with copies of the dense
-        model's."""
+        after it; ``producers``, the silenced rows; ``original``, the changed weights with dense copies."""
         self._keep_apart()
         steps, biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
@@ -187,7 +186,7 @@ class _Repair:
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
         """How layer ``number`` of the dense model uses the matrices of ``readers``: the steps in order, and the names
-        of the biases. c is the least-squares solution of change = c · outputs, if its relative residual is below
+        of biases. c is the least-squares solution of change = c · outputs, if its relative residual is below
         `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
