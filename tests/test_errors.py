@@ -37,7 +37,7 @@ def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
 
 @pytest.mark.parametrize("layers", [-3, [0, -1], "5-3"])
 def test_layers_that_no_model_has_are_refused(layers):
-    with pytest.raises(SettingsError, match="prune.layers .*: expected layer numbers such as 3-26"):
+    with pytest.raises(SettingsError, match=r"prune\.layers .*: expected layer numbers such as 3-26"):
         settings_from(PruneSettings, {"ratio": 0.2, "layers": layers})
 
 
