@@ -12,20 +12,15 @@ from .values import validated
 
 
 class ComponentSettings(BaseModel):
-    """Base class of a component's settings: fields with types, and ``Field(default, description=…)`` with bounds.
-
-    They are set by ``--set NAME.key=value`` or by keywords in Python, and recorded in plans and job records.
-    """
+    """Base class of a component's settings: fields with types, and ``Field(default, description=…)`` with bounds. They
+    are set by ``--set NAME.key=value`` or by keywords in Python, and recorded in plans and job records."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Component:
-    """A class with a name, a one-line summary, and settings; `ImportanceCriterion` has a complete example.
-
-    An instance is created from settings, as keywords or as an instance of ``Settings``, and keeps no other state
-    between calls.
-    """
+    """A class with a name, a one-line summary, and settings; `ImportanceCriterion` has a complete example. An instance
+    is created from settings, as keywords or as an instance of ``Settings``, and keeps no other state between calls."""
 
     kind: ClassVar[str] = "component"
     """The kind in messages: "criterion", "budget" …; set by the base class of each kind."""
@@ -49,10 +44,10 @@ class Component:
         return self.settings.model_dump(mode="json")
 
 
-def check_chosen(own: Mapping[str, Any], components: Iterable[Component]) -> None:
-    """Raise `SettingsError` for ``--set NAME.key`` of a component that is not among those that are used."""
+def check_chosen(values: Mapping[str, Any], components: Iterable[Component]) -> None:
+    """Raise `SettingsError` for ``--set NAME.key`` of a component that is not used. ``values``: by component."""
     chosen = {component.name: component.kind for component in components}
-    for name in own:
+    for name in values:
         if name not in chosen:
             used = ", ".join(f"{kind} {other}" for other, kind in chosen.items() if other)
             raise SettingsError(f"--set {name}.…: '{name}' is not chosen here (chosen: {used})")

@@ -10,8 +10,6 @@ from typing_extensions import Required
 
 
 class LoadKeywords(TypedDict, total=False):
-    """Of `LoadSettings`."""
-
     family: str | None
     dtype: Literal["auto", "float32", "bfloat16", "float16"]
     device: str
@@ -20,8 +18,6 @@ class LoadKeywords(TypedDict, total=False):
 
 
 class PruneKeywords(TypedDict, total=False):
-    """Of `PruneSettings`."""
-
     budget: str
     target_params: str | float | None
     unit_ratio: float | None
@@ -43,8 +39,6 @@ class PruneKeywords(TypedDict, total=False):
 
 
 class RecoverKeywords(TypedDict, total=False):
-    """Of `RecoverSettings`."""
-
     data: str | Path
     strategy: str
     limit: int | None
@@ -61,8 +55,6 @@ class RecoverKeywords(TypedDict, total=False):
 
 
 class EvaluateKeywords(TypedDict, total=False):
-    """Of `EvaluateSettings`."""
-
     perplexity: str | Path | None
     window: int | None
     kl: bool
@@ -73,8 +65,6 @@ class EvaluateKeywords(TypedDict, total=False):
 
 
 class BenchKeywords(TypedDict, total=False):
-    """Of `BenchSettings`."""
-
     runtime: str
     batch: str | int | Sequence[int]
     prompt: str | int | Sequence[int]
@@ -84,8 +74,6 @@ class BenchKeywords(TypedDict, total=False):
 
 
 class GenerateKeywords(TypedDict, total=False):
-    """Of `GenerateSettings`."""
-
     chat: bool
     max_new_tokens: int
     temperature: float
@@ -93,7 +81,5 @@ class GenerateKeywords(TypedDict, total=False):
 
 
 class ExportKeywords(TypedDict, total=False):
-    """Of `ExportSettings`."""
-
     to: Required[str]
     settings: Mapping[str, Mapping[str, Any]]

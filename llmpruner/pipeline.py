@@ -1,8 +1,8 @@
-"""The story of a prune: open → discover → calibrate → score → select → compensate → cut → save.
+"""The story of a prune: calibrate → score → select → compensate → cut, in `prune_model`. `prune`, `plan` and
+`prune_each` open the model before it, and save the result after it.
 
-Settings become one frozen job (`pruning.job`), which says what is done; one `Execution` says how it runs: where weights
-come from, what is kept in memory, which processes share the work, and where results of finished steps are kept.
-Whatever can be refused is refused before weights are read. To read the code, begin with `prune_model`.
+A *job* (`pruning.job`) says what is done, an `Execution` how: where weights come from, which processes share the work,
+and where finished steps are kept. Whatever can be refused is refused before weights are read.
 """
 
 from __future__ import annotations
@@ -41,6 +41,57 @@ from .structure.plan import Outcome, PruningPlan
 _LOG = logging.getLogger("llmpruner")
 
 
+def prune_model(model: Model, job: Job, execution: Execution | None = None, expected: Forecast | None = None) -> Model:
+    """Prune ``model`` in place, and return it. An exception after weights were changed leaves it ``unfinished``."""
+    execution = execution or Execution(model.weights)
+    text = calibrate(model, job, execution)
+    plan = select(model, job, text, execution)
+    plan.check(model.graph)
+    outcome = outcome_of(model, plan, job.budget, text)
+    dense = dense_predictions(model, plan, job, text, execution)
+    with model.changing("prune"):
+        fits = compensate(model, plan, job, text, execution)
+        with execution.stages.stage("cut"):
+            pruned = cut_model(model, plan)
+        ahead = None if expected is None else asdict(expected)
+        outcome = replace(outcome, forecast=ahead, quality=compared(dense, pruned, execution))
+        work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
+        work |= {name: asdict(value) for name in ("tokens", "quality") if (value := getattr(outcome, name)) is not None}
+        return model.become(replace(pruned, work=(*model.work, work), outcome=outcome))
+
+
+def calibrate(model: Model, job: Job, execution: Execution) -> CalibrationSet | None:
+    """Read the calibration text, or let the model write it; None where no component reads text."""
+    text = job.calibration
+    if text is None:
+        return None
+    with execution.stages.stage("calibration text"), model.weights.outside():
+        return text.sample("calibration", model, execution, text.samples, job.seed)
+
+
+def select(model: Model, job: Job, text: CalibrationSet | None, execution: Execution) -> PruningPlan:
+    """Score the units and choose those that stay; a replayed plan has chosen, and so may an interrupted run."""
+    if isinstance(job, ReplayJob):
+        job.check_text(text)
+        return job.plan
+
+    def chosen() -> dict[str, Any]:
+        kept = choose(model, job, text, execution)
+        return plan_of(model, job, kept, text).model_dump(mode="json")
+
+    return PruningPlan.model_validate(recalled(execution.journal, "plan", chosen))
+
+
+def compensate(
+    model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
+) -> Sequence[Fit]:
+    """Adapt the weights that read removed units, in place."""
+    if plan.compensation is None:
+        return ()
+    with execution.stages.stage("compensation"), torch.no_grad():
+        return job.compensation.repair(RepairTask(model.model, model.graph, plan.kept, text, execution))
+
+
 def prune(
     source: Source,
     what: PruneSettings | PruningPlan,
@@ -57,25 +108,24 @@ def prune(
     job = job_of(what, opener.catalog)
     if output is not None:
         ranks.from_first(lambda: check_new_directory(output))
-    structure, expected = _settle(job, source, opener, run, ranks, saves=True, in_memory=output is None)
+    structure, expected = _check_and_forecast(job, source, opener, run, ranks, saves=True, in_memory=output is None)
     if output is None:
         model = opener.weights(structure, streamed=expected.streamed)
-        return prune_model(model, job, Execution(model.weights, ranks, None, opener.progress), expected)
+        return prune_model(model, job, Execution(model.weights, ranks, progress=opener.progress), expected)
     if ranks.first and not opener.has_tokenizer(structure):
         _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
     opener.say_widened(structure)
+    folder = output.with_name(output.name + ".pruning")
     journal = None
-    if not isinstance(structure, Model):  # of a model in memory, it is not known what it was read from
-        folder = output.with_name(output.name + ".pruning")
+    if not isinstance(structure, Model):  # a model in memory may have been read from anywhere
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
     progress = QUIET if shared else opener.progress
-    with nullcontext() if journal is None else journal.running(progress, anew=run.restart):
-        scratch = None if journal is None else journal.folder
-        written = 0 if scratch is None else sum(file.stat().st_size for file in scratch.rglob("*"))
-        ranks.from_first(lambda: check_space(output, expected.disk - written, "the result and its way there"))
-        # The bytes of the result depend on it, so a run that goes on reads weights as it did, whatever memory is free.
+    with journal.running(progress, anew=run.restart) if journal else nullcontext():
+        written = sum(file.stat().st_size for file in folder.rglob("*")) if journal else 0
+        ranks.from_first(lambda: check_space(output, expected.disk - written, "temporary files and the result"))
+        # The result's files depend on it, so a run that goes on reads weights as it did, whatever memory is free now.
         streamed = recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed)
-        model = opener.weights(structure, streamed=streamed, scratch=scratch)
+        model = opener.weights(structure, streamed=streamed, scratch=folder)
         execution = Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal)
         pruned = prune_model(model, job, execution, replace(expected, streamed=streamed))
         opener.progress.status("saving")
@@ -86,84 +136,17 @@ def prune(
     return model.become(reopened(replace(pruned, form=form), output, trust_remote_code=opener.load.trust_remote_code))
 
 
-def prune_model(model: Model, job: Job, execution: Execution | None = None, expected: Forecast | None = None) -> Model:
-    """The pruned model: ``model`` changed in place. Where an exception ends this after weights were changed, it is
-    ``unfinished``. The plan is the last of the result's ``plans``."""
-    execution = execution or Execution(model.weights)
-    text = calibrate(model, job, execution)
-    made = select(model, job, text, execution)
-    made.check(model.graph)
-    outcome = outcome_of(model, made, job.budget, text)
-    dense = dense_predictions(model, made, job, text, execution)
-    with model.changing("prune"):
-        fits = compensate(model, made, job, text, execution)
-        with execution.stages.stage("cut"):
-            pruned = cut_model(model, made)
-        ahead = None if expected is None else asdict(expected)
-        outcome = replace(outcome, forecast=ahead, quality=compared(dense, pruned, execution))
-        work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
-        work |= {name: asdict(value) for name in ("tokens", "quality") if (value := getattr(outcome, name)) is not None}
-        return model.become(replace(pruned, work=(*model.work, work), outcome=outcome))
-
-
-def calibrate(model: Model, job: Job, execution: Execution) -> CalibrationSet | None:
-    """The calibration text of a job, read, written by the model, or as an interrupted run left it; None where no
-    component reads text."""
-    text = job.calibration
-    if text is None:
-        return None
-    with execution.stages.stage("calibration text"), model.weights.outside():
-        return text.sample("calibration", model, execution, text.samples, job.seed)
-
-
-def select(model: Model, job: Job, text: CalibrationSet | None, execution: Execution) -> PruningPlan:
-    """Score the units and decide which stay, unless a plan that is replayed, or an interrupted run, did."""
-    if isinstance(job, ReplayJob):
-        job.check_text(text)
-        return job.plan
-
-    def made() -> dict[str, Any]:
-        kept = choose(model, job, text, execution)
-        return plan_of(model, job, kept, text).model_dump(mode="json")
-
-    return PruningPlan.model_validate(recalled(execution.journal, "plan", made))
-
-
-def compensate(
-    model: Model, made: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
-) -> Sequence[Fit]:
-    """Fit the weights that read removed units, in place."""
-    if made.compensation is None:
-        return ()
-    with execution.stages.stage("compensation"), torch.no_grad():
-        return job.compensation.repair(RepairTask(model.model, model.graph, made.kept, text, execution))
-
-
-def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
-    """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
-    ranks = Ranks.current()
-    opener = opener.of_ranks(ranks)
-    job = prune_job(settings, opener.catalog)
-    structure, expected = _settle(job, source, opener, run, ranks, saves=False)
-    ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
-    model = opener.weights(structure, streamed=expected.streamed)
-    execution = Execution(model.weights, ranks, None, opener.progress)
-    text = calibrate(model, job, execution)
-    made = select(model, job, text, execution)
-    return made, replace(outcome_of(model, made, job.budget, text), forecast=asdict(expected))
-
-
 def prune_each(
     source: str | Path | Structure, sizes: Mapping[str, PruneSettings], output: Path, opener: Opener, run: RunSettings
 ) -> list[Structure]:
-    """`prune` with each of several settings that differ in the ratio alone, into the folder of ``output`` that is their
-    key. Text and scores are made once. A run that goes on keeps the folders that are finished."""
+    """`prune` by each of ``sizes``, settings that differ in the ratio alone, into the folder of ``output`` that is
+    their key. Text and scores are made once. A run that goes on keeps the folders that are finished."""
     ranks = Ranks.current()
     opener = opener.of_ranks(ranks)
     folder = output.with_name(output.name + ".pruning")
     if run.restart or not ranks.from_first(folder.is_dir):
         ranks.from_first(lambda: check_new_directory(output))
-    jobs = [job_of(each, opener.catalog) for each in sizes.values()]
+    jobs = [job_of(settings, opener.catalog) for settings in sizes.values()]
     structure = opener.structure(source)
     for job in jobs:
         check_job(job, structure, opener)
@@ -172,27 +155,40 @@ def prune_each(
     with journal.running(opener.progress, anew=run.restart):
         if ranks.from_first(lambda: not journal.kept):
             ranks.from_first(lambda: check_new_directory(output))
-            journal.store("sizes", list(sizes))  # by which finished folders are known as those of this run
+            journal.store("sizes", list(sizes))  # marks the folders in ``output`` as those of this run
         ranks.from_first(lambda: output.mkdir(exist_ok=True))
         try:
-            for name, each in sizes.items():
+            for name, settings in sizes.items():
                 if ranks.from_first((output / name).exists):
                     opener.progress.status(f"{output / name} is finished")
                     continue
                 opener.progress.status(f"ratio {name}")
-                prune(structure, each, output / name, opener, run, each.given(), journal)
+                prune(structure, settings, output / name, opener, run, settings.given(), journal)
         finally:
             if ranks.first:
-                with suppress(OSError):  # something is in it
+                with suppress(OSError):  # not empty
                     output.rmdir()
     return [opener.structure(output / name) for name in sizes if (output / name).is_dir()]
 
 
-def _settle(
+def plan(source: Source, settings: PruneSettings, opener: Opener, run: RunSettings) -> tuple[PruningPlan, Outcome]:
+    """The plan of `prune`, and the sizes of the model before and after the cut. Raises as `llmpruner.plan`."""
+    ranks = Ranks.current()
+    opener = opener.of_ranks(ranks)
+    job = prune_job(settings, opener.catalog)
+    structure, expected = _check_and_forecast(job, source, opener, run, ranks, saves=False)
+    ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
+    model = opener.weights(structure, streamed=expected.streamed)
+    execution = Execution(model.weights, ranks, progress=opener.progress)
+    text = calibrate(model, job, execution)
+    selected = select(model, job, text, execution)
+    return selected, replace(outcome_of(model, selected, job.budget, text), forecast=asdict(expected))
+
+
+def _check_and_forecast(
     job: Job, source: Source, opener: Opener, run: RunSettings, ranks: Ranks, *, saves: bool, in_memory: bool = False
 ) -> tuple[Structure, Forecast]:
-    """The structure of the model, against which the job is checked; and the forecast of the run, which is shown and
-    decides whether weights are read layer by layer."""
+    """Check the job against the structure of the model, and show what the run will take, and how weights are read."""
     structure = opener.structure(source)
     check_job(job, structure, opener)
     expected = ranks.from_first(

@@ -1,7 +1,6 @@
-"""Every setting of every command, once: name, type, default, bounds, help.
-
-Command-line options, keywords of the Python API (`llmpruner.keywords`), what plans and records keep, and the reference
-pages derive from these models. Names of components (criteria, budgets …) are checked where the catalog is known.
+"""Every setting of every command, once: name, type, default, bounds, help. Command-line options, keywords of the Python
+API (`llmpruner.keywords`), records and reference pages derive from these models. Names of components are checked where
+the catalog is known.
 """
 
 from __future__ import annotations
@@ -26,14 +25,13 @@ _MACHINE, _TRAINING = "Memory and time", "Training"
 
 
 def option(default: Any, panel: str | None = None, *, advanced: bool = False, **bounds: Any) -> Any:
-    """A field with an option on the command line. ``panel``: its section in ``--help``. ``advanced``: instead of an
-    option of its own, ``--set GROUP.field=value`` with the `Settings.group`. ``bounds``: of `pydantic.Field`."""
+    """A field with an option in section ``panel`` of ``--help``, or, ``advanced``, with ``--set GROUP.field=value``.
+    ``bounds``: of `pydantic.Field`."""
     return Field(default, json_schema_extra={"panel": panel, "advanced": advanced}, **bounds)
 
 
 class Settings(BaseModel):
-    """Frozen; an unknown name is an error. `model_fields_set` holds the fields that the user gave. The text below a
-    field is its help."""
+    """Frozen; an unknown name is an error. The text below a field is its help."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, defer_build=True, use_attribute_docstrings=True
@@ -69,8 +67,8 @@ def settings_from(model: type[S], values: Mapping[str, Any]) -> S:
 
 def option_of(model: type[Settings], name: str) -> dict[str, Any]:
     """The ``panel`` and ``advanced`` of a field."""
-    shown: Any = getattr(model.model_fields.get(name), "json_schema_extra", None)
-    return shown or {"panel": None, "advanced": False}
+    extra: Any = getattr(model.model_fields.get(name), "json_schema_extra", None)
+    return extra or {"panel": None, "advanced": False}
 
 
 def flag_of(model: type[Settings], name: str) -> str:
@@ -107,9 +105,8 @@ class RunSettings(Settings):
     """How a long command runs. The result does not depend on it."""
 
     max_memory: ByteSize | None = option(None, _MACHINE, gt=0)
-    """Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by layer
-    and, if need be, hidden states are kept in a file. What cannot fit is refused beforehand. By default, models larger
-    than half of the free memory are read layer by layer."""
+    """Memory that the command may take: 4GiB, 500MB. A model that does not fit is read from its files layer by layer;
+    what cannot fit is refused beforehand. By default, weights may take half of the free memory."""
     restart: bool = option(False, _MACHINE)
     """Start anew instead of continuing an interrupted run of the same command."""
 
@@ -138,14 +135,13 @@ class PruneSettings(Settings):
     compressed KV cache; vocabulary: tokens, of the model and of its tokenizer. `llmpruner discover` lists a model's."""
     layers: Layers | None = option(None, advanced=True)
     """Layers that may lose units: 3-26, 0,5,7-9 or all. By default all with --shape uniform; with free, and for whole
-    layers, all but both ends (the first and last 10 %, as the paper protects the ends of LLaMA)."""
+    layers, all but the first and last 10 %, as in the paper."""
     shape: Shape = option("uniform", _WHAT)
-    """uniform: all layers keep the same widths, in multiples that suit kernels, so that the result is an ordinary model
-    for every runtime; free: every layer keeps its own number of units, which --method llm-pruner sets."""
+    """uniform: all layers keep the same widths, in multiples that suit kernels, for every runtime; free (the default of
+    --method llm-pruner): every layer keeps its own number of units."""
     round_to: int | None = option(None, ge=1, advanced=True)
-    """Kept widths are multiples of this. By default 64 with --shape uniform (32 where hidden states have fewer than
-    1,024 channels, and a sixteenth of them or less below 512), halved for a group until it has at least 8 such
-    multiples; else 1."""
+    """Kept widths are multiples of this. By default 64 with --shape uniform (less below 1,024 hidden channels), halved
+    for a group until it has at least 8 such multiples; else 1."""
     method: str | None = option(None, _HOW)
     """Defaults of the options below. best (the default): units chosen by gradients on 32,768 tokens, weights
     compensated by least squares; fast: fewer samples, no compensation; llm-pruner: the paper's, first-order Taylor on
@@ -155,17 +151,14 @@ class PruneSettings(Settings):
     and block-influence for layers; expert-reap and others for experts; or one that a plugin adds (see `llmpruner
     plugins`). Without --method: on ten samples, without compensation."""
     reduction: Reduction = option("sum", advanced=True)
-    """How the scores of a unit's parameters are combined to one score: sum, mean, max, prod, last. prod is the
-    geometric mean, which has the order of the product."""
+    """How the scores of a unit's parameters become one: sum, mean, max, prod (their geometric mean), last."""
     allocation: str = option("uniform", advanced=True)
-    """uniform: equal shares per layer and kind; global: one ranking over all units, whose scores --set
-    global.normalize=… makes comparable; sensitivity: by the divergence from the dense model that cuts of each group
-    cause alone."""
+    """uniform: equal shares per layer and kind; global: one ranking over all units, made comparable by --set
+    global.normalize=…; sensitivity: by the divergence from the dense model that cuts of each group cause alone."""
     steps: int = option(1, _HOW, ge=1, le=1000)
     """Remove in this many steps, with new scores after each."""
     compensate: str | None = option(None, advanced=True)
-    """refit: fit the weights that read removed units again, by least squares against the dense model; bias: only their
-    biases; none."""
+    """refit: fit the weights that read removed units again, by least squares; bias: only their biases; none."""
     calibration: Text = option("self", _ON)
     """Text to measure and fit on: self (the model generates it), a .txt, .json, .jsonl or .parquet file with a text,
     page or content field, a data set (name:config:split), or chat:FILE for conversations in the model's chat format;
@@ -179,11 +172,11 @@ class PruneSettings(Settings):
 
 
 def each_ratio(values: Mapping[str, Any]) -> list[PruneSettings]:
-    """`PruneSettings` for each of several ratios, which are a list or text with commas; else the only ones."""
+    """`PruneSettings` for each ratio, of which there are several in a list or in text with commas."""
     ratio = values.get("ratio")
     if not isinstance(ratio, (list, tuple)) and "," not in str(ratio):
         return [settings_from(PruneSettings, values)]
-    return [settings_from(PruneSettings, {**values, "ratio": one}) for one in names_of(ratio) or [ratio]]
+    return [settings_from(PruneSettings, {**values, "ratio": share}) for share in names_of(ratio) or [ratio]]
 
 
 class RecoverSettings(Settings):
@@ -194,9 +187,9 @@ class RecoverSettings(Settings):
 
     data: Text = "self"
     """Instruction data: Alpaca rows (instruction, input, output), ShareGPT conversations, messages, prompt and
-    completion, or text; a .json, .jsonl or .parquet file, or the name of a data set; self or self:N for N rows that the
-    dense model generates (512 by default), self-text for texts without instructions. Several, with commas between them,
-    are joined; 3*FILE,1*FILE takes examples in these shares."""
+    completion, or text; a .json, .jsonl or .parquet file, or a data set; self or self:N for N rows that the dense model
+    generates (512 by default), self-text without instructions. Several, with commas between them, are joined, in shares
+    as in 3*FILE,1*FILE."""
     strategy: str = "distil"
     """Recovery strategy: distil, toward the dense model's predictions; lora, as in the paper, or full, on the data
     alone; see `llmpruner plugins`."""
@@ -213,8 +206,7 @@ class RecoverSettings(Settings):
     """Time that the training may take, instead of --epochs: the learning rate falls with it. Generating the examples of
     --data self, loading and saving the model come on top."""
     batch_size: int | None = option(None, _TRAINING, ge=1, le=2**20)
-    """Examples per optimizer step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with
-    --minutes 4."""
+    """Examples per step. By default 64, halved down to 2 while --epochs give fewer than 200 steps; with --minutes 4."""
     micro_batch_size: int = option(4, ge=1, advanced=True)
     """Examples in memory at once; gradients accumulate up to the batch size."""
     cutoff: int = option(256, _TRAINING, ge=2, le=2**20)
@@ -232,7 +224,7 @@ class EvaluateSettings(Settings):
 
     perplexity: Text | None = None
     """Perplexity on a .txt, .json, .jsonl or .parquet file, a data set, or 'pydoc', a text that is part of every Python
-    (the default when nothing else is named); several texts with commas between them."""
+    (the default when nothing else is named); several with commas between them."""
     window: int | None = None
     """Tokens per window of the perplexity, by default 512; windows do not overlap."""
     kl: bool = False
@@ -314,5 +306,4 @@ class RecipeSettings(Settings):
     load: LoadSettings = LoadSettings()
     """How models are opened; `revision` is that of the dense model."""
     steps: list[Any]
-    """What is done, in this order: one command with its settings in each, or `rounds: N` with `steps` that are done N
-    times."""
+    """What is done, in this order: a command with its settings in each, or `rounds: N` with `steps`, done N times."""

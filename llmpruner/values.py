@@ -1,7 +1,5 @@
 """Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``taylor.variant=mix``; messages about
-those that pydantic refuses; numbers in texts; and tables of notebooks.
-
-The functions in `BeforeValidator` return values of another type unchanged, so that pydantic refuses them.
+those that pydantic refuses; numbers in texts; tables of notebooks. Validators leave other types to pydantic to refuse.
 """
 
 from __future__ import annotations
@@ -39,9 +37,9 @@ def _count(value: Any) -> Any:
 
 def _layers(value: Any) -> Any:
     """``3-26``, ``0,5,7-9`` or ``all``; numbers of layers become text."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, int):
+        value = str(value)
+    elif isinstance(value, Sequence) and not isinstance(value, str):
         value = ",".join(map(str, value))
     if isinstance(value, str) and value.strip() != "all":
         for part in value.split(","):

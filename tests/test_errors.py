@@ -47,6 +47,12 @@ def test_a_setting_of_loading_or_running_is_said_to_be_one(name, place):
         settings_from(PruneSettings, {"ratio": 0.2, name: "4GiB"})
 
 
+@pytest.mark.parametrize("layers", [-3, [0, -1], "5-3"])
+def test_layers_that_no_model_has_are_refused(layers):
+    with pytest.raises(SettingsError, match=r"prune\.layers .*: expected layer numbers such as 3-26"):
+        settings_from(PruneSettings, {"ratio": 0.2, "layers": layers})
+
+
 LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")
 
 

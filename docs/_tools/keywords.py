@@ -47,7 +47,7 @@ def render() -> str:
         "from typing_extensions import Required",
     ]
     for name, model in MODELS.items():
-        lines += ["", "", f"class {name}(TypedDict, total=False):", f'    """Of `{model.__name__}`."""', ""]
+        lines += ["", "", f"class {name}(TypedDict, total=False):"]
         for field, info in model.model_fields.items():
             if (name, field) == ("PruneKeywords", "ratio"):
                 continue  # one for `plan`, several for `prune`, so they declare it

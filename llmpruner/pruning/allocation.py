@@ -1,8 +1,5 @@
-"""Allocation: how many units each coupled group loses. Imports no torch.
-
-`Allocation` is the contract, `top_up` helps to implement it. Built in are `Uniform` (equal shares), `GlobalRanking`
-(one ranking of all units) and `Sensitivity` (by measured divergence).
-"""
+"""Allocation: how many units each coupled group loses, by equal shares (`Uniform`), one ranking of all units
+(`GlobalRanking`) or measured divergence (`Sensitivity`). `top_up` helps to implement others. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,15 +28,13 @@ Taken = dict[str, int]
 
 
 class Meter:
-    """Computes the amount of a cost that removal steps save. ``members``: the name of a queue → the queues of the
-    groups that take its steps together."""
+    """What removal steps save of a cost. ``members``: queue name → the queues of groups with these steps."""
 
     def __init__(self, cost: Cost, members: Mapping[str, Sequence[Queue]]) -> None:
         self.cost, self._members, self._dense = cost, members, cost.remaining()
 
     def removed(self, taken: Mapping[str, int]) -> int:
-        """The amount of the cost that ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing
-        queues lose none."""
+        """What ``taken`` steps of each queue remove, in the units of `Cost.remaining`; missing queues lose none."""
         kept: dict[str, int] = {}
         gone: set[int] = set()
         for name, steps in taken.items():
@@ -55,14 +50,14 @@ class Meter:
 class AllocationTask:
     """The inputs of an allocation.
 
-    ``queues``: the removal steps of every group in scope, least important first, each with its mean score; of groups
-    that must keep the same number of units, one queue, named after the first. ``amount``: what is to be removed, in the
+    ``queues``: the removal steps of every group in scope, least important first, each with its mean score; groups that
+    must keep the same number of units share one queue, named after the first. ``amount``: what is to be removed, in the
     units of `Cost.remaining` (parameters, bytes …), which the queues can give. ``meter``: computes the removed amount.
 
     ``whole``: in all but the last of several cuts (``--steps``), the amount that this one and those to come remove
-    together. What this one leaves is added to the amount of the next one, so that a unit that is too large for one cut
-    can be left to a later one. ``loss``: for allocations that measure, the mean KL divergence per token, in nats, of
-    the cut model from the current one on calibration text; else None.
+    together. A unit that is too large for this cut can be left to a later one, to which the rest of the amount goes.
+    ``loss``: for allocations that measure, the mean KL divergence of the cut model from the current one on calibration
+    text, in nats per token; else None.
     """
 
     queues: Sequence[Queue]
@@ -80,9 +75,8 @@ class Allocation(Component):
     measures: ClassVar[bool] = False
     """Whether it calls ``task.loss``, which needs calibration text."""
     equal_shares: ClassVar[bool] = False
-    """Whether the numbers of units do not depend on scores, but for which group loses the last unit. With
-    ``--steps``, they are decided once then, and each step takes a part of them; otherwise `allocate` is called in every
-    step for its amount."""
+    """Whether scores decide only which group loses the last unit, and not the other numbers of units. With ``--steps``,
+    these are then decided once, and each step takes a part of them; otherwise `allocate` is called in every step."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name)."""
@@ -95,8 +89,7 @@ class Allocation(Component):
 
 
 def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
-    """Add one step of group ``name`` to ``taken`` if that removes something and no more than the amount in all;
-    otherwise leave ``taken`` as it is. Returns whether the step was taken."""
+    """Add one step of group ``name`` to ``taken`` if that removes something and fits; returns whether it was added."""
     before = task.meter.removed(taken)
     taken[name] += 1
     if before < task.meter.removed(taken) <= task.amount:
@@ -107,12 +100,8 @@ def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
     """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
-    return ``taken``.
-
-    One step of every queue in turn is taken if it fits, until none fits: where a step of large units (a KV head has
-    the parameters of hundreds of MLP channels) would exceed the amount, smaller ones are taken. Finally, one step
-    beyond the amount is taken if that is nearer to it.
-    """
+    return ``taken``. Steps of all queues in turn are taken where they fit: MLP channels where a KV head, which has the
+    parameters of hundreds, does not. Finally, one step beyond the amount is taken if that is nearer to it."""
     moved = True
     while moved:
         moved = False
@@ -120,24 +109,21 @@ def top_up(task: AllocationTask, taken: Taken) -> Taken:
             if taken[queue.group.name] < len(queue.steps):
                 moved |= _take_if_it_fits(task, taken, queue.group.name)
     gap = task.amount - task.meter.removed(taken)
-    over = [
-        (task.meter.removed({**taken, q.group.name: taken[q.group.name] + 1}) - task.amount, number, q.group.name)
-        for number, q in enumerate(task.queues)
-        if taken[q.group.name] < len(q.steps)
-    ]
-    best = min((entry for entry in over if 0 < entry[0] < gap), default=None)
-    if best is not None:
-        taken[best[2]] += 1
+    more = {
+        queue.group.name: task.meter.removed({**taken, queue.group.name: taken[queue.group.name] + 1}) - task.amount
+        for queue in task.queues
+        if taken[queue.group.name] < len(queue.steps)
+    }
+    nearer = [name for name, beyond in more.items() if 0 < beyond < gap]
+    if nearer:
+        taken[min(nearer, key=more.__getitem__)] += 1
     return taken
 
 
 class Uniform(Allocation):
-    """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023).
-
-    s is the largest share that removes at most the requested amount, found by bisection and rounded to whole steps in
-    each group. The remainder from rounding is filled with the steps between s and the next larger share, lowest score
-    first, and then with any steps (`top_up`).
-    """
+    """The same share s of the units of every group (block-wise pruning of LLM-Pruner; Ma, Fang, Wang, 2023): the
+    largest that removes at most the requested amount, rounded to whole steps in each group. The remainder is filled
+    with the steps between s and the next larger share, lowest score first, and then with any (`top_up`)."""
 
     name = "uniform"
     summary = "the same share of the units of every group"
@@ -169,13 +155,9 @@ Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters"]
 
 class GlobalRanking(Allocation):
     """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
-    requested amount. A group whose next step does not fit loses no more, and the others go on in the same order; the
-    last step is as `top_up` says.
-
-    Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount has room for is not passed
-    over: the cut ends before it, or with it if that is nearer to the amount, and later ones remove the difference more
-    or less.
-    """
+    requested amount. A group whose next step does not fit loses no more, and the others go on; the last step is as
+    `top_up` says. Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount has room for is
+    not passed over: the cut ends before it, or with it if that is nearer to the amount."""
 
     name = "global"
     summary = "one ranking of the units of all groups, lowest score first"
@@ -194,7 +176,8 @@ class GlobalRanking(Allocation):
         return {name: normalized(values, self.settings.normalize, sizes[name]) for name, values in scores.items()}
 
     def allocate(self, task: AllocationTask) -> Taken:
-        order = [n for *_, n in sorted((s, at, q.group.name) for at, q in enumerate(task.queues) for s in q.scores)]
+        steps = [(score, number, q.group.name) for number, q in enumerate(task.queues) for score in q.scores]
+        order = [name for *_, name in sorted(steps)]
 
         def first(count: int) -> Taken:
             counted = Counter(order[:count])
@@ -218,8 +201,7 @@ class GlobalRanking(Allocation):
 
 
 def normalized(values: torch.Tensor, normalization: Normalization, parameters: int) -> torch.Tensor:
-    """Scores of a group, (units,), divided as the setting ``normalize`` of `GlobalRanking` says. ``parameters``: of one
-    unit. The order within a group does not change."""
+    """Scores of a group, (units,), divided as ``normalize`` of `GlobalRanking` says. ``parameters``: of one unit."""
     tiny = 1e-300
     if normalization == "none":
         return values
@@ -232,13 +214,10 @@ def normalized(values: torch.Tensor, normalization: Normalization, parameters: i
 
 
 class Sensitivity(Allocation):
-    """The shares with the smallest sum of the divergences that cuts of each group alone cause.
-
-    The divergence Dᵍ(n) of the model with n steps of group g removed from the current model (KL, nats per token) is
-    measured at a few n and interpolated along the lower convex hull of these points. Steps are then ranked over all
-    groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first. Effects of cuts of several groups in combination
-    are not measured.
-    """
+    """The shares with the smallest sum of the divergences that cuts of each group alone cause; those of several groups
+    in combination are not measured. The divergence Dᵍ(n) of the model with n steps of group g removed from the current
+    model (KL, nats per token) is measured at a few n and interpolated along the lower convex hull of these points.
+    Steps are then ranked over all groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first."""
 
     name = "sensitivity"
     summary = "shares by the divergence that cuts of each group alone cause"
@@ -273,8 +252,8 @@ class Sensitivity(Allocation):
 def _lower_hull(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
     """The lower convex hull of ``points`` in ascending order, so that a ranking takes a group's steps in order."""
 
-    def slope(one: tuple[int, float], other: tuple[int, float]) -> float:
-        return (other[1] - one[1]) / (other[0] - one[0])
+    def slope(a: tuple[int, float], b: tuple[int, float]) -> float:
+        return (b[1] - a[1]) / (b[0] - a[0])
 
     hull: list[tuple[int, float]] = []
     for point in points:

@@ -1,13 +1,5 @@
-"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep.
-
-A cost is arithmetic on counts, so that allocations can evaluate thousands of selections. `SizeModel` has the sizes of
-parameters; `WeightCost` (parameters, bytes) and `MacsCost` are sums of them.
-
-Shapes of weights do not determine what an architecture caches (heads, one shared head, or a latent vector). So the
-bytes of the tensors in the key/value cache are counted after processing a few tokens, for the whole model and with one
-step of each group cut. An uneven cut without one layer checks that they are proportional to the units kept.
-
-Imports no torch.
+"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep, in
+integers, so that allocations can evaluate thousands of selections. Imports no torch.
 """
 
 from __future__ import annotations
@@ -36,10 +28,10 @@ if TYPE_CHECKING:
 
 
 class Cost(ABC):
-    """The cost of a model as a function of the number of units that its groups keep. ``label``: what is counted, in the
-    plural."""
+    """The cost of a model as a function of the number of units that its groups keep."""
 
     label: str
+    """What is counted, in the plural."""
 
     @abstractmethod
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
@@ -50,8 +42,7 @@ class Cost(ABC):
 @dataclass(frozen=True)
 class BudgetSubject:
     """The model whose cost is counted. ``model``: with its weights, or on the meta device where `Budget.from_shapes`.
-    ``graph``: its coupled groups, of which ``groups`` may lose units. ``family``: for trial cuts, updates the
-    attributes of modules."""
+    ``groups``: those of ``graph`` that may lose units. ``family``: for trial cuts, updates attributes of modules."""
 
     model: PreTrainedModel
     graph: CouplingGraph
@@ -65,8 +56,7 @@ class Budget(Component):
 
     kind: ClassVar[str] = "budget"
     from_shapes: ClassVar[bool] = False
-    """Whether `cost` reads shapes alone, so that it works for a model on the meta device and an amount that cannot be
-    reached is refused before weights are read."""
+    """Whether `cost` reads shapes alone, so that an amount out of reach is refused before weights are read."""
 
     def cost(self, subject: BudgetSubject) -> Cost:
         """The cost. Raises `UnsupportedModelError` where it cannot be known for this model."""
@@ -74,8 +64,7 @@ class Budget(Component):
 
 
 def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dict[str, int], set[int]]:
-    """The arguments of `Cost.remaining` for a cut to ``kept`` (group name → kept units): (group name → number of kept
-    units, numbers of the removed layers)."""
+    """The arguments of `Cost.remaining` for a cut to ``kept`` (group name → kept units)."""
     axes = kept_indices(graph, kept)
     numbers: dict[str, int] = {}
     for name in kept:
@@ -89,33 +78,25 @@ def counts(graph: CouplingGraph, kept: Mapping[str, Sequence[int]]) -> tuple[dic
     return numbers, removed_layers(graph, kept)
 
 
-def savings(cost: Cost, group: CoupledGroup) -> list[float]:
-    """The saving of each unit of ``group``: for layers, of each one; for other units, the mean over all units that may
-    be removed."""
-    whole = cost.remaining()
-    if group.kind == LAYER:
-        return [whole - cost.remaining(gone=(unit,)) for unit in range(group.units)]
-    least = max(group.minimum, group.blocks)
-    if least >= group.units:
-        return [0.0] * group.units
-    return [(whole - cost.remaining({group.name: least})) / (group.units - least)] * group.units
-
-
 def saving_units(
-    cost: Cost,
-    groups: Sequence[CoupledGroup],
-    allowed: Mapping[str, frozenset[int] | None],
+    cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None],
     alike: Iterable[Sequence[str]],
-) -> dict[str, frozenset[int] | None]:
+) -> dict[str, frozenset[int] | None]:  # fmt: skip
     """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
-    and without groups that have no others. ``alike``: the names of groups that must keep the same number of units, as
-    `Widths.alike` gives them; all of them stay where one saves. Raises `SelectionError` when no unit saves any."""
+    and groups without others. ``alike``: names of groups that keep the same number of units (`Widths.alike`); all of
+    them stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
+    whole = cost.remaining()
     for group in groups:
-        units = allowed[group.name]
-        useful = {u for u, saved in enumerate(savings(cost, group)) if saved > 0 and (units is None or u in units)}
+        useful = allowed[group.name]
+        useful = frozenset(range(group.units)) if useful is None else useful
+        least = max(group.minimum, group.blocks)
+        if group.kind == LAYER:
+            useful = frozenset(unit for unit in useful if cost.remaining(gone=(unit,)) < whole)
+        elif least >= group.units or cost.remaining({group.name: least}) >= whole:
+            useful = frozenset()
         if useful:
-            saving[group.name] = None if len(useful) == group.units else frozenset(useful)
+            saving[group.name] = None if len(useful) == group.units else useful
         elif group.kind == VOCABULARY:
             raise SelectionError(f"tokens save nothing of the {cost.label}; count by --budget parameters or bytes")
     if not saving:
@@ -128,23 +109,20 @@ def saving_units(
 
 
 class SizeModel:
-    """Sizes of every parameter of a graph, tied ones included, as a function of the number of units kept per group.
-
-    ``kept``, in all methods: group name → number of units kept, as if no other group lost any; missing groups keep
-    all. Exact for groups that own disjoint indices of an axis, and for a group whose units are nested in another's with
-    equal numbers per block (query heads in KV heads); groups do not overlap otherwise.
-    """
+    """Sizes of every parameter of a graph, tied ones included, as a function of the number of units kept per group:
+    ``kept``, group name → number; missing groups keep all. Exact for groups that own disjoint indices of an axis, or
+    whose units are nested in another's with equal numbers per block (query heads in KV heads)."""
 
     def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> None:
         # In a fused matrix, key/value heads own all rows and query heads some of them; the others stay when these go.
         owners: dict[tuple[str, int], dict[int, tuple[str, ...]]] = {}
         for group in groups:
-            indices: dict[tuple[str, int], set[int]] = {}
             for span in group.spans:
-                indices.setdefault((span.parameter, span.axis), set()).update(span.indices(range(group.units)))
-            for key, own in indices.items():
-                by_index = owners.setdefault(key, {})
-                by_index.update({index: (*by_index.get(index, ()), group.name) for index in own})
+                by_index = owners.setdefault((span.parameter, span.axis), {})
+                for index in span.indices(range(group.units)):
+                    names = by_index.get(index, ())
+                    if group.name not in names:
+                        by_index[index] = (*names, group.name)
         axes = [(name, axis) for name, shape in graph.shapes.items() for axis in range(len(shape))]
         self._owned = {key: Counter(owners.get(key, {}).values()) for key in axes}
         """Parameter and axis → names of groups → the number of indices that these, and no others, own."""
@@ -205,10 +183,8 @@ class MacsCost(Cost):
 
         Σ elements(p) · share of p's experts that a token is routed to  +  2 · context · Σ attention channels
 
-    over the parameters p of linear layers in the remaining layers.
-
-    ``multiplied``: parameter → how many of the experts stacked in it a token is routed to; None without experts.
-    """
+    over the parameters p of linear layers. ``multiplied``: p → how many of the experts stacked in it a token is routed
+    to; None without experts."""
 
     label = "MACs per token"
 
@@ -280,14 +256,9 @@ class Macs(Budget):
         return MacsCost(subject.graph, subject.groups, routed, self.settings.context)
 
 
-_FEW, _MORE, _MOST = 2, 3, 6
-"""Numbers of tokens for which the cache is measured; smaller than any sliding window."""
-
-
 class CacheCost(Cost):
-    """Bytes that the key/value cache grows by with every token. ``layers``: bytes of each decoder layer while nothing
-    is cut. ``per_unit``: (group name, layer) → bytes of that layer that are saved with each unit of the group.
-    ``units``: group name → its number of units."""
+    """Bytes that the key/value cache grows by with every token. ``layers``: of each layer of the whole model.
+    ``per_unit``: (group name, layer) → those saved with each unit. ``units``: group name → its number of units."""
 
     label = "KV-cache bytes per token"
 
@@ -307,15 +278,15 @@ class CacheCost(Cost):
 
 
 class KvCache(Budget):
-    """Bytes that the key/value cache grows by with every token, counted in the caches of the whole model and of models
-    with units of each group removed."""
+    """Bytes that the key/value cache grows by with every token. Shapes of weights do not tell what an architecture
+    caches (heads, one shared head, a latent vector), so the tensors in the caches of the whole model, and of models
+    with units of each group removed, are counted after a few tokens."""
 
     name = "kv-cache"
     summary = "bytes of key/value cache per token"
 
     def cost(self, subject: BudgetSubject) -> CacheCost:
-        """Raises `UnsupportedModelError` where the cache does not grow with every token, or where the bytes of a model
-        that is cut unevenly are not proportional to its units."""
+        """Raises `UnsupportedModelError` for a cache that does not grow with the tokens or the units."""
         from ..discovery.verify import with_rules
         from ..models.surgery import cut_copy
 
@@ -336,9 +307,8 @@ class KvCache(Budget):
             for queue in together:
                 layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
                 for layer in layers:
-                    if after[layer] != dense[layer]:
-                        saved = Fraction(dense[layer] - after[layer], queue.removed_after(1))
-                        per_unit[queue.group.name, layer] = saved
+                    if saved := dense[layer] - after[layer]:
+                        per_unit[queue.group.name, layer] = Fraction(saved, queue.removed_after(1))
         cost = CacheCost(dense, per_unit, {g.name: g.units for g in groups if g.kind != LAYER})
         # An uneven cut, without one layer.
         kept = {q.group.name: q.kept_after(-(-len(q.steps) // (2 + n % 2))) for n, q in enumerate(queues)}
@@ -353,16 +323,17 @@ class KvCache(Budget):
 
 def bytes_per_token(model: PreTrainedModel, graph: CouplingGraph) -> list[int]:
     """Bytes that the cache of each decoder layer grows by with every token, before sliding windows are full."""
-    few, more, most = (_cached(model, count) for count in (_FEW, _MORE, _MOST))
-    if len(most) > graph.num_layers:
+    two, three, six = (_cached(model, count) for count in (2, 3, 6))
+    if len(six) > graph.num_layers:
         raise _unknown(model, "has more parts than the decoder has layers")
-    grown = [b - a for a, b in zip(few, more, strict=True)]
-    if any(c - a != (_MOST - _FEW) * g for a, c, g in zip(few, most, grown, strict=True)):
+    grown = [b - a for a, b in zip(two, three, strict=True)]
+    if any(c - a != 4 * g for a, c, g in zip(two, six, grown, strict=True)):
         raise _unknown(model, "does not grow by the same amount with every token")
     return grown + [0] * (graph.num_layers - len(grown))
 
 
 def _cached(model: PreTrainedModel, count: int) -> list[int]:
+    """Bytes in the cache of each layer after ``count`` tokens."""
     import torch
     from torch.utils._pytree import tree_leaves
     from transformers import cache_utils
@@ -372,12 +343,13 @@ def _cached(model: PreTrainedModel, count: int) -> list[int]:
     cached = CachedModel(model)
     vocabulary = int(model.config.get_text_config().vocab_size)
     cached.process(torch.randint(vocabulary, (1, count), generator=torch.Generator().manual_seed(0)))
+    sizes = []
     for layer in cached.cache.layers:
         # A class outside transformers' cache module may compress, which a few tokens would not show.
         if type(layer).__module__ != cache_utils.__name__:
             raise _unknown(model, f"is a {type(layer).__name__}, which may not grow with every token")
-    leaves = [tree_leaves(vars(layer)) for layer in cached.cache.layers]
-    return [sum(leaf.nbytes for leaf in own if isinstance(leaf, torch.Tensor)) for own in leaves]
+        sizes.append(sum(leaf.nbytes for leaf in tree_leaves(vars(layer)) if isinstance(leaf, torch.Tensor)))
+    return sizes
 
 
 def _unknown(model: PreTrainedModel, why: str) -> UnsupportedModelError:

@@ -1,4 +1,4 @@
-"""A job against the structure of a model: what is refused before weights are read or text is generated."""
+"""Compare a job with the structure of a model: what is refused before weights are read or text is generated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .selection import demand, equal_scores, scope_of, select, widths_of
 
 
 def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:
-    """JSON values that tell a run from others: all that its result, and the shapes of its hidden states, depend on."""
+    """All that the result of a run depends on, as JSON values, by which an interrupted run is known again."""
     return {
         "model": structure.path or structure.ref,
         "files": model_identity(structure.ref, opener.catalog, structure.revision),
@@ -39,9 +39,8 @@ def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, 
 
 
 def check_job(job: Job, structure: Structure, opener: Opener) -> None:
-    """Raise for a quantised model, for kinds and layers that the model does not have, for text that cannot be read, for
-    an amount that its groups cannot give, for a plan of another model, and where tokens go, for a tokenizer that
-    cannot be rewritten and a plan without tokens that it needs."""
+    """Raise `LlmprunerError` for kinds, layers, an amount or a plan that the model does not allow, for text that cannot
+    be read, for packed weights, and where tokens go, for a tokenizer that cannot be rewritten."""
     _check_unquantised(structure)
     graph = structure.graph
     if isinstance(job, ReplayJob):
@@ -49,7 +48,7 @@ def check_job(job: Job, structure: Structure, opener: Opener) -> None:
         groups = [graph.by_name[name] for name in job.plan.kept]
     else:
         groups = list(scope_of(job, structure).groups(graph))
-        others = [group for group in groups if job.tokens is None or group.kind != VOCABULARY]
+        others = [group for group in groups if job.token_criterion is None or group.kind != VOCABULARY]
         check_accepted(job.criterion, others, graph)
     job.compensation.check(graph, groups)
     if job.calibration is not None:
@@ -71,8 +70,7 @@ def check_job(job: Job, structure: Structure, opener: Opener) -> None:
 
 
 def _check_unquantised(structure: Structure) -> None:
-    """Raise `UnsupportedModelError` for a checkpoint whose weights are packed (bitsandbytes, GPTQ, AWQ, …): they have
-    neither the shapes of the architecture nor values that can be cut and fitted."""
+    """Raise `UnsupportedModelError` for packed weights (bitsandbytes, GPTQ, AWQ, …), which cannot be cut and fitted."""
     stated = stored_value(structure, "quantization_config")
     method = stated.get("quant_method") if isinstance(stated, Mapping) else getattr(stated, "quant_method", None)
     name = str(getattr(method, "value", method))
@@ -97,9 +95,9 @@ def _check_amount(job: PruneJob, structure: Structure) -> None:
     if scope.kinds == (VOCABULARY,):
         step = widths.multiple(groups[0])
         raise SelectionError(f"the number of tokens that stay is a multiple of {step}; ask for fewer")
-    coarse, multiples = "; ask for more", f"at widths in multiples of {widths.round_to}; ask for more,"
+    advice, multiple = "; ask for more", widths.round_to
     if widths.uniform:
-        coarse = f" in all layers at once, {multiples} or for --shape free"
-    elif widths.round_to > 1:
-        coarse = f" {multiples} or round less (--set prune.round_to=1)"
-    raise SelectionError(f"the amount asked for is less than one unit of the selected groups{coarse}")
+        advice = f" in all layers at once, at widths in multiples of {multiple}; ask for more, or for --shape free"
+    elif multiple > 1:
+        advice = f" at widths in multiples of {multiple}; ask for more, or round less (--set prune.round_to=1)"
+    raise SelectionError(f"the amount asked for is less than one unit of the selected groups{advice}")

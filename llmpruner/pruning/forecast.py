@@ -1,5 +1,5 @@
-"""What a prune will take: peak memory within a quarter, and disk. By it, weights are loaded in memory or read layer by
-layer.
+"""What a prune will take: peak memory within a quarter, and disk. It decides whether weights are loaded in memory or
+read layer by layer.
 
 Memory is that of the process, the weights (or two layers of them), and the largest stage: its hidden states up to their
 limit, and logits of text that is written, gradients or statistics of one layer, a trial cut, or the sums of one fit.
@@ -40,8 +40,7 @@ MODULES = 96 << 20
 
 @dataclass(frozen=True)
 class Forecast:
-    """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes; ``disk``: bytes
-    that are written."""
+    """``streamed``: weights are read layer by layer. ``memory``: largest resident bytes; ``disk``: bytes written."""
 
     streamed: bool
     memory: int
@@ -53,6 +52,67 @@ class Forecast:
         return f"needs about {bytes_text(self.memory)} of memory{disk} (weights: {weights})"
 
 
+def forecast(
+    job: Job, structure: Structure, opener: Opener, max_memory: int | None, *, saves: bool, in_memory: bool
+) -> Forecast:
+    """The forecast with all weights in memory, where they fit into half of the free memory, or the whole run into
+    ``max_memory``; else layer by layer. ``saves``: the model is cut; ``in_memory``: the result stays in memory. Raises
+    `SettingsError` where neither fits, and `ModelError` for a streamed model whose weights are needed in memory."""
+    process = psutil.Process().memory_info().rss
+    loaded = structure if isinstance(structure, Model) else None
+    if loaded is None:
+        check_device(opener.load.device)
+        dtype, device = dtype_of(structure, opener.load), torch.device(opener.load.device).type
+    else:
+        dtype, device = loaded.model.dtype, loaded.model.device.type
+        process -= 0 if loaded.streamed else sum(p.nbytes for p in loaded.model.parameters())
+    process = max(process, 0) + MODULES
+    sizes = _Sizes(job, structure, dtype, device, saves)
+    if loaded is not None and loaded.streamed is not None:
+        if _why_in_memory(job, saves) or (saves and job.compensation.reads_text):
+            raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
+        return sizes.forecast(True, process)
+    whole: str | None = "it is loaded already"
+    if loaded is None:
+        whole = "the result stays in memory" if in_memory else _why_in_memory(job, saves) or why_not_streamed(structure)
+    choices = [sizes.forecast(streamed, process) for streamed in ((False,) if whole else (False, True))]
+    limit: float = inf
+    if max_memory is not None:
+        limit, name, advice = max_memory, f"--max-memory {bytes_text(max_memory)}", "raise it, or "
+    else:
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if sizes.weights * processes > free_memory() // 2:
+            choices = choices[-1:]
+        if device == "cpu":
+            limit = psutil.virtual_memory().total + psutil.swap_memory().total
+        name, advice = f"this machine has {bytes_text(limit)} of memory", "give --max-memory, or "
+    fitting = next((choice for choice in choices if choice.memory <= limit), None)
+    if fitting is None:
+        raise SettingsError(
+            f"{name}: '{structure.ref}' needs at least {bytes_text(choices[-1].memory)}"
+            f"{f', as {whole}' if whole else ''}; {advice}take fewer or shorter samples"
+        )
+    return fitting
+
+
+def free_memory() -> int:
+    """Bytes of memory that programs can still take."""
+    return int(psutil.virtual_memory().available)
+
+
+def _why_in_memory(job: Job, saves: bool) -> str | None:
+    """What needs the whole model in memory; None if nothing does."""
+    if isinstance(job, PruneJob) and job.steps > 1:
+        return "--steps cuts copies of the model"
+    if isinstance(job, PruneJob) and job.allocation.measures:
+        return f"{job.allocation.label()} runs copies of the model"
+    if not job.budget.from_shapes:
+        return f"{job.budget.label()} measures the model"
+    if saves and job.compensation.reads_text and not job.compensation.by_layer:
+        return f"{job.compensation.label()} changes weights of the whole model"
+    return None
+
+
 class _Stage(NamedTuple):
     """Bytes: of memory, of hidden states between layers, and of other files."""
 
@@ -62,45 +122,45 @@ class _Stage(NamedTuple):
 
 
 class _Sizes:
-    """Sums the bytes of ``job`` for a model in ``dtype``. ``saves``: whether the result is cut and saved."""
+    """The bytes that each stage of ``job`` takes for a model in ``dtype``."""
 
     def __init__(self, job: Job, structure: Structure, dtype: torch.dtype, device: str, saves: bool):
         graph, text = structure.graph, job.calibration
         self.job, self.graph, self.saves, self.item = job, graph, saves, dtype.itemsize
         self.config: Any = structure.config.get_text_config()
         self.hidden, self.vocabulary = int(self.config.hidden_size), int(self.config.vocab_size)
-        own = {name: prod(shape) * self.item for name, shape in graph.shapes.items() if name not in graph.ties}
-        self.weights, self.layer = sum(own.values()), self._largest_layer(own)
-        self.outside = sum(size for name, size in own.items() if graph.layer_of(name) is None)
+        sizes = {name: prod(shape) * self.item for name, shape in graph.shapes.items() if name not in graph.ties}
+        self.weights, self.layer = sum(sizes.values()), self._largest_layer(sizes)
+        self.outside = sum(size for name, size in sizes.items() if graph.layer_of(name) is None)
         self.samples, self.length = (text.samples, text.length_for(structure.config)) if text else (0, 1)
         self.tokens = self.samples * self.length
-        self.left = _left(job, structure)
-        # Of a number in a matrix product.
+        self.kept = _kept_shares(job, structure)
+        # Bytes of a number in a matrix product.
         self.product = 2 if dtype == torch.float32 and multiplies_bfloat16_fast(device) else self.item
-        # Bytes that a layer takes for each token, by those of a gated MLP: forwards, and with gradients.
+        # Bytes of a layer for each token, as those of a gated MLP: forwards, and with gradients.
         inside = (shape for name, shape in graph.shapes.items() if graph.layer_of(name) is not None)
         self.widest = max(size for shape in inside for size in shape[-2:])
         self.forwards = 3 * self.widest * self.product + 2 * self.hidden * F32
         self.backwards = (4 * self.widest + 10 * self.hidden) * self.item
-        self.stages = [_Stage(self.layer if saves else 0), self._written(), self._fits()]
+        self.stages = [_Stage(self.layer if saves else 0), self._text(), self._fits()]
         if isinstance(job, PruneJob):
             self.stages += [self._scores(job), self._trials(job)]
 
-    def of(self, streamed: bool, process: int) -> Forecast:
-        """With all weights in memory, or two layers of them. ``process``: bytes of all else."""
+    def forecast(self, streamed: bool, process: int) -> Forecast:
+        """With all weights in memory, or ``streamed``, two layers of them. ``process``: bytes of all else."""
         weights = self.outside + 2 * self.layer if streamed else self.weights
         if isinstance(self.job, PruneJob) and self.job.steps > 1:
             weights += self.weights  # of a copy that is cut
         peak = max(stage.memory + min(stage.states, DEFAULT_LIMIT) for stage in self.stages)
         files = max(max(0, stage.states - DEFAULT_LIMIT) + stage.files for stage in self.stages)
         if self.saves:
-            groups = [(self.graph.by_name[name], share) for name, share in self.left.items()]
-            gone = sum((1 - share) * self.graph.parameters_per_unit(g) * g.units for g, share in groups)
-            files += round(self.weights - min(gone * self.item, self.weights))
+            groups = [(self.graph.by_name[name], share) for name, share in self.kept.items()]
+            removed = sum((1 - share) * self.graph.parameters_per_unit(g) * g.units for g, share in groups)
+            files += round(self.weights - min(removed * self.item, self.weights))
         return Forecast(streamed, process + weights + peak, files)
 
-    def _written(self) -> _Stage:
-        """Text that is read, or that the model writes."""
+    def _text(self) -> _Stage:
+        """Calibration text that is read, or that the model writes."""
         text, passage = self.job.calibration, min(64, self.length)
         if text is None or not text.writes:
             return _Stage(self.tokens * 64)
@@ -109,9 +169,9 @@ class _Sizes:
         return _Stage(rows * (cache + 4 * self.vocabulary * F32 + self.forwards) + self.tokens * 64)
 
     def _scores(self, job: PruneJob) -> _Stage:
-        """Scores of units, by weights, a walk forwards, or a walk with gradients."""
+        """Scores of units: from weights alone, from a forward walk, or from gradients."""
         graph, signals = self.graph, job.criterion.signals
-        groups = [graph.by_name[name] for name in self.left]
+        groups = [graph.by_name[name] for name in self.kept]
         spans = scored_spans(graph, [group for group in groups if group.kind != VOCABULARY], job.criterion)
         shapes = {name: graph.shapes[name] for name in spans}
         matrix = F32 * max((prod(shape[-2:]) for shape in shapes.values()), default=0)
@@ -128,7 +188,7 @@ class _Sizes:
             width = max((s[-1] for s in matrices.values()), default=0) if observed else 0
             blocks = 1
             if Signal.STREAM_BLOCKS in signals:
-                blocks = max(1, round(sum((1 - self.left[group.name]) * group.units for group in groups)))
+                blocks = max(1, round(sum((1 - self.kept[group.name]) * group.units for group in groups)))
             memory = max(self._walk(width) + grams, 3 * grams + scoring)
             return _Stage(memory, self.tokens * self.hidden * F32 * blocks)
         tokens = min(self.tokens, GRADIENT_TOKENS) if job.compensation.reads_text else self.tokens
@@ -140,9 +200,9 @@ class _Sizes:
         else:
             sums = F32 * (1 + len(signals & {Signal.GRAD, Signal.GRAD_SQ}))
             each = sums if Signal.GRAD_SQ in signals or tokens > at_once else self.item
-            own = each * self._largest_layer({name: prod(shape) for name, shape in shapes.items()})
+            gradients = each * self._largest_layer({name: prod(shape) for name, shape in shapes.items()})
             # Gradients take the place of what was kept.
-            layer = max(layer, at_once * self.forwards + own)
+            layer = max(layer, at_once * self.forwards + gradients)
         return _Stage(max(logits, layer + scoring), tokens * self.hidden * self.item * (graph.num_layers + 2))
 
     def _trials(self, job: PruneJob) -> _Stage:
@@ -150,7 +210,7 @@ class _Sizes:
         if not job.allocation.measures:
             return _Stage()
         weights = Counter[str]()
-        for group in (self.graph.by_name[name] for name in self.left):
+        for group in (self.graph.by_name[name] for name in self.kept):
             if group.kind != VOCABULARY:
                 together = group.kind if job.shape == "uniform" else group.name
                 weights[together] += self.graph.parameters_per_unit(group) * group.units * self.item
@@ -162,7 +222,7 @@ class _Sizes:
         if not (self.saves and self.job.compensation.reads_text and self.tokens):
             return _Stage()
         count = full = sums = solving = weights = 0
-        for name, share in self.left.items():
+        for name, share in self.kept.items():
             for span in self.graph.by_name[name].spans_with(Role.CONSUMES):
                 shape = self.graph.shapes[span.parameter]
                 if len(shape) < 2 or span.axis < len(shape) - 2:
@@ -177,7 +237,7 @@ class _Sizes:
         return _Stage(memory, states, weights + 4 * self.tokens * self.hidden * F32)
 
     def _walk(self, width: int) -> int:
-        """A micro-batch in a walk forwards, with what is summed of matrices with ``width`` inputs."""
+        """A micro-batch of a forward walk, with what is summed of matrices with ``width`` inputs."""
         each = max(self.forwards, 6 * self.hidden * F32 + width * (self.product + 10))
         return self._at_once(TOKENS_AT_ONCE) * each
 
@@ -194,69 +254,7 @@ class _Sizes:
         return max(sums)
 
 
-def forecast(
-    job: Job, structure: Structure, opener: Opener, max_memory: int | None, *, saves: bool, in_memory: bool
-) -> Forecast:
-    """How a prune runs: with all weights in memory where they fit into half of what is free, or all that it takes into
-    ``max_memory``; else layer by layer. ``in_memory``: the result stays in memory. Reads no weights. Raises
-    `SettingsError` where nothing fits, and `ModelError` for a streamed model whose weights are needed in memory."""
-    load, loaded = opener.load, structure if isinstance(structure, Model) else None
-    resident = psutil.Process().memory_info().rss
-    if loaded is None:
-        check_device(load.device)
-        dtype, device = dtype_of(structure, load), torch.device(load.device).type
-    else:
-        dtype, device = loaded.model.dtype, loaded.model.device.type
-        resident -= 0 if loaded.streamed else sum(p.nbytes for p in loaded.model.parameters())
-    sizes, process = _Sizes(job, structure, dtype, device, saves), max(resident, 0) + MODULES
-    if loaded is not None and loaded.streamed is not None:
-        if _why_in_memory(job, saves=saves, in_memory=False) or (saves and job.compensation.reads_text):
-            raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
-        return sizes.of(True, process)
-    whole = "it is loaded already" if loaded is not None else _why_in_memory(job, saves=saves, in_memory=in_memory)
-    whole = whole or why_not_streamed(structure)
-    choices = (False,) if whole else (False, True)
-    limit: float = inf
-    if max_memory is not None:
-        limit, name, advice = max_memory, f"--max-memory {bytes_text(max_memory)}", "raise it, or "
-    else:
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if sizes.weights * processes > free_memory() // 2:
-            choices = choices[-1:]
-        if device == "cpu":
-            limit = psutil.virtual_memory().total + psutil.swap_memory().total
-        name, advice = f"this machine has {bytes_text(limit)} of memory", "give --max-memory, or "
-    tried = [sizes.of(streamed, process) for streamed in choices]
-    fitting = next((each for each in tried if each.memory <= limit), None)
-    if fitting is None:
-        raise SettingsError(
-            f"{name}: '{structure.ref}' needs at least {bytes_text(tried[-1].memory)}"
-            f"{f', as {whole}' if whole else ''}; {advice}take fewer or shorter samples"
-        )
-    return fitting
-
-
-def free_memory() -> int:
-    """Bytes of memory that programs can still take."""
-    return int(psutil.virtual_memory().available)
-
-
-def _why_in_memory(job: Job, *, saves: bool, in_memory: bool) -> str | None:
-    """What needs the whole model in memory; None if nothing does."""
-    if in_memory:
-        return "the result stays in memory"
-    if isinstance(job, PruneJob) and job.steps > 1:
-        return "--steps cuts copies of the model"
-    if isinstance(job, PruneJob) and job.allocation.measures:
-        return f"{job.allocation.label()} runs copies of the model"
-    if not job.budget.from_shapes:
-        return f"{job.budget.label()} measures the model"
-    if saves and job.compensation.reads_text and not job.compensation.by_layer:
-        return f"{job.compensation.label()} changes weights of the whole model"
-    return None
-
-
-def _left(job: Job, structure: Structure) -> dict[str, float]:
+def _kept_shares(job: Job, structure: Structure) -> dict[str, float]:
     """Group name → the share of its units that stays, in equal shares."""
     if isinstance(job, ReplayJob):
         return {name: len(cut.kept) / cut.units for name, cut in job.plan.cuts.items()}

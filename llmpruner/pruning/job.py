@@ -1,15 +1,15 @@
-"""From settings to a job: components are created, and what the user left open is filled in by the method. A job does
-not depend on the model (`pruning.checks` holds it against one), and stages read jobs, not settings. Imports no torch.
+"""From settings to a job: components are created, and the method fills in what the user left open. Stages read the job,
+not the settings. It does not depend on the model, which `pruning.checks` compares it with. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..calibration.calibration import CalibrationJob, CalibrationSet, parse_calibration
-from ..component import check_chosen
+from ..component import Component, check_chosen
 from ..engine.signals import Signal
 from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
@@ -18,11 +18,13 @@ from ..structure.plan import By, CompensationRecord, PruningPlan
 from .methods import TEN_SAMPLES, Method
 
 if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
+    from ..plugins.catalog import Catalog, Registry
     from .allocation import Allocation
     from .budgets import Budget
     from .compensation.base import Compensation
     from .criteria.base import ImportanceCriterion
+
+C = TypeVar("C", bound=Component)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class PruneJob:
     """All that a plan and a cut depend on, besides the model."""
 
     by: By
-    """What ``amount`` is, as in `Target`."""
+    """The meaning of ``amount``, as in `Target`."""
     amount: float
     budget: Budget
     kinds: tuple[str, ...]
@@ -38,8 +40,8 @@ class PruneJob:
     shape: Shape
     round_to: int | None
     criterion: ImportanceCriterion
-    tokens: ImportanceCriterion | None
-    """The criterion for tokens, where they are among other ``kinds``."""
+    token_criterion: ImportanceCriterion | None
+    """Scores tokens, where ``kinds`` has others too that ``criterion`` scores."""
     reduction: str
     allocation: Allocation
     steps: int
@@ -60,8 +62,7 @@ class ReplayJob:
     seed: int
 
     def check_text(self, text: CalibrationSet | None) -> None:
-        """Raise `DataError` for a text that is not that of the plan; but what a model writes depends on rounding, so
-        that it may differ on another machine."""
+        """Raise `DataError` for another text than the plan's; one that the model writes may differ elsewhere."""
         record, job = self.plan.compensation, self.calibration
         if text is None or record is None or job is None or job.writes:
             return
@@ -88,69 +89,57 @@ def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> Job:
 
 def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     """Raises `SettingsError` (or `UnknownNameError`) for settings that are wrong or contradict each other."""
-    own = settings.settings
     for kind in settings.kinds:
         if kind.lower() in MEANT:  # families may have other kinds than those known
             raise UnknownNameError("kind", kind, KINDS)
     by, amount = _amount(settings)
-    method = None
+    user_values, method = settings.settings, None
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
-        method = catalog.methods.create(name, own.get(name))
-    parts = parse_calibration(settings.calibration, catalog.sources, own)
+        method = catalog.methods.create(name, user_values.get(name))
+    parts = parse_calibration(settings.calibration, catalog.sources, user_values)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
-    settings, of_components = _filled(settings, explicit, method, writes=any(part.source.writes for part in parts))
-    parts = parse_calibration(settings.calibration, catalog.sources, own)  # a method may name it
+    settings, defaults = _filled(settings, explicit, method, writes=any(part.source.writes for part in parts))
+    parts = parse_calibration(settings.calibration, catalog.sources, user_values)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
-    def of(name: str) -> dict[str, Any]:
-        return {**of_components.get(name, {}), **own.get(name, {})}
+    def create(registry: Registry[C], name: str) -> C:
+        return registry.create(name, {**defaults.get(name, {}), **user_values.get(name, {})})
 
-    counted = {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters")
-    budget = catalog.budgets.create(counted, of(counted))
-    criterion = catalog.criteria.create(settings.importance, of(settings.importance))
-    mixed, of_tokens = VOCABULARY in settings.kinds and len(settings.kinds) > 1, None
+    budget = create(catalog.budgets, {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters"))
+    criterion, token_criterion = create(catalog.criteria, settings.importance), None
+    mixed = VOCABULARY in settings.kinds and len(settings.kinds) > 1
     if mixed and not criterion.accepts(VOCABULARY):
-        of_tokens = catalog.criteria.create(VOCABULARY, of(VOCABULARY))
+        token_criterion = create(catalog.criteria, VOCABULARY)
     # Equal shares of tokens and of channels would compare what has no common measure.
-    shares = "sensitivity" if mixed and "allocation" not in explicit else settings.allocation
-    allocation = catalog.allocations.create(shares, of(shares))
-    compensation = catalog.compensations.create(settings.compensate, of(settings.compensate))
+    by_sensitivity = mixed and "allocation" not in explicit
+    allocation = create(catalog.allocations, "sensitivity" if by_sensitivity else settings.allocation)
+    compensation = create(catalog.compensations, settings.compensate)
     if settings.steps > 1 and by == "units":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     if settings.steps > 1 and VOCABULARY in settings.kinds:
         raise SettingsError("tokens go in one step; leave --steps out")
-    criteria = [criterion] if of_tokens is None else [criterion, of_tokens]
+    criteria = [criterion] if token_criterion is None else [criterion, token_criterion]
     methods = [] if method is None else [method]
-    check_chosen(own, [budget, *criteria, allocation, compensation, *methods, *(part.source for part in parts)])
+    check_chosen(user_values, [budget, *criteria, allocation, compensation, *methods, *(p.source for p in parts)])
     calibration = None
     if any(each.signals - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
-        fixed = "length" in explicit
-        calibration = CalibrationJob(settings.calibration, parts, settings.samples, settings.length, fixed)
+        calibration = CalibrationJob(
+            settings.calibration, parts, settings.samples, settings.length, fixed_length="length" in explicit
+        )
         calibration.order()  # refuses samples that are fewer than the sources
     return PruneJob(
-        by=by,
-        amount=float(amount),
-        budget=budget,
-        kinds=settings.kinds,
-        layers=settings.layers,
-        shape=settings.shape,
-        round_to=settings.round_to,
-        criterion=criterion,
-        tokens=of_tokens,
-        reduction=settings.reduction,
-        allocation=allocation,
-        steps=settings.steps,
-        compensation=compensation,
-        calibration=calibration,
+        by=by, amount=float(amount), budget=budget, kinds=settings.kinds, layers=settings.layers, shape=settings.shape,
+        round_to=settings.round_to, criterion=criterion, token_criterion=token_criterion, reduction=settings.reduction,
+        allocation=allocation, steps=settings.steps, compensation=compensation, calibration=calibration,
         seed=settings.seed,
-    )
+    )  # fmt: skip
 
 
 def _amount(settings: PruneSettings) -> tuple[By, Any]:
     """`PruneJob.by`, and its ``amount`` as the user gave it."""
-    given: dict[By, Any] = {"ratio": settings.ratio, "parameters": settings.target_params, "units": settings.unit_ratio}
-    amounts = [(by, value) for by, value in given.items() if value is not None]
+    every: dict[By, Any] = {"ratio": settings.ratio, "parameters": settings.target_params, "units": settings.unit_ratio}
+    amounts = [(by, value) for by, value in every.items() if value is not None]
     tokens = settings.settings.get(VOCABULARY, {}).get("tokens")
     if tokens is not None and (amounts or settings.kinds != (VOCABULARY,)):
         raise SettingsError("vocabulary.tokens says how much to remove by itself, with --kinds vocabulary and no other")
@@ -167,16 +156,17 @@ def _amount(settings: PruneSettings) -> tuple[By, Any]:
 def _filled(
     settings: PruneSettings, explicit: Collection[str], method: Method | None, *, writes: bool
 ) -> tuple[PruneSettings, Mapping[str, Mapping[str, Any]]]:
-    """``settings`` with the defaults of ``method``, and of `TEN_SAMPLES` for what it leaves open, where they are not
-    ``explicit``; and the defaults for settings of components. Raises `SettingsError` for a default that is refused."""
+    """``settings`` with the defaults of ``method``, then of `TEN_SAMPLES`, for all that is not ``explicit``; and the
+    method's defaults for settings of components. Raises `SettingsError` for a default that is refused."""
     defaults, name = dict(TEN_SAMPLES), ""
     if method is not None:
         defaults, name = {**defaults, **method.defaults(settings, writes=writes)}, method.name
     of_components: Mapping[str, Mapping[str, Any]] = defaults.pop("settings", {})
     if settings.importance is None and defaults.get("importance") is None:
         raise SettingsError(f"method {name} gives no criterion; choose one with --importance")
+    defaults = {field: value for field, value in defaults.items() if field not in explicit}
     try:
-        checked = settings_from(PruneSettings, {n: value for n, value in defaults.items() if n not in explicit})
+        checked = settings_from(PruneSettings, defaults)
     except SettingsError as error:
         raise SettingsError(f"method {name}: {error}") from error
-    return settings.model_copy(update={n: getattr(checked, n) for n in defaults if n not in explicit}), of_components
+    return settings.model_copy(update={field: getattr(checked, field) for field in defaults}), of_components

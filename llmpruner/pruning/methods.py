@@ -18,11 +18,11 @@ class Method(Component):
     kind: ClassVar[str] = "method"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        """Field of `PruneSettings` → value. ``asked``: the user's settings; values for fields that it sets are ignored.
-        ``writes``: whether the model generates the calibration text, which takes longer than reading it. How much is
-        removed (``ratio``, ``target_params`` or ``unit_ratio``) is left to the user; ``compensate``, ``samples`` and
-        ``length`` that it leaves open are as for ``--importance`` without a method. A field that does not exist, a
-        value that is out of its bounds, or a missing ``importance`` is a `SettingsError`."""
+        """Field of `PruneSettings` → value, for fields that the user does not set. ``asked``: the user's settings.
+        ``writes``: whether the model generates the calibration text, which takes longer than reading it. The amount
+        (``ratio``, ``target_params``, ``unit_ratio``) is left to the user; ``compensate``, ``samples`` and ``length``
+        are by default as for ``--importance`` without a method. A field that does not exist, a value out of its bounds,
+        or a missing ``importance`` is a `SettingsError`."""
         raise NotImplementedError
 
 
@@ -73,10 +73,6 @@ TEN_SAMPLES: Mapping[str, Any] = {"compensate": "none", "samples": 10, "length":
 
 
 def _criterion(asked: PruneSettings, of_units: str) -> str:
-    """The criterion for whole layers, for whole experts (which `Fisher` was not measured on), for tokens, or
-    ``of_units``."""
-    if asked.kinds == (LAYER,):
-        return "angular"
-    if asked.kinds == (VOCABULARY,):
-        return "vocabulary"
-    return "energy" if asked.kinds == (EXPERT,) else of_units
+    """The criterion for layers, tokens or experts alone (on these, `Fisher` was not measured), else ``of_units``."""
+    special: dict[tuple[str, ...], str] = {(LAYER,): "angular", (VOCABULARY,): "vocabulary", (EXPERT,): "energy"}
+    return special.get(asked.kinds, of_units)

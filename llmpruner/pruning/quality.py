@@ -1,8 +1,6 @@
 """What a prune costs: predictions of the pruned model next to those of the dense one, on text of the calibration's
-sources with which nothing was scored or fitted.
-
-Of the dense model, what its head reads is kept, far less than its logits. The logits of both are computed after the
-cut, in forwards of the pruned model without its layers, which scale and cap them as the model does.
+sources with which nothing was scored or fitted. Of the dense model, what its head reads is kept, far less than its
+logits; those of both are computed after the cut by the pruned model without its layers, which scales and caps them.
 """
 
 from __future__ import annotations
@@ -33,8 +31,7 @@ RUN = 16
 
 
 class Dense(NamedTuple):
-    """``ids``: (samples, length); ``at``: samples and positions whose next token counts. ``hidden_ND``: what the head
-    reads there."""
+    """``ids``: (samples, length). ``at``: where the next token counts. ``hidden_ND``: what the head reads there."""
 
     ids: torch.Tensor
     at: tuple[torch.Tensor, ...]
@@ -46,7 +43,7 @@ def dense_predictions(
     model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Dense | None:
     """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
-    is cut: of removed tokens, or of removed channels of the residual stream."""
+    is cut, with tokens or channels of the residual stream."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
     samples = min(job.calibration.samples, -(-TOKENS // text.input_ids.shape[1]))
@@ -76,21 +73,15 @@ def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | No
         raise Stop
 
     head = model.get_output_embeddings() or torch.nn.Identity()
-    hooks = [head.register_forward_pre_hook(stop)]
-    hooks.append(execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output)))
-    try:
-        with suppress(Stop):
-            with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watched = execution.layers[-1].register_forward_hook(lambda _, __, output: returned.append(output))
+    with watched, head.register_forward_pre_hook(stop), suppress(Stop):
+        with_fast_products(model, partial(model, input_ids=ids.to(model.device), use_cache=False))
     further = len(returned[0]) - 1 if isinstance(returned[0], tuple | list) else None
     return (read[0] if read and read[0].shape[:2] == ids.shape else None), further
 
 
 def compared(dense: Dense | None, pruned: Model, execution: Execution) -> Quality | None:
-    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number. ``execution``: of
-    the model before the cut."""
+    """The `Quality` of a model after its cut; None without ``dense``, and where it is not a number."""
     if dense is None:
         return None
     with execution.stages.stage("quality"):
@@ -112,11 +103,8 @@ def _compared(dense: Dense, pruned: Model) -> Quality | None:
         whole_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]]).to(head.weight.dtype)
         for both_2ND in torch.split(whole_2ND, rows, 1):
             hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
-            try:
-                with replaced_layers(execution.layers, unchanged):
-                    logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
-            finally:
-                hook.remove()
+            with hook, replaced_layers(execution.layers, unchanged):
+                logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
             kl += float(divergences(*logits).double().sum())
             agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
     return Quality(kl / tokens, agreed / tokens, tokens) if isfinite(kl) else None

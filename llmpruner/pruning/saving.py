@@ -1,4 +1,4 @@
-"""From kept units to a checkpoint: the plan as the record of its job, sizes before and after, the cut, and saving."""
+"""From kept units to a checkpoint: the plan, sizes before and after, the cut, and saving."""
 
 from __future__ import annotations
 
@@ -54,29 +54,22 @@ SCRIPTS: Final = 6
 
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
-    signals = job.criterion.signals | (job.tokens.signals if job.tokens else set())
-    scores_read = signals - {Signal.WEIGHT} or job.allocation.measures
-    read: dict[str, Any] = {}
-    fitted: dict[str, Any] = {}
+    signals = job.criterion.signals | (job.token_criterion.signals if job.token_criterion else set())
+    of_scores: dict[str, Any] = {}
+    of_fits: dict[str, Any] = {}
     if text is not None and job.calibration is not None:
         samples, length = text.input_ids.shape
         read = {"calibration": text.source, "sources": job.calibration.record(), "fingerprint": text.fingerprint}
-        fitted = {**read, "samples": samples, "length": length}
+        of_scores = read if signals - {Signal.WEIGHT} or job.allocation.measures else {}
+        of_fits = {**read, "samples": samples, "length": length} if job.compensation.reads_text else {}
     compensation = None
     if job.compensation.name != "none":
-        compensation = CompensationRecord(
-            name=job.compensation.name,
-            settings=job.compensation.record(),
-            **(fitted if job.compensation.reads_text else {}),
-        )
+        compensation = CompensationRecord(name=job.compensation.name, settings=job.compensation.record(), **of_fits)
     return PruningPlan(
         base=BaseRef(model=model.ref, revision=model.revision, structure=structure_of(model.graph)),
         family=model.family.name,
         estimation=EstimationRecord(
-            criterion=job.criterion.name,
-            settings=job.criterion.record(),
-            reduction=job.reduction,
-            **(read if scores_read else {}),
+            criterion=job.criterion.name, settings=job.criterion.record(), reduction=job.reduction, **of_scores
         ),
         selection=SelectionRecord(
             kinds=job.kinds,
@@ -95,7 +88,7 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
 
 
 def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: CalibrationSet | None) -> Outcome:
-    """The `Outcome` of a plan. ``model``: before the cut. ``counted``: the plan's budget. ``text``: of calibration."""
+    """The `Outcome` of a plan for ``model`` before the cut. ``counted``: the plan's budget."""
     graph, target = model.graph, plan.target
     groups = [graph.by_name[name] for name in plan.cuts]
     after, left = restrict(graph, plan.kept), counts(graph, plan.kept)
@@ -175,18 +168,18 @@ def without_weights(structure: Structure, dtype: torch.dtype | None = None) -> P
 
 
 def save(model: Model, directory: Path) -> str:
-    """Write an ordinary Hugging Face directory; returns its form: ``stock`` or ``shim``. Raises `ModelError` for a
-    model that is half-changed, or that something else than `llmpruner.prune` cut, which could not be loaded."""
+    """Write an ordinary Hugging Face directory; returns its form, ``stock`` or ``shim``. Raises `ModelError` for a
+    model that is half-changed, or that was cut by other means, which could not be loaded."""
     model.check_whole()
     for name, parameter in model.model.named_parameters(remove_duplicate=False):
-        expected, found = model.graph.shapes.get(name), tuple(parameter.shape)
-        if found != expected:
+        expected, shape = model.graph.shapes.get(name), tuple(parameter.shape)
+        if shape != expected:
             raise ModelError(
-                f"parameter '{name}' of '{model.ref}' has shape {found}, and by the model's "
+                f"parameter '{name}' of '{model.ref}' has shape {shape}, and by the model's "
                 f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
             )
     record = {
-        **_own_record(model),
+        **_earlier_record(model),
         **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
@@ -198,13 +191,12 @@ def save(model: Model, directory: Path) -> str:
     )
 
 
-def _own_record(model: Model) -> dict[str, Any]:
-    """What the record of ``model`` takes over. At the first cut, trainings and adapters that are in the files of the
-    model are of the dense one, and restored nothing that was cut."""
+def _earlier_record(model: Model) -> dict[str, Any]:
+    """The earlier record without the trainings and adapters of the dense model, which restored nothing that was cut."""
     record = dict(model.record or {})
     if not model.plans or record.get("plans"):
         return record
     record.pop("adapters", None)
-    before = None if model.path is None else read_any_record(model.path)
-    since = record.pop("recovery", [])[len((before or {}).get("recovery") or ()) :]
+    saved = (None if model.path is None else read_any_record(model.path)) or {}
+    since = record.pop("recovery", [])[len(saved.get("recovery") or ()) :]
     return {**record, "recovery": since} if since else record

@@ -1,5 +1,4 @@
-"""Selection: which units of a model a job removes. The job says what may go and how much; units are scored, and the
-amount is allocated to groups, in one step or several."""
+"""Selection: which units a job removes. Units are scored, and the amount is allocated to groups, in steps."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isfinite
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -43,30 +43,50 @@ TRIED = 2048
 
 
 def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> Kept:
-    """Group name → kept units. Raises `SelectionError` for an amount that cannot be removed, or that is less than one
-    unit."""
-    kept = _Choice(model, job, text, execution).units()
+    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an amount that cannot be
+    removed, or that is less than one unit."""
+    kept: Kept = {}
+    current = _Current(model, job, kept, text, execution)
+    whole = current.cost
+    # With equal shares, the numbers of units are decided once. Where layers alone go, each step takes its amount.
+    once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
+    numbers: dict[str, float] = {}
+    for step in range(1, job.steps + 1):
+        last = step == job.steps
+        amount = demand(job, whole, current.cost, current.groups, current.scope, step)
+        with execution.stages.stage("scores"):
+            current.score(amount)
+        with execution.stages.stage("selection"):
+            if once and step == 1:
+                total = demand(job, whole, whole, current.groups, current.scope, job.steps)
+                numbers = lost(current.graph, current.groups, current.select(total, job.allocation))
+            chosen = None
+            if once and not last:
+                chosen = current.select(current.part(numbers, step / job.steps), Uniform())
+                left = whole.remaining(*counts(model.graph, compose(model.graph, kept, chosen)))
+                # Layers that go may be larger than those that were counted when their number was decided.
+                if chosen and amount.whole is not None and current.cost.remaining() - left > amount.whole:
+                    chosen = None
+            if chosen is None:
+                chosen = current.select(amount, job.allocation)
+        kept = compose(model.graph, kept, chosen)
+        # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
+        if chosen and not last:
+            del current  # with its copy of the model
+            current = _Current(model, job, kept, text, execution)
     if not kept:
         raise SelectionError("the amount asked for is less than one unit of the selected groups; ask for more")
     return kept
 
 
-class _Choice:
-    """Chooses the units of ``model`` that ``job`` removes. ``text``: for scores and trials. ``kept``: by the steps so
-    far, in numbers of ``model``.
+class _Current:
+    """``model`` after steps that kept ``kept``: a copy of its network that is cut, and the copy's graph, scope, widths,
+    groups and cost. ``scores``: as the allocation compares them, once they are known. ``loss``: of trial cuts."""
 
-    ``network``: before the first step that of ``model``, then a copy that is cut to ``kept``; ``graph``, ``scope``,
-    ``groups``, ``widths`` and ``cost`` are of it. ``scores``: as the allocation compares them; empty until they are
-    known. ``loss``: of trial cuts, once an allocation measures."""
-
-    def __init__(self, model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> None:
-        self.model, self.job, self.text, self.execution = model, job, text, execution
-        self.kept: Kept = {}
-        self._cut()
-        self.whole = self.cost
-
-    def _cut(self) -> None:
-        model, job, kept = self.model, self.job, self.kept
+    def __init__(
+        self, model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None, execution: Execution
+    ) -> None:
+        self.model, self.job, self.kept, self.text, self.execution = model, job, kept, text, execution
         self.network, self.graph = model.model, model.graph
         self.scope, self.widths = scope_of(job, model), widths_of(job, model)
         if kept:
@@ -79,36 +99,11 @@ class _Choice:
         self.groups = self.scope.groups(self.graph)
         self.scores: Scores = {}
         self.loss: Callable[[Kept], float] | None = None
-        with self.execution.stages.stage("budget"):
-            subject = BudgetSubject(self.network, self.graph, self.groups, model.family, self.execution.progress)
+        with execution.stages.stage("budget"):
+            subject = BudgetSubject(self.network, self.graph, self.groups, model.family, execution.progress)
             self.cost = job.budget.cost(subject)
 
-    def units(self) -> Kept:
-        job, stages = self.job, self.execution.stages
-        # With equal shares, the numbers of units are decided once. Where layers alone go, each step takes its amount.
-        once = job.steps > 1 and job.allocation.equal_shares and set(job.kinds) != {LAYER}
-        numbers: dict[str, float] = {}
-        for step in range(1, job.steps + 1):
-            last = step == job.steps
-            amount = demand(job, self.whole, self.cost, self.groups, self.scope, step)
-            with stages.stage("scores"):
-                self._rank(amount)
-            with stages.stage("selection"):
-                if once and step == 1:
-                    all_of_it = demand(job, self.whole, self.whole, self.groups, self.scope, job.steps)
-                    numbers = lost(self.graph, self.groups, self._select(all_of_it, job.allocation))
-                chosen = None
-                if once and not last:
-                    chosen = self._select(self._part(numbers, step / job.steps), Uniform())
-                if chosen is None or self._is_more_than_all(chosen, amount):
-                    chosen = self._select(amount, job.allocation)
-            self.kept = compose(self.model.graph, self.kept, chosen)
-            # Where a step removed nothing, as its amount was less than the next unit, its scores hold for the next one.
-            if chosen and not last:
-                self._cut()
-        return self.kept
-
-    def _rank(self, amount: Demand) -> None:
+    def score(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
         job, execution = self.job, self.execution
         blocks = Signal.STREAM_BLOCKS in job.criterion.signals
@@ -119,24 +114,20 @@ class _Choice:
             # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
             kept = select(self.graph, [group], equal_scores([group]), self.scope, amount, Uniform(), cost=self.cost)
             length = max(1, group.units - len(kept.get(group.name, range(group.units))))
-        shared = None if blocks else execution.shared
-        if self.network is not self.model.model:
+        shared = None if blocks or self.kept else execution.shared
+        if self.kept:
             execution = replace(execution, weights=Weights(self.network, self.graph.layers), journal=None)
-            shared = None
-
-        def scored() -> dict[str, list[float]]:
-            return {name: values.tolist() for name, values in self._estimate(execution, length).items()}
-
-        scores = {n: torch.tensor(own, dtype=torch.float64) for n, own in recalled(shared, "scores", scored).items()}
+        lists = recalled(shared, "scores", lambda: self._estimate(execution, length))
+        scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in lists.items()}
         self.scores = job.allocation.comparable(scores, self.graph)
 
-    def _estimate(self, execution: Execution, length: int) -> Scores:
+    def _estimate(self, execution: Execution, length: int) -> dict[str, list[float]]:
         """``length``: as in `StreamStats`."""
         job, text = self.job, self.text
-        of_tokens = [group for group in self.groups if group.kind == VOCABULARY]
-        others = [group for group in self.groups if job.tokens is None or group.kind != VOCABULARY]
+        token_groups = [group for group in self.groups if group.kind == VOCABULARY]
+        others = [group for group in self.groups if job.token_criterion is None or group.kind != VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
-        for criterion, groups in ((job.criterion, others), (job.tokens, of_tokens)):
+        for criterion, groups in ((job.criterion, others), (job.token_criterion, token_groups)):
             if criterion is None:
                 continue
             read = text
@@ -149,26 +140,24 @@ class _Choice:
                 execution=execution, length=length, removable=self.scope.allowed_units(self.groups[0]),
                 tokenizer=self.model.tokenizer,
             )  # fmt: skip
-        for group in of_tokens:
+        for group in token_groups:
             scores[group.name] = whole_first(scores[group.name], self.model.tokenizer)
-        return scores
+        return {name: values.tolist() for name, values in scores.items()}
 
-    def _select(self, amount: Demand, allocation: Allocation) -> Kept:
+    def select(self, amount: Demand, allocation: Allocation) -> Kept:
         if self.loss is None and allocation.measures and self.text is not None:
             kinds = {group.kind for group in self.groups} - {VOCABULARY}
             self.loss = trial_loss(self.network, self.graph, kinds, self.model.family, self.text, self.scores)
-
-        def chosen() -> Kept:
-            return select(
+        return self.execution.ranks.from_first(
+            lambda: select(
                 self.graph, self.groups, self.scores, self.scope, amount, allocation,
                 cost=self.cost, widths=self.widths, loss=self.loss, progress=self.execution.progress,
-            )  # fmt: skip
+            )
+        )  # fmt: skip
 
-        return self.execution.ranks.from_first(chosen)
-
-    def _part(self, numbers: Mapping[str, float], share: float) -> Demand:
-        """What must go now so that ``share`` of the ``numbers`` of units of all groups is gone after it. Where steps
-        took amounts, each could be less than a head or a layer, so that heads and layers would never go."""
+    def part(self, numbers: Mapping[str, float], share: float) -> Demand:
+        """What must go now so that ``share`` of ``numbers``, the units that groups lose in all, is gone after it. Where
+        steps took amounts, each could be less than a head or a layer, so that heads and layers would never go."""
         units: dict[str, float] = {}
         before = {new: old for old, new in renamed(self.model.graph, self.kept).items()}
         for group in self.groups:
@@ -177,15 +166,6 @@ class _Choice:
             blocks = dense.blocks / group.blocks
             units[group.name] = (group.units * blocks - (dense.units - share * numbers[dense.name])) / blocks
         return Demand(units=units)
-
-    def _is_more_than_all(self, chosen: Kept, amount: Demand) -> bool:
-        """Whether ``chosen`` removes more than all steps are to: its layers may be larger than those that were counted
-        when their number was decided."""
-        if amount.whole is None or not chosen:
-            return False
-        graph = self.model.graph
-        after = self.whole.remaining(*counts(graph, compose(graph, self.kept, chosen)))
-        return self.cost.remaining() - after > amount.whole
 
 
 @dataclass(frozen=True)
@@ -199,8 +179,8 @@ class Demand:
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
-    """The kinds and layers that may be cut. By default, uniform widths are those of all layers; otherwise, and for the
-    removal of whole layers, a tenth of the layers at either end stays."""
+    """The kinds and layers that may be cut: by default all layers for uniform widths; for free ones, and to remove
+    whole layers, all but a tenth at either end."""
     count = structure.graph.num_layers
     chosen = chosen_layers(job.layers, count)
     tokens = None
@@ -247,40 +227,32 @@ def demand(job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup]
 
 
 def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> dict[str, float]:
-    """Group name → how many units it loses by a cut to ``kept``: of a group in a layer that goes, as many as equal
-    groups of other layers lose on average, or others of its kind."""
+    """Group name → how many units it loses by a cut to ``kept``; in a layer that goes, as many as equal groups of other
+    layers lose on average, or others of its kind."""
     gone = removed_layers(graph, kept)
     stay = [group for group in groups if group.layer not in gone]
-    found: dict[str, float] = {g.name: g.units - len(kept.get(g.name, range(g.units))) for g in stay}
+    numbers: dict[str, float] = {g.name: g.units - len(kept.get(g.name, range(g.units))) for g in stay}
     for group in groups:
-        if group.name not in found:
+        if group.name not in numbers:
             peers = [g for g in stay if like(g) == like(group)] or [g for g in stay if g.kind == group.kind]
-            share = sum(found[g.name] for g in peers) / max(sum(g.units for g in peers), 1)
-            found[group.name] = group.units * share
-    return found
+            share = sum(numbers[g.name] for g in peers) / max(sum(g.units for g in peers), 1)
+            numbers[group.name] = group.units * share
+    return numbers
 
 
 def select(
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    scores: Scores,
-    scope: Scope,
-    demand: Demand,
-    allocation: Allocation,
-    *,
-    cost: Cost | None = None,
-    widths: Widths = ANY,
-    loss: Callable[[Kept], float] | None = None,
-    progress: Progress = QUIET,
-) -> Kept:
-    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit.
-    Deterministic: equal scores are ordered by unit number.
+    graph: CouplingGraph, groups: Sequence[CoupledGroup], scores: Scores, scope: Scope, demand: Demand,
+    allocation: Allocation, *, cost: Cost | None = None, widths: Widths = ANY,
+    loss: Callable[[Kept], float] | None = None, progress: Progress = QUIET,
+) -> Kept:  # fmt: skip
+    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit. Equal
+    scores are ordered by unit number.
 
     ``allocation``: decides how many units each group loses; the scores decide which. Where ``demand`` has numbers of
     units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
     MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
-    kept, unless ``widths``, what groups may keep, forbids it. ``loss``: for an allocation that measures, kept units →
-    divergence of the cut model from the current one. Raises `SelectionError` when the demand cannot be met."""
+    kept, unless ``widths`` forbids it. ``loss``: for an allocation that measures, kept units → divergence of the cut
+    model from the current one. Raises `SelectionError` when the demand cannot be met."""
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
@@ -291,7 +263,7 @@ def select(
         if g.name in allowed
     }
     together = [[queues[name] for name in names if name in queues] for names in widths.alike(groups)]
-    members = {own[0].group.name: own for own in together if own}
+    members = {alike[0].group.name: alike for alike in together if alike}
 
     def chosen(taken: Taken) -> Kept:
         losing = [(queue, steps) for name, steps in taken.items() if steps for queue in members[name]]
@@ -302,9 +274,9 @@ def select(
     measured = (lambda taken: loss(chosen(taken))) if loss is not None else None
     # Groups that lose the same number of units are equal but for their layers; a step has the mean of their scores.
     joint = []
-    for own in members.values():
-        steps = zip(*(queue.scores for queue in own), strict=True)
-        joint.append(replace(own[0], scores=tuple(sum(each) / len(own) for each in steps)))
+    for alike in members.values():
+        steps = zip(*(queue.scores for queue in alike), strict=True)
+        joint.append(replace(alike[0], scores=tuple(sum(each) / len(alike) for each in steps)))
     meter, amount = Meter(cost, members), demand.amount
     if demand.units is not None:
         taken = {queue.group.name: queue.steps_for(demand.units[queue.group.name]) for queue in joint}
@@ -327,26 +299,19 @@ def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
 
 @torch.no_grad()
 def trial_loss(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    kinds: Collection[str],
-    family: ModelFamily,
-    calibration: CalibrationSet,
-    scores: Scores,
-) -> Callable[[Kept], float]:
-    """A function from kept units to the mean KL divergence per token, in nats, of the model cut to them from ``model``.
-
-    ``kinds``: of the units that are cut, but tokens: a cut of these changes what the text is made of, and costs the sum
-    of their ``scores``, which are nats per token of the text. Every trial cuts a copy that shares the weights that are
-    not cut. Memory beyond the model: the logits of 2,048 tokens."""
+    model: PreTrainedModel, graph: CouplingGraph, kinds: Collection[str], family: ModelFamily,
+    calibration: CalibrationSet, scores: Scores,
+) -> Callable[[Kept], float]:  # fmt: skip
+    """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
+    ``kinds``: of the units that are cut, but tokens, whose cut changes what the text is made of: it costs the sum of
+    their ``scores``. A trial cuts a copy that shares the uncut weights. Memory: the logits of 2,048 tokens."""
     follows = with_rules(family, model, set(kinds))
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
 
-    def logits(network: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = with_fast_products(network, lambda: network(input_ids=ids, use_cache=False).logits)
-        return found
+    def logits(network: PreTrainedModel, ids: torch.Tensor) -> Any:
+        return with_fast_products(network, lambda: network(input_ids=ids, use_cache=False).logits)
 
     dense = [logits(model, part) for part in tried]
 

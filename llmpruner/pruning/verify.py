@@ -44,8 +44,8 @@ _ROUNDED = 2e-2
 
 @dataclass(frozen=True)
 class Check:
-    """``name``: ``files``, ``shapes``, ``weights`` or ``logits``. ``state``: ``passed``, ``damaged`` or ``not
-    checked``. ``detail``: what was compared; for damage, the file or the tensor; else why not."""
+    """``name``: files, shapes, weights or logits. ``state``: passed, damaged or not checked. ``detail``: what was
+    compared; for damage, the file or the tensor; else why not."""
 
     name: str
     state: str
@@ -61,11 +61,11 @@ class Verification:
 
     @property
     def damage(self) -> tuple[str, ...]:
-        """A line for each thing that is damaged; empty for a checkpoint that is not."""
+        """A line for each thing that is damaged."""
         return tuple(check.detail for check in self.checks if check.state == DAMAGED)
 
     def as_json(self) -> dict[str, Any]:
-        checks = [{"check": c.name, "state": c.state, "detail": c.detail} for c in self.checks]
+        checks = [{"check": check.name, "state": check.state, "detail": check.detail} for check in self.checks]
         return {"directory": self.directory, "damaged": bool(self.damage), "checks": checks}
 
 
@@ -110,8 +110,8 @@ def _file_checks(directory: Path) -> list[Check]:
 
 
 def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterator[tuple[str, str]]:
-    """The checks after those of the files, with what was compared. Raises `_NotComparable`, and `CheckpointError` for
-    damage."""
+    """The checks of shapes, weights and logits, with what was compared. Raises `_NotComparable`, and `CheckpointError`
+    for damage."""
     opener.progress.status("comparing shapes with the plans")
     structure, weights = _opened(directory, opener.load, opener.catalog)
     yield "shapes", f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
@@ -153,7 +153,7 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
 
 
 def _typed(directory: Path, load: LoadSettings) -> LoadSettings:
-    """In the dtype that the tensors are stored in, so that they are compared as they are."""
+    """``load`` in the dtype that the tensors are stored in, so that they are compared as they are."""
     dtype = read_json(directory / "config.json").get("dtype")
     return load.model_copy(update={"dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "float32"})
 
@@ -224,11 +224,11 @@ def _compare_weights(checked: StreamedWeights, expected: Weights, changed: set[s
     count = left = 0
     for part in checked.numbers:
         with checked.part(part), expected.part(part):
-            own, others = (dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, expected))
+            tensors, others = (dict(w.model.named_parameters(remove_duplicate=False)) for w in (checked, expected))
             for name in sorted(name for name in others if checked.number(name) == part):
                 if name.rpartition(".")[0] in changed:
                     left += 1
-                elif name not in own or not torch.equal(own[name], others[name]):
+                elif name not in tensors or not torch.equal(tensors[name], others[name]):
                     raise CheckpointError(f"tensor '{name}' is not that of the base '{base}', cut by the plans")
                 else:
                     count += 1

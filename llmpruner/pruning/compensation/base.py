@@ -1,7 +1,5 @@
-"""Compensation: changes the weights that read removed units before the cut, in closed form, without training.
-
-`Compensation` is the contract. Built in are ``none``, ``bias`` and ``refit``; the last two walk through the decoder
-layer by layer, in `compensation.repair`. Imports no torch.
+"""Compensation: changes the weights that read removed units before the cut, in closed form, without training. ``bias``
+and ``refit`` walk through the decoder layer by layer, in `compensation.repair`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -27,13 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RepairTask:
-    """The inputs of a compensation.
-
-    ``model``: the dense model, changed in place; no shape may change. ``graph``: its coupled groups. ``kept``: group
-    name → the units that are kept, in ascending order, for groups that lose units. ``calibration``: token ids, int64 of
-    shape (samples, length); None for a compensation that reads no text. ``execution``: runs the model, shows progress
-    and keeps the results of finished layers; None for a model in memory.
-    """
+    """The inputs of a compensation. ``model``: the dense model, changed in place; no shape may change. ``graph``: its
+    coupled groups. ``kept``: group name → the units that are kept, in ascending order, for groups that lose units.
+    ``calibration``: token ids, int64 of shape (samples, length); None for a compensation that reads no text.
+    ``execution``: runs the model, shows progress and keeps finished layers; None for a model in memory."""
 
     model: PreTrainedModel
     graph: CouplingGraph
@@ -49,8 +44,7 @@ class Compensation(Component):
     reads_text: ClassVar[bool] = True
     """Whether it needs calibration text."""
     by_layer: ClassVar[bool] = False
-    """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, so that the model need not
-    be in memory as a whole."""
+    """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, which may stream them."""
     changes_readers_alone: ClassVar[bool] = False
     """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
     compare all other weights with the dense model's."""
@@ -61,12 +55,8 @@ class Compensation(Component):
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
         """Change ``task.model`` in place, and return the fits: one for each matrix that was fitted, or that kept its
-        weights because no fit was better. Called without gradients. The caller removes the units afterwards, with the
-        changed weights that read them.
-
-        Raises `UnsupportedModelError` for a decoder that cannot be run as it needs, and `ModelError` for hidden states
-        that are not finite.
-        """
+        weights because no fit was better. Called without gradients; the caller removes the units afterwards. Raises
+        `UnsupportedModelError` for a decoder that it cannot run, `ModelError` for hidden states that are not finite."""
         raise NotImplementedError
 
 

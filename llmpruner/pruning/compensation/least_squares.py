@@ -41,10 +41,9 @@ Matrix = tuple[str, int | None]
 @dataclass(frozen=True)
 class Fit:
     """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
-    number of tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal
-    of the Gram matrix XᵀX; None: weights are unchanged. ``before``, ``after``: squared error of the outputs on tokens
-    that are held out, as a share of the mean square of the targets, with the old weights of the inputs that stay and
-    with fitted ones; None where it was not computed."""
+    tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal of XᵀX; None:
+    weights are unchanged. ``before``, ``after``: squared error on held-out tokens as a share of the mean square of the
+    targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed."""
 
     parameter: str
     slot: int | None
@@ -55,8 +54,7 @@ class Fit:
 
 
 class _Sums:
-    """``gram``: XᵀX (in × in), lower triangle only; ``cross``: XᵀT (in × out); ``squares``: the squares of T, summed
-    over the rows (out,); ``rows``: n."""
+    """``gram``: XᵀX (in × in), lower triangle; ``cross``: XᵀT (in × out); ``squares``: of T, (out,); ``rows``: n."""
 
     def __init__(self, width: int, out: int, device: torch.device) -> None:
         self.gram = torch.zeros(width, width, device=device)
@@ -74,9 +72,8 @@ class _Sums:
         self.rows += len(inputs)
 
     def error(self, weight_IO: torch.Tensor, step: int) -> float:
-        """Squared error of the fit, summed over the outputs and averaged over the rows, less the mean square of T,
-        which is the same for all weights. ``weight_IO``: of every ``step``-th output. A block of inputs at a time is in
-        its dtype."""
+        """Mean squared error over the rows, summed over every ``step``-th output, of which ``weight_IO`` is; less the
+        mean square of T, which is the same for all weights. A block of inputs at a time is in its dtype."""
         total, width = 0.0, len(self.gram)
         for start in range(0, width, _BLOCK):
             rows = slice(start, start + _BLOCK)
@@ -126,8 +123,7 @@ class WeightFitter:
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
         """``use.inputs``: (tokens, in), removed inputs included. ``target``: (tokens, out), float32. The last eighth of
-        the rows of each call is held out; single rows would be similar to their neighbours in the fit. With several
-        processes the same rows are held out, as each call has the rows of a whole micro-batch (see `Ranks`)."""
+        the rows of each micro-batch is held out; single rows would be similar to their neighbours in the fit."""
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
@@ -137,7 +133,7 @@ class WeightFitter:
 
     @property
     def has_rows(self) -> bool:
-        """Whether there are rows to fit and rows to compare; an expert may get none."""
+        """Whether there are rows to fit and to compare; an expert may get none."""
         return bool(self._fit.rows and self._held_out.rows)
 
     def reduce(self, ranks: Ranks) -> None:
@@ -146,9 +142,8 @@ class WeightFitter:
         self._held_out.reduce(ranks)
 
     def error(self, trial: int, matrix: torch.Tensor) -> float:
-        """The error on the held-out rows in trial number ``trial``, see `_Sums.error`. Infinite where there are no
-        rows, and where the trial's system cannot be solved. Where there are many outputs, it is that of `_OUTPUTS`
-        evenly spaced ones or a few more, which are enough to choose a ridge."""
+        """The error of a trial on the held-out rows, see `_Sums.error`, for at least `_OUTPUTS` evenly spaced outputs,
+        which are enough to choose a ridge. Infinite without rows, and for a system that cannot be solved."""
         if not self.has_rows:
             return inf
         old_OI = self._old(matrix)
@@ -161,12 +156,11 @@ class WeightFitter:
     def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
         """Replace W_K and b by values that are fitted on all rows, and W_R by zeros. W_K and b stay where no fit gives
         a smaller error on the held-out rows. ``errors``: of all trials."""
-        # The squared errors on the held-out rows of the old weights and of the best fit (that is not worse), as shares
-        # of the mean square of the targets. Differences of sums in float32 may fall below zero.
         before = after = None
         step = max(1, len(self._held_out.squares) // _OUTPUTS)
         whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
         if self._fit.rows and whole:
+            # The best fit is no worse than the old weights. Differences of sums in float32 may fall below zero.
             before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
         rows = self._fit.rows + self._held_out.rows
         new = old_OI = self._old(matrix)
@@ -235,20 +229,19 @@ Fitter = WeightFitter | BiasFitter
 
 
 def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: Ranks) -> list[Fit]:
-    """`write` of all, in place. ``ranks``: the processes that added rows, each to fitters of the same matrices; errors,
-    and then the fits of different matrices, are computed by different ones, and all get the new weights."""
+    """`write` of all, in place. ``ranks``: the processes that added rows to fitters of the same matrices. They share
+    the trials, then the fits, and all get the new weights."""
     matrices = {key: matrix_of(model, fitter.reader, key[1]) for key, fitter in fitters.items()}
     for fitter in fitters.values():
         fitter.reduce(ranks)
-    trials = [(key, trial) for key, fitter in fitters.items() for trial in range(fitter.trials)]
-    errors = torch.zeros(len(trials), dtype=torch.float64)
-    for number, (key, trial) in enumerate(trials):
-        if ranks.owns(number):
-            errors[number] = fitters[key].error(trial, matrices[key])
+    trials = max((fitter.trials for fitter in fitters.values()), default=0)  # the same for all
+    errors = torch.zeros(len(fitters), trials, dtype=torch.float64)
+    for number, (key, fitter) in enumerate(fitters.items()):
+        for trial in range(trials):
+            if ranks.owns(number * trials + trial):
+                errors[number, trial] = fitter.error(trial, matrices[key])
     ranks.sum_([errors])
-    by_matrix: dict[Matrix, list[float]] = {key: [] for key in fitters}
-    for (key, _), error in zip(trials, errors.tolist(), strict=True):
-        by_matrix[key].append(error)
+    by_matrix: dict[Matrix, list[float]] = dict(zip(fitters, errors.tolist(), strict=True))
     unsolvable = {
         key[0]: None
         for key, fitter in fitters.items()
@@ -259,12 +252,12 @@ def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: R
             f"'{name}' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
             "activations; raise --samples or --set prune.length"
         )
-    own = {
+    written = {
         key: fitter.write(key, matrices[key], by_matrix[key])
         for number, (key, fitter) in enumerate(fitters.items())
         if ranks.owns(number)
     }
     for number, (key, fitter) in enumerate(fitters.items()):
         ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
-    fits = ranks.merged(own)
+    fits = ranks.merged(written)
     return [fits[key] for key in fitters]

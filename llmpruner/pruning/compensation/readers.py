@@ -1,7 +1,5 @@
-"""The weights of a layer that read removed units, and those that produce them: which they are, and changing them.
-
-What reads a unit is known from the roles of spans: ``CONSUMES`` for a weight that reads it, ``PRODUCES`` for one that
-computes it.
+"""The weights of a layer that read removed units (spans with the role ``CONSUMES``), and those that produce them
+(``PRODUCES``): which they are, and changing them.
 """
 
 from __future__ import annotations
@@ -20,10 +18,9 @@ from ...structure.kept import Kept, kept_indices
 
 @dataclass(frozen=True)
 class Reader:
-    """A weight of one layer that loses inputs. ``axis``: the input axis of the parameter; ``kept``: its kept indices,
-    int64, ascending. ``from_stream``: whether the inputs are normed channels of the residual stream instead of units
-    inside the layer. ``shape``: of the parameter. ``normed``: whether a norm inside the layer is computed over its
-    units (query and key norms over all heads), so that they are silenced where they are produced."""
+    """A weight of one layer that loses inputs. ``axis``: the input axis; ``kept``: its kept indices, int64, ascending.
+    ``from_stream``: the inputs are normed channels of the residual stream. ``normed``: a norm in the layer is computed
+    over the units (query and key norms over all heads), so that they are silenced where they are produced."""
 
     parameter: str
     axis: int
@@ -54,9 +51,8 @@ def readers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Reader
 
 
 def stream_writers(graph: CouplingGraph, layer: int) -> list[str]:
-    """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output
-    projection of attention, down projection of an MLP), unless they produce other ones (the second projection of a
-    latent vector)."""
+    """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output and down
+    projections), unless they produce other ones (the second projection of a latent vector)."""
     inside = [group for group in graph.groups if group.layer == layer]
     produce = {span.parameter for group in inside for span in group.spans_with(Role.PRODUCES)}
     return [
@@ -99,8 +95,8 @@ def names_in_layer(
 
 @dataclass
 class _Rows:
-    """Indices ``index`` of ``axis`` of a parameter. ``inside``: whether they produce units inside the layer, and not
-    channels of the residual stream. ``values``: those before they were silenced."""
+    """Indices of one axis of a parameter. ``inside``: they produce units inside the layer, not channels of the residual
+    stream. ``values``: those before they were silenced."""
 
     parameter: torch.Tensor
     axis: int
@@ -110,8 +106,8 @@ class _Rows:
 
 
 class ProducerRows:
-    """The rows of one layer's weights that produce removed units over which a norm is computed: it depends on them, so
-    they must be silenced where they are produced."""
+    """The rows of one layer's weights that produce removed units over which a norm is computed, so that they must be
+    silenced where they are produced."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
         self.rows: list[_Rows] = []
@@ -143,15 +139,3 @@ class ProducerRows:
             yield
         finally:
             self.zero()
-
-
-@contextlib.contextmanager
-def swapped(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """While active, the tensors of each pair have each other's values."""
-    for one, other in pairs:
-        one.data, other.data = other.data, one.data
-    try:
-        yield
-    finally:
-        for one, other in pairs:
-            one.data, other.data = other.data, one.data

@@ -14,22 +14,19 @@ channels of the residual stream is y_dense. Where a norm inside the layer is com
 norms over all heads), removed units are silenced where they are produced; then y is the output of a layer that still
 produces them.
 
-Shapes do not change: the weights of removed units are set to zero, so that the later cut does not change outputs.
-
-With several processes, each runs its own micro-batches. The first one finds c and the order of the matrices; sums are
-reduced, and all have the same weights afterwards (`write_all`).
+The weights of removed units are set to zero, so that the later cut does not change outputs. With several processes,
+each runs its own micro-batches; the first finds c and the order of the matrices, and `write_all` sums over all.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
-from dataclasses import astuple, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn import functional
 
 from ...engine.boundaries import States
@@ -38,30 +35,20 @@ from ...engine.products import WatchedProduct, WatchProducts
 from ...engine.walk import ForwardWalk, Stop
 from ...structure.kept import removed_layers
 from .least_squares import Fit, Fitter, Matrix, write_all
-from .readers import (
-    ProducerRows,
-    Reader,
-    matrix_of,
-    names_in_layer,
-    readers_of,
-    removed_channels,
-    stream_writers,
-    swapped,
-)
+from .readers import ProducerRows, Reader, matrix_of, names_in_layer, readers_of, removed_channels, stream_writers
 
 if TYPE_CHECKING:
     from .base import RepairTask
 
 _DIRECT = 2e-2
-"""Largest relative residual for a layer's output to count as its input plus a multiple of its `stream_writers`'
-outputs."""
+"""Largest relative residual for a layer's output to count as its input plus c times outputs of `stream_writers`."""
 
 
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
-    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units; removed
-    experts are not silenced. ``fitter``: fits a matrix to its targets. ``mix``: in the targets, see the module. Raises
-    `UnsupportedModelError` for a decoder that cannot be run layer by layer, and for a matrix that cannot be fitted."""
+    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units, but not
+    removed experts. ``mix``: in the targets, see the module. Raises `UnsupportedModelError` for a decoder that cannot
+    be run layer by layer, and for a matrix that cannot be fitted."""
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
@@ -70,9 +57,9 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
 
 @dataclass(frozen=True)
 class _Step:
-    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c, None where the layer's
-    output is not such a sum, or where they do not all add to the residual stream. ``last``: whether one of them is the
-    last of the `stream_writers` that is used."""
+    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where the layer's
+    output is not such a sum, or they do not all add to the residual stream. ``last``: the stream writer that is used
+    last is one of them."""
 
     readers: Mapping[str, Reader]
     factor: float | None
@@ -92,12 +79,11 @@ class _Step:
         return (additive and not self.last) or any(reader.from_stream for reader in self.readers.values())
 
 
-@dataclass
-class _Run:
+class _Run(NamedTuple):
     """One run of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
 
-    uses: list[WatchedProduct] = field(default_factory=list)
-    output: torch.Tensor | None = None
+    uses: list[WatchedProduct]
+    output: torch.Tensor | None
 
 
 class _Repair:
@@ -164,8 +150,7 @@ class _Repair:
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
-        after it; ``producers``, the rows that produce removed units, silenced; ``original``, the changed weights, each
-        with a copy of the dense model's, where a step needs these."""
+        after it; ``producers``, the silenced rows; ``original``, the changed weights with dense copies."""
         self._keep_apart()
         steps, biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
@@ -200,9 +185,9 @@ class _Repair:
             self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
-        """How layer ``number`` of the dense model uses the matrices of ``readers`` in the first micro-batch: the steps
-        in the order of their use, and the names of the biases. c is the least-squares solution of change = c · outputs,
-        taken if its relative residual is below `_DIRECT`."""
+        """How layer ``number`` of the dense model uses the matrices of ``readers``: the steps in order, and the names
+        of biases. c is the least-squares solution of change = c · outputs, if its relative residual is below
+        `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 
@@ -234,34 +219,48 @@ class _Repair:
         return steps, names_in_layer(self.model, self.graph, number, biases)
 
     def _fit(self, step: _Step) -> bool:
-        """Fit the weights of one step. Returns whether ĥ was moved to after the layer, which needs no further run of it
-        where the step `is_simple`."""
+        """Fit the weights of one step. Returns whether ĥ was moved to after the layer: of a simple step, by adding the
+        new outputs to what remains without the old ones, so that the layer need not run again."""
         fitters: dict[Matrix, Fitter] = {}
-        move = _Move(step, self.pruned, self.model) if step.is_simple else None
+        simple, inputs = step.is_simple, self.pruned.empty()
         for position in range(len(self.walk.calls)):
             pruned, uncut, dense = self._observe(step, position)
-            for use, own in zip(pruned.uses, uncut.uses, strict=True):
-                if step.readers[use.parameter].from_stream and use.slot is not None:
+            for use, uncut_use in zip(pruned.uses, uncut.uses, strict=True):
+                reader, key = step.readers[use.parameter], (use.parameter, use.slot)
+                if reader.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
-                key = use.parameter, use.slot
-                target = self._target(step, position, uncut, own, dense.get(key))
+                target = self._target(step, position, uncut, uncut_use, dense.get(key))
                 if key not in fitters:
-                    fitters[key] = self._fitter(step, key, use.bias)
+                    fitters[key] = self.fitter(reader, matrix_of(self.model, reader, use.slot), use.bias)
                 fitters[key].add(use, target)
-            if move is not None and not move.take(position, pruned):
-                move = None
+            simple = simple and len(pruned.uses) == 1
+            if simple:
+                assert pruned.output is not None and step.factor is not None, "simple steps are last"
+                (use,) = pruned.uses
+                self.pruned[position] = pruned.output - step.factor * use.outputs.float().view_as(pruned.output)
+                inputs.append(use.inputs.index_select(1, step.readers[use.parameter].kept.to(use.inputs.device)))
         fitters = self._of_all_processes(step, fitters)
         self.fits += write_all(fitters, self.model, self.ranks)
         self.producers.zero()
-        if move is not None:
+        if simple:
             (fitter,) = fitters.values()
-            move.finish(fitter.bias)
-        return move is not None
+            self._add_outputs(step, fitter, inputs)
+        return simple
+
+    def _add_outputs(self, step: _Step, fitter: Fitter, inputs: States) -> None:
+        """Add c times the outputs of the fitted matrix to ĥ. ``inputs``: its kept ones, whose dtype the product has."""
+        assert step.factor is not None, "simple steps are additive"
+        matrix, bias = matrix_of(self.model, fitter.reader, None), fitter.bias
+        weight = matrix.index_select(1, fitter.reader.kept.to(matrix.device))
+        for position, part in enumerate(inputs):
+            rest, dtype = self.pruned[position], part.dtype
+            outputs = functional.linear(part, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
+            self.pruned[position] = rest + step.factor * outputs.view_as(rest)
 
     def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
-        """The layer on one micro-batch: its run on ĥ with removed units silenced; its run on ĥ with the products that
-        targets are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
+        """The layer on one micro-batch: its runs on ĥ with removed units silenced, and with the products that targets
+        are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
         pruned = uncut = self._run(step, position, self.pruned, whole=step.last)
         if any(reader.normed for reader in step.readers.values()):
             # Removed units are silenced where they are produced, so that targets need another run.
@@ -269,32 +268,31 @@ class _Repair:
                 uncut = self._run(step, position, self.pruned, whole=step.last, tried=True)
         if not step.needs_dense:
             return pruned, uncut, {}
-        with swapped(self.original):
+        with _swapped(self.original):
             dense = self._run(step, position, self.dense, whole=False, tried=True)
         return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
 
     def _run(self, step: _Step, position: int, states: States, *, whole: bool, tried: bool = False) -> _Run:
-        """Run the layer; without ``whole``, only until all weights of this step were used. ``tried``: see
-        `ForwardWalk.run`."""
-        run, waiting = _Run(), set(step.readers)
+        """Run the layer; without ``whole``, only until all weights of the step were used."""
+        uses, waiting = list[WatchedProduct](), set(step.readers)
+        output: torch.Tensor | None = None
 
         def seen(use: WatchedProduct) -> None:
-            run.uses.append(use.copied())
+            uses.append(use.copied())
             waiting.discard(use.parameter)
             if not whole and not waiting and use.slot is None:
                 raise Stop
 
         with contextlib.suppress(Stop), WatchProducts(self.model, step.readers, seen):
-            run.output = self.walk.run(self.number, position, states, tried=tried)
-        return run
+            output = self.walk.run(self.number, position, states, tried=tried)
+        return _Run(uses, output)
 
     def _target(
-        self, step: _Step, position: int, uncut: _Run, own: WatchedProduct, dense: torch.Tensor | None
+        self, step: _Step, position: int, uncut: _Run, use: WatchedProduct, dense: torch.Tensor | None
     ) -> torch.Tensor:
-        """The target (tokens, out), float32, see the module. ``own``: the product that y is of; ``dense``:
-        y_dense for the same rows."""
-        outputs = own.outputs.float()
-        if step.readers[own.parameter].from_stream:
+        """The target (tokens, out), float32, see the module. ``use``: the product that y is of; ``dense``: y_dense."""
+        outputs = use.outputs.float()
+        if step.readers[use.parameter].from_stream:
             assert dense is not None
             return dense
         if step.factor is None:
@@ -310,10 +308,6 @@ class _Repair:
         difference = difference.index_fill(-1, self.removed_channels.to(difference.device), 0.0)
         return outputs + self.mix / step.factor * difference.flatten(0, -2)
 
-    def _fitter(self, step: _Step, key: Matrix, bias: torch.Tensor | None) -> Fitter:
-        reader = step.readers[key[0]]
-        return self.fitter(reader, matrix_of(self.model, reader, key[1]), bias)
-
     def _of_all_processes(self, step: _Step, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
         """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
         biases = {
@@ -321,41 +315,24 @@ class _Repair:
             for key, fitter in fitters.items()
         }
         merged: dict[Matrix, Fitter] = {}
-        for key, names in self.ranks.merged(biases).items():
-            if key in fitters:
-                merged[key] = fitters[key]
-            else:
-                bias = self.model.get_parameter(names[0]).data if names else None
-                # The bias of one expert is a row of that of all.
-                row = bias if bias is None or bias.dim() == 1 or key[1] is None else bias[key[1]]
-                merged[key] = self._fitter(step, key, row)
+        for (name, slot), biases_of in self.ranks.merged(biases).items():
+            if (name, slot) in fitters:
+                merged[name, slot] = fitters[name, slot]
+                continue
+            bias = self.model.get_parameter(biases_of[0]).data if biases_of else None
+            if bias is not None and bias.dim() > 1 and slot is not None:
+                bias = bias[slot]  # the bias of one expert is a row of that of all
+            merged[name, slot] = self.fitter(step.readers[name], matrix_of(self.model, step.readers[name], slot), bias)
         return merged
 
 
-class _Move:
-    """Moves ĥ of a simple step to after the layer without running it again: what remains without the outputs of the
-    matrix, and its inputs, kept until its new value is known."""
-
-    def __init__(self, step: _Step, pruned: States, model: nn.Module) -> None:
-        assert step.factor is not None
-        (reader,) = step.readers.values()
-        self.matrix = matrix_of(model, reader, None)
-        self.kept = reader.kept.to(self.matrix.device)
-        self.factor, self.pruned, self.inputs = step.factor, pruned, pruned.empty()
-
-    def take(self, position: int, run: _Run) -> bool:
-        """Take one micro-batch; False, and no change, where the run has not just one product and an output."""
-        if run.output is None or len(run.uses) != 1:
-            return False
-        (use,) = run.uses
-        self.pruned[position] = run.output - self.factor * use.outputs.float().view_as(run.output)
-        self.inputs.append(use.inputs.index_select(1, self.kept))
-        return True
-
-    def finish(self, bias: torch.Tensor | None) -> None:
-        """Add the outputs of the fitted matrix, computed in the dtype of its inputs."""
-        weight = self.matrix.index_select(1, self.kept)
-        for position, inputs in enumerate(self.inputs):
-            rest, dtype = self.pruned[position], inputs.dtype
-            outputs = functional.linear(inputs, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
-            self.pruned[position] = rest + self.factor * outputs.view_as(rest)
+@contextlib.contextmanager
+def _swapped(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
+    """While active, the tensors of each pair have each other's values."""
+    for tensor, other in pairs:
+        tensor.data, other.data = other.data, tensor.data
+    try:
+        yield
+    finally:
+        for tensor, other in pairs:
+            tensor.data, other.data = other.data, tensor.data

@@ -39,9 +39,9 @@ class ImportanceCriterion(Component):
     - `score_layers`: scores of all layers, from the residual stream.
     - `score_tokens`: scores of all tokens of the vocabulary, from their use.
 
-    A criterion gets the signals in `signals`. It does not get module names: kinds of units and roles describe what a
-    parameter is for. Arguments must not be changed in place. Scores that are not finite end the command with
-    `ModelError`; raise `UnsupportedModelError` for a model whose signals do not suffice.
+    Kinds of units and roles, not module names, describe what a parameter is for. Arguments must not be changed in
+    place. Scores that are not finite end the command with `ModelError`; raise `UnsupportedModelError` for a model whose
+    signals do not suffice.
     """
 
     kind: ClassVar[str] = "criterion"
@@ -54,9 +54,8 @@ class ImportanceCriterion(Component):
     """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
 
     by_matrix: ClassVar[bool] = False
-    """Whether the saliencies of a matrix in a stack (one per expert) depend on the signals of that matrix alone. Then
-    `saliency` is called for one matrix at a time, with a first axis of length one, so that only one is in float32, and
-    `score_units` is not called for stacks."""
+    """Whether the saliencies of a matrix in a stack (one per expert) depend on its own signals alone. Then `saliency`
+    gets one matrix at a time, with a first axis of length one, and `score_units` is not called for stacks."""
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -65,8 +64,7 @@ class ImportanceCriterion(Component):
 
     @property
     def signed(self) -> bool:
-        """Whether the saliencies of one index are summed before the absolute value is taken (the first-order change of
-        the loss by a whole row), instead of after."""
+        """Whether the saliencies of one index are summed before the absolute value is taken, instead of after."""
         return False
 
     def accepts(self, kind: str) -> bool:
@@ -79,16 +77,16 @@ class ImportanceCriterion(Component):
 
     def counts(self, axis: UnitAxis) -> bool:
         """Whether a span counts for the scores of its group; by default, if its role is in `roles`. A group without
-        spans that count is scored on all. For layers every parameter counts, and this is not called."""
+        spans that count is scored on all. Not called for layers, for which every parameter counts."""
         return self.roles is None or axis.role in self.roles
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
-        """Statistics of one product of tokens with a weight, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
+        """Statistics of one product of tokens with a weight, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`; empty for
+        products that are not needed.
 
         Called for every product with a parameter that counts, for each micro-batch, and each expert that tokens are
-        routed to, in any order. The tensors of one name must have one shape for all products with a parameter; they are
-        summed in float64 and available to `saliency` and `score_units` as ``signals.products.sums[name]``. Return an
-        empty mapping for products that are not needed.
+        routed to, in any order. The tensors of one name must have one shape for all products with a parameter; their
+        sums in float64 are ``signals.products.sums[name]`` of `saliency` and `score_units`.
         """
         raise NotImplementedError
 
@@ -108,12 +106,10 @@ class ImportanceCriterion(Component):
         return None
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:
-        """Scores of all layers, (layers,), of any real dtype. The only method that is called for criteria that need
-        `Signal.STREAM` or `Signal.STREAM_BLOCKS`."""
+        """Scores of all layers, (layers,), of any real dtype. No other method is called for criteria of the stream."""
         raise NotImplementedError
 
     def score_tokens(self, use: TokenStats) -> torch.Tensor:
-        """Scores of all tokens, (V,), of any real dtype. The only method that is called for criteria that need
-        `Signal.TOKENS`. Where other kinds of units are cut too, scores are the nats per token of the text that the
-        removal of the token costs."""
+        """Scores of all tokens, (V,), of any real dtype. No other method is called for criteria of tokens. Where
+        other kinds are cut too, scores are what the removal of a token costs, in nats per token of the text."""
         raise NotImplementedError

@@ -1,16 +1,13 @@
-"""Estimation: from signals to a saliency of every weight, and to one score for each unit.
-
-Criteria do not depend on the layout of parameters. For one span, the saliencies are summed over the indices that a unit
-owns and over all other axes; the spans of a group are then reduced (sum, mean, max, prod or last) to one score for each
-unit.
+"""Estimation: from signals to a saliency of every weight, and to one score for each unit. For one span, saliencies are
+summed over the indices that a unit owns and over all other axes; the spans of a group are then reduced (sum, mean, max,
+prod or last).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
@@ -39,23 +36,13 @@ def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup
 
 
 def estimate(
-    model: PreTrainedModel,
-    graph: CouplingGraph,
-    groups: Sequence[CoupledGroup],
-    criterion: ImportanceCriterion,
-    calibration: CalibrationSet | None,
-    *,
-    reduction: str = "sum",
-    seed: int = 0,
-    execution: Execution | None = None,
-    length: int = 1,
-    removable: frozenset[int] | None = None,
-    tokenizer: Any | None = None,
-) -> Scores:
-    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: runs
-    ``model``; None for a model in memory. ``length``, ``removable``: as in `StreamStats`, for a criterion of blocks of
-    layers. ``tokenizer``: for a criterion of tokens. Raises `SelectionError` for units that the criterion does not
-    score, `ModelError` when weights or scores are not finite, or a calibration set is needed and missing."""
+    model: PreTrainedModel, graph: CouplingGraph, groups: Sequence[CoupledGroup], criterion: ImportanceCriterion,
+    calibration: CalibrationSet | None, *, reduction: str = "sum", seed: int = 0, execution: Execution | None = None,
+    length: int = 1, removable: frozenset[int] | None = None, tokenizer: Any | None = None,
+) -> Scores:  # fmt: skip
+    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
+    model in memory. ``length``, ``removable``: as in `StreamStats`. Raises `SelectionError` for units that the
+    criterion does not score, `ModelError` when weights or scores are not finite, or a calibration set is missing."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
@@ -80,10 +67,8 @@ def estimate(
     return scores
 
 
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """One span of a group; for a group of layers, one parameter of ``layer``. ``number``: among the group's spans, or
-    among the parameters of the model."""
+class _Use(NamedTuple):
+    """One span of a group; for layers, one parameter of ``layer``. ``number``: of the span, or of the parameter."""
 
     group: CoupledGroup
     number: int
@@ -92,12 +77,9 @@ class _Use:
 
 
 def _score(
-    groups: Sequence[CoupledGroup],
-    criterion: ImportanceCriterion,
-    uses: Mapping[str, Sequence[_Use]],
-    stream: Iterable[tuple[str, ParameterSignals]],
-    reduction: str,
-) -> dict[str, torch.Tensor]:
+    groups: Sequence[CoupledGroup], criterion: ImportanceCriterion, uses: Mapping[str, Sequence[_Use]],
+    stream: Iterable[tuple[str, ParameterSignals]], reduction: str,
+) -> dict[str, torch.Tensor]:  # fmt: skip
     partial: dict[tuple[str, int | None], dict[int, torch.Tensor]] = defaultdict(dict)
     sums: dict[tuple[str, int], tuple[_Use, torch.Tensor]] = {}
     for name, signals in stream:
@@ -110,12 +92,13 @@ def _score(
                     partial[use.group.name, use.layer][use.number] = scores.double().cpu()
                     continue
             saliency = criterion.saliency(signals) if saliency is None else saliency
-            found = _per_index(saliency, use, criterion.signed).cpu()
+            per_index = _per_index(saliency, use, criterion.signed).cpu()
             if key in sums:
+                # Matrices of a stack add up, or follow one another where the units are the matrices.
                 _, before = sums[key]
                 follows = use.axis.axis == 0 and use.group.kind != LAYER
-                found = torch.cat([before, found]) if follows else before + found
-            sums[key] = use, found
+                per_index = torch.cat([before, per_index]) if follows else before + per_index
+            sums[key] = use, per_index
     for use, values in sums.values():
         scores = values if use.group.kind == LAYER else values.abs()[_index(use, values)].sum(1)
         partial[use.group.name, use.layer][use.number] = scores
@@ -134,13 +117,13 @@ def scored_spans(
     uses: dict[str, list[_Use]] = {}
     reads = kinds_read(graph)
     for group in groups:
-        stored = [(n, span) for n, span in enumerate(group.spans) if span.parameter not in graph.ties]
-        found = [
+        spans = [
             (span.parameter, _Use(group, n, UnitAxis(group.kind, span.role, span.axis, reads[span.parameter])))
-            for n, span in stored
+            for n, span in enumerate(group.spans)
+            if span.parameter not in graph.ties
         ]
-        scored = [(name, use) for name, use in found if criterion.counts(use.axis)]
-        for name, use in scored or found:
+        scored = [(name, use) for name, use in spans if criterion.counts(use.axis)]
+        for name, use in scored or spans:
             uses.setdefault(name, []).append(use)
         for number, name in enumerate(graph.shapes if group.kind == LAYER else ()):
             if name in reads and graph.is_decoder(name):
@@ -159,8 +142,7 @@ def _index(use: _Use, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
-    """Sums of saliencies over all axes but that of the units, float64; for layers one sum, (1,). Those of the matrices
-    of a stack add up, or follow one another where the units are the matrices."""
+    """Sums of saliencies over all axes but that of the units, float64; for layers one sum, (1,)."""
     if use.group.kind == LAYER:
         per_index = saliency.flatten(1).sum(1) if saliency.dim() > 1 else saliency
         return (per_index if signed else saliency).abs().sum(dtype=torch.float64).view(1)
@@ -175,15 +157,13 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
     """Scores (S, U) reduced over the first axis to (U,) by ``sum``, ``mean``, ``max``, ``prod`` (geometric mean), or
-    ``last``: those of the last span, an option of LLM-Pruner's code.
-
-    The geometric mean has the order of the product, as LLM-Pruner multiplies, and the scale of one span: the product of
-    hundreds of spans (a hidden channel has some in every layer) would be zero or infinite."""
+    ``last``: those of the last span, an option of LLM-Pruner's code. LLM-Pruner multiplies; the geometric mean has the
+    same order, and the scale of one span, where the product of hundreds of spans would be zero or infinite."""
     if reduction == "last":
         return scores_SU[-1]
     if reduction == "max":
         return scores_SU.amax(0)
     if reduction == "prod":
         return scores_SU.abs().log().mean(0).exp() * scores_SU.sign().prod(0)
-    values: torch.Tensor = getattr(scores_SU, reduction)(0)
-    return values
+    reduced: torch.Tensor = getattr(scores_SU, reduction)(0)  # sum or mean
+    return reduced

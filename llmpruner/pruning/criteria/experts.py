@@ -2,7 +2,7 @@
 
 ``f_j(x)`` is the output of expert j on the token x, before the router's weight ``g_j(x)`` of the expert for the token;
 ``X_j`` are the calibration tokens that are routed to j. Experts without tokens score 0. All four score each expert
-alone, by sizes: two experts that compute the same get equal scores, and neither is ranked lower for it.
+alone: of two experts that compute the same, neither is ranked lower for it.
 """
 
 from __future__ import annotations
@@ -76,8 +76,7 @@ class ExpertReap(OfExpertOutputs):
 
     def of_tokens(self, product: Product) -> torch.Tensor:
         gates = product.gate_shares if self.settings.renormalize else product.gates
-        norms: torch.Tensor = product.outputs.norm(dim=1)
-        return gates * norms
+        return gates * product.outputs.norm(dim=1)
 
 
 class ExpertNorm(OfExpertOutputs):
@@ -113,5 +112,4 @@ class ExpertContribution(OfExpertOutputs):
     by_layer = True
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        norms: torch.Tensor = product.outputs.norm(dim=1)
-        return product.gates * norms
+        return product.gates * product.outputs.norm(dim=1)

@@ -36,14 +36,10 @@ class AngularDistance(ImportanceCriterion):
 
 
 class AngularBlock(ImportanceCriterion):
-    """The least angular distance E[arccos cos(h_l, h_l+n)]/π of all blocks l … l+n−1 that a layer is in, n being the
-    number of layers that the plan removes: so the layers that go are one block, the one whose output is nearest to its
-    input (Gromov et al., 2024, algorithm 1). `AngularDistance` scores each layer alone, and may remove layers that
-    change little by themselves and much together.
-
-    Blocks are of layers that may be removed. Hidden states before n layers are kept, in memory up to a limit, then on
-    disk.
-    """
+    """The least angular distance E[arccos cos(h_l, h_l+n)]/π of all blocks l … l+n−1 of removable layers that a layer
+    is in, n being the number of layers that go: so these are one block, the one whose output is nearest to its input
+    (Gromov et al., 2024, algorithm 1). `AngularDistance` scores each layer alone, and may remove layers that change
+    little by themselves and much together. Hidden states before n layers are kept, in memory up to a limit."""
 
     name = "angular-block"
     summary = "for layers: the block of n layers with the least angle between its input and output (Gromov et al.)"

@@ -80,8 +80,8 @@ class Fisher(ImportanceCriterion):
     did not write, the next token of the text takes the place of one that the model draws (the empirical Fisher
     information).
 
-    Criteria of weights and inputs compare units by the size of what they add; this one also by how much the predictions
-    depend on it.
+    Criteria of weights and inputs compare units by the size of what they add; this one also by its effect on
+    predictions.
     """
 
     name = "fisher"
@@ -94,10 +94,10 @@ class Fisher(ImportanceCriterion):
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
         effects = product.inputs * product.input_grads
-        found = {"squares": effects.square().sum(0) / product.num_samples}
+        sums = {"squares": effects.square().sum(0) / product.num_samples}
         if product.expert is None and product.reads & _HEADS:
-            found["products"] = effects.mT @ effects / product.num_samples
-        return found
+            sums["products"] = effects.mT @ effects / product.num_samples
+        return sums
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
         if signals.products is None:

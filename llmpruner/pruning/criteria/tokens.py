@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 
 PIECES = 6.0
 """What text costs more, in nats, where a token arrives in pieces: about the mean of log p(token) − log p(its first
-piece). One number serves all tokens, as those with a likely first piece cost more in the pieces after it. It matters
-only where tokens are compared with other units."""
+piece), for all tokens alike. It matters only where tokens are compared with other units."""
 PREDICTION = 16
 """Tokens of text that one prediction of the model is worth, which is about all tokens at once."""
 PRIOR = 1_000_000
@@ -43,9 +42,9 @@ def _known_scripts(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 class TokenUse(ImportanceCriterion):
-    """The share of text that is written in a token, in nats per token of text: how often it is written in the
-    calibration text, and expected there by the model (`PREDICTION`), with a prior by its rank r in the vocabulary,
-    1 / (r + 10) as of Zipf's law, as merges are in the order of their use (`PRIOR`); times `PIECES`."""
+    """The share of text that is written in a token, times `PIECES`, in nats per token of text: how often it is in the
+    calibration text, and expected there by the model (`PREDICTION`), with a prior (`PRIOR`) by its rank r in the
+    vocabulary, 1 / (r + 10) by Zipf's law, as merges are in the order of their use."""
 
     name = "vocabulary"
     summary = "for tokens: their share of the calibration text and of the model's predictions, with their rank as prior"
@@ -77,9 +76,9 @@ class TokenUse(ImportanceCriterion):
                 ids = torch.tensor(use.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long()
                 share[ids[ids < len(share)]] += 1  # added tokens may have no row
             if self.settings.scripts:
-                wanted = {name.upper() for name in self.settings.scripts}
+                kept = {name.upper() for name in self.settings.scripts}
                 for token, text in enumerate(texts_of(use.tokenizer)[: len(share)]):
-                    if scripts_of(text) - wanted:
+                    if scripts_of(text) - kept:
                         share[token] *= 1e-9
         return share * PIECES
 

@@ -107,8 +107,7 @@ class Fluctuation(OfInputs):
 
 
 class ActivationNorm(OfInputs):
-    """E[x_j²]: the mean square of a unit's activation, independent of weights (Minitron; Muralidharan et al., 2024,
-    §2.2)."""
+    """E[x_j²]: mean square of a unit's activation, without weights (Minitron; Muralidharan et al., 2024, §2.2)."""
 
     name = "activation"
     summary = "mean square of a unit's activation, E[x_j²] (Minitron, §2.2)"
@@ -119,8 +118,7 @@ class ActivationNorm(OfInputs):
 
 class Pca(OfInputs):
     """Σ_k λ_k v_jk² over the leading principal components v_k of the inputs, whose eigenvalues λ_k sum to a ``share``
-    of the total: the mean square of a channel within the subspace that pruning by PCA keeps (SliceGPT; Ashkboos et al.,
-    2024)."""
+    of the total: the mean square of a channel within the subspace that PCA keeps (SliceGPT; Ashkboos et al., 2024)."""
 
     name = "pca"
     summary = "energy of a channel within the leading principal components of the inputs (after SliceGPT)"
@@ -150,8 +148,7 @@ _STEPS = 1024
 
 
 class OptimalBrainSurgeon(OutputEnergy):
-    """A unit's score is the error that has accumulated after its removal, with a least-squares update of the other
-    weights after each."""
+    """A unit's score is the error accumulated after its removal; each removal updates the others by least squares."""
 
     name = "obs"
     summary = "greedy removal of units with a least-squares update of the others (OBS on the Gram matrix, SlimGPT)"
@@ -176,11 +173,9 @@ class OptimalBrainSurgeon(OutputEnergy):
 
 
 def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Scores (units,), float64: for each unit, Σ E over the units removed up to and including it.
-
-    ``weight_SOI``: S matrices in a stack; a unit is removed from all of them at once. ``gram_SII``: E[xxᵀ] of their
-    inputs. ``index_UK``: the columns of each unit. ``ridge``: λ as a share of the mean diagonal.
-    """
+    """Scores (units,), float64: for each unit, Σ E over the units removed up to and including it. ``weight_SOI``: S
+    matrices in a stack; a unit is removed from all at once. ``gram_SII``: E[xxᵀ] of their inputs. ``index_UK``: the
+    columns of each unit. ``ridge``: λ as a share of the mean diagonal."""
     import torch
 
     weight = weight_SOI.to(torch.float64, copy=True)
