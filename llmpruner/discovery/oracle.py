@@ -175,28 +175,25 @@ class Oracle:
     ) -> tuple[Rule, ...]:
         """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; else none."""
 
-        def agrees(chosen: Sequence[Rule], required: Rule | None = None) -> bool:
-            if required is not None and required not in chosen:
-                return False
+        def agrees(*rules: Rule) -> bool:
             try:
                 for reference in references:
-                    model = self._cut(reference, chosen)
+                    model = self._cut(reference, rules)
                     if not distance(logits(model, reference.tokens.after), reference.logits) <= TOLERANCE:
                         return False
                 eager = references[0]
-                return not cached or cached_difference(self._cut(eager, chosen), eager.tokens.after) <= TOLERANCE
+                return not cached or cached_difference(self._cut(eager, rules), eager.tokens.after) <= TOLERANCE
             except Exception:  # a model cut with the wrong rules may raise anything
                 return False
 
-        attributes: list[Rule] = [*candidates(self.models["eager"], self.graph, groups)]
-        found = find(attributes, agrees)
-        if found is None:
-            # Every layer is given the same tables, so one group of the kind shows them.
-            for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], partial(agrees, required=table))
-                if found is not None:
-                    break
-        return found or ()
+        attributes = candidates(self.models["eager"], self.graph, groups)
+        if (rules := find(attributes, agrees)) is not None:
+            return rules
+        # Every layer is given the same tables, so one group of the kind shows them.
+        for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
+            if (rules := find(attributes, partial(agrees, table))) is not None:
+                return (table, *rules)
+        return ()
 
 
 @dataclass(frozen=True)
