@@ -106,11 +106,9 @@ def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
     if any(len(row) != width for row in rows):
         raise CouplingError("every unit of a span must own the same number of indices")
     if width and all(list(row) == list(range(row[0], row[0] + width)) for row in rows):
-        starts = [row[0] for row in rows]
-        steps = {b - a for a, b in pairwise(starts)}
-        if len(steps) <= 1 and min(steps, default=1) > 0:
-            stride = steps.pop() if steps else width
-            return Blocks(len(rows), width, starts[0], None if stride == width else stride)
+        stride, *others = {b[0] - a[0] for a, b in pairwise(rows)} or {width}
+        if not others and stride > 0:
+            return Blocks(len(rows), width, rows[0][0], None if stride == width else stride)
     return Explicit(tuple(tuple(row) for row in rows))
 
 
@@ -128,7 +126,7 @@ class Span:
     def indices(self, units: Iterable[int]) -> list[int]:
         """The axis indices owned by ``units``, in unit order."""
         if isinstance(self.index, Blocks) and self.index.width == 1:
-            # Channels, of which a prune asks for millions: without a call for each of them.
+            # Without a call for each of what may be millions of channels.
             start, step = self.index.start, self.index.step
             return [start + unit * step for unit in units]
         return [i for u in units for i in self.index.of(u)]
@@ -259,10 +257,10 @@ class CouplingGraph:
         layers = {self.layer_of(span.parameter) for span in group.spans}
         layer = layers.pop() if len(layers) == 1 else None
         if layer != group.layer:
-            where, name = "not in one layer alone", "must not begin with 'layers.N.'"
+            why = "not in one layer alone, so its name must not begin with 'layers.N.'"
             if layer is not None:
-                where, name = f"in layer {layer}", f"must be 'layers.{layer}.WORD', such as 'layers.{layer}.mlp'"
-            raise CouplingError(f"group '{group.name}' is {where}, so its name {name}")
+                why = f"in layer {layer}, so its name must be 'layers.{layer}.WORD', such as 'layers.{layer}.mlp'"
+            raise CouplingError(f"group '{group.name}' is {why}")
 
     def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
         shape = shapes.get(span.parameter)
@@ -270,9 +268,9 @@ class CouplingGraph:
             raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
         if not 0 <= span.axis < len(shape):
             raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
-        # Blocks that do not overlap: the first and the last suffice, as checking millions of indices is slow.
-        apart = isinstance(span.index, Blocks) and span.index.step >= span.index.width
-        owned = span.indices({0, group.units - 1} if apart else range(group.units))
+        # Of blocks that do not overlap, the first and the last are enough: checking millions of indices is slow.
+        disjoint = isinstance(span.index, Blocks) and span.index.step >= span.index.width
+        owned = span.indices({0, group.units - 1} if disjoint else range(group.units))
         if min(owned) < 0 or max(owned) >= shape[span.axis]:
             raise CouplingError(
                 f"group '{group.name}': span {span} reaches index {max(owned)}, "

@@ -1,5 +1,5 @@
-"""Which units stay, as index arithmetic without tensors. ``kept`` maps group names to the units that stay; a group that
-is not named keeps everything."""
+"""Which units stay, as index arithmetic without tensors. ``kept`` maps group names to the units that stay; other groups
+keep everything."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
 
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
-    """One ``kept`` for two successive cuts, in units of ``graph``; ``second`` is in groups and units of the cut model.
-    A block of which the first cut left nothing (the query heads of a removed key/value head) keeps as many units as the
-    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds."""
+    """Two successive cuts as one, in units of ``graph``; ``second`` is in units of the cut model. A block of which
+    ``first`` left nothing (the query heads of a removed key/value head) keeps as many units as the others."""
     kept = {name: tuple(units) for name, units in first.items()}
     axes = kept_indices(graph, first)
     for original, current in renamed(graph, first).items():
@@ -60,7 +59,7 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
-    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tensor that has ``prefix``."""
+    """(parameter or buffer, axis) → the sorted indices that stay, for tensors whose names have ``prefix``."""
     # Layers that share weights have several names for one tensor, and groups know one of them.
     aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
     owners = set(aliases.values())
@@ -115,8 +114,8 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
 
 
 def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]]) -> list[int]:
-    """The units of ``group`` that remain: kept, and not removed with a unit of another group that owns the same
-    indices (a query head is removed with its KV head). ``axes``: `kept_indices` of ``kept``."""
+    """The units of ``group`` that are kept, and not removed with a unit of another group that owns the same indices (a
+    query head with its KV head). ``axes``: `kept_indices` of ``kept``."""
     units = list(kept.get(group.name, range(group.units)))
     for span in group.spans:
         stay = axes.get((span.parameter, span.axis))
@@ -127,7 +126,7 @@ def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, in
 
 
 def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
-    """Old group name → name after the cut, for the groups that remain (removed layers renumber the others)."""
+    """Name of a group before the cut → after it, for the groups that remain (removed layers renumber the others)."""
     numbers = layer_numbers(graph, kept)
     return {
         g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer])
@@ -153,8 +152,7 @@ def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> Ind
 def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
     """Layer number before the cut → after it, for the layers that remain."""
     gone = removed_layers(graph, kept)
-    remaining = [n for n in range(graph.num_layers) if n not in gone]
-    return {old: new for new, old in enumerate(remaining)}
+    return {old: new for new, old in enumerate(n for n in range(graph.num_layers) if n not in gone)}
 
 
 def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
