@@ -12,7 +12,6 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..models.meta import graph_of, meta_model
@@ -35,7 +34,7 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .propagate import Ids, Mark, Propagation
+from .propagate import Flags, Ids, Mark, Propagation
 from .trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -151,8 +150,8 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
         for number, width in pattern:
             name, axis = slots[number]
             first = int(run.parameters[name, axis][matrix[0, column]])
-            role = Role.CONSUMES if parts.element[Mark.CONSUMED][first] else Role.PRODUCES
-            role = Role.NORM if parts.element[Mark.RMS][first] else role
+            role = Role.CONSUMES if run.marked[Mark.CONSUMED][first] else Role.PRODUCES
+            role = Role.NORM if run.marked[Mark.RMS][first] else role
             rows = matrix[:, column : column + width]
             column += width
             # One span for every run of columns in which the indices of all units are consecutive.
@@ -172,13 +171,11 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
 
 @dataclass(frozen=True)
 class Components:
-    """``label``: identity → root of its component. ``marked[mark][root]``: whether any member has the mark;
-    ``element[mark][id]``: whether this identity has. ``reasons``: root → why it is blocked. ``blocks``: root → number
-    of equal blocks. ``minimum``: root → how many such units must stay."""
+    """``label``: identity → root of its component. ``marked[mark][root]``: whether a member has the mark. ``reasons``:
+    root → why it is blocked. ``blocks``: root → number of equal blocks. ``minimum``: root → how many units stay."""
 
     label: Ids
-    marked: dict[Mark, npt.NDArray[np.bool_]]
-    element: dict[Mark, npt.NDArray[np.bool_]]
+    marked: dict[Mark, Flags]
     reasons: dict[int, str]
     blocks: dict[int, int]
     minimum: dict[int, int]
@@ -187,22 +184,18 @@ class Components:
 def components(run: Propagation) -> Components:
     label = connected_components(run.count, run.edges)
     marked = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
-    element = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
+    for mark, flags in run.marked.items():
+        marked[mark][label[flags[: run.count]]] = True
     reasons: dict[int, str] = {}
-    for mark, entries in run.marks.items():
-        for ids, reason in entries:
-            roots = label[ids]
-            marked[mark][roots] = True
-            element[mark][ids] = True
-            if mark is Mark.BLOCKED:
-                for root in np.unique(roots).tolist():
-                    reasons.setdefault(root, reason)
+    for ids, reason in run.reasons:
+        for root in np.unique(label[ids]).tolist():
+            reasons.setdefault(root, reason)
     blocks = {int(root): n for ids, n in run.blocks for root in np.unique(label[ids[ids >= 0]])}
     minimum: dict[int, int] = {}
     for ids, least in run.minimum:
         for root in np.unique(label[ids[ids >= 0]]).tolist():
             minimum[root] = max(least, minimum.get(root, 1))
-    return Components(label, marked, element, reasons, blocks, minimum)
+    return Components(label, marked, reasons, blocks, minimum)
 
 
 def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .propagate import FIXED, FREE, Ids, Mark, Origin, Propagation, Value, operator_name, rule, uniform, with_axes
+from .propagate import FIXED, FREE, Ids, Origin, Propagation, Value, operator_name, rule, uniform, with_axes
 
 VIEWS = frozenset(
     ("select", "slice", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind", "alias",
@@ -287,7 +287,7 @@ def embedding(run: Propagation, node: Node, table: Value, pick: Value, *_: Any) 
     elif pick.selects is not None:
         run.tie(table.axes[0], pick.selects)
     else:
-        run.mark(table.axes[0], Mark.BLOCKED, "rows are looked up by number")
+        run.keep(table.axes[0], "rows are looked up by number")
     return Value((*pick.axes, table.axes[1]))
 
 

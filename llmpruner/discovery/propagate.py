@@ -31,6 +31,7 @@ from torch.fx.node import map_arg
 from ..errors import UnsupportedModelError, first_line
 
 Ids = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 FIXED = -1
 """Cannot be removed: a position in the batch, in time, or inside a head."""
@@ -122,8 +123,9 @@ class Propagation:
     """One pass over a graph. ``elastic``: keys and values may be repeated fewer times, so that single query heads can
     be removed. ``parameters``: (name, axis) → identities, of parameters and of floating point ``buffers``. ``tokens``:
     identities of the vocabulary, once token ids were looked up; ``readers``: what else reads token ids. ``where``: the
-    operator at work and its module. ``edges``: pairs of axes whose identities are tied. ``marks``: each with a reason.
-    ``blocks``: identities in so many blocks that keep equally many units. ``minimum``: identities and how many stay."""
+    operator at work and its module. ``edges``: pairs of axes whose identities are tied. ``marked``: identities with a
+    mark; there may be room for more identities than there are. ``reasons``: why identities are blocked. ``blocks``:
+    identities in so many blocks that keep equally many units. ``minimum``: identities and how many must stay."""
 
     elastic: bool = False
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
@@ -134,10 +136,10 @@ class Propagation:
     where: str = ""
     count: int = 0
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
-    marks: dict[Mark, list[tuple[Ids, str]]] = field(default_factory=dict)
+    marked: dict[Mark, Flags] = field(default_factory=lambda: {mark: np.zeros(1024, dtype=bool) for mark in Mark})
+    reasons: list[tuple[Ids, str]] = field(default_factory=list)
     blocks: list[tuple[Ids, int]] = field(default_factory=list)
     minimum: list[tuple[Ids, int]] = field(default_factory=list)
-    blocked: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def run(self, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> None:
         """Interpret ``program``. ``ties``: tied parameter → the name that it is stored under."""
@@ -151,7 +153,7 @@ class Propagation:
                 logits, *others = _tensors(map_arg(node.args, values.__getitem__))
                 self.predict(logits.axes[-1])
                 for ids in (*logits.axes[:-1], *(ids for value in others for ids in value.axes)):
-                    self.mark(ids, Mark.BLOCKED, "it is an axis of the output")
+                    self.keep(ids, "it is an axis of the output")
             else:
                 values[node] = self.call(node, *map_arg((node.args, node.kwargs), values.__getitem__))
 
@@ -232,8 +234,9 @@ class Propagation:
     def new(self, size: int) -> Ids:
         ids = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
-        if self.count > len(self.blocked):
-            self.blocked = np.r_[self.blocked, np.zeros(self.count, dtype=bool)]
+        if self.count > len(self.marked[Mark.BLOCKED]):
+            room = np.zeros(self.count, dtype=bool)
+            self.marked = {mark: np.r_[flags, room] for mark, flags in self.marked.items()}
         return ids
 
     def tie(self, left: Ids, right: Ids) -> Ids:
@@ -249,21 +252,24 @@ class Propagation:
         stuck = (left == FIXED) | (right == FIXED)
         return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))
 
-    def mark(self, ids: Ids, mark: Mark, reason: str = "") -> None:
+    def mark(self, ids: Ids, mark: Mark) -> None:
+        self.marked[mark][ids[ids >= 0]] = True
+
+    def keep(self, ids: Ids, reason: str) -> None:
+        """``ids`` cannot be removed."""
         ids = ids[ids >= 0]
         if ids.size:
-            self.marks.setdefault(mark, []).append((ids, reason))
-            if mark is Mark.BLOCKED:
-                self.blocked[ids] = True
+            self.marked[Mark.BLOCKED][ids] = True
+            self.reasons.append((ids, reason))
+
+    def block(self, ids: Ids, reason: str) -> None:
+        """``ids`` cannot be removed; ``reason``: what the operator at work does."""
+        self.keep(ids, f"{reason} ({self.where})")
 
     def removable(self, ids: Ids) -> bool:
         """Whether some of ``ids`` are not blocked yet, ties aside."""
         ids = ids[ids >= 0]
-        return bool(ids.size) and not self.blocked[ids].all()
-
-    def block(self, ids: Ids, reason: str) -> None:
-        """``ids`` cannot be removed; ``reason``: what the operator at work does."""
-        self.mark(ids, Mark.BLOCKED, f"{reason} ({self.where})")
+        return bool(ids.size) and not self.marked[Mark.BLOCKED][ids].all()
 
     def look_up(self, rows: Ids) -> None:
         """Token ids choose ``rows`` of a table."""
@@ -281,7 +287,7 @@ class Propagation:
             self.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
             return
         for ids in (last, *([] if self.tokens is None else [self.tokens])):
-            self.mark(ids, Mark.BLOCKED, reason)
+            self.keep(ids, reason)
 
     def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
         """Align shapes from the right, tie axes of equal size, and repeat axes of size one."""
