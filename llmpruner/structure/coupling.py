@@ -170,10 +170,8 @@ class CoupledGroup:
         if self.units % self.blocks:
             raise CouplingError(f"group '{self.name}': {self.units} units do not fill {self.blocks} equal blocks")
         for span in self.cut_spans:
-            if span.index.units != self.units:
-                raise CouplingError(
-                    f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
-                )
+            if (units := span.index.units) != self.units:
+                raise CouplingError(f"group '{self.name}': span {span.parameter} maps {units} units, not {self.units}")
 
     @cached_property
     def layer(self) -> int | None:
@@ -263,21 +261,19 @@ class CouplingGraph:
             raise CouplingError(f"group '{group.name}' is {why}")
 
     def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-        shape = shapes.get(span.parameter)
+        shape, name = shapes.get(span.parameter), f"group '{group.name}'"
         if shape is None:
-            raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
+            raise CouplingError(f"{name}: the model has no {what} '{span.parameter}'")
         if not 0 <= span.axis < len(shape):
-            raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
+            raise CouplingError(f"{name}: {span.parameter} {shape} has no axis {span.axis}")
         # Of blocks that do not overlap, the first and the last are enough: checking millions of indices is slow.
         disjoint = isinstance(span.index, Blocks) and span.index.step >= span.index.width
         owned = span.indices({0, group.units - 1} if disjoint else range(group.units))
-        if min(owned) < 0 or max(owned) >= shape[span.axis]:
-            raise CouplingError(
-                f"group '{group.name}': span {span} reaches index {max(owned)}, "
-                f"outside the axis of size {shape[span.axis]}"
-            )
+        size = shape[span.axis]
+        if min(owned) < 0 or max(owned) >= size:
+            raise CouplingError(f"{name}: span {span} reaches index {max(owned)}, outside the axis of size {size}")
         if len(set(owned)) != len(owned):
-            raise CouplingError(f"group '{group.name}': span {span} gives one index to two units")
+            raise CouplingError(f"{name}: span {span} gives one index to two units")
 
     @cached_property
     def by_name(self) -> Mapping[str, CoupledGroup]:
