@@ -85,32 +85,32 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
     axes = kept_indices(graph, kept)
     move = partial(path_after, layers=graph.layers, numbers=layer_numbers(graph, kept))
+
+    def cut(spans: Sequence[Span], units: list[int]) -> tuple[Span, ...]:
+        return tuple(
+            replace(s, parameter=name, index=_restrict_index(s, units, axes.get((s.parameter, s.axis))))
+            for s in spans
+            if (name := move(s.parameter))
+        )
+
+    def shapes(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(len(axes.get((old, axis), range(size))) for axis, size in enumerate(shape))
+            for old, shape in tensors.items()
+            if (name := move(old))
+        }
+
     groups = []
     for old_name, new_name in renamed(graph, kept).items():
         group = graph.by_name[old_name]
         units = surviving_units(kept, group, axes)
-        spans, buffers = (
-            tuple(
-                replace(s, parameter=name, index=_restrict_index(s, units, axes.get((s.parameter, s.axis))))
-                for s in owned
-                if (name := move(s.parameter))
-            )
-            for owned in (group.spans, group.buffers)
-        )
+        spans, buffers = cut(group.spans, units), cut(group.buffers, units)
         blocks = len({unit * group.blocks // group.units for unit in units})
         # The minimum is shared equally by the blocks; removed blocks no longer need their share.
         minimum = min(-(-group.minimum * blocks // group.blocks), len(units))
         groups.append(CoupledGroup(new_name, group.kind, len(units), spans, blocks, minimum, group.multiple, buffers))
-    shapes, sizes = (
-        {
-            name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
-            for old, shape in tensors.items()
-            if (name := move(old))
-        }
-        for tensors in (graph.shapes, graph.buffers)
-    )
     ties = {n: t for a, b in graph.ties.items() if (n := move(a)) and (t := move(b))}
-    return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked, sizes)
+    return CouplingGraph(tuple(groups), shapes(graph.shapes), graph.layers, ties, graph.blocked, shapes(graph.buffers))
 
 
 def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]]) -> list[int]:
