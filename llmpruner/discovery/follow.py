@@ -31,9 +31,8 @@ _AUTOMATIC = frozenset(
 @dataclass(frozen=True, order=True)
 class Follow:
     """``attribute`` of the modules at ``path`` (``*`` for the number of the layer) is scaled with the number of units
-    of ``kind``. ``config.name``: in the module's configuration, which is copied for it first. ``axes``: where a layer
-    has several groups of the kind at this module (Mamba's channels and its rank), the parameters and axes of the group
-    that is counted."""
+    of ``kind``; ``config.NAME``: of a copy of the module's configuration. ``axes``: where a module has several groups
+    of the kind (Mamba's channels and its rank), parameters and axes of the group that is counted."""
 
     kind: str
     path: str
@@ -43,8 +42,7 @@ class Follow:
 
 @dataclass(frozen=True, order=True)
 class FollowTable:
-    """An argument of the modules at ``path`` has an entry for each unit along ``axis`` (ALiBi slopes): the module is
-    passed the entries of the units that stay."""
+    """An ``argument`` of the modules at ``path`` has an entry for each unit along ``axis`` (ALiBi slopes)."""
 
     kind: str
     path: str
@@ -208,8 +206,7 @@ def find(rules: Sequence[Follow], agrees: Callable[..., bool]) -> tuple[Follow, 
 
 
 def _subsets(rules: Sequence[Follow]) -> Iterator[tuple[Follow, ...]]:
-    """None, all, few, and nearly all of ``rules``: first of those for attributes of modules, then with those for values
-    of configurations."""
+    """None, all, few, and nearly all of ``rules``; those for attributes of modules before those for configurations."""
     of_modules = tuple(rule for rule in rules if not rule.attribute.startswith("config."))
     pools = dict.fromkeys((of_modules, tuple(rules)))
     yield ()

@@ -54,8 +54,7 @@ Slot = tuple[str, int]
 
 @dataclass(frozen=True)
 class UnitSet:
-    """Units of the traced model that own equally many indices of the same axes of parameters (``spans``) and
-    ``buffers``. ``layer``: number of the traced layer; None for units across layers."""
+    """Units of a traced ``layer`` (None: across layers) that own equally many indices of the same axes of tensors."""
 
     kind: str
     layer: int | None

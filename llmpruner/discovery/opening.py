@@ -55,8 +55,7 @@ class Opener:
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:
-        """The structure of ``source``, without reading weights. Raises `ModelError` for a model that a stage left
-        half-changed, `SettingsError` for what is no source."""
+        """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
         if isinstance(source, Model):
             source.check_whole()
         if isinstance(source, Structure):
@@ -225,9 +224,8 @@ def _sampled_weights(place: Path) -> str | None:
 def dense_structure(
     pruned: Structure, catalog: Catalog, load: LoadSettings | None = None, *, named: str | None = None
 ) -> Structure:
-    """The structure of the dense model ``named``, or that the record of ``pruned`` names; samples of its files are read
-    for a warning where they are not those of the record. Raises `ModelError` when ``pruned`` was not pruned, and when
-    the dense model cannot be opened or has other shapes."""
+    """The structure of the dense model: ``named``, or the one in the record of ``pruned``. Warns where files are not
+    those of the record. Raises `ModelError` where it can't be opened or has other shapes."""
     if not pruned.plans:
         raise not_pruned(pruned.ref)
     base, record = pruned.plans[0].base, pruned.record or {}

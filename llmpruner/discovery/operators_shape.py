@@ -77,9 +77,8 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
 
 
 def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[int] = frozenset()) -> list[Ids]:
-    """Several axes from one. The identities go to the axis that they vary along, or else to the outermost one whose
-    slices are not ``picked`` by position (gate and up projection, or experts, in one matrix); its slices are then tied
-    into one unit each."""
+    """Several axes from one. The identities go to the axis that they vary along, or else to the outermost one that is
+    not ``picked`` from by position (gate and up projection in one matrix); its slices become one unit each."""
     wide = [n for n, size in enumerate(shape) if size > 1]
     axes = [uniform(size, FREE) for size in shape]
     if not wide:

@@ -36,8 +36,7 @@ BATCH, TIME = 3, 13
 NEW_TOKENS = 4
 """Tokens that are generated with a cache."""
 TOLERANCE = 2e-4
-"""Largest difference of logits, relative to the largest logit of the reference: rounding in float32 stays ten times
-below it, a wrong index far above."""
+"""Largest difference of logits, relative to the largest logit; float32 rounding stays ten times below it."""
 VISIBLE = 1e-3
 """Smallest change of the dense model's logits by silencing: after a smaller one, agreement proves nothing."""
 VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
@@ -45,11 +44,10 @@ VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
 @dataclass
 class Verdict:
-    """The result of the oracle for one kind of unit. ``verdict``: *verified*; *failed* (the cut model runs and its
-    outputs are wrong); *refused* (it cannot run, or the checks prove nothing: see ``reason``). ``difference``: largest
-    difference of logits relative to the largest logit, over ``checks``. ``where``: path of the first module whose
-    output differs. ``follows``: rules for attributes that must change with the cut. ``skipped``: checks that were not
-    possible, with the reason."""
+    """What the oracle says of one kind of unit. ``verdict``: *verified*, *failed* (the outputs are wrong), *refused*
+    (the cut model cannot run, or the checks prove nothing: see ``reason``). ``difference``: largest difference of
+    logits relative to the largest logit, over ``checks``. ``where``: path of the first module whose output differs.
+    ``follows``: rules for attributes that must change too. ``skipped``: checks that were not possible, and why."""
 
     kind: str
     groups: int

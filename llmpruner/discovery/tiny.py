@@ -118,8 +118,7 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
-    """A float32 model on the CPU with random weights that make every error visible: no parameter is constant, and no
-    saved buffer (the selection bias of experts)."""
+    """A random float32 model on the CPU, in which errors show: no parameter is constant, nor is any saved buffer."""
     config = copy.deepcopy(config)
     generator = torch.Generator().manual_seed(seed)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -238,8 +237,7 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> None:
-    """Numbers of heads of a further kind of layer (``linear_num_key_heads``, ``linear_num_value_heads``) stay multiples
-    of each other; the smallest becomes ``few``."""
+    """Numbers of heads of further kinds of layer (``linear_num_…_heads``) stay multiples; the least becomes ``few``."""
     kinds: dict[str, dict[str, int]] = {}
     for name in values:
         kind, before = re.match("(.+)num_.*heads$", name), getattr(config, name, None)

@@ -45,12 +45,10 @@ class Trace:
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
-    """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind. Attention is eager and
-    experts are batched, so that operators are ordinary ones. Raises `UnsupportedModelError`."""
+    """Export the model of ``config`` without weights; ``shallow``: one layer of every kind. `UnsupportedModelError`."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
-        part._attn_implementation = "eager"
-        part._experts_implementation = "batched_mm"
+        part._attn_implementation, part._experts_implementation = "eager", "batched_mm"  # of ordinary operators
         # Router logits: the loss that balances experts, in which their number is counted, would be traced too.
         for name in ("use_cache", "output_router_logits"):
             if hasattr(part, name):
@@ -180,8 +178,7 @@ _MOVES: dict[str, Callable[..., Any]] = {
 
 class EveryPosition(TorchFunctionMode):
     """While active, ``nonzero`` (and ``where`` of a condition alone) gives all positions, so that loops over the chosen
-    experts show all weights. ``unused``: positions at the end of a list that are left out, as some code counts one
-    expert more, which no token chooses."""
+    experts show all weights. ``unused``: experts at the end of a list that are counted, but do not exist."""
 
     def __init__(self, unused: int = 0) -> None:
         super().__init__()

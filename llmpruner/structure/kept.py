@@ -1,5 +1,4 @@
-"""Which units stay, as index arithmetic without tensors. ``kept`` maps group names to the units that stay; other groups
-keep everything."""
+"""Which units stay, as numbers alone. ``kept``: group name → units that stay; other groups keep everything."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed. It
-contains no timestamps, and of the machine only the path of a local model: the same command gives the same bytes."""
+"""PruningPlan: what is removed and how that was chosen, as JSON to review, diff and replay; and what came of it."""
 
 from __future__ import annotations
 
@@ -179,8 +178,7 @@ class PruningPlan(Frozen):
                     raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {found}")
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The kinds of units, and how many of each are kept: rows such as ``("0-2,5", "36 of 48")``, of layers with
-        equal cuts, and one for groups across layers."""
+        """The kinds of units, and rows such as ``("0-2,5", "36 of 48")``: what layers with equal cuts keep."""
         kinds = tuple(dict.fromkeys(cut.kind for cut in self.cuts.values()))
         layers = sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None})
         inside = {cut.kind for cut in self.cuts.values() if cut.layer is not None}
@@ -340,9 +338,9 @@ class Quality:
 @dataclass(frozen=True)
 class Outcome:
     """Sizes before and after a cut: all parameters (tied ones once), those of the decoder's layers, and bytes of the
-    weights: after, as they are saved; before, the same, or as the files have them where that is less (float16 on a CPU)
-    and the budget is not bytes. ``budget``: set when the plan's budget counts something else. ``forecast``: what the
-    run was expected to take. ``tokens``: None where all stay. ``quality``: None where it was not measured."""
+    weights as they are saved (before: as in the files where that is less, unless the budget is bytes). ``budget``: if
+    it counts something else. ``forecast``: what the run was expected to take. ``tokens``: None where all stay.
+    ``quality``: None where it was not measured."""
 
     parameters_before: int
     parameters_after: int

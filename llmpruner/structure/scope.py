@@ -37,8 +37,7 @@ class Scope:
     tokens: frozenset[int] | None = None
 
     def groups(self, graph: CouplingGraph) -> tuple[CoupledGroup, ...]:
-        """The groups in scope. Raises `UnsupportedModelError` for a kind that discovery did not find, with the reason,
-        and `UnknownNameError` for any other that the model does not have."""
+        """The groups in scope. Raises `UnsupportedModelError` or `UnknownNameError` for a kind that the model lacks."""
         for kind in self.kinds:
             if kind not in graph.kinds:
                 if why := _why_not(graph, kind):
@@ -63,8 +62,7 @@ class Scope:
 
 
 def _why_not(graph: CouplingGraph, kind: str) -> str:
-    """Why a model has no units of ``kind``: the most frequent reason of the axes that discovery blocked, with the first
-    such axis. Empty where discovery blocked none."""
+    """Why discovery found no units of ``kind``: the most frequent reason and the first such axis; empty if unknown."""
     if kind == LAYER:
         return next((f"{b.parameter}: {b.reason}" for b in graph.blocked if b.parameter == graph.layers), "")
     if kind == VOCABULARY:
@@ -81,10 +79,9 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Widths:
-    """How many units groups may keep. ``uniform``: equal groups of all layers keep the same number, so that one number
-    in a configuration describes them. ``round_to``: kept widths are multiples of it. ``adapts``: it is a default, which
-    is halved where it leaves fewer than `FEWEST_WIDTHS`. ``dense``: group name → units before earlier cuts, by which
-    multiples are chosen."""
+    """How many units groups may keep. ``uniform``: equal groups of all layers keep the same number, as a configuration
+    states one. ``round_to``: kept widths are multiples of it; ``adapts``: halved where it leaves fewer widths than
+    `FEWEST_WIDTHS`. ``dense``: group name → units before earlier cuts, by which multiples are chosen."""
 
     uniform: bool = False
     round_to: int = 1
@@ -172,8 +169,7 @@ class Queue:
 def build_queue(
     group: CoupledGroup, scores: Sequence[float], *, allowed: Collection[int] | None = None, multiple: int = 1
 ) -> Queue:
-    """The removal steps of ``group``, in ascending order of ``scores`` (ties by number). ``allowed``: units that may be
-    removed; None: all. ``multiple``: see `Widths.multiple`."""
+    """The steps of ``group`` by ascending ``scores``, ties by number. ``allowed``: units that may go (None: all)."""
     multiple = lcm(multiple, group.multiple)
     per_block = group.units // group.blocks
     columns: list[list[int]] = []
