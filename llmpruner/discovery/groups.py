@@ -124,19 +124,20 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
     """The sets of several units that a weight consumes or a router chooses, or of tokens: others can't be silenced, so
     not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
     parts = components(run)
-    slots = list(run.parameters)
-    owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
-    index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
-    roots = parts.label[np.concatenate([run.parameters[s] for s in slots])]
     closed = parts.marked[Mark.BLOCKED] | (parts.marked[Mark.SOFTMAX] & ~parts.marked[Mark.ROUTED])
-    is_open = ~closed[roots]
     reasons = {}
-    for n, slot in enumerate(slots):
-        mine = owner == n
-        if slot[0] not in run.buffers and mine.any() and not (is_open & mine).any():
-            reasons[slot] = parts.reasons.get(int(roots[mine][0]), "a softmax runs over it")
-    order = np.lexsort((index[is_open], owner[is_open], roots[is_open]))
-    roots, owner, index = roots[is_open][order], owner[is_open][order], index[is_open][order]
+    for slot, ids in run.parameters.items():
+        roots = parts.label[ids]
+        if slot[0] not in run.buffers and len(ids) and closed[roots].all():
+            reasons[slot] = parts.reasons.get(int(roots[0]), "a softmax runs over it")
+    # The open indices of all slots, as three arrays, sorted by component, slot and index.
+    slots, axes = list(run.parameters), list(run.parameters.values())
+    roots = parts.label[np.concatenate(axes)]
+    owner = np.repeat(np.arange(len(axes)), [len(ids) for ids in axes])
+    index = np.concatenate([np.arange(len(ids)) for ids in axes])
+    order = np.lexsort((index, owner, roots))
+    order = order[~closed[roots[order]]]
+    roots, owner, index = roots[order], owner[order], index[order]
     offsets = {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
     sets = []
     for (blocks, pattern), members in _by_pattern(roots, owner, parts).items():
@@ -217,7 +218,7 @@ def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
 def _by_pattern(
     roots: Ids, owner: Ids, parts: Components
 ) -> dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]]:
-    """(number of blocks, pairs of slot and number of indices) → components, as ranges of the arrays, sorted by root."""
+    """(number of blocks, pairs of slot and number of indices) → components, as ranges of the arrays."""
     if not len(roots):
         return {}
     pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])
@@ -279,10 +280,9 @@ def _groups(sets: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> 
 
 
 def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> CoupledGroup:
-    spans, buffers = (
-        tuple(replace(s, parameter=parameter) for s in part for parameter in _everywhere(s.parameter, traced, layer))
-        for part in (each.spans, each.buffers)
-    )
+    def real(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(replace(s, parameter=p) for s in spans for p in _everywhere(s.parameter, traced, layer))
+
     blocks = each.blocks if each.units % each.blocks == 0 else 1
     # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (each.minimum if Mark.ROUTED in each.marks else 1)
@@ -293,6 +293,7 @@ def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> Couple
     elif any(s.axis > 0 and traced.model.get_parameter(s.parameter).ndim == 3 for s in each.spans):
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
         multiple = next(n for n in (8, 4, 2, 1) if each.units % n == 0)
+    spans, buffers = real(each.spans), real(each.buffers)
     return CoupledGroup(name, each.kind, each.units, spans, blocks, minimum, multiple, buffers)
 
 
