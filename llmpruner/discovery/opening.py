@@ -61,9 +61,7 @@ class Opener:
         if isinstance(source, Structure):
             return source
         if not isinstance(source, (str, Path)):
-            raise SettingsError(
-                f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
-            )
+            raise SettingsError(f"expected a path, hub id or result of llmpruner.load, got {type(source).__name__}")
         structure = load_structure(str(source), self.catalog, self.load)
         if structure.family.name == AUTO and self.load.family is None and not structure.plans:
             self.progress.status(f"structure of this {structure.config.model_type} model discovered by tracing")
@@ -236,9 +234,7 @@ def dense_structure(
     try:
         dense = load_structure(ref, catalog, options)
     except LlmprunerError as error:
-        raise ModelError(
-            f"the dense model that '{pruned.ref}' was pruned from, '{ref}', cannot be opened: {error}"
-        ) from error
+        raise ModelError(f"the dense model of '{pruned.ref}', '{ref}', cannot be opened: {error}") from error
     if dense.plans or structure_of(dense.graph) != base.structure:
         raise ModelError(
             f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "

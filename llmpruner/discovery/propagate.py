@@ -190,14 +190,12 @@ class Propagation:
             if value.tag and value.tag.stage != "square" and name not in KEEPS_TAG:
                 self.block(value.tag.ids, "a norm without a weight of its own")
         result: Any = NotImplemented
-        meta = node.meta.get("val")
+        meta, failed = node.meta.get("val"), f"discovery cannot follow operator {self.where}"
         if name in RULES:
             try:
                 result = RULES[name](self, node, *args, **kwargs)
             except Exception as error:  # a rule that meets arguments it was not written for may raise anything
-                raise UnsupportedModelError(
-                    f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
-                ) from error
+                raise UnsupportedModelError(f"{failed}: {type(error).__name__}: {first_line(error)}") from error
         moved = name in READS_NO_TOKENS or (isinstance(result, Value) and result.is_input)
         if not moved and any(value.is_input for value in operands):
             self.readers.append(self.where)
@@ -210,10 +208,7 @@ class Propagation:
                     self.block(ids, f"operator {name} is not understood")
             return self.opaque(meta, origin)
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
-            raise UnsupportedModelError(
-                f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
-                f"and the rule {result.shape}"
-            )
+            raise UnsupportedModelError(f"{failed}: it makes shape {tuple(meta.shape)}, and the rule {result.shape}")
         return _of_origin(result, origin)
 
     def opaque(self, meta: Any, origin: Origin) -> Any:

@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
@@ -99,10 +100,8 @@ def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
     """A key that is equal for configurations with equal small models."""
     texts = []
     for attempt in ATTEMPTS:
-        try:
+        with suppress(UnsupportedModelError):
             texts.append(tiny_config(config, attempt).to_json_string(use_diff=False))
-        except UnsupportedModelError as error:
-            texts.append(str(error))
     return type(config), *texts
 
 

@@ -90,13 +90,10 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
     rules: list[Rule] = []
     for kind in kinds:
         verdict = _VERDICTS.get((architecture, kind))
+        cutting = f"cutting {kind} units of a {config.model_type} model"
         if verdict is None:
-            raise UnsupportedModelError(
-                f"what must follow a cut of {kind} units cannot be found: a small {config.model_type} model has none"
-            )
+            raise UnsupportedModelError(f"{cutting} cannot be verified: a small one has none")
         if verdict.verdict != VERIFIED:
-            raise UnsupportedModelError(
-                f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
-            )
+            raise UnsupportedModelError(f"{cutting} is {verdict.verdict}: {verdict.reason}")
         rules += verdict.follows
     return tuple(rules)
