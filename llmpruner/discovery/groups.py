@@ -72,8 +72,7 @@ class UnitSet:
 
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
-    """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
-    Raises `CouplingError` where the family's groups contradict them."""
+    """The coupling graph of a dense model, without weights. Raises `CouplingError` where groups contradict shapes."""
     if family.declares_groups:
         return graph_of(meta_model(config), family.coupled_groups(config))
     return discover_graph(config)

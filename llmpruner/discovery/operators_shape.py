@@ -107,7 +107,8 @@ def view(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     shape = [int(n) for n in node.meta["val"].shape]
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
-    if run.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
+    ranks = [operator_name(user.target) == "topk" and user.args[2:3] in ((), (-1,)) for user in node.users]
+    if run.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and ranks and all(ranks):
         # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may go
         # as long as all groups keep the same number.
         run.blocks.append((value.axes[-1], shape[-2]))
@@ -118,17 +119,10 @@ def view(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
 
 def _picked(node: Node, rank: int) -> frozenset[int]:
     """The axes of a view of which single indices are picked by position, if nothing else uses it."""
-    names = [(operator_name(user.target), user.args) for user in node.users]
-    if not names or any(name not in ("select", "unbind") for name, _ in names):
+    users: list[Any] = list(node.users)
+    if any(operator_name(user.target) not in ("select", "unbind") for user in users):
         return frozenset()
-    dims: list[Any] = [args[1] if len(args) > 1 else 0 for _, args in names]
-    return frozenset(dim % rank for dim in dims)
-
-
-def _are_ranked(node: Node) -> bool:
-    """Whether a view is used for top-k choices along its last axis and nothing else."""
-    users = list(node.users)
-    return bool(users) and all(operator_name(u.target) == "topk" and u.args[2:3] in ((), (-1,)) for u in users)
+    return frozenset(argument(user.args, {}, 1, "dim", 0) % rank for user in users)
 
 
 @rule("transpose", "t", "numpy_T", "permute", "movedim", "unsqueeze")

@@ -74,8 +74,7 @@ class Oracle:
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
-        """Cut random units of one kind, unevenly and evenly, and compare the logits with those of silenced models, for
-        each implementation of attention. Then generate with a cache, and save and load the cut models."""
+        """Compare random cuts with silenced models: the logits, generation with a cache, and saving and loading."""
         every = self.graph.of_kinds([kind])
         groups = [group for group in every if _choices(group)]
         verdict = Verdict(kind, len(every), max(group.units for group in every), skipped=list(self.skipped))

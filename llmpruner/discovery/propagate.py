@@ -69,8 +69,7 @@ class Origin(Enum):
 
 @dataclass(frozen=True)
 class Tag:
-    """A stage of an RMS norm over ``ids``: ``square`` x², then ``mean_square``, its ``root`` or ``inverse`` root, and
-    ``normed`` x · inverse or x / root; a product with a weight ends the norm."""
+    """A stage of a norm over ``ids``: ``square``, ``mean_square``, its ``root`` or ``inverse`` root, ``normed``."""
 
     stage: str
     ids: Ids

@@ -7,7 +7,6 @@ lists which indices of one axis of one parameter each unit owns. Imports no torc
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,6 @@ VOCABULARY = "vocabulary"
 LATENT = "latent"
 """Channels inside a sub-layer: the low rank of multi-head latent attention, heads of a state space model."""
 KINDS = (MLP, ATTENTION, QUERY, HIDDEN, LAYER, EXPERT, VOCABULARY, LATENT)
-
-_IN_A_LAYER = re.compile(r"^layers\.(\d+)\.(?=.)")
 
 
 class Role(str, Enum):
@@ -176,12 +173,11 @@ class CoupledGroup:
     @cached_property
     def layer(self) -> int | None:
         """The decoder layer that the units are in; None for groups across layers."""
-        numbered = _IN_A_LAYER.match(self.name)
-        return int(numbered[1]) if numbered else None
+        return layer_number(self.name, "layers")
 
     def in_layer(self, layer: int) -> str:
         """The name of this group after its layer is renumbered to ``layer``."""
-        return _IN_A_LAYER.sub(f"layers.{layer}.", self.name)
+        return in_layer(self.name, "layers", layer)
 
     @cached_property
     def is_normalized(self) -> bool:
@@ -209,8 +205,8 @@ class Blocked:
 
 def layer_number(name: str, layers: str) -> int | None:
     """The number of the decoder layer that a tensor is in; None outside ``layers``, the path of their list."""
-    prefix = f"{layers}."
-    return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+    number = name.removeprefix(f"{layers}.").partition(".")[0]
+    return int(number) if number.isdecimal() and name.startswith(f"{layers}.") else None
 
 
 def in_layer(path: str, layers: str, number: object) -> str:
