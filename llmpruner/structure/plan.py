@@ -173,22 +173,22 @@ class PruningPlan(Frozen):
         for name, cut in self.cuts.items():
             group = graph.by_name[name]
             for what in ("kind", "layer", "units"):
-                stated, found = getattr(cut, what), getattr(group, what)
-                if stated != found:
-                    raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {found}")
+                stated, actual = getattr(cut, what), getattr(group, what)
+                if stated != actual:
+                    raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {actual}")
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
         """The kinds of units, and rows such as ``("0-2,5", "36 of 48")``: what layers with equal cuts keep."""
         kinds = tuple(dict.fromkeys(cut.kind for cut in self.cuts.values()))
-        layers = sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None})
-        inside = {cut.kind for cut in self.cuts.values() if cut.layer is not None}
+        in_layers = {cut.kind for cut in self.cuts.values() if cut.layer is not None}
         alike: dict[tuple[str, ...], list[int]] = {}
-        for layer in layers:
-            cells = (self._kept_text(kind, layer) or ("all" if kind in inside else "") for kind in kinds)
+        for layer in sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None}):
+            cells = (self._kept_text(kind, layer) or ("all" if kind in in_layers else "") for kind in kinds)
             alike.setdefault(tuple(cells), []).append(layer)
-        across = tuple(self._kept_text(kind, None) for kind in kinds)
         rows = [(_pack(layers), *cells) for cells, layers in alike.items()]
-        return kinds, [*rows, *([("whole model", *across)] if any(across) else [])]
+        if any(across := tuple(self._kept_text(kind, None) for kind in kinds)):
+            rows.append(("whole model", *across))
+        return kinds, rows
 
     def _kept_text(self, kind: str, layer: int | None) -> str:
         """``36 of 48``, for layers with the removed ones; empty where no unit is removed."""
@@ -240,7 +240,7 @@ def structure_of(graph: CouplingGraph) -> str:
 
 def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str, int]:
     """Group name → its units before the first of ``plans``, for the groups of ``graph``, cut by all, that lost some."""
-    found: dict[str, int] = {}
+    dense: dict[str, int] = {}
     numbers = list(range(graph.num_layers))
     for plan in reversed(plans):
         for cut in plan.cuts.values():
@@ -249,8 +249,8 @@ def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str,
         for group in graph.groups:
             before = group.name if group.layer is None else group.in_layer(numbers[group.layer])
             if before in plan.cuts:
-                found[group.name] = plan.cuts[before].units
-    return found
+                dense[group.name] = plan.cuts[before].units
+    return dense
 
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
