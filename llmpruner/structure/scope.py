@@ -79,7 +79,7 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Widths:
-    """How many units groups may keep. ``uniform``: equal groups of all layers keep the same number, as a configuration
+    """How many units groups may keep. ``uniform``: equal groups of all layers keep the same number: a configuration
     states one. ``round_to``: kept widths are multiples of it; ``adapts``: halved where it leaves fewer widths than
     `FEWEST_WIDTHS`. ``dense``: group name → units before earlier cuts, by which multiples are chosen."""
 
