@@ -192,15 +192,13 @@ def linear(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
 
 @rule("matmul", "mm", "bmm")
 def matmul(run: Propagation, node: Node, left: Value, right: Value) -> Value:
-    first = right.axes[-2] if right.ndim > 1 else right.axes[0]
-    run.contract(left.axes[-1], first, left, right)
+    run.contract(left.axes[-1], right.axes[-2:][0], left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
     if left.origin is right.origin is Origin.ACTIVATION:
         for ids in batch:
             run.mark(ids, Mark.ATTENDS)
-    rows = left.axes[-2:-1] if left.ndim > 1 else ()
     columns = right.axes[-1:] if right.ndim > 1 else ()
-    return Value((*batch, *rows, *columns))
+    return Value((*batch, *left.axes[-2:-1], *columns))
 
 
 @rule("addmm", "baddbmm")

@@ -264,8 +264,8 @@ def first_difference(
     with mode:
         expected = _outputs(reference, tokens.before)
     for path, output in seen.items():
-        other = expected.get(path)
-        if other is not None and other.shape == output.shape and distance(output, other) > TOLERANCE:
+        same_shape = path in expected and expected[path].shape == output.shape
+        if same_shape and distance(output, expected[path]) > TOLERANCE:
             return path
     return ""
 

@@ -217,13 +217,13 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tup
 
 def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: Around) -> Mapping[int, int]:
     """Make the configurations inside ``config`` small, that of its text model first; returns `Around.text`."""
-    text, beside = config.get_text_config(), around.text
+    text, sizes = config.get_text_config(), around.text
     parts = {n: part for n in values if isinstance(part := getattr(config, n, None), PreTrainedConfig)}
     for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
-        values[name] = _shrink(part, small, replace(around, text={} if part is text else beside))
+        values[name] = _shrink(part, small, replace(around, text={} if part is text else sizes))
         if part is text:
-            beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
-    return beside
+            sizes = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
+    return sizes
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:
@@ -297,12 +297,12 @@ def _shrink_layers(
     count = values.get(key)
     if not isinstance(count, int):
         return []
-    each = next((n for n, v in values.items() if "layers_per" in n and _sizes(v) and count % v == 0), None)
-    if each is not None:
+    period = next((n for n, v in values.items() if "layers_per" in n and _sizes(v) and count % v == 0), None)
+    if period is not None:
         # Layers that run several times are counted as often.
-        times = count // values[each]
-        values[each] = min(values[each], LAYERS)
-        values[key] = values[each] * times
+        times = count // values[period]
+        values[period] = min(values[period], LAYERS)
+        values[key] = values[period] * times
         return list(range(values[key]))
     if count <= LAYERS:
         return list(range(count))
@@ -322,10 +322,8 @@ def _shrink_layers(
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
     chosen = sorted({*chosen, *range(shown)})
-    for name, value in lists.items():
-        values[name] = [value[n] for n in chosen]
-    for name, value in numbered.items():
-        values[name] = [new for new, old in enumerate(chosen) if old in value]
+    values |= {name: [value[n] for n in chosen] for name, value in lists.items()}
+    values |= {name: [new for new, old in enumerate(chosen) if old in value] for name, value in numbered.items()}
     values[key] = len(chosen)
     for name, value in values.items():
         if name in parts:
