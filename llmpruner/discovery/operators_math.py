@@ -192,7 +192,8 @@ def linear(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
 
 @rule("matmul", "mm", "bmm")
 def matmul(run: Propagation, node: Node, left: Value, right: Value) -> Value:
-    run.contract(left.axes[-1], right.axes[-2:][0], left, right)
+    summed = right.axes[-2] if right.ndim > 1 else right.axes[0]
+    run.contract(left.axes[-1], summed, left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
     if left.origin is right.origin is Origin.ACTIVATION:
         for ids in batch:
