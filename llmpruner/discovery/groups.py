@@ -34,7 +34,7 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .propagate import Flags, Ids, Mark, Propagation
+from .propagate import Flags, Ids, Mark, Propagation, uniform
 from .trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, 
     # The open indices of all slots, as three arrays, sorted by component, slot and index.
     slots, axes = list(run.parameters), list(run.parameters.values())
     roots = parts.label[np.concatenate(axes)]
-    owner = np.repeat(np.arange(len(axes)), [len(ids) for ids in axes])
+    owner = np.concatenate([uniform(len(ids), number) for number, ids in enumerate(axes)])
     index = np.concatenate([np.arange(len(ids)) for ids in axes])
     order = np.lexsort((index, owner, roots))
     order = order[~closed[roots[order]]]

@@ -86,9 +86,9 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
 
     def count(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         calls[layer] += 1
-        inputs = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        wide = {id(v) for v in inputs if v.ndim > 2 and v.shape[-1] == inputs[0].shape[-1]}
-        streams.append(max(len(wide), len({id(v) for v in inputs} & outputs.keys())))
+        states = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        wide = {id(v) for v in states if v.ndim > 2 and v.shape[-1] == states[0].shape[-1]}
+        streams.append(max(len(wide), len({id(v) for v in states} & outputs.keys())))
 
     def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
         # The tensors are kept so that their ids are not used again.

@@ -185,7 +185,7 @@ class PruningPlan(Frozen):
         for layer in sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None}):
             cells = (self._kept_text(kind, layer) or ("all" if kind in in_layers else "") for kind in kinds)
             alike.setdefault(tuple(cells), []).append(layer)
-        rows = [(_pack(layers), *cells) for cells, layers in alike.items()]
+        rows: list[tuple[str, ...]] = [(_pack(layers), *cells) for cells, layers in alike.items()]
         if any(across := tuple(self._kept_text(kind, None) for kind in kinds)):
             rows.append(("whole model", *across))
         return kinds, rows
