@@ -93,10 +93,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[in
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}
     along = [n for n in wide if (rows[n] == rows[n][:, :1]).all()]
     chosen = (along or [n for n in wide if n not in picked] or wide)[0]
-    block = rows[chosen]
-    unit = block[:, 0]
-    for column in block.T[1:]:
-        unit = run.tie(unit, column)
+    unit = reduce(run.tie, rows[chosen].T)
     for n in wide:
         axes[n] = unit if n == chosen else uniform(shape[n], FIXED)
     return axes
