@@ -78,16 +78,13 @@ class Explicit:
 
     @property
     def units(self) -> int:
-        """Number of units."""
         return len(self.rows)
 
     @property
     def width(self) -> int:
-        """Number of indices of each unit."""
         return len(self.rows[0]) if self.rows else 0
 
     def of(self, unit: int) -> Sequence[int]:
-        """The indices of one unit."""
         return self.rows[unit]
 
     def __str__(self) -> str:
@@ -137,17 +134,14 @@ class CoupledGroup:
     """Units of one kind that can be removed one by one, each with all parameters that must be removed with it.
 
     ``name``: unique in a graph, and the key of the group in plans. A group whose spans are all in decoder layer N is
-    named ``layers.N.WORD`` (``layers.3.attention``); no other name begins like that. When layers are removed, the
-    groups of the remaining layers are renumbered by this rule, so that their names are those of a model with fewer
-    layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``: their number;
-    unit ``u`` of every span belongs to unit ``u`` of the others. A group of kind `LAYER` has no spans: its units are
-    the decoder layers.
+    named ``layers.N.WORD`` (``layers.3.attention``), and renamed when the layer gets another number; no other name
+    begins like that. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
+    their number; unit ``u`` of every span belongs to unit ``u`` of the others. A group of kind `LAYER` has no spans.
 
-    ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
-    (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
-    a multiple of it (kernels that need aligned rows). ``buffers``: spans of buffers with an entry for each unit (the
-    selection bias of experts); they are cut with the parameters, and neither scored nor counted. Raises `CouplingError`
-    where one of these rules is broken.
+    ``blocks``: equal consecutive blocks of units, which must keep the same number each (query heads inside KV heads).
+    ``minimum``: how many units must stay. ``multiple``: the kept number must be a multiple of it (kernels that need
+    aligned rows). ``buffers``: spans of buffers with an entry for each unit (the selection bias of experts), which are
+    cut, but neither scored nor counted. Raises `CouplingError` where one of these rules is broken.
     """
 
     name: str
@@ -219,13 +213,10 @@ def in_layer(path: str, layers: str, number: object) -> str:
 class CouplingGraph:
     """All coupled groups of a model, with the shapes of its tensors.
 
-    ``shapes``: every parameter, tied ones included. ``ties``: parameter → the parameter it shares storage with.
-    ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
-    ``blocked``: axes without removable units, where the groups come from discovery.
-    ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
-
-    Raises `CouplingError` for two groups of one name, a name of another layer than that of the spans, a group of layers
-    that are not all decoder layers, and spans that do not fit the shapes.
+    ``shapes``: every parameter, tied ones included. ``layers``: path of the module list of decoder layers. ``ties``:
+    parameter → the parameter it shares storage with. ``blocked``: axes on which discovery found no removable units.
+    ``buffers``: the shapes of buffers, which are never counted. Raises `CouplingError` for two groups of one name, and
+    for groups that do not fit the shapes or the layers.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -273,7 +264,6 @@ class CouplingGraph:
 
     @cached_property
     def by_name(self) -> Mapping[str, CoupledGroup]:
-        """Name → group."""
         return {g.name: g for g in self.groups}
 
     @cached_property
@@ -283,7 +273,6 @@ class CouplingGraph:
 
     @cached_property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
         return 1 + max(n for p in self.shapes if (n := self.layer_of(p)) is not None)
 
     def of_kinds(self, kinds: Iterable[str]) -> tuple[CoupledGroup, ...]:
@@ -292,7 +281,6 @@ class CouplingGraph:
         return tuple(g for g in self.groups if g.kind in wanted)
 
     def is_decoder(self, parameter: str) -> bool:
-        """Whether the parameter is in a decoder layer."""
         return parameter.startswith(self.layers + ".")
 
     def layer_of(self, parameter: str) -> int | None:

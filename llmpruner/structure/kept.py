@@ -14,7 +14,6 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
-    """Numbers of the decoder layers that are removed."""
     stay = [set(units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
     return {number for units in stay for number in range(graph.num_layers) if number not in units}
 

@@ -119,9 +119,8 @@ class SelectionRecord(Frozen):
 
 
 class CompensationRecord(Frozen):
-    """How the weights that read removed units are adapted before the cut: ``name`` of the compensation and its
-    ``settings``. ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the
-    shape of the calibration tokens, drawn with the plan's seed. All None or empty for one that reads no text."""
+    """How weights that read removed units are adapted before the cut. ``calibration``, ``sources``, ``fingerprint``: as
+    in `EstimationRecord`. ``samples``, ``length``: shape of the calibration tokens. None or empty without a text."""
 
     name: str
     settings: dict[str, Any] = {}
@@ -201,7 +200,6 @@ class PruningPlan(Frozen):
         return text
 
     def _repr_html_(self) -> str:
-        """The `table`, for notebooks."""
         kinds, rows = self.table()
         return html_table(rows, ("layers", *kinds))
 
@@ -273,7 +271,6 @@ class BudgetOutcome:
 
     @property
     def removed(self) -> float:
-        """The share that is removed."""
         return 1 - self.after / self.before
 
 
@@ -367,7 +364,6 @@ class Outcome:
         return {name: value for name, value in values.items() if value is not None}
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: before, after, and the removed share."""
         rows = [
             ("decoder parameters", self.decoder_before, self.decoder_after),
             ("all parameters", self.parameters_before, self.parameters_after),
