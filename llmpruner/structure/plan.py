@@ -1,4 +1,5 @@
-"""PruningPlan: what is removed and how that was chosen, as JSON to review, diff and replay; and what came of it."""
+"""PruningPlan: what is removed and how that was chosen, as a JSON file that can be reviewed, diffed and replayed. It
+contains no timestamps, and of the machine only the path of a local model: the same command gives the same bytes."""
 
 from __future__ import annotations
 
