@@ -305,7 +305,7 @@ def export(
     exporter = opener.catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
     resolve(str(model), opener.catalog)
-    return _export(Path(model), exporter, directory, partial(opener.model, model, keep_dtype=True), progress)
+    return _export(Path(model), exporter, directory, partial(opener.as_stored, model), progress)
 
 
 def run(

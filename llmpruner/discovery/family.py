@@ -37,8 +37,7 @@ class ModelFamily(Component):
     answer_separator: ClassVar[str | None] = None
     """Text between a prompt and its answer; None: a blank, unless one of them has white space there."""
     eos_after: ClassVar[Literal["every", "last", "none"]] = "every"
-    """Which answers of a conversation get an end-of-sequence token after them, where they do not end with one: every
-    answer, the last one, or none. Does not apply to chat templates, which have their own."""
+    """Which answers of a conversation get an end-of-sequence token, unless they have one. Not for chat templates."""
     stop_text: ClassVar[str | None] = None
     """Text before which an answer in the chat format ends, besides the end-of-sequence token."""
 
@@ -51,23 +50,20 @@ class ModelFamily(Component):
         return config.model_type in self.model_types
 
     def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
-        """The coupled groups of a model with this configuration, without its weights. The default discovers them by
-        tracing the model on the meta device, and raises `UnsupportedModelError` when it cannot be traced. Groups that
-        contradict the shapes of the model's parameters are a `CouplingError`."""
+        """The coupled groups of a model with this configuration, without its weights. The default traces the model, and
+        raises `UnsupportedModelError` where that fails. Groups that contradict its shapes are a `CouplingError`."""
         from .groups import discover_graph
 
         return discover_graph(config).groups
 
     def refresh(self, model: PreTrainedModel) -> None:
-        """Update attributes of modules after a cut, such as the number of heads, from the shapes of their parameters. A
-        family whose modules have no such attributes overrides it with a docstring alone, which avoids the search for
-        them. ``model``: after the cut of parameters; changed in place. Changed attributes are saved."""
+        """Update attributes of modules after a cut, such as numbers of heads, by the shapes of parameters, in place.
+        They are saved. If there are none, override it with a docstring alone, which avoids the search for them."""
 
     def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        """Update attributes of modules and tables after a cut. ``model``: after the cut of parameters, changed in
-        place. ``graph``: before the cut. ``kept``: group name → units kept. If `refresh` is not overridden, they are
-        found on a small model, once in a process for each architecture and kind. Raises `UnsupportedModelError` when a
-        kind of unit cannot be cut exactly in this architecture."""
+        """Update attributes of modules and tables after a cut, in place. ``graph``: before the cut. ``kept``: group
+        name → units kept. Unless `refresh` is overridden, they are found on a small model, once in a process for each
+        architecture and kind. Raises `UnsupportedModelError` when a kind of unit cannot be cut exactly."""
         if self.is_discovered:
             from .verify import with_rules
 
@@ -93,10 +89,9 @@ class ModelFamily(Component):
 
     @property
     def has_own_format(self) -> bool:
-        """Whether the family overrides `format_prompt` or `format_conversation`, which are then used instead of the
-        tokenizer's chat template."""
-        own, base = type(self), ModelFamily
-        return own.format_prompt is not base.format_prompt or own.format_conversation is not base.format_conversation
+        """Whether `format_prompt` or `format_conversation` is overridden, and so used instead of the chat template."""
+        cls, base = type(self), ModelFamily
+        return cls.format_prompt is not base.format_prompt or cls.format_conversation is not base.format_conversation
 
     def format_text(self, text: str) -> str:
         """Training text without a chat format: unchanged, unless a model needs special tokens before it."""
@@ -113,10 +108,9 @@ class ModelFamily(Component):
     def format_conversation(
         self, exchanges: Sequence[tuple[str, str]], system: str | None = None
     ) -> Sequence[tuple[str, str]]:
-        """A conversation as (prompt, answer) pairs, whose texts are joined in order: what is trained on, and up to the
-        last prompt what ``generate --chat`` asks. Override it for a format that `format_prompt` alone does not give.
-        ``exchanges``: (question, answer) pairs, of which earlier ones may get another form than the last. ``system``:
-        the system message. The caller adds end-of-sequence tokens, see `eos_after`."""
+        """A conversation as (prompt, answer) pairs, whose texts are joined: what is trained on, and up to the last
+        prompt what ``generate --chat`` asks. ``exchanges``: (question, answer) pairs; earlier ones may get another form
+        than the last. ``system``: the system message. The caller adds end-of-sequence tokens, see `eos_after`."""
         pairs = []
         for question, answer in exchanges:
             prompt, gap = self.format_prompt(question), self.answer_separator
@@ -131,11 +125,11 @@ class ModelFamily(Component):
 def alpaca_prompt(instruction: str, input: str = "") -> str:
     """The instruction format of Stanford Alpaca, which the paper's recovery uses."""
     paired = ", paired with an input that provides further context" if input else ""
-    given = f"### Input:\n{input}\n\n" if input else ""
+    context = f"### Input:\n{input}\n\n" if input else ""
     return (
         f"Below is an instruction that describes a task{paired}. "
         "Write a response that appropriately completes the request.\n\n"
-        f"### Instruction:\n{instruction}\n\n{given}### Response:\n"
+        f"### Instruction:\n{instruction}\n\n{context}### Response:\n"
     )
 
 

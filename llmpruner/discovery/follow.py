@@ -20,7 +20,7 @@ from ..structure.kept import Kept, layer_numbers
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-MAX_TRIALS = 160
+MAX_TRIALS = 162
 
 _AUTOMATIC = frozenset(
     ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
@@ -31,9 +31,8 @@ _AUTOMATIC = frozenset(
 @dataclass(frozen=True, order=True)
 class Follow:
     """``attribute`` of the modules at ``path`` (``*`` for the number of the layer) is scaled with the number of units
-    of ``kind``. ``config.name`` belongs to the module's own copy of the configuration, which is made when it is set.
-    ``axes``: where a layer has several groups of the kind at this module (Mamba's channels and its rank), the
-    parameters and axes of the group whose units are counted."""
+    of ``kind``; ``config.NAME``: of a copy of the module's configuration. ``axes``: where a module has several groups
+    of the kind (Mamba's channels and its rank), parameters and axes of the group that is counted."""
 
     kind: str
     path: str
@@ -43,8 +42,7 @@ class Follow:
 
 @dataclass(frozen=True, order=True)
 class FollowTable:
-    """An argument of the modules at ``path`` has an entry for each unit along ``axis`` (ALiBi slopes): only the entries
-    of the units that stay are passed to the module."""
+    """An ``argument`` of the modules at ``path`` has an entry for each unit along ``axis`` (ALiBi slopes)."""
 
     kind: str
     path: str
@@ -69,7 +67,7 @@ class Follower:
             group = graph.by_name[name]
             if len(units) == group.units:
                 continue
-            layers = [numbers[n] for n in sorted(numbers) if group.layer in (n, None)]
+            layers = [new for old, new in numbers.items() if group.layer in (old, None)]
             near = {in_layer(path, graph.layers, "*") for path in _around(graph, group)}
             axes = _axes(graph, group)
             for rule in self.rules:
@@ -79,9 +77,9 @@ class Follower:
                     module = modules.get(rule.path.replace("*", str(layer)))
                     if module is None:  # a layer of another type
                         continue
-                    bare = not any(True for _ in module.parameters())
-                    if rule.path not in near and not (bare and rule.path.rpartition(".")[0] in near):
-                        continue  # it belongs to another group of this kind, whose size may be the same by chance
+                    places = (rule.path, rule.path.rpartition(".")[0] if _has_no_parameters(module) else rule.path)
+                    if near.isdisjoint(places):
+                        continue  # of another group of this kind, which may have as many units by chance
                     if isinstance(rule, Follow):
                         _scale(model, module, rule.attribute, len(units), group)
                     else:
@@ -113,25 +111,21 @@ def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[Co
     """Attributes of modules near the parameters of ``groups`` that may count their units."""
     near = [(group, dict(_nearby(model, graph, group))) for group in groups]
     sharing = Counter((group.kind, group.layer, path) for group, modules in near for path in modules)
-    found: set[Follow] = set()
+    rules: set[Follow] = set()
     for group, modules in near:
         for path, module in modules.items():
             axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
             for name, value in _integers(module):
                 if _counts(value, group):
-                    found.add(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
-    return sorted(found)
-
-
-def _axes(graph: CouplingGraph, group: CoupledGroup) -> tuple[tuple[str, int], ...]:
-    return tuple(sorted({(in_layer(span.parameter, graph.layers, "*"), span.axis) for span in group.spans}))
+                    rules.add(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
+    return sorted(rules)
 
 
 def tables(
     model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup, batches: Sequence[torch.Tensor]
 ) -> list[FollowTable]:
-    """Tensors passed by name to modules near the parameters of ``group``, equal for all ``batches`` of token ids and so
-    no activations, with an axis for the units."""
+    """Tensors with an axis for the units that modules near the parameters of ``group`` are passed by name. They are
+    equal for all ``batches`` of token ids, so that they are no activations."""
     calls: dict[str, list[dict[str, torch.Tensor]]] = {}
 
     def keep(path: str, _module: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
@@ -147,7 +141,7 @@ def tables(
             model(input_ids=tokens, use_cache=False)
     for handle in handles:
         handle.remove()
-    found: set[FollowTable] = set()
+    rules: set[FollowTable] = set()
     for path, (first, *others) in calls.items():
         if len(others) + 1 != len(batches):  # not called once for each
             continue
@@ -155,8 +149,12 @@ def tables(
         for name, value in first.items():
             if all(torch.equal(value, other[name]) for other in others if name in other):
                 axes = (axis for axis, size in enumerate(value.shape) if size % group.units == 0)
-                found.update(FollowTable(group.kind, of_layers, name, axis) for axis in axes)
-    return sorted(found)
+                rules.update(FollowTable(group.kind, of_layers, name, axis) for axis in axes)
+    return sorted(rules)
+
+
+def _axes(graph: CouplingGraph, group: CoupledGroup) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted({(in_layer(span.parameter, graph.layers, "*"), span.axis) for span in group.spans}))
 
 
 def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -> Iterator[tuple[str, nn.Module]]:
@@ -166,7 +164,7 @@ def _nearby(model: PreTrainedModel, graph: CouplingGraph, group: CoupledGroup) -
         module = model.get_submodule(path)
         yield path, module
         for name, child in module.named_children():
-            if f"{path}.{name}" not in paths and not any(True for _ in child.parameters()):
+            if f"{path}.{name}" not in paths and _has_no_parameters(child):
                 yield f"{path}.{name}", child
 
 
@@ -182,7 +180,12 @@ def _around(graph: CouplingGraph, group: CoupledGroup) -> set[str]:
     return paths
 
 
+def _has_no_parameters(module: nn.Module) -> bool:
+    return next(module.parameters(), None) is None
+
+
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
+    """The attributes of a module, and the values of its configuration, that may be numbers of units."""
     for name, value in vars(module).items():
         if type(value) is int and value > 0 and name not in _AUTOMATIC and not name.startswith("_"):
             yield name, value
@@ -192,24 +195,24 @@ def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
             yield f"config.{name}", value
 
 
-def find(rules: Sequence[Rule], agrees: Callable[[Sequence[Rule]], bool]) -> tuple[Rule, ...] | None:
-    """The fewest of ``rules`` with which a cut model agrees with its reference; None when it never does."""
-    chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS + 2) if agrees(subset)), None)
+def find(rules: Sequence[Follow], agrees: Callable[..., bool]) -> tuple[Follow, ...] | None:
+    """The fewest of ``rules`` with which a cut model ``agrees`` with its reference; None when it never does."""
+    chosen = next((subset for subset in islice(_subsets(rules), MAX_TRIALS) if agrees(*subset)), None)
     for rule in reversed(chosen or ()):
         fewer = tuple(r for r in chosen or () if r != rule)
-        if agrees(fewer):
+        if agrees(*fewer):
             chosen = fewer
     return chosen
 
 
-def _subsets(rules: Sequence[Rule]) -> Iterator[tuple[Rule, ...]]:
-    own = tuple(r for r in rules if not (isinstance(r, Follow) and r.attribute.startswith("config.")))
+def _subsets(rules: Sequence[Follow]) -> Iterator[tuple[Follow, ...]]:
+    """None, all, few, and nearly all of ``rules``; those for attributes of modules before those for configurations."""
+    of_modules = tuple(rule for rule in rules if not rule.attribute.startswith("config."))
+    pools = dict.fromkeys((of_modules, tuple(rules)))
     yield ()
-    if own and len(own) < len(rules):
-        yield own
-    yield tuple(rules)
-    for among in dict.fromkeys((own, tuple(rules))):
+    yield from pools
+    for pool in pools:
         for size in (1, 2):
-            yield from combinations(among, size)
-            for without in combinations(among, size):
-                yield tuple(f for f in among if f not in without)
+            yield from combinations(pool, size)
+            for without in combinations(pool, size):
+                yield tuple(rule for rule in pool if rule not in without)

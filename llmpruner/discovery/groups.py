@@ -1,5 +1,5 @@
 """From tied identities to units, and from units of traced layers to the coupled groups of all layers. Tied identities
-form a component; components that own equally many indices of the same axes are the units of one set."""
+are one component; components that own equally many indices of the same axes are the units of one set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from os.path import commonprefix
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from ..models.meta import graph_of, meta_model
@@ -35,7 +34,7 @@ from ..structure.coupling import (
     layer_number,
 )
 from . import operators_math, operators_shape  # noqa: F401  (they register their rules)
-from .propagate import Ids, Mark, Propagation
+from .propagate import Flags, Ids, Mark, Propagation, uniform
 from .trace import Trace, trace
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ if TYPE_CHECKING:
 
 
 _CROSS_LAYER = "cross-layer"
-"""Channels shared by several layers that are not the residual stream; not made a coupled group."""
+"""Channels of several layers that are not the residual stream; they become no group."""
 
 _ORDER = (ATTENTION, MLP, QUERY, EXPERT, LATENT)
 
@@ -55,8 +54,7 @@ Slot = tuple[str, int]
 
 @dataclass(frozen=True)
 class UnitSet:
-    """Units of the traced model that each own the same number of indices of the same axes of parameters (``spans``) and
-    ``buffers``. ``layer``: number of the traced layer, None for the residual stream and tokens."""
+    """Units of a traced ``layer`` (None: across layers) that own equally many indices of the same axes of tensors."""
 
     kind: str
     layer: int | None
@@ -73,105 +71,110 @@ class UnitSet:
         return ".".join(commonprefix([s.parameter.split(".")[:-1] for s in self.spans]))  # noqa: RUF071  (of lists)
 
 
+def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
+    """The coupling graph of a dense model, without weights. Raises `CouplingError` where groups contradict shapes."""
+    if family.declares_groups:
+        return graph_of(meta_model(config), family.coupled_groups(config))
+    return discover_graph(config)
+
+
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:
     """The coupled groups of a model of ``config``, and why other axes have none. Raises `UnsupportedModelError`."""
     traced = trace(config)
-    found, reasons = _found(traced)
+    sets, reasons = _unit_sets_of(traced)
     is_shallow = any(len(members) > 1 for members in traced.stands_for.values())
-    if is_shallow and any(each.kind == _CROSS_LAYER for each in found):
+    if is_shallow and any(each.kind == _CROSS_LAYER for each in sets):
         # Something couples several layers, so one traced layer does not represent the others.
         traced = trace(config, shallow=False)
-        found, reasons = _found(traced)
+        sets, reasons = _unit_sets_of(traced)
     model = meta_model(config)
     whole = graph_of(model, ())
-    groups = list(_groups([each for each in found if each.kind != _CROSS_LAYER], traced, whole.ties))
+    groups = list(_groups([each for each in sets if each.kind != _CROSS_LAYER], traced, whole.ties))
     table = _table_of_layers(model, traced.layers)
     stay = f"'{table}' has a part for every layer, which does not follow" if table else traced.stay
-    if not stay:
+    blocked: list[Blocked] = []
+    if stay:
+        blocked.append(Blocked(traced.layers, 0, stay))
+    else:
         groups.append(CoupledGroup("layers", LAYER, whole.num_layers))
-    blocked = [Blocked(traced.layers, 0, stay)] if stay else []
-    blocked += [
-        Blocked(name, axis, reason)
-        for (parameter, axis), reason in reasons.items()
-        for name in _everywhere(parameter, traced)
-    ]
+    for (parameter, axis), reason in reasons.items():
+        blocked += [Blocked(name, axis, reason) for name in _everywhere(parameter, traced)]
     return replace(whole, groups=tuple(groups), blocked=tuple(blocked))
 
 
-def _found(traced: Trace) -> tuple[list[UnitSet], dict[Slot, str]]:
+def _unit_sets_of(traced: Trace) -> tuple[list[UnitSet], dict[Slot, str]]:
     """The unit sets of a traced model, and axis → reason for the axes that belong to none."""
     ties = graph_of(traced.model, ()).ties
     rigid, elastic = Propagation(), Propagation(elastic=True)
     for run in (rigid, elastic):
         run.run(traced.program, ties)
-    found, reasons = unit_sets(rigid, traced.layers)
+    sets, reasons = unit_sets(rigid, traced.layers)
     for each in unit_sets(elastic, traced.layers)[0]:
         if each.blocks > 1 and each.units > each.blocks and each.layer is not None:
             if Mark.ROUTED in each.marks:
-                found.append(each)
+                sets.append(each)
             elif Mark.ATTENDS in each.marks:
-                found.append(replace(each, kind=QUERY))
-    offered = {(s.parameter, s.axis) for each in found for s in each.spans}
-    return _latent(found, traced.layers), {slot: why for slot, why in reasons.items() if slot not in offered}
+                sets.append(replace(each, kind=QUERY))
+    offered = {(s.parameter, s.axis) for each in sets for s in each.spans}
+    return _latent(sets, traced.layers), {slot: why for slot, why in reasons.items() if slot not in offered}
 
 
 def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, str]]:
-    """The tokens, and the sets of several units that a weight consumes or a router chooses: others cannot be silenced,
-    and so not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
+    """The sets of several units that a weight consumes or a router chooses, or of tokens: others can't be silenced, so
+    not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
     parts = components(run)
-    slots = list(run.parameters)
-    owner = np.concatenate([np.full(len(run.parameters[s]), n) for n, s in enumerate(slots)])
-    index = np.concatenate([np.arange(len(run.parameters[s])) for s in slots])
-    roots = parts.label[np.concatenate([run.parameters[s] for s in slots])]
     closed = parts.marked[Mark.BLOCKED] | (parts.marked[Mark.SOFTMAX] & ~parts.marked[Mark.ROUTED])
-    is_open = ~closed[roots]
     reasons = {}
-    for n, slot in enumerate(slots):
-        mine = owner == n
-        if slot[0] not in run.buffers and mine.any() and not (is_open & mine).any():
-            reasons[slot] = parts.reasons.get(int(roots[mine][0]), "a softmax runs over it")
-    order = np.lexsort((index[is_open], owner[is_open], roots[is_open]))
-    roots, owner, index = roots[is_open][order], owner[is_open][order], index[is_open][order]
+    for slot, ids in run.parameters.items():
+        roots = parts.label[ids]
+        if slot[0] not in run.buffers and len(ids) and closed[roots].all():
+            reasons[slot] = parts.reasons.get(int(roots[0]), "a softmax runs over it")
+    # The open indices of all slots, as three arrays, sorted by component, slot and index.
+    slots, axes = list(run.parameters), list(run.parameters.values())
+    roots = parts.label[np.concatenate(axes)]
+    owner = np.concatenate([uniform(len(ids), number) for number, ids in enumerate(axes)])
+    index = np.concatenate([np.arange(len(ids)) for ids in axes])
+    order = np.lexsort((index, owner, roots))
+    order = order[~closed[roots[order]]]
+    roots, owner, index = roots[order], owner[order], index[order]
     offsets = {int(i): offset for ids, offset in run.offsets for i in ids[ids >= 0].tolist()}
-    found = []
+    sets = []
     for (blocks, pattern), members in _by_pattern(roots, owner, parts).items():
         if len(members) == 1:
             continue
         matrix = np.stack([index[a:b] for a, b in members])
         matrix = matrix[np.argsort(matrix[:, 0], kind="stable")]
-        owned: list[Span] = []
+        spans: list[Span] = []
         column = 0
         for number, width in pattern:
             name, axis = slots[number]
             first = int(run.parameters[name, axis][matrix[0, column]])
-            role = Role.CONSUMES if parts.element[Mark.CONSUMED][first] else Role.PRODUCES
-            role = Role.NORM if parts.element[Mark.RMS][first] else role
+            role = Role.CONSUMES if run.marked[Mark.CONSUMED][first] else Role.PRODUCES
+            role = Role.NORM if run.marked[Mark.RMS][first] else role
             rows = matrix[:, column : column + width]
             column += width
             # One span for every run of columns in which the indices of all units are consecutive.
             breaks = np.flatnonzero((np.diff(rows, axis=1) != 1).any(axis=0)) + 1
             for part in np.split(rows, breaks, axis=1):
-                owned.append(Span(name, axis, role, index_map(part.tolist()), offsets.get(first, 0.0)))
+                spans.append(Span(name, axis, role, index_map(part.tolist()), offsets.get(first, 0.0)))
         root = int(roots[members[0][0]])
         marks = frozenset(m for m in Mark if parts.marked[m][root])
-        spans = tuple(s for s in owned if s.parameter not in run.buffers)
-        buffers = tuple(s for s in owned if s.parameter in run.buffers)
-        if spans and (marks & {Mark.ROUTED, Mark.VOCABULARY} or any(s.role is Role.CONSUMES for s in spans)):
-            kind, layer = _kind(spans, marks, layers)
+        weights = tuple(s for s in spans if s.parameter not in run.buffers)
+        buffers = tuple(s for s in spans if s.parameter in run.buffers)
+        if weights and (marks & {Mark.ROUTED, Mark.VOCABULARY} or any(s.role is Role.CONSUMES for s in weights)):
+            kind, layer = _kind(weights, marks, layers)
             minimum = parts.minimum.get(root, 1)
-            found.append(UnitSet(kind, layer, len(members), spans, buffers, marks, blocks, minimum))
-    return found, reasons
+            sets.append(UnitSet(kind, layer, len(members), weights, buffers, marks, blocks, minimum))
+    return sets, reasons
 
 
 @dataclass(frozen=True)
 class Components:
-    """``label``: identity → root of its component. ``marked[mark][root]``: whether any member has the mark;
-    ``element[mark][id]``: whether this identity has. ``reasons``: root → why it is blocked. ``blocks``: root → number
-    of equal blocks. ``minimum``: root → how many such units must stay."""
+    """``label``: identity → root of its component. ``marked[mark][root]``: whether a member has the mark. ``reasons``:
+    root → why it is blocked. ``blocks``: root → number of equal blocks. ``minimum``: root → how many units stay."""
 
     label: Ids
-    marked: dict[Mark, npt.NDArray[np.bool_]]
-    element: dict[Mark, npt.NDArray[np.bool_]]
+    marked: dict[Mark, Flags]
     reasons: dict[int, str]
     blocks: dict[int, int]
     minimum: dict[int, int]
@@ -180,22 +183,18 @@ class Components:
 def components(run: Propagation) -> Components:
     label = connected_components(run.count, run.edges)
     marked = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
-    element = {mark: np.zeros(run.count, dtype=bool) for mark in Mark}
+    for mark, flags in run.marked.items():
+        marked[mark][label[flags[: run.count]]] = True
     reasons: dict[int, str] = {}
-    for mark, entries in run.marks.items():
-        for ids, reason in entries:
-            roots = label[ids]
-            marked[mark][roots] = True
-            element[mark][ids] = True
-            if mark is Mark.BLOCKED:
-                for root in np.unique(roots).tolist():
-                    reasons.setdefault(root, reason)
+    for ids, reason in run.reasons:
+        for root in np.unique(label[ids]).tolist():
+            reasons.setdefault(root, reason)
     blocks = {int(root): n for ids, n in run.blocks for root in np.unique(label[ids[ids >= 0]])}
     minimum: dict[int, int] = {}
     for ids, least in run.minimum:
         for root in np.unique(label[ids[ids >= 0]]).tolist():
             minimum[root] = max(least, minimum.get(root, 1))
-    return Components(label, marked, element, reasons, blocks, minimum)
+    return Components(label, marked, reasons, blocks, minimum)
 
 
 def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
@@ -218,18 +217,18 @@ def connected_components(count: int, edges: list[tuple[Ids, Ids]]) -> Ids:
 def _by_pattern(
     roots: Ids, owner: Ids, parts: Components
 ) -> dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]]:
-    """(number of blocks, (slot, count) pairs that are owned) → components, each as a range of the sorted arrays."""
+    """(number of blocks, pairs of slot and number of indices) → components, as ranges of the arrays."""
     if not len(roots):
         return {}
     pair = np.flatnonzero(np.r_[True, (np.diff(roots) != 0) | (np.diff(owner) != 0)])
     runs = zip(roots[pair].tolist(), owner[pair].tolist(), np.diff(np.r_[pair, len(roots)]).tolist(), strict=True)
-    found: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
+    ranges: dict[tuple[int, tuple[tuple[int, int], ...]], list[tuple[int, int]]] = {}
     stop = 0
     for root, of_root in itertools.groupby(runs, key=itemgetter(0)):
         pattern = tuple((slot, size) for _, slot, size in of_root)
         start, stop = stop, stop + sum(size for _, size in pattern)
-        found.setdefault((parts.blocks.get(root, 1), pattern), []).append((start, stop))
-    return found
+        ranges.setdefault((parts.blocks.get(root, 1), pattern), []).append((start, stop))
+    return ranges
 
 
 def _kind(spans: Sequence[Span], marks: frozenset[Mark], layers: str) -> tuple[str, int | None]:
@@ -254,37 +253,35 @@ def _kind(spans: Sequence[Span], marks: frozenset[Mark], layers: str) -> tuple[s
     return LATENT if consumed <= heads else MLP, layer
 
 
-def _latent(found: list[UnitSet], layers: str) -> list[UnitSet]:
-    """``found``, with channels inside an attention module renamed from `MLP` to `LATENT`."""
-    attention = [s for s in found if s.kind == ATTENTION and s.layer is not None and Mark.ATTENDS in s.marks]
+def _latent(sets: list[UnitSet], layers: str) -> list[UnitSet]:
+    """``sets``, with channels inside an attention module of kind `LATENT` instead of `MLP`."""
+    attention = [s for s in sets if s.kind == ATTENTION and s.layer is not None and Mark.ATTENDS in s.marks]
     # Where a whole layer is one flat module, the paths do not separate its parts.
     inside = tuple(f"{s.module}." for s in attention if s.module != f"{layers}.{s.layer}")
-    return [replace(s, kind=LATENT) if s.kind == MLP and f"{s.module}.".startswith(inside) else s for s in found]
+    return [replace(s, kind=LATENT) if s.kind == MLP and f"{s.module}.".startswith(inside) else s for s in sets]
 
 
-def _groups(found: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> Iterator[CoupledGroup]:
+def _groups(sets: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> Iterator[CoupledGroup]:
     """Coupled groups of the real model, layer by layer, then those of all layers. ``ties``: see `CouplingGraph`."""
     by_layer: dict[int | None, list[UnitSet]] = {}
-    for each in found:
+    for each in sets:
         by_layer.setdefault(each.layer, []).append(each)
-    real = {m: traced_number for traced_number, members in traced.stands_for.items() for m in members}
-    for number in sorted(real):
-        members = sorted(by_layer.get(real[number], []), key=lambda each: _ORDER.index(each.kind))
+    traced_as = {number: traced_number for traced_number, real in traced.stands_for.items() for number in real}
+    for number in sorted(traced_as):
+        members = sorted(by_layer.get(traced_as[number], []), key=lambda each: _ORDER.index(each.kind))
         for name, each in zip(_names(members, traced), members, strict=True):
             yield _group(f"layers.{number}.{name}", each, number, traced)
-    tied = {name: [name, *(alias for alias, first in ties.items() if first == name)] for name in ties.values()}
     count: Counter[str] = Counter()
     for each in sorted(by_layer.get(None, []), key=lambda each: (each.kind == VOCABULARY, -each.units)):
         name = f"{each.kind}.{count[each.kind]}" if count[each.kind] else each.kind
         count[each.kind] += 1
-        yield _group(name, replace(each, spans=tuple(_with_ties(each.spans, tied))), None, traced)
+        yield _group(name, replace(each, spans=tuple(_with_ties(each.spans, ties))), None, traced)
 
 
 def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> CoupledGroup:
-    spans, buffers = (
-        tuple(replace(s, parameter=parameter) for s in part for parameter in _everywhere(s.parameter, traced, layer))
-        for part in (each.spans, each.buffers)
-    )
+    def real(spans: Iterable[Span]) -> tuple[Span, ...]:
+        return tuple(replace(s, parameter=p) for s in spans for p in _everywhere(s.parameter, traced, layer))
+
     blocks = each.blocks if each.units % each.blocks == 0 else 1
     # As many experts as are chosen at a time must stay, even where all of them come from one block.
     minimum = blocks * (each.minimum if Mark.ROUTED in each.marks else 1)
@@ -295,22 +292,23 @@ def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> Couple
     elif any(s.axis > 0 and traced.model.get_parameter(s.parameter).ndim == 3 for s in each.spans):
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
         multiple = next(n for n in (8, 4, 2, 1) if each.units % n == 0)
+    spans, buffers = real(each.spans), real(each.buffers)
     return CoupledGroup(name, each.kind, each.units, spans, blocks, minimum, multiple, buffers)
 
 
-def _with_ties(spans: Iterable[Span], tied: Mapping[str, Sequence[str]]) -> Iterator[Span]:
+def _with_ties(spans: Iterable[Span], ties: Mapping[str, str]) -> Iterator[Span]:
+    """The spans under all names of their parameters."""
     for span in spans:
-        names = tied.get(span.parameter, [span.parameter])
-        for name in names:
-            role = span.role
-            if len(names) > 1 and span.axis == 1:
-                # A tied parameter produces as embedding and consumes as head.
-                role = Role.PRODUCES if name == names[0] else Role.CONSUMES
-            yield replace(span, parameter=name, role=role)
+        aliases = [alias for alias, name in ties.items() if name == span.parameter]
+        # A tied parameter produces as embedding and consumes as head.
+        tied = bool(aliases) and span.axis == 1
+        yield replace(span, role=Role.PRODUCES) if tied else span
+        for alias in aliases:
+            yield replace(span, parameter=alias, role=Role.CONSUMES if tied else span.role)
 
 
 def _names(members: Sequence[UnitSet], traced: Trace) -> list[str]:
-    """Names within a layer: the kind, with the module where several groups are of one kind."""
+    """Names within a layer: the kind, with the module where it has several groups of the kind."""
     count = Counter(each.kind for each in members)
     same: Counter[str] = Counter()
     names = []
@@ -325,12 +323,12 @@ def _names(members: Sequence[UnitSet], traced: Trace) -> list[str]:
 
 
 def _everywhere(parameter: str, traced: Trace, layer: int | None = None) -> list[str]:
-    """The names of the parameter in ``layer``; None: in all real layers that its traced layer represents."""
-    own = layer_number(parameter, traced.layers)
-    if own is None:
+    """The names of a traced parameter in ``layer``; None: in all layers that its traced layer represents."""
+    number = layer_number(parameter, traced.layers)
+    if number is None:
         return [parameter]
-    numbers = traced.stands_for[own] if layer is None else [layer]
-    return [in_layer(parameter, traced.layers, number) for number in numbers]
+    numbers = traced.stands_for[number] if layer is None else [layer]
+    return [in_layer(parameter, traced.layers, n) for n in numbers]
 
 
 def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
@@ -339,11 +337,3 @@ def _table_of_layers(model: PreTrainedModel, layers: str) -> str | None:
     every = len(model.get_submodule(layers)) * size
     outside = ((name, p.shape) for name, p in model.named_parameters() if not name.startswith(f"{layers}."))
     return next((name for name, shape in outside if every and every in shape), None)
-
-
-def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
-    """The coupling graph of a dense model, with the shapes of an instance on the meta device, which takes no memory.
-    Raises `CouplingError` where the family's groups contradict them."""
-    if family.declares_groups:
-        return graph_of(meta_model(config), family.coupled_groups(config))
-    return discover_graph(config)

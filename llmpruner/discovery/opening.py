@@ -51,35 +51,32 @@ class Opener:
     progress: Progress
 
     def of_ranks(self, ranks: Ranks) -> Opener:
-        """For a command that several processes share, of which the first one alone prints messages."""
+        """For a command of several processes, of which the first alone prints messages."""
         return self if ranks.first else replace(self, progress=QUIET)
 
     def structure(self, source: Source) -> Structure:
-        """The structure of a reference; a structure as it is. Reads no weights. Raises `ModelError` for a model in
-        memory that a stage left half-changed, `SettingsError` for what is none of the three."""
+        """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
         if isinstance(source, Model):
             source.check_whole()
         if isinstance(source, Structure):
             return source
         if not isinstance(source, (str, Path)):
-            raise SettingsError(
-                f"expected a path, a hub id or what llmpruner.load returned as a model, got {type(source).__name__}"
-            )
-        found = load_structure(str(source), self.catalog, self.load)
-        if found.family.name == AUTO and self.load.family is None and not found.plans:
-            self.progress.status(f"structure of this {found.config.model_type} model discovered by tracing")
-        return found
+            raise SettingsError(f"expected a path, hub id or result of llmpruner.load, got {type(source).__name__}")
+        structure = load_structure(str(source), self.catalog, self.load)
+        if structure.family.name == AUTO and self.load.family is None and not structure.plans:
+            self.progress.status(f"structure of this {structure.config.model_type} model discovered by tracing")
+        return structure
 
-    def model(self, source: Source, *, keep_dtype: bool = False) -> Model:
-        """A model in memory; a model as it is. ``keep_dtype``: float16 stays so on a CPU if no dtype was asked for."""
+    def as_stored(self, source: Source) -> Model:
+        """A model in memory; unless a dtype was chosen, float16 stays float16, on a CPU too."""
         opened, opener = self.structure(source), self
-        if keep_dtype and widened(opened, self.load) is not None:
+        if widened(opened, self.load) is not None:
             opener = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
         return opener.weights(opened)
 
     def weights(self, opened: Structure, *, streamed: bool = False, scratch: Path | None = None) -> Model:
-        """``opened`` with its weights, in memory or, ``streamed``, read layer by layer; a model as it is. ``scratch``:
-        see `open_streamed`. Raises `ModelError` for a model that is read layer by layer, unless ``streamed``."""
+        """``opened`` with its weights, in memory or ``streamed``; a model as it is. ``scratch``: see `open_streamed`.
+        Raises `ModelError` for a streamed model, unless ``streamed``."""
         if isinstance(opened, Model):
             if opened.streamed is not None and not streamed:
                 raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
@@ -92,7 +89,7 @@ class Opener:
         return load_model(opened, self.load)
 
     def say_widened(self, opened: Structure) -> None:
-        """Say where a result will be saved in a wider dtype than the model is stored in."""
+        """Tell the user where a result will be saved in a wider dtype than the model is stored in."""
         if not isinstance(opened, Model) and (line := widened(opened, self.load)):
             self.progress.status(line)
 
@@ -106,10 +103,10 @@ class Opener:
 
     def readable(self, source: Source, purpose: str) -> Structure:
         """`structure`. Raises `ModelError` for a model without a tokenizer, which cannot ``purpose``."""
-        found = self.structure(source)
-        if not self.has_tokenizer(found):
-            raise no_tokenizer(f"model '{found.ref}'", f"it cannot {purpose}")
-        return found
+        structure = self.structure(source)
+        if not self.has_tokenizer(structure):
+            raise no_tokenizer(f"model '{structure.ref}'", f"it cannot {purpose}")
+        return structure
 
 
 def listed(models: Source | Sequence[Source]) -> list[Source]:
@@ -122,7 +119,7 @@ def listed(models: Source | Sequence[Source]) -> list[Source]:
 
 
 def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
-    """The structure of a model, pruned or not, without reading its weights."""
+    """The structure of the model ``text``, pruned or not, without reading its weights."""
     options = options or LoadSettings()
     base = adapter_base(Path(text))
     if base is not None:
@@ -147,8 +144,10 @@ def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = N
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
-        found = f"family '{family.name}' finds no structure in the configuration of '{text}'"
-        raise ModelError(f"{found} ({type(error).__name__}: {first_line(error)})") from error
+        raise ModelError(
+            f"family '{family.name}' finds no structure in the configuration of '{text}' "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
 
 
 def _adapted(base: Structure, text: str) -> Structure:
@@ -227,9 +226,8 @@ def _sampled_weights(place: Path) -> str | None:
 def dense_structure(
     pruned: Structure, catalog: Catalog, load: LoadSettings | None = None, *, named: str | None = None
 ) -> Structure:
-    """The structure of the dense model that the record of ``pruned`` names, or ``named``. Reads no weights, but samples
-    of the files, for a warning where they are not those of the record: another model of the same shapes.
-    Raises `ModelError` when ``pruned`` was not pruned, or when the dense model cannot be opened or was replaced."""
+    """The structure of the dense model: ``named``, or the one in the record of ``pruned``. Warns where files are not
+    those of the record. Raises `ModelError` where it can't be opened or has other shapes."""
     if not pruned.plans:
         raise not_pruned(pruned.ref)
     base, record = pruned.plans[0].base, pruned.record or {}
@@ -240,9 +238,7 @@ def dense_structure(
     try:
         dense = load_structure(ref, catalog, options)
     except LlmprunerError as error:
-        raise ModelError(
-            f"the dense model that '{pruned.ref}' was pruned from, '{ref}', cannot be opened: {error}"
-        ) from error
+        raise ModelError(f"the dense model of '{pruned.ref}', '{ref}', cannot be opened: {error}") from error
     if dense.plans or structure_of(dense.graph) != base.structure:
         raise ModelError(
             f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "

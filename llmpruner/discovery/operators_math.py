@@ -35,17 +35,17 @@ STEPS = {
     ("mean_square", "rsqrt"): "inverse", ("mean_square", "pow -0.5"): "inverse",
     ("root", "reciprocal"): "inverse", ("root", "pow -1.0"): "inverse",
 }  # fmt: skip
-"""Stage of an RMS norm, and an operator without another tensor → the stage after it."""
+"""Stage of an RMS norm, and an operator on it alone or with a number → the next stage."""
 
 
 def _short(node: Node) -> str:
-    """Name of the operator, in place or not."""
+    """The name of the operator, without the ``_`` of one in place."""
     name = operator_name(node.target)
     return name if name.startswith("__") else name.rstrip("_")
 
 
 def _after(run: Propagation, tag: Tag | None, step: str = "") -> Tag | None:
-    """The tag after a ``step`` of `STEPS`; blocks what is normalised in another way."""
+    """The tag after a ``step`` of `STEPS`; after any other, what is normalised is blocked."""
     if tag is None or tag.stage == "square":
         return None
     if stage := STEPS.get((tag.stage, step)):
@@ -80,7 +80,7 @@ def binary(run: Propagation, node: Node, *args: Any, **kwargs: Any) -> Any:
     if len(operands) == 1 or (len(operands) == 2 and any(v.ndim == 0 for v in operands)):
         return _with_scalar(run, name, args, operands)
     if name != operator_name(node.target):
-        # Other views of the target show what is written; where it has no identities, these cannot be removed.
+        # In place: what is written shows in all views of the target, so where that has no identities, nothing may go.
         for value in operands[1:]:
             for mine, theirs in zip(operands[0].axes[::-1], value.axes[::-1], strict=False):
                 if len(mine) == len(theirs):
@@ -140,15 +140,14 @@ def softmax(run: Propagation, node: Node, value: Value, dim: int, *_: Any, **__:
 @rule("sum", "amax", "amin", "any", "all", "logsumexp", "prod", "var", "std", "linalg_vector_norm", "mean", "argmax",
       "argmin")  # fmt: skip
 def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) -> Value:
-    given = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
-    dims = [given] if isinstance(given, int) else given or range(value.ndim)
+    dim = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
+    dims = [dim] if isinstance(dim, int) else dim or range(value.ndim)
     keep = node.meta["val"].ndim == value.ndim > 0
     square = value.tag is not None and value.tag.stage == "square"
-    if square and _short(node) == "mean" and [d % value.ndim for d in dims] == [value.ndim - 1]:
-        ids = value.axes[-1]
-        if (ids >= 0).any():
-            last = [uniform(1, FREE)] if keep else []
-            return Value((*value.axes[:-1], *last), tag=Tag("mean_square", ids))
+    over_last = [d % value.ndim for d in dims] == [value.ndim - 1]
+    if square and _short(node) == "mean" and over_last and (value.axes[-1] >= 0).any():
+        last = [uniform(1, FREE)] if keep else []
+        return Value((*value.axes[:-1], *last), tag=Tag("mean_square", value.axes[-1]))
     _after(run, value.tag)
     return Value(run.reduce(value, dims, keep))
 
@@ -168,7 +167,7 @@ def topk(run: Propagation, node: Node, value: Value, count: int, dim: int = -1, 
     ids = value.axes[dim]
     run.mark(ids, Mark.ROUTED)
     run.minimum.append((ids, count))
-    axes = tuple(run.plain(count, Origin.ACTIVATION) if d == dim else own for d, own in enumerate(value.axes))
+    axes = (*value.axes[:dim], run.plain(count, Origin.ACTIVATION), *value.axes[dim + 1 :])
     return [Value(axes, selects=value.selects), Value(axes, selects=ids)]
 
 
@@ -193,15 +192,14 @@ def linear(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
 
 @rule("matmul", "mm", "bmm")
 def matmul(run: Propagation, node: Node, left: Value, right: Value) -> Value:
-    first = right.axes[-2] if right.ndim > 1 else right.axes[0]
-    run.contract(left.axes[-1], first, left, right)
+    summed = right.axes[-2] if right.ndim > 1 else right.axes[0]
+    run.contract(left.axes[-1], summed, left, right)
     batch = run.broadcast([replace(left, axes=left.axes[:-2]), replace(right, axes=right.axes[:-2])])
     if left.origin is right.origin is Origin.ACTIVATION:
         for ids in batch:
             run.mark(ids, Mark.ATTENDS)
-    rows = left.axes[-2:-1] if left.ndim > 1 else ()
     columns = right.axes[-1:] if right.ndim > 1 else ()
-    return Value((*batch, *rows, *columns))
+    return Value((*batch, *left.axes[-2:-1], *columns))
 
 
 @rule("addmm", "baddbmm")
@@ -289,7 +287,7 @@ def attention(
 @rule("zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like",
       "scalar_tensor", "empty", "new_empty", "empty_like")  # fmt: skip
 def filled(run: Propagation, node: Node, *_: Any, **__: Any) -> Value:
-    """A tensor that is written in parts later gets new identities, which each write ties to what is written."""
+    """A tensor that is written in parts gets new identities, which each write ties to what is written."""
     shape = [int(n) for n in node.meta["val"].shape]
     if "empty" in operator_name(node.target) or _is_written_to(node):
         return Value(tuple(run.new(n) if n > 1 else uniform(n, FREE) for n in shape), Origin.ACTIVATION)
@@ -297,7 +295,7 @@ def filled(run: Propagation, node: Node, *_: Any, **__: Any) -> Value:
 
 
 def _is_written_to(node: Node) -> bool:
-    """Whether an operator in place changes the tensor or a view of it, as in a loop over positions of the output."""
+    """Whether an operator in place changes the tensor or a view of it."""
     for user in node.users:
         name = operator_name(user.target)
         writes = (name.endswith("_") and name in BINARY) or (name in VIEWS and _is_written_to(user))

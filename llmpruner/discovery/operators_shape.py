@@ -1,6 +1,6 @@
 """Rules for operators that rearrange elements: views, slices, concatenations, repetitions, indexing.
 
-A view of 12 channels as 3 heads of 4 ties every four identities into one unit, on the axis of heads; the axis inside a
+A view of 12 channels as 3 heads of 4 ties every four identities into one unit on the axis of heads; the axis inside a
 head is `FIXED`. Flattened again, the axis is p p p p q q q q r r r r: each unit owns four indices.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .propagate import FIXED, FREE, Ids, Mark, Origin, Propagation, Value, operator_name, rule, uniform, with_axes
+from .propagate import FIXED, FREE, Ids, Origin, Propagation, Value, operator_name, rule, uniform, with_axes
 
 VIEWS = frozenset(
     ("select", "slice", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "split", "unbind", "alias",
@@ -33,7 +33,7 @@ def argument(args: Sequence[Any], kwargs: Mapping[str, Any], position: int, name
 def regroup(
     run: Propagation, axes: Sequence[Ids], shape: Sequence[int], picked: frozenset[int] = frozenset()
 ) -> list[Ids]:
-    """Axes after a view to ``shape``: the shortest runs of axes with equal products are merged, then split."""
+    """Axes after a view to ``shape``: the shortest runs of axes of equal size are merged, then split."""
     result: list[Ids] = []
     rest, sizes = list(axes), list(shape)
     while rest or sizes:
@@ -59,8 +59,8 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
         return wide[0] if wide else uniform(1, FREE)
     size = prod(len(ids) for ids in wide)
     if run.elastic and (wide[0] != FREE).any() and all((ids == FREE).all() for ids in wide[1:]):
-        # Keys and values repeated for the query heads that share them, or the choice of a group of experts repeated
-        # for its members: a copy may be removed as long as each of them is repeated equally often.
+        # Keys and values, repeated for the query heads that share them, or the choice of a group of experts, for its
+        # members: copies may be removed as long as all are repeated equally often.
         fresh = run.new(size)
         run.blocks.append((fresh, len(wide[0])))
         return fresh
@@ -77,9 +77,8 @@ def merge(run: Propagation, axes: Sequence[Ids]) -> Ids:
 
 
 def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[int] = frozenset()) -> list[Ids]:
-    """Several axes from one. The identities stay on the one axis that they vary along already, or else on the
-    outermost one that is not ``picked``: indexed by position, so that its size must stay (gate and up projection, or
-    experts, in one matrix). The slices of that axis are then tied into one unit each."""
+    """Several axes from one. The identities go to the axis that they vary along, or else to the outermost one that is
+    not ``picked`` from by position (gate and up projection in one matrix); its slices become one unit each."""
     wide = [n for n, size in enumerate(shape) if size > 1]
     axes = [uniform(size, FREE) for size in shape]
     if not wide:
@@ -94,10 +93,7 @@ def split(run: Propagation, ids: Ids, shape: Sequence[int], picked: frozenset[in
     rows = {n: np.moveaxis(grid, n, 0).reshape(shape[n], -1) for n in wide}
     along = [n for n in wide if (rows[n] == rows[n][:, :1]).all()]
     chosen = (along or [n for n in wide if n not in picked] or wide)[0]
-    block = rows[chosen]
-    unit = block[:, 0]
-    for column in block.T[1:]:
-        unit = run.tie(unit, column)
+    unit = reduce(run.tie, rows[chosen].T)
     for n in wide:
         axes[n] = unit if n == chosen else uniform(shape[n], FIXED)
     return axes
@@ -108,9 +104,10 @@ def view(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     shape = [int(n) for n in node.meta["val"].shape]
     if list(value.shape) == shape:
         return with_axes(value, value.axes)
-    if run.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and _are_ranked(node):
-        # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may be
-        # removed as long as all groups keep the same number.
+    ranks = [operator_name(user.target) == "topk" and user.args[2:3] in ((), (-1,)) for user in node.users]
+    if run.elastic and len(shape) > 2 and prod(shape[-2:]) == value.shape[-1] and ranks and all(ranks):
+        # Groups of experts, scored by their best members (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): members may go
+        # as long as all groups keep the same number.
         run.blocks.append((value.axes[-1], shape[-2]))
         axes = [*regroup(run, value.axes[:-1], shape[:-2]), uniform(shape[-2], FIXED), uniform(shape[-1], FREE)]
         return with_axes(value, axes)
@@ -118,23 +115,16 @@ def view(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
 
 
 def _picked(node: Node, rank: int) -> frozenset[int]:
-    """The axes of a view of which single indices are picked by their position and by no other use."""
-    names = [(operator_name(user.target), user.args) for user in node.users]
-    if not names or any(name not in ("select", "unbind") for name, _ in names):
+    """The axes of a view of which single indices are picked by position, if nothing else uses it."""
+    users: list[Any] = list(node.users)
+    if any(operator_name(user.target) not in ("select", "unbind") for user in users):
         return frozenset()
-    dims: list[Any] = [args[1] if len(args) > 1 else 0 for _, args in names]
-    return frozenset(dim % rank for dim in dims)
-
-
-def _are_ranked(node: Node) -> bool:
-    """Whether a view is used for top-k choices along its last axis and nothing else."""
-    users = list(node.users)
-    return bool(users) and all(operator_name(u.target) == "topk" and u.args[2:3] in ((), (-1,)) for u in users)
+    return frozenset(argument(user.args, {}, 1, "dim", 0) % rank for user in users)
 
 
 @rule("transpose", "t", "numpy_T", "permute", "movedim", "unsqueeze")
 def reorder(run: Propagation, node: Node, value: Value, *args: Any) -> Value:
-    """Each axis gets a size of its own, so that the shape of the operator's result tells where it went."""
+    """On a tensor with other sizes, all different, the shape of the result tells where each axis went."""
     operator: Any = node.target
     sizes = operator(torch.empty([2 + n for n in range(value.ndim)], device="meta"), *args).shape
     return with_axes(value, [uniform(1, FREE) if size == 1 else value.axes[size - 2] for size in sizes])
@@ -194,17 +184,17 @@ def _common_origin(parts: Sequence[Value]) -> Origin | None:
 
 @rule("slice", "split", "split_with_sizes", "chunk")
 def part(run: Propagation, node: Node, value: Value, *args: Any) -> Any:
-    """The operator itself, on the numbers of the positions, tells which of them each part has."""
+    """The operator itself, on a range of numbers, tells which positions each part has."""
     operator: Any = node.target
-    name = operator_name(operator)
-    at = 0 if name == "slice" else 1
+    is_slice = operator_name(operator) == "slice"
+    at = 0 if is_slice else 1
     dim = argument(args, {}, at, "dim", 0) % value.ndim
     positions = operator(torch.arange(value.shape[dim]), *args[:at], 0, *args[at + 1 :])
     parts = [
-        with_axes(value, [ids[chosen.numpy()] if d == dim else ids for d, ids in enumerate(value.axes)])
-        for chosen in ([positions] if name == "slice" else positions)
+        with_axes(value, (*value.axes[:dim], value.axes[dim][chosen.numpy()], *value.axes[dim + 1 :]))
+        for chosen in ([positions] if is_slice else positions)
     ]
-    return parts[0] if name == "slice" else parts
+    return parts[0] if is_slice else parts
 
 
 @rule("select", "unbind")
@@ -257,7 +247,7 @@ def index(run: Propagation, node: Node, value: Value, chosen: Sequence[Value | N
 
 
 def pick_from(run: Propagation, ids: Ids, pick: Value) -> None:
-    """The indices ``pick`` choose from the axis ``ids``: tied where they number the same units, blocked otherwise."""
+    """``pick`` chooses from the axis ``ids``: tied where it numbers the same units, else the axis is blocked."""
     if pick.selects is not None and len(pick.selects) == len(ids):
         run.tie(ids, pick.selects)
     else:
@@ -287,7 +277,7 @@ def embedding(run: Propagation, node: Node, table: Value, pick: Value, *_: Any) 
     elif pick.selects is not None:
         run.tie(table.axes[0], pick.selects)
     else:
-        run.mark(table.axes[0], Mark.BLOCKED, "rows are looked up by number")
+        run.keep(table.axes[0], "rows are looked up by number")
     return Value((*pick.axes, table.axes[1]))
 
 

@@ -36,20 +36,18 @@ BATCH, TIME = 3, 13
 NEW_TOKENS = 4
 """Tokens that are generated with a cache."""
 TOLERANCE = 2e-4
-"""Largest difference of logits, relative to the largest logit of the reference: float32 rounding through a few
-layers stays ten times below it, a wrong index far above."""
+"""Largest difference of logits, relative to the largest logit; float32 rounding stays ten times below it."""
 VISIBLE = 1e-3
-"""Smallest change of the dense model's logits by silencing; with less, agreement would not be evidence."""
+"""Smallest change of the dense model's logits by silencing: after a smaller one, agreement proves nothing."""
 VERIFIED, FAILED, REFUSED = "verified", "failed", "refused"
 
 
 @dataclass
 class Verdict:
-    """The result of the oracle for one kind of unit. ``verdict``: *verified*; *failed* (the cut model runs and its
-    outputs are wrong); *refused* (the cut model cannot run, or the checks gave no evidence: see ``reason``).
-    ``difference``: largest difference of logits relative to the largest logit, over ``checks``. ``where``: path of the
-    first module whose output differs. ``follows``: rules for attributes that must change with the cut. ``skipped``:
-    checks that were not possible, each with the reason."""
+    """What the oracle says of one kind of unit. ``verdict``: *verified*, *failed* (the outputs are wrong), *refused*
+    (the cut model cannot run, or the checks prove nothing: see ``reason``). ``difference``: largest difference of
+    logits relative to the largest logit, over ``checks``. ``where``: path of the first module whose output differs.
+    ``follows``: rules for attributes that must change too. ``skipped``: checks that were not possible, and why."""
 
     kind: str
     groups: int
@@ -76,22 +74,21 @@ class Oracle:
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
-        """Cut random units of one kind, unevenly and evenly, and compare the logits with those of silenced models, for
-        each implementation of attention; then generate with a cache; then save and load the cut model."""
+        """Compare random cuts with silenced models: the logits, generation with a cache, and saving and loading."""
         every = self.graph.of_kinds([kind])
-        groups = [g for g in every if _choices(g)]
-        verdict = Verdict(kind, len(every), max((g.units for g in every), default=0), skipped=list(self.skipped))
+        groups = [group for group in every if _choices(group)]
+        verdict = Verdict(kind, len(every), max(group.units for group in every), skipped=list(self.skipped))
         if len(groups) < len(every):
             verdict.skipped.append(f"{len(every) - len(groups)} of {len(every)} groups: no unit can be removed")
         try:
-            self._try(kind, groups, verdict)
+            self._check(kind, groups, verdict)
         except Exception as error:  # the cut model may raise anything
             if verdict.verdict != FAILED:
                 verdict.verdict, verdict.difference = REFUSED, 0.0
             verdict.reason = why_it_stops(error)
         return verdict
 
-    def _try(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
+    def _check(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
         cases = {name: self._references(kept) for name, kept in self._plans(kind, groups).items()}
         no_cache = self._why_no_cache(cases["uneven"][0])
         if self.family.is_discovered and kind != LAYER:
@@ -127,7 +124,7 @@ class Oracle:
         verdict.checks.append("save and load")
 
     def _plans(self, kind: str, groups: Sequence[CoupledGroup]) -> dict[str, dict[str, list[int]]]:
-        """Random units to keep: other numbers in each group, or the same share; with those that must stay."""
+        """Random units to keep, and those that must stay: another share in each group, or the same."""
         plans = {
             "uneven": random_plan(groups, self.seed, uneven=True),
             "even": random_plan(groups, self.seed + 1, uneven=False),
@@ -136,7 +133,7 @@ class Oracle:
         attention: list[int] = []
         if kind == LAYER and len(types) == self.graph.num_layers:
             # Without an attention layer, the cache of transformers does not count tokens, and generation raises.
-            attention = [n for n, what in enumerate(types) if what.endswith("attention") and what != "linear_attention"]
+            attention = [n for n, t in enumerate(types) if t.endswith("attention") and t != "linear_attention"]
         for kept in plans.values():
             for name, units in kept.items():
                 if kind == VOCABULARY:
@@ -146,7 +143,6 @@ class Oracle:
         return plans
 
     def _references(self, kept: Kept) -> list[Reference]:
-        """For a cut to ``kept``, one for each implementation."""
         tokens = kept_tokens(self.tokens, self.graph, kept)
         references = []
         for implementation, dense in self.models.items():
@@ -163,7 +159,7 @@ class Oracle:
         return model
 
     def _why_no_cache(self, reference: Reference) -> str:
-        """Why generation with a cache cannot be checked; empty when it can."""
+        """Why generation with a cache can't be checked; empty where it can."""
         if self.why_no_cache:
             return f"the dense model {self.why_no_cache}"
         with reference.mode:
@@ -173,36 +169,33 @@ class Oracle:
     def _follows(
         self, groups: Sequence[CoupledGroup], references: Sequence[Reference], *, cached: bool
     ) -> tuple[Rule, ...]:
-        """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; else none."""
+        """The fewest rules with which a cut gives the logits of its references, ``cached`` ones too; or no rules."""
 
-        def agrees(chosen: Sequence[Rule], required: Rule | None = None) -> bool:
-            if required is not None and required not in chosen:
-                return False
+        def agrees(*rules: Rule) -> bool:
             try:
                 for reference in references:
-                    model = self._cut(reference, chosen)
+                    model = self._cut(reference, rules)
                     if not distance(logits(model, reference.tokens.after), reference.logits) <= TOLERANCE:
                         return False
                 eager = references[0]
-                return not cached or cached_difference(self._cut(eager, chosen), eager.tokens.after) <= TOLERANCE
+                return not cached or cached_difference(self._cut(eager, rules), eager.tokens.after) <= TOLERANCE
             except Exception:  # a model cut with the wrong rules may raise anything
                 return False
 
-        attributes: list[Rule] = [*candidates(self.models["eager"], self.graph, groups)]
-        found = find(attributes, agrees)
-        if found is None:
-            # Every layer is given the same tables, so one group of the kind shows them.
-            for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
-                found = find([table, *attributes], partial(agrees, required=table))
-                if found is not None:
-                    break
-        return found or ()
+        attributes = candidates(self.models["eager"], self.graph, groups)
+        if (rules := find(attributes, agrees)) is not None:
+            return rules
+        # Every layer is given the same tables, so one group of the kind shows them.
+        for table in tables(self.models["eager"], self.graph, groups[0], [self.tokens, self.tokens.flip(0, 1)]):
+            if (rules := find(attributes, partial(agrees, table))) is not None:
+                return (table, *rules)
+        return ()
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a cut to ``kept`` is compared with: the ``model`` with the other units silenced, of one ``implementation``,
-    which must run inside ``mode``; and its ``logits`` (B, T, V) for ``tokens``."""
+    """What a cut to ``kept`` is compared with: a ``model`` with the other units silenced, which must run inside
+    ``mode``, and its ``logits`` (B, T, V) for ``tokens``."""
 
     implementation: str
     kept: Kept
@@ -214,7 +207,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids (B, T) ``before`` and ``after`` a cut; ``predicted``: the ids before it of all tokens that stay."""
+    """Token ids (B, T) ``before`` and ``after`` a cut; ``predicted``: ids before it of all tokens that stay."""
 
     before: torch.Tensor
     after: torch.Tensor
@@ -222,7 +215,7 @@ class Tokens:
 
 
 def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Tokens:
-    """``tokens``, ids in the dense model, or others where those may be removed."""
+    """``tokens`` of the dense model, or others where those may be removed."""
     for name, units in kept.items():
         if graph.by_name[name].kind == VOCABULARY:
             after, predicted = tokens % len(units), torch.tensor(units)
@@ -231,21 +224,20 @@ def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Token
 
 
 def _require(verdict: Verdict, difference: float, otherwise: str) -> None:
-    """Fail, with the reason ``otherwise``, where the cut model runs and its outputs are wrong."""
-    if not difference <= TOLERANCE:
+    if not difference <= TOLERANCE:  # or NaN
         verdict.verdict, verdict.difference = FAILED, difference
         raise LlmprunerError(otherwise)
 
 
 def _choices(group: CoupledGroup) -> list[int]:
-    """How many units of each block may be kept, a third of them or more; empty where no unit can be removed."""
+    """The numbers of units that each block may keep, from a third on; empty where no unit can be removed."""
     per_block = group.units // group.blocks
     least = max(-(-group.minimum // group.blocks), per_block // 3, 1)
     return [n for n in range(least, per_block) if n * group.blocks % group.multiple == 0]
 
 
 def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> dict[str, list[int]]:
-    """Random units to keep: a random number in every group that can lose any (``uneven``), or about the same share."""
+    """Random units to keep in every group that can lose any: a random number (``uneven``), or about two thirds."""
     generator = torch.Generator().manual_seed(seed)
     kept = {}
     for group in groups:
@@ -267,13 +259,13 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
 def first_difference(
     model: PreTrainedModel, reference: PreTrainedModel, tokens: Tokens, mode: AbstractContextManager[object]
 ) -> str:
-    """The path of the first module whose output differs between two models, or nothing. ``mode``: see `silenced`."""
+    """The path of the first module whose output differs between two models; empty for none. ``mode``: of `silenced`."""
     seen = _outputs(model, tokens.after)
     with mode:
         expected = _outputs(reference, tokens.before)
     for path, output in seen.items():
-        other = expected.get(path)
-        if other is not None and other.shape == output.shape and distance(output, other) > TOLERANCE:
+        same_shape = path in expected and expected[path].shape == output.shape
+        if same_shape and distance(output, expected[path]) > TOLERANCE:
             return path
     return ""
 
@@ -293,7 +285,7 @@ def _outputs(model: PreTrainedModel, tokens: torch.Tensor) -> dict[str, torch.Te
 
 
 def cached_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
-    """`distance` of logits with a key/value cache from those of full forward passes. Raises what generation raises."""
+    """`distance` of logits with a cache from those without. Raises what generation raises."""
     with torch.no_grad(), quiet_transformers():
         output = model.generate(
             tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS,
@@ -305,7 +297,7 @@ def cached_difference(model: PreTrainedModel, tokens: torch.Tensor) -> float:
 
 
 def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
-    """Why generation of ``model`` with a cache cannot be compared with generation without; empty when it can."""
+    """Why generation of ``model`` with and without a cache can't be compared; empty where it can."""
     try:
         difference = cached_difference(model, tokens)
     except Exception as error:  # classes without support for generation raise anything
@@ -314,7 +306,7 @@ def why_no_generation(model: PreTrainedModel, tokens: torch.Tensor) -> str:
 
 
 def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTrainedModel], list[str]]:
-    """One model for each implementation that the class has: eager, and fused kernels; and why it lacks others."""
+    """A model for each implementation that the class has, eager and fused kernels; and why it lacks others."""
     eager = copy.deepcopy(config)
     for part in (eager, eager.get_text_config()):
         part._experts_implementation = "eager"
@@ -331,7 +323,7 @@ def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTraine
 
 def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:
     """Silence all units that ``kept`` leaves out of the dense ``model``, in place; it must run inside the result.
-    Removed layers return their inputs, routers do not select removed experts; others: see `models.surgery.silence`."""
+    Removed layers return their inputs, routers do not select removed experts; others: see `surgery.silence`."""
 
     def pass_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         entering = args[0] if args else kwargs["hidden_states"]
@@ -359,8 +351,8 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class ClosedRoutes(TorchFunctionMode):
-    """While active, routers do not select the removed experts: their logits are minus infinity, as are their scores in
-    top-k selections, as a sigmoid and a bias may have been applied in between."""
+    """While active, routers do not select the removed experts: their logits are minus infinity, and so are their scores
+    in top-k choices, as a sigmoid or a bias may come in between."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         super().__init__()

@@ -2,8 +2,8 @@
 
 Every index of every parameter axis gets an identity (a number from 0), and every tensor becomes a `Value`: for each of
 its axes, one identity per index. The rule of an operator gives the axes of its result, ties identities that can only be
-removed together, and blocks those that can't be removed.
-In ``down(silu(up(x)))`` with ``up`` (3, 2), whose rows are p, q, r, and ``down`` (2, 3), whose columns are u, v, w:
+removed together, and blocks those that can't be removed. In ``down(silu(up(x)))`` with ``up`` (3, 2), whose rows are p,
+q, r, and ``down`` (2, 3), whose columns are u, v, w:
 
     linear(x, up)       last axis [p q r]       the columns of ``up`` are tied to the channels of x, and CONSUMED
     silu(…)             last axis [p q r]
@@ -31,13 +31,14 @@ from torch.fx.node import map_arg
 from ..errors import UnsupportedModelError, first_line
 
 Ids = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 FIXED = -1
-"""Cannot be removed: a position in the batch or in time, or inside a head."""
+"""Cannot be removed: a position in the batch, in time, or inside a head."""
 TABLE = -2
-"""An index of a computed constant (ALiBi slopes, sinusoids): it is cut along with the axis that it is tied to."""
+"""An index of a computed constant (ALiBi slopes, sinusoids), which is cut with the axis that it is tied to."""
 FREE = -3
-"""A copy of one value; any number of copies will do."""
+"""One of any number of copies of one value."""
 
 
 class Mark(str, Enum):
@@ -45,31 +46,30 @@ class Mark(str, Enum):
 
     BLOCKED = "blocked"
     CONSUMED = "consumed"
-    """A weight is multiplied with an activation along it: setting that part of the weight to zero silences the unit."""
+    """A weight is multiplied with an activation along it: zeros in that part of the weight silence the unit."""
     RMS = "rms"
     """It is an element of the weight of an RMS norm."""
     ATTENDS = "attends"
-    """It selects one softmax over positions, or one product of two activations: a head, of linear attention too."""
+    """It numbers softmaxes over positions, or products of two activations: a head, of linear attention too."""
     ROUTED = "routed"
     """A top-k choice is made among these identities: experts."""
     SOFTMAX = "softmax"
-    """A softmax is taken over these identities; they can be removed only if a top-k choice is made among them."""
+    """A softmax runs over these identities; they can be removed only if a top-k choice is made among them too."""
     VOCABULARY = "vocabulary"
-    """It is a token: of the rows that token ids look up, and of the logits."""
+    """It is a token: a row that token ids look up, and a logit."""
 
 
 class Origin(Enum):
     CONSTANT = "constant"
     """Depends on neither parameters nor inputs."""
     WEIGHT = "weight"
-    """A parameter, transposed, viewed or sliced but not changed, except that a constant may have been added."""
+    """A parameter, perhaps transposed, viewed, sliced, or with a constant added."""
     ACTIVATION = "activation"
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A stage of an RMS norm over ``ids``, which models write in several ways: ``square`` x², then ``mean_square``, its
-    ``root`` or ``inverse`` root, ``normed`` x · inverse or x / root; a product with a weight ends it."""
+    """A stage of a norm over ``ids``: ``square``, ``mean_square``, its ``root`` or ``inverse`` root, ``normed``."""
 
     stage: str
     ids: Ids
@@ -77,10 +77,9 @@ class Tag:
 
 @dataclass(frozen=True)
 class Value:
-    """The abstract value of a tensor: the identities along each axis. ``origin``: None in the result of a rule stands
-    for what follows from the operands, see `Propagation.call`. ``offset``: the constant added to a weight.
-    ``selects``: for a tensor of indices, the identities of the axis that it indexes. ``numbers``: the values of an
-    integer constant. ``is_input``: whether it is the token ids that the model is given, moved but not changed."""
+    """What is known of a tensor: the identities along each axis. ``origin``: None in the result of a rule, where the
+    operands decide it. ``offset``: the constant added to a weight. ``selects``: for a tensor of indices, the identities
+    of the axis that it indexes. ``numbers``: the values of an integer constant. ``is_input``: it is the token ids."""
 
     axes: tuple[Ids, ...]
     origin: Origin | None = None
@@ -100,7 +99,7 @@ class Value:
 
 
 Rule = TypeVar("Rule", bound=Callable[..., Any])
-"""Called as the operator is, after a `Propagation` and the node; ``NotImplemented`` for arguments it can't follow."""
+"""Called with a `Propagation`, the node, and the operator's arguments; ``NotImplemented`` if it can't follow them."""
 RULES: dict[str, Callable[..., Any]] = {}
 
 
@@ -120,12 +119,12 @@ def uniform(size: int, value: int) -> Ids:
 
 @dataclass
 class Propagation:
-    """One pass over a graph. ``elastic``: repeated keys and values may be repeated fewer times, so that single query
-    heads can be removed. ``parameters``: (name, axis) → identities, of parameters and of the floating point
-    ``buffers``, whose entries may belong to units just as well. ``tokens``: of the vocabulary, once token ids were
-    looked up; ``readers``: what else reads these ids. ``where``: the operator at work and its module. ``edges``: pairs
-    of axes whose identities are tied. ``marks``: each with a reason. ``blocks``: identities that form equal blocks,
-    each of which must keep the same number of units. ``minimum``: identities of which so many must stay."""
+    """One pass over a graph. ``elastic``: keys and values may be repeated fewer times, so that single query heads can
+    be removed. ``parameters``: (name, axis) → identities, of parameters and of floating point ``buffers``. ``tokens``:
+    identities of the vocabulary, once token ids were looked up; ``readers``: what else reads token ids. ``where``: the
+    operator at work and its module. ``edges``: pairs of axes whose identities are tied. ``marked``: identities with a
+    mark; there may be room for more identities than there are. ``reasons``: why identities are blocked. ``blocks``:
+    identities in so many blocks that keep equally many units. ``minimum``: identities and how many must stay."""
 
     elastic: bool = False
     parameters: dict[tuple[str, int], Ids] = field(default_factory=dict)
@@ -136,10 +135,10 @@ class Propagation:
     where: str = ""
     count: int = 0
     edges: list[tuple[Ids, Ids]] = field(default_factory=list)
-    marks: dict[Mark, list[tuple[Ids, str]]] = field(default_factory=dict)
+    marked: dict[Mark, Flags] = field(default_factory=lambda: {mark: np.zeros(1024, dtype=bool) for mark in Mark})
+    reasons: list[tuple[Ids, str]] = field(default_factory=list)
     blocks: list[tuple[Ids, int]] = field(default_factory=list)
     minimum: list[tuple[Ids, int]] = field(default_factory=list)
-    blocked: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(1024, dtype=bool))
 
     def run(self, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> None:
         """Interpret ``program``. ``ties``: tied parameter → the name that it is stored under."""
@@ -149,15 +148,13 @@ class Propagation:
                 values[node] = self.input(node, program, ties)
             elif node.op == "get_attr":
                 values[node] = self.opaque(attrgetter(str(node.target))(program.graph_module), Origin.CONSTANT)
-            else:
-                args, kwargs = map_arg((node.args, node.kwargs), values.__getitem__)
-                if node.op != "output":
-                    values[node] = self.call(node, args, kwargs)
-                    continue
-                logits, *others = _tensors(args)
+            elif node.op == "output":
+                logits, *others = _tensors(map_arg(node.args, values.__getitem__))
                 self.predict(logits.axes[-1])
                 for ids in (*logits.axes[:-1], *(ids for value in others for ids in value.axes)):
-                    self.mark(ids, Mark.BLOCKED, "it is an axis of the output")
+                    self.keep(ids, "it is an axis of the output")
+            else:
+                values[node] = self.call(node, *map_arg((node.args, node.kwargs), values.__getitem__))
 
     def input(self, node: Node, program: torch.export.ExportedProgram, ties: Mapping[str, str]) -> Any:
         signature, meta = program.graph_signature, cast("Any", node.meta.get("val"))
@@ -192,14 +189,12 @@ class Propagation:
             if value.tag and value.tag.stage != "square" and name not in KEEPS_TAG:
                 self.block(value.tag.ids, "a norm without a weight of its own")
         result: Any = NotImplemented
-        meta = node.meta.get("val")
+        meta, failed = node.meta.get("val"), f"discovery cannot follow operator {self.where}"
         if name in RULES:
             try:
                 result = RULES[name](self, node, *args, **kwargs)
             except Exception as error:  # a rule that meets arguments it was not written for may raise anything
-                raise UnsupportedModelError(
-                    f"discovery cannot follow operator {self.where}: {type(error).__name__}: {first_line(error)}"
-                ) from error
+                raise UnsupportedModelError(f"{failed}: {type(error).__name__}: {first_line(error)}") from error
         moved = name in READS_NO_TOKENS or (isinstance(result, Value) and result.is_input)
         if not moved and any(value.is_input for value in operands):
             self.readers.append(self.where)
@@ -212,10 +207,7 @@ class Propagation:
                     self.block(ids, f"operator {name} is not understood")
             return self.opaque(meta, origin)
         if isinstance(meta, torch.Tensor) and isinstance(result, Value) and result.shape != tuple(meta.shape):
-            raise UnsupportedModelError(
-                f"discovery cannot follow operator {self.where}: it makes shape {tuple(meta.shape)}, "
-                f"and the rule {result.shape}"
-            )
+            raise UnsupportedModelError(f"{failed}: it makes shape {tuple(meta.shape)}, and the rule {result.shape}")
         return _of_origin(result, origin)
 
     def opaque(self, meta: Any, origin: Origin) -> Any:
@@ -236,13 +228,13 @@ class Propagation:
     def new(self, size: int) -> Ids:
         ids = np.arange(self.count, self.count + size, dtype=np.int64)
         self.count += size
-        if self.count > len(self.blocked):
-            self.blocked = np.r_[self.blocked, np.zeros(self.count, dtype=bool)]
+        if self.count > len(self.marked[Mark.BLOCKED]):
+            room = np.zeros(self.count, dtype=bool)
+            self.marked = {mark: np.r_[flags, room] for mark, flags in self.marked.items()}
         return ids
 
     def tie(self, left: Ids, right: Ids) -> Ids:
-        """Index *i* of both axes can only be removed together; where one of them cannot, the other is blocked. Returns
-        the identities of the common axis."""
+        """Index *i* of both axes can only be removed together. Returns the identities of the common axis."""
         if left is right:
             return left
         both = (left >= 0) & (right >= 0)
@@ -254,21 +246,24 @@ class Propagation:
         stuck = (left == FIXED) | (right == FIXED)
         return np.where(stuck, FIXED, np.where(known >= 0, known, np.maximum(left, right)))
 
-    def mark(self, ids: Ids, mark: Mark, reason: str = "") -> None:
+    def mark(self, ids: Ids, mark: Mark) -> None:
+        self.marked[mark][ids[ids >= 0]] = True
+
+    def keep(self, ids: Ids, reason: str) -> None:
+        """``ids`` cannot be removed."""
         ids = ids[ids >= 0]
         if ids.size:
-            self.marks.setdefault(mark, []).append((ids, reason))
-            if mark is Mark.BLOCKED:
-                self.blocked[ids] = True
-
-    def removable(self, ids: Ids) -> bool:
-        """Whether some of ``ids`` are not blocked yet; ties are not considered."""
-        own = ids[ids >= 0]
-        return bool(own.size) and not self.blocked[own].all()
+            self.marked[Mark.BLOCKED][ids] = True
+            self.reasons.append((ids, reason))
 
     def block(self, ids: Ids, reason: str) -> None:
-        """They cannot be removed; ``reason`` is what the operator at work does."""
-        self.mark(ids, Mark.BLOCKED, f"{reason} ({self.where})")
+        """``ids`` cannot be removed; ``reason``: what the operator at work does."""
+        self.keep(ids, f"{reason} ({self.where})")
+
+    def removable(self, ids: Ids) -> bool:
+        """Whether some of ``ids`` are not blocked yet, ties aside."""
+        ids = ids[ids >= 0]
+        return bool(ids.size) and not self.marked[Mark.BLOCKED][ids].all()
 
     def look_up(self, rows: Ids) -> None:
         """Token ids choose ``rows`` of a table."""
@@ -278,7 +273,7 @@ class Propagation:
             self.readers.append(f"several tables ({self.where})")
 
     def predict(self, last: Ids) -> None:
-        """``last``, the last axis of the logits, and the rows that token ids look up belong to the same tokens."""
+        """``last``, the last axis of the logits, numbers the same tokens as the rows that token ids look up."""
         reason = "an entry of the vocabulary"
         if self.tokens is not None and self.readers:
             reason = f"token ids are read by {self.readers[0]}"
@@ -286,7 +281,7 @@ class Propagation:
             self.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
             return
         for ids in (last, *([] if self.tokens is None else [self.tokens])):
-            self.mark(ids, Mark.BLOCKED, reason)
+            self.keep(ids, reason)
 
     def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
         """Align shapes from the right, tie axes of equal size, and repeat axes of size one."""
@@ -330,7 +325,7 @@ KEEPS_TAG: set[str] = set()
 READS_NO_TOKENS = {
     "embedding", "eq", "ne", "zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "_assert_tensor_metadata",
 }  # fmt: skip
-"""Operators that read only the shape of token ids, or compare them with a token of the configuration, which follows."""
+"""Operators that look up token ids, read their shape, or compare them with a token that the configuration names."""
 
 
 def with_axes(value: Value, axes: Sequence[Ids]) -> Value:

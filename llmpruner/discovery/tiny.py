@@ -6,6 +6,7 @@ import copy
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAYERS = 3
-"""How many, unless more are needed to show every kind of layer."""
+"""More where they are needed to show every kind of layer."""
 HEAD_DIM = 16
 VOCABULARY = 128
 
@@ -40,7 +41,7 @@ _LENGTH = re.compile("max_position|n_positions|n_ctx|max_seq|seq_length|max_targ
 
 @dataclass(frozen=True)
 class Small:
-    """How small. ``heads``: numbers of heads, and of key/value heads where they are shared. ``complete``: also fill in
+    """How small. ``heads``: numbers of heads, and of key/value heads where these are fewer. ``complete``: also fill in
     numbers of heads that the configuration leaves open, and keep products between numbers (see `_keep_products`).
     ``each``: how many layers of every kind, where there are as many."""
 
@@ -50,17 +51,15 @@ class Small:
 
 
 HEADS = (5, 3), (4, 2)
-"""Numbers of heads, and of key/value heads where these are fewer, in the order of trials: odd ones first, because no
-other size is a multiple of them; some classes accept even ones only."""
+"""Odd numbers first, because no other size is a multiple of them; some classes accept even ones only."""
 ATTEMPTS = tuple(Small(heads, complete, each) for each in (1, 2) for complete in (False, True) for heads in HEADS)
 """What is tried until a small model runs; two layers of every kind where layers share weights."""
 
 
 @dataclass(frozen=True)
 class Around:
-    """Sizes that a part of a configuration takes from others, each → the small one. ``hidden``, ``kv_heads``: hidden
-    size and number of key/value heads of the configuration around it; ``text``: hidden size of the text model beside
-    it, which projections to that model must equal."""
+    """Sizes that a part of a configuration takes from others, each → the small one. ``hidden``, ``kv_heads``: of the
+    configuration around it. ``text``: hidden size of the text model next to it, which projections to it must equal."""
 
     hidden: Mapping[int, int] = field(default_factory=dict)
     kv_heads: Mapping[int, int] = field(default_factory=dict)
@@ -69,7 +68,7 @@ class Around:
 
 def tiny_config(config: PreTrainedConfig, small: Small = ATTEMPTS[0]) -> PreTrainedConfig:
     """A configuration of the same class with few narrow layers. Raises `UnsupportedModelError` if the class refuses."""
-    register_model_class(config)  # the small configuration has lost the reference to the code of its class
+    register_model_class(config)  # the small configuration has no reference to the code of its class
     try:
         return cast("PreTrainedConfig", type(config).from_dict(_shrink(config, small, Around())))
     except Exception as error:  # third-party constructors raise anything
@@ -101,10 +100,8 @@ def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
     """A key that is equal for configurations with equal small models."""
     texts = []
     for attempt in ATTEMPTS:
-        try:
+        with suppress(UnsupportedModelError):
             texts.append(tiny_config(config, attempt).to_json_string(use_diff=False))
-        except UnsupportedModelError as error:
-            texts.append(str(error))
     return type(config), *texts
 
 
@@ -120,8 +117,7 @@ def _run(model: PreTrainedModel) -> None:
 
 
 def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "eager") -> PreTrainedModel:
-    """A float32 model on the CPU with random weights that make every error visible: no parameter is constant, biases
-    and norms included, nor is any saved buffer (the selection bias of experts)."""
+    """A random float32 model on the CPU, in which errors show: no parameter is constant, nor is any saved buffer."""
     config = copy.deepcopy(config)
     generator = torch.Generator().manual_seed(seed)
     with quiet_transformers(), torch.random.fork_rng(devices=[]):
@@ -149,28 +145,25 @@ def random_instance(config: PreTrainedConfig, seed: int = 0, attention: str = "e
 
 
 def _shrink(config: PreTrainedConfig, small: Small, around: Around) -> dict[str, Any]:
-    """The values of ``config``, and of the configurations inside it, made ``small``; what is equal stays equal."""
+    """The values of ``config`` and of its parts, made ``small``; what is equal stays equal."""
     overrides = layer_overrides(config) or {}
     plain = for_all_layers(config)
     values: dict[str, Any] = plain.to_dict()
-    # Some classes write other numbers than they hold, and take both.
+    # Some classes write other numbers than their attributes, and accept both.
     values |= {n: v for n, v in vars(plain).items() if n in values and isinstance(v, int | list)}
-    # Sizes of single layers become values with the number of the layer in front of their name, so that what is made of
-    # a size of all layers is made of them.
+    # Sizes of single layers become values with the number of the layer in front of their name, to be made small alike.
     values |= {f"{n}.{name}": value for n, stated in overrides.items() for name, value in stated.items()}
     before = dict(values)
     inner = _shrink_hidden(plain, values, small.heads, around)
     text = _shrink_parts(plain, values, small, inner)
     _shrink_widths(values)
     chosen = _shrink_layers(plain, values, small.each, overrides)
-    for name in [n for n in values if re.search("token_id$|_token$|token_index$", n)]:
-        values[name] = _small_token(values[name])
+    values |= {n: _small_token(v) for n, v in values.items() if re.search("token_id$|_token$|token_index$", n)}
     if small.complete:
         for name in [n for n, v in values.items() if v is None and _SHARED.search(n)]:
             values[name] = values.get(plain.attribute_map.get("num_attention_heads", "num_attention_heads"))
         _keep_products(before, values)
-    for name in [n for n, v in before.items() if type(v) is int and values[n] == v and v in text]:
-        values[name] = text[values[name]]
+    values |= {n: text[v] for n, v in before.items() if type(v) is int and values[n] == v and v in text}
     of_layers = {n: {name: values.pop(f"{n}.{name}") for name in stated} for n, stated in overrides.items()}
     if layer_overrides(config) is not None:
         values[PER_LAYER] = {new: of_layers[old] for new, old in enumerate(chosen) if old in of_layers}
@@ -183,16 +176,15 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tup
     """Make the hidden size and heads small (``target``: `Small.heads`); returns ``around`` for parts of ``config``."""
     hidden = getattr(config, "hidden_size", None)
     if not isinstance(hidden, int):
-        for name in [n for n in values if _SHARED.search(n)]:
-            values[name] = around.kv_heads.get(values[name], values[name])
+        values |= {n: around.kv_heads.get(v, v) for n, v in values.items() if _SHARED.search(n)}
         return around
     before = dict(values)
     queries, shared = _heads(config)
     # A single key/value head stays single, and equal numbers stay equal.
     few_shared = 1 if shared == 1 else target[0] if shared == queries else target[1]
     few = target[0] if shared in (1, queries) else few_shared * 2
-    own = getattr(config, "head_dim", None)
-    scale = HEAD_DIM / (own if isinstance(own, int) else max(hidden // max(queries, 1), 1))
+    head_dim = getattr(config, "head_dim", None)
+    scale = HEAD_DIM / (head_dim if isinstance(head_dim, int) else max(hidden // max(queries, 1), 1))
     small_hidden = around.hidden.get(hidden, few * HEAD_DIM)
 
     def small(meaning: str, value: int) -> int:
@@ -225,17 +217,17 @@ def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tup
 
 def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small, around: Around) -> Mapping[int, int]:
     """Make the configurations inside ``config`` small, that of its text model first; returns `Around.text`."""
-    text, beside = config.get_text_config(), around.text
+    text, sizes = config.get_text_config(), around.text
     parts = {n: part for n in values if isinstance(part := getattr(config, n, None), PreTrainedConfig)}
     for name, part in sorted(parts.items(), key=lambda item: item[1] is not text):
-        values[name] = _shrink(part, small, replace(around, text={} if part is text else beside))
+        values[name] = _shrink(part, small, replace(around, text={} if part is text else sizes))
         if part is text:
-            beside = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
-    return beside
+            sizes = {part.hidden_size: values[name][part.attribute_map.get("hidden_size", "hidden_size")]}
+    return sizes
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:
-    """Numbers of query and of key/value heads, also by other names than in transformers; zeros without heads."""
+    """Numbers of query and of key/value heads, whatever they are called; zeros without heads."""
     heads = getattr(config, "num_attention_heads", None)
     if not isinstance(heads, int) or heads < 1:
         return 0, 0
@@ -244,8 +236,7 @@ def _heads(config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> None:
-    """Numbers of heads of a further kind of layer (``linear_num_key_heads``, ``linear_num_value_heads``) stay multiples
-    of each other; the smallest becomes ``few``."""
+    """Numbers of heads of further kinds of layer (``linear_num_…_heads``) stay multiples; the least becomes ``few``."""
     kinds: dict[str, dict[str, int]] = {}
     for name in values:
         kind, before = re.match("(.+)num_.*heads$", name), getattr(config, name, None)
@@ -259,7 +250,7 @@ def _keep_ratios(config: PreTrainedConfig, values: dict[str, Any], few: int) -> 
 
 
 def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
-    """In state space models, number and size of heads must multiply to the expanded hidden size."""
+    """In state space models, number times size of heads must be the expanded hidden size."""
     expand = values.get("mamba_expand", values.get("expand"))
     size = next((n for n in ("mamba_d_head", "mamba_head_dim", "mamba_headdim", "head_dim") if n in values), None)
     for name in ("mamba_n_heads", "mamba_num_heads", "n_mamba_heads", "num_heads"):
@@ -274,7 +265,7 @@ def _shrink_state_space(values: dict[str, Any], hidden: int) -> None:
 
 
 def _shrink_widths(values: dict[str, Any]) -> None:
-    # What a value becomes, by its number among the different values that fields of the kind have.
+    # A value, and its number among the different values of such fields → the small value.
     rules: dict[re.Pattern[str], Callable[[int, int], int]] = {
         _WIDTH: lambda _, number: 40 + 16 * number,
         re.compile("(num|n)_.*experts$"): lambda value, _: 8 if value > 4 else value,
@@ -306,12 +297,12 @@ def _shrink_layers(
     count = values.get(key)
     if not isinstance(count, int):
         return []
-    each = next((n for n, v in values.items() if "layers_per" in n and _sizes(v) and count % v == 0), None)
-    if each is not None:
-        # Layers that run several times, and are counted as often.
-        times = count // values[each]
-        values[each] = min(values[each], LAYERS)
-        values[key] = values[each] * times
+    period = next((n for n, v in values.items() if "layers_per" in n and _sizes(v) and count % v == 0), None)
+    if period is not None:
+        # Layers that run several times are counted as often.
+        times = count // values[period]
+        values[period] = min(values[period], LAYERS)
+        values[key] = values[period] * times
         return list(range(values[key]))
     if count <= LAYERS:
         return list(range(count))
@@ -327,14 +318,12 @@ def _shrink_layers(
     kinds = list(zip(*(map(str, column) for column in columns), strict=True))
     chosen = [n for n, kind in enumerate(kinds) if kinds[:n].count(kind) < of_each]
     chosen += [n for n in range(LAYERS) if n not in chosen][: max(LAYERS - len(chosen), 0)]
-    # Lists that are derived from a period cannot be selected from: as many first layers as include every value.
+    # Derived lists (from a period) cannot be selected from: take as many first layers as include every value.
     derived = {n: v for n, v in per_layer_lists(config, count).items() if n not in vars(config)}
     shown = 1 + max((column.index(kind) for column in derived.values() for kind in column), default=-1)
     chosen = sorted({*chosen, *range(shown)})
-    for name, value in lists.items():
-        values[name] = [value[n] for n in chosen]
-    for name, value in numbered.items():
-        values[name] = [new for new, old in enumerate(chosen) if old in value]
+    values |= {name: [value[n] for n in chosen] for name, value in lists.items()}
+    values |= {name: [new for new, old in enumerate(chosen) if old in value] for name, value in numbered.items()}
     values[key] = len(chosen)
     for name, value in values.items():
         if name in parts:
@@ -348,7 +337,7 @@ def _shrink_layers(
 
 def _parts(values: Mapping[str, Any], count: int) -> dict[str, list[bool]]:
     """Fields that count consecutive layers → whether each layer is among them: the last ones, which share keys and
-    values, and sections that together are all layers."""
+    values, and sections that make up all layers."""
     counts = {n: v for n, v in values.items() if _LAYERS.search(n) and type(v) is int and v < count}
     parts = {
         name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name
@@ -361,12 +350,12 @@ def _parts(values: Mapping[str, Any], count: int) -> dict[str, list[bool]]:
 
 
 def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
-    """Numbers that were not made smaller, but are the product or the quotient of two that were, follow these."""
+    """Update numbers that are the product or the quotient of two numbers that were made smaller."""
     sizes = {n: v for n, v in before.items() if type(v) is int and v > 1}
     smaller = [n for n in sizes if values[n] < sizes[n]]
     for name in [n for n in sizes if n not in smaller]:
-        for one, other in combinations(smaller, 2):
-            low, high = sorted((one, other), key=sizes.__getitem__)
+        for pair in combinations(smaller, 2):
+            low, high = sorted(pair, key=sizes.__getitem__)
             if sizes[name] == sizes[low] * sizes[high]:
                 values[name] = values[low] * values[high]
                 break
@@ -376,7 +365,7 @@ def _keep_products(before: Mapping[str, Any], values: dict[str, Any]) -> None:
 
 
 def _sizes(value: Any) -> list[int]:
-    """The numbers of a value that is one or several sizes; none of another value."""
+    """The sizes in a value that is a size or a list of sizes; none in another value."""
     items = value if isinstance(value, list) else [value]
     return items if all(type(v) is int and v > 0 for v in items) else []
 

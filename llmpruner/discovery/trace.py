@@ -33,9 +33,9 @@ BATCH, TIME = 2, 7
 
 @dataclass(frozen=True)
 class Trace:
-    """``program``: the exported graph. ``model``: what was traced. ``layers``: path of the decoder layers.
-    ``stands_for``: number of each traced layer → the numbers of the real layers it represents. ``stay``: why no layer
-    can be removed by passing its input on; empty where it can."""
+    """``program``: the exported graph of ``model``. ``layers``: path of the decoder layers. ``stands_for``: number of a
+    traced layer → numbers of the real layers that it represents. ``stay``: why no layer can be removed by passing its
+    input on; empty where layers can."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -45,18 +45,16 @@ class Trace:
 
 
 def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
-    """Export the model of ``config`` without weights; with ``shallow``, one layer of every kind only. Attention is
-    eager and experts are batched: ordinary operators. Raises `UnsupportedModelError`."""
+    """Export the model of ``config`` without weights; ``shallow``: one layer of every kind. `UnsupportedModelError`."""
     config = copy.deepcopy(config)
     for part in (config, config.get_text_config()):
-        part._attn_implementation = "eager"
-        part._experts_implementation = "batched_mm"
-        # The loss that balances experts by router logits would be traced too, in which their number is counted.
+        part._attn_implementation, part._experts_implementation = "eager", "batched_mm"  # of ordinary operators
+        # Router logits: the loss that balances experts, in which their number is counted, would be traced too.
         for name in ("use_cache", "output_router_logits"):
             if hasattr(part, name):
                 setattr(part, name, False)
     try:
-        # Whatever it is held in: in 16 bits, some do not run, as some of their parameters stay in float32 (XLNet).
+        # In 16 bits, some do not run, as some of their parameters stay in float32 (XLNet).
         model = meta_model(config, torch.float32)
     except LlmprunerError:
         raise
@@ -70,9 +68,7 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     if shallow and max(owners.values(), default=0) <= 1:
         try:
             return export(model, layers, keep_one_of_each(model, layers))
-        except Exception:
-            # Some models index per-layer lists by the original numbers, and some configurations refuse another depth,
-            # by errors of any type: trace them at full depth.
+        except Exception:  # lists that are indexed by the original numbers, configurations that refuse another depth
             return trace(config, shallow=False)
     return export(model, layers, {n: (n,) for n in range(len(modules))})
 
@@ -83,18 +79,18 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
     make_fake(model, mode)
     with mode:
         inputs = {"input_ids": torch.zeros(BATCH, TIME, dtype=torch.long), "use_cache": False}
-    # How many tensors a layer is given that are of hidden width or were returned by the layer before.
+    # How many inputs of a layer are of hidden width, or outputs of the layers before.
     streams = [1]
-    calls: Counter[int] = Counter()
+    calls: Counter[nn.Module] = Counter()
     outputs: dict[int, torch.Tensor] = {}
 
-    def count(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        calls[id(module)] += 1
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        wide = {id(v) for v in given if v.ndim > 2 and v.shape[-1] == given[0].shape[-1]}
-        streams.append(max(len(wide), len({id(v) for v in given} & outputs.keys())))
+    def count(layer: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        calls[layer] += 1
+        states = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        wide = {id(v) for v in states if v.ndim > 2 and v.shape[-1] == states[0].shape[-1]}
+        streams.append(max(len(wide), len({id(v) for v in states} & outputs.keys())))
 
-    def keep(_module: nn.Module, _args: Any, output: Any) -> None:
+    def keep(_layer: nn.Module, _args: Any, output: Any) -> None:
         # The tensors are kept so that their ids are not used again.
         outputs.update({id(v): v for v in (output if isinstance(output, tuple) else (output,))})
 
@@ -102,7 +98,7 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
         layer.register_forward_pre_hook(count, with_kwargs=True)
         layer.register_forward_hook(keep)
     exported = partial(torch.export.export, model, (), kwargs=inputs, strict=False)
-    # Where an export fails, torch logs names of its symbols and prints the graph, which no option turns off.
+    # A failed export logs names of symbols and prints the graph, which no option turns off.
     silent = contextlib.redirect_stderr(io.StringIO())
     with torch.no_grad(), quiet_transformers(), silent, only_errors("torch.fx.experimental.symbolic_shapes"):
         try:
@@ -125,8 +121,8 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake ones on the CPU, with their ties: on the meta device, constants of the forward pass
-    (``x[..., [-1], :]``) would have no values either."""
+    """Replace all tensors by fake ones on the CPU, ties included. On the meta device, constants of the forward pass
+    (``x[..., [-1], :]``) would have no values."""
     known: dict[torch.Tensor, torch.Tensor] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:
@@ -144,17 +140,16 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
 
 
 def keep_one_of_each(model: PreTrainedModel, layers: str) -> dict[int, tuple[int, ...]]:
-    """Remove decoder layers that equal an earlier one in modules, shapes and attributes; returns `Trace.stands_for`."""
+    """Remove layers that equal an earlier one in modules, shapes and attributes. Returns `Trace.stands_for`."""
     modules: Any = model.get_submodule(layers)
     lists = per_layer_lists(model.config.get_text_config(), len(modules)).values()
-    like: dict[Any, list[int]] = {}
+    alike: dict[Any, list[int]] = {}
     for number, layer in enumerate(modules):
         types = tuple(str(values[number]) for values in lists)
-        like.setdefault((types, _signature(layer, number)), []).append(number)
-    members = sorted(like.values())
-    if len(members) < len(modules):
-        drop_layers(model, layers, [first for first, *_ in members])
-    return {new: tuple(numbers) for new, numbers in enumerate(members)}
+        alike.setdefault((types, _signature(layer, number)), []).append(number)
+    if len(alike) < len(modules):
+        drop_layers(model, layers, [first for first, *_ in alike.values()])
+    return {new: tuple(numbers) for new, numbers in enumerate(alike.values())}
 
 
 def _signature(layer: nn.Module, number: int) -> Any:
@@ -182,9 +177,8 @@ _MOVES: dict[str, Callable[..., Any]] = {
 
 
 class EveryPosition(TorchFunctionMode):
-    """Inside the ``with`` statement, ``nonzero`` (and ``where`` of a condition alone) gives all positions, so that
-    loops over chosen experts, and over the tokens that chose them, show all weights. ``unused``: how many positions at
-    the end of a list are none: some code counts one expert more, which no token chooses."""
+    """While active, ``nonzero`` (and ``where`` of a condition alone) gives all positions, so that loops over the chosen
+    experts show all weights. ``unused``: experts at the end of a list that are counted, but do not exist."""
 
     def __init__(self, unused: int = 0) -> None:
         super().__init__()
@@ -210,8 +204,8 @@ class EveryPosition(TorchFunctionMode):
         result = func(*args, **kwargs)
         if numbers is not None and name in _MOVES and not any(isinstance(a, torch.Tensor) for a in args[1:]):
             moved = _MOVES[name](numbers, *args[1:], **kwargs)
-            for tensor, its in zip(result, moved, strict=True) if name == "unbind" else [(result, moved)]:
-                self._known[tensor] = np.asarray(its)
+            for tensor, values in zip(result, moved, strict=True) if name == "unbind" else [(result, moved)]:
+                self._known[tensor] = np.asarray(values)
         return result
 
     def _constant(self, numbers: Numbers) -> torch.Tensor:

@@ -7,7 +7,6 @@ lists which indices of one axis of one parameter each unit owns. Imports no torc
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,6 @@ VOCABULARY = "vocabulary"
 LATENT = "latent"
 """Channels inside a sub-layer: the low rank of multi-head latent attention, heads of a state space model."""
 KINDS = (MLP, ATTENTION, QUERY, HIDDEN, LAYER, EXPERT, VOCABULARY, LATENT)
-
-_IN_A_LAYER = re.compile(r"^layers\.(\d+)\.(?=.)")
 
 
 class Role(str, Enum):
@@ -81,16 +78,13 @@ class Explicit:
 
     @property
     def units(self) -> int:
-        """Number of units."""
         return len(self.rows)
 
     @property
     def width(self) -> int:
-        """Number of indices of each unit."""
         return len(self.rows[0]) if self.rows else 0
 
     def of(self, unit: int) -> Sequence[int]:
-        """The indices of one unit."""
         return self.rows[unit]
 
     def __str__(self) -> str:
@@ -106,11 +100,9 @@ def index_map(rows: Sequence[Sequence[int]]) -> IndexMap:
     if any(len(row) != width for row in rows):
         raise CouplingError("every unit of a span must own the same number of indices")
     if width and all(list(row) == list(range(row[0], row[0] + width)) for row in rows):
-        starts = [row[0] for row in rows]
-        steps = {b - a for a, b in pairwise(starts)}
-        if len(steps) <= 1 and min(steps, default=1) > 0:
-            stride = steps.pop() if steps else width
-            return Blocks(len(rows), width, starts[0], None if stride == width else stride)
+        stride, *others = {b[0] - a[0] for a, b in pairwise(rows)} or {width}
+        if not others and stride > 0:
+            return Blocks(len(rows), width, rows[0][0], None if stride == width else stride)
     return Explicit(tuple(tuple(row) for row in rows))
 
 
@@ -128,7 +120,7 @@ class Span:
     def indices(self, units: Iterable[int]) -> list[int]:
         """The axis indices owned by ``units``, in unit order."""
         if isinstance(self.index, Blocks) and self.index.width == 1:
-            # Channels, of which a prune asks for millions: without a call for each of them.
+            # Without a call for each of what may be millions of channels.
             start, step = self.index.start, self.index.step
             return [start + unit * step for unit in units]
         return [i for u in units for i in self.index.of(u)]
@@ -142,17 +134,14 @@ class CoupledGroup:
     """Units of one kind that can be removed one by one, each with all parameters that must be removed with it.
 
     ``name``: unique in a graph, and the key of the group in plans. A group whose spans are all in decoder layer N is
-    named ``layers.N.WORD`` (``layers.3.attention``); no other name begins like that. When layers are removed, the
-    groups of the remaining layers are renumbered by this rule, so that their names are those of a model with fewer
-    layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``: their number;
-    unit ``u`` of every span belongs to unit ``u`` of the others. A group of kind `LAYER` has no spans: its units are
-    the decoder layers.
+    named ``layers.N.WORD`` (``layers.3.attention``), and renamed when the layer gets another number; no other name
+    begins like that. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
+    their number; unit ``u`` of every span belongs to unit ``u`` of the others. A group of kind `LAYER` has no spans.
 
-    ``blocks``: the units form this many equal consecutive blocks, each of which must keep the same number of units
-    (query heads inside KV heads). ``minimum``: how many units must stay. ``multiple``: the kept number must be
-    a multiple of it (kernels that need aligned rows). ``buffers``: spans of buffers with an entry for each unit (the
-    selection bias of experts); they are cut with the parameters, and neither scored nor counted. Raises `CouplingError`
-    where one of these rules is broken.
+    ``blocks``: equal consecutive blocks of units, which must keep the same number each (query heads inside KV heads).
+    ``minimum``: how many units must stay. ``multiple``: the kept number must be a multiple of it (kernels that need
+    aligned rows). ``buffers``: spans of buffers with an entry for each unit (the selection bias of experts), which are
+    cut, but neither scored nor counted. Raises `CouplingError` where one of these rules is broken.
     """
 
     name: str
@@ -172,20 +161,17 @@ class CoupledGroup:
         if self.units % self.blocks:
             raise CouplingError(f"group '{self.name}': {self.units} units do not fill {self.blocks} equal blocks")
         for span in self.cut_spans:
-            if span.index.units != self.units:
-                raise CouplingError(
-                    f"group '{self.name}': span {span.parameter} maps {span.index.units} units, not {self.units}"
-                )
+            if (units := span.index.units) != self.units:
+                raise CouplingError(f"group '{self.name}': span {span.parameter} maps {units} units, not {self.units}")
 
     @cached_property
     def layer(self) -> int | None:
         """The decoder layer that the units are in; None for groups across layers."""
-        numbered = _IN_A_LAYER.match(self.name)
-        return int(numbered[1]) if numbered else None
+        return layer_number(self.name, "layers")
 
     def in_layer(self, layer: int) -> str:
         """The name of this group after its layer is renumbered to ``layer``."""
-        return _IN_A_LAYER.sub(f"layers.{layer}.", self.name)
+        return in_layer(self.name, "layers", layer)
 
     @cached_property
     def is_normalized(self) -> bool:
@@ -213,8 +199,8 @@ class Blocked:
 
 def layer_number(name: str, layers: str) -> int | None:
     """The number of the decoder layer that a tensor is in; None outside ``layers``, the path of their list."""
-    prefix = f"{layers}."
-    return int(name[len(prefix) :].split(".", 1)[0]) if name.startswith(prefix) else None
+    number = name.removeprefix(f"{layers}.").partition(".")[0]
+    return int(number) if number.isdecimal() and name.startswith(f"{layers}.") else None
 
 
 def in_layer(path: str, layers: str, number: object) -> str:
@@ -227,13 +213,10 @@ def in_layer(path: str, layers: str, number: object) -> str:
 class CouplingGraph:
     """All coupled groups of a model, with the shapes of its tensors.
 
-    ``shapes``: every parameter, tied ones included. ``ties``: parameter → the parameter it shares storage with.
-    ``layers``: path of the module list of decoder layers; *decoder parameters* are those below it.
-    ``blocked``: axes without removable units, where the groups come from discovery.
-    ``buffers``: the shapes of buffers; only surgery reads them, so that buffers are never counted.
-
-    Raises `CouplingError` for two groups of one name, a name of another layer than that of the spans, a group of layers
-    that are not all decoder layers, and spans that do not fit the shapes.
+    ``shapes``: every parameter, tied ones included. ``layers``: path of the module list of decoder layers. ``ties``:
+    parameter → the parameter it shares storage with. ``blocked``: axes on which discovery found no removable units.
+    ``buffers``: the shapes of buffers, which are never counted. Raises `CouplingError` for two groups of one name, and
+    for groups that do not fit the shapes or the layers.
     """
 
     groups: tuple[CoupledGroup, ...]
@@ -259,31 +242,28 @@ class CouplingGraph:
         layers = {self.layer_of(span.parameter) for span in group.spans}
         layer = layers.pop() if len(layers) == 1 else None
         if layer != group.layer:
-            where, name = "not in one layer alone", "must not begin with 'layers.N.'"
+            why = "not in one layer alone, so its name must not begin with 'layers.N.'"
             if layer is not None:
-                where, name = f"in layer {layer}", f"must be 'layers.{layer}.WORD', such as 'layers.{layer}.mlp'"
-            raise CouplingError(f"group '{group.name}' is {where}, so its name {name}")
+                why = f"in layer {layer}, so its name must be 'layers.{layer}.WORD', such as 'layers.{layer}.mlp'"
+            raise CouplingError(f"group '{group.name}' is {why}")
 
     def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-        shape = shapes.get(span.parameter)
+        shape, name = shapes.get(span.parameter), f"group '{group.name}'"
         if shape is None:
-            raise CouplingError(f"group '{group.name}': the model has no {what} '{span.parameter}'")
+            raise CouplingError(f"{name}: the model has no {what} '{span.parameter}'")
         if not 0 <= span.axis < len(shape):
-            raise CouplingError(f"group '{group.name}': {span.parameter} {shape} has no axis {span.axis}")
-        # Blocks that do not overlap: the first and the last suffice, as checking millions of indices is slow.
-        apart = isinstance(span.index, Blocks) and span.index.step >= span.index.width
-        owned = span.indices({0, group.units - 1} if apart else range(group.units))
-        if min(owned) < 0 or max(owned) >= shape[span.axis]:
-            raise CouplingError(
-                f"group '{group.name}': span {span} reaches index {max(owned)}, "
-                f"outside the axis of size {shape[span.axis]}"
-            )
+            raise CouplingError(f"{name}: {span.parameter} {shape} has no axis {span.axis}")
+        # Of blocks that do not overlap, the first and the last are enough: checking millions of indices is slow.
+        disjoint = isinstance(span.index, Blocks) and span.index.step >= span.index.width
+        owned = span.indices({0, group.units - 1} if disjoint else range(group.units))
+        size = shape[span.axis]
+        if min(owned) < 0 or max(owned) >= size:
+            raise CouplingError(f"{name}: span {span} reaches index {max(owned)}, outside the axis of size {size}")
         if len(set(owned)) != len(owned):
-            raise CouplingError(f"group '{group.name}': span {span} gives one index to two units")
+            raise CouplingError(f"{name}: span {span} gives one index to two units")
 
     @cached_property
     def by_name(self) -> Mapping[str, CoupledGroup]:
-        """Name → group."""
         return {g.name: g for g in self.groups}
 
     @cached_property
@@ -293,7 +273,6 @@ class CouplingGraph:
 
     @cached_property
     def num_layers(self) -> int:
-        """Number of decoder layers."""
         return 1 + max(n for p in self.shapes if (n := self.layer_of(p)) is not None)
 
     def of_kinds(self, kinds: Iterable[str]) -> tuple[CoupledGroup, ...]:
@@ -302,7 +281,6 @@ class CouplingGraph:
         return tuple(g for g in self.groups if g.kind in wanted)
 
     def is_decoder(self, parameter: str) -> bool:
-        """Whether the parameter is in a decoder layer."""
         return parameter.startswith(self.layers + ".")
 
     def layer_of(self, parameter: str) -> int | None:

@@ -1,5 +1,4 @@
-"""Which units stay, as index arithmetic without tensors. ``kept`` maps group names to the units that stay; a group that
-is not named keeps everything."""
+"""Which units stay, as numbers alone. ``kept``: group name → units that stay; other groups keep everything."""
 
 from __future__ import annotations
 
@@ -15,15 +14,13 @@ Kept = Mapping[str, Sequence[int]]
 
 
 def removed_layers(graph: CouplingGraph, kept: Kept) -> set[int]:
-    """Numbers of the decoder layers that are removed."""
     stay = [set(units) for name, units in kept.items() if graph.by_name[name].kind == LAYER]
     return {number for units in stay for number in range(graph.num_layers) if number not in units}
 
 
 def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[int, ...]]:
-    """One ``kept`` for two successive cuts, in units of ``graph``; ``second`` is in groups and units of the cut model.
-    A block of which the first cut left nothing (the query heads of a removed key/value head) keeps as many units as the
-    other blocks, the first of those that ``first`` keeps, as after one cut of both kinds."""
+    """Two successive cuts as one, in units of ``graph``; ``second`` is in units of the cut model. A block of which
+    ``first`` left nothing (the query heads of a removed key/value head) keeps as many units as the others."""
     kept = {name: tuple(units) for name, units in first.items()}
     axes = kept_indices(graph, first)
     for original, current in renamed(graph, first).items():
@@ -60,7 +57,7 @@ def check_kept(graph: CouplingGraph, kept: Kept) -> None:
 
 
 def kept_indices(graph: CouplingGraph, kept: Kept, prefix: str = "") -> dict[tuple[str, int], list[int]]:
-    """(parameter or buffer, axis) → the sorted indices that stay, for every name of a tensor that has ``prefix``."""
+    """(parameter or buffer, axis) → the sorted indices that stay, for tensors whose names have ``prefix``."""
     # Layers that share weights have several names for one tensor, and groups know one of them.
     aliases = {alias: name for alias, name in graph.ties.items() if alias.startswith(prefix)}
     owners = set(aliases.values())
@@ -86,37 +83,37 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """The coupling graph of the cut model: shapes, index maps, and layer numbers follow the cut."""
     axes = kept_indices(graph, kept)
     move = partial(path_after, layers=graph.layers, numbers=layer_numbers(graph, kept))
+
+    def cut(spans: Sequence[Span], units: list[int]) -> tuple[Span, ...]:
+        return tuple(
+            replace(s, parameter=name, index=_restrict_index(s, units, axes.get((s.parameter, s.axis))))
+            for s in spans
+            if (name := move(s.parameter))
+        )
+
+    def shapes(tensors: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {
+            name: tuple(len(axes.get((old, axis), range(size))) for axis, size in enumerate(shape))
+            for old, shape in tensors.items()
+            if (name := move(old))
+        }
+
     groups = []
     for old_name, new_name in renamed(graph, kept).items():
         group = graph.by_name[old_name]
         units = surviving_units(kept, group, axes)
-        spans, buffers = (
-            tuple(
-                replace(s, parameter=name, index=_restrict_index(s, units, axes.get((s.parameter, s.axis))))
-                for s in owned
-                if (name := move(s.parameter))
-            )
-            for owned in (group.spans, group.buffers)
-        )
+        spans, buffers = cut(group.spans, units), cut(group.buffers, units)
         blocks = len({unit * group.blocks // group.units for unit in units})
         # The minimum is shared equally by the blocks; removed blocks no longer need their share.
         minimum = min(-(-group.minimum * blocks // group.blocks), len(units))
         groups.append(CoupledGroup(new_name, group.kind, len(units), spans, blocks, minimum, group.multiple, buffers))
-    shapes, sizes = (
-        {
-            name: tuple(len(axes.get((old, a), range(n))) for a, n in enumerate(shape))
-            for old, shape in tensors.items()
-            if (name := move(old))
-        }
-        for tensors in (graph.shapes, graph.buffers)
-    )
     ties = {n: t for a, b in graph.ties.items() if (n := move(a)) and (t := move(b))}
-    return CouplingGraph(tuple(groups), shapes, graph.layers, ties, graph.blocked, sizes)
+    return CouplingGraph(tuple(groups), shapes(graph.shapes), graph.layers, ties, graph.blocked, shapes(graph.buffers))
 
 
 def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]]) -> list[int]:
-    """The units of ``group`` that remain: kept, and not removed with a unit of another group that owns the same
-    indices (a query head is removed with its KV head). ``axes``: `kept_indices` of ``kept``."""
+    """The units of ``group`` that are kept, and not removed with a unit of another group that owns the same indices (a
+    query head with its KV head). ``axes``: `kept_indices` of ``kept``."""
     units = list(kept.get(group.name, range(group.units)))
     for span in group.spans:
         stay = axes.get((span.parameter, span.axis))
@@ -127,7 +124,7 @@ def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, in
 
 
 def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
-    """Old group name → name after the cut, for the groups that remain (removed layers renumber the others)."""
+    """Name of a group before the cut → after it, for the groups that remain (removed layers renumber the others)."""
     numbers = layer_numbers(graph, kept)
     return {
         g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer])
@@ -153,8 +150,7 @@ def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> Ind
 def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
     """Layer number before the cut → after it, for the layers that remain."""
     gone = removed_layers(graph, kept)
-    remaining = [n for n in range(graph.num_layers) if n not in gone]
-    return {old: new for new, old in enumerate(remaining)}
+    return {old: new for new, old in enumerate(n for n in range(graph.num_layers) if n not in gone)}
 
 
 def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:

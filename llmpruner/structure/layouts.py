@@ -1,8 +1,7 @@
 """Functions that build the spans of common parameter layouts.
 
-Each returns the spans of one coupled group; modules are given by their paths. ``bias=True`` adds the bias of each
-producing projection, (out,). Weights have the shape (out, in), as in ``torch.nn.Linear``. Whether the spans fit the
-shapes of a model is checked by `CouplingGraph`, which raises `CouplingError`.
+Each returns the spans of one coupled group; modules are named by their paths. ``bias=True`` adds the bias of each
+producing projection, (out,). Weights have the shape (out, in), as in ``torch.nn.Linear``.
 """
 
 from __future__ import annotations

@@ -120,9 +120,8 @@ class SelectionRecord(Frozen):
 
 
 class CompensationRecord(Frozen):
-    """How the weights that read removed units are adapted before the cut: ``name`` of the compensation and its
-    ``settings``. ``calibration``, ``sources``, ``fingerprint``: as in `EstimationRecord`. ``samples``, ``length``: the
-    shape of the calibration tokens, drawn with the plan's seed. All None or empty for one that reads no text."""
+    """How weights that read removed units are adapted before the cut. ``calibration``, ``sources``, ``fingerprint``: as
+    in `EstimationRecord`. ``samples``, ``length``: shape of the calibration tokens. None or empty without a text."""
 
     name: str
     settings: dict[str, Any] = {}
@@ -174,23 +173,22 @@ class PruningPlan(Frozen):
         for name, cut in self.cuts.items():
             group = graph.by_name[name]
             for what in ("kind", "layer", "units"):
-                stated, found = getattr(cut, what), getattr(group, what)
-                if stated != found:
-                    raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {found}")
+                stated, actual = getattr(cut, what), getattr(group, what)
+                if stated != actual:
+                    raise PlanError(f"group '{name}': the plan states {what} {stated}, the model has {actual}")
 
     def table(self) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-        """The kinds of units, and how many of each are kept: rows such as ``("0-2,5", "36 of 48")``, of layers with
-        equal cuts, and one for groups across layers."""
+        """The kinds of units, and rows such as ``("0-2,5", "36 of 48")``: what layers with equal cuts keep."""
         kinds = tuple(dict.fromkeys(cut.kind for cut in self.cuts.values()))
-        layers = sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None})
-        inside = {cut.kind for cut in self.cuts.values() if cut.layer is not None}
+        in_layers = {cut.kind for cut in self.cuts.values() if cut.layer is not None}
         alike: dict[tuple[str, ...], list[int]] = {}
-        for layer in layers:
-            cells = (self._kept_text(kind, layer) or ("all" if kind in inside else "") for kind in kinds)
+        for layer in sorted({cut.layer for cut in self.cuts.values() if cut.layer is not None}):
+            cells = (self._kept_text(kind, layer) or ("all" if kind in in_layers else "") for kind in kinds)
             alike.setdefault(tuple(cells), []).append(layer)
-        across = tuple(self._kept_text(kind, None) for kind in kinds)
-        rows = [(_pack(layers), *cells) for cells, layers in alike.items()]
-        return kinds, [*rows, *([("whole model", *across)] if any(across) else [])]
+        rows: list[tuple[str, ...]] = [(_pack(layers), *cells) for cells, layers in alike.items()]
+        if any(across := tuple(self._kept_text(kind, None) for kind in kinds)):
+            rows.append(("whole model", *across))
+        return kinds, rows
 
     def _kept_text(self, kind: str, layer: int | None) -> str:
         """``36 of 48``, for layers with the removed ones; empty where no unit is removed."""
@@ -203,7 +201,6 @@ class PruningPlan(Frozen):
         return text
 
     def _repr_html_(self) -> str:
-        """The `table`, for notebooks."""
         kinds, rows = self.table()
         return html_table(rows, ("layers", *kinds))
 
@@ -242,7 +239,7 @@ def structure_of(graph: CouplingGraph) -> str:
 
 def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str, int]:
     """Group name → its units before the first of ``plans``, for the groups of ``graph``, cut by all, that lost some."""
-    found: dict[str, int] = {}
+    dense: dict[str, int] = {}
     numbers = list(range(graph.num_layers))
     for plan in reversed(plans):
         for cut in plan.cuts.values():
@@ -251,8 +248,8 @@ def dense_units(plans: Sequence[PruningPlan], graph: CouplingGraph) -> dict[str,
         for group in graph.groups:
             before = group.name if group.layer is None else group.in_layer(numbers[group.layer])
             if before in plan.cuts:
-                found[group.name] = plan.cuts[before].units
-    return found
+                dense[group.name] = plan.cuts[before].units
+    return dense
 
 
 def cuts_of(graph: CouplingGraph, kept: Kept) -> dict[str, GroupCut]:
@@ -275,7 +272,6 @@ class BudgetOutcome:
 
     @property
     def removed(self) -> float:
-        """The share that is removed."""
         return 1 - self.after / self.before
 
 
@@ -340,9 +336,9 @@ class Quality:
 @dataclass(frozen=True)
 class Outcome:
     """Sizes before and after a cut: all parameters (tied ones once), those of the decoder's layers, and bytes of the
-    weights: after, as they are saved; before, the same, or as the files have them where that is less (float16 on a CPU)
-    and the budget is not bytes. ``budget``: set when the plan's budget counts something else. ``forecast``: what the
-    run was expected to take. ``tokens``: None where all stay. ``quality``: None where it was not measured."""
+    weights as they are saved (before: as in the files where that is less, unless the budget is bytes). ``budget``: if
+    it counts something else. ``forecast``: what the run was expected to take. ``tokens``: None where all stay.
+    ``quality``: None where it was not measured."""
 
     parameters_before: int
     parameters_after: int
@@ -369,7 +365,6 @@ class Outcome:
         return {name: value for name, value in values.items() if value is not None}
 
     def _repr_html_(self) -> str:
-        """A table for notebooks: before, after, and the removed share."""
         rows = [
             ("decoder parameters", self.decoder_before, self.decoder_after),
             ("all parameters", self.parameters_before, self.parameters_after),

@@ -15,21 +15,21 @@ from .coupling import ATTENTION, EXPERT, HIDDEN, LAYER, MLP, QUERY, VOCABULARY, 
 from .kept import Kept, renamed
 
 ALIGNMENT = 64
-"""Default multiple of kept widths: kernels of matrix products run at full speed at multiples of 64."""
+"""Default multiple of kept widths, at which kernels of matrix products run at full speed."""
 NARROW = 1024
-"""Models whose hidden states have fewer channels than this are narrow: finer widths, at multiples of 32, suit them."""
+"""Models with fewer hidden channels than this get multiples of 32 or less by default."""
 FEWEST_WIDTHS = 8
 """A default multiple leaves every group at least this many widths to choose from."""
 QUANTISED = 32
-"""Weights of a row share a scale in blocks of 32 or more in GGUF and in torchao's int4; widths must be multiples."""
+"""In GGUF and in torchao's int4, 32 or more weights of a row share a scale; widths must be multiples of it."""
 COUNTED = frozenset({ATTENTION, QUERY, LAYER, EXPERT})
-"""Kinds whose units are counted: heads, layers and experts. The others are widths of matrix products."""
+"""Kinds whose units are not widths of matrix products."""
 
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """The kinds of groups and the numbers of the decoder layers that may be cut. ``removable``: of the layers that may
-    be removed whole; None for all ``layers``. ``tokens``: the tokens that may be removed; None for all."""
+    """What may be cut: ``kinds`` of groups in ``layers``. ``removable``: layers that may be removed whole; None: all
+    ``layers``. ``tokens``: those that may be removed; None: all."""
 
     kinds: tuple[str, ...]
     layers: tuple[int, ...]
@@ -37,8 +37,7 @@ class Scope:
     tokens: frozenset[int] | None = None
 
     def groups(self, graph: CouplingGraph) -> tuple[CoupledGroup, ...]:
-        """The groups in scope. Raises `UnsupportedModelError` for a kind that discovery did not find, with the reason,
-        and `UnknownNameError` for any other that the model does not have."""
+        """The groups in scope. Raises `UnsupportedModelError` or `UnknownNameError` for a kind that the model lacks."""
         for kind in self.kinds:
             if kind not in graph.kinds:
                 if why := _why_not(graph, kind):
@@ -47,11 +46,11 @@ class Scope:
                         f"(it has: {', '.join(graph.kinds) or 'none'}); discovery could not follow {why}"
                     )
                 raise UnknownNameError("kind of group in this model:", kind, graph.kinds)
-        inside = set(self.layers)
-        found = tuple(g for g in graph.of_kinds(self.kinds) if g.layer is None or g.layer in inside)
-        if not found:
+        layers = {None, *self.layers}
+        groups = tuple(group for group in graph.of_kinds(self.kinds) if group.layer in layers)
+        if not groups:
             raise SelectionError("no coupled group is left to prune: select more with --kinds or --set prune.layers")
-        return found
+        return groups
 
     def allowed_units(self, group: CoupledGroup) -> frozenset[int] | None:
         """The units of ``group`` that may be removed; None: all."""
@@ -63,8 +62,7 @@ class Scope:
 
 
 def _why_not(graph: CouplingGraph, kind: str) -> str:
-    """The most frequent reason of blocked axes outside the decoder layers (for hidden channels) or inside them (for
-    the other usual kinds), with the first such axis; for layers, the reason of their list. Empty when there is none."""
+    """Why discovery found no units of ``kind``: the most frequent reason and the first such axis; empty if unknown."""
     if kind == LAYER:
         return next((f"{b.parameter}: {b.reason}" for b in graph.blocked if b.parameter == graph.layers), "")
     if kind == VOCABULARY:
@@ -81,10 +79,9 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
 
 @dataclass(frozen=True)
 class Widths:
-    """``uniform``: whether groups of the same kind and size in all layers keep the same number of units, so that one
-    number in a configuration describes them. ``round_to``: kept widths are multiples of it. ``adapts``: whether
-    `round_to` is a default, which is halved for groups that it would leave too few widths (`FEWEST_WIDTHS`).
-    ``dense``: group name → units in the dense model, for groups that were cut before: multiples stay the same then."""
+    """How many units groups may keep. ``uniform``: equal groups of all layers keep the same number: a configuration
+    states one. ``round_to``: kept widths are multiples of it; ``adapts``: halved where it leaves fewer widths than
+    `FEWEST_WIDTHS`. ``dense``: group name → units before earlier cuts, by which multiples are chosen."""
 
     uniform: bool = False
     round_to: int = 1
@@ -92,29 +89,29 @@ class Widths:
     dense: Mapping[str, int] = field(default_factory=dict)
 
     def multiple(self, group: CoupledGroup) -> int:
-        """What the kept number of units of ``group`` must be a multiple of, including the group's own multiple."""
+        """The multiple that ``group`` must keep, which includes the group's own."""
         units = self.dense.get(group.name, group.units)
         if group.kind == EXPERT and self.uniform:
             # At most a quarter of them, so that they can be spread evenly over as many devices (expert parallelism).
             return lcm(max(n for n in (1, 2, 4, 8) if n == 1 or 4 * n <= units), group.multiple)
         if group.kind in COUNTED:
             return group.multiple
-        # The rows of an embedding and of a head are no layer's, so that free shapes need not leave them odd.
+        # There is one vocabulary, so free shapes align it too.
         of_tokens = group.kind == VOCABULARY
-        own = max(self.round_to, ALIGNMENT) if of_tokens else self.round_to
-        while (self.adapts or of_tokens) and own > 1 and units < FEWEST_WIDTHS * own:
-            own //= 2
-        return lcm(own, group.multiple)
+        multiple = max(self.round_to, ALIGNMENT) if of_tokens else self.round_to
+        while (self.adapts or of_tokens) and multiple > 1 and units < FEWEST_WIDTHS * multiple:
+            multiple //= 2
+        return lcm(multiple, group.multiple)
 
     def alike(self, groups: Iterable[CoupledGroup]) -> list[list[str]]:
-        """The names of the groups, those that must keep the same number of units together, in order of appearance."""
-        found: dict[tuple[object, ...], list[str]] = {}
+        """The names of the groups; those that must keep the same number of units are one list."""
+        alike: dict[tuple[object, ...], list[str]] = {}
         for group in groups:
-            # Equal numbers of units may be left of different ones.
-            inside = self.uniform and group.layer is not None
-            key = (*like(group), self.multiple(group)) if inside else (group.name,)
-            found.setdefault(key, []).append(group.name)
-        return list(found.values())
+            # Groups of one size may have had different ones, and so have different multiples.
+            in_layers = self.uniform and group.layer is not None
+            key = (*like(group), self.multiple(group)) if in_layers else (group.name,)
+            alike.setdefault(key, []).append(group.name)
+        return list(alike.values())
 
     def after(self, graph: CouplingGraph, kept: Kept) -> Widths:
         """The same for what is left of ``graph`` after a cut to ``kept``."""
@@ -134,15 +131,15 @@ def widths_for(shape: str, round_to: int | None, hidden_size: int, dense: Mappin
     """The `Widths` of ``--shape`` and ``--round-to`` (None: the default) for a model of ``hidden_size`` channels."""
     if shape == "free":
         return Widths(round_to=round_to or 1)
-    # Less for models too small for any kernel to matter.
+    # Fewer channels than these are too few for any kernel to matter.
     default = ALIGNMENT if hidden_size >= NARROW else min(32, 2 ** max(0, (hidden_size // 16).bit_length() - 1))
     return Widths(uniform=True, round_to=round_to or default, adapts=round_to is None, dense=dense or {})
 
 
 @dataclass(frozen=True)
 class Queue:
-    """The removal steps of one group, least important first. ``steps``: the units of each step, which is the smallest
-    removal after which the group's constraints hold. ``scores``: mean importance of each step's units."""
+    """The removal steps of one group, least important first. ``steps``: the units of each, the fewest after which the
+    group's constraints hold again. ``scores``: mean importance of each step's units."""
 
     group: CoupledGroup
     steps: tuple[tuple[int, ...], ...]
@@ -172,8 +169,7 @@ class Queue:
 def build_queue(
     group: CoupledGroup, scores: Sequence[float], *, allowed: Collection[int] | None = None, multiple: int = 1
 ) -> Queue:
-    """The units of ``group`` in ascending order of ``scores`` (ties by unit number), divided into steps. ``allowed``:
-    the units that may be removed (None: all). ``multiple``: besides the group's own, see `Widths.multiple`."""
+    """The steps of ``group`` by ascending ``scores``, ties by number. ``allowed``: units that may go (None: all)."""
     multiple = lcm(multiple, group.multiple)
     per_block = group.units // group.blocks
     columns: list[list[int]] = []
@@ -192,5 +188,4 @@ def build_queue(
         if left % multiple == 0:
             steps.append(tuple(sorted(pending)))
             pending = []
-    means = tuple(sum(scores[u] for u in step) / len(step) for step in steps)
-    return Queue(group, tuple(steps), means)
+    return Queue(group, tuple(steps), tuple(sum(scores[u] for u in step) / len(step) for step in steps))

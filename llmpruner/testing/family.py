@@ -19,7 +19,7 @@ from ..discovery.family import ModelFamily
 from ..discovery.groups import build_graph, discover_graph
 from ..discovery.oracle import VERIFIED, random_plan
 from ..discovery.tiny import random_instance
-from ..discovery.verify import check_kinds, differences
+from ..discovery.verify import check_kinds
 from ..errors import UnsupportedModelError, near
 from ..models.meta import base_of
 from ..models.model import Model
@@ -30,7 +30,7 @@ from ..pruning.saving import save
 from ..recovery.base import RecoveryJob
 from ..recovery.strategies import LoraStrategy
 from ..settings import RecoverSettings
-from ..structure.coupling import ATTENTION, MLP, CoupledGroup, CouplingGraph
+from ..structure.coupling import ATTENTION, MLP, CoupledGroup, CouplingGraph, Span
 from .components import label, settings_grid
 from .criterion import scorable
 from .models import cut_by, letters, make_plan, small_job
@@ -190,6 +190,37 @@ class FamilyConformance:
         result = LoraStrategy(dropout=0.0).train(job)
         changed = [n for n, p in result.model.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
+
+
+def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> list[str]:
+    """A line for each axis of a parameter on which a declared group differs from the discovered group of the same name
+    in indices, roles or offsets; of several layers, the first. Groups without a counterpart are not compared."""
+    by_name = {group.name: group for group in discovered}
+    lines: dict[str, str] = {}
+    for group in declared:
+        if not group.spans or group.name not in by_name:
+            continue
+        ours, theirs = _facts(group), _facts(by_name[group.name])
+        for what in dict.fromkeys((*ours, *theirs)):
+            (text, value), (expected_text, expected) = (facts.get(what, ("nothing", None)) for facts in (ours, theirs))
+            if value != expected:
+                line = f"group {group.name}: {what}{text}; discovery finds {expected_text}"
+                lines.setdefault(line if group.layer is None else line.replace(f".{group.layer}.", ".*."), line)
+    return list(lines.values())
+
+
+def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
+    """The size, and parameter and axis → as text, and as a value: `Blocks` and `Explicit` may own the same indices."""
+    size = f"{group.units} units in {group.blocks} blocks"
+    facts: dict[str, tuple[str, object]] = {"": (size, size)}
+    slots: dict[tuple[str, int], list[Span]] = {}
+    for span in group.cut_spans:
+        slots.setdefault((span.parameter, span.axis), []).append(span)
+    for (parameter, axis), spans in slots.items():
+        texts = [f"{s.index} ({s.role.value}{f', offset {s.offset:g}' if s.offset else ''})" for s in spans]
+        owned = [{index for span in spans for index in span.index.of(unit)} for unit in range(group.units)]
+        facts[f"{parameter} axis {axis}: "] = " and ".join(texts), ({(s.role, s.offset) for s in spans}, owned)
+    return facts
 
 
 def _kinds(groups: Iterable[CoupledGroup]) -> tuple[str, ...]:

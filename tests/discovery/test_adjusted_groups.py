@@ -70,7 +70,7 @@ def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch: pytest.M
         return verify(*arguments, **options)
 
     monkeypatch.setattr(rules, "verify", counting)
-    monkeypatch.setattr(rules, "_FOUND", {})
+    monkeypatch.setattr(rules, "_VERDICTS", {})
     first = rules.rules_of(SMALL, ["attention"], AutoFamily())
     assert first == (Follow("attention", "transformer.h.*.attn", "split_size"),)
     larger = replace_layers(SMALL, 12)

@@ -16,8 +16,9 @@ from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import REFUSED, VERIFIED
-from llmpruner.discovery.verify import check_kinds, differences, verify
+from llmpruner.discovery.verify import check_kinds, verify
 from llmpruner.structure.coupling import Explicit
+from llmpruner.testing.family import differences
 
 SIZES = {
     "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_hidden_layers": 2, "vocab_size": 64,
