@@ -94,10 +94,9 @@ def generate(
     from ..discovery.opening import Opener
 
     opener = Opener(arguments["catalog"], arguments["load"], arguments["progress"])
+    structures = [opener.readable(model, "read a prompt") for model in models]  # all, before any answers
     answers = {}
-    for structure in [
-        opener.readable(model, "read a prompt") for model in models
-    ]:  # all are checked before any answers
+    for structure in structures:
         answer = answers[structure.ref] = api.generate(structure, prompt, **arguments)
         if not as_json:
             out.print(f"[bold cyan]{escape(structure.ref)}[/]")
