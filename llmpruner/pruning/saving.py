@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..models.meta import meta_model
 from ..models.model import Model, Structure
 from ..models.numbers import stored_dtype
-from ..models.record import read_any_record, stated
+from ..models.record import config_values, read_any_record
 from ..models.save import save_checkpoint
 from ..models.surgery import cut
 from ..models.vocabulary import Vocabulary
@@ -191,7 +191,7 @@ def save(model: Model, directory: Path) -> str:
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "work": [*(model.record or {}).get("work", ()), *model.work],
-        "base_config": stated(model.config),
+        "base_config": config_values(model.config),
     }
     return save_checkpoint(
         model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed
