@@ -56,7 +56,7 @@ SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counti
 
 
 def job_of(text, settings=None, samples=1, length=2):
-    return CalibrationJob(text, parse_calibration(text, SOURCES, settings), samples, length)
+    return CalibrationJob(text, parse_calibration(text, SOURCES, settings or {}), samples, length)
 
 
 def drawn(text, loaded, tokenizer=None, settings=None, *, samples, length, seed):
@@ -64,7 +64,7 @@ def drawn(text, loaded, tokenizer=None, settings=None, *, samples, length, seed)
 
 
 def parts_of(text):
-    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES)]
+    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES, {})]
 
 
 class Numbers:
