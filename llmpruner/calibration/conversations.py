@@ -72,8 +72,8 @@ Example = Instruction | Conversation | Completion
 
 
 def read_examples(source: str) -> list[tuple[str, Example]]:
-    """The records of a source (see `calibration.documents`) as examples, in order, each with its place, such as
-    ``a.jsonl, line 3``. Raises `DataError` with the place of the first malformed record, or when there is no record."""
+    """The records of a source (see `calibration.documents`) as examples, each with its place, such as
+    ``a.jsonl, line 3``. Raises `DataError` for a malformed record, and when there is no record."""
     examples = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not examples:
         raise DataError(f"{source} has no examples")
@@ -93,34 +93,37 @@ def example(record: Record) -> Example:
     question and a last question without an answer are left out. A field that is null counts as absent. Raises
     `DataError` with the place of a record of another form.
     """
-    where = record.place
-    if not isinstance(record.value, Mapping):
-        hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(record.value, str) else ""
-        raise DataError(f"{where}: {_EXPECTED}; found {type(record.value).__name__}{hint}")
-    fields = {name: value for name, value in record.value.items() if value is not None}
+    try:
+        return _example(record.value)
+    except DataError as error:
+        raise DataError(f"{record.place}: {error}") from None
+
+
+def _example(value: Any) -> Example:
+    if not isinstance(value, Mapping):
+        hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(value, str) else ""
+        raise DataError(f"{_EXPECTED}; found {type(value).__name__}{hint}")
+    fields = {name: field for name, field in value.items() if field is not None}
     if {"instruction", "output"} <= fields.keys():
-        instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
-        task = Instruction(instruction, output, _text(fields, "input", where))
-        if not _text(fields, "system", where).strip():
-            return task
-        return _conversation(task.conversation.messages, fields, where)
+        task = Instruction(_text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input"))
+        return _conversation(task.conversation.messages, fields) if _text(fields, "system").strip() else task
     for name in ("messages", "conversations"):
         if name in fields:
-            return _conversation(_messages(fields[name], name, where), fields, where)
+            return _conversation(_messages(fields[name], name), fields)
     if {"prompt", "completion"} <= fields.keys():
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            return _conversation(_messages(prompt + completion, "prompt' and 'completion", where), fields, where)
-        return Completion(_text(fields, "completion", where), _text(fields, "prompt", where))
+            return _conversation(_messages(prompt + completion, "prompt' and 'completion"), fields)
+        return Completion(_text(fields, "completion"), _text(fields, "prompt"))
     if "text" in fields:
-        return Completion(_filled(fields, "text", where))
-    raise DataError(f"{where}: {_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
+        return Completion(_text(fields, "text", filled=True))
+    raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
-def _messages(entries: Any, field: str, where: str) -> list[Message]:
+def _messages(entries: Any, field: str) -> list[Message]:
     """The messages of ``[{"role", "content"}, …]`` (OpenAI) or ``[{"from", "value"}, …]`` (ShareGPT)."""
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{where}: '{field}' must be a list of {_MESSAGE}")
+        raise DataError(f"'{field}' must be a list of {_MESSAGE}")
     messages = []
     for number, entry in enumerate(entries, start=1):
         fields = entry if isinstance(entry, Mapping) else {}
@@ -129,37 +132,32 @@ def _messages(entries: Any, field: str, where: str) -> list[Message]:
         known = _ROLES.get(role) if isinstance(role, str) else None
         if known is None or (known == "system" and number > 1) or not isinstance(content, str):
             raise DataError(
-                f"{where}: message {number} must be {_MESSAGE}, or a system message as the first; its role is "
-                f"{role!r}, and its content {type(content).__name__}"
+                f"message {number} must be {_MESSAGE}, or a system message as the first; its role is {role!r}, and its "
+                f"content {type(content).__name__}"
             )
         messages.append(Message(known, content))
     return messages
 
 
-def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], where: str) -> Conversation:
+def _conversation(messages: Sequence[Message], fields: Mapping[str, Any]) -> Conversation:
     """``fields``: of the record, which may have a system message."""
-    own = Message("system", _text(fields, "system", where))
-    system = [message for message in (own, *messages) if message.role == "system" and message.content.strip()]
+    in_field = Message("system", _text(fields, "system"))
+    system = [message for message in (in_field, *messages) if message.role == "system" and message.content.strip()]
     if len(system) > 1:
-        raise DataError(f"{where}: a system message is in 'system' and in the conversation; expected one of them")
+        raise DataError("a system message is in 'system' and in the conversation; expected one of them")
     turns = [message for message in messages if message.role != "system"]
     turns = turns[1:] if turns and turns[0].role == "assistant" else turns
     turns = turns[:-1] if turns and turns[-1].role == "user" else turns
     if not turns or any(turn.role != ("user", "assistant")[number % 2] for number, turn in enumerate(turns)):
-        raise DataError(f"{where}: expected questions and answers in turn, with an answer to the first question")
+        raise DataError("expected questions and answers in turn, with an answer to the first question")
     return Conversation((*system, *turns))
 
 
-def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
-    """Empty for a field that is absent."""
-    value = fields.get(name, "")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' must be text, found {type(value).__name__}")
-    return value
-
-
-def _filled(fields: Mapping[str, Any], name: str, where: str) -> str:
-    text = _text(fields, name, where)
-    if not text.strip():
-        raise DataError(f"{where}: '{name}' is empty")
+def _text(fields: Mapping[str, Any], name: str, *, filled: bool = False) -> str:
+    """The text of a field, empty for one that is absent. ``filled``: refuse blank text."""
+    text = fields.get(name, "")
+    if not isinstance(text, str):
+        raise DataError(f"'{name}' must be text, found {type(text).__name__}")
+    if filled and not text.strip():
+        raise DataError(f"'{name}' is empty")
     return text
