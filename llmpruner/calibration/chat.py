@@ -54,8 +54,7 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
     tokenizer's chat template fails."""
     history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
-        said = [*(text for exchange in history for text in exchange), question]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+        messages = [*_messages(history), {"role": "user", "content": question}]
         return Prompt(_render(tokenizer, messages, add_generation_prompt=True), True)
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
     pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
@@ -76,13 +75,12 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
             pair = alpaca_prompt(example.instruction, example.input), example.output
             return [TrainingText(_closed([pair], family.eos_after, tokenizer))]
         example = example.conversation
+    exchanges, system = example.exchanges, example.system
+    starts = [exchanges[: number + 1] for number in range(len(exchanges))]
     if has_template:
-        messages = [{"role": message.role, "content": message.content} for message in example.messages]
-        answered = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
-        answers = [_answered(tokenizer, messages[: number + 1]) for number in answered]
+        answers = [_in_template(tokenizer, start, system) for start in starts]
     else:
-        exchanges = example.exchanges
-        answers = [_formatted(family, exchanges[: number + 1], example.system) for number in range(len(exchanges))]
+        answers = [_in_format(family, start, system) for start in starts]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
     texts = [[(text[:start], text[start:])] for text, start in answers]
@@ -176,16 +174,17 @@ def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) ->
     )
 
 
-def _formatted(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
+def _in_format(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
     """A conversation in the format of the family, and where in the text the last answer begins."""
     *past, (prompt, answer) = family.format_conversation(exchanges, system)
     before = "".join(asked + answered for asked, answered in past) + prompt
     return before + answer, len(before)
 
 
-def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, int]:
+def _in_template(tokenizer: Any, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
     """A conversation in the tokenizer's chat template, and where in the text the last answer begins. Raises `DataError`
     for a template that renders no answers."""
+    messages = _messages(exchanges, system)
     *before, last = messages
     asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)
     if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:
@@ -201,6 +200,14 @@ def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, 
     shared = common_start(opened, between)
     prompt = asked[: len(asked) - len(opened) + shared]
     return prompt + between[shared:] + text[common_start(lead, text) :], len(prompt)
+
+
+def _messages(exchanges: Sequence[tuple[str, str]], system: str | None = None) -> list[dict[str, str]]:
+    """A conversation as chat templates read it."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in exchanges:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
 
 
 def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import DataError
 from .documents import EXPECTED_EXAMPLES, Record, read_records
 
-Role = Literal["system", "user", "assistant"]
-
-_ROLES: dict[str, Role] = {
+_ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant",
 }  # fmt: skip
@@ -34,30 +32,15 @@ class Instruction:
     def conversation(self) -> Conversation:
         """One question, which ends with ``input``, and its answer."""
         question = f"{self.instruction}\n{self.input}" if self.input else self.instruction
-        return Conversation((Message("user", question), Message("assistant", self.output)))
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Role
-    content: str
+        return Conversation(((question, self.output),))
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Questions (``user``) and answers (``assistant``) in turn, at least one pair, after an optional system message."""
+    """(question, answer) pairs, at least one, after an optional system message."""
 
-    messages: tuple[Message, ...]
-
-    @property
-    def system(self) -> str | None:
-        return self.messages[0].content if self.messages[0].role == "system" else None
-
-    @property
-    def exchanges(self) -> list[tuple[str, str]]:
-        """(question, answer) pairs, in their order."""
-        turns = [message.content for message in self.messages if message.role != "system"]
-        return list(zip(turns[::2], turns[1::2], strict=True))
+    exchanges: tuple[tuple[str, str], ...]
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +89,8 @@ def _example(value: Any) -> Example:
     fields = {name: field for name, field in value.items() if field is not None}
     if {"instruction", "output"} <= fields.keys():
         task = Instruction(_text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input"))
-        return _conversation(task.conversation.messages, fields) if _text(fields, "system").strip() else task
+        system = _text(fields, "system")
+        return replace(task.conversation, system=system) if system.strip() else task
     for name in ("messages", "conversations"):
         if name in fields:
             return _conversation(_messages(fields[name], name), fields)
@@ -120,8 +104,8 @@ def _example(value: Any) -> Example:
     raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
-def _messages(entries: Any, field: str) -> list[Message]:
-    """The messages of ``[{"role", "content"}, …]`` (OpenAI) or ``[{"from", "value"}, …]`` (ShareGPT)."""
+def _messages(entries: Any, field: str) -> list[tuple[str, str]]:
+    """(role, content) of ``[{"role", "content"}, …]`` (OpenAI) or ``[{"from", "value"}, …]`` (ShareGPT)."""
     if not isinstance(entries, list) or not entries:
         raise DataError(f"'{field}' must be a list of {_MESSAGE}")
     messages = []
@@ -135,22 +119,24 @@ def _messages(entries: Any, field: str) -> list[Message]:
                 f"message {number} must be {_MESSAGE}, or a system message as the first; its role is {role!r}, and its "
                 f"content {type(content).__name__}"
             )
-        messages.append(Message(known, content))
+        messages.append((known, content))
     return messages
 
 
-def _conversation(messages: Sequence[Message], fields: Mapping[str, Any]) -> Conversation:
-    """``fields``: of the record, which may have a system message."""
-    in_field = Message("system", _text(fields, "system"))
-    system = [message for message in (in_field, *messages) if message.role == "system" and message.content.strip()]
-    if len(system) > 1:
+def _conversation(messages: Sequence[tuple[str, str]], fields: Mapping[str, Any]) -> Conversation:
+    """``messages``: (role, content). ``fields``: of the record, which may have a system message."""
+    systems = [_text(fields, "system"), *(content for role, content in messages if role == "system")]
+    systems = [content for content in systems if content.strip()]
+    if len(systems) > 1:
         raise DataError("a system message is in 'system' and in the conversation; expected one of them")
-    turns = [message for message in messages if message.role != "system"]
-    turns = turns[1:] if turns and turns[0].role == "assistant" else turns
-    turns = turns[:-1] if turns and turns[-1].role == "user" else turns
-    if not turns or any(turn.role != ("user", "assistant")[number % 2] for number, turn in enumerate(turns)):
+    turns = [(role, content) for role, content in messages if role != "system"]
+    turns = turns[1:] if turns and turns[0][0] == "assistant" else turns
+    turns = turns[:-1] if turns and turns[-1][0] == "user" else turns
+    questions, answers = turns[::2], turns[1::2]
+    if {role for role, _ in questions} != {"user"} or {role for role, _ in answers} != {"assistant"}:
         raise DataError("expected questions and answers in turn, with an answer to the first question")
-    return Conversation((*system, *turns))
+    pairs = zip(questions, answers, strict=False)
+    return Conversation(tuple((asked, said) for (_, asked), (_, said) in pairs), *systems)
 
 
 def _text(fields: Mapping[str, Any], name: str, *, filled: bool = False) -> str:

@@ -14,7 +14,7 @@ from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 import llmpruner
 from llmpruner import DataError
 from llmpruner.calibration.chat import labelled, training_texts
-from llmpruner.calibration.conversations import Conversation, Instruction, Message
+from llmpruner.calibration.conversations import Conversation, Instruction
 from llmpruner.calibration.windows import windows
 from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
@@ -85,7 +85,7 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
     assert [tokenizer("ab")["input_ids"][place] for place in (0, -1)] == [start, end]
     assert end not in ids_to_continue(tokenizer, "ab", special=True)
     assert ids_to_continue(tokenizer, "ab</s>", special=True).count(end) == 1
-    talk = Conversation(tuple(Message(r, c) for r, c in (("user", "q"), ("assistant", "a")) * 2))
+    talk = Conversation((("q", "a"), ("q", "a")))
     for after, ends in (("every", 2), ("last", 1), ("none", 0)):
 
         class Family(AutoFamily):
