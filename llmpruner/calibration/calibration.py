@@ -93,14 +93,9 @@ class TextSource(CalibrationSource):
         check_source(reference)
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        from .windows import opening_tokens, windows
+        from .windows import windows
 
-        documents = read_documents(task.reference)
-        return windows(
-            documents, task.tokenizer,
-            samples=task.samples, length=task.length, seed=task.seed, source=task.reference,
-            opening=opening_tokens(task.tokenizer, documents[0]),
-        )  # fmt: skip
+        return windows(read_documents(task.reference), task)
 
 
 class ChatSource(CalibrationSource):
@@ -121,10 +116,11 @@ class ChatSource(CalibrationSource):
 
         from .chat import packed, texts_at, token_ids
 
-        examples = read_examples(task.reference)
-        texts = [texts_at(place, found, task.family, task.tokenizer) for place, found in examples]
-        encoded = [token_ids(text, task.tokenizer) for each in texts for text in each]
-        return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
+        texts = [
+            texts_at(place, record, task.family, task.tokenizer) for place, record in read_examples(task.reference)
+        ]
+        encoded = [token_ids(text, task.tokenizer) for of_record in texts for text in of_record]
+        return torch.tensor(packed(encoded, task), dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):

@@ -8,13 +8,16 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from ..discovery.family import ModelFamily, alpaca_prompt
 from ..errors import DataError, first_line
 from .conversations import Completion, Example, Instruction
+
+if TYPE_CHECKING:
+    from .calibration import SampleTask
 
 IGNORED = -100
 """The label of tokens without a loss, as PyTorch's cross entropy and transformers have it."""
@@ -146,14 +149,15 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
-def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
-    """``samples`` rows of ``length`` tokens: whole conversations in random order, the last one cut. ``source``: for
-    messages. Raises `DataError` where all conversations together are shorter than a row."""
+def packed(encoded: Sequence[Sequence[int]], task: SampleTask) -> list[list[int]]:
+    """Rows of tokens: whole conversations in random order, the last one cut. Raises `DataError` where all
+    conversations together are shorter than a row."""
+    length, rng = task.length, random.Random(task.seed)
     if sum(map(len, encoded)) < length:
-        raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --set prune.length")
-    rng, left = random.Random(seed), list[int]()
+        raise DataError(f"'{task.reference}' is too short for a sample of {length} tokens; lower --set prune.length")
+    left: list[int] = []
     rows: list[list[int]] = []
-    for _ in range(samples):
+    for _ in range(task.samples):
         row: list[int] = []
         while len(row) < length:
             if not left:

@@ -13,6 +13,7 @@ from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 import llmpruner
 from llmpruner import DataError
+from llmpruner.calibration.calibration import SampleTask
 from llmpruner.calibration.chat import labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction
 from llmpruner.calibration.windows import windows
@@ -64,7 +65,8 @@ def test_a_long_text_without_blanks_is_measured_and_sampled_in_pieces():
     found = perplexity(tiny_models.llama(), tokenizer, text, PerplexityMetric.Settings(window=32, tokens=64))
     assert found.tokens == 64 and max(map(len, tokenizer.texts)) == LONGEST_WORD
     tokenizer = Recording()
-    assert windows([text], tokenizer, samples=3, length=128, seed=0, source="x").shape == (3, 128)
+    task = SampleTask(None, tokenizer, "x", samples=3, length=128, seed=0, family=None)
+    assert windows([text], task).shape == (3, 128)
     assert max(map(len, tokenizer.texts)) == LONGEST_WORD
 
 
