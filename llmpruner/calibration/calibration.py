@@ -116,10 +116,10 @@ class ChatSource(CalibrationSource):
 
         from .chat import packed, texts_at, token_ids
 
-        texts = [
-            texts_at(place, record, task.family, task.tokenizer) for place, record in read_examples(task.reference)
-        ]
-        encoded = [token_ids(text, task.tokenizer) for of_record in texts for text in of_record]
+        encoded: list[list[int]] = []
+        for place, record in read_examples(task.reference):
+            texts = texts_at(place, record, task.family, task.tokenizer)
+            encoded += [token_ids(text, task.tokenizer) for text in texts]
         return torch.tensor(packed(encoded, task), dtype=torch.long)
 
 
