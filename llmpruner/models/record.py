@@ -8,13 +8,10 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, first_line
 from ..files import WEIGHTS, read_json
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
@@ -43,12 +40,6 @@ def read_any_record(path: str | Path) -> dict[str, Any] | None:
     record = read_record(path)
     file = Path(path) / ORIGIN_FILE
     return read_json(file) if record is None and file.is_file() else record
-
-
-def config_values(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of ``config`` as JSON, without those of a quantisation: weights are stored dequantised."""
-    values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
-    return dict(config._encode_special_floats(values))
 
 
 def sha256(file: Path) -> str:
