@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 
+LOGIT_ELEMENTS = 1 << 24
+"""Logits that are computed at once, if the model can: 64 MiB in float32."""
+
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The number of positions of the text model; None where its configuration sets no limit."""
@@ -48,10 +51,6 @@ def warn_beyond(config: PreTrainedConfig, tokens: int, what: str, advice: str, r
     limit = positions_of(config)
     if limit is not None and tokens > limit:
         _LOG.warning("%s are beyond the %s positions that %s was trained with; %s", what, f"{limit:,}", ref, advice)
-
-
-LOGIT_ELEMENTS = 1 << 24
-"""Logits that are computed at once, if the model can: 64 MiB in float32."""
 
 
 def computes_some_logits(model: PreTrainedModel) -> bool:

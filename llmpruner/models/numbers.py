@@ -18,6 +18,11 @@ from ..settings import LoadSettings
 if TYPE_CHECKING:
     from .model import Structure
 
+T = TypeVar("T")
+
+_NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
+_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
+
 
 def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
     """The dtype that the weights have in memory, or will have."""
@@ -58,12 +63,6 @@ def stored_value(structure: Structure, name: str) -> Any:
     value = getattr(structure.config, name, None)
     file = structure.place.directory / "config.json"
     return value if structure.record is None or not file.is_file() else read_json(file).get(name, value)
-
-
-T = TypeVar("T")
-
-_NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
-_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
 
 
 @contextlib.contextmanager

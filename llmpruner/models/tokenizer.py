@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
     from .model import Structure
 
+LONGEST_WORD = 2000
+"""Characters without a blank that are encoded at once: more than in words, or paragraphs without blanks."""
+
 
 def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
@@ -59,10 +62,6 @@ def _may_have_tokenizer(ref: Reference) -> bool:
         return True
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
     return any((ref.directory / name).is_file() for name in names)
-
-
-LONGEST_WORD = 2000
-"""Characters without a blank that are encoded at once: more than in words, or paragraphs without blanks."""
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
