@@ -147,20 +147,17 @@ def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str
     """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model; None where
     the commit is not known."""
     place = resolve(ref, catalog)
-    folder = place.directory
+    path = place.directory / (place.gguf_file or "")
     facts: dict[str, str | None] = {}
-    files: list[Path] = []
-    if place.gguf_file:
-        files = [folder / place.gguf_file]
-    elif folder.is_dir():
-        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."]
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name[0] != "."]
         files = [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
-    elif folder.exists():
-        files = [folder]
+        facts |= {file.name: sampled_sha256(file) for file in files}
+    elif path.exists():
+        facts[path.name] = sampled_sha256(path)
     else:
-        facts = {"hub": ref, "commit": commit}
-    facts |= {file.name: sampled_sha256(file) for file in files}
-    base = adapter_base(folder)
+        facts |= {"hub": ref, "commit": commit}
+    base = adapter_base(path)
     if base is not None:
         facts["base of the adapter"] = model_identity(base, catalog, commit)
     if None in facts.values():
