@@ -54,7 +54,9 @@ def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]
     """The records of a source, in order. ``expected``: for messages. Raises `DataError` at once for a source that does
     not exist, and for a malformed record when it is reached."""
     if source == PYDOC:
-        return _help_topics()
+        from pydoc_data.topics import topics  # half a megabyte of text that --help does without
+
+        return (Record(topics[name], f"{PYDOC}, topic '{name}'") for name in sorted(topics))
     if isdir(source) or source.endswith((".gguf", ".safetensors")):
         raise DataError(f"{source}: a folder or a model, and no text; {expected}")
     if isfile(source):
@@ -113,13 +115,6 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
     if first is None:
         raise DataError(f"{source} holds no records")
     read(first)
-
-
-def _help_topics() -> Iterator[Record]:
-    from pydoc_data.topics import topics  # half a megabyte of text that --help does without
-
-    for name in sorted(topics):
-        yield Record(topics[name], f"{PYDOC}, topic '{name}'")
 
 
 def _whole_text(path: Path) -> Iterator[Record]:
