@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ExportTask:
     """``source``: the model as the user named it, as a rule a folder. ``directory``: new and empty; it gets its final
-    name when `Exporter.export` returns, and is removed when it raises. ``load``: loads the source, when `loaded` or
-    `model` is first read, in the dtype that the user set, by default as it is stored."""
+    name when `Exporter.export` returns, and is removed when it raises. ``load``: called once, when the model is first
+    needed; loads it in the user's dtype, by default as it is stored."""
 
     source: Path
     directory: Path
@@ -109,9 +109,9 @@ class Exporter(Component):
 def export(
     source: Path, exporter: Exporter, directory: Path, load: Callable[[], Model], progress: Progress = QUIET
 ) -> str:
-    """Write the model ``source`` to the new ``directory`` (see `ExportTask`); returns a line on how to load it. Raises
-    `OutputError` when ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing, and
-    whatever the exporter raises; no files remain then."""
+    """Write the model ``source`` to the new ``directory``; returns a line on how to load it. Raises `OutputError` when
+    ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing, and whatever the exporter
+    raises; no files remain then."""
     from . import __version__
     from .models.messages import quiet_transformers
     from .models.record import ORIGIN_FILE, RECORD_FILE, write_record
@@ -124,12 +124,12 @@ def export(
             raise PluginError(f"{exporter.label()} wrote no file")
         if (partial / "config.json").is_file():
             # Both records have the hash of every file.
-            if task.loaded.record is not None and not exporter.for_other_programs:
-                write_record(partial / RECORD_FILE, task.loaded.record)
-            else:
+            if exporter.for_other_programs or task.loaded.record is None:
                 origin = {"llmpruner": __version__, "exported_from": str(source)}
                 form = {"format": exporter.name} if exporter.for_other_programs else {}
                 write_record(partial / ORIGIN_FILE, origin | form)
+            else:
+                write_record(partial / RECORD_FILE, task.loaded.record)
     return line
 
 
@@ -151,7 +151,7 @@ class StockExporter(Exporter):
         from .models import gguf, save
         from .models.opening import load_pruned
 
-        loaded, model = task.loaded, task.model
+        model = task.model
         if self.settings.tie:
             if not gguf.stored_twice(model):
                 raise SettingsError("stock.tie=true is for a model that holds its embedding twice; leave it out")
@@ -159,9 +159,8 @@ class StockExporter(Exporter):
             model.get_input_embeddings().weight = model.get_output_embeddings().weight
             model.config.tie_word_embeddings = True
         task.directory.rmdir()  # `save_checkpoint` creates it
-        save.save_checkpoint(
-            model, task.directory, record=None, tokenizer=loaded.tokenizer, family=loaded.family, stock_only=True
-        )
+        tokenizer, family = task.loaded.tokenizer, task.loaded.family
+        save.save_checkpoint(model, task.directory, record=None, tokenizer=tokenizer, family=family, stock_only=True)
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again)
         return f"{type(again).__name__} of transformers loads it: AutoModelForCausalLM.from_pretrained"

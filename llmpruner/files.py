@@ -19,14 +19,14 @@ WEIGHTS = (".safetensors", ".bin", ".pth", ".pt", ".gguf")
 
 
 def weights_size(place: Path) -> int:
-    """Bytes of a file with weights, or of those in a folder."""
+    """Bytes of a file with weights, or of all such files in a folder."""
     files = [place] if place.is_file() else place.glob("*")
     return sum(file.stat().st_size for file in files if file.suffix in WEIGHTS)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write ``text`` as UTF-8, under a temporary name that is renamed: a failure leaves the old content. A symbolic
-    link keeps its target; a device or pipe is written to. Raises `OutputError`."""
+    """Write ``text`` as UTF-8 to a temporary file, and rename it: a failure leaves the old content. A symbolic link
+    keeps its target; a device or pipe is written to. Raises `OutputError`."""
     with writing(path):
         real = path.resolve()
         if real.exists() and not real.is_file():
@@ -53,8 +53,8 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
-    """Yields a temporary directory, which is renamed to ``directory`` at the end and removed when anything fails.
-    Raises `OutputError` when ``directory`` exists or cannot be written."""
+    """Yields a temporary directory, which becomes ``directory`` at the end and is removed when anything fails. Raises
+    `OutputError` when ``directory`` exists or cannot be written."""
     if directory.exists():
         raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
     partial = directory.with_name(f".{directory.name}.partial")
@@ -74,12 +74,9 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path, mark: str | None = None, *, anew: bool = False) -> Iterator[None]:
-    """While active, no other process is in this block for the same ``folder``, which is created, and removed at the end
-    if nothing is in it. ``mark``: a file without which a folder must be empty. ``anew``: empty the folder first.
-
-    Raises `OutputError` where another process is in such a block. Where directories cannot be locked (Windows, some
-    network file systems), nothing keeps other processes out.
-    """
+    """Lock ``folder`` for this process. It is created, and removed at the end if it is empty. ``mark``: a file without
+    which it must be empty at the start. ``anew``: empty it first. Raises `OutputError` when another process has locked
+    it; Windows and some network file systems have no such locks, and nothing is raised there."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)
@@ -87,11 +84,12 @@ def alone_in(folder: Path, mark: str | None = None, *, anew: bool = False) -> It
         others = any(not path.name.endswith(".partial") for path in folder.iterdir())
         if mark is not None and others and not (folder / mark).is_file():
             raise OutputError(f"'{folder}' is not the folder of an interrupted run; move it away")
-        for path in folder.iterdir() if anew else ():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink()
+        if anew:
+            for path in folder.iterdir():
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path, ignore_errors=True)
+                else:
+                    path.unlink()
         yield
     finally:
         with suppress(OSError):  # something is in it, or it is gone
@@ -118,7 +116,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def check_new_directory(path: Path) -> Path:
-    """``path``, once it is sure that the directory can be created. Raises `OutputError`."""
+    """``path``, if a directory can be created there. Raises `OutputError`."""
     with writing(path):
         if path.exists() or path.is_symlink():
             raise OutputError(f"output directory '{path}' exists already; choose another or remove it")
@@ -126,8 +124,8 @@ def check_new_directory(path: Path) -> Path:
     return path
 
 
-def check_new_file(path: Path) -> Path:
-    """``path``, once a file can be written there without replacing one that is not empty. Raises `OutputError`."""
+def check_new_file(path: Path) -> None:
+    """Raise `OutputError` unless a file can be written to ``path`` without replacing one that is not empty."""
     with writing(path):
         if path.is_dir():
             raise OutputError(f"'{path}' is a directory; name the file to write")
@@ -135,11 +133,10 @@ def check_new_file(path: Path) -> Path:
             raise OutputError(f"output file '{path}' exists already; choose another or remove it")
         if not path.exists():
             _check_parent(path)
-    return path
 
 
 def _check_parent(path: Path) -> None:
-    """Tries to create a directory next to ``path``, as permissions, name length and free inodes matter."""
+    """Create and remove a directory next to ``path``: permissions, name length and free inodes matter."""
     parent = path.resolve().parent
     if not parent.is_dir():
         raise OutputError(f"the folder '{parent}' that should hold '{path.name}' does not exist; create it first")
@@ -151,7 +148,7 @@ def _check_parent(path: Path) -> None:
 
 @contextmanager
 def writing(what: Path | str) -> Iterator[None]:
-    """Errors of writing ``what`` as an `OutputError`: every `OSError`, and those of safetensors and torch."""
+    """Turn errors of writing ``what`` into `OutputError`: every `OSError`, and those of safetensors and torch."""
     try:
         yield
     except Exception as error:
@@ -162,7 +159,7 @@ def writing(what: Path | str) -> Iterator[None]:
 
 
 def write_failure(error: BaseException) -> str | None:
-    """Why the disk did not take what was written; None for other errors."""
+    """Why the disk refused a write; None for other errors."""
     if isinstance(error, OSError):
         failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
         return os.strerror(error.errno).lower() if failed and error.errno else None

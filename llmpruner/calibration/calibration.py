@@ -35,13 +35,13 @@ class CalibrationSet:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over the shape and the tokens, as hexadecimal digits."""
+        """SHA-256 over the shape and the tokens, in hexadecimal digits."""
         digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
         digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
         return digest.hexdigest()
 
     def first(self, tokens: int) -> CalibrationSet:
-        """The first samples, with at most ``tokens`` tokens in all, but at least one sample."""
+        """The first samples, with at most ``tokens`` tokens in all; at least one sample."""
         return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
 
 
@@ -93,14 +93,9 @@ class TextSource(CalibrationSource):
         check_source(reference)
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        from .windows import opening_tokens, windows
+        from .windows import windows
 
-        documents = read_documents(task.reference)
-        return windows(
-            documents, task.tokenizer,
-            samples=task.samples, length=task.length, seed=task.seed, source=task.reference,
-            opening=opening_tokens(task.tokenizer, documents[0]),
-        )  # fmt: skip
+        return windows(read_documents(task.reference), task)
 
 
 class ChatSource(CalibrationSource):
@@ -121,10 +116,11 @@ class ChatSource(CalibrationSource):
 
         from .chat import packed, texts_at, token_ids
 
-        examples = read_examples(task.reference)
-        texts = [texts_at(place, found, task.family, task.tokenizer) for place, found in examples]
-        encoded = [token_ids(text, task.tokenizer) for each in texts for text in each]
-        return torch.tensor(packed(encoded, task.samples, task.length, task.seed, task.reference), dtype=torch.long)
+        encoded: list[list[int]] = []
+        for place, record in read_examples(task.reference):
+            texts = texts_at(place, record, task.family, task.tokenizer)
+            encoded += [token_ids(text, task.tokenizer) for text in texts]
+        return torch.tensor(packed(encoded, task), dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):
@@ -156,8 +152,8 @@ class SelfWritten(CalibrationSource):
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``. ``share``: how
-    many of the samples are of this source in proportion to the others; None where all have equal parts."""
+    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``. ``share``: of
+    the samples, in proportion to the other parts; None where all parts are equal."""
 
     source: CalibrationSource
     reference: str
@@ -166,8 +162,7 @@ class Part:
 
 @dataclass(frozen=True)
 class CalibrationJob:
-    """The calibration text to read or to let the model write. ``text``: the value of ``--calibration``; ``parts``:
-    mixed by their shares; ``samples``: how many; ``length``: tokens of each."""
+    """The calibration text to read, or to let the model write. ``text``: the value of ``--calibration``."""
 
     text: str
     parts: tuple[Part, ...]
@@ -202,8 +197,8 @@ class CalibrationJob:
         return min(self.length, limit)
 
     def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
-        """``samples`` of the text, in the shares that all have, read or written by the model; or those that an
-        interrupted run, or one with another ratio, kept as ``name``."""
+        """``samples`` of the text, read or written by the model, or kept as ``name`` by an interrupted run or by one
+        with another ratio."""
         import torch
 
         from ..engine.journal import recalled
@@ -216,9 +211,9 @@ class CalibrationJob:
         return CalibrationSet(torch.tensor(ids), self.text)
 
     def draw(self, model: Model, samples: int, seed: int, progress: Progress = QUIET) -> torch.Tensor:
-        """``samples`` of the text, at most all, taken from the parts in turn, from those with larger shares more often.
-        Raises `DataError` when a source is missing, malformed or too short, or samples are longer than the model's
-        positions, and `PluginError` when a source returns another shape or dtype."""
+        """The first ``samples`` of the text, (samples, length). Raises `DataError` when a source is missing, malformed
+        or too short, or samples are longer than the model's positions, and `PluginError` when a source returns another
+        shape or dtype."""
         import torch
 
         from ..models.tokenizer import check_ids
@@ -241,8 +236,8 @@ class CalibrationJob:
         return torch.stack([next(rows[number]) for number in order])
 
     def order(self) -> list[int]:
-        """The number of the part of each sample: always the one that is furthest behind its share, the first of those
-        that are alike. Raises `DataError` where samples are too few for every part to have one."""
+        """The number of the part of each sample: always the one that is furthest behind its share, of several the
+        first. Raises `DataError` where samples are too few for every part to have one."""
         shares = [1.0 if part.share is None else part.share for part in self.parts]
         taken = [0] * len(shares)
         order: list[int] = []
@@ -257,15 +252,15 @@ class CalibrationJob:
 
 
 def parse_calibration(
-    text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]] | None = None
+    text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Part, ...]:
-    """The parts of the value of ``--calibration``, see `llmpruner.calibration.documents`. Reads no text. A part that is
-    the name of a source, alone or before a colon, selects that source, unless there is such a file; others are text.
-    ``settings``: source name → values. Raises `DataError` for an empty part, `SettingsError` for unknown settings."""
+    """The parts of the value of ``--calibration``. A part that is the name of a source, alone or before a colon,
+    selects that source, unless there is such a file; others are text. ``settings``: source name → values. Raises
+    `DataError` for an empty part, `SettingsError` for unknown settings."""
     parts = []
     for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")
         if name == TextSource.name or name not in sources or isfile(reference):
             name, rest = TextSource.name, reference
-        parts.append(Part(sources[name](**(settings or {}).get(name, {})), rest, share))
+        parts.append(Part(sources[name](**settings.get(name, {})), rest, share))
     return tuple(parts)

@@ -1,5 +1,5 @@
-"""Chat formats: prompts for questions, and the training text of examples with its tokens. The tokenizer's chat template
-is used, unless the family has its own format (`ModelFamily.has_own_format`); without either, Stanford Alpaca's."""
+"""Chat formats: prompts for questions, and examples as training texts with tokens. The tokenizer's chat template is
+used, unless the family has its own format (`ModelFamily.has_own_format`); without either, Stanford Alpaca's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import random
 import re
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import TemplateError
 
@@ -16,17 +16,22 @@ from ..discovery.family import ModelFamily, alpaca_prompt
 from ..errors import DataError, first_line
 from .conversations import Completion, Example, Instruction
 
+if TYPE_CHECKING:
+    from .calibration import SampleTask
+
 IGNORED = -100
-"""The label of tokens that have no loss (the convention of PyTorch's cross entropy and of transformers)."""
+"""The label of tokens without a loss, as PyTorch's cross entropy and transformers have it."""
 
 _TODAY = datetime.date(2024, 7, 26)
-"""The date for templates that print the current one, so that results do not depend on the day."""
+"""For templates that print the date, so that results do not depend on the day."""
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+_ANSWER = "\ue000"
+"""An answer that is found again in what a template renders: a code point without a meaning."""
 
 
 class Prompt(NamedTuple):
-    """``has_special_tokens``: the text contains its special tokens (beginning of sequence, roles), so it is tokenised
-    with ``add_special_tokens=False``."""
+    """``has_special_tokens``: beginning of sequence and roles are in the text already, so it is tokenised with
+    ``add_special_tokens=False``."""
 
     text: str
     has_special_tokens: bool
@@ -40,31 +45,19 @@ class Turn(NamedTuple):
 
 
 class TrainingText(NamedTuple):
-    """The text of one training example: the texts of all turns joined. ``has_special_tokens``: as in `Prompt`."""
+    """One training example: the texts of its turns, joined. ``has_special_tokens``: as in `Prompt`."""
 
     turns: tuple[Turn, ...]
     has_special_tokens: bool = False
 
 
-def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[Turn, ...]:
-    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (as in
-    `ModelFamily`), unless they end with it."""
-    eos = getattr(tokenizer, "eos_token", None) or ""
-    first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
-    return tuple(
-        Turn(prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
-        for number, (prompt, answer) in enumerate(pairs)
-    )
-
-
 def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
     """The prompt for ``question`` after earlier (question, answer) pairs, which a model without a chat format is not
-    shown. White space around answers is left out: models generate what their format has before and after an answer.
-    Raises `DataError` when the tokenizer's chat template fails."""
+    shown. White space around answers is left out: models write that of their format. Raises `DataError` when the
+    tokenizer's chat template fails."""
     history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
-        said = [*(text for exchange in history for text in exchange), question]
-        messages = [{"role": ("user", "assistant")[n % 2], "content": text} for n, text in enumerate(said)]
+        messages = [*_messages(history), {"role": "user", "content": question}]
         return Prompt(_render(tokenizer, messages, add_generation_prompt=True), True)
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
     pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
@@ -74,10 +67,9 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
 
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
-    """An example in the chat format of the model: one text, except where the format renders earlier turns differently
-    once others follow (Qwen3's leaves out their reasoning, Mistral's the system message, ChatGLM's numbers rounds).
-    Then there is one for each answer, with the prompt that the model would get for it. Raises `DataError` when the chat
-    template fails, and when it renders no answers."""
+    """An example in the chat format of the model: one text, or one for each answer where the format changes earlier
+    turns once others follow (Qwen3 leaves out their reasoning, Mistral the system message, ChatGLM numbers rounds).
+    Raises `DataError` when the chat template fails or renders no answers."""
     if isinstance(example, Completion):
         return [TrainingText(_closed([(example.prompt, family.format_text(example.completion))], "every", tokenizer))]
     has_template = has_chat_template(family, tokenizer)
@@ -86,13 +78,12 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
             pair = alpaca_prompt(example.instruction, example.input), example.output
             return [TrainingText(_closed([pair], family.eos_after, tokenizer))]
         example = example.conversation
+    exchanges, system = example.exchanges, example.system
+    starts = [exchanges[: number + 1] for number in range(len(exchanges))]
     if has_template:
-        messages = [{"role": message.role, "content": message.content} for message in example.messages]
-        answered = [number for number, message in enumerate(example.messages) if message.role == "assistant"]
-        answers = [_answered(tokenizer, messages[: number + 1]) for number in answered]
+        answers = [_in_template(tokenizer, start, system) for start in starts]
     else:
-        exchanges = example.exchanges
-        answers = [_formatted(family, exchanges[: number + 1], example.system) for number in range(len(exchanges))]
+        answers = [_in_format(family, start, system) for start in starts]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
     texts = [[(text[:start], text[start:])] for text, start in answers]
@@ -102,15 +93,8 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     return [TrainingText(_closed(pairs, eos_after, tokenizer), has_template) for pairs in texts]
 
 
-def _formatted(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
-    """The text of a conversation in the format of the family, and where in it the last answer begins."""
-    *past, (prompt, answer) = family.format_conversation(exchanges, system)
-    before = "".join(asked + answered for asked, answered in past) + prompt
-    return before + answer, len(before)
-
-
 def texts_at(place: str, example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
-    """`training_texts` of the example at ``place``, which errors name."""
+    """`training_texts`, with ``place`` in error messages."""
     try:
         return training_texts(example, family, tokenizer)
     except DataError as error:
@@ -118,14 +102,14 @@ def texts_at(place: str, example: Example, family: ModelFamily, tokenizer: Any) 
 
 
 def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
-    """Whether prompts are in the tokenizer's chat template, not in the format of the family."""
+    """Whether prompts are in the tokenizer's chat template, and not in the format of the family."""
     template: Any = getattr(tokenizer, "chat_template", None)
     # A dict of templates by name.
     return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
 
 
 def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
-    """A line that names the format of a prompt that is not in the tokenizer's chat template; else None."""
+    """A line on the format of a prompt that is not in the tokenizer's chat template; else None."""
     if has_chat_template(family, tokenizer):
         return None
     if family.has_own_format:
@@ -133,63 +117,7 @@ def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
     return f"'{name}' has no chat format: the prompt is in Stanford Alpaca's format for instructions"
 
 
-def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
-    """The number of equal items (characters, tokens) at the start of both."""
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))
-
-
-_ANSWER = "\ue000"
-"""An answer that is recognised in what a template renders: a code point without a meaning."""
-
-
-def _answered(tokenizer: Any, messages: Sequence[dict[str, str]]) -> tuple[str, int]:
-    """The text of a conversation that ends with a question and its answer, and where in it the answer begins. Raises
-    `DataError` for a template that renders no answers."""
-    *before, last = messages
-    asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)
-    if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:
-        return text, len(asked)
-    lead, mark, _ = _render(tokenizer, [*before, {**last, "content": _ANSWER}]).rpartition(_ANSWER)
-    if not mark:
-        raise DataError("the chat template of the model's tokenizer renders no answers")
-    if text.startswith(asked):
-        return text, len(asked)
-    # What follows the question may differ: a generation prompt may begin a reasoning, which is left out.
-    question = before[-1]["content"].strip()
-    opened, between = (rendered.rpartition(question)[2] for rendered in (asked, lead))
-    shared = common_start(opened, between)
-    prompt = asked[: len(asked) - len(opened) + shared]
-    return prompt + between[shared:] + text[common_start(lead, text) :], len(prompt)
-
-
-def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
-    template = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
-    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": add_generation_prompt}
-    try:
-        return str(tokenizer.apply_chat_template(list(messages), **options))
-    except (TemplateError, TypeError) as error:
-        raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
-
-
-def packed(encoded: Sequence[Sequence[int]], samples: int, length: int, seed: int, source: str) -> list[list[int]]:
-    """``samples`` rows of ``length`` tokens, of whole conversations in random order, the last of a row cut. ``source``:
-    for messages. Raises `DataError` where all conversations together are shorter than a row."""
-    if sum(map(len, encoded)) < length:
-        raise DataError(f"'{source}' is too short for a sample of {length} tokens; lower --set prune.length")
-    rng, left = random.Random(seed), list[int]()
-    rows: list[list[int]] = []
-    for _ in range(samples):
-        row: list[int] = []
-        while len(row) < length:
-            if not left:
-                left = rng.sample(range(len(encoded)), len(encoded))
-            row += encoded[left.pop()]
-        rows.append(row[:length])
-    return rows
-
-
 def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
-    """The tokens of ``text``."""
     from ..models.tokenizer import ids_to_continue
 
     joined = "".join(prompt + answer for prompt, answer in text.turns)
@@ -197,8 +125,8 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
 
 
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text``, None: of all. A label is its token, or
-    `IGNORED` for tokens that have no character of an answer."""
+    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text`` (None: all). The label of a token is the
+    token itself, or `IGNORED` where no character of it is in an answer."""
     from ..models.tokenizer import ids_to_continue
 
     special, joined = not text.has_special_tokens, ""
@@ -219,3 +147,82 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str
         answered = [any(start <= index < end for start, end in spans) for index in range(len(ids))]
     labels = [token if yes else IGNORED for token, yes in zip(ids, answered, strict=False)]
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
+
+
+def packed(encoded: Sequence[Sequence[int]], task: SampleTask) -> list[list[int]]:
+    """Rows of tokens: whole conversations in random order, the last one cut. Raises `DataError` where all
+    conversations together are shorter than a row."""
+    length, rng = task.length, random.Random(task.seed)
+    if sum(map(len, encoded)) < length:
+        raise DataError(f"'{task.reference}' is too short for a sample of {length} tokens; lower --set prune.length")
+    left: list[int] = []
+    rows: list[list[int]] = []
+    for _ in range(task.samples):
+        row: list[int] = []
+        while len(row) < length:
+            if not left:
+                left = rng.sample(range(len(encoded)), len(encoded))
+            row += encoded[left.pop()]
+        rows.append(row[:length])
+    return rows
+
+
+def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[Turn, ...]:
+    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (see `ModelFamily`)
+    and that do not end with one."""
+    eos = getattr(tokenizer, "eos_token", None) or ""
+    first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
+    return tuple(
+        Turn(prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
+        for number, (prompt, answer) in enumerate(pairs)
+    )
+
+
+def _in_format(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
+    """A conversation in the format of the family, and where in the text the last answer begins."""
+    *past, (prompt, answer) = family.format_conversation(exchanges, system)
+    before = "".join(asked + answered for asked, answered in past) + prompt
+    return before + answer, len(before)
+
+
+def _in_template(tokenizer: Any, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
+    """A conversation in the tokenizer's chat template, and where in the text the last answer begins. Raises `DataError`
+    for a template that renders no answers."""
+    messages = _messages(exchanges, system)
+    *before, last = messages
+    asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)
+    if text.startswith(asked) and last["content"].strip() in text[len(asked) :]:
+        return text, len(asked)
+    lead, mark, _ = _render(tokenizer, [*before, {**last, "content": _ANSWER}]).rpartition(_ANSWER)
+    if not mark:
+        raise DataError("the chat template of the model's tokenizer renders no answers")
+    if text.startswith(asked):
+        return text, len(asked)
+    # What follows the question may differ: a generation prompt may begin a reasoning, which is left out.
+    question = before[-1]["content"].strip()
+    opened, between = (rendered.rpartition(question)[2] for rendered in (asked, lead))
+    shared = common_start(opened, between)
+    prompt = asked[: len(asked) - len(opened) + shared]
+    return prompt + between[shared:] + text[common_start(lead, text) :], len(prompt)
+
+
+def _messages(exchanges: Sequence[tuple[str, str]], system: str | None = None) -> list[dict[str, str]]:
+    """A conversation as chat templates read it."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    for question, answer in exchanges:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return messages
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = False) -> str:
+    template = _DATE.sub(lambda call: repr(_TODAY.strftime(call[2])), tokenizer.get_chat_template())
+    options = {"chat_template": template, "tokenize": False, "add_generation_prompt": add_generation_prompt}
+    try:
+        return str(tokenizer.apply_chat_template(list(messages), **options))
+    except (TemplateError, TypeError) as error:
+        raise DataError(f"the chat template of the model's tokenizer refuses it: {first_line(error)}") from error
+
+
+def common_start(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """The number of equal items (characters, tokens) at the start of both."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(a, b, strict=False)))

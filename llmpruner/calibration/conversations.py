@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import DataError
 from .documents import EXPECTED_EXAMPLES, Record, read_records
 
-Role = Literal["system", "user", "assistant"]
-
-_ROLES: dict[str, Role] = {
+_ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
     "chatgpt": "assistant",
 }  # fmt: skip
@@ -34,30 +32,15 @@ class Instruction:
     def conversation(self) -> Conversation:
         """One question, which ends with ``input``, and its answer."""
         question = f"{self.instruction}\n{self.input}" if self.input else self.instruction
-        return Conversation((Message("user", question), Message("assistant", self.output)))
-
-
-@dataclass(frozen=True, slots=True)
-class Message:
-    role: Role
-    content: str
+        return Conversation(((question, self.output),))
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Questions (``user``) and answers (``assistant``) in turn, at least one pair, after an optional system message."""
+    """(question, answer) pairs, at least one, after an optional system message."""
 
-    messages: tuple[Message, ...]
-
-    @property
-    def system(self) -> str | None:
-        return self.messages[0].content if self.messages[0].role == "system" else None
-
-    @property
-    def exchanges(self) -> list[tuple[str, str]]:
-        """(question, answer) pairs, in their order."""
-        turns = [message.content for message in self.messages if message.role != "system"]
-        return list(zip(turns[::2], turns[1::2], strict=True))
+    exchanges: tuple[tuple[str, str], ...]
+    system: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +55,8 @@ Example = Instruction | Conversation | Completion
 
 
 def read_examples(source: str) -> list[tuple[str, Example]]:
-    """The records of a source (see `calibration.documents`) as examples, in order, each with its place, such as
-    ``a.jsonl, line 3``. Raises `DataError` with the place of the first malformed record, or when there is no record."""
+    """The records of a source (see `calibration.documents`) as examples, each with its place, such as
+    ``a.jsonl, line 3``. Raises `DataError` for a malformed record, and when there is no record."""
     examples = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not examples:
         raise DataError(f"{source} has no examples")
@@ -93,34 +76,38 @@ def example(record: Record) -> Example:
     question and a last question without an answer are left out. A field that is null counts as absent. Raises
     `DataError` with the place of a record of another form.
     """
-    where = record.place
-    if not isinstance(record.value, Mapping):
-        hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(record.value, str) else ""
-        raise DataError(f"{where}: {_EXPECTED}; found {type(record.value).__name__}{hint}")
-    fields = {name: value for name, value in record.value.items() if value is not None}
+    try:
+        return _example(record.value)
+    except DataError as error:
+        raise DataError(f"{record.place}: {error}") from None
+
+
+def _example(value: Any) -> Example:
+    if not isinstance(value, Mapping):
+        hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(value, str) else ""
+        raise DataError(f"{_EXPECTED}; found {type(value).__name__}{hint}")
+    fields = {name: field for name, field in value.items() if field is not None}
     if {"instruction", "output"} <= fields.keys():
-        instruction, output = _filled(fields, "instruction", where), _text(fields, "output", where)
-        task = Instruction(instruction, output, _text(fields, "input", where))
-        if not _text(fields, "system", where).strip():
-            return task
-        return _conversation(task.conversation.messages, fields, where)
+        task = Instruction(_text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input"))
+        system = _text(fields, "system")
+        return replace(task.conversation, system=system) if system.strip() else task
     for name in ("messages", "conversations"):
         if name in fields:
-            return _conversation(_messages(fields[name], name, where), fields, where)
+            return _conversation(_messages(fields[name], name), fields)
     if {"prompt", "completion"} <= fields.keys():
         prompt, completion = fields["prompt"], fields["completion"]
         if isinstance(prompt, list) and isinstance(completion, list):
-            return _conversation(_messages(prompt + completion, "prompt' and 'completion", where), fields, where)
-        return Completion(_text(fields, "completion", where), _text(fields, "prompt", where))
+            return _conversation(_messages(prompt + completion, "prompt' and 'completion"), fields)
+        return Completion(_text(fields, "completion"), _text(fields, "prompt"))
     if "text" in fields:
-        return Completion(_filled(fields, "text", where))
-    raise DataError(f"{where}: {_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
+        return Completion(_text(fields, "text", filled=True))
+    raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
-def _messages(entries: Any, field: str, where: str) -> list[Message]:
-    """The messages of ``[{"role", "content"}, …]`` (OpenAI) or ``[{"from", "value"}, …]`` (ShareGPT)."""
+def _messages(entries: Any, field: str) -> list[tuple[str, str]]:
+    """(role, content) of ``[{"role", "content"}, …]`` (OpenAI) or ``[{"from", "value"}, …]`` (ShareGPT)."""
     if not isinstance(entries, list) or not entries:
-        raise DataError(f"{where}: '{field}' must be a list of {_MESSAGE}")
+        raise DataError(f"'{field}' must be a list of {_MESSAGE}")
     messages = []
     for number, entry in enumerate(entries, start=1):
         fields = entry if isinstance(entry, Mapping) else {}
@@ -129,37 +116,34 @@ def _messages(entries: Any, field: str, where: str) -> list[Message]:
         known = _ROLES.get(role) if isinstance(role, str) else None
         if known is None or (known == "system" and number > 1) or not isinstance(content, str):
             raise DataError(
-                f"{where}: message {number} must be {_MESSAGE}, or a system message as the first; its role is "
-                f"{role!r}, and its content {type(content).__name__}"
+                f"message {number} must be {_MESSAGE}, or a system message as the first; its role is {role!r}, and its "
+                f"content {type(content).__name__}"
             )
-        messages.append(Message(known, content))
+        messages.append((known, content))
     return messages
 
 
-def _conversation(messages: Sequence[Message], fields: Mapping[str, Any], where: str) -> Conversation:
-    """``fields``: of the record, which may have a system message."""
-    own = Message("system", _text(fields, "system", where))
-    system = [message for message in (own, *messages) if message.role == "system" and message.content.strip()]
-    if len(system) > 1:
-        raise DataError(f"{where}: a system message is in 'system' and in the conversation; expected one of them")
-    turns = [message for message in messages if message.role != "system"]
-    turns = turns[1:] if turns and turns[0].role == "assistant" else turns
-    turns = turns[:-1] if turns and turns[-1].role == "user" else turns
-    if not turns or any(turn.role != ("user", "assistant")[number % 2] for number, turn in enumerate(turns)):
-        raise DataError(f"{where}: expected questions and answers in turn, with an answer to the first question")
-    return Conversation((*system, *turns))
+def _conversation(messages: Sequence[tuple[str, str]], fields: Mapping[str, Any]) -> Conversation:
+    """``messages``: (role, content). ``fields``: of the record, which may have a system message."""
+    systems = [_text(fields, "system"), *(content for role, content in messages if role == "system")]
+    systems = [content for content in systems if content.strip()]
+    if len(systems) > 1:
+        raise DataError("a system message is in 'system' and in the conversation; expected one of them")
+    turns = [(role, content) for role, content in messages if role != "system"]
+    turns = turns[1:] if turns and turns[0][0] == "assistant" else turns
+    turns = turns[:-1] if turns and turns[-1][0] == "user" else turns
+    questions, answers = turns[::2], turns[1::2]
+    if {role for role, _ in questions} != {"user"} or {role for role, _ in answers} != {"assistant"}:
+        raise DataError("expected questions and answers in turn, with an answer to the first question")
+    pairs = zip(questions, answers, strict=False)
+    return Conversation(tuple((asked, said) for (_, asked), (_, said) in pairs), *systems)
 
 
-def _text(fields: Mapping[str, Any], name: str, where: str) -> str:
-    """Empty for a field that is absent."""
-    value = fields.get(name, "")
-    if not isinstance(value, str):
-        raise DataError(f"{where}: '{name}' must be text, found {type(value).__name__}")
-    return value
-
-
-def _filled(fields: Mapping[str, Any], name: str, where: str) -> str:
-    text = _text(fields, name, where)
-    if not text.strip():
-        raise DataError(f"{where}: '{name}' is empty")
+def _text(fields: Mapping[str, Any], name: str, *, filled: bool = False) -> str:
+    """The text of a field, empty for one that is absent. ``filled``: refuse blank text."""
+    text = fields.get(name, "")
+    if not isinstance(text, str):
+        raise DataError(f"'{name}' must be text, found {type(text).__name__}")
+    if filled and not text.strip():
+        raise DataError(f"'{name}' is empty")
     return text

@@ -34,7 +34,7 @@ TEXT_FIELDS = ("text", "page", "content")
 
 EXPECTED_TEXT = f"expected a .txt, .json, .jsonl or .parquet file, the name of a data set, or '{PYDOC}'"
 EXPECTED_EXAMPLES = "expected a .json, .jsonl or .parquet file, or the name of a data set"
-"""What a source of text, and one of instructions, may be; for messages."""
+"""What a source of text, and one of instructions, may be, for messages."""
 _SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
 """What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
@@ -52,10 +52,11 @@ class Record(NamedTuple):
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
     """The records of a source, in order. ``expected``: for messages. Raises `DataError` at once for a source that does
-    not exist, and for a malformed record when it is reached, and `MissingExtraError` where its reader is not
-    installed."""
+    not exist, and for a malformed record when it is reached."""
     if source == PYDOC:
-        return _help_topics()
+        from pydoc_data.topics import topics  # half a megabyte of text that --help does without
+
+        return (Record(topics[name], f"{PYDOC}, topic '{name}'") for name in sorted(topics))
     if isdir(source) or source.endswith((".gguf", ".safetensors")):
         raise DataError(f"{source}: a folder or a model, and no text; {expected}")
     if isfile(source):
@@ -76,8 +77,8 @@ def _readable(path: Path, records: Iterator[Record]) -> Iterator[Record]:
 
 
 def read_documents(source: str) -> list[str]:
-    """The text of every record (see `document`) except blank ones. Raises as `read_records`, and `DataError` when
-    a record has no text or all are blank."""
+    """The text of every record that is not blank. Raises as `read_records`, and `DataError` when a record has no text
+    or all are blank."""
     texts = [text for text in map(document, read_records(source)) if text.strip()]
     if not texts:
         raise DataError(f"{source} holds no text")
@@ -90,8 +91,7 @@ def read_text(source: str) -> str:
 
 
 def document(record: Record) -> str:
-    """The text of one record: its value if that is a string, else the first string in `TEXT_FIELDS`. Raises
-    `DataError`."""
+    """The text of a record: its value if that is a string, else the first string in `TEXT_FIELDS`."""
     value = record.value
     if isinstance(value, str):
         return value
@@ -115,13 +115,6 @@ def check_source(source: str, read: Callable[[Record], object] = document, expec
     if first is None:
         raise DataError(f"{source} holds no records")
     read(first)
-
-
-def _help_topics() -> Iterator[Record]:
-    from pydoc_data.topics import topics  # half a megabyte of text that --help does without
-
-    for name in sorted(topics):
-        yield Record(topics[name], f"{PYDOC}, topic '{name}'")
 
 
 def _whole_text(path: Path) -> Iterator[Record]:
@@ -202,20 +195,13 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
         raise DataError(f"{path}, line {line + error.lineno - 1}: not valid JSON ({error.msg}){hint}") from None
 
 
-class Part(NamedTuple):
-    """One source of a mixture. ``share``: of the records, in proportion to the others; None where no source has one,
-    and all are taken."""
-
-    source: str
-    share: float | None = None
-
-
-def parse_mixture(text: str) -> tuple[Part, ...]:
-    """The sources that ``text`` names. A file that exists is one source, whatever its name. Raises `DataError` for an
-    empty name and a share of zero."""
+def parse_mixture(text: str) -> list[tuple[str, float | None]]:
+    """The sources that ``text`` names, each with its share of the records in proportion to the others; None where no
+    source has a share, and all records are taken. A file that exists is one source, whatever its name. Raises
+    `DataError` for an empty name and a share of zero."""
     if isfile(text):
-        return (Part(text),)
-    parts = []
+        return [(text, None)]
+    parts: list[tuple[str, float | None]] = []
     for piece in text.split(","):
         match = _PART.fullmatch(piece.strip())
         if match is None:
@@ -223,19 +209,19 @@ def parse_mixture(text: str) -> tuple[Part, ...]:
         share = None if match[1] is None else float(match[1])
         if share == 0:
             raise DataError(f"'{text}': a share of 0 takes nothing of '{match[2]}'; leave it out")
-        parts.append(Part(match[2], share))
-    if any(part.share is not None for part in parts):
-        parts = [Part(part.source, 1.0 if part.share is None else part.share) for part in parts]
-    return tuple(parts)
+        parts.append((match[2], share))
+    if any(share is not None for _, share in parts):
+        return [(source, 1.0 if share is None else share) for source, share in parts]
+    return parts
 
 
-def mixed(parts: Sequence[tuple[Part, Sequence[T]]], seed: int) -> list[T]:
-    """The records of all sources, those of each together, in their order. With shares, as many as there can be in these
+def mixed(parts: Sequence[tuple[float | None, Sequence[T]]], seed: int) -> list[T]:
+    """The records of all sources, each with its share, in their order. With shares, as many as there can be in these
     proportions, drawn at random by ``seed``."""
-    unit = min((len(records) / part.share for part, records in parts if part.share), default=0.0)
+    unit = min((len(records) / share for share, records in parts if share), default=0.0)
     chosen: list[T] = []
-    for number, (part, records) in enumerate(parts):
-        count = len(records) if part.share is None else max(1, round(part.share * unit))
+    for number, (share, records) in enumerate(parts):
+        count = len(records) if share is None else max(1, round(share * unit))
         places = sorted(random.Random(f"{seed} {number}").sample(range(len(records)), min(count, len(records))))
         chosen += [records[place] for place in places]
     return chosen

@@ -5,12 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..errors import DataError
 from ..models.tokenizer import LONGEST_WORD, tokens_of
+
+if TYPE_CHECKING:
+    from .calibration import SampleTask
 
 _CHARACTERS_PER_TOKEN = 12
 """More than the average in any language, so that a piece of text has enough tokens."""
@@ -22,30 +25,21 @@ _OPENING = 256
 """Characters of a text that are encoded with and without special tokens."""
 
 
-def windows(
-    documents: Sequence[str],
-    tokenizer: Any,
-    *,
-    samples: int,
-    length: int,
-    seed: int,
-    source: str,
-    opening: Sequence[int] = (),
-) -> torch.Tensor:
+def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
     """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
     pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
-    Documents are joined in random order, so that short ones are used too.
+    Documents are joined in random order, so that short ones are used too. Every window begins with `opening_tokens`.
 
-    ``opening``: the tokens that every window begins with, among its ``length``. ``source``: for messages. Raises
-    `DataError` when the text has fewer tokens than a window needs, or a window has no room for any after ``opening``.
+    Raises `DataError` when the text has fewer tokens than a window needs, or a window has no room for any.
     """
-    whole, length = length, length - len(opening)
+    samples, tokenizer, opening = task.samples, task.tokenizer, opening_tokens(task.tokenizer, documents[0])
+    length = task.length - len(opening)
     if length < 1:
         raise DataError(
-            f"a sample of {whole} tokens has no room for text after the {len(opening)} that the tokenizer puts first; "
-            "raise --set prune.length"
+            f"a sample of {task.length} tokens has no room for text after the {len(opening)} that the tokenizer puts "
+            "first; raise --set prune.length"
         )
-    rng = random.Random(seed)
+    rng = random.Random(task.seed)
     text = "\n\n".join(rng.sample(documents, len(documents)))
     of_pieces: list[list[list[int]]] = []
     for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
@@ -58,7 +52,8 @@ def windows(
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
         raise DataError(
-            f"'{source}' is too short for {samples} samples of {whole} tokens; lower --samples or --set prune.length"
+            f"'{task.reference}' is too short for {samples} samples of {task.length} tokens; lower --samples or --set "
+            "prune.length"
         )
     return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
 

@@ -119,8 +119,8 @@ def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], cat
     kind = COMMANDS["prune" if command == "plan" else command]
     job, *_ = [kind.create(each, catalog) for each in settings]
     if command == "evaluate":  # whose metrics read all of their data
-        for part in parse_mixture(settings[0].perplexity or PYDOC):
-            check_source(part.source)
+        for source, _ in parse_mixture(settings[0].perplexity or PYDOC):
+            check_source(source)
     else:
         kind.check(job)
     if command == "recover":

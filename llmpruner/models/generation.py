@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 _LOG = logging.getLogger("llmpruner")
 
+LOGIT_ELEMENTS = 1 << 24
+"""Logits that are computed at once, if the model can: 64 MiB in float32."""
+
 
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The number of positions of the text model; None where its configuration sets no limit."""
@@ -31,27 +34,23 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 
 def table_of(config: PreTrainedConfig) -> int | None:
-    """`positions_of` a model that looks them up in a table (GPT-2, OPT), and reads no more; None for a rotary one."""
+    """The positions of a model that looks them up in a table (GPT-2, OPT), and reads no more; None for a rotary one."""
     rotary = getattr(config.get_text_config(), "rope_parameters", None)
     return None if rotary else positions_of(config)
 
 
 def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
-    """Raise `DataError` for more ``tokens`` (``what``: named) than a table has positions, with ``advice``."""
+    """Raise `DataError` for more ``tokens`` than a table has positions. ``what``: names them."""
     limit = table_of(config)
     if limit is not None and tokens > limit:
         raise DataError(f"{what} are beyond the {limit:,} positions of {ref}; {advice}")
 
 
 def warn_beyond(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
-    """Warn of more tokens than a rotary model was trained with: its predictions get worse."""
+    """Warn of more tokens than a rotary model was trained with: it predicts worse there."""
     limit = positions_of(config)
     if limit is not None and tokens > limit:
         _LOG.warning("%s are beyond the %s positions that %s was trained with; %s", what, f"{limit:,}", ref, advice)
-
-
-LOGIT_ELEMENTS = 1 << 24
-"""Logits that are computed at once, if the model can: 64 MiB in float32."""
 
 
 def computes_some_logits(model: PreTrainedModel) -> bool:
@@ -60,20 +59,20 @@ def computes_some_logits(model: PreTrainedModel) -> bool:
 
 
 def last_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """The arguments by which a forward computes the logits of the last position alone; none where it cannot."""
+    """The arguments by which a forward computes the logits of the last position alone, if it can."""
     return {"logits_to_keep": 1} if computes_some_logits(model) else {}
 
 
 def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64; computes no others if the model can."""
+    """Logits (B, n, V) of token ids (B, T) at ``positions`` (n,), int64; no others are computed if the model can."""
     some = {"logits_to_keep": positions} if computes_some_logits(model) else {}
     logits: torch.Tensor = model(input_ids=input_ids, use_cache=False, **some).logits
     return logits if some else logits.index_select(1, positions)
 
 
 def position_blocks(model: PreTrainedModel, input_ids: torch.Tensor, vocabulary: int) -> list[torch.Tensor]:
-    """The positions of token ids (B, T) that predict a token, 0 to T - 2, in blocks of at most `LOGIT_ELEMENTS` logits
-    and at least one position; in one block for a model that computes the logits of all positions anyway."""
+    """The positions of token ids (B, T) that predict a token, 0 to T - 2, in blocks of at most `LOGIT_ELEMENTS` logits;
+    in one block for a model that computes the logits of all positions anyway."""
     samples, length = input_ids.shape
     positions = torch.arange(length - 1, device=input_ids.device)
     if not computes_some_logits(model):
@@ -95,11 +94,10 @@ def generate(
 ) -> str:
     """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it.
 
-    ``add_special_tokens``: False for a prompt that holds its special tokens already, as chat templates put them in.
-    A ``temperature`` above 0 samples, reproducibly by ``seed``; the caller's random state is left as it was.
-    ``on_text``: called with each piece as it comes; an exception in it ends the generation. Ends at the
-    end-of-sequence token, at ``stop_text``, and where a model with a table of positions (GPT-2, OPT) has no more.
-    Raises `DataError` for a prompt with more tokens than the model has positions.
+    ``add_special_tokens``: False for a prompt that has them already, as chat templates do. A ``temperature`` above 0
+    samples, reproducibly by ``seed``; the caller's random state is left as it was. ``on_text``: called with each piece
+    as it comes; an exception in it ends the generation. Ends at the end-of-sequence token, at ``stop_text``, and where
+    a model with a table of positions has no more. Raises `DataError` for a prompt that is longer than these.
     """
     ids = ids_to_continue(tokenizer, prompt, special=add_special_tokens)
     ids_1T = check_ids(torch.tensor([ids], dtype=torch.long, device=model.device), model)
@@ -109,8 +107,8 @@ def generate(
     if table is not None:
         # The last token is not read.
         max_new_tokens = min(max_new_tokens, table - len(ids) + 1)
-    own = model.generation_config
-    end = own.eos_token_id if own is not None and own.eos_token_id is not None else tokenizer.eos_token_id
+    stated = model.generation_config
+    end = stated.eos_token_id if stated is not None and stated.eos_token_id is not None else tokenizer.eos_token_id
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
@@ -131,7 +129,7 @@ def generate(
 
 
 class _Pieces(TextStreamer):  # type: ignore[misc]
-    """Calls ``on_text`` with the pieces of a continuation up to ``stop``; what may be the start of it waits."""
+    """Calls ``on_text`` with the pieces of a continuation up to ``stop``; what may be the start of ``stop`` waits."""
 
     def __init__(self, tokenizer: Any, on_text: Callable[[str], None], stop: str | None) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -149,20 +147,20 @@ class _Pieces(TextStreamer):  # type: ignore[misc]
 
 
 def text_before(text: str, stop: str | None) -> str:
-    """``text`` up to ``stop``, all of it where that is None or not in it."""
+    """``text`` up to ``stop``; all of it where there is none."""
     return text.partition(stop)[0] if stop else text
 
 
 @contextmanager
 def generating_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """``config`` as the model's own, from which transformers takes values that a given one leaves open: a repetition
-    penalty (Qwen2.5-Instruct) or a forced end of the sequence (BART) would change the probabilities of tokens."""
-    own = model.generation_config
+    """Generate by ``config`` alone. From the configuration of a model, transformers would take what ``config`` leaves
+    open: a repetition penalty (Qwen2.5-Instruct) or a forced end (BART) changes the probabilities of tokens."""
+    stated = model.generation_config
     model.generation_config = config
     try:
         yield
     finally:
-        model.generation_config = own
+        model.generation_config = stated
 
 
 class CachedModel:
@@ -172,12 +170,12 @@ class CachedModel:
         self.model = model
         with _in_one_line(model):
             self.cache = DynamicCache(config=model.config)
-        # As generation does: the head computes the logits of the last token alone.
+        # The head computes the logits of the last token alone, as in generation.
         self._options: dict[str, Any] = {cache_argument(model): self.cache, "use_cache": True, **last_logits(model)}
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits (B, V) of the last of ``tokens``, ids (B, n). Raises `UnsupportedModelError` if no cache works."""
+        """The logits (B, V) of the last of ``tokens``, ids (B, n). Raises `UnsupportedModelError` if a cache fails."""
         with _in_one_line(self.model):
             logits: torch.Tensor = self.model(input_ids=tokens.to(self.model.device), **self._options).logits
             return logits[:, -1]
@@ -199,12 +197,12 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
 
 
 def cache_argument(model: PreTrainedModel) -> str:
-    """Name of the argument of ``forward`` for the key/value cache, which transformers is renaming."""
+    """Name of the argument of ``forward`` for the cache, which transformers is renaming."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def cached_bytes(config: Any, item: int) -> int:
-    """Bytes of a token's keys and values, of ``item`` bytes each; one layer's twice, as it is copied when it grows."""
+    """Bytes of a token's keys and values, of ``item`` bytes each; a layer's are copied when they grow, so one more."""
     config = config.get_text_config()
     heads = _number(config, "num_attention_heads", 1)
     width = _number(config, "head_dim", config.hidden_size // heads) * _number(config, "num_key_value_heads", heads)
@@ -212,7 +210,7 @@ def cached_bytes(config: Any, item: int) -> int:
 
 
 def _number(config: Any, name: str, default: int) -> int:
-    """A field of the configuration; ``default`` where it has none, or one for each layer."""
+    """A number of the configuration; ``default`` where it has none, or one for each layer."""
     try:
         value = getattr(config, name, None)
     except RuntimeError:  # transformers refuses to read it where layers differ

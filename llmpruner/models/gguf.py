@@ -17,13 +17,13 @@ from transformers.utils import logging
 RECORDED_PRE = "gguf_pre"
 """Key of ``tokenizer_config.json``: the name that the GGUF file of the dense model has for its pre-tokenizer."""
 
-_OWN_LOAD = legacy.load_gguf_checkpoint
+_load_original = legacy.load_gguf_checkpoint
 
 
 @contextlib.contextmanager
 def gguf_parsed_once() -> Iterator[None]:
-    """Share what is parsed of a GGUF file, also with later blocks until `forget_gguf`. transformers parses it four
-    times (seconds each, for a large vocabulary), and makes a map of its tensor names for every module."""
+    """Share what is parsed of a GGUF file, until `forget_gguf`. transformers parses it four times (seconds each, for a
+    large vocabulary), and makes a map of its tensor names for every module."""
     import gguf
 
     with contextlib.ExitStack() as stack:
@@ -39,7 +39,7 @@ def gguf_parsed_once() -> Iterator[None]:
 
 
 def gguf_reader(path: os.PathLike[str] | str) -> Any:
-    """The ``gguf.GGUFReader`` of a file, which is parsed if it is not the last one, or has changed."""
+    """The ``gguf.GGUFReader`` of a file. It is parsed again when it has changed, or another one was read meanwhile."""
     return _parsed(os.path.realpath(path), Path(path).stat().st_mtime_ns)
 
 
@@ -55,27 +55,27 @@ def _parsed(path: str, changed: int) -> Any:
     # three times the time and twice the memory of those of a plain array.
     from gguf.gguf_reader import GGUFReader
 
-    def put(reader: Any, mapped: np.ndarray[Any, Any]) -> None:
-        vars(reader)["bytes"] = mapped.view(np.ndarray)
+    def set_plain(reader: Any, name: str, value: Any) -> None:
+        object.__setattr__(reader, name, value.view(np.ndarray) if name == "data" else value)
 
-    return type("PlainReader", (GGUFReader,), {"data": property(lambda reader: vars(reader)["bytes"], put)})(path)
+    return type("PlainReader", (GGUFReader,), {"__setattr__": set_plain})(path)
 
 
 @lru_cache(maxsize=1)
 def _metadata(path: str, changed: int) -> Any:
     """What transformers makes of a file without its tensors: ``config``, ``tokenizer``, …"""
-    return _OWN_LOAD(path)
+    return _load_original(path)
 
 
 def _load_gguf_checkpoint(gguf_checkpoint_path: str, return_tensors: bool = False, *args: Any, **options: Any) -> Any:
     path = os.path.realpath(gguf_checkpoint_path)
     if not return_tensors:
         return copy.deepcopy(_metadata(path, Path(path).stat().st_mtime_ns))
-    return _OWN_LOAD(path, return_tensors, *args, **options)
+    return _load_original(path, return_tensors, *args, **options)
 
 
 def stored_twice(model: Any) -> bool:
-    """Whether the head is the embedding, quantised in another way: makers tie them, and files may hold both."""
+    """Whether the head is the embedding in another quantisation: makers tie them, and files may hold both."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head is None or head.weight is embedding.weight or head.weight.shape != embedding.weight.shape:
         return False

@@ -41,24 +41,24 @@ def quiet_transformers() -> Iterator[None]:
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
     """The statement that raised ``error``, of code outside torch and this package, and the path of the module that ran
     it; empty where no module of ``model`` (None: of the first module in the traceback) was running."""
-    paths: dict[int, str] = {} if model is None else {id(m): path for path, m in model.named_modules()}
-    around = Path(torch.__file__).parent, Path(__file__).parents[1]
+    frames = list(traceback.walk_tb(error.__traceback__))
+    if model is None:
+        running = (frame.f_locals.get("self") for frame, _ in frames)
+        model = next((module for module in running if isinstance(module, nn.Module)), None)
+    paths = {} if model is None else {id(module): path for path, module in model.named_modules()}
+    skipped = Path(torch.__file__).parent, Path(__file__).parents[1]
     statement, inside = "", ""
-    for frame, line in traceback.walk_tb(error.__traceback__):
-        running = frame.f_locals.get("self")
-        if model is None and isinstance(running, nn.Module):
-            model = running
-            paths = {id(m): path for path, m in model.named_modules()}
-        path = paths.get(id(running))
+    for frame, line in frames:
+        path = paths.get(id(frame.f_locals.get("self")))
         if path is not None:
             inside = path or type(model).__name__
-        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, around)):
+        if inside and not any(map(Path(frame.f_code.co_filename).is_relative_to, skipped)):
             statement = linecache.getline(frame.f_code.co_filename, line).strip()
     return statement, inside
 
 
 def why_it_stops(error: BaseException) -> str:
-    """Why a cut model cannot run or be saved, as a sentence: with the statement of the model's code that stops."""
+    """Why a cut model cannot run or be saved, as a sentence with the statement of its code that stops."""
     if isinstance(error, LlmprunerError):
         return first_line(error)
     statement, inside = where(error)
@@ -71,7 +71,7 @@ def why_it_stops(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def in_one_line(ref: Reference) -> Iterator[None]:
-    """Convert exceptions of transformers for missing or damaged models to `ModelError` with one line."""
+    """Turn exceptions of transformers for missing or damaged models into a `ModelError` of one line."""
     try:
         yield
     except LlmprunerError:

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Make sure that AutoModelForCausalLM has a class for ``config``. Code of a checkpoint (of
-    ``revision``, on the hub) runs only where the class of ``config`` is from it too: the user allowed it when the
-    configuration was read. Raises `ModelError` for code that may not run, `UnsupportedModelError` for no class."""
+    """Make sure that AutoModelForCausalLM has a class for ``config``. Code of a checkpoint (``revision``: on the hub)
+    runs only where the class of ``config`` is from it too: the user allowed it when the configuration was read. Raises
+    `ModelError` for code that may not run, `UnsupportedModelError` for no class."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
@@ -87,26 +87,25 @@ def decoder_layers(model: Any) -> str:
     # In a multimodal model, only inside the language model.
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     inside = next((n for n, m in model.named_modules() if m is decoder), "")
-    every = [
+    lists = [
         (len(m), -n.count("."), n)
         for n, m in model.named_modules()
         if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())
     ]
-    # Some classes call their head the decoder.
-    every = [entry for entry in every if entry[2].startswith(inside)] or every
-    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    exact = [entry for entry in every if entry[0] == expected]
-    if not every:
+    if not lists:
         raise UnsupportedModelError(f"{type(model).__name__} has no list of decoder layers")
-    return str(max(exact or every)[2])
+    # Some classes call their head the decoder.
+    lists = [entry for entry in lists if entry[2].startswith(inside)] or lists
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    return str(max([entry for entry in lists if entry[0] == expected] or lists)[2])
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
     """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache.
 
-    One per weight of every linear layer, the language model head included (also where it is tied to the
-    embedding, which itself is a look-up); of expert weights, the share of experts that a token is routed to; and
-    for attention, ``context`` products per channel for the scores and again for the values.
+    One per weight of every linear layer and of the head, also where that is tied to the embedding, which itself is a
+    look-up; of expert weights, the share of experts that a token is routed to; and for attention, ``context`` products
+    per channel for the scores and again for the values.
     """
     weights = sum(
         parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed

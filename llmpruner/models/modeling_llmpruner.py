@@ -111,8 +111,9 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
 
 def layer_overrides(config: PreTrainedConfig) -> dict[int, dict[str, Any]] | None:
     """Layer number → name → value, of transformers' ``per_layer_config``; None where all layers have the same sizes."""
-    stated = config.to_dict()["per_layer_config"] if getattr(config, "is_heterogeneous", False) else None
-    return None if stated is None else {int(number): dict(values) for number, values in stated.items()}
+    if not getattr(config, "is_heterogeneous", False):
+        return None
+    return {int(number): dict(values) for number, values in config.to_dict()[PER_LAYER].items()}
 
 
 def set_values(config: PreTrainedConfig, values: Mapping[str, Any]) -> None:
@@ -229,8 +230,8 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``config`` describe the uniform model with all layers, for code of transformers, which warns when it reads
-    global sizes beside those of single layers."""
+    """Let ``config`` describe the uniform model with all layers: transformers warns when it reads sizes of all layers
+    next to those of single ones."""
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
@@ -273,8 +274,8 @@ class PrunedConfigMixin:
         return self._with_type(super().to_diff_dict())  # type: ignore[misc]
 
     def _with_type(self, values: dict[str, Any]) -> dict[str, Any]:
-        """The model type is that of the stock class, which refuses weights of other shapes. Where all shapes are those
-        that it expects, it would load the weights and compute something else, so the type is one that is not known."""
+        """The model type is that of the stock class, which refuses weights of other shapes. Where no shape differs, it
+        would load them and compute something else; then the type is one that it does not know."""
         # Some versions of transformers make an instance without a record, to know the defaults.
         record: Mapping[str, Any] | None = getattr(self, "llmpruner", None)
         if record is not None and not record.get("shapes") and not values["model_type"].startswith(MODEL_TYPE_PREFIX):
@@ -308,13 +309,13 @@ class PrunedModelMixin:
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As for the stock class, whose code fills the buffers that are not saved: of custom code, transformers skips
-        the initialization of modules without tensors of their own."""
+        """As the stock class, whose code fills the buffers that are not saved: transformers does not initialise modules
+        of custom code without tensors of their own."""
         return bool(cls.pruned_base.is_custom_code())
 
     def initialize_weights(self) -> None:
-        """Of parameters that stay in files (``device_map`` with ``disk``) none has a value to initialize, and the code
-        of some stock classes (Mamba) makes values in the sizes of the dense model."""
+        """Skips parameters that stay in files (``device_map`` with ``disk``): they have no values, and some stock
+        classes (Mamba) would make some in the sizes of the dense model."""
         for parameter in self.parameters():  # type: ignore[attr-defined]
             if parameter.is_meta:
                 parameter._is_hf_initialized = True
@@ -338,8 +339,8 @@ def pruned_model(base: type[PreTrainedModel]) -> type[PreTrainedModel]:
 
 def _pruned(mixin: type, stock: type, members: dict[str, Any]) -> type[Any]:
     key = f"pruned {stock.__module__}.{stock.__qualname__}"
-    # Classes are kept among the names of the module, not in a table of their own: programs that send a configuration to
-    # another process by value (vLLM) send all that its code refers to, and classes of models cannot be sent.
+    # Classes are kept among the names of the module: programs that send a configuration to another process by value
+    # (vLLM) send all that its code refers to, and a table of classes cannot be sent.
     if key not in globals():
         # With the `_auto_class` of a base class, saving would overwrite the code that is written here.
         members = {**members, "_auto_class": None, "__module__": __name__}
@@ -349,9 +350,8 @@ def _pruned(mixin: type, stock: type, members: dict[str, Any]) -> type[Any]:
 
 
 def base_class(record: Mapping[str, Any]) -> type[PreTrainedModel]:
-    """The class that a record resizes. Raises `ValueError` when it cannot be found. So that a checkpoint cannot run any
-    code, its module is imported only when it belongs to transformers or an installed plugin, or was imported already.
-    """
+    """The class that a record resizes. Its module is imported only if it belongs to transformers or an installed
+    plugin, or was imported already: a checkpoint cannot run code. Raises `ValueError` when there is no such class."""
     name: str = record["base"]
     module: str = record.get("module") or ""
     base = globals().get(name)
@@ -370,18 +370,17 @@ def headless_class(base: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
     # Some model types map to several classes, of which the first is the default.
     mapped: Any = MODEL_MAPPING.get(base.config_class, None)
     headless: type[PreTrainedModel] | None = mapped[0] if isinstance(mapped, tuple) else mapped
-    if headless is None or headless is base or not headless.base_model_prefix == base.base_model_prefix != "":
-        return None
-    return headless
+    below = headless is not None and headless.base_model_prefix == base.base_model_prefix != ""
+    return headless if below and headless is not base else None
 
 
 def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The part of a record that is about the model below ``prefix``, with the names that it has there."""
+    """The part of a record on the model below ``prefix``, with the names that it has there."""
 
     def inside(values: Mapping[str, Any]) -> dict[str, Any]:
         start = f"{prefix}."
-        own = {"": values[prefix]} if prefix in values else {}
-        return own | {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+        itself = {"": values[prefix]} if prefix in values else {}
+        return itself | {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
 
     kept = {**record, **{part: inside(record[part]) for part in ("shapes", "attributes", "configs") if part in record}}
     if "layers" in record:
@@ -399,8 +398,8 @@ def packages_of_models() -> set[str]:
 def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
     """Write this file, and the modules of a base class from outside transformers, into ``directory``."""
     directory.mkdir(parents=True, exist_ok=True)
-    own = Path(__file__)
-    source = own.read_text(encoding="utf-8")
+    this = Path(__file__)
+    source = this.read_text(encoding="utf-8")
     for cls in (base, base.config_class):
         file = sys.modules[cls.__module__].__file__
         if cls.__module__.partition(".")[0] == "transformers" or file is None:
@@ -413,7 +412,7 @@ def write_code(directory: Path, base: type[PreTrainedModel]) -> None:
             if Path(needed).resolve() != target.resolve():
                 shutil.copyfile(needed, target)
     target = directory / f"{CODE_NAME}.py"
-    if target.resolve() != own.resolve():
+    if target.resolve() != this.resolve():
         target.write_text(source, encoding="utf-8")
 
 

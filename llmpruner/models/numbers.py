@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -19,9 +18,14 @@ from ..settings import LoadSettings
 if TYPE_CHECKING:
     from .model import Structure
 
+T = TypeVar("T")
+
+_NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
+_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
+
 
 def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
-    """The dtype that weights have in memory, or will have."""
+    """The dtype that the weights have in memory, or will have."""
     loaded: Any = getattr(structure, "model", None)  # of a `Model`
     if loaded is not None:
         return cast("torch.dtype", loaded.dtype)
@@ -37,7 +41,7 @@ def loaded_bytes(structure: Structure, options: LoadSettings) -> int:
 
 
 def widened(structure: Structure, options: LoadSettings) -> str | None:
-    """A line for a model whose weights take more room once they are saved than they are stored in; None for others."""
+    """A line for a model that takes more room once it is saved than it was stored in; None for others."""
     if options.dtype != "auto" or stored_dtype(structure) != torch.float16 or dtype_of(structure, options).itemsize < 4:
         return None
     return (
@@ -47,7 +51,7 @@ def widened(structure: Structure, options: LoadSettings) -> str | None:
 
 
 def stored_dtype(structure: Structure) -> torch.dtype | None:
-    """The dtype that the configuration of a model states; None where it states none, and for GGUF's own types."""
+    """The dtype that the configuration states; None where it states none, and for GGUF's own types."""
     if structure.place.gguf_file:
         return None
     stated = stored_value(structure, "dtype")
@@ -55,30 +59,21 @@ def stored_dtype(structure: Structure) -> torch.dtype | None:
 
 
 def stored_value(structure: Structure, name: str) -> Any:
-    """The value of ``name`` in ``config.json``: of a pruned structure, ``config`` is that of the dense model."""
-    stated = getattr(structure.config, name, None)
-    if structure.record is None or structure.path is None:
-        return stated
-    folder = Path(structure.path) if structure.adapter is None else structure.place.directory
-    file = folder / "config.json"
-    return read_json(file).get(name, stated) if file.is_file() else stated
-
-
-T = TypeVar("T")
-
-_NORMS = frozenset({functional.layer_norm, torch.layer_norm, functional.group_norm, torch.group_norm})
-_IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
+    """The value of ``name`` in ``config.json``. Of a pruned model, `Structure.config` is that of the dense one."""
+    value = getattr(structure.config, name, None)
+    file = structure.place.directory / "config.json"
+    return value if structure.record is None or not file.is_file() else read_json(file).get(name, value)
 
 
 @contextlib.contextmanager
 def autocast_to(device: str, dtype: torch.dtype, *, enabled: bool = True) -> Iterator[None]:
-    """`torch.autocast` in which norms take 16-bit weights for other inputs on a CPU too, where torch refuses them."""
+    """`torch.autocast` in which norms take 16-bit weights for other inputs, which torch refuses on a CPU."""
     with torch.autocast(device, dtype, enabled=enabled), _WideNorms() if enabled else contextlib.nullcontext():
         yield
 
 
 class _WideNorms(TorchFunctionMode):
-    """While active, norms get their 16-bit weights and biases in float32 where the inputs are in another dtype."""
+    """Norms get their 16-bit weights and biases in float32 where the inputs are in another dtype."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -125,7 +120,7 @@ def multiplies_bfloat16_fast(device: str) -> bool:
 
 
 def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The tensors that hold ``tensor``: of a quantised one, its integers, scales and zero points; else itself."""
+    """The tensor itself; of a quantised one, its integers, scales and zero points."""
     if not hasattr(tensor, "__tensor_flatten__"):
         yield tensor
         return
@@ -135,12 +130,12 @@ def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:
-    """Bytes that ``tensor`` takes, of a quantised one with its scales."""
+    """Bytes that ``tensor`` takes; of a quantised one, with its scales."""
     return sum(part.numel() * part.element_size() for part in stored_parts(tensor))
 
 
 def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
-    """Name of the first tensor of (name, tensor) pairs that contains NaN or infinite values; None if all are finite."""
+    """Name of the first of (name, tensor) pairs with NaN or infinite values; None if all are finite."""
     for name, tensor in tensors:
         for part in stored_parts(tensor):
             # Minimum and maximum are NaN where any value is, and need no copy of the tensor.
@@ -151,7 +146,7 @@ def first_not_finite(tensors: Iterable[tuple[str, torch.Tensor]]) -> str | None:
 
 
 def check_device(device: str) -> None:
-    """Raises `LlmprunerError` unless torch can compute on ``device``."""
+    """Raise `LlmprunerError` unless torch can compute on ``device``."""
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:

@@ -40,8 +40,8 @@ _LOG = logging.getLogger("llmpruner")
 
 
 def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
-    """The model of ``structure``, pruned or not, with weights on ``options.device``, in evaluation mode. An adapter is
-    merged. Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
+    """The model of ``structure``, pruned or not, on ``options.device``, in evaluation mode; an adapter is merged.
+    Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
     options, ref = options or LoadSettings(), structure.place
     if structure.adapter is not None:
         check_weights(structure.adapter)  # before the base is read
@@ -85,7 +85,7 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
 
 
 def forget_quantisation(model: Any) -> None:
-    """Remove the marks of quantisation from a dequantised model, which prevent training and saving."""
+    """Remove the marks of quantisation from a dequantised model: they prevent training and saving."""
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(model.config, name):
             delattr(model.config, name)
@@ -118,20 +118,22 @@ def load_pruned(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         return with_adapter(model, place)
+    attention = {} if attn_implementation is None else {"attn_implementation": attn_implementation}
     try:
-        with quiet_transformers():
-            # Sizes that do not match are an error below, which names the tensor.
-            model, info = model_class(path, trust_remote_code).from_pretrained(
-                str(path), dtype=dtype or "auto", use_safetensors=True, trust_remote_code=trust_remote_code,
-                output_loading_info=True, ignore_mismatched_sizes=True,
-                **({} if attn_implementation is None else {"attn_implementation": attn_implementation}),
-            )  # fmt: skip
+        model, info = _loaded(path, trust_remote_code, dtype=dtype or "auto", use_safetensors=True, **attention)
     except Exception as error:  # classes of configurations and the libraries of weights raise what they like
         raise CheckpointError(f"{path} cannot be loaded: {first_line(error)}") from error
     for trouble in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         for key in sorted(map(str, info[trouble])):
             raise CheckpointError(f"the weights of {path} are incomplete or damaged: {trouble[:-5]} tensor {key}")
     return model.to(device).eval()
+
+
+def _loaded(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
+    """(model, loading information) by transformers; tensors of another shape are in the information, and no error."""
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    with quiet_transformers():
+        return model_class(path, trust_remote_code).from_pretrained(str(path), **options)
 
 
 def model_class(path: str | Path, trust_remote_code: bool) -> Any:
@@ -159,7 +161,7 @@ def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
 
 
 def with_adapter(model: PreTrainedModel, path: Path) -> Any:
-    """``model`` with the peft adapter in ``path``. Raises `CheckpointError` when that is damaged or does not fit."""
+    """``model`` with the peft adapter in ``path``. Raises `CheckpointError` for one that is damaged or does not fit."""
     try:
         from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
@@ -184,8 +186,8 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 
 
 def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
-    """As `load_model`, for a model that `why_not_streamed` accepts: its weights are read from their files layer by
-    layer. ``scratch``: see `CheckpointWeights`."""
+    """`load_model` for a model whose weights are read from their files layer by layer; `why_not_streamed` must be None.
+    ``scratch``: see `CheckpointWeights`."""
     check_files(structure.place)
     tokenizer = load_tokenizer(structure, options)
     weights = open_weights(structure, options, scratch)
@@ -193,7 +195,7 @@ def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | N
 
 
 def open_weights(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> CheckpointWeights:
-    """The weights of `open_streamed`; names, types and shapes of the stored tensors are checked."""
+    """The weights of `open_streamed`; names and shapes of the stored tensors are checked."""
     ref, graph = structure.place, structure.graph
     with in_one_line(ref):
         weights = CheckpointWeights(
@@ -211,18 +213,16 @@ class CheckpointWeights(StreamedWeights):
 
     transformers loads the model with everything on disk (accelerate's offloading): tensors that are stored as the model
     has them stay in their files, others (experts one by one, fused projections) are converted into a temporary folder
-    in ``scratch`` (None: the system's), which is removed with this object. ``info``: of ``from_pretrained``."""
+    in ``scratch`` (None: the system's), which goes with this object. ``info``: the loading information."""
 
     def __init__(
         self, directory: Path, dtype: torch.dtype, path: str, device: torch.device, scratch: Path | None = None, *,
         trust_remote_code: bool = False,
     ) -> None:  # fmt: skip
         self._folder = tempfile.TemporaryDirectory(prefix=".converted-", suffix=".partial", dir=scratch)
-        with quiet_transformers():
-            model, self.info = model_class(directory, trust_remote_code).from_pretrained(
-                str(directory), dtype=dtype, device_map={"": "disk"}, offload_folder=self._folder.name,
-                output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=trust_remote_code,
-            )  # fmt: skip
+        model, self.info = _loaded(
+            directory, trust_remote_code, dtype=dtype, device_map={"": "disk"}, offload_folder=self._folder.name
+        )
         self._stored = _offloaded(model)
         remove_hook_from_submodules(model)
         vars(model).pop("hf_device_map", None)
@@ -243,7 +243,7 @@ class CheckpointWeights(StreamedWeights):
         return tensors
 
     def _read(self, part: int | None, *, pages: bool = False) -> dict[str, torch.Tensor]:
-        """``pages``: read one byte of each, so that mapped files are read from the disk now."""
+        """``pages``: touch every page of the mapped files, so that they are read from the disk now."""
         try:
             tensors = {name: self._stored[name] for name in self._names.get(part, ())}
             for tensor in filter(torch.numel, tensors.values()) if pages else ():
@@ -268,13 +268,13 @@ def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
 def _tie(directory: Path, model: PreTrainedModel, stored: Mapping[str, torch.Tensor]) -> None:
     """Tie what the configuration ties and the files hold twice: transformers leaves two parameters where it has no
     values to compare. Raises `CheckpointError` where the values differ."""
-    before = dict(model.named_parameters(remove_duplicate=False))
+    loaded = dict(model.named_parameters(remove_duplicate=False))
     model.tie_weights()
-    after = dict(model.named_parameters(remove_duplicate=False))
-    kept = {id(value): name for name, value in after.items() if before[name] is value}
-    for name, value in before.items():
-        if after[name] is not value and not torch.equal(stored[name], stored[kept[id(after[name])]]):
-            raise tied_differ(directory, name, kept[id(after[name])])
+    tied = dict(model.named_parameters(remove_duplicate=False))
+    names = {id(value): name for name, value in tied.items() if loaded[name] is value}
+    for name, value in tied.items():
+        if loaded[name] is not value and not torch.equal(stored[name], stored[names[id(value)]]):
+            raise tied_differ(directory, name, names[id(value)])
 
 
 def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
@@ -286,8 +286,8 @@ def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
 
 
 def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
-    """``pruned``, whose weights were read from the files of the dense model, with those that it was saved with in
-    ``directory``, read layer by layer too. ``pruned`` where this process does not see the directory."""
+    """``pruned``, which was streamed from the files of the dense model, streamed from ``directory``, where it was
+    saved. ``pruned`` itself where it is in memory, or this process does not see the directory."""
     if pruned.streamed is None or not (directory / "config.json").is_file():
         return pruned
     weights = CheckpointWeights(
@@ -322,9 +322,9 @@ def check_files(ref: Reference) -> None:
 
 
 def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:
-    """Raise `ModelError` for tensors that are missing, which transformers initializes randomly, of another shape, or of
-    a module that does not use them (a bias without ``bias`` in the configuration). Tensors of modules that the model
-    does not have (a second head, buffers of older versions) give a warning. ``info``: of ``from_pretrained``."""
+    """Raise `ModelError` for tensors that are missing (transformers initialises them randomly), of another shape, or of
+    a module that does not use them (a bias without ``bias`` in the configuration); warn of tensors of modules that the
+    model does not have (a second head, buffers of older versions). ``info``: the loading information."""
     missing = sorted(map(str, info["missing_keys"]))
     # transformers adds both shapes to the name.
     wrong = sorted(key if isinstance(key, str) else str(key[0]) for key in info["mismatched_keys"])

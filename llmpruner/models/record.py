@@ -8,30 +8,25 @@ import os
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import CheckpointError, first_line
 from ..files import WEIGHTS, read_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
-"""The record, with origin and hashes, of a directory whose model has no plans: adapters, and what an export wrote for
-transformers. A ``llmpruner.json`` would make it a pruned model."""
+"""The record, with origin and hashes, of adapters, and of an export for transformers. A ``llmpruner.json`` would make
+their directory a pruned model."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 STEP_FILE, RESULTS_FILE = "step.json", "results.json"
 """In the folder of a recipe's step: what it was made from, and what it measured."""
 OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE, STEP_FILE)
-"""Files beside a checkpoint about the run that made it. No result depends on them, and they are not published."""
-
-
-def stated(config: PreTrainedConfig) -> dict[str, Any]:
-    """The values of ``config``, all of them JSON. Without those of a quantization, as the weights are not stored so."""
-    values = {name: value for name, value in config.to_dict().items() if name != "quantization_config"}
-    return dict(config._encode_special_floats(values))
+"""Files about the run that made a checkpoint. No result depends on them, and they are not published."""
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+HASHED = 1 << 30
+"""Bytes of weights up to which loading compares hashes; of more, it compares sizes and names, and `verify` the rest."""
+_SAMPLES, _SAMPLE = 64, 1 << 16
 
 
 def read_record(path: str | Path) -> dict[str, Any] | None:
@@ -47,13 +42,8 @@ def read_any_record(path: str | Path) -> dict[str, Any] | None:
     return read_json(file) if record is None and file.is_file() else record
 
 
-HASHED = 1 << 30
-"""Bytes of weights up to which loading compares hashes; beyond, it compares sizes and names, and `verify` the rest."""
-_SAMPLES, _SAMPLE = 64, 1 << 16
-
-
 def sha256(file: Path) -> str:
-    """Of the content, as hexadecimal digits."""
+    """Of the content, in hexadecimal digits."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while piece := stream.read(1 << 22):
@@ -62,7 +52,7 @@ def sha256(file: Path) -> str:
 
 
 def sampled_sha256(file: Path) -> str:
-    """Of the size and 64 evenly spaced pieces of 64 KiB: tells weights of two models apart without reading all."""
+    """Of the size and 64 evenly spaced pieces of 64 KiB: tells two models apart without reading all weights."""
     size = file.stat().st_size
     if size <= _SAMPLES * _SAMPLE:
         return hashlib.sha256(str(size).encode() + file.read_bytes()).hexdigest()
@@ -75,7 +65,7 @@ def sampled_sha256(file: Path) -> str:
 
 
 def write_record(record: Path, values: Mapping[str, Any]) -> None:
-    """Write a record: ``values``, and size and hash of every other file in its directory."""
+    """Write ``values`` as a record, with the size and the hash of every other file in its directory."""
     directory = record.parent
     files = sorted(file for file in directory.rglob("*") if file.is_file() and file != record)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -89,7 +79,7 @@ def write_record(record: Path, values: Mapping[str, Any]) -> None:
 
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str]] | None:
-    """Path → size and hash; None for a record of an earlier version, without them. Raises `CheckpointError`."""
+    """Path → size and hash; None for a record of an earlier version, which has none. Raises `CheckpointError`."""
     entries = None if record is None else record.get("files")
     if entries is None:
         return None
@@ -99,43 +89,38 @@ def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str
         raise CheckpointError("the record is damaged: 'files' must give bytes and sha256 of each file") from error
 
 
-def damaged_files(
-    directory: Path, recorded: Mapping[str, tuple[int, str]], *, hashes: bool = True
-) -> Iterator[tuple[str, str]]:
-    """(path, what is wrong) of the files that are missing, or whose size or, with ``hashes``, content has changed."""
+def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, hashes: bool = True) -> Iterator[str]:
+    """A line for each file that is missing, or whose size or, with ``hashes``, content has changed."""
     for name, (size, digest) in recorded.items():
         file = directory / name
         if not file.is_file():
-            yield name, "is missing"
+            yield f"{file} is missing"
         elif file.stat().st_size != size:
-            yield name, f"has {file.stat().st_size:,} bytes, and had {size:,} when it was saved"
+            yield f"{file} has {file.stat().st_size:,} bytes, and had {size:,} when it was saved"
         elif hashes and sha256(file) != digest:
-            yield name, "has another content than when it was saved (SHA-256 differs)"
+            yield f"{file} has another content than when it was saved (SHA-256 differs)"
 
 
 def check_weights(directory: Path) -> None:
-    """Check the weight files of a checkpoint or of adapters: sizes, tensor names in the index, and for up to `HASHED`
-    bytes the content. Other files may be edited by hand. Raises `CheckpointError` that names the file."""
+    """Raise `CheckpointError` for a damaged weight file of a checkpoint or of adapters. Compares sizes, tensor names
+    in the index, and up to `HASHED` bytes of content. Other files may be edited by hand."""
     recorded = recorded_files(read_any_record(directory))
     if recorded is not None:
         weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
         small = sum(size for size, _ in weights.values()) <= HASHED
-        for name, what in damaged_files(directory, weights, hashes=small):
-            raise CheckpointError(f"{directory / name} {what}; restore the file, or make the checkpoint again")
+        for line in damaged_files(directory, weights, hashes=small):
+            raise CheckpointError(f"{line}; restore the file, or make the checkpoint again")
     check_index(directory)
 
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-
-
 def has_shards(directory: Path) -> bool:
-    """Whether ``directory`` has weights in safetensors files."""
+    """Whether ``directory`` has its weights in safetensors files."""
     return (directory / INDEX).is_file() or (directory / SINGLE).is_file()
 
 
 def names_in(file: Path) -> list[str]:
     """The names of the tensors in a safetensors file. Raises `CheckpointError` for one that is missing or damaged."""
-    # Imports numpy, which the command line does without until it reads weights.
+    # An import of numpy, which the command line does without until it reads weights.
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -146,16 +131,16 @@ def names_in(file: Path) -> list[str]:
 
 
 def check_index(directory: Path) -> None:
-    """Raise `CheckpointError` for a safetensors file that is missing, damaged, or not as the index states."""
+    """Raise `CheckpointError` for a safetensors file that is missing, damaged, or not as the index says."""
     if not (directory / INDEX).is_file():
         if (directory / SINGLE).is_file():
             names_in(directory / SINGLE)
         return
-    stated = read_json(directory / INDEX).get("weight_map")
-    if not isinstance(stated, dict) or not all(isinstance(file, str) for file in stated.values()):
+    files = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise CheckpointError(f"{directory / INDEX} is damaged: it has no 'weight_map' of files")
-    for file in sorted(set(stated.values())):
-        present, expected = set(names_in(directory / file)), {name for name, place in stated.items() if place == file}
+    for file in sorted(set(files.values())):
+        present, expected = set(names_in(directory / file)), {name for name, other in files.items() if other == file}
         for name in sorted(present ^ expected):
             what = "lacks" if name in expected else "has, which the index does not say,"
             raise CheckpointError(f"{directory / file} {what} the tensor '{name}'")

@@ -75,20 +75,18 @@ class Reference:
         return str((self.directory / (self.gguf_file or "")).resolve())
 
     def commit(self, revision: str | None) -> str | None:
-        """The commit that ``revision`` (None: the default branch) of a hub model is, or was when it was cached; None
-        for a local model. ``revision`` itself where the hub refuses to say: `from_pretrained` tells why, or takes
-        cached files. Raises where neither hub nor cache knows it: `from_pretrained` would ask for half a minute."""
+        """The commit of ``revision`` (None: the default branch) of a hub model, by the hub or its cache; None for a
+        local model. ``revision`` itself where the hub refuses to say: `from_pretrained` tells why, or takes cached
+        files. Raises where neither knows it: `from_pretrained` would ask for half a minute."""
         if self.directory.exists():
             return None
         from huggingface_hub import is_offline_mode, resolve_revision
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            found = resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode())
+            return str(resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode()).resolved)
         except HfHubHTTPError:
             return revision
-        commit: str = found.resolved
-        return commit
 
 
 def resolve(text: str, catalog: Catalog) -> Reference:
@@ -146,23 +144,20 @@ def _check_directory(path: Path) -> None:
 
 
 def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
-    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model. None where
-    that is not known."""
+    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model; None where
+    the commit is not known."""
     place = resolve(ref, catalog)
-    folder = place.directory
+    path = place.directory / (place.gguf_file or "")
     facts: dict[str, str | None] = {}
-    files: list[Path] = []
-    if place.gguf_file:
-        files = [folder / place.gguf_file]
-    elif folder.is_dir():
-        files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name[0] != "."]
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name[0] != "."]
         files = [file for file in files if file.suffix not in (".md", ".log") and file.name not in OF_THIS_MACHINE]
-    elif folder.exists():
-        files = [folder]
+        facts |= {file.name: sampled_sha256(file) for file in files}
+    elif path.exists():
+        facts[path.name] = sampled_sha256(path)
     else:
-        facts = {"hub": ref, "commit": commit}
-    facts |= {file.name: sampled_sha256(file) for file in files}
-    base = adapter_base(folder)
+        facts |= {"hub": ref, "commit": commit}
+    base = adapter_base(path)
     if base is not None:
         facts["base of the adapter"] = model_identity(base, catalog, commit)
     if None in facts.values():
@@ -171,13 +166,13 @@ def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str
 
 
 def data_identity(*values: Any) -> dict[str, str]:
-    """Path → SHA-256 of every file that ``values`` name: settings, components, or jobs, which are made of them."""
+    """Path → SHA-256 of every file that ``values`` name: settings, components, and jobs, which are made of them."""
     return {str(file): sha256(file) for file in sorted(set(_files_named(values)))}
 
 
 def _files_named(value: Any) -> Iterator[Path]:
-    """Data is named by a file, several with commas between them, with shares (``3*FILE``), and after the name of a
-    calibration source (``NAME:FILE``). A path of a folder stands for all files in it."""
+    """The files in a value: one, several with commas between them, with shares (``3*FILE``) or after the name of a
+    calibration source (``NAME:FILE``), and all in a folder that is given as a path."""
     if isinstance(value, Component):
         value = value.settings.model_dump()
     if is_dataclass(value) and not isinstance(value, type):

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _NUMBERS = (int, float, bool)
 _PLAIN = (*_NUMBERS, str, type(None))
+_STOPS = (RuntimeError, ValueError, IndexError, TypeError)
+"""What the code of a model raises for sizes that it was not made for."""
 
 
 def save_checkpoint(
@@ -52,15 +54,16 @@ def save_checkpoint(
 
     ``record``: JSON values for ``llmpruner.json``, which also gets the size and the SHA-256 of every file; None writes
     no such file. ``family``: may propose further stock configurations. ``stock_only``: raise `UnsupportedModelError`
-    instead of writing a shim. ``parts``: the weights of ``model`` where they are not in memory; each part is written as
-    a shard.
+    instead of writing a shim. ``parts``: the weights of a streamed ``model``; each part becomes a shard.
 
     Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights that are not
     finite and for a model that no configuration and record can state. ``directory`` does not exist then.
     """
     if parts is None:
         _check_finite(model.state_dict())
-    shell, form, of_shell = _shell(model, family, parts or Weights(model, ""))
+    weights = _rebuilt(model, family, parts or Weights(model, ""))
+    rebuilt = weights.model
+    form: Literal["stock", "shim"] = "shim" if hasattr(rebuilt, "pruned_base") else "stock"
     if stock_only and form != "stock":
         raise UnsupportedModelError(
             f"no configuration of transformers describes this {type(model).__name__} exactly, as a rule because its "
@@ -68,16 +71,16 @@ def save_checkpoint(
             "with a width for each layer"
         )
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
-    shell.should_save_on_this_rank = lambda is_main_process: is_main_process
+    rebuilt.should_save_on_this_rank = lambda is_main_process: is_main_process
     with new_directory(directory) as partial:
         with quiet_transformers():
             # Other readers of a stock model expect transformers' original names (experts one by one).
-            if isinstance(of_shell, StreamedWeights):
-                _save_parts(shell, of_shell, partial, original=form == "stock")
+            if isinstance(weights, StreamedWeights):
+                _save_parts(weights, partial, original=form == "stock")
             else:
-                shell.save_pretrained(partial, save_original_format=form == "stock")
+                rebuilt.save_pretrained(partial, save_original_format=form == "stock")
             if form == "stock":
-                add_earlier_names(partial, shell.config.attribute_map)
+                add_earlier_names(partial, rebuilt.config.attribute_map)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, partial)
         if record is not None:
@@ -85,16 +88,16 @@ def save_checkpoint(
     return form
 
 
-def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path, *, original: bool) -> None:
-    """`save_pretrained` with one shard for each part, of which one is in memory at a time."""
-    weight_map: dict[str, str] = {}
-    for position, number in enumerate(parts.numbers):
+def _save_parts(weights: StreamedWeights, directory: Path, *, original: bool) -> None:
+    """`save_pretrained` with a shard for each part; one part is in memory at a time."""
+    model, weight_map = weights.model, dict[str, str]()
+    for position, number in enumerate(weights.numbers):
         aside = directory / "part"
-        with parts.part(number):
-            state = {n: t for n, t in shell.state_dict().items() if parts.number(n) == number}
+        with weights.part(number):
+            state = {n: t for n, t in model.state_dict().items() if weights.number(n) == number}
             _check_finite(state)
-            shell.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
-        shard = f"model-{position + 1:05}-of-{len(parts.numbers):05}.safetensors"
+            model.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
+        shard = f"model-{position + 1:05}-of-{len(weights.numbers):05}.safetensors"
         (aside / SINGLE).rename(directory / shard)
         weight_map |= dict.fromkeys(sorted(names_in(directory / shard)), shard)
         if position == 0:
@@ -106,10 +109,8 @@ def _save_parts(shell: PreTrainedModel, parts: StreamedWeights, directory: Path,
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _shell(
-    model: PreTrainedModel, family: ModelFamily | None, weights: Weights
-) -> tuple[PreTrainedModel, Literal["stock", "shim"], Weights]:
-    """An instance of the class that will be saved, with the weights of ``model``."""
+def _rebuilt(model: PreTrainedModel, family: ModelFamily | None, weights: Weights) -> Weights:
+    """``weights`` of ``model`` in an instance of the class that will be saved, which gives the same logits."""
     config = stock_config(model)
     with weights.outside():  # by which the device is known, too
         try:
@@ -124,7 +125,7 @@ def _shell(
         of_stock = weights.like(stock)
         with of_stock.outside():
             if gives_logits(expected, stock):
-                return stock, "stock", of_stock
+                return of_stock
     pruned = shim_model(model, config, of_layers())
     if not _fill(pruned, model):
         raise CheckpointError(
@@ -137,12 +138,12 @@ def _shell(
                 f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
                 "something was changed that is neither a tensor nor a plain attribute of a module"
             )
-    return pruned, "shim", of_pruned
+    return of_pruned
 
 
 def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int, dict[str, int]]) -> PreTrainedModel:
-    """An instance, without weights, of the pruned class with the shapes and attributes of ``model``. ``config``: the
-    stock configuration that ``model`` was cut from, less the removed layers. ``sizes``: `per_layer_sizes`."""
+    """An instance of the pruned class, without weights, with the shapes and attributes of ``model``. ``config``: the
+    stock configuration that ``model`` was cut from. ``sizes``: `per_layer_sizes`."""
     base = base_of(model)
     module = None
     if getattr(transformers, base.__name__, None) is not base:
@@ -152,12 +153,13 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int
     record = {"version": 1, "base": base.__name__, "module": module, **derive(model, config)}
     pruned = pruned_model(base)
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    own = layer_overrides(config)
-    if own is not None:
-        record["per_layer"] = own
-    if sizes or own:
-        stated = merged(own, sizes)
-        values["per_layer_config"] = stated if own is None or _is_same_by_type(config, stated) else own
+    overrides = layer_overrides(config)
+    if overrides is not None:
+        record["per_layer"] = overrides
+    if sizes or overrides:
+        stated = merged(overrides, sizes)
+        keep = overrides is not None and not _is_same_by_type(config, stated)
+        values["per_layer_config"] = overrides if keep else stated
         # Configurations check sizes of all layers when they are read, also by programs that want only the tokenizer.
         values["allow_global_per_layer_attribute_access"] = True
     stored = pruned.config_class.from_dict({**values, "llmpruner": record})
@@ -166,16 +168,16 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int
 
 
 def _is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether layers of one type have the same ``overrides``: classes whose layer types differ in size read the sizes
-    of a type (for rotary tables), which transformers refuses where layers of a type differ."""
+    """Whether layers of one type have the same ``overrides``. Classes whose layer types differ in size read the sizes
+    of a type (for rotary tables), which transformers refuses where layers of the type differ."""
     types = getattr(config, "layer_types", None) or ()
     first: dict[str, Mapping[str, Any]] = {}
     return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
-    """The record that turns an instance of ``config`` into ``model`` (see `modeling_llmpruner.apply_record`). Raises
-    `CheckpointError` when one of the two has a parameter that the other lacks."""
+    """The record that turns an instance of ``config`` into ``model``, for `apply_record`. Raises `CheckpointError` when
+    one of the two has a parameter that the other lacks."""
     built = uncut_model(model, config)
     before, after = tensor_shapes(built), tensor_shapes(model)
     # A cut buffer is saved even where the class itself computes it.
@@ -192,16 +194,16 @@ def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
     for path, module in model.named_modules():
         if path not in modules:
             continue
-        # A class that replaced modules while it ran will do so again: which mode it is in need not be stored.
+        # A class that replaces modules while it runs does so again, so which mode it is in (text) is not stored.
         kinds = _NUMBERS if any(e.startswith(path and f"{path}.") for e in exchanged) else _PLAIN
         ours, theirs = plain_attributes(module, kinds), vars(modules[path])
         changed = {n: v for n, v in ours.items() if theirs.get(n) != v}
         if changed:
             attributes[path] = changed
-        own = vars(module).get("config")
-        if own is not None and own is not vars(model).get("config"):
+        own_config = vars(module).get("config")
+        if own_config is not None and own_config is not vars(model).get("config"):
             stored = _plain_values(modules[path].config)
-            changed = {n: v for n, v in _plain_values(own).items() if n in stored and stored[n] != v}
+            changed = {n: v for n, v in _plain_values(own_config).items() if n in stored and stored[n] != v}
             if changed:
                 configs[path] = changed
     record = {"layers": vars(model).get(LAYERS), "shapes": shapes, "attributes": attributes, "configs": configs}
@@ -213,15 +215,14 @@ def _plain_values(config: Any) -> dict[str, Any]:
 
 
 def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
-    """The configuration of ``model`` as an unquantised one of its base class, without records of cuts."""
+    """The dense configuration of ``model``, without quantisation and records of cuts."""
     config = copy.deepcopy(model.config)
     derive_lists(config.get_text_config())
     if hasattr(model, "pruned_base"):
         dropped = {"model_type", "llmpruner", "auto_map", "per_layer_config", "allow_global_per_layer_attribute_access"}
         values = {k: v for k, v in config.to_dict().items() if k not in dropped}
-        own = config.llmpruner.get("per_layer")
-        if own is not None:
-            values["per_layer_config"] = own
+        if "per_layer" in config.llmpruner:
+            values["per_layer_config"] = config.llmpruner["per_layer"]
         config = model.pruned_base.config_class.from_dict(values)
         config._attn_implementation = model.config._attn_implementation
     if hasattr(config, "quantization_config"):
@@ -229,27 +230,23 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
     return config
 
 
-def _fill(shell: PreTrainedModel, model: PreTrainedModel) -> bool:
-    """Let ``shell`` share all tensors of ``model``; False when buffers that are not saved differ."""
-    if not same_buffers(model, shell):
+def _fill(rebuilt: PreTrainedModel, model: PreTrainedModel) -> bool:
+    """Share all tensors of ``model`` with ``rebuilt``; False when buffers that are not saved differ."""
+    if not same_buffers(model, rebuilt):
         return False
-    shell.load_state_dict(model.state_dict(), strict=True, assign=True)
+    rebuilt.load_state_dict(model.state_dict(), strict=True, assign=True)
     saved = model.state_dict(keep_vars=True).keys()
     for name, buffer in model.named_buffers():
         if name not in saved:
             path, _, leaf = name.rpartition(".")
-            shell.get_submodule(path)._buffers[leaf] = buffer
-    shell.tie_weights()
-    shell.generation_config = valid_generation_config(model)
+            rebuilt.get_submodule(path)._buffers[leaf] = buffer
+    rebuilt.tie_weights()
+    rebuilt.generation_config = valid_generation_config(model)
     return True
 
 
-_STOPS = (RuntimeError, ValueError, IndexError, TypeError)
-"""What the code of a model raises for sizes that it was not made for."""
-
-
 def dummy_logits(model: PreTrainedModel) -> torch.Tensor:
-    """Logits (B, T, V) of ``model.dummy_inputs``, a few tokens, in evaluation mode."""
+    """Logits (B, T, V) of ``model.dummy_inputs``, a few tokens."""
     device = model.get_input_embeddings().weight.device
     inputs = {name: tensor.to(device) for name, tensor in model.dummy_inputs.items()}
     training = model.training
@@ -275,7 +272,7 @@ def gives_logits(expected: torch.Tensor, model: PreTrainedModel) -> bool:
 
 
 def save_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """With ``tokenizer.model`` of a SentencePiece tokenizer: a fast one does not save it, and other formats need it."""
+    """Also writes ``tokenizer.model`` of SentencePiece: a fast tokenizer does not, and other formats need it."""
     tokenizer.save_pretrained(directory)
     file = Path(str(getattr(tokenizer, "vocab_file", None) or ""))
     if file.name == "tokenizer.model" and file.is_file():

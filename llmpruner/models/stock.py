@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import islice, product
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]
-Axis = tuple[int, int]  # its size before and after the cut
+Change = tuple[int, int]  # a size before and after the cut
 LayerSizes = dict[int, dict[str, int]]
 """Number of a layer → sizes that differ from the configuration."""
 
@@ -35,6 +35,8 @@ WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermedi
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 HEADS = ("num_attention_heads", "num_key_value_heads")
 """Common names of sizes in transformers; configurations with other names map them (``attribute_map``)."""
+
+_NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
 
 MAX_CANDIDATES = 24
 _RUN_STATE = frozenset({"training", "gradient_checkpointing", "name_or_path", "max_seq_len_cached"})
@@ -45,18 +47,18 @@ def stock_model(
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
     ``config``: the stock configuration that ``model`` was cut from. ``of_layers``: computes its `per_layer_sizes`."""
-    # Otherwise no configuration of this type, of which many would be tried, builds a class of transformers.
-    own = any(cls.__module__.startswith("transformers.") for cls in (base_of(model), type(config)))
-    if not own and family is None:
+    # Configurations of other code build no class of transformers; only those that a family proposes may.
+    in_transformers = any(cls.__module__.startswith("transformers.") for cls in (base_of(model), type(config)))
+    if not in_transformers and family is None:
         return None
     try:
         reference = empty_model(base_of(model), config)
     except Exception:  # no configuration has the remaining layers
         return None
     for candidate, moved in _candidates(model, reference, config, of_layers):
-        # Families do not know that sizes may differ by layer, and transformers refuses to tell one of all layers.
+        # Families read sizes of all layers, which transformers refuses where layers differ.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
-        for other in (candidate, *others) if own else others:
+        for other in (candidate, *others) if in_transformers else others:
             try:
                 with quiet_transformers():
                     built = type(other).from_dict(other.to_dict())  # as it would be read from its file
@@ -85,12 +87,12 @@ def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedM
 
 
 def tensor_shapes(model: nn.Module) -> Shapes:
-    """Name → shape of all tensors in the state dict, with tied parameters under each of their names."""
+    """Name → shape of all tensors in the state dict; tied parameters are there under each of their names."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict(keep_vars=True).items()}
 
 
 def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, Any]:
-    """Public attributes of ``module`` whose values are of one of ``kinds``, or tuples or lists of them."""
+    """Public attributes of ``module`` whose values are of ``kinds``, or tuples or lists of them."""
     plain = {}
     for name, value in vars(module).items():
         values = value if isinstance(value, (tuple, list)) and value else (value,)
@@ -99,9 +101,9 @@ def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, An
     return plain
 
 
-def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -> bool:
+def is_same(model: nn.Module, other: nn.Module, moved: Collection[Change]) -> bool:
     """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers. ``moved``:
-    old size in the configuration → new sizes. An attribute may still have an old size that nothing reads."""
+    sizes that changed in the configuration; an attribute of ``model`` that nothing reads may still have the old one."""
     if tensor_shapes(model) != tensor_shapes(other):
         return False
     modules, others = dict(model.named_modules()), dict(other.named_modules())
@@ -112,32 +114,30 @@ def is_same(model: nn.Module, other: nn.Module, moved: Mapping[int, set[int]]) -
         if ours.keys() != theirs.keys():
             return False
         for name, value in ours.items():
-            followed = type(value) is int and theirs[name] in moved.get(value, ())
+            followed = type(value) is int and (value, theirs[name]) in moved
             if value != theirs[name] and not followed:
                 return False
     return same_buffers(model, other)
 
 
 def same_buffers(model: nn.Module, other: nn.Module) -> bool:
-    """Whether the non-persistent buffers are equal, up to the rounding of a cast to 16 bits."""
-    names = tensor_shapes(model).keys()
-    others = dict(other.named_buffers())
+    """Whether the buffers that are not saved are equal, up to the rounding of a cast to 16 bits."""
+    saved, others = tensor_shapes(model).keys(), dict(other.named_buffers())
     for name, buffer in model.named_buffers():
-        if name in names:
+        if name in saved:
             continue
         twin = others.get(name)
         if twin is None or twin.shape != buffer.shape:
             return False
-        if buffer.is_meta or twin.is_meta:
-            continue
-        if not torch.allclose(buffer.float().cpu(), twin.float().cpu(), rtol=2**-7, atol=1e-6):
+        on_meta = buffer.is_meta or twin.is_meta
+        if not on_meta and not torch.allclose(buffer.float().cpu(), twin.float().cpu(), rtol=2**-7, atol=1e-6):
             return False
     return True
 
 
-def changed_axes(before: Shapes, after: Shapes) -> Counter[Axis]:
-    """How many axes of the tensors in both changed from each size to each other size."""
-    axes: Counter[Axis] = Counter()
+def changed_axes(before: Shapes, after: Shapes) -> Counter[Change]:
+    """How many axes of tensors changed from each size to each other size."""
+    axes: Counter[Change] = Counter()
     for name, shape in after.items():
         old = before.get(name, shape)
         if len(old) == len(shape):
@@ -145,7 +145,7 @@ def changed_axes(before: Shapes, after: Shapes) -> Counter[Axis]:
     return axes
 
 
-def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
+def size_options(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[str, list[int]]:
     """Attribute of a text configuration → values that explain some of the changed axes, most frequent first."""
     head_dim = head_size(config)
     options: dict[str, Counter[int]] = {}
@@ -164,8 +164,7 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
         options[name] = votes
     query, key = (options.get(name, Counter[int]()) for name in HEADS)
     if isinstance(getattr(config, HEADS[1], None), int):
-        # Fused projections have no axis of key/value heads alone: heads are removed with their key/value head, so the
-        # share is the same.
+        # Fused projections have no axis of key/value heads alone. Query heads go with theirs, in the same share.
         for heads in query:
             shared, rest = divmod(heads * config.num_key_value_heads, config.num_attention_heads)
             if not rest:
@@ -173,9 +172,9 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
     return {name: [v for v, _ in votes.most_common()] for name, votes in options.items() if votes}
 
 
-def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str, list[int]]:
-    """As `size_options`, of attributes with names of their own: those with the size of a changed axis (OPT's
-    ``ffn_dim``, Falcon's ``ffn_hidden_size``), and widths that are left open (GPT-2's ``n_inner``)."""
+def other_widths(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[str, list[int]]:
+    """`size_options` for widths of other names: attributes with the size of a changed axis (OPT's ``ffn_dim``, Falcon's
+    ``ffn_hidden_size``), and widths that are left open (GPT-2's ``n_inner``)."""
     options: dict[str, list[int]] = {}
     for name, value in vars(config).items():
         if name in _NO_WIDTHS or name.endswith("_id") or name.startswith("_"):
@@ -185,9 +184,6 @@ def other_widths(config: PreTrainedConfig, axes: Mapping[Axis, int]) -> dict[str
         if sizes:
             options[name] = list(dict.fromkeys(sizes))
     return options
-
-
-_NO_WIDTHS = frozenset((*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers"))
 
 
 def head_size(config: PreTrainedConfig) -> int:
@@ -219,14 +215,15 @@ def with_sizes(config: PreTrainedConfig, sizes: Mapping[str, float]) -> PreTrain
 
 def _candidates(
     model: PreTrainedModel, reference: PreTrainedModel, config: PreTrainedConfig, of_layers: Callable[[], LayerSizes]
-) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
+) -> Iterator[tuple[PreTrainedConfig, list[Change]]]:
+    """Configurations that may describe ``model``, each with the sizes that it changes in ``config``."""
     before, after = tensor_shapes(reference), tensor_shapes(model)
     if before.keys() != after.keys():
         return
     if not _is_uniform(before, after):
         yield from _per_layer_candidates(config, of_layers())
         return
-    # What differs by layer already, one number for all layers cannot state.
+    # One number for all layers cannot state what differs by layer already.
     differs = config.get_text_config().per_layer_attributes or set()
     text = for_all_layers(config.get_text_config())
     axes = changed_axes(before, after)
@@ -243,11 +240,11 @@ def _candidates(
         for chosen in choices(text, named):
             sizes = {**chosen, **always}
             candidate = with_sizes(config, {**sizes, **floats})
-            moved: dict[int, set[int]] = {}
+            moved: list[Change] = []
             for name, new in sizes.items():
                 value = getattr(text, name)
-                for old in [before for before, after in axes if after == new] if value is None else [value]:
-                    moved.setdefault(old, set()).add(new)
+                before_cut = [a for a, b in axes if b == new] if value is None else [value]
+                moved += [(old, new) for old in before_cut]
             yield candidate, moved
     if differs:
         yield from _per_layer_candidates(config, of_layers())
@@ -255,14 +252,15 @@ def _candidates(
 
 def _per_layer_candidates(
     config: PreTrainedConfig, sizes: LayerSizes
-) -> Iterator[tuple[PreTrainedConfig, dict[int, set[int]]]]:
+) -> Iterator[tuple[PreTrainedConfig, list[Change]]]:
     """Configurations with ``per_layer_config``, for the classes that obey it. ``sizes``: `per_layer_sizes`."""
     if not sizes:
         return
-    moved: dict[int, set[int]] = {}
-    for number, changed in sizes.items():
-        for name, new in changed.items():
-            moved.setdefault(getattr(config.per_layer_config[number], name), set()).add(new)
+    moved = [
+        (getattr(config.per_layer_config[number], name), new)
+        for number, changed in sizes.items()
+        for name, new in changed.items()
+    ]
     layers = merged(layer_overrides(config), sizes)
     # A class may read a size of all layers where it means a default; transformers refuses that unless it is allowed.
     for allowed in (False, True):
@@ -280,7 +278,7 @@ def _is_uniform(before: Shapes, after: Shapes) -> bool:
 
 
 def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConfig) -> dict[str, float]:
-    """Floats of ``config`` (norm epsilons) → their new value, where all modules that changed it have the same."""
+    """Floats of ``config`` (norm epsilons) → their new value, where all modules with another one agree on it."""
     values: dict[float, set[float]] = {}
     modules = dict(model.named_modules())
     for path, module in reference.named_modules():
@@ -295,8 +293,8 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
 
 
 def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSizes:
-    """transformers' ``per_layer_config``: layer number → sizes that differ from ``config``. Each layer's sizes are
-    verified by building one such layer. Empty unless they represent all layers."""
+    """Layer number → sizes that differ from ``config``, for ``per_layer_config``. Each layer's sizes are verified by
+    building one such layer. Empty unless they represent all layers."""
     layers, before, after = decoder_layers(model), tensor_shapes(uncut_model(model, config)), tensor_shapes(model)
     if any(before.get(name) != shape for name, shape in after.items() if not name.startswith(f"{layers}.")):
         return {}
@@ -310,9 +308,7 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
     for n in range(len(model.get_submodule(layers))):
         prefix = f"{layers}.{n}."
-        old, new = (
-            {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} for shapes in (before, after)
-        )
+        old, new = _shapes_in(prefix, before), _shapes_in(prefix, after)
         if old == new:
             continue
         key = types[n] if types else None, str(overrides.get(n)), tuple(old.items()), tuple(new.items())
@@ -325,8 +321,7 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
             if types:
                 single.layer_types = [types[n]]
             known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
-        layer = known[key]
-        if layer is None:
+        if (layer := known[key]) is None:
             return {}
         sizes[n] = layer
     return sizes
@@ -342,13 +337,18 @@ def _layer_sizes(
             shapes = tensor_shapes(empty_model(model_class, with_sizes(config, sizes)))
         except Exception:
             continue
-        if {k.removeprefix(prefix): s for k, s in shapes.items() if k.startswith(prefix)} == after:
+        if _shapes_in(prefix, shapes) == after:
             return sizes
     return None
 
 
+def _shapes_in(prefix: str, shapes: Shapes) -> Shapes:
+    """The shapes of the tensors whose names begin with ``prefix``, without it."""
+    return {name.removeprefix(prefix): shape for name, shape in shapes.items() if name.startswith(prefix)}
+
+
 def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
-    """``config`` without ``per_layer_config``, beside which transformers refuses to read the values for all layers."""
+    """``config`` without ``per_layer_config``: with it, transformers refuses to read the values for all layers."""
     if not config.is_heterogeneous:
         return config
     plain = copy.deepcopy(config)
@@ -357,6 +357,6 @@ def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
 
 
 def merged(overrides: dict[int, dict[str, Any]] | None, sizes: LayerSizes) -> dict[int, dict[str, Any]]:
-    """``per_layer_config`` with the ``overrides`` of a model and ``sizes`` after a cut, which replace them."""
+    """``per_layer_config`` after a cut: the ``overrides`` of the model, replaced by the new ``sizes``."""
     overrides = overrides or {}
     return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}

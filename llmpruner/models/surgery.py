@@ -39,7 +39,7 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
     over cut units so that the result equals the silenced model, deletes removed layers, renumbers tokens and layers;
     then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``."""
     check_kept(graph, kept)
-    sizes = {model.get_submodule(name.rpartition(".")[0]): size for (name, _), size in norms(graph, kept).items()}
+    sizes = {model.get_submodule(name.rpartition(".")[0]): size for name, size in norms(graph, kept).items()}
     for module, (before, after, _) in sizes.items():
         for name in ("variance_epsilon", "eps", "epsilon"):
             epsilon = getattr(module, name, None)
@@ -88,9 +88,7 @@ class CutValues:
         self._cuts: dict[str, dict[int, list[int]]] = {}
         for (name, axis), index in kept_indices(graph, kept).items():
             self._cuts.setdefault(name, {})[axis] = index
-        self._scales = {
-            name: (sqrt(before / after), offset) for (name, _), (before, after, offset) in norms(graph, kept).items()
-        }
+        self._scales = {n: (sqrt(before / after), offset) for n, (before, after, offset) in norms(graph, kept).items()}
 
     def changes(self, name: str) -> bool:
         """Whether a tensor is cut or rescaled."""
@@ -109,19 +107,18 @@ class CutValues:
         return tensor.contiguous()
 
 
-def norms(graph: CouplingGraph, kept: Kept) -> dict[tuple[str, int], tuple[int, int, float]]:
-    """(weight of an RMS norm, axis) → the number of its entries before and after the cut, and what is added to them.
-    The mean runs over all entries, of whichever groups: a norm over two copies of the residual stream has two spans of
-    one group, and one over all heads spans of key/value and of query heads."""
-    stay = kept_indices(graph, kept)
-    offsets = {
-        (span.parameter, span.axis): span.offset for name in kept for span in graph.by_name[name].spans_with(Role.NORM)
-    }
-    return {
-        (name, axis): (graph.shapes[name][axis], len(index), offsets[place])
-        for (name, axis), index in stay.items()
-        if (place := (name if (name, axis) in offsets else graph.ties.get(name, name), axis)) in offsets
-    }
+def norms(graph: CouplingGraph, kept: Kept) -> dict[str, tuple[int, int, float]]:
+    """Weight of an RMS norm → the number of its entries before and after the cut, and what is added to them. The mean
+    runs over all entries, of whichever groups: a norm over two copies of the residual stream has two spans of one
+    group, and one over all heads spans of key/value and of query heads."""
+    spans = (span for name in kept for span in graph.by_name[name].spans_with(Role.NORM))
+    offsets = {(span.parameter, span.axis): span.offset for span in spans}
+    sizes: dict[str, tuple[int, int, float]] = {}
+    for (name, axis), index in kept_indices(graph, kept).items():
+        offset = offsets.get((name, axis), offsets.get((graph.ties.get(name, name), axis)))
+        if offset is not None:
+            sizes[name] = graph.shapes[name][axis], len(index), offset
+    return sizes
 
 
 def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from ..plugins.catalog import Catalog
     from .model import Structure
 
+LONGEST_WORD = 2000
+"""Characters without a blank that are encoded at once: more than in words, or paragraphs without blanks."""
+
 
 def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
@@ -34,8 +37,8 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
     extra = {} if ref.gguf_file else {"config": structure.config}
     # A tokenizer that a plugin registers is used in place of code in the checkpoint, as its model is.
-    kind = type(structure.config)
-    registered = kind in TOKENIZER_MAPPING and not kind.__module__.startswith("transformers.")
+    config_class = type(structure.config)
+    registered = config_class in TOKENIZER_MAPPING and not config_class.__module__.startswith("transformers.")
     trusted = options.trust_remote_code and not registered
     tokenizer = from_pretrained(AutoTokenizer, ref, structure.revision, trust_remote_code=trusted, **extra)
     if ref.gguf_file:
@@ -61,12 +64,8 @@ def _may_have_tokenizer(ref: Reference) -> bool:
     return any((ref.directory / name).is_file() for name in names)
 
 
-LONGEST_WORD = 2000
-"""Characters without a blank that are encoded at once: more than in words, or paragraphs of scripts without."""
-
-
 def tokens_of(tokenizer: Any, text: str) -> list[int]:
-    """The token ids of ``text``, without special tokens. Only words of more than `LONGEST_WORD` characters are cut."""
+    """The token ids of ``text`` without special tokens. Only words of more than `LONGEST_WORD` characters are cut."""
     starts = [0]
     for word in re.finditer(r"\S+", text) if len(text) > LONGEST_WORD else ():
         starts += range(word.start() + LONGEST_WORD, word.end(), LONGEST_WORD)
@@ -78,12 +77,12 @@ def tokens_of(tokenizer: Any, text: str) -> list[int]:
 
 def ids_to_continue(tokenizer: Any, text: str, *, special: bool) -> list[int]:
     """The token ids of a text that goes on, such as a prompt. ``special``: with what the tokenizer puts before a text,
-    without an end-of-sequence token that it puts after each (``add_eos_token``)."""
+    but without the end-of-sequence token that it may put after one (``add_eos_token``)."""
     ids = list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
     eos = tokenizer.eos_token_id
     if special and eos is not None and ids[-1:] == [eos]:
-        own = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if own and ids[:-1][-len(own) :] == own:
+        plain = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if plain and ids[:-1][-len(plain) :] == plain:
             ids.pop()
     return ids
 
@@ -107,15 +106,15 @@ def check_one_head(reference: Any, model: Any) -> None:
 
 
 def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
-    """A token for padding, which is masked, but looked up in the embeddings all the same: the tokenizer's, unless it is
-    in the tokenizer alone and ``model`` can't read it; else one of ``others``, the end of the sequence, or 0."""
+    """A token for padding. Padding is masked, but looked up in the embeddings all the same: the tokenizer's, unless
+    ``model`` has no row for it; else one of ``others``, the end of the sequence, or 0."""
     rows = model.get_input_embeddings().weight.shape[0]
     candidates = (tokenizer.pad_token_id, *others, tokenizer.eos_token_id, 0)
     return next(int(token) for token in candidates if token is not None and 0 <= token < rows)
 
 
 def with_padding(tokenizer: Any, model: Any) -> Any:
-    """``tokenizer``, which is saved with the model, or a copy of it with `padding_id` as its padding token."""
+    """``tokenizer``, or a copy of it with `padding_id` as its padding token: the original is saved with the model."""
     token = padding_id(tokenizer, model)
     if token == tokenizer.pad_token_id:
         return tokenizer
@@ -125,11 +124,9 @@ def with_padding(tokenizer: Any, model: Any) -> Any:
 
 
 def check_ids(ids: torch.Tensor, model: Any) -> torch.Tensor:
-    """``ids``, once it is sure that ``model`` can read them. Raises `DataError` for a tokenizer of another model."""
-    if not ids.numel():
-        return ids
+    """``ids``, if ``model`` can read them. Raises `DataError` for a tokenizer of another model."""
     rows = model.get_input_embeddings().weight.shape[0]
-    largest = int(ids.max())
+    largest = int(ids.max()) if ids.numel() else -1
     if largest >= rows:
         raise DataError(
             f"the tokenizer gives token {largest}, and the model has {rows} embeddings: it is that of another model"

@@ -1,8 +1,7 @@
 """A vocabulary with fewer tokens: which tokens need each other, the tokenizer that remains, the new ids, and the dense
 model in the remaining tokens.
 
-Works on the JSON of the `tokenizers` library. Text whose tokens are all kept is tokenised as before; in other text the
-removed tokens are replaced by their parts.
+Text whose tokens are all kept is tokenised as before; in other text, the parts of removed tokens stand for them.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from math import inf, nextafter
@@ -62,7 +61,7 @@ class Vocabulary:
 
     @cached_property
     def required(self) -> frozenset[int]:
-        """The ids that always stay: special and added tokens, bytes, single characters, and what no merge makes."""
+        """The ids that always stay: special and added tokens, bytes, single characters, and what no merge gives."""
         added = {token["id"] for token in self._spec["added_tokens"]}
         prefix = self._model.get("continuing_subword_prefix") or ""
         unknown = self._model.get("unk_token")
@@ -80,14 +79,14 @@ class Vocabulary:
 
     @cached_property
     def parts(self) -> Mapping[int, tuple[int, ...]]:
-        """Id → the ids of the two tokens that BPE merges into this one; without those that are not merged."""
+        """Id → the ids of the two tokens that BPE merges into this one."""
         ranks = self._ranks
         made: dict[str, list[Pair]] = {}
         for left, right in ranks:
             made.setdefault(left + right, []).append((left, right))
         parts = {}
         for token, pairs in made.items():
-            # One merge is what most tokens have; of several, the last that is made when the token itself is encoded.
+            # Most tokens have one merge; of several, it is the one that encoding the token itself ends with.
             pair = pairs[0] if len(pairs) == 1 else last_merge(token, ranks)
             if pair is not None and token in self.ids:
                 parts[self.ids[token]] = (self.ids[pair[0]], self.ids[pair[1]])
@@ -103,7 +102,7 @@ class Vocabulary:
         return {(left, right): rank for rank, (left, right) in enumerate(self._model.get("merges") or ())}
 
     def check_kept(self, kept: Iterable[int], rows: int) -> None:
-        """Raise `PlanError` unless ``kept``, of this many ``rows``, has what `trimmed` needs."""
+        """Raise `PlanError` unless ``kept`` has what `trimmed` needs. ``rows``: of the embedding."""
         stay = {*kept}
         needed = {*self.required, *(part for whole, parts in self.parts.items() if whole in stay for part in parts)}
         lost = sorted(number for number in needed - stay if number < rows)
@@ -111,8 +110,8 @@ class Vocabulary:
             raise PlanError(f"the plan removes {len(lost)} tokens that others or the tokenizer need, first {lost[0]}")
 
     def trimmed(self, kept: Iterable[int]) -> Any:
-        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in order. ``kept``: ids, of rows of
-        the embedding, with `required` and `parts` of each. Added tokens may have no row."""
+        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in order. ``kept``: rows of the
+        embedding, with `required` and `parts` of each. Added tokens may have no row."""
         new = {old: number for number, old in enumerate(sorted({*kept, *self.required}))}
         spec = copy.deepcopy(self._spec)
         model = spec["model"]
@@ -132,17 +131,17 @@ class Vocabulary:
         spec["post_processor"] = _renumbered(spec.get("post_processor"), new)
         if spec.get("padding"):
             spec["padding"]["pad_id"] = new.get(spec["padding"]["pad_id"], 0)
-        made = copy.deepcopy(self._tokenizer)
-        made._tokenizer = Tokenizer.from_str(json.dumps(spec))
+        trimmed = copy.deepcopy(self._tokenizer)
+        trimmed._tokenizer = Tokenizer.from_str(json.dumps(spec))
         # A file of sentencepiece has the whole vocabulary.
-        made.vocab_file = None
-        made.init_kwargs = {name: value for name, value in made.init_kwargs.items() if name != "vocab_file"}
-        return made
+        trimmed.vocab_file = None
+        trimmed.init_kwargs = {name: value for name, value in trimmed.init_kwargs.items() if name != "vocab_file"}
+        return trimmed
 
 
 def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """The rows of the embedding of ``model`` that may go: all but those of tokens that ``tokenizer`` or the model's
-    configurations need, and of their parts. Raises `UnsupportedModelError` as `Vocabulary`."""
+    """The rows of the embedding that may go: all but those of tokens that ``tokenizer`` or the configurations of
+    ``model`` need, and of their parts. Raises `UnsupportedModelError` as `Vocabulary`."""
     vocabulary = Vocabulary(tokenizer)
     stay = {*vocabulary.required, *named_tokens(model)}
     for whole, parts in vocabulary.longest_first():
@@ -152,7 +151,7 @@ def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
 
 
 def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
-    """``scores`` of tokens, (V,), raised so that tokens go before the parts that they are merged of, as float64."""
+    """``scores`` of tokens, (V,), raised so that tokens go before their parts, as float64."""
     values = scores.tolist()
     for whole, parts in Vocabulary(tokenizer).longest_first():
         for part in parts:
@@ -162,7 +161,7 @@ def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
 
 
 def last_merge(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
-    """The last two tokens that BPE merges when it encodes ``token``; None where it does not arrive at it."""
+    """The last two tokens that BPE merges when it encodes ``token``; None where it does not get there."""
     symbols = list(token)
     pair: Pair | None = None
     while len(symbols) > 1:
@@ -199,28 +198,27 @@ def named_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
-    """Number the tokens that configurations and modules of ``model`` name anew, in place, and set the vocabulary size,
-    which was ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or become None."""
+    """Set the new ids of tokens that configurations and modules of ``model`` name, and the vocabulary size, which was
+    ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or become None."""
     new = {old: number for number, old in enumerate(kept)}
-    configs = {id(c): c for c in _configs(model)}
-    for named in (*configs.values(), *model.modules()):
-        for name, value in _token_ids(named):
+    for owner in (*_configs(model), *model.modules()):
+        for name, value in _token_ids(owner):
             stay = [new[v] for v in value if v in new] if isinstance(value, list | tuple) else new.get(value)
-            setattr(named, name, stay)
-        if vars(named).get("vocab_size") == before:
-            named.vocab_size = len(kept)
+            setattr(owner, name, stay)
+        if vars(owner).get("vocab_size") == before:
+            owner.vocab_size = len(kept)
 
 
-def _configs(model: PreTrainedModel) -> Iterator[Any]:
-    yield from (model.config, model.config.get_text_config())
-    if model.generation_config is not None:
-        yield model.generation_config
-    yield from (module.config for module in model.modules() if vars(module).get("config") is not None)
+def _configs(model: PreTrainedModel) -> list[Any]:
+    """The configurations of ``model`` and of its modules, each once."""
+    of_modules = (vars(module).get("config") for module in model.modules())
+    configs = (model.config, model.config.get_text_config(), model.generation_config, *of_modules)
+    return list({id(config): config for config in configs if config is not None}.values())
 
 
-def _token_ids(named: Any) -> list[tuple[str, Any]]:
+def _token_ids(owner: Any) -> list[tuple[str, Any]]:
     """The attributes of a configuration or module that are the id of a token, or a list of ids."""
-    values = [(name, value) for name, value in vars(named).items() if _IDS.search(name)]
+    values = [(name, value) for name, value in vars(owner).items() if _IDS.search(name)]
     return [(n, v) for n, v in values if isinstance(v, list | tuple) or (isinstance(v, int) and v >= 0)]
 
 
@@ -228,14 +226,14 @@ def old_ids(dense: Any, trimmed: Any) -> list[int] | None:
     """The ids that the tokenizer ``dense`` has for the tokens of ``trimmed``; None unless it has all, in order."""
     if dense is None or not getattr(trimmed, "is_fast", False):
         return None
-    before, after = dense.get_vocab(), trimmed.get_vocab()
-    old = [before.get(token, -1) for token in sorted(after, key=after.__getitem__)]
-    ascending = all(one < other for one, other in pairwise([-1, *old]))
-    return old if ascending and len(old) == max(after.values()) + 1 else None
+    old, new = dense.get_vocab(), trimmed.get_vocab()
+    ids = [old.get(token, -1) for token in sorted(new, key=new.__getitem__)]
+    ascending = all(a < b for a, b in pairwise([-1, *ids]))
+    return ids if ascending and len(ids) == max(new.values()) + 1 else None
 
 
 def in_tokens_of(trimmed: Model, dense: Model, *, teaching: bool = False) -> Any:
-    """The network of ``dense``: as `InTokens` where ``trimmed`` has fewer of its tokens, else as it is."""
+    """The network of ``dense``; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
     rows, before = (model.model.get_input_embeddings().weight.shape[0] for model in (trimmed, dense))
     old = None if rows >= before else old_ids(dense.tokenizer, trimmed.tokenizer)
     if old is None:
@@ -251,8 +249,8 @@ def in_tokens_of(trimmed: Model, dense: Model, *, teaching: bool = False) -> Any
 
 class InTokens(nn.Module):
     """``model``, which reads and predicts the tokens of a trimmed vocabulary. It reads removed tokens whole, as it was
-    trained to, not in the pieces in which they arrive; its logits, (B, T, kept tokens), are those after each token that
-    ends where one of its own does. Without ``teaching``, they are those of the kept tokens, and 0 inside a removed one.
+    trained to, not in the pieces in which they arrive. Its logits, (B, T, kept tokens), are those after each token of
+    its own that ends there, and 0 inside a removed one.
 
     With ``teaching``, a removed token counts for its first piece, with its probability, and after that its next piece
     is certain. Trained toward the kept tokens alone, a model would not learn to write the pieces.
@@ -273,19 +271,19 @@ class InTokens(nn.Module):
 
     def read(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of ``model`` that ``ids`` are, and at which of ``ids`` each of them ends."""
-        own: list[int] = []
+        tokens: list[int] = []
         ends: list[int] = []
         start = 0
         while start < len(ids):
             parts = (tuple(ids[start : start + length]) for length in range(self.longest[ids[start]], 0, -1))
             whole = next(part for part in parts if part in self.wholes)
             start += len(whole)
-            own.append(self.wholes[whole])
+            tokens.append(self.wholes[whole])
             ends.append(start - 1)
-        return own, ends
+        return tokens, ends
 
     def agree(self, ids_T: torch.Tensor) -> torch.Tensor:
-        """Whether after each of the tokens the next one is the same token in both vocabularies, (T,)."""
+        """Whether after each of the tokens, (T,), the next one is the same token in both vocabularies."""
         ends = torch.zeros(len(ids_T) + 1, dtype=torch.bool)
         ends[self.read(ids_T.tolist())[1]] = True
         return ends[:-1] & ends[1:]
@@ -293,17 +291,17 @@ class InTokens(nn.Module):
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache: bool = False) -> Any:
         places = [mask.nonzero()[:, 0] for mask in attention_mask]
         read = [self.read(ids[place].tolist()) for ids, place in zip(input_ids, places, strict=True)]
-        own_BS = nn.utils.rnn.pad_sequence([torch.tensor(own) for own, _ in read], True, -1).to(self.device)
-        mask_BS = (own_BS >= 0).long()
-        logits_BSV = self.model(input_ids=own_BS.clamp_min(0), attention_mask=mask_BS, use_cache=use_cache).logits
+        tokens_BS = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in read], True, -1).to(self.device)
+        mask_BS = (tokens_BS >= 0).long()
+        logits_BSV = self.model(input_ids=tokens_BS.clamp_min(0), attention_mask=mask_BS, use_cache=use_cache).logits
         kept, dtype = len(self.old), torch.float32 if self.teaching else logits_BSV.dtype
-        found_BTK = logits_BSV.new_zeros((*input_ids.shape, kept), dtype=dtype)
-        for row, (own, ends) in enumerate(read):
-            logits_SK = logits_BSV[row, : len(own)][:, self.old]
+        logits_BTK = logits_BSV.new_zeros((*input_ids.shape, kept), dtype=dtype)
+        for row, (tokens, ends) in enumerate(read):
+            logits_SK = logits_BSV[row, : len(tokens)][:, self.old]
             if self.teaching:
-                found_BTK[row].fill_(_NEVER).scatter_(1, input_ids[row].roll(-1)[:, None], 0.0)
-                p_SV = logits_BSV[row, : len(own)].float().softmax(-1)
-                p_SK = p_SV.new_zeros((len(own), kept + 1)).index_add_(1, self.counts_for, p_SV)[:, :kept]
+                logits_BTK[row].fill_(_NEVER).scatter_(1, input_ids[row].roll(-1)[:, None], 0.0)
+                p_SV = logits_BSV[row, : len(tokens)].float().softmax(-1)
+                p_SK = p_SV.new_zeros((len(tokens), kept + 1)).index_add_(1, self.counts_for, p_SV)[:, :kept]
                 logits_SK = p_SK.log().clamp_min_(_NEVER)
-            found_BTK[row, places[row][ends]] = logits_SK
-        return SimpleNamespace(logits=found_BTK)
+            logits_BTK[row, places[row][ends]] = logits_SK
+        return SimpleNamespace(logits=logits_BTK)

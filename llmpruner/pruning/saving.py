@@ -20,7 +20,7 @@ from ..errors import ModelError
 from ..models.meta import meta_model
 from ..models.model import Model, Structure
 from ..models.numbers import stored_dtype
-from ..models.record import read_any_record, stated
+from ..models.record import read_any_record
 from ..models.save import save_checkpoint
 from ..models.surgery import cut
 from ..models.vocabulary import Vocabulary
@@ -178,13 +178,15 @@ def save(model: Model, directory: Path) -> str:
                 f"parameter '{name}' of '{model.ref}' has shape {shape}, and by the model's "
                 f"{len(model.plans)} plans {expected}; save what llmpruner.prune returned, or load the model again"
             )
+    # Weights are stored dequantised.
+    values = {name: value for name, value in model.config.to_dict().items() if name != "quantization_config"}
     record = {
         **_earlier_record(model),
         **base_record(model),
         "llmpruner": __version__,
         "plans": [plan.model_dump(mode="json") for plan in model.plans],
         "work": [*(model.record or {}).get("work", ()), *model.work],
-        "base_config": stated(model.config),
+        "base_config": dict(model.config._encode_special_floats(values)),
     }
     return save_checkpoint(
         model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed

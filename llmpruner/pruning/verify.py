@@ -99,7 +99,7 @@ def verify_checkpoint(directory: Path, base: str | None, opener: Opener) -> Veri
 def _file_checks(directory: Path) -> list[Check]:
     try:
         recorded = recorded_files(read_any_record(directory))
-        damaged = [f"{directory / name} {what}" for name, what in damaged_files(directory, recorded or {})]
+        damaged = list(damaged_files(directory, recorded or {}))
     except CheckpointError as error:
         damaged, recorded = [str(error)], {}
     if damaged:

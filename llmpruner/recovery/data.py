@@ -95,12 +95,12 @@ def read_data(data: str) -> dict[str, Sequence[tuple[str, Example]]]:
 def _stored(data: str) -> list[str]:
     """The files and data sets that ``data`` names."""
     written = dense_text_in(data)
-    return [part.source for part in parse_mixture(data) if written is None or part.source != written.source]
+    return [source for source, _ in parse_mixture(data) if written is None or source != written.source]
 
 
 def dense_text_in(data: str) -> DenseText | None:
     """The part of the value of ``--data`` that the dense model writes, at most one; None where there is none."""
-    sources = [part.source for part in parse_mixture(data)]
+    sources = [source for source, _ in parse_mixture(data)]
     written = [text for text in sources if text.partition(":")[0] in ("self", "self-text") and not isfile(text)]
     if not written:
         return None
@@ -199,7 +199,7 @@ def prepare(
     """Mix the examples of all ``sources``, hold some back for validation, and tokenise them: an instruction or a
     conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff``
     tokens. ``positions``: of a model with a table of them. Raises `DataError`."""
-    examples = mixed([(part, sources[part.source]) for part in parse_mixture(settings.data)], settings.seed)
+    examples = mixed([(share, sources[source]) for source, share in parse_mixture(settings.data)], settings.seed)
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)
         examples = examples[: settings.limit]

@@ -19,6 +19,7 @@ from llmpruner.calibration.calibration import (
     CalibrationJob,
     CalibrationSource,
     ChatSource,
+    SampleTask,
     SelfWritten,
     TextSource,
     parse_calibration,
@@ -56,7 +57,7 @@ SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counti
 
 
 def job_of(text, settings=None, samples=1, length=2):
-    return CalibrationJob(text, parse_calibration(text, SOURCES, settings), samples, length)
+    return CalibrationJob(text, parse_calibration(text, SOURCES, settings or {}), samples, length)
 
 
 def drawn(text, loaded, tokenizer=None, settings=None, *, samples, length, seed):
@@ -64,7 +65,7 @@ def drawn(text, loaded, tokenizer=None, settings=None, *, samples, length, seed)
 
 
 def parts_of(text):
-    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES)]
+    return [(part.source.name, part.reference) for part in parse_calibration(text, SOURCES, {})]
 
 
 class Numbers:
@@ -259,11 +260,12 @@ def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypa
 
 
 def test_every_conversation_is_used_before_one_is_used_again():
-    rows = packed([[n] * 3 for n in range(10)], samples=5, length=6, seed=0, source="a.jsonl")
+    task = SampleTask(None, None, "a.jsonl", samples=5, length=6, seed=0, family=None)
+    rows = packed([[n] * 3 for n in range(10)], task)
     assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
-    assert rows == packed([[n] * 3 for n in range(10)], samples=5, length=6, seed=0, source="a.jsonl")
+    assert rows == packed([[n] * 3 for n in range(10)], task)
     with pytest.raises(DataError, match="is too short for a sample of 6 tokens"):
-        packed([[1, 2], [3]], samples=1, length=6, seed=0, source="a.jsonl")
+        packed([[1, 2], [3]], task)
 
 
 def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):

@@ -1,6 +1,7 @@
 """Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
 
 import json
+from typing import NamedTuple
 
 import pytest
 import tiny_models
@@ -8,7 +9,7 @@ from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
 
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
-from llmpruner.calibration.conversations import Completion, Conversation, Instruction, Message
+from llmpruner.calibration.conversations import Completion, Conversation, Instruction
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
@@ -22,6 +23,13 @@ CHATML = (
 STRICT = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
 )
+
+
+class Message(NamedTuple):
+    role: str
+    content: str
+
+
 CHAT = (
     Message("system", "Be brief."),
     Message("user", "Two rivers?"),
@@ -76,6 +84,13 @@ def rows(example, chosen):
     return [labelled(text, chosen, 512) for text in training_texts(example, FAMILY, chosen)]
 
 
+def conversation(messages):
+    """Of questions and answers in turn, after a system message or none."""
+    system = [message.content for message in messages if message.role == "system"]
+    turns = [message.content for message in messages if message.role != "system"]
+    return Conversation(tuple(zip(turns[::2], turns[1::2], strict=True)), *system)
+
+
 def plain(messages):
     return [{"role": message.role, "content": message.content} for message in messages]
 
@@ -97,7 +112,7 @@ def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_fam
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
 def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
     chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
-    (row,) = rows(Conversation(CHAT), chosen)
+    (row,) = rows(conversation(CHAT), chosen)
     assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(plain(CHAT))["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1
     assert trained(row, chosen) == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
@@ -116,7 +131,7 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
 
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
-    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer(template))
+    (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer(template))
     assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask" + rendered(CHAT)
     assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
@@ -129,7 +144,7 @@ def test_text_and_completions_get_no_template():
 
 
 def test_without_a_template_a_system_message_stands_before_the_first_prompt():
-    (text,) = training_texts(Conversation(CHAT), FAMILY, tokenizer())
+    (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer())
     first = Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>")
     assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.</s>")))
 
@@ -150,7 +165,7 @@ class Alone(Numbered):
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
 def test_a_family_says_which_answers_end_the_sequence(slow):
     chosen = Slow(tokenizer()) if slow else tokenizer()
-    example = Conversation(CHAT[1:])
+    example = conversation(CHAT[1:])
 
     def read(family):
         texts = tuple(training_texts(example, family, chosen))
@@ -217,7 +232,7 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     messages, chosen = CHATS[chat], tokenizer(TEMPLATES[name])
     if name in WITHOUT_SYSTEM:
         messages = tuple(message for message in messages if message.role != "system")
-    texts = training_texts(Conversation(messages), FAMILY, chosen)
+    texts = training_texts(conversation(messages), FAMILY, chosen)
     found = prompts_and_answers(texts)
     answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
     assert len(found) == len(answers)
@@ -227,7 +242,7 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
         assert prompt == wanted.removesuffix(OPENERS.get(name, ""))
         assert answer.removeprefix("<think>\n\n</think>\n\n").strip().startswith(content)
         assert content == question or question not in answer
-    marked = [text for row in rows(Conversation(messages), chosen) for text in trained(row, chosen)]
+    marked = [text for row in rows(conversation(messages), chosen) for text in trained(row, chosen)]
     assert len(marked) == len(answers)
     for number, text in zip(answers, marked, strict=True):
         assert messages[number].content.strip() in text and "ello" not in text and "letter" not in text
@@ -239,14 +254,14 @@ def test_prompts_of_training_are_those_of_instructions_and_chats(name):
     ((prompt, _),) = prompts_and_answers(training_texts(Instruction("Add.", "4", "2, 2"), FAMILY, chosen))
     assert prompt == chat_prompt(FAMILY, chosen, "Add.\n2, 2").text.removesuffix(opener)
     exchanges = list(zip((m.content for m in THREE[::2]), (m.content for m in THREE[1::2]), strict=True))
-    found = prompts_and_answers(training_texts(Conversation(THREE), FAMILY, chosen))
+    found = prompts_and_answers(training_texts(conversation(THREE), FAMILY, chosen))
     for number, (prompt, _) in enumerate(found):
         wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
         assert prompt == wanted.text.removesuffix(opener)
 
 
 def test_a_system_message_of_a_last_question_is_in_the_text_of_every_answer():
-    texts = training_texts(Conversation((SYSTEM, *THREE[:4])), FAMILY, tokenizer(TEMPLATES["Mistral v0.3"]))
+    texts = training_texts(conversation((SYSTEM, *THREE[:4])), FAMILY, tokenizer(TEMPLATES["Mistral v0.3"]))
     first, second = ("".join(turn.prompt + "|" + turn.answer for turn in text.turns) for text in texts)
     assert first == "<s>[INST] Answer in French.\n\nSay hello[/INST]| Bonjour</s>"
     assert second == (
@@ -264,7 +279,7 @@ def test_a_system_message_of_a_last_question_is_in_the_text_of_every_answer():
 )
 def test_an_answer_with_a_reasoning_is_what_the_template_makes_of_it(name, wanted):
     chat = (ONE[0], Message("assistant", "<think>\nShort.\n</think>\n\nBonjour"))
-    ((_, answer),) = prompts_and_answers(training_texts(Conversation(chat), FAMILY, tokenizer(TEMPLATES[name])))
+    ((_, answer),) = prompts_and_answers(training_texts(conversation(chat), FAMILY, tokenizer(TEMPLATES[name])))
     assert answer == wanted
 
 
@@ -275,4 +290,4 @@ def test_a_template_that_renders_no_answers_is_refused(end):
         + end
     )
     with pytest.raises(DataError, match="the chat template of the model's tokenizer renders no answers"):
-        training_texts(Conversation(ONE), FAMILY, chosen)
+        training_texts(conversation(ONE), FAMILY, chosen)

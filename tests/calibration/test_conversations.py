@@ -11,15 +11,13 @@ from llmpruner.calibration.conversations import (
     Completion,
     Conversation,
     Instruction,
-    Message,
     example,
     read_examples,
 )
 from llmpruner.calibration.documents import Record
 
-ASKED = [Message("user", "Two rivers?"), Message("assistant", "Elbe, Loire.")]
-DIALOGUE = Conversation((*ASKED, Message("user", "The longer?"), Message("assistant", "Elbe.")))
-WITH_SYSTEM = Conversation((Message("system", "Be brief."), *DIALOGUE.messages))
+DIALOGUE = Conversation((("Two rivers?", "Elbe, Loire."), ("The longer?", "Elbe.")))
+WITH_SYSTEM = Conversation(DIALOGUE.exchanges, "Be brief.")
 
 
 def chat(*turns):
@@ -30,7 +28,9 @@ def sharegpt(*turns):
     return [{"from": side, "value": text} for side, text in turns]
 
 
-CHAT = chat(*((message.role, message.content) for message in DIALOGUE.messages))
+CHAT = chat(
+    ("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"), ("assistant", "Elbe.")
+)  # fmt: skip
 SHAREGPT = sharegpt(
     ("human", "Two rivers?"), ("gpt", "Elbe, Loire."), ("user", "The longer?"), ("chatgpt", "Elbe.")
 )  # fmt: skip
@@ -38,7 +38,7 @@ FORMS = {
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, Instruction("Add.", "4", "2 and 2")),
     "alpaca with a system message": (
         {"system": "Be brief.", "instruction": "Add.", "input": "2 and 2", "output": "4"},
-        Conversation((Message("system", "Be brief."), Message("user", "Add.\n2 and 2"), Message("assistant", "4"))),
+        Conversation((("Add.\n2 and 2", "4"),), "Be brief."),
     ),
     "alpaca without a system message": ({"system": " ", "instruction": "Add.", "output": ""}, Instruction("Add.", "")),
     "alpaca without input": ({"instruction": "Add.", "input": None, "output": ""}, Instruction("Add.", "")),
@@ -58,6 +58,7 @@ FORMS = {
         {"conversations": [turn | {"role": None, "content": None} for turn in SHAREGPT]}, DIALOGUE
     ),
     "messages": ({"prompt": "Two rivers?", "messages": CHAT}, DIALOGUE),
+    "messages that end with two questions": ({"messages": CHAT + chat(("user", "And?"), ("user", "And?"))}, DIALOGUE),
     "messages with a system message": ({"messages": chat(("system", "Be brief.")) + CHAT}, WITH_SYSTEM),
     "prompt and completion": (
         {"prompt": "The sky is", "completion": " blue."}, Completion(" blue.", prompt="The sky is")

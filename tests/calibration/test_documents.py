@@ -10,7 +10,6 @@ import pytest
 from llmpruner import DataError
 from llmpruner.calibration.documents import (
     PYDOC,
-    Part,
     Record,
     check_source,
     mixed,
@@ -205,12 +204,12 @@ def test_the_early_check_reads_no_further_than_the_first_record(tmp_path):
 
 
 def test_sources_and_shares(tmp_path, monkeypatch):
-    assert parse_mixture("a.jsonl") == (Part("a.jsonl"),)
-    assert parse_mixture("a.jsonl, name:config:train") == (Part("a.jsonl"), Part("name:config:train"))
-    assert parse_mixture("3*a.jsonl,b.jsonl") == (Part("a.jsonl", 3.0), Part("b.jsonl", 1.0))
+    assert parse_mixture("a.jsonl") == [("a.jsonl", None)]
+    assert parse_mixture("a.jsonl, name:config:train") == [("a.jsonl", None), ("name:config:train", None)]
+    assert parse_mixture("3*a.jsonl,b.jsonl") == [("a.jsonl", 3.0), ("b.jsonl", 1.0)]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "2*a,b.jsonl").write_text("{}")
-    assert parse_mixture("2*a,b.jsonl") == (Part("2*a,b.jsonl"),)
+    assert parse_mixture("2*a,b.jsonl") == [("2*a,b.jsonl", None)]
     with pytest.raises(DataError, match="a share of 0 takes nothing of 'b'"):
         parse_mixture("a,0*b")
     with pytest.raises(DataError, match="a source with an empty name"):
@@ -219,8 +218,8 @@ def test_sources_and_shares(tmp_path, monkeypatch):
 
 def test_shares_take_as_many_as_there_can_be():
     one, other = list(range(100)), list(range(100, 120))
-    assert mixed([(Part("a"), one), (Part("b"), other)], 0) == one + other
-    found = mixed([(Part("a", 3.0), one), (Part("b", 1.0), other)], 0)
+    assert mixed([(None, one), (None, other)], 0) == one + other
+    found = mixed([(3.0, one), (1.0, other)], 0)
     assert (len([n for n in found if n < 100]), len([n for n in found if n >= 100])) == (60, 20)
-    assert found == sorted(found) and found == mixed([(Part("a", 3.0), one), (Part("b", 1.0), other)], 0)
-    assert found != mixed([(Part("a", 3.0), one), (Part("b", 1.0), other)], 1)
+    assert found == sorted(found) and found == mixed([(3.0, one), (1.0, other)], 0)
+    assert found != mixed([(3.0, one), (1.0, other)], 1)

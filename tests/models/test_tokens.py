@@ -13,8 +13,9 @@ from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 import llmpruner
 from llmpruner import DataError
+from llmpruner.calibration.calibration import SampleTask
 from llmpruner.calibration.chat import labelled, training_texts
-from llmpruner.calibration.conversations import Conversation, Instruction, Message
+from llmpruner.calibration.conversations import Conversation, Instruction
 from llmpruner.calibration.windows import windows
 from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
@@ -64,7 +65,8 @@ def test_a_long_text_without_blanks_is_measured_and_sampled_in_pieces():
     found = perplexity(tiny_models.llama(), tokenizer, text, PerplexityMetric.Settings(window=32, tokens=64))
     assert found.tokens == 64 and max(map(len, tokenizer.texts)) == LONGEST_WORD
     tokenizer = Recording()
-    assert windows([text], tokenizer, samples=3, length=128, seed=0, source="x").shape == (3, 128)
+    task = SampleTask(None, tokenizer, "x", samples=3, length=128, seed=0, family=None)
+    assert windows([text], task).shape == (3, 128)
     assert max(map(len, tokenizer.texts)) == LONGEST_WORD
 
 
@@ -85,7 +87,7 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
     assert [tokenizer("ab")["input_ids"][place] for place in (0, -1)] == [start, end]
     assert end not in ids_to_continue(tokenizer, "ab", special=True)
     assert ids_to_continue(tokenizer, "ab</s>", special=True).count(end) == 1
-    talk = Conversation(tuple(Message(r, c) for r, c in (("user", "q"), ("assistant", "a")) * 2))
+    talk = Conversation((("q", "a"), ("q", "a")))
     for after, ends in (("every", 2), ("last", 1), ("none", 0)):
 
         class Family(AutoFamily):

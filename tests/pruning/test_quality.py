@@ -78,7 +78,7 @@ def test_it_is_the_divergence_of_the_saved_models(name, streamed, options, round
     assert (found.streamed is not None) == streamed
     dense = llmpruner.load(folder / name)
     calibrated, read = (
-        CalibrationJob(source, parse_calibration(source, SOURCES), SAMPLES, LENGTH).draw(dense, SAMPLES, seed)
+        CalibrationJob(source, parse_calibration(source, SOURCES, {}), SAMPLES, LENGTH).draw(dense, SAMPLES, seed)
         for seed in (3, 4)
     )
     kl, agreement, tokens = by_hand(dense.model, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)

@@ -13,7 +13,7 @@ from transformers import Glm4Config, GlmConfig
 
 from llmpruner import ATTENTION, MLP, Catalog, ModelFamily, build_graph
 from llmpruner.calibration.chat import chat_prompt, training_texts
-from llmpruner.calibration.conversations import Conversation, Message
+from llmpruner.calibration.conversations import Conversation
 from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.verify import check_kinds
 from llmpruner.models.surgery import cut
@@ -121,8 +121,8 @@ def test_later_questions_of_a_conversation_are_asked_as_published(family: type[M
 @pytest.mark.parametrize("family", LATER)
 def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily]) -> None:
     eos, expected = LATER[family]
-    chat = [Message("user", "q1"), Message("assistant", "a1"), Message("user", "q2"), Message("assistant", "a2")]
-    texts = training_texts(Conversation(tuple(chat)), family(), Marked(eos))
+    exchanges = (("q1", "a1"), ("q2", "a2"))
+    texts = training_texts(Conversation(exchanges), family(), Marked(eos))
     gap = family.answer_separator
     closed = ["".join(a + b for a, b in text.turns) for text in texts]
     whole = f"{expected}{gap}a2{eos}"
@@ -132,5 +132,5 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
     else:
         assert closed == [whole]
         assert [turn.answer for turn in texts[0].turns] == [f"{gap}a1", f"{gap}a2{eos}"]
-    system = training_texts(Conversation((Message("system", "Brief."), *chat)), family(), Marked(eos))
+    system = training_texts(Conversation(exchanges, "Brief."), family(), Marked(eos))
     assert all(text.turns[0].prompt.startswith(family().format_system("Brief.")) for text in system)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
 from llmpruner import Catalog
 from llmpruner.calibration.chat import chat_prompt, labelled, training_texts
-from llmpruner.calibration.conversations import Conversation, Instruction, Message, read_examples
+from llmpruner.calibration.conversations import Conversation, Instruction, read_examples
 from llmpruner.plugins.manager import plugin_manager
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
@@ -50,10 +50,7 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
     ((first, said), (second, last)) = exchanges_of("two_turns")
     expected, chosen = PROMPTS["two_turns"]["prompts"][template], tokenizer(False)
     assert chat_prompt(family, chosen, second, [(first, f" {said}\n")]) == (expected["generation"], False)
-    chat = Conversation(
-        (Message("user", first), Message("assistant", said), Message("user", second), Message("assistant", last))
-    )
-    (text,) = training_texts(chat, family, chosen)
+    (text,) = training_texts(Conversation(((first, said), (second, last))), family, chosen)
     assert "".join(a + b for a, b in text.turns) == expected["full"]
     row = labelled(text, chosen, 512)
     assert row["input_ids"] == chosen(expected["full"])["input_ids"]
