@@ -112,7 +112,6 @@ def _of_gradients(
             squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=differentiated,
         )  # fmt: skip
         walk.forward()
-        walk.backward_head()
         for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             names = by_layer.get(number, [])
             with execution.weights.layer(number):
