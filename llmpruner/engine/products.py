@@ -91,59 +91,48 @@ class WatchProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func not in _PRODUCTS:
-            return result
-        values: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _PRODUCTS[func]]
-        inputs, weight, *added = values
-        bias = added[0] if added and added[0] is not None and added[0].dim() == 1 else None
-        for name, parameter in self._by_storage.get(weight.untyped_storage().data_ptr(), ()):
-            # Several parameters may share a storage.
-            if 0 <= weight.storage_offset() - parameter.storage_offset() < parameter.numel():
-                linear = func is functional.linear
-                for product in _products(name, parameter, weight, inputs, result, bias, transposed=linear):
-                    self._seen(product)
-                break
+        if func in _PRODUCTS:
+            values: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _PRODUCTS[func]]
+            inputs, weight, *added = values
+            bias = added[0] if added and added[0] is not None and added[0].dim() == 1 else None
+            summed = weight.dim() - (1 if func is functional.linear else 2)
+            for product in self._products(weight, summed, inputs, result, bias):
+                self._seen(product)
         return result
 
-
-def _products(
-    name: str,
-    parameter: torch.Tensor,
-    weight: torch.Tensor,
-    inputs: torch.Tensor,
-    result: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    transposed: bool,
-) -> Iterator[WatchedProduct]:
-    if weight.dim() not in (2, parameter.dim()):
-        return
-    summed = weight.dim() - 1 if transposed else weight.dim() - 2
-    # The view may be a transpose: its stride determines which axis of the parameter is summed over.
-    like = weight.stride(summed), weight.shape[summed]
-    axes = [a for a in range(parameter.dim()) if (parameter.stride(a), parameter.shape[a]) == like]
-    if not axes:
-        return
-    axis = axes[-1]
-    first = int((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
-    if weight.dim() == 2:
-        slot = first if parameter.dim() == 3 else None
-        yield WatchedProduct(name, axis, slot, _rows(inputs), _rows(result), bias, result, None)
-    elif weight.dim() == 3 and inputs.dim() <= 3:
-        # The same inputs may be multiplied with every matrix of the stack.
-        inputs = inputs.expand(len(weight), *inputs.shape[-2:])
-        for part in range(len(weight)):
-            yield WatchedProduct(name, axis, first + part, _rows(inputs[part]), _rows(result[part]), None, result, part)
+    def _products(
+        self, weight: torch.Tensor, summed: int, inputs: torch.Tensor, result: torch.Tensor, bias: torch.Tensor | None
+    ) -> Iterator[WatchedProduct]:
+        """The products of a call with each matrix of ``weight``, a view of a parameter; ``summed``: its input axis."""
+        sharing = self._by_storage.get(weight.untyped_storage().data_ptr(), ())
+        place = weight.storage_offset()
+        viewed = next(((n, p) for n, p in sharing if 0 <= place - p.storage_offset() < p.numel()), None)
+        if viewed is None or weight.dim() not in (2, viewed[1].dim()):
+            return
+        name, parameter = viewed
+        # The view may be a transpose: its stride determines which axis of the parameter is summed over.
+        like = weight.stride(summed), weight.shape[summed]
+        axes = [a for a in range(parameter.dim()) if (parameter.stride(a), parameter.shape[a]) == like]
+        if not axes:
+            return
+        axis, first = axes[-1], int((place - parameter.storage_offset()) // parameter.stride(0))
+        if weight.dim() == 2:
+            slot = first if parameter.dim() == 3 else None
+            yield WatchedProduct(name, axis, slot, _rows(inputs), _rows(result), bias, result, None)
+        elif weight.dim() == 3 and inputs.dim() <= 3:
+            # The same inputs may be multiplied with every matrix of the stack.
+            inputs = inputs.expand(len(weight), *inputs.shape[-2:])
+            for n in range(len(weight)):
+                yield WatchedProduct(name, axis, first + n, _rows(inputs[n]), _rows(result[n]), None, result, n)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
 
 
-Gates = tuple[torch.Tensor | None, torch.Tensor | None]
+Gates = tuple[torch.Tensor, torch.Tensor]
 """Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen for
-the token; float32. None where they are not known."""
-_UNKNOWN: Gates = None, None
+the token; float32."""
 
 
 class Routing:
@@ -159,7 +148,7 @@ class Routing:
         paths = {n.rpartition(".")[0] for n in names if model.get_parameter(n).dim() == 3}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
         # Module → hidden states, experts chosen, their weights, and the gates of each expert after its first product.
-        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates]]] = {}
+        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates | None]]] = {}
         self.names = [
             f"{path}.{name}"
             for path, module in self._modules.items()
@@ -177,22 +166,22 @@ class Routing:
         self._calls.clear()
 
     @torch.no_grad()
-    def gates_of(self, product: WatchedProduct) -> Gates:
-        """The gates of an expert's product, not known where its inputs are not those of the tokens routed to it."""
+    def gates_of(self, product: WatchedProduct) -> Gates | None:
+        """Of an expert's product; None where its inputs are not those of the tokens routed to it."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
-            return _UNKNOWN
+            return None
         hidden, chosen, weights, known = call
         if product.slot not in known:
             # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
             rank, token = torch.where((chosen == product.slot).T)
-            known[product.slot] = _UNKNOWN
+            known[product.slot] = None
             if len(token) == len(product.inputs) and torch.equal(product.inputs, hidden[token]):
                 of_token = weights[token].float()
-                own, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
-                known[product.slot] = own, torch.where(total == 0, 0.0, own / total)
+                weight, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
+                known[product.slot] = weight, torch.where(total == 0, 0.0, weight / total)
         gates = known[product.slot]
-        return gates if gates[0] is not None and len(gates[0]) == len(product.inputs) else _UNKNOWN
+        return gates if gates is not None and len(gates[0]) == len(product.inputs) else None
 
     def _note(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The call of a module, where its arguments are those of transformers."""
@@ -251,7 +240,7 @@ class ReduceProducts:
         return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
 
     def _add(self, watched: WatchedProduct) -> None:
-        gates, shares = self._routing.gates_of(watched)
+        gates, shares = self._routing.gates_of(watched) or (None, None)
         if watched.parameter not in self.names:
             return
         parameter = self.model.get_parameter(watched.parameter).detach()
