@@ -190,8 +190,8 @@ class TransformersRuntime(Runtime):
     def check(self, subject: BenchSubject) -> None:
         from ..models.generation import check_table
 
-        what = f"{subject.length:,} tokens"
-        check_table(subject.structure.config, subject.length, what, "lower --prompt or --new", f"'{subject.ref}'")
+        length, config = subject.length, subject.structure.config
+        check_table(config, length, f"{length:,} tokens", "lower --prompt or --new", f"'{subject.ref}'")
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         loaded = subject.load()
@@ -296,9 +296,8 @@ def bench(
 ) -> BenchResult:
     """Measure prefill and decoding of all models, in every case of batch size × length of prompt.
 
-    In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
-    tokens once; the order of the models turns from round to round. Raises what `Runtime.check` raises, before any of
-    them is loaded.
+    In each round, every model processes the same random tokens once, in an order that turns from round to round; the
+    first round is not counted. Raises what `Runtime.check` raises, before any model is loaded.
     """
     import torch
 
@@ -363,9 +362,9 @@ def _measure(
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:
     """Speeds from seconds per model and round, and from what the steps of each model cost."""
     rates = []
-    for own, cost in zip(times, costs, strict=True):
-        speedup = measurement([first / seconds for first, seconds in zip(times[0], own, strict=True)])
+    for rounds, cost in zip(times, costs, strict=True):
+        speedup = measurement([first / seconds for first, seconds in zip(times[0], rounds, strict=True)])
         ideal = None if costs[0] is None or cost is None else costs[0] / cost
         share = None if ideal is None else speedup.median / ideal
-        rates.append(Rate(measurement([tokens / seconds for seconds in own]), speedup, ideal, share))
+        rates.append(Rate(measurement([tokens / seconds for seconds in rounds]), speedup, ideal, share))
     return tuple(rates)
