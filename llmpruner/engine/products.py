@@ -1,7 +1,7 @@
-"""Every matrix product with given weights, in any module, and sums of what a criterion computes from each.
+"""Every matrix product with given weights, and sums of what a criterion computes from each.
 
-Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few matrix product
-functions of torch. Intercepting these finds the inputs of a parameter independently of module names and classes.
+Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few functions of
+torch, which are intercepted: names and classes of modules do not matter.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], ...]] = {
 
 @dataclass(frozen=True)
 class WatchedProduct:
-    """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
-    detached, in the dtype of the product. They are the model's own tensors, which a later operator may overwrite
-    (Falcon does): read them while the product is observed, or keep what `copied` returns."""
+    """One product with a weight matrix. ``inputs`` (rows, d_in) and ``outputs`` (rows, d_out), bias included, are the
+    model's tensors, detached. Later operators may overwrite them (in Falcon), so keep what `copied` returns."""
 
     parameter: str
     axis: int
@@ -136,12 +135,12 @@ the token; float32."""
 
 
 class Routing:
-    """Tells, while `following`, which rows of the products of experts belong to which tokens.
+    """The router weights of the rows of experts' products, while `following`.
 
     transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the
     experts chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after
-    the other on the tokens routed to it. This is checked on the first product of every expert, so `gates_of` must be
-    called for every product with ``names``: all stacked parameters of the modules that have some of the given ones.
+    the other on the tokens routed to it. The first product of every expert must have these rows. So call `gates_of` for
+    every product with ``names``, all stacked parameters of the modules.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -219,11 +218,10 @@ class ReduceProducts:
 
     @contextlib.contextmanager
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. ``loss_scale``: makes gradients those of the mean
+        """While active, observes the products of one micro-batch. Gradients times ``loss_scale`` are those of the mean
         loss of each sample."""
-        self._loss_scale = loss_scale
         watched = dict.fromkeys([*self.names, *self._routing.names])
-        with self._routing.following(), WatchProducts(self.model, watched, self._add):
+        with self._routing.following(), WatchProducts(self.model, watched, partial(self._add, loss_scale)):
             yield
 
     def statistics(self, ranks: Ranks) -> dict[str, ProductStats]:
@@ -231,15 +229,14 @@ class ReduceProducts:
         axes = ranks.merged(self._axes)
         shapes = ranks.merged({(name, of): t.shape for name, sums in self._sums.items() for of, t in sums.items()})
         # In one order, so that the processes add the same sums to one another.
-        every: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
+        totals: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
         for (name, of), shape in shapes.items():
-            own = self._sums.get(name, {}).get(of)
-            device = self.model.get_parameter(name).device
-            every[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
-        ranks.sum_(tensor for sums in every.values() for tensor in sums.values())
-        return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
+            device, total = self.model.get_parameter(name).device, self._sums.get(name, {}).get(of)
+            totals[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
+        ranks.sum_(tensor for sums in totals.values() for tensor in sums.values())
+        return {name: ProductStats(sums, axes[name]) for name, sums in totals.items()}
 
-    def _add(self, watched: WatchedProduct) -> None:
+    def _add(self, loss_scale: float, watched: WatchedProduct) -> None:
         gates, shares = self._routing.gates_of(watched) or (None, None)
         if watched.parameter not in self.names:
             return
@@ -259,9 +256,9 @@ class ReduceProducts:
             row_gate_shares=shares,
             in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
-        add, scale = partial(self._sum, watched.parameter, watched.axis, watched.slot), self._loss_scale
+        add = partial(self._sum, watched.parameter, watched.axis, watched.slot)
         if self.gradients:
-            watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * scale)))
+            watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * loss_scale)))
         else:
             add(product)
 
