@@ -74,7 +74,7 @@ def _steps_in(output: Path) -> list[Mapping[str, Any]]:
 
 def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
-    with _as_written(path):
+    with as_written(path):
         value = json.loads(path.read_bytes())
         names = [model["name"] for model in _models(value)]
         if not names or not all(isinstance(name, str) for name in names):
@@ -110,7 +110,7 @@ def _subject(
             results = read_results(step["folder"] / RESULTS_FILE)
             add(step["command"], results, lambda model: name if model == checkpoint.name else model)
     for path, results in files.items():
-        with _as_written(path):
+        with as_written(path):
             add("evaluate" if isinstance(results, list) else "bench", results, by_path)
     dense, costs = _costs(structure, checkpoint)
     return ReportSubject(
@@ -129,20 +129,20 @@ def _renamed(results: Any, rename: Callable[[str], str | None]) -> Any:
 
 
 @contextmanager
-def _as_written(file: Path) -> Iterator[None]:
+def as_written(file: Path | str) -> Iterator[None]:
     """Raise `DataError` where ``file`` cannot be read, or values in it are missing or of another type."""
     try:
         yield
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{file} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
 
 
 def read_evaluations(file: Path, catalog: Catalog) -> Evaluations:
     """What ``evaluate --json`` wrote. Raises `DataError`."""
-    with _as_written(file):
+    with as_written(file):
         return _evaluations(read_results(file), catalog)
 
 
