@@ -28,7 +28,6 @@ from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts
 from .walk import (
     Call,
-    Stop,
     as_output,
     call_layer,
     check_layers,
@@ -200,7 +199,12 @@ class GradientWalk:
         last = self.hidden[-1][position].detach().requires_grad_()
         vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
         total = 0.0
-        with self._stubs(last), torch.enable_grad(), self._computing():
+
+        def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
+            return as_output(hidden, self._tuples[number])
+
+        with replaced_layers(self.layers, forward), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 logits = logits.float().flatten(0, 1)
@@ -213,32 +217,9 @@ class GradientWalk:
 
     def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Argument, torch.Tensor]]]:
         """With their autograd graphs: the hidden states before the first layer, and the other arguments of layers."""
-        first: list[torch.Tensor] = []
-        arguments: list[dict[Argument, torch.Tensor]] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first.append(hidden_of(args, kwargs))
-            others = _tensors((args[1:], {n: v for n, v in kwargs.items() if v is not first[-1]}))
-            arguments.append({name: tensor for name, tensor in others.items() if tensor.requires_grad})
-            if len(arguments) == len(self.layers):
-                raise Stop
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._stubs(self.hidden[-1][position]))
-            for layer in self.layers:
-                stack.callback(layer.register_forward_pre_hook(catch, with_kwargs=True).remove)
-            with torch.enable_grad(), contextlib.suppress(Stop):
-                self.model(input_ids=self.batches[position].input_ids, use_cache=False)
-        return first[0], arguments
-
-    def _stubs(self, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them."""
-
-        def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
-            return as_output(hidden, self._tuples[number])
-
-        return replaced_layers(self.layers, forward)
+        with torch.enable_grad():
+            calls, first = record(self.model, self.layers, self.batches[position].input_ids, self._tuples)
+        return first, [{n: t for n, t in _tensors(call).items() if t.requires_grad} for call in calls]
 
 
 class GradientSums:
@@ -276,10 +257,10 @@ def requiring_grad(parameters: Iterable[nn.Parameter], required: bool = True) ->
 
 
 def _tensors(call: Call) -> dict[Argument, torch.Tensor]:
-    """The tensors among the arguments."""
+    """The tensors among the arguments, without hidden states."""
     args, kwargs = call
     named: list[tuple[Argument, Any]] = [*enumerate(args), *kwargs.items()]
-    return {name: value for name, value in named if isinstance(value, torch.Tensor)}
+    return {name: value for name, value in named if isinstance(value, torch.Tensor) and name != "hidden_states"}
 
 
 def _with_leaves(call: Call, names: Collection[Argument]) -> tuple[Call, dict[Argument, torch.Tensor]]:
