@@ -59,9 +59,10 @@ class Journal:
                     why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
                     progress.status(f"{why}; the same command goes on with what is done ({self.folder}), or --restart")
                 raise
-            except LlmprunerError as error:
-                if not isinstance(error, ProcessError):
-                    self._remove()
+            except ProcessError:
+                raise
+            except LlmprunerError:
+                self._remove()
                 raise
             self._remove()
 
