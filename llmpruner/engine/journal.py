@@ -1,7 +1,7 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
-Files get their names when they are whole. Hidden states are large, so they are written at most every `INTERVAL`
-seconds, and less often where that takes more than `SHARE` of the time; layers after the last state are done again.
+Files get their names when they are whole. Hidden states are large, so writing them takes at most `SHARE` of the time;
+layers after the last state are done again.
 """
 
 from __future__ import annotations
@@ -25,10 +25,7 @@ if TYPE_CHECKING:
     from .boundaries import States
 
 _RUN = "run.json"
-INTERVAL = 20.0
-"""Fewest seconds between two states of a walk that are written."""
 SHARE = 0.02
-"""Largest share of the time that is spent on writing them."""
 
 
 class Journal:
@@ -113,7 +110,7 @@ class Journal:
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
         """Write hidden states and ``state`` (JSON with the number of ``layers`` done), if the last time is long ago."""
         began = time.monotonic()
-        if self._ranks.from_first(lambda: began - self._written < max(INTERVAL, self._took / SHARE)):
+        if self._ranks.from_first(lambda: began - self._written < self._took / SHARE):
             return
         layers = state["layers"]
         if self._ranks.first:
