@@ -128,12 +128,12 @@ class GradientWalk:
                     self.hidden[number + 1].append(first_output(call_layer(layer, hidden, call)))
 
     def backward_layer(
-        self, number: int, wanted: Iterable[str], reduced: ReduceProducts | None
+        self, number: int, names: Iterable[str], reduced: ReduceProducts | None
     ) -> dict[str, GradientSums]:
-        """Gradients of the ``wanted`` parameters of layer ``number``, while its weights are in memory; for all layers
-        in turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
+        """Gradients of the parameters ``names`` of layer ``number``, while its weights are in memory; for all layers in
+        turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
         layer = self.layers[number]
-        with self._summing(wanted) as sums:
+        with self._summing(names) as sums:
             for position, batch in enumerate(self.batches):
                 hidden = self.hidden[number][position].detach().requires_grad_()
                 call, arguments = _with_leaves(batch.calls[number], self._from_outer[number])
