@@ -26,6 +26,7 @@ from ..models.numbers import autocast_to
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts
+from .signals import Signal
 from .walk import (
     Call,
     as_output,
@@ -65,28 +66,29 @@ class GradientWalk:
     """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
     micro-batches, maybe none, and gradients are sums over all of them. Parameters must not require gradients.
 
-    ``squares``: squared gradients of single samples are summed too, in micro-batches of one sample. ``outer``: the
-    parameters outside the layers of which `backward_outer` gives gradients. ``exact``: products of layers and of the
-    head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
-    (`LayerForm.products`), with hidden states, their gradients and the loss in float32.
+    ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. For gradients of parameters, products of layers and
+    of the head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
+    (`LayerForm.products`), with hidden states, their gradients and the loss in float32. ``outer``: the parameters
+    outside the layers of which `backward_outer` gives gradients.
     """
 
     def __init__(
-        self, execution: Execution, calibration: CalibrationSet, *, squares: bool, outer: Collection[str], exact: bool
+        self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]
     ) -> None:
         self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
-        self._ranks, self._squares = execution.ranks, squares
+        self._ranks, self._squares = execution.ranks, Signal.GRAD_SQ in needs
         with self.weights.outside():
             ids = calibration.input_ids.to(self.model.device)
             self._tuples, products, _ = check_layers(execution, calibration)
+        exact = self._squares or Signal.GRAD in needs
         self._mixed = not exact and products != self.model.dtype
         """Whether layers and head run under autocast."""
-        rows = 1 if squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
+        rows = 1 if self._squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
         self.batches = self._ranks.mine([_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)])
         tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
         self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
         """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
-        self._summed = squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
+        self._summed = self._squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
         """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
         kept = execution.boundaries()
         self.hidden = [States(kept) for _ in range(len(self.layers) + 1)]

@@ -107,10 +107,7 @@ def _of_gradients(
         (outer if layer is None else by_layer.setdefault(layer, [])).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with requiring_grad(execution.model.parameters(), required=False):
-        walk = GradientWalk(
-            execution, calibration,
-            squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=differentiated,
-        )  # fmt: skip
+        walk = GradientWalk(execution, calibration, needs, outer if differentiated else ())
         walk.forward()
         for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             inside = by_layer.get(number, [])
