@@ -61,19 +61,13 @@ def walk_signals(
     signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
     if needed - {Signal.WEIGHT}:
         assert calibration is not None, "all signals but weights are measured on text"
-        backward = Signal.PRODUCT_GRAD in needed
         reduce = partial(
-            ReduceProducts, execution.model,
-            reads=kinds_read(graph), measure=measure, num_samples=len(calibration.input_ids), gradients=backward,
+            ReduceProducts, execution.model, reads=kinds_read(graph), measure=measure,
+            num_samples=len(calibration.input_ids), gradients=Signal.PRODUCT_GRAD in needed,
         )  # fmt: skip
-        forward = forward_statistics(
-            execution, names, calibration,
-            inputs=bool(needed & {Signal.INPUT_STATS, Signal.GRAM}), gram=Signal.GRAM in needed,
-            reduce=reduce if Signal.PRODUCT in needed and not backward else None,
-        )  # fmt: skip
+        forward = forward_statistics(execution, names, calibration, needed, reduce)
         if needed & GRADIENTS:
-            of_grads, measured = reduce if backward else None, dict(forward)
-            yield from _of_gradients(execution, graph, names, needed, calibration, measured, of_grads, signals_of)
+            yield from _of_gradients(execution, graph, names, needed, calibration, dict(forward), reduce, signals_of)
             return
         for name, statistics in forward:
             rest.discard(name)
@@ -95,7 +89,7 @@ def _of_gradients(
     needs: frozenset[Signal],
     calibration: CalibrationSet,
     forward: Mapping[str, Statistics],
-    reduce: Callable[[Collection[str]], ReduceProducts] | None,
+    reduce: Callable[[Collection[str]], ReduceProducts],
     signals_of: Callable[[str, Statistics, GradientSums | None], Named],
 ) -> Named:
     """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
@@ -112,7 +106,7 @@ def _of_gradients(
         for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
             inside = by_layer.get(number, [])
             with execution.weights.layer(number):
-                reduced = None if reduce is None else reduce(inside)
+                reduced = reduce(inside) if Signal.PRODUCT_GRAD in needs else None
                 sums = walk.backward_layer(number, inside if differentiated else (), reduced)
                 of_products = {} if reduced is None else reduced.statistics(execution.ranks)
                 for name in inside:
@@ -164,16 +158,16 @@ def forward_statistics(
     execution: Execution,
     names: Collection[str],
     calibration: CalibrationSet,
-    *,
-    inputs: bool = True,
-    gram: bool = False,
-    reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
+    needs: Collection[Signal],
+    reduce: Callable[[Collection[str]], ReduceProducts],
 ) -> Iterator[tuple[str, Statistics]]:
     """Statistics of the parameters ``names`` that decoder layers use in matrix products, while each is in memory.
-    ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
-    for the names of one layer's weights. Memory: the hidden states of the whole calibration set in float32, up to the
-    execution's limit; the statistics of one layer; and the other arguments of each layer (masks, rotary tables)."""
-    if not inputs and reduce is None:
+    ``reduce``: creates the `ReduceProducts` for the names of one layer's weights. Memory: the hidden states of the text
+    in float32, up to the execution's limit; the statistics of one layer; and the other arguments of each layer (masks,
+    rotary tables)."""
+    gram, products = Signal.GRAM in needs, Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
+    inputs = gram or Signal.INPUT_STATS in needs
+    if not (inputs or products):
         return
     walk, states = ForwardWalk.over(execution, calibration)
     model, weights, ranks = execution.model, execution.weights, execution.ranks
@@ -182,10 +176,10 @@ def forward_statistics(
     for number in execution.progress.track(range(count), "Measuring inputs"):
         inside, sums = by_layer[number], _InputSums(model, gram=gram)
         with weights.layer(number):
-            reduced = None if reduce is None else reduce(inside)
+            reduced = reduce(inside) if products else None
             for position in range(len(walk.calls)):
-                products = nullcontext() if reduced is None else reduced.watching()
-                with products, WatchProducts(model, inside if inputs else (), sums.add):
+                watching = nullcontext() if reduced is None else reduced.watching()
+                with watching, WatchProducts(model, inside if inputs else (), sums.add):
                     states[position] = walk.run(number, position, states)
             of_inputs = sums.statistics(calibration.input_ids.numel(), ranks)
             of_products = {} if reduced is None else reduced.statistics(ranks)
