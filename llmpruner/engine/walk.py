@@ -96,7 +96,8 @@ class ForwardWalk:
     @property
     def passes_on(self) -> bool:
         """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
-        return any(_is_filled_by_layers(v) for calls in self.calls for _, kwargs in calls for v in kwargs.values())
+        every = [kwargs for calls in self.calls for _, kwargs in calls]
+        return any(_is_filled_by_layers(value) for kwargs in every for value in kwargs.values())
 
 
 def _is_filled_by_layers(value: Any) -> bool:
