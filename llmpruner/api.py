@@ -56,7 +56,7 @@ from .recipes.run import RecipeResult, RecipeRun, StepResult
 from .recovery.data import recover_job
 from .recovery.recover import recover as _recover
 from .report.base import Report, report_page
-from .report.evidence import report_subjects
+from .report.evidence import as_written, report_subjects
 from .report.summary import sentence
 from .settings import (
     BenchSettings,
@@ -389,8 +389,12 @@ def write_report(
         check_new_file(target)  # a page may replace another page
     subjects = report_subjects(places, _paths(results), catalog)
     page, warnings = report_page(subjects, sections)
+    sentences = {}
+    for subject in subjects:
+        with as_written(f"a file of results of {subject.name}"):
+            sentences[subject.name] = sentence(subject)
     write_text(target, page)
-    return Report(target, {subject.name: sentence(subject) for subject in subjects}, warnings)
+    return Report(target, sentences, warnings)
 
 
 def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:

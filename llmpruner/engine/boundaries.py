@@ -27,22 +27,18 @@ class _Place(NamedTuple):
 
 
 class Boundaries:
-    """Keeps tensors for several `States`; together they take at most ``limit`` bytes of memory.
-
-    ``folder``: where the file is created; None for the system's folder of temporary files. Values come back bit for
-    bit, on the device that they were on. Raises `OutputError` where the file cannot be written.
-    """
+    """Keeps tensors for several `States`, of which at most ``limit`` bytes are in memory. ``folder``: of the file; None
+    for the system's folder of temporary files. Raises `OutputError` where the file cannot be written."""
 
     def __init__(self, folder: Path | None = None, limit: int = DEFAULT_LIMIT) -> None:
         self._folder, self._limit = folder, limit
         self.in_memory = 0
         self._file: IO[bytes] | None = None
         self._free: defaultdict[int, list[int]] = defaultdict(list)
-        """Bytes → offsets of the file's unused places of that size."""
+        """Size in bytes → offsets of the file's unused places."""
         self._end = 0
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor | _Place:
-        """What `States` holds for ``tensor``: itself, or where it is in the file."""
         size = tensor.nbytes
         if self.in_memory + size <= self._limit:
             self.in_memory += size
@@ -73,9 +69,8 @@ class Boundaries:
 
 
 class States:
-    """Tensors, one for each micro-batch, of a `Boundaries`; do not change them in place. ``passed``: what the layers
-    before have passed on to later ones in dictionaries, by the micro-batch and the name of the argument; in memory.
-    Empty for decoders whose layers share hidden states alone."""
+    """Tensors, one for each micro-batch, kept by a `Boundaries`; do not change them in place. ``passed``: micro-batch →
+    name of an argument → the dictionary in which layers have passed on values, in memory."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
@@ -88,7 +83,7 @@ class States:
         states = States(self._boundaries)
         states.passed = self.passed
         if not continued:
-            states.passed = {n: {k: copy.copy(v) for k, v in own.items()} for n, own in self.passed.items()}
+            states.passed = {n: {k: copy.copy(v) for k, v in of_n.items()} for n, of_n in self.passed.items()}
         return states
 
     def __getitem__(self, number: int) -> torch.Tensor:

@@ -31,7 +31,7 @@ class Execution:
     weights: Weights
     """Of the model that runs, in memory or read layer by layer."""
     ranks: Ranks = SINGLE
-    """The processes that the calibration text is spread over. What is decided (text, plan) is decided by the first."""
+    """The processes that the calibration text is spread over."""
     journal: Journal | None = None
     """Keeps the results of finished layers; None: a run that is killed starts anew."""
     progress: Progress = QUIET
@@ -39,7 +39,7 @@ class Execution:
     forms: WeakKeyDictionary[PreTrainedModel, LayerForm] = field(default_factory=WeakKeyDictionary)
     """Models of which `walk.check_layers` has compared the layers, by the first walk."""
     shared: Journal | None = None
-    """Keeps the calibration text and the scores, which runs with other amounts have in common."""
+    """Keeps the calibration text and the scores, which runs with other ratios have in common."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Execution:

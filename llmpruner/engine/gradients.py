@@ -2,15 +2,15 @@
 
 The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
 samples × length × hidden size numbers of the model's dtype, up to the execution's limit in memory. The backward pass
-runs each layer again, from last to first, and frees the hidden states after it. Layers may use keys and values of
-earlier ones (`Inputs`).
+runs each layer again, from last to first, and frees the hidden states after it. A layer's other inputs may have
+gradients too: keys and values of earlier layers, and what the model computes from parameters outside the layers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Collection, Iterable, Iterator, MutableMapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
@@ -26,9 +26,9 @@ from ..models.numbers import autocast_to
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts
+from .signals import Signal
 from .walk import (
     Call,
-    Stop,
     as_output,
     call_layer,
     check_layers,
@@ -42,6 +42,187 @@ from .walk import (
 if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
 
+Argument = int | str
+"""Position or name of an argument of a layer."""
+Passed = tuple[Argument, Any, int]
+"""Where a tensor is that layers pass on: name of the argument, a dictionary; key in it; number in the tuple there."""
+
+
+@dataclass
+class _Batch:
+    """One micro-batch. ``calls``: the arguments of each layer but the hidden states."""
+
+    input_ids: torch.Tensor
+    share: float
+    """Its share of the calibration set, by which its mean loss counts."""
+    calls: list[Call] = field(default_factory=list)
+    passed: dict[Passed, torch.Tensor] = field(default_factory=dict)
+    """Gradients of values that layers after the next one took from dictionaries."""
+    arguments: dict[int, dict[Argument, torch.Tensor]] = field(default_factory=dict)
+    """Layer → gradients of the arguments that the model computes from parameters outside the layers."""
+
+
+class GradientWalk:
+    """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
+    micro-batches, maybe none, and gradients are sums over all of them. Parameters must not require gradients.
+
+    ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. For gradients of parameters, products of layers and
+    of the head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
+    (`LayerForm.products`), with hidden states, their gradients and the loss in float32. ``outer``: the parameters
+    outside the layers of which `backward_outer` gives gradients.
+    """
+
+    def __init__(
+        self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]
+    ) -> None:
+        self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
+        self._ranks, self._squares = execution.ranks, Signal.GRAD_SQ in needs
+        with self.weights.outside():
+            ids = calibration.input_ids.to(self.model.device)
+            self._tuples, products, _ = check_layers(execution, calibration)
+        exact = self._squares or Signal.GRAD in needs
+        self._mixed = not exact and products != self.model.dtype
+        """Whether layers and head run under autocast."""
+        rows = 1 if self._squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
+        self.batches = self._ranks.mine([_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)])
+        tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
+        self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
+        """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
+        self._summed = self._squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
+        """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
+        kept = execution.boundaries()
+        self.hidden = [States(kept) for _ in range(len(self.layers) + 1)]
+        """Before each layer, and after the last: a tensor for each micro-batch."""
+        self.grads = States(kept)
+        """The gradient of the loss with respect to the hidden states after the layer that backward computes next."""
+        self._outer = outer
+        self._from_outer: list[Collection[Argument]] = [()] * len(self.layers)
+        """Of each layer, the arguments that the model computes from ``outer`` parameters."""
+
+    @torch.no_grad()
+    def forward(self) -> None:
+        """Run the model. Keeps the hidden states between layers, and the gradient of the loss with respect to those
+        after the last layer. Raises `ModelError` when the loss is not finite."""
+        loss = 0.0
+        if self.batches:
+            self._run_layers()
+            with self.weights.outside():
+                if self._outer:
+                    with requiring_grad(map(self.model.get_parameter, self._outer)):
+                        self._from_outer = [list(arguments) for arguments in self._inputs(0)[1]]
+                for position, batch in enumerate(self.batches):
+                    grad, of_batch = self._head(position)
+                    self.grads.append(grad)
+                    loss += batch.share * of_batch
+        (loss,) = self._ranks.totals(loss)
+        if not isfinite(loss):
+            raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
+
+    def _run_layers(self) -> None:
+        with self.weights.outside():
+            for batch in self.batches:
+                batch.calls, embedded = record(self.model, self.layers, batch.input_ids, self._tuples)
+                self.hidden[0].append(embedded)
+        for number, layer in enumerate(self.layers):
+            with self.weights.layer(number), self._computing():
+                for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
+                    call, batch.calls[number] = batch.calls[number], _with_own_dictionaries(batch.calls[number])
+                    self.hidden[number + 1].append(first_output(call_layer(layer, hidden, call)))
+
+    def backward_layer(
+        self, number: int, names: Iterable[str], reduced: ReduceProducts | None
+    ) -> dict[str, GradientSums]:
+        """Gradients of the parameters ``names`` of layer ``number``, while its weights are in memory; for all layers in
+        turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
+        layer = self.layers[number]
+        with self._summing(names) as sums:
+            for position, batch in enumerate(self.batches):
+                hidden = self.hidden[number][position].detach().requires_grad_()
+                call, arguments = _with_leaves(batch.calls[number], self._from_outer[number])
+                taken = dict(_passed(call))
+                with torch.enable_grad(), self._computing(), contextlib.ExitStack() as watching:
+                    if reduced is not None:
+                        watching.enter_context(eager_experts(layer))
+                        watching.enter_context(reduced.watching(len(batch.input_ids) / self._scale))
+                    first = first_output(call_layer(layer, hidden, call))
+                # Gradients by later layers of what is in dictionaries, which this layer put there, or took as they did.
+                later = [(tensor, batch.passed.pop(at)) for at, tensor in _passed(call) if at in batch.passed]
+                outputs, grads = zip((first, self.grads[position]), *later, strict=True)
+                # Outside of the watch, which would also record products that a criterion computes.
+                torch.autograd.backward(outputs, grads)
+                assert hidden.grad is not None
+                self.grads[position] = hidden.grad
+                batch.passed |= _grads(taken)
+                batch.arguments[number] = _grads(arguments)
+                del first, outputs, later, call  # frees its graph before that of the next micro-batch is built
+                self._add(batch, sums)
+        if number + 1 < len(self.layers):
+            # The head needs those after the last layer again.
+            self.hidden[number + 1].clear()
+        return sums
+
+    def backward_outer(self) -> dict[str, GradientSums]:
+        """Gradients of the ``outer`` parameters, while they are in memory: embeddings, final norm, head; for tied
+        embeddings the sum of both uses. After `backward_layer` of all layers."""
+        with self._summing(self._outer) as sums:
+            for position, batch in enumerate(self.batches):
+                self._head(position)
+                first, arguments = self._inputs(position)
+                outputs = [(first, self.grads[position])] if first.requires_grad else []
+                for number, tensors in enumerate(arguments):
+                    grads = batch.arguments.get(number, {})
+                    outputs += [(tensor, grads[name]) for name, tensor in tensors.items() if name in grads]
+                if outputs:
+                    torch.autograd.backward([tensor for tensor, _ in outputs], [grad for _, grad in outputs])
+                self._add(batch, sums)
+        return sums
+
+    @contextlib.contextmanager
+    def _summing(self, names: Iterable[str]) -> Iterator[dict[str, GradientSums]]:
+        """For the gradients of parameters, which require gradients meanwhile; at the end sums over all processes."""
+        parameters = {name: self.model.get_parameter(name) for name in names}
+        sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
+        with requiring_grad(parameters.values()):
+            yield sums
+        every = [tensor for each in sums.values() for tensor in (each.grad, each.grad_sq)]
+        self._ranks.sum_(tensor for tensor in every if tensor is not None)
+
+    def _add(self, batch: _Batch, sums: Mapping[str, GradientSums]) -> None:
+        for name, each in sums.items():
+            each.add(self.model.get_parameter(name), batch.share, self._scale)
+
+    def _computing(self) -> contextlib.AbstractContextManager[None]:
+        return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
+
+    def _head(self, position: int) -> tuple[torch.Tensor, float]:
+        """Run everything after the last layer with gradients, for some positions at a time. Returns the gradient of the
+        hidden states after that layer, and the mean loss."""
+        batch = self.batches[position]
+        last = self.hidden[-1][position].detach().requires_grad_()
+        vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
+        total = 0.0
+
+        def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
+            return as_output(hidden, self._tuples[number])
+
+        with replaced_layers(self.layers, forward), torch.enable_grad(), self._computing():
+            for positions in position_blocks(self.model, batch.input_ids, vocabulary):
+                logits = logits_at(self.model, batch.input_ids, positions)
+                logits = logits.float().flatten(0, 1)
+                chosen = targets.index_select(1, positions).flatten()
+                loss = functional.cross_entropy(logits, chosen, reduction="sum") / targets.numel()
+                torch.autograd.backward(loss * self._scale)
+                total += float(loss.detach())
+        assert last.grad is not None
+        return last.grad, total
+
+    def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Argument, torch.Tensor]]]:
+        """With their autograd graphs: the hidden states before the first layer, and the other arguments of layers."""
+        with torch.enable_grad():
+            calls, first = record(self.model, self.layers, self.batches[position].input_ids, self._tuples)
+        return first, [{n: t for n, t in _tensors(call).items() if t.requires_grad} for call in calls]
+
 
 class GradientSums:
     """Sums over micro-batches: the gradient of the mean loss, and with ``squares`` the mean squared gradient of single
@@ -54,11 +235,11 @@ class GradientSums:
 
     def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
         """Add ``parameter.grad``, and free it. ``share``: of the mean; ``scale``: by which the loss was multiplied."""
-        own, parameter.grad = parameter.grad, None
+        of_batch, parameter.grad = parameter.grad, None
         if self.grad is None:
-            self.grad = torch.zeros_like(parameter) if own is None else own
-        elif own is not None:
-            grad = own.float() if scale == 1 else own.float().div_(scale)
+            self.grad = torch.zeros_like(parameter) if of_batch is None else of_batch
+        elif of_batch is not None:
+            grad = of_batch.float() if scale == 1 else of_batch.float().div_(scale)
             self.grad.add_(grad, alpha=share)
             if self.grad_sq is not None:
                 self.grad_sq.addcmul_(grad, grad, value=share)
@@ -77,15 +258,31 @@ def requiring_grad(parameters: Iterable[nn.Parameter], required: bool = True) ->
             parameter.requires_grad_(flag)
 
 
-Place = tuple[str | int, ...]
-"""Name or number of an argument of a layer; for a dictionary, also the key and the number of the tensor there."""
-
-
-def tensors_of(call: Call) -> dict[Place, torch.Tensor]:
-    """The tensors among the arguments."""
+def _tensors(call: Call) -> dict[Argument, torch.Tensor]:
+    """The tensors among the arguments, without hidden states."""
     args, kwargs = call
-    named: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
-    return {(name,): value for name, value in named if isinstance(value, torch.Tensor)}
+    named: list[tuple[Argument, Any]] = [*enumerate(args), *kwargs.items()]
+    return {name: value for name, value in named if isinstance(value, torch.Tensor) and name != "hidden_states"}
+
+
+def _with_leaves(call: Call, names: Collection[Argument]) -> tuple[Call, dict[Argument, torch.Tensor]]:
+    """``call`` with tensors that collect gradients, in dictionaries and as the arguments ``names``, which are returned
+    too."""
+    args, kwargs = _with_own_dictionaries(call)
+    leaves = {name: _leaf(tensor) for name, tensor in _tensors(call).items() if name in names}
+    for values in kwargs.values():
+        if isinstance(values, MutableMapping):
+            values.update({key: tuple(map(_leaf, entry)) for key, entry in values.items() if _is_floating(entry)})
+    positional = tuple(leaves.get(number, value) for number, value in enumerate(args))
+    return (positional, {name: leaves.get(name, value) for name, value in kwargs.items()}), leaves
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _grads(leaves: Mapping[Any, torch.Tensor]) -> dict[Any, torch.Tensor]:
+    return {place: leaf.grad for place, leaf in leaves.items() if leaf.grad is not None}
 
 
 def _with_own_dictionaries(call: Call) -> Call:
@@ -94,239 +291,13 @@ def _with_own_dictionaries(call: Call) -> Call:
     return args, {n: copy.copy(v) if isinstance(v, MutableMapping) else v for n, v in kwargs.items()}
 
 
-class Inputs:
-    """``call`` with tensors that collect gradients: those in dictionaries, by which layers pass on keys and values, and
-    those at ``places``."""
-
-    def __init__(self, call: Call, places: Collection[Place]) -> None:
-        args, kwargs = _with_own_dictionaries(call)
-        self._own = {place: _leaf(tensor) for place, tensor in tensors_of(call).items() if place in places}
-        for (name,), leaf in self._own.items():
-            if isinstance(name, int):
-                args = (*args[:name], leaf, *args[name + 1 :])
-            else:
-                kwargs[name] = leaf
-        self.call: Call = args, kwargs
-        for values in kwargs.values():
-            if isinstance(values, MutableMapping):
-                values.update({key: tuple(map(_leaf, entry)) for key, entry in values.items() if _is_floating(entry)})
-        self._taken = dict(_entries(self.call))
-
-    def outputs(self, later: dict[Place, torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """After the layer ran: what is in the dictionaries, with the gradients by ``later`` layers, which are taken out
-        of it. Where the layer put nothing there, that is what it took, whose gradients are added to."""
-        for place, tensor in _entries(self.call):
-            if (grad := later.pop(place, None)) is not None:
-                yield tensor, grad
-
-    def collect(self, earlier: dict[Place, torch.Tensor], own: dict[Place, torch.Tensor]) -> None:
-        """After the backward pass: the gradients of what the layer took from dictionaries, and of its own arguments."""
-        earlier.update({place: leaf.grad for place, leaf in self._taken.items() if leaf.grad is not None})
-        own.update({place: leaf.grad for place, leaf in self._own.items() if leaf.grad is not None})
-
-
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().requires_grad_()
-
-
-def _is_floating(entry: Any) -> bool:
-    return isinstance(entry, tuple) and all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in entry)
-
-
-def _entries(call: Call) -> Iterator[tuple[Place, torch.Tensor]]:
+def _passed(call: Call) -> Iterator[tuple[Passed, torch.Tensor]]:
+    """The tensors in dictionaries, by which layers pass on keys and values."""
     for name, values in call[1].items():
         for key, entry in values.items() if isinstance(values, MutableMapping) else ():
             if _is_floating(entry):
                 yield from (((name, key, number), tensor) for number, tensor in enumerate(entry))
 
 
-@dataclass
-class _Batch:
-    """One micro-batch. ``calls``: the arguments of each layer but the hidden states."""
-
-    input_ids: torch.Tensor
-    share: float
-    """Its share of the calibration set, by which its mean loss counts."""
-    calls: list[Call] = field(default_factory=list)
-    passed: dict[Place, torch.Tensor] = field(default_factory=dict)
-    """Gradients of values that layers after the next one took from dictionaries, by their place there."""
-    arguments: dict[int, dict[Place, torch.Tensor]] = field(default_factory=dict)
-    """Layer → gradients of the arguments that the model computes from parameters outside the layers."""
-
-
-class GradientWalk:
-    """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
-    micro-batches, maybe none, and gradients are sums over all of them. Parameters must not require gradients.
-
-    ``squares``: squared gradients of single samples are summed too, in micro-batches of one sample. ``outer``: the
-    parameters outside the layers of which `backward_outer` gives gradients. ``exact``: products of layers and of the
-    head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
-    (`LayerForm.products`), with hidden states, their gradients and the loss in float32.
-    """
-
-    def __init__(
-        self, execution: Execution, calibration: CalibrationSet, *, squares: bool, outer: Collection[str], exact: bool
-    ) -> None:
-        self.model, self.layers, self.weights = execution.model, execution.layers, execution.weights
-        self._ranks, self._squares = execution.ranks, squares
-        with self.weights.outside():
-            ids = calibration.input_ids.to(self.model.device)
-            self._tuples, products, _ = check_layers(execution, calibration)
-        self._mixed = not exact and products != self.model.dtype
-        """Whether layers and head run under autocast."""
-        rows = 1 if squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
-        self.batches = self._ranks.mine([_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)])
-        tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
-        self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
-        """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
-        self._summed = squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
-        """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
-        kept = execution.boundaries()
-        self.hidden = [States(kept) for _ in range(len(self.layers) + 1)]
-        """Before each layer, and after the last: a tensor for each micro-batch."""
-        self.grads = States(kept)
-        """The gradient of the loss with respect to the hidden states after the layer that backward computes next."""
-        self._outer = outer
-        self._places: list[Collection[Place]] = [()] * len(self.layers)
-        """Of each layer, the arguments that the model computes from ``outer`` parameters."""
-
-    @torch.no_grad()
-    def forward(self) -> None:
-        """Keep the hidden states between layers."""
-        if not self.batches:
-            return
-        with self.weights.outside():
-            for batch in self.batches:
-                batch.calls, embedded = record(self.model, self.layers, batch.input_ids, self._tuples)
-                self.hidden[0].append(embedded)
-        for number, layer in enumerate(self.layers):
-            with self.weights.layer(number), self._computing():
-                for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
-                    call, batch.calls[number] = batch.calls[number], _with_own_dictionaries(batch.calls[number])
-                    self.hidden[number + 1].append(first_output(call_layer(layer, hidden, call)))
-
-    def backward_head(self) -> None:
-        """The gradient of the loss with respect to the hidden states after the last layer, through final norm and
-        head. Raises `ModelError` when the loss is not finite."""
-        loss = 0.0
-        with self.weights.outside():
-            if self._outer and self.batches:
-                with requiring_grad(map(self.model.get_parameter, self._outer)):
-                    self._places = [list(arguments) for arguments in self._inputs(0)[1]]
-            for position, batch in enumerate(self.batches):
-                grad, of_batch = self._head(position)
-                self.grads.append(grad)
-                loss += batch.share * of_batch
-        (loss,) = self._ranks.totals(loss)
-        if not isfinite(loss):
-            raise ModelError("the loss on the calibration text is not a finite number; the weights are damaged")
-
-    def backward_layer(
-        self, number: int, wanted: Iterable[str], reduced: ReduceProducts | None
-    ) -> dict[str, GradientSums]:
-        """Gradients of the ``wanted`` parameters of layer ``number``, while its weights are in memory; for all layers
-        in turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
-        layer = self.layers[number]
-        with self._summing(wanted) as (sums, add):
-            for position, batch in enumerate(self.batches):
-                hidden = self.hidden[number][position].detach().requires_grad_()
-                inputs = Inputs(batch.calls[number], self._places[number])
-                with torch.enable_grad(), self._computing(), contextlib.ExitStack() as watching:
-                    if reduced is not None:
-                        watching.enter_context(eager_experts(layer))
-                        watching.enter_context(reduced.watching(len(batch.input_ids) / self._scale))
-                    first = first_output(call_layer(layer, hidden, inputs.call))
-                # Outside of the watch, which would also record products that a criterion computes.
-                outputs, grads = zip((first, self.grads[position]), *inputs.outputs(batch.passed), strict=True)
-                torch.autograd.backward(outputs, grads)
-                assert hidden.grad is not None
-                self.grads[position] = hidden.grad
-                inputs.collect(batch.passed, batch.arguments.setdefault(number, {}))
-                del first, outputs, inputs  # frees its graph before that of the next micro-batch is built
-                add(batch)
-        if number + 1 < len(self.layers):
-            # The head needs those after the last layer again.
-            self.hidden[number + 1].clear()
-        return sums
-
-    def backward_outer(self) -> dict[str, GradientSums]:
-        """Gradients of the ``outer`` parameters, while they are in memory: embeddings, final norm, head; for tied
-        embeddings the sum of both uses. After `backward_layer` of all layers."""
-        with self._summing(self._outer) as (sums, add):
-            for position, batch in enumerate(self.batches):
-                self._head(position)
-                first, arguments = self._inputs(position)
-                outputs = [(first, self.grads[position])] if first.requires_grad else []
-                for number, tensors in enumerate(arguments):
-                    grads = batch.arguments.get(number, {})
-                    outputs += [(tensor, grads[place]) for place, tensor in tensors.items() if place in grads]
-                if outputs:
-                    torch.autograd.backward([tensor for tensor, _ in outputs], [grad for _, grad in outputs])
-                add(batch)
-        return sums
-
-    @contextlib.contextmanager
-    def _summing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, GradientSums], Callable[[_Batch], None]]]:
-        """Sums of the gradients of parameters, at the end over all processes; and a function that adds those of one
-        micro-batch."""
-        parameters = {name: self.model.get_parameter(name) for name in names}
-        sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
-
-        def add(batch: _Batch) -> None:
-            for name, parameter in parameters.items():
-                sums[name].add(parameter, batch.share, self._scale)
-
-        with requiring_grad(parameters.values()):
-            yield sums, add
-        every = [tensor for each in sums.values() for tensor in (each.grad, each.grad_sq)]
-        self._ranks.sum_(tensor for tensor in every if tensor is not None)
-
-    def _computing(self) -> contextlib.AbstractContextManager[None]:
-        return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
-
-    def _head(self, position: int) -> tuple[torch.Tensor, float]:
-        """Run everything after the last layer with gradients, for some positions at a time. Returns the gradient of the
-        hidden states after that layer, and the mean loss."""
-        batch = self.batches[position]
-        last = self.hidden[-1][position].detach().requires_grad_()
-        vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
-        total = 0.0
-        with self._stubs(last), torch.enable_grad(), self._computing():
-            for positions in position_blocks(self.model, batch.input_ids, vocabulary):
-                logits = logits_at(self.model, batch.input_ids, positions)
-                logits = logits.float().flatten(0, 1)
-                chosen = targets.index_select(1, positions).flatten()
-                loss = functional.cross_entropy(logits, chosen, reduction="sum") / targets.numel()
-                torch.autograd.backward(loss * self._scale)
-                total += float(loss.detach())
-        assert last.grad is not None
-        return last.grad, total
-
-    def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Place, torch.Tensor]]]:
-        """With their autograd graphs: the hidden states before the first layer, and the other arguments of layers."""
-        first: list[torch.Tensor] = []
-        arguments: list[dict[Place, torch.Tensor]] = []
-
-        def catch(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            first.append(hidden_of(args, kwargs))
-            others = tensors_of((args[1:], {n: v for n, v in kwargs.items() if v is not first[-1]}))
-            arguments.append({place: tensor for place, tensor in others.items() if tensor.requires_grad})
-            if len(arguments) == len(self.layers):
-                raise Stop
-
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(self._stubs(self.hidden[-1][position]))
-            for layer in self.layers:
-                stack.callback(layer.register_forward_pre_hook(catch, with_kwargs=True).remove)
-            with torch.enable_grad(), contextlib.suppress(Stop):
-                self.model(input_ids=self.batches[position].input_ids, use_cache=False)
-        return first[0], arguments
-
-    def _stubs(self, last: torch.Tensor) -> contextlib.AbstractContextManager[None]:
-        """While active, no layer computes: the last one returns ``last``, the others the hidden states before them."""
-
-        def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
-            return as_output(hidden, self._tuples[number])
-
-        return replaced_layers(self.layers, forward)
+def _is_floating(entry: Any) -> bool:
+    return isinstance(entry, tuple) and all(isinstance(t, torch.Tensor) and t.is_floating_point() for t in entry)

@@ -1,7 +1,7 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
-Files get their names when they are whole. Hidden states are large, so they are written at most every `INTERVAL`
-seconds, and less often where that takes more than `SHARE` of the time; layers after the last state are done again.
+Files get their names when they are whole. Hidden states are large, so writing them takes at most `SHARE` of the time;
+layers after the last state are done again.
 """
 
 from __future__ import annotations
@@ -25,27 +25,24 @@ if TYPE_CHECKING:
     from .boundaries import States
 
 _RUN = "run.json"
-INTERVAL = 20.0
-"""Fewest seconds between two states of a walk that are written."""
 SHARE = 0.02
-"""Largest share of the time that is spent on writing them."""
 
 
 class Journal:
-    """The results of one run in ``folder``; used inside `running`, which creates it. ``run``: JSON values that identify
-    the run. ``ranks``: the processes that share it, with one file system or several. The first one writes all but
-    hidden states, of which each writes its own; all call `load`, `layer_done` and `resume` together."""
+    """The results of one run in ``folder``, used inside `running`. ``run``: JSON values that identify the run.
+    ``ranks``: the processes that share it, with one file system or several. The first one writes all but hidden states,
+    of which each writes its own; all call `load`, `layer_done` and `resume` together."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
         self.folder, self._ranks = folder, ranks
-        self._own = json.dumps(run, sort_keys=True, indent=1)
+        self._identity = json.dumps(run, sort_keys=True, indent=1)
         self._written, self._took = time.monotonic(), 0.0
 
     @contextmanager
     def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
-        """While active, no other run works with this folder. It goes when the run is done or refused, and stays when it
-        is interrupted, or its result cannot be written. ``anew``: what an earlier run left is removed first. Raises
-        `OutputError` where another run works there, and where the folder has the results of another one."""
+        """While active, the folder is locked. It is removed when the run is done or refused, and stays when it is
+        interrupted, or its result cannot be written. ``anew``: remove what an earlier run left. Raises `OutputError`
+        where another run works there, and where the folder has the results of another one."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):
@@ -59,9 +56,10 @@ class Journal:
                     why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
                     progress.status(f"{why}; the same command goes on with what is done ({self.folder}), or --restart")
                 raise
-            except LlmprunerError as error:
-                if not isinstance(error, ProcessError):
-                    self._remove()
+            except ProcessError:
+                raise
+            except LlmprunerError:
+                self._remove()
                 raise
             self._remove()
 
@@ -71,7 +69,7 @@ class Journal:
         for left in self.folder.glob(".*.partial"):  # weights that a killed process converted
             shutil.rmtree(left, ignore_errors=True)
         identity = self.folder / _RUN
-        if identity.is_file() and identity.read_text(encoding="utf-8") != self._own:
+        if identity.is_file() and identity.read_text(encoding="utf-8") != self._identity:
             if self._done():
                 raise OutputError(
                     f"'{self.folder}' has the results of an interrupted run with other settings, files or versions; "
@@ -98,7 +96,6 @@ class Journal:
         return self._ranks.from_first(lambda: json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None)
 
     def store(self, name: str, value: Any) -> None:
-        """Write a JSON value."""
         if self._ranks.first:
             self._create()
             write_text(self.folder / f"{name}.json", json.dumps(value))
@@ -111,9 +108,9 @@ class Journal:
                 weights.keep(names, self._layer(number))
 
     def layer_done(self, state: Mapping[str, Any], states: Mapping[str, States]) -> None:
-        """Write ``state`` (JSON; ``layers``: how many are finished) and hidden states, if the last time is long ago."""
+        """Write hidden states and ``state`` (JSON with the number of ``layers`` done), if the last time is long ago."""
         began = time.monotonic()
-        if self._ranks.from_first(lambda: began - self._written < max(INTERVAL, self._took / SHARE)):
+        if self._ranks.from_first(lambda: began - self._written < self._took / SHARE):
             return
         layers = state["layers"]
         if self._ranks.first:
@@ -133,8 +130,8 @@ class Journal:
         self._took = self._written - began
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
-        """The last state, and the files of its hidden states, for `States.loaded`; None if there is none, or if it is
-        that of another number of processes. The weights of finished layers are used from now on."""
+        """The last state, and the files of its hidden states, for `States.loaded`; None without one for as many
+        processes. The weights of finished layers are used from now on."""
         state = self.load("state")
         if state is None or state["processes"] != self._ranks.count:
             return None
@@ -159,22 +156,23 @@ class Journal:
 
     def _create(self) -> None:
         if not self.kept:
-            write_text(self.folder / _RUN, self._own)
+            write_text(self.folder / _RUN, self._identity)
 
     def _layer(self, number: int) -> Path:
         return self.folder / f"layer-{number}.safetensors"
 
     def _states(self, name: str, layers: int) -> Path:
         """The file with hidden states of this process after so many layers."""
-        own = f"{name}-{self._ranks.rank}" if self._ranks.count > 1 else name
-        return self.folder / f"{own}-{layers}.states"
+        name = f"{name}-{self._ranks.rank}" if self._ranks.count > 1 else name
+        return self.folder / f"{name}-{layers}.states"
 
 
 def recalled(journal: Journal | None, name: str, make: Callable[[], Any]) -> Any:
     """The JSON value ``name`` of ``journal``; where there is none, that of ``make``, which is stored."""
-    value = None if journal is None else journal.load(name)
+    if journal is None:
+        return make()
+    value = journal.load(name)
     if value is None:
         value = make()
-        if journal is not None:
-            journal.store(name, value)
+        journal.store(name, value)
     return value

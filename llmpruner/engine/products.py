@@ -1,7 +1,7 @@
-"""Every matrix product with given weights, in any module, and sums of what a criterion computes from each.
+"""Every matrix product with given weights, and sums of what a criterion computes from each.
 
-Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few matrix product
-functions of torch. Intercepting these finds the inputs of a parameter independently of module names and classes.
+Linear layers, transposed ones (GPT-2), and slices of a stacked expert parameter all call one of a few functions of
+torch, which are intercepted: names and classes of modules do not matter.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ _PRODUCTS: dict[Any, tuple[tuple[int, str], ...]] = {
 
 @dataclass(frozen=True)
 class WatchedProduct:
-    """One product with a weight matrix. ``inputs``: (rows, d_in), ``outputs``: (rows, d_out), bias included; both
-    detached, in the dtype of the product. They are the model's own tensors, which a later operator may overwrite
-    (Falcon does): read them while the product is observed, or keep what `copied` returns."""
+    """One product with a weight matrix. ``inputs`` (rows, d_in) and ``outputs`` (rows, d_out), bias included, are the
+    model's tensors, detached. Later operators may overwrite them (in Falcon), so keep what `copied` returns."""
 
     parameter: str
     axis: int
@@ -91,75 +90,64 @@ class WatchProducts(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func not in _PRODUCTS:
-            return result
-        values: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _PRODUCTS[func]]
-        inputs, weight, *added = values
-        bias = added[0] if added and added[0] is not None and added[0].dim() == 1 else None
-        for name, parameter in self._by_storage.get(weight.untyped_storage().data_ptr(), ()):
-            # Several parameters may share a storage.
-            if 0 <= weight.storage_offset() - parameter.storage_offset() < parameter.numel():
-                linear = func is functional.linear
-                for product in _products(name, parameter, weight, inputs, result, bias, transposed=linear):
-                    self._seen(product)
-                break
+        if func in _PRODUCTS:
+            values: list[Any] = [args[at] if len(args) > at else kwargs.get(name) for at, name in _PRODUCTS[func]]
+            inputs, weight, *added = values
+            bias = added[0] if added and added[0] is not None and added[0].dim() == 1 else None
+            summed = weight.dim() - (1 if func is functional.linear else 2)
+            for product in self._products(weight, summed, inputs, result, bias):
+                self._seen(product)
         return result
 
-
-def _products(
-    name: str,
-    parameter: torch.Tensor,
-    weight: torch.Tensor,
-    inputs: torch.Tensor,
-    result: torch.Tensor,
-    bias: torch.Tensor | None,
-    *,
-    transposed: bool,
-) -> Iterator[WatchedProduct]:
-    if weight.dim() not in (2, parameter.dim()):
-        return
-    summed = weight.dim() - 1 if transposed else weight.dim() - 2
-    # The view may be a transpose: its stride determines which axis of the parameter is summed over.
-    like = weight.stride(summed), weight.shape[summed]
-    axes = [a for a in range(parameter.dim()) if (parameter.stride(a), parameter.shape[a]) == like]
-    if not axes:
-        return
-    axis = axes[-1]
-    first = int((weight.storage_offset() - parameter.storage_offset()) // parameter.stride(0))
-    if weight.dim() == 2:
-        slot = first if parameter.dim() == 3 else None
-        yield WatchedProduct(name, axis, slot, _rows(inputs), _rows(result), bias, result, None)
-    elif weight.dim() == 3 and inputs.dim() <= 3:
-        # The same inputs may be multiplied with every matrix of the stack.
-        inputs = inputs.expand(len(weight), *inputs.shape[-2:])
-        for part in range(len(weight)):
-            yield WatchedProduct(name, axis, first + part, _rows(inputs[part]), _rows(result[part]), None, result, part)
+    def _products(
+        self, weight: torch.Tensor, summed: int, inputs: torch.Tensor, result: torch.Tensor, bias: torch.Tensor | None
+    ) -> Iterator[WatchedProduct]:
+        """The products of a call with each matrix of ``weight``, a view of a parameter; ``summed``: its input axis."""
+        sharing = self._by_storage.get(weight.untyped_storage().data_ptr(), ())
+        place = weight.storage_offset()
+        viewed = next(((n, p) for n, p in sharing if 0 <= place - p.storage_offset() < p.numel()), None)
+        if viewed is None or weight.dim() not in (2, viewed[1].dim()):
+            return
+        name, parameter = viewed
+        # The view may be a transpose: its stride determines which axis of the parameter is summed over.
+        like = weight.stride(summed), weight.shape[summed]
+        axes = [a for a in range(parameter.dim()) if (parameter.stride(a), parameter.shape[a]) == like]
+        if not axes:
+            return
+        axis, first = axes[-1], int((place - parameter.storage_offset()) // parameter.stride(0))
+        if weight.dim() == 2:
+            slot = first if parameter.dim() == 3 else None
+            yield WatchedProduct(name, axis, slot, _rows(inputs), _rows(result), bias, result, None)
+        elif weight.dim() == 3 and inputs.dim() <= 3:
+            # The same inputs may be multiplied with every matrix of the stack.
+            inputs = inputs.expand(len(weight), *inputs.shape[-2:])
+            for n in range(len(weight)):
+                yield WatchedProduct(name, axis, first + n, _rows(inputs[n]), _rows(result[n]), None, result, n)
 
 
 def _rows(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().flatten(0, -2) if tensor.dim() > 1 else tensor.detach()[None]
 
 
-Gates = tuple[torch.Tensor | None, torch.Tensor | None]
+Gates = tuple[torch.Tensor, torch.Tensor]
 """Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen for
-the token; float32. None where they are not known."""
-_UNKNOWN: Gates = None, None
+the token; float32."""
 
 
 class Routing:
-    """Tells, while `following`, which rows of the products of experts belong to which tokens.
+    """The router weights of the rows of experts' products, while `following`.
 
     transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the
     experts chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after
-    the other on the tokens routed to it. This is checked on the first product of every expert, so `gates_of` must be
-    called for every product with ``names``: all stacked parameters of the modules that have some of the given ones.
+    the other on the tokens routed to it. The first product of every expert must have these rows. So call `gates_of` for
+    every product with ``names``, all stacked parameters of the modules.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         paths = {n.rpartition(".")[0] for n in names if model.get_parameter(n).dim() == 3}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
         # Module → hidden states, experts chosen, their weights, and the gates of each expert after its first product.
-        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates]]] = {}
+        self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates | None]]] = {}
         self.names = [
             f"{path}.{name}"
             for path, module in self._modules.items()
@@ -177,22 +165,22 @@ class Routing:
         self._calls.clear()
 
     @torch.no_grad()
-    def gates_of(self, product: WatchedProduct) -> Gates:
-        """The gates of an expert's product, not known where its inputs are not those of the tokens routed to it."""
+    def gates_of(self, product: WatchedProduct) -> Gates | None:
+        """Of an expert's product; None where its inputs are not those of the tokens routed to it."""
         call = self._calls.get(product.parameter.rpartition(".")[0])
         if call is None or product.slot is None:
-            return _UNKNOWN
+            return None
         hidden, chosen, weights, known = call
         if product.slot not in known:
             # The order in which transformers gathers them: by rank of the expert among those chosen, then by token.
             rank, token = torch.where((chosen == product.slot).T)
-            known[product.slot] = _UNKNOWN
+            known[product.slot] = None
             if len(token) == len(product.inputs) and torch.equal(product.inputs, hidden[token]):
                 of_token = weights[token].float()
-                own, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
-                known[product.slot] = own, torch.where(total == 0, 0.0, own / total)
+                weight, total = of_token.gather(1, rank[:, None])[:, 0], of_token.sum(1)
+                known[product.slot] = weight, torch.where(total == 0, 0.0, weight / total)
         gates = known[product.slot]
-        return gates if gates[0] is not None and len(gates[0]) == len(product.inputs) else _UNKNOWN
+        return gates if gates is not None and len(gates[0]) == len(product.inputs) else None
 
     def _note(self, path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The call of a module, where its arguments are those of transformers."""
@@ -230,11 +218,10 @@ class ReduceProducts:
 
     @contextlib.contextmanager
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. ``loss_scale``: makes gradients those of the mean
+        """While active, observes the products of one micro-batch. Gradients times ``loss_scale`` are those of the mean
         loss of each sample."""
-        self._loss_scale = loss_scale
         watched = dict.fromkeys([*self.names, *self._routing.names])
-        with self._routing.following(), WatchProducts(self.model, watched, self._add):
+        with self._routing.following(), WatchProducts(self.model, watched, partial(self._add, loss_scale)):
             yield
 
     def statistics(self, ranks: Ranks) -> dict[str, ProductStats]:
@@ -242,16 +229,15 @@ class ReduceProducts:
         axes = ranks.merged(self._axes)
         shapes = ranks.merged({(name, of): t.shape for name, sums in self._sums.items() for of, t in sums.items()})
         # In one order, so that the processes add the same sums to one another.
-        every: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
+        totals: dict[str, dict[str, torch.Tensor]] = {name: {} for name in axes}
         for (name, of), shape in shapes.items():
-            own = self._sums.get(name, {}).get(of)
-            device = self.model.get_parameter(name).device
-            every[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if own is None else own
-        ranks.sum_(tensor for sums in every.values() for tensor in sums.values())
-        return {name: ProductStats(sums, axes[name]) for name, sums in every.items()}
+            device, total = self.model.get_parameter(name).device, self._sums.get(name, {}).get(of)
+            totals[name][of] = torch.zeros(shape, dtype=torch.float64, device=device) if total is None else total
+        ranks.sum_(tensor for sums in totals.values() for tensor in sums.values())
+        return {name: ProductStats(sums, axes[name]) for name, sums in totals.items()}
 
-    def _add(self, watched: WatchedProduct) -> None:
-        gates, shares = self._routing.gates_of(watched)
+    def _add(self, loss_scale: float, watched: WatchedProduct) -> None:
+        gates, shares = self._routing.gates_of(watched) or (None, None)
         if watched.parameter not in self.names:
             return
         parameter = self.model.get_parameter(watched.parameter).detach()
@@ -270,9 +256,9 @@ class ReduceProducts:
             row_gate_shares=shares,
             in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
-        add, scale = partial(self._sum, watched.parameter, watched.axis, watched.slot), self._loss_scale
+        add = partial(self._sum, watched.parameter, watched.axis, watched.slot)
         if self.gradients:
-            watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * scale)))
+            watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * loss_scale)))
         else:
             add(product)
 

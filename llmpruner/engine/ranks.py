@@ -1,10 +1,9 @@
-"""The processes of one run, which ``torchrun`` or ``accelerate launch`` started: what each computes, and what they
+"""The processes of one run, started by ``torchrun`` or ``accelerate launch``: what each computes, and what they
 exchange.
 
-Whole micro-batches of the calibration text are spread over the processes, so that every product is that of one process;
-only the order in which micro-batches are summed depends on the number of processes. Sums are reduced in their own dtype
-(float32 for Gram matrices and gradients, else float64). What is decided (text, plan, order of a layer's matrices) is
-decided by the first process and sent to the others.
+Whole micro-batches of the calibration text are spread over the processes, so only the order in which micro-batches are
+summed depends on their number. Sums are reduced in their own dtype (float32 for Gram matrices and gradients, else
+float64). The first process decides (text, plan, order of a layer's matrices) and sends it to the others.
 """
 
 from __future__ import annotations
@@ -42,13 +41,12 @@ class Ranks:
 
     @staticmethod
     def current() -> Ranks:
-        """The processes that a launcher started with this one, which connect here the first time; `SINGLE` without a
-        launcher. Raises `ProcessError` where they cannot."""
+        """The processes of a launcher, which connect the first time; `SINGLE` without one. Raises `ProcessError`."""
         return _connected() if launched() else SINGLE
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and shows progress."""
+        """Whether this process writes files and shows progress."""
         return self.rank == 0
 
     def mine(self, items: Sequence[T]) -> Sequence[T]:
@@ -83,8 +81,7 @@ class Ranks:
         return cast("T", value)
 
     def sum_(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Replace each tensor by its sum over all processes, in place and in its own dtype. Shapes and dtypes must be
-        the same in all."""
+        """Replace each tensor, in place, by its sum over all processes, which have the same shapes and dtypes."""
         for tensor in tensors if self.count > 1 else ():
             whole = tensor.contiguous()
             with _noticing():
@@ -111,8 +108,8 @@ class Ranks:
                 tensor.copy_(whole)
 
     def merged(self, entries: Mapping[K, T]) -> dict[K, T]:
-        """The entries of all processes' mappings, in one order for all: those of the first process first. The value of
-        a key is that of the first process that has it."""
+        """The entries of all processes' mappings, in the same order everywhere; of a key, those of the first process
+        that has it."""
         if self.count == 1:
             return dict(entries)
         gathered: list[Any] = [None] * self.count
@@ -151,11 +148,11 @@ SINGLE = Ranks()
 def _connected() -> Ranks:
     backend = "gloo"
     if torch.cuda.is_available():
-        here, own = torch.cuda.device_count(), int(os.environ.get("LOCAL_RANK", "0"))
+        gpus = torch.cuda.device_count()
         # From now on, "cuda" is the GPU of this process.
-        torch.cuda.set_device(own % here)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % gpus)
         # NCCL needs a GPU for each process.
-        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= here:
+        if int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= gpus:
             backend = "cpu:gloo,cuda:nccl"
     try:
         if dist.is_initialized():  # by the script that calls the API, maybe for another device
@@ -170,7 +167,7 @@ def _connected() -> Ranks:
 
 @contextmanager
 def _noticing() -> Iterator[None]:
-    """Failures of the connection to other processes as a `ProcessError`."""
+    """Turns failures of the connection into a `ProcessError`."""
     try:
         yield
     except RuntimeError as error:

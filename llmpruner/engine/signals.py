@@ -36,11 +36,11 @@ class UnitAxis:
 
 def kinds_read(graph: CouplingGraph) -> dict[str, frozenset[str]]:
     """Name of a stored parameter → the kinds of the units whose activations it is multiplied with, scored or not."""
-    found: dict[str, set[str]] = {name: set() for name in graph.shapes if name not in graph.ties}
+    reads: dict[str, set[str]] = {name: set() for name in graph.shapes if name not in graph.ties}
     for group in graph.groups:
         for span in group.spans_with(Role.CONSUMES):
-            found[graph.ties.get(span.parameter, span.parameter)].add(group.kind)
-    return {name: frozenset(kinds) for name, kinds in found.items()}
+            reads[graph.ties.get(span.parameter, span.parameter)].add(group.kind)
+    return {name: frozenset(kinds) for name, kinds in reads.items()}
 
 
 class Signal(str, Enum):
@@ -90,9 +90,9 @@ class InputStats:
 
     def of_matrix(self, number: int) -> InputStats:
         """Those of one matrix of a stack, with a first axis of length one."""
-        one = slice(number, number + 1)
-        gram = None if self.gram is None else self.gram[one]
-        return replace(self, mean=self.mean[one], second_moment=self.second_moment[one], gram=gram)
+        part = slice(number, number + 1)
+        gram = None if self.gram is None else self.gram[part]
+        return replace(self, mean=self.mean[part], second_moment=self.second_moment[part], gram=gram)
 
     @property
     def variance(self) -> torch.Tensor:

@@ -41,7 +41,7 @@ Statistics = tuple[InputStats | None, ProductStats | None]
 def walk_signals(
     execution: Execution,
     graph: CouplingGraph,
-    wanted: Collection[str],
+    names: Collection[str],
     needs: Collection[Signal],
     calibration: CalibrationSet | None,
     seed: int,
@@ -49,7 +49,7 @@ def walk_signals(
     *,
     by_matrix: bool = False,
 ) -> Named:
-    """Yield every parameter of ``wanted`` once, with the signals in ``needs``; with ``by_matrix``, stacks of matrices
+    """Yield every parameter of ``names`` once, with the signals in ``needs``; with ``by_matrix``, stacks of matrices
     matrix by matrix. To save memory, keep no reference to them. ``measure``: `ImportanceCriterion.measure`, for
     `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
 
@@ -57,27 +57,21 @@ def walk_signals(
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
     Raises `ModelError` for values that are not finite.
     """
-    needed, weights, rest = frozenset(needs), execution.weights, set(wanted)
-    make = partial(_signals, execution.model, needed, seed, by_matrix)
+    needed, weights, rest = frozenset(needs), execution.weights, set(names)
+    signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
     if needed - {Signal.WEIGHT}:
         assert calibration is not None, "all signals but weights are measured on text"
-        backward = Signal.PRODUCT_GRAD in needed
         reduce = partial(
-            ReduceProducts, execution.model,
-            reads=kinds_read(graph), measure=measure, num_samples=len(calibration.input_ids), gradients=backward,
+            ReduceProducts, execution.model, reads=kinds_read(graph), measure=measure,
+            num_samples=len(calibration.input_ids), gradients=Signal.PRODUCT_GRAD in needed,
         )  # fmt: skip
-        forward = forward_statistics(
-            execution, wanted, calibration,
-            inputs=bool(needed & {Signal.INPUT_STATS, Signal.GRAM}), gram=Signal.GRAM in needed,
-            reduce=reduce if Signal.PRODUCT in needed and not backward else None,
-        )  # fmt: skip
+        forward = forward_statistics(execution, names, calibration, needed, reduce)
         if needed & GRADIENTS:
-            of_grads, measured = reduce if backward else None, dict(forward)
-            yield from _of_gradients(execution, graph, wanted, needed, calibration, measured, of_grads, make)
+            yield from _of_gradients(execution, graph, names, needed, calibration, dict(forward), reduce, signals_of)
             return
         for name, statistics in forward:
             rest.discard(name)
-            yield from make(name, statistics)
+            yield from signals_of(name, statistics)
     # Nothing was measured of the others.
     by_part: dict[int | None, list[str]] = {}
     for name in sorted(rest):
@@ -85,48 +79,44 @@ def walk_signals(
     for part in sorted(by_part, key=lambda number: -1 if number is None else number):
         with weights.part(part):
             for name in by_part[part]:
-                yield from make(name)
+                yield from signals_of(name)
 
 
 def _of_gradients(
     execution: Execution,
     graph: CouplingGraph,
-    wanted: Collection[str],
+    names: Collection[str],
     needs: frozenset[Signal],
     calibration: CalibrationSet,
     forward: Mapping[str, Statistics],
-    reduce: Callable[[Collection[str]], ReduceProducts] | None,
-    make: Callable[[str, Statistics, GradientSums | None], Named],
+    reduce: Callable[[Collection[str]], ReduceProducts],
+    signals_of: Callable[[str, Statistics, GradientSums | None], Named],
 ) -> Named:
     """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
     differentiated = bool({Signal.GRAD, Signal.GRAD_SQ} & needs)
     outer: list[str] = []
     by_layer: dict[int, list[str]] = {}
-    for name in sorted(wanted):
+    for name in sorted(names):
         layer = graph.layer_of(name)
         (outer if layer is None else by_layer.setdefault(layer, [])).append(name)
     lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
     with requiring_grad(execution.model.parameters(), required=False):
-        walk = GradientWalk(
-            execution, calibration,
-            squares=Signal.GRAD_SQ in needs, outer=outer if differentiated else (), exact=differentiated,
-        )  # fmt: skip
+        walk = GradientWalk(execution, calibration, needs, outer if differentiated else ())
         walk.forward()
-        walk.backward_head()
         for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
-            names = by_layer.get(number, [])
+            inside = by_layer.get(number, [])
             with execution.weights.layer(number):
-                reduced = None if reduce is None else reduce(names)
-                sums = walk.backward_layer(number, names if differentiated else (), reduced)
+                reduced = reduce(inside) if Signal.PRODUCT_GRAD in needs else None
+                sums = walk.backward_layer(number, inside if differentiated else (), reduced)
                 of_products = {} if reduced is None else reduced.statistics(execution.ranks)
-                for name in names:
+                for name in inside:
                     inputs, products = forward.get(name, (None, None))
-                    yield from make(name, (inputs, of_products.get(name, products)), sums.pop(name, None))
+                    yield from signals_of(name, (inputs, of_products.get(name, products)), sums.pop(name, None))
         if outer:
             with execution.weights.outside():
                 sums = walk.backward_outer() if differentiated else {}
                 for name in outer:
-                    yield from make(name, (None, None), sums.pop(name, None))
+                    yield from signals_of(name, (None, None), sums.pop(name, None))
 
 
 def _signals(
@@ -166,33 +156,30 @@ def _signals(
 @torch.no_grad()
 def forward_statistics(
     execution: Execution,
-    wanted: Collection[str],
+    names: Collection[str],
     calibration: CalibrationSet,
-    *,
-    inputs: bool = True,
-    gram: bool = False,
-    reduce: Callable[[Collection[str]], ReduceProducts] | None = None,
+    needs: Collection[Signal],
+    reduce: Callable[[Collection[str]], ReduceProducts],
 ) -> Iterator[tuple[str, Statistics]]:
-    """Statistics of the ``wanted`` parameters in decoder layers, as far as they are used in matrix products. The weight
-    is in memory meanwhile.
-
-    ``inputs``: whether to measure `InputStats`; ``gram``: with Gram matrices. ``reduce``: creates the `ReduceProducts`
-    for the names of one layer's weights. Memory: the hidden states of the whole calibration set in float32, up to the
-    execution's limit; the statistics of one layer; and the other arguments of each layer (masks, rotary tables).
-    """
-    if not inputs and reduce is None:
+    """Statistics of the parameters ``names`` that decoder layers use in matrix products, while each is in memory.
+    ``reduce``: creates the `ReduceProducts` for the names of one layer's weights. Memory: the hidden states of the text
+    in float32, up to the execution's limit; the statistics of one layer; and the other arguments of each layer (masks,
+    rotary tables)."""
+    gram, products = Signal.GRAM in needs, Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
+    inputs = gram or Signal.INPUT_STATS in needs
+    if not (inputs or products):
         return
     walk, states = ForwardWalk.over(execution, calibration)
     model, weights, ranks = execution.model, execution.weights, execution.ranks
-    inside = [sorted(name for name in wanted if weights.number(name) == number) for number in range(len(walk.layers))]
-    count = max((number + 1 for number, names in enumerate(inside) if names), default=0)
+    by_layer = [sorted(name for name in names if weights.number(name) == number) for number in range(len(walk.layers))]
+    count = max((number + 1 for number, inside in enumerate(by_layer) if inside), default=0)
     for number in execution.progress.track(range(count), "Measuring inputs"):
-        names, sums = inside[number], _InputSums(model, gram=gram)
+        inside, sums = by_layer[number], _InputSums(model, gram=gram)
         with weights.layer(number):
-            reduced = None if reduce is None else reduce(names)
+            reduced = reduce(inside) if products else None
             for position in range(len(walk.calls)):
-                products = nullcontext() if reduced is None else reduced.watching()
-                with products, WatchProducts(model, names if inputs else (), sums.add):
+                watching = nullcontext() if reduced is None else reduced.watching()
+                with watching, WatchProducts(model, inside if inputs else (), sums.add):
                     states[position] = walk.run(number, position, states)
             of_inputs = sums.statistics(calibration.input_ids.numel(), ranks)
             of_products = {} if reduced is None else reduced.statistics(ranks)
@@ -232,7 +219,7 @@ class _InputSums:
         axes = ranks.merged(self._axes)
         every = {name: self._of(name, axis) for name, axis in axes.items()}
         ranks.sum_(tensor for sums in every.values() for tensor in sums)
-        found = {}
+        statistics = {}
         for name, (total, square, *outer) in every.items():
             dim = self._model.get_parameter(name).dim()
             shape = [1] * dim
@@ -241,8 +228,9 @@ class _InputSums:
                 shape[0] = total.shape[0]
             mean, second_moment = ((sums / tokens).float().view(shape) for sums in (total, square))
             gram = both_triangles(outer[0]) / tokens if outer else None
-            found[name] = InputStats(mean, second_moment, axes[name], gram if gram is None or dim == 3 else gram[0])
-        return found
+            gram = gram if gram is None or dim == 3 else gram[0]
+            statistics[name] = InputStats(mean, second_moment, axes[name], gram)
+        return statistics
 
 
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:

@@ -1,8 +1,7 @@
 """Running the decoder forwards, one layer at a time, over a calibration set.
 
 Layers are called with the arguments that the model gives them, which `record` notes by running it with layers that
-return their inputs. `check_layers` makes sure that layers compute alone what they compute in the model: half of the
-tokens must agree. Rounding may route a token to another expert, but a value that a layer lacks changes nearly all.
+return their inputs. `check_layers` makes sure that a layer computes alone what it computes in the model.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from ..calibration.calibration import CalibrationSet
 
 
-TOKENS = 64
+_CHECKED_TOKENS = 64
 """At the start of the first sample, on which `check_layers` compares layers."""
 _TOLERANCE = 1e-3
 """Largest accepted relative difference of a token's hidden states, in the model's own precision."""
@@ -39,99 +38,84 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
 
 
-@contextlib.contextmanager
-def eager_experts(module: nn.Module) -> Iterator[None]:
-    """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
-    faster implementations in transformers are a single operator, or copy the weights."""
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
-    for config, _ in chosen:
-        config._experts_implementation_internal = "eager"
-    try:
-        yield
-    finally:
-        for config, name in chosen:
-            config._experts_implementation_internal = name
+@dataclass
+class ForwardWalk:
+    """The decoder layers of a model, and a calibration set in micro-batches to run through them; with several processes
+    those of this one (`Ranks.mine`), maybe none."""
 
+    execution: Execution
+    layers: nn.ModuleList
+    form: LayerForm
+    firsts: Sequence[int]
+    """Of each micro-batch, the number of its first sample in the calibration set."""
+    calls: list[list[Call]]
+    """Of each micro-batch, the arguments of each layer."""
 
-def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
-    args, kwargs = call
-    if "hidden_states" in kwargs:
-        return layer(*args, **{**kwargs, "hidden_states": hidden})
-    return layer(hidden, *args, **kwargs)
+    @classmethod
+    @torch.no_grad()
+    def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
+        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32. Raises as
+        `check_layers` does."""
+        model, layers = execution.model, execution.layers
+        with execution.weights.outside():
+            ids = calibration.input_ids.to(model.device)
+            rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
+            firsts = execution.ranks.mine(range(0, len(ids), rows))
+            form = check_layers(execution, calibration)
+            states = States(execution.boundaries())
+            calls: list[list[Call]] = []
+            shapes: dict[torch.Size, list[Call]] = {}
+            for first in firsts:
+                part = ids[first : first + rows]
+                of_part, hidden = record(model, layers, part, form.tuples)
+                # As a rule they depend on the shape alone, and a long text has many micro-batches.
+                like = shapes.setdefault(part.shape, of_part)
+                calls.append(like if _same(like, of_part) else of_part)
+                states.append(hidden.float())
+        return cls(execution, layers, form, firsts, calls), states
+
+    def advance(self, number: int, states: States) -> None:
+        """Replace hidden states before layer ``number`` by those after it."""
+        for position in range(len(self.calls)):
+            states[position] = self.run(number, position, states)
+
+    def run(self, number: int, position: int, states: States, *, tried: bool = False) -> torch.Tensor:
+        """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
+        before the layer. ``tried``: leave what layers have passed on as it is, as the layer will run again."""
+        hidden, passed = states[position], states.passed.setdefault(position, {})
+        if tried:
+            passed = {name: copy.copy(values) for name, values in passed.items()}
+        args, kwargs = self.calls[position][number]
+        shared = {n: passed.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
+        _, products, narrow = self.form
+        inputs = hidden.to(products) if narrow else hidden
+        mixed = products != torch.float32 and not narrow
+        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.layers[number]):
+            return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
+        every = [kwargs for calls in self.calls for _, kwargs in calls]
+        return any(_is_filled_by_layers(value) for kwargs in every for value in kwargs.values())
 
 
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary, as those are into which layers put what later ones read: calls are recorded
-    without computing a layer."""
+    """Whether it is an empty dictionary, into which layers put what later ones read: calls are recorded without
+    computing a layer."""
     return isinstance(value, MutableMapping) and not value
 
 
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """The hidden states among the arguments of a layer. Raises `UnsupportedModelError` where there are none."""
-    hidden = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(hidden, torch.Tensor):
-        raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
-    return hidden
+def _same(a: Any, b: Any) -> bool:
+    """Whether arguments of layers are equal."""
+    (values, form), (others, other_form) = tree_flatten(a), tree_flatten(b)
+    return form == other_form and all(map(_equal, values, others))
 
 
-def first_output(output: Any) -> torch.Tensor:
-    tensor = output[0] if isinstance(output, tuple | list) else output
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
-
-
-def as_output(hidden: torch.Tensor, further: int | None) -> Any:
-    """What a layer with so many ``further`` outputs returns, which nobody reads; None: it returns a bare tensor."""
-    return hidden if further is None else (hidden, *[None] * further)
-
-
-@contextlib.contextmanager
-def replaced_layers(layers: nn.ModuleList, replacement: Callable[..., Any]) -> Iterator[None]:
-    """While active, ``replacement`` is called in place of each layer, with its number first."""
-    # Other libraries (accelerate) set a forward on the instance.
-    own = [vars(layer).get("forward") for layer in layers]
-    for number, layer in enumerate(layers):
-        layer.forward = partial(replacement, number)
-    try:
-        yield
-    finally:
-        for layer, forward in zip(layers, own, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
-
-
-class Stop(Exception):
-    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
-
-
-def record(
-    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]
-) -> tuple[list[Call], torch.Tensor]:
-    """Run the model with layers that return their hidden states unchanged. Returns the other arguments of each layer,
-    and the hidden states before the first. ``tuples``: of `LayerForm`."""
-    calls: list[Call] = []
-    before: list[torch.Tensor] = []
-
-    def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
-        before.append(hidden := hidden_of(args, kwargs))
-        calls.append((args[1:], kwargs))
-        if len(calls) == len(layers):
-            raise Stop
-        return as_output(hidden, tuples[number])
-
-    with replaced_layers(layers, forward), contextlib.suppress(Stop):
-        model(input_ids=ids, use_cache=False)
-    return calls, before[0]
-
-
-def not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
-    """``reason``: what does not work when layers run one by one."""
-    return UnsupportedModelError(
-        f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
-        f"run one by one ({reason}); use --importance l1, l2 or random and --set prune.compensate=none"
-    )
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.dtype == b.dtype and torch.equal(a, b))
+    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
 
 
 class LayerForm(NamedTuple):
@@ -148,13 +132,13 @@ class LayerForm(NamedTuple):
 
 @torch.no_grad()
 def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm:
-    """Run the whole model on the first `TOKENS` of the text, and each layer alone on its own inputs there; once in a
-    run. Raises `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that fail alone,
-    give other hidden states, or are not called one after the other."""
+    """Run the whole model on the start of the text, and each layer alone on its own inputs there; once in a run. Raises
+    `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that fail alone, give other
+    hidden states, or are not called one after the other."""
     model = execution.model
     if model not in execution.forms:
         with execution.weights.outside(), eager_experts(model):
-            ids = calibration.input_ids[:1, :TOKENS].to(model.device)
+            ids = calibration.input_ids[:1, :_CHECKED_TOKENS].to(model.device)
             execution.forms[model] = _form(execution, ids)
     return execution.forms[model]
 
@@ -177,7 +161,7 @@ def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
             except LlmprunerError:
                 raise
             except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
-                raise not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
+                raise _not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
             _compare(model, output, after[number], number)
             takes = takes and _takes_float32(model, layers[number], hidden, call, products)
     return LayerForm(tuples, products if takes else model.dtype, not takes and products == model.dtype)
@@ -204,7 +188,7 @@ def _whole_run(
         last = {} if _shares_keys(model) else last_logits(model)
         model(input_ids=ids, use_cache=False, **last)
     if [layer for layer, _ in outputs] != list(layers):
-        raise not_walkable(model, "they are not called once each, in order")
+        raise _not_walkable(model, "they are not called once each, in order")
     return before, [output for _, output in outputs]
 
 
@@ -229,82 +213,99 @@ def _shares_keys(model: PreTrainedModel) -> bool:
 
 
 def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
+    """Half of the tokens must agree: rounding may route a token to another expert, but a value that a layer lacks
+    changes nearly all."""
     expected = expected.float()
     differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
     typical = float(differences.median())
     if not typical < _TOLERANCE:
         reason = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
-        raise not_walkable(model, reason)
+        raise _not_walkable(model, reason)
 
 
-@dataclass
-class ForwardWalk:
-    """The decoder layers of a model, and a calibration set in micro-batches to run through them; with several processes
-    those of this one (`Ranks.mine`), maybe none."""
-
-    execution: Execution
-    layers: nn.ModuleList
-    form: LayerForm
-    firsts: Sequence[int]
-    """Of each micro-batch, the number of its first sample in the calibration set."""
-    calls: list[list[Call]] = field(default_factory=list)
-    """Of each micro-batch, the arguments of each layer."""
-
-    @classmethod
-    @torch.no_grad()
-    def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
-        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32. Raises as
-        `check_layers` does."""
-        model, layers = execution.model, execution.layers
-        with execution.weights.outside():
-            ids = calibration.input_ids.to(model.device)
-            rows = max(1, TOKENS_AT_ONCE // ids.shape[1])
-            firsts = execution.ranks.mine(range(0, len(ids), rows))
-            walk = cls(execution, layers, check_layers(execution, calibration), firsts)
-            states = States(execution.boundaries())
-            shapes: dict[torch.Size, list[Call]] = {}
-            for first in firsts:
-                part = ids[first : first + rows]
-                calls, hidden = record(model, layers, part, walk.form.tuples)
-                # As a rule they depend on the shape alone, and a long text has many micro-batches.
-                like = shapes.setdefault(part.shape, calls)
-                walk.calls.append(like if _same(like, calls) else calls)
-                states.append(hidden.float())
-        return walk, states
-
-    def advance(self, number: int, states: States) -> None:
-        """Replace hidden states before layer ``number`` by those after it."""
-        for position in range(len(self.calls)):
-            states[position] = self.run(number, position, states)
-
-    def run(self, number: int, position: int, states: States, *, tried: bool = False) -> torch.Tensor:
-        """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
-        before the layer. ``tried``: leave what they have passed on as it is, as the layer will run again."""
-        hidden, passed = states[position], states.passed.setdefault(position, {})
-        if tried:
-            passed = {name: copy.copy(values) for name, values in passed.items()}
-        args, kwargs = self.calls[position][number]
-        shared = {n: passed.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
-        _, products, narrow = self.form
-        inputs = hidden.to(products) if narrow else hidden
-        mixed = products != torch.float32 and not narrow
-        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.layers[number]):
-            return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
-
-    @property
-    def passes_on(self) -> bool:
-        """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
-        every = [kwargs for calls in self.calls for _, kwargs in calls]
-        return any(_is_filled_by_layers(value) for kwargs in every for value in kwargs.values())
+def _not_walkable(model: PreTrainedModel, reason: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"the layers of {type(model).__name__} pass other values than hidden states to one another, so they cannot be "
+        f"run one by one ({reason}); use --importance l1, l2 or random and --set prune.compensate=none"
+    )
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Whether arguments of layers are equal."""
-    (values, form), (others, other_form) = tree_flatten(a), tree_flatten(b)
-    return form == other_form and all(map(_equal, values, others))
+class Stop(Exception):
+    """Raised by hooks to end a forward pass early, before it computes values that are not needed."""
 
 
-def _equal(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.dtype == b.dtype and torch.equal(a, b))
-    return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
+def record(
+    model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]
+) -> tuple[list[Call], torch.Tensor]:
+    """Run the model with layers that return their hidden states unchanged. Returns the other arguments of each layer,
+    and the hidden states before the first. ``tuples``: of `LayerForm`."""
+    calls: list[Call] = []
+    before: list[torch.Tensor] = []
+
+    def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
+        before.append(hidden := hidden_of(args, kwargs))
+        calls.append((args[1:], kwargs))
+        if len(calls) == len(layers):
+            raise Stop
+        return as_output(hidden, tuples[number])
+
+    with replaced_layers(layers, forward), contextlib.suppress(Stop):
+        model(input_ids=ids, use_cache=False)
+    return calls, before[0]
+
+
+@contextlib.contextmanager
+def replaced_layers(layers: nn.ModuleList, replacement: Callable[..., Any]) -> Iterator[None]:
+    """While active, ``replacement`` is called in place of each layer, with its number first."""
+    # Other libraries (accelerate) set a forward on the instance.
+    forwards = [vars(layer).get("forward") for layer in layers]
+    for number, layer in enumerate(layers):
+        layer.forward = partial(replacement, number)
+    try:
+        yield
+    finally:
+        for layer, forward in zip(layers, forwards, strict=True):
+            del layer.forward
+            if forward is not None:
+                layer.forward = forward
+
+
+def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
+    args, kwargs = call
+    if "hidden_states" in kwargs:
+        return layer(*args, **{**kwargs, "hidden_states": hidden})
+    return layer(hidden, *args, **kwargs)
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden states among the arguments of a layer. Raises `UnsupportedModelError` where there are none."""
+    hidden = args[0] if args else kwargs.get("hidden_states")
+    if not isinstance(hidden, torch.Tensor):
+        raise UnsupportedModelError("a decoder layer is called without hidden states as its first argument")
+    return hidden
+
+
+def first_output(output: Any) -> torch.Tensor:
+    tensor = output[0] if isinstance(output, tuple | list) else output
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def as_output(hidden: torch.Tensor, further: int | None) -> Any:
+    """What a layer with so many ``further`` outputs returns, which nobody reads; None: it returns a bare tensor."""
+    return hidden if further is None else (hidden, *[None] * further)
+
+
+@contextlib.contextmanager
+def eager_experts(module: nn.Module) -> Iterator[None]:
+    """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
+    faster implementations in transformers are a single operator, or copy the weights."""
+    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
+    chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
+    for config, _ in chosen:
+        config._experts_implementation_internal = "eager"
+    try:
+        yield
+    finally:
+        for config, name in chosen:
+            config._experts_implementation_internal = name

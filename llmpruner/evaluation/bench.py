@@ -1,5 +1,5 @@
-"""Runtimes, which run models, with the built-in one, transformers; and the speed of several models in one of them:
-all in memory, their runs in turn, so that other load affects all alike. Imports torch when a model is opened."""
+"""Runtimes, which run models, with the built-in one, transformers; and the speed of several models in one of them, all
+in memory, their runs in turn, so that other load affects all alike. Imports torch when a model is opened."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BenchSubject:
     """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``batch``, ``length``: the
-    largest number of sequences, and of tokens in each, prompt and continuation together. The model is opened when
-    `structure` is first read, so that a runtime which loads models by itself does not need it."""
+    largest number of sequences, and of tokens in each, prompt and continuation together. It is opened when `structure`
+    is read, which a runtime that loads models by itself does not need."""
 
     ref: str
     path: Path | None
@@ -58,14 +58,11 @@ class BenchSubject:
 
 @dataclass(frozen=True)
 class Work:
-    """What the steps of one model cost, from its sizes: what its speed could be.
-
-    ``body_macs``: multiply-accumulate operations per token of all weights but the head's. ``head_macs``: of the head
-    per predicted token. ``pair_macs``: of attention for each token that a token reads. ``weight_bytes``: bytes of the
-    weights that every step reads, the head included and the embedding not. ``routed_bytes``: share of experts that a
-    token is routed to → bytes of all experts. ``cache_bytes``: of the key/value cache per token; None where they are
-    not known.
-    """
+    """What the steps of one model cost, from its sizes. ``body_macs``: multiply-accumulate operations per token of all
+    weights but the head's. ``head_macs``: of the head per predicted token. ``pair_macs``: of attention for each token
+    that a token reads. ``weight_bytes``: of the weights that every step reads, with the head, without the embedding.
+    ``routed_bytes``: share of experts that a token is routed to → bytes of all experts. ``cache_bytes``: of the
+    key/value cache per token; None where they are not known."""
 
     body_macs: int
     head_macs: int
@@ -79,9 +76,8 @@ class Work:
         return self.body_macs * tokens + self.head_macs + self.pair_macs * tokens * (tokens + 1) // 2
 
     def decode(self, batch: int, context: float) -> float | None:
-        """Bytes that a step for ``batch`` sequences of ``context`` tokens reads: weights once, of experts those that a
-        sequence is routed to (if they are drawn evenly), and the cache of every sequence. None where the cache is not
-        known."""
+        """Bytes that a step for ``batch`` sequences of ``context`` tokens reads: weights once, of experts those that
+        are routed to, if evenly, and the cache of every sequence. None where the cache is not known."""
         if self.cache_bytes is None:
             return None
         experts = sum(size * (1 - (1 - share) ** batch) for share, size in self.routed_bytes.items())
@@ -190,8 +186,8 @@ class TransformersRuntime(Runtime):
     def check(self, subject: BenchSubject) -> None:
         from ..models.generation import check_table
 
-        what = f"{subject.length:,} tokens"
-        check_table(subject.structure.config, subject.length, what, "lower --prompt or --new", f"'{subject.ref}'")
+        length, config = subject.length, subject.structure.config
+        check_table(config, length, f"{length:,} tokens", "lower --prompt or --new", f"'{subject.ref}'")
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         loaded = subject.load()
@@ -245,8 +241,8 @@ def measurement(values: Sequence[float]) -> Measurement:
 @dataclass(frozen=True, slots=True)
 class Rate:
     """The speed of one model in one case. ``tokens_per_second``: of all sequences together. ``speedup``: over the first
-    model, of runs of the same round. ``ideal``: the speed-up that sizes allow; ``share_of_ideal``: what is reached of
-    it. Both are None where sizes are not known."""
+    model, of runs of the same round. ``ideal``: the speed-up that sizes allow, and ``share_of_ideal``, what is reached
+    of it; None where sizes are not known."""
 
     tokens_per_second: Measurement
     speedup: Measurement
@@ -274,8 +270,7 @@ class BenchCase:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """The speed of several models in one runtime. ``runtime``: its name, with ``settings``. ``device``, ``threads``,
-    ``dtypes``: what the times depend on, the last for each model."""
+    """The speed of several models in one ``runtime`` with ``settings``. ``dtypes``: of each model."""
 
     runtime: str
     settings: dict[str, Any]
@@ -296,9 +291,8 @@ def bench(
 ) -> BenchResult:
     """Measure prefill and decoding of all models, in every case of batch size × length of prompt.
 
-    In each of ``rounds`` rounds, after one that is not counted, every model processes the same random
-    tokens once; the order of the models turns from round to round. Raises what `Runtime.check` raises, before any of
-    them is loaded.
+    In each round, every model processes the same random tokens once, in an order that turns from round to round; the
+    first round is not counted. Raises what `Runtime.check` raises, before any model is loaded.
     """
     import torch
 
@@ -339,15 +333,11 @@ def _measure(
     cases = list(product(settings.batch, settings.prompt))
     times: dict[tuple[int, int], list[list[tuple[float, float]]]] = {case: [[] for _ in sessions] for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
-    steps = [
-        (case, number, (place + number) % len(sessions))
-        for case in cases
-        for number in range(settings.rounds + 1)
-        for place in range(len(sessions))
-    ]
-    for case, number, place in progress.track(steps, "measuring"):
+    runs = list(product(cases, range(settings.rounds + 1), range(len(sessions))))
+    for case, number, turn in progress.track(runs, "measuring"):
         # Tokens change from round to round, as a runtime may keep what it computed for a prompt.
         tokens = torch.randint(vocabulary, case, generator=torch.Generator().manual_seed(number))
+        place = (turn + number) % len(sessions)
         session = sessions[place]
         session.start()
         began = perf_counter()
@@ -363,9 +353,9 @@ def _measure(
 def _rates(times: Sequence[Sequence[float]], tokens: int, costs: Sequence[float | None]) -> tuple[Rate, ...]:
     """Speeds from seconds per model and round, and from what the steps of each model cost."""
     rates = []
-    for own, cost in zip(times, costs, strict=True):
-        speedup = measurement([first / seconds for first, seconds in zip(times[0], own, strict=True)])
+    for rounds, cost in zip(times, costs, strict=True):
+        speedup = measurement([first / seconds for first, seconds in zip(times[0], rounds, strict=True)])
         ideal = None if costs[0] is None or cost is None else costs[0] / cost
         share = None if ideal is None else speedup.median / ideal
-        rates.append(Rate(measurement([tokens / seconds for seconds in own]), speedup, ideal, share))
+        rates.append(Rate(measurement([tokens / seconds for seconds in rounds]), speedup, ideal, share))
     return tuple(rates)

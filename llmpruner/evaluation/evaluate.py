@@ -1,5 +1,5 @@
-"""Metrics: what one is, and the measuring of several models by several of them, one model in memory at a time, with the
-results as a table. Imports no torch."""
+"""Metrics, and the measuring of several models by several of them, one model in memory at a time, with the results as a
+table. Imports no torch."""
 
 from __future__ import annotations
 
@@ -52,8 +52,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ComparedModel:
-    """A model that is not loaded yet. ``name``: as the user gave it. ``config``: of the dense model where it was
-    pruned."""
+    """A model that is not loaded yet. ``name``: as the user gave it. ``config``: of a pruned one, the dense model's."""
 
     name: str
     config: PreTrainedConfig
@@ -64,8 +63,8 @@ class ComparedModel:
 @dataclass(frozen=True)
 class MetricSubject:
     """The model to measure, in evaluation mode. ``name``: as the user gave it. ``graph``: its coupled groups, after all
-    cuts. ``reference``: the first model of the same call (for that one, the model itself), as `InTokens` for a model
-    with a part of its vocabulary; None unless a metric needs it."""
+    cuts. ``reference``: the first model of the call, which may be this one, as `InTokens` for a model with a part of
+    its vocabulary; None unless a metric needs it."""
 
     name: str
     model: PreTrainedModel
@@ -125,9 +124,9 @@ class Metric(Component):
 def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric, ...]:
     """Always the size, and perplexity on Python's help topics when nothing is named. Raises `SettingsError`."""
     chosen: dict[str, dict[str, Any]] = {"size": {}}
-    of_text = {"text": settings.perplexity, "window": settings.window, "kl": settings.kl or None}
-    if any(value is not None for value in of_text.values()):
-        chosen["perplexity"] = {key: value for key, value in of_text.items() if value is not None}
+    options = {"text": settings.perplexity, "window": settings.window, "kl": settings.kl or None}
+    if of_text := {key: value for key, value in options.items() if value is not None}:
+        chosen["perplexity"] = of_text
     if settings.tasks is not None:
         chosen["tasks"] = {"names": settings.tasks, "limit": settings.limit}
     elif settings.limit is not None:
@@ -136,9 +135,9 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
         chosen.setdefault(name, {})
     if len(chosen) == 1 and not settings.metrics:
         chosen["perplexity"] = {}
-    own = settings.settings
-    metrics = tuple(catalog.metrics.create(name, {**chosen[name], **own.get(name, {})}) for name in chosen)
-    check_chosen(own, metrics)
+    values = settings.settings
+    metrics = tuple(catalog.metrics.create(name, {**chosen[name], **values.get(name, {})}) for name in chosen)
+    check_chosen(values, metrics)
     return metrics
 
 
@@ -148,10 +147,9 @@ def evaluate(
     progress: Progress = QUIET,
     on_result: Callable[[Evaluation], None] | None = None,
 ) -> Evaluations:
-    """Measure every model by every metric. A model is loaded once the previous one was measured and freed; the first
-    stays in memory as ``subject.reference`` where a metric needs it. ``on_result``: called after each model. Raises
-    `SettingsError` where one model is to be compared, `ModelError` for weights that are not finite, and what metrics
-    raise."""
+    """Measure every model by every metric. A model is loaded once the previous one is freed; the first stays in memory
+    as ``subject.reference`` where a metric needs it. ``on_result``: called after each model. Raises `SettingsError`
+    where one model is to be compared, `ModelError` for weights that are not finite, and what metrics raise."""
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
         raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")
@@ -194,7 +192,7 @@ def evaluate(
 @dataclass(frozen=True)
 class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
-    ``rows``: the table's rows, in the order of the metrics. Those used most are attributes; None where not measured."""
+    ``rows``: of the table, in the order of the metrics. Attributes are None where nothing was measured."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
@@ -245,8 +243,7 @@ class Evaluations(tuple[Evaluation, ...]):
 
     @property
     def lines(self) -> list[Line]:
-        """The table: a line for each label of the rows, in the order of first occurrence, without labels that have no
-        value."""
+        """The table: a line for each label that has a value, in the order of first occurrence."""
         columns = [{row.label: row for row in evaluation.rows} for evaluation in self]
         lines = []
         for label in dict.fromkeys(label for column in columns for label in column):
@@ -257,7 +254,7 @@ class Evaluations(tuple[Evaluation, ...]):
         return lines
 
     def of(self, name: str) -> Mapping[str, Mapping[str, Any]]:
-        """The results of one model by metric; empty for a model that was not measured."""
+        """The results of one model by metric; empty where it was not measured."""
         return next((each.results for each in self if each.name == name), {})
 
     def as_json(self) -> list[dict[str, Any]]:
@@ -271,7 +268,7 @@ class Evaluations(tuple[Evaluation, ...]):
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One quantity for all models. ``cells``: the text for each."""
+    """One line of the table. ``cells``: the text for each model."""
 
     label: str
     cells: tuple[str, ...]

@@ -29,7 +29,9 @@ _LOG = logging.getLogger("llmpruner")
 _COMPARED = 100_000
 """Characters from the start of a text by which tokenizers are compared."""
 _FIRST = 16
+"""Tokens of the first model's answers with which those of others are compared."""
 _RUN, _REPEATED = 4, 0.25
+"""Tokens of a run, and the share of runs that occur again above which an answer repeats itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +116,8 @@ class PerplexityMetric(Metric):
         return self.settings.kl
 
     def prepare(self) -> None:
-        given = self.settings.text
-        names = [given] if isfile(given) else [name.strip() for name in given.split(",")]
+        text = self.settings.text
+        names = [text] if isfile(text) else [name.strip() for name in text.split(",")]
         self._texts = {name: read_text(name) for name in names}
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
@@ -128,8 +130,9 @@ class PerplexityMetric(Metric):
             check_table(model.config, window, what, hint, f"'{model.name}'")
             warn_beyond(model.config, window, what, hint, f"'{model.name}'")
         starts = [text[:_COMPARED] for text in self._texts.values()]
-        for text in starts if self.settings.kl else ():
-            check_same_tokens(models, text)
+        if self.settings.kl:
+            for text in starts:
+                _check_same_tokens(models, text)
         if len({len(tokens_of(model.tokenizer, starts[0])) for model in models}) > 1:
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
@@ -139,12 +142,12 @@ class PerplexityMetric(Metric):
         from .perplexity import perplexity
 
         reference = subject.reference if self.settings.kl else None
-        measured = [
-            perplexity(subject.model, subject.tokenizer, text, self.settings, reference, subject.progress)
-            for text in self._texts.values()
-        ]
-        (first, result), *others = zip(self._texts, map(asdict, measured), strict=True)
-        return {**result, "text": first, "others": dict(others)}
+        results = {
+            name: asdict(perplexity(subject.model, subject.tokenizer, text, self.settings, reference, subject.progress))
+            for name, text in self._texts.items()
+        }
+        first, *others = results
+        return {**results[first], "text": first, "others": {name: results[name] for name in others}}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         results = {result["text"]: result, **result["others"]}
@@ -187,8 +190,8 @@ class AnswersMetric(Metric):
         from ..models.tokenizer import ids_to_continue, tokens_of
 
         tokenizer, stop = subject.tokenizer, subject.family.stop_text
-        lines = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
-        asked = [chat_prompt(subject.family, tokenizer, line) for line in lines]
+        instructions = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
+        asked = [chat_prompt(subject.family, tokenizer, line) for line in instructions]
         prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]
         written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
@@ -196,13 +199,17 @@ class AnswersMetric(Metric):
             len(ids) < self.settings.tokens or (stop or "\0") in text for ids, text in zip(written, texts, strict=True)
         ]
         answers = [text_before(text, stop).strip() for text in texts]
-        reader, expected = self._first or (tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers])
-        self._first = reader, expected
-        begun = [common_start(one, tokens_of(reader, text)) for one, text in zip(expected, answers, strict=True)]
+        if self._first is None:
+            self._first = tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers]
+        reader, starts = self._first
+        alike = [
+            common_start(start, tokens_of(reader, text)) / len(start) if start else 1.0
+            for start, text in zip(starts, answers, strict=True)
+        ]
         return {
             "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
             "cut_off": 1 - fmean(ended),
-            "first_tokens": fmean(count / len(one) if one else 1.0 for count, one in zip(begun, expected, strict=True)),
+            "first_tokens": fmean(alike),
             "texts": answers,
         }
 
@@ -260,7 +267,7 @@ class GivenAnswersMetric(Metric):
         for model in models:
             check_table(model.config, self.settings.cutoff, what, hint, f"'{model.name}'")
         if self.settings.kl:
-            check_same_tokens(models, "\n".join(str(example) for _, example in self._examples[:64]))
+            _check_same_tokens(models, "\n".join(str(example) for _, example in self._examples[:64]))
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """``examples``: texts with at least one token of an answer; ``tokens``: of answers, which are predicted;
@@ -293,7 +300,7 @@ class GivenAnswersMetric(Metric):
         ]
 
 
-def check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
+def _check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
     """Raise `ModelError` where vocabularies differ in size, or the first tokenizer gives other tokens for another's ids
     of ``text``, unless the other is a part of the first. The ids may differ: a fast and a slow tokenizer of one
     vocabulary do not split every text alike."""

@@ -27,16 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
-    """``tokens``: tokens of the text in the windows. Each window of ``window`` tokens gives ``window − 1`` predictions.
-    ``bos``: whether windows begin with what the tokenizer puts before a text (one token of the ``window``, as a rule;
-    where it puts several, predictions are of text alone). ``nll_per_token``: mean negative log-likelihood in nats.
-    ``bits_per_byte`` counts UTF-8 bytes, and is comparable between tokenizers. ``kl_per_token``: mean Kullback-Leibler
-    divergence KL(reference ‖ model) of the predictions, in nats; ``top1_agreement``: share of the predictions whose
-    most probable token is the reference's; both None without a reference. ``text_sha256``: of the whole text in UTF-8.
+    """``tokens``: of the text in the windows. A window of ``window`` tokens gives ``window − 1`` predictions. ``bos``:
+    whether windows begin with what the tokenizer puts before a text, one token as a rule; where it puts several, only
+    text is predicted. ``nll_per_token``: mean negative log-likelihood in nats. ``bits_per_byte``: of UTF-8, comparable
+    between tokenizers. ``kl_per_token``: mean KL(reference ‖ model) of the predictions, in nats; ``top1_agreement``:
+    share of the predictions whose most probable token is the reference's; both None without a reference.
+    ``text_sha256``: of the whole text in UTF-8.
 
     A reference with a larger vocabulary, of which the model kept a part, reads the text in its own tokens. It is
-    compared over the kept tokens, where its next token is one of them: before a removed token it expects what the model
-    cannot say. What the removed tokens cost is in ``bits_per_byte``.
+    compared over the kept tokens, where its next token is one of them; ``bits_per_byte`` has the cost of the others.
     """
 
     perplexity: float
@@ -52,9 +51,8 @@ class PerplexityResult:
 
 
 class Scored:
-    """The predictions of ``model``, summed up: negative log-likelihood and, with a ``reference``, KL(reference ‖
-    model), in nats; ``tokens`` that were predicted, those that were ``compared``, and how many of them both predict
-    alike."""
+    """Sums over the predictions of ``model``: negative log-likelihood and, with a ``reference``, KL(reference ‖ model),
+    in nats; numbers of predicted ``tokens``, of those ``compared``, and of those that both predict alike."""
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:
@@ -125,17 +123,14 @@ def perplexity(
     """Perplexity of ``model`` on ``text``: the exponential of the mean negative log-likelihood, summed in float64.
 
     The text is tokenised as one string (see `tokens_of`), without special tokens, and split into windows that do not
-    overlap; an incomplete last window is left out. Each of them begins with what the tokenizer puts before a text (BOS,
-    as a rule), if anything, which is not predicted. Every other token but the first of its window is predicted from
-    those before it in the window. Logits are converted to float32, with ``autocast`` too.
-
-    Raises `DataError` when the text has too few tokens, and `ModelError` when predictions are NaN or over another
-    vocabulary than the reference's.
+    overlap; an incomplete last window is left out. Each begins with what the tokenizer puts before a text, if anything,
+    which is not predicted. Every other token but the first of its window is predicted from those before it in the
+    window. Logits are converted to float32, with ``autocast`` too. Raises `DataError` when the text has too few tokens,
+    and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
     window, tokens = settings.window, settings.tokens
     scored = Scored(model, reference, settings.autocast)
-    opening = opening_tokens(tokenizer, text)
-    ids = tokens_of(tokenizer, text)
+    opening, ids = opening_tokens(tokenizer, text), tokens_of(tokenizer, text)
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
     of_text = window - len(opening)
@@ -147,12 +142,13 @@ def perplexity(
     used = ids[: windows * of_text]
     table = check_ids(torch.tensor(used), model).view(windows, of_text)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
-    counting = torch.arange(max(0, len(opening) - 1), window - 1)
+    predicting = torch.arange(max(0, len(opening) - 1), window - 1)
     for batch in progress.track(torch.split(table, settings.batch_size), "perplexity"):
-        scored.add(batch, counting)
+        scored.add(batch, predicting)
     means: dict[str, Any] = scored.means()
-    whole = len(used) == len(ids)
-    read = text if whole else tokenizer.decode(used, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    read = text
+    if len(used) < len(ids):
+        read = tokenizer.decode(used, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return PerplexityResult(
         **means,
         bits_per_byte=means["nll_per_token"] / math.log(2) * len(used) / len(read.encode()),

@@ -62,7 +62,7 @@ class TasksMetric(Metric):
         from unittest.mock import patch
 
         with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-            # lm-eval would ask git for the commit of the working directory, which is none of the model.
+            # lm-eval asks git for a commit, and git prints an error outside of a repository.
             import lm_eval
             from lm_eval.models.huggingface import HFLM
             from lm_eval.tasks import TaskManager
@@ -139,8 +139,9 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
         return builtin_manager()
     if not include_path.is_dir():
         raise DataError(f"tasks.include_path = {include_path}: no such directory")
-    own = TaskManager(include_path=str(include_path), include_defaults=False)
-    return own if set(names) <= set(own.all_subtasks) else TaskManager(include_path=str(include_path))
+    # Without the index of lm-eval's own tasks, which takes seconds, where that is enough.
+    manager = TaskManager(include_path=str(include_path), include_defaults=False)
+    return manager if set(names) <= set(manager.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
 def _load(manager: Any, name: str) -> list[Any]:

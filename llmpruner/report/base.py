@@ -28,8 +28,7 @@ DENSE = "dense"
 
 @dataclass(frozen=True)
 class Costs(Size):
-    """The `Size` of a model, by its shapes. ``cache_bytes``: what the cache grows by with every token; None where that
-    cannot be known without weights."""
+    """The `Size` of a model by shapes. ``cache_bytes``: of the cache per token; None if unknown without weights."""
 
     cache_bytes: int | None = None
 
@@ -37,12 +36,10 @@ class Costs(Size):
 @dataclass(frozen=True)
 class ReportSubject:
     """A checkpoint on the page. ``name``: of its folder. ``graph``: its coupled groups. ``record``: its
-    ``llmpruner.json``, with ``plans`` parsed. ``dense``, ``costs``: of the dense model and of this one.
-
-    ``measured``: one for each call of ``evaluate`` with this checkpoint, and ``benches``: what ``bench --json`` wrote,
-    with the names of the page. ``answers``: lists with ``name``, ``prompt`` and ``text`` of several models. ``runs``:
-    ``run.json`` of the checkpoints that led to this one, oldest first. ``steps``: of a recipe, with ``name``,
-    ``command`` and ``seconds``."""
+    ``llmpruner.json``, with ``plans`` parsed. ``dense``, ``costs``: of the dense model and of this one. ``measured``:
+    one for each call of ``evaluate`` with it. ``benches``: what ``bench --json`` wrote, with the names of the page.
+    ``answers``: lists with ``name``, ``prompt`` and ``text`` of several models. ``runs``: ``run.json`` of it and of the
+    checkpoints that it was made from, oldest first. ``steps``: of a recipe, with ``name``, ``command``, ``seconds``."""
 
     title: str
     name: str
@@ -124,8 +121,8 @@ def _environment() -> Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written to ``path``. ``sentences``: of each checkpoint by its name, what was won and lost.
-    ``warnings``: one line for each section that was left out because it raised an exception."""
+    """A page that was written to ``path``. ``sentences``: name of a checkpoint → what was won and lost. ``warnings``: a
+    line for each section that failed and was left out."""
 
     path: Path
     sentences: Mapping[str, str]
@@ -155,11 +152,9 @@ def report_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSect
                 rendered_parts.append({"id": section.name, "html": html, "title": title})
         return rendered_parts
 
-    each = [(subject.title, parts(lambda section, of=subject: section.render(of))) for subject in subjects]  # type: ignore[misc]
+    below = [(subject.title, parts(lambda section, of=subject: section.render(of))) for subject in subjects]  # type: ignore[misc]
     if len(subjects) == 1:
-        ((title, top),) = each
-        each = []
+        title, top = below.pop()
     else:
         title, top = f"{len(subjects)} pruned models compared", parts(lambda section: section.compare(subjects))
-    html = rendered("page.html.j2", title=title, parts=top, below=each)
-    return html, tuple(warnings)
+    return rendered("page.html.j2", title=title, parts=top, below=below), tuple(warnings)

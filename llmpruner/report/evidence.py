@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
-    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results
-    (`read_results`), which count where they name a checkpoint by its folder. Raises `ModelError` for a directory that
-    is neither, `DataError` for a file that has results of none."""
+    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results, which name
+    checkpoints by their folders. Raises `ModelError` for a directory that is neither, `DataError` for a file that has
+    results of none."""
     places = [_place(directory) for directory in directories]
     results = {path: read_results(path) for path in files}
     checkpoints = [checkpoint.absolute() for checkpoint, _ in places]
@@ -46,7 +46,7 @@ def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog:
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
-    """The names of folders; with that of the folder above, or all of the path, where several are alike."""
+    """The names of folders, with the folder above or the whole path where several are alike."""
     for names in ([path.name for path in checkpoints], [f"{path.parent.name}/{path.name}" for path in checkpoints]):
         if len(set(names)) == len(names):
             return names
@@ -57,11 +57,11 @@ def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
     """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one; and the ``step.json`` of all
     steps of its recipe, with their ``folder``."""
     if steps := _steps_in(directory):
-        pruned = (step["folder"] for step in steps if step["command"] in ("prune", "recover"))
-        made = [folder for folder in pruned if (folder / RECORD_FILE).is_file()]
-        if not made:
+        folders = (step["folder"] for step in steps if step["command"] in ("prune", "recover"))
+        checkpoints = [folder for folder in folders if (folder / RECORD_FILE).is_file()]
+        if not checkpoints:
             raise ModelError(f"the recipe in '{directory}' has made no checkpoint yet; run it first")
-        return made[-1], steps
+        return checkpoints[-1], steps
     if not (directory / RECORD_FILE).is_file():
         raise ModelError(f"'{directory}' is neither a pruned checkpoint nor the output of a recipe")
     return directory, _steps_in(directory.resolve().parent) if (directory / STEP_FILE).is_file() else []
@@ -74,7 +74,7 @@ def _steps_in(output: Path) -> list[Mapping[str, Any]]:
 
 def read_results(path: Path) -> Any:
     """The JSON value that ``evaluate --json`` (a list) or ``bench --json`` (an object) wrote. Raises `DataError`."""
-    with _as_written(path):
+    with as_written(path):
         value = json.loads(path.read_bytes())
         names = [model["name"] for model in _models(value)]
         if not names or not all(isinstance(name, str) for name in names):
@@ -93,12 +93,12 @@ def _subject(
 ) -> ReportSubject:
     structure = load_structure(str(checkpoint), catalog)
     base, record = structure.plans[0].base.model, structure.record or {}
-    found: dict[str, list[Any]] = {command: [] for command in ("evaluate", "bench", "generate")}
+    measured: dict[str, list[Any]] = {"evaluate": [], "bench": [], "generate": []}
 
     def add(command: str, results: Any, rename: Callable[[str], str | None]) -> None:
         results = _renamed(results, rename)
         if name in (model["name"] for model in _models(results)):
-            found[command].append(_evaluations(results, catalog) if command == "evaluate" else results)
+            measured[command].append(_evaluations(results, catalog) if command == "evaluate" else results)
 
     def by_path(model: str) -> str | None:
         path = Path(model).resolve()
@@ -106,17 +106,17 @@ def _subject(
         return name if path == checkpoint.resolve() else DENSE if is_dense else None
 
     for step in steps:
-        if step["command"] in found:
+        if step["command"] in measured:
             results = read_results(step["folder"] / RESULTS_FILE)
             add(step["command"], results, lambda model: name if model == checkpoint.name else model)
     for path, results in files.items():
-        with _as_written(path):
+        with as_written(path):
             add("evaluate" if isinstance(results, list) else "bench", results, by_path)
     dense, costs = _costs(structure, checkpoint)
     return ReportSubject(
         f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
-        tuple(found["evaluate"]), tuple(found["bench"]), tuple(map(tuple, found["generate"])), _runs(checkpoint),
-        tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
+        tuple(measured["evaluate"]), tuple(measured["bench"]), tuple(map(tuple, measured["generate"])),
+        _runs(checkpoint), tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
     )  # fmt: skip
 
 
@@ -129,20 +129,20 @@ def _renamed(results: Any, rename: Callable[[str], str | None]) -> Any:
 
 
 @contextmanager
-def _as_written(file: Path) -> Iterator[None]:
+def as_written(file: Path | str) -> Iterator[None]:
     """Raise `DataError` where ``file`` cannot be read, or values in it are missing or of another type."""
     try:
         yield
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror or first_line(error)}") from error
-    except (ValueError, RecursionError, TypeError, LookupError, AttributeError) as error:
+    except (ValueError, RecursionError, TypeError, LookupError, AttributeError, ZeroDivisionError) as error:
         problem = f"{type(error).__name__}: {first_line(error)}"
         raise DataError(f"{file} is not as `evaluate --json` or `bench --json` writes it ({problem})") from error
 
 
 def read_evaluations(file: Path, catalog: Catalog) -> Evaluations:
     """What ``evaluate --json`` wrote. Raises `DataError`."""
-    with _as_written(file):
+    with as_written(file):
         return _evaluations(read_results(file), catalog)
 
 
@@ -157,16 +157,13 @@ def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evalu
 
 
 def _runs(checkpoint: Path) -> tuple[Mapping[str, Any], ...]:
-    """``run.json`` of the checkpoints that this one was made from, oldest first, as far as they are there, and of
-    itself."""
-    folders, runs = [checkpoint], []
-    while (folders[-1] / RUN_FILE).is_file():
-        runs.append(read_json(folders[-1] / RUN_FILE))
-        source = Path(runs[-1]["model"])
-        if not (source / RECORD_FILE).is_file() or source in folders:
-            break
-        folders.append(source)
-    return tuple(reversed(runs))
+    """``run.json`` of this checkpoint and of those that it was made from, as far as they are there, oldest first."""
+    folder, runs = checkpoint, dict[Path, Any]()
+    # A checkpoint may have been moved to where its own model was.
+    while folder not in runs and (folder / RUN_FILE).is_file() and (folder / RECORD_FILE).is_file():
+        runs[folder] = read_json(folder / RUN_FILE)
+        folder = Path(runs[folder]["model"])
+    return tuple(reversed(runs.values()))
 
 
 def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:

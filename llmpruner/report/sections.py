@@ -40,12 +40,12 @@ def _texts(measured: Evaluations) -> str:
     if not perplexities:
         return ""
     first = perplexities[0]
-    texts = {first["text"]: first, **first["others"]}
-    each = "; ".join(f"{counted(one['tokens'], 'token')} of {without_folders(text)}" for text, one in texts.items())
+    results = {first["text"]: first, **first["others"]}.items()
+    texts = "; ".join(f"{counted(result['tokens'], 'token')} of {without_folders(text)}" for text, result in results)
     window, predicted = counted(first["window"], "token"), counted(first["window"] - 1, "prediction")
     rates = {round(tokens_per_byte(result), 6) for result in perplexities}
     differ = " It is per token, and the tokens differ between models: compare bits per byte." if len(rates) > 1 else ""
-    return f"Perplexity: {each}; windows of {window} with {predicted} each.{differ}"
+    return f"Perplexity: {texts}; windows of {window} with {predicted} each.{differ}"
 
 
 def tokens_per_byte(result: Mapping[str, Any]) -> float:
@@ -72,13 +72,13 @@ class CostSection(ReportSection):
     order = 14
 
     def render(self, subject: ReportSubject) -> str | None:
-        dense, own = subject.dense, subject.costs
+        dense, pruned = subject.dense, subject.costs
         pairs: list[tuple[str, float | None, float | None, Any]] = [
-            ("Parameters", dense.parameters, own.parameters, count_text),
-            ("Parameters of the decoder", dense.decoder_parameters, own.decoder_parameters, count_text),
-            ("Bytes of the weights", dense.weight_bytes, own.weight_bytes, bytes_text),
-            ("MACs per token", dense.macs_per_token, own.macs_per_token, count_text),
-            ("KV cache per token, bytes", dense.cache_bytes, own.cache_bytes, "{:,}".format),
+            ("Parameters", dense.parameters, pruned.parameters, count_text),
+            ("Parameters of the decoder", dense.decoder_parameters, pruned.decoder_parameters, count_text),
+            ("Bytes of the weights", dense.weight_bytes, pruned.weight_bytes, bytes_text),
+            ("MACs per token", dense.macs_per_token, pruned.macs_per_token, count_text),
+            ("KV cache per token, bytes", dense.cache_bytes, pruned.cache_bytes, "{:,}".format),
         ]
         rows = [
             # A state space model has no keys and values, of which nothing can be removed.
@@ -91,7 +91,7 @@ class CostSection(ReportSection):
             for bench in subject.benches
         ]
         return rendered(
-            "cost.html.j2", rows=rows, benches=benches, columns=SPEED_COLUMNS, name=subject.name, context=own.context
+            "cost.html.j2", rows=rows, benches=benches, columns=SPEED_COLUMNS, name=subject.name, context=pruned.context
         )
 
 
@@ -177,8 +177,8 @@ class OriginSection(ReportSection):
 
 
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """What was measured, its value before the training, and that of the result: of the rows that were validated on, if
-    there were any; else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
+    """The name of the loss, its value before the training, and that of the result: on validation rows, if there were
+    any, else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
     if checked := training["validation"]:
         what = "held-out loss" if training["held_out"] else "loss on examples"
         return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]
@@ -198,8 +198,8 @@ def verdict(training: Mapping[str, Any]) -> str:
     """Whether a training helped, in one sentence."""
     if failed := no_better(training):
         return f"Recovery did not help and was undone: {failed.partition(': ')[2]}."
-    held = training["validation"] and training["held_out"]
-    helped = "Recovery helped" if held else "Whether recovery helped was not measured, as no rows were held out"
+    measured = training["validation"] and training["held_out"]
+    helped = "Recovery helped" if measured else "Whether recovery helped was not measured, as no rows were held out"
     return f"{helped}: {loss_text(training)}."
 
 

@@ -41,10 +41,10 @@ class Pair:
 def figures(subject: ReportSubject) -> dict[str, Pair]:
     """``parameters`` of the decoder, ``weights``, and, where both models were measured, ``decode`` (tokens per second),
     ``perplexity`` (on the text that was measured first) and ``tasks`` (mean of the accuracies)."""
-    dense, own = subject.dense, subject.costs
+    dense, cut = subject.dense, subject.costs
     pairs = {
-        "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, own.decoder_parameters, count_text),
-        "weights": Pair("Weights", dense.weight_bytes, own.weight_bytes, bytes_text),
+        "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text),
+        "weights": Pair("Weights", dense.weight_bytes, cut.weight_bytes, bytes_text),
     }
     for bench in subject.benches:
         models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
@@ -62,9 +62,9 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
             before, after = first["perplexity"], second["perplexity"] ** more
             on = (second.get("text_sha256"), second["window"])
             pairs.setdefault("perplexity", Pair("Perplexity", before, after, "{:,.2f}".format, note, on))
-    scores, own_scores = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
-    if tasks := [task for task in scores if task in own_scores]:
-        before, after = (fmean(of_model[task] for task in tasks) for of_model in (scores, own_scores))
+    models = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
+    if tasks := [task for task in models[0] if task in models[1]]:
+        before, after = (fmean(accuracies[task] for task in tasks) for accuracies in models)
         note = f" over {counted(len(tasks), 'task')}"
         pairs["tasks"] = Pair("Accuracy, mean over tasks", before, after, "{:.1%}".format, note)
     return pairs
@@ -95,8 +95,8 @@ def sentence(subject: ReportSubject) -> str:
         lost.append(f"accuracy{tasks.note} {tasks.change}")
     if not lost and (quality := subject.cut_quality):
         lost.append(f"{quality}{', before it was trained' if subject.recovered else ''}")
-    told = f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
-    return f"{told} {verdict(subject.record['recovery'][-1])}" if subject.recovered else told
+    text = f"{' and '.join(won)}; {', and '.join(lost) or 'its quality was not measured'}."
+    return f"{text} {verdict(subject.record['recovery'][-1])}" if subject.recovered else text
 
 
 class SummarySection(ReportSection):
@@ -157,7 +157,7 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
         for measured in subject.measured
     ]
     # Of the dense model it is 0 where the others were compared with it.
-    divergence = next((own for of_dense, own in divergences if of_dense == 0 and own is not None), None)
+    divergence = next((value for of_dense, value in divergences if of_dense == 0 and value is not None), None)
     cut = None if subject.recovered else subject.cut_quality
     decode = pairs.get("decode")
     return {

@@ -170,7 +170,6 @@ def no_result(path, target):
 
 def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, tmp_path, monkeypatch):
     """One run, killed again and again, in every step and between them."""
-    monkeypatch.setattr(journal, "INTERVAL", 0.0)
     monkeypatch.setattr(journal, "SHARE", 1e9)
     recipe, out = recipe_of(shared), tmp_path / "out"
 

@@ -103,11 +103,7 @@ def continued(folder: Path) -> dict[str, Any]:
             raise Interrupted
 
     own = Journal.layer_done
-    with (
-        patch.object(Journal, "layer_done", once),
-        patch("llmpruner.engine.journal.INTERVAL", 0.0),
-        patch("llmpruner.engine.journal.SHARE", 1e9),
-    ):
+    with patch.object(Journal, "layer_done", once), patch("llmpruner.engine.journal.SHARE", 1e9):
         with contextlib.suppress(Interrupted):
             api.prune(model, **settings)
         api.prune(model, **settings)

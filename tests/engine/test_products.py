@@ -42,8 +42,8 @@ def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
     reads = defaultdict(frozenset)
     list(
         forward_statistics(
-            Execution.of(model, path), names, calibration, inputs=False,
-            reduce=lambda some: ReduceProducts(model, some, reads, measure, len(calibration.input_ids)),
+            Execution.of(model, path), names, calibration, {Signal.PRODUCT},
+            lambda some: ReduceProducts(model, some, reads, measure, len(calibration.input_ids)),
         )
     )  # fmt: skip
     return found

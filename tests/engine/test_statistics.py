@@ -9,6 +9,7 @@ import torch
 from criteria_cases import boundaries, experts_of, make, observed, tokens
 from transformers import CONFIG_MAPPING
 
+from llmpruner import Signal
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
@@ -22,7 +23,8 @@ CALIBRATION = tokens(6, 16)
 
 
 def statistics(loaded, wanted, *, gram=True):
-    stream = forward_statistics(Execution.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, gram=gram)
+    needs = {Signal.GRAM if gram else Signal.INPUT_STATS}
+    stream = forward_statistics(Execution.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, needs, None)
     found = list(stream)
     assert len(dict(found)) == len(found)
     return {name: inputs for name, (inputs, _) in found}

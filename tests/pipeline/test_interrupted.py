@@ -32,7 +32,6 @@ def dense(tmp_path_factory) -> Path:
 
 @pytest.fixture(autouse=True)
 def every_layer_is_recorded(monkeypatch):
-    monkeypatch.setattr(journal_module, "INTERVAL", 0.0)
     monkeypatch.setattr(journal_module, "SHARE", 1e9)
 
 
