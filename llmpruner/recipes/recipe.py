@@ -20,7 +20,7 @@ from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line
 from ..evaluation.evaluate import chosen_metrics
 from ..plugins.catalog import Catalog
 from ..pruning.job import prune_job
-from ..recovery.data import check_recover, recover_job
+from ..recovery.data import check_setup, recovery_setup
 from ..settings import (
     BenchSettings,
     EvaluateSettings,
@@ -53,7 +53,7 @@ class StepKind(NamedTuple):
 
 COMMANDS: Final[Mapping[str, StepKind]] = {
     "prune": StepKind(PruneSettings, prune_job, lambda job: job.calibration is None or job.calibration.check()),
-    "recover": StepKind(RecoverSettings, recover_job, check_recover),
+    "recover": StepKind(RecoverSettings, recovery_setup, check_setup),
     "evaluate": StepKind(EvaluateSettings, chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
     "bench": StepKind(BenchSettings, lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings)),
     "generate": StepKind(GenerateSettings, lambda own, catalog: own),

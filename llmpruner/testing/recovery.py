@@ -17,7 +17,7 @@ from ..models.opening import load_pruned
 from ..models.surgery import cut
 from ..pruning.saving import save
 from ..recovery.base import RecoveryStrategy, nothing
-from ..recovery.data import RecoverJob, prepare, read_data
+from ..recovery.data import RecoverySetup, prepare, read_data
 from ..recovery.recover import train
 from ..settings import RecoverSettings
 from .components import check_component
@@ -127,7 +127,7 @@ class RecoveryConformance:
             validation=0,
         )  # fmt: skip
         data = prepare(settings, read_data(settings.data), loaded.family, loaded.tokenizer)
-        job = RecoverJob(settings, self.strategy())
+        job = RecoverySetup(settings, self.strategy())
         return train(loaded, job, data, work_dir, lambda: tiny_llama().model, on_step=on_step)[0]
 
 
