@@ -112,14 +112,14 @@ class FamilyConformance:
 
     def test_declared_groups_agree_with_discovery(self) -> None:
         """Groups of the same name have the same indices, roles and offsets."""
-        if not self.family().declares_groups:
+        family, config = self.family(), self.config()
+        if not family.declares_groups:
             return  # they are those of discovery
-        config = self.config()
         try:
             discovered = discover_graph(config).groups
         except UnsupportedModelError as error:
             pytest.skip(f"discovery has nothing to compare with: {error}")
-        mismatches = differences(self.family().coupled_groups(config), discovered)
+        mismatches = differences(family.coupled_groups(config), discovered)
         assert not mismatches, "\n".join(mismatches)
 
     def test_checkpoints_may_name_its_model_class(self) -> None:
@@ -170,12 +170,12 @@ class FamilyConformance:
         """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
-        made = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(groups)))
+        plan = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(groups)))
         if uneven:
             kept = random_plan(groups, seed=3, uneven=True)
-            cuts = {n: made.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in made.cuts if n in kept}
-            made = made.model_copy(update={"cuts": cuts})
-        return cut_by(loaded, made)
+            cuts = {n: plan.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in plan.cuts if n in kept}
+            plan = plan.model_copy(update={"cuts": cuts})
+        return cut_by(loaded, plan)
 
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
@@ -193,14 +193,14 @@ class FamilyConformance:
 
 
 def _kinds(groups: Iterable[CoupledGroup]) -> tuple[str, ...]:
-    """MLP channels and heads, or where a family has neither, the kinds of its own."""
-    found = dict.fromkeys(group.kind for group in groups if group.layer is not None)
-    return tuple(kind for kind in found if kind in (MLP, ATTENTION)) or tuple(found)
+    """MLP channels and heads, or all kinds of a family that has neither."""
+    kinds = dict.fromkeys(group.kind for group in groups if group.layer is not None)
+    return tuple(kind for kind in kinds if kind in (MLP, ATTENTION)) or tuple(kinds)
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns, for each,
-    the ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache."""
+    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns of each the
+    ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache (``plain``)."""
     done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -208,6 +208,5 @@ def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) ->
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """``python -c CODE ARGUMENTS``."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

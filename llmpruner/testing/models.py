@@ -39,7 +39,7 @@ _SIZES = {
 
 def tiny_llama(seed: int = 0) -> Model:
     """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
-    48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
+    48 hidden channels. No weight is zero, so that errors are visible."""
     return _copy(_built(LlamaConfig, seed))
 
 
@@ -49,7 +49,7 @@ def tiny_mixture() -> Model:
 
 
 class _MixtureFamily(AutoFamily):
-    """States what follows a cut, which otherwise is searched for on small models, in ten seconds."""
+    """Saves the search for attributes that follow a cut, which takes ten seconds."""
 
     def refresh(self, model: Any) -> None:
         for layer in model.model.layers:
@@ -94,18 +94,17 @@ def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> P
 
 
 def make_plan(model: Model, job: PruneJob) -> PruningPlan:
-    """The plan of ``job`` for ``model``, which is not changed."""
     execution = Execution(model.weights)
     return select(model, job, calibrate(model, job, execution), execution)
 
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
-    """``model``, cut in place by ``plan``, with the built-in components alone."""
+    """``model``, cut in place by ``plan``."""
     return prune_model(model, job_of(plan, Catalog(plugin_manager(entry_points=False))))
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:
-    """The first difference of two state dicts as text; empty when there is none."""
+    """The first difference of two state dicts in words; empty when there is none."""
     for name in (*before, *after):
         if name not in before or name not in after:
             return f"parameter '{name}' exists only {'after' if name in after else 'before'}"

@@ -56,11 +56,11 @@ class RecoveryConformance:
         assert type(result.model) is type(loaded.model), (
             f"strategy '{name}' turns a {type(loaded.model).__name__} into a {type(result.model).__name__}"
         )
-        one, other = ({key: tuple(p.shape) for key, p in state.items()} for state in (before, after))
-        odd = sorted(key for key in one.keys() | other.keys() if one.get(key) != other.get(key))
-        assert not odd, f"strategy '{name}' must keep names and shapes; it changes those of '{odd[0]}'"
-        bad = sorted(key for key, p in after.items() if not bool(torch.isfinite(p).all()))
-        assert not bad, f"strategy '{name}' leaves values that are not finite in parameter '{bad[0]}'"
+        old, new = ({key: tuple(p.shape) for key, p in state.items()} for state in (before, after))
+        changed = sorted(key for key, _ in old.items() ^ new.items())
+        assert not changed, f"strategy '{name}' must keep names and shapes; it changes those of '{changed[0]}'"
+        infinite = sorted(key for key, p in after.items() if not bool(torch.isfinite(p).all()))
+        assert not infinite, f"strategy '{name}' leaves values that are not finite in parameter '{infinite[0]}'"
         assert first_change(before, after), f"strategy '{name}': one step changes no parameter"
         assert result.trainable_parameters > 0, f"strategy '{name}' reports no trained parameters"
         assert len(result.losses) == 1 and isfinite(result.losses[0]), (
