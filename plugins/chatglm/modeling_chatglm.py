@@ -24,8 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
 
-# transformers renamed `past_key_values` to `cache`; this file works under either name.
-_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 _MASKED = -10000.0
 # The residual scale α = √(2·28), constant in the released code, so that it does not change when layers are removed.
 _ALPHA = (2 * 28) ** 0.5
@@ -84,9 +82,9 @@ class Layout:
         return visible | ~visible.any(-1, keepdim=True)
 
 
-def _first(found: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+def _first(matches: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """Column of the first True of every row, ``otherwise`` where there is none."""
-    return torch.where(found.any(-1), found.int().argmax(-1), otherwise)
+    return torch.where(matches.any(-1), matches.int().argmax(-1), otherwise)
 
 
 def rotary_embedding(
@@ -241,9 +239,8 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
-
         ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
-        """
+        ``past_key_values``: the former name of ``cache``."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
@@ -266,20 +263,21 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden = layer(hidden, position_embeddings, visible, cache=cache, **kwargs)
             states.append(hidden)
         hidden = self.final_layernorm(hidden)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            hidden_states=(*states[:-1], hidden) if wanted else None,
-            **{_CACHE: cache if use_cache else None},
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            cache=cache if use_cache else None,
         )
 
     def _layout(
         self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None, past: int, batch: int
     ) -> Layout:
-        if cache is not None and past:
-            # The end of the context is not in later tokens, so it is stored in the cache.
-            return getattr(cache, "chatglm_layout", None) or Layout.without_context(batch, self.device)
         layout = Layout.without_context(batch, self.device)
+        if past:
+            # The end of the context is not in later tokens, so it is stored in the cache.
+            return getattr(cache, "chatglm_layout", layout)
         if input_ids is not None:
             layout = Layout.of(input_ids, mask, self.config)
         if cache is not None:
@@ -310,14 +308,13 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
         """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
         are those before ``<sop>``, as attention to them is bidirectional."""
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         output = self.transformer(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, past_key_values, **kwargs
+            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, **kwargs
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
@@ -329,7 +326,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
                 labels = labels.masked_fill(columns < sop[:, None], -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, **{_CACHE: getattr(output, _CACHE)}
+            loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache
         )
         return result.to_tuple() if return_dict is False else result
 

@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 
 class LlamaFamily(ModelFamily):
-    """LLaMA 1, 2 and 3, and every model that shares its ``model_type``."""
-
     name = "llama"
     summary = "LLaMA 1, 2 and 3, and every model of their type"
     model_types = ("llama",)
