@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ..component import Component, ComponentSettings
 from ..plugins.catalog import KINDS, Catalog, problem_of
@@ -57,19 +57,11 @@ def settings_grid(cls: type[C]) -> list[C]:
     time."""
     grid = [cls()]
     for key, field in cls.Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        grid += [cls(**{key: value}) for value in _values(field.annotation) if value != default]
+        choices: tuple[Any, ...] = (False, True) if field.annotation is bool else ()
+        if get_origin(field.annotation) is Literal:
+            choices = get_args(field.annotation)
+        grid += [cls(**{key: value}) for value in choices if value != field.default]
     return grid
-
-
-def _values(annotation: Any) -> tuple[Any, ...]:
-    if annotation is bool:
-        return (False, True)
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(value for part in get_args(annotation) for value in _values(part))
-    return ()
 
 
 def label(component: Component) -> str:

@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from ..calibration.calibration import CalibrationSet
-from ..discovery.oracle import TOLERANCE, Tokens, distance, first_difference, logits, silenced
 from ..engine.signals import Signal
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_spans
-from ..structure.coupling import EXPERT, VOCABULARY, CoupledGroup, CouplingGraph
+from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from .components import check_component, label, settings_grid
-from .models import cut_by, first_change, make_plan, scramble, small_job, tiny_llama, tiny_mixture
+from .models import first_change, scramble, tiny_llama, tiny_mixture
 
 if TYPE_CHECKING:
     from ..models.model import Model
@@ -105,27 +104,6 @@ class CriterionConformance:
                 assert len(values) == 1 or len(set(values.tolist())) > 1, (
                     f"{label(criterion)} gives all {len(values)} units of group '{name}' the score {values[0]:g}"
                 )
-
-    def test_what_it_chooses_can_be_cut(self) -> None:
-        """Without half the units of a kind, the logits equal those of the model with these units silenced. Tokens are
-        left out, as a model without them reads other text."""
-        default = self.criterion().settings  # which units go does not matter to the cut
-        for criterion, loaded, groups in self._cases():
-            for kind in dict.fromkeys(group.kind for group in groups if group.kind != VOCABULARY):
-                if criterion.settings == default:
-                    self._check_cut(criterion, copy.deepcopy(loaded), kind)
-
-    def _check_cut(self, criterion: ImportanceCriterion, loaded: Model, kind: str) -> None:
-        plan = make_plan(loaded, small_job(criterion, by="units", amount=0.5, kinds=(kind,)))
-        reference = copy.deepcopy(loaded.model)
-        mode = silenced(reference, loaded.graph, plan.kept)
-        cut = cut_by(loaded, plan).model
-        tokens = torch.arange(3, 90).view(3, 29)
-        with mode:
-            expected = logits(reference, tokens)
-        if not distance(logits(cut, tokens), expected) <= TOLERANCE:
-            where = first_difference(cut, reference, Tokens(tokens, tokens, slice(None)), mode)
-            raise AssertionError(f"{label(criterion)}: cut {kind} units disagree with silenced ones at {where}")
 
 
 def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[CoupledGroup, ...]:

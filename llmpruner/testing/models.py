@@ -23,7 +23,6 @@ from ..models.model import Model
 from ..pipeline import calibrate, prune_model, select
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
-from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.job import PruneJob, job_of, prune_job
 from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
@@ -83,14 +82,13 @@ def letters() -> Any:
     )
 
 
-def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> PruneJob:
+def small_job(**changes: Any) -> PruneJob:
     """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
-    by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob`."""
+    by l1. ``changes``: fields of `PruneJob`."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
     job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
     calibration = CalibrationJob("self", (Part(SelfWritten(), ""),), samples=1, length=4)
-    values: dict[str, Any] = {"criterion": criterion or job.criterion, "calibration": calibration, **changes}
-    return replace(job, **values)
+    return replace(job, calibration=calibration, **changes)
 
 
 def make_plan(model: Model, job: PruneJob) -> PruningPlan:
