@@ -130,12 +130,7 @@ class Catalog:
         if name is not None:
             return self.families[name]()
         matches = [family for cls in self.families.values() if (family := cls()).matches(config)]
-        extended: set[str] = set()
-        for family in matches:
-            parent = family.extends
-            while parent is not None and parent not in extended:
-                extended.add(parent)
-                parent = self.families[parent].extends if parent in self.families else None
+        extended = {family.extends for family in matches}
         left = [family for family in matches if family.name not in extended]
         if len(left) > 1:
             names = ", ".join(f"{family.name} ({self.families.package_of(family.name)})" for family in left)

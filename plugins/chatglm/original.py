@@ -127,9 +127,7 @@ def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # several lines, one for each parameter
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:400]}; download it again") from error
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    if len(kinds) == 1:
-        model.config.dtype = kinds.pop()
+    model.config.dtype = model.dtype
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(path / "generation_config.json"))
         if isinstance(config.eos_token_id, list):
