@@ -131,14 +131,14 @@ class Catalog:
             return self.families[name]()
         matches = [family for cls in self.families.values() if (family := cls()).matches(config)]
         extended = {family.extends for family in matches}
-        left = [family for family in matches if family.name not in extended]
-        if len(left) > 1:
-            names = ", ".join(f"{family.name} ({self.families.package_of(family.name)})" for family in left)
+        candidates = [family for family in matches if family.name not in extended]
+        if len(candidates) > 1:
+            names = ", ".join(f"{family.name} ({self.families.package_of(family.name)})" for family in candidates)
             raise UnsupportedModelError(
                 f"several families match model type '{config.model_type}': {names}; choose with --family; in plugins, "
                 "name the family that is specialised with 'extends', or let 'matches' leave out other models"
             )
-        return left[0] if left else self.families[AUTO]()
+        return candidates[0] if candidates else self.families[AUTO]()
 
     def reader_for(self, path: Path) -> CheckpointReader | None:
         """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""
