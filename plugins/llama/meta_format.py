@@ -328,13 +328,12 @@ def check_written(directory: Path, model: PreTrainedModel) -> None:
     """Read ``directory`` back. Raises `CheckpointError` where sizes, rotary settings or tensors are not those of
     ``model``."""
     folder, state = MetaFolder(directory), model.state_dict()
-    # `tokenizer_in` also searches the parent of ``directory``.
-    again = folder.config(tokenizer_in(directory) if (directory / TOKENIZER).is_file() else None)
+    config = folder.config(tokenizer_in(directory))
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     for field in (*sizes, "rms_norm_eps", "rope_parameters"):
-        ours, theirs = getattr(again, field), getattr(model.config, field)
-        if ours != theirs:
-            raise CheckpointError(f"Meta's format does not keep {field}: it was {theirs}, and is read back as {ours}")
+        read, expected = getattr(config, field), getattr(model.config, field)
+        if read != expected:
+            raise CheckpointError(f"Meta's format does not keep {field}: it was {expected}, and is read back as {read}")
     for name, tensor in folder.state(None).items():
         if not torch.equal(tensor, state[name].cpu()):
             raise CheckpointError(f"{name} is read back with other values than were written: check disk and memory")
