@@ -63,8 +63,6 @@ COMMANDS: Final[Mapping[str, StepKind]] = {
         lambda exporter: exporter.check(),
     ),
 }
-CHECKPOINTS: Final = ("prune", "recover")
-"""Commands whose result later steps take; each takes the newest one."""
 MEASURES: Final = ("evaluate", "bench", "generate")
 """Commands that read several models: the dense one and all checkpoints so far, or those under ``models``."""
 
@@ -225,7 +223,7 @@ def _put(values: Any, path: Sequence[str], value: Any, place: str) -> None:
 
 
 def _reads(command: str, models: Sequence[str] | None, before: Sequence[Step], place: str) -> tuple[str, ...]:
-    checkpoints = [DENSE, *(step.name for step in before if step.command in CHECKPOINTS)]
+    checkpoints = [DENSE, *(step.name for step in before if step.command in ("prune", "recover"))]
     if command not in MEASURES:
         return (checkpoints[-1],)
     if models is None:

@@ -31,11 +31,7 @@ if TYPE_CHECKING:
 
 _NEVER = 10**9
 """More steps than a training takes: `_Schedule` says when to validate and to save, and when the time is up."""
-_WARMUP = 100
-"""Steps over which the learning rate rises, or a tenth of all where that is fewer."""
 _NARROW = {torch.bfloat16, torch.float16}
-_PARTS, _CHECKING_SHARE = 10, 0.1
-"""At most so many validations, which take at most this share of the training's work, or time."""
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
@@ -223,7 +219,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
             else:
                 done = self.share_done()
                 begun, peak = 10 * done, min(1.0, (step + 1) / (100 * done))
-            return peak * min(1.0, max(begun, (step + 1) / _WARMUP)) * max(0.0, 1 - done)
+            return peak * min(1.0, max(begun, (step + 1) / 100)) * max(0.0, 1 - done)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -369,15 +365,16 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, settings, done = self._trainer, self._trainer.job.settings, self._trainer.share_done()
+        # Validations take at most a tenth of the work, or time.
         if settings.minutes is None:
             # Of a step, every example is computed forwards and backwards: three times the work.
-            affordable = _CHECKING_SHARE * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
+            affordable = 0.1 * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
         else:
             # After an interruption, it is not known yet how long a validation takes.
-            affordable = _CHECKING_SHARE * 60 * settings.minutes / (trainer.check_seconds or 1.0)
+            affordable = 0.1 * 60 * settings.minutes / (trainer.check_seconds or 1.0)
         ends = done >= 1
         control.should_training_stop = ends
-        control.should_evaluate = ends or self._completes(max(1, min(_PARTS, int(affordable))), done)
+        control.should_evaluate = ends or self._completes(max(1, min(10, int(affordable))), done)
         # Nothing is saved at the end, which is the result.
         control.should_save = not ends and (control.should_evaluate or self._completes(3, done))
         self._before = done
