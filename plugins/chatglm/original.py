@@ -46,8 +46,6 @@ _GLM4_TOKENS = (
     "<|endoftext|>", *_MARKS, *_ROLES,
     "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
-# Each line of a tiktoken vocabulary: a token in base64, its rank.
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 def read_config(path: Path) -> PreTrainedConfig:
@@ -196,8 +194,9 @@ def _one_line(file: Path) -> Iterator[None]:
 
 
 def _is_tiktoken(file: Path) -> bool:
+    """Whether the first line is a token in base64 and its rank."""
     with file.open("rb") as stream:
-        return _TIKTOKEN_LINE.fullmatch(stream.readline(4096)) is not None
+        return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", stream.readline(4096)) is not None
 
 
 def _sentencepiece(directory: Path) -> Any:
