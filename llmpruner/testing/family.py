@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +30,7 @@ from ..pruning.saving import save
 from ..recovery.base import RecoveryJob
 from ..recovery.strategies import LoraStrategy
 from ..settings import RecoverSettings
-from ..structure.coupling import ATTENTION, MLP, CoupledGroup, CouplingGraph
+from ..structure.coupling import ATTENTION, MLP, CouplingGraph
 from .components import label, settings_grid
 from .criterion import scorable
 from .models import cut_by, letters, make_plan, small_job
@@ -170,7 +170,9 @@ class FamilyConformance:
         """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
-        plan = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(groups)))
+        kinds = tuple(dict.fromkeys(group.kind for group in groups))
+        kinds = tuple(kind for kind in kinds if kind in (MLP, ATTENTION)) or kinds
+        plan = make_plan(loaded, small_job(amount=0.25, kinds=kinds))
         if uneven:
             kept = random_plan(groups, seed=3, uneven=True)
             cuts = {n: plan.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in plan.cuts if n in kept}
@@ -179,8 +181,7 @@ class FamilyConformance:
 
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
-        loaded = self.loaded()
-        pruned = cut_by(loaded, make_plan(loaded, small_job(kinds=_kinds(loaded.graph.groups))))
+        pruned = self._pruned(uneven=False)
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
@@ -190,12 +191,6 @@ class FamilyConformance:
         result = LoraStrategy(dropout=0.0).train(job)
         changed = [n for n, p in result.model.named_parameters() if n in before and not torch.equal(p, before[n])]
         assert len(result.losses) == 1 and changed, "one step of LoRA changed nothing"
-
-
-def _kinds(groups: Iterable[CoupledGroup]) -> tuple[str, ...]:
-    """MLP channels and heads, or all kinds of a family that has neither."""
-    kinds = dict.fromkeys(group.kind for group in groups if group.layer is not None)
-    return tuple(kind for kind in kinds if kind in (MLP, ATTENTION)) or tuple(kinds)
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
