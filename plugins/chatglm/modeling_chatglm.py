@@ -54,11 +54,6 @@ class Layout:
         mask = _first(input_ids == config.gmask_token_id, otherwise=mask)
         return cls(start, sop, mask - start)
 
-    @classmethod
-    def without_context(cls, batch: int, device: torch.device) -> Layout:
-        zero = torch.zeros(batch, dtype=torch.long, device=device)
-        return cls(zero, zero, zero)
-
     def position_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """``columns`` ``[T]`` → ``[B, 2, T]``: position in the context, position in the answer."""
         sop = self.sop[:, None]
@@ -228,10 +223,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
@@ -241,18 +235,18 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
         ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
         ``past_key_values``: the former name of ``cache``."""
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        hidden = self.word_embeddings(input_ids)
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = DynamicCache(config=self.config)
-        batch, length = hidden.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        layout = self._layout(input_ids, attention_mask, cache, past, batch)
-        columns = torch.arange(past, past + length, device=hidden.device)
-        slots = past + length
+        # The end of the context is not in later tokens, so the first call stores it in the cache.
+        layout = cache.chatglm_layout if past else Layout.of(input_ids, attention_mask, self.config)
+        if cache is not None:
+            cache.chatglm_layout = layout
+        slots = past + input_ids.shape[1]
+        columns = torch.arange(past, slots, device=hidden.device)
         if cache is not None and cache.layers:
             # A static cache returns all its slots; the empty ones are after every query, and so never visible.
             slots = getattr(cache.layers[0], "max_cache_len", slots)
@@ -271,19 +265,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             cache=cache if use_cache else None,
         )
 
-    def _layout(
-        self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None, past: int, batch: int
-    ) -> Layout:
-        layout = Layout.without_context(batch, self.device)
-        if past:
-            # The end of the context is not in later tokens, so it is stored in the cache.
-            return getattr(cache, "chatglm_layout", layout)
-        if input_ids is not None:
-            layout = Layout.of(input_ids, mask, self.config)
-        if cache is not None:
-            cache.chatglm_layout = layout
-        return layout
-
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
     """ChatGLM-6B with its language-model head, under the name that the released checkpoints use."""
@@ -299,10 +280,9 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -313,17 +293,14 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
         are those before ``<sop>``, as attention to them is bidirectional."""
         loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
-        output = self.transformer(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, **kwargs
-        )
+        output = self.transformer(input_ids, attention_mask, cache, use_cache, output_hidden_states, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            if input_ids is not None:
-                sop = Layout.of(input_ids, attention_mask, self.config).sop
-                columns = torch.arange(labels.shape[1], device=labels.device)
-                labels = labels.masked_fill(columns < sop[:, None], -100)
+            sop = Layout.of(input_ids, attention_mask, self.config).sop
+            columns = torch.arange(labels.shape[1], device=labels.device)
+            labels = labels.masked_fill(columns < sop[:, None], -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
         result = CausalLMOutputWithPast(
             loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache
