@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..discovery.opening import Opener, load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
@@ -23,14 +23,12 @@ from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import data_identity, model_identity
 from ..models.tokenizer import brings_tokenizer
+from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..pruning.checks import check_job
 from ..report.sections import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
 from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
-
-if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
 
 
 @dataclass(frozen=True)

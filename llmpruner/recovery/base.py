@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..settings import RecoverSettings
+from ..structure.coupling import CouplingGraph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..structure.coupling import CouplingGraph
 
 Row = Mapping[str, list[int]]
 """``input_ids`` and ``labels`` of one example, of equal length, not padded. A label is the token at the same position,

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..errors import UnsupportedModelError, first_line
+from ..structure.coupling import CouplingGraph
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..structure.coupling import CouplingGraph
     from .losses import Loss
 
 

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,11 +23,9 @@ from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
+from ..settings import RecoverSettings
 from .base import RecoveryJob, Row, TrainingResult, helped
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
-
-if TYPE_CHECKING:
-    from ..settings import RecoverSettings
 
 _NEVER = 10**9
 """More steps than a training takes: `_Schedule` says when to validate and to save, and when the time is up."""

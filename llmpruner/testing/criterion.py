@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 
 from ..calibration.calibration import CalibrationSet
 from ..engine.signals import Signal
+from ..models.model import Model
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_spans
 from ..structure.coupling import EXPERT, CoupledGroup, CouplingGraph
 from .components import check_component, label, settings_grid
 from .models import first_change, scramble, tiny_llama, tiny_mixture
-
-if TYPE_CHECKING:
-    from ..models.model import Model
 
 
 class CriterionConformance:

@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from ..calibration.calibration import CalibrationSet
 from ..calibration.written import self_generated
@@ -34,10 +35,6 @@ from ..structure.coupling import ATTENTION, MLP, CouplingGraph
 from .components import label, settings_grid
 from .criterion import scorable
 from .models import cut_by, letters, make_plan, small_job
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 _PROBE = """
 import json, sys, torch

@@ -7,12 +7,12 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..calibration.calibration import CalibrationJob, Part, SelfWritten
 from ..discovery.family import AutoFamily
@@ -26,9 +26,6 @@ from ..plugins.manager import plugin_manager
 from ..pruning.job import PruneJob, job_of, prune_job
 from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3,

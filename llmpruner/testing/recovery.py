@@ -8,24 +8,21 @@ from contextlib import suppress
 from dataclasses import replace
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import pytest
 import torch
 
+from ..models.model import Model
 from ..models.opening import load_pruned
 from ..models.surgery import cut
 from ..pruning.saving import save
-from ..recovery.base import RecoveryStrategy, nothing
+from ..recovery.base import RecoveryStrategy, TrainingResult, nothing
 from ..recovery.data import RecoverySetup, prepare, read_data
 from ..recovery.recover import train
 from ..settings import RecoverSettings
 from .components import check_component
 from .models import first_change, scramble, tiny_llama
-
-if TYPE_CHECKING:
-    from ..models.model import Model
-    from ..recovery.base import TrainingResult
 
 _STEPS, _INTERRUPTED_AT = 6, 4
 
