@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from ..calibration.conversations import Example, read_examples
 from ..discovery.opening import Opener, Source, dense_structure, placed_as
@@ -31,9 +32,6 @@ from ..progress import QUIET, Progress
 from ..pruning.saving import save
 from .base import RecoveryJob, TrainingResult, helped, nothing
 from .data import DenseText, RecoverySetup, TrainingData, check_setup, prepare, read_data, write_examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""

@@ -9,18 +9,15 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
 from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
 
 from .meta_tokenizer import TOKENIZER, read_tokenizer, stop_tokens, tiktoken_ranks
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 PARAMS = "params.json"
 _REFUSED = "Meta's format cannot hold this model"
