@@ -264,11 +264,10 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         """Log the seconds so far too, for a training that is resumed, and report to the job."""
         super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
         job, entry = self.job, self.state.log_history[-1]
-        step = entry["step"]
-        for name, what in (("loss", "loss"), ("eval_loss", "validation loss")):
-            if not math.isfinite(entry.get(name, 0.0)):
-                hint = "lower the learning rate" if step else "the weights of the model are damaged"
-                raise ModelError(f"the {what} became {entry[name]} at step {step}; {hint}")
+        step, loss = entry["step"], entry.get("loss", entry.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            hint = "lower the learning rate" if step else "the weights of the model are damaged"
+            raise ModelError(f"the loss became {loss} at step {step}; {hint}")
         if "loss" in entry:
             job.on_step(step, max(step, round(step / self.share_done())), entry["loss"])
         if "eval_loss" in entry:
