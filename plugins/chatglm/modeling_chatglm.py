@@ -24,7 +24,6 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_chatglm import ChatGLMConfig
 
-_MASKED = -10000.0
 # The residual scale α = √(2·28), constant in the released code, so that it does not change when layers are removed.
 _ALPHA = (2 * 28) ** 0.5
 
@@ -111,14 +110,13 @@ def eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may attend."""
     scores = (query * scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, _MASKED)
+    scores = scores.masked_fill(~attention_mask, -10000.0)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
