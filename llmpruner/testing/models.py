@@ -15,7 +15,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..calibration.calibration import CalibrationJob, Part, SelfWritten
-from ..discovery.family import AutoFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..engine.execution import Execution
@@ -36,29 +35,18 @@ _SIZES = {
 def tiny_llama(seed: int = 0) -> Model:
     """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
     48 hidden channels. No weight is zero, so that errors are visible."""
-    return _copy(_built(LlamaConfig, seed))
+    return _copy(_built(LlamaConfig, "llama", seed))
 
 
 def tiny_mixture() -> Model:
     """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 3 layers, of which a token gets 2."""
-    return _copy(_built(MixtralConfig, 0, num_local_experts=7, num_experts_per_tok=2))
-
-
-class _MixtureFamily(AutoFamily):
-    """Saves the search for attributes that follow a cut, which takes ten seconds."""
-
-    def refresh(self, model: Any) -> None:
-        for layer in model.model.layers:
-            attention, experts, router = layer.self_attn, layer.mlp.experts, layer.mlp.gate
-            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
-            experts.num_experts, router.hidden_dim = router.weight.shape
-            router.num_experts = experts.num_experts
+    return _copy(_built(MixtralConfig, "auto", 0, num_local_experts=7, num_experts_per_tok=2))
 
 
 @cache
-def _built(configuration: type[PreTrainedConfig], seed: int, **sizes: int) -> Model:
+def _built(configuration: type[PreTrainedConfig], name: str, seed: int, **sizes: int) -> Model:
     config = configuration(num_hidden_layers=3, **_SIZES, **sizes)
-    family = _MixtureFamily() if configuration is MixtralConfig else Catalog().families["llama"]()
+    family = Catalog().families[name]()
     model = random_instance(config, seed)
     return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
 
