@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .configuration_chatglm import ChatGLMConfig
 
@@ -276,6 +277,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor,
@@ -285,12 +287,10 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+    ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
         are those before ``<sop>``, as attention to them is bidirectional."""
-        loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         output = self.transformer(input_ids, attention_mask, cache, use_cache, output_hidden_states, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
@@ -299,11 +299,8 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             sop = Layout.of(input_ids, attention_mask, self.config).sop
             columns = torch.arange(labels.shape[1], device=labels.device)
             labels = labels.masked_fill(columns < sop[:, None], -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache
-        )
-        return result.to_tuple() if return_dict is False else result
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor | None:
