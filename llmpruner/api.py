@@ -53,7 +53,7 @@ from .pruning.verify import Verification
 from .pruning.verify import verify_checkpoint as _verify_checkpoint
 from .recipes.recipe import Recipe
 from .recipes.run import RecipeResult, RecipeRun, StepResult
-from .recovery.data import recover_job
+from .recovery.data import recovery_setup
 from .recovery.recover import recover as _recover
 from .report.base import Report, report_page
 from .report.evidence import as_written, report_subjects
@@ -185,8 +185,8 @@ def recover(
     share every batch, as for `prune`.
     """
     opener = _opener(load, catalog, progress)
-    job = recover_job(settings_from(RecoverSettings, settings), opener.catalog)
-    return _recover(model, job, _path(output), _path(work_dir), opener, restart=restart)
+    setup = recovery_setup(settings_from(RecoverSettings, settings), opener.catalog)
+    return _recover(model, setup, _path(output), _path(work_dir), opener, restart=restart)
 
 
 @overload

@@ -1,5 +1,5 @@
-"""The built-in components: a plugin like any other, named ``builtin``. Classes are imported when a hook is called:
-``--help`` calls none of these, and would take a tenth of a second longer."""
+"""The built-in components: a plugin like any other, named ``builtin``. Hooks import the classes, to keep ``--help``
+fast."""
 
 from __future__ import annotations
 
@@ -84,18 +84,12 @@ def llmpruner_runtimes() -> list[type]:
 
 @hookimpl
 def llmpruner_report_sections() -> list[type]:
-    from ..report.sections import (
-        AnswersSection,
-        CostSection,
-        OriginSection,
-        PlanSection,
-        QualitySection,
-        RecoverySection,
-    )
-    from ..report.summary import ComparisonSection, SummarySection
+    from ..report import sections, summary
 
-    sections = [SummarySection, ComparisonSection, QualitySection, AnswersSection, CostSection]
-    return [*sections, PlanSection, RecoverySection, OriginSection]
+    return [
+        summary.SummarySection, summary.ComparisonSection, sections.QualitySection, sections.AnswersSection,
+        sections.CostSection, sections.PlanSection, sections.RecoverySection, sections.OriginSection,
+    ]  # fmt: skip
 
 
 @hookimpl

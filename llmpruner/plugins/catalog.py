@@ -34,8 +34,7 @@ T = TypeVar("T", bound=Component)
 
 
 class Registry(dict[str, type[T]]):
-    """The classes of one kind by name, in the order of their names. Looking up an unknown name raises
-    `UnknownNameError`."""
+    """The classes of one kind by name, sorted. Looking up an unknown name raises `UnknownNameError`."""
 
     def __init__(self, manager: PluginManager, kind: Kind[T]) -> None:
         self.kind, self._manager = kind.name, manager
@@ -60,15 +59,15 @@ class Registry(dict[str, type[T]]):
         """The component ``name`` with the settings ``values``. Raises `UnknownNameError` and `SettingsError`."""
         return self[name](**(values or {}))
 
-    def create_only(self, name: str, own: Mapping[str, Mapping[str, Any]]) -> T:
-        """`create` for a command with one component; ``own``: name → settings, of which no other is accepted."""
-        component = self.create(name, own.get(name))
-        check_chosen(own, [component])
+    def create_only(self, name: str, settings: Mapping[str, Mapping[str, Any]]) -> T:
+        """`create`, for a command that uses one component: ``settings`` (by component name) may be of no other."""
+        component = self.create(name, settings.get(name))
+        check_chosen(settings, [component])
         return component
 
 
 def problem_of(cls: Any, base: type) -> str | None:
-    """Why ``cls`` cannot be used as a component of the kind of ``base``; None when it can."""
+    """Why ``cls`` cannot be used as a component derived from ``base``; None when it can."""
     if not (isinstance(cls, type) and issubclass(cls, base)):
         return f"it is no subclass of {base.__name__}"
     name: Any = getattr(cls, "name", "")
@@ -79,8 +78,7 @@ def problem_of(cls: Any, base: type) -> str | None:
 
 
 class Kind(cached_property[Registry[T]], Generic[T]):
-    """A kind of component, as an attribute of `Catalog`: its `Registry`, filled when the attribute is first read.
-    ``hook``: returns the classes. ``base``: their base class. ``name``: in messages, such as ``budget``."""
+    """An attribute of `Catalog`: the `Registry` of the classes that ``hook`` returns, filled when it is first read."""
 
     attrname: str
 
@@ -90,7 +88,7 @@ class Kind(cached_property[Registry[T]], Generic[T]):
 
 
 class Catalog:
-    """The components of all plugins: a `Registry` for each kind. ``manager``: by default with all installed plugins."""
+    """The components of all plugins, by kind and name. ``manager``: by default with all installed plugins."""
 
     families = Kind("llmpruner_model_families", ModelFamily)
     criteria = Kind("llmpruner_importance_criteria", ImportanceCriterion)
@@ -112,11 +110,11 @@ class Catalog:
 
     @property
     def registries(self) -> dict[str, Registry[Any]]:
-        """The registries by kind, such as ``budget``."""
+        """The registries by the name of their kind."""
         return {name: getattr(self, kind.attrname) for name, kind in KINDS.items()}
 
     def register_models(self) -> None:
-        """Call `ModelFamily.register_models` of every family. One that raises is named in ``manager.broken``."""
+        """Let every family register its models. One that raises is named in ``manager.broken``."""
         for name, cls in self.families.items():
             try:
                 cls().register_models()
@@ -127,27 +125,20 @@ class Catalog:
                     self.manager.broken.append(line)
 
     def family_for(self, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
-        """The family ``name``; by default the one that matches and is not extended by another that matches, else
-        ``auto``, which discovers the structure.
-
-        Raises `UnsupportedModelError` when several match.
-        """
+        """The family ``name``; by default the one that matches and that no other match extends, or ``auto``. Raises
+        `UnsupportedModelError` when there are several."""
         if name is not None:
             return self.families[name]()
-        matches, extended = [family for cls in self.families.values() if (family := cls()).matches(config)], set[str]()
-        for family in matches:
-            parent = family.extends
-            while parent is not None and parent not in extended:
-                extended.add(parent)
-                parent = self.families[parent].extends if parent in self.families else None
-        left = [family for family in matches if family.name not in extended]
-        if len(left) > 1:
-            names = ", ".join(f"{family.name} ({self.families.package_of(family.name)})" for family in left)
+        matches = [family for cls in self.families.values() if (family := cls()).matches(config)]
+        extended = {family.extends for family in matches}
+        candidates = [family for family in matches if family.name not in extended]
+        if len(candidates) > 1:
+            names = ", ".join(f"{family.name} ({self.families.package_of(family.name)})" for family in candidates)
             raise UnsupportedModelError(
                 f"several families match model type '{config.model_type}': {names}; choose with --family; in plugins, "
                 "name the family that is specialised with 'extends', or let 'matches' leave out other models"
             )
-        return left[0] if left else self.families[AUTO]()
+        return candidates[0] if candidates else self.families[AUTO]()
 
     def reader_for(self, path: Path) -> CheckpointReader | None:
         """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""
@@ -158,7 +149,7 @@ class Catalog:
 
 
 KINDS: dict[str, Kind[Any]] = {kind.name: kind for kind in vars(Catalog).values() if isinstance(kind, Kind)}
-"""Every kind of component by name, in the order in which they are listed."""
+"""Every kind of component by name, such as ``budget``."""
 
 
 def register() -> None:

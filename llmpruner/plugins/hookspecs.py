@@ -1,16 +1,16 @@
 """The hooks of llmpruner: the complete list of what a plugin can add.
 
-A plugin is an installed package with an entry point in the group ``llmpruner`` that names a module (or object) with
-functions marked ``@llmpruner.hookimpl``; what these need is imported from ``llmpruner``. Hooks return lists of
-*classes*, each with a name, a summary, and settings for ``--set NAME.key=value``, all of which have defaults. A name is
-lower case, without blanks, commas, dots, colons and equals signs, and unique within its kind.
+A plugin is an installed package with an entry point in the group ``llmpruner``, which names a module (or object) with
+functions marked ``@llmpruner.hookimpl``. Hooks return lists of *classes*, each with a name, a summary, and settings for
+``--set NAME.key=value``, all of which have defaults. A name is lower case, without blanks, commas, dots, colons and
+equals signs, and unique within its kind.
 
-Hooks are called when a command first needs classes of their kind. A plugin that cannot be imported, or has a hook that
-does not exist, is left out with a line on standard error, and so is a class of the wrong kind, or with a name that is
-taken. A component that raises stops the command; nothing is written.
+Hooks are called when a command first needs classes of their kind. A plugin that cannot be imported, or has an unknown
+hook, is left out with a line on standard error, and so is a class of the wrong kind, or with a name that is taken. A
+component that raises stops the command; nothing is written.
 
-Packages whose model classes a pruned checkpoint may import, in addition to transformers and the plugins, are named by
-entry points in the group ``llmpruner.models``; such a package is imported only when a checkpoint needs it.
+An entry point in the group ``llmpruner.models`` names a package whose model classes pruned checkpoints may import,
+besides transformers and the plugins. It is imported only when a checkpoint needs it.
 """
 
 # mypy: disable-error-code="empty-body"
@@ -49,9 +49,8 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def llmpruner_model_families() -> Sequence[type[ModelFamily]]:
     """Model families: the coupled groups of one architecture each.
 
-    The family of a model is the one whose ``matches`` returns True and that no other match ``extends``; several are an
-    error that asks for ``--family``, and without any the structure is discovered. Groups that contradict the model's
-    parameters stop the command with `CouplingError`.
+    The family of a model is the one whose ``matches`` returns True and that no other match ``extends``; if there are
+    several, the user must choose by ``--family``; if there is none, the structure is discovered.
     """
 
 
@@ -77,20 +76,15 @@ def llmpruner_compensations() -> Sequence[type[Compensation]]:
 
 @hookspec
 def llmpruner_calibration_sources() -> Sequence[type[CalibrationSource]]:
-    """Sources for ``--calibration``, which return token sequences.
+    """Sources for ``--calibration``, which return int64 tokens (samples, length).
 
-    A part of ``--calibration`` that is no file and equals the name of a source, by itself or before a colon, selects
-    it; anything else is a file or a data set. Tokens of another shape or dtype than int64 (samples, length) stop the
-    command with `PluginError`.
+    ``NAME`` and ``NAME:argument`` select the source of that name; anything else, and a file of such a name, is text.
     """
 
 
 @hookspec
 def llmpruner_recovery_strategies() -> Sequence[type[RecoveryStrategy]]:
-    """Recovery strategies for ``recover --strategy``.
-
-    Settings that all strategies share are in the job; when one raises, files in the job's ``work_dir`` are kept.
-    """
+    """Recovery strategies for ``recover --strategy``. When one raises, files in the job's ``work_dir`` are kept."""
 
 
 @hookspec
@@ -110,11 +104,8 @@ def llmpruner_runtimes() -> Sequence[type[Runtime]]:
 
 @hookspec
 def llmpruner_checkpoint_readers() -> Sequence[type[CheckpointReader]]:
-    """Readers for checkpoint formats that ``from_pretrained`` does not support, such as Meta's.
-
-    ``recognises`` of every reader is called with the path of each model that is opened; two that recognise it are an
-    error that names both.
-    """
+    """Readers for checkpoint formats that ``from_pretrained`` does not support, such as Meta's. No two may
+    recognise the same path."""
 
 
 @hookspec
@@ -136,7 +127,6 @@ def llmpruner_recipes() -> Sequence[type[NamedRecipe]]:
 def llmpruner_commands(app: typer.Typer) -> None:
     """Commands for the command line: register commands or groups on ``app``, an empty Typer application.
 
-    Called at every start, so import what is slow inside the commands. A command whose name exists already is left out,
-    with a warning. Raise `llmpruner.LlmprunerError` inside a command for a mistake of the user's: it becomes one line
-    and exit code 2.
+    Called at every start, so import what is slow inside the commands. A command whose name is taken is left out, with a
+    warning. Raise `llmpruner.LlmprunerError` for a user's mistake: it becomes one line, and exit code 2.
     """

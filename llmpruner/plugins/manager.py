@@ -19,8 +19,8 @@ class PluginManager(pluggy.PluginManager):
     def __init__(self) -> None:
         super().__init__(hookspecs.PROJECT)
         self.add_hookspecs(hookspecs)
+        # By the top-level module that an entry point names. Reading the name of one takes milliseconds.
         self._distributions: dict[str, metadata.Distribution] = {}
-        """Of each top-level module that an entry point names. Reading a name takes milliseconds."""
         self.broken: list[str] = []
 
     def package_of(self, thing: Any) -> str:
@@ -62,16 +62,14 @@ class PluginManager(pluggy.PluginManager):
 
 
 def plugin_manager(*, entry_points: bool = True) -> PluginManager:
-    """A new manager with the built-ins (``builtin``) and, unless switched off, every installed plugin, but for those
-    that ``LLMPRUNER_BLOCK`` names, with commas between them."""
+    """A new manager with the built-ins (``builtin``) and, unless switched off, every installed plugin, except those in
+    ``LLMPRUNER_BLOCK`` (comma-separated)."""
     manager = PluginManager()
     for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
         manager.set_blocked(name.strip())
     manager.register(builtin, "builtin")
     if entry_points:
-        # The same distribution may be on the path twice.
-        entries = {(entry.name, entry.value): entry for entry in metadata.entry_points(group=hookspecs.PROJECT)}
-        for _, entry in sorted(entries.items()):
+        for entry in sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: (e.name, e.value)):
             if not manager.is_blocked(entry.name):
                 manager.load(entry)
     return manager

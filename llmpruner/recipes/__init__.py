@@ -1,4 +1,4 @@
-"""Recipes: the steps of pruning in sequence. Here those that have a name, and the ones that come with llmpruner."""
+"""Recipes that are run by their names, and those that come with llmpruner."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import ClassVar
 
 from ..component import Component
 
-_PACKAGE = Path(__file__).parents[1]
 _SHIPPED = Path(__file__).with_name("shipped")
 
 
@@ -29,7 +28,7 @@ class NamedRecipe(Component):
 
     def text(self) -> str:
         """The recipe, as YAML."""
-        return self.path.read_text(encoding="utf-8").replace("${llmpruner}", str(_PACKAGE))
+        return self.path.read_text(encoding="utf-8").replace("${llmpruner}", str(Path(__file__).parents[1]))
 
 
 class PaperRecipe(NamedRecipe):

@@ -1,8 +1,7 @@
-"""Recipe files: the steps from a dense model to its pruned, recovered, measured and exported versions.
+"""Recipe files, read into a `Recipe`, which `recipes.run` executes. Imports no torch.
 
 A recipe is YAML, or a mapping with the same keys. Each step is one command with the settings that it has on the command
-line; ``rounds: N`` with ``steps`` stands for these steps N times. `Recipe` is what `recipes.run` executes. Imports no
-torch.
+line; ``rounds: N`` with ``steps`` stands for these steps N times.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line
 from ..evaluation.evaluate import chosen_metrics
 from ..plugins.catalog import Catalog
 from ..pruning.job import prune_job
-from ..recovery.data import check_recover, recover_job
+from ..recovery.data import check_setup, recovery_setup
 from ..settings import (
     BenchSettings,
     EvaluateSettings,
@@ -43,36 +42,35 @@ LAST: Final = "last"
 
 
 class StepKind(NamedTuple):
-    """A command that a step can run. ``create``: makes its job of its ``settings``, and refuses those that contradict
-    each other; ``check``: refuses a job whose data or libraries are missing."""
+    """A command that a step can run."""
 
     settings: type[Settings]
     create: Callable[[Any, Catalog], Any]
+    """Makes the job of the settings, and refuses those that contradict each other."""
     check: Callable[[Any], object] = lambda job: None
+    """Refuses a job whose data or libraries are missing."""
 
 
 COMMANDS: Final[Mapping[str, StepKind]] = {
     "prune": StepKind(PruneSettings, prune_job, lambda job: job.calibration is None or job.calibration.check()),
-    "recover": StepKind(RecoverSettings, recover_job, check_recover),
+    "recover": StepKind(RecoverSettings, recovery_setup, check_setup),
     "evaluate": StepKind(EvaluateSettings, chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
-    "bench": StepKind(BenchSettings, lambda own, catalog: catalog.runtimes.create_only(own.runtime, own.settings)),
-    "generate": StepKind(GenerateSettings, lambda own, catalog: own),
+    "bench": StepKind(BenchSettings, lambda s, catalog: catalog.runtimes.create_only(s.runtime, s.settings)),
+    "generate": StepKind(GenerateSettings, lambda s, catalog: s),
     "export": StepKind(
         ExportSettings,
-        lambda own, catalog: catalog.exporters.create_only(own.to, own.settings),
+        lambda s, catalog: catalog.exporters.create_only(s.to, s.settings),
         lambda exporter: exporter.check(),
     ),
 }
-CHECKPOINTS: Final = ("prune", "recover")
-"""Commands whose result later steps take; each takes the newest one."""
 MEASURES: Final = ("evaluate", "bench", "generate")
 """Commands that read several models: the dense one and all checkpoints so far, or those under ``models``."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``name``: of its folder. ``reads``: the models it takes: ``dense``, and names of earlier steps.
-    ``place``: the file and the step, for messages. ``job``: see `StepKind`."""
+    """One command. ``name``: of its folder. ``reads``: ``dense``, or names of earlier steps. ``place``: file and step,
+    for messages. ``job``: of `StepKind.create`."""
 
     number: int
     command: str
@@ -86,8 +84,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Steps, and what they share. ``model``, ``output``: None where the caller names them. ``source``: file or name,
-    for messages."""
+    """Steps, and what they share. ``source``: the file or name, for messages."""
 
     steps: tuple[Step, ...]
     model: str | None = None
@@ -97,7 +94,7 @@ class Recipe:
 
     @classmethod
     def read(cls, reference: str | Path, catalog: Catalog, values: Mapping[str, Any] | None = None) -> Recipe:
-        """The recipe in a file, or the one of that name. ``values``: as of `of`. Raises `SettingsError`."""
+        """The recipe in a file, or of that name. ``values``: as of `of`. Raises `SettingsError`."""
         text, source = _text(str(reference), catalog)
         try:
             value = yaml.safe_load(text)
@@ -113,8 +110,8 @@ class Recipe:
         cls, value: Mapping[str, Any], catalog: Catalog, source: str = "recipe", values: Mapping[str, Any] | None = None
     ) -> Recipe:
         """The recipe in ``value``, which has the keys of a recipe file. ``values``: other settings, as of
-        `llmpruner.run`. Raises `LlmprunerError`, in one line with the step and the key, for what is no recipe, and for
-        mistakes that need no model and no file to be seen."""
+        `llmpruner.run`. Raises `LlmprunerError`, with the step, for mistakes that need no model and no file to be
+        seen."""
         top = _settings(RecipeSettings, value, source)
         values = values or {}
         for key in values:
@@ -127,14 +124,13 @@ class Recipe:
             raise SettingsError(f"{source}: expected at least one step under 'steps'")
         known = {name for step in steps for name in (step.command, step.name, str(step.number))}
         for key in values:
-            if key.partition(".")[0] not in known:
-                raise SettingsError(f"{key}: {UnknownNameError('step', key.partition('.')[0], known)}")
+            if (name := key.partition(".")[0]) not in known:
+                raise SettingsError(f"{key}: {UnknownNameError('step', name, known)}")
         return cls(tuple(steps), top.model, top.output, top.load, source)
 
 
 def values_of(texts: Sequence[str]) -> dict[str, Any]:
-    """``["prune.ratio=0.3"]``, as the command line gives it, as ``{"prune.ratio": 0.3}``: values are read as YAML.
-    Raises `SettingsError`."""
+    """``{"prune.ratio": 0.3}`` of ``["prune.ratio=0.3"]``; values are read as YAML. Raises `SettingsError`."""
     values: dict[str, Any] = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -185,7 +181,7 @@ def _written_out(entries: Any, place: str) -> Iterator[Mapping[str, Any]]:
 def _step(
     entry: Mapping[str, Any], before: Sequence[Step], changes: Mapping[str, Any], source: str, catalog: Catalog
 ) -> Step:
-    """``before``: the steps before this one."""
+    """The step after those ``before``. ``changes``: as ``values`` of `Recipe.of`."""
     number = len(before) + 1
     commands = [key for key in entry if key in COMMANDS]
     if len(commands) != 1:
@@ -194,11 +190,11 @@ def _step(
         raise SettingsError(f"{source}, step {number}: expected one of {', '.join(COMMANDS)}{hint}")
     command = commands[0]
     place = f"{source}, step {number} ({command})"
-    own = _settings(StepSettings, {key: value for key, value in entry.items() if key != command}, place)
-    name = own.name or f"{number}-{command}"
+    options = _settings(StepSettings, {key: value for key, value in entry.items() if key != command}, place)
+    name = options.name or f"{number}-{command}"
     if name in (DENSE, LAST, *(step.name for step in before)):
         raise SettingsError(f"{place}: name: '{name}' is taken; choose another name")
-    if (own.prompt is None) == (command == "generate"):
+    if (options.prompt is None) == (command == "generate"):
         raise SettingsError(f"{place}: 'prompt' belongs to generate, and to it alone")
     values = deepcopy(entry[command] or {})
     for key, value in changes.items():
@@ -206,14 +202,13 @@ def _step(
         if step in (command, name, str(number)):
             _put(values, path, value, f"{place}: {key}")
     settings = _settings(COMMANDS[command].settings, values, place)
-    reads = _reads(command, own, before, place)
+    reads = _reads(command, options.models, before, place)
     with naming(place):
         job = COMMANDS[command].create(settings, catalog)
-        metrics = job if command == "evaluate" else ()
-        compares = next((metric for metric in metrics if metric.needs_reference), None)
-        if compares is not None and len(reads) == 1:
-            raise SettingsError(f"{compares.label()} compares models with the first one; name two under 'models'")
-    return Step(number, command, name, settings, reads, own.prompt, place, job)
+        for metric in job if command == "evaluate" and len(reads) == 1 else ():
+            if metric.needs_reference:
+                raise SettingsError(f"{metric.label()} compares models with the first one; name two under 'models'")
+    return Step(number, command, name, settings, reads, options.prompt, place, job)
 
 
 def _put(values: Any, path: Sequence[str], value: Any, place: str) -> None:
@@ -227,17 +222,17 @@ def _put(values: Any, path: Sequence[str], value: Any, place: str) -> None:
         values[key] = value
 
 
-def _reads(command: str, own: StepSettings, before: Sequence[Step], place: str) -> tuple[str, ...]:
-    checkpoints = [DENSE, *(step.name for step in before if step.command in CHECKPOINTS)]
+def _reads(command: str, models: Sequence[str] | None, before: Sequence[Step], place: str) -> tuple[str, ...]:
+    checkpoints = [DENSE, *(step.name for step in before if step.command in ("prune", "recover"))]
     if command not in MEASURES:
         return (checkpoints[-1],)
-    if own.models is None:
+    if models is None:
         return tuple(checkpoints)
     known = (DENSE, LAST, *(step.name for step in before if step.command not in MEASURES))
-    for name in own.models:
+    for name in models:
         if name not in known:
             raise SettingsError(f"{place}: models: {UnknownNameError('model', name, known)}")
-    return tuple(dict.fromkeys(checkpoints[-1] if name == LAST else name for name in own.models))
+    return tuple(dict.fromkeys(checkpoints[-1] if name == LAST else name for name in models))
 
 
 def _settings(model: type[S], values: Any, place: str) -> S:

@@ -1,8 +1,7 @@
 """Running a recipe: one folder of the output for each step.
 
-A step is done if ``step.json`` in its folder names the inputs that it has now: its settings, the models it reads and
-the data it names. Until its result is whole, a step works in ``NAME.work``, where the same command goes on after an
-interruption. Nothing else is kept.
+A step is done if ``step.json`` in its folder names the same inputs: its settings, the models it reads and the data it
+names. Until its result is whole, it works in ``NAME.work``, where the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..discovery.opening import Opener, load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
@@ -24,43 +23,41 @@ from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
 from ..models.reference import data_identity, model_identity
 from ..models.tokenizer import brings_tokenizer
+from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..pruning.checks import check_job
 from ..report.sections import first_and_last, loss_text, no_better
 from ..settings import LoadSettings, RunSettings
 from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
 
-if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
-
 
 @dataclass(frozen=True)
 class StepResult:
-    """One finished step. ``directory``: its folder. ``skipped``: whether it was done before, with the same inputs.
-    ``seconds``: without those before an interruption.
-
-    ``result``: JSON values: sizes of a prune, facts of a training, what ``evaluate --json`` and ``bench --json`` write,
-    generated texts, files of an export. ``value``: of prune (`PruningPlan`, `Outcome`), of evaluate `Evaluations`, of
-    bench `BenchResult`, of export the line that `llmpruner.export` returned; None of others, and of skipped steps.
-    """
+    """One finished step."""
 
     name: str
     command: str
     directory: Path
     skipped: bool
+    """Whether it was done before, with the same inputs."""
     seconds: float
+    """Without those before an interruption."""
     result: Any
+    """JSON values: sizes of a prune, facts of a training, what ``evaluate --json`` and ``bench --json`` write, texts,
+    files of an export."""
     value: Any = field(default=None, repr=False)
+    """`PruningPlan` and `Outcome` of a prune, `Evaluations`, `BenchResult`, the line that `llmpruner.export` returned;
+    None of other commands, and where ``skipped``."""
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values of all fields but ``value``."""
+        """All fields but ``value``."""
         values = {key: getattr(self, key) for key in ("name", "command", "skipped", "result")}
         return {**values, "directory": str(self.directory), "seconds": round(self.seconds, 1)}
 
 
 @dataclass(frozen=True)
 class RecipeResult:
-    """All steps of a recipe, in their order. ``model``: the dense model; ``output``: the folder."""
+    """All steps of a recipe, in order. ``model``: the dense model."""
 
     model: str
     output: Path
@@ -76,8 +73,8 @@ class RecipeResult:
 
 
 class RecipeRun:
-    """A recipe with all that a run of it needs. ``functions``: those of the Python API, by command. Raises
-    `LlmprunerError` for mistakes that need no weights."""
+    """A recipe that is run with ``functions`` of the Python API, by command. Raises `LlmprunerError` for mistakes that
+    need no weights."""
 
     def __init__(
         self,
@@ -117,40 +114,6 @@ class RecipeRun:
         """The structure of the dense model."""
         return load_structure(self.model, self.catalog, self.load)
 
-    def reference(self, name: str) -> str:
-        """A model of the recipe, as other functions take it; the one .gguf file of a step is that file."""
-        if name == DENSE:
-            return self.model
-        files = list((self.output / name).glob("*.gguf"))
-        return str(files[0] if len(files) == 1 else self.output / name)
-
-    def call(self, step: Step, **more: Any) -> Any:
-        """Call the function of a step's command for the model that it reads, or for all of them."""
-        models: Any = [self.reference(name) for name in step.reads]
-        if step.command not in ("evaluate", "bench"):
-            (models,) = models
-        return self.functions[step.command](
-            models, load=self.load, progress=self.progress, catalog=self.catalog, **more, **step.settings.given()
-        )
-
-    def inputs(self, step: Step) -> dict[str, Any]:
-        """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
-        models = {
-            name: model_identity(self.dense.ref, self.catalog, self.dense.revision) or self.model
-            if name == DENSE
-            else model_identity(self.reference(name), self.catalog)
-            for name in step.reads
-        }
-        settings = step.settings.model_dump(mode="json")
-        return {
-            "command": step.command,
-            "settings": settings,
-            "load": self.load.model_dump(mode="json"),
-            "models": models,
-            "data": data_identity(settings, step.job),
-            "prompt": step.prompt,
-        }
-
     def do(self, on_step: Callable[[StepResult], None] | None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
         if not self.output.exists():
@@ -158,13 +121,12 @@ class RecipeRun:
         results = []
         with alone_in(self.output):
             for step in self.recipe.steps:
-                results.append(self.step(step))
+                results.append(self._step(step))
                 if on_step is not None:
                     on_step(results[-1])
         return RecipeResult(self.model, self.output, tuple(results))
 
-    def step(self, step: Step) -> StepResult:
-        """The result of a step, which is done unless it was before."""
+    def _step(self, step: Step) -> StepResult:
         folder, work = self.output / step.name, self.output / f"{step.name}.work"
         before, begun = _record(folder), _record(work)
         inputs = self.inputs(step)
@@ -191,7 +153,7 @@ class RecipeRun:
         return _finished(step, folder, value=value)
 
     def _work(self, step: Step, result: Path, inputs: Mapping[str, Any]) -> Any:
-        """Run the command of a step into the folder ``result``; returns its value."""
+        """Run a step's command into the folder ``result``. Returns the ``value`` of its `StepResult`."""
         shutil.rmtree(result, ignore_errors=True)
         started = time.monotonic()
         try:
@@ -211,6 +173,40 @@ class RecipeRun:
         record = {"number": step.number, "name": step.name, "command": step.command, "inputs": inputs}
         _write_record(result, {**record, "seconds": round(time.monotonic() - started, 1), "result": facts})
         return value
+
+    def inputs(self, step: Step) -> dict[str, Any]:
+        """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
+        models = {
+            name: model_identity(self.dense.ref, self.catalog, self.dense.revision) or self.model
+            if name == DENSE
+            else model_identity(self.reference(name), self.catalog)
+            for name in step.reads
+        }
+        settings = step.settings.model_dump(mode="json")
+        return {
+            "command": step.command,
+            "settings": settings,
+            "load": self.load.model_dump(mode="json"),
+            "models": models,
+            "data": data_identity(settings, step.job),
+            "prompt": step.prompt,
+        }
+
+    def call(self, step: Step, **more: Any) -> Any:
+        """Call the function of a step's command for the model that it reads, or for all of them."""
+        models: Any = [self.reference(name) for name in step.reads]
+        if step.command not in ("evaluate", "bench"):
+            (models,) = models
+        return self.functions[step.command](
+            models, load=self.load, progress=self.progress, catalog=self.catalog, **more, **step.settings.given()
+        )
+
+    def reference(self, name: str) -> str:
+        """The path or hub id of a model that a step reads: of a step that wrote one .gguf file, that file."""
+        if name == DENSE:
+            return self.model
+        files = list((self.output / name).glob("*.gguf"))
+        return str(files[0] if len(files) == 1 else self.output / name)
 
 
 def _finished(step: Step, folder: Path, *, skipped: bool = False, value: Any = None) -> StepResult:
@@ -269,8 +265,7 @@ _DO: Mapping[str, Callable[[RecipeRun, Step, Path], tuple[Any, Any]]] = {
     "prune": _prune, "recover": _recover, "evaluate": _evaluate, "bench": _bench, "generate": _generate,
     "export": _export,
 }  # fmt: skip
-"""Command → what does it: writes the folder, unless the command measures, and returns the result and the value of
-`StepResult`."""
+"""Command → what writes its folder, unless it measures, and returns ``result`` and ``value`` of `StepResult`."""
 
 
 def _record(folder: Path) -> dict[str, Any] | None:

@@ -9,63 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..settings import RecoverSettings
+from ..structure.coupling import CouplingGraph
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..structure.coupling import CouplingGraph
-
 Row = Mapping[str, list[int]]
 """``input_ids`` and ``labels`` of one example, of equal length, not padded. A label is the token at the same position,
 or −100 for tokens that are not trained on."""
-
-
-def nothing(*_: object) -> None:
-    """Reports nothing."""
-
-
-@dataclass(frozen=True)
-class RecoveryJob:
-    """The inputs of a strategy."""
-
-    model: PreTrainedModel
-    """The pruned model, which is trained in place."""
-    tokenizer: Any
-    examples: Sequence[Row]
-    validation: Sequence[Row]
-    """The loss is measured on these before, during and after the training."""
-    graph: CouplingGraph
-    """The coupled groups of the pruned model, to choose parameters by their role instead of by name."""
-    settings: RecoverSettings
-    """Those that all strategies share, with their defaults filled in; a strategy's own are its ``self.settings``."""
-    work_dir: Path
-    """A directory for the state of the training, from which `fit` resumes."""
-    teacher: Callable[[], PreTrainedModel]
-    """The dense model that the pruned one was made from: on the same device, in the same dtype, in evaluation mode,
-    without gradients. Loaded by the first call; later ones return the same object. Raises `ModelError` where it cannot
-    be opened."""
-    on_step: Callable[[int, int, float], object] = nothing
-    """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
-    on_validation: Callable[[int, float, float], object] = nothing
-    """Called after each validation with the number of steps before it, the loss in nats per token, and the standard
-    error of its difference from the first; in a resumed training also for those before the interruption."""
-
-
-def helped(start: float, loss: float, error: float) -> bool:
-    """Whether a held-out ``loss`` is lower than the ``start``'s by more than the ``error`` of the difference."""
-    return loss + error < start
-
-
-@dataclass(frozen=True)
-class TrainingResult:
-    """The result of a strategy."""
-
-    model: Any
-    """As `RecoveryStrategy.train` describes."""
-    losses: tuple[float, ...]
-    """Of every optimizer step, as means over its trained tokens, including those before an interruption."""
-    trainable_parameters: int
-    """How many numbers were trained."""
 
 
 class RecoveryStrategy(Component):
@@ -98,17 +49,62 @@ class RecoveryStrategy(Component):
 
     def trained_parameters(self, graph: CouplingGraph) -> int:
         """About how many parameters of the model with ``graph`` are trained, for the estimate of memory. By default 0,
-        as of adapters, which are few."""
+        as for adapters, which are few."""
         return 0
 
     def train(self, job: RecoveryJob) -> TrainingResult:
-        """Train ``job.model``, in place or wrapped, and return it: a transformers model with the same names and shapes
-        of parameters.
+        """Train ``job.model``, in place or wrapped, and return it: a transformers model whose parameters have the same
+        names and shapes.
 
         The same job must give the same result: random numbers depend on ``job.settings.seed`` alone. An exception from
         ``job.on_step`` must end the training; training again with the same ``work_dir`` must give the same result as
-        without the interruption.
-
-        Raises `ModelError` for a loss that is not finite, as `fit` does.
+        without the interruption. Raises `ModelError` for a loss that is not finite, as `fit` does.
         """
         raise NotImplementedError
+
+
+def nothing(*_: object) -> None:
+    """Reports nothing."""
+
+
+@dataclass(frozen=True)
+class RecoveryJob:
+    """The inputs of a strategy."""
+
+    model: PreTrainedModel
+    """The pruned model, which is trained in place."""
+    tokenizer: Any
+    examples: Sequence[Row]
+    validation: Sequence[Row]
+    """The loss is measured on these before, during and after the training."""
+    graph: CouplingGraph
+    """The coupled groups of the pruned model, to choose parameters by their role instead of by name."""
+    settings: RecoverSettings
+    """What all strategies share, with defaults filled in; a strategy's own settings are its ``self.settings``."""
+    work_dir: Path
+    """A directory for the state of the training, from which `fit` resumes."""
+    teacher: Callable[[], PreTrainedModel]
+    """The dense model: on the same device, in the same dtype, in evaluation mode, without gradients. The first call
+    loads it, and raises `ModelError` if it can't be opened."""
+    on_step: Callable[[int, int, float], object] = nothing
+    """Called after each optimizer step with its number from 1, the number of steps, and its loss."""
+    on_validation: Callable[[int, float, float], object] = nothing
+    """Called after each validation with the number of steps before it, the loss in nats per token, and the standard
+    error of its difference from the first; a resumed training repeats those before the interruption."""
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """The result of a strategy."""
+
+    model: Any
+    """As `RecoveryStrategy.train` describes."""
+    losses: tuple[float, ...]
+    """Of every optimizer step, as means over its trained tokens, including those before an interruption."""
+    trainable_parameters: int
+    """How many numbers were trained."""
+
+
+def helped(start: float, loss: float, error: float) -> bool:
+    """Whether a held-out ``loss`` is lower than the ``start``'s by more than the ``error`` of the difference."""
+    return loss + error < start

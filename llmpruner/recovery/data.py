@@ -1,5 +1,5 @@
-"""What a recovery is to do, and the rows that it trains on: of files, of data sets, and text that the dense model
-writes. Imports no torch.
+"""The rows that a recovery trains on: examples of files and data sets, and text that the dense model writes. Imports no
+torch.
 
 With ``--data self`` or ``self-text``, a recovery needs no corpus. One of four rows of ``self`` is an answer to an
 instruction of ``instructions.txt``, in the model's chat format; the others, and all rows of ``self-text``, are short
@@ -42,27 +42,18 @@ _BATCH = 64
 """Rows that are written at once; memory grows with it."""
 _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 _LEAST, _MOST = 48, 128
-"""Examples for validation where a share of the data is asked for, at most a fifth of the data: enough to tell a small
-gain from noise (of the texts that a model writes, some 15 rows of 256 tokens), and few enough to take little time."""
+"""Bounds for a share of examples held back, which is at most a fifth of all: enough to tell a small gain from noise,
+and few enough to measure quickly."""
 
 
 @dataclass(frozen=True)
-class DenseText:
-    """A source of rows that the dense model writes. ``source``: as the user wrote it; ``answers``, ``texts``: numbers
-    of rows with and without an instruction, at most."""
-
-    source: str
-    answers: int
-    texts: int
-
-
-@dataclass(frozen=True)
-class RecoverJob:
-    """The settings of a recovery, and what they name. ``dense_text``: of the data, what the dense model writes."""
+class RecoverySetup:
+    """The settings of a recovery, and what they name."""
 
     settings: RecoverSettings
     strategy: RecoveryStrategy
     dense_text: DenseText | None = None
+    """The part of the data that the dense model writes."""
 
     @property
     def reads_dense(self) -> bool:
@@ -70,38 +61,43 @@ class RecoverJob:
         return self.strategy.needs_dense or self.dense_text is not None
 
 
-def recover_job(settings: RecoverSettings, catalog: Catalog) -> RecoverJob:
+@dataclass(frozen=True)
+class DenseText:
+    """Rows that the dense model writes: at most ``answers`` to instructions, and ``texts`` without one."""
+
+    source: str
+    """As the user wrote it, such as ``self:64``."""
+    answers: int
+    texts: int
+
+
+def recovery_setup(settings: RecoverSettings, catalog: Catalog) -> RecoverySetup:
     """Raises `SettingsError` (or `UnknownNameError`, or `DataError`) for settings that are wrong."""
     strategy = catalog.strategies.create_only(settings.strategy, settings.settings)
-    return RecoverJob(settings, strategy, dense_text_in(settings.data))
+    return RecoverySetup(settings, strategy, dense_text_in(settings.data))
 
 
-def check_recover(job: RecoverJob) -> None:
+def check_setup(setup: RecoverySetup) -> None:
     """Refuse what needs no model to be seen: missing or malformed data, missing libraries, and FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
-    if job.strategy.adapters and find_spec("peft") is None:
+    if setup.strategy.adapters and find_spec("peft") is None:
         raise MissingExtraError("peft", "recover")
-    for source in _stored(job.settings.data):
-        check_source(source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
+    for part in parse_mixture(setup.settings.data):
+        if not _is_dense_text(part.source):
+            check_source(part.source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
 
 
 def read_data(data: str) -> dict[str, Sequence[tuple[str, Example]]]:
-    """The examples of each source that ``data`` names, but for what the dense model writes; each with its place, such
-    as ``a.jsonl, line 3``. Raises `DataError`."""
-    return {source: read_examples(source) for source in _stored(data)}
-
-
-def _stored(data: str) -> list[str]:
-    """The files and data sets that ``data`` names."""
-    written = dense_text_in(data)
-    return [source for source, _ in parse_mixture(data) if written is None or source != written.source]
+    """The examples of each file and data set in ``data``, with their places, such as ``a.jsonl, line 3``. Raises
+    `DataError`."""
+    sources = [source for source, _ in parse_mixture(data)]
+    return {source: read_examples(source) for source in sources if not _is_dense_text(source)}
 
 
 def dense_text_in(data: str) -> DenseText | None:
-    """The part of the value of ``--data`` that the dense model writes, at most one; None where there is none."""
-    sources = [source for source, _ in parse_mixture(data)]
-    written = [text for text in sources if text.partition(":")[0] in ("self", "self-text") and not isfile(text)]
+    """What the dense model writes of ``data``. Raises `DataError` for more than one source of this kind."""
+    written = [source for source, _ in parse_mixture(data) if _is_dense_text(source)]
     if not written:
         return None
     if len(written) > 1:
@@ -113,6 +109,10 @@ def dense_text_in(data: str) -> DenseText | None:
     rows = int(count) if colon else ROWS
     answers = math.ceil(rows / 4) if name == "self" else 0
     return DenseText(source, answers, rows - answers)
+
+
+def _is_dense_text(source: str) -> bool:
+    return source.partition(":")[0] in ("self", "self-text") and not isfile(source)
 
 
 def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress = QUIET) -> list[Example]:
@@ -150,16 +150,16 @@ def _answers(text: DenseText, dense: Model, seed: int, progress: Progress) -> li
             f"--data {text.source}: instructions with answers take {needed} tokens, and the model has {positions:,} "
             "positions; give self-text or a file"
         )
-    asked = list(prompts)
-    random.Random(seed).shuffle(asked)
+    instructions = list(prompts)
+    random.Random(seed).shuffle(instructions)
     # In a batch, prompts have the length of the longest.
-    chosen = sorted((asked[n % len(asked)] for n in range(text.answers)), key=lambda each: len(prompts[each]))
+    chosen = sorted((instructions[n % len(instructions)] for n in range(text.answers)), key=lambda i: len(prompts[i]))
     # Points of a scrambled Sobol sequence, see `calibration.written`.
-    numbers = SobolEngine(ANSWER_TOKENS, scramble=True, seed=seed).draw(len(chosen))  # type: ignore[no-untyped-call]
+    points = SobolEngine(ANSWER_TOKENS, scramble=True, seed=seed).draw(len(chosen))  # type: ignore[no-untyped-call]
     examples: list[Example] = []
     for first in progress.track(range(0, len(chosen), _BATCH), "The dense model answers instructions"):
         batch = chosen[first : first + _BATCH]
-        drawn = numbers[first : first + len(batch)]
+        drawn = points[first : first + len(batch)]
         answers = answered(model, tokenizer, [prompts[each] for each in batch], ANSWER_TOKENS, drawn)
         for instruction, ids in zip(batch, answers, strict=True):
             answer = _decoded(tokenizer, ids, finished=len(ids) < ANSWER_TOKENS, stop=family.stop_text)
@@ -169,8 +169,8 @@ def _answers(text: DenseText, dense: Model, seed: int, progress: Progress) -> li
 
 
 def _decoded(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
-    """The text of ``ids``; where it is not ``finished``, up to the end of its last whole sentence, as the end of a row
-    is trained on."""
+    """The text of ``ids``; unless it is ``finished``, up to its last whole sentence, as the model learns where rows
+    end."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     if stop and stop in text:
         text, finished = text.partition(stop)[0], True
@@ -181,7 +181,7 @@ def _decoded(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenised examples, see `Row`."""
+    """Tokenised examples."""
 
     rows: list[Row]
     validation: list[Row]
@@ -224,9 +224,9 @@ def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tok
     """Rows of 2 to ``cutoff`` tokens."""
     rows: list[list[int]] = []
     joined: list[int] = []
-    for place, found in examples:
-        texts = texts_at(place, found, family, tokenizer)
-        if isinstance(found, Completion):
+    for place, entry in examples:
+        texts = texts_at(place, entry, family, tokenizer)
+        if isinstance(entry, Completion):
             for text in texts:
                 ids = token_ids(text, tokenizer)
                 end = tokenizer.eos_token_id

@@ -17,8 +17,7 @@ Batch = Mapping[str, torch.Tensor]
 Loss = Callable[[Any, Batch], torch.Tensor]
 """Of a model and a batch: a scalar with gradients, the mean over the batch's trained tokens."""
 Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""The losses (n,) of some trained tokens, of their float32 logits (n, V), their places (n,) among all tokens of the
-batch, and the next tokens (n,)."""
+"""Losses (n,) of trained tokens: of float32 logits (n, V), places (n,) of the tokens in the batch, next tokens (n,)."""
 
 _ELEMENTS = 1 << 22
 """Logits of a block, 16 MiB in float32, which stay in the processor's caches."""
@@ -65,7 +64,7 @@ def trained_tokens(batch: Batch) -> int:
 
 
 def by_length(batch: Batch) -> list[Batch]:
-    """The rows of a batch in parts, each padded by itself, in which no row has half the length of another."""
+    """Split a batch into parts whose rows differ in length by less than a factor of two, each padded by itself."""
     lengths = batch["attention_mask"].sum(1)
     parts: list[Batch] = []
     while len(lengths):

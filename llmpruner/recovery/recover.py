@@ -10,10 +10,11 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
+from transformers import PreTrainedModel
 
 from ..calibration.conversations import Example, read_examples
 from ..discovery.opening import Opener, Source, dense_structure, placed_as
@@ -30,23 +31,20 @@ from ..models.vocabulary import in_tokens_of
 from ..progress import QUIET, Progress
 from ..pruning.saving import save
 from .base import RecoveryJob, TrainingResult, helped, nothing
-from .data import DenseText, RecoverJob, TrainingData, check_recover, prepare, read_data, write_examples
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from .data import DenseText, RecoverySetup, TrainingData, check_setup, prepare, read_data, write_examples
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""
 
 
 def recover(
-    source: Source, job: RecoverJob, output: Path | None, work_dir: Path | None, opener: Opener, *, restart: bool
+    source: Source, setup: RecoverySetup, output: Path | None, work_dir: Path | None, opener: Opener, *, restart: bool
 ) -> Model:
-    """The trained model. ``output``: where to save it; None: nowhere. ``work_dir``: of the state of the training; by
+    """The trained model. ``output``: where to save it; None: nowhere. ``work_dir``: for the state of the training; by
     default ``OUTPUT.recovery``. Raises as `llmpruner.recover`."""
     if output is None and work_dir is None:
         raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
-    settings, strategy, dense_text = job.settings, job.strategy, job.dense_text
+    settings, strategy, dense_text = setup.settings, setup.strategy, setup.dense_text
     check_device(opener.load.device)
     # Processes connect only now.
     ranks = Ranks.current()
@@ -54,17 +52,17 @@ def recover(
     if output is not None:
         ranks.from_first(lambda: check_new_directory(output))
     folder = work_dir or Path(f"{output}.recovery")
-    check_recover(job)
+    check_setup(setup)
     opened = opener.readable(source, "be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
     dense: Structure | None = None
-    if job.reads_dense:
+    if setup.reads_dense:
         try:
             dense = dense_structure(opened, opener.catalog, opener.load)
         except LlmprunerError as error:
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
-    _check_memory(job, opened, dense, opener)
+    _check_memory(setup, opened, dense, opener)
     examples = read_data(settings.data)
     if output is not None:
         opener.say_widened(opened)
@@ -88,11 +86,11 @@ def recover(
             loaded = opener.weights(opened)
         with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
             result, record = train(
-                loaded, job, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True),
+                loaded, setup, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True),
                 on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
                 progress=opener.progress,
             )  # fmt: skip
-        before = dict(loaded.record or {})
+        before = loaded.record or {}
         history = [*before.get("recovery", []), record]
         recovered = replace(loaded, model=result.model, record={**before, "recovery": history})
         if output is None:
@@ -101,15 +99,14 @@ def recover(
             form = ranks.from_first(lambda: save(recovered, output))
         if ranks.first:
             write_run(output, stages, "recover", opened.ref, {**settings.given(), **opener.load.given()})
-        loaded.become(replace(recovered, form=form))
-        if work_dir is None and ranks.first:
-            shutil.rmtree(folder, ignore_errors=True)
-        return loaded
+            if work_dir is None:
+                shutil.rmtree(folder, ignore_errors=True)
+        return loaded.become(replace(recovered, form=form))
 
 
-def _check_memory(job: RecoverJob, opened: Structure, dense: Structure | None, opener: Opener) -> None:
+def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | None, opener: Opener) -> None:
     """Say what a training needs. Raises `SettingsError` for more memory than the machine has."""
-    strategy, load = job.strategy, opener.load
+    strategy, load = setup.strategy, opener.load
     needed = loaded_bytes(opened, load)
     # A number that is trained takes 16 bytes: itself, its gradient and two moments of AdamW, in float32.
     needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
@@ -142,13 +139,13 @@ def _written(
         examples = write_examples(dense_text, model, seed, opener.progress)
         if not (folder / _JOB_FILE).is_file():
             write_text(folder / _JOB_FILE, "{}\n")  # until the training identifies itself
-        write_text(file, "".join(json.dumps(asdict(one), ensure_ascii=False) + "\n" for one in examples))
+        write_text(file, "".join(json.dumps(asdict(each), ensure_ascii=False) + "\n" for each in examples))
     return read_examples(str(file))
 
 
 def train(
     loaded: Model,
-    job: RecoverJob,
+    setup: RecoverySetup,
     data: TrainingData,
     work_dir: Path,
     load_teacher: Callable[[], PreTrainedModel],
@@ -156,17 +153,17 @@ def train(
     on_step: Callable[[int, int, float], object] = nothing,
     progress: Progress = QUIET,
 ) -> tuple[TrainingResult, dict[str, Any]]:
-    """Train a model, in place, and return what its strategy returns, and the training's record for ``llmpruner.json``.
+    """Train a model in place. Returns the strategy's result, and the record of the training for ``llmpruner.json``.
 
-    Where ``work_dir`` has the state of the same job, the training goes on from it; delete it once the result is saved.
+    Where ``work_dir`` has the state of the same training, it goes on from there; delete it once the result is saved.
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
-    ``work_dir`` has the state of another job, and `ModelError` when the training diverges.
+    ``work_dir`` has the state of another training, and `ModelError` when the training diverges.
     """
     from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
 
-    model, strategy = loaded.model, job.strategy
+    model, strategy = loaded.model, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
-    settings = filled_in(job.settings, len(data.rows), adapters=strategy.adapters)
+    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
@@ -183,15 +180,16 @@ def train(
     def teacher() -> PreTrainedModel:
         return load_teacher().to(model.device).eval().requires_grad_(False)
 
-    def checked(step: int, loss: float, error: float) -> None:
+    def on_validation(step: int, loss: float, error: float) -> None:
         validations.append({"step": step, "loss": loss, "error": error})
         progress.status(f"step {step}: {'held-out loss' if data.held_out else 'loss on examples'} {loss:.4f}")
 
-    inputs = RecoveryJob(
-        model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step, checked
-    )
+    job = RecoveryJob(
+        model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
+        on_validation,
+    )  # fmt: skip
     with writing(work_dir):
-        result = strategy.train(inputs)
+        result = strategy.train(job)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)

@@ -10,12 +10,12 @@ from pydantic import Field
 
 from ..component import ComponentSettings
 from ..errors import UnsupportedModelError, first_line
+from ..structure.coupling import CouplingGraph
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 if TYPE_CHECKING:
     from torch import nn
 
-    from ..structure.coupling import CouplingGraph
     from .losses import Loss
 
 
@@ -36,8 +36,7 @@ class FullStrategy(RecoveryStrategy):
 
 
 class LoraStrategy(RecoveryStrategy):
-    """LoRA (Hu et al., 2021) as in LLM-Pruner, section 3.3, with its defaults. Stacked weights of experts get no
-    adapters."""
+    """LoRA (Hu et al., 2021) as in LLM-Pruner, section 3.3, with its defaults. Stacked experts get no adapters."""
 
     name = "lora"
     adapters = True
@@ -59,7 +58,7 @@ class DistilStrategy(RecoveryStrategy):
     toward the dense model's distribution over the vocabulary.
 
     The loss is the mean over trained tokens of KL(p ‖ q), with the predictions p of the dense and q of the pruned
-    model. The dense model is in memory together with the pruned one.
+    model. Both are in memory.
     """
 
     name = "distil"
@@ -98,23 +97,20 @@ def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: L
     """Train LoRA adapters of the modules in `adapter_targets`, drawn by the job's seed, and merge them."""
     import peft
     from transformers import set_seed
-    from transformers.pytorch_utils import Conv1D
 
     from .training import fit
 
-    targets = adapter_targets(job.model, job.graph)
     config = peft.LoraConfig(
         task_type="CAUSAL_LM",
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         bias="none",
-        target_modules=targets,
-        fan_in_fan_out=any(isinstance(job.model.get_submodule(path), Conv1D) for path in targets),
+        target_modules=adapter_targets(job.model, job.graph),
     )
     set_seed(job.settings.seed)
     with warnings.catch_warnings():
-        # Of a name that transformers has deprecated, and of ``fan_in_fan_out``, which it corrects for each module.
+        # Of a name that transformers has deprecated, and of ``fan_in_fan_out``, which peft sets for Conv1D itself.
         warnings.simplefilter("ignore")
         try:
             model: Any = peft.get_peft_model(job.model, config)
@@ -131,9 +127,8 @@ def adapter_targets(model: nn.Module, graph: CouplingGraph) -> list[str]:
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    owned = dict.fromkeys(span.parameter for group in graph.groups for span in group.spans)
-    weights = (name for name in owned if graph.is_decoder(name) and name.endswith(".weight"))
-    paths = (name.removesuffix(".weight") for name in weights)
+    names = dict.fromkeys(span.parameter for group in graph.groups for span in group.spans)
+    paths = [name.removesuffix(".weight") for name in names if graph.is_decoder(name) and name.endswith(".weight")]
     targets = [path for path in paths if isinstance(model.get_submodule(path), nn.Linear | Conv1D)]
     if not targets:
         raise UnsupportedModelError("no linear layer of the decoder owns coupled units, so there is nothing to adapt")

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,39 +23,31 @@ from ..errors import ModelError, SettingsError
 from ..models.messages import quiet_transformers
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from ..models.tokenizer import with_padding
+from ..settings import RecoverSettings
 from .base import RecoveryJob, Row, TrainingResult, helped
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
 
-if TYPE_CHECKING:
-    from ..settings import RecoverSettings
-
 _NEVER = 10**9
 """More steps than a training takes: `_Schedule` says when to validate and to save, and when the time is up."""
-_WARMUP = 100
-"""Steps over which the learning rate rises, or a tenth of all where that is fewer."""
 _NARROW = {torch.bfloat16, torch.float16}
-_PARTS, _CHECKING_SHARE = 10, 0.1
-"""Validations of a training at most, and the share of its work, or time, that they may take."""
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
     """Train the parameters of ``model`` that require gradients, in place. Returns what `RecoveryStrategy.train` does.
 
-    ``loss(model, batch)`` returns a scalar with gradients: the mean over the *trained tokens* of a micro-batch. Micro-
-    batches are weighted by their numbers of trained tokens, so that a step does not depend on ``micro_batch_size`` and
-    on the number of processes. ``batch`` contains tensors on the model's device, int64 (examples, tokens):
-    ``input_ids``, ``attention_mask`` (0 on padding) and ``labels`` (−100 on padding and for tokens that are not trained
-    on). The logits at position t predict the token at t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at
-    ``logits[:, :-1]``. The ``model`` of a loss may be wrapped and is only to be called. By default, the loss is the
-    cross entropy of the next token, in nats.
+    ``loss(model, batch)`` returns a scalar with gradients, the mean over the *trained tokens* of a micro-batch; by
+    default the cross entropy of the next token, in nats. Its ``model`` may be wrapped, and is only to be called.
+    ``batch`` has int64 tensors (examples, tokens) on the model's device: ``input_ids``, ``attention_mask`` (0 on
+    padding) and ``labels`` (−100 on padding and for tokens that are not trained on). The logits at position t predict
+    the token at t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at ``logits[:, :-1]``. Micro-batches are
+    weighted by their trained tokens, so that steps do not depend on their size and the number of processes.
 
-    Parameters of 16 bits that require gradients are in float32 meanwhile, and rounded once, at the end. A model in
-    bfloat16, or on a device that is faster so, computes in bfloat16 under autocast, if it can: a loss sees logits in
-    that dtype.
+    Trained parameters of 16 bits are in float32 meanwhile, and rounded once, at the end. A model in bfloat16, or on a
+    device that is faster so, computes in bfloat16 under autocast, if it can: a loss sees logits in that dtype.
 
-    The same loss is measured on each row of ``job.validation``, without gradients, in evaluation mode. The model ends
-    with the weights that had the lowest one; or with those of the start, unless it is lower by more than its error.
-    Adapters of weights of 16 bits are merged for that, as merging rounds.
+    The same loss is measured on each row of ``job.validation``, without gradients, in evaluation mode, with adapters
+    of 16-bit weights merged, as merging rounds. The model ends with the weights of the lowest loss, or with those of
+    the start if none is lower by more than its error.
 
     Resumes from the newest complete checkpoint in ``job.work_dir``, with the same result as without the interruption
     (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
@@ -77,10 +69,10 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
 def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> RecoverSettings:
     """``settings`` with a batch size and a learning rate for a training on ``rows`` rows, where the user gave none.
 
-    Batches are halved from 64 down to 2 while the training has fewer than 200 steps: many small steps restore more than
-    a few large ones. Of all weights, the first steps of AdamW move every one by about the learning rate, whichever way
-    its noisy gradient points, so that a few steps at 1e-4 raise the loss: below 100 steps, the rate is proportionally
-    lower. Raises `SettingsError` for batches that the processes of a run cannot share.
+    Batches are halved from 64 down to 2 while there are fewer than 200 steps: many small steps restore more than a few
+    large ones. AdamW's first steps move every weight by about the learning rate, whichever way its noisy gradient
+    points, so that a few steps of all weights at 1e-4 raise the loss: below 100, the rate is proportionally lower.
+    Raises `SettingsError` for batches that the processes of a run cannot share.
     """
     processes, size = Ranks.current().count, settings.batch_size
     if size is None:
@@ -114,19 +106,19 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     """Path of the newest checkpoint whose ``trainer_state.json``, which is written last, can be read; or None."""
     complete = []
     for file in work_dir.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
+        with contextlib.suppress(ValueError):
             complete.append((int(json.loads(file.read_text())["global_step"]), str(file.parent)))
     return max(complete)[1] if complete else None
 
 
 @contextlib.contextmanager
 def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[Any, torch.dtype]]]:
-    """A block in which trained parameters of 16 bits are in float32: a step of a low learning rate is mostly smaller
-    than the distance of two numbers of bfloat16, and would be rounded away. After it they are rounded to their dtype.
+    """Keep trained parameters of 16 bits in float32: most steps at a low learning rate are smaller than the distance of
+    two bfloat16 numbers, and would be rounded away. A model in float16 is in float32 as a whole, as bfloat16 would be
+    less precise.
 
-    Yields whether to compute in bfloat16, under autocast: where the model is in bfloat16, or the device is faster so,
-    and its operators take what autocast gives them (DBRX adds bfloat16 to float32). A model in float16, whose range
-    bfloat16 would replace by less precision, is in float32 as a whole. And former dtypes."""
+    Yields whether to compute in bfloat16, under autocast, which some operators refuse (DBRX adds bfloat16 to float32);
+    and the former dtypes, to which parameters are rounded at the end."""
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
     autocast = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
     whole = torch.float16 in narrow
@@ -187,13 +179,13 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
 
 
 class _LossTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer with the loss, the learning rate and the validations of `fit`. Its checkpoints have the parameters that
-    are trained, by name, as those of models whose layers differ in width cannot be saved otherwise."""
+    """A Trainer with the loss, the learning rate and the validations of `fit`. Its checkpoints have the trained
+    parameters by name: transformers cannot save layers that differ in width."""
 
     def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
         self.job, self.loss, self.autocast, self.widened, self.ranks = job, loss, autocast, widened, Ranks.current()
+        # When the training began, had it not been interrupted; and how long the last validation took.
         self.began, self.check_seconds = time.monotonic(), 0.0
-        """When the training began, were it not interrupted; and how long the last validation took."""
         super().__init__(
             model=model,
             args=_arguments(job),
@@ -225,7 +217,7 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
             else:
                 done = self.share_done()
                 begun, peak = 10 * done, min(1.0, (step + 1) / (100 * done))
-            return peak * min(1.0, max(begun, (step + 1) / _WARMUP)) * max(0.0, 1 - done)
+            return peak * min(1.0, max(begun, (step + 1) / 100)) * max(0.0, 1 - done)
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         self._created_lr_scheduler = True
@@ -247,8 +239,9 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The loss on the validation rows with the weights as they would be saved, a mean over trained tokens; and the
-        standard error of its difference from the loss before the first step. ``eval_lower``: the loss, if it is."""
+        """The mean loss of a trained token of the validation rows, with the weights as they would be saved; logged with
+        the standard error of its difference from the start. ``eval_lower``: the loss, or infinity if it did not
+        help."""
         began = time.monotonic()
         self.model.eval()
         rows = [self.data_collator([row]) for row in self.job.validation]
@@ -268,14 +261,13 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Also keeps the seconds so far, for a training that is resumed, and reports to the job."""
+        """Log the seconds so far too, for a training that is resumed, and report to the job."""
         super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
         job, entry = self.job, self.state.log_history[-1]
-        step = entry["step"]
-        for name, what in (("loss", "loss"), ("eval_loss", "validation loss")):
-            if not math.isfinite(entry.get(name, 0.0)):
-                hint = "lower the learning rate" if step else "the weights of the model are damaged"
-                raise ModelError(f"the {what} became {entry[name]} at step {step}; {hint}")
+        step, loss = entry["step"], entry.get("loss", entry.get("eval_loss", 0.0))
+        if not math.isfinite(loss):
+            hint = "lower the learning rate" if step else "the weights of the model are damaged"
+            raise ModelError(f"the loss became {loss} at step {step}; {hint}")
         if "loss" in entry:
             job.on_step(step, max(step, round(step / self.share_done())), entry["loss"])
         if "eval_loss" in entry:
@@ -307,9 +299,8 @@ class _LossTrainer(Trainer):  # type: ignore[misc]
 
 @contextlib.contextmanager
 def _as_saved(model: Any, widened: Mapping[Any, torch.dtype]) -> Iterator[None]:
-    """A block in which the model computes with the weights as they will be saved: rounded to their dtype, and adapters
-    merged into weights of 16 bits, each only while its layer computes, as a second copy of all may not fit into memory.
-    """
+    """Compute with the weights as they will be saved: rounded to their dtype, and adapters merged into weights of 16
+    bits, each while its layer computes, as a second copy of all may not fit into memory."""
     exact = {parameter: parameter.data for parameter in widened}
     unmerged: dict[Any, torch.Tensor] = {}
 
@@ -350,8 +341,8 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
     """Says when to validate, to save and to stop."""
 
     def __init__(self, trainer: _LossTrainer) -> None:
-        self._trainer, self._before = trainer, 0.0
-        """``_before``: `_LossTrainer.share_done` at the step before."""
+        self._trainer = trainer
+        self._before = 0.0  # `share_done` at the step before
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer = self._trainer
@@ -371,15 +362,16 @@ class _Schedule(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         trainer, settings, done = self._trainer, self._trainer.job.settings, self._trainer.share_done()
+        # Validations take at most a tenth of the work, or time.
         if settings.minutes is None:
             # Of a step, every example is computed forwards and backwards: three times the work.
-            affordable = _CHECKING_SHARE * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
+            affordable = 0.1 * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
         else:
             # After an interruption, it is not known yet how long a validation takes.
-            affordable = _CHECKING_SHARE * 60 * settings.minutes / (trainer.check_seconds or 1.0)
+            affordable = 0.1 * 60 * settings.minutes / (trainer.check_seconds or 1.0)
         ends = done >= 1
         control.should_training_stop = ends
-        control.should_evaluate = ends or self._completes(max(1, min(_PARTS, int(affordable))), done)
+        control.should_evaluate = ends or self._completes(max(1, min(10, int(affordable))), done)
         # Nothing is saved at the end, which is the result.
         control.should_save = not ends and (control.should_evaluate or self._completes(3, done))
         self._before = done

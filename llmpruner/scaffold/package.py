@@ -1,4 +1,4 @@
-"""A plugin package: facts about its model, rendering and writing. Imports torch when a model is described."""
+"""``llmpruner new-plugin``: describe a model, and write a plugin package for it."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ if TYPE_CHECKING:
 KINDS = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
 """What a package can add → the kind of component, as the catalog names it."""
 
-PREFIX = "llmpruner-"
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
 """Values of a configuration about its origin, which constructors do not need."""
-_NAME = re.compile(rf"(?!{PREFIX})[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 def distribution_of(name: str) -> str:
     """``llmpruner-odd`` for the plugin ``odd``. Raises `LlmprunerError` for a word that cannot name a plugin."""
-    if not _NAME.fullmatch(name):
+    if not re.fullmatch(r"(?!llmpruner-)[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
         raise LlmprunerError(
             f"'{name}' cannot name a plugin; expected lower case letters, digits and single dashes, a letter first, as "
-            f"in 'my-model'; '{PREFIX}' is added"
+            "in 'my-model'; 'llmpruner-' is added"
         )
-    return PREFIX + name
+    return f"llmpruner-{name}"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Facts for the templates. ``model_type``: empty without a model. ``config_values``: of the small configuration, as
-    JSON values. ``package``: registers the architecture; ``requires``: its distribution. ``kinds``: of units that can
-    be removed."""
+    """What the templates say about the model of a family; empty without one."""
 
     model_type: str = ""
     config_class: str = ""
     config_module: str = ""
     config_values: Mapping[str, Any] = field(default_factory=dict)
+    """Of a small configuration, as JSON values."""
     package: str | None = None
+    """Registers the architecture with transformers."""
     requires: str | None = None
+    """The distribution of ``package``."""
     kinds: tuple[str, ...] = ()
+    """Of units that can be removed."""
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
-    """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows, once
+    """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows once
     ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
     structure is not proved."""
     from ..discovery.family import AUTO
@@ -82,15 +82,9 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
                 raise UnsupportedModelError(
                     f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict}: {verdict.reason}"
                 )
-        return ModelFacts(
-            model_type=config.model_type,
-            config_class=type(config).__name__,
-            config_module=type(config).__module__,
-            config_values=values,
-            package=package,
-            requires=distribution,
-            kinds=tuple(verdict.kind for verdict in verdicts),
-        )
+        name, module = type(config).__name__, type(config).__module__
+        kinds = tuple(verdict.kind for verdict in verdicts)
+        return ModelFacts(config.model_type, name, module, values, package, distribution, kinds)
 
 
 def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
@@ -100,19 +94,20 @@ def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
     from ..discovery.opening import load_structure
 
     catalog.register_models()
-    if source in CONFIG_MAPPING and not Path(source).exists():
-        default: PreTrainedConfig = CONFIG_MAPPING[source]()
-        return default
-    if not Path(source).exists() and source.isidentifier():
-        raise ModelError(
-            f"'{source}' is neither a model directory nor a model type that transformers knows; "
-            "--import PACKAGE names the package that registers it"
-        )
+    if not Path(source).exists():
+        if source in CONFIG_MAPPING:
+            default: PreTrainedConfig = CONFIG_MAPPING[source]()
+            return default
+        if source.isidentifier():
+            raise ModelError(
+                f"'{source}' is neither a model directory nor a model type that transformers knows; "
+                "--import PACKAGE names the package that registers it"
+            )
     return load_structure(source, catalog, LoadSettings(family="auto")).config
 
 
 def _import(package: str) -> str:
-    """Import ``package``; returns its distribution. Raises `ModelError`."""
+    """Import ``package`` and return its distribution. Raises `ModelError`."""
     try:
         importlib.import_module(package)
     except Exception as error:  # third-party code raises anything
@@ -122,8 +117,8 @@ def _import(package: str) -> str:
 
 
 def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = "family") -> None:
-    """Write the package of the plugin ``name`` to the new ``directory``, completely or not at all. ``kind``: one of
-    `KINDS`. ``model``: of a family. Raises `OutputError`."""
+    """Write the package of the plugin ``name`` to the new ``directory``, as a whole or not at all. ``kind``: one of
+    `KINDS`. Raises `OutputError`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from ..plugins import catalog

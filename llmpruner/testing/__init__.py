@@ -1,4 +1,4 @@
-"""Test tools for plugin authors: conformance classes for pytest, tiny models, and plugin hosts.
+"""Test tools for plugin authors: conformance classes for pytest, tiny models, and catalogs.
 
 Subclass the conformance classes, and run pytest::
 
@@ -16,9 +16,8 @@ Subclass the conformance classes, and run pytest::
     class TestMyStrategy(RecoveryConformance):
         strategy = MyStrategy
 
-Failures name the parameter, unit, module or kind. For your own tests, use `tiny_llama` (a model with every kind of
-unit), `letters` (a tokenizer for it), `settings_grid` (instances of a component with each value of its settings of type
-Literal or bool) and `catalog_with` (a catalog with given plugins).
+For your own tests, there are `tiny_llama` (a model with every kind of unit), `letters` (its tokenizer), `settings_grid`
+(instances of a component with each choice of its settings) and `catalog_with` (a catalog with your plugins).
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from types import SimpleNamespace
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ..component import Component, ComponentSettings
 from ..plugins.catalog import KINDS, Catalog, problem_of
@@ -25,21 +25,21 @@ def catalog_with(*plugins: Any, entry_points: bool = False) -> Catalog:
 
 def _plugin_with(cls: type) -> Any:
     """A plugin with one hook, which returns ``cls``."""
-    kind = next((kind for kind in KINDS.values() if issubclass(cls, kind.base)), None)
-    if kind is None:
-        raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a component class")
-    return SimpleNamespace(**{kind.hook: hookimpl(lambda: [cls])})
+    for kind in KINDS.values():
+        if issubclass(cls, kind.base):
+            return SimpleNamespace(**{kind.hook: hookimpl(lambda: [cls])})
+    raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a component class")
 
 
 def check_component(kind: str, cls: type[Component]) -> None:
-    """Raise `AssertionError` unless an installed plugin registers ``cls``, its name is valid, its summary one line, and
-    its settings have defaults and descriptions."""
+    """An installed plugin registers ``cls``; it has a valid name and a summary of one line, and its settings have
+    defaults and descriptions."""
     problem = problem_of(cls, KINDS[kind].base)
     assert problem is None, f"{kind} {cls.__name__}: {problem}"
     name, catalog = cls.name, Catalog()
-    registry = catalog.registries[kind]
+    found = catalog.registries[kind].get(name)
     broken = "".join(f"; {line}" for line in catalog.manager.broken)
-    assert registry.get(name) is cls, (
+    assert found is cls, (
         f"no installed plugin has this {kind} '{name}': expected an entry point in the group 'llmpruner' that names a "
         f"module whose {KINDS[kind].hook} returns {cls.__name__}{broken}"
     )
@@ -53,23 +53,15 @@ def check_component(kind: str, cls: type[Component]) -> None:
 
 
 def settings_grid(cls: type[C]) -> list[C]:
-    """Instances of ``cls``: with its defaults, and with each other value of each setting of type `Literal` or `bool`,
-    one at a time."""
+    """Instances of ``cls``: with its defaults, and with each other value of a `Literal` or `bool` setting, one at a
+    time."""
     grid = [cls()]
     for key, field in cls.Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        grid += [cls(**{key: value}) for value in _values(field.annotation) if value != default]
+        choices: tuple[Any, ...] = (False, True) if field.annotation is bool else ()
+        if get_origin(field.annotation) is Literal:
+            choices = get_args(field.annotation)
+        grid += [cls(**{key: value}) for value in choices if value != field.default]
     return grid
-
-
-def _values(annotation: Any) -> tuple[Any, ...]:
-    if annotation is bool:
-        return (False, True)
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(value for part in get_args(annotation) for value in _values(part))
-    return ()
 
 
 def label(component: Component) -> str:

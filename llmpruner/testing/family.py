@@ -8,10 +8,11 @@ import sys
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from transformers import PreTrainedConfig
 
 from ..calibration.calibration import CalibrationSet
 from ..calibration.written import self_generated
@@ -34,10 +35,6 @@ from ..structure.coupling import ATTENTION, MLP, CoupledGroup, CouplingGraph, Sp
 from .components import label, settings_grid
 from .criterion import scorable
 from .models import cut_by, letters, make_plan, small_job
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 
 _PROBE = """
 import json, sys, torch
@@ -112,14 +109,14 @@ class FamilyConformance:
 
     def test_declared_groups_agree_with_discovery(self) -> None:
         """Groups of the same name have the same indices, roles and offsets."""
-        if not self.family().declares_groups:
+        family, config = self.family(), self.config()
+        if not family.declares_groups:
             return  # they are those of discovery
-        config = self.config()
         try:
             discovered = discover_graph(config).groups
         except UnsupportedModelError as error:
             pytest.skip(f"discovery has nothing to compare with: {error}")
-        mismatches = differences(self.family().coupled_groups(config), discovered)
+        mismatches = differences(family.coupled_groups(config), discovered)
         assert not mismatches, "\n".join(mismatches)
 
     def test_checkpoints_may_name_its_model_class(self) -> None:
@@ -170,17 +167,18 @@ class FamilyConformance:
         """The model without a quarter of the decoder's parameters, or (``uneven``) with random units of every group."""
         loaded = self.loaded()
         groups = [g for g in loaded.graph.groups if g.layer is not None and g.units > g.minimum]
-        made = make_plan(loaded, small_job(amount=0.25, kinds=_kinds(groups)))
+        kinds = tuple(dict.fromkeys(group.kind for group in groups))
+        kinds = tuple(kind for kind in kinds if kind in (MLP, ATTENTION)) or kinds
+        plan = make_plan(loaded, small_job(amount=0.25, kinds=kinds))
         if uneven:
             kept = random_plan(groups, seed=3, uneven=True)
-            cuts = {n: made.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in made.cuts if n in kept}
-            made = made.model_copy(update={"cuts": cuts})
-        return cut_by(loaded, made)
+            cuts = {n: plan.cuts[n].model_copy(update={"kept": tuple(kept[n])}) for n in plan.cuts if n in kept}
+            plan = plan.model_copy(update={"cuts": cuts})
+        return cut_by(loaded, plan)
 
     def test_recovery_takes_a_step(self, tmp_path: Path) -> None:
         """LoRA adapters on the coupled groups of the pruned model are trained and merged."""
-        loaded = self.loaded()
-        pruned = cut_by(loaded, make_plan(loaded, small_job(kinds=_kinds(loaded.graph.groups))))
+        pruned = self._pruned(uneven=False)
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
         before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
@@ -223,15 +221,9 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
     return facts
 
 
-def _kinds(groups: Iterable[CoupledGroup]) -> tuple[str, ...]:
-    """MLP channels and heads, or where a family has neither, the kinds of its own."""
-    found = dict.fromkeys(group.kind for group in groups if group.layer is not None)
-    return tuple(kind for kind in found if kind in (MLP, ATTENTION)) or tuple(found)
-
-
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns, for each,
-    the ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache."""
+    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns of each the
+    ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache (``plain``)."""
     done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")
@@ -239,6 +231,5 @@ def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) ->
 
 
 def run_python(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """``python -c CODE ARGUMENTS``."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -7,15 +7,14 @@ import random
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, MixtralConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
 from ..calibration.calibration import CalibrationJob, Part, SelfWritten
-from ..discovery.family import AutoFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..engine.execution import Execution
@@ -23,13 +22,9 @@ from ..models.model import Model
 from ..pipeline import calibrate, prune_model, select
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
-from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.job import PruneJob, job_of, prune_job
 from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 _SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3,
@@ -39,30 +34,19 @@ _SIZES = {
 
 def tiny_llama(seed: int = 0) -> Model:
     """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
-    48 hidden channels. No weight is zero, so that errors are visible; the same ``seed`` gives the same weights."""
-    return _copy(_built(LlamaConfig, seed))
+    48 hidden channels. No weight is zero, so that errors are visible."""
+    return _copy(_built(LlamaConfig, "llama", seed))
 
 
 def tiny_mixture() -> Model:
     """A random Mixtral with the sizes of `tiny_llama` and 7 experts in each of 3 layers, of which a token gets 2."""
-    return _copy(_built(MixtralConfig, 0, num_local_experts=7, num_experts_per_tok=2))
-
-
-class _MixtureFamily(AutoFamily):
-    """States what follows a cut, which otherwise is searched for on small models, in ten seconds."""
-
-    def refresh(self, model: Any) -> None:
-        for layer in model.model.layers:
-            attention, experts, router = layer.self_attn, layer.mlp.experts, layer.mlp.gate
-            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
-            experts.num_experts, router.hidden_dim = router.weight.shape
-            router.num_experts = experts.num_experts
+    return _copy(_built(MixtralConfig, "auto", 0, num_local_experts=7, num_experts_per_tok=2))
 
 
 @cache
-def _built(configuration: type[PreTrainedConfig], seed: int, **sizes: int) -> Model:
+def _built(configuration: type[PreTrainedConfig], name: str, seed: int, **sizes: int) -> Model:
     config = configuration(num_hidden_layers=3, **_SIZES, **sizes)
-    family = _MixtureFamily() if configuration is MixtralConfig else Catalog().families["llama"]()
+    family = Catalog().families[name]()
     model = random_instance(config, seed)
     return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
 
@@ -83,29 +67,27 @@ def letters() -> Any:
     )
 
 
-def small_job(criterion: ImportanceCriterion | None = None, **changes: Any) -> PruneJob:
+def small_job(**changes: Any) -> PruneJob:
     """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
-    by ``criterion`` (default: l1) on one generated sample of four tokens. ``changes``: fields of `PruneJob`."""
+    by l1. ``changes``: fields of `PruneJob`."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
     job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
     calibration = CalibrationJob("self", (Part(SelfWritten(), ""),), samples=1, length=4)
-    values: dict[str, Any] = {"criterion": criterion or job.criterion, "calibration": calibration, **changes}
-    return replace(job, **values)
+    return replace(job, calibration=calibration, **changes)
 
 
 def make_plan(model: Model, job: PruneJob) -> PruningPlan:
-    """The plan of ``job`` for ``model``, which is not changed."""
     execution = Execution(model.weights)
     return select(model, job, calibrate(model, job, execution), execution)
 
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
-    """``model``, cut in place by ``plan``, with the built-in components alone."""
+    """``model``, cut in place by ``plan``."""
     return prune_model(model, job_of(plan, Catalog(plugin_manager(entry_points=False))))
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:
-    """The first difference of two state dicts as text; empty when there is none."""
+    """The first difference of two state dicts in words; empty when there is none."""
     for name in (*before, *after):
         if name not in before or name not in after:
             return f"parameter '{name}' exists only {'after' if name in after else 'before'}"

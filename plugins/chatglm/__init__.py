@@ -1,5 +1,5 @@
-"""ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, in their original formats and in transformers' own: prompts, and a
-reader. Their structure is discovered."""
+"""Prompts of ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, and a reader of their original formats. Their structure is
+discovered."""
 
 from __future__ import annotations
 
@@ -13,15 +13,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-CHAT_FORMAT = "chat_format"
-"""Attribute that `ChatGLMReader` adds to a converted configuration: `ROUNDS` for prompts of ChatGLM2, `ROLES` for those
-of ChatGLM3."""
-ROUNDS = "rounds"
-ROLES = "roles"
+CHAT_FORMAT, ROUNDS, ROLES = "chat_format", "rounds", "roles"
+"""Attribute that `ChatGLMReader` adds to a converted configuration, and its values for ChatGLM2 and ChatGLM3."""
 
 
 class ChatGLMFamily(ModelFamily):
-    """ChatGLM-6B, the first generation. Its hidden channels cannot be cut exactly, because of LayerNorms over them."""
+    """Hidden channels cannot be cut exactly, because of LayerNorms over them."""
 
     name = "chatglm"
     summary = "ChatGLM-6B, the first generation"
@@ -50,8 +47,7 @@ class ChatGLMFamily(ModelFamily):
         return f"[gMASK]<sop>{text}"
 
     def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method: without
-        any, the query alone. Two tokens come before an answer."""
+        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
         if not history:
             return f"{query}[gMASK]<sop>"
         rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
@@ -60,7 +56,7 @@ class ChatGLMFamily(ModelFamily):
     def format_conversation(
         self, exchanges: Sequence[tuple[str, str]], system: str | None = None
     ) -> Sequence[tuple[str, str]]:
-        """One pair, as `answer_separator`, and here ``[gMASK]<sop>``, are before the last answer alone."""
+        """One pair, as ``[gMASK]<sop>`` and `answer_separator` come before the last answer alone."""
         *history, (query, answer) = exchanges
         before = "" if system is None else self.format_system(system)
         return [(before + self.format_chat(history, query), self.answer_separator + answer)]
@@ -91,8 +87,6 @@ class GlmFamily(ModelFamily):
 
 
 class ChatGLM2Family(GlmFamily):
-    """ChatGLM2-6B, converted to GLM: prompts in numbered rounds."""
-
     name = "chatglm2"
     summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
@@ -115,8 +109,6 @@ class ChatGLM2Family(GlmFamily):
 
 
 class ChatGLM3Family(GlmFamily):
-    """ChatGLM3-6B, converted to GLM: prompts with a special token per role."""
-
     name = "chatglm3"
     summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
     extends = "glm"
@@ -131,7 +123,7 @@ class ChatGLM3Family(GlmFamily):
 
 
 class ChatGLMReader(CheckpointReader):
-    """ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format, read into `GlmForCausalLM`."""
+    """Reads `GlmForCausalLM`."""
 
     name = "chatglm-original"
     summary = "ChatGLM2-6B, ChatGLM3-6B and GLM-4 in the original format"

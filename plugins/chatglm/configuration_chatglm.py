@@ -8,16 +8,11 @@ from transformers import PreTrainedConfig
 
 
 class ChatGLMConfig(PreTrainedConfig):
-    """ChatGLM-6B (the first generation), read from the released ``config.json`` as it is.
-
-    Added to the released fields: ``head_dim``, so that heads can be fewer than ``hidden_size / head_dim``.
-
-    Special ids that old releases leave out follow ``bos_token_id``, as in every release: ``[MASK]`` four before it,
-    ``[gMASK]`` three before it. Raises `ValueError` for what the model class does not implement.
-    """
+    """Reads the released ``config.json`` as it is. ``head_dim`` is added, so that heads can be fewer than
+    ``hidden_size / head_dim``. Raises `ValueError` for what the model class does not implement."""
 
     model_type = "chatglm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_hidden_layers": "num_layers",
         "intermediate_size": "inner_hidden_size",
@@ -59,6 +54,7 @@ class ChatGLMConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.bos_token_id is not None:
+            # Old releases leave these ids out.
             self.mask_token_id = self.bos_token_id - 4 if self.mask_token_id is None else self.mask_token_id
             self.gmask_token_id = self.bos_token_id - 3 if self.gmask_token_id is None else self.gmask_token_id
         super().__post_init__(**kwargs)

@@ -21,12 +21,10 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import can_return_tuple
 
 from .configuration_chatglm import ChatGLMConfig
 
-# transformers renamed `past_key_values` to `cache`; this file works under either name.
-_CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
-_MASKED = -10000.0
 # The residual scale α = √(2·28), constant in the released code, so that it does not change when layers are removed.
 _ALPHA = (2 * 28) ** 0.5
 
@@ -56,11 +54,6 @@ class Layout:
         mask = _first(input_ids == config.gmask_token_id, otherwise=mask)
         return cls(start, sop, mask - start)
 
-    @classmethod
-    def without_context(cls, batch: int, device: torch.device) -> Layout:
-        zero = torch.zeros(batch, dtype=torch.long, device=device)
-        return cls(zero, zero, zero)
-
     def position_ids(self, columns: torch.Tensor) -> torch.Tensor:
         """``columns`` ``[T]`` → ``[B, 2, T]``: position in the context, position in the answer."""
         sop = self.sop[:, None]
@@ -84,9 +77,9 @@ class Layout:
         return visible | ~visible.any(-1, keepdim=True)
 
 
-def _first(found: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
+def _first(matches: torch.Tensor, otherwise: torch.Tensor) -> torch.Tensor:
     """Column of the first True of every row, ``otherwise`` where there is none."""
-    return torch.where(found.any(-1), found.int().argmax(-1), otherwise)
+    return torch.where(matches.any(-1), matches.int().argmax(-1), otherwise)
 
 
 def rotary_embedding(
@@ -118,14 +111,13 @@ def eager_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
+    attention_mask: torch.Tensor,
     scaling: float,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over ``[B, N, T, D]``; ``attention_mask``: bool, True where a query may attend."""
     scores = (query * scaling) @ key.transpose(-1, -2)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask, _MASKED)
+    scores = scores.masked_fill(~attention_mask, -10000.0)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     return (weights @ value).transpose(1, 2), weights
 
@@ -230,10 +222,9 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
 
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         past_key_values: Cache | None = None,
@@ -241,21 +232,20 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
-
         ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
-        """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give either input_ids or inputs_embeds")
-        hidden = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        ``past_key_values``: the former name of ``cache``."""
+        hidden = self.word_embeddings(input_ids)
         cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = DynamicCache(config=self.config)
-        batch, length = hidden.shape[:2]
         past = int(cache.get_seq_length()) if cache is not None else 0
-        layout = self._layout(input_ids, attention_mask, cache, past, batch)
-        columns = torch.arange(past, past + length, device=hidden.device)
-        slots = past + length
+        # The end of the context is not in later tokens, so the first call stores it in the cache.
+        layout = cache.chatglm_layout if past else Layout.of(input_ids, attention_mask, self.config)
+        if cache is not None:
+            cache.chatglm_layout = layout
+        slots = past + input_ids.shape[1]
+        columns = torch.arange(past, slots, device=hidden.device)
         if cache is not None and cache.layers:
             # A static cache returns all its slots; the empty ones are after every query, and so never visible.
             slots = getattr(cache.layers[0], "max_cache_len", slots)
@@ -266,25 +256,13 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
             hidden = layer(hidden, position_embeddings, visible, cache=cache, **kwargs)
             states.append(hidden)
         hidden = self.final_layernorm(hidden)
-        wanted = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
         return BaseModelOutputWithPast(
             last_hidden_state=hidden,
-            hidden_states=(*states[:-1], hidden) if wanted else None,
-            **{_CACHE: cache if use_cache else None},
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            cache=cache if use_cache else None,
         )
-
-    def _layout(
-        self, input_ids: torch.Tensor | None, mask: torch.Tensor | None, cache: Cache | None, past: int, batch: int
-    ) -> Layout:
-        if cache is not None and past:
-            # The end of the context is not in later tokens, so it is stored in the cache.
-            return getattr(cache, "chatglm_layout", None) or Layout.without_context(batch, self.device)
-        layout = Layout.without_context(batch, self.device)
-        if input_ids is not None:
-            layout = Layout.of(input_ids, mask, self.config)
-        if cache is not None:
-            cache.chatglm_layout = layout
-        return layout
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -299,39 +277,30 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         self.loss_type = "ForCausalLM"
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
-        input_ids: torch.Tensor | None = None,
+        input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_hidden_states: bool | None = None,
-        return_dict: bool | None = None,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast | tuple[torch.Tensor, ...]:
+    ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
         are those before ``<sop>``, as attention to them is bidirectional."""
-        loss_arguments = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
-        output = self.transformer(
-            input_ids, attention_mask, cache, inputs_embeds, use_cache, output_hidden_states, past_key_values, **kwargs
-        )
+        output = self.transformer(input_ids, attention_mask, cache, use_cache, output_hidden_states, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
         if labels is not None:
-            if input_ids is not None:
-                sop = Layout.of(input_ids, attention_mask, self.config).sop
-                columns = torch.arange(labels.shape[1], device=labels.device)
-                labels = labels.masked_fill(columns < sop[:, None], -100)
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **loss_arguments)
-        result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, hidden_states=output.hidden_states, **{_CACHE: getattr(output, _CACHE)}
-        )
-        return result.to_tuple() if return_dict is False else result
+            sop = Layout.of(input_ids, attention_mask, self.config).sop
+            columns = torch.arange(labels.shape[1], device=labels.device)
+            labels = labels.masked_fill(columns < sop[:, None], -100)
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor | None:

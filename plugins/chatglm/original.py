@@ -46,22 +46,20 @@ _GLM4_TOKENS = (
     "<|endoftext|>", *_MARKS, *_ROLES,
     "<|begin_of_image|>", "<|end_of_image|>", "<|begin_of_video|>", "<|end_of_video|>",
 )  # fmt: skip
-# Each line of a tiktoken vocabulary: a token in base64, its rank.
-_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """`GlmConfig` for an original ``config.json``. Raises `UnsupportedModelError` for variants that GLM cannot
-    represent, `ModelError` when a field is missing or invalid."""
+    """`GlmConfig` of an original ``config.json``. Raises `UnsupportedModelError` for variants that GLM cannot hold,
+    `ModelError` when a field is missing or invalid."""
     values, style = read_json(path / "config.json"), chat_format(path)
     for name, expected in _GLM_HAS.items():
         if bool(values.get(name, expected)) != bool(expected):
             raise UnsupportedModelError(f"{path} cannot be read as GLM: {name} is {values[name]!r} in its config.json")
     eos = values.get("eos_token_id", 2)
     if style == ROLES:
+        # A turn ends where one of another role begins.
         with _one_line(path / VOCABULARY_FILE):
             first = _sentencepiece(path).get_piece_size() + len(_MARKS)
-        # A turn ends where one of another role begins.
         stops = [first + _ROLES.index(role) for role in ("<|user|>", "<|observation|>")]
         eos = [*(eos if isinstance(eos, list) else [eos]), *stops]
     try:
@@ -127,9 +125,7 @@ def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         model.load_state_dict(state, assign=True)
     except RuntimeError as error:  # several lines, one for each parameter
         raise CheckpointError(f"{path}: {' '.join(str(error).split())[:400]}; download it again") from error
-    kinds = {parameter.dtype for parameter in model.parameters()}
-    if len(kinds) == 1:
-        model.config.dtype = kinds.pop()
+    model.config.dtype = model.dtype
     if (path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_dict(read_json(path / "generation_config.json"))
         if isinstance(config.eos_token_id, list):
@@ -155,7 +151,6 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
-    """Raises `CheckpointError` when the file is damaged, or contains anything but tensors."""
     try:
         return dict(load_state_dict(file))
     except Exception as error:  # a damaged pickle can raise anything
@@ -165,8 +160,7 @@ def _tensors(file: Path) -> dict[str, torch.Tensor]:
 
 
 def chat_format(directory: Path) -> str | None:
-    """`ROLES` for a tokenizer with role tokens (ChatGLM3), `ROUNDS` without; None for GLM-4, and where there is no
-    tokenizer."""
+    """`ROLES` for a tokenizer with role tokens (ChatGLM3), `ROUNDS` without; None for GLM-4 and without a tokenizer."""
     vocabulary = directory / VOCABULARY_FILE
     if not vocabulary.is_file() or _is_tiktoken(vocabulary):
         return None
@@ -179,9 +173,7 @@ def chat_format(directory: Path) -> str | None:
 
 def read_tokenizer(directory: Path) -> Any | None:
     """A fast tokenizer that pads to the left and starts every prompt with ``[gMASK] <sop>``; None without a vocabulary.
-
-    Raises `CheckpointError` when the vocabulary is damaged.
-    """
+    Raises `CheckpointError` when the vocabulary is damaged."""
     file = directory / VOCABULARY_FILE
     if not file.is_file():
         return None
@@ -191,7 +183,7 @@ def read_tokenizer(directory: Path) -> Any | None:
 
 @contextlib.contextmanager
 def _one_line(file: Path) -> Iterator[None]:
-    """Convert exceptions of tokenizer libraries for a damaged vocabulary to `CheckpointError` with one line."""
+    """Exceptions of tokenizer libraries for a damaged vocabulary as a `CheckpointError` in one line."""
     try:
         yield
     except LlmprunerError:
@@ -202,8 +194,9 @@ def _one_line(file: Path) -> Iterator[None]:
 
 
 def _is_tiktoken(file: Path) -> bool:
+    """Whether the first line is a token in base64 and its rank."""
     with file.open("rb") as stream:
-        return _TIKTOKEN_LINE.fullmatch(stream.readline(4096)) is not None
+        return re.fullmatch(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n", stream.readline(4096)) is not None
 
 
 def _sentencepiece(directory: Path) -> Any:
@@ -226,10 +219,9 @@ def _from_sentencepiece(directory: Path) -> Any:
 
 
 class _Converter(TikTokenConverter):  # type: ignore[misc]
-    """tiktoken keeps a copy of every file that it read, and takes it by the path, unless it is told the hash."""
-
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
+        # Without the hash, tiktoken takes its cached copy of a file of this path, even when the file has changed.
         return load_tiktoken_bpe(tiktoken_url, hashlib.sha256(Path(tiktoken_url).read_bytes()).hexdigest())
 
 

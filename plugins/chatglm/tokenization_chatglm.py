@@ -12,9 +12,6 @@ from transformers import PreTrainedTokenizer
 
 VOCABULARY_FILE = "ice_text.model"
 _LINE_BREAK, _TAB = "<n>", "<|tab|>"
-_MAX_BLANKS = 80
-_BLANKS = re.compile(f" {{2,{_MAX_BLANKS}}}")
-_BLANK_PIECE = re.compile(r"<\|blank_(\d+)\|>")
 
 
 class ChatGLMTokenizer(PreTrainedTokenizer):
@@ -76,7 +73,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
 
     def _tokenize(self, text: str, **kwargs: Any) -> list[str]:
         text = text.replace("\n", _LINE_BREAK).replace("\t", _TAB)
-        text = _BLANKS.sub(lambda blanks: f"<|blank_{len(blanks.group())}|>", text)
+        text = re.sub(" {2,80}", lambda blanks: f"<|blank_{len(blanks.group())}|>", text)
         return self.sp_model.encode(text, out_type=str)
 
     def _convert_token_to_id(self, token: str) -> int:
@@ -94,7 +91,7 @@ class ChatGLMTokenizer(PreTrainedTokenizer):
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         text = self.sp_model.decode_pieces(tokens)
         text = text.replace(_LINE_BREAK, "\n").replace(_TAB, "\t")
-        return _BLANK_PIECE.sub(lambda blanks: " " * int(blanks[1]), text)
+        return re.sub(r"<\|blank_(\d+)\|>", lambda blanks: " " * int(blanks[1]), text)
 
     def build_inputs_with_special_tokens(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None

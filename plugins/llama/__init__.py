@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 class MetaReader(CheckpointReader):
-    """``params.json`` and ``consolidated.NN.pth``, as Meta publishes LLaMA 1, 2 and 3."""
-
     name = "meta-llama"
     summary = "LLaMA 1, 2 and 3 as Meta publishes them: params.json and consolidated.NN.pth"
     family = "llama"
@@ -58,9 +56,9 @@ class MetaExporter(Exporter):
     """LLaMA in Meta's format, which can represent MLPs of the same pruned width and fewer layers, but not pruned
     attention or hidden channels, nor a vocabulary that lost tokens. Every tensor is read back and compared.
 
-    Meta's own code has one factor for scaled rotary frequencies, 8, and ignores others in ``params.json``, which
-    llmpruner reads: of models with another (Llama 3.2 has 32), it computes slightly different logits. The length of the
-    context is not stored, because Meta's code takes it as an argument and refuses it in ``params.json``.
+    Meta's own code scales rotary frequencies by a factor of 8 and ignores another one in ``params.json``, which
+    llmpruner reads: for Llama 3.2 (32), it computes slightly different logits. The length of the context is not stored,
+    because Meta's code takes it as an argument and refuses it in ``params.json``.
     """
 
     name = "meta"
@@ -84,8 +82,8 @@ class MetaExporter(Exporter):
                 "Meta's format cannot hold this model: tokens were removed, and tokenizer.model has no form without "
                 "them; export it --to stock or gguf"
             )
-        shards, own = self.settings.shards, task.source / "tokenizer.model"
-        tokenizer = self.settings.tokenizer or (own if own.is_file() else None)
+        shards, stored = self.settings.shards, task.source / "tokenizer.model"
+        tokenizer = self.settings.tokenizer or (stored if stored.is_file() else None)
         task.progress.status("Writing Meta's format")
         params = write_meta(task.model, tokenizer, task.directory, shards)
         task.progress.status("Reading it back")
@@ -94,7 +92,6 @@ class MetaExporter(Exporter):
         factor, positions = params.rope_scaling_factor, task.model.config.max_position_embeddings
         if factor not in (None, META_FACTOR):
             line += f"; its rotary factor is {factor:g}, and Meta's code takes {META_FACTOR:g}"
-        # ``max_seq_len`` in params.json is a second value for an argument that Meta's code gives, which Python refuses.
         if positions != params.max_positions:
             line += f"; its context of {positions} tokens is not stored, and is read back as {params.max_positions}"
         if tokenizer is None:

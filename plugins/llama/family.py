@@ -12,17 +12,13 @@ if TYPE_CHECKING:
 
 
 class LlamaFamily(ModelFamily):
-    """LLaMA 1, 2 and 3, and every model that shares its ``model_type``."""
-
     name = "llama"
     summary = "LLaMA 1, 2 and 3, and every model of their type"
     model_types = ("llama",)
 
     def coupled_groups(self, config: LlamaConfig) -> Sequence[CoupledGroup]:
-        groups = []
-        for n in range(config.num_hidden_layers):
-            groups += self._layer(config, n)
-        layers = [f"model.layers.{n}" for n in range(config.num_hidden_layers)]
+        count = config.num_hidden_layers
+        layers = [f"model.layers.{n}" for n in range(count)]
         outputs, downs = ([f"{p}.{m}" for p in layers] for m in ("self_attn.o_proj", "mlp.down_proj"))
         hidden = layouts.hidden_channels(
             config.hidden_size,
@@ -39,10 +35,12 @@ class LlamaFamily(ModelFamily):
                 "model.norm",
             ],
         )
-        groups.append(CoupledGroup("hidden", HIDDEN, config.hidden_size, hidden))
-        groups.append(layouts.vocabulary(config.vocab_size, "model.embed_tokens", "lm_head"))
-        groups.append(CoupledGroup("layers", LAYER, config.num_hidden_layers))
-        return groups
+        return [
+            *(group for n in range(count) for group in self._layer(config, n)),
+            CoupledGroup("hidden", HIDDEN, config.hidden_size, hidden),
+            layouts.vocabulary(config.vocab_size, "model.embed_tokens", "lm_head"),
+            CoupledGroup("layers", LAYER, count),
+        ]
 
     def _layer(self, config: LlamaConfig, n: int) -> list[CoupledGroup]:
         path = f"model.layers.{n}"

@@ -9,30 +9,26 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
-from transformers import GenerationConfig, LlamaConfig
+from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
 from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
 
 from .meta_tokenizer import TOKENIZER, read_tokenizer, stop_tokens, tiktoken_ranks
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 PARAMS = "params.json"
 _REFUSED = "Meta's format cannot hold this model"
+# What ``use_scaled_rope`` stands for in Meta's code.
 _SCALED_ROPE = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-"""The constants of ``use_scaled_rope`` in Meta's code."""
 META_FACTOR = 8.0
-"""The factor of ``use_scaled_rope`` in Meta's code, where it is a constant too."""
 
 
 def scaled_rope_factor(dim: int) -> float:
-    """The factor of ``use_scaled_rope`` in the published configurations, as ``params.json`` of the releases has none:
-    32 for Llama 3.2 (1B and 3B, with dim 2048 and 3072), 8 for Llama 3.1 and 3.3 (from dim 4096)."""
+    """The factor of a release with ``use_scaled_rope``, which its ``params.json`` does not say: 32 for Llama 3.2 (1B
+    and 3B, with dim 2048 and 3072), 8 for Llama 3.1 and 3.3 (from dim 4096)."""
     return 32.0 if dim <= 3072 else META_FACTOR
 
 
@@ -45,7 +41,8 @@ def ffn_width(dim: int, multiple_of: int, ffn_dim_multiplier: float | None) -> i
 
 
 class MetaParams(BaseModel):
-    """The fields that decide the model. ``vocab_size`` −1: as many as the embedding has rows."""
+    """Fields of ``params.json``. ``vocab_size`` −1: as many as the embedding has rows. ``rope_scaling_factor`` None:
+    rotary frequencies are not scaled."""
 
     model_config = ConfigDict(frozen=True, strict=True)
 
@@ -59,8 +56,6 @@ class MetaParams(BaseModel):
     vocab_size: int = -1
     rope_theta: PositiveFloat = 10000.0
     rope_scaling_factor: PositiveFloat | None = None
-    """None: rotary frequencies are not scaled."""
-    max_seq_len: PositiveInt | None = None
 
     @classmethod
     def read(cls, path: Path) -> MetaParams:
@@ -81,16 +76,12 @@ class MetaParams(BaseModel):
     @classmethod
     def of(cls, config: LlamaConfig, *, width: int, vocabulary: int) -> MetaParams:
         """For a model of ``config`` whose MLPs all have the width ``width``. ``vocabulary``: rows of the embedding.
-
-        Any width can be represented: with ``multiple_of`` 1, Meta's formula is int(m · int(8·dim/3)), and
-        m = (width + ½) / int(8·dim/3) solves it. Raises `UnsupportedModelError` for other rotary scaling than Meta's.
-        """
+        Raises `UnsupportedModelError` for other rotary scaling than Meta's."""
         dim = config.hidden_size
         multiple_of, multiplier = 256, None
         if ffn_width(dim, multiple_of, multiplier) != width:
+            # Meta's formula is now int(multiplier · int(8·dim/3)), which gives any width.
             multiple_of, multiplier = 1, (width + 0.5) / ffn_width(dim, 1, None)
-            if ffn_width(dim, multiple_of, multiplier) != width:
-                raise UnsupportedModelError(f"Meta's format cannot express an MLP of width {width} with dim {dim}")
         rope = dict(config.rope_parameters)
         kind, theta = rope.pop("rope_type", "default"), float(rope.pop("rope_theta", 10000.0))
         factor = None
@@ -112,8 +103,8 @@ class MetaParams(BaseModel):
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The fields for ``params.json``. Meta's older code refuses those that it does not know, which are left out
-        where they have their defaults; its later code ignores them: ``rope_scaling_factor`` is for `read` alone."""
+        """The fields without those of later releases that have their defaults, as Meta's older code refuses unknown
+        ones; its later code ignores them: ``rope_scaling_factor`` is for `read` alone."""
         factor = scaled_rope_factor(self.dim)
         defaults = {"n_kv_heads": self.n_heads, "rope_theta": 10000.0, "rope_scaling_factor": factor}
         values = {k: v for k, v in self.model_dump(exclude_none=True).items() if v != defaults.get(k)}
@@ -125,9 +116,7 @@ class MetaParams(BaseModel):
 
     @property
     def max_positions(self) -> int:
-        """The trained context, which the format does not store, from the fields that identify each release."""
-        if self.max_seq_len is not None:
-            return self.max_seq_len
+        """The trained context, which the format does not store, from the fields that tell the release."""
         if self.rope_scaling_factor is not None:
             return 131072  # Llama 3.1 and later
         if self.rope_theta >= 1_000_000:
@@ -139,9 +128,8 @@ class MetaParams(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """The storage of a tensor. ``meta`` and ``name``: its names in Meta's and Hugging Face's format. ``axis``: the axis
-    that is split over the shards, None when every shard has all of it. ``heads``: the number of heads whose rotary
-    dimensions it produces, 0 for none."""
+    """Where a tensor is stored. ``meta`` and ``name``: its names in Meta's and Hugging Face's format. ``axis``: along
+    which shards split it; None: each has all of it. ``heads``: whose rotary dimensions it produces, 0 for none."""
 
     meta: str
     name: str
@@ -166,8 +154,8 @@ def placements(params: MetaParams, *, tied: bool, embedding_axis: int) -> Iterat
 
 
 def to_rotate_half(weight: torch.Tensor, heads: int) -> torch.Tensor:
-    """Reorder the rows of each head from Meta's order, where rotated pairs are adjacent, to transformers', where they
-    are half a head apart. ``weight``: (heads · head_dim, in)."""
+    """Rows (heads · head_dim, in) of each head from Meta's order, where rotated pairs are adjacent, to transformers',
+    where they are half a head apart."""
     return weight.view(heads, -1, 2, weight.shape[1]).transpose(1, 2).reshape(weight.shape)
 
 
@@ -277,8 +265,7 @@ def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
 
 
 def tokenizer_in(directory: Path) -> Any | None:
-    """The tokenizer of a folder: ``tokenizer.model`` in it or in its parent, where Meta's download script puts it; None
-    without one."""
+    """The tokenizer of ``tokenizer.model`` in a folder, or in its parent, where Meta's download script puts it."""
     files = [folder / TOKENIZER for folder in (directory, directory.absolute().parent)]
     file = next((file for file in files if file.is_file()), None)
     if file is None:
@@ -287,7 +274,7 @@ def tokenizer_in(directory: Path) -> Any | None:
 
 
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file, mapped into memory, without unpickling code."""
+    """The tensors of a file, mapped into memory. Code in its pickle is not run."""
     if not zipfile.is_zipfile(path):
         raise CheckpointError(
             f"{path} is truncated, or not a checkpoint that PyTorch 1.6 or later wrote: download it again"
@@ -308,11 +295,11 @@ def _mapped(path: Path) -> dict[str, torch.Tensor]:
 
 
 def write_meta(model: PreTrainedModel, tokenizer: Path | None, directory: Path, shards: int = 1) -> MetaParams:
-    """Write ``model`` into ``directory`` as ``params.json`` and ``shards`` files ``consolidated.NN.pth``.
-    ``tokenizer``: the ``tokenizer.model`` to copy, if any. Raises `UnsupportedModelError` when the format can't
-    represent the model."""
+    """Write ``model`` into ``directory``, with a copy of the ``tokenizer.model``, if any. Raises
+    `UnsupportedModelError` when the format can't represent the model."""
     state = model.state_dict()
-    params = MetaParams.of(model.config, width=_check(model, state), vocabulary=len(state["model.embed_tokens.weight"]))
+    width, vocabulary = _mlp_width(model, state), len(state["model.embed_tokens.weight"])
+    params = MetaParams.of(model.config, width=width, vocabulary=vocabulary)
     if params.n_kv_heads % shards or params.vocab_size % shards or params.ffn_width % shards:
         raise UnsupportedModelError(
             f"{_REFUSED} in {shards} shards: {params.n_kv_heads} KV heads, {params.vocab_size} tokens and an "
@@ -335,16 +322,15 @@ def write_meta(model: PreTrainedModel, tokenizer: Path | None, directory: Path, 
 
 
 def check_written(directory: Path, model: PreTrainedModel) -> None:
-    """Read ``directory`` back and compare it with ``model``: the sizes and rotary settings of the configuration, and
-    every tensor bit by bit. Raises `CheckpointError` for the first difference."""
+    """Read ``directory`` back. Raises `CheckpointError` where sizes, rotary settings or tensors are not those of
+    ``model``."""
     folder, state = MetaFolder(directory), model.state_dict()
-    # `tokenizer_in` also searches the parent of ``directory``.
-    again = folder.config(tokenizer_in(directory) if (directory / TOKENIZER).is_file() else None)
+    config = folder.config(tokenizer_in(directory))
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     for field in (*sizes, "rms_norm_eps", "rope_parameters"):
-        ours, theirs = getattr(again, field), getattr(model.config, field)
-        if ours != theirs:
-            raise CheckpointError(f"Meta's format does not keep {field}: it was {theirs}, and is read back as {ours}")
+        read, expected = getattr(config, field), getattr(model.config, field)
+        if read != expected:
+            raise CheckpointError(f"Meta's format does not keep {field}: it was {expected}, and is read back as {read}")
     for name, tensor in folder.state(None).items():
         if not torch.equal(tensor, state[name].cpu()):
             raise CheckpointError(f"{name} is read back with other values than were written: check disk and memory")
@@ -359,7 +345,7 @@ def _part(tensor: torch.Tensor, placement: Placement, number: int, shards: int) 
     return tensor.cpu().contiguous().clone()
 
 
-def _check(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> int:
+def _mlp_width(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> int:
     """The width of all MLPs. Raises `UnsupportedModelError` for models that Meta's code can't build."""
     config = model.config
     hidden, heads = config.hidden_size, config.num_attention_heads

@@ -25,10 +25,8 @@ _PATTERN = (
 
 
 def read_tokenizer(path: Path, *, scaled_rope: bool = False) -> Any:
-    """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, with more named special tokens.
-
-    Raises `CheckpointError` when the file is neither of the two kinds.
-    """
+    """A transformers tokenizer. ``scaled_rope``: of Llama 3.1 or later, with more named special tokens. Raises
+    `CheckpointError` when the file is neither of the two kinds."""
     if (ranks := tiktoken_ranks(path)) is not None:
         return _tiktoken(path, ranks, scaled_rope)
     try:
@@ -69,11 +67,10 @@ def _tiktoken(path: Path, ranks: dict[bytes, int], scaled_rope: bool) -> Any:
             return ranks
 
     backend = Converter(vocab_file=str(path), pattern=_PATTERN, extra_special_tokens=special).converted()
-    begin = backend.token_to_id(_BEGIN)
     template = processors.TemplateProcessing(
         single=f"{_BEGIN}:0 $A:0",
         pair=f"{_BEGIN}:0 $A:0 {_BEGIN}:1 $B:1",
-        special_tokens=[(_BEGIN, begin)],
+        special_tokens=[(_BEGIN, backend.token_to_id(_BEGIN))],
     )
     backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return PreTrainedTokenizerFast(

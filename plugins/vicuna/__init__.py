@@ -81,8 +81,6 @@ def _quoted(text: str) -> str:
 
 
 class VicunaFamily(LlamaFamily):
-    """Vicuna v1.1, v1.3 and v1.5."""
-
     name = "vicuna"
     summary = "Vicuna v1.1, v1.3 and v1.5: LLaMA with a conversation format"
     extends = "llama"
@@ -99,8 +97,6 @@ class VicunaFamily(LlamaFamily):
 
 
 class VicunaV0Family(VicunaFamily):
-    """Vicuna v0, the first release: another conversation format, and one more token."""
-
     name = "vicuna-v0"
     summary = "Vicuna v0, the first release: another conversation format, and one more token"
     template = V0
@@ -115,16 +111,14 @@ _OTHER_FORMAT = re.compile(r"gpt[-_.]?4[-_.]?x[-_.]?vicuna")
 
 
 def template_of(config: PreTrainedConfig) -> Template | None:
-    """The conversation format of a Vicuna; None for other models.
-
-    Found by the name in the reference, else the name in saved configurations, else the chat template.
-    """
+    """The conversation format of a Vicuna, by the name in the reference, else the names in saved configurations, else
+    the chat template; None for other models."""
     place = str(getattr(config, "name_or_path", "") or "")
     folder = Path(place)
     saved: list[Any] = []
     if place and folder.is_dir():
         saved = [_read(folder / file).get("_name_or_path") for file in ("config.json", "generation_config.json")]
-    for name in (_own_name(each) for each in (place, *saved) if isinstance(each, str)):
+    for name in (_model_name(each) for each in (place, *saved) if isinstance(each, str)):
         if _OTHER_FORMAT.search(name):
             return None  # its files may name the Vicuna that it was made from
         if "vicuna" in name:
@@ -140,7 +134,7 @@ def template_of(config: PreTrainedConfig) -> Template | None:
     return None
 
 
-def _own_name(place: str) -> str:
+def _model_name(place: str) -> str:
     """The last part of a path or hub id; for a folder in the hub's cache, the name of the repository."""
     parts = [part for part in re.split(r"[/\\]", place) if part]
     cached = [part for part in parts if part.startswith("models--")]
@@ -148,7 +142,7 @@ def _own_name(place: str) -> str:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file, empty if it cannot be read; loading the checkpoint will report that."""
+    """The JSON object in a file; empty if it can't be read, which loading the checkpoint will report."""
     try:
         return read_json(path)
     except CheckpointError:

@@ -38,26 +38,26 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
 
 def _add(base: Path, delta: Path, stage: Path) -> Template:
     """Write the sum to ``stage``; returns the conversation format of the delta's version."""
-    dense, total = (load(str(path), dtype="float16").model for path in (base, delta))
+    llama, vicuna = (load(str(path), dtype="float16").model for path in (base, delta))
     difference = f"{delta} is no delta for {base}"
     for name in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        ours, theirs = getattr(dense.config, name, None), getattr(total.config, name, None)
+        ours, theirs = getattr(llama.config, name, None), getattr(vicuna.config, name, None)
         if ours != theirs:
             raise CheckpointError(f"{difference}: {name} is {theirs} there and {ours} in the base")
-    own, added = dense.state_dict(), total.state_dict()
-    for name in sorted(own.keys() ^ added.keys()):
-        raise CheckpointError(f"{difference}: only {delta if name in added else base} has {name}")
-    extra = len(added["lm_head.weight"]) - len(own["lm_head.weight"])
+    weights, deltas = llama.state_dict(), vicuna.state_dict()
+    for name in sorted(weights.keys() ^ deltas.keys()):
+        raise CheckpointError(f"{difference}: only {delta if name in deltas else base} has {name}")
+    extra = len(deltas["lm_head.weight"]) - len(weights["lm_head.weight"])
     if extra not in (0, 1):
         raise CheckpointError(f"{difference}: it has {extra:+} tokens; expected +0 (v1.1) or +1, [PAD] (v0)")
-    for name, tensor in added.items():
-        summand = own[name]
+    for name, tensor in deltas.items():
+        weight = weights[name]
         if extra and name in ("model.embed_tokens.weight", "lm_head.weight"):
-            summand = torch.cat([summand, summand.new_zeros(extra, summand.shape[1])])
-        if summand.shape != tensor.shape:
+            weight = torch.cat([weight, weight.new_zeros(extra, weight.shape[1])])
+        if weight.shape != tensor.shape:
             raise CheckpointError(
-                f"{difference}: {name} is {tuple(tensor.shape)} there and {tuple(summand.shape)} in the base"
+                f"{difference}: {name} is {tuple(tensor.shape)} there and {tuple(weight.shape)} in the base"
             )
-        tensor.add_(summand)
-    total.save_pretrained(stage)
+        tensor.add_(weight)
+    vicuna.save_pretrained(stage)
     return V0 if extra else V1_1

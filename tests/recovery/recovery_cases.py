@@ -13,7 +13,7 @@ from llmpruner_llama.family import LlamaFamily
 from llmpruner import Model, build_graph
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.base import nothing
-from llmpruner.recovery.data import RecoverJob, prepare, read_data
+from llmpruner.recovery.data import RecoverySetup, prepare, read_data
 from llmpruner.recovery.recover import train
 from llmpruner.settings import RecoverSettings
 
@@ -55,5 +55,5 @@ def train_tiny(folder, strategy, pruned=None, *, load_teacher=None, on_step=noth
     loaded = model_of(*(pruned or pruned_model()))
     data = prepare(settings, read_data(settings.data), FAMILY, loaded.tokenizer)
     teacher = load_teacher or (lambda: copy.deepcopy(dense_model(loaded.model.dtype)))
-    result, record = train(loaded, RecoverJob(settings, strategy), data, folder / "work", teacher, on_step=on_step)
+    result, record = train(loaded, RecoverySetup(settings, strategy), data, folder / "work", teacher, on_step=on_step)
     return SimpleNamespace(**vars(result), record=record)

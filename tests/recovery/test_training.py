@@ -22,7 +22,7 @@ from llmpruner.errors import PluginError
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery import training
-from llmpruner.recovery.data import RecoverJob, TrainingData
+from llmpruner.recovery.data import RecoverySetup, TrainingData
 from llmpruner.recovery.recover import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
@@ -226,7 +226,7 @@ def test_a_tokenizer_of_another_model_is_named(tmp_path):
     known, unknown = ([{"input_ids": [3, token], "labels": [3, token]}] for token in (49, 50))
     for data in (TrainingData(unknown, known, True), TrainingData(known, unknown, True)):
         with pytest.raises(DataError, match="it is that of another model"):
-            train(loaded, RecoverJob(RecoverSettings(), FullStrategy()), data, tmp_path, dense_model)
+            train(loaded, RecoverySetup(RecoverSettings(), FullStrategy()), data, tmp_path, dense_model)
 
 
 def test_the_record(tiny):

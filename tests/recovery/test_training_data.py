@@ -12,7 +12,7 @@ from recovery_cases import write_lines
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.conversations import Completion, read_examples
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.data import RecoverJob, check_recover, prepare, read_data
+from llmpruner.recovery.data import RecoverySetup, check_setup, prepare, read_data
 from llmpruner.recovery.strategies import FullStrategy
 from llmpruner.settings import RecoverSettings
 
@@ -89,7 +89,7 @@ def test_the_demo_instructions_are_complete_and_distinct():
 
 def test_data_is_looked_at_before_anything_long(tmp_path):
     def check(data):
-        check_recover(RecoverJob(RecoverSettings(data=data), FullStrategy()))
+        check_setup(RecoverySetup(RecoverSettings(data=data), FullStrategy()))
 
     with pytest.raises(DataError, match="no such file"):
         check(f"self:8,{tmp_path / 'none.jsonl'}")

@@ -26,7 +26,6 @@ from llmpruner import (
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.plugins.manager import plugin_manager
-from llmpruner.pruning.criteria.weights import L1
 from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, catalog_with
 
@@ -128,7 +127,7 @@ BROKEN_CRITERIA = [
     (SALIENCY, broken(score_units=lambda self, signals, axis, index: index), "score_units is torch.int64, not a"),
     (SALIENCY, broken(score_units=lambda self, signals, axis, index: torch.ones(2)), r"shape \(2,\), expected \(48,"),
     (SALIENCY, saliency(with_nan), "saliency is nan at"),
-    ("test_what_it_chooses_can_be_cut", saliency(with_nan), "score that is not a finite number"),
+    (APART, saliency(with_nan), "score that is not a finite number"),
 ]  # fmt: skip
 
 
@@ -168,12 +167,6 @@ def test_a_criterion_of_attention_is_shown_no_mixture():
     for check in (SALIENCY, SEEDED, ALONE, STACKS):
         run(CriterionConformance, "criterion", cls, check)
     assert max(seen) == 2
-
-
-def test_a_cut_that_disagrees_is_caught(monkeypatch):
-    monkeypatch.setattr("llmpruner.discovery.oracle.silence", lambda *_: None)
-    with pytest.raises(AssertionError, match=r"'l1': cut attention units disagree with silenced ones at model.lay"):
-        run(CriterionConformance, "criterion", L1, "test_what_it_chooses_can_be_cut")
 
 
 class Steady(RecoveryStrategy):
