@@ -163,7 +163,8 @@ def train(
 
     model, strategy = loaded.model, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
-    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters)
+    width = model.get_input_embeddings().weight.shape[1]
+    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters, width=width)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),

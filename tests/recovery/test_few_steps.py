@@ -108,12 +108,11 @@ def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, monkeypatch, ba
     assert first_and_last(result.record)[2] == pytest.approx(mean, abs=1e-6)
 
 
-def test_a_few_steps_of_all_weights_have_a_lower_rate():
-    settings = RecoverSettings(data="a", max_steps=12)
-    assert filled_in(settings, 50, adapters=False).learning_rate == pytest.approx(1.2e-5)
-    assert filled_in(settings, 50, adapters=True).learning_rate == 1e-4
-    timed = settings.model_copy(update={"minutes": 1.0})
-    assert filled_in(timed, 50, adapters=False).learning_rate == 1e-4, "the schedule lowers it"
-    assert filled_in(RecoverSettings(data="a", max_steps=300), 50, adapters=False).learning_rate == 1e-4
-    named = settings.model_copy(update={"learning_rate": 3e-4})
-    assert filled_in(named, 50, adapters=False).learning_rate == 3e-4
+def test_the_rate_of_all_weights_is_lower_for_wide_models_and_few_steps():
+    def rate(adapters=False, width=1500, **given):
+        return filled_in(RecoverSettings(data="a", **given), 50, adapters=adapters, width=width).learning_rate
+
+    assert rate(max_steps=300) == pytest.approx(1e-4) and rate(max_steps=300, width=3000) == pytest.approx(5e-5)
+    assert rate(max_steps=12) == pytest.approx(1.2e-5) and rate(max_steps=12, adapters=True) == 1e-4
+    assert rate(max_steps=12, minutes=1.0) == pytest.approx(1e-4), "the schedule lowers it"
+    assert rate(max_steps=12, learning_rate=3e-4) == 3e-4

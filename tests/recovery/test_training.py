@@ -174,18 +174,18 @@ def test_minutes_end_a_training_that_was_interrupted_too(tiny):
 
 def test_batches_and_steps():
     of = RecoverSettings(data="a")
-    sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
+    sizes = {rows: filled_in(of, rows, adapters=True, width=64).batch_size for rows in (10, 500, 7000, 50_000)}
     assert sizes == {10: 2, 500: 4, 7000: 64, 50_000: 64}
-    settings = filled_in(of, 500, adapters=True)
+    settings = filled_in(of, 500, adapters=True, width=64)
     assert planned_steps(settings, 500) == 250
-    assert filled_in(RecoverSettings(data="a", max_steps=5), 500, adapters=True).batch_size == 64
-    assert filled_in(RecoverSettings(data="a", minutes=5), 500, adapters=True).batch_size == 4
+    assert filled_in(RecoverSettings(data="a", max_steps=5), 500, adapters=True, width=64).batch_size == 64
+    assert filled_in(RecoverSettings(data="a", minutes=5), 500, adapters=True, width=64).batch_size == 4
 
 
 def test_processes_share_a_batch(monkeypatch):
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
-        filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True)
+        filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True, width=64)
 
 
 def test_another_job_does_not_go_on_from_a_checkpoint(tiny, tmp_path):
