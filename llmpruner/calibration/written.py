@@ -31,7 +31,6 @@ def self_generated(
     seed: int,
     *,
     passage: int = 64,
-    batch: int | None = None,
     as_texts: bool = False,
     progress: Progress = QUIET,
     label: str = "Writing calibration text",
@@ -46,15 +45,14 @@ def self_generated(
     begins with BOS, as chats do in many formats, and the others in the middle of a passage. The first token of a
     sequence, whichever it is, has values in the residual stream that are hundreds of times as large as those of others
     (Sun et al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that
-    place do not give other tokens these values. ``batch``: passages that are generated at once, by default
-    `passages_at_once`.
+    place do not give other tokens these values.
 
     Raises `ModelError` when the model's logits are NaN, and `UnsupportedModelError` for a class that cannot generate.
     """
     bos = _first_token(model, tokenizer)
     parts = -(-length // passage)
     tokens, passages = -(-length // parts), samples * parts
-    batch = batch or passages_at_once(model.config, tokens, model.dtype.itemsize)
+    batch = passages_at_once(model.config, tokens, model.dtype.itemsize)
     eos = getattr(model.generation_config, "eos_token_id", None)
     config = GenerationConfig(
         do_sample=False, max_new_tokens=tokens - 1, eos_token_id=eos, pad_token_id=bos, bos_token_id=bos

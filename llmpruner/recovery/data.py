@@ -39,7 +39,7 @@ ROWS = 512
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
 """The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
 _BATCH = 64
-"""Rows that are written at once; memory grows with it."""
+"""Answers that are written at once; memory grows with it."""
 _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 _LEAST, _MOST = 48, 128
 """Bounds for a share of examples held back, which is at most a fifth of all: enough to tell a small gain from noise,
@@ -122,7 +122,7 @@ def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress 
     examples = _answers(text, dense, seed, progress) if text.answers else []
     if text.texts:
         ids = self_generated(
-            dense.model, dense.tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS, batch=_BATCH,
+            dense.model, dense.tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS,
             progress=progress, label="The dense model writes texts",
         )  # fmt: skip
         texts = (_decoded(dense.tokenizer, row, finished=False) for row in ids.tolist())
