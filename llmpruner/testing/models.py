@@ -14,12 +14,11 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from ..calibration.calibration import CalibrationJob, Part, SelfWritten
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..engine.execution import Execution
 from ..models.model import Model
-from ..pipeline import calibrate, prune_model, select
+from ..pipeline import prune_model, select
 from ..plugins.catalog import Catalog
 from ..plugins.manager import plugin_manager
 from ..pruning.job import PruneJob, job_of, prune_job
@@ -71,14 +70,12 @@ def small_job(**changes: Any) -> PruneJob:
     """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
     by l1. ``changes``: fields of `PruneJob`."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
-    job = prune_job(settings, Catalog(plugin_manager(entry_points=False)))
-    calibration = CalibrationJob("self", (Part(SelfWritten(), ""),), samples=1, length=4)
-    return replace(job, calibration=calibration, **changes)
+    return replace(prune_job(settings, Catalog(plugin_manager(entry_points=False))), **changes)
 
 
 def make_plan(model: Model, job: PruneJob) -> PruningPlan:
-    execution = Execution(model.weights)
-    return select(model, job, calibrate(model, job, execution), execution)
+    """The plan of a job that reads no text."""
+    return select(model, job, None, Execution(model.weights))
 
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
