@@ -83,7 +83,8 @@ def load(
     **options: Unpack[LoadKeywords],
 ) -> Model:
     """A model with its weights, in evaluation mode."""
-    return _opener(settings_from(LoadSettings, options), catalog, progress).model(model)
+    opener = _opener(settings_from(LoadSettings, options), catalog, progress)
+    return opener.weights(opener.structure(model))
 
 
 def discover(

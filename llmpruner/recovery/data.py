@@ -83,9 +83,9 @@ def check_setup(setup: RecoverySetup) -> None:
         raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
     if setup.strategy.adapters and find_spec("peft") is None:
         raise MissingExtraError("peft", "recover")
-    for part in parse_mixture(setup.settings.data):
-        if not _is_dense_text(part.source):
-            check_source(part.source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
+    for source, _ in parse_mixture(setup.settings.data):
+        if not _is_dense_text(source):
+            check_source(source, example, f"{EXPECTED_EXAMPLES}, or self, self:N or self-text")
 
 
 def read_data(data: str) -> dict[str, Sequence[tuple[str, Example]]]:

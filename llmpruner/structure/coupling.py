@@ -167,7 +167,8 @@ class CoupledGroup:
     @cached_property
     def layer(self) -> int | None:
         """The decoder layer that the units are in; None for groups across layers."""
-        return layer_number(self.name, "layers")
+        _, _, word = self.name.removeprefix("layers.").partition(".")
+        return layer_number(self.name, "layers") if word else None
 
     def in_layer(self, layer: int) -> str:
         """The name of this group after its layer is renumbered to ``layer``."""

@@ -325,7 +325,8 @@ def check_written(directory: Path, model: PreTrainedModel) -> None:
     """Read ``directory`` back. Raises `CheckpointError` where sizes, rotary settings or tensors are not those of
     ``model``."""
     folder, state = MetaFolder(directory), model.state_dict()
-    config = folder.config(tokenizer_in(directory))
+    # `tokenizer_in` would also take an unrelated one of the parent folder.
+    config = folder.config(tokenizer_in(directory) if (directory / TOKENIZER).is_file() else None)
     sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     for field in (*sizes, "rms_norm_eps", "rope_parameters"):
         read, expected = getattr(config, field), getattr(model.config, field)

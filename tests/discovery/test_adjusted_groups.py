@@ -83,7 +83,7 @@ def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch: pytest.M
 
 
 def test_a_kind_that_small_models_lack_is_refused() -> None:
-    with pytest.raises(UnsupportedModelError, match="cut of gadget units cannot be found: a small gpt2 model has none"):
+    with pytest.raises(UnsupportedModelError, match="cutting gadget units of a gpt2 model cannot be verified: a small"):
         rules.rules_of(SMALL, ["gadget"], AutoFamily())
 
 
