@@ -189,7 +189,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
         reason = f"{type(error).__name__}: {first_line(error)}"
         if options.family is not None:
             raise ModelError(
-                f"family '{options.family}' does not fit '{ref.text}' ({reason}); leave --family out"
+                f"family '{options.family}' does not fit '{ref.text}', or its llmpruner.json is damaged ({reason})"
             ) from error
         raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
 

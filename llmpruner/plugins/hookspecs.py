@@ -104,8 +104,10 @@ def llmpruner_runtimes() -> Sequence[type[Runtime]]:
 
 @hookspec
 def llmpruner_checkpoint_readers() -> Sequence[type[CheckpointReader]]:
-    """Readers for checkpoint formats that ``from_pretrained`` does not support, such as Meta's. No two may
-    recognise the same path."""
+    """Readers for checkpoint formats that ``from_pretrained`` does not support, such as Meta's.
+
+    No two may recognise the same path.
+    """
 
 
 @hookspec

@@ -109,7 +109,7 @@ def latest_checkpoint(work_dir: Path) -> str | None:
     """Path of the newest checkpoint whose ``trainer_state.json``, which is written last, can be read; or None."""
     complete = []
     for file in work_dir.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             complete.append((int(json.loads(file.read_text())["global_step"]), str(file.parent)))
     return max(complete)[1] if complete else None
 

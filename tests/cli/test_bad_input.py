@@ -188,7 +188,9 @@ def test_a_family_that_does_not_fit_a_pruned_model(refused, pruned, monkeypatch)
     """It is not told as a damaged record."""
     monkeypatch.setattr(LlamaFamily, "coupled_groups", lambda self, config: config.no_such_width)
     message = refused("discover", pruned, "--family", "llama")
-    assert message.startswith(f"family 'llama' does not fit '{pruned}' (AttributeError: ")
+    assert message.startswith(
+        f"family 'llama' does not fit '{pruned}', or its llmpruner.json is damaged (AttributeError: "
+    )
 
 
 def test_disk_full_while_weights_are_written(run, dense, tmp_path, monkeypatch):
