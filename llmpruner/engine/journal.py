@@ -36,7 +36,7 @@ class Journal:
     def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
         self.folder, self._ranks = folder, ranks
         self._identity = json.dumps(run, sort_keys=True, indent=1)
-        self._written, self._took = time.monotonic(), 20 * SHARE  # a guess, until states were written once
+        self._written, self._took = time.monotonic(), 0.4  # a guess, until states were written once
 
     @contextmanager
     def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
