@@ -185,7 +185,7 @@ def test_a_plan_for_another_model(refused, planned, shared, tmp_path):
 
 
 def test_a_family_that_does_not_fit_a_pruned_model(refused, pruned, monkeypatch):
-    """It is not told as a damaged record."""
+    """It may be the record that is damaged."""
     monkeypatch.setattr(LlamaFamily, "coupled_groups", lambda self, config: config.no_such_width)
     message = refused("discover", pruned, "--family", "llama")
     assert message.startswith(
