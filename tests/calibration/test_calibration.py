@@ -1,7 +1,5 @@
 """Calibration text: written by the model, read from files or given by a plugin; reproducible, never silently short."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace

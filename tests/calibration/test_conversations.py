@@ -1,7 +1,5 @@
 """Instruction data of every convention in one normal form."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

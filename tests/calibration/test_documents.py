@@ -1,7 +1,5 @@
 """The one reader of text and records: every kind of source, and one line for every mistake."""
 
-from __future__ import annotations
-
 import json
 import sys
 

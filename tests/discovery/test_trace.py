@@ -1,9 +1,5 @@
 """Tracing a model, and following indices through the operators of its graph."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import composed
 import networkx
 import numpy as np
@@ -22,12 +18,12 @@ from llmpruner.errors import UnsupportedModelError
 class Guessing(nn.Module):
     """Its control flow depends on its weights."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(16, 8)
         self.layers = nn.ModuleList([nn.Linear(8, 8)])
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids, use_cache):
         hidden = self.layers[0](self.embed(input_ids))
         return hidden if hidden.sum() > 0 else -hidden
 
@@ -44,11 +40,11 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
 class Experts(nn.Module):
     """Experts in one matrix, of which those run that some token chose, each for the tokens that chose it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up, self.down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
 
-    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden, chosen):
         # One class more than there are experts, as in DBRX.
         mask = nn.functional.one_hot(chosen, 4).permute(2, 1, 0)
         result = torch.zeros_like(hidden)
@@ -61,12 +57,12 @@ class Experts(nn.Module):
 
 
 class Loop(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
         self.layers = nn.ModuleList([Experts()])
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids, use_cache):
         hidden = self.embed(input_ids).reshape(-1, 8)
         return self.head(self.layers[0](hidden, self.router(hidden).topk(2, -1).indices))
 
@@ -124,7 +120,7 @@ def test_a_model_is_traced_in_float32_whatever_it_is_stored_in():
     assert config.dtype == torch.bfloat16
 
 
-def test_components_of_a_random_graph_agree_with_a_search() -> None:
+def test_components_of_a_random_graph_agree_with_a_search():
     random = np.random.default_rng(0)
     left, right = random.integers(0, 400, 300), random.integers(0, 400, 300)
     label = connected_components(400, [(left[:150], right[:150]), (left[150:], right[150:])])
@@ -134,7 +130,7 @@ def test_components_of_a_random_graph_agree_with_a_search() -> None:
         assert {int(label[node]) for node in part} == {min(part)}
 
 
-def test_rows_of_several_tables_are_blocked() -> None:
+def test_rows_of_several_tables_are_blocked():
     run = Propagation(where="embedding in second")
     rows = run.new(3)
     run.look_up(rows)
@@ -146,17 +142,17 @@ def test_rows_of_several_tables_are_blocked() -> None:
 class Odd(nn.Module):
     """Channels pass through an operator without a rule, or are summed over."""
 
-    def __init__(self, odd: bool) -> None:
+    def __init__(self, odd):
         super().__init__()
         self.up, self.down, self.odd = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False), odd
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         inner = self.up(x)
         return self.down(torch.special.bessel_j0(inner) if self.odd else inner * inner.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize(("odd", "reason"), [(True, "bessel_j0 is not understood"), (False, "reduced")])
-def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str) -> None:
+def test_what_is_not_understood_is_blocked_with_a_reason(odd, reason):
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
     run.run(program, {})
@@ -166,7 +162,7 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     assert ("down.weight", 1) in reasons
 
 
-def fails(*_: Any) -> Any:
+def fails(*_):
     raise IndexError("no such axis")
 
 
@@ -177,9 +173,7 @@ def fails(*_: Any) -> Any:
         (lambda run, node, x, *_: x, r"shape \(2, 6\), and the rule \(2, 4\)"),
     ],
 )
-def test_a_rule_that_does_not_fit_names_operator_and_module(
-    rule: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rule_that_does_not_fit_names_operator_and_module(rule, message, monkeypatch):
     program = torch.export.export(Odd(True), (torch.randn(2, 4),), strict=False)
     monkeypatch.setitem(RULES, "linear", rule)
     with pytest.raises(UnsupportedModelError, match=f"^discovery cannot follow operator linear in up: .*{message}"):
@@ -189,11 +183,11 @@ def test_a_rule_that_does_not_fit_names_operator_and_module(
 class Assembled(nn.Module):
     """Keys put together in new memory, from heads and from what all heads share."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.heads, self.shared, self.out = nn.Linear(6, 12), nn.Linear(6, 2), nn.Linear(18, 6)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         own = self.heads(x).unflatten(-1, (3, 4))
         keys = own.new_empty(*own.shape[:-1], 6)
         keys[..., :4].copy_(own)
@@ -204,11 +198,11 @@ class Assembled(nn.Module):
 class Turned(nn.Module):
     """Heads rotated as complex numbers."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.heads, self.out = nn.Linear(6, 12), nn.Linear(12, 6)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         pairs = torch.view_as_complex(self.heads(x).reshape(*x.shape[:-1], 3, 2, 2))
         angles = torch.arange(2.0)
         turned = pairs * torch.polar(torch.ones_like(angles), angles)
@@ -216,7 +210,7 @@ class Turned(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "consumed"), [(Assembled(), 6), (Turned(), 4)], ids=["assembled", "turned"])
-def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
+def test_heads_are_followed_through_new_memory_and_complex_numbers(model, consumed):
     run = Propagation()
     run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {})
     found, _ = unit_sets(run, "layers")

@@ -1,18 +1,15 @@
 """Verdicts name the parameter that is wrong, and every check that was not possible. LLaMA's plugin
 declares what discovery finds."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 
 import pytest
 from composed import ComposedConfig
 from llmpruner_llama.family import LlamaFamily
-from transformers import CodeGenConfig, LlamaConfig, PreTrainedConfig
+from transformers import CodeGenConfig, LlamaConfig
 
-from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span
+from llmpruner import Blocks, ModelFamily, Role
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import REFUSED, VERIFIED
@@ -28,31 +25,31 @@ UP, BIAS, DOWN = (f"layers.0.mlp.{name}" for name in ("up.weight", "up.bias", "d
 
 
 @cache
-def found() -> tuple[CoupledGroup, ...]:
+def found():
     return discover_graph(BIASED).groups
 
 
-def with_spans(group: CoupledGroup, change: Callable[[Span], Span | None]) -> CoupledGroup:
+def with_spans(group, change):
     return replace(group, spans=tuple(new for span in group.spans if (new := change(span)) is not None))
 
 
 class Forgetful(ModelFamily):
     """Forgets the biases of the MLP."""
 
-    def coupled_groups(self, config: PreTrainedConfig) -> Sequence[CoupledGroup]:
+    def coupled_groups(self, config):
         return [
             with_spans(g, lambda s: None if s.parameter.endswith("up.bias") else s)
             for g in super().coupled_groups(config)
         ]
 
 
-def test_the_small_model_has_heads() -> None:
+def test_the_small_model_has_heads():
     """CodeGen spreads its heads over four parts: with five heads, no head is in one part alone."""
     (verdict,) = verify(AutoFamily(), CodeGenConfig(), kinds=["attention"])
     assert verdict.verdict == VERIFIED
 
 
-def test_a_forgotten_bias_is_refused_and_named() -> None:
+def test_a_forgotten_bias_is_refused_and_named():
     mlp, layer = check_kinds(Forgetful(), BIASED, kinds=["mlp", "layer"])
     assert mlp.verdict == REFUSED and layer.verdict == VERIFIED
     assert differences(Forgetful().coupled_groups(BIASED), found()) == [
@@ -84,7 +81,7 @@ REVERSED = Explicit(tuple((39 - unit,) for unit in range(40)))
         ),
     ],
 )
-def test_every_sort_of_difference_is_named(change: Callable[[Span], Span | None], line: str) -> None:
+def test_every_sort_of_difference_is_named(change, line):
     (group,) = (g for g in found() if g.name == "layers.0.mlp")
     assert f"group layers.0.mlp: {line}" in differences([with_spans(group, change)], found())
     halves = [replace(s, index=Blocks(20, 2)) for s in group.spans]
@@ -92,7 +89,7 @@ def test_every_sort_of_difference_is_named(change: Callable[[Span], Span | None]
     assert differences([replace(group, units=20, spans=tuple(halves))], found())[0] == line
 
 
-def test_what_is_written_in_another_way_is_no_difference() -> None:
+def test_what_is_written_in_another_way_is_no_difference():
     explicit = [
         with_spans(g, lambda s: replace(s, index=Explicit(tuple(tuple(s.index.of(u)) for u in range(s.index.units)))))
         for g in found()
@@ -101,7 +98,7 @@ def test_what_is_written_in_another_way_is_no_difference() -> None:
     assert differences([replace(g, spans=g.spans[::-1]) for g in explicit], found()) == []
 
 
-def test_checks_that_are_not_possible_are_listed() -> None:
+def test_checks_that_are_not_possible_are_listed():
     (verdict,) = check_kinds(AutoFamily(), BIASED, kinds=["mlp"])
     sdpa, generation = verdict.skipped
     assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")
@@ -109,12 +106,12 @@ def test_checks_that_are_not_possible_are_listed() -> None:
     assert "even sdpa" not in verdict.checks and "cached generation" not in verdict.checks
 
 
-def test_a_model_with_everything_skips_nothing() -> None:
+def test_a_model_with_everything_skips_nothing():
     (verdict,) = check_kinds(AutoFamily(), LlamaConfig(**SIZES), kinds=["mlp"])
     assert verdict.verdict == VERIFIED and verdict.skipped == []
 
 
-def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
+def test_a_group_that_cannot_be_cut_is_counted_and_named():
     """All units are one multiple, or every block has one unit: there is nothing to remove."""
     uncut = {"layers.0.mlp": {"multiple": 40}, "layers.1.mlp": {"blocks": 40}}
     groups = [replace(g, **uncut.get(g.name, {})) for g in found() if g.kind == "mlp"]
@@ -142,7 +139,7 @@ def test_a_group_that_cannot_be_cut_is_counted_and_named() -> None:
     ],
     ids=["gqa", "mha", "biases", "tied", "equal sizes"],
 )  # fmt: skip
-def test_what_the_llama_plugin_declares_is_what_discovery_finds(changes: dict[str, object]) -> None:
+def test_what_the_llama_plugin_declares_is_what_discovery_finds(changes):
     config = LlamaConfig(**{**SIZES, "num_key_value_heads": 2, **changes})
     declared, found = LlamaFamily().coupled_groups(config), discover_graph(config)
     same = [[(g.name, g.kind, g.units, g.layer, g.blocks, g.minimum) for g in of] for of in (declared, found.groups)]

@@ -1,7 +1,5 @@
 """Hidden states beyond the limit of memory are in a file, bit for bit."""
 
-from __future__ import annotations
-
 import errno
 
 import pytest
@@ -12,12 +10,12 @@ from llmpruner.engine import boundaries as module
 from llmpruner.engine.boundaries import Boundaries, States
 
 
-def tensors(count: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+def tensors(count, dtype=torch.float32):
     generator = torch.Generator().manual_seed(0)
     return [torch.randn(3, 5, generator=generator).to(dtype) for _ in range(count)]
 
 
-def states_of(kept: Boundaries, tensors: list[torch.Tensor]) -> States:
+def states_of(kept, tensors):
     states = States(kept)
     for tensor in tensors:
         states.append(tensor)

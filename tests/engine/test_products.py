@@ -1,7 +1,5 @@
 """Statistics that a criterion makes of products: what it is shown, and how its sums are added up."""
 
-from __future__ import annotations
-
 import gc
 import weakref
 from collections import defaultdict
@@ -11,7 +9,7 @@ import torch
 from criteria_cases import experts_of, layers_of, make, tokens
 from transformers import CONFIG_MAPPING
 
-from llmpruner import ImportanceCriterion, Product, Role, Signal, UnsupportedModelError
+from llmpruner import ImportanceCriterion, Role, Signal, UnsupportedModelError
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.products import ReduceProducts
@@ -31,11 +29,11 @@ def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.models.generation.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
-def shown(model, path, names, calibration=CALIBRATION) -> list[Product]:
+def shown(model, path, names, calibration=CALIBRATION):
     """Every product with ``names`` in a forward walk."""
-    found: list[Product] = []
+    found = []
 
-    def measure(product: Product) -> dict[str, torch.Tensor]:
+    def measure(product):
         found.append(product)
         return {}
 
@@ -108,7 +106,7 @@ def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own(name
         _ = product.gates
 
 
-def squares(product: Product) -> dict[str, torch.Tensor]:
+def squares(product):
     return {"square": product.inputs.square().sum(0), "rows": product.inputs.new_full((), len(product.inputs))}
 
 
@@ -163,7 +161,7 @@ def test_gradients_of_inputs_go_through_this_product_alone():
     loaded = make("llama-gqa")
     name = "model.layers.1.mlp.up_proj.weight"
 
-    def measure(product: Product) -> dict[str, torch.Tensor]:
+    def measure(product):
         return {"own": product.input_grads.sum(0), "by hand": (product.output_grads @ product.weight).sum(0)}
 
     sums = signals_of(loaded, [name], measure, Signal.PRODUCT_GRAD)[name].products.sums
@@ -181,9 +179,9 @@ def test_gradients_that_were_not_asked_for_are_an_error():
 @pytest.mark.parametrize("need", [Signal.PRODUCT, Signal.PRODUCT_GRAD])
 def test_no_activation_outlives_its_micro_batch(need):
     loaded = make("llama-gqa")
-    alive: list[tuple[int, weakref.ref]] = []
+    alive = []
 
-    def measure(product: Product) -> dict[str, torch.Tensor]:
+    def measure(product):
         gc.collect()
         batch = len(product.inputs)
         assert {number for number, reference in alive if reference() is not None} <= {batch}
@@ -208,7 +206,7 @@ class Recording(ImportanceCriterion):
     name = "recording"
     summary = "the absolute weight"
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.axes, self.saliencies = [], 0
 
@@ -234,11 +232,11 @@ def test_a_criterion_gets_kind_and_role_of_every_axis_and_what_the_parameter_rea
     assert criterion.saliencies == len(loaded.graph.shapes) < len(criterion.axes)
 
 
-def effects(product: Product) -> dict[str, torch.Tensor]:
+def effects(product):
     return {"squares": (product.inputs * product.input_grads).square().sum(0)}
 
 
-def fast(monkeypatch, *, yes: bool = True) -> None:
+def fast(monkeypatch, *, yes=True):
     monkeypatch.setattr("llmpruner.engine.walk.computes_bfloat16_fast", lambda model: yes)
     monkeypatch.setattr("llmpruner.engine.products.multiplies_bfloat16_fast", lambda device: yes)
 

@@ -1,14 +1,11 @@
 """Several processes over gloo: the plan of one process, the same weights up to rounding, and how a run ends when one of
 them does."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import many_processes
@@ -50,7 +47,7 @@ sys.exit(max([run(*each) for each in json.loads(runs)], key=abs))
 """
 
 
-def run_ranks(module: str, **runs: Sequence[object]) -> subprocess.CompletedProcess[str]:
+def run_ranks(module, **runs):
     """What ``torchrun --nproc-per-node COUNT -m MODULE ARGUMENTS`` does, in processes that are forked, for each of
     several counts (``of_2``) with its arguments."""
     told = [(int(count.removeprefix("of_")), list(map(str, arguments))) for count, arguments in runs.items()]

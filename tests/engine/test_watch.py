@@ -1,17 +1,15 @@
 """Every product with a weight is seen, whatever it is written as, and told apart by axis and slot."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.engine.products import WatchedProduct, WatchProducts
+from llmpruner.engine.products import WatchProducts
 
 
 class Weights(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.square = nn.Parameter(torch.randn(5, 5, generator=generator))
@@ -21,7 +19,7 @@ class Weights(nn.Module):
 
 
 @pytest.fixture
-def weights() -> Weights:
+def weights():
     return Weights()
 
 
@@ -29,8 +27,8 @@ X = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
 ROWS = X.flatten(0, 1)
 
 
-def watch(module: nn.Module, compute) -> list[WatchedProduct]:
-    uses: list[WatchedProduct] = []
+def watch(module, compute):
+    uses = []
     with torch.no_grad(), WatchProducts(module, [n for n, _ in module.named_parameters()], uses.append):
         compute(module)
     return uses
@@ -103,7 +101,7 @@ def test_what_cannot_be_told_is_no_use(weights, what):
 @pytest.mark.parametrize("how", ["matrix", "stack"])
 def test_a_copy_stays_as_it_was_when_the_model_overwrites_its_tensors(weights, how):
     inputs, before = X.clone(), X.clone()
-    uses: list[WatchedProduct] = []
+    uses = []
     with torch.no_grad(), WatchProducts(weights, ["wide", "experts"], lambda use: uses.append(use.copied())):
         result = functional.linear(inputs, weights.wide) if how == "matrix" else inputs @ weights.experts[:2].mT
         wanted = result.clone()

@@ -1,7 +1,5 @@
 """Exports are whole or not there, load their model only when they need it, and keep every byte of their weights."""
 
-from __future__ import annotations
-
 import signal
 
 import pytest

@@ -1,10 +1,7 @@
 """Models in 16 bits on a CPU, whose walks have hidden states in float32: every method gives what it should."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -51,7 +48,7 @@ TOKENS = torch.arange(20, 40).reshape(2, 10)
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory):
     @cache
-    def folder(name: str, dtype: str) -> Path:
+    def folder(name, dtype):
         path = tmp_path_factory.mktemp(name) / "dense"
         model = correlated(random_instance(CONFIG_MAPPING[name](**LAYERS_AND_HEADS | TYPES[name])))
         model.to(getattr(torch, dtype)).save_pretrained(path)
@@ -60,7 +57,7 @@ def dense(tmp_path_factory):
     return folder
 
 
-def prune(model: Path, output: Path, dtype: str, **settings):
+def prune(model, output, dtype, **settings):
     settings = {"ratio": 0.2, "samples": 4, "length": 16, "calibration": "self", **settings}
     return api.prune(str(model), output=output, load=LoadSettings(dtype=dtype), **settings)
 
@@ -134,11 +131,11 @@ def test_norms_have_weights_in_16_bits_for_inputs_in_another_dtype():
 class OneDtype(nn.Module):
     """Passes on what it gets, and refuses another dtype than that of its weight."""
 
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         return torch.zeros_like(self.weight.expand(x.shape)).index_add_(1, torch.arange(x.shape[1]), x)
 
 

@@ -1,12 +1,8 @@
 """What saving and loading refuse and keep, and what is on disk after a failure."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
@@ -30,12 +26,12 @@ FAMILY = LlamaFamily()
 
 
 @pytest.fixture
-def shim(tmp_path: Path) -> Path:
+def shim(tmp_path):
     save_checkpoint(cut_llama("mlp-tied"), tmp_path / "shim", record={"plan": 1})
     return tmp_path / "shim"
 
 
-def test_record(shim: Path, tmp_path: Path) -> None:
+def test_record(shim, tmp_path):
     found = read_record(shim)
     assert found is not None and found.pop("files").keys() >= {"config.json", "model.safetensors"}
     assert found == {"plan": 1}
@@ -45,13 +41,13 @@ def test_record(shim: Path, tmp_path: Path) -> None:
         read_record(shim)
 
 
-def test_the_configuration_class_of_a_shim_has_defaults() -> None:
+def test_the_configuration_class_of_a_shim_has_defaults():
     """transformers 5.19, which vLLM 0.32 brings, compares a configuration with one without values."""
     assert pruned_config(LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_refuses_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
+def test_refuses_weights_that_are_not_finite(value, tmp_path):
     model = cut_llama("mlp")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = value
@@ -60,7 +56,7 @@ def test_refuses_weights_that_are_not_finite(value: float, tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
+def test_refuses_what_no_record_can_state(tmp_path):
     model = cut_llama("mlp")
     model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(CheckpointError, match="gives other outputs than the cut LlamaForCausalLM"):
@@ -72,8 +68,8 @@ def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
+def test_disk_full_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(GenerationConfig, "save_pretrained", full)
@@ -82,7 +78,7 @@ def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damaged_checkpoints(shim: Path) -> None:
+def test_damaged_checkpoints(shim):
     weights = shim / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[: len(whole) // 2])
@@ -96,7 +92,7 @@ def test_damaged_checkpoints(shim: Path) -> None:
         load_pruned(shim)
 
 
-def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
+def test_a_shim_without_its_record_is_said_to_be_one(shim):
     """As the hub id of one, whose record is not on this machine."""
     (shim / "llmpruner.json").unlink()
     for opened in (llmpruner.load, llmpruner.discover):
@@ -104,7 +100,7 @@ def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
             opened(shim)
 
 
-def test_missing_tensor(shim: Path) -> None:
+def test_missing_tensor(shim):
     tensors = load_file(shim / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, shim / "model.safetensors", metadata={"format": "pt"})
@@ -113,7 +109,7 @@ def test_missing_tensor(shim: Path) -> None:
         load_pruned(shim)
 
 
-def test_record_that_contradicts_the_weights(shim: Path) -> None:
+def test_record_that_contradicts_the_weights(shim):
     config = json.loads((shim / "config.json").read_text())
     config["llmpruner"]["shapes"]["model.layers.1.mlp.up_proj.weight"] = [9, 32]
     (shim / "config.json").write_text(json.dumps(config))
@@ -121,7 +117,7 @@ def test_record_that_contradicts_the_weights(shim: Path) -> None:
         load_pruned(shim)
 
 
-def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_checkpoint_does_not_choose_what_is_imported(shim, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     config = json.loads((shim / "config.json").read_text())
@@ -131,7 +127,7 @@ def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Pat
         load_pruned(shim)
 
 
-def test_generation_config_and_tokenizer_are_kept(tmp_path: Path) -> None:
+def test_generation_config_and_tokenizer_are_kept(tmp_path):
     tokenizer = tiny_models.tokenizer()
     model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)})).eval()
     cut(model, build_graph(FAMILY, model.config), {"layers.0.mlp": range(7)}, FAMILY)
@@ -144,7 +140,7 @@ def test_generation_config_and_tokenizer_are_kept(tmp_path: Path) -> None:
     assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == tokenizer(text).input_ids
 
 
-def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+def test_the_model_is_left_as_it_was(tmp_path):
     model = cut_llama("mlp-tied").train()
     before, config = {n: t.data_ptr() for n, t in model.state_dict().items()}, model.config.to_dict()
     save_checkpoint(model, tmp_path / "out", record={})
@@ -154,7 +150,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "depth-mlp", "query"])
-def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
+def test_a_pruned_model_is_pruned_again(name, tmp_path):
     """First to other shapes, with a shim upon a shim; then to uniform ones, which a stock model can state."""
     case = LLAMA[name]
     save_checkpoint(cut_llama(name), tmp_path / "once", record={}, family=FAMILY)
@@ -172,7 +168,7 @@ def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load_pruned(tmp_path / "thrice"), INPUT_IDS), logits(again, INPUT_IDS))
 
 
-def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path) -> None:
+def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path):
     """Every second layer has experts: with the first layer gone, the stock class would put them into the others."""
     config = transformers.Qwen2MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=4,

@@ -1,7 +1,5 @@
 """A GGUF file, written here tensor by tensor, becomes a plain model without a word on the terminal."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

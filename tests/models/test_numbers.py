@@ -1,7 +1,5 @@
 """No score and no weight becomes NaN: in any dtype, for inputs without variation, for the last unit of its kind."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from criteria_cases import SMALL, opened, tokens
@@ -10,7 +8,6 @@ from transformers import CONFIG_MAPPING
 from llmpruner import Catalog
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.models.model import Model
 from llmpruner.models.numbers import first_not_finite
 from llmpruner.models.surgery import cut, silence
 from llmpruner.plugins.manager import plugin_manager
@@ -23,7 +20,7 @@ TEXT = tokens(4, 16)
 ODD = SMALL | {"hidden_size": 36, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 6}
 
 
-def model_of(kind: str = "llama", values=ODD, dtype=torch.float32) -> Model:
+def model_of(kind="llama", values=ODD, dtype=torch.float32):
     config = CONFIG_MAPPING[kind](**values)
     return opened(random_instance(config).to(dtype), CATALOG.family_for(config))
 

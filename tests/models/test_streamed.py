@@ -1,10 +1,7 @@
 """Weights that are read layer by layer give the same plan and the same weights, bit for bit, as a model in memory."""
 
-from __future__ import annotations
-
 import json
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -39,14 +36,14 @@ def dense(tmp_path_factory):
     """A folder with the model of one of the `CASES`."""
 
     @cache
-    def folder(name: str) -> Path:
+    def folder(name):
         make(name).model.save_pretrained(path := tmp_path_factory.mktemp(name) / "dense")
         return path
 
     return folder
 
 
-def prune(model: Path, output: Path, *, streamed: bool, max_memory: int | None = None, **settings):
+def prune(model, output, *, streamed, max_memory=None, **settings):
     run = RunSettings(max_memory=max_memory)
     with pytest.MonkeyPatch.context() as patch:
         # Otherwise the size of the free memory decides.
@@ -54,11 +51,11 @@ def prune(model: Path, output: Path, *, streamed: bool, max_memory: int | None =
         return api.prune(str(model), output=output, run=run, **{"ratio": 0.2, **settings})
 
 
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors(folder):
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
 
 
-def assert_same(one: Path, other: Path) -> None:
+def assert_same(one, other):
     ours, theirs = tensors(one), tensors(other)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -126,7 +123,7 @@ def test_other_kinds(kinds, dense, tmp_path):
 
 
 def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
-    held: set[int] = set()
+    held = set()
     run = ForwardWalk.run
 
     def watched(walk, number, *arguments, **options):
@@ -180,7 +177,7 @@ CUTS = {
 
 
 @pytest.fixture(scope="module", params=CUTS)
-def once(request, tmp_path_factory) -> Path:
+def once(request, tmp_path_factory):
     """A pruned model, whose modules keep counts."""
     folder = tmp_path_factory.mktemp("gpt2")
     config = CONFIG_MAPPING["gpt2"](vocab_size=96, n_embd=32, n_layer=4, n_head=8, n_positions=64)

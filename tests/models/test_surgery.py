@@ -1,7 +1,5 @@
 """The exact oracle: a cut model gives the logits of the original with the removed units silenced."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import partial, reduce

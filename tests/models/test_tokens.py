@@ -1,8 +1,6 @@
 """Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks, with a padding token
 that the model knows, and no more than the model reads."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
@@ -34,7 +32,7 @@ from llmpruner.models.tokenizer import (
 class Recording:
     """A tokenizer that keeps the texts that it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.texts: list[str] = []
         self.tokenizer = tiny_models.tokenizer()
 
