@@ -20,9 +20,6 @@ CHATML = (
     "{{ '[' + message['role'] + '] ' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
-STRICT = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-)
 
 
 class Message(NamedTuple):
@@ -95,10 +92,6 @@ def plain(messages):
     return [{"role": message.role, "content": message.content} for message in messages]
 
 
-def rendered(chat):
-    return "<s>" + "".join(f"[{message.role}] {message.content}</s>\n" for message in chat)
-
-
 def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_family():
     expected = "<s>[user] Add them.\n2, 2</s>\n[assistant] "
     assert chat_prompt(FAMILY, tokenizer(CHATML), "Add them.\n2, 2") == (expected, True)
@@ -132,7 +125,8 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
     (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer(template))
-    assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask" + rendered(CHAT)
+    rendered = "".join(f"[{message.role}] {message.content}</s>\n" for message in CHAT)
+    assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask<s>" + rendered
     assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
 
@@ -185,7 +179,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"messages": plain(chat)} for chat in (CHAT[1:], CHAT)]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
-        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(STRICT))
+        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(TEMPLATES["Gemma"]))
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
@@ -258,15 +252,6 @@ def test_prompts_of_training_are_those_of_instructions_and_chats(name):
     for number, (prompt, _) in enumerate(found):
         wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
         assert prompt == wanted.text.removesuffix(opener)
-
-
-def test_a_system_message_of_a_last_question_is_in_the_text_of_every_answer():
-    texts = training_texts(conversation((SYSTEM, *THREE[:4])), FAMILY, tokenizer(TEMPLATES["Mistral v0.3"]))
-    first, second = ("".join(turn.prompt + "|" + turn.answer for turn in text.turns) for text in texts)
-    assert first == "<s>[INST] Answer in French.\n\nSay hello[/INST]| Bonjour</s>"
-    assert second == (
-        "<s>[INST] Say hello[/INST] Bonjour</s>[INST] Answer in French.\n\nAnd <b>bold</b>?[/INST]| <b>Salut</b></s>"
-    )
 
 
 @pytest.mark.parametrize(

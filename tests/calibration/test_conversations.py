@@ -26,12 +26,8 @@ def sharegpt(*turns):
     return [{"from": side, "value": text} for side, text in turns]
 
 
-CHAT = chat(
-    ("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"), ("assistant", "Elbe.")
-)  # fmt: skip
-SHAREGPT = sharegpt(
-    ("human", "Two rivers?"), ("gpt", "Elbe, Loire."), ("user", "The longer?"), ("chatgpt", "Elbe.")
-)  # fmt: skip
+CHAT = chat(("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"), ("assistant", "Elbe."))
+SHAREGPT = sharegpt(("human", "Two rivers?"), ("gpt", "Elbe, Loire."), ("user", "The longer?"), ("chatgpt", "Elbe."))
 FORMS = {
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, Instruction("Add.", "4", "2 and 2")),
     "alpaca with a system message": (
@@ -42,15 +38,11 @@ FORMS = {
     "alpaca without input": ({"instruction": "Add.", "input": None, "output": ""}, Instruction("Add.", "")),
     "alpaca with its text": ({"instruction": "Add.", "output": "4", "text": "all"}, Instruction("Add.", "4")),
     "sharegpt": ({"id": "7", "conversations": SHAREGPT}, DIALOGUE),
-    "sharegpt with a system turn": (
-        {"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM
-    ),
+    "sharegpt with a system turn": ({"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM),
     "sharegpt with a system field": ({"conversations": SHAREGPT, "system": "Be brief."}, WITH_SYSTEM),
     "sharegpt with a blank system field": ({"conversations": SHAREGPT, "system": ""}, DIALOGUE),
     "sharegpt that begins with an answer": ({"conversations": sharegpt(("gpt", "Hi!")) + SHAREGPT}, DIALOGUE),
-    "sharegpt that ends with a question": (
-        {"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE
-    ),
+    "sharegpt that ends with a question": ({"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE),
     "conversations by role": ({"conversations": CHAT}, DIALOGUE),
     "conversations with nulls for the other keys": (
         {"conversations": [turn | {"role": None, "content": None} for turn in SHAREGPT]}, DIALOGUE
@@ -127,11 +119,7 @@ def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ('{"text": "x"}\n\n{"question": "x"}\n', r"a\.jsonl, line 3: expected 'instruction'"),
-        ('{"text": "x"}\n{"messages": [{"role": "user"}]}', r"a\.jsonl, line 2: message 1 must be"),
-        ("\n", r"a\.jsonl has no examples"),
-    ],
+    [('{"text": "x"}\n\n{"question": "x"}', r"line 3: expected 'instruction'"), ("\n", r"a\.jsonl has no examples")],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)
