@@ -33,28 +33,10 @@ def with_spans(group, change):
     return replace(group, spans=tuple(new for span in group.spans if (new := change(span)) is not None))
 
 
-class Forgetful(ModelFamily):
-    """Forgets the biases of the MLP."""
-
-    def coupled_groups(self, config):
-        return [
-            with_spans(g, lambda s: None if s.parameter.endswith("up.bias") else s)
-            for g in super().coupled_groups(config)
-        ]
-
-
 def test_the_small_model_has_heads():
     """CodeGen spreads its heads over four parts: with five heads, no head is in one part alone."""
     (verdict,) = verify(AutoFamily(), CodeGenConfig(), kinds=["attention"])
     assert verdict.verdict == VERIFIED
-
-
-def test_a_forgotten_bias_is_refused_and_named():
-    mlp, layer = check_kinds(Forgetful(), BIASED, kinds=["mlp", "layer"])
-    assert mlp.verdict == REFUSED and layer.verdict == VERIFIED
-    assert differences(Forgetful().coupled_groups(BIASED), found()) == [
-        f"group layers.0.mlp: {BIAS} axis 0: nothing; discovery finds 0:40 (produces)"
-    ]
 
 
 REVERSED = Explicit(tuple((39 - unit,) for unit in range(40)))
