@@ -1,6 +1,5 @@
 """What must follow a cut is found, also if a family adjusts the groups; it applies to the groups it was found for."""
 
-import copy
 from dataclasses import replace
 
 import pytest
@@ -19,7 +18,8 @@ from llmpruner.models.surgery import cut, silence
 from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import renamed, restrict
 
-SMALL = GPT2Config(n_layer=3, n_embd=48, n_head=6, n_inner=40, vocab_size=96, n_positions=64)
+SIZES = {"n_layer": 3, "n_embd": 48, "n_head": 6, "n_inner": 40, "vocab_size": 96, "n_positions": 64}
+SMALL = GPT2Config(**SIZES)
 
 
 class Careful(ModelFamily):
@@ -69,8 +69,7 @@ def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch):
     monkeypatch.setattr(rules, "_VERDICTS", {})
     first = rules.rules_of(SMALL, ["attention"], AutoFamily())
     assert first == (Follow("attention", "transformer.h.*.attn", "split_size"),)
-    larger = replace_layers(SMALL, 12)
-    larger.n_inner = 400
+    larger = GPT2Config(**SIZES | {"n_layer": 12, "n_inner": 400})
     assert rules.rules_of(larger, ["attention"], AutoFamily()) == first
     rules.rules_of(SMALL, ["attention", "mlp"], AutoFamily())
     assert asked == [["attention"], ["mlp"]]
@@ -107,18 +106,12 @@ def test_names_are_checked():
 
 
 def test_names_follow_the_layers_that_stay():
-    graph = build_graph(ModelFamily(), replace_layers(SMALL, 12))
+    graph = build_graph(ModelFamily(), GPT2Config(**SIZES | {"n_layer": 12}))
     kept = {"layers": [0, 10, 11], "layers.10.mlp": range(4)}
     assert {old: new for old, new in renamed(graph, kept).items() if new.endswith("mlp")} == {
         "layers.0.mlp": "layers.0.mlp", "layers.10.mlp": "layers.1.mlp", "layers.11.mlp": "layers.2.mlp",
     }  # fmt: skip
-    assert set(restrict(graph, kept).by_name) == set(build_graph(ModelFamily(), replace_layers(SMALL, 3)).by_name)
-
-
-def replace_layers(config, count):
-    changed = copy.deepcopy(config)
-    changed.n_layer = count
-    return changed
+    assert set(restrict(graph, kept).by_name) == set(build_graph(ModelFamily(), SMALL).by_name)
 
 
 def test_an_equal_number_of_another_module_stays():

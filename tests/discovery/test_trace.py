@@ -1,15 +1,13 @@
 """Tracing a model, and following indices through the operators of its graph."""
 
 import composed
-import networkx
-import numpy as np
 import pytest
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Blocks
-from llmpruner.discovery.groups import components, connected_components, discover_graph, unit_sets
+from llmpruner.discovery.groups import components, discover_graph, unit_sets
 from llmpruner.discovery.propagate import RULES, Propagation
 from llmpruner.discovery.trace import export, trace
 from llmpruner.errors import UnsupportedModelError
@@ -120,16 +118,6 @@ def test_a_model_is_traced_in_float32_whatever_it_is_stored_in():
     assert config.dtype == torch.bfloat16
 
 
-def test_components_of_a_random_graph_agree_with_a_search():
-    random = np.random.default_rng(0)
-    left, right = random.integers(0, 400, 300), random.integers(0, 400, 300)
-    label = connected_components(400, [(left[:150], right[:150]), (left[150:], right[150:])])
-    graph = networkx.Graph(zip(left.tolist(), right.tolist(), strict=True))
-    graph.add_nodes_from(range(400))
-    for part in networkx.connected_components(graph):
-        assert {int(label[node]) for node in part} == {min(part)}
-
-
 def test_rows_of_several_tables_are_blocked():
     run = Propagation(where="embedding in second")
     rows = run.new(3)
@@ -162,21 +150,10 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd, reason):
     assert ("down.weight", 1) in reasons
 
 
-def fails(*_):
-    raise IndexError("no such axis")
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        (fails, "IndexError: no such axis"),
-        (lambda run, node, x, *_: x, r"shape \(2, 6\), and the rule \(2, 4\)"),
-    ],
-)
-def test_a_rule_that_does_not_fit_names_operator_and_module(rule, message, monkeypatch):
+def test_a_rule_that_does_not_fit_names_operator_and_module(monkeypatch):
     program = torch.export.export(Odd(True), (torch.randn(2, 4),), strict=False)
-    monkeypatch.setitem(RULES, "linear", rule)
-    with pytest.raises(UnsupportedModelError, match=f"^discovery cannot follow operator linear in up: .*{message}"):
+    monkeypatch.setitem(RULES, "linear", lambda run, node, x, *_: x)
+    with pytest.raises(UnsupportedModelError, match=r"cannot follow operator linear in up: .*\(2, 6\).*rule \(2, 4\)"):
         Propagation().run(program, {})
 
 

@@ -113,13 +113,6 @@ def test_sizes_of_single_layers_stay_different_when_a_configuration_is_made_smal
     assert {kind: c.num_key_value_heads for kind, c in sizes.items()} == {"sliding_attention": 3, "full_attention": 2}
 
 
-def test_layers_that_use_keys_of_others_are_among_the_few():
-    small = small_of("gemma3n_text")
-    assert set(small.kv_sharing_modes) - {None} == {"store", "reuse"}
-    reusing = [kind for kind, mode in zip(small.layer_types, small.kv_sharing_modes, strict=True) if mode == "reuse"]
-    assert set(reusing) == {"sliding_attention", "full_attention"}
-
-
 @pytest.mark.parametrize(
     "model_type",
     ["dots3_note", "dory", "falcon_h1", "hrm_text", "mamba2", "nemotron", "rwkv", "xlnet", "xlstm", "zamba", "zamba2"],

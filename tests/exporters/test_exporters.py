@@ -7,17 +7,15 @@ import torch
 from checkpoint_cases import INPUT_IDS, cut_llama
 from export_cases import Source, llama_source, logits
 from fresh import run_fresh
-from llmpruner_gguf import GgufExporter
 from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmpruner
-from llmpruner import Exporter, UnsupportedModelError, load_pruned, save_checkpoint
+from llmpruner import Exporter, UnsupportedModelError, load_pruned
 from llmpruner.errors import CheckpointError, OutputError, PluginError
 from llmpruner.exporters import StockExporter, export
 from llmpruner.models import save
-from llmpruner.models.opening import forget_quantisation
 from llmpruner.models.record import damaged_files, read_record, recorded_files
 
 
@@ -141,18 +139,6 @@ def test_layers_of_different_widths_are_refused(tmp_path):
     with pytest.raises(UnsupportedModelError, match="different widths; prune with --shape uniform"):
         export(tmp_path, StockExporter(), tmp_path / "out", llama_source("mlp").load)
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gguf_gives_back_the_weights_that_were_exported(dtype, tmp_path):
-    model = llama_source("mlp-uniform", dtype).model
-    save_checkpoint(model, tmp_path / "source", record={}, tokenizer=None)
-    export(tmp_path / "source", GgufExporter(), tmp_path / "out", llama_source("mlp-uniform", dtype).load)
-    first = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="source.gguf", dtype=dtype).eval()
-    forget_quantisation(first)
-    first.save_pretrained(tmp_path / "again")
-    second = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype="auto").eval()
-    assert_same_bytes(second.state_dict(), model.state_dict())
 
 
 KILLED = """
