@@ -5,13 +5,7 @@ import json
 import pytest
 
 from llmpruner import DataError
-from llmpruner.calibration.conversations import (
-    Completion,
-    Conversation,
-    Instruction,
-    example,
-    read_examples,
-)
+from llmpruner.calibration.conversations import Completion, Conversation, Instruction, example, read_examples
 from llmpruner.calibration.documents import Record
 
 DIALOGUE = Conversation((("Two rivers?", "Elbe, Loire."), ("The longer?", "Elbe.")))

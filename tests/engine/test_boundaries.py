@@ -41,14 +41,6 @@ def test_places_in_the_file_are_used_again(tmp_path):
     assert torch.equal(again[1], tensors(2)[1])
 
 
-def test_what_was_dumped_is_loaded(tmp_path):
-    kept = Boundaries(tmp_path, 60)
-    states = states_of(kept, tensors(3))
-    states.dump(tmp_path / "states")
-    found = states_of(kept, [torch.zeros(3, 5)] * 3).loaded(tmp_path / "states")
-    assert all(torch.equal(one, other) for one, other in zip(found, states, strict=True))
-
-
 def test_a_full_disk_is_named(tmp_path, monkeypatch):
     def full(file, data):
         raise OSError(errno.ENOSPC, "No space left on device")

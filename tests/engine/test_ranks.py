@@ -15,8 +15,6 @@ import torch
 from criteria_cases import make
 from fresh import run_fresh
 
-from llmpruner.engine.ranks import Ranks
-
 PATHS = (Path(__file__).parent, Path(__file__).parents[1])
 RANKS = """
 import json, os, runpy, signal, socket, sys
@@ -117,12 +115,3 @@ def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_pat
     assert done.returncode == 0, done.stderr
     assert output.exists() and not journal.exists()
     assert (done.stdout + done.stderr).count("✓") == 1
-
-
-def test_shares_are_consecutive_and_the_first_process_has_the_first_item():
-    for count in (1, 2, 3, 5):
-        for items in ([], [0], [0, 1], list(range(7))):
-            parts = [Ranks(rank, count).mine(items) for rank in range(count)]
-            assert [item for part in parts for item in part] == items
-            assert len(parts[0]) - len(parts[-1]) in (0, 1)
-    assert [[n for n in range(5) if Ranks(rank, 2).owns(n)] for rank in range(2)] == [[0, 2, 4], [1, 3]]

@@ -71,17 +71,6 @@ def test_a_file_is_parsed_once_and_freed_and_again_when_it_changed(gguf_file, tm
     parsing.forget_gguf()
 
 
-def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
-    theirs, ours = gguf.GGUFReader(gguf_file), parsing.gguf_reader(gguf_file)
-    parsing.forget_gguf()
-    assert {name: field.contents() for name, field in ours.fields.items()} == {
-        name: field.contents() for name, field in theirs.fields.items()
-    }
-    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
-        assert (one.name, one.data_offset, one.tensor_type) == (other.name, other.data_offset, other.tensor_type)
-        assert (one.data == other.data).all()
-
-
 def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplog):
     file = written(tmp_path, nearly_tied=True)
     dense = llmpruner.load(file)

@@ -89,17 +89,6 @@ def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
     assert cached_difference(loaded.model, torch.tensor([[5, 9, 3]])) < 1e-5
 
 
-def test_removing_layers_equals_skipping_them(gqa):
-    smaller = copy.deepcopy(gqa.model)
-    cut(smaller, gqa.graph, {"layers": [0, 3]}, gqa.family)
-    for number in (1, 2):
-        gqa.model.model.layers[number].forward = lambda hidden_states, *_, **__: hidden_states
-    ids = torch.arange(12)[None]
-    assert torch.equal(logits(smaller, ids), logits(gqa.model, ids))
-    assert smaller.config.num_hidden_layers == 2
-    assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1]
-
-
 def test_the_graph_follows_the_cut(loaded):
     kept = some(loaded.graph, ("mlp", "attention", "layer", "hidden"), seed=9)
     remaining = cut(loaded.model, loaded.graph, kept, loaded.family)
@@ -134,17 +123,6 @@ def test_a_number_of_units_that_is_no_multiple_is_refused():
         check_kept(graph, {group.name: range(count)})
     with pytest.raises(PlanError, match=r"'layers.0.mlp' must keep a multiple of 8 units, the plan keeps 12"):
         check_kept(graph, {group.name: range(12)})
-
-
-@pytest.mark.parametrize(("blocks", "multiple"), [(1, 8), (2, 8), (3, 2), (1, 1)])
-def test_random_plans_obey_every_constraint(blocks, multiple):
-    span = Span("layers.0.w", 0, Role.PRODUCES, Blocks(42))
-    group = CoupledGroup("layers.0.mlp", MLP, 42, (span,), blocks=blocks, minimum=blocks, multiple=multiple)
-    graph = CouplingGraph((group,), {"layers.0.w": (42,)}, "layers")
-    for seed in range(8):
-        kept = random_plan([group], seed, uneven=seed % 2 == 0)
-        check_kept(graph, kept)
-        assert len(kept[group.name]) < 42
 
 
 def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():

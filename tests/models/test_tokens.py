@@ -20,13 +20,7 @@ from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.generation import generate, positions_of, table_of
-from llmpruner.models.tokenizer import (
-    LONGEST_WORD,
-    ids_to_continue,
-    padding_id,
-    tokens_of,
-    with_padding,
-)
+from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, padding_id, tokens_of, with_padding
 
 
 class Recording:
