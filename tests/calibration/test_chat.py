@@ -1,7 +1,6 @@
 """Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
 
 import json
-from typing import NamedTuple
 
 import pytest
 import tiny_models
@@ -22,18 +21,14 @@ CHATML = (
 )
 
 
-class Message(NamedTuple):
-    role: str
-    content: str
+def chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
 
 
-CHAT = (
-    Message("system", "Be brief."),
-    Message("user", "Two rivers?"),
-    Message("assistant", "Elbe, Loire."),
-    Message("user", "The longer?"),
-    Message("assistant", "Elbe."),
-)
+CHAT = chat(
+    ("system", "Be brief."), ("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"),
+    ("assistant", "Elbe."),
+)  # fmt: skip
 
 
 class Own(ModelFamily):
@@ -83,13 +78,9 @@ def rows(example, chosen):
 
 def conversation(messages):
     """Of questions and answers in turn, after a system message or none."""
-    system = [message.content for message in messages if message.role == "system"]
-    turns = [message.content for message in messages if message.role != "system"]
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    turns = [message["content"] for message in messages if message["role"] != "system"]
     return Conversation(tuple(zip(turns[::2], turns[1::2], strict=True)), *system)
-
-
-def plain(messages):
-    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_family():
@@ -106,7 +97,7 @@ def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_fam
 def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
     chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
     (row,) = rows(conversation(CHAT), chosen)
-    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(plain(CHAT))["input_ids"]
+    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(CHAT)["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1
     assert trained(row, chosen) == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
@@ -125,7 +116,7 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
     (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer(template))
-    rendered = "".join(f"[{message.role}] {message.content}</s>\n" for message in CHAT)
+    rendered = "".join(f"[{message['role']}] {message['content']}</s>\n" for message in CHAT)
     assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask<s>" + rendered
     assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
@@ -177,7 +168,7 @@ def test_a_family_says_which_answers_end_the_sequence(slow):
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
-    file.write_text(json.dumps([{"messages": plain(chat)} for chat in (CHAT[1:], CHAT)]))
+    file.write_text(json.dumps([{"messages": talk} for talk in (CHAT[1:], CHAT)]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
         prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(TEMPLATES["Gemma"]))
 
@@ -188,25 +179,27 @@ def test_a_template_that_prints_the_date_prints_the_same_every_day(call):
     assert chat_prompt(FAMILY, chosen, "x").text.startswith("26 Jul 2024<s>")
 
 
-SYSTEM = Message("system", "Answer in French.")
-ONE = (Message("user", "Say hello"), Message("assistant", "Bonjour"))
-THREE = (
-    *ONE,
-    Message("user", "And <b>bold</b>?"),
-    Message("assistant", "<b>Salut</b>"),
-    Message("user", "Which letter is in both?"),
-    Message("assistant", "s"),
+SYSTEM = chat(("system", "Answer in French."))
+ONE = chat(("user", "Say hello"), ("assistant", "Bonjour"))
+THREE = ONE + chat(
+    ("user", "And <b>bold</b>?"),
+    ("assistant", "<b>Salut</b>"),
+    ("user", "Which letter is in both?"),
+    ("assistant", "s"),
 )
 CHATS = {
-    "one": ONE, "one with system": (SYSTEM, *ONE), "three": THREE, "three with system": (SYSTEM, *THREE),
-    "an answer with blanks around": (SYSTEM, Message("user", "Say hello "), Message("assistant", "\n Bonjour \n")),
-    "the answer is the question": (SYSTEM, Message("user", "Bonjour"), Message("assistant", "Bonjour")),
-}  # fmt: skip
+    "one": ONE,
+    "one with system": SYSTEM + ONE,
+    "three": THREE,
+    "three with system": SYSTEM + THREE,
+    "an answer with blanks around": SYSTEM + chat(("user", "Say hello "), ("assistant", "\n Bonjour \n")),
+    "the answer is the question": SYSTEM + chat(("user", "Bonjour"), ("assistant", "Bonjour")),
+}
 
 
 def asked(chosen, messages):
     """The prompt of a model that is asked the last of ``messages``."""
-    return chosen.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
+    return chosen.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def prompts_and_answers(texts):
@@ -225,13 +218,13 @@ def prompts_and_answers(texts):
 def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     messages, chosen = CHATS[chat], tokenizer(TEMPLATES[name])
     if name in WITHOUT_SYSTEM:
-        messages = tuple(message for message in messages if message.role != "system")
+        messages = [message for message in messages if message["role"] != "system"]
     texts = training_texts(conversation(messages), FAMILY, chosen)
     found = prompts_and_answers(texts)
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(found) == len(answers)
     for number, (prompt, answer) in zip(answers, found, strict=True):
-        question, content = messages[number - 1].content, messages[number].content.strip()
+        question, content = messages[number - 1]["content"], messages[number]["content"].strip()
         wanted = asked(chosen, messages[:number])
         assert prompt == wanted.removesuffix(OPENERS.get(name, ""))
         assert answer.removeprefix("<think>\n\n</think>\n\n").strip().startswith(content)
@@ -239,7 +232,7 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     marked = [text for row in rows(conversation(messages), chosen) for text in trained(row, chosen)]
     assert len(marked) == len(answers)
     for number, text in zip(answers, marked, strict=True):
-        assert messages[number].content.strip() in text and "ello" not in text and "letter" not in text
+        assert messages[number]["content"].strip() in text and "ello" not in text and "letter" not in text
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -247,7 +240,7 @@ def test_prompts_of_training_are_those_of_instructions_and_chats(name):
     chosen, opener = tokenizer(TEMPLATES[name]), OPENERS.get(name, "")
     ((prompt, _),) = prompts_and_answers(training_texts(Instruction("Add.", "4", "2, 2"), FAMILY, chosen))
     assert prompt == chat_prompt(FAMILY, chosen, "Add.\n2, 2").text.removesuffix(opener)
-    exchanges = list(zip((m.content for m in THREE[::2]), (m.content for m in THREE[1::2]), strict=True))
+    exchanges = list(conversation(THREE).exchanges)
     found = prompts_and_answers(training_texts(conversation(THREE), FAMILY, chosen))
     for number, (prompt, _) in enumerate(found):
         wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
@@ -263,8 +256,8 @@ def test_prompts_of_training_are_those_of_instructions_and_chats(name):
     ],
 )
 def test_an_answer_with_a_reasoning_is_what_the_template_makes_of_it(name, wanted):
-    chat = (ONE[0], Message("assistant", "<think>\nShort.\n</think>\n\nBonjour"))
-    ((_, answer),) = prompts_and_answers(training_texts(conversation(chat), FAMILY, tokenizer(TEMPLATES[name])))
+    talk = ONE[:1] + chat(("assistant", "<think>\nShort.\n</think>\n\nBonjour"))
+    ((_, answer),) = prompts_and_answers(training_texts(conversation(talk), FAMILY, tokenizer(TEMPLATES[name])))
     assert answer == wanted
 
 

@@ -1,5 +1,4 @@
-"""Several processes over gloo: the plan of one process, the same weights up to rounding, and how a run ends when one of
-them does."""
+"""Several processes over gloo: plan and weights of one process, and how a run ends when one of them does."""
 
 import json
 import os
