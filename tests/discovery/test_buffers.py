@@ -19,8 +19,6 @@ from llmpruner.models.meta import graph_of
 from llmpruner.models.opening import load_pruned
 from llmpruner.models.save import save_checkpoint
 from llmpruner.models.surgery import cut
-from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.pruning.criteria.weights import L1
 from llmpruner.structure.coupling import Explicit
 
 BIAS = "model.layers.1.mlp.gate.e_score_correction_bias"
@@ -36,17 +34,6 @@ def test_the_selection_bias_belongs_to_the_experts():
     (span,) = graph.by_name["layers.1.experts"].buffers
     assert (span.parameter, span.axis, span.index) == (BIAS, 0, Blocks(8))
     assert not any(g.buffers for g in graph.groups if g.kind != "expert"), "rotary frequencies belong to no unit"
-
-
-def test_buffers_are_not_scored():
-    config = experts()
-    graph = discover_graph(config)
-    groups = graph.of_kinds(["expert"])
-    model = random_instance(config)
-    before = estimate(model, graph, groups, L1(), None)
-    model.get_buffer(BIAS).fill_(9.0)
-    after = estimate(model, graph, groups, L1(), None)
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 class CountsExperts(ModelFamily):

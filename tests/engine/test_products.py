@@ -2,7 +2,6 @@
 
 import gc
 import weakref
-from collections import defaultdict
 
 import pytest
 import torch
@@ -12,11 +11,10 @@ from transformers import CONFIG_MAPPING
 from llmpruner import ImportanceCriterion, Role, Signal, UnsupportedModelError
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.products import ReduceProducts
 from llmpruner.engine.signals import kinds_read
-from llmpruner.engine.statistics import forward_statistics, walk_signals
+from llmpruner.engine.statistics import walk_signals
 from llmpruner.errors import PluginError
-from llmpruner.models.meta import decoder_layers
+from llmpruner.models.meta import graph_of
 from llmpruner.pruning.criteria.estimate import estimate
 
 CALIBRATION = tokens(6, 16)
@@ -29,21 +27,11 @@ def small_micro_batches(monkeypatch, full_precision):
     monkeypatch.setattr("llmpruner.models.generation.LOGIT_ELEMENTS", 4 * 5 * 96)
 
 
-def shown(model, path, names, calibration=CALIBRATION):
+def shown(model, names, calibration=CALIBRATION):
     """Every product with ``names`` in a forward walk."""
-    found = []
-
-    def measure(product):
-        found.append(product)
-        return {}
-
-    reads = defaultdict(frozenset)
-    list(
-        forward_statistics(
-            Execution.of(model, path), names, calibration, {Signal.PRODUCT},
-            lambda some: ReduceProducts(model, some, reads, measure, len(calibration.input_ids)),
-        )
-    )  # fmt: skip
+    found, graph = [], graph_of(model, ())
+    execution = Execution.of(model, graph.layers)
+    list(walk_signals(execution, graph, names, {Signal.PRODUCT}, calibration, 0, lambda p: found.append(p) or {}))
     return found
 
 
@@ -66,7 +54,7 @@ def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_
     calibration = tokens(3, 9, vocabulary=int(model.get_input_embeddings().weight.shape[0]))
     returned = []
     handle = experts.register_forward_hook(lambda _, __, out: returned.append(out.flatten(0, -2)))
-    found = shown(model, decoder_layers(model), [f"{path}.down_proj"], calibration)
+    found = shown(model, [f"{path}.down_proj"], calibration)
     handle.remove()
     total = sum((product.gates[:, None] * product.outputs).sum(0) for product in found)
     expected = returned[-1].sum(0)
@@ -75,7 +63,7 @@ def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_
 
 def test_rows_of_one_matrix_have_a_gate_of_one():
     loaded = make("llama-gqa")
-    found = shown(loaded.model, loaded.graph.layers, ["model.layers.1.mlp.down_proj.weight"])
+    found = shown(loaded.model, ["model.layers.1.mlp.down_proj.weight"])
     assert [len(product.inputs) for product in found] == [4 * 16, 2 * 16]
     for product in found:
         assert product.expert is None and product.num_samples == 6
@@ -87,7 +75,7 @@ def test_a_transposed_weight_is_shown_as_out_by_in_and_with_its_bias():
     loaded = make("gpt2")
     path = "transformer.h.1.mlp.c_proj"
     bias = loaded.model.get_submodule(path).bias
-    (product, *_) = shown(loaded.model, loaded.graph.layers, [f"{path}.weight"])
+    (product, *_) = shown(loaded.model, [f"{path}.weight"])
     assert product.weight.shape == (48, 56)
     torch.testing.assert_close(product.outputs, product.inputs @ product.weight.T + bias)
 
@@ -101,7 +89,7 @@ def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own(name
     if name == "mixtral":
         kind, own = type(experts), type(experts).forward
         monkeypatch.setattr(kind, "forward", lambda self, x, chosen, gates: own(self, x.flip(0), chosen, gates))
-    (product, *_) = shown(loaded.model, loaded.graph.layers, [f"{path}.down_proj"])
+    (product, *_) = shown(loaded.model, [f"{path}.down_proj"])
     with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
         _ = product.gates
 
