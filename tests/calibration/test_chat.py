@@ -1,6 +1,7 @@
 """Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
 
 import json
+from itertools import groupby
 
 import pytest
 import tiny_models
@@ -61,15 +62,9 @@ class Slow:
 
 def trained(row, chosen):
     """The stretches of text that are trained on."""
-    stretches, last = [], None
-    for place, label in enumerate(row["labels"]):
-        if label != IGNORED:
-            assert label == row["input_ids"][place]
-            if last != place - 1 or not stretches:
-                stretches.append([])
-            stretches[-1].append(label)
-            last = place
-    return [chosen.decode(ids) for ids in stretches]
+    assert all(label in (token, IGNORED) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    stretches = groupby(row["labels"], key=lambda label: label != IGNORED)
+    return [chosen.decode(list(labels)) for is_trained, labels in stretches if is_trained]
 
 
 def rows(example, chosen):

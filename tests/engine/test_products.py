@@ -18,6 +18,7 @@ from llmpruner.models.meta import graph_of
 from llmpruner.pruning.criteria.estimate import estimate
 
 CALIBRATION = tokens(6, 16)
+UP, DOWN = (f"model.layers.1.mlp.{part}_proj.weight" for part in ("up", "down"))
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +64,7 @@ def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_
 
 def test_rows_of_one_matrix_have_a_gate_of_one():
     loaded = make("llama-gqa")
-    found = shown(loaded.model, ["model.layers.1.mlp.down_proj.weight"])
+    found = shown(loaded.model, [DOWN])
     assert [len(product.inputs) for product in found] == [4 * 16, 2 * 16]
     for product in found:
         assert product.expert is None and product.num_samples == 6
@@ -139,29 +140,27 @@ def test_gradients_at_a_product_make_the_gradient_of_its_weight():
 
 
 def test_sums_of_the_forward_pass_are_there_with_gradients_too():
-    loaded, name = make("llama-gqa"), "model.layers.1.mlp.down_proj.weight"
-    alone = signals_of(loaded, [name], squares, Signal.PRODUCT)[name].products
-    found = signals_of(loaded, [name], squares, Signal.PRODUCT, Signal.GRAD)[name]
+    loaded = make("llama-gqa")
+    alone = signals_of(loaded, [DOWN], squares, Signal.PRODUCT)[DOWN].products
+    found = signals_of(loaded, [DOWN], squares, Signal.PRODUCT, Signal.GRAD)[DOWN]
     assert found.grad is not None and torch.equal(found.products.sums["square"], alone.sums["square"])
 
 
 def test_gradients_of_inputs_go_through_this_product_alone():
     loaded = make("llama-gqa")
-    name = "model.layers.1.mlp.up_proj.weight"
 
     def measure(product):
         return {"own": product.input_grads.sum(0), "by hand": (product.output_grads @ product.weight).sum(0)}
 
-    sums = signals_of(loaded, [name], measure, Signal.PRODUCT_GRAD)[name].products.sums
+    sums = signals_of(loaded, [UP], measure, Signal.PRODUCT_GRAD)[UP].products.sums
     assert bool(sums["own"].any())
     assert torch.equal(sums["own"], sums["by hand"])
 
 
 def test_gradients_that_were_not_asked_for_are_an_error():
     loaded = make("llama-gqa")
-    name = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(ValueError, match=r"need Signal.PRODUCT_GRAD"):
-        signals_of(loaded, [name], lambda p: {"g": p.input_grads}, Signal.PRODUCT)
+        signals_of(loaded, [UP], lambda p: {"g": p.input_grads}, Signal.PRODUCT)
 
 
 @pytest.mark.parametrize("need", [Signal.PRODUCT, Signal.PRODUCT_GRAD])
@@ -183,9 +182,8 @@ def test_no_activation_outlives_its_micro_batch(need):
 
 def test_sums_of_one_name_have_one_shape():
     loaded = make("llama-gqa")
-    name = "model.layers.1.mlp.down_proj.weight"
     with pytest.raises(PluginError, match=r"'rows' of shape \(32,\) for one product .* shape \(64,\) for another"):
-        signals_of(loaded, [name], lambda p: {"rows": p.inputs[:, 0]}, Signal.PRODUCT)
+        signals_of(loaded, [DOWN], lambda p: {"rows": p.inputs[:, 0]}, Signal.PRODUCT)
 
 
 class Recording(ImportanceCriterion):
@@ -247,11 +245,11 @@ def test_fast_products_with_gradients_stay_near(name, near, monkeypatch):
 
 def test_fast_products_are_for_gradients_of_products_alone(monkeypatch):
     """Gradients of parameters are in the model's own precision."""
-    loaded, name = make("llama-gqa"), "model.layers.1.mlp.down_proj.weight"
+    loaded = make("llama-gqa")
     grads = []
     for way in (False, True):
         fast(monkeypatch, yes=way)
-        grads.append(signals_of(loaded, [name], effects, Signal.PRODUCT_GRAD, Signal.GRAD)[name].grad)
+        grads.append(signals_of(loaded, [DOWN], effects, Signal.PRODUCT_GRAD, Signal.GRAD)[DOWN].grad)
     assert torch.equal(*grads)
 
 
