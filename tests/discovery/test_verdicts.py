@@ -75,11 +75,6 @@ def test_checks_that_are_not_possible_are_listed():
     assert "even sdpa" not in verdict.checks and "cached generation" not in verdict.checks
 
 
-def test_a_model_with_everything_skips_nothing():
-    (verdict,) = check_kinds(AutoFamily(), LlamaConfig(**SIZES), kinds=["mlp"])
-    assert verdict.verdict == VERIFIED and verdict.skipped == []
-
-
 def test_a_group_that_cannot_be_cut_is_counted_and_named():
     """All units are one multiple, or every block has one unit: there is nothing to remove."""
     uncut = {"layers.0.mlp": {"multiple": 40}, "layers.1.mlp": {"blocks": 40}}

@@ -1,13 +1,13 @@
 """Exports are whole or not there, load their model only when they need it, and keep every byte of their weights."""
 
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
 from checkpoint_cases import INPUT_IDS, cut_llama
-from export_cases import Source, llama_source, logits
+from export_cases import llama_source, logits
 from fresh import run_fresh
-from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -27,16 +27,12 @@ class Names(Exporter):
         return f"a text editor opens {task.loaded.tokenizer}"
 
 
-def loaded(model, record=None):
-    return Source(model, LlamaFamily(), None if model is None else model.config, record=record).load
-
-
 def test_the_model_is_loaded_once_and_only_for_who_reads_it(tmp_path):
     calls = []
 
     def load():
         calls.append(1)
-        return loaded(cut_llama("mlp"))()
+        return llama_source("mlp")
 
     class Copy(Exporter):
         name = "copy"
@@ -60,7 +56,7 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
             raise ValueError("half way")
 
     with pytest.raises(ValueError, match="half way"):
-        export(tmp_path, Fails(), tmp_path / "out", loaded(cut_llama("mlp")))
+        export(tmp_path, Fails(), tmp_path / "out", llama_source("mlp").load)
     assert not list(tmp_path.iterdir())
 
     class Empty(Names):
@@ -68,19 +64,19 @@ def test_nothing_is_left_of_an_export_that_fails(tmp_path):
             return "done"
 
     with pytest.raises(PluginError, match="exporter names wrote no file"):
-        export(tmp_path, Empty(), tmp_path / "out", loaded(None))
+        export(tmp_path, Empty(), tmp_path / "out", None)
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match="exists already"):
-        export(tmp_path, Names(), tmp_path / "out", loaded(None))
+        export(tmp_path, Names(), tmp_path / "out", None)
     assert not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_uniform_model_becomes_a_checkpoint_of_transformers(dtype, tmp_path):
     """And keeps every byte of its weights when it is loaded and saved."""
-    model = cut_llama("mlp-uniform", dtype)
-    of_source = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}
-    line = export(tmp_path, StockExporter(), tmp_path / "out", loaded(model, of_source))
+    record = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}
+    source = replace(llama_source("mlp-uniform", dtype), record=record)
+    model, line = source.model, export(tmp_path, StockExporter(), tmp_path / "out", source.load)
     assert "LlamaForCausalLM of transformers" in line
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert type(stock) is LlamaForCausalLM
@@ -98,7 +94,7 @@ def test_a_uniform_model_becomes_a_checkpoint_of_transformers(dtype, tmp_path):
 
 
 def test_a_dense_model_gets_no_record(tmp_path):
-    export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("nothing")))
+    export(tmp_path, StockExporter(), tmp_path / "out", replace(llama_source("nothing"), record=None).load)
     assert read_record(tmp_path / "out") is None and load_pruned(tmp_path / "out")
 
 
@@ -122,7 +118,7 @@ def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
 
     monkeypatch.setattr(save, "save_checkpoint", damaged)
     with pytest.raises(CheckpointError, match="gives other outputs"):
-        export(tmp_path, StockExporter(), tmp_path / "out", loaded(cut_llama("mlp-uniform")))
+        export(tmp_path, StockExporter(), tmp_path / "out", llama_source("mlp-uniform").load)
     assert not list(tmp_path.iterdir())
 
 

@@ -23,11 +23,16 @@ from llmpruner.settings import RunSettings
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
+UNITS = {"kinds": "mlp,attention", "calibration": "self"}
+ALL_LAYERS = {"layers": "all", "calibration": "self"}
 METHODS = {
-    "best": {"method": "best", "samples": 6, "length": 16},
-    "taylor": {"method": "llm-pruner", "samples": 4, "length": 12},
-    "squares": {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 3, "length": 8},
-    "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit"},
+    "best": {"method": "best", "samples": 6, "length": 16, **UNITS},
+    "taylor": {"method": "llm-pruner", "samples": 4, "length": 12, **UNITS},
+    "squares": {"importance": "taylor", "settings": {"taylor": {"variant": "mix"}}, "samples": 3, "length": 8, **UNITS},
+    "obs": {"importance": "obs", "samples": 4, "length": 16, "compensate": "refit", "calibration": "self"},
+    "hidden": {"importance": "l1", "kinds": "hidden", "ratio": 0.1},
+    "layer": {"importance": "angular", "kinds": "layer", "ratio": 0.4, **ALL_LAYERS},
+    "query": {"importance": "energy", "kinds": "query", "ratio": 0.1, **ALL_LAYERS},
 }
 
 
@@ -67,7 +72,6 @@ PAIRS = [
     *((name, "best") for name in ("gpt2", "gpt_oss", "llama4", "mixtral")),
     *(("llama-gqa", method) for method in METHODS),
     ("mixtral", "squares"),
-    pytest.param("gemma2", "best", marks=pytest.mark.long),  # laid out as others
 ]
 """Layouts: separate and fused projections, tied heads, experts one by one in the files, stacked, and with biases."""
 
@@ -75,10 +79,8 @@ PAIRS = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "method"), PAIRS)
 def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
-    kinds = {"kinds": "mlp,attention"} if method != "obs" else {}
-    settings = {**METHODS[method], **kinds, "calibration": "self"}
-    resident = prune(dense(name), tmp_path / "resident", streamed=False, **settings)
-    streamed = prune(dense(name), tmp_path / "streamed", streamed=True, **settings)
+    resident = prune(dense(name), tmp_path / "resident", streamed=False, **METHODS[method])
+    streamed = prune(dense(name), tmp_path / "streamed", streamed=True, **METHODS[method])
     assert resident.streamed is None and streamed.streamed is not None
     assert_same(tmp_path / "resident", tmp_path / "streamed")
     loaded = load_pruned(tmp_path / "streamed")
@@ -105,21 +107,6 @@ def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
     resident, streamed = found
     assert resident.keys() == streamed.keys() == names
     assert [name for name in names if not torch.equal(resident[name], streamed[name])] == []
-
-
-READS_TEXT = {"calibration": "self", "layers": "all"}
-KINDS = {
-    "hidden": {"importance": "l1", "ratio": 0.1},
-    "layer": {"importance": "angular", "ratio": 0.4, **READS_TEXT},
-    "query": {"importance": "energy", "ratio": 0.1, **READS_TEXT},
-}
-
-
-@pytest.mark.parametrize("kinds", KINDS)
-def test_other_kinds(kinds, dense, tmp_path):
-    for streamed in (False, True):
-        prune(dense("llama-gqa"), tmp_path / str(streamed), streamed=streamed, kinds=kinds, **KINDS[kinds])
-    assert_same(tmp_path / "False", tmp_path / "True")
 
 
 def test_one_layer_at_a_time_has_values(dense, tmp_path, monkeypatch):
