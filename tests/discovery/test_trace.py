@@ -3,6 +3,7 @@
 import composed
 import pytest
 import torch
+from criteria_cases import EXPERTS, SMALL
 from torch import nn
 from transformers import CONFIG_MAPPING
 
@@ -99,12 +100,9 @@ def test_a_model_that_does_not_run_with_fewer_layers_is_traced_whole(monkeypatch
 
 
 def test_experts_are_found_where_the_configuration_asks_for_their_balance():
-    sizes = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-    }  # fmt: skip
     plain, balanced = (
-        discover_graph(CONFIG_MAPPING["mixtral"](**sizes, output_router_logits=asked)).groups for asked in (False, True)
+        discover_graph(CONFIG_MAPPING["mixtral"](**SMALL, **EXPERTS, output_router_logits=asked)).groups
+        for asked in (False, True)
     )
     assert [(g.name, g.kind, g.units) for g in balanced] == [(g.name, g.kind, g.units) for g in plain]
     assert "expert" in {g.kind for g in balanced}

@@ -1,5 +1,4 @@
-"""Types whose layers differ, share keys and values, name their sizes otherwise, or whose small instances need more than
-small numbers: from pruning to a recovered model, on tiny random instances."""
+"""Odd types from pruning to a recovered model, as tiny random instances, which need more than small numbers."""
 
 import json
 from collections import Counter

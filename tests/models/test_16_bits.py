@@ -23,8 +23,10 @@ from llmpruner.settings import LoadSettings
 
 TYPES = {
     "starcoder2": SMALL,
+    "stablelm": SMALL,
     "gpt_neox": SMALL,
     "falcon": {"num_kv_heads": 3, "new_decoder_architecture": True, "bias": False},
+    "opt": {"ffn_dim": 56, "word_embed_proj_dim": 48, "max_position_embeddings": 128},
     "llama": SMALL,
 }
 """All but the last have layer norms, of which torch refuses weights in 16 bits for inputs in float32."""
@@ -60,7 +62,13 @@ def prune(model, output, dtype, **settings):
     return api.prune(str(model), output=output, load=LoadSettings(dtype=dtype), **settings)
 
 
-@pytest.mark.parametrize(("name", "dtype"), [("starcoder2", "bfloat16"), ("falcon", "float16"), ("llama", "float16")])
+CASES = [("starcoder2", "bfloat16"), ("falcon", "float16"), ("llama", "float16")]
+LIKE_OTHERS = [("stablelm", "float16"), ("gpt_neox", "bfloat16"), ("opt", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"), [*CASES, *(pytest.param(*each, marks=pytest.mark.long) for each in LIKE_OTHERS)]
+)
 def test_a_cut_model_equals_the_silenced_one(dense, tmp_path, name, dtype):
     folder = dense(name, dtype)
     pruned = prune(folder, tmp_path / "pruned", dtype, method="fast", kinds="mlp,attention")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import tiny_models
-import torch
 from checkpoint_cases import EVERY, INPUT_IDS, LLAMA, cut_llama
 from fresh import run_fresh
 from llmpruner_llama.family import LlamaFamily
@@ -19,14 +18,6 @@ PROBE = Path(__file__).with_name("checkpoint_probe.py")
 MODES = ("remote", "registered", "load_pruned")
 
 
-def in_bfloat16(model):
-    """As `from_pretrained` does it: the rotary tables, which are no parameters, stay as they are."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """The directory of all checkpoints, and the form each was saved in."""
@@ -36,7 +27,10 @@ def saved(tmp_path_factory):
         model = make()
         family = LlamaFamily() if name in LLAMA else None
         forms[name] = save_checkpoint(model, root / name, record={"name": name}, family=family)
-        expected = {"default": logits(model, INPUT_IDS), "bfloat16": logits(in_bfloat16(model), INPUT_IDS)}
+        half = copy.deepcopy(model)
+        for parameter in half.parameters():  # as `from_pretrained` does it: the rotary tables stay as they are
+            parameter.data = parameter.data.bfloat16()
+        expected = {"default": logits(model, INPUT_IDS), "bfloat16": logits(half, INPUT_IDS)}
         model.set_attn_implementation("eager")
         expected["eager"] = logits(model, INPUT_IDS)
         save_file({"input_ids": INPUT_IDS, **expected}, str(root / f"{name}.expected"))

@@ -1,5 +1,4 @@
-"""``config.json``: names of transformers 5 and of readers before it; and sizes per layer by the convention of
-transformers, by which a class that obeys it needs no shim."""
+"""``config.json``: names of transformers 5 and earlier; sizes of each layer, which some classes read without a shim."""
 
 import copy
 import json

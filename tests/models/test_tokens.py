@@ -1,5 +1,4 @@
-"""Token ids of any text: in bounded time where there are no blanks, padded by a token that the model knows, and no more
-than the model reads."""
+"""Token ids: in bounded time without blanks, padded by a token that the model knows, no more than the model reads."""
 
 import json
 
