@@ -66,7 +66,6 @@ MALFORMED = {
     "output of another type": ({"instruction": "x", "output": 4}, "here: 'output' must be text, found int"),
     "empty instruction": ({"instruction": " ", "output": "x"}, "here: 'instruction' is empty"),
     "messages of another type": ({"messages": "x"}, "'messages' must be a list of {'role': 'user' or"),
-    "no messages": ({"messages": []}, "'messages' must be a list of"),
     "unknown role": ({"messages": CHAT + chat(("tool", "x"))}, "here: message 5 must be .*its role is 'tool'"),
     "parts": ({"messages": [{"role": "user", "content": [{}]}]}, "message 1 must .*'user', and its content list"),
     "no message": ({"messages": ["x"]}, "message 1 must be .*its role is None"),
@@ -78,7 +77,6 @@ MALFORMED = {
     "two questions": ({"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, "answers in turn"),
     "two answers at first": ({"conversations": sharegpt(("gpt", "a"), ("gpt", "b")) + SHAREGPT}, "answers in turn"),
     "no answer": ({"messages": chat(("system", "s"), ("user", "a"))}, "an answer to the first question"),
-    "no question": ({"conversations": sharegpt(("gpt", "a"))}, "an answer to the first question"),
 }  # fmt: skip
 
 

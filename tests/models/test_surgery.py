@@ -23,34 +23,26 @@ def some(graph, kinds, seed):
 
 
 def assert_exact(loaded, kept, graph=None):
-    """Copies of the model, cut and silenced, have the same logits with each attention; returns the cut one, the graph
-    that is left of ``graph``, and how far the logits are from those of the whole model."""
+    """Copies of the model, cut and silenced, have the same logits with each attention; returns how far these are from
+    those of the whole model."""
     graph = graph or loaded.graph
     loaded.model.double()  # in float32, sums of other lengths differ by up to 1.05e-5 on some processors
     without, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
     silence(without, graph, kept)
-    remaining = cut(smaller, graph, kept, loaded.family)
+    cut(smaller, graph, kept, loaded.family)
     ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
     for attention in ("eager", "sdpa"):
         for model in (without, smaller):
             model.set_attn_implementation(attention)
         expected = logits(without, ids)
         torch.testing.assert_close(logits(smaller, ids), expected, atol=1e-5, rtol=1e-5)
-    return smaller, remaining, float((expected - logits(loaded.model, ids)).abs().max())
+    return float((expected - logits(loaded.model, ids)).abs().max())
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("hidden",), ("mlp", "attention", "hidden")], ids="+".join)
 def test_a_cut_equals_silencing(loaded, kinds):
-    *_, change = assert_exact(loaded, some(loaded.graph, kinds, seed=len(kinds)))
+    change = assert_exact(loaded, some(loaded.graph, kinds, seed=len(kinds)))
     assert change > 0.1, "the cut must be visible, or equality proves nothing"
-
-
-def test_query_heads_can_go_inside_their_groups(gqa):
-    kept = {"layers.1.query": [0, 3, 5, 6], "layers.2.query": [1, 2, 4, 7], "layers.1.attention": [1, 3]}
-    smaller, remaining, _ = assert_exact(gqa, kept)
-    assert smaller.model.layers[1].self_attn.num_key_value_groups == 1
-    left = remaining.by_name["layers.1.query"]
-    assert (left.units, left.blocks) == (2, 2)
 
 
 @pytest.mark.parametrize(
