@@ -129,38 +129,6 @@ def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.</s>")))
 
 
-class Numbered(ModelFamily):
-    eos_after = "last"
-
-    def format_conversation(self, exchanges, system=None):
-        return [(f" Q{number}: {asked} A:", f" {said}") for number, (asked, said) in enumerate(exchanges)]
-
-
-class Alone(Numbered):
-    def format_conversation(self, exchanges, system=None):
-        pairs = super().format_conversation(exchanges, system)
-        return [("".join(a + b for a, b in pairs[:-1]) + pairs[-1][0] + "!", pairs[-1][1])]
-
-
-@pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
-def test_a_family_says_which_answers_end_the_sequence(slow):
-    chosen = Slow(tokenizer()) if slow else tokenizer()
-    example = conversation(CHAT[1:])
-
-    def read(family):
-        texts = tuple(training_texts(example, family, chosen))
-        made = [labelled(text, chosen, 512) for text in texts]
-        return [(chosen.decode(row["input_ids"]), trained(row, chosen)) for row in made]
-
-    joined = "<s> Q0: Two rivers? A: Elbe, Loire. Q1: The longer? A: Elbe.</s>"
-    ((whole, answers),) = read(Numbered())
-    assert whole.replace("<s>Q", "<s> Q") == joined and [a.strip() for a in answers] == ["Elbe, Loire.", "Elbe.</s>"]
-    (first, _), (second, answers) = read(Alone())
-    assert first.replace("<s>Q", "<s> Q") == "<s> Q0: Two rivers? A:! Elbe, Loire.</s>"
-    assert second.replace("<s>Q", "<s> Q") == joined.replace(" Elbe.", "! Elbe.")
-    assert [a.strip() for a in answers] == ["Elbe.</s>"]
-
-
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"messages": talk} for talk in (CHAT[1:], CHAT)]))

@@ -48,13 +48,10 @@ def test_well_known_types(model_type):
         assert {"uneven eager", "even eager", "cached generation", "save and load"} <= done
 
 
-def test_attributes_that_must_follow_are_found():
+def test_attributes_and_tables_that_must_follow_are_found():
     verdict = verdicts("gpt2")["attention"]
     assert verdict.follows == (Follow("attention", "transformer.h.*.attn", "split_size"),)
     assert {"uneven eager", "uneven sdpa", "even sdpa", "cached generation", "save and load"} <= set(verdict.checks)
-
-
-def test_alibi_slopes_stay_with_their_heads():
     tables = {(f.path, f.argument) for f in verdicts("bloom")["attention"].follows if isinstance(f, FollowTable)}
     assert ("transformer.h.*", "alibi") in tables
 

@@ -45,13 +45,10 @@ def written(tmp_path, *, nearly_tied=False):
     return file
 
 
-@pytest.fixture
-def gguf_file(tmp_path):
-    return written(tmp_path)
-
-
-def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
-    loaded = load_model(load_structure(str(gguf_file), catalog))
+def test_it_loads_quietly_and_whole(tmp_path, catalog, capfd):
+    file = written(tmp_path)
+    capfd.readouterr()
+    loaded = load_model(load_structure(str(file), catalog))
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
     assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"
@@ -59,15 +56,15 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
 
-def test_a_file_is_parsed_once_and_freed_and_again_when_it_changed(gguf_file, tmp_path, monkeypatch):
-    calls, own = [], gguf.GGUFReader.__init__
+def test_a_file_is_parsed_once_and_freed_and_again_when_it_changed(tmp_path, monkeypatch):
+    file, calls, own = written(tmp_path), [], gguf.GGUFReader.__init__
     monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: calls.append(given) or own(*given))
-    llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
+    llmpruner.prune(file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
     assert len(calls) == 1
-    assert llmpruner.discover(gguf_file).graph.num_layers == 2 and parsing._parsed.cache_info().currsize == 0
-    first = parsing.gguf_reader(gguf_file)
-    os.utime(gguf_file, ns=(0, 0))
-    assert parsing.gguf_reader(gguf_file) is not first
+    assert llmpruner.discover(file).graph.num_layers == 2 and parsing._parsed.cache_info().currsize == 0
+    first = parsing.gguf_reader(file)
+    os.utime(file, ns=(0, 0))
+    assert parsing.gguf_reader(file) is not first
     parsing.forget_gguf()
 
 
