@@ -1,7 +1,5 @@
 """What chat templates of published models do, in as few lines."""
 
-from __future__ import annotations
-
 _MISTRAL = (
     "{%- if messages[0]['role'] == 'system' %}{%- set system_message = messages[0]['content'] %}"
     "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"

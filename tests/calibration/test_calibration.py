@@ -1,7 +1,5 @@
 """Calibration text: written by the model, read from files or given by a plugin; reproducible, never silently short."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import replace
@@ -25,7 +23,6 @@ from llmpruner.calibration.calibration import (
     parse_calibration,
 )
 from llmpruner.calibration.chat import packed
-from llmpruner.calibration.written import _Draw
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError
 
@@ -198,21 +195,19 @@ def test_windows_do_not_overlap_while_there_is_text(wide, tmp_path, documents):
 def test_windows_of_text_begin_with_what_the_tokenizer_puts_before_it(gqa, tmp_path):
     (tmp_path / "a.txt").write_text(" ".join(str(n) for n in range(10, 60)))
 
-    def sampled(tokenizer, length=8):
-        amount = {"samples": 4, "length": length, "seed": 0}
-        return drawn(str(tmp_path / "a.txt"), gqa, tokenizer, **amount)
-
     for opening in ([1], [7, 1]):
-        found = sampled(Numbers(*opening))
+        found = drawn(str(tmp_path / "a.txt"), gqa, Numbers(*opening), samples=4, length=8, seed=0)
         assert found.shape == (4, 8)
         for row in found.tolist():
             assert row[: len(opening)] == opening
             assert row[len(opening) :] == list(range(row[-1] - 7 + len(opening), row[-1] + 1))
     with pytest.raises(DataError, match="a sample of 2 tokens has no room for text after the 2 that the tokenizer"):
-        sampled(Numbers(7, 1), length=2)
+        drawn(str(tmp_path / "a.txt"), gqa, Numbers(7, 1), samples=4, length=2, seed=0)
 
 
-def test_a_mixture_takes_samples_in_the_shares_that_are_given(wide):
+def test_a_mixture_takes_a_sample_of_each_part_in_turn_or_in_the_shares_that_are_given(wide):
+    in_turn = drawn("counting, counting:1000, counting:2000", wide, samples=8, length=4, seed=0)
+    assert in_turn[:, 0].tolist() == [0, 1000, 2000, 4, 1004, 2004, 8, 1008]
     mixed = drawn("3*counting:0,1*counting:1000", wide, samples=8, length=4, seed=0)
     small = [row[0].item() < 1000 for row in mixed]
     assert small.count(True) == 6 and small[:4].count(True) == 3, "every part of the text has the shares"
@@ -265,24 +260,6 @@ def test_every_conversation_is_used_before_one_is_used_again():
     assert rows == packed([[n] * 3 for n in range(10)], task)
     with pytest.raises(DataError, match="is too short for a sample of 6 tokens"):
         packed([[1, 2], [3]], task)
-
-
-def test_a_mixture_takes_one_sample_of_each_in_turn(wide, tmp_path):
-    for name in ("a.jsonl", "b.jsonl"):
-        first = 0 if name[0] == "a" else 5000
-        text = " ".join(str(n) for n in range(first, first + 800))
-        (tmp_path / name).write_text(json.dumps({"text": text}))
-    parts = f"{tmp_path / 'a.jsonl'},{tmp_path / 'b.jsonl'}, self"
-    mixed = drawn(parts, wide, Numbers(), samples=8, length=16, seed=0)
-    assert mixed.shape == (8, 16)
-    alone = [drawn(part.strip(), wide, Numbers(), samples=3, length=16, seed=0) for part in parts.split(",")]
-    for number, row in enumerate(mixed):
-        assert torch.equal(row, alone[number % 3][number // 3])
-
-
-def test_samples_beyond_the_models_positions_are_refused(gqa):
-    with pytest.raises(DataError, match="beyond the model's 128 positions"):
-        drawn("self", gqa, samples=1, length=129, seed=0)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Chat formats: the tokenizer's template wherever there is one, for prompts and for training alike."""
 
 import json
-from typing import NamedTuple
+from itertools import groupby
 
 import pytest
 import tiny_models
@@ -20,23 +20,16 @@ CHATML = (
     "{{ '[' + message['role'] + '] ' + message['content'] + eos_token + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
 )
-STRICT = (
-    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
-)
 
 
-class Message(NamedTuple):
-    role: str
-    content: str
+def chat(*turns):
+    return [{"role": role, "content": text} for role, text in turns]
 
 
-CHAT = (
-    Message("system", "Be brief."),
-    Message("user", "Two rivers?"),
-    Message("assistant", "Elbe, Loire."),
-    Message("user", "The longer?"),
-    Message("assistant", "Elbe."),
-)
+CHAT = chat(
+    ("system", "Be brief."), ("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"),
+    ("assistant", "Elbe."),
+)  # fmt: skip
 
 
 class Own(ModelFamily):
@@ -69,15 +62,9 @@ class Slow:
 
 def trained(row, chosen):
     """The stretches of text that are trained on."""
-    stretches, last = [], None
-    for place, label in enumerate(row["labels"]):
-        if label != IGNORED:
-            assert label == row["input_ids"][place]
-            if last != place - 1 or not stretches:
-                stretches.append([])
-            stretches[-1].append(label)
-            last = place
-    return [chosen.decode(ids) for ids in stretches]
+    assert all(label in (token, IGNORED) for token, label in zip(row["input_ids"], row["labels"], strict=True))
+    stretches = groupby(row["labels"], key=lambda label: label != IGNORED)
+    return [chosen.decode(list(labels)) for is_trained, labels in stretches if is_trained]
 
 
 def rows(example, chosen):
@@ -86,17 +73,9 @@ def rows(example, chosen):
 
 def conversation(messages):
     """Of questions and answers in turn, after a system message or none."""
-    system = [message.content for message in messages if message.role == "system"]
-    turns = [message.content for message in messages if message.role != "system"]
+    system = [message["content"] for message in messages if message["role"] == "system"]
+    turns = [message["content"] for message in messages if message["role"] != "system"]
     return Conversation(tuple(zip(turns[::2], turns[1::2], strict=True)), *system)
-
-
-def plain(messages):
-    return [{"role": message.role, "content": message.content} for message in messages]
-
-
-def rendered(chat):
-    return "<s>" + "".join(f"[{message.role}] {message.content}</s>\n" for message in chat)
 
 
 def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_family():
@@ -113,7 +92,7 @@ def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_fam
 def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
     chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
     (row,) = rows(conversation(CHAT), chosen)
-    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(plain(CHAT))["input_ids"]
+    assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(CHAT)["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1
     assert trained(row, chosen) == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
@@ -132,7 +111,8 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
     (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer(template))
-    assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask" + rendered(CHAT)
+    rendered = "".join(f"[{message['role']}] {message['content']}</s>\n" for message in CHAT)
+    assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask<s>" + rendered
     assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
 
@@ -149,43 +129,11 @@ def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.</s>")))
 
 
-class Numbered(ModelFamily):
-    eos_after = "last"
-
-    def format_conversation(self, exchanges, system=None):
-        return [(f" Q{number}: {asked} A:", f" {said}") for number, (asked, said) in enumerate(exchanges)]
-
-
-class Alone(Numbered):
-    def format_conversation(self, exchanges, system=None):
-        pairs = super().format_conversation(exchanges, system)
-        return [("".join(a + b for a, b in pairs[:-1]) + pairs[-1][0] + "!", pairs[-1][1])]
-
-
-@pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
-def test_a_family_says_which_answers_end_the_sequence(slow):
-    chosen = Slow(tokenizer()) if slow else tokenizer()
-    example = conversation(CHAT[1:])
-
-    def read(family):
-        texts = tuple(training_texts(example, family, chosen))
-        made = [labelled(text, chosen, 512) for text in texts]
-        return [(chosen.decode(row["input_ids"]), trained(row, chosen)) for row in made]
-
-    joined = "<s> Q0: Two rivers? A: Elbe, Loire. Q1: The longer? A: Elbe.</s>"
-    ((whole, answers),) = read(Numbered())
-    assert whole.replace("<s>Q", "<s> Q") == joined and [a.strip() for a in answers] == ["Elbe, Loire.", "Elbe.</s>"]
-    (first, _), (second, answers) = read(Alone())
-    assert first.replace("<s>Q", "<s> Q") == "<s> Q0: Two rivers? A:! Elbe, Loire.</s>"
-    assert second.replace("<s>Q", "<s> Q") == joined.replace(" Elbe.", "! Elbe.")
-    assert [a.strip() for a in answers] == ["Elbe.</s>"]
-
-
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
-    file.write_text(json.dumps([{"messages": plain(chat)} for chat in (CHAT[1:], CHAT)]))
+    file.write_text(json.dumps([{"messages": talk} for talk in (CHAT[1:], CHAT)]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
-        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(STRICT))
+        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(TEMPLATES["Gemma"]))
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
@@ -194,25 +142,27 @@ def test_a_template_that_prints_the_date_prints_the_same_every_day(call):
     assert chat_prompt(FAMILY, chosen, "x").text.startswith("26 Jul 2024<s>")
 
 
-SYSTEM = Message("system", "Answer in French.")
-ONE = (Message("user", "Say hello"), Message("assistant", "Bonjour"))
-THREE = (
-    *ONE,
-    Message("user", "And <b>bold</b>?"),
-    Message("assistant", "<b>Salut</b>"),
-    Message("user", "Which letter is in both?"),
-    Message("assistant", "s"),
+SYSTEM = chat(("system", "Answer in French."))
+ONE = chat(("user", "Say hello"), ("assistant", "Bonjour"))
+THREE = ONE + chat(
+    ("user", "And <b>bold</b>?"),
+    ("assistant", "<b>Salut</b>"),
+    ("user", "Which letter is in both?"),
+    ("assistant", "s"),
 )
 CHATS = {
-    "one": ONE, "one with system": (SYSTEM, *ONE), "three": THREE, "three with system": (SYSTEM, *THREE),
-    "an answer with blanks around": (SYSTEM, Message("user", "Say hello "), Message("assistant", "\n Bonjour \n")),
-    "the answer is the question": (SYSTEM, Message("user", "Bonjour"), Message("assistant", "Bonjour")),
-}  # fmt: skip
+    "one": ONE,
+    "one with system": SYSTEM + ONE,
+    "three": THREE,
+    "three with system": SYSTEM + THREE,
+    "an answer with blanks around": SYSTEM + chat(("user", "Say hello "), ("assistant", "\n Bonjour \n")),
+    "the answer is the question": SYSTEM + chat(("user", "Bonjour"), ("assistant", "Bonjour")),
+}
 
 
 def asked(chosen, messages):
     """The prompt of a model that is asked the last of ``messages``."""
-    return chosen.apply_chat_template(plain(messages), tokenize=False, add_generation_prompt=True)
+    return chosen.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def prompts_and_answers(texts):
@@ -231,13 +181,13 @@ def prompts_and_answers(texts):
 def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     messages, chosen = CHATS[chat], tokenizer(TEMPLATES[name])
     if name in WITHOUT_SYSTEM:
-        messages = tuple(message for message in messages if message.role != "system")
+        messages = [message for message in messages if message["role"] != "system"]
     texts = training_texts(conversation(messages), FAMILY, chosen)
     found = prompts_and_answers(texts)
-    answers = [number for number, message in enumerate(messages) if message.role == "assistant"]
+    answers = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(found) == len(answers)
     for number, (prompt, answer) in zip(answers, found, strict=True):
-        question, content = messages[number - 1].content, messages[number].content.strip()
+        question, content = messages[number - 1]["content"], messages[number]["content"].strip()
         wanted = asked(chosen, messages[:number])
         assert prompt == wanted.removesuffix(OPENERS.get(name, ""))
         assert answer.removeprefix("<think>\n\n</think>\n\n").strip().startswith(content)
@@ -245,7 +195,7 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     marked = [text for row in rows(conversation(messages), chosen) for text in trained(row, chosen)]
     assert len(marked) == len(answers)
     for number, text in zip(answers, marked, strict=True):
-        assert messages[number].content.strip() in text and "ello" not in text and "letter" not in text
+        assert messages[number]["content"].strip() in text and "ello" not in text and "letter" not in text
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -253,20 +203,11 @@ def test_prompts_of_training_are_those_of_instructions_and_chats(name):
     chosen, opener = tokenizer(TEMPLATES[name]), OPENERS.get(name, "")
     ((prompt, _),) = prompts_and_answers(training_texts(Instruction("Add.", "4", "2, 2"), FAMILY, chosen))
     assert prompt == chat_prompt(FAMILY, chosen, "Add.\n2, 2").text.removesuffix(opener)
-    exchanges = list(zip((m.content for m in THREE[::2]), (m.content for m in THREE[1::2]), strict=True))
+    exchanges = list(conversation(THREE).exchanges)
     found = prompts_and_answers(training_texts(conversation(THREE), FAMILY, chosen))
     for number, (prompt, _) in enumerate(found):
         wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
         assert prompt == wanted.text.removesuffix(opener)
-
-
-def test_a_system_message_of_a_last_question_is_in_the_text_of_every_answer():
-    texts = training_texts(conversation((SYSTEM, *THREE[:4])), FAMILY, tokenizer(TEMPLATES["Mistral v0.3"]))
-    first, second = ("".join(turn.prompt + "|" + turn.answer for turn in text.turns) for text in texts)
-    assert first == "<s>[INST] Answer in French.\n\nSay hello[/INST]| Bonjour</s>"
-    assert second == (
-        "<s>[INST] Say hello[/INST] Bonjour</s>[INST] Answer in French.\n\nAnd <b>bold</b>?[/INST]| <b>Salut</b></s>"
-    )
 
 
 @pytest.mark.parametrize(
@@ -278,8 +219,8 @@ def test_a_system_message_of_a_last_question_is_in_the_text_of_every_answer():
     ],
 )
 def test_an_answer_with_a_reasoning_is_what_the_template_makes_of_it(name, wanted):
-    chat = (ONE[0], Message("assistant", "<think>\nShort.\n</think>\n\nBonjour"))
-    ((_, answer),) = prompts_and_answers(training_texts(conversation(chat), FAMILY, tokenizer(TEMPLATES[name])))
+    talk = ONE[:1] + chat(("assistant", "<think>\nShort.\n</think>\n\nBonjour"))
+    ((_, answer),) = prompts_and_answers(training_texts(conversation(talk), FAMILY, tokenizer(TEMPLATES[name])))
     assert answer == wanted
 
 

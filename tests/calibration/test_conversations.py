@@ -1,19 +1,11 @@
 """Instruction data of every convention in one normal form."""
 
-from __future__ import annotations
-
 import json
 
 import pytest
 
 from llmpruner import DataError
-from llmpruner.calibration.conversations import (
-    Completion,
-    Conversation,
-    Instruction,
-    example,
-    read_examples,
-)
+from llmpruner.calibration.conversations import Completion, Conversation, Instruction, example, read_examples
 from llmpruner.calibration.documents import Record
 
 DIALOGUE = Conversation((("Two rivers?", "Elbe, Loire."), ("The longer?", "Elbe.")))
@@ -28,12 +20,8 @@ def sharegpt(*turns):
     return [{"from": side, "value": text} for side, text in turns]
 
 
-CHAT = chat(
-    ("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"), ("assistant", "Elbe.")
-)  # fmt: skip
-SHAREGPT = sharegpt(
-    ("human", "Two rivers?"), ("gpt", "Elbe, Loire."), ("user", "The longer?"), ("chatgpt", "Elbe.")
-)  # fmt: skip
+CHAT = chat(("user", "Two rivers?"), ("assistant", "Elbe, Loire."), ("user", "The longer?"), ("assistant", "Elbe."))
+SHAREGPT = sharegpt(("human", "Two rivers?"), ("gpt", "Elbe, Loire."), ("user", "The longer?"), ("chatgpt", "Elbe."))
 FORMS = {
     "alpaca": ({"instruction": "Add.", "input": "2 and 2", "output": "4"}, Instruction("Add.", "4", "2 and 2")),
     "alpaca with a system message": (
@@ -44,15 +32,11 @@ FORMS = {
     "alpaca without input": ({"instruction": "Add.", "input": None, "output": ""}, Instruction("Add.", "")),
     "alpaca with its text": ({"instruction": "Add.", "output": "4", "text": "all"}, Instruction("Add.", "4")),
     "sharegpt": ({"id": "7", "conversations": SHAREGPT}, DIALOGUE),
-    "sharegpt with a system turn": (
-        {"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM
-    ),
+    "sharegpt with a system turn": ({"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM),
     "sharegpt with a system field": ({"conversations": SHAREGPT, "system": "Be brief."}, WITH_SYSTEM),
     "sharegpt with a blank system field": ({"conversations": SHAREGPT, "system": ""}, DIALOGUE),
     "sharegpt that begins with an answer": ({"conversations": sharegpt(("gpt", "Hi!")) + SHAREGPT}, DIALOGUE),
-    "sharegpt that ends with a question": (
-        {"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE
-    ),
+    "sharegpt that ends with a question": ({"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE),
     "conversations by role": ({"conversations": CHAT}, DIALOGUE),
     "conversations with nulls for the other keys": (
         {"conversations": [turn | {"role": None, "content": None} for turn in SHAREGPT]}, DIALOGUE
@@ -82,7 +66,6 @@ MALFORMED = {
     "output of another type": ({"instruction": "x", "output": 4}, "here: 'output' must be text, found int"),
     "empty instruction": ({"instruction": " ", "output": "x"}, "here: 'instruction' is empty"),
     "messages of another type": ({"messages": "x"}, "'messages' must be a list of {'role': 'user' or"),
-    "no messages": ({"messages": []}, "'messages' must be a list of"),
     "unknown role": ({"messages": CHAT + chat(("tool", "x"))}, "here: message 5 must be .*its role is 'tool'"),
     "parts": ({"messages": [{"role": "user", "content": [{}]}]}, "message 1 must .*'user', and its content list"),
     "no message": ({"messages": ["x"]}, "message 1 must be .*its role is None"),
@@ -94,7 +77,6 @@ MALFORMED = {
     "two questions": ({"messages": chat(("user", "a"), ("user", "b"), ("assistant", "c"))}, "answers in turn"),
     "two answers at first": ({"conversations": sharegpt(("gpt", "a"), ("gpt", "b")) + SHAREGPT}, "answers in turn"),
     "no answer": ({"messages": chat(("system", "s"), ("user", "a"))}, "an answer to the first question"),
-    "no question": ({"conversations": sharegpt(("gpt", "a"))}, "an answer to the first question"),
 }  # fmt: skip
 
 
@@ -129,11 +111,7 @@ def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ('{"text": "x"}\n\n{"question": "x"}\n', r"a\.jsonl, line 3: expected 'instruction'"),
-        ('{"text": "x"}\n{"messages": [{"role": "user"}]}', r"a\.jsonl, line 2: message 1 must be"),
-        ("\n", r"a\.jsonl has no examples"),
-    ],
+    [('{"text": "x"}\n\n{"question": "x"}', r"line 3: expected 'instruction'"), ("\n", r"a\.jsonl has no examples")],
 )
 def test_bad_files_are_refused_with_file_and_line(tmp_path, content, message):
     (tmp_path / "a.jsonl").write_text(content)

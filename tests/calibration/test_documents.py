@@ -1,9 +1,8 @@
 """The one reader of text and records: every kind of source, and one line for every mistake."""
 
-from __future__ import annotations
-
 import json
 import sys
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -85,8 +84,6 @@ def test_parquet_rows_are_records(tmp_path):
 
 
 def test_pydoc_is_the_text_of_the_help_topics():
-    from pydoc_data.topics import topics
-
     assert read_text(PYDOC) == "\n\n".join(topics[name] for name in sorted(topics))
     assert next(read_records(PYDOC)).place.startswith("pydoc, topic 'assert")
     check_source(PYDOC)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import nn
@@ -54,14 +53,14 @@ class ComposedConfig(PreTrainedConfig):
 class Projection(nn.Module):
     """A linear layer whose weight is [in, out] when ``transposed``, as in GPT-2."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, transposed: bool) -> None:
+    def __init__(self, inputs, outputs, bias, transposed):
         super().__init__()
         self.transposed = transposed
         # Not drawn at random: see `ComposedForCausalLM._init_weights`.
         self.weight = nn.Parameter(torch.zeros(inputs, outputs) if transposed else torch.zeros(outputs, inputs))
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         if not self.transposed:
             return F.linear(x, self.weight, self.bias)
         y = torch.matmul(x, self.weight)
@@ -69,23 +68,23 @@ class Projection(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int, offset: float = 0.0) -> None:
+    def __init__(self, size, offset=0.0):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size) - offset)
         self.offset, self.eps = offset, 1e-5
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         scaled = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
         return scaled * (self.offset + self.weight) if self.offset else scaled * self.weight
 
 
-def make_norm(config: ComposedConfig) -> nn.Module:
+def make_norm(config):
     if config.norm == "layer":
         return nn.LayerNorm(config.hidden_size)
     return RMSNorm(config.hidden_size, 1.0 if config.norm == "offset" else 0.0)
 
 
-def rotate(x: torch.Tensor, share: float) -> torch.Tensor:
+def rotate(x, share):
     """Rotary embedding of the first ``share`` of every head; x: [batch, heads, time, head_dim]."""
     size = int(x.shape[-1] * share) // 2 * 2
     if not size:
@@ -99,7 +98,7 @@ def rotate(x: torch.Tensor, share: float) -> torch.Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config):
         super().__init__()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.kind, self.rotary = config.head_dim, config.qkv, config.rotary
@@ -114,7 +113,7 @@ class Attention(nn.Module):
         self.out = Projection(q, config.hidden_size, config.out_bias, config.transposed)
         self.q_norm = RMSNorm(config.head_dim) if config.head_norm else nn.Identity()
 
-    def split(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def split(self, x):
         d, k = self.head_dim, self.kv_heads
         if self.kind == "separate":
             q, key, v = self.q(x), self.k(x), self.v(x)
@@ -134,7 +133,7 @@ class Attention(nn.Module):
             v.unflatten(-1, (k, d)).transpose(1, 2),
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         q, k, v = self.split(x)
         q, k = rotate(self.q_norm(q), self.rotary), rotate(k, self.rotary)
         shared = self.heads // self.kv_heads
@@ -152,7 +151,7 @@ class LinearAttention(nn.Module):
     """Attention without a softmax, whose output is written one chunk of positions after the other: a state that sums
     products of keys and values, and the products inside the chunk. A gate scales what each value head adds."""
 
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config):
         super().__init__()
         self.head_dim = config.linear_head_dim
         self.keys, self.values = (n * self.head_dim for n in (config.linear_key_heads, config.linear_value_heads))
@@ -167,7 +166,7 @@ class LinearAttention(nn.Module):
         self.gate = Projection(config.hidden_size, config.linear_value_heads, True, config.transposed)
         self.out = Projection(self.values, config.hidden_size, config.out_bias, config.transposed)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         mixed = self.qkv(x) if self.parts is None else torch.cat([part(x) for part in self.parts], -1)
         if self.filter is not None:
             mixed = F.conv1d(mixed.transpose(1, 2), self.filter, padding=2, groups=len(self.filter))
@@ -189,7 +188,7 @@ class LinearAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config):
         super().__init__()
         self.kind = config.mlp
         make = (config.mlp_bias, config.transposed)
@@ -204,7 +203,7 @@ class MLP(nn.Module):
         scale = torch.linspace(0.2, 2.0, rows) if config.scaled else None
         self.register_buffer("scale", scale, persistent=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         if self.kind == "plain":
             return self.down(F.gelu(self.up(x)))
         if self.kind == "gated":
@@ -221,7 +220,7 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    def __init__(self, config: ComposedConfig, number: int) -> None:
+    def __init__(self, config, number):
         super().__init__()
         self.parallel = config.parallel
         self.attention = LinearAttention(config) if number in config.linear else Attention(config)
@@ -229,7 +228,7 @@ class Layer(nn.Module):
         self.norm_1 = make_norm(config)
         self.norm_2 = None if config.parallel else make_norm(config)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         read = self.norm_1(x)
         if self.norm_2 is None:
             return x + self.attention(read) + self.mlp(read)
@@ -242,7 +241,7 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
     base_model_prefix = "decoder"
     _tied_weights_keys = {"head.weight": "embed.weight"}  # noqa: RUF012
 
-    def __init__(self, config: ComposedConfig) -> None:
+    def __init__(self, config):
         super().__init__(config)
         self.embed = nn.Embedding(
             config.vocab_size, config.hidden_size, _weight=torch.zeros(config.vocab_size, config.hidden_size)
@@ -252,19 +251,19 @@ class ComposedForCausalLM(PreTrainedModel, GenerationMixin):
         self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module):
         """Tests give all weights values of their own; drawing some here takes a third of their time (on meta, too)."""
 
-    def get_input_embeddings(self) -> nn.Module:
+    def get_input_embeddings(self):
         return self.embed
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self):
         return self.head
 
-    def get_decoder(self) -> nn.Module:
+    def get_decoder(self):
         return self
 
-    def forward(self, input_ids: torch.Tensor, **_: Any) -> CausalLMOutputWithPast:
+    def forward(self, input_ids, **_):
         x = self.embed(input_ids)
         for layer in self.layers:
             x = layer(x)

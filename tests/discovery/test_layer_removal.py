@@ -1,10 +1,5 @@
 """Removing whole layers where the configuration does not simply count them."""
 
-from __future__ import annotations
-
-from pathlib import Path
-from typing import Any
-
 import pytest
 import torch
 from transformers import CONFIG_MAPPING
@@ -39,28 +34,28 @@ TOKENS = torch.randint(40, 128, (2, 9), generator=torch.Generator().manual_seed(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", TYPES)
-def test_layers_of_every_sort_of_configuration_are_removable(model_type: str) -> None:
+def test_layers_of_every_sort_of_configuration_are_removable(model_type):
     (verdict,) = verify(AutoFamily(), CONFIG_MAPPING[model_type](), kinds=[LAYER])
     assert verdict.verdict == VERIFIED, verdict.reason
     assert "save and load" in verdict.checks
 
 
-def shortened(kept: list[int]) -> Any:
+def shortened(kept):
     """A random Jamba that has lost all but the layers ``kept``, of which number 4 alone is attention."""
     model = random_instance(tiny_config(CONFIG_MAPPING["jamba"](), Small((4, 2))))
     drop_layers(model, decoder_layers(model), kept)
     return model
 
 
-def test_layers_removed_again_from_a_loaded_model(tmp_path: Path) -> None:
+def test_layers_removed_again_from_a_loaded_model(tmp_path):
     """By their period, the types of the layers left would all be 'mamba', with wrong masks and caches."""
     assert save_checkpoint(shortened([0, 2, 3, 4]), tmp_path / "once", record={}) == "shim"
-    loaded: Any = load_pruned(tmp_path / "once", attn_implementation="eager")
+    loaded = load_pruned(tmp_path / "once", attn_implementation="eager")
     assert loaded.config.layers_block_type == ["mamba", "mamba", "mamba", "attention"]
 
     drop_layers(loaded, "model.layers", [1, 3])
     save_checkpoint(loaded, tmp_path / "twice", record={})
-    again: Any = load_pruned(tmp_path / "twice", attn_implementation="eager")
+    again = load_pruned(tmp_path / "twice", attn_implementation="eager")
     again.save_pretrained(tmp_path / "plain")
     direct = logits(shortened([2, 4]), TOKENS)
     assert again.layers_kept["kept"] == [2, 4]
@@ -69,7 +64,7 @@ def test_layers_removed_again_from_a_loaded_model(tmp_path: Path) -> None:
     assert torch.equal(logits(load_pruned(tmp_path / "plain", attn_implementation="eager"), TOKENS), direct)
 
 
-def test_a_small_model_shows_every_derived_layer_type() -> None:
+def test_a_small_model_shows_every_derived_layer_type():
     small = tiny_config(CONFIG_MAPPING["jamba"]())
     assert set(small.layer_types) == {"linear_attention", "full_attention"}
     assert set(small.layers_num_experts) == {1, small.num_experts}

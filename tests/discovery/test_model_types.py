@@ -1,7 +1,5 @@
 """The oracle on published architectures, none of which has code in discovery."""
 
-from __future__ import annotations
-
 from functools import cache
 
 import pytest
@@ -9,7 +7,7 @@ from transformers import CONFIG_MAPPING, FalconConfig
 
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow, FollowTable
-from llmpruner.discovery.oracle import VERIFIED, Verdict
+from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.tiny import tiny_config
 from llmpruner.discovery.verify import verify
 
@@ -33,7 +31,7 @@ LIKE = {"glm": "glm4", "smollm3": "mistral", "stablelm": "chapter 1 of the tutor
 
 
 @cache
-def verdicts(model_type: str) -> dict[str, Verdict]:
+def verdicts(model_type):
     found = verify(AutoFamily(), CONFIG_MAPPING[model_type](), kinds=REQUIRED[model_type])
     return {verdict.kind: verdict for verdict in found}
 
@@ -42,7 +40,7 @@ def verdicts(model_type: str) -> dict[str, Verdict]:
 @pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=pytest.mark.long) if name in LIKE else name for name in REQUIRED]
 )
-def test_well_known_types(model_type: str) -> None:
+def test_well_known_types(model_type):
     found = verdicts(model_type)
     assert {k: v.verdict for k, v in found.items()} == dict.fromkeys(REQUIRED[model_type], VERIFIED), found
     if "vocabulary" in found:
@@ -50,18 +48,15 @@ def test_well_known_types(model_type: str) -> None:
         assert {"uneven eager", "even eager", "cached generation", "save and load"} <= done
 
 
-def test_attributes_that_must_follow_are_found() -> None:
+def test_attributes_and_tables_that_must_follow_are_found():
     verdict = verdicts("gpt2")["attention"]
     assert verdict.follows == (Follow("attention", "transformer.h.*.attn", "split_size"),)
     assert {"uneven eager", "uneven sdpa", "even sdpa", "cached generation", "save and load"} <= set(verdict.checks)
-
-
-def test_alibi_slopes_stay_with_their_heads() -> None:
     tables = {(f.path, f.argument) for f in verdicts("bloom")["attention"].follows if isinstance(f, FollowTable)}
     assert ("transformer.h.*", "alibi") in tables
 
 
-def test_key_value_heads_are_shrunk_whatever_a_configuration_calls_them() -> None:
+def test_key_value_heads_are_shrunk_whatever_a_configuration_calls_them():
     config = FalconConfig(new_decoder_architecture=True, hidden_size=4096, num_attention_heads=64, num_kv_heads=8)
     small = tiny_config(config)
     assert (small.num_attention_heads, small.num_kv_heads) == (6, 3)

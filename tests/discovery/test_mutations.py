@@ -1,46 +1,38 @@
 """Break one index map on purpose: the oracle must notice every time, and name a place."""
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from composed import ComposedConfig, LinearAttention
-from transformers import PreTrainedModel
 
-from llmpruner import QUERY, Blocks, CoupledGroup, ModelFamily, Role
+from llmpruner import QUERY, Blocks, ModelFamily, Role
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
-from llmpruner.structure.coupling import CouplingGraph, Explicit
+from llmpruner.structure.coupling import Explicit
 
 CONFIG = ComposedConfig(
     qkv="concatenated", mlp="packed", norm="offset", num_key_value_heads=3, qkv_bias=True, mlp_bias=True, out_bias=True
 )
-Mutation = Callable[[CoupledGroup], CoupledGroup]
 
 
-def graph_of(config: ComposedConfig) -> CouplingGraph:
+def graph_of(config):
     found = discover_graph(config)
     # Query heads share spans with the groups that are broken here; without them every map stands alone.
     return replace(found, groups=tuple(g for g in found.groups if g.kind != QUERY))
 
 
-def reverse(units: list[int]) -> list[int]:
+def reverse(units):
     return units[::-1]
 
 
-def rotate(units: list[int]) -> list[int]:
+def rotate(units):
     return units[1:] + units[:1]
 
 
-def change(
-    name: str, order: Callable[[list[int]], list[int]] | None = None, *, axis: int = 0, number: int = 0, **values: Any
-) -> Mutation:
+def change(name, order=None, *, axis=0, number=0, **values):
     """With span ``number`` of a parameter changed: its indices in another ``order`` of the units, or ``values``."""
 
-    def mutate(group: CoupledGroup) -> CoupledGroup:
+    def mutate(group):
         spans = list(group.spans)
         position = [n for n, s in enumerate(spans) if s.parameter.endswith(name) and s.axis == axis][number]
         index = spans[position].index
@@ -53,14 +45,14 @@ def change(
     return mutate
 
 
-def neighbours(group: CoupledGroup) -> CoupledGroup:
+def neighbours(group):
     for number in range(2):
         group = change("both.weight", number=number, index=Blocks(40, start=number, stride=2))(group)
     return group
 
 
 STRIDED = Explicit(tuple((*range(u * 16, u * 16 + 16), *range(u * 16 + 48, u * 16 + 64)) for u in range(3)))
-MUTATIONS: dict[str, Mutation] = {
+MUTATIONS = {
     "mlp: up rows reversed": change("both.weight", reverse, number=1),
     "mlp: up bias shifted by one": change("both.bias", rotate, number=1),
     "mlp: gate and up neighbours": neighbours,
@@ -84,7 +76,7 @@ class ComposedFamily(ModelFamily):
 
     name = "composed"
 
-    def refresh(self, model: PreTrainedModel) -> None:
+    def refresh(self, model):
         for layer in model.layers:
             attention, width = layer.attention, layer.attention.out.weight.shape[1]
             if isinstance(attention, LinearAttention):
@@ -94,19 +86,19 @@ class ComposedFamily(ModelFamily):
 
 
 @pytest.fixture(scope="module")
-def oracle() -> Oracle:
+def oracle():
     return Oracle(CONFIG, graph_of(CONFIG), ComposedFamily(), 0)
 
 
 @pytest.fixture(scope="module")
-def hybrid() -> Oracle:
+def hybrid():
     config = ComposedConfig(linear=(1,))
     oracle = Oracle(config, graph_of(config), ComposedFamily(), 0)
     assert oracle.judge("attention").verdict == VERIFIED
     return oracle
 
 
-def broken(graph: CouplingGraph, name: str, mutate: Mutation) -> CouplingGraph:
+def broken(graph, name, mutate):
     victim = graph.by_name[name]
     new = mutate(victim)
     assert new != victim
@@ -114,7 +106,7 @@ def broken(graph: CouplingGraph, name: str, mutate: Mutation) -> CouplingGraph:
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_oracle_catches(name: str, oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_catches(name, oracle, monkeypatch):
     kind = name.partition(":")[0]
     victim = kind if kind in ("hidden", "vocabulary") else f"layers.0.{kind}"
     monkeypatch.setattr(oracle, "graph", broken(oracle.graph, victim, MUTATIONS[name]))
@@ -124,7 +116,7 @@ def test_oracle_catches(name: str, oracle: Oracle, monkeypatch: pytest.MonkeyPat
     assert verdict.where or name.startswith("vocabulary: rows of the head")  # nothing comes after it
 
 
-LINEAR: dict[str, Mutation] = {
+LINEAR = {
     "value rows shifted by a head": change("qkv.weight", rotate, number=2),
     "filters of the keys reversed": change("filter", reverse, number=1),
     "gates reversed": change("gate.weight", reverse),
@@ -133,22 +125,12 @@ LINEAR: dict[str, Mutation] = {
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_oracle_catches_in_a_layer_of_another_kind(name: str, hybrid: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oracle_catches_in_a_layer_of_another_kind(name, hybrid, monkeypatch):
     monkeypatch.setattr(hybrid, "graph", broken(hybrid.graph, "layers.1.attention", LINEAR[name]))
     verdict = hybrid.judge("attention")
     assert verdict.verdict == FAILED, verdict
     assert verdict.where.startswith("layers.1.attention")
 
 
-def test_unbroken_map_passes(oracle: Oracle) -> None:
+def test_unbroken_map_passes(oracle):
     assert [oracle.judge(kind).verdict for kind in ("mlp", "attention", "hidden", "vocabulary")] == [VERIFIED] * 4
-
-
-def test_a_missing_span_is_refused(oracle: Oracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    def forget(group: CoupledGroup) -> CoupledGroup:
-        return replace(group, spans=tuple(s for s in group.spans if not s.parameter.endswith("bias")))
-
-    monkeypatch.setattr(oracle, "graph", broken(oracle.graph, "layers.0.mlp", forget))
-    verdict = oracle.judge("mlp")
-    assert verdict.verdict != VERIFIED
-    assert "size" in verdict.reason

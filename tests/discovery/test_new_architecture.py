@@ -1,9 +1,6 @@
 """A model that discovery has never seen, and random ones of the same parts, with one or two kinds of layers."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Iterable
 
 import pytest
 from composed import ComposedConfig
@@ -19,7 +16,7 @@ STRANGE = ComposedConfig(
 )
 
 
-def test_a_strange_architecture_is_verified_without_code() -> None:
+def test_a_strange_architecture_is_verified_without_code():
     graph = discover_graph(STRANGE)
     assert (graph.by_name["layers.1.attention"].units, graph.by_name["layers.1.mlp"].units) == (3, 40)
     verdicts, kinds = check_kinds(AutoFamily(), STRANGE), ("attention", "mlp", "hidden", "vocabulary", "layer")
@@ -28,7 +25,7 @@ def test_a_strange_architecture_is_verified_without_code() -> None:
     ]
 
 
-def test_every_kind_of_layer_has_heads_of_its_own() -> None:
+def test_every_kind_of_layer_has_heads_of_its_own():
     graph = discover_graph(ComposedConfig(num_hidden_layers=4, linear=(0, 2, 3)))
     linear, full = graph.by_name["layers.2.attention"], graph.by_name["layers.1.attention"]
     # A key head of 8 dimensions with its two value heads; a KV head of 16 with its two queries.
@@ -40,7 +37,7 @@ def test_every_kind_of_layer_has_heads_of_its_own() -> None:
     assert [(g.units, g.blocks) for g in (values, queries)] == [(8, 4), (6, 3)]
 
 
-def random_config(seed: int) -> ComposedConfig:
+def random_config(seed):
     draw = random.Random(seed)
     return ComposedConfig(
         qkv=draw.choice(["separate", "concatenated", "interleaved", "backwards"]),
@@ -79,7 +76,7 @@ COVERING = (
     ],
     ids=lambda seeds: f"{seeds[0]} to {seeds[-1]}",
 )
-def test_random_architectures(seeds: Iterable[int]) -> None:
+def test_random_architectures(seeds):
     for seed in seeds:
         config = random_config(seed)
         verdicts = check_kinds(AutoFamily(), config, seed=seed)

@@ -1,19 +1,14 @@
 """Tracing a model, and following indices through the operators of its graph."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import composed
-import networkx
-import numpy as np
 import pytest
 import torch
+from criteria_cases import EXPERTS, SMALL
 from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Blocks
-from llmpruner.discovery.groups import components, connected_components, discover_graph, unit_sets
+from llmpruner.discovery.groups import components, discover_graph, unit_sets
 from llmpruner.discovery.propagate import RULES, Propagation
 from llmpruner.discovery.trace import export, trace
 from llmpruner.errors import UnsupportedModelError
@@ -22,12 +17,12 @@ from llmpruner.errors import UnsupportedModelError
 class Guessing(nn.Module):
     """Its control flow depends on its weights."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(16, 8)
         self.layers = nn.ModuleList([nn.Linear(8, 8)])
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids, use_cache):
         hidden = self.layers[0](self.embed(input_ids))
         return hidden if hidden.sum() > 0 else -hidden
 
@@ -35,8 +30,6 @@ class Guessing(nn.Module):
 def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
     with pytest.raises(UnsupportedModelError, match=r"Guessing cannot be traced: .*data-dependent") as caught:
         export(Guessing(), "layers", {})
-    # torch still hands the graph over, so that the test covers what it is for.
-    assert "def forward" in caught.value.__cause__.partial_fx_graph
     assert str(caught.value).endswith("(at `return hidden if hidden.sum() > 0 else -hidden` in Guessing)")
     assert capfd.readouterr() == ("", "")
 
@@ -44,11 +37,11 @@ def test_the_graph_of_a_failed_trace_is_not_printed(capfd):
 class Experts(nn.Module):
     """Experts in one matrix, of which those run that some token chose, each for the tokens that chose it."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.up, self.down = nn.Parameter(torch.ones(3 * 5, 8)), nn.Parameter(torch.ones(3 * 5, 8))
 
-    def forward(self, hidden: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden, chosen):
         # One class more than there are experts, as in DBRX.
         mask = nn.functional.one_hot(chosen, 4).permute(2, 1, 0)
         result = torch.zeros_like(hidden)
@@ -61,12 +54,12 @@ class Experts(nn.Module):
 
 
 class Loop(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.embed, self.router, self.head = nn.Embedding(16, 8), nn.Linear(8, 3), nn.Linear(8, 16)
         self.layers = nn.ModuleList([Experts()])
 
-    def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+    def forward(self, input_ids, use_cache):
         hidden = self.embed(input_ids).reshape(-1, 8)
         return self.head(self.layers[0](hidden, self.router(hidden).topk(2, -1).indices))
 
@@ -105,12 +98,9 @@ def test_a_model_that_does_not_run_with_fewer_layers_is_traced_whole(monkeypatch
 
 
 def test_experts_are_found_where_the_configuration_asks_for_their_balance():
-    sizes = {
-        "vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
-    }  # fmt: skip
     plain, balanced = (
-        discover_graph(CONFIG_MAPPING["mixtral"](**sizes, output_router_logits=asked)).groups for asked in (False, True)
+        discover_graph(CONFIG_MAPPING["mixtral"](**SMALL, **EXPERTS, output_router_logits=asked)).groups
+        for asked in (False, True)
     )
     assert [(g.name, g.kind, g.units) for g in balanced] == [(g.name, g.kind, g.units) for g in plain]
     assert "expert" in {g.kind for g in balanced}
@@ -124,17 +114,7 @@ def test_a_model_is_traced_in_float32_whatever_it_is_stored_in():
     assert config.dtype == torch.bfloat16
 
 
-def test_components_of_a_random_graph_agree_with_a_search() -> None:
-    random = np.random.default_rng(0)
-    left, right = random.integers(0, 400, 300), random.integers(0, 400, 300)
-    label = connected_components(400, [(left[:150], right[:150]), (left[150:], right[150:])])
-    graph = networkx.Graph(zip(left.tolist(), right.tolist(), strict=True))
-    graph.add_nodes_from(range(400))
-    for part in networkx.connected_components(graph):
-        assert {int(label[node]) for node in part} == {min(part)}
-
-
-def test_rows_of_several_tables_are_blocked() -> None:
+def test_rows_of_several_tables_are_blocked():
     run = Propagation(where="embedding in second")
     rows = run.new(3)
     run.look_up(rows)
@@ -146,17 +126,17 @@ def test_rows_of_several_tables_are_blocked() -> None:
 class Odd(nn.Module):
     """Channels pass through an operator without a rule, or are summed over."""
 
-    def __init__(self, odd: bool) -> None:
+    def __init__(self, odd):
         super().__init__()
         self.up, self.down, self.odd = nn.Linear(4, 6, bias=False), nn.Linear(6, 4, bias=False), odd
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         inner = self.up(x)
         return self.down(torch.special.bessel_j0(inner) if self.odd else inner * inner.sum(-1, keepdim=True))
 
 
 @pytest.mark.parametrize(("odd", "reason"), [(True, "bessel_j0 is not understood"), (False, "reduced")])
-def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str) -> None:
+def test_what_is_not_understood_is_blocked_with_a_reason(odd, reason):
     program = torch.export.export(Odd(odd), (torch.randn(2, 4),), strict=False)
     run = Propagation()
     run.run(program, {})
@@ -166,34 +146,21 @@ def test_what_is_not_understood_is_blocked_with_a_reason(odd: bool, reason: str)
     assert ("down.weight", 1) in reasons
 
 
-def fails(*_: Any) -> Any:
-    raise IndexError("no such axis")
-
-
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        (fails, "IndexError: no such axis"),
-        (lambda run, node, x, *_: x, r"shape \(2, 6\), and the rule \(2, 4\)"),
-    ],
-)
-def test_a_rule_that_does_not_fit_names_operator_and_module(
-    rule: Any, message: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_rule_that_does_not_fit_names_operator_and_module(monkeypatch):
     program = torch.export.export(Odd(True), (torch.randn(2, 4),), strict=False)
-    monkeypatch.setitem(RULES, "linear", rule)
-    with pytest.raises(UnsupportedModelError, match=f"^discovery cannot follow operator linear in up: .*{message}"):
+    monkeypatch.setitem(RULES, "linear", lambda run, node, x, *_: x)
+    with pytest.raises(UnsupportedModelError, match=r"cannot follow operator linear in up: .*\(2, 6\).*rule \(2, 4\)"):
         Propagation().run(program, {})
 
 
 class Assembled(nn.Module):
     """Keys put together in new memory, from heads and from what all heads share."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         self.heads, self.shared, self.out = nn.Linear(6, 12), nn.Linear(6, 2), nn.Linear(18, 6)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x):
         own = self.heads(x).unflatten(-1, (3, 4))
         keys = own.new_empty(*own.shape[:-1], 6)
         keys[..., :4].copy_(own)
@@ -201,25 +168,10 @@ class Assembled(nn.Module):
         return self.out(keys.flatten(-2))
 
 
-class Turned(nn.Module):
-    """Heads rotated as complex numbers."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.heads, self.out = nn.Linear(6, 12), nn.Linear(12, 6)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        pairs = torch.view_as_complex(self.heads(x).reshape(*x.shape[:-1], 3, 2, 2))
-        angles = torch.arange(2.0)
-        turned = pairs * torch.polar(torch.ones_like(angles), angles)
-        return self.out(torch.view_as_real(turned).flatten(2))
-
-
-@pytest.mark.parametrize(("model", "consumed"), [(Assembled(), 6), (Turned(), 4)], ids=["assembled", "turned"])
-def test_heads_are_followed_through_new_memory_and_complex_numbers(model: nn.Module, consumed: int) -> None:
+def test_heads_are_followed_through_new_memory():
     run = Propagation()
-    run.run(torch.export.export(model, (torch.zeros(2, 5, 6),)), {})
+    run.run(torch.export.export(Assembled(), (torch.zeros(2, 5, 6),)), {})
     found, _ = unit_sets(run, "layers")
     (heads,) = [f for f in found if any(s.parameter == "out.weight" and s.axis == 1 for s in f.spans)]
     maps = {(s.parameter, s.axis): s.index for s in heads.spans}
-    assert (maps["heads.weight", 0], maps["out.weight", 1]) == (Blocks(3, 4), Blocks(3, consumed))
+    assert (maps["heads.weight", 0], maps["out.weight", 1]) == (Blocks(3, 4), Blocks(3, 6))

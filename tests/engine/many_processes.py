@@ -3,14 +3,11 @@
 Every process writes what it has at the end to ``FOLDER/CASE-RANK.pt``.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -19,7 +16,7 @@ from safetensors.torch import load_file
 
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
-from llmpruner import Model, api
+from llmpruner import api
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
@@ -29,7 +26,7 @@ from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.experts import ExpertContribution
 
 BEST = {"method": "best", "samples": 12, "length": 128}
-CASES: dict[str, tuple[str, dict[str, Any]]] = {
+CASES = {
     "best": ("llama-gqa", BEST),
     "experts": ("mixtral", BEST | {"importance": "energy"}),
     "whole experts": ("mixtral", BEST | {"kinds": "expert", "importance": "expert-frequency", "ratio": 0.25}),
@@ -52,7 +49,7 @@ PLANNED = ("best", "taylor")
 class Stated(AutoFamily):
     """States what follows a cut, for which small models are searched otherwise, for seconds."""
 
-    def refresh(self, model: Any) -> None:
+    def refresh(self, model):
         for module in model.modules():
             if hasattr(module, "num_experts") and hasattr(module, "weight"):  # a router
                 module.num_experts = len(module.weight)
@@ -60,7 +57,7 @@ class Stated(AutoFamily):
                 module.num_experts = len(module.down_proj)
 
 
-def model_of(name: str) -> Model:
+def model_of(name):
     """One of the models of `make`, with noise: the fit of weights of low rank would amplify rounding."""
     model = make(name)
     if model.family.is_discovered:
@@ -73,7 +70,7 @@ def model_of(name: str) -> Model:
     return model
 
 
-def outcome(case: str) -> dict[str, Any]:
+def outcome(case):
     """The kept units and the weights after a prune, and the units of a plan alone."""
     name, settings = CASES[case]
     settings = {"ratio": 0.2, "calibration": "self", **settings}
@@ -86,7 +83,7 @@ class Interrupted(Exception):
     pass
 
 
-def continued(folder: Path) -> dict[str, Any]:
+def continued(folder):
     """The weights of a run with two ratios that was interrupted after its second layer, and continued."""
     model, output = folder / "model", folder / "output"
     if int(os.environ.get("RANK", "0")) == 0:
@@ -94,9 +91,9 @@ def continued(folder: Path) -> dict[str, Any]:
     Ranks.current().wait()
     ratios = [0.2, 0.3]
     settings = {"ratio": ratios, "calibration": "self", "output": output, **BEST}
-    done: list[int] = []
+    done = []
 
-    def once(self: Journal, state: Any, states: Any) -> None:
+    def once(self, state, states):
         own(self, state, states)
         done.append(state["layers"])
         if done == [1, 2]:
@@ -113,7 +110,7 @@ def continued(folder: Path) -> dict[str, Any]:
     return {"weights": {(ratio, name): tensor for ratio in ratios for name, tensor in files[ratio].items()}}
 
 
-def scores() -> dict[str, Any]:
+def scores():
     """Scores of whole experts, by sums over the tokens of all processes."""
     model = model_of("mixtral")
     criterion = ExpertContribution()
@@ -122,7 +119,7 @@ def scores() -> dict[str, Any]:
     return {"weights": estimate(model.model, model.graph, groups, criterion, text, execution=execution)}
 
 
-def refusal() -> str:
+def refusal():
     """A message that only the first process knows."""
     try:
         api.prune(make("llama-gqa"), ratio=0.999, method="llm-pruner", calibration="self", steps=2)
@@ -131,7 +128,7 @@ def refusal() -> str:
     raise AssertionError
 
 
-def prepare() -> None:
+def prepare():
     """Makes text at once, and micro-batches small, so that there are three or more."""
     torch.set_num_threads(1)
     llmpruner.pipeline.calibrate = lambda model, job, execution: tokens(job.calibration.samples, job.calibration.length)

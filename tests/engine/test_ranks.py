@@ -1,14 +1,10 @@
-"""Several processes over gloo: the plan of one process, the same weights up to rounding, and how a run ends when one of
-them does."""
-
-from __future__ import annotations
+"""Several processes over gloo: plan and weights of one process, and how a run ends when one of them does."""
 
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import many_processes
@@ -17,8 +13,6 @@ import pytest
 import torch
 from criteria_cases import make
 from fresh import run_fresh
-
-from llmpruner.engine.ranks import Ranks
 
 PATHS = (Path(__file__).parent, Path(__file__).parents[1])
 RANKS = """
@@ -50,7 +44,7 @@ sys.exit(max([run(*each) for each in json.loads(runs)], key=abs))
 """
 
 
-def run_ranks(module: str, **runs: Sequence[object]) -> subprocess.CompletedProcess[str]:
+def run_ranks(module, **runs):
     """What ``torchrun --nproc-per-node COUNT -m MODULE ARGUMENTS`` does, in processes that are forked, for each of
     several counts (``of_2``) with its arguments."""
     told = [(int(count.removeprefix("of_")), list(map(str, arguments))) for count, arguments in runs.items()]
@@ -120,12 +114,3 @@ def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_pat
     assert done.returncode == 0, done.stderr
     assert output.exists() and not journal.exists()
     assert (done.stdout + done.stderr).count("✓") == 1
-
-
-def test_shares_are_consecutive_and_the_first_process_has_the_first_item():
-    for count in (1, 2, 3, 5):
-        for items in ([], [0], [0, 1], list(range(7))):
-            parts = [Ranks(rank, count).mine(items) for rank in range(count)]
-            assert [item for part in parts for item in part] == items
-            assert len(parts[0]) - len(parts[-1]) in (0, 1)
-    assert [[n for n in range(5) if Ranks(rank, 2).owns(n)] for rank in range(2)] == [[0, 2, 4], [1, 3]]

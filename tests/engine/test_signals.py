@@ -1,7 +1,5 @@
 """The layer-by-layer walk gives what autograd over the whole model gives, and holds one layer's gradients."""
 
-from __future__ import annotations
-
 import weakref
 
 import pytest
@@ -75,7 +73,7 @@ def assert_autograd(model, graph, calibration):
 
 
 def test_gradients_of_one_layer_exist_at_a_time(gqa):
-    alive: list[tuple[int, weakref.ref]] = []
+    alive = []
     for name, signals in walk(gqa.model, gqa.graph, calibrate(gqa)):
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
         alive.append((layer, weakref.ref(signals.grad)))

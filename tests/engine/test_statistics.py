@@ -1,7 +1,5 @@
 """Statistics of the inputs of weights and of the residual stream equal those of plain forward hooks."""
 
-from __future__ import annotations
-
 from math import pi
 
 import pytest

@@ -1,7 +1,5 @@
 """Walking the decoder layer by layer gives what the model gives, or is refused."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 
@@ -12,7 +10,6 @@ from torch import nn
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, UnsupportedModelError
-from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
@@ -25,16 +22,16 @@ from llmpruner.pruning.compensation.base import Refit, RepairTask
 pytestmark = pytest.mark.usefixtures("full_precision")
 
 
-def joined(states) -> torch.Tensor:
+def joined(states):
     """Of all samples: (…, samples, length, hidden size), as Gemma 3n has several hidden states of a token."""
     return torch.cat(list(states), -3)
 
 
-def over(loaded, calibration: CalibrationSet | None = None):
+def over(loaded, calibration=None):
     return ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration or tokens(4, 16))
 
 
-def walked(loaded, calibration: CalibrationSet) -> tuple[ForwardWalk, list[torch.Tensor]]:
+def walked(loaded, calibration):
     walk, embedded = over(loaded, calibration)
     found = []
     with torch.no_grad():
@@ -144,7 +141,7 @@ def test_experts_are_computed_one_by_one_while_walked(implementation):
 
 def test_layers_that_keep_count_of_one_another_are_refused():
     loaded = make("llama-gqa")
-    calls: list[int] = []
+    calls = []
 
     def later_is_louder(_, __, out):
         calls.append(1)

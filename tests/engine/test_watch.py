@@ -1,17 +1,15 @@
 """Every product with a weight is seen, whatever it is written as, and told apart by axis and slot."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from llmpruner.engine.products import WatchedProduct, WatchProducts
+from llmpruner.engine.products import WatchProducts
 
 
 class Weights(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self):
         super().__init__()
         generator = torch.Generator().manual_seed(0)
         self.square = nn.Parameter(torch.randn(5, 5, generator=generator))
@@ -20,17 +18,13 @@ class Weights(nn.Module):
         self.bias = nn.Parameter(torch.randn(7, generator=generator))
 
 
-@pytest.fixture
-def weights() -> Weights:
-    return Weights()
-
-
+WEIGHTS = Weights()
 X = torch.randn(2, 4, 5, generator=torch.Generator().manual_seed(1))
 ROWS = X.flatten(0, 1)
 
 
-def watch(module: nn.Module, compute) -> list[WatchedProduct]:
-    uses: list[WatchedProduct] = []
+def watch(module, compute):
+    uses = []
     with torch.no_grad(), WatchProducts(module, [n for n, _ in module.named_parameters()], uses.append):
         compute(module)
     return uses
@@ -48,24 +42,24 @@ PRODUCTS = {
 
 
 @pytest.mark.parametrize("how", PRODUCTS)
-def test_a_matrix_is_seen_however_the_product_is_written(weights, how):
-    (use,) = watch(weights, PRODUCTS[how])
+def test_a_matrix_is_seen_however_the_product_is_written(how):
+    (use,) = watch(WEIGHTS, PRODUCTS[how])
     assert (use.parameter, use.axis, use.slot, use.bias) == ("wide", 1, None, None)
     torch.testing.assert_close(use.inputs, ROWS)
-    torch.testing.assert_close(use.outputs, ROWS @ weights.wide.detach().T)
+    torch.testing.assert_close(use.outputs, ROWS @ WEIGHTS.wide.detach().T)
 
 
-def test_the_axis_of_a_square_matrix_is_told_by_its_strides(weights):
-    assert [use.axis for use in watch(weights, lambda m: (X @ m.square, X @ m.square.T))] == [0, 1]
+def test_the_axis_of_a_square_matrix_is_told_by_its_strides():
+    assert [use.axis for use in watch(WEIGHTS, lambda m: (X @ m.square, X @ m.square.T))] == [0, 1]
 
 
-def test_the_bias_is_what_the_product_adds(weights):
-    (linear,) = watch(weights, lambda m: functional.linear(X, m.wide, m.bias))
-    (keyword,) = watch(weights, lambda m: functional.linear(X, m.wide, bias=m.bias))
-    (added,) = watch(weights, lambda m: torch.addmm(m.bias, ROWS, m.wide.T))
+def test_the_bias_is_what_the_product_adds():
+    (linear,) = watch(WEIGHTS, lambda m: functional.linear(X, m.wide, m.bias))
+    (keyword,) = watch(WEIGHTS, lambda m: functional.linear(X, m.wide, bias=m.bias))
+    (added,) = watch(WEIGHTS, lambda m: torch.addmm(m.bias, ROWS, m.wide.T))
     for use in (linear, keyword, added):
-        assert use.bias is weights.bias
-        torch.testing.assert_close(use.outputs, ROWS @ weights.wide.detach().T + weights.bias.detach())
+        assert use.bias is WEIGHTS.bias
+        torch.testing.assert_close(use.outputs, ROWS @ WEIGHTS.wide.detach().T + WEIGHTS.bias.detach())
 
 
 STACK = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(2))
@@ -78,12 +72,12 @@ SLOTS = {
 
 
 @pytest.mark.parametrize("how", SLOTS)
-def test_every_expert_is_a_slot(weights, how):
+def test_every_expert_is_a_slot(how):
     compute, slots = SLOTS[how]
-    uses = watch(weights, compute)
+    uses = watch(WEIGHTS, compute)
     assert [(use.parameter, use.axis, use.slot) for use in uses] == [("experts", 2, slot) for slot in slots]
     for use in uses:
-        torch.testing.assert_close(use.outputs, use.inputs @ weights.experts[use.slot].detach().T)
+        torch.testing.assert_close(use.outputs, use.inputs @ WEIGHTS.experts[use.slot].detach().T)
 
 
 UNUSED = {
@@ -96,16 +90,16 @@ UNUSED = {
 
 
 @pytest.mark.parametrize("what", UNUSED)
-def test_what_cannot_be_told_is_no_use(weights, what):
-    assert watch(weights, UNUSED[what]) == []
+def test_what_cannot_be_told_is_no_use(what):
+    assert watch(WEIGHTS, UNUSED[what]) == []
 
 
 @pytest.mark.parametrize("how", ["matrix", "stack"])
-def test_a_copy_stays_as_it_was_when_the_model_overwrites_its_tensors(weights, how):
+def test_a_copy_stays_as_it_was_when_the_model_overwrites_its_tensors(how):
     inputs, before = X.clone(), X.clone()
-    uses: list[WatchedProduct] = []
-    with torch.no_grad(), WatchProducts(weights, ["wide", "experts"], lambda use: uses.append(use.copied())):
-        result = functional.linear(inputs, weights.wide) if how == "matrix" else inputs @ weights.experts[:2].mT
+    uses = []
+    with torch.no_grad(), WatchProducts(WEIGHTS, ["wide", "experts"], lambda use: uses.append(use.copied())):
+        result = functional.linear(inputs, WEIGHTS.wide) if how == "matrix" else inputs @ WEIGHTS.experts[:2].mT
         wanted = result.clone()
         result += 1
         inputs.mul_(2)

@@ -7,20 +7,17 @@ MODE: ``remote`` (llmpruner cannot be imported; remote code is trusted for shims
 ``DIRECTORY.expected``, a safetensors file with the inputs and the logits of the model that was saved.
 """
 
-from __future__ import annotations
-
 import importlib.abc
 import json
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 MODE, *DIRECTORIES = sys.argv[1:]
 
 
 class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+    def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0].startswith("llmpruner"):
             raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
@@ -33,7 +30,7 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM  # noqa: E402
 
 
-def load(directory: Path, **options: Any) -> Any:
+def load(directory, **options):
     if MODE == "load_pruned":
         import llmpruner
 
@@ -42,7 +39,7 @@ def load(directory: Path, **options: Any) -> Any:
     return AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust, **options).eval()
 
 
-def headless(directory: Path, model: Any, ids: torch.Tensor) -> float:
+def headless(directory, model, ids):
     """How far the hidden states of AutoModel are from those of ``model``; its shapes without weights must be the same
     (vLLM builds it so)."""
     options = {"trust_remote_code": MODE != "registered" and (directory / "modeling_llmpruner.py").exists()}
@@ -57,15 +54,15 @@ def headless(directory: Path, model: Any, ids: torch.Tensor) -> float:
     return float((ours - theirs).abs().max())
 
 
-def probe(directory: Path) -> dict[str, Any]:
+def probe(directory):
     expected = load_file(f"{directory}.expected")
     ids = expected["input_ids"]
 
-    def distance(model: Any, name: str) -> float:
+    def distance(model, name):
         with torch.no_grad():
             return float((model(ids).logits - expected[name]).abs().max())
 
-    found: dict[str, Any] = {"eager": distance(load(directory, attn_implementation="eager"), "eager")}
+    found = {"eager": distance(load(directory, attn_implementation="eager"), "eager")}
     placed = {"device": "cpu"} if MODE == "load_pruned" else {"device_map": "cpu"}
     model = load(directory, **placed)
     found["default"] = distance(model, "default")

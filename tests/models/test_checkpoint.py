@@ -1,12 +1,6 @@
 """What saving and loading refuse and keep, and what is on disk after a failure."""
 
-from __future__ import annotations
-
-import errno
 import json
-import os
-from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
@@ -15,13 +9,12 @@ import transformers
 from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
 from llmpruner_llama.family import LlamaFamily
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import llmpruner
-from llmpruner import CheckpointError, ModelError, OutputError, build_graph, load_pruned, save_checkpoint
+from llmpruner import CheckpointError, ModelError, build_graph, load_pruned, save_checkpoint
 from llmpruner.discovery.oracle import logits
 from llmpruner.models.modeling_llmpruner import pruned_config
-from llmpruner.models.record import read_record
 from llmpruner.models.save import valid_generation_config
 from llmpruner.models.surgery import cut
 from llmpruner.structure.kept import restrict
@@ -30,37 +23,26 @@ FAMILY = LlamaFamily()
 
 
 @pytest.fixture
-def shim(tmp_path: Path) -> Path:
+def shim(tmp_path):
     save_checkpoint(cut_llama("mlp-tied"), tmp_path / "shim", record={"plan": 1})
     return tmp_path / "shim"
 
 
-def test_record(shim: Path, tmp_path: Path) -> None:
-    found = read_record(shim)
-    assert found is not None and found.pop("files").keys() >= {"config.json", "model.safetensors"}
-    assert found == {"plan": 1}
-    assert read_record(tmp_path) is None
-    (shim / "llmpruner.json").write_text("[1]")
-    with pytest.raises(CheckpointError, match=r"llmpruner\.json is damaged: expected a JSON object"):
-        read_record(shim)
-
-
-def test_the_configuration_class_of_a_shim_has_defaults() -> None:
+def test_the_configuration_class_of_a_shim_has_defaults():
     """transformers 5.19, which vLLM 0.32 brings, compares a configuration with one without values."""
     assert pruned_config(LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_refuses_weights_that_are_not_finite(value: float, tmp_path: Path) -> None:
+def test_refuses_weights_that_are_not_finite(tmp_path):
     model = cut_llama("mlp")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.inf
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
         save_checkpoint(model, tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
+def test_refuses_what_no_record_can_state(tmp_path):
     model = cut_llama("mlp")
     model.model.norm.register_forward_hook(lambda module, args, output: output * 2)
     with pytest.raises(CheckpointError, match="gives other outputs than the cut LlamaForCausalLM"):
@@ -72,31 +54,7 @@ def test_refuses_what_no_record_can_state(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_disk_full_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(GenerationConfig, "save_pretrained", full)
-    with pytest.raises(OutputError, match="out cannot be written: no space left on device"):
-        save_checkpoint(cut_llama("mlp"), tmp_path / "out", record={})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_damaged_checkpoints(shim: Path) -> None:
-    weights = shim / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match=r"shim/model\.safetensors has .* bytes, and had"):
-        load_pruned(shim)
-    (shim / "llmpruner.json").unlink()
-    with pytest.raises(CheckpointError, match=r"shim/model\.safetensors is missing or damaged"):
-        load_pruned(shim)
-    weights.unlink()
-    with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
-        load_pruned(shim)
-
-
-def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
+def test_a_shim_without_its_record_is_said_to_be_one(shim):
     """As the hub id of one, whose record is not on this machine."""
     (shim / "llmpruner.json").unlink()
     for opened in (llmpruner.load, llmpruner.discover):
@@ -104,16 +62,19 @@ def test_a_shim_without_its_record_is_said_to_be_one(shim: Path) -> None:
             opened(shim)
 
 
-def test_missing_tensor(shim: Path) -> None:
+def test_missing_tensor(shim):
     tensors = load_file(shim / "model.safetensors")
     del tensors["model.layers.1.mlp.up_proj.weight"]
     save_file(tensors, shim / "model.safetensors", metadata={"format": "pt"})
     (shim / "llmpruner.json").unlink()  # of files without the tensor
     with pytest.raises(CheckpointError, match=r"missing tensor model\.layers\.1\.mlp\.up_proj\.weight"):
         load_pruned(shim)
+    (shim / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="shim cannot be loaded: "):
+        load_pruned(shim)
 
 
-def test_record_that_contradicts_the_weights(shim: Path) -> None:
+def test_record_that_contradicts_the_weights(shim):
     config = json.loads((shim / "config.json").read_text())
     config["llmpruner"]["shapes"]["model.layers.1.mlp.up_proj.weight"] = [9, 32]
     (shim / "config.json").write_text(json.dumps(config))
@@ -121,7 +82,7 @@ def test_record_that_contradicts_the_weights(shim: Path) -> None:
         load_pruned(shim)
 
 
-def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_checkpoint_does_not_choose_what_is_imported(shim, tmp_path, monkeypatch):
     (tmp_path / "evil.py").write_text("raise SystemExit('imported')")
     monkeypatch.syspath_prepend(tmp_path)
     config = json.loads((shim / "config.json").read_text())
@@ -131,20 +92,7 @@ def test_a_checkpoint_does_not_choose_what_is_imported(shim: Path, tmp_path: Pat
         load_pruned(shim)
 
 
-def test_generation_config_and_tokenizer_are_kept(tmp_path: Path) -> None:
-    tokenizer = tiny_models.tokenizer()
-    model = LlamaForCausalLM(LlamaConfig(**{**SIZES, "vocab_size": len(tokenizer)})).eval()
-    cut(model, build_graph(FAMILY, model.config), {"layers.0.mlp": range(7)}, FAMILY)
-    # As Llama 2 was published: sampling options, yet no sampling.
-    model.generation_config.temperature, model.generation_config.top_p = 0.6, 0.9
-    assert save_checkpoint(model, tmp_path / "out", record={}, tokenizer=tokenizer) == "shim"
-    loaded = load_pruned(tmp_path / "out")
-    assert (loaded.generation_config.temperature, loaded.generation_config.top_p) == (0.6, 0.9)
-    text = "Paris is the capital"
-    assert AutoTokenizer.from_pretrained(tmp_path / "out")(text).input_ids == tokenizer(text).input_ids
-
-
-def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
+def test_the_model_is_left_as_it_was(tmp_path):
     model = cut_llama("mlp-tied").train()
     before, config = {n: t.data_ptr() for n, t in model.state_dict().items()}, model.config.to_dict()
     save_checkpoint(model, tmp_path / "out", record={})
@@ -154,7 +102,7 @@ def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mlp", "depth-mlp", "query"])
-def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
+def test_a_pruned_model_is_pruned_again(name, tmp_path):
     """First to other shapes, with a shim upon a shim; then to uniform ones, which a stock model can state."""
     case = LLAMA[name]
     save_checkpoint(cut_llama(name), tmp_path / "once", record={}, family=FAMILY)
@@ -172,7 +120,7 @@ def test_a_pruned_model_is_pruned_again(name: str, tmp_path: Path) -> None:
     assert torch.equal(logits(load_pruned(tmp_path / "thrice"), INPUT_IDS), logits(again, INPUT_IDS))
 
 
-def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path: Path) -> None:
+def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path):
     """Every second layer has experts: with the first layer gone, the stock class would put them into the others."""
     config = transformers.Qwen2MoeConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, moe_intermediate_size=24, num_hidden_layers=4,
@@ -229,19 +177,3 @@ def test_a_pruned_model_has_a_valid_generation_config(place, tmp_path):
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned").generation_config
     found.validate(strict=True)
     assert {name: getattr(found, name) for name in TOKENS} == TOKENS and found.pad_token_id is None
-
-
-def test_the_last_resort_of_a_generation_config_has_the_tokens(monkeypatch):
-    """For a refusal that names no option."""
-    model = tiny_models.llama()
-    model.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=[2, 3], pad_token_id=-1, max_length=9)
-
-    def refused(self, **_):
-        if self.max_length == 9:
-            raise TypeError("unorderable")
-
-    monkeypatch.setattr(GenerationConfig, "validate", refused)
-    found = valid_generation_config(model)
-    assert (found.bos_token_id, found.eos_token_id, found.pad_token_id) == (1, [2, 3], None)
-    model.generation_config = None
-    assert valid_generation_config(model) is None

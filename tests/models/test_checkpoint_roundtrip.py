@@ -1,15 +1,11 @@
 """Every kind of cut model, saved, and loaded in fresh processes with and without llmpruner."""
 
-from __future__ import annotations
-
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny_models
-import torch
 from checkpoint_cases import EVERY, INPUT_IDS, LLAMA, cut_llama
 from fresh import run_fresh
 from llmpruner_llama.family import LlamaFamily
@@ -22,16 +18,8 @@ PROBE = Path(__file__).with_name("checkpoint_probe.py")
 MODES = ("remote", "registered", "load_pruned")
 
 
-def in_bfloat16(model: Any) -> Any:
-    """As `from_pretrained` does it: the rotary tables, which are no parameters, stay as they are."""
-    model = copy.deepcopy(model)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return model
-
-
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def saved(tmp_path_factory):
     """The directory of all checkpoints, and the form each was saved in."""
     root = tmp_path_factory.mktemp("checkpoints")
     forms = {}
@@ -39,7 +27,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
         model = make()
         family = LlamaFamily() if name in LLAMA else None
         forms[name] = save_checkpoint(model, root / name, record={"name": name}, family=family)
-        expected = {"default": logits(model, INPUT_IDS), "bfloat16": logits(in_bfloat16(model), INPUT_IDS)}
+        half = copy.deepcopy(model)
+        for parameter in half.parameters():  # as `from_pretrained` does it: the rotary tables stay as they are
+            parameter.data = parameter.data.bfloat16()
+        expected = {"default": logits(model, INPUT_IDS), "bfloat16": logits(half, INPUT_IDS)}
         model.set_attn_implementation("eager")
         expected["eager"] = logits(model, INPUT_IDS)
         save_file({"input_ids": INPUT_IDS, **expected}, str(root / f"{name}.expected"))
@@ -47,7 +38,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str
 
 
 @pytest.fixture(scope="module")
-def probed(saved: tuple[Path, dict[str, str]]) -> dict[str, Any]:
+def probed(saved):
     """Mode → what `checkpoint_probe.py` found."""
     root, _ = saved
     code, directories = PROBE.read_text(), [root / name for name in EVERY]
@@ -60,7 +51,7 @@ def probed(saved: tuple[Path, dict[str, str]]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_form(name: str, saved: tuple[Path, dict[str, str]]) -> None:
+def test_form(name, saved):
     root, forms = saved
     form = "shim" if EVERY[name][1].startswith("Pruned") else "stock"
     assert forms[name] == form
@@ -78,7 +69,7 @@ def test_form(name: str, saved: tuple[Path, dict[str, str]]) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", EVERY)
-def test_fresh_process(name: str, mode: str, probed: dict[str, Any]) -> None:
+def test_fresh_process(name, mode, probed):
     found = probed[mode]["found"][name]
     assert found["class"] == EVERY[name][1]
     for way in ("default", "eager", "bfloat16", "saved again"):
@@ -93,7 +84,7 @@ def test_fresh_process(name: str, mode: str, probed: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-def test_remote_code_needs_no_llmpruner(probed: dict[str, Any]) -> None:
+def test_remote_code_needs_no_llmpruner(probed):
     assert probed["remote"]["modules"] == []
     assert "llmpruner.plugins.catalog" in probed["registered"]["modules"]
 
@@ -107,7 +98,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_tokenizers_and_configurations_need_no_code_of_the_checkpoint(tmp_path: Path) -> None:
+def test_tokenizers_and_configurations_need_no_code_of_the_checkpoint(tmp_path):
     tokenizer, folders = tiny_models.tokenizer(), [tmp_path / name for name in ("mlp", "gqa", "depth-mlp", "all")]
     for folder in folders:
         save_checkpoint(cut_llama(folder.name), folder, record={}, tokenizer=tokenizer)
@@ -117,7 +108,7 @@ def test_tokenizers_and_configurations_need_no_code_of_the_checkpoint(tmp_path: 
 
 
 @pytest.mark.parametrize("name", ["mlp", "gqa", "query"])
-def test_the_stock_class_refuses_a_shim(name: str, saved: tuple[Path, dict[str, str]]) -> None:
+def test_the_stock_class_refuses_a_shim(name, saved):
     """It would build layers of full width, and fill what is missing with random numbers."""
     from transformers import AutoModelForCausalLM
 
@@ -125,14 +116,14 @@ def test_the_stock_class_refuses_a_shim(name: str, saved: tuple[Path, dict[str, 
         AutoModelForCausalLM.from_pretrained(saved[0] / name)
 
 
-def test_hidden_cut_scales_the_epsilon(saved: tuple[Path, dict[str, str]]) -> None:
+def test_hidden_cut_scales_the_epsilon(saved):
     config = json.loads((saved[0] / "hidden" / "config.json").read_text())
     assert (config["hidden_size"], config["head_dim"]) == (24, 8)
     assert config["rms_norm_eps"] == pytest.approx(1e-6 * 32 / 24)
 
 
-def test_per_layer_config_states_what_it_can(saved: tuple[Path, dict[str, str]]) -> None:
-    def stated(name: str) -> Any:
+def test_per_layer_config_states_what_it_can(saved):
+    def stated(name):
         return json.loads((saved[0] / name / "config.json").read_text()).get("per_layer_config")
 
     assert stated("mlp") == {"0": {"intermediate_size": 40}, "2": {"intermediate_size": 17}}

@@ -1,12 +1,7 @@
-"""``config.json``: names of transformers 5 and of readers before it; and sizes per layer by the convention of
-transformers, by which a class that obeys it needs no shim."""
-
-from __future__ import annotations
+"""``config.json``: names of transformers 5 and earlier; sizes of each layer, which some classes read without a shim."""
 
 import copy
 import json
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -34,7 +29,7 @@ LLAMA3 = {
 PARTIAL = {"rope_type": "default", "rope_theta": 2e4, "partial_rotary_factor": 0.5}
 
 
-def saved(folder: Path, prefix: str, **changes: Any) -> tuple[Any, dict[str, Any]]:
+def saved(folder, prefix, **changes):
     """A model of the class that begins with ``prefix``, and what its checkpoint's configuration states."""
     config = getattr(transformers, f"{prefix}Config")(**{**SIZES, **copy.deepcopy(changes)})
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
@@ -43,7 +38,7 @@ def saved(folder: Path, prefix: str, **changes: Any) -> tuple[Any, dict[str, Any
 
 
 @pytest.mark.parametrize("rope", [DEFAULT, LLAMA3], ids=["default", "llama3"])
-def test_rotary_embedding(rope: dict[str, Any], tmp_path: Path) -> None:
+def test_rotary_embedding(rope, tmp_path):
     model, config = saved(tmp_path / "out", "Llama", rope_parameters=rope)
     assert config["rope_theta"] == 5e5
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -58,13 +53,13 @@ def test_rotary_embedding(rope: dict[str, Any], tmp_path: Path) -> None:
     torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(model, INPUT_IDS))
 
 
-def test_part_of_a_head(tmp_path: Path) -> None:
+def test_part_of_a_head(tmp_path):
     _, config = saved(tmp_path / "out", "GPTNeoX", rope_parameters=PARTIAL)
     assert (config["rope_theta"], config["partial_rotary_factor"]) == (2e4, 0.5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.rope_parameters == PARTIAL
 
 
-def test_experts(tmp_path: Path) -> None:
+def test_experts(tmp_path):
     sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     _, config = saved(tmp_path / "out", "Qwen3Moe", **sizes)
     assert config["num_experts"] == 3
@@ -82,10 +77,10 @@ class Obedient(LlamaForCausalLM):
     """As a class of transformers that builds every layer from its own configuration."""
 
     config_class = ObedientConfig
-    reads: tuple[str, ...] = ()
+    reads = ()
     """Sizes of all layers that it reads besides."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config):
         [getattr(config, name) for name in self.reads]
         uniform = copy.deepcopy(config)
         uniform.per_layer_config = None
@@ -98,7 +93,7 @@ class Obedient(LlamaForCausalLM):
 
 
 @pytest.fixture(params=[(), ("intermediate_size",)], ids=["strict", "reads a size of all layers"])
-def obedient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def obedient(request, monkeypatch):
     monkeypatch.setattr(Obedient, "__module__", MODULE)
     monkeypatch.setattr(Obedient, "reads", request.param)
     monkeypatch.setitem(CONFIG_MAPPING._extra_content, "obedient", ObedientConfig)
@@ -117,7 +112,7 @@ def obedient(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     ],
     ids=["widths", "widths and heads"],
 )
-def test_a_class_that_obeys_is_saved_as_stock(kept: Any, stated: Any, tmp_path: Path) -> None:
+def test_a_class_that_obeys_is_saved_as_stock(kept, stated, tmp_path):
     config = ObedientConfig(**SIZES)
     torch.manual_seed(0)
     model = Obedient(copy.deepcopy(config)).eval()

@@ -1,9 +1,6 @@
 """The dense model of a pruned one: the base and its adapter together, and of a hub model the commit that was pruned."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import tiny_models
@@ -21,7 +18,7 @@ from llmpruner.models.reference import model_identity
 IDS = torch.arange(5, 37).unsqueeze(0)
 
 
-def adapted(base: Path, folder: Path, seed: int) -> Path:
+def adapted(base, folder, seed):
     """An adapter that changes the model, as other programs write it: for ``base``, and without a tokenizer."""
     torch.manual_seed(seed)
     config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
@@ -33,14 +30,14 @@ def adapted(base: Path, folder: Path, seed: int) -> Path:
 
 
 @pytest.fixture
-def base(tmp_path) -> Path:
+def base(tmp_path):
     tiny_models.llama().save_pretrained(tmp_path / "base")
     tiny_models.tokenizer().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
 @pytest.fixture
-def one(base, tmp_path) -> Path:
+def one(base, tmp_path):
     return adapted(base, tmp_path / "one", 1)
 
 
@@ -99,7 +96,7 @@ FIRST, SECOND = "1" * 40, "2" * 40
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch) -> Path:
+def hub(tmp_path, monkeypatch):
     """The cache of a hub model with two commits, of which the branch is the first."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     repository = tmp_path / "hub" / "models--some--model"

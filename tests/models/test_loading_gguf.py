@@ -1,7 +1,5 @@
 """A GGUF file, written here tensor by tensor, becomes a plain model without a word on the terminal."""
 
-from __future__ import annotations
-
 import os
 
 import pytest
@@ -12,11 +10,11 @@ from llmpruner.discovery.opening import load_structure
 from llmpruner.models import gguf as parsing
 from llmpruner.models.opening import load_model
 
+gguf = pytest.importorskip("gguf")
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
 
 
 def written(tmp_path, *, nearly_tied=False):
-    gguf = pytest.importorskip("gguf")
     file = tmp_path / "tiny.gguf"
     writer = gguf.GGUFWriter(file, "llama")
     values = {
@@ -47,13 +45,10 @@ def written(tmp_path, *, nearly_tied=False):
     return file
 
 
-@pytest.fixture
-def gguf_file(tmp_path):
-    return written(tmp_path)
-
-
-def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
-    loaded = load_model(load_structure(str(gguf_file), catalog))
+def test_it_loads_quietly_and_whole(tmp_path, catalog, capfd):
+    file = written(tmp_path)
+    capfd.readouterr()
+    loaded = load_model(load_structure(str(file), catalog))
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
     assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"
@@ -61,42 +56,16 @@ def test_it_loads_quietly_and_whole(gguf_file, catalog, capfd):
     torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
 
-@pytest.fixture
-def parses(monkeypatch):
-    """How often a file is parsed."""
-    gguf = pytest.importorskip("gguf")
-    calls, own = [], gguf.GGUFReader.__init__
+def test_a_file_is_parsed_once_and_freed_and_again_when_it_changed(tmp_path, monkeypatch):
+    file, calls, own = written(tmp_path), [], gguf.GGUFReader.__init__
     monkeypatch.setattr(gguf.GGUFReader, "__init__", lambda *given: calls.append(given) or own(*given))
-    return calls
-
-
-def test_a_command_parses_the_file_once(gguf_file, tmp_path, parses):
-    llmpruner.prune(gguf_file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
-    assert len(parses) == 1
-
-
-def test_what_was_parsed_is_freed_and_follows_the_file(gguf_file, catalog, parses):
-    assert llmpruner.discover(gguf_file).graph.num_layers == 2 and parsing._parsed.cache_info().currsize == 0
-    parses.clear()
-    first = parsing.gguf_reader(gguf_file)
-    assert parsing.gguf_reader(str(gguf_file)) is first and len(parses) == 1
-    load_structure(str(gguf_file), catalog)
-    os.utime(gguf_file, ns=(0, 0))
-    assert parsing.gguf_reader(gguf_file) is not first
+    llmpruner.prune(file, output=tmp_path / "out", ratio=0.2, importance="l2", compensate="none")
+    assert len(calls) == 1
+    assert llmpruner.discover(file).graph.num_layers == 2 and parsing._parsed.cache_info().currsize == 0
+    first = parsing.gguf_reader(file)
+    os.utime(file, ns=(0, 0))
+    assert parsing.gguf_reader(file) is not first
     parsing.forget_gguf()
-
-
-def test_the_reader_gives_what_that_of_gguf_does(gguf_file):
-    import gguf
-
-    theirs, ours = gguf.GGUFReader(gguf_file), parsing.gguf_reader(gguf_file)
-    parsing.forget_gguf()
-    assert {name: field.contents() for name, field in ours.fields.items()} == {
-        name: field.contents() for name, field in theirs.fields.items()
-    }
-    for one, other in zip(ours.tensors, theirs.tensors, strict=True):
-        assert (one.name, one.data_offset, one.tensor_type) == (other.name, other.data_offset, other.tensor_type)
-        assert (one.data == other.data).all()
 
 
 def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplog):

@@ -1,10 +1,7 @@
 """Checkpoints with model code of their own: it runs where the user allows it, without a question on the terminal."""
 
-from __future__ import annotations
-
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -30,7 +27,7 @@ model.save_pretrained(sys.argv[1])
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(tmp_path_factory):
     """A checkpoint of an architecture that only its own files define, with weights and a tokenizer."""
     folder = tmp_path_factory.mktemp("alien") / "model"
     folder.mkdir()
@@ -49,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run_python(code: str, *arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def run_python(code, *arguments, expect=0):
     """A process without standard input, so that a question on the terminal ends it."""
     done = run_fresh(code, *arguments, timeout=250)
     assert done.returncode == expect, done.stderr
@@ -57,16 +54,16 @@ def run_python(code: str, *arguments: object, expect: int = 0) -> subprocess.Com
     return done
 
 
-def llmpruner(*arguments: object, expect: int = 0) -> subprocess.CompletedProcess[str]:
+def llmpruner(*arguments, expect=0):
     return run_python("from llmpruner.cli import main; main()", *arguments, expect=expect)
 
 
-def test_without_the_flag_one_line_names_it(folder: Path) -> None:
+def test_without_the_flag_one_line_names_it(folder):
     *_, last = llmpruner("discover", folder, "--family", "auto", expect=2).stderr.splitlines()
     assert last.startswith("error: ") and "--trust-remote-code" in last
 
 
-def test_with_the_flag_it_is_pruned_and_used(folder: Path, tmp_path: Path) -> None:
+def test_with_the_flag_it_is_pruned_and_used(folder, tmp_path):
     trusted = ("--family", "auto", "--trust-remote-code")
     options = ("--ratio", "0.1,0.2", "--set", "prune.layers=0", "--importance", "l1", "--kinds", "mlp")
     pruned = tmp_path / "pruned" / "0.1"

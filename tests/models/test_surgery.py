@@ -1,7 +1,5 @@
 """The exact oracle: a cut model gives the logits of the original with the removed units silenced."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from functools import partial, reduce
@@ -25,34 +23,26 @@ def some(graph, kinds, seed):
 
 
 def assert_exact(loaded, kept, graph=None):
-    """Copies of the model, cut and silenced, have the same logits with each attention; returns the cut one, the graph
-    that is left of ``graph``, and how far the logits are from those of the whole model."""
+    """Copies of the model, cut and silenced, have the same logits with each attention; returns how far these are from
+    those of the whole model."""
     graph = graph or loaded.graph
     loaded.model.double()  # in float32, sums of other lengths differ by up to 1.05e-5 on some processors
     without, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
     silence(without, graph, kept)
-    remaining = cut(smaller, graph, kept, loaded.family)
+    cut(smaller, graph, kept, loaded.family)
     ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
     for attention in ("eager", "sdpa"):
         for model in (without, smaller):
             model.set_attn_implementation(attention)
         expected = logits(without, ids)
         torch.testing.assert_close(logits(smaller, ids), expected, atol=1e-5, rtol=1e-5)
-    return smaller, remaining, float((expected - logits(loaded.model, ids)).abs().max())
+    return float((expected - logits(loaded.model, ids)).abs().max())
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("hidden",), ("mlp", "attention", "hidden")], ids="+".join)
 def test_a_cut_equals_silencing(loaded, kinds):
-    *_, change = assert_exact(loaded, some(loaded.graph, kinds, seed=len(kinds)))
+    change = assert_exact(loaded, some(loaded.graph, kinds, seed=len(kinds)))
     assert change > 0.1, "the cut must be visible, or equality proves nothing"
-
-
-def test_query_heads_can_go_inside_their_groups(gqa):
-    kept = {"layers.1.query": [0, 3, 5, 6], "layers.2.query": [1, 2, 4, 7], "layers.1.attention": [1, 3]}
-    smaller, remaining, _ = assert_exact(gqa, kept)
-    assert smaller.model.layers[1].self_attn.num_key_value_groups == 1
-    left = remaining.by_name["layers.1.query"]
-    assert (left.units, left.blocks) == (2, 2)
 
 
 @pytest.mark.parametrize(
@@ -91,17 +81,6 @@ def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
     assert cached_difference(loaded.model, torch.tensor([[5, 9, 3]])) < 1e-5
 
 
-def test_removing_layers_equals_skipping_them(gqa):
-    smaller = copy.deepcopy(gqa.model)
-    cut(smaller, gqa.graph, {"layers": [0, 3]}, gqa.family)
-    for number in (1, 2):
-        gqa.model.model.layers[number].forward = lambda hidden_states, *_, **__: hidden_states
-    ids = torch.arange(12)[None]
-    assert torch.equal(logits(smaller, ids), logits(gqa.model, ids))
-    assert smaller.config.num_hidden_layers == 2
-    assert [layer.self_attn.layer_idx for layer in smaller.model.layers] == [0, 1]
-
-
 def test_the_graph_follows_the_cut(loaded):
     kept = some(loaded.graph, ("mlp", "attention", "layer", "hidden"), seed=9)
     remaining = cut(loaded.model, loaded.graph, kept, loaded.family)
@@ -136,17 +115,6 @@ def test_a_number_of_units_that_is_no_multiple_is_refused():
         check_kept(graph, {group.name: range(count)})
     with pytest.raises(PlanError, match=r"'layers.0.mlp' must keep a multiple of 8 units, the plan keeps 12"):
         check_kept(graph, {group.name: range(12)})
-
-
-@pytest.mark.parametrize(("blocks", "multiple"), [(1, 8), (2, 8), (3, 2), (1, 1)])
-def test_random_plans_obey_every_constraint(blocks, multiple):
-    span = Span("layers.0.w", 0, Role.PRODUCES, Blocks(42))
-    group = CoupledGroup("layers.0.mlp", MLP, 42, (span,), blocks=blocks, minimum=blocks, multiple=multiple)
-    graph = CouplingGraph((group,), {"layers.0.w": (42,)}, "layers")
-    for seed in range(8):
-        kept = random_plan([group], seed, uneven=seed % 2 == 0)
-        check_kept(graph, kept)
-        assert len(kept[group.name]) < 42
 
 
 def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
@@ -252,13 +220,10 @@ def test_buffers_keep_the_entries_of_the_units_that_stay():
     assert remaining.groups[0].buffers == (replace(BUFFER, index=Blocks(2, width=2)),)
     cut(tiny, remaining, {"layers.0.mlp": [1]})
     assert layer.table.tolist() == [4.0, 5.0]
-
-
-def test_an_untouched_buffer_stays_as_it_was():
-    tiny = with_table()
-    cut(tiny, graph_of(), {"layers.0.mlp": [0, 2]})
-    assert tiny["layers"][0].table.tolist() == list(range(6))
-    assert "layers.0.table" not in tiny.state_dict()
+    untouched = with_table()
+    cut(untouched, graph_of(), {"layers.0.mlp": [0, 2]})
+    assert untouched["layers"][0].table.tolist() == list(range(6))
+    assert "layers.0.table" not in untouched.state_dict()
 
 
 def test_units_under_a_norm_are_silenced_in_buffers_too():

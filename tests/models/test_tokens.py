@@ -1,7 +1,4 @@
-"""Token ids of any text: as the tokenizer gives them, in bounded time where there are no blanks, with a padding token
-that the model knows, and no more than the model reads."""
-
-from __future__ import annotations
+"""Token ids: in bounded time without blanks, padded by a token that the model knows, no more than the model reads."""
 
 import json
 
@@ -22,19 +19,13 @@ from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.generation import generate, positions_of, table_of
-from llmpruner.models.tokenizer import (
-    LONGEST_WORD,
-    ids_to_continue,
-    padding_id,
-    tokens_of,
-    with_padding,
-)
+from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, padding_id, tokens_of, with_padding
 
 
 class Recording:
     """A tokenizer that keeps the texts that it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.texts: list[str] = []
         self.tokenizer = tiny_models.tokenizer()
 
@@ -156,15 +147,12 @@ def model(request):
 
 def test_as_many_tokens_as_the_model_reads(model):
     assert positions_of(model.config) == table_of(model.config) == 32
+    rotary = tiny_models.llama().config
+    assert positions_of(rotary) == 512 and table_of(rotary) is None
     ids = torch.arange(10, 43)[None]
     model(ids[:, :32], use_cache=False)
     with pytest.raises((RuntimeError, IndexError)):
         model(ids, use_cache=False)
-
-
-def test_a_rotary_model_reads_more():
-    model = tiny_models.llama()
-    assert positions_of(model.config) == 512 and table_of(model.config) is None
 
 
 def test_more_is_refused_before_weights_are_read(model, tmp_path):
@@ -173,10 +161,6 @@ def test_more_is_refused_before_weights_are_read(model, tmp_path):
     tiny_models.tokenizer().save_pretrained(folder)
     weights = folder / "model.safetensors"
     weights.write_bytes(bytes(weights.stat().st_size))
-    data = tmp_path / "data.jsonl"
-    data.write_text(json.dumps({"text": tiny_models.TEXT}) + "\n")
     with pytest.raises(DataError, match="calibration length 33 is beyond the model's 32 positions; lower --set"):
         llmpruner.prune(folder, ratio=0.2, importance="l1", compensate="refit", samples=4, length=33, output=out)
-    with pytest.raises(DataError, match=r"windows of 33 tokens are beyond the 32 positions of '.*model'; lower --win"):
-        llmpruner.evaluate(folder, perplexity=str(data), window=33)
-    assert {file.name for file in tmp_path.iterdir()} == {"model", "data.jsonl"}
+    assert {file.name for file in tmp_path.iterdir()} == {"model"}

@@ -1,14 +1,10 @@
 """Tokenizers with fewer tokens: text of the kept ones is tokenised as before, and any other text comes back."""
 
-from __future__ import annotations
-
 import copy
 import json
 import random
-from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,7 +25,6 @@ from transformers.tokenization_utils_tokenizers import generate_merges
 from llmpruner.errors import UnsupportedModelError
 from llmpruner.models.save import save_tokenizer
 from llmpruner.models.vocabulary import Vocabulary, removable_tokens, renumber, whole_first
-from llmpruner.testing.models import letters
 
 DOCS = Path(__file__).parents[2] / "docs"
 TEXT = "\n".join(
@@ -43,7 +38,7 @@ BYTES = [f"<0x{n:02X}>" for n in range(256)]
 TEMPLATE = "{% for m in messages %}<|user|>{{ m.content }}</s><|late|>{% endfor %}"
 
 
-def wrapped(backend: Tokenizer) -> Any:
+def wrapped(backend):
     """With a post-processor, a chat template, and a token that was added after training."""
     made = PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", chat_template=TEMPLATE
@@ -58,29 +53,29 @@ def wrapped(backend: Tokenizer) -> Any:
     return made
 
 
-def trained(backend: Tokenizer, trainer: type[Any], size: int, **options: Any) -> Tokenizer:
+def trained(backend, trainer, size, **options):
     options = {"special_tokens": SPECIAL, "show_progress": False, **options}
     backend.train_from_iterator([TEXT], trainer(vocab_size=size, **options))
     return backend
 
 
-def changed(backend: Tokenizer, change: Callable[[dict[str, Any]], None]) -> Tokenizer:
+def changed(backend, change):
     spec = json.loads(backend.to_str())
     change(spec)
     return Tokenizer.from_str(json.dumps(spec))
 
 
-def byte_level() -> Tokenizer:
+def byte_level():
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     return trained(backend, trainers.BpeTrainer, 1200, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
 
 
-def as_llama_3() -> Tokenizer:
+def as_llama_3():
     """Every pair of tokens that makes a third is merged, and a word that is a token needs no merges."""
 
-    def change(spec: dict[str, Any]) -> None:
+    def change(spec):
         model = spec["model"]
         for word in ("Ġquantisation", "Ġpruning-time"):
             model["vocab"][word] = len(model["vocab"])
@@ -90,13 +85,13 @@ def as_llama_3() -> Tokenizer:
     return changed(byte_level(), change)
 
 
-def as_llama_2() -> Tokenizer:
+def as_llama_2():
     """Bytes in place of unknown characters, several merges for a token, and no words."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     special = [*SPECIAL, *BYTES]
 
-    def change(spec: dict[str, Any]) -> None:
+    def change(spec):
         spec["added_tokens"] = spec["added_tokens"][: len(SPECIAL)]
         spec["pre_tokenizer"]["split"] = False
         vocabulary = spec["model"]["vocab"]
@@ -108,19 +103,19 @@ def as_llama_2() -> Tokenizer:
     return changed(trained(backend, trainers.BpeTrainer, 1500, special_tokens=special, limit_alphabet=120), change)
 
 
-def unigram() -> Tokenizer:
+def unigram():
     backend = Tokenizer(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
 
-    def change(spec: dict[str, Any]) -> None:
+    def change(spec):
         spec["model"]["vocab"][len(SPECIAL) : len(SPECIAL)] = [[byte, 0.0] for byte in BYTES]
         spec["model"]["byte_fallback"] = True
 
     return changed(trained(backend, trainers.UnigramTrainer, 800, unk_token="<unk>"), change)
 
 
-def word_piece() -> Tokenizer:
+def word_piece():
     backend = Tokenizer(models.WordPiece(unk_token="<unk>"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -128,7 +123,7 @@ def word_piece() -> Tokenizer:
     return trained(backend, trainers.WordPieceTrainer, 1000)
 
 
-def as_gpt_1() -> Tokenizer:
+def as_gpt_1():
     """The last character of a word is another token than inside of it, and no merge makes it."""
     backend = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
     backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
@@ -147,11 +142,11 @@ KINDS = [byte_level, as_llama_3, as_llama_2, as_gpt_1, unigram, word_piece]
 
 
 @cache
-def dense(kind: Callable[[], Tokenizer]) -> Any:
+def dense(kind):
     return wrapped(kind())
 
 
-def kept_of(tokenizer: Any, share: float, seed: int) -> list[int]:
+def kept_of(tokenizer, share, seed):
     """Ids without ``share`` of those that may go, chosen at random as selection chooses by scores."""
     generator = torch.Generator().manual_seed(seed)
     scores = whole_first(torch.rand(len(tokenizer), generator=generator, dtype=torch.float64), tokenizer)
@@ -161,7 +156,7 @@ def kept_of(tokenizer: Any, share: float, seed: int) -> list[int]:
     return [n for n in range(len(tokenizer)) if n not in gone]
 
 
-def phrases(tokenizer: Any, kept: list[int], seed: int) -> list[str]:
+def phrases(tokenizer, kept, seed):
     """Pieces of the text, and texts of a few kept tokens."""
     rng = random.Random(seed)
     starts = [rng.randrange(len(TEXT)) for _ in range(3000)]
@@ -170,7 +165,7 @@ def phrases(tokenizer: Any, kept: list[int], seed: int) -> list[str]:
     return texts + tokenizer.batch_decode(few, clean_up_tokenization_spaces=False)
 
 
-def strings(count: int, seed: int = 0) -> list[str]:
+def strings(count, seed=0):
     """Of all planes of Unicode, more often of usual characters."""
     rng = random.Random(seed)
     ranges = [(32, 127)] * 4 + [(0, 0x250), (0x370, 0x600), (0x3000, 0xA000), (0x1F300, 0x1FA00), (0xE000, 0x110000)]
@@ -185,7 +180,7 @@ def strings(count: int, seed: int = 0) -> list[str]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", [0.3, 0.9])
-def test_text_of_kept_tokens_is_tokenised_as_before(kind, share) -> None:
+def test_text_of_kept_tokens_is_tokenised_as_before(kind, share):
     tokenizer = dense(kind)
     kept = kept_of(tokenizer, share, seed=1)
     trimmed, rows = Vocabulary(tokenizer).trimmed(kept), set(kept)
@@ -199,7 +194,7 @@ def test_text_of_kept_tokens_is_tokenised_as_before(kind, share) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_any_text_comes_back(kind) -> None:
+def test_any_text_comes_back(kind):
     tokenizer = dense(kind)
     trimmed = Vocabulary(tokenizer).trimmed(kept_of(tokenizer, 0.7, seed=3))
     texts = strings(10_000)
@@ -210,7 +205,7 @@ def test_any_text_comes_back(kind) -> None:
     assert after == (texts if kind in (byte_level, as_llama_3) else before)
 
 
-def as_class(cls: type[Any], kind: Callable[[], Tokenizer]) -> Any:
+def as_class(cls, kind):
     """A class that builds its tokenizer from a vocabulary and merges, and the rest of ``tokenizer.json`` by rules."""
     model = json.loads(kind().to_str())["model"]
     merges = {"merges": [tuple(pair) for pair in model["merges"]]} if "merges" in model else {}
@@ -225,7 +220,7 @@ def as_class(cls: type[Any], kind: Callable[[], Tokenizer]) -> Any:
 @pytest.mark.parametrize(
     "make", [*(partial(dense, kind) for kind in KINDS), *(partial(as_class, *each) for each in CLASSES)]
 )
-def test_a_saved_tokenizer_is_the_same_but_for_its_ids(make, tmp_path) -> None:
+def test_a_saved_tokenizer_is_the_same_but_for_its_ids(make, tmp_path):
     tokenizer = make()
     kept = kept_of(tokenizer, 0.5, seed=4)
     (tmp_path / "tokenizer.model").touch()
@@ -251,11 +246,11 @@ def test_a_saved_tokenizer_is_the_same_but_for_its_ids(make, tmp_path) -> None:
         assert [kept[n] for n in after["input_ids"]] == before["input_ids"]
 
 
-def vars_of(token: Any) -> tuple[bool, ...]:
+def vars_of(token):
     return token.special, token.lstrip, token.rstrip, token.single_word, token.normalized
 
 
-def test_padding_and_tokens_without_a_row_get_new_ids_too() -> None:
+def test_padding_and_tokens_without_a_row_get_new_ids_too():
     """Vicuna has a padding token that its embedding lacks."""
     tokenizer = copy.deepcopy(dense(byte_level))
     tokenizer.pad_token = "<|late|>"
@@ -266,7 +261,7 @@ def test_padding_and_tokens_without_a_row_get_new_ids_too() -> None:
     assert trimmed.convert_tokens_to_ids("added word") == len(kept) + 1 == len(trimmed) - 1
 
 
-def test_configurations_and_modules_name_the_new_ids() -> None:
+def test_configurations_and_modules_name_the_new_ids():
     model = LlamaForCausalLM(small_llama(pad_token_id=8, eos_token_id=[2, 40]))
     model.config.image_token_id, model.config.unused_token_index = 30, -1
     model.generation_config.suppress_tokens = [7, 30, 41]
@@ -278,7 +273,7 @@ def test_configurations_and_modules_name_the_new_ids() -> None:
     assert (model.model.padding_idx, model.vocab_size, model.model.embed_tokens.padding_idx) == (1, 4, 1)
 
 
-def test_parts_of_tokens_that_a_configuration_names_stay() -> None:
+def test_parts_of_tokens_that_a_configuration_names_stay():
     tokenizer = dense(as_llama_3)
     vocabulary = Vocabulary(tokenizer)
     whole, parts = vocabulary.longest_first()[0]
@@ -288,19 +283,12 @@ def test_parts_of_tokens_that_a_configuration_names_stay() -> None:
     assert set(range(len(tokenizer), len(tokenizer) + 7)) < free
 
 
-def small_llama(**changes: Any) -> LlamaConfig:
+def small_llama(**changes):
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     return LlamaConfig(**{"vocab_size": 64, **sizes, **changes})
 
 
-@pytest.mark.parametrize(
-    ("tokenizer", "line"),
-    [
-        (None, "it has no tokenizer"),
-        (letters(), "tokens cannot be removed from a WordLevel tokenizer"),
-        (object(), "it has a object"),
-    ],
-)
-def test_what_cannot_be_rewritten_is_refused(tokenizer, line) -> None:
+@pytest.mark.parametrize(("tokenizer", "line"), [(None, "it has no tokenizer"), (object(), "it has a object")])
+def test_what_cannot_be_rewritten_is_refused(tokenizer, line):
     with pytest.raises(UnsupportedModelError, match=line):
         Vocabulary(tokenizer)
