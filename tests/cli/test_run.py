@@ -6,11 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from said import Killed, StopAt
 
 from llmpruner import LoadSettings, OutputError, RunSettings, api
 from llmpruner.engine import journal
@@ -130,35 +130,6 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
     stop = StopAt("step 1 of 4, 1-prune, again: models changed")
     with pytest.raises(Killed):
         api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: no handler of `Exception` sees it."""
-
-
-class StopAt(Progress):
-    """Ends the run at the item ``number`` of the bar ``label``, or at a line that has ``label``."""
-
-    def __init__(self, label: str, number: int = 0) -> None:
-        self.label, self.number = label, number
-
-    def track(self, items, label):
-        for number, item in enumerate(items):
-            if (label, number) == (self.label, self.number):
-                raise Killed
-            yield item
-
-    def status(self, label):
-        if label.startswith(self.label):
-            raise Killed
-
-    @contextmanager
-    def bar(self, label):
-        def at(share, now):
-            if self.label in now:
-                raise Killed
-
-        yield at
 
 
 def no_result(path, target):

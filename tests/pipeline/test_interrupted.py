@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 from criteria_cases import make
 from fresh import run_fresh
+from said import Killed, StopAt
 
 from llmpruner import api, pipeline
 from llmpruner.engine import journal as journal_module
@@ -33,23 +34,6 @@ def dense(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def every_layer_is_recorded(monkeypatch):
     monkeypatch.setattr(journal_module, "SHARE", 1e9)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: no handler of `Exception` sees it."""
-
-
-class StopAt(Progress):
-    """Ends the run before item ``number`` of the bar ``label``."""
-
-    def __init__(self, label: str, number: int) -> None:
-        self.label, self.number = label, number
-
-    def track(self, items, label):
-        for number, item in enumerate(items):
-            if label == self.label and number == self.number:
-                raise Killed
-            yield item
 
 
 def checksums(folder: Path) -> dict[str, str]:
