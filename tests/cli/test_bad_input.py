@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from llmpruner_llama import LlamaFamily
 from safetensors.torch import load_file, save_file
 from transformers import modeling_utils
 
@@ -150,6 +149,8 @@ def planned(shared) -> str:
 REPLAY = ("--plan", "{tmp}/plan.json", *OUT)
 SPOILT = {
     "a missing key": (lambda plan: plan.pop("family"), "family: Field required"),
+    "an unknown key": (lambda plan: plan.update(unknown=1), "is not a pruning plan: unknown: Extra inputs"),
+    "an earlier version": (lambda plan: plan.update(schema_version=1, gone=1), "reads version 2; make a new"),
     "a later version": (lambda plan: plan.update(schema_version=3), "is a plan of version 3, and this llmpruner reads"),
     "units that are no numbers": (lambda plan: first(plan).update(kept="0-x"), "expected numbers of units such as"),
     "units that the group lacks": (lambda plan: first(plan).update(kept="0-48"), "within 0…47"),
@@ -182,13 +183,6 @@ def test_a_spoilt_plan(refused, planned, tmp_path, what):
 def test_a_plan_for_another_model(refused, planned, shared, tmp_path):
     (tmp_path / "plan.json").write_text(planned)
     assert f"this plan was made for '{shared}/dense' (llama)" in refused("prune", "{models}/other", *REPLAY)
-
-
-def test_a_family_that_does_not_fit_a_pruned_model(refused, pruned, monkeypatch):
-    """It is not told as a damaged record."""
-    monkeypatch.setattr(LlamaFamily, "coupled_groups", lambda self, config: config.no_such_width)
-    message = refused("discover", pruned, "--family", "llama")
-    assert message.startswith(f"family 'llama' does not fit '{pruned}' (AttributeError: ")
 
 
 def test_disk_full_while_weights_are_written(run, dense, tmp_path, monkeypatch):

@@ -12,9 +12,9 @@ import torch
 from llmpruner_llama import LlamaFamily
 
 import llmpruner
-from llmpruner import ModelError, OutputError, PruningPlan
+from llmpruner import ModelError, OutputError
 from llmpruner.discovery.oracle import logits
-from llmpruner.errors import PlanError, SelectionError
+from llmpruner.errors import SelectionError
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.compensation.base import Refit
 from llmpruner.pruning.criteria.estimate import estimate
@@ -26,21 +26,6 @@ LITTLE_TEXT = {"samples": 2, "length": 12}
 
 def stopped(*_):
     raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"unknown": 1}, "p is not a pruning plan: unknown: Extra inputs"),
-        ({"seed": "x"}, "p is not a pruning plan: seed: Input should be a valid integer"),
-        ({"schema_version": 1, "gone": 1}, "/p is a plan of version 1, and this .* reads version 2; make a new"),
-    ],
-)
-def test_a_plan_that_cannot_be_read_is_refused(gqa, change, message, tmp_path):
-    plan = llmpruner.plan(gqa, ratio=0.3, importance="l1")
-    (tmp_path / "p").write_text(json.dumps({**json.loads(plan.to_json()), **change}))
-    with pytest.raises(PlanError, match=message):
-        PruningPlan.load(tmp_path / "p")
 
 
 def test_a_plan_records_the_settings_that_it_replays_with(gqa):
