@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pluggy import PluginValidationError
 from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +20,6 @@ from llmpruner import (
     RecoveryStrategy,
     Signal,
     TrainingResult,
-    hookimpl,
 )
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
@@ -351,24 +349,3 @@ def test_a_registered_criterion_that_says_something_wrong_is_caught(monkeypatch,
     monkeypatch.setattr("llmpruner.testing.components.Catalog", lambda: catalog)
     with pytest.raises(AssertionError, match=message):
         run(CriterionConformance, "criterion", cls, NAMED)
-
-
-def test_a_catalog_with_given_plugins():
-    """Components, in tests/plugin_host; and objects with hooks, which may be misspelt."""
-
-    class Module:
-        @hookimpl
-        def llmpruner_importance_criteria(self):
-            return [Good]
-
-    class Misspelt:
-        @hookimpl
-        def llmpruner_importance_criterions(self):
-            return []
-
-    catalog = catalog_with(Module(), Steady)
-    assert catalog.strategies["steady"] is Steady and catalog.criteria["good"] is Good
-    with pytest.raises(TypeError, match="int is no plugin; expected a module or object with hooks, or a component"):
-        catalog_with(int)
-    with pytest.raises(PluginValidationError, match="criterions"):
-        catalog_with(Misspelt())
