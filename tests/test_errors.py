@@ -4,35 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import model_validator
 
-from llmpruner import ComponentSettings, cli
-from llmpruner.errors import SettingsError, UnknownNameError, is_out_of_memory
+from llmpruner import cli
+from llmpruner.errors import SettingsError, is_out_of_memory
 from llmpruner.models.save import gives_logits
 from llmpruner.settings import PruneSettings, settings_from
-from llmpruner.values import validated
-
-
-def test_an_unknown_name_offers_near_misses_and_lists_all():
-    error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
-    assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."
-    assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x'. Known: none."
-
-
-class Ordered(ComponentSettings):
-    low: int = 0
-    high: int = 1
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Ordered:
-        if self.low > self.high:
-            raise ValueError("low is above high")
-        return self
-
-
-def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
-    with pytest.raises(SettingsError, match=r"^criterion mine: value \{'low': 2\}: low is above high$"):
-        validated(Ordered, {"low": 2}, "criterion mine")
 
 
 @pytest.mark.parametrize(

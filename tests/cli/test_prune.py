@@ -68,12 +68,6 @@ def test_steps_measure_again(run, dense, shared):
     assert plans[1]["cuts"] != plans[3]["cuts"]
 
 
-def test_the_plan_file_is_what_json_shows(run, dense, tmp_path):
-    shown = run("plan", dense, "--ratio", 0.2, "--importance", "l1", "-o", tmp_path / "plan.json", "--json").json()
-    assert json.loads((tmp_path / "plan.json").read_text()) == shown["plan"]
-    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
-
-
 @pytest.mark.slow
 def test_a_model_without_a_plugin_needs_no_option(run, dense, tmp_path):
     qwen = shutil.copytree(dense, tmp_path / "qwen")

@@ -75,20 +75,6 @@ def test_generate_as_json_for_several_models(run, dense, pruned):
     assert answers["answers"][str(dense)] == tokenizer.decode(expected, skip_special_tokens=True).strip("\n")
 
 
-def test_a_tokenizer_without_a_padding_token_trains(run, shared, tmp_path):
-    """Padding is masked, so that any token serves."""
-    model = shutil.copytree(shared / "dense", tmp_path / "model")
-    config = json.loads((model / "tokenizer_config.json").read_text())
-    assert "pad_token" not in config
-    for name in ("eos_token", "bos_token"):
-        config.pop(name, None)
-    (model / "tokenizer_config.json").write_text(json.dumps(config))
-    (model / "special_tokens_map.json").unlink(missing_ok=True)
-    options = ("--max-steps", 1, "--batch-size", 2, "--strategy", "full")
-    result = run("recover", model, "--data", shared / "data.jsonl", "-o", tmp_path / "out", *options)
-    assert result.code in (0, 3) and (tmp_path / "out").is_dir()  # one step may not help
-
-
 def test_results_before_a_model_that_fails_are_kept(run, shared, tmp_path):
     dense, file, asked = shared / "dense", tmp_path / "results.json", ("-p", "The fox", "--max-new-tokens", 2)
     result = run("evaluate", dense, shared / "nan", "--metrics", "size", "--json", file)

@@ -222,12 +222,6 @@ def test_the_recipes_that_there_are(run):
     assert yaml.safe_load(run("recipes", "paper").out)["steps"][0]["prune"]["method"] == "llm-pruner"
 
 
-def test_a_shipped_recipe_is_known_by_its_name(refused, tmp_path):
-    data = ("--set", "recover.data={tmp}/none.jsonl")
-    found = refused("run", "quality", "--model", "{models}/dense", "-o", "{tmp}/out", *data)
-    assert found.startswith(f"recipe quality, step 2 (recover): {tmp_path}/none.jsonl: no such file")
-
-
 def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch):
     monkeypatch.setattr("llmpruner_gguf.find_spec", lambda name: True if name == "gguf" else None)
     quantised = ("--set", "export.to=gguf", "--set", "export.settings.gguf.quant=q8_0")

@@ -17,7 +17,7 @@ from said import Said
 import llmpruner
 from llmpruner import CheckpointError, DataError, Metric, ModelError, Row
 from llmpruner.errors import SettingsError
-from llmpruner.evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
+from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric
 from llmpruner.evaluation.tasks import TasksMetric
 from llmpruner.settings import EvaluateSettings
@@ -197,28 +197,6 @@ def test_models_of_other_vocabularies_are_not_compared(text, tmp_path, metric):
             llmpruner.evaluate(list(pair), **options)
     with pytest.raises(CheckpointError, match="is missing or damaged"):
         llmpruner.evaluate([first, other], perplexity=text, window=16)
-
-
-def test_a_tokenizer_that_splits_otherwise_has_the_same_tokens(text):
-    class Slow:
-        """As a slow one may: single bytes in place of merged ones."""
-
-        def __init__(self, fast):
-            self.fast = fast
-
-        def __call__(self, read, **options):
-            return {"input_ids": [one for char in read for one in self.fast(char, **options)["input_ids"]]}
-
-        def convert_ids_to_tokens(self, ids):
-            return self.fast.convert_ids_to_tokens(ids)
-
-    config, fast = tiny_models.llama().config, tiny_models.tokenizer()
-    models = [ComparedModel(name, config, one, in_memory) for name, one in (("fast", fast), ("slow", Slow(fast)))]
-    assert fast("fox")["input_ids"] != Slow(fast)("fox")["input_ids"]
-    metric = PerplexityMetric(text=text, kl=True)
-    metric.prepare()
-    metric.check_models(models)
-    metric.check_models(models[::-1])
 
 
 def test_a_limit_without_tasks_is_refused(catalog):
