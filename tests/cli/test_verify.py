@@ -144,12 +144,10 @@ def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
     assert message in line and f"{copy}/model.safetensors" in line
 
 
-@pytest.mark.parametrize("gone", ["gone", "9" * 5000])
-def test_earlier_records_and_missing_bases_are_said(run, copy, gone):
-    """The second is too long for a name of a file."""
+def test_earlier_records_and_missing_bases_are_said(run, copy):
     record = json.loads((copy / "llmpruner.json").read_text())
     del record["files"]
-    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / gone)
+    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / "gone")
     (copy / "llmpruner.json").write_text(json.dumps(record))
     result = run("verify", copy, "--json")
     assert result.code == 0 and "there is no record with hashes" in result.out

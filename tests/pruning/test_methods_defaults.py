@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from llmpruner import Method
-from llmpruner.errors import LlmprunerError
 from llmpruner.models.reference import data_identity
 from llmpruner.plugins import builtin
 from llmpruner.pruning.job import prune_job
@@ -91,17 +90,3 @@ def test_what_a_method_leaves_open_is_as_without_one(job):
     found = job({"importance": "taylor"})
     assert (found.compensation.name, found.calibration.samples, found.calibration.length) == ("none", 10, 64)
     assert job({}, importance="l2").criterion.name == "l2"
-
-
-@pytest.mark.parametrize(
-    ("defaults", "message"),
-    [
-        ({}, "method mine gives no criterion; choose one with --importance"),
-        ({"importance": "l1", "steps": -1}, "method mine: --steps"),
-        ({"importance": "l1", "importanze": "l1"}, "method mine: "),
-    ],
-)
-def test_what_a_method_must_not_give_is_said_in_one_line(job, defaults, message):
-    with pytest.raises(LlmprunerError) as error:
-        job(defaults)
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
