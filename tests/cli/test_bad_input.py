@@ -46,9 +46,15 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "ratio: percent": (("plan", DENSE, "--ratio", 20), "--ratio '20': input should be less than 1; 0.2 for 20 %?"),
     "ratio: its name elsewhere": (("prune", DENSE, "--sparsity", 0.2), "no option --sparsity; did you mean --ratio?"),
     "a setting without an option": (("prune", DENSE, "--target-params", 0.4), "write --set prune.target_params=…"),
+    "parameters: more than there are": (
+        ("plan", DENSE, *L1, "--set", "prune.target_params=99999999"), "is not below the model's"
+    ),
+    "a setting of what is not chosen": (
+        ("plan", DENSE, *FIFTH, *L1, "--set", "taylor.variant=mix"), "'taylor' is not chosen"
+    ),
     "parameters: a share": (("plan", DENSE, "--set", "prune.target_params=0.4"), "--ratio takes the share to remove"),
     "unreachable": (("prune", DENSE, "--ratio", 0.9, *L1, *OUT), "the selected kinds and layers can give"),
-    "less than a unit": (("plan", DENSE, "--ratio", 0.0001, *L1), "less than one unit"),
+    "less than a unit": (("plan", DENSE, "--ratio", 0.0001, *L1), "less than one unit of the selected groups"),
     "two amounts": (("prune", DENSE, *FIFTH, "--set", "prune.unit_ratio=0.2", *OUT), "with one of --ratio"),
     "no amount to prune": (("prune", DENSE, *OUT), "with one of --ratio"),
     "script": (

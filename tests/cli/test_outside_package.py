@@ -103,15 +103,6 @@ def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tm
     assert "<h2>Widths</h2>" in (tmp_path / "pruned" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_wrong_setting_is_one_line(refused):
-    for options, message in (
-        ("--importance magnitude --set magnitude.power=-1", "criterion magnitude: power"),
-        ("--importance magnitude --set magnitude.pover=1", "unknown setting 'pover'; did you mean power"),
-        ("--set magnitude.power=1", "'magnitude' is not chosen"),
-    ):
-        assert message in refused("plan", "{models}/dense", "--ratio", 0.2, *options.split())
-
-
 def test_a_strategy_trains_by_its_own_loss(run, pruned, shared, tmp_path):
     options = ("--max-steps", 2, "--batch-size", 2, "--learning-rate", 0.01, "-o", tmp_path / "out")
     assert run("recover", pruned, "--data", shared / "data.jsonl", "--strategy", "imitation", *options).code in (0, 3)

@@ -12,7 +12,6 @@ from torch.nn import functional
 import llmpruner
 from llmpruner import Blocks, CoupledGroup, ModelError, Role, Span
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.errors import SelectionError, UnknownNameError
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.budgets import counts, parameter_cost
@@ -90,14 +89,6 @@ def test_a_multiple_and_a_minimum_of_the_group_itself_hold():
 def test_ties_are_broken_by_unit_number():
     queue = build_queue(CoupledGroup("g", "mlp", 4, (Span("w", 0, Role.PRODUCES, Blocks(4)),)), [1.0, 1.0, 0.0, 1.0])
     assert queue.steps == ((2,), (0,), (1,))
-
-
-def test_a_demand_that_cannot_be_met_is_refused_with_the_most_that_can(gqa):
-    with pytest.raises(SelectionError, match=r"cannot remove [\d,]+ decoder parameters: .* at most [\d,]+; select"):
-        choose(gqa.graph, ("attention",), Demand(amount=round(0.9 * gqa.graph.decoder_parameters)))
-    assert choose(gqa.graph, ("mlp",), Demand(amount=10)) == {}
-    with pytest.raises(UnknownNameError, match="did you mean attention"):
-        choose(gqa.graph, ("atention",), Demand(amount=10))
 
 
 def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
