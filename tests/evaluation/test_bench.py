@@ -105,33 +105,24 @@ def test_a_session_decodes_greedily():
 # Runs
 
 
-class Clock:
-    """Stands for `time.perf_counter`."""
-
-    now = 0.0
-
-    def __call__(self):
-        return self.now
-
-
 class Scripted(Session):
     """Takes as many seconds as it is told."""
 
-    vocabulary, dtype = 50, "none"
+    vocabulary, dtype, now = 50, "none", 0.0
 
-    def __init__(self, name, seconds, log, clock):
-        self.name, self.seconds, self.log, self.clock = name, iter(seconds), log, clock
+    def __init__(self, name, seconds, log):
+        self.name, self.seconds, self.log = name, iter(seconds), log
 
     def start(self):
         self.log.append(self.name)
 
     def prefill(self, tokens):
         self.log.append(tokens.tolist())
-        self.clock.now += next(self.seconds)
+        Scripted.now += next(self.seconds)
 
     def decode(self, count):
         self.log.append(count)
-        self.clock.now += next(self.seconds)
+        Scripted.now += next(self.seconds)
 
     def close(self):
         self.log.append(f"{self.name} closed")
@@ -150,12 +141,12 @@ class Script(Runtime):
 
 
 def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
-    log, clock = [], Clock()
-    monkeypatch.setattr("llmpruner.evaluation.bench.perf_counter", clock)
+    log = []
+    monkeypatch.setattr("llmpruner.evaluation.bench.perf_counter", lambda: Scripted.now)
     sessions = {
         # Prefill and decoding of the round that is not counted, and of two that are, in which the machine slows down.
-        "dense": Scripted("dense", [99, 99, 10, 40, 20, 80], log, clock),
-        "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log, clock),
+        "dense": Scripted("dense", [99, 99, 10, 40, 20, 80], log),
+        "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log),
     }
     opener = Opener(Catalog(), LoadSettings(), QUIET)
     subjects = [BenchSubject(name, None, 2, 9, name, opener) for name in ("dense", "pruned")]

@@ -40,11 +40,8 @@ def choose(graph, kinds, demand, layers=ALL, allocation=Uniform, **options):
     ids="+".join,
 )
 @pytest.mark.parametrize("ratio", [0.07, 0.2, 0.45])
-@pytest.mark.parametrize("loaded", ["gqa", "mha"], indirect=True)
-def test_the_amount_is_hit_within_one_unit(loaded, kinds, ratio, allocation):
-    graph = loaded.graph
-    if "query" in kinds and "query" not in graph.kinds:
-        kinds = tuple(k for k in kinds if k != "query")
+def test_the_amount_is_hit_within_one_unit(gqa, kinds, ratio, allocation):
+    graph = gqa.graph
     target = round(ratio * graph.decoder_parameters)
     kept = choose(graph, kinds, Demand(amount=target), allocation=allocation)
     removed = graph.decoder_parameters - restrict(graph, kept).decoder_parameters

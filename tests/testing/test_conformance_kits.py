@@ -151,14 +151,6 @@ def test_a_broken_criterion_is_caught(check, cls, message):
         run(CriterionConformance, "criterion", cls, check)
 
 
-def test_a_stack_is_watched_as_it_is_scored():
-    """A criterion that says `by_matrix` gets one matrix at a time in the kit, too."""
-    shapes = []
-    seen = broken(saliency=lambda self, s: shapes.append(s.weight.shape) or s.weight.abs(), by_matrix=True)
-    run(CriterionConformance, "criterion", seen, SALIENCY)
-    assert {shape[0] for shape in shapes if len(shape) == 3} == {1}
-
-
 def test_a_criterion_of_attention_is_shown_no_mixture():
     seen = []
     cls = broken(kinds=frozenset({"attention"}), saliency=lambda self, s: seen.append(s.weight.dim()) or s.weight.abs())

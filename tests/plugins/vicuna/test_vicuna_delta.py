@@ -87,12 +87,10 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "a shard of the base is missing": (
         lambda b, d: (b / "pytorch_model-00002-of-00002.bin").unlink(), r"/base' .*pytorch_model-00002-of-00002\.bin"
     ),
-    "the delta has no weights": (lambda b, d: (d / "pytorch_model.bin").unlink(), r"'.*/delta' .*pytorch_model\.bin"),
     "the delta is truncated": (
         lambda b, d: os.truncate(d / "pytorch_model.bin", 9000), r"cannot load model '.*/delta' \("
     ),
     "the delta has no tokenizer": (lambda b, d: (d / "tokenizer.model").unlink(), r"delta has no tokenizer \(tokeni"),
-    "the delta has no configuration": (lambda b, d: (d / "config.json").unlink(), r"'.*/delta' .*config\.json"),
     "the base is no LLaMA": (lambda b, d: set_config(b, model_type="gpt2"), r"'.*/base' lacks tensor 'transformer\."),
     "other heads": (lambda b, d: set_config(b, num_attention_heads=2), "num_attention_heads is 4 there and 2 in the"),
     "another depth": (
