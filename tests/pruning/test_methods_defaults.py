@@ -6,29 +6,12 @@ import pytest
 
 from llmpruner import Method
 from llmpruner.models.reference import data_identity
-from llmpruner.plugins import builtin
 from llmpruner.pruning.job import prune_job
 from llmpruner.pruning.methods import Best, Fast, LlmPruner
 from llmpruner.settings import PruneSettings
 from llmpruner.testing import catalog_with
 
 MLP, LAYERS = PruneSettings(ratio=0.2), PruneSettings(ratio=0.2, kinds="layer")
-BUILT_IN = {
-    "allocations": ["uniform", "global", "sensitivity"],
-    "budgets": ["decoder", "parameters", "bytes", "macs", "kv-cache"],
-    "compensations": ["refit", "bias", "none"],
-    "calibration_sources": ["self", "text", "chat"],
-    "methods": ["best", "fast", "llm-pruner"],
-}
-
-
-@pytest.mark.parametrize("kind", BUILT_IN)
-def test_the_built_in_components(kind):
-    components = getattr(builtin, f"llmpruner_{kind}")()
-    assert [cls.name for cls in components] == BUILT_IN[kind]
-    for cls in components:
-        assert cls.summary and "\n" not in cls.summary
-        assert all(field.description for field in cls.Settings.model_fields.values()), cls.name
 
 
 def test_best_writes_fewer_samples_than_it_reads():
