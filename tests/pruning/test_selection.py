@@ -14,7 +14,6 @@ from llmpruner import Blocks, CoupledGroup, ModelError, Role, Span
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
-from llmpruner.pruning.budgets import counts, parameter_cost
 from llmpruner.pruning.selection import Demand, select, trial_loss
 from llmpruner.structure.kept import restrict
 from llmpruner.structure.scope import Scope, Widths, build_queue
@@ -86,21 +85,6 @@ def test_a_multiple_and_a_minimum_of_the_group_itself_hold():
 def test_ties_are_broken_by_unit_number():
     queue = build_queue(CoupledGroup("g", "mlp", 4, (Span("w", 0, Role.PRODUCES, Blocks(4)),)), [1.0, 1.0, 0.0, 1.0])
     assert queue.steps == ((2,), (0,), (1,))
-
-
-def test_sizes_agree_with_index_sets_where_groups_overlap(gqa):
-    groups = gqa.graph.of_kinds(["attention", "query", "hidden", "mlp"])
-    kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 3, 4, 7], "hidden": range(40), "layers.2.mlp": range(5)}
-    numbers = {name: len(units) for name, units in kept.items()}
-    assert counts(gqa.graph, kept) == (numbers, set())
-    left = [parameter_cost(gqa.graph, groups, decoder=decoder).remaining(numbers) for decoder in (False, True)]
-    after = restrict(gqa.graph, kept)
-    assert left == [after.total_parameters, after.decoder_parameters]
-
-
-def test_numbers_of_units_do_not_count_what_another_group_took(gqa):
-    kept = {"layers.1.attention": [0, 2], "layers.1.query": [0, 5], "layers": [0, 1, 3]}
-    assert counts(gqa.graph, kept) == ({"layers.1.attention": 2, "layers.1.query": 4}, {2})
 
 
 def measured(graph, kinds, demand, loss, allocation):

@@ -151,14 +151,6 @@ def test_a_broken_criterion_is_caught(check, cls, message):
         run(CriterionConformance, "criterion", cls, check)
 
 
-def test_a_criterion_of_attention_is_shown_no_mixture():
-    seen = []
-    cls = broken(kinds=frozenset({"attention"}), saliency=lambda self, s: seen.append(s.weight.dim()) or s.weight.abs())
-    for check in (SALIENCY, SEEDED, ALONE, STACKS):
-        run(CriterionConformance, "criterion", cls, check)
-    assert max(seen) == 2
-
-
 class Steady(RecoveryStrategy):
     """Trains the output head a little at every step, and keeps its state; the broken ones differ in one thing."""
 

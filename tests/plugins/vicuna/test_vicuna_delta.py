@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_format import write_meta
 from llmpruner_vicuna.delta import apply_delta
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -55,18 +53,6 @@ def test_the_sum_is_bit_identical_with_configuration_and_tokenizer_of_the_delta(
     catalog = Catalog(plugin_manager())
     assert catalog.family_for(config).name == VERSIONS[version]
     assert catalog.family_for(AutoConfig.from_pretrained(DATA / version / "base")).name == "llama"
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_safetensors_and_meta_bases_give_the_same(version: str, tmp_path: Path) -> None:
-    base = AutoModelForCausalLM.from_pretrained(DATA / version / "base")
-    base.save_pretrained(tmp_path / "hf")
-    (tmp_path / "meta").mkdir()
-    write_meta(base, DATA / version / "base" / "tokenizer.model", tmp_path / "meta")
-    assert MetaReader().recognises(tmp_path / "meta")
-    for kind in ("hf", "meta"):
-        apply_delta(tmp_path / kind, DATA / version / "delta", tmp_path / f"from-{kind}")
-        assert same_bits(tmp_path / f"from-{kind}", version)
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path, Path], None]:
