@@ -148,7 +148,6 @@ def test_data(refused, tmp_path, bad):
 
 @pytest.fixture(scope="module")
 def planned(shared) -> str:
-    """A plan for the dense model."""
     return llmpruner.plan(shared / "dense", ratio=0.2, importance="l1").to_json()
 
 

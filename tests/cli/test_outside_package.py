@@ -126,8 +126,6 @@ def test_a_command_runs(run, refused):
 
 
 class Other:
-    """A command whose name is taken, and a command."""
-
     @hookimpl
     def llmpruner_commands(self, app: typer.Typer) -> None:
         @app.command(name="prune")

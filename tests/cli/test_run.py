@@ -24,7 +24,6 @@ NAMES = ["1-prune", "2-recover", "table", "4-export"]
 
 
 def recipe_of(shared: Path) -> dict:
-    """Prune, recover, evaluate, export, on a tiny model."""
     training = {"max_steps": 3, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 0.001}
     text = {"perplexity": str(shared / "text.txt"), "window": 64, "settings": {"perplexity": {"tokens": 256}}}
     return {
@@ -47,7 +46,6 @@ def file(shared, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(shared, tmp_path_factory) -> Path:
-    """The output of a run that was not interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     done = []
     found = api.run(recipe_of(shared), output=out, on_step=done.append)
@@ -140,7 +138,6 @@ def no_result(path, target):
 
 
 def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, tmp_path, monkeypatch):
-    """One run, killed again and again, in every step and between them."""
     monkeypatch.setattr(journal, "SHARE", 1e9)
     recipe, out = recipe_of(shared), tmp_path / "out"
 

@@ -19,7 +19,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory, shared) -> Path:
-    """A quarter of the MLP channels and a KV head less, without compensation."""
     folder = tmp_path_factory.mktemp("cut") / "model"
     llmpruner.prune(shared / "dense", unit_ratio=0.25, importance="l1", kinds="mlp,attention", output=folder)
     return folder
@@ -35,7 +34,6 @@ def states(result) -> dict[str, str]:
 
 
 def flip(file: Path, tensor: str) -> None:
-    """Change one bit in the middle of a tensor."""
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
     first, last = json.loads(data[8 : 8 + length])[tensor]["data_offsets"]

@@ -29,8 +29,6 @@ class Largest(Metric):
 
 
 class Distance(Metric):
-    """Needs the reference model."""
-
     name = "distance"
     needs_reference = True
 

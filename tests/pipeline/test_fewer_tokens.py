@@ -79,7 +79,6 @@ def tokens(number: int, **settings) -> dict[str, object]:
 
 
 def kept_text(tokenizer, kept: tuple[int, ...], text: str) -> str:
-    """The words of ``text`` whose tokens all stay."""
     words = [f" {word}" for word in text.split() if set(tokenizer(f" {word}")["input_ids"]) <= set(kept)]
     return "".join(words[:40])
 

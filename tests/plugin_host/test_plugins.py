@@ -30,7 +30,6 @@ def component(base: type, name: str = "zoo", **members) -> type:
 
 
 def zoo() -> Catalog:
-    """A catalog with a component named zoo of every kind."""
     reader = {"recognises": lambda self, path: path.suffix == ".zoo"}
     kinds = KINDS.values()
     return catalog_with(*(component(k.base, **(reader if k.base is CheckpointReader else {})) for k in kinds))

@@ -88,7 +88,6 @@ def test_criteria_see_planted_experts(model_type):
 
 
 def expert_output(experts, number: int, rows: torch.Tensor) -> torch.Tensor:
-    """f_j(x), as the module of experts computes it."""
     if hasattr(experts, "down_proj_bias"):
         inner = experts._apply_gate(rows @ experts.gate_up_proj[number] + experts.gate_up_proj_bias[number])
         return inner @ experts.down_proj[number] + experts.down_proj_bias[number]

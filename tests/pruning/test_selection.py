@@ -120,8 +120,6 @@ def test_shares_go_where_the_loss_rises_least(gqa):
 
 
 class OfAPlugin(Allocation):
-    """It knows the amount alone."""
-
     name = "of-a-plugin"
 
     def allocate(self, task):

@@ -106,7 +106,6 @@ def random_model():
 
 
 def dense_and_pruned(home, random_model, template=None):
-    """A folder with a dense and a pruned model, with a chat template or without."""
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = template
     random_model.save_pretrained(home / "dense")

@@ -26,7 +26,6 @@ BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy without weights."""
     shutil.copyfile(DATA / "chatglm2" / "config.json", tmp_path / "config.json")
     return tmp_path
 
@@ -96,8 +95,6 @@ def test_chatglm2_with_long_context_divides_positions(tmp_path: Path) -> None:
 
 
 class Code:
-    """Creates a file when it is unpickled."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
 

@@ -165,7 +165,6 @@ def export(source: Path, output: Path, **settings: Any) -> str:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """The golden model with both MLPs at 130 of 224 channels, in Hugging Face's format."""
     save_checkpoint(pruned("gqa", mlp("gqa", 130)), tmp_path / "pruned", record={}, family=LlamaFamily())
     return tmp_path / "pruned"
 
