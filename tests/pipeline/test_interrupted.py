@@ -147,16 +147,13 @@ def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp
         api.prune(str(dense), output=out, ratio=ratios, **settings)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"output": None}, "an output for their folders"),
-        ({"plan": "plan.json"}, "--ratio can't be combined with a plan"),
-        ({"ratio": "0.2,20"}, "--ratio '20': input should be less than 1"),
-        ({"target_params": "1M"}, "2 are given"),
-        ({"ratio": [0.2, 0.99]}, "can't be|cannot be|at most"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"output": None}, "an output for their folders"),
+    ({"plan": "plan.json"}, "--ratio can't be combined with a plan"),
+    ({"ratio": "0.2,20"}, "--ratio '20': input should be less than 1"),
+    ({"target_params": "1M"}, "2 are given"),
+    ({"ratio": [0.2, 0.99]}, "can't be|cannot be|at most"),
+])  # fmt: skip
 def test_several_ratios_that_cannot_be_are_refused_before_anything_is_written(options, message, dense, tmp_path):
     with pytest.raises(LlmprunerError, match=message) as raised:
         api.prune(str(dense), **{"ratio": [0.2, 0.3], "output": tmp_path / "out", **options})

@@ -120,13 +120,10 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_skipped(install, what):
     assert catalog.criteria.package_of("good") == "good-plugin"
 
 
-@pytest.mark.parametrize(
-    ("body", "reason"),
-    [
-        ("raise ValueError('not today')", "ValueError: not today"),
-        ("return ImportanceCriterion", "TypeError: 'type' object is not iterable"),
-    ],
-)
+@pytest.mark.parametrize(("body", "reason"), [
+    ("raise ValueError('not today')", "ValueError: not today"),
+    ("return ImportanceCriterion", "TypeError: 'type' object is not iterable"),
+])  # fmt: skip
 def test_a_hook_that_fails_is_an_error_that_names_its_module(install, body, reason):
     install("a-bad-plugin", f"@hookimpl\ndef llmpruner_metrics(): {body}")
     message = f"^llmpruner_metrics of plugin 'a-bad-plugin' failed: {reason}; LLMPRUNER_BLOCK=a-bad"
@@ -146,15 +143,12 @@ def test_two_plugins_of_one_name(install):
 # What hooks return
 
 
-@pytest.mark.parametrize(
-    ("returned", "problem"),
-    [
-        (3, "it is no subclass of Metric"),
-        (component(Metric, ""), "its name is ''; expected lower case"),
-        (component(Metric, "Loud"), "its name is 'Loud'"),
-        (component(ImportanceCriterion), "it is no subclass of Metric"),
-    ],
-)
+@pytest.mark.parametrize(("returned", "problem"), [
+    (3, "it is no subclass of Metric"),
+    (component(Metric, ""), "its name is ''; expected lower case"),
+    (component(Metric, "Loud"), "its name is 'Loud'"),
+    (component(ImportanceCriterion), "it is no subclass of Metric"),
+])  # fmt: skip
 def test_a_class_that_cannot_be_used_is_left_out(returned, problem):
     catalog = catalog_with(plugin(lambda: [returned, component(Metric)]))
     assert "zoo" in catalog.metrics

@@ -100,21 +100,18 @@ def test_costs_are_those_of_the_cut_model(loaded):
     check_counts(loaded)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options", "kinds"),
-    [
-        ("gpt2", {}, ()),  # transposed weights, tied
-        ("phi3", {"num_key_value_heads": 8}, INSIDE),  # query, key and value heads in one matrix
-        pytest.param("falcon", FALCON_40B, HEADS, marks=pytest.mark.slow),  # the same, block by block
-        pytest.param("gpt_neox", {}, HEADS, marks=pytest.mark.slow),
-        # Laid out as others.
-        *(pytest.param(name, {}, INSIDE, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),
-        pytest.param("gemma3_text", {}, HEADS, marks=pytest.mark.slow),  # sliding windows, norms over heads
-        pytest.param("mixtral", {}, INSIDE, marks=pytest.mark.long),  # experts
-        # Experts, too; caches a latent and one shared key, not its heads.
-        pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "options", "kinds"), [
+    ("gpt2", {}, ()),  # transposed weights, tied
+    ("phi3", {"num_key_value_heads": 8}, INSIDE),  # query, key and value heads in one matrix
+    pytest.param("falcon", FALCON_40B, HEADS, marks=pytest.mark.slow),  # the same, block by block
+    pytest.param("gpt_neox", {}, HEADS, marks=pytest.mark.slow),
+    # Laid out as others.
+    *(pytest.param(name, {}, INSIDE, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),
+    pytest.param("gemma3_text", {}, HEADS, marks=pytest.mark.slow),  # sliding windows, norms over heads
+    pytest.param("mixtral", {}, INSIDE, marks=pytest.mark.long),  # experts
+    # Experts, too; caches a latent and one shared key, not its heads.
+    pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_costs_of_other_architectures(model_type, options, kinds):
     config = small_config(AutoConfig.for_model(model_type, **options))
     check_counts(opened(random_instance(config)), kinds)

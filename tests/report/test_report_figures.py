@@ -71,18 +71,15 @@ def test_costs_are_those_of_the_model(places, small, tmp_path):
     assert plain.sentences["worse"].endswith("its quality was not measured.")
 
 
-@pytest.mark.parametrize(
-    ("training", "words"),
-    [
-        ({"validation": [(0, 3.0), (2, 2.5)], "best_step": 2}, "Recovery helped: held-out loss 3.000 → 2.500."),
-        (
-            {"validation": [(0, 3.0), (2, 3.5)], "best_step": 0},
-            "did not help and was undone: the loss went from 3.0000 to",
-        ),
-        ({"validation": []}, "was not measured, as no rows were held out: loss 4.000 → 1.000."),
-        ({"validation": [(0, 3.0), (2, 1.0)], "best_step": 2, "held_out": False}, "was not measured, as no rows were"),
-    ],
-)
+@pytest.mark.parametrize(("training", "words"), [
+    ({"validation": [(0, 3.0), (2, 2.5)], "best_step": 2}, "Recovery helped: held-out loss 3.000 → 2.500."),
+    (
+        {"validation": [(0, 3.0), (2, 3.5)], "best_step": 0},
+        "did not help and was undone: the loss went from 3.0000 to",
+    ),
+    ({"validation": []}, "was not measured, as no rows were held out: loss 4.000 → 1.000."),
+    ({"validation": [(0, 3.0), (2, 1.0)], "best_step": 2, "held_out": False}, "was not measured, as no rows were"),
+])  # fmt: skip
 def test_a_recovered_model_is_told_to_be_better_only_if_that_was_measured(training, words, small):
     checks = [{"step": step, "loss": loss, "error": 0.1} for step, loss in training["validation"]]
     trained = {"strategy": "lora", "data": "x", "examples": 2, "losses": [4.0, 1.0], **training, "validation": checks}
