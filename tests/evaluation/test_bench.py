@@ -14,7 +14,6 @@ from llmpruner import BenchSubject, Catalog, LlmprunerError, LoadSettings, Runti
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import Opener
 from llmpruner.evaluation.bench import TorchSession, bench, measurement, work_of
-from llmpruner.evaluation.metrics import size
 from llmpruner.models.meta import graph_of, macs_per_token
 from llmpruner.models.surgery import cut
 from llmpruner.progress import QUIET
@@ -29,18 +28,6 @@ def small(**options):
 
 
 # What steps cost
-
-
-def test_sizes_of_a_pruned_model():
-    model, graph = small(tied=True)
-    dense = size(model, graph)
-    pruned = size(model, cut(model, graph, {"layers.0.mlp": range(40), "layers.1.attention": [0]}, FAMILY))
-    # Eight channels of three projections, and one KV head (with two query heads) of four.
-    gone = 8 * 3 * 32 + (8 + 8 + 16 + 16) * 32
-    assert dense.parameters - pruned.parameters == gone
-    assert dense.decoder_parameters - pruned.decoder_parameters == gone
-    assert dense.parameters - dense.decoder_parameters == 300 * 32 + 32
-    assert dense.weight_bytes == 4 * dense.parameters
 
 
 def test_work_agrees_with_the_profiler():
