@@ -36,9 +36,10 @@ def test_work_agrees_with_the_profiler():
     model.set_attn_implementation("eager")
     work, tokens = work_of(model, graph), 24
     session = TorchSession(model)
-    session.start()
-    with FlopCounterMode(display=False) as prefill:
-        session.prefill(torch.arange(tokens)[None])
+    for _ in range(2):  # a second start forgets the first
+        session.start()
+        with FlopCounterMode(display=False) as prefill:
+            session.prefill(torch.arange(tokens)[None])
     with FlopCounterMode(display=False) as step:
         session.decode(1)
     # Eager attention also multiplies what the causal mask hides. A multiply-accumulate is two operations.
@@ -67,26 +68,6 @@ def test_experts_count_as_often_as_they_are_visited():
     work = Work(0, 0, 0, weight_bytes=100, routed_bytes={0.25: 1000}, cache_bytes=0)
     assert work.decode(1, 0) == 100 + 250
     assert work.decode(2, 0) == 100 + 1000 * (1 - 0.75**2)
-
-
-# Sessions
-
-
-def test_a_session_decodes_greedily():
-    model, _ = small()
-    session = TorchSession(model)
-    prompt = torch.randint(300, (2, 7), generator=torch.Generator().manual_seed(1))
-    for _ in range(2):  # a second start forgets the first
-        session.start()
-        session.prefill(prompt)
-        session.decode(4)
-    expected = prompt
-    with torch.no_grad():
-        for _ in range(5):
-            logits = model(expected, use_cache=False).logits[:, -1]
-            expected = torch.cat([expected, logits.argmax(-1, keepdim=True)], 1)
-    assert torch.equal(session._logits.argmax(-1), expected[:, -1])
-    torch.testing.assert_close(session._logits, logits, rtol=1e-4, atol=1e-5)
 
 
 # Runs
