@@ -3,6 +3,7 @@ import math
 import pytest
 import tiny_models
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelError
 from llmpruner.evaluation.metrics import PerplexityMetric
@@ -75,7 +76,8 @@ def test_a_model_that_predicts_no_numbers_has_no_perplexity():
 
 def test_windows_begin_with_bos_where_the_tokenizer_puts_it():
     """It is one of the tokens of a window and is not predicted, while the first of the text is."""
-    model, tokenizer = tiny_models.llama(), tiny_models.with_bos()
+    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
+    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 0)])
     ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"]
     windows = len(ids) // 15
     table = torch.tensor(ids[: windows * 15]).view(windows, 15)
@@ -89,8 +91,6 @@ def test_windows_begin_with_bos_where_the_tokenizer_puts_it():
 
 
 def test_of_several_tokens_before_a_text_none_is_predicted():
-    from tokenizers.processors import TemplateProcessing
-
     model, reference, tokenizer = tiny_models.llama(), tiny_models.llama(seed=1), tiny_models.tokenizer()
     tokenizer._tokenizer.post_processor = TemplateProcessing("</s> <s> $A", None, [("<s>", 0), ("</s>", 1)])
     ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"][:56]
