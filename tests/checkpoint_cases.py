@@ -68,6 +68,7 @@ LLAMA = {
     ),
 }  # fmt: skip
 UNEVEN = {"layers.1.attention": [0], "layers.0.mlp": range(9)}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 
 def cut_llama(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -95,19 +96,6 @@ def _cut(
     return model
 
 
-def cut_qwen2() -> Any:
-    kept = {"layers.0.attention": [1], "layers.1.mlp": range(17)}
-    return _cut("Qwen2", kept, layer_types=["full_attention"] * LAYERS)
-
-
-def cut_gemma2() -> Any:
-    return _cut("Gemma2", query_pre_attn_scalar=8, sliding_window=4, hidden_activation="gelu_pytorch_tanh")
-
-
-def cut_glm() -> Any:
-    return _cut("Glm", attention_bias=False)
-
-
 def cut_phi3() -> Any:
     model = _cut("Phi3", without=("head_dim",))
     attention = model.model.layers[1].self_attn
@@ -117,18 +105,8 @@ def cut_phi3() -> Any:
     return model
 
 
-def cut_gpt_neox() -> Any:
-    kept = {**UNEVEN, "layers.1.attention": [0, 2, 3]}
-    return _cut("GPTNeoX", kept, without=("head_dim", "num_key_value_heads"))
-
-
-def cut_mixtral() -> Any:
-    kept = {"layers.1.attention": [0], "layers.0.mlp": range(16)}
-    return _cut("Mixtral", kept, num_local_experts=3, num_experts_per_tok=2)
-
-
 def cut_mixtral_uniform() -> Any:
-    model = _cut("Mixtral", every_layer("experts", [0, 2]), num_local_experts=3, num_experts_per_tok=2)
+    model = _cut("Mixtral", every_layer("experts", [0, 2]), **EXPERTS)
     for layer in model.model.layers:
         layer.mlp.experts.num_experts = layer.mlp.gate.num_experts = 2
     return model
@@ -136,12 +114,28 @@ def cut_mixtral_uniform() -> Any:
 
 EVERY: dict[str, tuple[Callable[[], Any], str]] = {
     **{name: (partial(cut_llama, name), case.model_class) for name, case in LLAMA.items()},
-    "qwen2": (cut_qwen2, "PrunedQwen2ForCausalLM"),
-    "gemma2": (cut_gemma2, "PrunedGemma2ForCausalLM"),
-    "glm": (cut_glm, "PrunedGlmForCausalLM"),
+    "qwen2": (
+        partial(
+            _cut, "Qwen2", {"layers.0.attention": [1], "layers.1.mlp": range(17)}, layer_types=["full_attention"] * 3
+        ),
+        "PrunedQwen2ForCausalLM",
+    ),
+    "gemma2": (
+        partial(_cut, "Gemma2", query_pre_attn_scalar=8, sliding_window=4, hidden_activation="gelu_pytorch_tanh"),
+        "PrunedGemma2ForCausalLM",
+    ),
+    "glm": (partial(_cut, "Glm", attention_bias=False), "PrunedGlmForCausalLM"),
     "phi3": (cut_phi3, "PrunedPhi3ForCausalLM"),
-    "gpt_neox": (cut_gpt_neox, "PrunedGPTNeoXForCausalLM"),
-    "mixtral": (cut_mixtral, "PrunedMixtralForCausalLM"),
+    "gpt_neox": (
+        partial(
+            _cut, "GPTNeoX", UNEVEN | {"layers.1.attention": [0, 2, 3]}, without=("head_dim", "num_key_value_heads")
+        ),
+        "PrunedGPTNeoXForCausalLM",
+    ),
+    "mixtral": (
+        partial(_cut, "Mixtral", {"layers.1.attention": [0], "layers.0.mlp": range(16)}, **EXPERTS),
+        "PrunedMixtralForCausalLM",
+    ),
     "mixtral-experts-uniform": (cut_mixtral_uniform, "MixtralForCausalLM"),
 }
 """Cut model, and the class that its checkpoint must have."""
