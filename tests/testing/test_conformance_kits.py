@@ -105,7 +105,14 @@ def with_nan(signals: ParameterSignals) -> torch.Tensor:
     return value
 
 
-SALIENCY = "test_every_saliency_is_a_finite_tensor"
+def on_stacks(function: Any, **members: Any) -> type[ImportanceCriterion]:
+    """A criterion that gives the absolute weight, and for a stack what ``function`` makes of it."""
+    return broken(
+        saliency=lambda self, s: s.weight.abs() if s.weight.dim() < 3 else function(s.weight.abs()), **members
+    )
+
+
+SALIENCY, STACKS = "test_every_saliency_is_a_finite_tensor", "test_a_matrix_of_a_stack_scores_alike_alone"
 KEPT, ALONE, APART = "test_it_leaves_the_model_as_it_was", "test_a_unit_scores_alike_alone", "test_it_tells_units_apart"
 NAMED, SEEDED = "test_it_is_a_component_that_an_entry_point_registers", "test_the_same_seed_gives_the_same_scores"
 BROKEN_CRITERIA = [
@@ -126,23 +133,11 @@ BROKEN_CRITERIA = [
     (SALIENCY, broken(score_units=lambda self, signals, axis, index: torch.ones(2)), r"shape \(2,\), expected \(48,"),
     (SALIENCY, saliency(with_nan), "saliency is nan at"),
     (APART, saliency(with_nan), "score that is not a finite number"),
-]  # fmt: skip
-
-
-def on_stacks(function: Any, **members: Any) -> type[ImportanceCriterion]:
-    """A criterion that gives the absolute weight, and for a stack what ``function`` makes of it."""
-    return broken(
-        saliency=lambda self, s: s.weight.abs() if s.weight.dim() < 3 else function(s.weight.abs()), **members
-    )
-
-
-STACKS = "test_a_matrix_of_a_stack_scores_alike_alone"
-BROKEN_CRITERIA += [
     (STACKS, on_stacks(lambda w: w / w.mean(), by_matrix=True), "by_matrix, but a stack scores otherwise"),
     (SALIENCY, on_stacks(lambda w: w.sum(0)), r"saliency has shape \(.*\), expected \(7, "),
     (SALIENCY, on_stacks(lambda w: w.sum(0), by_matrix=True), r"saliency has shape \(.*\), expected \(1, "),
     (SEEDED, on_stacks(lambda w: torch.rand(w.shape)), r"other scores when run again: group '.*', unit 0 scores"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "cls", "message"), BROKEN_CRITERIA)
