@@ -1,4 +1,4 @@
-"""Cut models for checkpoint tests: each way to cut a tiny LLaMA, and other classes with groups by hand."""
+"""Cut models for checkpoint tests: each way to cut a tiny LLaMA, and some other classes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from llmpruner_llama.family import LlamaFamily
 
-from llmpruner import ATTENTION, MLP, Blocks, CoupledGroup, Role, Span, build_graph, layouts
-from llmpruner.models.meta import graph_of, meta_model
+from llmpruner import build_graph
+from llmpruner.discovery.family import AutoFamily
 from llmpruner.models.surgery import cut
 
 LAYERS = 3
@@ -68,6 +68,7 @@ LLAMA = {
     ),
 }  # fmt: skip
 UNEVEN = {"layers.1.attention": [0], "layers.0.mlp": range(9)}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
 
 
 def cut_llama(name: str, dtype: torch.dtype = torch.float32) -> Any:
@@ -81,71 +82,22 @@ def cut_llama(name: str, dtype: torch.dtype = torch.float32) -> Any:
     return model
 
 
-def grouped(n: int) -> CoupledGroup:
-    q, k, v, o = (f"model.layers.{n}.self_attn.{m}_proj" for m in "qkvo")
-    spans = layouts.grouped_query_attention(q, k, v, o, 4, 2, 8)
-    return CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans)
-
-
-def gated(n: int) -> CoupledGroup:
-    gate, up, down = (f"model.layers.{n}.mlp.{m}_proj" for m in ("gate", "up", "down"))
-    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, layouts.gated_mlp(gate, up, down, 48))
-
-
-def packed(n: int) -> CoupledGroup:
-    gate_up, down = (f"model.layers.{n}.mlp.{m}_proj" for m in ("gate_up", "down"))
-    rows = (*layouts.produces(gate_up, Blocks(48)), *layouts.produces(gate_up, Blocks(48, start=48)))
-    return CoupledGroup(f"layers.{n}.mlp", MLP, 48, (*rows, *layouts.consumes(down, Blocks(48))))
-
-
 def _cut(
-    prefix: str,
-    sizes: Mapping[str, Any],
-    groups: Callable[[int], list[CoupledGroup]],
-    kept: Mapping[str, Sequence[int]] = UNEVEN,
+    prefix: str, kept: Mapping[str, Sequence[int]] = UNEVEN, *, without: Sequence[str] = (), **options: Any
 ) -> Any:
+    """``without``: of `SIZES`."""
     import transformers
 
-    config = getattr(transformers, f"{prefix}Config")(**sizes)
+    sizes = {name: size for name, size in SIZES.items() if name not in without}
+    config = getattr(transformers, f"{prefix}Config")(**sizes, **options)
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    graph = graph_of(meta_model(config), [group for n in range(LAYERS) for group in groups(n)])
-    cut(model, graph, kept)
+    cut(model, build_graph(AutoFamily(), config), kept)
     return model
 
 
-def cut_qwen2() -> Any:
-    def groups(n: int) -> list[CoupledGroup]:
-        q, k, v, o = (f"model.layers.{n}.self_attn.{m}_proj" for m in "qkvo")
-        spans = [
-            *layouts.produces(q, Blocks(2, 16), bias=True),
-            *(s for m in (k, v) for s in layouts.produces(m, Blocks(2, 8), bias=True)),
-            *layouts.consumes(o, Blocks(2, 16)),
-        ]
-        return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, tuple(spans)), gated(n)]
-
-    kept = {"layers.0.attention": [1], "layers.1.mlp": range(17)}
-    return _cut("Qwen2", {**SIZES, "layer_types": ["full_attention"] * LAYERS}, groups, kept)
-
-
-def cut_gemma2() -> Any:
-    sizes = {**SIZES, "query_pre_attn_scalar": 8, "sliding_window": 4, "hidden_activation": "gelu_pytorch_tanh"}
-    return _cut("Gemma2", sizes, lambda n: [grouped(n), gated(n)])
-
-
-def cut_glm() -> Any:
-    return _cut("Glm", {**SIZES, "attention_bias": False}, lambda n: [grouped(n), packed(n)])
-
-
 def cut_phi3() -> Any:
-    def groups(n: int) -> list[CoupledGroup]:
-        qkv, o = (f"model.layers.{n}.self_attn.{m}_proj" for m in ("qkv", "o"))
-        query = Blocks(2, 16)
-        fused = [s for index in (query, Blocks(2, 8, 32), Blocks(2, 8, 48)) for s in layouts.produces(qkv, index)]
-        spans = (*fused, *layouts.consumes(o, query))
-        return [CoupledGroup(f"layers.{n}.attention", ATTENTION, 2, spans), packed(n)]
-
-    model = _cut("Phi3", {k: v for k, v in SIZES.items() if k != "head_dim"}, groups)
+    model = _cut("Phi3", without=("head_dim",))
     attention = model.model.layers[1].self_attn
     attention.config = copy.deepcopy(attention.config)
     attention.config.num_attention_heads, attention.config.num_key_value_heads = 2, 1
@@ -153,46 +105,8 @@ def cut_phi3() -> Any:
     return model
 
 
-def cut_gpt_neox() -> Any:
-    def groups(n: int) -> list[CoupledGroup]:
-        path = f"gpt_neox.layers.{n}"
-        qkv, dense = (f"{path}.attention.{m}" for m in ("query_key_value", "dense"))
-        attention = (*layouts.produces(qkv, Blocks(4, 24), bias=True), *layouts.consumes(dense, Blocks(4, 8)))
-        mlp = layouts.two_layer_mlp(f"{path}.mlp.dense_h_to_4h", f"{path}.mlp.dense_4h_to_h", 48)
-        return [
-            CoupledGroup(f"layers.{n}.attention", ATTENTION, 4, attention),
-            CoupledGroup(f"layers.{n}.mlp", MLP, 48, mlp),
-        ]
-
-    sizes = {k: v for k, v in SIZES.items() if k not in ("head_dim", "num_key_value_heads")}
-    return _cut("GPTNeoX", sizes, groups, {**UNEVEN, "layers.1.attention": [0, 2, 3]})
-
-
-MIXTRAL = {**SIZES, "num_local_experts": 3, "num_experts_per_tok": 2}
-
-
-def cut_mixtral() -> Any:
-    def groups(n: int) -> list[CoupledGroup]:
-        gate_up, down = (f"model.layers.{n}.mlp.experts.{m}_proj" for m in ("gate_up", "down"))
-        spans = (
-            Span(gate_up, 1, Role.PRODUCES, Blocks(48)),
-            Span(gate_up, 1, Role.PRODUCES, Blocks(48, start=48)),
-            Span(down, 2, Role.CONSUMES, Blocks(48)),
-        )
-        return [grouped(n), CoupledGroup(f"layers.{n}.mlp", MLP, 48, spans)]
-
-    return _cut("Mixtral", MIXTRAL, groups, {"layers.1.attention": [0], "layers.0.mlp": range(16)})
-
-
 def cut_mixtral_uniform() -> Any:
-    def groups(n: int) -> list[CoupledGroup]:
-        names = (
-            f"model.layers.{n}.mlp.{part}" for part in ("experts.gate_up_proj", "experts.down_proj", "gate.weight")
-        )
-        spans = tuple(Span(name, 0, Role.PRODUCES, Blocks(3)) for name in names)
-        return [CoupledGroup(f"layers.{n}.expert", "expert", 3, spans)]
-
-    model = _cut("Mixtral", MIXTRAL, groups, every_layer("expert", [0, 2]))
+    model = _cut("Mixtral", every_layer("experts", [0, 2]), **EXPERTS)
     for layer in model.model.layers:
         layer.mlp.experts.num_experts = layer.mlp.gate.num_experts = 2
     return model
@@ -200,12 +114,28 @@ def cut_mixtral_uniform() -> Any:
 
 EVERY: dict[str, tuple[Callable[[], Any], str]] = {
     **{name: (partial(cut_llama, name), case.model_class) for name, case in LLAMA.items()},
-    "qwen2": (cut_qwen2, "PrunedQwen2ForCausalLM"),
-    "gemma2": (cut_gemma2, "PrunedGemma2ForCausalLM"),
-    "glm": (cut_glm, "PrunedGlmForCausalLM"),
+    "qwen2": (
+        partial(
+            _cut, "Qwen2", {"layers.0.attention": [1], "layers.1.mlp": range(17)}, layer_types=["full_attention"] * 3
+        ),
+        "PrunedQwen2ForCausalLM",
+    ),
+    "gemma2": (
+        partial(_cut, "Gemma2", query_pre_attn_scalar=8, sliding_window=4, hidden_activation="gelu_pytorch_tanh"),
+        "PrunedGemma2ForCausalLM",
+    ),
+    "glm": (partial(_cut, "Glm", attention_bias=False), "PrunedGlmForCausalLM"),
     "phi3": (cut_phi3, "PrunedPhi3ForCausalLM"),
-    "gpt_neox": (cut_gpt_neox, "PrunedGPTNeoXForCausalLM"),
-    "mixtral": (cut_mixtral, "PrunedMixtralForCausalLM"),
+    "gpt_neox": (
+        partial(
+            _cut, "GPTNeoX", UNEVEN | {"layers.1.attention": [0, 2, 3]}, without=("head_dim", "num_key_value_heads")
+        ),
+        "PrunedGPTNeoXForCausalLM",
+    ),
+    "mixtral": (
+        partial(_cut, "Mixtral", {"layers.1.attention": [0], "layers.0.mlp": range(16)}, **EXPERTS),
+        "PrunedMixtralForCausalLM",
+    ),
     "mixtral-experts-uniform": (cut_mixtral_uniform, "MixtralForCausalLM"),
 }
 """Cut model, and the class that its checkpoint must have."""

@@ -4,44 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pydantic import model_validator
 
-from llmpruner import ComponentSettings, cli
-from llmpruner.errors import SettingsError, UnknownNameError, is_out_of_memory
+from llmpruner import cli
+from llmpruner.errors import SettingsError, is_out_of_memory
 from llmpruner.models.save import gives_logits
 from llmpruner.settings import PruneSettings, settings_from
-from llmpruner.values import validated
 
 
-def test_an_unknown_name_offers_near_misses_and_lists_all():
-    error = UnknownNameError("criterion", "tailor", ["l1", "taylor", "random"])
-    assert str(error) == "unknown criterion 'tailor'; did you mean taylor? Known: l1, random, taylor."
-    assert str(UnknownNameError("kind", "x", [])) == "unknown kind 'x'. Known: none."
-
-
-class Ordered(ComponentSettings):
-    low: int = 0
-    high: int = 1
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Ordered:
-        if self.low > self.high:
-            raise ValueError("low is above high")
-        return self
-
-
-def test_settings_of_a_plugin_that_do_not_go_together_are_one_line():
-    with pytest.raises(SettingsError, match=r"^criterion mine: value \{'low': 2\}: low is above high$"):
-        validated(Ordered, {"low": 2}, "criterion mine")
-
-
-@pytest.mark.parametrize(
-    ("name", "place"),
-    [
-        ("dtype", r"load=LoadSettings\(dtype=…\), or --dtype"),
-        ("max_memory", r"run=RunSettings\(max_memory=…\), or --max-memory"),
-    ],
-)
+@pytest.mark.parametrize(("name", "place"), [
+    ("dtype", r"load=LoadSettings\(dtype=…\), or --dtype"),
+    ("max_memory", r"run=RunSettings\(max_memory=…\), or --max-memory"),
+])  # fmt: skip
 def test_a_setting_of_loading_or_running_is_said_to_be_one(name, place):
     with pytest.raises(SettingsError, match=f"setting '{name}'; write {place}$"):
         settings_from(PruneSettings, {"ratio": 0.2, name: "4GiB"})
@@ -56,18 +29,15 @@ def test_layers_that_no_model_has_are_refused(layers):
 LACK = RuntimeError("[enforce fail at alloc_cpu.cpp:119] DefaultCPUAllocator: can't allocate memory: you tried to …")
 
 
-@pytest.mark.parametrize(
-    ("error", "lacks"),
-    [
-        (MemoryError(), True),
-        (torch.OutOfMemoryError("CUDA out of memory."), True),
-        (LACK, True),
-        (RuntimeError("MPS backend out of memory"), True),
-        (RuntimeError("could not create a descriptor for a memory object"), False),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x64 and 48x64)"), False),
-        (ValueError("out of memory"), False),
-    ],
-)
+@pytest.mark.parametrize(("error", "lacks"), [
+    (MemoryError(), True),
+    (torch.OutOfMemoryError("CUDA out of memory."), True),
+    (LACK, True),
+    (RuntimeError("MPS backend out of memory"), True),
+    (RuntimeError("could not create a descriptor for a memory object"), False),
+    (RuntimeError("mat1 and mat2 shapes cannot be multiplied (4x64 and 48x64)"), False),
+    (ValueError("out of memory"), False),
+])  # fmt: skip
 def test_errors_for_want_of_memory_are_known(error, lacks):
     assert is_out_of_memory(error) == lacks
 

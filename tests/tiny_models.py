@@ -21,15 +21,6 @@ def tokenizer(text: str = TEXT) -> Any:
     return copy.deepcopy(_trained(text))
 
 
-def with_bos() -> Any:
-    """`tokenizer`, which puts ``<s>`` before a text, as those of Llama and Gemma do."""
-    from tokenizers.processors import TemplateProcessing
-
-    found = tokenizer()
-    found._tokenizer.post_processor = TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 0)])
-    return found
-
-
 @cache
 def _trained(text: str) -> Any:
     from tokenizers import ByteLevelBPETokenizer

@@ -146,7 +146,7 @@ def test_settings_that_the_model_generates_with_do_not_change_the_text(gqa):
 def test_tokens_are_drawn_as_the_model_predicts_them():
     """Shares of 20,000 draws within four standard errors; the end and tokens of probability 0 are never drawn."""
     logits = torch.tensor([-torch.inf, 1.0, 50.0, 0.0, 2.0, -torch.inf])
-    draw = _Draw(torch.rand(20000, 2, generator=torch.Generator().manual_seed(0)), never=[2, 99])
+    draw = written._Draw(torch.rand(20000, 2, generator=torch.Generator().manual_seed(0)), never=[2, 99])
     chosen = draw(torch.zeros(20000, 2), logits.repeat(20000, 1)).argmax(-1)
     shares = torch.bincount(chosen, minlength=6) / 20000
     logits[2] = -torch.inf

@@ -35,17 +35,9 @@ def test_sizes_are_next_to_those_of_the_dense_model(tmp_path):
     assert sizes_text(pruned, pruned) == "0.5 MiB of weights (q4.gguf: 1.0 MiB); "
 
 
-def test_square_brackets_of_paths_are_printed(run, shared, tmp_path):
+def test_square_brackets_of_paths_are_printed(run, dense, tmp_path):
     """They are no markup."""
-    folder = tmp_path / "o[v2]"
-    folder.mkdir()
-    made = folder / "pruned"
-    for arguments, written in (
-        (("prune", shared / "dense", "--set", "prune.unit_ratio=0.25", "--importance", "l1", "-o", made), made),
-        (("verify", made), made),
-        (("export", made, "--to", "stock", "-o", folder / "stock"), folder / "stock"),
-        (("discover", made), made),
-    ):
-        done = run(*arguments)
-        assert done.code == 0, done.err
-        assert str(written) in done.out, done.out
+    made = tmp_path / "o[v2]"
+    done = run("prune", dense, "--set", "prune.unit_ratio=0.25", "--importance", "l1", "-o", made)
+    assert str(made) in done.out, done.err
+    assert str(made) in run("verify", made).out

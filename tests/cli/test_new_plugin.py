@@ -136,23 +136,18 @@ def test_a_family_that_matches_already_is_named(run, dense, tmp_path):
     assert done.code == 2 and "derive your family from VicunaFamily of llmpruner_vicuna" in done.err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("Big", "cannot name a plugin; expected lower case letters"),
-        ("a--b", "cannot name a plugin"),
-        ("1st", "cannot name a plugin"),
-        ("../up", "cannot name a plugin"),
-        ("llmpruner-own", "'llmpruner-' is added"),
-        ("llama", "a family 'llama' exists already in llmpruner"),
-        ("giraffe --from unheard_of", "neither a model directory nor a model type that transformers knows"),
-        ("giraffe --from llama --import no_such_package", "--import no_such_package: ModuleNotFoundError"),
-        ("giraffe --from ./nowhere", "model directory './nowhere' does not exist"),
-        ("giraffe --from llama --kind strategy", "a strategy works for all models; leave --from out"),
-        ("giraffe --import json", "--import goes with --from"),
-        ("giraffe -o {tmp}", "exists already"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "message"), [
+    ("Big", "cannot name a plugin; expected lower case letters"),
+    ("../up", "cannot name a plugin"),
+    ("llmpruner-own", "'llmpruner-' is added"),
+    ("llama", "a family 'llama' exists already in llmpruner"),
+    ("giraffe --from unheard_of", "neither a model directory nor a model type that transformers knows"),
+    ("giraffe --from llama --import no_such_package", "--import no_such_package: ModuleNotFoundError"),
+    ("giraffe --from ./nowhere", "model directory './nowhere' does not exist"),
+    ("giraffe --from llama --kind strategy", "a strategy works for all models; leave --from out"),
+    ("giraffe --import json", "--import goes with --from"),
+    ("giraffe -o {tmp}", "exists already"),
+])  # fmt: skip
 def test_what_is_refused(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused("new-plugin", *arguments.split())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import llmpruner
-from llmpruner import Catalog, ImportanceCriterion, hookimpl
+from llmpruner import Catalog, hookimpl
 from llmpruner.cli.app import build_app
 from llmpruner.plugins.manager import plugin_manager
 from llmpruner.testing import catalog_with
@@ -103,22 +103,6 @@ def test_a_metric_an_exporter_and_a_section_from_the_command_line(run, dense, tm
     assert "<h2>Widths</h2>" in (tmp_path / "pruned" / "report.html").read_text(encoding="utf-8")
 
 
-def test_a_wrong_setting_is_one_line(refused):
-    for options, message in (
-        ("--importance magnitude --set magnitude.power=-1", "criterion magnitude: power"),
-        ("--importance magnitude --set magnitude.pover=1", "unknown setting 'pover'; did you mean power"),
-        ("--set magnitude.power=1", "'magnitude' is not chosen"),
-    ):
-        assert message in refused("plan", "{models}/dense", "--ratio", 0.2, *options.split())
-
-
-def test_a_strategy_recovers(run, pruned, shared, tmp_path):
-    options = ("--data", shared / "data.jsonl", "--strategy", "nothing", "-o", tmp_path / "out")
-    result = run("recover", pruned, *options)
-    assert result.code == 0, result.err
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (pruned / "model.safetensors").read_bytes()
-
-
 def test_a_strategy_trains_by_its_own_loss(run, pruned, shared, tmp_path):
     options = ("--max-steps", 2, "--batch-size", 2, "--learning-rate", 0.01, "-o", tmp_path / "out")
     assert run("recover", pruned, "--data", shared / "data.jsonl", "--strategy", "imitation", *options).code in (0, 3)
@@ -142,8 +126,6 @@ def test_a_command_runs(run, refused):
 
 
 class Other:
-    """A command whose name is taken, and a command."""
-
     @hookimpl
     def llmpruner_commands(self, app: typer.Typer) -> None:
         @app.command(name="prune")
@@ -161,36 +143,6 @@ def test_a_command_whose_name_is_taken_is_left_out():
     assert (done.exit_code, done.stdout) == (0, "fine\n")
     assert done.stderr == "warning: a plugin's command 'prune' was skipped: it exists already\n"
     assert "--ratio" in CliRunner().invoke(app, ["prune", "--help"]).stdout
-
-
-class Mixed:
-    """A plugin of which one criterion can be used, and one cannot."""
-
-    summary = "the mean of squares, with E[g²] and all"
-
-    @hookimpl
-    def llmpruner_importance_criteria(self):
-        class Nameless(ImportanceCriterion):
-            """Has no name."""
-
-        class Useful(ImportanceCriterion):
-            name = "useful"
-            summary = Mixed.summary
-
-        return [Nameless, Useful]
-
-
-def test_plugins_lists_what_was_left_out():
-    """And shows the brackets of a summary, which are no markup."""
-    app = build_app(catalog_with(Mixed()).manager)
-    done = CliRunner().invoke(app, ["plugins", "--json"])
-    shown = json.loads(done.stdout)
-    (useful,) = (row for row in shown["plugins"] if row["name"] == "useful")
-    assert useful == {"kind": "criterion", "name": "useful", "package": __name__, "summary": Mixed.summary}
-    (line,) = shown["broken"]
-    assert "Nameless" in line and done.stderr == f"warning: {line}\n"
-    text = " ".join(CliRunner().invoke(app, ["plugins", "useful"]).stdout.split())
-    assert text.startswith(f"useful, criterion of {__name__} (") and "with E[g²] and all" in text
 
 
 def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):

@@ -44,12 +44,6 @@ def test_the_readme_runs(run, shared, dense, tmp_path, monkeypatch):
     assert names["llmpruner_model_families"]() == [names["Heron"]]
 
 
-def test_the_make_targets_exist():
-    makefile = (Path(__file__).parents[2] / "Makefile").read_text()
-    for target in re.findall(r"^make (\w+)", README, re.M):
-        assert re.search(rf"^{target}:", makefile, re.M), target
-
-
 @pytest.fixture
 def small(monkeypatch, dense, tmp_path):
     recipe = yaml.safe_load(DemoRecipe().text())

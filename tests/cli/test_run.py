@@ -6,11 +6,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
+from said import Killed, StopAt
 
 from llmpruner import LoadSettings, OutputError, RunSettings, api
 from llmpruner.engine import journal
@@ -24,7 +24,6 @@ NAMES = ["1-prune", "2-recover", "table", "4-export"]
 
 
 def recipe_of(shared: Path) -> dict:
-    """Prune, recover, evaluate, export, on a tiny model."""
     training = {"max_steps": 3, "batch_size": 2, "micro_batch_size": 1, "learning_rate": 0.001}
     text = {"perplexity": str(shared / "text.txt"), "window": 64, "settings": {"perplexity": {"tokens": 256}}}
     return {
@@ -47,7 +46,6 @@ def file(shared, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(shared, tmp_path_factory) -> Path:
-    """The output of a run that was not interrupted."""
     out = tmp_path_factory.mktemp("whole") / "out"
     done = []
     found = api.run(recipe_of(shared), output=out, on_step=done.append)
@@ -132,35 +130,6 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
         api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
 
 
-class Killed(BaseException):
-    """Stands for the end of the process: no handler of `Exception` sees it."""
-
-
-class StopAt(Progress):
-    """Ends the run at the item ``number`` of the bar ``label``, or at a line that has ``label``."""
-
-    def __init__(self, label: str, number: int = 0) -> None:
-        self.label, self.number = label, number
-
-    def track(self, items, label):
-        for number, item in enumerate(items):
-            if (label, number) == (self.label, self.number):
-                raise Killed
-            yield item
-
-    def status(self, label):
-        if label.startswith(self.label):
-            raise Killed
-
-    @contextmanager
-    def bar(self, label):
-        def at(share, now):
-            if self.label in now:
-                raise Killed
-
-        yield at
-
-
 def no_result(path, target):
     """`Path.rename`, where the process ends before the result of a step gets its name."""
     if path.name == "result":
@@ -169,7 +138,6 @@ def no_result(path, target):
 
 
 def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, tmp_path, monkeypatch):
-    """One run, killed again and again, in every step and between them."""
     monkeypatch.setattr(journal, "SHARE", 1e9)
     recipe, out = recipe_of(shared), tmp_path / "out"
 
@@ -249,12 +217,6 @@ def test_the_recipes_that_there_are(run):
     shown = run("recipes").out
     assert all(name in shown for name in ("paper", "quality", "llama-cpp", "experts", "demo"))
     assert yaml.safe_load(run("recipes", "paper").out)["steps"][0]["prune"]["method"] == "llm-pruner"
-
-
-def test_a_shipped_recipe_is_known_by_its_name(refused, tmp_path):
-    data = ("--set", "recover.data={tmp}/none.jsonl")
-    found = refused("run", "quality", "--model", "{models}/dense", "-o", "{tmp}/out", *data)
-    assert found.startswith(f"recipe quality, step 2 (recover): {tmp_path}/none.jsonl: no such file")
 
 
 def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch):

@@ -19,7 +19,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory, shared) -> Path:
-    """A quarter of the MLP channels and a KV head less, without compensation."""
     folder = tmp_path_factory.mktemp("cut") / "model"
     llmpruner.prune(shared / "dense", unit_ratio=0.25, importance="l1", kinds="mlp,attention", output=folder)
     return folder
@@ -35,7 +34,6 @@ def states(result) -> dict[str, str]:
 
 
 def flip(file: Path, tensor: str) -> None:
-    """Change one bit in the middle of a tensor."""
     data = bytearray(file.read_bytes())
     length = int.from_bytes(data[:8], "little")
     first, last = json.loads(data[8 : 8 + length])[tensor]["data_offsets"]
@@ -144,12 +142,10 @@ def test_damage_is_named_when_a_checkpoint_is_loaded(refused, copy, what):
     assert message in line and f"{copy}/model.safetensors" in line
 
 
-@pytest.mark.parametrize("gone", ["gone", "9" * 5000])
-def test_earlier_records_and_missing_bases_are_said(run, copy, gone):
-    """The second is too long for a name of a file."""
+def test_earlier_records_and_missing_bases_are_said(run, copy):
     record = json.loads((copy / "llmpruner.json").read_text())
     del record["files"]
-    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / gone)
+    record["base_path"] = record["plans"][0]["base"]["model"] = str(copy / "gone")
     (copy / "llmpruner.json").write_text(json.dumps(record))
     result = run("verify", copy, "--json")
     assert result.code == 0 and "there is no record with hashes" in result.out

@@ -79,7 +79,6 @@ def tokens(number: int, **settings) -> dict[str, object]:
 
 
 def kept_text(tokenizer, kept: tuple[int, ...], text: str) -> str:
-    """The words of ``text`` whose tokens all stay."""
     words = [f" {word}" for word in text.split() if set(tokenizer(f" {word}")["input_ids"]) <= set(kept)]
     return "".join(words[:40])
 
@@ -132,19 +131,16 @@ def test_a_plan_records_the_text_on_which_tokens_alone_were_scored(folder):
     assert prune(folder, None, **options).estimation.calibration == str(folder / "text.txt")
 
 
-@pytest.mark.parametrize(
-    ("changes", "error", "line"),
-    [
-        ({"ratio": 0.2}, SelectionError, r"tokens save nothing of the .*; count by --budget parameters or bytes"),
-        (tokens(100), SelectionError, r"vocabulary\.tokens=100: the model has 768 tokens, of which 25\d must stay"),
-        (tokens(768), SelectionError, r"vocabulary\.tokens=768: the model has 768 tokens"),
-        (tokens(760), SelectionError, "the number of tokens that stay is a multiple of 64; ask for fewer"),
-        ({**tokens(448), "ratio": 0.2}, SettingsError, r"vocabulary\.tokens says how much to remove by itself"),
-        ({**tokens(448), "kinds": "mlp,vocabulary"}, SettingsError, r"with --kinds vocabulary and no other"),
-        ({"ratio": 0.2, "budget": "bytes", "steps": 2}, SettingsError, r"tokens go in one step"),
-        ({"ratio": 0.2, "budget": "bytes", "importance": "l2"}, SelectionError, "l2 does not score 'vocabulary'"),
-    ],
-)
+@pytest.mark.parametrize(("changes", "error", "line"), [
+    ({"ratio": 0.2}, SelectionError, r"tokens save nothing of the .*; count by --budget parameters or bytes"),
+    (tokens(100), SelectionError, r"vocabulary\.tokens=100: the model has 768 tokens, of which 25\d must stay"),
+    (tokens(768), SelectionError, r"vocabulary\.tokens=768: the model has 768 tokens"),
+    (tokens(760), SelectionError, "the number of tokens that stay is a multiple of 64; ask for fewer"),
+    ({**tokens(448), "ratio": 0.2}, SettingsError, r"vocabulary\.tokens says how much to remove by itself"),
+    ({**tokens(448), "kinds": "mlp,vocabulary"}, SettingsError, r"with --kinds vocabulary and no other"),
+    ({"ratio": 0.2, "budget": "bytes", "steps": 2}, SettingsError, r"tokens go in one step"),
+    ({"ratio": 0.2, "budget": "bytes", "importance": "l2"}, SelectionError, "l2 does not score 'vocabulary'"),
+])  # fmt: skip
 def test_what_cannot_be_done_is_refused_in_one_line(folder, changes, error, line):
     with pytest.raises(error, match=line) as caught:
         prune(folder, None, **changes)

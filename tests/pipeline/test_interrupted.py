@@ -11,6 +11,7 @@ import pytest
 import tiny_models
 from criteria_cases import make
 from fresh import run_fresh
+from said import Killed, StopAt
 
 from llmpruner import api, pipeline
 from llmpruner.engine import journal as journal_module
@@ -33,23 +34,6 @@ def dense(tmp_path_factory) -> Path:
 @pytest.fixture(autouse=True)
 def every_layer_is_recorded(monkeypatch):
     monkeypatch.setattr(journal_module, "SHARE", 1e9)
-
-
-class Killed(BaseException):
-    """Stands for the end of the process: no handler of `Exception` sees it."""
-
-
-class StopAt(Progress):
-    """Ends the run before item ``number`` of the bar ``label``."""
-
-    def __init__(self, label: str, number: int) -> None:
-        self.label, self.number = label, number
-
-    def track(self, items, label):
-        for number, item in enumerate(items):
-            if label == self.label and number == self.number:
-                raise Killed
-            yield item
 
 
 def checksums(folder: Path) -> dict[str, str]:
@@ -93,16 +77,6 @@ def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(dense, tmp_pat
         api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Writing calibration text", 0), **SETTINGS)
     assert (tmp_path / "out.pruning" / "run.json").is_file()
     api.prune(str(dense), output=tmp_path / "out", **{**SETTINGS, "importance": "l1", "compensate": "none"})
-    assert not (tmp_path / "out.pruning").exists()
-
-
-def test_restart_removes_what_was_done(dense, tmp_path):
-    with pytest.raises(Killed):
-        api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Compensating", 2), **SETTINGS)
-    other = {**SETTINGS, "ratio": 0.3}
-    with pytest.raises(OutputError, match=r"results of an interrupted run with other settings.*--restart"):
-        api.prune(str(dense), output=tmp_path / "out", **other)
-    api.prune(str(dense), output=tmp_path / "out", run=RunSettings(restart=True), **other)
     assert not (tmp_path / "out.pruning").exists()
 
 
@@ -173,16 +147,13 @@ def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp
         api.prune(str(dense), output=out, ratio=ratios, **settings)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"output": None}, "an output for their folders"),
-        ({"plan": "plan.json"}, "--ratio can't be combined with a plan"),
-        ({"ratio": "0.2,20"}, "--ratio '20': input should be less than 1"),
-        ({"target_params": "1M"}, "2 are given"),
-        ({"ratio": [0.2, 0.99]}, "can't be|cannot be|at most"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), [
+    ({"output": None}, "an output for their folders"),
+    ({"plan": "plan.json"}, "--ratio can't be combined with a plan"),
+    ({"ratio": "0.2,20"}, "--ratio '20': input should be less than 1"),
+    ({"target_params": "1M"}, "2 are given"),
+    ({"ratio": [0.2, 0.99]}, "can't be|cannot be|at most"),
+])  # fmt: skip
 def test_several_ratios_that_cannot_be_are_refused_before_anything_is_written(options, message, dense, tmp_path):
     with pytest.raises(LlmprunerError, match=message) as raised:
         api.prune(str(dense), **{"ratio": [0.2, 0.3], "output": tmp_path / "out", **options})
@@ -244,6 +215,7 @@ def test_a_change_of_what_it_read_is_another_run(what, tmp_path):
     else:
         model.model.layers[0].mlp.down_proj.weight.data.mul_(1.01)
         model.save_pretrained(tmp_path / "model")
-    with pytest.raises(OutputError, match="interrupted run with other settings"):
+    with pytest.raises(OutputError, match=r"results of an interrupted run with other settings.*--restart"):
         api.prune(str(tmp_path / "model"), **settings)
     api.prune(str(tmp_path / "model"), run=RunSettings(restart=True), **settings)
+    assert not (tmp_path / "out.pruning").exists()

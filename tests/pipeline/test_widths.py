@@ -9,18 +9,11 @@ from llmpruner_llama import LlamaFamily
 from transformers import LlamaConfig, MixtralConfig
 
 from llmpruner import Blocks, CoupledGroup, Role, Span
-from llmpruner.discovery.opening import Opener
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.errors import SelectionError
-from llmpruner.progress import QUIET
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
-from llmpruner.pruning.checks import check_job
-from llmpruner.pruning.saving import plan_of
 from llmpruner.pruning.selection import Demand, select
-from llmpruner.settings import LoadSettings
 from llmpruner.structure.kept import restrict
-from llmpruner.structure.plan import dense_units
 from llmpruner.structure.scope import Scope, Widths, widths_for
 from llmpruner.testing.models import cut_by, make_plan, small_job
 
@@ -160,20 +153,3 @@ def test_the_number_of_experts_is_a_multiple_of_the_same_in_every_step():
     for amount, steps in ((0.3, 2), (0.55, 2), (0.55, 3)):
         plan = make_plan(loaded, small_job(shape="uniform", amount=amount, steps=steps, kinds=("expert",)))
         assert {len(cut.kept) % 4 for cut in plan.cuts.values()} == {0}, (amount, steps, plan.kept)
-
-
-def test_numbers_of_the_dense_model_are_found_after_layers_went(gqa):
-    first = {"layers": [0, 2, 3], "layers.2.mlp": range(64), "layers.3.mlp": range(32)}
-    pruned = cut_by(gqa, plan_of(gqa, small_job(), first, None))
-    second = {"layers": [1, 2], "layers.1.mlp": range(32)}
-    left = restrict(pruned.graph, second)
-    plans = (*pruned.plans, plan_of(pruned, small_job(), second, None))
-    found = dense_units(plans, left)
-    assert found == {"layers": 4, "layers.0.mlp": 96, "layers.1.mlp": 96}
-    widths = widths_for("uniform", None, 512, dense_units(pruned.plans, pruned.graph))
-    assert widths.after(pruned.graph, second).dense.items() >= found.items()
-
-
-def test_what_uniform_widths_cannot_do_is_refused_before_work(gqa, catalog):
-    with pytest.raises(SelectionError, match=r"less than one unit .* in all layers at once, .* or for --shape free"):
-        check_job(small_job(shape="uniform", amount=0.005), gqa, Opener(catalog, LoadSettings(), QUIET))

@@ -185,15 +185,12 @@ def refusal(status: int) -> HfHubHTTPError:
     return HfHubHTTPError("no\nmore", response=httpx.Response(status, request=request))
 
 
-@pytest.mark.parametrize(
-    ("error", "message"),
-    [
-        (LocalTokenNotFoundError("x"), "there is no token on this machine; log in with `hf auth login`, or set"),
-        (refusal(401), "the token is not valid, or may not write there; log in"),
-        (refusal(500), "'me/small' cannot be written: no$"),
-        (httpx.ConnectError("unreachable"), "unreachable"),
-    ],
-)
+@pytest.mark.parametrize(("error", "message"), [
+    (LocalTokenNotFoundError("x"), "there is no token on this machine; log in with `hf auth login`, or set"),
+    (refusal(401), "the token is not valid, or may not write there; log in"),
+    (refusal(500), "'me/small' cannot be written: no$"),
+    (httpx.ConnectError("unreachable"), "unreachable"),
+])  # fmt: skip
 def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
     found = hub(error)
     with pytest.raises(OutputError, match=message) as caught:
@@ -201,16 +198,13 @@ def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
     assert "\n" not in str(caught.value) and not found.calls
 
 
-@pytest.mark.parametrize(
-    ("folder", "repo", "options", "kind", "message"),
-    [
-        ("dense", "me/x", {}, ModelError, "is no pruned checkpoint with config.json and llmpruner.json"),
-        ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
-        ("stock", "x", {}, SettingsError, "'x' is no name of a repository: it has no owner; expected OWNER/NAME"),
-        ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
-        ("stock", "me/x", {"evaluation": Path("none.json")}, DataError, "none.json cannot be read"),
-    ],
-)
+@pytest.mark.parametrize(("folder", "repo", "options", "kind", "message"), [
+    ("dense", "me/x", {}, ModelError, "is no pruned checkpoint with config.json and llmpruner.json"),
+    ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
+    ("stock", "x", {}, SettingsError, "'x' is no name of a repository: it has no owner; expected OWNER/NAME"),
+    ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
+    ("stock", "me/x", {"evaluation": Path("none.json")}, DataError, "none.json cannot be read"),
+])  # fmt: skip
 def test_mistakes(folders, folder, repo, options, kind, message):
     with pytest.raises(kind, match=message):
         push.prepare(folders / folder, repo, **options)

@@ -18,11 +18,11 @@ from llmpruner.errors import SelectionError
 from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
-from llmpruner.models.surgery import cut, cut_copy
+from llmpruner.models.surgery import cut
 from llmpruner.plugins.builtin import llmpruner_budgets
 from llmpruner.pruning import budgets
 from llmpruner.pruning.allocation import GlobalRanking, Uniform
-from llmpruner.pruning.budgets import BudgetSubject, Macs, counts
+from llmpruner.pruning.budgets import BudgetSubject, counts
 from llmpruner.pruning.saving import outcome_of
 from llmpruner.pruning.selection import Demand, select
 from llmpruner.structure.plan import Target
@@ -100,21 +100,18 @@ def test_costs_are_those_of_the_cut_model(loaded):
     check_counts(loaded)
 
 
-@pytest.mark.parametrize(
-    ("model_type", "options", "kinds"),
-    [
-        ("gpt2", {}, ()),  # transposed weights, tied
-        ("phi3", {"num_key_value_heads": 8}, INSIDE),  # query, key and value heads in one matrix
-        pytest.param("falcon", FALCON_40B, HEADS, marks=pytest.mark.slow),  # the same, block by block
-        pytest.param("gpt_neox", {}, HEADS, marks=pytest.mark.slow),
-        # Laid out as others.
-        *(pytest.param(name, {}, INSIDE, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),
-        pytest.param("gemma3_text", {}, HEADS, marks=pytest.mark.slow),  # sliding windows, norms over heads
-        pytest.param("mixtral", {}, INSIDE, marks=pytest.mark.long),  # experts
-        # Experts, too; caches a latent and one shared key, not its heads.
-        pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("model_type", "options", "kinds"), [
+    ("gpt2", {}, ()),  # transposed weights, tied
+    ("phi3", {"num_key_value_heads": 8}, INSIDE),  # query, key and value heads in one matrix
+    pytest.param("falcon", FALCON_40B, HEADS, marks=pytest.mark.slow),  # the same, block by block
+    pytest.param("gpt_neox", {}, HEADS, marks=pytest.mark.slow),
+    # Laid out as others.
+    *(pytest.param(name, {}, INSIDE, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),
+    pytest.param("gemma3_text", {}, HEADS, marks=pytest.mark.slow),  # sliding windows, norms over heads
+    pytest.param("mixtral", {}, INSIDE, marks=pytest.mark.long),  # experts
+    # Experts, too; caches a latent and one shared key, not its heads.
+    pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_costs_of_other_architectures(model_type, options, kinds):
     config = small_config(AutoConfig.for_model(model_type, **options))
     check_counts(opened(random_instance(config)), kinds)
@@ -188,17 +185,6 @@ def test_layers_that_save_nothing_stay(gqa):
     assert kept == {"layers": (0, 2, 3)}
 
 
-def test_a_cut_copy_shares_what_is_not_cut_and_leaves_the_model(gqa):
-    before, own = copy.deepcopy(gqa.model.state_dict()), dict(gqa.model.named_parameters())
-    cost_for(gqa, "kv-cache")
-    other = dict(cut_copy(gqa.model, gqa.graph, {"layers.1.mlp": range(9)}, gqa.family).named_parameters())
-    apart = {n for n in own if own[n] is not other[n] and "norm" not in n}
-    assert apart == {f"model.layers.1.mlp.{m}_proj.weight" for m in ("gate", "up", "down")}
-    kept = {"hidden": range(20), "layers.1.mlp": range(9), "layers": [0, 2, 3]}
-    assert len(cut_copy(gqa.model, gqa.graph, kept, gqa.family).model.layers) == 3 < len(gqa.model.model.layers)
-    assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())
-
-
 def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
     def measure():
         return budgets.KvCache().cost(subject(gqa))
@@ -225,13 +211,6 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
     monkeypatch.setattr(budgets, "bytes_per_token", lambda *a: [max(size, 3 * 64) for size in honest(*a)])
     with pytest.raises(UnsupportedModelError, match="is not proportional to the units that are kept"):
         measure()
-
-
-def test_the_context_is_a_setting_of_the_budget(gqa):
-    """2 · context · 64 attention channels in each of 4 layers."""
-    assert Macs().settings.context == 512
-    costs = [Macs(context=context).cost(subject(gqa)).remaining() for context in (1, 11)]
-    assert costs[1] - costs[0] == 2 * 10 * 64 * 4
 
 
 def test_a_target_records_what_applies_to_it(gqa):

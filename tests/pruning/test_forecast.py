@@ -11,9 +11,6 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpruner import SettingsError, api
-from llmpruner.settings import RunSettings
-
 SHAPE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 16, "vocab_size": 2048}
 SETTINGS = {"ratio": 0.2, "importance": "taylor", "samples": 16, "length": 16, "calibration": "self"}
 TRIALS = {**SETTINGS, "importance": "l2", "allocation": "sensitivity"}
@@ -65,9 +62,3 @@ def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, settings, strea
     assert 0.75 * taken <= expected <= 1.25 * taken, found
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
     assert 0.75 * written <= found["disk"] <= 1.25 * written
-
-
-def test_a_limit_below_what_any_run_takes_is_refused_before_weights_are_read(dense, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(SettingsError, match=r"--max-memory 100.0 MiB: .* needs at least .*; raise it, or take fewer"):
-        api.prune(str(dense), output=tmp_path / "out", run=RunSettings(max_memory=100 << 20), **SETTINGS)

@@ -13,7 +13,7 @@ from recovery_cases import model_of
 
 from llmpruner import api
 from llmpruner.calibration.written import answered
-from llmpruner.errors import DataError, ModelError, OutputError
+from llmpruner.errors import DataError, OutputError
 from llmpruner.recovery import data as training_data
 from llmpruner.recovery.data import ROWS, DenseText, _decoded, dense_text_in, write_examples
 
@@ -106,7 +106,6 @@ def random_model():
 
 
 def dense_and_pruned(home, random_model, template=None):
-    """A folder with a dense and a pruned model, with a chat template or without."""
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = template
     random_model.save_pretrained(home / "dense")
@@ -164,15 +163,6 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
     with pytest.raises(OutputError, match="is not the folder of an interrupted run"):
         recover(home, tmp_path / "other", work_dir=tmp_path / "mine", restart=True)
     assert (tmp_path / "mine" / "thesis.txt").exists()
-
-
-def test_what_needs_no_weights_is_refused_before_they_are_loaded(home, tmp_path, monkeypatch):
-    monkeypatch.setattr("llmpruner.discovery.opening.Opener.weights", lambda *_, **__: pytest.fail("loaded"))
-    with pytest.raises(ModelError, match="was not pruned by llmpruner, so no dense model is known"):
-        api.recover(str(home / "dense"), data="self", output=tmp_path / "out")
-    with pytest.raises(DataError, match="'some/thing' is no file here, and cannot be loaded as a data set"):
-        recover(home, tmp_path / "out", data="self:8,some/thing")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):

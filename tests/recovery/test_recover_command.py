@@ -29,7 +29,6 @@ TRAINING = {"max_steps": 2, "batch_size": 4, "micro_batch_size": 2, "cutoff": 24
 
 @pytest.fixture
 def home(tmp_path):
-    """A folder with a dense model, a pruned one, and data."""
     dense_model().save_pretrained(tmp_path / "dense")
     tiny_models.tokenizer().save_pretrained(tmp_path / "dense")
     llmpruner.prune(str(tmp_path / "dense"), output=tmp_path / "pruned", ratio=0.2, importance="l1", compensate="none")

@@ -12,8 +12,7 @@ from recovery_cases import write_lines
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.conversations import Completion, read_examples
 from llmpruner.discovery.family import alpaca_prompt
-from llmpruner.recovery.data import RecoverySetup, check_setup, prepare, read_data
-from llmpruner.recovery.strategies import FullStrategy
+from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
@@ -85,15 +84,3 @@ def test_the_demo_instructions_are_complete_and_distinct():
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     assert len(read_examples(str(file))) == len(rows) == len({(r["instruction"], r["input"]) for r in rows}) >= 160
     assert all(set(r) == {"instruction", "input", "output"} and r["output"].strip() == r["output"] != "" for r in rows)
-
-
-def test_data_is_looked_at_before_anything_long(tmp_path):
-    def check(data):
-        check_setup(RecoverySetup(RecoverSettings(data=data), FullStrategy()))
-
-    with pytest.raises(DataError, match="no such file"):
-        check(f"self:8,{tmp_path / 'none.jsonl'}")
-    (tmp_path / "bad.jsonl").write_text('{"txt": "x"}')
-    with pytest.raises(DataError, match=r"bad\.jsonl, line 1"):
-        check(str(tmp_path / "bad.jsonl"))
-    check("self")

@@ -21,7 +21,6 @@ KEPT = "Q Z 7, X; 8 % J & W 9 = K " * 4
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with a dense model, and one with a part of its merged tokens."""
     home = tmp_path_factory.mktemp("trimmed")
     dense_model().save_pretrained(home / "dense")
     tiny_models.tokenizer().save_pretrained(home / "dense")

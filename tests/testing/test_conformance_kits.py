@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pluggy import PluginValidationError
 from pydantic import Field
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,7 +20,6 @@ from llmpruner import (
     RecoveryStrategy,
     Signal,
     TrainingResult,
-    hookimpl,
 )
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
@@ -107,7 +105,14 @@ def with_nan(signals: ParameterSignals) -> torch.Tensor:
     return value
 
 
-SALIENCY = "test_every_saliency_is_a_finite_tensor"
+def on_stacks(function: Any, **members: Any) -> type[ImportanceCriterion]:
+    """A criterion that gives the absolute weight, and for a stack what ``function`` makes of it."""
+    return broken(
+        saliency=lambda self, s: s.weight.abs() if s.weight.dim() < 3 else function(s.weight.abs()), **members
+    )
+
+
+SALIENCY, STACKS = "test_every_saliency_is_a_finite_tensor", "test_a_matrix_of_a_stack_scores_alike_alone"
 KEPT, ALONE, APART = "test_it_leaves_the_model_as_it_was", "test_a_unit_scores_alike_alone", "test_it_tells_units_apart"
 NAMED, SEEDED = "test_it_is_a_component_that_an_entry_point_registers", "test_the_same_seed_gives_the_same_scores"
 BROKEN_CRITERIA = [
@@ -128,45 +133,17 @@ BROKEN_CRITERIA = [
     (SALIENCY, broken(score_units=lambda self, signals, axis, index: torch.ones(2)), r"shape \(2,\), expected \(48,"),
     (SALIENCY, saliency(with_nan), "saliency is nan at"),
     (APART, saliency(with_nan), "score that is not a finite number"),
-]  # fmt: skip
-
-
-def on_stacks(function: Any, **members: Any) -> type[ImportanceCriterion]:
-    """A criterion that gives the absolute weight, and for a stack what ``function`` makes of it."""
-    return broken(
-        saliency=lambda self, s: s.weight.abs() if s.weight.dim() < 3 else function(s.weight.abs()), **members
-    )
-
-
-STACKS = "test_a_matrix_of_a_stack_scores_alike_alone"
-BROKEN_CRITERIA += [
     (STACKS, on_stacks(lambda w: w / w.mean(), by_matrix=True), "by_matrix, but a stack scores otherwise"),
     (SALIENCY, on_stacks(lambda w: w.sum(0)), r"saliency has shape \(.*\), expected \(7, "),
     (SALIENCY, on_stacks(lambda w: w.sum(0), by_matrix=True), r"saliency has shape \(.*\), expected \(1, "),
     (SEEDED, on_stacks(lambda w: torch.rand(w.shape)), r"other scores when run again: group '.*', unit 0 scores"),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("check", "cls", "message"), BROKEN_CRITERIA)
 def test_a_broken_criterion_is_caught(check, cls, message):
     with pytest.raises((AssertionError, ModelError), match=message):
         run(CriterionConformance, "criterion", cls, check)
-
-
-def test_a_stack_is_watched_as_it_is_scored():
-    """A criterion that says `by_matrix` gets one matrix at a time in the kit, too."""
-    shapes = []
-    seen = broken(saliency=lambda self, s: shapes.append(s.weight.shape) or s.weight.abs(), by_matrix=True)
-    run(CriterionConformance, "criterion", seen, SALIENCY)
-    assert {shape[0] for shape in shapes if len(shape) == 3} == {1}
-
-
-def test_a_criterion_of_attention_is_shown_no_mixture():
-    seen = []
-    cls = broken(kinds=frozenset({"attention"}), saliency=lambda self, s: seen.append(s.weight.dim()) or s.weight.abs())
-    for check in (SALIENCY, SEEDED, ALONE, STACKS):
-        run(CriterionConformance, "criterion", cls, check)
-    assert max(seen) == 2
 
 
 class Steady(RecoveryStrategy):
@@ -208,7 +185,6 @@ def results(**changes: Any) -> type[RecoveryStrategy]:
 
 
 def twice(self: Any, job: Any, done: int) -> None:
-    """Repeats the steps of the interrupted run."""
     job.model.lm_head.weight.data += 0.01 * done
 
 
@@ -351,24 +327,3 @@ def test_a_registered_criterion_that_says_something_wrong_is_caught(monkeypatch,
     monkeypatch.setattr("llmpruner.testing.components.Catalog", lambda: catalog)
     with pytest.raises(AssertionError, match=message):
         run(CriterionConformance, "criterion", cls, NAMED)
-
-
-def test_a_catalog_with_given_plugins():
-    """Components, in tests/plugin_host; and objects with hooks, which may be misspelt."""
-
-    class Module:
-        @hookimpl
-        def llmpruner_importance_criteria(self):
-            return [Good]
-
-    class Misspelt:
-        @hookimpl
-        def llmpruner_importance_criterions(self):
-            return []
-
-    catalog = catalog_with(Module(), Steady)
-    assert catalog.strategies["steady"] is Steady and catalog.criteria["good"] is Good
-    with pytest.raises(TypeError, match="int is no plugin; expected a module or object with hooks, or a component"):
-        catalog_with(int)
-    with pytest.raises(PluginValidationError, match="criterions"):
-        catalog_with(Misspelt())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,13 +95,9 @@ def test_prompts_of_each_generation() -> None:
         assert family().format_conversation([("你好", "ho")], "Be brief.")[0][0] == after_system
 
 
-class Marked:
-    """The end-of-sequence token of a tokenizer."""
-
-    chat_template = None
-
-    def __init__(self, eos: str) -> None:
-        self.eos_token = eos
+def marked(eos: str) -> Any:
+    """As a tokenizer."""
+    return SimpleNamespace(chat_template=None, eos_token=eos)
 
 
 LATER = {
@@ -115,14 +112,14 @@ LATER = {
 def test_later_questions_of_a_conversation_are_asked_as_published(family: type[ModelFamily]) -> None:
     eos, expected = LATER[family]
     for answer in ("a1", "\n a1 "):
-        assert chat_prompt(family(), Marked(eos), "q2", [("q1", answer)]) == (expected, False)
+        assert chat_prompt(family(), marked(eos), "q2", [("q1", answer)]) == (expected, False)
 
 
 @pytest.mark.parametrize("family", LATER)
 def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily]) -> None:
     eos, expected = LATER[family]
     exchanges = (("q1", "a1"), ("q2", "a2"))
-    texts = training_texts(Conversation(exchanges), family(), Marked(eos))
+    texts = training_texts(Conversation(exchanges), family(), marked(eos))
     gap = family.answer_separator
     closed = ["".join(a + b for a, b in text.turns) for text in texts]
     whole = f"{expected}{gap}a2{eos}"
@@ -132,5 +129,5 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
     else:
         assert closed == [whole]
         assert [turn.answer for turn in texts[0].turns] == [f"{gap}a1", f"{gap}a2{eos}"]
-    system = training_texts(Conversation(exchanges, "Brief."), family(), Marked(eos))
+    system = training_texts(Conversation(exchanges, "Brief."), family(), marked(eos))
     assert all(text.turns[0].prompt.startswith(family().format_system("Brief.")) for text in system)

@@ -66,10 +66,3 @@ def test_greedy_ids_of_the_original(folder: str, name: str, options: dict[str, A
         case["input_ids"], attention_mask=padding_mask(case), max_new_tokens=new, do_sample=False, **options
     )
     assert torch.equal(ids[:, length:], case["new_tokens"])
-
-
-@pytest.mark.parametrize("folder", ["chatglm_v1", "chatglm_v1/tied"])
-def test_embeddings_are_tied_as_the_configuration_says(folder: str) -> None:
-    auto = model(folder)
-    assert auto.config.tie_word_embeddings is (folder == "chatglm_v1/tied")
-    assert (auto.lm_head.weight is auto.transformer.word_embeddings.weight) is (folder == "chatglm_v1/tied")

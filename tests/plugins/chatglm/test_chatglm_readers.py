@@ -26,7 +26,6 @@ BIN, SAFE = "pytorch_model.bin", "model.safetensors"
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
-    """A copy without weights."""
     shutil.copyfile(DATA / "chatglm2" / "config.json", tmp_path / "config.json")
     return tmp_path
 
@@ -96,8 +95,6 @@ def test_chatglm2_with_long_context_divides_positions(tmp_path: Path) -> None:
 
 
 class Code:
-    """Creates a file when it is unpickled."""
-
     def __init__(self, path: Path) -> None:
         self.path = path
 
@@ -143,19 +140,16 @@ def test_damage_is_one_line(checkpoint: Path, what: str) -> None:
     assert not (checkpoint / "ran").exists()
 
 
-@pytest.mark.parametrize(
-    ("folder", "change", "message"),
-    [
-        ("chatglm_v1", {"quantization_bit": 4}, "quantized to 4 bits"),
-        ("chatglm_v1", {"pre_seq_len": 128}, "P-tuning prefix"),
-        ("chatglm_v1", {"position_encoding_2d": False}, "without 2D position encoding"),
-        ("chatglm2", {"quantization_bit": 8}, "quantization_bit is 8"),
-        ("chatglm2", {"add_bias_linear": True}, "add_bias_linear"),
-        ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
-        ("chatglm2", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
-        ("chatglm2", {"num_layers": "many"}, "config.json: .*'num_hidden_layers'"),
-    ],
-)
+@pytest.mark.parametrize(("folder", "change", "message"), [
+    ("chatglm_v1", {"quantization_bit": 4}, "quantized to 4 bits"),
+    ("chatglm_v1", {"pre_seq_len": 128}, "P-tuning prefix"),
+    ("chatglm_v1", {"position_encoding_2d": False}, "without 2D position encoding"),
+    ("chatglm2", {"quantization_bit": 8}, "quantization_bit is 8"),
+    ("chatglm2", {"add_bias_linear": True}, "add_bias_linear"),
+    ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
+    ("chatglm2", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
+    ("chatglm2", {"num_layers": "many"}, "config.json: .*'num_hidden_layers'"),
+])  # fmt: skip
 def test_variants_that_cannot_be_read_exactly_are_refused(
     folder: str, change: dict[str, Any], message: str, tmp_path: Path
 ) -> None:

@@ -55,7 +55,6 @@ class GgufFile:
 
     @property
     def types(self) -> dict[str, gguf.GGMLQuantizationType]:
-        """The type of every tensor."""
         return {name: tensor.tensor_type for name, tensor in self._tensors.items()}
 
     def key(self, name: str, default: Any = None) -> Any:
@@ -79,7 +78,6 @@ class GgufFile:
 
     @cached_property
     def windows(self) -> list[int | None]:
-        """The sliding window of every layer."""
         layers, size = int(self.key("block_count")), self.key("attention.sliding_window", 0)
         return [size if size and self.architecture.slides(layer) else None for layer in range(layers)]
 

@@ -55,6 +55,5 @@ def resave(folder: Path, number: int, change: Any) -> None:
 
 
 def write(model: Any, tokenizer: Path | None, folder: Path, shards: int = 1) -> None:
-    """Write in Meta's format to a new folder."""
     with new_directory(folder) as partial:
         write_meta(model, tokenizer, partial, shards)

@@ -165,17 +165,8 @@ def export(source: Path, output: Path, **settings: Any) -> str:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """The golden model with both MLPs at 130 of 224 channels, in Hugging Face's format."""
     save_checkpoint(pruned("gqa", mlp("gqa", 130)), tmp_path / "pruned", record={}, family=LlamaFamily())
     return tmp_path / "pruned"
-
-
-def test_what_is_read_back_is_the_pruned_model(saved: Path, tmp_path: Path) -> None:
-    line = export(saved, tmp_path / "meta", shards=2)
-    assert "model-parallel size 2" in line and "without tokenizer.model" in line
-    names = {"consolidated.00.pth", "consolidated.01.pth", "params.json"}
-    assert {file.name for file in (tmp_path / "meta").iterdir()} == names
-    assert torch.equal(*(logits(m, tokens_of("gqa")) for m in (read(tmp_path / "meta"), load_pruned(saved))))
 
 
 def test_a_vocabulary_that_lost_tokens_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:

@@ -48,7 +48,6 @@ def test_sentencepiece_survives_the_conversion(tmp_path: Path) -> None:
 
 
 def llama3(folder: Path, **params: Any) -> Path:
-    """A tiny model with a tiny tokenizer in Llama 3's formats."""
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
     write(LlamaForCausalLM(LlamaConfig(vocab_size=600, num_hidden_layers=1, **sizes)), None, folder)

@@ -116,18 +116,15 @@ def test_every_width_is_read_as_it_was_written():
             assert width_of(multiplier(width, hidden), hidden) == width
 
 
-@pytest.mark.parametrize(
-    ("layers", "heads", "kv_heads"),
-    [
-        ([(3, 3), (3, 3)], 9, [3, 3]),
-        ([(3, 3), (1, 3)], 9, [3, 1]),
-        ([(3, 3), (2, 3)], 9, [3, 3]),  # 2 does not divide 9
-        ([(8, 4), (5, 4), (4, 4), (3, 4)], 32, [8, 8, 4, 4]),
-        ([(2, 3), (2, 2)], 6, [2, 2]),
-        ([(2, 3), (1, 2)], 6, [2, 1]),
-        ([(4, 1), (3, 2)], 6, [6, 3]),  # as few weights as 8 query and 4 key/value heads in both, and fewer heads
-    ],
-)
+@pytest.mark.parametrize(("layers", "heads", "kv_heads"), [
+    ([(3, 3), (3, 3)], 9, [3, 3]),
+    ([(3, 3), (1, 3)], 9, [3, 1]),
+    ([(3, 3), (2, 3)], 9, [3, 3]),  # 2 does not divide 9
+    ([(8, 4), (5, 4), (4, 4), (3, 4)], 32, [8, 8, 4, 4]),
+    ([(2, 3), (2, 2)], 6, [2, 2]),
+    ([(2, 3), (1, 2)], 6, [2, 1]),
+    ([(4, 1), (3, 2)], 6, [6, 3]),  # as few weights as 8 query and 4 key/value heads in both, and fewer heads
+])  # fmt: skip
 def test_the_smallest_heads_that_the_format_can_state(layers, heads, kv_heads):
     found = stated(Sizes(64, 8, tuple(LayerSizes(100, *each) for each in layers)))
     assert (found.heads, [layer.kv_heads for layer in found.layers]) == (heads, kv_heads)
