@@ -62,9 +62,9 @@ def figures(subject: ReportSubject) -> dict[str, Pair]:
             before, after = first["perplexity"], second["perplexity"] ** more
             on = (second.get("text_sha256"), second["window"])
             pairs.setdefault("perplexity", Pair("Perplexity", before, after, "{:,.2f}".format, note, on))
-    models = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
-    if tasks := [task for task in models[0] if task in models[1]]:
-        before, after = (fmean(accuracies[task] for task in tasks) for accuracies in models)
+    both = _accuracies(subject, DENSE), _accuracies(subject, subject.name)
+    if tasks := [task for task in both[0] if task in both[1]]:
+        before, after = (fmean(accuracies[task] for task in tasks) for accuracies in both)
         note = f" over {counted(len(tasks), 'task')}"
         pairs["tasks"] = Pair("Accuracy, mean over tasks", before, after, "{:.1%}".format, note)
     return pairs

@@ -76,7 +76,8 @@ class ExpertReap(OfExpertOutputs):
 
     def of_tokens(self, product: Product) -> torch.Tensor:
         gates = product.gate_shares if self.settings.renormalize else product.gates
-        return gates * product.outputs.norm(dim=1)
+        norms: torch.Tensor = product.outputs.norm(dim=1)
+        return gates * norms
 
 
 class ExpertNorm(OfExpertOutputs):
@@ -112,4 +113,5 @@ class ExpertContribution(OfExpertOutputs):
     by_layer = True
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        return product.gates * product.outputs.norm(dim=1)
+        norms: torch.Tensor = product.outputs.norm(dim=1)
+        return product.gates * norms
