@@ -196,8 +196,8 @@ class RecoverSettings(Settings):
     limit: int | None = option(None, ge=1)
     """Number of examples to draw at random; all by default."""
     learning_rate: float | None = option(None, _TRAINING, gt=0)
-    """Peak learning rate. By default 1e-4 for adapters, and 0.15 / hidden size for all weights, proportionally less in
-    fewer than 100 steps."""
+    """Peak learning rate. By default 1e-4 or, of all weights in fewer than 100 steps, proportionally less; with
+    --minutes, the peak is proportionally lower where fewer than 100 steps fit."""
     epochs: float = option(2.0, _TRAINING, gt=0, le=100_000)
     """Passes over the data."""
     max_steps: int | None = option(None, _TRAINING, ge=1, le=10**9)

@@ -163,8 +163,7 @@ def train(
 
     model, strategy = loaded.model, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
-    width = model.get_input_embeddings().weight.shape[1]
-    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters, width=width)
+    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),

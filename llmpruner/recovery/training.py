@@ -66,16 +66,13 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
     return TrainingResult(model, losses, sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool, width: int) -> RecoverSettings:
+def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> RecoverSettings:
     """``settings`` with a batch size and a learning rate for a training on ``rows`` rows, where the user gave none.
-    ``width``: the model's hidden size.
 
     Batches are halved from 64 down to 2 while there are fewer than 200 steps: many small steps restore more than a few
-    large ones. The rate is the paper's 1e-4 for adapters. For all weights it falls with the width (Yang et al., 2022,
-    "Tensor Programs V"): 0.15 / 576 = 2.6e-4 was best for SmolLM2-135M, and a model of 7B gets 3.7e-5. AdamW's first
-    steps move every weight by about the rate, whichever way its noisy gradient points, so that a few may raise the
-    loss: below 100 steps, the rate is proportionally lower. Raises `SettingsError` for batches that the processes of a
-    run cannot share.
+    large ones. AdamW's first steps move every weight by about the learning rate, whichever way its noisy gradient
+    points, so that a few steps of all weights at 1e-4 raise the loss: below 100, the rate is proportionally lower.
+    Raises `SettingsError` for batches that the processes of a run cannot share.
     """
     processes, size = Ranks.current().count, settings.batch_size
     if size is None:
@@ -92,7 +89,7 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool, width: in
         return settings
     # With minutes, the schedule lowers it.
     few = 1.0 if adapters or settings.minutes is not None else planned_steps(settings, rows) / 100
-    return settings.model_copy(update={"learning_rate": (1e-4 if adapters else 0.15 / width) * min(1.0, few)})
+    return settings.model_copy(update={"learning_rate": 1e-4 * min(1.0, few)})
 
 
 def planned_steps(settings: RecoverSettings, rows: int) -> int:
