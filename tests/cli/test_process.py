@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import subprocess
 import sys
 
+import pytest
 from fresh import run_fresh
+
+from llmpruner.cli import process
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
 
@@ -32,6 +36,33 @@ def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
         assert debug.stderr.endswith(f"UnknownNameError: {message}")
 
 
+LIBRARIES = "import pluggy, pydantic, rich.console, rich.markdown, rich.traceback, typer.rich_utils"
+
+
+def test_help_takes_less_than_half_a_second():
+    """Of processor time, with compiled modules, as an installation has them. On a machine that is slow or busy, at most
+    two and a half times what the libraries of a command line take there."""
+    compiled = {"PYTHONDONTWRITEBYTECODE": ""}
+    helps, libraries = [], []
+    for _ in range(20):
+        before = _children()
+        done = llmpruner("--help", **compiled)
+        helps.append(_children() - before)
+        assert done.returncode == 0 and "Usage: llmpruner" in done.stdout
+        before = _children()
+        subprocess.run([sys.executable, "-c", LIBRARIES], env=os.environ | compiled, check=True)
+        libraries.append(_children() - before)
+        if min(helps) < max(0.5, 2.5 * min(libraries)) and len(helps) > 1:
+            break
+    assert 0 < min(helps) < max(0.5, 2.5 * min(libraries)), (helps, libraries)
+
+
+def _children() -> float:
+    """Processor time of all processes that ended, in seconds."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 TERMINATED = """
 import os, signal, sys, time
 from pathlib import Path
@@ -53,6 +84,27 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     done = run_fresh(TERMINATED, tmp_path, timeout=60)
     assert done.returncode == 128 + signal.SIGTERM, done.stderr[-2000:]
     assert not list(tmp_path.iterdir())
+
+
+class Second:
+    """The second of several processes, and the first to fail."""
+
+    first = False
+
+    def claim(self, what: str) -> bool:
+        return what == "error"
+
+
+def test_lack_of_memory_in_any_process_is_told(monkeypatch, capsys):
+    def short_of_memory():
+        raise MemoryError("17 GiB")
+
+    monkeypatch.setattr("llmpruner.engine.ranks.Ranks.current", Second)
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr(process, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        process.run_together(short_of_memory, debug=False)
+    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (17 GiB); take fewer")
 
 
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):
