@@ -33,10 +33,11 @@ def test_the_configuration_class_of_a_shim_has_defaults():
     assert pruned_config(LlamaConfig)().to_dict()["model_type"] == "llama"
 
 
-def test_refuses_weights_that_are_not_finite(tmp_path):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_refuses_weights_that_are_not_finite(value, tmp_path):
     model = cut_llama("mlp")
     with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.inf
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = value
     with pytest.raises(CheckpointError, match=r"model\.layers\.1\.mlp\.up_proj\.weight holds NaN or infinite"):
         save_checkpoint(model, tmp_path / "out", record={})
     assert list(tmp_path.iterdir()) == []
