@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import asdict
 from math import inf
 from types import SimpleNamespace
 
@@ -341,5 +343,6 @@ def test_weights_stay_where_no_ridge_can_be_solved(scale, caplog):
     add(fitter, x * scale, target * 1e-3)
     (fit,) = write_all({("weight", None): fitter}, weight, SINGLE)
     assert fit.ridge is None
+    json.dumps(asdict(fit), allow_nan=False)  # as the record is written
     torch.testing.assert_close(weight.weight[:, :5], true[:, :5])
     assert "'weight' keeps its weights" in caplog.text

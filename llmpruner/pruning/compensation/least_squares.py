@@ -43,7 +43,7 @@ class Fit:
     """The fit of one weight. ``slot``: number of the expert in a stacked parameter, None for one matrix. ``rows``:
     tokens in the fit. ``ridge``: λ of `compensation.least_squares` as a share of the mean diagonal of XᵀX; None:
     weights are unchanged. ``before``, ``after``: squared error on held-out tokens as a share of the mean square of the
-    targets, with the old weights of the inputs that stay and with fitted ones; None where it was not computed."""
+    targets, with the old weights of the inputs that stay and with fitted ones; None where it is not a finite number."""
 
     parameter: str
     slot: int | None
@@ -159,7 +159,7 @@ class WeightFitter:
         before = after = None
         step = max(1, len(self._held_out.squares) // _OUTPUTS)
         whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
-        if self._fit.rows and whole:
+        if whole and isfinite(errors[-1]):
             # The best fit is no worse than the old weights. Differences of sums in float32 may fall below zero.
             before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
         rows = self._fit.rows + self._held_out.rows
