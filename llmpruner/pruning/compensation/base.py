@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ...component import Component, ComponentSettings
+from ...errors import UnsupportedModelError
 from ...structure.coupling import Role
 
 if TYPE_CHECKING:
@@ -81,20 +82,25 @@ class BiasShift(Compensation):
     changes_readers_alone = True
 
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
-        """Of stacked matrices, whose biases have other names in other models, any bias of their module will do."""
-        from .least_squares import no_bias
-
-        with_bias = {name.rpartition(".")[0] for name in graph.shapes if "bias" in name.rpartition(".")[2]}
-        for span in (span for group in groups for span in group.spans_with(Role.CONSUMES)):
-            name, axes = span.parameter, len(graph.shapes[span.parameter])
-            matrix = (axes == 2 and name.endswith(".weight")) or (axes == 3 and span.axis > 0)
-            if matrix and graph.is_decoder(name) and name.rpartition(".")[0] not in with_bias:
-                raise no_bias(name)
+        """Stacks are refused: where experts have biases, they are not added by the matrix product."""
+        for group in groups:
+            for span in group.spans_with(Role.CONSUMES):
+                name, axes = span.parameter, len(graph.shapes[span.parameter])
+                alone = axes == 2 and name.endswith(".weight") and f"{name[:-6]}bias" not in graph.shapes
+                if graph.is_decoder(name) and (alone or (axes == 3 and span.axis > 0)):
+                    raise no_bias(name)
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
         from . import least_squares, repair
 
         return repair.repair(task, least_squares.BiasFitter)
+
+
+def no_bias(parameter: str) -> UnsupportedModelError:
+    """The error for a weight without a bias to change."""
+    return UnsupportedModelError(
+        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
+    )
 
 
 class Refit(Compensation):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from ...engine.products import WatchedProduct
 from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
-from ...errors import UnsupportedModelError
+from .base import no_bias
 from .readers import Reader, matrix_of
 
 _LOG = logging.getLogger("llmpruner")
@@ -216,13 +216,6 @@ class BiasFitter:
         self.bias += (matrix.double() @ lost).to(self.bias.dtype)
         matrix[:, removed] = 0
         return Fit(*key, self.rows, None)
-
-
-def no_bias(parameter: str) -> UnsupportedModelError:
-    """The error for a weight without a bias to change."""
-    return UnsupportedModelError(
-        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
-    )
 
 
 Fitter = WeightFitter | BiasFitter
