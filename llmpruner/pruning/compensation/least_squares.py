@@ -17,13 +17,12 @@ from dataclasses import dataclass
 from math import inf, isfinite
 
 import torch
-from transformers import PreTrainedModel
 
 from ...engine.products import WatchedProduct
 from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
 from .base import no_bias
-from .readers import Reader, matrix_of
+from .readers import Reader
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -116,7 +115,7 @@ class WeightFitter:
     """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
 
     def __init__(self, reader: Reader, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.reader, self.bias = reader, bias
+        self.matrix, self.bias = matrix, bias
         self.kept = reader.kept.to(matrix.device)
         sizes = len(self.kept) + (bias is not None), matrix.shape[0], matrix.device
         self._fit, self._held_out = _Sums(*sizes), _Sums(*sizes)
@@ -141,19 +140,19 @@ class WeightFitter:
         self._fit.reduce(ranks)
         self._held_out.reduce(ranks)
 
-    def error(self, trial: int, matrix: torch.Tensor) -> float:
+    def error(self, trial: int) -> float:
         """The error of a trial on the held-out rows, see `_Sums.error`, for at least `_OUTPUTS` evenly spaced outputs,
         which are enough to choose a ridge. Infinite without rows, and for a system that cannot be solved."""
         if not self.has_rows:
             return inf
-        old_OI = self._old(matrix)
+        old_OI = self._old()
         step = max(1, len(old_OI) // _OUTPUTS)
         old_IO = old_OI[::step].T.double()
         weight = _ridge(self._fit, old_IO, RIDGES[trial], step) if trial < len(RIDGES) else old_IO
         error = inf if weight is None else self._held_out.error(weight, step)
         return error if isfinite(error) else inf
 
-    def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
+    def write(self, key: Matrix, errors: Sequence[float]) -> Fit:
         """Replace W_K and b by values that are fitted on all rows, and W_R by zeros. W_K and b stay where no fit gives
         a smaller error on the held-out rows. ``errors``: of all trials."""
         before = after = None
@@ -163,7 +162,7 @@ class WeightFitter:
             # The best fit is no worse than the old weights. Differences of sums in float32 may fall below zero.
             before, after = max(0.0, 1 + errors[-1] / whole), max(0.0, 1 + min(errors) / whole)
         rows = self._fit.rows + self._held_out.rows
-        new = old_OI = self._old(matrix)
+        new = old_OI = self._old()
         ridge: float | None = None
         better = sorted((error, trial) for trial, error in enumerate(errors[:-1]) if error < errors[-1])
         if better:
@@ -177,12 +176,12 @@ class WeightFitter:
         if self.bias is not None:
             self.bias.copy_(new[:, -1])
             new = new[:, :-1]
-        matrix.zero_()
-        matrix.index_copy_(1, self.kept, new.to(matrix.dtype))
+        self.matrix.zero_()
+        self.matrix.index_copy_(1, self.kept, new.to(self.matrix.dtype))
         return Fit(*key, rows, ridge, before, after)
 
-    def _old(self, matrix: torch.Tensor) -> torch.Tensor:
-        old = matrix.index_select(1, self.kept).float()
+    def _old(self) -> torch.Tensor:
+        old = self.matrix.index_select(1, self.kept).float()
         return old if self.bias is None else torch.cat([old, self.bias.float()[:, None]], 1)
 
 
@@ -194,7 +193,8 @@ class BiasFitter:
     def __init__(self, reader: Reader, matrix: torch.Tensor, bias: torch.Tensor | None) -> None:
         if bias is None:
             raise no_bias(reader.parameter)
-        self.reader, self.bias, self.rows = reader, bias, 0
+        self.matrix, self.bias, self.rows = matrix, bias, 0
+        self.kept = reader.kept.to(matrix.device)
         self.total = torch.zeros(matrix.shape[1], dtype=torch.float64, device=matrix.device)
 
     def add(self, use: WatchedProduct, target: torch.Tensor) -> None:
@@ -205,52 +205,47 @@ class BiasFitter:
         ranks.sum_([self.total])
         self.rows = int(*ranks.totals(self.rows))
 
-    def error(self, trial: int, matrix: torch.Tensor) -> float:
+    def error(self, trial: int) -> float:
         raise NotImplementedError
 
-    def write(self, key: Matrix, matrix: torch.Tensor, errors: Sequence[float]) -> Fit:
+    def write(self, key: Matrix, errors: Sequence[float]) -> Fit:
         """Change b, and set W_R to zero. The `Fit` has the number of tokens in the mean."""
-        removed = torch.ones(matrix.shape[1], dtype=torch.bool, device=matrix.device)
-        removed[self.reader.kept.to(matrix.device)] = False
+        removed = torch.ones(len(self.total), dtype=torch.bool, device=self.total.device)
+        removed[self.kept] = False
         lost = self.total / max(self.rows, 1) * removed
-        self.bias += (matrix.double() @ lost).to(self.bias.dtype)
-        matrix[:, removed] = 0
+        self.bias += (self.matrix.double() @ lost).to(self.bias.dtype)
+        self.matrix[:, removed] = 0
         return Fit(*key, self.rows, None)
 
 
 Fitter = WeightFitter | BiasFitter
 
 
-def write_all(fitters: Mapping[Matrix, Fitter], model: PreTrainedModel, ranks: Ranks) -> list[Fit]:
-    """`write` of all, in place. ``ranks``: the processes that added rows to fitters of the same matrices. They share
-    the trials, then the fits, and all get the new weights."""
-    matrices = {key: matrix_of(model, fitter.reader, key[1]) for key, fitter in fitters.items()}
+def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
+    """`write` of all. ``ranks``: the processes that added rows to fitters of the same matrices. They share the trials,
+    then the fits, and all get the new weights."""
     for fitter in fitters.values():
         fitter.reduce(ranks)
     trials = max((fitter.trials for fitter in fitters.values()), default=0)  # the same for all
     errors = torch.zeros(len(fitters), trials, dtype=torch.float64)
-    for number, (key, fitter) in enumerate(fitters.items()):
+    for number, fitter in enumerate(fitters.values()):
         for trial in range(trials):
             if ranks.owns(number * trials + trial):
-                errors[number, trial] = fitter.error(trial, matrices[key])
+                errors[number, trial] = fitter.error(trial)
     ranks.sum_([errors])
-    by_matrix: dict[Matrix, list[float]] = dict(zip(fitters, errors.tolist(), strict=True))
-    unsolvable = {
-        key[0]: None
-        for key, fitter in fitters.items()
-        if isinstance(fitter, WeightFitter) and fitter.has_rows and not any(map(isfinite, by_matrix[key][:-1]))
-    }
+    written: dict[Matrix, Fit] = {}
+    unsolvable: dict[str, None] = {}
+    for number, ((key, fitter), of_trials) in enumerate(zip(fitters.items(), errors.tolist(), strict=True)):
+        if isinstance(fitter, WeightFitter) and fitter.has_rows and not any(map(isfinite, of_trials[:-1])):
+            unsolvable[key[0]] = None
+        if ranks.owns(number):
+            written[key] = fitter.write(key, of_trials)
     for name in unsolvable if ranks.first else ():
         _LOG.warning(
             f"'{name}' keeps its weights: its least-squares fit can't be solved, with so few tokens and such large "
             "activations; raise --samples or --set prune.length"
         )
-    written = {
-        key: fitter.write(key, matrices[key], by_matrix[key])
-        for number, (key, fitter) in enumerate(fitters.items())
-        if ranks.owns(number)
-    }
-    for number, (key, fitter) in enumerate(fitters.items()):
-        ranks.copy_from(number, [matrices[key]] if fitter.bias is None else [matrices[key], fitter.bias])
+    for number, fitter in enumerate(fitters.values()):
+        ranks.copy_from(number, [fitter.matrix] if fitter.bias is None else [fitter.matrix, fitter.bias])
     fits = ranks.merged(written)
     return [fits[key] for key in fitters]

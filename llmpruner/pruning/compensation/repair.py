@@ -241,7 +241,7 @@ class _Repair:
                 self.pruned[position] = pruned.output - step.factor * use.outputs.float().view_as(pruned.output)
                 inputs.append(use.inputs.index_select(1, step.readers[use.parameter].kept.to(use.inputs.device)))
         fitters = self._of_all_processes(step, fitters)
-        self.fits += write_all(fitters, self.model, self.ranks)
+        self.fits += write_all(fitters, self.ranks)
         self.producers.zero()
         if simple:
             (fitter,) = fitters.values()
@@ -251,8 +251,7 @@ class _Repair:
     def _add_outputs(self, step: _Step, fitter: Fitter, inputs: States) -> None:
         """Add c times the outputs of the fitted matrix to ĥ. ``inputs``: its kept ones, whose dtype the product has."""
         assert step.factor is not None, "simple steps are additive"
-        matrix, bias = matrix_of(self.model, fitter.reader, None), fitter.bias
-        weight = matrix.index_select(1, fitter.reader.kept.to(matrix.device))
+        weight, bias = fitter.matrix.index_select(1, fitter.kept), fitter.bias
         for position, part in enumerate(inputs):
             rest, dtype = self.pruned[position], part.dtype
             outputs = functional.linear(part, weight.to(dtype), None if bias is None else bias.to(dtype)).float()
