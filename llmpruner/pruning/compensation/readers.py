@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -83,14 +83,13 @@ def matrix_of(model: nn.Module, reader: Reader, slot: int | None) -> torch.Tenso
     return parameter if axis == 1 else parameter.T
 
 
-def names_in_layer(
-    model: PreTrainedModel, graph: CouplingGraph, number: int, tensors: Sequence[torch.Tensor]
-) -> list[str]:
-    """The names of the parameters of layer ``number`` that ``tensors`` are, or are views of."""
-    storages = {tensor.untyped_storage().data_ptr() for tensor in tensors}
-    prefix = f"{graph.layers}.{number}."
-    layer = model.get_submodule(prefix[:-1])
-    return [prefix + n for n, p in layer.named_parameters() if p.untyped_storage().data_ptr() in storages]
+def bias_name(model: PreTrainedModel, graph: CouplingGraph, layer: int, bias: torch.Tensor) -> str | None:
+    """The name of the parameter of a layer that ``bias`` is, or is a view of."""
+    path = f"{graph.layers}.{layer}"
+    for name, parameter in model.get_submodule(path).named_parameters():
+        if 0 <= bias.data_ptr() - parameter.data_ptr() < parameter.nbytes:
+            return f"{path}.{name}"
+    return None
 
 
 @dataclass
@@ -110,7 +109,8 @@ class ProducerRows:
     silenced where they are produced."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
-        self.rows: list[_Rows] = []
+        self.names: list[str] = []
+        self._rows: list[_Rows] = []
         for name, units in kept.items():
             group = graph.by_name[name]
             gone = sorted(set(range(group.units)) - set(units)) if group.is_normalized else []
@@ -118,21 +118,22 @@ class ProducerRows:
                 if gone and span.parameter.startswith(f"{graph.layers}.{number}."):
                     parameter = model.get_parameter(span.parameter)
                     index = torch.tensor(span.indices(gone), device=parameter.device)
-                    self.rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
+                    self.names.append(span.parameter)
+                    self._rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
 
     def zero(self) -> None:
         # All are read before any is changed: query heads are rows of their key/value heads, too.
-        for rows in self.rows:
+        for rows in self._rows:
             values = rows.parameter.index_select(rows.axis, rows.index)
             if rows.inside and bool(values.any()):
                 rows.values = values
-        for rows in self.rows:
+        for rows in self._rows:
             rows.parameter.index_fill_(rows.axis, rows.index, 0.0)
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """While active, units inside the layer are produced as if they were not removed."""
-        for rows in self.rows:
+        for rows in self._rows:
             if rows.values is not None:
                 rows.parameter.index_copy_(rows.axis, rows.index, rows.values)
         try:

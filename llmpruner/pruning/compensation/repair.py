@@ -35,7 +35,7 @@ from ...engine.products import WatchedProduct, WatchProducts
 from ...engine.walk import ForwardWalk, Stop
 from ...structure.kept import removed_layers
 from .least_squares import Fit, Fitter, Matrix, write_all
-from .readers import ProducerRows, Reader, matrix_of, names_in_layer, readers_of, removed_channels, stream_writers
+from .readers import ProducerRows, Reader, bias_name, matrix_of, readers_of, removed_channels, stream_writers
 
 if TYPE_CHECKING:
     from .base import RepairTask
@@ -116,7 +116,6 @@ class _Repair:
                 elif readers[number]:
                     self._fit_layer(number, readers[number])
                 else:
-                    ProducerRows(self.model, self.graph, self.kept, number).zero()
                     self.walk.advance(number, self.dense)
                     if self.pruned is not self.dense:
                         self.walk.advance(number, self.pruned)
@@ -150,9 +149,10 @@ class _Repair:
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
         """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
-        after it; ``producers``, the silenced rows; ``original``, the changed weights with dense copies."""
+        after it; ``biases``, weight → name of the bias that its product adds; ``producers``, the silenced rows;
+        ``original``, the changed weights with dense copies."""
         self._keep_apart()
-        steps, biases = self.ranks.from_first(lambda: self._steps(number, readers))
+        steps, self.biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
         if needs_dense:
             self.after = self.dense.empty(continued=True)
@@ -162,9 +162,9 @@ class _Repair:
             self.after = self.dense
             self.walk.advance(number, self.after)
         self.number, self.producers = number, ProducerRows(self.model, self.graph, self.kept, number)
-        changed = [self.model.get_parameter(name) for name in (*readers, *biases)]
-        changed += [rows.parameter for rows in self.producers.rows]
-        self.original = [(p, p.detach().clone()) for p in {id(p): p for p in changed}.values()] if needs_dense else []
+        changed = dict.fromkeys([*readers, *self.biases.values(), *self.producers.names])
+        parameters = map(self.model.get_parameter, changed if needs_dense else ())
+        self.original = [(p, p.detach().clone()) for p in parameters]
         self.producers.zero()
         moved = False
         for step in steps:
@@ -182,12 +182,11 @@ class _Repair:
         self.dense = self.after
         del self.producers, self.original  # they keep weights of this layer in memory
         if self.journal is not None:
-            self.journal.keep(number, self.weights, names_in_layer(self.model, self.graph, number, changed))
+            self.journal.keep(number, self.weights, changed)
 
-    def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], list[str]]:
-        """How layer ``number`` of the dense model uses the matrices of ``readers``: the steps in order, and the names
-        of biases. c is the least-squares solution of change = c · outputs, if its relative residual is below
-        `_DIRECT`."""
+    def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], dict[str, str]]:
+        """How layer ``number`` of the dense model uses the matrices of ``readers``: the steps in order, and the biases.
+        c is the least-squares solution of change = c · outputs, if its relative residual is below `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 
@@ -215,8 +214,11 @@ class _Repair:
             _Step({n: readers[n] for n in names}, factor if set(writers).issuperset(names) else None, last in names)
             for names in together
         ]
-        biases = [use.bias for use in read if use.bias is not None]
-        return steps, names_in_layer(self.model, self.graph, number, biases)
+        biases = {}
+        for use in read:
+            if use.bias is not None and (name := bias_name(self.model, self.graph, number, use.bias)):
+                biases[use.parameter] = name
+        return steps, biases
 
     def _fit(self, step: _Step) -> bool:
         """Fit the weights of one step. Returns whether ĥ was moved to after the layer: of a simple step, by adding the
@@ -232,7 +234,7 @@ class _Repair:
                     continue
                 target = self._target(step, position, uncut, uncut_use, dense.get(key))
                 if key not in fitters:
-                    fitters[key] = self.fitter(reader, matrix_of(self.model, reader, use.slot), use.bias)
+                    fitters[key] = self._fitter(step, *key)
                 fitters[key].add(use, target)
             simple = simple and len(pruned.uses) == 1
             if simple:
@@ -240,7 +242,9 @@ class _Repair:
                 (use,) = pruned.uses
                 self.pruned[position] = pruned.output - step.factor * use.outputs.float().view_as(pruned.output)
                 inputs.append(use.inputs.index_select(1, step.readers[use.parameter].kept.to(use.inputs.device)))
-        fitters = self._of_all_processes(step, fitters)
+        # A process may have no tokens for an expert.
+        every = self.ranks.merged(dict.fromkeys(fitters))
+        fitters = {key: fitters.get(key) or self._fitter(step, *key) for key in every}
         self.fits += write_all(fitters, self.ranks)
         self.producers.zero()
         if simple:
@@ -307,22 +311,12 @@ class _Repair:
         difference = difference.index_fill(-1, self.removed_channels.to(difference.device), 0.0)
         return outputs + self.mix / step.factor * difference.flatten(0, -2)
 
-    def _of_all_processes(self, step: _Step, fitters: Mapping[Matrix, Fitter]) -> dict[Matrix, Fitter]:
-        """Fitters of the matrices that any process has one for: a process may have no tokens for an expert."""
-        biases = {
-            key: names_in_layer(self.model, self.graph, self.number, [] if fitter.bias is None else [fitter.bias])
-            for key, fitter in fitters.items()
-        }
-        merged: dict[Matrix, Fitter] = {}
-        for (name, slot), biases_of in self.ranks.merged(biases).items():
-            if (name, slot) in fitters:
-                merged[name, slot] = fitters[name, slot]
-                continue
-            bias = self.model.get_parameter(biases_of[0]).data if biases_of else None
-            if bias is not None and bias.dim() > 1 and slot is not None:
-                bias = bias[slot]  # the bias of one expert is a row of that of all
-            merged[name, slot] = self.fitter(step.readers[name], matrix_of(self.model, step.readers[name], slot), bias)
-        return merged
+    def _fitter(self, step: _Step, name: str, slot: int | None) -> Fitter:
+        reader, bias = step.readers[name], None
+        if name in self.biases:
+            biases = self.model.get_parameter(self.biases[name]).data
+            bias = biases if slot is None else biases[slot]
+        return self.fitter(reader, matrix_of(self.model, reader, slot), bias)
 
 
 @contextlib.contextmanager
