@@ -227,6 +227,9 @@ class _InputSums:
             if dim == 3:
                 shape[0] = total.shape[0]
             mean, second_moment = ((sums / tokens).float().view(shape) for sums in (total, square))
+            if not bool(second_moment.isfinite().all()):
+                dtype = str(self._model.dtype).removeprefix("torch.")
+                raise ModelError(f"the inputs of '{name}' are not finite numbers: activations overflow in {dtype}")
             gram = both_triangles(outer[0]) / tokens if outer else None
             gram = gram if gram is None or dim == 3 else gram[0]
             statistics[name] = InputStats(mean, second_moment, axes[name], gram)

@@ -4,10 +4,10 @@ from math import pi
 
 import pytest
 import torch
-from criteria_cases import boundaries, experts_of, make, observed, tokens
+from criteria_cases import boundaries, experts_of, layers_of, make, observed, tokens
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Signal
+from llmpruner import ModelError, Signal
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
@@ -91,6 +91,15 @@ def test_half_of_the_products_give_the_whole_gram_matrix(width):
     for part in x.split([1, 39, 0]):
         add_gram(lower, part)
     torch.testing.assert_close(both_triangles(lower), x.T @ x)
+
+
+def test_inputs_that_are_not_finite_numbers_are_an_error():
+    """Layers are checked on the first sample alone, and others may overflow in float16."""
+    loaded = make("llama-gqa")
+    down = layers_of(loaded)[1].mlp.down_proj
+    down.register_forward_pre_hook(lambda _, args: (args[0] / 0,) if len(args[0]) > 1 else None)
+    with pytest.raises(ModelError, match=r"inputs of '.*down_proj.weight' are not finite numbers: .* in float32"):
+        statistics(loaded, ["model.layers.1.mlp.down_proj.weight"])
 
 
 def test_gram_matrices_are_made_only_when_asked_for():
