@@ -4,6 +4,7 @@ or from gradients; hidden states before and after layers; and how often tokens a
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
@@ -57,7 +58,7 @@ def walk_signals(
     `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
     Raises `ModelError` for values that are not finite.
     """
-    needed, weights, rest = frozenset(needs), execution.weights, set(names)
+    needed, rest = frozenset(needs), set(names)
     signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
     if needed - {Signal.WEIGHT}:
         assert calibration is not None, "all signals but weights are measured on text"
@@ -67,24 +68,22 @@ def walk_signals(
         )  # fmt: skip
         forward = forward_statistics(execution, names, calibration, needed, reduce)
         if needed & GRADIENTS:
-            yield from _of_gradients(execution, graph, names, needed, calibration, dict(forward), reduce, signals_of)
+            yield from _of_gradients(execution, names, needed, calibration, dict(forward), reduce, signals_of)
             return
         for name, statistics in forward:
             rest.discard(name)
             yield from signals_of(name, statistics)
     # Nothing was measured of the others.
-    by_part: dict[int | None, list[str]] = {}
-    for name in sorted(rest):
-        by_part.setdefault(weights.number(name), []).append(name)
-    for part in sorted(by_part, key=lambda number: -1 if number is None else number):
-        with weights.part(part):
-            for name in by_part[part]:
-                yield from signals_of(name)
+    outer, by_layer = _by_layer(execution, rest)
+    for part, inside in [(None, outer), *enumerate(by_layer)]:
+        if inside:
+            with execution.weights.part(part):
+                for name in inside:
+                    yield from signals_of(name)
 
 
 def _of_gradients(
     execution: Execution,
-    graph: CouplingGraph,
     names: Collection[str],
     needs: frozenset[Signal],
     calibration: CalibrationSet,
@@ -94,17 +93,14 @@ def _of_gradients(
 ) -> Named:
     """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
     differentiated = bool({Signal.GRAD, Signal.GRAD_SQ} & needs)
-    outer: list[str] = []
-    by_layer: dict[int, list[str]] = {}
-    for name in sorted(names):
-        layer = graph.layer_of(name)
-        (outer if layer is None else by_layer.setdefault(layer, [])).append(name)
-    lowest = 0 if outer and differentiated else min(by_layer, default=graph.num_layers)
+    outer, by_layer = _by_layer(execution, names)
+    count = len(by_layer)
+    lowest = 0 if outer and differentiated else min((n for n in range(count) if by_layer[n]), default=count)
     with requiring_grad(execution.model.parameters(), required=False):
         walk = GradientWalk(execution, calibration, needs, outer if differentiated else ())
         walk.forward()
-        for number in execution.progress.track(range(graph.num_layers - 1, lowest - 1, -1), "Measuring importance"):
-            inside = by_layer.get(number, [])
+        for number in execution.progress.track(range(count - 1, lowest - 1, -1), "Measuring importance"):
+            inside = by_layer[number]
             with execution.weights.layer(number):
                 reduced = reduce(inside) if Signal.PRODUCT_GRAD in needs else None
                 sums = walk.backward_layer(number, inside if differentiated else (), reduced)
@@ -153,6 +149,14 @@ def _signals(
         )
 
 
+def _by_layer(execution: Execution, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
+    """The parameters outside the decoder layers, and those of each layer, sorted."""
+    parts: defaultdict[int | None, list[str]] = defaultdict(list)
+    for name in sorted(names):
+        parts[execution.weights.number(name)].append(name)
+    return parts[None], [parts[number] for number in range(len(execution.layers))]
+
+
 @torch.no_grad()
 def forward_statistics(
     execution: Execution,
@@ -171,7 +175,7 @@ def forward_statistics(
         return
     walk, states = ForwardWalk.over(execution, calibration)
     model, weights, ranks = execution.model, execution.weights, execution.ranks
-    by_layer = [sorted(name for name in names if weights.number(name) == number) for number in range(len(walk.layers))]
+    _, by_layer = _by_layer(execution, names)
     count = max((number + 1 for number, inside in enumerate(by_layer) if inside), default=0)
     for number in execution.progress.track(range(count), "Measuring inputs"):
         inside, sums = by_layer[number], _InputSums(model, gram=gram)

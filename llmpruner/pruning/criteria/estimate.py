@@ -42,16 +42,13 @@ def estimate(
 ) -> Scores:  # fmt: skip
     """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
     model in memory. ``length``, ``removable``: as in `StreamStats`. Raises `SelectionError` for units that the
-    criterion does not score, `ModelError` when weights or scores are not finite, or a calibration set is missing."""
+    criterion does not score, `ModelError` when weights or scores are not finite."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
-    if calibration is None:
-        if signals - {Signal.WEIGHT}:
-            raise ModelError(f"criterion {criterion.name} reads text and needs a calibration set")
-    elif signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+    if calibration is not None and signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         of_all = criterion.score_layers(stream_statistics(execution, calibration, length, removable))
-    elif Signal.TOKENS in signals:
+    elif calibration is not None and Signal.TOKENS in signals:
         of_all = criterion.score_tokens(token_statistics(execution, calibration, tokenizer))
     if of_all is not None:
         scores = {group.name: of_all.double().cpu() for group in groups}
