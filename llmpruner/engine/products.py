@@ -272,7 +272,10 @@ class ReduceProducts:
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:
         self._axes[parameter] = axis
         sums = self._sums.setdefault(parameter, {})
-        for name, value in self.measure(product).items():
+        # The layer may run under autocast, where products would be in bfloat16.
+        with torch.autocast(product.inputs.device.type, enabled=False):
+            measured = self.measure(product)
+        for name, value in measured.items():
             if name not in sums:
                 stack = () if slot is None else (self.model.get_parameter(parameter).shape[0],)
                 sums[name] = torch.zeros((*stack, *value.shape), dtype=torch.float64, device=value.device)

@@ -230,6 +230,13 @@ def test_fast_products_with_gradients_stay_near(name, near, monkeypatch):
     assert float(torch.corrcoef(ranks)[0, 1]) > 0.99
 
 
+def test_a_criterion_computes_in_float32_where_the_layer_does_not(monkeypatch):
+    fast(monkeypatch)
+    found = []
+    signals_of(make("llama-gqa"), [DOWN], lambda p: found.append(p.inputs @ p.weight.T) or {}, Signal.PRODUCT)
+    assert {outputs.dtype for outputs in found} == {torch.float32}
+
+
 def test_fast_products_are_for_gradients_of_products_alone(monkeypatch):
     """Gradients of parameters are in the model's own precision."""
     loaded = make("llama-gqa")
