@@ -220,7 +220,7 @@ class ReduceProducts:
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
         """While active, observes the products of one micro-batch. Gradients times ``loss_scale`` are those of the mean
         loss of each sample."""
-        watched = dict.fromkeys([*self.names, *self._routing.names])
+        watched = [*self.names, *self._routing.names]
         with self._routing.following(), WatchProducts(self.model, watched, partial(self._add, loss_scale)):
             yield
 

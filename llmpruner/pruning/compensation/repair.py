@@ -200,7 +200,7 @@ class _Repair:
 
         factor: float | None = None
         writers = stream_writers(self.graph, number)
-        with WatchProducts(self.model, dict.fromkeys([*readers, *writers]), seen):
+        with WatchProducts(self.model, [*readers, *writers], seen):
             change = (self.walk.run(number, 0, self.dense, tried=True) - self.dense[0]).flatten(0, -2)
         if outputs and all(part.shape == change.shape for part in outputs):
             total = torch.stack(outputs).sum(0)

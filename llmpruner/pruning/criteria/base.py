@@ -12,8 +12,6 @@ from ...structure.coupling import LAYER, VOCABULARY, Role
 if TYPE_CHECKING:
     import torch
 
-_STREAM = frozenset({Signal.STREAM, Signal.STREAM_BLOCKS})
-
 
 class ImportanceCriterion(Component):
     """Computes a saliency of every weight, or a score of every unit; higher is more important.
@@ -69,7 +67,7 @@ class ImportanceCriterion(Component):
 
     def accepts(self, kind: str) -> bool:
         """Whether units of this kind can be scored."""
-        if self.signals & _STREAM:
+        if self.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
             return kind == LAYER
         if kind == VOCABULARY or Signal.TOKENS in self.signals:
             return kind == VOCABULARY and Signal.TOKENS in self.signals
