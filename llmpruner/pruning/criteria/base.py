@@ -1,4 +1,4 @@
-"""ImportanceCriterion: scores weights or units, one parameter at a time."""
+"""The base class of importance criteria."""
 
 from __future__ import annotations
 
@@ -37,22 +37,21 @@ class ImportanceCriterion(Component):
     - `score_layers`: scores of all layers, from the residual stream.
     - `score_tokens`: scores of all tokens of the vocabulary, from their use.
 
-    Kinds of units and roles, not module names, describe what a parameter is for. Arguments must not be changed in
-    place. Scores that are not finite end the command with `ModelError`; raise `UnsupportedModelError` for a model whose
-    signals do not suffice.
+    Tell parameters apart by kinds of units and roles, not by module names. Do not change arguments in place. Scores
+    that are not finite end the command; raise `UnsupportedModelError` for a model whose signals do not suffice.
     """
 
     kind: ClassVar[str] = "criterion"
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
     """The signals to measure; all but weights need a calibration set."""
     kinds: ClassVar[frozenset[str] | None] = None
-    """Kinds of units that it can score; None: all. Criteria that need the residual stream score layers alone, and those
-    that need the use of tokens score the vocabulary alone, which no others score."""
+    """Kinds of units that it can score; None: all but tokens. Criteria of the residual stream score layers alone, those
+    of the use of tokens the vocabulary alone."""
     roles: ClassVar[frozenset[Role] | None] = None
     """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
 
     by_matrix: ClassVar[bool] = False
-    """Whether the saliencies of a matrix in a stack (one per expert) depend on its own signals alone. Then `saliency`
+    """Whether a matrix in a stack (one per expert) is scored by its own signals alone, which saves memory: `saliency`
     gets one matrix at a time, with a first axis of length one, and `score_units` is not called for stacks."""
 
     @property
@@ -74,17 +73,16 @@ class ImportanceCriterion(Component):
         return self.kinds is None or kind in self.kinds
 
     def counts(self, axis: UnitAxis) -> bool:
-        """Whether a span counts for the scores of its group; by default, if its role is in `roles`. A group without
-        spans that count is scored on all. Not called for layers, for which every parameter counts."""
+        """Whether a span counts for the scores of its group; by default, if its role is in `roles`. Not called for
+        layers, for which every parameter counts."""
         return self.roles is None or axis.role in self.roles
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
-        """Statistics of one product of tokens with a weight, for `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`; empty for
-        products that are not needed.
+        """Statistics of one product of tokens with a weight; empty for products that are not needed.
 
-        Called for every product with a parameter that counts, for each micro-batch, and each expert that tokens are
-        routed to, in any order. The tensors of one name must have one shape for all products with a parameter; their
-        sums in float64 are ``signals.products.sums[name]`` of `saliency` and `score_units`.
+        Called with `Signal.PRODUCT` or `Signal.PRODUCT_GRAD` for every parameter that counts, micro-batch, and expert
+        that tokens are routed to, in any order. Tensors of one name must have one shape for all products with a
+        parameter; `saliency` and `score_units` get their sums in float64, ``signals.products.sums[name]``.
         """
         raise NotImplementedError
 
