@@ -137,10 +137,10 @@ the token; float32."""
 class Routing:
     """The router weights of the rows of experts' products, while `following`.
 
-    transformers calls a module with stacked expert weights with the hidden states of all tokens (tokens, d_in), the
-    experts chosen for each token (tokens, k) and their router weights (tokens, k); it then computes one expert after
-    the other on the tokens routed to it. The first product of every expert must have these rows. So call `gates_of` for
-    every product with ``names``, all stacked parameters of the modules.
+    transformers calls a module of experts with the hidden states of all tokens (tokens, d_in), the experts chosen for
+    each (tokens, k) and their router weights (tokens, k), and computes one expert after the other on its tokens. The
+    first product of every expert must have these rows, so call `gates_of` for every product with ``names``, all stacks
+    of the modules.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:

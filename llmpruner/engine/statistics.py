@@ -1,5 +1,5 @@
-"""What criteria read, measured layer by layer: the signals of parameters, from their weights alone, from a forward pass
-or from gradients; hidden states before and after layers; and how often tokens are used."""
+"""What criteria read, measured layer by layer: signals of parameters, from weights, a forward pass or gradients; hidden
+states before and after layers; the use of tokens."""
 
 from __future__ import annotations
 
@@ -50,13 +50,11 @@ def walk_signals(
     *,
     by_matrix: bool = False,
 ) -> Named:
-    """Yield every parameter of ``names`` once, with the signals in ``needs``; with ``by_matrix``, stacks of matrices
-    matrix by matrix. To save memory, keep no reference to them. ``measure``: `ImportanceCriterion.measure`, for
-    `Signal.PRODUCT` and `Signal.PRODUCT_GRAD`.
+    """Yield every parameter of ``names`` with the signals in ``needs``; with ``by_matrix``, stacks matrix by matrix. Keep
+    no reference to them, to save memory. ``measure``: `ImportanceCriterion.measure`.
 
-    Memory without gradients: that of `forward_statistics`. With gradients: hidden states between all layers (see
-    `gradients.py`), one layer's gradients, and the statistics of the inputs of all layers if they are needed too.
-    Raises `ModelError` for values that are not finite.
+    Memory: that of `forward_statistics`, or of a `GradientWalk`, with one layer's gradients, and the statistics of the
+    inputs of all layers if they are needed too. Raises `ModelError` for values that are not finite.
     """
     needed, rest = frozenset(needs), set(names)
     signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
@@ -166,9 +164,8 @@ def forward_statistics(
     reduce: Callable[[Collection[str]], ReduceProducts],
 ) -> Iterator[tuple[str, Statistics]]:
     """Statistics of the parameters ``names`` that decoder layers use in matrix products, while each is in memory.
-    ``reduce``: creates the `ReduceProducts` for the names of one layer's weights. Memory: the hidden states of the text
-    in float32, up to the execution's limit; the statistics of one layer; and the other arguments of each layer (masks,
-    rotary tables)."""
+    ``reduce``: creates the `ReduceProducts` for the weights of one layer. Memory: the hidden states of the text in
+    float32, up to the execution's limit, and the statistics of one layer."""
     gram, products = Signal.GRAM in needs, Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
     inputs = gram or Signal.INPUT_STATS in needs
     if not (inputs or products):
@@ -192,8 +189,8 @@ def forward_statistics(
 
 
 class _InputSums:
-    """Sums over tokens, for S matrices of each weight (1 where it is no stack): of inputs (S, d_in) and of their
-    squares (S, d_in), in float64; with ``gram`` of outer products (S, d_in, d_in), lower triangles, in float32."""
+    """Sums over tokens, for the S matrices of a stack, or the one of another weight: of inputs and of their squares,
+    (S, d_in), float64; with ``gram`` of outer products, (S, d_in, d_in), float32, lower triangles."""
 
     def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
