@@ -50,8 +50,8 @@ def walk_signals(
     *,
     by_matrix: bool = False,
 ) -> Named:
-    """Yield every parameter of ``names`` with the signals in ``needs``; with ``by_matrix``, stacks matrix by matrix. Keep
-    no reference to them, to save memory. ``measure``: `ImportanceCriterion.measure`.
+    """Yield every parameter of ``names`` with the signals in ``needs``; with ``by_matrix``, stacks matrix by matrix.
+    To save memory, keep no reference to them. ``measure``: `ImportanceCriterion.measure`.
 
     Memory: that of `forward_statistics`, or of a `GradientWalk`, with one layer's gradients, and the statistics of the
     inputs of all layers if they are needed too. Raises `ModelError` for values that are not finite.

@@ -94,22 +94,20 @@ def bias_name(model: PreTrainedModel, graph: CouplingGraph, layer: int, bias: to
 
 @dataclass
 class _Rows:
-    """Indices of one axis of a parameter. ``inside``: they produce units inside the layer, not channels of the residual
-    stream. ``values``: those before they were silenced."""
+    """Indices of one axis of a parameter. ``values``: those before they were silenced; None where they produce
+    channels of the residual stream, which are not restored."""
 
     parameter: torch.Tensor
     axis: int
     index: torch.Tensor
-    inside: bool
-    values: torch.Tensor | None = None
+    values: torch.Tensor | None
 
 
 class ProducerRows:
-    """The rows of one layer's weights that produce removed units over which a norm is computed, so that they must be
-    silenced where they are produced."""
+    """The rows of one layer's weights that produce removed units, where a norm is computed over these."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
-        self.names: list[str] = []
+        self.names: list[str] = []  # of the weights
         self._rows: list[_Rows] = []
         for name, units in kept.items():
             group = graph.by_name[name]
@@ -119,13 +117,14 @@ class ProducerRows:
                     parameter = model.get_parameter(span.parameter)
                     index = torch.tensor(span.indices(gone), device=parameter.device)
                     self.names.append(span.parameter)
-                    self._rows.append(_Rows(parameter, span.axis, index, group.layer is not None))
+                    values = None if group.layer is None else parameter.index_select(span.axis, index)
+                    self._rows.append(_Rows(parameter, span.axis, index, values))
 
     def zero(self) -> None:
         # All are read before any is changed: query heads are rows of their key/value heads, too.
         for rows in self._rows:
             values = rows.parameter.index_select(rows.axis, rows.index)
-            if rows.inside and bool(values.any()):
+            if rows.values is not None and bool(values.any()):
                 rows.values = values
         for rows in self._rows:
             rows.parameter.index_fill_(rows.axis, rows.index, 0.0)
