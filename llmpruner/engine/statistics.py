@@ -73,7 +73,8 @@ def walk_signals(
             yield from signals_of(name, statistics)
     # Nothing was measured of the others.
     outer, by_layer = _by_layer(execution, rest)
-    for part, inside in [(None, outer), *enumerate(by_layer)]:
+    parts: list[tuple[int | None, list[str]]] = [(None, outer), *enumerate(by_layer)]
+    for part, inside in parts:
         if inside:
             with execution.weights.part(part):
                 for name in inside:

@@ -163,7 +163,7 @@ class _Repair:
             self.walk.advance(number, self.after)
         self.number, self.producers = number, ProducerRows(self.model, self.graph, self.kept, number)
         changed = dict.fromkeys([*readers, *self.biases.values(), *self.producers.names])
-        parameters = map(self.model.get_parameter, changed if needs_dense else ())
+        parameters = [self.model.get_parameter(name) for name in changed] if needs_dense else []
         self.original = [(p, p.detach().clone()) for p in parameters]
         self.producers.zero()
         moved = False
@@ -312,10 +312,10 @@ class _Repair:
         return outputs + self.mix / step.factor * difference.flatten(0, -2)
 
     def _fitter(self, step: _Step, name: str, slot: int | None) -> Fitter:
-        reader, bias = step.readers[name], None
-        if name in self.biases:
-            biases = self.model.get_parameter(self.biases[name]).data
-            bias = biases if slot is None else biases[slot]
+        reader = step.readers[name]
+        bias = self.model.get_parameter(self.biases[name]).data if name in self.biases else None
+        if bias is not None and slot is not None:
+            bias = bias[slot]
         return self.fitter(reader, matrix_of(self.model, reader, slot), bias)
 
 
