@@ -240,6 +240,8 @@ class ReduceProducts:
         gates, shares = self._routing.gates_of(watched) or (None, None)
         if watched.parameter not in self.names:
             return
+        if self.gradients and not watched.result.requires_grad:
+            return  # as in the indexers of DeepSeek-V3.2, which choose tokens
         parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         outputs, bias = watched.outputs, self._expert_bias(watched)

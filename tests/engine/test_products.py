@@ -214,6 +214,16 @@ def fast(monkeypatch, *, yes=True):
     monkeypatch.setattr("llmpruner.engine.products.multiplies_bfloat16_fast", lambda device: yes)
 
 
+def test_products_that_the_model_computes_without_gradients_are_left_out(monkeypatch):
+    """As in the indexers of DeepSeek-V3.2."""
+    loaded = make("llama-gqa")
+    mlp = layers_of(loaded)[1].mlp
+    monkeypatch.setattr(mlp, "forward", torch.no_grad()(mlp.forward))
+    other = "model.layers.1.self_attn.o_proj.weight"
+    found = signals_of(loaded, [DOWN, other], effects, Signal.PRODUCT_GRAD)
+    assert found[DOWN].products is None and bool(found[other].products.sums["squares"].any())
+
+
 # Rounding routes tokens of a mixtral to other experts.
 @pytest.mark.parametrize(("name", "near"), [("llama-gqa", 0.05), ("gpt2", 0.05), ("mixtral", 0.2), ("gemma2", 0.05)])
 def test_fast_products_with_gradients_stay_near(name, near, monkeypatch):
