@@ -191,6 +191,14 @@ def test_units_that_a_criterion_does_not_score_are_refused(llama, name, advice):
         scores_of(llama, CRITERIA[name](), "layers.1.mlp")
 
 
+def test_units_that_a_criterion_cannot_tell_apart_are_a_warning(llama, monkeypatch, caplog):
+    scores_of(llama, CRITERIA["energy"](), "layers.1.mlp")
+    assert not caplog.text
+    monkeypatch.setattr("llmpruner.engine.products._PRODUCTS", {})
+    scores_of(llama, CRITERIA["energy"](), "layers.1.mlp")
+    assert "energy cannot tell the units of 1 group apart ('layers.1.mlp' …), so the first ones go" in caplog.text
+
+
 @pytest.mark.parametrize("criterion", [c for c in OF_UNITS if c.name not in ("random", "activation", "pca")], ids=label)
 def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
     """Planted: what o_proj reads from the two query heads of KV head 1. Only that group's score may change, with

@@ -5,6 +5,7 @@ prod or last).
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,8 +19,10 @@ from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
 from ...engine.statistics import stream_statistics, token_statistics, walk_signals
 from ...errors import ModelError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
+from ...values import counted
 from .base import ImportanceCriterion
 
+_LOG = logging.getLogger("llmpruner")
 _ELEMENTS = 1 << 20
 """Of a saliency that are summed at once."""
 Scores = Mapping[str, torch.Tensor]
@@ -61,6 +64,13 @@ def estimate(
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
             raise ModelError(f"criterion {criterion.name} gives group '{name}' a score that is not a finite number")
+    # As where a model multiplies with a part of a matrix (DBRX), or by einsum (XLNet), which no product is seen of.
+    alike = [name for name, values in scores.items() if len(values) > 1 and bool((values == values[0]).all())]
+    if alike and execution.ranks.first:
+        _LOG.warning(
+            f"criterion {criterion.name} cannot tell the units of {counted(len(alike), 'group')} apart "
+            f"('{alike[0]}' …), so the first ones go; choose another criterion, such as taylor"
+        )
     return scores
 
 
