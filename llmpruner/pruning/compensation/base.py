@@ -1,6 +1,4 @@
-"""Compensation: changes the weights that read removed units before the cut, in closed form, without training. ``bias``
-and ``refit`` walk through the decoder layer by layer, in `compensation.repair`. Imports no torch.
-"""
+"""Compensations change the weights that read removed units before the cut, without training. Imports no torch."""
 
 from __future__ import annotations
 
@@ -55,9 +53,9 @@ class Compensation(Component):
         lose some. Called before text is read; by default nothing is refused."""
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
-        """Change ``task.model`` in place, and return the fits: one for each matrix that was fitted, or that kept its
-        weights because no fit was better. Called without gradients; the caller removes the units afterwards. Raises
-        `UnsupportedModelError` for a decoder that it cannot run, `ModelError` for hidden states that are not finite."""
+        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay because none is
+        better. Called without gradients; the caller removes the units afterwards. Raises `UnsupportedModelError` for a
+        decoder that it cannot run, `ModelError` for hidden states that are not finite."""
         raise NotImplementedError
 
 

@@ -153,8 +153,8 @@ class WeightFitter:
         return error if isfinite(error) else inf
 
     def write(self, key: Matrix, errors: Sequence[float]) -> Fit:
-        """Replace W_K and b by values that are fitted on all rows, and W_R by zeros. W_K and b stay where no fit gives
-        a smaller error on the held-out rows. ``errors``: of all trials."""
+        """Replace W_R by zeros, and W_K and b by the best fit, on all rows, if one beats the old weights. ``errors``:
+        of all trials on the held-out rows."""
         before = after = None
         step = max(1, len(self._held_out.squares) // _OUTPUTS)
         whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
@@ -222,8 +222,8 @@ Fitter = WeightFitter | BiasFitter
 
 
 def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
-    """`write` of all. ``ranks``: the processes that added rows to fitters of the same matrices. They share the trials,
-    then the fits, and all get the new weights."""
+    """`write` of all. The processes, which added rows to fitters of the same matrices, share the trials, then the fits,
+    and all get the new weights."""
     for fitter in fitters.values():
         fitter.reduce(ranks)
     trials = max((fitter.trials for fitter in fitters.values()), default=0)  # the same for all

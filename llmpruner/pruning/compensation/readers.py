@@ -1,6 +1,4 @@
-"""The weights of a layer that read removed units (spans with the role ``CONSUMES``), and those that produce them
-(``PRODUCES``): which they are, and changing them.
-"""
+"""The weights of a layer that read removed units (spans with the role ``CONSUMES``), and those that produce them."""
 
 from __future__ import annotations
 

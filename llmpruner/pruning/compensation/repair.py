@@ -47,8 +47,7 @@ _DIRECT = 2e-2
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
     """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units, but not
-    removed experts. ``mix``: in the targets, see the module. Raises `UnsupportedModelError` for a decoder that cannot
-    be run layer by layer, and for a matrix that cannot be fitted."""
+    removed experts. ``mix``: in the targets, see the module. Raises as `Compensation.repair`."""
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
@@ -87,8 +86,7 @@ class _Run(NamedTuple):
 
 
 class _Repair:
-    """``dense`` and ``pruned``: h and ĥ before the current layer, one tensor (samples, length, hidden size) in float32
-    for each micro-batch; the same object as long as no unit was removed."""
+    """``dense`` and ``pruned``: h and ĥ before the current layer; the same object as long as no unit was removed."""
 
     def __init__(self, task: RepairTask, walk: ForwardWalk, embedded: States, fitter: type[Fitter], mix: float) -> None:
         self.model, self.graph, self.kept = task.model, task.graph, task.kept
@@ -141,7 +139,7 @@ class _Repair:
             self.journal.layer_done(state, {"dense": self.dense, **apart})
 
     def _keep_apart(self) -> None:
-        """From now on, ``pruned`` has hidden states of its own, zero in removed channels of the residual stream."""
+        """Give ``pruned`` hidden states of its own, zero in removed channels of the residual stream."""
         if self.pruned is self.dense:
             self.pruned = self.dense.empty()
             for hidden in self.dense:
@@ -221,8 +219,8 @@ class _Repair:
         return steps, biases
 
     def _fit(self, step: _Step) -> bool:
-        """Fit the weights of one step. Returns whether ĥ was moved to after the layer: of a simple step, by adding the
-        new outputs to what remains without the old ones, so that the layer need not run again."""
+        """Fit the weights of one step. Returns whether ĥ was moved to after the layer: for a simple step, new outputs
+        take the place of the old ones, so that the layer need not run again."""
         fitters: dict[Matrix, Fitter] = {}
         simple, inputs = step.is_simple, self.pruned.empty()
         for position in range(len(self.walk.calls)):
@@ -262,8 +260,8 @@ class _Repair:
             self.pruned[position] = rest + step.factor * outputs.view_as(rest)
 
     def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
-        """The layer on one micro-batch: its runs on ĥ with removed units silenced, and with the products that targets
-        are of; and the outputs of the matrices in the dense model, (tokens, out), where targets need them."""
+        """Runs of the layer on one micro-batch of ĥ, with removed units silenced, and with the products that targets
+        are of; and the outputs (tokens, out) in the dense model, where targets need them."""
         pruned = uncut = self._run(step, position, self.pruned, whole=step.last)
         if any(reader.normed for reader in step.readers.values()):
             # Removed units are silenced where they are produced, so that targets need another run.
