@@ -52,58 +52,6 @@ class Fit:
     after: float | None = None
 
 
-class _Sums:
-    """``gram``: XᵀX (in × in), lower triangle; ``cross``: XᵀT (in × out); ``squares``: of T, (out,); ``rows``: n."""
-
-    def __init__(self, width: int, out: int, device: torch.device) -> None:
-        self.gram = torch.zeros(width, width, device=device)
-        self.cross = torch.zeros(width, out, device=device)
-        self.squares, self.rows = torch.zeros(out, device=device), 0
-
-    def reduce(self, ranks: Ranks) -> None:
-        ranks.sum_([self.gram, self.cross, self.squares])
-        self.rows = int(*ranks.totals(self.rows))
-
-    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
-        add_gram(self.gram, inputs)
-        self.cross.addmm_(inputs.T, targets)
-        self.squares += targets.square().sum(0)
-        self.rows += len(inputs)
-
-    def error(self, weight_IO: torch.Tensor, step: int) -> float:
-        """Mean squared error over the rows, summed over every ``step``-th output, of which ``weight_IO`` is; less the
-        mean square of T, which is the same for all weights. A block of inputs at a time is in its dtype."""
-        total, width = 0.0, len(self.gram)
-        for start in range(0, width, _BLOCK):
-            rows = slice(start, start + _BLOCK)
-            # The rows of the symmetric matrix: left of the diagonal as they are, right of it from the columns.
-            full = self.gram[rows].tril(start)
-            full[:, start:] += self.gram[start:, rows].tril(-1).mT
-            product = full.to(weight_IO.dtype) @ weight_IO
-            product -= 2 * self.cross[rows, ::step].to(weight_IO.dtype)
-            total += float((product * weight_IO[rows]).sum())
-        return total / max(self.rows, 1)
-
-
-def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor | None:
-    """The fit (in, out), float64. ``old_IO``: of every ``step``-th output, which alone are fitted. None where XᵀX + λI
-    has no Cholesky factor: rounded sums in float32 have negative eigenvalues."""
-    gram = sums.gram.double()
-    strength = ridge * float(gram.diagonal().mean())
-    # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
-    gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
-    # In place, as these are the largest tensors of a compensation: LAPACK stores columns, so that of rows the transpose
-    # is given. Reads and writes the lower triangle alone.
-    failed = torch.empty((), dtype=torch.int32, device=gram.device)
-    torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, failed))
-    if failed:
-        return None
-    targets = sums.cross[:, ::step].double().add_(old_IO, alpha=strength)
-    torch.linalg.solve_triangular(gram, targets, upper=False, out=targets)
-    torch.linalg.solve_triangular(gram.mT, targets, upper=True, out=targets)
-    return targets
-
-
 class WeightFitter:
     """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
 
@@ -249,3 +197,55 @@ def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
         ranks.copy_from(number, [fitter.matrix] if fitter.bias is None else [fitter.matrix, fitter.bias])
     fits = ranks.merged(written)
     return [fits[key] for key in fitters]
+
+
+class _Sums:
+    """``gram``: XᵀX (in × in), lower triangle; ``cross``: XᵀT (in × out); ``squares``: of T, (out,); ``rows``: n."""
+
+    def __init__(self, width: int, out: int, device: torch.device) -> None:
+        self.gram = torch.zeros(width, width, device=device)
+        self.cross = torch.zeros(width, out, device=device)
+        self.squares, self.rows = torch.zeros(out, device=device), 0
+
+    def reduce(self, ranks: Ranks) -> None:
+        ranks.sum_([self.gram, self.cross, self.squares])
+        self.rows = int(*ranks.totals(self.rows))
+
+    def add(self, inputs: torch.Tensor, targets: torch.Tensor) -> None:
+        add_gram(self.gram, inputs)
+        self.cross.addmm_(inputs.T, targets)
+        self.squares += targets.square().sum(0)
+        self.rows += len(inputs)
+
+    def error(self, weight_IO: torch.Tensor, step: int) -> float:
+        """Mean squared error over the rows, summed over every ``step``-th output, of which ``weight_IO`` is; less the
+        mean square of T, which is the same for all weights. A block of inputs at a time is in its dtype."""
+        total, width = 0.0, len(self.gram)
+        for start in range(0, width, _BLOCK):
+            rows = slice(start, start + _BLOCK)
+            # The rows of the symmetric matrix: left of the diagonal as they are, right of it from the columns.
+            full = self.gram[rows].tril(start)
+            full[:, start:] += self.gram[start:, rows].tril(-1).mT
+            product = full.to(weight_IO.dtype) @ weight_IO
+            product -= 2 * self.cross[rows, ::step].to(weight_IO.dtype)
+            total += float((product * weight_IO[rows]).sum())
+        return total / max(self.rows, 1)
+
+
+def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor | None:
+    """The fit (in, out), float64. ``old_IO``: of every ``step``-th output, which alone are fitted. None where XᵀX + λI
+    has no Cholesky factor: rounded sums in float32 have negative eigenvalues."""
+    gram = sums.gram.double()
+    strength = ridge * float(gram.diagonal().mean())
+    # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.
+    gram.diagonal().add_(max(strength, torch.finfo(torch.float32).tiny))
+    # In place, as these are the largest tensors of a compensation: LAPACK stores columns, so that of rows the transpose
+    # is given. Reads and writes the lower triangle alone.
+    failed = torch.empty((), dtype=torch.int32, device=gram.device)
+    torch.linalg.cholesky_ex(gram.mT, upper=True, out=(gram.mT, failed))
+    if failed:
+        return None
+    targets = sums.cross[:, ::step].double().add_(old_IO, alpha=strength)
+    torch.linalg.solve_triangular(gram, targets, upper=False, out=targets)
+    torch.linalg.solve_triangular(gram.mT, targets, upper=True, out=targets)
+    return targets
