@@ -60,7 +60,7 @@ class Signal(str, Enum):
     PRODUCT = "product"
     """Sums of what `ImportanceCriterion.measure` returns for every product: `ParameterSignals.products`."""
     PRODUCT_GRAD = "product_grad"
-    """As `PRODUCT`, with the gradients of each product in `Product.output_grads`."""
+    """As `PRODUCT`, with the gradients of each product in `Product.output_grads`; without those that have none."""
     STREAM = "stream"
     """Hidden states before and after each layer, compared; for `ImportanceCriterion.score_layers` alone."""
     STREAM_BLOCKS = "stream_blocks"
