@@ -190,8 +190,8 @@ def forward_statistics(
 
 
 class _InputSums:
-    """Sums over tokens, for the S matrices of a stack, or the one of another weight: of inputs and of their squares,
-    (S, d_in), float64; with ``gram`` of outer products, (S, d_in, d_in), float32, lower triangles."""
+    """Sums over tokens: of inputs and of their squares, float64, of the shapes of `InputStats`; with ``gram`` of outer
+    products, (d_in, d_in) for each matrix, float32, lower triangles."""
 
     def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
@@ -201,20 +201,22 @@ class _InputSums:
     def _of(self, name: str, axis: int) -> list[torch.Tensor]:
         if name not in self._sums:
             weight = self._model.get_parameter(name)
-            slots, width = weight.shape[0] if weight.dim() == 3 else 1, weight.shape[axis]
-            sums = [torch.zeros(slots, width, dtype=torch.float64, device=weight.device) for _ in range(2)]
-            outer = [torch.zeros(slots, width, width, device=weight.device)] if self._gram else []
+            stack, width = weight.shape[:-2], weight.shape[axis]
+            shape = [*stack, 1, 1]
+            shape[axis] = width
+            sums = [torch.zeros(shape, dtype=torch.float64, device=weight.device) for _ in range(2)]
+            outer = [torch.zeros(*stack, width, width, device=weight.device)] if self._gram else []
             self._axes[name], self._sums[name] = axis, sums + outer
         return self._sums[name]
 
     def add(self, product: WatchedProduct) -> None:
         total, square, *outer = self._of(product.parameter, product.axis)
-        slot, inputs = product.slot or 0, product.inputs.float()
+        matrix, inputs = ... if product.slot is None else product.slot, product.inputs.float()
         # The tokens of a micro-batch in float32, by torch's pairwise sums: casting all inputs would take far longer.
-        total[slot] += inputs.sum(0)
-        square[slot] += inputs.square().sum(0)
+        total[matrix].view(-1).add_(inputs.sum(0))
+        square[matrix].view(-1).add_(inputs.square().sum(0))
         for lower in outer:
-            add_gram(lower[slot], inputs)
+            add_gram(lower[matrix], inputs)
 
     def statistics(self, tokens: int, ranks: Ranks) -> dict[str, InputStats]:
         """Means over ``tokens`` calibration tokens, for every weight that was used. Called by all ``ranks``."""
@@ -223,17 +225,11 @@ class _InputSums:
         ranks.sum_(tensor for sums in every.values() for tensor in sums)
         statistics = {}
         for name, (total, square, *outer) in every.items():
-            dim = self._model.get_parameter(name).dim()
-            shape = [1] * dim
-            shape[axes[name]] = total.shape[1]
-            if dim == 3:
-                shape[0] = total.shape[0]
-            mean, second_moment = ((sums / tokens).float().view(shape) for sums in (total, square))
+            mean, second_moment = ((sums / tokens).float() for sums in (total, square))
             if not bool(second_moment.isfinite().all()):
                 dtype = str(self._model.dtype).removeprefix("torch.")
                 raise ModelError(f"the inputs of '{name}' are not finite numbers: activations overflow in {dtype}")
             gram = both_triangles(outer[0]) / tokens if outer else None
-            gram = gram if gram is None or dim == 3 else gram[0]
             statistics[name] = InputStats(mean, second_moment, axes[name], gram)
         return statistics
 
