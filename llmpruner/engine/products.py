@@ -244,13 +244,16 @@ class ReduceProducts:
             return  # as in the indexers of DeepSeek-V3.2, which choose tokens
         parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
+        weight = matrix if watched.axis == parameter.dim() - 1 else matrix.mT
         outputs, bias = watched.outputs, self._expert_bias(watched)
+        if outputs.shape[1] != len(weight):
+            return  # a product with some rows of the weight (DBRX)
         # A later operation may overwrite a tensor before the backward pass reads it.
         copy = self.gradients
         product = Product(
             inputs=watched.inputs.to(torch.float32, copy=copy),
             outputs=outputs.to(torch.float32, copy=copy) if bias is None else outputs.float() + bias.detach().float(),
-            weight=matrix if watched.axis == parameter.dim() - 1 else matrix.mT,
+            weight=weight,
             reads=self.reads[watched.parameter],
             expert=watched.slot,
             num_samples=self.num_samples,

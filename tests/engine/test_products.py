@@ -224,6 +224,20 @@ def test_products_that_the_model_computes_without_gradients_are_left_out(monkeyp
     assert found[DOWN].products is None and bool(found[other].products.sums["squares"].any())
 
 
+def test_products_with_a_part_of_a_weight_are_left_out(monkeypatch):
+    """As those with the experts of DBRX, which are rows of one matrix."""
+    loaded = make("llama-gqa")
+    mlp = layers_of(loaded)[1].mlp
+
+    def forward(x):
+        up = torch.cat([torch.nn.functional.linear(x, part) for part in mlp.up_proj.weight.split([20, 36])], -1)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * up)
+
+    monkeypatch.setattr(mlp, "forward", forward)
+    found = signals_of(loaded, [UP, DOWN], effects, Signal.PRODUCT_GRAD)
+    assert found[UP].products is None and bool(found[DOWN].products.sums["squares"].any())
+
+
 # Rounding routes tokens of a mixtral to other experts.
 @pytest.mark.parametrize(("name", "near"), [("llama-gqa", 0.05), ("gpt2", 0.05), ("mixtral", 0.2), ("gemma2", 0.05)])
 def test_fast_products_with_gradients_stay_near(name, near, monkeypatch):
