@@ -68,7 +68,7 @@ class GradientWalk:
 
     ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. For gradients of parameters, products of layers and
     of the head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
-    (`LayerForm.products`), with hidden states, their gradients and the loss in float32. ``outer``: the parameters
+    (`LayerForm.autocast`), with hidden states, their gradients and the loss in float32. ``outer``: the parameters
     outside the layers of which `backward_outer` gives gradients.
     """
 
@@ -79,9 +79,9 @@ class GradientWalk:
         self._ranks, self._squares = execution.ranks, Signal.GRAD_SQ in needs
         with self.weights.outside():
             ids = calibration.input_ids.to(self.model.device)
-            self._tuples, products, _ = check_layers(execution, calibration)
+            self._tuples, autocast, _ = check_layers(execution, calibration)
         exact = self._squares or Signal.GRAD in needs
-        self._mixed = not exact and products != self.model.dtype
+        self._mixed = not exact and autocast not in (None, self.model.dtype)
         """Whether layers and head run under autocast."""
         rows = 1 if self._squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
         self.batches = self._ranks.mine([_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)])
