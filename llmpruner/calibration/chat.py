@@ -117,8 +117,8 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
 
 
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens. The label of a token is the token itself, or `IGNORED`
-    where no character of it is in an answer."""
+    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens. A token is its own label, or `IGNORED` where no
+    character of it is in an answer."""
     from ..models.tokenizer import ids_to_continue
 
     ids, special, joined = token_ids(text, tokenizer), not text.has_special_tokens, ""
