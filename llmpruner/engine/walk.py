@@ -170,23 +170,18 @@ def _whole_run(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Hidden states before each layer, and its outputs."""
-    before: list[torch.Tensor] = []
-    outputs: list[tuple[nn.Module, Any]] = []
+    ran: list[tuple[nn.Module, torch.Tensor, Any]] = []
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before.append(hidden_of(args, kwargs))
-
-    def leave(layer: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        outputs.append((layer, output))
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ran.append((layer, hidden_of(args, kwargs), output))
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(leave).remove)
+            stack.enter_context(layer.register_forward_hook(note, with_kwargs=True))
         model(input_ids=ids, use_cache=False)
-    if [layer for layer, _ in outputs] != list(layers):
+    if [layer for layer, _, _ in ran] != list(layers):
         raise _not_walkable(model, "they are not called once each, in order")
-    return before, [output for _, output in outputs]
+    return [hidden for _, hidden, _ in ran], [output for _, _, output in ran]
 
 
 def _takes_float32(layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype) -> bool:
