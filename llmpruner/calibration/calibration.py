@@ -1,5 +1,4 @@
-"""Calibration: the token sequences for importance and compensation, from one or several sources: files and data sets,
-conversations, text that the model writes, and those of plugins. Imports no torch."""
+"""The text that importance and compensation read, as token ids, from one source or several. Imports no torch."""
 
 from __future__ import annotations
 
@@ -82,9 +81,8 @@ class CalibrationSource(Component):
 
 
 class TextSource(CalibrationSource):
-    """Windows of the documents in a file or a data set (for their forms see `calibration.documents`). Each begins
-    with the tokens that the tokenizer puts before every text, BOS as a rule, because models that were trained with it
-    compute unusual activations without it. Tokenizers that put none there are not affected."""
+    """Windows of the documents in a file or a data set, see `calibration.documents`. Each begins with what the
+    tokenizer puts before a text, BOS as a rule: models trained with it compute unusual activations without it."""
 
     name = "text"
     summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
@@ -99,9 +97,9 @@ class TextSource(CalibrationSource):
 
 
 class ChatSource(CalibrationSource):
-    """Instruction data (for its forms see `llmpruner.calibration.conversations`) as the model gets it in use: in the
-    tokenizer's chat template, else the format of the family. Every sample begins with a whole conversation, further
-    ones follow until it is full, and the last is cut; all are used, in random order, before one is used again."""
+    """Instruction data, see `calibration.conversations`, in the model's chat format. Every sample begins with a whole
+    conversation, further ones follow until it is full, and the last is cut; all are used, in random order, before one
+    is used again."""
 
     name = "chat"
     summary = "chat:FILE: conversations or instructions with answers, in the model's own chat format"
@@ -124,7 +122,7 @@ class ChatSource(CalibrationSource):
 
 
 class SelfWritten(CalibrationSource):
-    """Text sampled from the model; nothing is read or downloaded. See `llmpruner.calibration.written`."""
+    """Text that the model writes, see `calibration.written`."""
 
     name = "self"
     summary = "text that the model writes itself; nothing is downloaded"
@@ -152,8 +150,8 @@ class SelfWritten(CalibrationSource):
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a calibration text. ``reference``: a file or data set, or the text after ``NAME:``. ``share``: of
-    the samples, in proportion to the other parts; None where all parts are equal."""
+    """One source of a calibration text. ``reference``: as in `SampleTask`. ``share``: of the samples, in proportion to
+    the other parts; None where all parts are equal."""
 
     source: CalibrationSource
     reference: str
@@ -162,7 +160,7 @@ class Part:
 
 @dataclass(frozen=True)
 class CalibrationJob:
-    """The calibration text to read, or to let the model write. ``text``: the value of ``--calibration``."""
+    """``text``: the value of ``--calibration``."""
 
     text: str
     parts: tuple[Part, ...]
@@ -173,7 +171,6 @@ class CalibrationJob:
 
     @property
     def writes(self) -> bool:
-        """Whether any part is text that the model writes."""
         return any(part.source.writes for part in self.parts)
 
     def record(self) -> dict[str, dict[str, Any]]:
@@ -181,7 +178,7 @@ class CalibrationJob:
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
 
     def check(self) -> None:
-        """Raise `DataError` for errors that can be found before a model is loaded."""
+        """As `CalibrationSource.check`, of every part."""
         for part in self.parts:
             part.source.check(part.reference)
 
@@ -197,8 +194,7 @@ class CalibrationJob:
         return min(self.length, limit)
 
     def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
-        """``samples`` of the text, read or written by the model, or kept as ``name`` by an interrupted run or by one
-        with another ratio."""
+        """``samples`` of the text: drawn, or kept as ``name`` by an interrupted run or by one with another ratio."""
         import torch
 
         from ..engine.journal import recalled
@@ -211,9 +207,7 @@ class CalibrationJob:
         return CalibrationSet(torch.tensor(ids), self.text)
 
     def draw(self, model: Model, samples: int, seed: int, progress: Progress = QUIET) -> torch.Tensor:
-        """The first ``samples`` of the text, (samples, length). Raises `DataError` when a source is missing, malformed
-        or too short, or samples are longer than the model's positions, and `PluginError` when a source returns another
-        shape or dtype."""
+        """The first ``samples`` of the text, (samples, length). Raises as `length_for` and the sources do."""
         import torch
 
         from ..models.tokenizer import check_ids

@@ -30,24 +30,16 @@ _ANSWER = "\ue000"
 
 
 class Prompt(NamedTuple):
-    """``has_special_tokens``: beginning of sequence and roles are in the text already, so it is tokenised with
-    ``add_special_tokens=False``."""
+    """``has_special_tokens``: the text has them, so it is tokenised with ``add_special_tokens=False``."""
 
     text: str
     has_special_tokens: bool
 
 
-class Turn(NamedTuple):
-    """A prompt and the answer to it. Text without a prompt has an empty one."""
-
-    prompt: str
-    answer: str
-
-
 class TrainingText(NamedTuple):
-    """One training example: the texts of its turns, joined. ``has_special_tokens``: as in `Prompt`."""
+    """Prompts, maybe empty, and their answers; joined, they are one example. ``has_special_tokens``: as in `Prompt`."""
 
-    turns: tuple[Turn, ...]
+    turns: tuple[tuple[str, str], ...]
     has_special_tokens: bool = False
 
 
@@ -124,17 +116,16 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
     return ids_to_continue(tokenizer, joined, special=not text.has_special_tokens)
 
 
-def labelled(text: TrainingText, tokenizer: Any, cutoff: int | None) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens of ``text`` (None: all). The label of a token is the
-    token itself, or `IGNORED` where no character of it is in an answer."""
+def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[int]]:
+    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens. A token is its own label, or `IGNORED` where no
+    character of it is in an answer."""
     from ..models.tokenizer import ids_to_continue
 
-    special, joined = not text.has_special_tokens, ""
+    ids, special, joined = token_ids(text, tokenizer), not text.has_special_tokens, ""
     answers: list[tuple[int, int]] = []
     for prompt, answer in text.turns:
         joined += prompt + answer
         answers.append((len(joined) - len(answer), len(joined)))
-    ids = ids_to_continue(tokenizer, joined, special=special)
     if tokenizer.is_fast:
         encoded = tokenizer(joined, add_special_tokens=special, return_offsets_mapping=True, verbose=False)
         # The token before a text without a prompt, which has no characters, is trained on too.
@@ -167,13 +158,13 @@ def packed(encoded: Sequence[Sequence[int]], task: SampleTask) -> list[list[int]
     return rows
 
 
-def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[Turn, ...]:
+def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[tuple[str, str], ...]:
     """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (see `ModelFamily`)
     and that do not end with one."""
     eos = getattr(tokenizer, "eos_token", None) or ""
     first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
     return tuple(
-        Turn(prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
+        (prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
         for number, (prompt, answer) in enumerate(pairs)
     )
 

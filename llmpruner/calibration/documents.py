@@ -9,7 +9,7 @@ A *source* is a string that names one of
 - ``pydoc``: the topics of Python's ``help()``, one record each; they differ between Python versions;
 - a data set: ``name``, ``name:config`` or ``name:config:split`` (default: the split ``train``).
 
-A file that exists is read as a file, whatever its name. Text is UTF-8, with or without a byte order mark.
+A file that exists is read as a file, whatever its name but ``pydoc``. Text is UTF-8, with or without a byte order mark.
 
 Several sources are one mixture: ``a.jsonl,b.jsonl``, or with shares ``3*a.jsonl,1*b.jsonl``.
 """
@@ -51,8 +51,8 @@ class Record(NamedTuple):
 
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
-    """The records of a source, in order. ``expected``: for messages. Raises `DataError` at once for a source that does
-    not exist, and for a malformed record when it is reached."""
+    """The records of a source, in order. Raises `DataError` at once for a source that does not exist; for a malformed
+    record, when it is reached."""
     if source == PYDOC:
         from pydoc_data.topics import topics  # half a megabyte of text that --help does without
 
@@ -77,8 +77,7 @@ def _readable(path: Path, records: Iterator[Record]) -> Iterator[Record]:
 
 
 def read_documents(source: str) -> list[str]:
-    """The text of every record that is not blank. Raises as `read_records`, and `DataError` when a record has no text
-    or all are blank."""
+    """The text of every record that is not blank. Raises `DataError`, also for a record without text, and for none."""
     texts = [text for text in map(document, read_records(source)) if text.strip()]
     if not texts:
         raise DataError(f"{source} holds no text")
@@ -86,12 +85,12 @@ def read_documents(source: str) -> list[str]:
 
 
 def read_text(source: str) -> str:
-    """All documents of a source as one text, with a blank line between them. Raises as `read_documents`."""
+    """All documents of a source as one text, with a blank line between them. Raises `DataError`."""
     return "\n\n".join(read_documents(source))
 
 
 def document(record: Record) -> str:
-    """The text of a record: its value if that is a string, else the first string in `TEXT_FIELDS`."""
+    """The value of a record if that is a string, else the first string in `TEXT_FIELDS`. Raises `DataError`."""
     value = record.value
     if isinstance(value, str):
         return value
@@ -109,8 +108,8 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Read the first record of a source with ``read``, before long work starts; a data set is downloaded. Raises as
-    `read_records` and ``read`` do, and `DataError` where there is none."""
+    """Read the first record of a source with ``read``, before long work starts; a data set is downloaded. Raises
+    `DataError`."""
     first = next(read_records(source, expected), None)
     if first is None:
         raise DataError(f"{source} holds no records")
@@ -172,7 +171,7 @@ def _dataset_rows(source: str) -> Iterator[Record]:
 
 
 def _decoded(data: bytes, place: str) -> str:
-    """UTF-8 text without a byte order mark. Raises `DataError`, also for zero bytes, which UTF-16 has."""
+    """UTF-8 text without a byte order mark. Zero bytes, which UTF-16 has, are refused too."""
     try:
         text, wrong = data.decode(), data.find(b"\0")
     except UnicodeDecodeError as error:
@@ -183,7 +182,7 @@ def _decoded(data: bytes, place: str) -> str:
 
 
 def _parsed(text: str, path: Path, line: int = 1) -> Any:
-    """The JSON value in ``text``, which begins at line ``line`` of the file. Raises `DataError`."""
+    """The JSON value in ``text``, which begins at line ``line`` of the file."""
     try:
         value = json.loads(text)
         if _HALVES.search(text):

@@ -29,9 +29,7 @@ def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
     """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
     pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
     Documents are joined in random order, so that short ones are used too. Every window begins with `opening_tokens`.
-
-    Raises `DataError` when the text has fewer tokens than a window needs, or a window has no room for any.
-    """
+    Raises `DataError` for a text that is too short, or a window without room for text."""
     samples, tokenizer, opening = task.samples, task.tokenizer, opening_tokens(task.tokenizer, documents[0])
     length = task.length - len(opening)
     if length < 1:
@@ -59,7 +57,7 @@ def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
 
 
 def _pieces(text: str, size: int, rng: random.Random) -> list[str]:
-    """The text in pieces of about ``size`` characters that start at a word, in random order."""
+    """The text in pieces of about ``size`` characters, which start at a word, in random order."""
     pieces: list[str] = []
     start, stop = 0, rng.randrange(1, size + 1) if len(text) > size else size
     while start < len(text):

@@ -69,21 +69,19 @@ class Boundaries:
 
 
 class States:
-    """Tensors, one for each micro-batch, kept by a `Boundaries`; do not change them in place. ``passed``: micro-batch →
-    name of an argument → the dictionary in which layers have passed on values, in memory."""
+    """Tensors, one for each micro-batch, kept by a `Boundaries`; do not change them in place. ``passed``: (micro-batch,
+    name of an argument) → the dictionary in which layers have passed on values, in memory."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries
         self._kept: list[torch.Tensor | _Place] = []
-        self.passed: dict[int, dict[str, Any]] = {}
+        self.passed: dict[tuple[int, str], Any] = {}
 
-    def empty(self, *, continued: bool = False) -> States:
-        """An empty sequence of the same `Boundaries`. ``continued``: for hidden states after a further layer, with the
-        same ``passed``; else with a copy, as for a run of another model from here."""
+    def empty(self, *, apart: bool = False) -> States:
+        """An empty sequence of the same `Boundaries`, with the same ``passed``. ``apart``: with a copy, for a run of
+        another model from here."""
         states = States(self._boundaries)
-        states.passed = self.passed
-        if not continued:
-            states.passed = {n: {k: copy.copy(v) for k, v in of_n.items()} for n, of_n in self.passed.items()}
+        states.passed = {place: copy.copy(v) for place, v in self.passed.items()} if apart else self.passed
         return states
 
     def __getitem__(self, number: int) -> torch.Tensor:

@@ -33,13 +33,13 @@ class Execution:
     ranks: Ranks = SINGLE
     """The processes that the calibration text is spread over."""
     journal: Journal | None = None
-    """Keeps the results of finished layers; None: a run that is killed starts anew."""
+    """Keeps the results of finished layers, for a run that goes on."""
     progress: Progress = QUIET
     stages: Stages = field(default_factory=Stages)
     forms: WeakKeyDictionary[PreTrainedModel, LayerForm] = field(default_factory=WeakKeyDictionary)
-    """Models of which `walk.check_layers` has compared the layers, by the first walk."""
+    """Of models whose layers `walk.check_layers` has compared."""
     shared: Journal | None = None
-    """Keeps the calibration text and the scores, which runs with other ratios have in common."""
+    """Keeps calibration text and scores, which runs with other ratios have in common."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Execution:

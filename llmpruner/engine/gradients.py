@@ -50,26 +50,24 @@ Passed = tuple[Argument, Any, int]
 
 @dataclass
 class _Batch:
-    """One micro-batch. ``calls``: the arguments of each layer but the hidden states."""
+    """One micro-batch. ``share``: of the calibration set. ``calls``: the arguments of each layer."""
 
     input_ids: torch.Tensor
     share: float
-    """Its share of the calibration set, by which its mean loss counts."""
     calls: list[Call] = field(default_factory=list)
     passed: dict[Passed, torch.Tensor] = field(default_factory=dict)
-    """Gradients of values that layers after the next one took from dictionaries."""
+    """Gradients by later layers of what they took from dictionaries."""
     arguments: dict[int, dict[Argument, torch.Tensor]] = field(default_factory=dict)
     """Layer → gradients of the arguments that the model computes from parameters outside the layers."""
 
 
 class GradientWalk:
-    """The forward and backward pass of one model over one calibration set; with several processes, of each over its own
-    micro-batches, maybe none, and gradients are sums over all of them. Parameters must not require gradients.
+    """The forward and backward pass over a calibration set; with several processes, each runs its own micro-batches,
+    maybe none, and gradients are sums over all. Parameters must not require gradients.
 
-    ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. For gradients of parameters, products of layers and
-    of the head are in the model's own precision; otherwise in bfloat16 under autocast where that is faster
-    (`LayerForm.products`), with hidden states, their gradients and the loss in float32. ``outer``: the parameters
-    outside the layers of which `backward_outer` gives gradients.
+    ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. For gradients of parameters, layers and head compute
+    in the model's precision; otherwise in bfloat16 under autocast where that is faster (`LayerForm.autocast`), with
+    hidden states, their gradients and the loss in float32. ``outer``: the parameters of `backward_outer`.
     """
 
     def __init__(
@@ -79,15 +77,15 @@ class GradientWalk:
         self._ranks, self._squares = execution.ranks, Signal.GRAD_SQ in needs
         with self.weights.outside():
             ids = calibration.input_ids.to(self.model.device)
-            self._tuples, products, _ = check_layers(execution, calibration)
+            self._tuples, autocast, _ = check_layers(execution, calibration)
         exact = self._squares or Signal.GRAD in needs
-        self._mixed = not exact and products != self.model.dtype
+        self._mixed = not exact and autocast not in (None, self.model.dtype)
         """Whether layers and head run under autocast."""
         rows = 1 if self._squares else max(1, TOKENS_WITH_GRADIENTS // ids.shape[1])
         self.batches = self._ranks.mine([_Batch(part, len(part) / len(ids)) for part in torch.split(ids, rows)])
         tokens = min(rows, len(ids)) * (ids.shape[1] - 1)
-        self._scale = 2.0 ** max(tokens, 1).bit_length() if self.model.dtype == torch.float16 else 1.0
-        """By which the loss is multiplied. The gradient of a mean over many tokens is below what float16 can hold."""
+        self._scale = 2.0 ** tokens.bit_length() if self.model.dtype == torch.float16 else 1.0
+        """By which the loss is multiplied: the gradient of a mean over many tokens is below what float16 can hold."""
         self._summed = self._squares or rows < len(ids) or self._ranks.count > 1 or self._scale != 1
         """Whether gradients are float32 sums: over micro-batches or processes, and where they are scaled."""
         kept = execution.boundaries()
@@ -101,8 +99,7 @@ class GradientWalk:
 
     @torch.no_grad()
     def forward(self) -> None:
-        """Run the model. Keeps the hidden states between layers, and the gradient of the loss with respect to those
-        after the last layer. Raises `ModelError` when the loss is not finite."""
+        """Run the model and its head. Raises `ModelError` when the loss is not finite."""
         loss = 0.0
         if self.batches:
             self._run_layers()
@@ -145,7 +142,7 @@ class GradientWalk:
                         watching.enter_context(eager_experts(layer))
                         watching.enter_context(reduced.watching(len(batch.input_ids) / self._scale))
                     first = first_output(call_layer(layer, hidden, call))
-                # Gradients by later layers of what is in dictionaries, which this layer put there, or took as they did.
+                # What this layer put into dictionaries, or took from them as later layers did.
                 later = [(tensor, batch.passed.pop(at)) for at, tensor in _passed(call) if at in batch.passed]
                 outputs, grads = zip((first, self.grads[position]), *later, strict=True)
                 # Outside of the watch, which would also record products that a criterion computes.
@@ -179,7 +176,7 @@ class GradientWalk:
 
     @contextlib.contextmanager
     def _summing(self, names: Iterable[str]) -> Iterator[dict[str, GradientSums]]:
-        """For the gradients of parameters, which require gradients meanwhile; at the end sums over all processes."""
+        """While active, parameters require gradients; at the end, sums over all processes."""
         parameters = {name: self.model.get_parameter(name) for name in names}
         sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
         with requiring_grad(parameters.values()):
@@ -195,8 +192,7 @@ class GradientWalk:
         return autocast_to(self.batches[0].input_ids.device.type, torch.bfloat16, enabled=self._mixed)
 
     def _head(self, position: int) -> tuple[torch.Tensor, float]:
-        """Run everything after the last layer with gradients, for some positions at a time. Returns the gradient of the
-        hidden states after that layer, and the mean loss."""
+        """Run the head with gradients, some positions at a time: the gradient of its input, and the mean loss."""
         batch = self.batches[position]
         last = self.hidden[-1][position].detach().requires_grad_()
         vocabulary, targets = self.model.get_input_embeddings().weight.shape[0], batch.input_ids[:, 1:]
@@ -225,8 +221,8 @@ class GradientWalk:
 
 
 class GradientSums:
-    """Sums over micro-batches: the gradient of the mean loss, and with ``squares`` the mean squared gradient of single
-    samples, float32. Without ``summed``, ``grad`` is that of the only micro-batch, in the dtype of the parameter."""
+    """Sums over micro-batches in float32: the gradient of the mean loss, and with ``squares`` the mean squared gradient
+    of single samples. Without ``summed``, ``grad`` is that of the only micro-batch, in the dtype of the parameter."""
 
     def __init__(self, parameter: nn.Parameter, *, summed: bool, squares: bool) -> None:
         zeros = partial(torch.zeros, parameter.shape, dtype=torch.float32, device=parameter.device)
@@ -234,7 +230,7 @@ class GradientSums:
         self.grad_sq: torch.Tensor | None = zeros() if squares else None
 
     def add(self, parameter: nn.Parameter, share: float, scale: float) -> None:
-        """Add ``parameter.grad``, and free it. ``share``: of the mean; ``scale``: by which the loss was multiplied."""
+        """Add ``parameter.grad``, and free it. ``share``: of the micro-batch; ``scale``: of its loss."""
         of_batch, parameter.grad = parameter.grad, None
         if self.grad is None:
             self.grad = torch.zeros_like(parameter) if of_batch is None else of_batch
@@ -247,7 +243,7 @@ class GradientSums:
 
 @contextlib.contextmanager
 def requiring_grad(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
-    """While active, ``parameters`` require gradients, or don't."""
+    """While active, ``parameters`` require gradients, or not."""
     flags = [(parameter, parameter.requires_grad) for parameter in parameters]
     for parameter, _ in flags:
         parameter.requires_grad_(required)

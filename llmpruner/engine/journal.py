@@ -1,7 +1,6 @@
 """What a killed run needs to go on: a folder with the results of finished steps.
 
-Files get their names when they are whole. Hidden states are large, so writing them takes at most `SHARE` of the time;
-layers after the last state are done again.
+Hidden states are large, so writing them takes at most `SHARE` of the time; layers after the last ones are done again.
 """
 
 from __future__ import annotations
@@ -51,15 +50,13 @@ class Journal:
                 progress.status(f"continuing the interrupted run in {self.folder}; done: {done}")
             try:
                 yield
-            except (KeyboardInterrupt, OutputError) as error:
-                if self.kept:
+            except BaseException as error:
+                refused = isinstance(error, LlmprunerError) and not isinstance(error, OutputError | ProcessError)
+                if refused or not self.kept:
+                    self._remove()
+                elif isinstance(error, KeyboardInterrupt | OutputError):
                     why = "stopped" if isinstance(error, KeyboardInterrupt) else "what was computed is kept"
-                    progress.status(f"{why}; the same command goes on with what is done ({self.folder}), or --restart")
-                raise
-            except ProcessError:
-                raise
-            except LlmprunerError:
-                self._remove()
+                    progress.status(f"{why}; the same command goes on from {self.folder}, --restart starts anew")
                 raise
             self._remove()
 
@@ -77,6 +74,7 @@ class Journal:
                 )
             for file in self.folder.iterdir():
                 file.unlink()
+        write_text(identity, self._identity)
 
     def _done(self) -> str:
         """What is finished; empty for nothing."""
@@ -88,7 +86,7 @@ class Journal:
     @property
     def kept(self) -> bool:
         """Whether there are results with which the run can go on."""
-        return (self.folder / _RUN).is_file()
+        return any(file.name != _RUN for file in self.folder.glob("*"))
 
     def load(self, name: str) -> Any:
         """The JSON value that `store` wrote under ``name``; None if there is none."""
@@ -97,13 +95,11 @@ class Journal:
 
     def store(self, name: str, value: Any) -> None:
         if self._ranks.first:
-            self._create()
             write_text(self.folder / f"{name}.json", json.dumps(value))
 
     def keep(self, number: int, weights: Weights, names: Collection[str]) -> None:
         """Write the changed parameters ``names`` of a layer."""
         if self._ranks.first:
-            self._create()
             with writing(self.folder):
                 weights.keep(names, self._layer(number))
 
@@ -113,9 +109,6 @@ class Journal:
         if self._ranks.from_first(lambda: began - self._written < self._took / SHARE):
             return
         layers = state["layers"]
-        if self._ranks.first:
-            # Before hidden states, without which a folder is not known as that of an interrupted run.
-            self._create()
         with writing(self.folder):
             for name, hidden in states.items():
                 hidden.dump(self._states(name, layers))
@@ -153,10 +146,6 @@ class Journal:
         # The folder is empty here where the first process has another file system.
         with suppress(OSError):
             self.folder.rmdir()
-
-    def _create(self) -> None:
-        if not self.kept:
-            write_text(self.folder / _RUN, self._identity)
 
     def _layer(self, number: int) -> Path:
         return self.folder / f"layer-{number}.safetensors"

@@ -1,5 +1,4 @@
-"""The processes of one run, started by ``torchrun`` or ``accelerate launch``: what each computes, and what they
-exchange.
+"""The processes of one run, started by ``torchrun`` or ``accelerate launch``.
 
 Whole micro-batches of the calibration text are spread over the processes, so only the order in which micro-batches are
 summed depends on their number. Sums are reduced in their own dtype (float32 for Gram matrices and gradients, else
@@ -31,17 +30,15 @@ _PATIENCE = timedelta(days=1)
 
 
 class Ranks:
-    """``rank``: the number of this process; ``count``: of all. With one process, nothing is sent.
-
-    Methods that send are called by all processes, in the same order, and raise `ProcessError` when another has ended.
-    """
+    """``rank``: the number of this process; ``count``: of all. All processes call the methods that send, in the same
+    order; they raise `ProcessError` when another has ended."""
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None) -> None:
         self.rank, self.count, self._group, self._store = rank, count, group, store
 
     @staticmethod
     def current() -> Ranks:
-        """The processes of a launcher, which connect the first time; `SINGLE` without one. Raises `ProcessError`."""
+        """The processes of a launcher, which connect the first time; without one, `SINGLE`."""
         return _connected() if launched() else SINGLE
 
     @property
@@ -56,7 +53,7 @@ class Ranks:
         return items[start : start + size + (self.rank < more)]
 
     def owns(self, number: int) -> bool:
-        """Whether this process does task ``number`` of tasks that are dealt out in turn."""
+        """Whether this process does task ``number``; tasks are dealt out in turn."""
         return number % self.count == self.rank
 
     def from_first(self, make: Callable[[], T]) -> T:

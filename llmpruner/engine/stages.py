@@ -1,8 +1,5 @@
-"""What a run took: seconds and memory of its stages, and the machine; ``run.json`` in a checkpoint.
-
-No result depends on it, so it is not in ``llmpruner.json``, which says the same wherever the checkpoint was made.
-Imports no torch.
-"""
+"""What a run took: ``run.json`` in a checkpoint. It is not in ``llmpruner.json``, which says the same wherever the
+checkpoint was made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -28,8 +25,7 @@ _LIBRARIES = ("llmpruner", "torch", "transformers")
 
 @dataclass
 class Stages:
-    """The stages of one run by name, in their order, but for those that an interrupted run had finished.
-    ``peak_bytes``: as `peak_memory` when the stage ended."""
+    """The stages of one run by name, but for those that an interrupted run had finished."""
 
     done: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -264,7 +264,7 @@ def stream_statistics(
         cosines = torch.zeros(calibration.input_ids.shape, dtype=torch.float64)
         start = number + 1 - length
         # What was before a block gives way to what is after it.
-        after = before[0] if start >= 0 else before[-1].empty(continued=True)
+        after = before[0] if start >= 0 else before[-1].empty()
         with execution.weights.layer(number):
             for position, first in enumerate(walk.firsts):
                 states = walk.run(number, position, before[-1])

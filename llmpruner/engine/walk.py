@@ -1,7 +1,7 @@
 """Running the decoder forwards, one layer at a time, over a calibration set.
 
-Layers are called with the arguments that the model gives them, which `record` notes by running it with layers that
-return their inputs. `check_layers` makes sure that a layer computes alone what it computes in the model.
+`record` notes with which arguments the model calls its layers; `check_layers` makes sure that a layer computes alone
+what it computes in the model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from torch import nn
 from torch.utils._pytree import tree_flatten
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
-from ..models.generation import last_logits
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from .boundaries import States
 from .execution import TOKENS_AT_ONCE, Execution
@@ -40,8 +39,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and a calibration set in micro-batches to run through them; with several processes
-    those of this one (`Ranks.mine`), maybe none."""
+    """The decoder layers of a model, and the micro-batches to run through them; of several processes, those of this
+    one (`Ranks.mine`), maybe none."""
 
     execution: Execution
     layers: nn.ModuleList
@@ -79,25 +78,19 @@ class ForwardWalk:
         for position in range(len(self.calls)):
             states[position] = self.run(number, position, states)
 
-    def run(self, number: int, position: int, states: States, *, tried: bool = False) -> torch.Tensor:
+    def run(self, number: int, position: int, states: States) -> torch.Tensor:
         """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
-        before the layer. ``tried``: leave what layers have passed on as it is, as the layer will run again."""
-        hidden, passed = states[position], states.passed.setdefault(position, {})
-        if tried:
-            passed = {name: copy.copy(values) for name, values in passed.items()}
-        args, kwargs = self.calls[position][number]
-        shared = {n: passed.setdefault(n, copy.copy(v)) for n, v in kwargs.items() if _is_filled_by_layers(v)}
-        _, products, narrow = self.form
-        inputs = hidden.to(products) if narrow else hidden
-        mixed = products != torch.float32 and not narrow
-        with autocast_to(hidden.device.type, products, enabled=mixed), eager_experts(self.layers[number]):
-            return first_output(call_layer(self.layers[number], inputs, (args, {**kwargs, **shared}))).float()
-
-    @property
-    def passes_on(self) -> bool:
-        """Whether layers may pass on other values than hidden states, which `States.dump` does not write."""
-        every = [kwargs for calls in self.calls for _, kwargs in calls]
-        return any(_is_filled_by_layers(value) for kwargs in every for value in kwargs.values())
+        before the layer."""
+        layer, hidden, (args, kwargs) = self.layers[number], states[position], self.calls[position][number]
+        filled = {
+            name: states.passed.setdefault((position, name), copy.copy(value))
+            for name, value in kwargs.items()
+            if _is_filled_by_layers(value)
+        }
+        dtype = self.form.autocast
+        inputs = hidden if dtype is not None else hidden.to(self.execution.model.dtype)
+        with autocast_to(hidden.device.type, dtype or inputs.dtype, enabled=dtype is not None), eager_experts(layer):
+            return first_output(call_layer(layer, inputs, (args, {**kwargs, **filled}))).float()
 
 
 def _is_filled_by_layers(value: Any) -> bool:
@@ -119,15 +112,16 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 class LayerForm(NamedTuple):
-    """What the layers of a model take and return when they run one by one."""
+    """How the layers of a model run one by one."""
 
     tuples: Sequence[int | None]
     """How many further values each layer returns; None for a bare tensor."""
-    products: torch.dtype
-    """The dtype of matrix products, to which autocast is set for hidden states in float32: bfloat16 where that is
-    faster and all layers take it, else that of the model."""
-    narrow: bool
-    """Whether layers of a model in 16 bits refuse hidden states in float32, and get them in its dtype."""
+    autocast: torch.dtype | None
+    """The dtype of matrix products under autocast, with hidden states in float32: that of a model in 16 bits, and
+    bfloat16 for one in float32 where that is faster. None for others, and where a layer refuses this: all is in the
+    model's dtype."""
+    passes_on: bool
+    """Whether layers pass on other values than hidden states (`States.passed`), which `States.dump` does not write."""
 
 
 @torch.no_grad()
@@ -152,8 +146,13 @@ def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
     for number in range(1, len(layers)):
         _compare(model, after[number - 1], before[number], number)
     tuples = [len(output) - 1 if isinstance(output, tuple | list) else None for output in outputs]
-    products, takes = torch.bfloat16 if computes_bfloat16_fast(model) else model.dtype, True
     calls, _ = record(model, layers, ids, tuples)
+    passes_on = any(_is_filled_by_layers(value) for _, kwargs in calls for value in kwargs.values())
+    # Layers that use keys of earlier ones (Gemma 3n) can't be tried: queries may get another dtype than these keys.
+    shares_keys = bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
+    faster = computes_bfloat16_fast(model) and not shares_keys
+    dtype = torch.bfloat16 if faster else model.dtype
+    autocast = None if dtype == torch.float32 else dtype
     for number, (hidden, call) in enumerate(zip(before, calls, strict=True)):
         with execution.weights.layer(number):
             try:
@@ -163,53 +162,37 @@ def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
             except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
                 raise _not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
             _compare(model, output, after[number], number)
-            takes = takes and _takes_float32(model, layers[number], hidden, call, products)
-    return LayerForm(tuples, products if takes else model.dtype, not takes and products == model.dtype)
+            if autocast is not None and not shares_keys and not _takes_float32(layers[number], hidden, call, autocast):
+                autocast = None
+    return LayerForm(tuples, autocast, passes_on)
 
 
 def _whole_run(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Hidden states before each layer, and its outputs."""
-    before: list[torch.Tensor] = []
-    outputs: list[tuple[nn.Module, Any]] = []
+    ran: list[tuple[nn.Module, torch.Tensor, Any]] = []
 
-    def enter(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        before.append(hidden_of(args, kwargs))
-
-    def leave(layer: nn.Module, _: tuple[Any, ...], output: Any) -> None:
-        outputs.append((layer, output))
+    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        ran.append((layer, hidden_of(args, kwargs), output))
 
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
-            stack.callback(layer.register_forward_hook(leave).remove)
-        # Gemma 4 computes layers that use keys and values of earlier ones for the tokens alone that need logits.
-        last = {} if _shares_keys(model) else last_logits(model)
-        model(input_ids=ids, use_cache=False, **last)
-    if [layer for layer, _ in outputs] != list(layers):
+            stack.enter_context(layer.register_forward_hook(note, with_kwargs=True))
+        model(input_ids=ids, use_cache=False)
+    if [layer for layer, _, _ in ran] != list(layers):
         raise _not_walkable(model, "they are not called once each, in order")
-    return before, [output for _, output in outputs]
+    return [hidden for _, hidden, _ in ran], [output for _, _, output in ran]
 
 
-def _takes_float32(
-    model: PreTrainedModel, layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype
-) -> bool:
-    """Whether operators of a layer take what autocast to ``products`` gives them with hidden states in float32. A layer
-    that uses keys of earlier ones (Gemma 3n) lacks them here; they may have another dtype than its queries."""
-    if products == torch.float32 or _shares_keys(model):
-        return bool(products == model.dtype)
+def _takes_float32(layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype) -> bool:
+    """Whether a layer runs under autocast to ``products`` with hidden states in float32."""
     try:
         with autocast_to(hidden.device.type, products):
             call_layer(layer, hidden.float(), call)
     except Exception:  # the layer ran with hidden states in the dtype of the model
         return False
     return True
-
-
-def _shares_keys(model: PreTrainedModel) -> bool:
-    """Whether layers use keys and values of earlier ones."""
-    return bool(getattr(model.config.get_text_config(), "num_kv_shared_layers", 0))
 
 
 def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:

@@ -8,7 +8,7 @@ import tiny_models
 from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.calibration.chat import IGNORED, TrainingText, Turn, chat_prompt, labelled, training_texts
+from llmpruner.calibration.chat import IGNORED, TrainingText, chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Completion, Conversation, Instruction
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.data import prepare, read_data
@@ -100,20 +100,20 @@ def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
 def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     chosen = tokenizer(CHATML)
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, chosen)
-    assert text.turns[0].prompt == chat_prompt(FAMILY, chosen, "Add them.\n2, 2").text
-    assert text == TrainingText((Turn("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
+    assert text.turns[0][0] == chat_prompt(FAMILY, chosen, "Add them.\n2, 2").text
+    assert text == TrainingText((("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), Own(), chosen)
-    assert text == TrainingText((Turn(chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4</s>"),))
+    assert text == TrainingText(((chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4</s>"),))
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, tokenizer())
-    assert text == TrainingText((Turn(alpaca_prompt("Add them.", "2, 2"), "4</s>"),))
+    assert text == TrainingText(((alpaca_prompt("Add them.", "2, 2"), "4</s>"),))
 
 
 def test_a_template_that_changes_its_beginning_for_a_question_begins_as_the_model_is_asked():
     template = "{{ 'ask' if add_generation_prompt else 'chat' }}" + CHATML
     (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer(template))
     rendered = "".join(f"[{message['role']}] {message['content']}</s>\n" for message in CHAT)
-    assert "".join(turn.prompt + turn.answer for turn in text.turns) == "ask<s>" + rendered
-    assert [turn.answer for turn in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
+    assert "".join(prompt + answer for prompt, answer in text.turns) == "ask<s>" + rendered
+    assert [answer for _, answer in text.turns] == ["Elbe, Loire.</s>\n", "Elbe.</s>\n"]
 
 
 def test_text_and_completions_get_no_template():
@@ -125,8 +125,8 @@ def test_text_and_completions_get_no_template():
 
 def test_without_a_template_a_system_message_stands_before_the_first_prompt():
     (text,) = training_texts(conversation(CHAT), FAMILY, tokenizer())
-    first = Turn(f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>")
-    assert text == TrainingText((first, Turn(alpaca_prompt("The longer?"), "Elbe.</s>")))
+    first = (f"Be brief.\n\n{alpaca_prompt('Two rivers?')}", "Elbe, Loire.</s>")
+    assert text == TrainingText((first, (alpaca_prompt("The longer?"), "Elbe.</s>")))
 
 
 def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
@@ -170,9 +170,9 @@ def prompts_and_answers(texts):
     found = []
     for text in texts:
         before = ""
-        for turn in text.turns:
-            found.append((before + turn.prompt, turn.answer))
-            before += turn.prompt + turn.answer
+        for prompt, answer in text.turns:
+            found.append((before + prompt, answer))
+            before += prompt + answer
     return found
 
 

@@ -14,6 +14,7 @@ from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
+from llmpruner.engine.ranks import Ranks
 from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.numbers import computes_bfloat16_fast
@@ -65,9 +66,19 @@ def test_every_micro_batch_has_its_own_keys_and_values(sharing, monkeypatch):
     monkeypatch.setattr("llmpruner.engine.walk.TOKENS_AT_ONCE", 32)
     calibration = tokens(5, 16, vocabulary=sharing.config.vocab_size)
     walk, found = walked(sharing, calibration)
-    assert len(walk.calls) == 3 and walk.passes_on
+    assert len(walk.calls) == 3
     for mine, own in zip(found, boundaries(sharing, calibration.input_ids)[1:], strict=True):
         torch.testing.assert_close(mine, own, rtol=1e-4, atol=1e-4)
+
+
+def test_a_process_without_micro_batches_knows_that_layers_pass_on_keys_and_values(sharing):
+    """All processes must agree on it: the journal is written by all or none."""
+    calibration = tokens(1, 16, vocabulary=sharing.config.vocab_size)
+    for rank, micro_batches in ((0, 1), (1, 0)):
+        execution = Execution.of(sharing.model, sharing.graph.layers, Ranks(rank, 2))
+        walk, _ = ForwardWalk.over(execution, calibration)
+        assert len(walk.calls) == micro_batches and walk.form.passes_on
+    assert not over(make("llama-gqa"))[0].form.passes_on
 
 
 def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, monkeypatch):
@@ -205,7 +216,7 @@ def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch)
     for module in ("engine.walk", "models.numbers"):
         monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: True)
     walk, _ = walked(loaded, tokens(4, 16))
-    assert walk.form.products == torch.float32
+    assert walk.form.autocast is None
     written = self_generated(loaded.model, None, 2, 8, 0)
     monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
     assert torch.equal(written, self_generated(loaded.model, None, 2, 8, 0))

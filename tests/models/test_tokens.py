@@ -85,11 +85,11 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
             eos_after = after
 
         (text,) = training_texts(talk, Family(), tokenizer)
-        row = labelled(text, tokenizer, None)
+        row = labelled(text, tokenizer, 512)
         assert row["labels"].count(end) == row["input_ids"].count(end) == ends
         assert (row["input_ids"][-1] == end) is (ends > 0)
         (text,) = training_texts(Instruction("q", "a"), Family(), tokenizer)
-        row = labelled(text, tokenizer, None)
+        row = labelled(text, tokenizer, 512)
         assert row["labels"].count(end) == row["input_ids"].count(end) == min(ends, 1)
 
 

@@ -133,7 +133,7 @@ class _Repair:
 
     def _record(self, number: int) -> None:
         # A continued run would lack the keys and values that layers have passed on; it fits all layers again.
-        if self.journal is not None and not self.walk.passes_on:
+        if self.journal is not None and not self.walk.form.passes_on:
             state = {"layers": number + 1, "fits": [astuple(fit) for fit in self.fits]}
             apart = {} if self.pruned is self.dense else {"pruned": self.pruned}
             self.journal.layer_done(state, {"dense": self.dense, **apart})
@@ -141,7 +141,7 @@ class _Repair:
     def _keep_apart(self) -> None:
         """Give ``pruned`` hidden states of its own, zero in removed channels of the residual stream."""
         if self.pruned is self.dense:
-            self.pruned = self.dense.empty()
+            self.pruned = self.dense.empty(apart=True)
             for hidden in self.dense:
                 self.pruned.append(hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0))
 
@@ -153,7 +153,7 @@ class _Repair:
         steps, self.biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
         if needs_dense:
-            self.after = self.dense.empty(continued=True)
+            self.after = self.dense.empty()
             for position in range(len(self.walk.calls)):
                 self.after.append(self.walk.run(number, position, self.dense))
         else:
@@ -199,7 +199,7 @@ class _Repair:
         factor: float | None = None
         writers = stream_writers(self.graph, number)
         with WatchProducts(self.model, [*readers, *writers], seen):
-            change = (self.walk.run(number, 0, self.dense, tried=True) - self.dense[0]).flatten(0, -2)
+            change = (self.walk.run(number, 0, self.dense) - self.dense[0]).flatten(0, -2)
         if outputs and all(part.shape == change.shape for part in outputs):
             total = torch.stack(outputs).sum(0)
             solution = float((change * total).sum() / total.square().sum().clamp_min(1e-30))
@@ -262,18 +262,20 @@ class _Repair:
     def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
         """Runs of the layer on one micro-batch of ĥ, with removed units silenced, and with the products that targets
         are of; and the outputs (tokens, out) in the dense model, where targets need them."""
-        pruned = uncut = self._run(step, position, self.pruned, whole=step.last)
+        uncut: _Run | None = None
         if any(reader.normed for reader in step.readers.values()):
-            # Removed units are silenced where they are produced, so that targets need another run.
+            # Removed units are silenced where they are produced, so that targets need another run. It comes first, as
+            # later layers read the keys and values that the last run passes on.
             with self.producers.restored():
-                uncut = self._run(step, position, self.pruned, whole=step.last, tried=True)
+                uncut = self._run(step, position, self.pruned, whole=step.last)
+        pruned = self._run(step, position, self.pruned, whole=step.last)
         if not step.needs_dense:
-            return pruned, uncut, {}
+            return pruned, uncut or pruned, {}
         with _swapped(self.original):
-            dense = self._run(step, position, self.dense, whole=False, tried=True)
-        return pruned, uncut, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
+            dense = self._run(step, position, self.dense, whole=False)
+        return pruned, uncut or pruned, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
 
-    def _run(self, step: _Step, position: int, states: States, *, whole: bool, tried: bool = False) -> _Run:
+    def _run(self, step: _Step, position: int, states: States, *, whole: bool) -> _Run:
         """Run the layer; without ``whole``, only until all weights of the step were used."""
         uses, waiting = list[WatchedProduct](), set(step.readers)
         output: torch.Tensor | None = None
@@ -285,7 +287,7 @@ class _Repair:
                 raise Stop
 
         with contextlib.suppress(Stop), WatchProducts(self.model, step.readers, seen):
-            output = self.walk.run(self.number, position, states, tried=tried)
+            output = self.walk.run(self.number, position, states)
         return _Run(uses, output)
 
     def _target(

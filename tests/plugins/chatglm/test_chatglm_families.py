@@ -125,9 +125,9 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
     whole = f"{expected}{gap}a2{eos}"
     if family in (ChatGLMFamily, ChatGLM2Family):
         assert closed == [f"{chat_prompt(family(), None, 'q1').text}{gap}a1{eos}", whole]
-        assert [turn.answer for text in texts for turn in text.turns] == [f"{gap}a1{eos}", f"{gap}a2{eos}"]
+        assert [answer for text in texts for _, answer in text.turns] == [f"{gap}a1{eos}", f"{gap}a2{eos}"]
     else:
         assert closed == [whole]
-        assert [turn.answer for turn in texts[0].turns] == [f"{gap}a1", f"{gap}a2{eos}"]
+        assert [answer for _, answer in texts[0].turns] == [f"{gap}a1", f"{gap}a2{eos}"]
     system = training_texts(Conversation(exchanges, "Brief."), family(), marked(eos))
-    assert all(text.turns[0].prompt.startswith(family().format_system("Brief.")) for text in system)
+    assert all(text.turns[0][0].startswith(family().format_system("Brief.")) for text in system)
