@@ -70,7 +70,6 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.why_no_cache = why_no_generation(self.models["eager"], self.tokens)
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
@@ -90,7 +89,9 @@ class Oracle:
 
     def _check(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
         cases = {name: self._references(kept) for name, kept in self._plans(kind, groups).items()}
-        no_cache = self._why_no_cache(cases["uneven"][0])
+        silent = cases["uneven"][0]
+        with silent.mode:
+            no_cache = why_no_generation(silent.model, silent.tokens.before)
         if self.family.is_discovered and kind != LAYER:
             verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
         eager: dict[str, PreTrainedModel] = {}
@@ -108,9 +109,9 @@ class Oracle:
                 verdict.difference = max(verdict.difference, difference)
                 verdict.checks.append(f"{name} {reference.implementation}")
         if no_cache:
-            verdict.skipped.append(f"cached generation: {no_cache}")
+            verdict.skipped.append(f"cached generation: the model {no_cache}")
         else:
-            difference = cached_difference(eager["uneven"], cases["uneven"][0].tokens.after)
+            difference = cached_difference(eager["uneven"], silent.tokens.after)
             _require(verdict, difference, "generation with a cache differs from generation without")
             verdict.checks.append("cached generation")
         for name, model in eager.items():
@@ -157,14 +158,6 @@ class Oracle:
         model = copy.deepcopy(self.models[reference.implementation])
         cut(model, self.graph, reference.kept, Follower(follows) if self.family.is_discovered else self.family)
         return model
-
-    def _why_no_cache(self, reference: Reference) -> str:
-        """Why generation with a cache can't be checked; empty where it can."""
-        if self.why_no_cache:
-            return f"the dense model {self.why_no_cache}"
-        with reference.mode:
-            why_not = why_no_generation(reference.model, reference.tokens.before)
-        return f"the model with silenced units {why_not}" if why_not else ""
 
     def _follows(
         self, groups: Sequence[CoupledGroup], references: Sequence[Reference], *, cached: bool

@@ -66,7 +66,7 @@ def test_checks_that_are_not_possible_are_listed():
     (verdict,) = check_kinds(AutoFamily(), BIASED, kinds=["mlp"])
     sdpa, generation = verdict.skipped
     assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")
-    assert generation.startswith("cached generation: the dense model gives other logits with a cache")
+    assert generation.startswith("cached generation: the model gives other logits with a cache")
     assert "even sdpa" not in verdict.checks and "cached generation" not in verdict.checks
 
 
