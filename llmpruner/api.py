@@ -347,7 +347,7 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
     with quiet_transformers():
-        return _verify(structure.family, structure.config, seed=seed)
+        return _verify(structure.family, structure.config, kinds=structure.graph.kinds, seed=seed)
 
 
 def verify_checkpoint(

@@ -218,7 +218,7 @@ def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Token
 
 def _require(verdict: Verdict, difference: float, otherwise: str) -> None:
     if not difference <= TOLERANCE:  # or NaN
-        verdict.verdict, verdict.difference = FAILED, difference
+        verdict.verdict, verdict.difference = FAILED, min(1e30, difference)  # JSON has neither infinity nor NaN
         raise LlmprunerError(otherwise)
 
 
