@@ -104,7 +104,7 @@ class Oracle:
                 eager.setdefault(name, model)  # of the first implementation
                 difference = distance(logits(model, reference.tokens.after), reference.logits)
                 if not difference <= TOLERANCE:
-                    verdict.where = first_difference(model, reference.model, reference.tokens, reference.mode)
+                    verdict.where = first_difference(model, reference)
                 _require(verdict, difference, f"the cut model disagrees ({reference.implementation})")
                 verdict.difference = max(verdict.difference, difference)
                 verdict.checks.append(f"{name} {reference.implementation}")
@@ -249,13 +249,11 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
     return kept
 
 
-def first_difference(
-    model: PreTrainedModel, reference: PreTrainedModel, tokens: Tokens, mode: AbstractContextManager[object]
-) -> str:
-    """The path of the first module whose output differs between two models; empty for none. ``mode``: of `silenced`."""
-    seen = _outputs(model, tokens.after)
-    with mode:
-        expected = _outputs(reference, tokens.before)
+def first_difference(model: PreTrainedModel, reference: Reference) -> str:
+    """The path of the first module whose output differs from that in the reference; empty for none."""
+    seen = _outputs(model, reference.tokens.after)
+    with reference.mode:
+        expected = _outputs(reference.model, reference.tokens.before)
     for path, output in seen.items():
         same_shape = path in expected and expected[path].shape == output.shape
         if same_shape and distance(output, expected[path]) > TOLERANCE:
