@@ -163,7 +163,7 @@ def prune(
         return pipeline.prune(model, first, folder, opener, run, first.given())
     if isinstance(plan, PruningPlan):
         return pipeline.prune(model, plan, folder, opener, run, {})
-    return pipeline.prune(model, PruningPlan.load(Path(plan)), folder, opener, run, {"plan": str(plan)})
+    return pipeline.prune(model, PruningPlan.load(plan), folder, opener, run, {"plan": str(plan)})
 
 
 def recover(
