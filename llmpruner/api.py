@@ -163,7 +163,7 @@ def prune(
         return pipeline.prune(model, first, folder, opener, run, first.given())
     if isinstance(plan, PruningPlan):
         return pipeline.prune(model, plan, folder, opener, run, {})
-    return pipeline.prune(model, PruningPlan.load(Path(plan)), folder, opener, run, {"plan": str(plan)})
+    return pipeline.prune(model, PruningPlan.load(plan), folder, opener, run, {"plan": str(plan)})
 
 
 def recover(
@@ -347,7 +347,7 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
     progress.status("cutting and silencing a small random model")
     with quiet_transformers():
-        return _verify(structure.family, structure.config, seed=seed)
+        return _verify(structure.family, structure.config, kinds=structure.graph.kinds, seed=seed)
 
 
 def verify_checkpoint(

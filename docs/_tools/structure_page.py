@@ -30,7 +30,7 @@ BUILDERS: tuple[Any, ...] = tuple(
     if inspect.isfunction(function) and function.__module__ == layouts.__name__ and not name.startswith("_")
 )
 FUNCTIONS = (index_map, *BUILDERS)
-KINDS = ("MLP", "ATTENTION", "QUERY", "HIDDEN", "LAYER", "EXPERT", "VOCABULARY")
+KINDS = ("MLP", "ATTENTION", "QUERY", "HIDDEN", "LAYER", "EXPERT", "VOCABULARY", "LATENT")
 
 
 def render() -> str:

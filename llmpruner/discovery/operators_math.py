@@ -157,7 +157,7 @@ def scan(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: Any) 
     dim = argument(args, kwargs, 1 if _short(node) == "diff" else 0, "dim", -1) % value.ndim
     axes = list(value.axes)
     run.block(axes[dim], "accumulated along it")
-    axes[dim] = run.plain(int(node.meta["val"].shape[dim]), Origin.ACTIVATION)
+    axes[dim] = run.plain(int(node.meta["val"].shape[dim]))
     return Value(tuple(axes))
 
 
@@ -167,7 +167,7 @@ def topk(run: Propagation, node: Node, value: Value, count: int, dim: int = -1, 
     ids = value.axes[dim]
     run.mark(ids, Mark.ROUTED)
     run.minimum.append((ids, count))
-    axes = (*value.axes[:dim], run.plain(count, Origin.ACTIVATION), *value.axes[dim + 1 :])
+    axes = (*value.axes[:dim], run.plain(count), *value.axes[dim + 1 :])
     return [Value(axes, selects=value.selects), Value(axes, selects=ids)]
 
 
@@ -241,7 +241,7 @@ def conv1d(run: Propagation, node: Node, x: Value, weight: Value, bias: Value | 
     if bias is not None:
         out = run.tie(out, bias.axes[0])
     run.block(x.axes[2], "convolved")
-    return Value((x.axes[0], out, run.plain(int(node.meta["val"].shape[2]), Origin.ACTIVATION)))
+    return Value((x.axes[0], out, run.plain(int(node.meta["val"].shape[2]))))
 
 
 @rule("layer_norm")

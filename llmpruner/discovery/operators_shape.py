@@ -226,7 +226,7 @@ def pad(run: Propagation, node: Node, value: Value, amounts: list[int], *_: Any)
 def triangle(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     for ids in value.axes[-2:]:
         run.block(ids, "masked by position")
-    axes = [*value.axes[:-2], *(run.plain(len(i), Origin.ACTIVATION) for i in value.axes[-2:])]
+    axes = [*value.axes[:-2], *(run.plain(len(i)) for i in value.axes[-2:])]
     return Value(tuple(axes), value.origin)
 
 

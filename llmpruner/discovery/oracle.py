@@ -70,7 +70,6 @@ class Oracle:
         generator = torch.Generator().manual_seed(seed + 1)
         vocabulary = config.get_text_config().vocab_size
         self.tokens = torch.randint(min(40, vocabulary // 2), vocabulary, (BATCH, TIME), generator=generator)
-        self.why_no_cache = why_no_generation(self.models["eager"], self.tokens)
         self.dense = {name: logits(model, self.tokens) for name, model in self.models.items()}
 
     def judge(self, kind: str) -> Verdict:
@@ -90,7 +89,9 @@ class Oracle:
 
     def _check(self, kind: str, groups: Sequence[CoupledGroup], verdict: Verdict) -> None:
         cases = {name: self._references(kept) for name, kept in self._plans(kind, groups).items()}
-        no_cache = self._why_no_cache(cases["uneven"][0])
+        silent = cases["uneven"][0]
+        with silent.mode:
+            no_cache = why_no_generation(silent.model, silent.tokens.before)
         if self.family.is_discovered and kind != LAYER:
             verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
         eager: dict[str, PreTrainedModel] = {}
@@ -103,14 +104,14 @@ class Oracle:
                 eager.setdefault(name, model)  # of the first implementation
                 difference = distance(logits(model, reference.tokens.after), reference.logits)
                 if not difference <= TOLERANCE:
-                    verdict.where = first_difference(model, reference.model, reference.tokens, reference.mode)
+                    verdict.where = first_difference(model, reference)
                 _require(verdict, difference, f"the cut model disagrees ({reference.implementation})")
                 verdict.difference = max(verdict.difference, difference)
                 verdict.checks.append(f"{name} {reference.implementation}")
         if no_cache:
-            verdict.skipped.append(f"cached generation: {no_cache}")
+            verdict.skipped.append(f"cached generation: the model {no_cache}")
         else:
-            difference = cached_difference(eager["uneven"], cases["uneven"][0].tokens.after)
+            difference = cached_difference(eager["uneven"], silent.tokens.after)
             _require(verdict, difference, "generation with a cache differs from generation without")
             verdict.checks.append("cached generation")
         for name, model in eager.items():
@@ -157,14 +158,6 @@ class Oracle:
         model = copy.deepcopy(self.models[reference.implementation])
         cut(model, self.graph, reference.kept, Follower(follows) if self.family.is_discovered else self.family)
         return model
-
-    def _why_no_cache(self, reference: Reference) -> str:
-        """Why generation with a cache can't be checked; empty where it can."""
-        if self.why_no_cache:
-            return f"the dense model {self.why_no_cache}"
-        with reference.mode:
-            why_not = why_no_generation(reference.model, reference.tokens.before)
-        return f"the model with silenced units {why_not}" if why_not else ""
 
     def _follows(
         self, groups: Sequence[CoupledGroup], references: Sequence[Reference], *, cached: bool
@@ -225,7 +218,7 @@ def kept_tokens(tokens: torch.Tensor, graph: CouplingGraph, kept: Kept) -> Token
 
 def _require(verdict: Verdict, difference: float, otherwise: str) -> None:
     if not difference <= TOLERANCE:  # or NaN
-        verdict.verdict, verdict.difference = FAILED, difference
+        verdict.verdict, verdict.difference = FAILED, min(1e30, difference)  # JSON has neither infinity nor NaN
         raise LlmprunerError(otherwise)
 
 
@@ -256,13 +249,11 @@ def random_plan(groups: Sequence[CoupledGroup], seed: int, *, uneven: bool) -> d
     return kept
 
 
-def first_difference(
-    model: PreTrainedModel, reference: PreTrainedModel, tokens: Tokens, mode: AbstractContextManager[object]
-) -> str:
-    """The path of the first module whose output differs between two models; empty for none. ``mode``: of `silenced`."""
-    seen = _outputs(model, tokens.after)
-    with mode:
-        expected = _outputs(reference, tokens.before)
+def first_difference(model: PreTrainedModel, reference: Reference) -> str:
+    """The path of the first module whose output differs from that in the reference; empty for none."""
+    seen = _outputs(model, reference.tokens.after)
+    with reference.mode:
+        expected = _outputs(reference.model, reference.tokens.before)
     for path, output in seen.items():
         same_shape = path in expected and expected[path].shape == output.shape
         if same_shape and distance(output, expected[path]) > TOLERANCE:

@@ -218,7 +218,7 @@ class Propagation:
             return Value(tuple(self.plain(n, origin) for n in meta.shape), origin)
         return meta
 
-    def plain(self, size: int, origin: Origin) -> Ids:
+    def plain(self, size: int, origin: Origin = Origin.ACTIVATION) -> Ids:
         if size == 1:
             return uniform(1, FREE)
         return uniform(size, TABLE if origin is Origin.CONSTANT else FIXED)

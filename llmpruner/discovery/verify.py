@@ -13,7 +13,7 @@ from ..models.save import stock_config
 from ..models.stock import for_all_layers
 from ..structure.coupling import ATTENTION, LAYER, CoupledGroup
 from .follow import Follower, Rule
-from .oracle import VERIFIED, Oracle, Verdict
+from .oracle import REFUSED, VERIFIED, Oracle, Verdict
 from .tiny import HEADS, fingerprint, small_configs
 
 if TYPE_CHECKING:
@@ -29,9 +29,12 @@ _VERDICTS: dict[tuple[object, str], Verdict] = {}
 def verify(
     family: ModelFamily, config: PreTrainedConfig, *, kinds: Collection[str] | None = None, seed: int = 0
 ) -> list[Verdict]:
-    """`check_kinds` on a small model of the architecture of ``config``; `UnsupportedModelError` where none runs."""
+    """`check_kinds` on a small model of the architecture of ``config``; kinds that it lacks are refused. Raises
+    `UnsupportedModelError` where no small model runs."""
     small, groups = representative(config, family, kinds)
-    return check_kinds(family, small, groups, kinds=kinds, seed=seed)
+    verdicts = check_kinds(family, small, groups, kinds=kinds, seed=seed)
+    lacking = sorted(set(kinds or ()) - {verdict.kind for verdict in verdicts})
+    return verdicts + [Verdict(kind, 0, 0, REFUSED, reason="a small model has no such units") for kind in lacking]
 
 
 def check_kinds(
@@ -89,11 +92,10 @@ def rules_of(config: PreTrainedConfig, kinds: Iterable[str], family: ModelFamily
         _VERDICTS.update({(architecture, v.kind): v for v in verify(family, config, kinds=missing)})
     rules: list[Rule] = []
     for kind in kinds:
-        verdict = _VERDICTS.get((architecture, kind))
-        cutting = f"cutting {kind} units of a {config.model_type} model"
-        if verdict is None:
-            raise UnsupportedModelError(f"{cutting} cannot be verified: a small one has none")
+        verdict = _VERDICTS[architecture, kind]
         if verdict.verdict != VERIFIED:
-            raise UnsupportedModelError(f"{cutting} is {verdict.verdict}: {verdict.reason}")
+            raise UnsupportedModelError(
+                f"cutting {kind} units of a {config.model_type} model is {verdict.verdict}: {verdict.reason}"
+            )
         rules += verdict.follows
     return tuple(rules)

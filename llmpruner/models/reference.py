@@ -124,7 +124,13 @@ def adapter_base(path: Path) -> str | None:
     base = read_json(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
-    return str(path / base) if isdir(path / base) else base
+    base = str(path / base) if isdir(path / base) else base
+    if Path(base).resolve() == path.resolve():
+        raise ModelError(
+            f"the adapter in '{path}' is for a model in the same folder; move adapter_config.json and "
+            "adapter_model.safetensors to another one"
+        )
+    return base
 
 
 def _check_directory(path: Path) -> None:

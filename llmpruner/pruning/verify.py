@@ -153,9 +153,10 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
 
 
 def _typed(directory: Path, load: LoadSettings) -> LoadSettings:
-    """``load`` in the dtype that the tensors are stored in, so that they are compared as they are."""
+    """``load`` on the CPU, in the dtype that the tensors are stored in, so that they are compared as they are."""
     dtype = read_json(directory / "config.json").get("dtype")
-    return load.model_copy(update={"dtype": dtype if dtype in ("float32", "bfloat16", "float16") else "float32"})
+    dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
+    return load.model_copy(update={"dtype": dtype, "device": "cpu"})
 
 
 def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Structure, StreamedWeights]:

@@ -208,15 +208,15 @@ class PruningPlan(Frozen):
         """The text of the plan's file."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the JSON to ``path``; on failure an existing file keeps its content. Raises `OutputError`."""
-        write_text(path, self.to_json())
+        write_text(Path(path), self.to_json())
 
     @classmethod
-    def load(cls, path: Path) -> PruningPlan:
+    def load(cls, path: str | Path) -> PruningPlan:
         """The plan in a file. Raises `PlanError` for one that cannot be read, is no plan, or has another version."""
         try:
-            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+            return cls.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"cannot read plan {path}: {getattr(error, 'strerror', None) or error}") from error
         except ValidationError as error:

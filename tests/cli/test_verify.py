@@ -167,3 +167,8 @@ def test_a_base_that_is_read_layer_by_layer(cut, monkeypatch):
     found = {check.name: check for check in llmpruner.verify_checkpoint(cut).checks}
     assert found["weights"].state == found["logits"].state == "passed"
     assert "a new cut of the base" in found["logits"].detail
+
+
+def test_a_checkpoint_is_compared_on_the_cpu_wherever_models_run(cut):
+    checks = llmpruner.verify_checkpoint(cut, load=llmpruner.LoadSettings(device="cuda")).checks
+    assert [check.state for check in checks] == ["passed"] * 4

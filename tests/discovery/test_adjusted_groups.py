@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig
 
-from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span, UnsupportedModelError, build_graph
+from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span, Structure, UnsupportedModelError, api, build_graph
 from llmpruner.discovery import verify as rules
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow, Follower
-from llmpruner.discovery.oracle import logits
+from llmpruner.discovery.oracle import REFUSED, logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import verify
 from llmpruner.errors import CouplingError
@@ -67,7 +67,10 @@ def test_rules_are_found_once_for_an_architecture_and_kind(monkeypatch):
 
 
 def test_a_kind_that_small_models_lack_is_refused():
-    with pytest.raises(UnsupportedModelError, match="cutting gadget units of a gpt2 model cannot be verified: a small"):
+    graph = build_graph(Renames(), SMALL)
+    (verdict,) = api.verify(Structure("gpt2", SMALL, AutoFamily(), graph))
+    assert (verdict.kind, verdict.verdict, verdict.checks) == ("gadget", REFUSED, [])
+    with pytest.raises(UnsupportedModelError, match="cutting gadget units of a gpt2 model is refused: a small model"):
         rules.rules_of(SMALL, ["gadget"], AutoFamily())
 
 

@@ -1,6 +1,7 @@
 """Verdicts name the parameter that is wrong, and every check that was not possible."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from functools import cache
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import CodeGenConfig, LlamaConfig
 from llmpruner import Blocks, ModelFamily, Role
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
-from llmpruner.discovery.oracle import REFUSED, VERIFIED
+from llmpruner.discovery.oracle import FAILED, REFUSED, VERIFIED
 from llmpruner.discovery.verify import check_kinds, verify
 from llmpruner.structure.coupling import Explicit
 from llmpruner.testing.family import differences
@@ -66,7 +67,7 @@ def test_checks_that_are_not_possible_are_listed():
     (verdict,) = check_kinds(AutoFamily(), BIASED, kinds=["mlp"])
     sdpa, generation = verdict.skipped
     assert sdpa.startswith("sdpa attention: a small composed cannot be built: ")
-    assert generation.startswith("cached generation: the dense model gives other logits with a cache")
+    assert generation.startswith("cached generation: the model gives other logits with a cache")
     assert "even sdpa" not in verdict.checks and "cached generation" not in verdict.checks
 
 
@@ -82,6 +83,16 @@ def test_a_group_that_cannot_be_cut_is_counted_and_named():
     (verdict,) = check_kinds(family(), BIASED)
     assert (verdict.verdict, verdict.reason) == (REFUSED, "no unit can be removed from any group")
     assert verdict.checks == []
+
+
+def test_a_verdict_on_logits_of_another_shape_is_json():
+    """The embedding is cut, and the head is not."""
+    (group,) = (g for g in found() if g.kind == "vocabulary")
+    half = replace(group, spans=tuple(span for span in group.spans if span.parameter == "embed.weight"))
+    family = type("Half", (ModelFamily,), {"coupled_groups": lambda _self, _config: [half]})
+    (verdict,) = check_kinds(family(), BIASED)
+    assert verdict.verdict == FAILED
+    assert "Infinity" not in json.dumps(asdict(verdict))
 
 
 def test_equal_sizes_are_told_apart():

@@ -92,6 +92,12 @@ def test_an_adapter_for_an_adapter_is_refused(one, catalog, tmp_path):
         load_structure(str(two), catalog)
 
 
+def test_an_adapter_in_the_folder_of_its_model_is_refused(base, catalog):
+    adapted(base, base, 1)
+    with pytest.raises(llmpruner.ModelError, match=r"is for a model in the same folder; move adapter_config\.json"):
+        load_structure(str(base), catalog)
+
+
 FIRST, SECOND = "1" * 40, "2" * 40
 
 

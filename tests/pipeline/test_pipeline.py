@@ -28,7 +28,7 @@ def stopped(*_):
     raise KeyboardInterrupt
 
 
-def test_a_plan_records_the_settings_that_it_replays_with(gqa):
+def test_a_plan_records_the_settings_that_it_replays_with(gqa, tmp_path):
     made = llmpruner.plan(gqa, ratio=0.3, importance="taylor", samples=3, length=16, compensate="refit")
     values = json.loads(made.to_json())
     assert values["estimation"]["settings"] == {"variant": "element1"}
@@ -37,6 +37,8 @@ def test_a_plan_records_the_settings_that_it_replays_with(gqa):
     assert values["estimation"]["sources"] == values["compensation"]["sources"] == written
     text = {"calibration": "self", "samples": 3, "length": 16}
     assert values["compensation"].items() >= {"name": "refit", "settings": Refit().record(), **text}.items()
+    made.save(f"{tmp_path}/plan.json")
+    assert llmpruner.PruningPlan.load(f"{tmp_path}/plan.json").to_json() == made.to_json()
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)
