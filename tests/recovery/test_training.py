@@ -20,6 +20,7 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery import training
+from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.data import RecoverySetup, TrainingData
 from llmpruner.recovery.losses import next_token_loss
 from llmpruner.recovery.recover import train
@@ -186,6 +187,17 @@ def test_processes_share_a_batch(monkeypatch):
     monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
         filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True)
+
+
+def test_one_process_trains_on_the_device_of_the_model_alone(tmp_path, monkeypatch):
+    """It took the first of several GPUs, and a batch for each of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model, graph = pruned_model()
+    settings = RecoverSettings(max_steps=1, batch_size=4, learning_rate=1e-3)
+    job = RecoveryJob(model.to("meta"), None, [], [], graph, settings, tmp_path, dense_model)
+    arguments = training._arguments(job)
+    assert arguments.device == torch.device("meta") and arguments.train_batch_size == 4
 
 
 def test_another_job_does_not_go_on_from_a_checkpoint(tiny, tmp_path):
