@@ -226,7 +226,9 @@ def _reads(command: str, models: Sequence[str] | None, before: Sequence[Step], p
     checkpoints = [DENSE, *(step.name for step in before if step.command in ("prune", "recover"))]
     if command not in MEASURES:
         if models is not None:
-            raise SettingsError(f"{place}: 'models' belongs to {', '.join(MEASURES)}; {command} reads the newest")
+            raise SettingsError(
+                f"{place}: 'models' belongs to {', '.join(MEASURES)}; {command} reads the newest checkpoint"
+            )
         return (checkpoints[-1],)
     if models is None:
         return tuple(checkpoints)

@@ -130,6 +130,14 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
         api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
 
 
+def test_the_report_is_of_the_steps_that_were_run(run, file, out):
+    """It was of what a longer recipe had left in the folder."""
+    recipe = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:1]}))
+    assert run("run", file, "-o", out).code == 0
+    assert "<h1>1-prune, pruned from dense</h1>" in (out / "report.html").read_text(encoding="utf-8")
+
+
 def no_result(path, target):
     """`Path.rename`, where the process ends before the result of a step gets its name."""
     if path.name == "result":
