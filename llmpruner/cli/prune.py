@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.stages import peak_memory
-from ..report.sections import loss_text, no_better
+from ..report.sections import loss_text
 from ..settings import ExportSettings, LoadSettings, PruneSettings, RecoverSettings, RunSettings, settings_from
 from ..structure.scope import COUNTED, QUANTISED
 from ..values import bytes_text, count_text, counted
@@ -170,8 +170,8 @@ def recover(
     if as_json:
         result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
         print_json({**result, "seconds": seconds})
-    elif failed := no_better(record):
-        warning_line(f"{output}: {failed}")
+    elif record["improved"] is False:
+        warning_line(f"{output}: {loss_text(record)}")
     else:
         steps = counted(len(record["losses"]), "step")
         done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {loss_text(record)}, {seconds:.0f} s")

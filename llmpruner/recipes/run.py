@@ -26,7 +26,7 @@ from ..models.tokenizer import brings_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..pruning.checks import check_job
-from ..report.sections import first_and_last, loss_text, no_better
+from ..report.sections import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
 from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
 
@@ -229,8 +229,7 @@ def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
     facts = {key: record[key] for key in kept if key in record}
     facts |= {"steps": len(record["losses"]), "losses": list(first_and_last(record) or ())[1:]}
-    facts["loss"] = no_better(record) or loss_text(record)
-    return {"checkpoint": model.form, **facts}, None
+    return {"checkpoint": model.form, **facts, "loss": loss_text(record)}, None
 
 
 def _export(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:

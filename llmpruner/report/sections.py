@@ -200,7 +200,14 @@ def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | No
 
 
 def loss_text(training: Mapping[str, Any]) -> str:
-    """``held-out loss 2.500 → 1.250``."""
+    """``held-out loss 2.500 → 1.250``; of a training that was undone, why."""
+    if training["best_step"] == 0:
+        start, end = training["validation"][0], training["validation"][-1]
+        return (
+            f"no better than before: the loss went from {start['loss']:.4f} to {end['loss']:.4f} "
+            f"(± {end['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the start; lower "
+            "--learning-rate, or give more data or steps"
+        )
     if (measured := first_and_last(training)) is None:
         return "no loss measured"
     what, first, last = measured
@@ -209,20 +216,9 @@ def loss_text(training: Mapping[str, Any]) -> str:
 
 def verdict(training: Mapping[str, Any]) -> str:
     """Whether a training helped, in one sentence."""
-    if failed := no_better(training):
-        return f"Recovery did not help and was undone: {failed.partition(': ')[2]}."
-    measured = training["validation"] and training["held_out"]
-    helped = "Recovery helped" if measured else "Whether recovery helped was not measured, as no rows were held out"
-    return f"{helped}: {loss_text(training)}."
-
-
-def no_better(training: Mapping[str, Any]) -> str | None:
-    """A line for a training after which no loss was lower than before it; None for others."""
-    if training["best_step"] != 0:
-        return None
-    checked = training["validation"]
-    return (
-        f"no better than before: the loss went from {checked[0]['loss']:.4f} to {checked[-1]['loss']:.4f} "
-        f"(± {checked[-1]['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the "
-        "start; lower --learning-rate, or give more data or steps"
-    )
+    text = loss_text(training)
+    if training["best_step"] == 0:
+        return f"Recovery did not help and was undone: {text.partition(': ')[2]}."
+    if training["validation"] and training["held_out"]:
+        return f"Recovery helped: {text}."
+    return f"Whether recovery helped was not measured, as no rows were held out: {text}."

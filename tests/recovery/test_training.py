@@ -26,7 +26,7 @@ from llmpruner.recovery.losses import next_token_loss
 from llmpruner.recovery.recover import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
-from llmpruner.report.sections import first_and_last, no_better
+from llmpruner.report.sections import first_and_last, loss_text
 from llmpruner.settings import RecoverSettings
 from llmpruner.structure.coupling import Blocks, CoupledGroup, Role, Span
 
@@ -311,7 +311,7 @@ def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, opt
     assert record["best_step"] == 0 and record["improved"] is False
     assert last["loss"] + last["error"] > first["loss"] and (last["loss"] < first["loss"]) == (loss is not away)
     assert record["held_out"] == (options.get("validation") != 0)
-    assert "no better than before" in no_better(record) and first_and_last(record)[2] == first["loss"]
+    assert "no better than before" in loss_text(record) and first_and_last(record)[2] == first["loss"]
     for name, value in result.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
