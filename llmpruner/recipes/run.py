@@ -17,6 +17,7 @@ from typing import Any
 
 from ..discovery.opening import Opener, load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
+from ..evaluation.bench import bench_subject
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
 from ..models.numbers import check_device
@@ -97,11 +98,15 @@ class RecipeRun:
         check_device(self.load.device)
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
+        opener = Opener(catalog, self.load, progress)
         for step in recipe.steps:
+            settings: Any = step.settings
             with naming(step.place):
                 COMMANDS[step.command].check(step.job)
                 if step.command == "prune" and step.reads == (DENSE,):
-                    check_job(step.job, self.dense, Opener(catalog, self.load, progress))
+                    check_job(step.job, self.dense, opener)
+                if step.command == "bench" and DENSE in step.reads:
+                    step.job.check(bench_subject(self.dense, settings, opener))
                 learns = step.command == "recover" and step.job.reads_dense
                 if learns and step.reads == (DENSE,) and not self.dense.plans:
                     raise not_pruned(self.model)

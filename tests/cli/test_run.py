@@ -237,6 +237,13 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
 
 
+def test_what_a_runtime_cannot_run_is_refused_before_other_steps(refused, file):
+    """It was found by its own step, hours later."""
+    recipe = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**recipe, "steps": [*recipe["steps"], {"bench": {"runtime": "vllm"}}]}))
+    assert "step 5 (bench): vllm is not installed" in refused("run", file, "-o", "{tmp}/out")
+
+
 def test_a_recovery_of_what_was_not_pruned_is_refused_before_other_steps(refused, file, tmp_path):
     recipe = yaml.safe_load(file.read_text())
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:0:-1]}))
