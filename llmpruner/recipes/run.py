@@ -231,8 +231,7 @@ def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
 def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     model = run.call(step, output=output)
     record = model.record["recovery"][-1]
-    kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
-    facts = {key: record[key] for key in kept if key in record}
+    facts = {key: record[key] for key in ("strategy", "data", "examples", "trainable_parameters", "improved")}
     facts |= {"steps": len(record["losses"]), "losses": list(first_and_last(record) or ())[1:]}
     return {"checkpoint": model.form, **facts, "loss": loss_text(record)}, None
 
