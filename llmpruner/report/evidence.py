@@ -126,7 +126,7 @@ def _subject(
     return ReportSubject(
         f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
         tuple(measured["evaluate"]), tuple(measured["bench"]), tuple(map(tuple, measured["generate"])),
-        _runs(checkpoint), tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
+        _runs(checkpoint), tuple(steps),
     )  # fmt: skip
 
 
