@@ -18,6 +18,7 @@ from ..evaluation.metrics import size
 from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
+from ..models.reference import model_identity
 from ..models.surgery import cut
 from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
@@ -115,8 +116,10 @@ def _subject(
         is_dense = model in (base, DENSE) or str(path) == record.get("base_path")
         return name if path == checkpoint.resolve() else DENSE if is_dense else None
 
+    # A step that is no longer in the recipe may have measured other weights of this name.
+    identity = model_identity(str(checkpoint), catalog) if steps else None
     for step in steps:
-        if step["command"] in measured:
+        if step["command"] in measured and step["inputs"]["models"].get(checkpoint.name) == identity:
             results = read_results(step["folder"] / RESULTS_FILE)
             add(step["command"], results, lambda model: name if model == checkpoint.name else model)
     for path, results in files.items():

@@ -131,11 +131,13 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
 
 
 def test_the_report_is_of_the_steps_that_were_run(run, file, out):
-    """It was of what a longer recipe had left in the folder."""
+    """It was of what a longer recipe had left in the folder, with what that had measured of other weights."""
     recipe = yaml.safe_load(file.read_text())
     file.write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:1]}))
-    assert run("run", file, "-o", out).code == 0
-    assert "<h1>1-prune, pruned from dense</h1>" in (out / "report.html").read_text(encoding="utf-8")
+    for options, measured in (((), True), (("--set", "prune.ratio=0.3"), False)):
+        assert run("run", file, "-o", out, *options).code == 0
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert "<h1>1-prune, pruned from dense</h1>" in page and ("bits per byte" in page) == measured
 
 
 def no_result(path, target):
