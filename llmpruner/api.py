@@ -24,7 +24,7 @@ from .discovery.opening import Opener, Source, listed
 from .discovery.oracle import Verdict
 from .discovery.verify import verify as _verify
 from .errors import DataError, PlanError, SettingsError
-from .evaluation.bench import BenchResult, BenchSubject
+from .evaluation.bench import BenchResult, bench_subject
 from .evaluation.bench import bench as _bench
 from .evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
 from .evaluation.evaluate import evaluate as _evaluate
@@ -236,15 +236,7 @@ def bench(
     opener, options = _opener(load, catalog, progress), settings_from(BenchSettings, settings)
     runtime = opener.catalog.runtimes.create_only(options.runtime, options.settings)
     check_device(opener.load.device)
-    batch, length = max(options.batch), max(options.prompt) + options.new
-    subjects = []
-    for source in listed(models):
-        # The runtime opens it as far as it needs.
-        if isinstance(source, Structure):
-            ref, path = source.ref, source.path
-        else:
-            ref, path = str(source), resolve(str(source), opener.catalog).local_path
-        subjects.append(BenchSubject(ref, _path(path), batch, length, source, opener))
+    subjects = [bench_subject(source, options, opener) for source in listed(models)]
     return _bench(subjects, runtime, options, progress)
 
 
@@ -371,6 +363,7 @@ def write_report(
     *,
     results: str | Path | Sequence[str | Path] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    load: LoadSettings | None = None,
     catalog: Catalog | None = None,
 ) -> Report:
     """Write an HTML page about pruned models: size, speed and quality next to the dense model, and what was cut.
@@ -388,7 +381,7 @@ def write_report(
     target = Path(path or default)
     if not (target.is_file() and target.read_bytes()[:100].lower().startswith(b"<!doctype html")):
         check_new_file(target)  # a page may replace another page
-    subjects = report_subjects(places, _paths(results), catalog)
+    subjects = report_subjects(places, _paths(results), catalog, load)
     page, warnings = report_page(subjects, sections)
     sentences = {}
     for subject in subjects:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..engine.stages import peak_memory
-from ..report.sections import loss_text, no_better
+from ..report.sections import loss_text
 from ..settings import ExportSettings, LoadSettings, PruneSettings, RecoverSettings, RunSettings, settings_from
 from ..structure.scope import COUNTED, QUANTISED
 from ..values import bytes_text, count_text, counted
@@ -75,13 +75,13 @@ def prune(
     seconds = round(time.monotonic() - started, 1)
     if isinstance(pruned, list):
         folders = [each.ref for each in pruned]
-        write_next_to(output, arguments["catalog"], sentences=not as_json, checkpoints=[Path(f) for f in folders])
+        write_next_to(output, arguments, sentences=not as_json, checkpoints=[Path(f) for f in folders])
         if as_json:
             print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in pruned])
         else:
             done_line(f"{', '.join(folders)} in {seconds} s")
         return
-    write_next_to(output, arguments["catalog"])
+    write_next_to(output, arguments)
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:
@@ -170,8 +170,8 @@ def recover(
     if as_json:
         result = {"model": model, **record, "output": str(output), "checkpoint": recovered.form}
         print_json({**result, "seconds": seconds})
-    elif failed := no_better(record):
-        warning_line(f"{output}: {failed}")
+    elif record["improved"] is False:
+        warning_line(f"{output}: {loss_text(record)}")
     else:
         steps = counted(len(record["losses"]), "step")
         done_line(f"{output}: {counted(record['examples'], 'example')}, {steps}, {loss_text(record)}, {seconds:.0f} s")

@@ -57,8 +57,9 @@ def run(
     on_step = None if as_json else show_step
     result = api.run(recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments)
     seconds = round(time.monotonic() - started, 1)
-    if any(step.command in ("prune", "recover") for step in result.steps):
-        write_next_to(result.output, arguments["catalog"])
+    # Not of the folder, in which a longer recipe may have left its own.
+    if made := [step.directory for step in result.steps if step.command in ("prune", "recover")]:
+        write_next_to(result.output, arguments, checkpoints=made[-1:])
     if as_json:
         print_json({**result.as_json(), "seconds": seconds})
         return
@@ -133,7 +134,7 @@ def demo(
     started = time.monotonic()
     values = {"pruned.ratio": ratio, "prune.seed": seed}
     api.run("demo", output=output, values=values, on_step=show_step, **arguments)
-    write_next_to(output, arguments["catalog"], sentences=True)
+    write_next_to(output, arguments, sentences=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)
     out.print("  llmpruner recover pruned -o recovered", highlight=False)

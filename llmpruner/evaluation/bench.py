@@ -56,6 +56,19 @@ class BenchSubject:
         return self.opener.weights(self.structure)
 
 
+def bench_subject(source: Source, settings: BenchSettings, opener: Opener) -> BenchSubject:
+    """A model to measure at all sizes of ``settings``."""
+    from ..models.model import Structure
+    from ..models.reference import resolve
+
+    if isinstance(source, Structure):
+        ref, path = source.ref, source.path
+    else:
+        ref, path = str(source), resolve(str(source), opener.catalog).local_path
+    length = max(settings.prompt) + settings.new
+    return BenchSubject(ref, None if path is None else Path(path), max(settings.batch), length, source, opener)
+
+
 @dataclass(frozen=True)
 class Work:
     """What the steps of one model cost, from its sizes. ``body_macs``: multiply-accumulate operations per token of all

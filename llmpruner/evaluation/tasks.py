@@ -92,7 +92,7 @@ class TasksMetric(Metric):
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
-    """Without facts that are no metrics, which lm-eval names ``metric,filter``."""
+    """The metrics among the facts of a task: lm-eval names them ``metric,filter``."""
     scores = {}
     for key, value in values.items():
         name, _, filtered_by = key.partition(",")
@@ -102,7 +102,7 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _higher_is_better(metric: str) -> bool | None:
-    """For a name of a metric of lm-eval; None for unknown ones."""
+    """None for a metric that is not known here."""
     if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
         return False
     return True if metric.startswith(("acc", "exact_match", "f1")) else None

@@ -225,6 +225,10 @@ def _put(values: Any, path: Sequence[str], value: Any, place: str) -> None:
 def _reads(command: str, models: Sequence[str] | None, before: Sequence[Step], place: str) -> tuple[str, ...]:
     checkpoints = [DENSE, *(step.name for step in before if step.command in ("prune", "recover"))]
     if command not in MEASURES:
+        if models is not None:
+            raise SettingsError(
+                f"{place}: 'models' belongs to {', '.join(MEASURES)}; {command} reads the newest checkpoint"
+            )
         return (checkpoints[-1],)
     if models is None:
         return tuple(checkpoints)

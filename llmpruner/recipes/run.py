@@ -17,6 +17,7 @@ from typing import Any
 
 from ..discovery.opening import Opener, load_structure
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
+from ..evaluation.bench import bench_subject
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
 from ..models.numbers import check_device
@@ -26,7 +27,7 @@ from ..models.tokenizer import brings_tokenizer
 from ..plugins.catalog import Catalog
 from ..progress import Progress
 from ..pruning.checks import check_job
-from ..report.sections import first_and_last, loss_text, no_better
+from ..report.sections import first_and_last, loss_text
 from ..settings import LoadSettings, RunSettings
 from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
 
@@ -97,11 +98,15 @@ class RecipeRun:
         check_device(self.load.device)
         if not brings_tokenizer(self.model, catalog):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
+        opener = Opener(catalog, self.load, progress)
         for step in recipe.steps:
+            settings: Any = step.settings
             with naming(step.place):
                 COMMANDS[step.command].check(step.job)
                 if step.command == "prune" and step.reads == (DENSE,):
-                    check_job(step.job, self.dense, Opener(catalog, self.load, progress))
+                    check_job(step.job, self.dense, opener)
+                if step.command == "bench" and DENSE in step.reads:
+                    step.job.check(bench_subject(self.dense, settings, opener))
                 learns = step.command == "recover" and step.job.reads_dense
                 if learns and step.reads == (DENSE,) and not self.dense.plans:
                     raise not_pruned(self.model)
@@ -226,11 +231,9 @@ def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
 def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
     model = run.call(step, output=output)
     record = model.record["recovery"][-1]
-    kept = ("strategy", "data", "examples", "trainable_parameters", "improved")
-    facts = {key: record[key] for key in kept if key in record}
+    facts = {key: record[key] for key in ("strategy", "data", "examples", "trainable_parameters", "improved")}
     facts |= {"steps": len(record["losses"]), "losses": list(first_and_last(record) or ())[1:]}
-    facts["loss"] = no_better(record) or loss_text(record)
-    return {"checkpoint": model.form, **facts}, None
+    return {"checkpoint": model.form, **facts, "loss": loss_text(record)}, None
 
 
 def _export(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:

@@ -159,7 +159,7 @@ def train(
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
     ``work_dir`` has the state of another training, and `ModelError` when the training diverges.
     """
-    from .training import filled_in  # the Trainer brings datasets, pandas and pyarrow
+    from .training import filled_in, latest_checkpoint  # the Trainer brings datasets, pandas and pyarrow
 
     model, strategy = loaded.model, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
@@ -172,8 +172,8 @@ def train(
     }
     ranks = Ranks.current()
     ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
-    if steps := [int(file.name.partition("-")[2]) for file in work_dir.glob("checkpoint-*")]:
-        progress.status(f"continuing the training in {work_dir} from step {max(steps)}")
+    if checkpoint := latest_checkpoint(work_dir):
+        progress.status(f"continuing the training from {checkpoint}")
     validations: list[dict[str, Any]] = []
 
     @functools.cache

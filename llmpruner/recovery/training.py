@@ -149,7 +149,7 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
     part = settings.batch_size // processes
     micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
     on_cpu = job.model.device.type == "cpu"
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(job.work_dir),
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=part // micro,
@@ -176,6 +176,13 @@ def _arguments(job: RecoveryJob) -> TrainingArguments:
         log_level="error",
         disable_tqdm=True,
     )
+    if processes == 1:
+        # By itself, it takes the first GPU, and a batch for each GPU of the machine.
+        arguments.__dict__["_setup_devices"] = job.model.device
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        if job.model.device.type == "cuda":
+            torch.cuda.set_device(job.model.device)
+    return arguments
 
 
 class _LossTrainer(Trainer):  # type: ignore[misc]

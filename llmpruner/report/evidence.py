@@ -18,6 +18,7 @@ from ..evaluation.metrics import size
 from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
+from ..models.reference import model_identity
 from ..models.surgery import cut
 from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
@@ -25,9 +26,12 @@ from .base import DENSE, Costs, ReportSubject
 if TYPE_CHECKING:
     from ..models.model import Structure
     from ..plugins.catalog import Catalog
+    from ..settings import LoadSettings
 
 
-def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
+def report_subjects(
+    directories: Sequence[Path], files: Sequence[Path], catalog: Catalog, load: LoadSettings | None = None
+) -> list[ReportSubject]:
     """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results, which name
     checkpoints by their folders. Raises `ModelError` for a directory that is neither, `DataError` for a file that has
     results of none."""
@@ -42,7 +46,10 @@ def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog:
                 "path, or leave the file out"
             )
     named = zip(checkpoints, _names(checkpoints), places, strict=True)
-    return [_subject(checkpoint, name, steps, results, catalog) for checkpoint, name, (_, steps) in named]
+    return [
+        _subject(load_structure(str(checkpoint), catalog, load), checkpoint, name, steps, results, catalog)
+        for checkpoint, name, (_, steps) in named
+    ]
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
@@ -89,9 +96,13 @@ def _models(results: Any) -> list[dict[str, Any]]:
 
 
 def _subject(
-    checkpoint: Path, name: str, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], catalog: Catalog
+    structure: Structure,
+    checkpoint: Path,
+    name: str,
+    steps: Sequence[Mapping[str, Any]],
+    files: Mapping[Path, Any],
+    catalog: Catalog,
 ) -> ReportSubject:
-    structure = load_structure(str(checkpoint), catalog)
     base, record = structure.plans[0].base.model, structure.record or {}
     measured: dict[str, list[Any]] = {"evaluate": [], "bench": [], "generate": []}
 
@@ -105,8 +116,10 @@ def _subject(
         is_dense = model in (base, DENSE) or str(path) == record.get("base_path")
         return name if path == checkpoint.resolve() else DENSE if is_dense else None
 
+    # A step that is no longer in the recipe may have measured other weights of this name.
+    identity = model_identity(str(checkpoint), catalog) if steps else None
     for step in steps:
-        if step["command"] in measured:
+        if step["command"] in measured and step["inputs"]["models"].get(checkpoint.name) == identity:
             results = read_results(step["folder"] / RESULTS_FILE)
             add(step["command"], results, lambda model: name if model == checkpoint.name else model)
     for path, results in files.items():
@@ -116,7 +129,7 @@ def _subject(
     return ReportSubject(
         f"{name}, pruned from {Path(base).name or base}", name, structure.graph, record, structure.plans, dense, costs,
         tuple(measured["evaluate"]), tuple(measured["bench"]), tuple(map(tuple, measured["generate"])),
-        _runs(checkpoint), tuple({key: step[key] for key in ("name", "command", "seconds")} for step in steps),
+        _runs(checkpoint), tuple(steps),
     )  # fmt: skip
 
 

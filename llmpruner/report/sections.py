@@ -25,7 +25,12 @@ class QualitySection(ReportSection):
     order = 11
 
     def render(self, subject: ReportSubject) -> str | None:
-        tables = [(measured, _texts(measured)) for measured in subject.measured]
+        better = {True: "higher", False: "lower", None: ""}
+        tables = []
+        for measured in subject.measured:
+            columns = ("Measured", *(each.name for each in measured), "Better")
+            rows = [(line.label, *line.cells, better[line.higher_is_better]) for line in measured.lines]
+            tables.append((columns, rows, _texts(measured)))
         # Texts of an earlier plan count: the weights that it fitted are in the model.
         parts = [part for plan in subject.plans for part in (plan.estimation, plan.compensation)]
         read = dict.fromkeys(without_folders(part.calibration) for part in parts if part and part.calibration)
@@ -82,17 +87,19 @@ class CostSection(ReportSection):
         ]
         rows = [
             # A state space model has no keys and values, of which nothing can be removed.
-            (label, text(before), text(after), f"{1 - after / before:.1%}" if before else "–")
+            (label, text(before), text(after), f"{1 - after / before:.1%}".replace("-", "−") if before else "–")
             for label, before, after, text in pairs
             if before is not None and after is not None
         ]
-        benches = [
-            (bench, [("Prefill", speed_rows(bench, "prefill")), ("Decoding", speed_rows(bench, "decode"))])
-            for bench in subject.benches
-        ]
+        benches = []
+        for bench in subject.benches:
+            stages = [("Prefill", *cells) for cells in speed_rows(bench, "prefill")]
+            stages += [("Decoding", *cells) for cells in speed_rows(bench, "decode")]
+            benches.append((bench, stages))
         return rendered(
-            "cost.html.j2", rows=rows, benches=benches, columns=SPEED_COLUMNS, name=subject.name, context=pruned.context
-        )
+            "cost.html.j2", rows=rows, benches=benches, columns=("Stage", *SPEED_COLUMNS), name=subject.name,
+            context=pruned.context,
+        )  # fmt: skip
 
 
 def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]]:
@@ -172,8 +179,14 @@ class OriginSection(ReportSection):
             settings = dict(run["settings"])
             for name, values in settings.pop("settings", {}).items():
                 settings |= {f"{name}.{key}": value for key, value in values.items()}
-            runs.append((run, settings))
-        return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=subject.steps)
+            stages = []
+            for stage in run["stages"]:
+                peak = "–" if stage["peak_bytes"] is None else bytes_text(stage["peak_bytes"])
+                stages.append((stage["name"], f"{stage['seconds']:,.1f}", peak))
+            stages.append(("all", f"{sum(stage['seconds'] for stage in run['stages']):,.1f}", ""))
+            runs.append((run, settings, stages))
+        steps = [(step["name"], step["command"], f"{step['seconds']:,.1f}") for step in subject.steps]
+        return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=steps)
 
 
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
@@ -187,7 +200,14 @@ def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | No
 
 
 def loss_text(training: Mapping[str, Any]) -> str:
-    """``held-out loss 2.500 → 1.250``."""
+    """``held-out loss 2.500 → 1.250``; of a training that was undone, why."""
+    if training["best_step"] == 0:
+        start, end = training["validation"][0], training["validation"][-1]
+        return (
+            f"no better than before: the loss went from {start['loss']:.4f} to {end['loss']:.4f} "
+            f"(± {end['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the start; lower "
+            "--learning-rate, or give more data or steps"
+        )
     if (measured := first_and_last(training)) is None:
         return "no loss measured"
     what, first, last = measured
@@ -196,20 +216,9 @@ def loss_text(training: Mapping[str, Any]) -> str:
 
 def verdict(training: Mapping[str, Any]) -> str:
     """Whether a training helped, in one sentence."""
-    if failed := no_better(training):
-        return f"Recovery did not help and was undone: {failed.partition(': ')[2]}."
-    measured = training["validation"] and training["held_out"]
-    helped = "Recovery helped" if measured else "Whether recovery helped was not measured, as no rows were held out"
-    return f"{helped}: {loss_text(training)}."
-
-
-def no_better(training: Mapping[str, Any]) -> str | None:
-    """A line for a training after which no loss was lower than before it; None for others."""
-    if training["best_step"] != 0:
-        return None
-    checked = training["validation"]
-    return (
-        f"no better than before: the loss went from {checked[0]['loss']:.4f} to {checked[-1]['loss']:.4f} "
-        f"(± {checked[-1]['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the "
-        "start; lower --learning-rate, or give more data or steps"
-    )
+    text = loss_text(training)
+    if training["best_step"] == 0:
+        return f"Recovery did not help and was undone: {text.partition(': ')[2]}."
+    if training["validation"] and training["held_out"]:
+        return f"Recovery helped: {text}."
+    return f"Whether recovery helped was not measured, as no rows were held out: {text}."

@@ -135,7 +135,7 @@ class ComparisonSection(ReportSection):
         known = [column for column in rows[0] if any(row[column] is not None for row in rows)]
         methods = {subject.name: method_of(subject) for subject in subjects if subject.name in places}
         return rendered(
-            "comparison.html.j2", rows=[[row[column] for column in known] for row in rows], best=best,
+            "comparison.html.j2", rows=[[row[column] or "–" for column in known] for row in rows], best=best,
             columns=known, picture=_chart(pairs, methods, best) if places else None,
         )  # fmt: skip
 

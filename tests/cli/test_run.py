@@ -130,6 +130,16 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
         api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
 
 
+def test_the_report_is_of_the_steps_that_were_run(run, file, out):
+    """It was of what a longer recipe had left in the folder, with what that had measured of other weights."""
+    recipe = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:1]}))
+    for options, measured in (((), True), (("--set", "prune.ratio=0.3"), False)):
+        assert run("run", file, "-o", out, *options).code == 0
+        page = (out / "report.html").read_text(encoding="utf-8")
+        assert "<h1>1-prune, pruned from dense</h1>" in page and ("bits per byte" in page) == measured
+
+
 def no_result(path, target):
     """`Path.rename`, where the process ends before the result of a step gets its name."""
     if path.name == "result":
@@ -227,6 +237,13 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     monkeypatch.setattr("llmpruner.recovery.data.find_spec", lambda name: None)
     adapters = ("--set", "recover.strategy=lora")
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
+
+
+def test_what_a_runtime_cannot_run_is_refused_before_other_steps(refused, file):
+    """It was found by its own step, hours later."""
+    recipe = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump({**recipe, "steps": [*recipe["steps"], {"bench": {"runtime": "vllm"}}]}))
+    assert "step 5 (bench): vllm is not installed" in refused("run", file, "-o", "{tmp}/out")
 
 
 def test_a_recovery_of_what_was_not_pruned_is_refused_before_other_steps(refused, file, tmp_path):

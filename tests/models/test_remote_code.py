@@ -70,3 +70,12 @@ def test_with_the_flag_it_is_pruned_and_used(folder, tmp_path):
     llmpruner("prune", folder, *trusted, *options, "-o", pruned.parent)
     assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr
     llmpruner("generate", pruned, "--trust-remote-code", "-p", "a b", "--max-new-tokens", "3")
+
+
+def test_its_report_is_written_and_written_again(folder, tmp_path):
+    trusted, pruned = ("--family", "auto", "--trust-remote-code"), tmp_path / "pruned"
+    options = ("--ratio", "0.1", "--set", "prune.layers=0", "--importance", "l1")
+    made = llmpruner("prune", folder, *trusted, *options, "-o", pruned)
+    assert "no report was written" not in made.stderr and (pruned / "report.html").is_file()
+    assert "--trust-remote-code" in llmpruner("report", pruned, expect=2).stderr
+    llmpruner("report", pruned, "--trust-remote-code")

@@ -97,6 +97,7 @@ WRONG = {
         "steps: [{prune: {ratio: 0.2}, name: pruned}, {evaluate: , models: [dense, prund]}]",
         "r.yaml, step 2 (evaluate): models: unknown model 'prund'; did you mean pruned?",
     ),
+    "models of an export": ("steps: [{export: {to: gguf}, models: dense}]", "(export): 'models' belongs to evaluate, "),
     "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "rounds: 'prune' belongs to a step"),
     "a later model": ("steps: [{evaluate: , models: 2-prune}, prune: {ratio: 0.2}]", "unknown model '2-prune'"),
     "an unknown component": (

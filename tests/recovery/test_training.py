@@ -20,12 +20,13 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut
 from llmpruner.recovery import training
+from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.data import RecoverySetup, TrainingData
 from llmpruner.recovery.losses import next_token_loss
 from llmpruner.recovery.recover import train
 from llmpruner.recovery.strategies import DistilStrategy, FullStrategy, LoraStrategy, adapter_targets
 from llmpruner.recovery.training import filled_in, fit, latest_checkpoint, planned_steps
-from llmpruner.report.sections import first_and_last, no_better
+from llmpruner.report.sections import first_and_last, loss_text
 from llmpruner.settings import RecoverSettings
 from llmpruner.structure.coupling import Blocks, CoupledGroup, Role, Span
 
@@ -188,6 +189,17 @@ def test_processes_share_a_batch(monkeypatch):
         filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True)
 
 
+def test_one_process_trains_on_the_device_of_the_model_alone(tmp_path, monkeypatch):
+    """It took the first of several GPUs, and a batch for each of them."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    model, graph = pruned_model()
+    settings = RecoverSettings(max_steps=1, batch_size=4, learning_rate=1e-3)
+    job = RecoveryJob(model.to("meta"), None, [], [], graph, settings, tmp_path, dense_model)
+    arguments = training._arguments(job)
+    assert arguments.device == torch.device("meta") and arguments.train_batch_size == 4
+
+
 def test_another_job_does_not_go_on_from_a_checkpoint(tiny, tmp_path):
     tiny(LoraStrategy(), max_steps=1)
     with pytest.raises(OutputError, match=r"another recovery \(settings differ\); start anew with --restart"):
@@ -299,7 +311,7 @@ def test_a_result_that_is_no_better_has_the_weights_of_the_start(tiny, loss, opt
     assert record["best_step"] == 0 and record["improved"] is False
     assert last["loss"] + last["error"] > first["loss"] and (last["loss"] < first["loss"]) == (loss is not away)
     assert record["held_out"] == (options.get("validation") != 0)
-    assert "no better than before" in no_better(record) and first_and_last(record)[2] == first["loss"]
+    assert "no better than before" in loss_text(record) and first_and_last(record)[2] == first["loss"]
     for name, value in result.model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
