@@ -13,7 +13,7 @@ from typer.models import CommandInfo, TyperInfo
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
 from . import process
-from .console import error_line, warning_line
+from .console import warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
@@ -34,24 +34,12 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Run the ``llmpruner`` command. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2;
-    with ``--debug``, in any position, a traceback."""
+    """Run the ``llmpruner`` command; ``--debug`` may stand anywhere on its line."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     process.keep_freed_memory()
     process.exit_on_sigterm()
-    try:
-        if process.shares_work(arguments):
-            process.run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
-        build_app()(args=arguments, prog_name="llmpruner")
-    except Exception as error:
-        line = process.message_of(error)
-        if debug or line is None:
-            raise
-        if process.is_first():
-            error_line(line)
-        process.let_first_print()
-        sys.exit(2)
+    process.run(lambda: build_app()(args=arguments, prog_name="llmpruner"), arguments, debug=debug)
 
 
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
