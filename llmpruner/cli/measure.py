@@ -110,7 +110,8 @@ def report(
     directories: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared."
+            metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared.",
+            exists=True, file_okay=False,
         ),
     ],
     arguments: dict[str, Any],

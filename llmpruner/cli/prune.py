@@ -182,7 +182,12 @@ def recover(
 
 @takes(LoadSettings, omit=("family", "dtype", "device", "revision"))
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune, recover or export wrote.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint that prune, recover or export wrote.", exists=True, file_okay=False
+        ),
+    ],
     arguments: dict[str, Any],
     base: Annotated[
         str | None,
