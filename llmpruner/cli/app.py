@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.main
 from typer.core import TyperCommand
-from typer.models import CommandInfo, TyperInfo
+from typer.models import TyperInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
@@ -79,18 +79,22 @@ def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
     manager.call("llmpruner_commands", app=added)
     names = {_name(command) for command in app.registered_commands}
     for command in (*added.registered_commands, *added.registered_groups):
-        if (name := _name(command)) in names:
+        name = _name(command)
+        if name in names:
             manager.broken.append(f"a plugin's command '{name}' was skipped: it exists already")
             continue
-        names.add(name)
+        if name is not None:  # the commands of a group without a name are commands of the application
+            names.add(name)
         if isinstance(command, TyperInfo):
             app.registered_groups.append(command)
-        elif isinstance(command, CommandInfo):
+        else:
             if command.cls is TyperCommand:
                 command.cls = Command
             app.registered_commands.append(command)
 
 
-def _name(command: Any) -> str:
+def _name(command: Any) -> str | None:
     """As it is typed."""
-    return command.name if isinstance(command.name, str) else typer.main.get_command_name(command.callback.__name__)
+    if isinstance(command, TyperInfo):  # the name may be that of the group's own Typer
+        return typer.main.solve_typer_info_defaults(command).name
+    return command.name or typer.main.get_command_name(command.callback.__name__)

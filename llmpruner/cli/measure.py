@@ -100,7 +100,7 @@ def generate(
         answer = answers[structure.ref] = api.generate(structure, prompt, **arguments)
         if not as_json:
             out.print(f"[bold cyan]{escape(structure.ref)}[/]")
-            out.print(escape(answer), highlight=False)
+            typer.echo(answer)  # rich would break lines, and take tabs apart
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
 

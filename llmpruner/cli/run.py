@@ -81,7 +81,7 @@ def recipes(
         rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
         table(None, ("Name", "Package", "What it does"), rows, left=3)
     else:
-        out.print(known[name]().text().rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(known[name]().text().rstrip("\n"))
 
 
 def show_step(step: StepResult) -> None:

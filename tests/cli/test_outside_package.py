@@ -136,6 +136,11 @@ class Other:
         def fine() -> None:
             typer.echo("fine")
 
+        group = typer.Typer(name="zoo", help="Has a name of its own.")
+        group.command("open")(fine)
+        group.command("close")(fine)
+        app.add_typer(group)
+
 
 def test_a_command_whose_name_is_taken_is_left_out():
     app = build_app(catalog_with(Other()).manager)
@@ -143,6 +148,7 @@ def test_a_command_whose_name_is_taken_is_left_out():
     assert (done.exit_code, done.stdout) == (0, "fine\n")
     assert done.stderr == "warning: a plugin's command 'prune' was skipped: it exists already\n"
     assert "--ratio" in CliRunner().invoke(app, ["prune", "--help"]).stdout
+    assert CliRunner().invoke(app, ["zoo", "open"]).stdout == "fine\n"
 
 
 def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):
