@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import llmpruner
@@ -50,7 +49,8 @@ def prepare(
     transformers, `SettingsError` for a wrong name of a repository, or what a card that is there would not show, and
     `DataError` for a wrong ``evaluation``.
     """
-    _check_repo(repo)
+    if not _HUB_ID.fullmatch(repo):
+        raise SettingsError(f"'{repo}' is no name of a repository; expected OWNER/NAME")
     if not (directory / "config.json").is_file() or not (directory / _RECORD).is_file():
         raise ModelError(
             f"'{directory}' is no pruned checkpoint with config.json and {_RECORD}; push takes what prune and recover "
@@ -99,16 +99,6 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in value]
     return llmpruner.without_folders(value) if isinstance(value, str) else value
-
-
-def _check_repo(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise HFValidationError("it has no owner")
-    except HFValidationError as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"'{repo}' is no name of a repository: {reason}; expected OWNER/NAME") from error
 
 
 def model_card(
