@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..engine.stages import peak_memory
 from ..report.sections import loss_text, no_better
 from ..settings import ExportSettings, LoadSettings, PruneSettings, RecoverSettings, RunSettings, settings_from
 from ..structure.scope import COUNTED, QUANTISED
@@ -36,7 +35,6 @@ def plan(
     from .. import pipeline
     from ..discovery.opening import Opener
 
-    started = time.monotonic()
     load, run, progress, catalog = (arguments.pop(name) for name in ("load", "run", "progress", "catalog"))
     settings = settings_from(PruneSettings, arguments)
     pruning_plan, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
@@ -44,7 +42,7 @@ def plan(
         pruning_plan.save(output)
         note(f"plan written to {output}")
     if as_json:
-        _print_json(pruning_plan, outcome, round(time.monotonic() - started, 1), {})
+        _print_json(pruning_plan, outcome, {})
     else:
         show_plan(pruning_plan, outcome)
         file = output or "PLAN (written by -o PLAN)"
@@ -85,8 +83,7 @@ def prune(
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:
-        facts = {"output": str(output), "checkpoint": pruned.form, "seconds": seconds}
-        _print_json(pruning_plan, outcome, seconds, facts)
+        _print_json(pruning_plan, outcome, {"output": str(output), "checkpoint": pruned.form, "seconds": seconds})
         return
     show_plan(pruning_plan, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
@@ -95,12 +92,9 @@ def prune(
     note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
-def _print_json(plan: PruningPlan, outcome: Outcome, seconds: float, facts: Mapping[str, Any]) -> None:
-    """The plan, the sizes and ``facts``, and the forecast next to the memory and the seconds that the run took."""
-    used = {"seconds": seconds, "memory": peak_memory()}
-    forecast = None if outcome.forecast is None else {**outcome.forecast, "used": used}
+def _print_json(plan: PruningPlan, outcome: Outcome, facts: Mapping[str, Any]) -> None:
     result = {**outcome.as_json(), **facts}
-    print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": forecast})
+    print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": outcome.forecast})
 
 
 def show_plan(plan: PruningPlan, outcome: Outcome) -> None:
