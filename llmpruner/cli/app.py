@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 import typer.main
 from typer.core import TyperCommand
-from typer.models import TyperInfo
+from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
 from ..plugins.manager import PluginManager, plugin_manager
@@ -87,7 +87,7 @@ def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
             names.add(name)
         if isinstance(command, TyperInfo):
             app.registered_groups.append(command)
-        else:
+        elif isinstance(command, CommandInfo):
             if command.cls is TyperCommand:
                 command.cls = Command
             app.registered_commands.append(command)
