@@ -139,16 +139,8 @@ def _hints(plan: PruningPlan, outcome: Outcome, removed: float) -> Iterator[str]
         )
 
 
-@takes(RecoverSettings, LoadSettings)
-def recover(
-    model: ModelName,
-    output: Output,
-    arguments: dict[str, Any],
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@takes(RecoverSettings, LoadSettings, RunSettings, omit=("max_memory",))
+def recover(model: ModelName, output: Output, arguments: dict[str, Any], as_json: Json = False) -> None:
     """Restore quality of a pruned model by a short training: distillation from the dense model, or LoRA.
 
     After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished. Exit code 3
@@ -157,6 +149,7 @@ def recover(
     from .. import api
 
     started = time.monotonic()
+    restart = arguments.pop("run").restart
     recovered = api.recover(model, output=output, restart=restart, **arguments)
     assert recovered.record is not None
     record = recovered.record["recovery"][-1]
