@@ -371,6 +371,7 @@ def write_report(
     *,
     results: str | Path | Sequence[str | Path] = (),
     settings: Mapping[str, Mapping[str, Any]] | None = None,
+    load: LoadSettings | None = None,
     catalog: Catalog | None = None,
 ) -> Report:
     """Write an HTML page about pruned models: size, speed and quality next to the dense model, and what was cut.
@@ -385,7 +386,7 @@ def write_report(
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
     sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
     check_chosen(own, sections)
-    subjects = report_subjects(places, _paths(results), catalog)
+    subjects = report_subjects(places, _paths(results), catalog, load)
     target = Path(path or default)
     if not (target.is_file() and target.read_bytes()[:100].lower().startswith(b"<!doctype html")):
         check_new_file(target)  # a page may replace another page

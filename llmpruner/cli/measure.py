@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,6 @@ from .process import is_first
 if TYPE_CHECKING:
     from ..evaluation.bench import BenchResult
     from ..evaluation.evaluate import Evaluation, Evaluations
-    from ..plugins.catalog import Catalog
     from ..report.base import Report
 
 
@@ -105,7 +104,7 @@ def generate(
         print_json({"prompt": prompt, "answers": answers})
 
 
-@takes(PageSettings)
+@takes(PageSettings, LoadSettings, omit=("family", "dtype", "device", "revision"))
 def report(
     directories: Annotated[
         list[Path],
@@ -139,23 +138,25 @@ def report(
     """
     from .. import api
 
-    catalog, settings = arguments["catalog"], arguments.get("settings")
-    page = api.write_report(directories, output, results=results or (), catalog=catalog, settings=settings)
+    del arguments["progress"]
+    page = api.write_report(directories, output, results=results or (), **arguments)
     _show_report(page, sentences=True)
     done_line(str(page.path))
 
 
 def write_next_to(
-    directory: Path, catalog: Catalog, *, sentences: bool = False, checkpoints: Sequence[Path] = ()
+    directory: Path, arguments: Mapping[str, Any], *, sentences: bool = False, checkpoints: Sequence[Path] = ()
 ) -> None:
     """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe. A failure is a warning, as the
-    work itself is done. ``checkpoints``: those in ``directory``, to compare them."""
+    work itself is done. ``arguments``: of the command. ``checkpoints``: those in ``directory``, to compare them."""
     from .. import api
 
     if not is_first():
         return
     try:
-        page = api.write_report(checkpoints or directory, directory / REPORT_FILE, catalog=catalog)
+        page = api.write_report(
+            checkpoints or directory, directory / REPORT_FILE, load=arguments.get("load"), catalog=arguments["catalog"]
+        )
     except LlmprunerError as error:
         warning_line(f"no report was written: {error}")
         return

@@ -73,13 +73,13 @@ def prune(
     seconds = round(time.monotonic() - started, 1)
     if isinstance(pruned, list):
         folders = [each.ref for each in pruned]
-        write_next_to(output, arguments["catalog"], sentences=not as_json, checkpoints=[Path(f) for f in folders])
+        write_next_to(output, arguments, sentences=not as_json, checkpoints=[Path(f) for f in folders])
         if as_json:
             print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in pruned])
         else:
             done_line(f"{', '.join(folders)} in {seconds} s")
         return
-    write_next_to(output, arguments["catalog"])
+    write_next_to(output, arguments)
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:

@@ -58,7 +58,7 @@ def run(
     result = api.run(recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments)
     seconds = round(time.monotonic() - started, 1)
     if any(step.command in ("prune", "recover") for step in result.steps):
-        write_next_to(result.output, arguments["catalog"])
+        write_next_to(result.output, arguments)
     if as_json:
         print_json({**result.as_json(), "seconds": seconds})
         return
@@ -133,7 +133,7 @@ def demo(
     started = time.monotonic()
     values = {"pruned.ratio": ratio, "prune.seed": seed}
     api.run("demo", output=output, values=values, on_step=show_step, **arguments)
-    write_next_to(output, arguments["catalog"], sentences=True)
+    write_next_to(output, arguments, sentences=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)
     out.print("  llmpruner recover pruned -o recovered", highlight=False)

@@ -25,9 +25,12 @@ from .base import DENSE, Costs, ReportSubject
 if TYPE_CHECKING:
     from ..models.model import Structure
     from ..plugins.catalog import Catalog
+    from ..settings import LoadSettings
 
 
-def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog: Catalog) -> list[ReportSubject]:
+def report_subjects(
+    directories: Sequence[Path], files: Sequence[Path], catalog: Catalog, load: LoadSettings | None = None
+) -> list[ReportSubject]:
     """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results, which name
     checkpoints by their folders. Raises `ModelError` for a directory that is neither, `DataError` for a file that has
     results of none."""
@@ -42,7 +45,10 @@ def report_subjects(directories: Sequence[Path], files: Sequence[Path], catalog:
                 "path, or leave the file out"
             )
     named = zip(checkpoints, _names(checkpoints), places, strict=True)
-    return [_subject(checkpoint, name, steps, results, catalog) for checkpoint, name, (_, steps) in named]
+    return [
+        _subject(load_structure(str(checkpoint), catalog, load), checkpoint, name, steps, results, catalog)
+        for checkpoint, name, (_, steps) in named
+    ]
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
@@ -89,9 +95,9 @@ def _models(results: Any) -> list[dict[str, Any]]:
 
 
 def _subject(
-    checkpoint: Path, name: str, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], catalog: Catalog
-) -> ReportSubject:
-    structure = load_structure(str(checkpoint), catalog)
+    structure: Structure, checkpoint: Path, name: str, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any],
+    catalog: Catalog,
+) -> ReportSubject:  # fmt: skip
     base, record = structure.plans[0].base.model, structure.record or {}
     measured: dict[str, list[Any]] = {"evaluate": [], "bench": [], "generate": []}
 
