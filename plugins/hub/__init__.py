@@ -40,14 +40,14 @@ def _push(
     A README.md in DIR is sent as it is. Otherwise one is written from llmpruner.json: what was cut, how, and how to
     load the model. Without --yes, the card and the files are shown, and nothing is sent.
     """
-    from .push import prepare, send
+    from .push import CARD_FILE, prepare, send
 
-    upload = prepare(model, repo, license=license, base_model=base_model, evaluation=evaluation, catalog=ctx.obj)
+    files = prepare(model, repo, license=license, base_model=base_model, evaluation=evaluation, catalog=ctx.obj)
     if yes:
-        typer.echo(f"✓ {send(upload, public=public)}")
+        typer.echo(f"✓ {send(repo, files, public=public)}")
         return
-    typer.echo(upload.card)
-    for name, content in upload.files.items():
+    typer.echo(files[CARD_FILE])
+    for name, content in files.items():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         typer.echo(f"{size:>15,} bytes  {name}")
     typer.echo(f"nothing was sent; --yes sends these files to {repo}", err=True)
