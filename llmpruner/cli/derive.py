@@ -167,7 +167,6 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
         help=text,
         rich_help_panel=option["panel"],
         metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
-        show_default=False,
     )
     annotation: Any = bool if kind == "bool" else list[str] if kind == "dict" else str
     required = field.is_required()

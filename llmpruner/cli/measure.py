@@ -128,7 +128,6 @@ def report(
             metavar="FILE",
             help="Results of `evaluate --json` or `bench --json` with these models and the dense one. Repeatable; "
             "those of a recipe are found without.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:  # fmt: skip

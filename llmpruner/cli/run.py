@@ -40,7 +40,6 @@ def run(
             metavar="STEP.key=value",
             help="Another setting in the recipe: STEP is a command (all its steps), or the name or number of a step. "
             "Repeatable.",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
@@ -72,7 +71,7 @@ def recipes(
     arguments: dict[str, Any],
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change.", show_default=False),
+        typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change."),
     ] = None,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
