@@ -34,6 +34,7 @@ def _push(
     evaluation: Annotated[
         Path | None, typer.Option(help="Figures for the card: a file that `evaluate --json` wrote.")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run a checkpoint's code.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hugging Face Hub, with a model card from its record.
 
@@ -42,7 +43,10 @@ def _push(
     """
     from .push import CARD_FILE, prepare, send
 
-    files = prepare(model, repo, license=license, base_model=base_model, evaluation=evaluation, catalog=ctx.obj)
+    files = prepare(
+        model, repo, license=license, base_model=base_model, evaluation=evaluation,
+        trust_remote_code=trust_remote_code, catalog=ctx.obj,
+    )  # fmt: skip
     if yes:
         typer.echo(f"✓ {send(repo, files, public=public)}")
         return

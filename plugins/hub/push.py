@@ -30,6 +30,7 @@ def prepare(
     license: str | None = None,
     base_model: str | None = None,
     evaluation: Path | None = None,
+    trust_remote_code: bool = False,
     catalog: llmpruner.Catalog | None = None,
 ) -> dict[str, bytes | Path]:
     """What is sent: path in the repository → bytes, or the file on this machine that holds them. ``README.md`` is the
@@ -46,7 +47,7 @@ def prepare(
             f"'{directory}' is no pruned checkpoint with config.json and {_RECORD}; push takes what prune and recover "
             "wrote, with adapters merged"
         )
-    structure = llmpruner.discover(directory, catalog=catalog)
+    structure = llmpruner.discover(directory, trust_remote_code=trust_remote_code, catalog=catalog)
     record = dict(structure.record or {})
     base = base_model or base_of(record)
     record = public_record(record, base)

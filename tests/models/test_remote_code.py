@@ -71,3 +71,4 @@ def test_with_the_flag_it_is_pruned_and_used(folder, tmp_path):
     assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr
     llmpruner("generate", pruned, "--trust-remote-code", "-p", "a b", "--max-new-tokens", "3")
     llmpruner("report", pruned, "--trust-remote-code")
+    assert "trust_remote_code=True" in llmpruner("push", pruned, "me/small", "--trust-remote-code").stdout
