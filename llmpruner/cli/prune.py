@@ -195,7 +195,7 @@ def verify(
         rows = [(check.name, check.state, check.detail) for check in result.checks]
         table(None, ("Check", "Result", ""), rows, left=3)
         if not result.damage:
-            done_line(f"{directory} is whole")
+            done_line(f"{directory} is intact")
     for line in result.damage:
         error_line(line)
     if result.damage:
