@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
-from ..plugins.manager import PluginManager, plugin_manager
+from ..plugins.manager import PluginManager
 from . import process
 from .console import warning_line
 from .derive import Command
@@ -44,7 +44,7 @@ def main() -> None:
 
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
     """The Typer application, with the commands of plugins (by default of all that are installed)."""
-    manager = manager or plugin_manager()
+    manager = manager or PluginManager()
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP)
 
     @app.callback()

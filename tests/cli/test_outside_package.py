@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import llmpruner
 from llmpruner import Catalog, hookimpl
 from llmpruner.cli.app import build_app
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 from llmpruner.testing import catalog_with
 
 PACKAGES = Path(__file__).parents[1] / "packages"
@@ -155,7 +155,7 @@ def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):
     rows = run("plugins", "--json").json()["plugins"]
     assert all(row["package"] and row["summary"] for row in rows)
     everything = {(row["kind"], row["name"]) for row in rows}
-    built_in = Catalog(plugin_manager(entry_points=False))
+    built_in = Catalog(PluginManager(entry_points=False))
     theirs = {(registry.kind, name) for registry in built_in.registries.values() for name in registry}
     assert theirs and ("criterion", "taylor") in theirs
     monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
