@@ -27,7 +27,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
-        mallopt(mmap_threshold, 64 << 20)
+        if not mallopt(mmap_threshold, 64 << 20):  # older versions take at most 32 MiB
+            mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, 256 << 20)
         mallopt(top_pad, 64 << 20)
 
