@@ -23,7 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from llmpruner import Catalog, build_graph
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.model import Model
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.structure.coupling import LAYER, Role
 from llmpruner.testing import settings_grid
@@ -144,7 +144,7 @@ def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
 
 
 def _criteria() -> Iterator[tuple[str, Any]]:
-    for name, cls in Catalog(plugin_manager(entry_points=False)).criteria.items():
+    for name, cls in Catalog(PluginManager(entry_points=False)).criteria.items():
         for criterion in settings_grid(cls):
             yield f"{name} {criterion.record().get('variant', '')}".strip(), criterion
 

@@ -378,10 +378,10 @@ def write_report(
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
     sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
     check_chosen(own, sections)
+    subjects = report_subjects(places, _paths(results), catalog, load)
     target = Path(path or default)
     if not (target.is_file() and target.read_bytes()[:100].lower().startswith(b"<!doctype html")):
         check_new_file(target)  # a page may replace another page
-    subjects = report_subjects(places, _paths(results), catalog, load)
     page, warnings = report_page(subjects, sections)
     sentences = {}
     for subject in subjects:

@@ -15,7 +15,6 @@ from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.model import Model
-from llmpruner.plugins.manager import plugin_manager
 from llmpruner.structure.coupling import CouplingGraph
 
 SMALL = {
@@ -96,7 +95,7 @@ def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]
     """Once in a process, as most of these structures are discovered."""
     model_type, changes = CASES[name]
     config = CONFIG_MAPPING[model_type](**changes)
-    family = Catalog(plugin_manager()).family_for(config)
+    family = Catalog().family_for(config)
     return config, family, build_graph(family, config)
 
 

@@ -34,19 +34,12 @@ def test_nothing_heavy_is_imported():
 def test_mistakes_are_answered_without_torch(tmp_path):
     """Whose import takes seconds."""
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "dense.gguf").touch()
     lines = [
         *(
             f"prune . -o out --ratio {more}"
             for more in ("20", "0.2 --method bst", "0.2 --importance l3", "0.2 --kinds heads")
         ),
-        *(
-            "recover . -o out",
-            "recover dense.gguf -o out",
-            "export . --to ggfu -o out",
-            "evaluate . --metrics x",
-            "bench . --runtime x",
-        ),
+        *("export . --to ggfu -o out", "evaluate . --metrics x", "bench . --runtime x"),
         *("prune none/ --ratio 0.2 -o out", "prune . --ratio 0.2 --calibration none.txt -o out", "prune . --rato 0.2"),
         *("run quolity -o out", "run quality --set prune.ratoi=1", "report none", "bench . --json config.json"),
     ]

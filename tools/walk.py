@@ -18,7 +18,7 @@ from typing import Any
 OWN = str(Path(__file__).resolve().parents[1] / "llmpruner") + os.sep
 STORY = ("__main__.py", "cli/", "api.py", "pipeline.py")
 """Files whose functions the walk goes into."""
-WRAPPERS = {("cli/derive.py", "run"), ("engine/ranks.py", "from_first")}
+WRAPPERS = {("cli/derive.py", "run"), ("cli/process.py", "run"), ("engine/ranks.py", "from_first")}
 """Functions that only call what they are given."""
 INSIDE = 100
 """Calls inside llmpruner that a function makes at least, directly and indirectly, to be in the walk."""

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from llmpruner.plugins.manager import PluginManager, plugin_manager
+from llmpruner.plugins.manager import PluginManager
 
 
 def own_manager() -> PluginManager:
-    manager = plugin_manager()
+    manager = PluginManager()
     for name, plugin in manager.list_name_plugin():
         if manager.package_of(plugin) != "llmpruner":
             manager.unregister(name=name)

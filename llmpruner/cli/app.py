@@ -11,9 +11,9 @@ from typer.core import TyperCommand
 from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
-from ..plugins.manager import PluginManager, plugin_manager
+from ..plugins.manager import PluginManager
 from . import process
-from .console import error_line, warning_line
+from .console import warning_line
 from .derive import Command
 from .discover import discover
 from .measure import bench, evaluate, generate, report
@@ -34,29 +34,17 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Run the ``llmpruner`` command. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2;
-    with ``--debug``, in any position, a traceback."""
+    """Run the ``llmpruner`` command; ``--debug`` may stand anywhere on its line."""
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     debug = len(arguments) < len(sys.argv) - 1
     process.keep_freed_memory()
     process.exit_on_sigterm()
-    try:
-        if process.shares_work(arguments):
-            process.run_together(lambda: build_app()(args=arguments, prog_name="llmpruner"), debug=debug)
-        build_app()(args=arguments, prog_name="llmpruner")
-    except Exception as error:
-        line = process.message_of(error)
-        if debug or line is None:
-            raise
-        if process.is_first():
-            error_line(line)
-        process.let_first_print()
-        sys.exit(2)
+    process.run(lambda: build_app()(args=arguments, prog_name="llmpruner"), arguments, debug=debug)
 
 
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
     """The Typer application, with the commands of plugins (by default of all that are installed)."""
-    manager = manager or plugin_manager()
+    manager = manager or PluginManager()
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP)
 
     @app.callback()
@@ -91,10 +79,12 @@ def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
     manager.call("llmpruner_commands", app=added)
     names = {_name(command) for command in app.registered_commands}
     for command in (*added.registered_commands, *added.registered_groups):
-        if (name := _name(command)) in names:
+        name = _name(command)
+        if name in names:
             manager.broken.append(f"a plugin's command '{name}' was skipped: it exists already")
             continue
-        names.add(name)
+        if name is not None:  # the commands of a group without a name are commands of the application
+            names.add(name)
         if isinstance(command, TyperInfo):
             app.registered_groups.append(command)
         elif isinstance(command, CommandInfo):
@@ -103,6 +93,8 @@ def _add_plugin_commands(app: typer.Typer, manager: PluginManager) -> None:
             app.registered_commands.append(command)
 
 
-def _name(command: Any) -> str:
+def _name(command: Any) -> str | None:
     """As it is typed."""
-    return command.name if isinstance(command.name, str) else typer.main.get_command_name(command.callback.__name__)
+    if isinstance(command, TyperInfo):  # the name may be that of the group's own Typer
+        return typer.main.solve_typer_info_defaults(command).name
+    return command.name or typer.main.get_command_name(command.callback.__name__)

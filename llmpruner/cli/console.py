@@ -31,7 +31,8 @@ _LINE_EVERY = 60.0
 
 def _console(stream: TextIO, *, stderr: bool = False) -> Console:
     fits = stream.isatty() or "COLUMNS" in os.environ
-    return Console(stderr=stderr, width=None if fits else _WIDTH)
+    # Emoji would replace what stands between colons, as in a path or an answer.
+    return Console(stderr=stderr, width=None if fits else _WIDTH, emoji=False)
 
 
 out = _console(sys.stdout)

@@ -14,10 +14,8 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
-from ..calibration.documents import PYDOC, check_source, parse_mixture
-from ..errors import ModelError, SettingsError, near, not_pruned
+from ..errors import SettingsError, near
 from ..files import check_new_directory, check_new_file
-from ..models.record import read_record
 from ..models.reference import resolve
 from ..settings import (
     LoadSettings,
@@ -57,8 +55,8 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
         }
 
         def run(**values: Any) -> None:
-            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": values["ctx"].obj}
-            settings: list[Any] = []
+            catalog, settings = values["ctx"].obj, dict[str, Any]()
+            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog}
             for model, names in options.items():
                 explicit = _explicit(values, names, model.group)
                 if model is LoadSettings:
@@ -66,11 +64,9 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
                 elif model is RunSettings:
                     arguments["run"] = settings_from(model, explicit)
                 else:
-                    several = command.__name__ == "prune"
-                    settings = each_ratio(explicit) if several else [settings_from(model, explicit)]
-                    arguments |= explicit
-            _check(command.__name__, values, settings, arguments["catalog"])
-            command(**{p.name: values[p.name] for p in parameters}, arguments=arguments)
+                    settings = explicit
+            _check(command.__name__, values, settings, catalog)
+            command(**{p.name: values[p.name] for p in parameters}, arguments=arguments | settings)
 
         context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
         derived = [_parameter(model, name) for model, names in options.items() for name in names]
@@ -95,40 +91,29 @@ def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[s
     return explicit
 
 
-def _check(command: str, values: Mapping[str, Any], settings: Sequence[Any], catalog: Catalog) -> None:
-    """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters.
-    ``settings``: one for each ratio."""
+def _check(command: str, values: Mapping[str, Any], settings: Mapping[str, Any], catalog: Catalog) -> None:
+    """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters."""
     from ..recipes.recipe import COMMANDS, Recipe, values_of
 
-    models = values.get("models") or [model for model in (values.get("model"),) if model is not None]
-    references = [resolve(model, catalog) for model in models]
-    for folder in values.get("directories", [values.get("directory")]):
-        if folder is not None and not folder.is_dir():
-            raise ModelError(f"directory '{folder}' does not exist")
+    for model in values.get("models") or [values.get("model")]:
+        if model is not None:
+            resolve(model, catalog)
     if command in ("prune", "recover", "export"):
         output = values["output"]
-        if len(settings) == 1 or not output.with_name(output.name + ".pruning").is_dir():
+        if not output.with_name(output.name + ".pruning").is_dir():  # else some of several ratios may be finished
             check_new_directory(output)
     file = values["output"] if command == "plan" else values.get("json_file")
     if file is not None:
         check_new_file(file)
     if command == "run":
         Recipe.read(values["recipe"], catalog, values_of(values["values"] or ()))
-    if command not in ("plan", *COMMANDS) or values.get("plan_file") is not None:
-        return
-    kind = COMMANDS["prune" if command == "plan" else command]
-    job, *_ = [kind.create(each, catalog) for each in settings]
-    if command == "evaluate":  # whose metrics read all of their data
-        for source, _ in parse_mixture(settings[0].perplexity or PYDOC):
-            check_source(source)
-    else:
-        kind.check(job)
-    if command == "recover":
-        (model,) = references
-        folder = model.directory
-        dense = model.gguf_file or ((folder / "config.json").is_file() and read_record(folder) is None)
-        if job.reads_dense and dense:
-            raise not_pruned(model.text)
+    if command in ("plan", *COMMANDS) and values.get("plan_file") is None:
+        kind = COMMANDS["prune" if command == "plan" else command]
+        each: Sequence[Settings]
+        each = each_ratio(settings) if command == "prune" else [settings_from(kind.settings, settings)]
+        jobs = [kind.create(one, catalog) for one in each]
+        if command != "evaluate":  # whose metrics read all of their data
+            kind.check(jobs[0])
 
 
 _WITHOUT_OPTION: dict[str, type[Settings]] = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}
@@ -182,7 +167,6 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
         help=text,
         rich_help_panel=option["panel"],
         metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
-        show_default=False,
     )
     annotation: Any = bool if kind == "bool" else list[str] if kind == "dict" else str
     required = field.is_required()

@@ -99,7 +99,7 @@ def generate(
         answer = answers[structure.ref] = api.generate(structure, prompt, **arguments)
         if not as_json:
             out.print(f"[bold cyan]{escape(structure.ref)}[/]")
-            out.print(escape(answer), highlight=False)
+            typer.echo(answer)  # rich would break lines, and take tabs apart
     if as_json:
         print_json({"prompt": prompt, "answers": answers})
 
@@ -109,7 +109,8 @@ def report(
     directories: Annotated[
         list[Path],
         typer.Argument(
-            metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared."
+            metavar="DIR...", help="Checkpoints of llmpruner, or outputs of recipes; several are compared.",
+            exists=True, file_okay=False,
         ),
     ],
     arguments: dict[str, Any],
@@ -127,7 +128,6 @@ def report(
             metavar="FILE",
             help="Results of `evaluate --json` or `bench --json` with these models and the dense one. Repeatable; "
             "those of a recipe are found without.",
-            show_default=False,
         ),
     ] = None,
 ) -> None:  # fmt: skip

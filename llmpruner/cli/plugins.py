@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 @takes()
 def plugins(
     arguments: dict[str, Any],
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Show one component with its settings.", show_default=False)
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Show one component with its settings.")] = None,
     as_json: Json = False,
 ) -> None:
     """List the components of all plugins with their packages; or show one component with its settings."""

@@ -27,7 +27,8 @@ def keep_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
     if mallopt is not None:
         trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # in glibc's malloc.h
-        mallopt(mmap_threshold, 64 << 20)
+        if not mallopt(mmap_threshold, 64 << 20):  # older versions take at most 32 MiB
+            mallopt(mmap_threshold, 32 << 20)
         mallopt(trim_threshold, 256 << 20)
         mallopt(top_pad, 64 << 20)
 
@@ -39,7 +40,57 @@ def exit_on_sigterm() -> None:
     atexit.register(signal.signal, signal.SIGTERM, signal.SIG_IGN)
 
 
-def message_of(error: Exception) -> str | None:
+def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool) -> None:
+    """Run a command, which exits. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2; with
+    ``debug``, a traceback. Of several processes, only the first prints, but an error is printed by the process that
+    fails first."""
+    ranks = None
+    try:
+        if _shares_work(arguments):
+            from ..engine.ranks import Ranks
+
+            ranks = Ranks.current()
+            # A launcher ends the other processes when one ends.
+            signal.signal(signal.SIGTERM, _ended)
+        with contextlib.nullcontext() if ranks is None or ranks.first else _silent():
+            command()
+    except Exception as error:
+        line = _message_of(error)
+        if line is None:
+            raise
+        # Of processes that cannot connect, the first one says so, or has failed before and said why.
+        if ranks.claim("error") if ranks else is_first():
+            if debug:
+                raise
+            error_line(line)
+        _exit(2)
+    except SystemExit as exit:
+        if launched() and exit.code:
+            _exit(exit.code if isinstance(exit.code, int) else 1)
+        if ranks is not None:
+            ranks.leave()
+        raise
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes files: of several, only the first does."""
+    return not launched() or os.environ["RANK"] == "0"
+
+
+def _shares_work(arguments: Sequence[str]) -> bool:
+    """Whether a launcher started several processes for a command that shares work between them. Raises `SettingsError`
+    for a command that each would repeat."""
+    command = next((argument for argument in arguments if not argument.startswith("-")), None)
+    if not launched() or "--help" in arguments or command is None:
+        return False
+    if command not in ("plan", "prune", "recover"):
+        raise SettingsError(
+            f"`llmpruner {command}` runs in one process; start it without torchrun or accelerate launch"
+        )
+    return True
+
+
+def _message_of(error: Exception) -> str | None:
     """The line for the user; None for a defect of the program, and for other errors of the system."""
     if isinstance(error, LlmprunerError):
         return str(error)
@@ -53,62 +104,6 @@ def message_of(error: Exception) -> str | None:
     return None
 
 
-def is_first() -> bool:
-    """Whether this process prints and writes files: of several, only the first does."""
-    return not launched() or os.environ["RANK"] == "0"
-
-
-def let_first_print() -> None:
-    """Wait in the others: a launcher ends all processes as soon as one has ended."""
-    if not is_first():
-        time.sleep(2)
-
-
-def shares_work(arguments: Sequence[str]) -> bool:
-    """Whether a launcher started several processes for a command that shares work between them. Raises `SettingsError`
-    for a command that each would repeat."""
-    command = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if not launched() or "--help" in arguments or command is None:
-        return False
-    if command not in ("plan", "prune", "recover"):
-        raise SettingsError(
-            f"`llmpruner {command}` runs in one process; start it without torchrun or accelerate launch"
-        )
-    return True
-
-
-def run_together(run: Callable[[], object], *, debug: bool) -> NoReturn:
-    """Run the command in one of several processes, and exit. Only the first process prints, but an error is printed by
-    the process that fails first."""
-    from ..engine.ranks import Ranks
-
-    ranks = None
-    try:
-        ranks = Ranks.current()
-        # A launcher ends the other processes when one ends.
-        signal.signal(signal.SIGTERM, _ended)
-        with contextlib.nullcontext() if ranks.first else _silent():
-            run()
-    except Exception as error:
-        line = message_of(error)
-        if line is None:
-            raise
-        # Of processes that cannot connect, the first one says so, or has failed before and said why.
-        if ranks.claim("error") if ranks else is_first():
-            if debug:
-                raise
-            error_line(line)
-        _exit(2)
-    except SystemExit as exit:
-        code = exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-        if code or ranks is None:
-            let_first_print()
-            _exit(code)
-        ranks.leave()
-        sys.exit(0)
-    raise AssertionError("click ends with SystemExit")
-
-
 def _ended(*_: object) -> NoReturn:
     from ..engine.ranks import ENDED
 
@@ -116,9 +111,13 @@ def _ended(*_: object) -> NoReturn:
 
 
 def _exit(code: int) -> NoReturn:
-    """Without the clean-up of libraries at the end of a process, which may wait for processes that have ended."""
+    if not launched():
+        sys.exit(code)
+    if not is_first():
+        time.sleep(2)  # a launcher ends all processes as soon as one has ended, and the first may still print
     sys.stdout.flush()
     sys.stderr.flush()
+    # Without the clean-up of libraries, which may wait for processes that have ended.
     os._exit(code)
 
 

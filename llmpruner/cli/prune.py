@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..engine.stages import peak_memory
 from ..report.sections import loss_text
 from ..settings import ExportSettings, LoadSettings, PruneSettings, RecoverSettings, RunSettings, settings_from
 from ..structure.scope import COUNTED, QUANTISED
@@ -36,7 +35,6 @@ def plan(
     from .. import pipeline
     from ..discovery.opening import Opener
 
-    started = time.monotonic()
     load, run, progress, catalog = (arguments.pop(name) for name in ("load", "run", "progress", "catalog"))
     settings = settings_from(PruneSettings, arguments)
     pruning_plan, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
@@ -44,7 +42,7 @@ def plan(
         pruning_plan.save(output)
         note(f"plan written to {output}")
     if as_json:
-        _print_json(pruning_plan, outcome, round(time.monotonic() - started, 1), {})
+        _print_json(pruning_plan, outcome, {})
     else:
         show_plan(pruning_plan, outcome)
         file = output or "PLAN (written by -o PLAN)"
@@ -85,8 +83,7 @@ def prune(
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:
-        facts = {"output": str(output), "checkpoint": pruned.form, "seconds": seconds}
-        _print_json(pruning_plan, outcome, seconds, facts)
+        _print_json(pruning_plan, outcome, {"output": str(output), "checkpoint": pruned.form, "seconds": seconds})
         return
     show_plan(pruning_plan, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
@@ -95,12 +92,9 @@ def prune(
     note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
-def _print_json(plan: PruningPlan, outcome: Outcome, seconds: float, facts: Mapping[str, Any]) -> None:
-    """The plan, the sizes and ``facts``, and the forecast next to the memory and the seconds that the run took."""
-    used = {"seconds": seconds, "memory": peak_memory()}
-    forecast = None if outcome.forecast is None else {**outcome.forecast, "used": used}
+def _print_json(plan: PruningPlan, outcome: Outcome, facts: Mapping[str, Any]) -> None:
     result = {**outcome.as_json(), **facts}
-    print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": forecast})
+    print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": outcome.forecast})
 
 
 def show_plan(plan: PruningPlan, outcome: Outcome) -> None:
@@ -145,16 +139,8 @@ def _hints(plan: PruningPlan, outcome: Outcome, removed: float) -> Iterator[str]
         )
 
 
-@takes(RecoverSettings, LoadSettings)
-def recover(
-    model: ModelName,
-    output: Output,
-    arguments: dict[str, Any],
-    restart: Annotated[
-        bool, typer.Option("--restart", help="Start anew instead of resuming an interrupted run.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+@takes(RecoverSettings, LoadSettings, RunSettings, omit=("max_memory",))
+def recover(model: ModelName, output: Output, arguments: dict[str, Any], as_json: Json = False) -> None:
     """Restore quality of a pruned model by a short training: distillation from the dense model, or LoRA.
 
     After an interruption, the same command resumes: its state is in OUTPUT.recovery until it has finished. Exit code 3
@@ -163,6 +149,7 @@ def recover(
     from .. import api
 
     started = time.monotonic()
+    restart = arguments.pop("run").restart
     recovered = api.recover(model, output=output, restart=restart, **arguments)
     assert recovered.record is not None
     record = recovered.record["recovery"][-1]
@@ -182,7 +169,12 @@ def recover(
 
 @takes(LoadSettings, omit=("family", "dtype", "device", "revision"))
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="A checkpoint that prune, recover or export wrote.")],
+    directory: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR", help="A checkpoint that prune, recover or export wrote.", exists=True, file_okay=False
+        ),
+    ],
     arguments: dict[str, Any],
     base: Annotated[
         str | None,
@@ -203,7 +195,7 @@ def verify(
         rows = [(check.name, check.state, check.detail) for check in result.checks]
         table(None, ("Check", "Result", ""), rows, left=3)
         if not result.damage:
-            done_line(f"{directory} is whole")
+            done_line(f"{directory} is intact")
     for line in result.damage:
         error_line(line)
     if result.damage:

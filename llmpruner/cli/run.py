@@ -40,7 +40,6 @@ def run(
             metavar="STEP.key=value",
             help="Another setting in the recipe: STEP is a command (all its steps), or the name or number of a step. "
             "Repeatable.",
-            show_default=False,
         ),
     ] = None,
     as_json: Json = False,
@@ -73,7 +72,7 @@ def recipes(
     arguments: dict[str, Any],
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change.", show_default=False),
+        typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change."),
     ] = None,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
@@ -82,7 +81,7 @@ def recipes(
         rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
         table(None, ("Name", "Package", "What it does"), rows, left=3)
     else:
-        out.print(known[name]().text().rstrip("\n"), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(known[name]().text().rstrip("\n"))
 
 
 def show_step(step: StepResult) -> None:

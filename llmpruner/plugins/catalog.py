@@ -25,7 +25,7 @@ from ..pruning.methods import Method
 from ..recipes import NamedRecipe
 from ..recovery.base import RecoveryStrategy
 from ..report.base import ReportSection
-from .manager import PluginManager, plugin_manager
+from .manager import PluginManager
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -106,7 +106,7 @@ class Catalog:
     recipes = Kind("llmpruner_recipes", NamedRecipe)
 
     def __init__(self, manager: PluginManager | None = None) -> None:
-        self.manager = manager or plugin_manager()
+        self.manager = manager or PluginManager()
 
     @property
     def registries(self) -> dict[str, Registry[Any]]:

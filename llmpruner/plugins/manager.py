@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
 
@@ -13,15 +14,23 @@ from . import builtin, hookspecs
 
 
 class PluginManager(pluggy.PluginManager):
-    """pluggy's manager with the hooks of llmpruner. ``broken``: a line for each plugin, and each class of one, that was
-    left out."""
+    """The built-ins (``builtin``) and, unless switched off, every installed plugin, except those in ``LLMPRUNER_BLOCK``
+    (comma-separated). ``broken``: a line for each plugin, and each class of one, that was left out."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, entry_points: bool = True) -> None:
         super().__init__(hookspecs.PROJECT)
         self.add_hookspecs(hookspecs)
         # By the top-level module that an entry point names. Reading the name of one takes milliseconds.
         self._distributions: dict[str, metadata.Distribution] = {}
         self.broken: list[str] = []
+        for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
+            self.set_blocked(name.strip())
+        self.register(builtin, "builtin")
+        found: Iterable[metadata.EntryPoint]
+        found = metadata.entry_points(group=hookspecs.PROJECT) if entry_points else ()
+        for entry in sorted(found, key=lambda e: (e.name, e.value)):
+            if not self.is_blocked(entry.name):
+                self._load(entry)
 
     def package_of(self, thing: Any) -> str:
         """The distribution of a module, class or function; its top-level module where no entry point names that."""
@@ -42,7 +51,7 @@ class PluginManager(pluggy.PluginManager):
                 ) from error
         return results
 
-    def load(self, entry: metadata.EntryPoint) -> None:
+    def _load(self, entry: metadata.EntryPoint) -> None:
         """Register the plugin of an entry point; one that is broken is left out, with a line in ``broken``."""
         plugin = None
         # Importing a plugin may raise anything, even SystemExit, which must not end the program.
@@ -59,17 +68,3 @@ class PluginManager(pluggy.PluginManager):
         else:
             if entry.dist is not None:
                 self._distributions[entry.module.partition(".")[0]] = entry.dist
-
-
-def plugin_manager(*, entry_points: bool = True) -> PluginManager:
-    """A new manager with the built-ins (``builtin``) and, unless switched off, every installed plugin, except those in
-    ``LLMPRUNER_BLOCK`` (comma-separated)."""
-    manager = PluginManager()
-    for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
-        manager.set_blocked(name.strip())
-    manager.register(builtin, "builtin")
-    if entry_points:
-        for entry in sorted(metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: (e.name, e.value)):
-            if not manager.is_blocked(entry.name):
-                manager.load(entry)
-    return manager

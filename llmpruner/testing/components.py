@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 from ..component import Component, ComponentSettings
 from ..plugins.catalog import KINDS, Catalog, problem_of
 from ..plugins.hookspecs import hookimpl
-from ..plugins.manager import plugin_manager
+from ..plugins.manager import PluginManager
 
 C = TypeVar("C", bound=Component)
 
@@ -16,7 +16,7 @@ C = TypeVar("C", bound=Component)
 def catalog_with(*plugins: Any, entry_points: bool = False) -> Catalog:
     """A new catalog of the built-ins and ``plugins``, modules or objects with hooks, or component classes; with
     ``entry_points`` also of all installed plugins."""
-    manager = plugin_manager(entry_points=entry_points)
+    manager = PluginManager(entry_points=entry_points)
     for plugin in plugins:
         manager.register(_plugin_with(plugin) if isinstance(plugin, type) else plugin)
     manager.check_pending()

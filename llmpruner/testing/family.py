@@ -192,9 +192,9 @@ class FamilyConformance:
 
 def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> list[str]:
     """A line for each axis of a parameter on which a declared group differs from the discovered group of the same name
-    in indices, roles or offsets; of several layers, the first. Groups without a counterpart are not compared."""
+    in indices, roles or offsets. Groups without a counterpart are not compared."""
     by_name = {group.name: group for group in discovered}
-    lines: dict[str, str] = {}
+    lines = []
     for group in declared:
         if not group.spans or group.name not in by_name:
             continue
@@ -202,9 +202,8 @@ def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGr
         for what in dict.fromkeys((*ours, *theirs)):
             (text, value), (expected_text, expected) = (facts.get(what, ("nothing", None)) for facts in (ours, theirs))
             if value != expected:
-                line = f"group {group.name}: {what}{text}; discovery finds {expected_text}"
-                lines.setdefault(line if group.layer is None else line.replace(f".{group.layer}.", ".*."), line)
-    return list(lines.values())
+                lines.append(f"group {group.name}: {what}{text}; discovery finds {expected_text}")
+    return lines
 
 
 def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:

@@ -20,10 +20,10 @@ from ..engine.execution import Execution
 from ..models.model import Model
 from ..pipeline import prune_model, select
 from ..plugins.catalog import Catalog
-from ..plugins.manager import plugin_manager
 from ..pruning.job import PruneJob, job_of, prune_job
 from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
+from .components import catalog_with
 
 _SIZES = {
     "vocab_size": 96, "hidden_size": 48, "intermediate_size": 40, "num_attention_heads": 6, "num_key_value_heads": 3,
@@ -70,7 +70,7 @@ def small_job(**changes: Any) -> PruneJob:
     """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
     by l1. ``changes``: fields of `PruneJob`."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
-    return replace(prune_job(settings, Catalog(plugin_manager(entry_points=False))), **changes)
+    return replace(prune_job(settings, catalog_with()), **changes)
 
 
 def make_plan(model: Model, job: PruneJob) -> PruningPlan:
@@ -80,7 +80,7 @@ def make_plan(model: Model, job: PruneJob) -> PruningPlan:
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
     """``model``, cut in place by ``plan``."""
-    return prune_model(model, job_of(plan, Catalog(plugin_manager(entry_points=False))))
+    return prune_model(model, job_of(plan, catalog_with()))
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:

@@ -34,20 +34,24 @@ def _push(
     evaluation: Annotated[
         Path | None, typer.Option(help="Figures for the card: a file that `evaluate --json` wrote.")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run a checkpoint's code.")] = False,
 ) -> None:
     """Publish a checkpoint on the Hugging Face Hub, with a model card from its record.
 
     A README.md in DIR is sent as it is. Otherwise one is written from llmpruner.json: what was cut, how, and how to
     load the model. Without --yes, the card and the files are shown, and nothing is sent.
     """
-    from .push import prepare, send
+    from .push import CARD_FILE, prepare, send
 
-    upload = prepare(model, repo, license=license, base_model=base_model, evaluation=evaluation, catalog=ctx.obj)
+    files = prepare(
+        model, repo, license=license, base_model=base_model, evaluation=evaluation,
+        trust_remote_code=trust_remote_code, catalog=ctx.obj,
+    )  # fmt: skip
     if yes:
-        typer.echo(f"✓ {send(upload, public=public)}")
+        typer.echo(f"✓ {send(repo, files, public=public)}")
         return
-    typer.echo(upload.card)
-    for name, content in upload.files.items():
+    typer.echo(files[CARD_FILE])
+    for name, content in files.items():
         size = content.stat().st_size if isinstance(content, Path) else len(content)
         typer.echo(f"{size:>15,} bytes  {name}")
     typer.echo(f"nothing was sent; --yes sends these files to {repo}", err=True)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, ModelCardData, try_to_load_from_cache
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 import llmpruner
@@ -25,16 +23,6 @@ _STAYS = ("run.json", "report.html", "step.json")
 """Files about the machine that the checkpoint was made on: they have paths of it."""
 
 
-@dataclass(frozen=True)
-class Upload:
-    """What is sent. ``card``: the text of ``README.md``. ``files``: path in the repository → bytes, or the file on this
-    machine that holds them."""
-
-    repo: str
-    card: str
-    files: Mapping[str, bytes | Path]
-
-
 def prepare(
     directory: Path,
     repo: str,
@@ -42,21 +30,24 @@ def prepare(
     license: str | None = None,
     base_model: str | None = None,
     evaluation: Path | None = None,
+    trust_remote_code: bool = False,
     catalog: llmpruner.Catalog | None = None,
-) -> Upload:
-    """The files of a checkpoint with its model card, unless there is a ``README.md`` already.
+) -> dict[str, bytes | Path]:
+    """What is sent: path in the repository → bytes, or the file on this machine that holds them. ``README.md`` is the
+    model card, unless there is one already.
 
     ``evaluation``: what ``evaluate --json`` wrote. Raises `ModelError` for what is no pruned checkpoint of
     transformers, `SettingsError` for a wrong name of a repository, or what a card that is there would not show, and
     `DataError` for a wrong ``evaluation``.
     """
-    _check_repo(repo)
+    if not _HUB_ID.fullmatch(repo):
+        raise SettingsError(f"'{repo}' is no name of a repository; expected OWNER/NAME")
     if not (directory / "config.json").is_file() or not (directory / _RECORD).is_file():
         raise ModelError(
             f"'{directory}' is no pruned checkpoint with config.json and {_RECORD}; push takes what prune and recover "
             "wrote, with adapters merged"
         )
-    structure = llmpruner.discover(directory, catalog=catalog)
+    structure = llmpruner.discover(directory, trust_remote_code=trust_remote_code, catalog=catalog)
     record = dict(structure.record or {})
     base = base_model or base_of(record)
     record = public_record(record, base)
@@ -65,10 +56,10 @@ def prepare(
             raise SettingsError(
                 f"'{directory}' has a {CARD_FILE}, which --license and --evaluation do not change; edit or move it"
             )
-        card = (directory / CARD_FILE).read_text(encoding="utf-8")
+        card = (directory / CARD_FILE).read_bytes()
     else:
         figures = None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or llmpruner.Catalog())
-        card = model_card(structure, repo, record, base=base, license=license, evaluations=figures)
+        card = model_card(structure, repo, record, base=base, license=license, evaluations=figures).encode()
     files: dict[str, bytes | Path] = {
         path.relative_to(directory).as_posix(): path
         for path in sorted(directory.rglob("*"))
@@ -78,9 +69,9 @@ def prepare(
     }
     if not any(name.endswith(".safetensors") for name in files):
         raise CheckpointError(f"{directory} has no safetensors file; push takes what prune and recover wrote")
-    files[CARD_FILE] = card.encode()
+    files[CARD_FILE] = card
     files[_RECORD] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
-    return Upload(repo, card, files)
+    return files
 
 
 def public_record(record: Mapping[str, Any], base: str | None) -> dict[str, Any]:
@@ -99,16 +90,6 @@ def _without_folders(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_without_folders(item) for item in value]
     return llmpruner.without_folders(value) if isinstance(value, str) else value
-
-
-def _check_repo(repo: str) -> None:
-    try:
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise HFValidationError("it has no owner")
-    except HFValidationError as error:
-        reason = str(error).splitlines()[0]
-        raise SettingsError(f"'{repo}' is no name of a repository: {reason}; expected OWNER/NAME") from error
 
 
 def model_card(
@@ -192,19 +173,19 @@ def licence_of(base: str | None, path: str | None) -> dict[str, Any]:
     return {}
 
 
-def send(upload: Upload, *, public: bool = False) -> str:
-    """Create the repository unless it exists, and commit all files at once; returns the URL of the commit.
+def send(repo: str, files: Mapping[str, bytes | Path], *, public: bool = False) -> str:
+    """Create the repository unless it exists, and commit all ``files`` at once; returns the URL of the commit.
 
     ``public``: of a repository that is created; an existing one stays as it is. Raises `OutputError` in one line.
     """
     api = HfApi()
-    operations = [CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in upload.files.items()]
+    operations = [CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in files.items()]
     try:
         api.whoami()
-        api.create_repo(upload.repo, private=not public, exist_ok=True)
-        done = api.create_commit(upload.repo, operations, commit_message="Pruned with llmpruner")
+        api.create_repo(repo, private=not public, exist_ok=True)
+        done = api.create_commit(repo, operations, commit_message="Pruned with llmpruner")
     except (OSError, ValueError, HTTPError) as error:
-        raise OutputError(f"'{upload.repo}' cannot be written: {_reason(error)}") from error
+        raise OutputError(f"'{repo}' cannot be written: {_reason(error)}") from error
     return str(done.commit_url)
 
 

@@ -35,9 +35,9 @@ def test_sizes_are_next_to_those_of_the_dense_model(tmp_path):
     assert sizes_text(pruned, pruned) == "0.5 MiB of weights (q4.gguf: 1.0 MiB); "
 
 
-def test_square_brackets_of_paths_are_printed(run, dense, tmp_path):
-    """They are no markup."""
-    made = tmp_path / "o[v2]"
+def test_brackets_and_colons_of_paths_are_printed(run, dense, tmp_path):
+    """They are neither markup nor emoji."""
+    made = tmp_path / "o[v2]:100:"
     done = run("prune", dense, "--set", "prune.unit_ratio=0.25", "--importance", "l1", "-o", made)
     assert str(made) in done.out, done.err
     assert str(made) in run("verify", made).out

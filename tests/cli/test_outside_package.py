@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import llmpruner
 from llmpruner import Catalog, hookimpl
 from llmpruner.cli.app import build_app
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 from llmpruner.testing import catalog_with
 
 PACKAGES = Path(__file__).parents[1] / "packages"
@@ -136,6 +136,11 @@ class Other:
         def fine() -> None:
             typer.echo("fine")
 
+        group = typer.Typer(name="zoo", help="Has a name of its own.")
+        group.command("open")(fine)
+        group.command("close")(fine)
+        app.add_typer(group)
+
 
 def test_a_command_whose_name_is_taken_is_left_out():
     app = build_app(catalog_with(Other()).manager)
@@ -143,13 +148,14 @@ def test_a_command_whose_name_is_taken_is_left_out():
     assert (done.exit_code, done.stdout) == (0, "fine\n")
     assert done.stderr == "warning: a plugin's command 'prune' was skipped: it exists already\n"
     assert "--ratio" in CliRunner().invoke(app, ["prune", "--help"]).stdout
+    assert CliRunner().invoke(app, ["zoo", "open"]).stdout == "fine\n"
 
 
 def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):
     rows = run("plugins", "--json").json()["plugins"]
     assert all(row["package"] and row["summary"] for row in rows)
     everything = {(row["kind"], row["name"]) for row in rows}
-    built_in = Catalog(plugin_manager(entry_points=False))
+    built_in = Catalog(PluginManager(entry_points=False))
     theirs = {(registry.kind, name) for registry in built_in.registries.values() for name in registry}
     assert theirs and ("criterion", "taylor") in theirs
     monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")

@@ -99,11 +99,13 @@ def test_lack_of_memory_in_any_process_is_told(monkeypatch, capsys):
     def short_of_memory():
         raise MemoryError("17 GiB")
 
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("llmpruner.engine.ranks.Ranks.current", Second)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr(process, "_exit", sys.exit)
     with pytest.raises(SystemExit) as end:
-        process.run_together(short_of_memory, debug=False)
+        process.run(short_of_memory, ["prune"], debug=False)
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (17 GiB); take fewer")
 
 

@@ -10,6 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import llmpruner
+from llmpruner.cli import console
+
 TRAIN = ("--max-steps", 2, "--batch-size", 2, "--set", "recover.micro_batch_size=1", "--learning-rate", 0.01)
 
 
@@ -55,6 +58,12 @@ def test_perplexity_side_by_side(run, dense, pruned, shared, tmp_path):
     assert "KL to the first" in result.out
     divergence = [row["perplexity"]["kl_per_token"] for row in rows]
     assert divergence[0] == pytest.approx(0.0, abs=1e-9) and divergence[1] > 1e-6
+
+
+def test_an_answer_is_printed_as_it_is(run, dense, monkeypatch):
+    monkeypatch.setattr(console.out, "width", 20)
+    answer = llmpruner.generate(dense, "The fox", max_new_tokens=20)
+    assert len(answer) > 20 and answer in run("generate", dense, "-p", "The fox", "--max-new-tokens", 20).out
 
 
 def test_results_before_a_model_that_fails_are_kept(run, shared, tmp_path):

@@ -75,9 +75,9 @@ def typed(page: Path) -> list[list[str]]:
 
 def test_commands_in_the_text_can_be_typed():
     from llmpruner.cli.app import build_app
-    from llmpruner.plugins.manager import plugin_manager
+    from llmpruner.plugins.manager import PluginManager
 
-    group = typer.main.get_command(build_app(plugin_manager()))
+    group = typer.main.get_command(build_app(PluginManager()))
     count = 0
     for page in PAGES:
         for name, *rest in typed(page):

@@ -10,11 +10,10 @@ from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.numbers import first_not_finite
 from llmpruner.models.surgery import cut, silence
-from llmpruner.plugins.manager import plugin_manager
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate
 
-CATALOG = Catalog(plugin_manager())
+CATALOG = Catalog()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEXT = tokens(4, 16)
 ODD = SMALL | {"hidden_size": 36, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 6}

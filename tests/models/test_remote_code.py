@@ -70,6 +70,7 @@ def test_with_the_flag_it_is_pruned_and_used(folder, tmp_path):
     llmpruner("prune", folder, *trusted, *options, "-o", pruned.parent)
     assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr
     llmpruner("generate", pruned, "--trust-remote-code", "-p", "a b", "--max-new-tokens", "3")
+    assert "trust_remote_code=True" in llmpruner("push", pruned, "me/small", "--trust-remote-code").stdout
 
 
 def test_its_report_is_written_and_written_again(folder, tmp_path):

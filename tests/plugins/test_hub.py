@@ -67,9 +67,13 @@ def hub(monkeypatch):
 # The card
 
 
+def card(*arguments, **options) -> str:
+    return push.prepare(*arguments, **options)["README.md"].decode()
+
+
 def test_the_card_of_a_stock_checkpoint(folders):
-    upload = push.prepare(folders / "stock", "me/small", base_model="org/dense", license="mit")
-    read = ModelCard(upload.card)
+    text = card(folders / "stock", "me/small", base_model="org/dense", license="mit")
+    read = ModelCard(text)
     assert read.data.to_dict() == {
         "base_model": "org/dense", "library_name": "transformers", "license": "mit",
         "pipeline_tag": "text-generation", "tags": ["llmpruner", "pruned"],
@@ -82,7 +86,7 @@ def test_the_card_of_a_stock_checkpoint(folders):
     assert 'from_pretrained("me/small")' in read.text and "trust_remote_code" not in read.text
     assert "pip install" not in read.text and "licence" not in read.text
     assert "llmpruner evaluate org/dense me/small" in read.text
-    assert not re.search(r"\n{4,}|\{\{|None", upload.card)
+    assert not re.search(r"\n{4,}|\{\{|None", text)
 
 
 def test_the_card_of_a_model_that_lost_tokens_alone(tmp_path):
@@ -94,14 +98,14 @@ def test_the_card_of_a_model_that_lost_tokens_alone(tmp_path):
         tmp_path / "dense", kinds=("vocabulary",), settings={"vocabulary": {"tokens": 288}}, samples=1, length=16,
         calibration=str(tmp_path / "text.txt"), output=tmp_path / "out",
     )  # fmt: skip
-    text = push.prepare(tmp_path / "out", "me/small").card
+    text = card(tmp_path / "out", "me/small")
     share = 2 * 12 * 32 / sum(p.numel() for p in dense.parameters())
     assert f"with {100 * share:.1f} % of its parameters removed" in text
     assert "Amount: 288 tokens to remain" in text and "| whole model | 288 of 300 |" in text
 
 
 def test_the_card_of_a_shim_checkpoint(folders):
-    text = push.prepare(folders / "shim", "me/odd").card
+    text = card(folders / "shim", "me/odd")
     assert 'from_pretrained("me/odd", trust_remote_code=True)' in text and "`modeling_llmpruner.py`" in text
     assert "| 1 | 24 of 48 |" in text
     assert "base_model" not in text and "which its files do not state" in text
@@ -126,7 +130,7 @@ def test_the_licence_is_that_of_the_dense_model(folders, tmp_path, monkeypatch, 
 def test_a_card_that_is_there_already_is_sent_as_it_is(folders, tmp_path):
     folder = shutil.copytree(folders / "stock", tmp_path / "own")
     (folder / "README.md").write_text("# Mine\n")
-    assert push.prepare(folder, "me/own").card == "# Mine\n"
+    assert card(folder, "me/own") == "# Mine\n"
     for option in ({"license": "mit"}, {"evaluation": tmp_path / "quality.json"}):
         with pytest.raises(SettingsError, match=r"own' has a README\.md, which --license and --evaluation do not"):
             push.prepare(folder, "me/own", **option)
@@ -142,7 +146,7 @@ def test_the_card_has_figures_and_says_which_trainings_were_undone(folders, tmp_
     scores = {"dense": {"acc": 0.75, "acc_stderr": 0.1}, "own": {"acc": 0.5, "acc_stderr": 0.1}}
     results = [{"name": str(tmp_path / name), "tasks": {"piqa": values}} for name, values in scores.items()]
     (tmp_path / "quality.json").write_text(json.dumps(results))
-    text = push.prepare(folder, "me/own", evaluation=tmp_path / "quality.json").card
+    text = card(folder, "me/own", evaluation=tmp_path / "quality.json")
     assert "- `full` on 9 examples of `a.jsonl`, 2 steps: held-out loss 3.000 → 2.500\n" in text
     assert "- `full` on 9 examples of `a.jsonl`, 2 steps: undone, as no step helped\n" in text
     assert "| | dense | own |\n|---|---|---|\n| piqa acc | 0.7500 ± 0.1000 | 0.5000 ± 0.1000 |\n" in text
@@ -152,12 +156,12 @@ def test_the_card_has_figures_and_says_which_trainings_were_undone(folders, tmp_
 
 
 def test_folders_of_this_machine_stay_here(folders):
-    upload = push.prepare(folders / "stock", "me/small")
-    record = json.loads(upload.files["llmpruner.json"])
+    files = push.prepare(folders / "stock", "me/small")
+    record = json.loads(files["llmpruner.json"])
     assert "base_path" not in record and record["plans"][0]["base"]["model"] == "dense"
-    assert str(folders) not in upload.files["llmpruner.json"].decode() + upload.card
+    assert str(folders) not in (files["llmpruner.json"] + files["README.md"]).decode()
     named = push.prepare(folders / "stock", "me/small", base_model="org/dense")
-    assert json.loads(named.files["llmpruner.json"])["plans"][0]["base"]["model"] == "org/dense"
+    assert json.loads(named["llmpruner.json"])["plans"][0]["base"]["model"] == "org/dense"
     own = json.loads((folders / "stock" / "llmpruner.json").read_text())
     assert own["base_path"] == str(folders / "dense")
     values = {"a": ["/x/y.txt,self", "C:\\data\\z.txt", 3, "a/b", None]}
@@ -170,13 +174,13 @@ def test_folders_of_this_machine_stay_here(folders):
 @pytest.mark.parametrize("public", [False, True])
 def test_everything_is_sent_at_once(folders, hub, public):
     found = hub()
-    upload = push.prepare(folders / "stock", "me/small")
-    assert push.send(upload, public=public) == "https://hub/me/small/commit/1"
+    sent = push.prepare(folders / "stock", "me/small")
+    assert push.send("me/small", sent, public=public) == "https://hub/me/small/commit/1"
     (first, options), (second, files) = found.calls
     assert first == second == "me/small" and options == {"private": not public, "exist_ok": True}
     own = {file.name for file in (folders / "stock").iterdir()}
     assert own >= {"run.json", "step.json"} and files.keys() == {"README.md", *own} - {"run.json", "step.json"}
-    assert files["README.md"].path_or_fileobj == upload.card.encode()
+    assert files["README.md"].path_or_fileobj == sent["README.md"]
     assert files["config.json"].path_or_fileobj == str(folders / "stock" / "config.json")
 
 
@@ -194,14 +198,14 @@ def refusal(status: int) -> HfHubHTTPError:
 def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
     found = hub(error)
     with pytest.raises(OutputError, match=message) as caught:
-        push.send(push.prepare(folders / "stock", "me/small"))
+        push.send("me/small", push.prepare(folders / "stock", "me/small"))
     assert "\n" not in str(caught.value) and not found.calls
 
 
 @pytest.mark.parametrize(("folder", "repo", "options", "kind", "message"), [
     ("dense", "me/x", {}, ModelError, "is no pruned checkpoint with config.json and llmpruner.json"),
-    ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository: .*; expected OWNER/NAME"),
-    ("stock", "x", {}, SettingsError, "'x' is no name of a repository: it has no owner; expected OWNER/NAME"),
+    ("stock", "me/x/y", {}, SettingsError, "'me/x/y' is no name of a repository; expected OWNER/NAME"),
+    ("stock", "x", {}, SettingsError, "'x' is no name of a repository; expected OWNER/NAME"),
     ("stock", "me/x", {"license": "MIT License"}, SettingsError, "--license 'MIT License': expected an identifier"),
     ("stock", "me/x", {"evaluation": Path("none.json")}, DataError, "none.json cannot be read"),
 ])  # fmt: skip

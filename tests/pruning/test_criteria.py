@@ -21,7 +21,7 @@ from llmpruner.calibration.written import self_generated
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
 from llmpruner.errors import SelectionError
 from llmpruner.models.model import Model
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.allocation import Normalization, normalized
 from llmpruner.pruning.criteria.estimate import estimate, reduce_spans
 from llmpruner.pruning.criteria.taylor import Taylor, Variant
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 
 CALIBRATION = tokens(8, 24)
 IDS = CALIBRATION.input_ids
-CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
+CRITERIA = Catalog(PluginManager(entry_points=False)).criteria
 ALL = [criterion for cls in CRITERIA.values() for criterion in settings_grid(cls)]
 OF_UNITS = [criterion for criterion in ALL if criterion.accepts("mlp")]
 

@@ -15,14 +15,14 @@ import llmpruner
 from llmpruner import Catalog, Role
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.models.model import Model
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.criteria.estimate import estimate
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
 ALL = ["mixtral", "deepseek_v3", "olmoe", "qwen3_moe", "deepseek_v2"]
 TYPES = [*ALL[:3], *(pytest.param(name, marks=pytest.mark.long) for name in ALL[3:])]
-CRITERIA = Catalog(plugin_manager(entry_points=False)).criteria
+CRITERIA = Catalog(PluginManager(entry_points=False)).criteria
 UNUSED, SILENT, CRUCIAL = 0, 4, 2
 """Never chosen by the router; often chosen, with outputs of zero; rarely chosen, with large outputs. The two that
 can go are in different halves, as DeepSeek-V3 chooses from groups of experts."""

@@ -23,11 +23,11 @@ from llmpruner import (
 )
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
-from llmpruner.plugins.manager import plugin_manager
+from llmpruner.plugins.manager import PluginManager
 from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, catalog_with
 
-BUILT_IN = Catalog(plugin_manager(entry_points=False)).criteria
+BUILT_IN = Catalog(PluginManager(entry_points=False)).criteria
 
 
 @pytest.fixture(params=sorted(BUILT_IN))

@@ -18,7 +18,6 @@ from llmpruner.calibration.conversations import Conversation
 from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.verify import check_kinds
 from llmpruner.models.surgery import cut
-from llmpruner.plugins.manager import plugin_manager
 from llmpruner.testing import FamilyConformance
 
 GLM: dict[str, Any] = {
@@ -77,7 +76,7 @@ def test_hidden_channels_of_chatglm_are_not_offered() -> None:
 
 
 def test_later_generations_win_over_glm_by_their_config() -> None:
-    catalog = Catalog(plugin_manager())
+    catalog = Catalog()
     assert catalog.family_for(tiny_config("chatglm")).name == "chatglm"
     assert catalog.family_for(tiny_config("glm")).name == catalog.family_for(tiny_config("glm4")).name == "glm"
     assert catalog.family_for(tiny_config("glm", chat_format="rounds")).name == "chatglm2"

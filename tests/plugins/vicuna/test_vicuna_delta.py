@@ -17,7 +17,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmpruner import Catalog, CheckpointError, LlmprunerError, OutputError
 from llmpruner.cli import main
-from llmpruner.plugins.manager import plugin_manager
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 VERSIONS = {"delta_v0": "vicuna-v0", "delta_v1": "vicuna"}
@@ -50,7 +49,7 @@ def test_the_sum_is_bit_identical_with_configuration_and_tokenizer_of_the_delta(
     assert config.dtype == torch.float16
     generation = json.loads((tmp_path / "sum" / "generation_config.json").read_text())
     assert generation == json.loads((DATA / version / "delta" / "generation_config.json").read_text())
-    catalog = Catalog(plugin_manager())
+    catalog = Catalog()
     assert catalog.family_for(config).name == VERSIONS[version]
     assert catalog.family_for(AutoConfig.from_pretrained(DATA / version / "base")).name == "llama"
 
