@@ -111,7 +111,7 @@ def examine(model_type: str) -> dict[str, Any]:
         small, groups = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
         model = random_instance(small)
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
-        verdicts = check_kinds(AutoFamily(), small, groups)
+        verdicts = check_kinds(AutoFamily(), small, groups, kinds=KINDS)
     except UnsupportedModelError as error:
         result["reason"] = str(error)
     except Exception as error:
