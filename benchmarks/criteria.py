@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean, pstdev
@@ -25,7 +25,7 @@ from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.structure.coupling import LAYER, Role
+from llmpruner.structure.coupling import LAYER, VOCABULARY, Role
 from llmpruner.testing import settings_grid
 
 from .measure import as_json, data_folder, machine, write_table
@@ -56,12 +56,14 @@ def measure(text: bytes) -> dict[str, Any]:
     _train(loaded.model, ids[:split])
     held_out = _windows(ids[split:], HELD_OUT, seed=0)
     dense = _loss(loaded.model, held_out)
-    truth = {group.name: _truth(loaded, group, held_out, dense) for group in loaded.graph.groups}
+    kinds = [kind for kind in loaded.graph.kinds if kind != VOCABULARY]
+    truth = {group.name: _truth(loaded, group, held_out, dense) for group in loaded.graph.of_kinds(kinds)}
     rows = {}
     for label, criterion in _criteria():
-        if not any(map(criterion.accepts, loaded.graph.kinds)):
+        scored = list(filter(criterion.accepts, kinds))
+        if not scored:
             continue
-        runs = [_correlations(loaded, criterion, truth, ids[:split], seed) for seed in SEEDS]
+        runs = [_correlations(loaded, criterion, scored, truth, ids[:split], seed) for seed in SEEDS]
         rows[label] = {
             kind: {how: _spread([run[kind][how] for run in runs]) for how in runs[0][kind]} for kind in runs[0]
         }
@@ -150,12 +152,12 @@ def _criteria() -> Iterator[tuple[str, Any]]:
 
 
 def _correlations(
-    loaded: Any, criterion: Any, truth: Mapping[str, torch.Tensor], ids: torch.Tensor, seed: int
+    loaded: Any, criterion: Any, kinds: Sequence[str], truth: Mapping[str, torch.Tensor], ids: torch.Tensor, seed: int
 ) -> dict[str, dict[str, float]]:
     """Kind → Spearman's ρ within a layer (mean over layers) and across all units of the kind."""
     calibration = CalibrationSet(_windows(ids, CALIBRATION, seed=100 + seed), "training text")
     correlations: dict[str, dict[str, float]] = {}
-    for kind in filter(criterion.accepts, loaded.graph.kinds):
+    for kind in kinds:
         groups = loaded.graph.of_kinds([kind])
         scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed)
         pooled = [torch.cat([values[g.name] for g in groups]) for values in (scores, truth)]

@@ -80,12 +80,6 @@ def machine() -> dict[str, Any]:
     return {"cpu": model, "cores": os.cpu_count(), "versions": {p: version(p) for p in packages}}
 
 
-def commit(checkout: Path) -> str:
-    """The commit of a checkout; ``-dirty`` follows where its files differ from it."""
-    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def marks(name: str) -> tuple[str, str]:
     """Between which a page has the table of ``name``."""
     return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"

@@ -1,6 +1,6 @@
 """Quality for size: real models pruned by this project's methods and by those of other papers.
 
-    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--models demo] [--only TEXT …] [--again]
+    LLMPRUNER_DATA=… LLMPRUNER_MODELS=… python -m benchmarks.quality [--only TEXT …] [--again]
     python -m benchmarks.quality --render
 
 Every row is one `llmpruner prune` in a process of its own, then perplexity, and the divergence from the dense model, on
@@ -39,20 +39,16 @@ _SAMPLES = ("--samples", "64", "--set", "prune.length=512")
 METHODS = {
     "best": ("--method", "best"),
     "best, recovered": ("--method", "best"),
-    "best, with tokens": ("--method", "best", "--kinds", "mlp,vocabulary", "--budget", "bytes"),
     "fast": ("--method", "fast"),
     "llm-pruner": ("--method", "llm-pruner"),
-    "best by energy": ("--method", "best", "--importance", "energy"),
     "Wanda-sp": ("--importance", "wanda-sp", *_SAMPLES),
     "FLAP": ("--importance", "flap", "--set", "prune.allocation=global", "--set", "global.normalize=zscore", *_SAMPLES),
     "ShortGPT": ("--importance", "block-influence", "--kinds", "layer", "--set", "prune.layers=all", *_SAMPLES),
 }
 """The last three are our implementations of the criteria of other papers, with what goes with them there."""
-DECODER = {"SmolLM2-135M-Instruct": 0.79, "Qwen2.5-Coder-0.5B-Instruct": 0.57}
-"""Share of a model's bytes in the decoder: with tokens, as many bytes go as without."""
 RECOVERY = ("--minutes", "15")
-WINDOW = 512
-"""Tokens that are read together where perplexity is measured."""
+TOKENS, WINDOW = 4096, 512
+"""Tokens of each text, and those that are read together."""
 COLUMNS = {
     "WikiText-2": "WikiText-2", "C4": "C4", "answers": "answers in chat", "instructions": "answers", "code": "code",
 }  # fmt: skip
@@ -71,24 +67,21 @@ ABOUT = f"""# Quality for size
 
 <!-- Written by benchmarks/quality.py; do not edit. -->
 
-Each text has its perplexity and, in parentheses, the mean divergence (KL) from the dense model per token, in nats: the
-first tokens in windows of {WINDOW}. No model was calibrated or trained on them: WikiText-2's test part, documents of
-C4, answers to instructions (after the instruction in the model's chat format, and as plain text), and modules of
-Python's standard library.
+![Mean divergence from the dense model by method](pictures/quality.svg)
 
-![Mean divergence from the dense model by method](pictures/quality.svg)"""
-NOTES = {
-    "uniform": "every layer has one width; *free*: the layers of both ends stay whole.",
-    "decoder": "the share of its parameters that is gone; *bytes*: of all weights.",
-    "FLAP": "as Wanda-sp and ShortGPT, this project's implementation of that paper's criterion.",
-    "recovered": "after `llmpruner recover --minutes 15`. All other rows are without training.",
-    "with tokens": "as many bytes less, of channels and of tokens that the calibration text does not need. Perplexity "
-    "is per token of the dense model.",
-    "repeat": "of the model's own answers to 40 instructions, those that repeat themselves; *cut off*: those that do "
-    "not end within 128 tokens.",
-    "minutes": "of the commands, from start to end; *GiB*: of their memory.",
-}
-"""A word in a table → what it means."""
+Each cell is the perplexity on a text and, in parentheses, the mean KL divergence from the dense model in nats per
+token, on the start of the text in windows of {WINDOW} tokens. No model was calibrated or trained on these texts:
+WikiText-2's test set, C4 documents, answers to instructions (in the model's chat format, and as plain text), and
+modules of Python's standard library.
+
+- *uniform*: all layers have the same width; *free*: the first and last layers stay whole.
+- *decoder*: share of its parameters removed; *bytes*: share of all weights removed.
+- *Wanda-sp*, *FLAP*, *ShortGPT*: this project's implementation of the paper's criterion.
+- *recovered*: after `llmpruner recover --minutes 15`. No other row is trained.
+- *repeat*: share of the model's own answers to 40 instructions that repeat themselves; *cut off*: that do not end
+  within 128 tokens.
+- *minutes*: wall time of the commands; *GiB*: their peak memory.
+"""
 C4_JUDGED = slice(150, 200)
 """Documents of the C4 sample that are measured; no row is calibrated on them."""
 CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarfile", "typing")
@@ -110,25 +103,24 @@ class Row:
 
 def rows() -> Iterator[Row]:
     demo, qwen = MODELS
-    for model, samples in ((demo, 0), (qwen, 64)):
-        yield Row(model)
-        for ratio in (0.2, 0.1, 0.3):
-            for method, shape in (("best", "uniform"), ("best, recovered", "uniform"), ("best", "free")):
-                yield Row(model, method, ratio, shape, "self-written")
-            for method in ("fast", "llm-pruner"):
-                yield Row(model, method, ratio, "uniform", "self-written")
-            for method, shape in (("best", "uniform"), ("best by energy", "uniform"), ("best", "free")):
-                yield Row(model, method, ratio, shape, "C4", samples)
-            for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
-                yield Row(model, method, ratio, shape, "C4")
-            yield Row(model, "best, with tokens", ratio, "uniform", "self-written")
+    yield Row(demo)
+    for method, shape in (
+        ("best", "uniform"), ("best, recovered", "uniform"), ("fast", "uniform"), ("llm-pruner", "uniform"),
+        ("best", "free"),
+    ):  # fmt: skip
+        yield Row(demo, method, 0.2, shape, "self-written")
+    for method, shape in (("Wanda-sp", "uniform"), ("llm-pruner", "free"), ("FLAP", "free"), ("ShortGPT", "")):
+        yield Row(demo, method, 0.2, shape, "C4")
+    yield Row(qwen)
+    yield Row(qwen, "fast", 0.2, "uniform", "self-written")
+    yield Row(qwen, "best", 0.2, "uniform", "C4", samples=64)
+    for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free")):
+        yield Row(qwen, method, 0.2, shape, "C4")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=MODELS)
     parser.add_argument("--only", nargs="*", default=[""], help="measure only the rows that hold one of these words")
-    parser.add_argument("--tokens", type=int, default=4096, help="of each text; fewer answers in the same proportion")
     parser.add_argument("--again", action="store_true", help="keep the rows apart, beside those that are there")
     parser.add_argument("--render", action="store_true", help="only write the tables")
     options = parser.parse_args()
@@ -136,10 +128,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         for row in rows() if not options.render else ():
             done = read(file)
-            if row in done or row.model not in options.models or not any(word in str(row) for word in options.only):
+            if row in done or not any(word in str(row) for word in options.only):
                 continue
-            tokens = done[Row(row.model)]["tokens"] if Row(row.model) in done else options.tokens
-            done[row] = measure(row, data_folder(), Path(work), tokens)
+            done[row] = measure(row, data_folder(), Path(work))
             file.write_text("".join(json.dumps(entry) + "\n" for entry in done.values()), encoding="utf-8")
             print(row, as_json(done[row]), flush=True)
     PAGE.write_text(page(read(RESULTS), read(AGAIN)), encoding="utf-8")
@@ -151,9 +142,9 @@ def read(file: Path) -> dict[Row, dict[str, Any]]:
     return {Row(**entry["row"]): entry for entry in map(json.loads, lines)}
 
 
-def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
+def measure(row: Row, data: Path, work: Path) -> dict[str, Any]:
     dense = model = str(MODELS[row.model]())
-    entry: dict[str, Any] = {"row": vars(row), "tokens": tokens, "machine": machine(), "commit": version()}
+    entry: dict[str, Any] = {"row": vars(row), "tokens": TOKENS, "machine": machine(), "commit": version()}
     if row.method != "dense":
         model, took = prune(dense, options_of(row, data, work), work)
         entry |= took
@@ -162,7 +153,7 @@ def measure(row: Row, data: Path, work: Path, tokens: int) -> dict[str, Any]:
         done = run("recover", pruned, *RECOVERY, "--dtype", "float32", "-o", model)
         entry["seconds"] += done["seconds"]
         entry["peak_mib"] = max(entry["peak_mib"], done["peak_mib"])
-    return entry | measured_on(row, dense, model, data, tokens)
+    return entry | measured_on(dense, model, data)
 
 
 def version() -> str:
@@ -177,9 +168,8 @@ def options_of(row: Row, data: Path, work: Path) -> tuple[str, ...]:
     del documents[C4_JUDGED]
     c4 = work / "c4.jsonl"
     c4.write_text("".join(documents), encoding="utf-8")
-    ratio = row.ratio * (DECODER[row.model] if "tokens" in row.method else 1)
     text = str(c4) if row.text == "C4" else "self"
-    options = [*METHODS[row.method], "--ratio", f"{ratio:.4g}", "--calibration", text]
+    options = [*METHODS[row.method], "--ratio", str(row.ratio), "--calibration", text]
     options += ["--shape", row.shape] if row.shape else []
     options += ["--samples", str(row.samples)] if row.samples else []
     return tuple(options)
@@ -196,7 +186,7 @@ def prune(dense: str, options: tuple[str, ...], work: Path) -> tuple[str, dict[s
     return output, {**took, "decoder_removed": result["decoder_removed"], "gone": gone}
 
 
-def measured_on(row: Row, dense: str, model: str, data: Path, tokens: int) -> dict[str, Any]:
+def measured_on(dense: str, model: str, data: Path) -> dict[str, Any]:
     """``texts``: text → perplexity, and the divergence from the dense model (0 for that itself), in nats per token;
     and ``asked``, what the model answers to instructions."""
     documents = (data / "c4_sample_300.jsonl").read_text(encoding="utf-8").splitlines()[C4_JUDGED]
@@ -206,21 +196,17 @@ def measured_on(row: Row, dense: str, model: str, data: Path, tokens: int) -> di
         "instructions": instructions(data),
         "code": "\n\n".join(inspect.getsource(import_module(name)) for name in CODE),
     }
-    settings = {"perplexity.tokens": tokens, "perplexity.window": WINDOW, "perplexity.autocast": True}
-    metrics, models = "answers", (model,) if model == dense else (dense, model, "--kl")
-    trimmed = "tokens" in row.method  # its answers have other tokens than the dense model's
-    if not trimmed:
-        metrics = "given-answers,answers"
-        settings |= {
-            "given-answers.data": data / "alpaca_gpt4_en_999.jsonl", "given-answers.limit": tokens // 100,
-            "given-answers.autocast": True, "given-answers.kl": model != dense,
-        }  # fmt: skip
+    settings = {
+        "perplexity.tokens": TOKENS, "perplexity.window": WINDOW, "perplexity.autocast": True,
+        "given-answers.data": data / "alpaca_gpt4_en_999.jsonl", "given-answers.limit": TOKENS // 100,
+        "given-answers.autocast": True, "given-answers.kl": model != dense,
+    }  # fmt: skip
+    models = (model,) if model == dense else (dense, model, "--kl")
     options = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
-    measured = evaluated(*models, "--metrics", metrics, *options, texts=texts)
+    measured = evaluated(*models, "--metrics", "given-answers,answers", *options, texts=texts)
     results = measured["perplexity"]
-    if not trimmed:
-        results["answers"] = measured["given-answers"]
-    kept = ("perplexity", "kl_per_token", "bits_per_byte")
+    results["answers"] = measured["given-answers"]
+    kept = ("perplexity", "kl_per_token")
     asked = {name: measured["answers"][name] for name in ("repeat_themselves", "cut_off", "first_tokens")}
     return {"texts": {name: {key: result.get(key) for key in kept} for name, result in results.items()}, "asked": asked}
 
@@ -274,8 +260,7 @@ def page(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) -> s
             on = f"{first['machine']['cpu']}, {first['machine']['cores']} cores"
             about = f"{first['tokens']:,} tokens of each text; {on}; measured at {made}."
             sections += [f"## {model}", "", about, "", *table(chosen), "", *spread(chosen, again)]
-    notes = [f"- *{word}*: {what}" for word, what in NOTES.items() if any(word in line for line in sections)]
-    return "\n".join([ABOUT, "", *notes, "", *sections])
+    return "\n".join([ABOUT, *sections])
 
 
 def spread(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) -> list[str]:
@@ -290,7 +275,7 @@ def spread(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) ->
     ]
     second = both[0][2]
     return [
-        f"The mean divergence here, and on another day and processor at {second['commit']}: {'; '.join(shown)}.",
+        f"Mean divergence, measured here and again on another processor at {second['commit']}: {'; '.join(shown)}.",
         "",
     ]
 
@@ -298,28 +283,19 @@ def spread(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) ->
 def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
     lines = [(*HEADS[:5], *COLUMNS.values(), *HEADS[5:])]
     for row, entry in sorted(done.items(), key=lambda item: item[0].ratio):
-        dense = done[Row(row.model)]["texts"]
         cells = [row.method, row.shape or "–", row.text or "–"]
         cells += [f"−{entry[name]:.1%}" if name in entry else "–" for name in ("decoder_removed", "gone")]
-        cells += [cell(entry["texts"].get(name), dense[name]) for name in COLUMNS]
-        asked = entry.get("asked")
-        cells += [f"{asked[name]:.0%}" if asked else "–" for name in ("repeat_themselves", "cut_off")]
+        cells += [cell(entry["texts"][name]) for name in COLUMNS]
+        cells += [f"{entry['asked'][name]:.0%}" for name in ("repeat_themselves", "cut_off")]
         took = (f"{entry['seconds'] / 60:.1f}", f"{entry['peak_mib'] / 1024:.1f}") if "seconds" in entry else ("–", "–")
         lines.append((*cells, *took))
-    columns = [column for column in zip(*lines, strict=True) if set(column[1:]) != {"–"}]
-    heads, *rest = zip(*columns, strict=True)
-    shown = [f"| {' | '.join(cells)} |" for cells in (heads, *rest)]
-    return [shown[0], "|---" * len(heads) + "|", *shown[1:]]
+    shown = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [shown[0], "|---" * len(lines[0]) + "|", *shown[1:]]
 
 
-def cell(result: dict[str, float] | None, dense: dict[str, float]) -> str:
-    """Perplexity, and KL in parentheses. Fewer tokens read a text in more pieces, so perplexity is what as many bits
-    per byte are in tokens of the dense model."""
-    if result is None:
-        return "–"
-    bits = result["bits_per_byte"]
-    value = result["perplexity"] if bits is None else dense["perplexity"] ** (bits / dense["bits_per_byte"])
-    return f"{value:.2f}" + (f" ({result['kl_per_token']:.3f})" if result["kl_per_token"] else "")
+def cell(result: dict[str, float]) -> str:
+    """Perplexity, and KL in parentheses."""
+    return f"{result['perplexity']:.2f}" + (f" ({result['kl_per_token']:.3f})" if result["kl_per_token"] else "")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Proof that a move of code changes no result: the same commands with two checkouts of this repository, compared.
 
-    python -m benchmarks.same_results OTHER_CHECKOUT                every job; writes results/same_results.json
-    python -m benchmarks.same_results OTHER_CHECKOUT --only dense   jobs with this in their name; writes nothing
+    python -m benchmarks.same_results OTHER_CHECKOUT                every job
+    python -m benchmarks.same_results OTHER_CHECKOUT --only dense   jobs with this in their name
 
 A job is one ``llmpruner prune`` of the demo model or of a tiny random model (dense, fused projections, mixture of
 experts, ChatGLM-6B). It is equal when both plans have the same target and keep the same units of every group, and the
@@ -30,10 +30,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from .measure import as_json, commit, machine
-
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "same_results.json"
 THREADS = os.environ.get("OMP_NUM_THREADS", "1")
 PACKAGES = {"llmpruner": "llmpruner", **{f"llmpruner_{n}": f"plugins/{n}" for n in ("llama", "vicuna", "chatglm")}}
 """Package → its folder in a checkout."""
@@ -45,7 +42,7 @@ ON_TINY = {
     "l2": "--importance l2 --ratio 0.2",
     **{f"taylor {variant}": f"--importance taylor --set taylor.variant={variant} --ratio 0.2 {TEXT}"
        for variant in ("element1", "element2", "mix", "vector")},
-    "energy, refit": f"--ratio 0.2 {TEXT}",
+    "best": f"--ratio 0.2 {TEXT}",
     "obs, refit": f"--importance obs --set prune.compensate=refit --ratio 0.2 {TEXT}",
     "flap, bias": f"--importance flap --set prune.compensate=bias --ratio 0.2 {TEXT}",
     "attention and mlp": f"--importance taylor {BLOCK} --ratio 0.2 {TEXT}",
@@ -83,12 +80,11 @@ ON_PLUGINS_MODELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("other", type=Path, metavar="OTHER_CHECKOUT", help="folder of another checkout")
-    parser.add_argument("--only", default="", metavar="TEXT", help="jobs whose name has this; nothing is written")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only jobs whose name has this")
     options = parser.parse_args()
     checkouts = {"this": ROOT, "other": options.other.resolve()}
     if checkouts["other"] == ROOT or not all((checkouts["other"] / place).is_dir() for place in PACKAGES.values()):
         parser.error(f"'{options.other}' is not another checkout of this repository")
-    commits = {name: commit(checkout) for name, checkout in checkouts.items()}
     chosen = {name: words for name, words in jobs().items() if options.only in name}
     if not chosen:
         parser.error(f"no job has '{options.only}' in its name")
@@ -99,10 +95,6 @@ def main() -> None:
     for model in sorted({name.split(":")[0] for name in chosen}):
         if all(this[name]["exit"] for name in chosen if name.startswith(model)):
             wrong[model] = "no job prunes, which proves nothing"
-    if not options.only:
-        done = {name: {"command": words, "exit": this[name]["exit"]} for name, words in chosen.items()}
-        about = {"machine": machine(), "threads": THREADS, "commits": commits}
-        RESULTS.write_text(as_json({**about, "jobs": done, "different": wrong}), encoding="utf-8")
     refused = sum(this[name]["exit"] == 2 for name in chosen if name not in wrong)
     for name, text in wrong.items():
         print(f"{name}: {text}")

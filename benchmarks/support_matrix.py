@@ -111,7 +111,7 @@ def examine(model_type: str) -> dict[str, Any]:
         small, groups = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
         model = random_instance(small)
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
-        verdicts = check_kinds(AutoFamily(), small, groups)
+        verdicts = check_kinds(AutoFamily(), small, groups, kinds=KINDS)
     except UnsupportedModelError as error:
         result["reason"] = str(error)
     except Exception as error:
@@ -149,11 +149,11 @@ def render(results: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         "<!-- Written by benchmarks/support_matrix.py; do not edit. -->",
         "",
-        f"All {len(results)} causal language model types of transformers {version('transformers')}: discovery, then "
-        "the oracle (random uneven cuts equal the silenced model, with the cache, after saving and loading) on a small "
-        f"random instance of each. {len(results) - len(runnable)} cannot be built or run on a CPU. Tokens (kind "
-        "`vocabulary`) came later; the tests verify them for a dozen of these types. Your own model: "
-        "`llmpruner discover MODEL --verify`.",
+        f"All {len(results)} causal language model types of transformers {version('transformers')}: structure "
+        "discovered by tracing, then verified on a small random instance: random uneven cuts must equal the silenced "
+        f"model, also with a cache and after saving and loading. {len(results) - len(runnable)} types cannot be built "
+        "or run on a CPU. Tokens (`vocabulary`) are not in the table; tests verify them for a dozen of these types. "
+        "Check your own model with `llmpruner discover MODEL --verify`.",
         "",
         "| kind | verified | types that have it |",
         "|---|---|---|",

@@ -36,14 +36,11 @@ def application() -> typer.Typer:
     return build_app(own_manager())
 
 
-def commands(app: typer.Typer, prefix: str = "") -> Iterator[tuple[str, CommandInfo]]:
-    """Full name → command, groups of plugins included, in the order of ``--help``."""
+def commands(app: typer.Typer) -> Iterator[tuple[str, CommandInfo]]:
+    """Name → command, in the order of ``--help``."""
     for command in app.registered_commands:
         assert command.callback is not None
-        yield prefix + (command.name or command.callback.__name__.replace("_", "-")), command
-    for group in app.registered_groups:
-        assert group.typer_instance is not None
-        yield from commands(group.typer_instance, f"{prefix}{group.name} ")
+        yield command.name or command.callback.__name__.replace("_", "-"), command
 
 
 def parameters(callback: Callable[..., Any]) -> list[Shown]:
