@@ -86,6 +86,9 @@ class StreamedWeights(Weights):
         self._names: dict[int | None, list[str]] = {}  # of tied parameters, the first
         for name, _ in model.named_parameters():
             self._names.setdefault(self.number(name), []).append(name)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer if buffer.is_meta else buffer.to(device)
         layers: Any = model.get_submodule(path)
         self.numbers: list[int | None] = [None, *range(len(layers))]
         """All parts."""
