@@ -162,12 +162,9 @@ class DerivedWeights(StreamedWeights):
         self, model: PreTrainedModel, source: StreamedWeights, cut: tuple[CouplingGraph, Kept] | None = None
     ) -> None:
         super().__init__(model, source.path, source.device)
-        self._source, self._cut = source, cut
+        self._source = source
         self._values = None if cut is None else CutValues(*cut)
         self._old: dict[int | None, int] = {} if cut is None else {n: old for old, n in layer_numbers(*cut).items()}
-
-    def like(self, model: PreTrainedModel) -> DerivedWeights:
-        return DerivedWeights(model, self._source, self._cut)
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         old, tensors = self._old.get(part, part), {}
