@@ -302,8 +302,6 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
         # ``per_layer_config`` numbers the layers of the configuration that contains it.
         return {}
-    overrides = layer_overrides(config) or {}
-    known: dict[Any, dict[str, int] | None] = {}
     sizes: LayerSizes = {}
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
     for n in range(len(model.get_submodule(layers))):
@@ -311,17 +309,15 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
         old, new = _shapes_in(prefix, before), _shapes_in(prefix, after)
         if old == new:
             continue
-        key = types[n] if types else None, str(overrides.get(n)), tuple(old.items()), tuple(new.items())
-        if key not in known:
-            single = copy.deepcopy(config.per_layer_config[n])
-            try:
-                single.num_hidden_layers = 1
-            except NotImplementedError:  # encoder and decoder layers are counted apart
-                return {}
-            if types:
-                single.layer_types = [types[n]]
-            known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
-        if (layer := known[key]) is None:
+        single = copy.deepcopy(config.per_layer_config[n])
+        try:
+            single.num_hidden_layers = 1
+        except NotImplementedError:  # encoder and decoder layers are counted apart
+            return {}
+        if types:
+            single.layer_types = [types[n]]
+        layer = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
+        if layer is None:
             return {}
         sizes[n] = layer
     return sizes
