@@ -1,8 +1,9 @@
 """Pruned language models whose layers differ in size, as ordinary Hugging Face models.
 
 Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
-``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers;
-``AutoModel`` gives the model without its head. ``load_pruned`` and ``register`` of llmpruner use it too.
+``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers.
+``AutoModel`` gives the model without its head, which is what vLLM builds. ``load_pruned`` and ``register`` of llmpruner
+use this file too.
 
 ``config.json`` is the configuration of the uniform model that was cut, with a record of what differs::
 
