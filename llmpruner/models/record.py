@@ -144,5 +144,5 @@ def check_index(directory: Path) -> None:
     for file in sorted(set(files.values())):
         present, expected = set(names_in(directory / file)), {name for name, other in files.items() if other == file}
         for name in sorted(present ^ expected):
-            what = "lacks" if name in expected else "has, which the index does not say,"
+            what = "lacks" if name in expected else "has, besides those of the index,"
             raise CheckpointError(f"{directory / file} {what} the tensor '{name}'")
