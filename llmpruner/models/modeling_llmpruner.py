@@ -20,7 +20,8 @@ use this file too.
 
 The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
 where transformers does not know it, ``llmpruner_<base type>``. Sizes of one layer are in ``per_layer_config`` too, by
-the convention of transformers. A stock class that does not obey it refuses the weights for their shapes.
+the convention of transformers, unless the uniform model has some there. A stock class that does not obey it refuses the
+weights for their shapes.
 
 There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
 used. The module of a base class outside transformers is copied into the directory, with what it imports relatively,
