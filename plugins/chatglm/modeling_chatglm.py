@@ -225,7 +225,6 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
@@ -244,18 +243,10 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         columns = torch.arange(past, length, device=hidden.device)
         visible = layout.visible(columns, torch.arange(length, device=hidden.device), attention_mask)
         position_embeddings = rotary_embedding(layout.position_ids(columns), self.config.head_dim, hidden.dtype)
-        states = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings, visible, cache=cache, **kwargs)
-            states.append(hidden)
         hidden = self.final_layernorm(hidden)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
-            cache=cache if use_cache else None,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, cache=cache if use_cache else None)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -279,12 +270,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
         are those before ``<sop>``, as attention to them is bidirectional."""
-        output = self.transformer(input_ids, attention_mask, cache, use_cache, output_hidden_states, **kwargs)
+        output = self.transformer(input_ids, attention_mask, cache, use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
@@ -293,7 +283,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             columns = torch.arange(labels.shape[1], device=labels.device)
             labels = labels.masked_fill(columns < sop[:, None], -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=output.cache)
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")
