@@ -47,10 +47,6 @@ def stock_model(
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
     ``config``: the stock configuration that ``model`` was cut from. ``of_layers``: computes its `per_layer_sizes`."""
-    # Configurations of other code build no class of transformers; only those that a family proposes may.
-    in_transformers = any(cls.__module__.startswith("transformers.") for cls in (base_of(model), type(config)))
-    if not in_transformers and family is None:
-        return None
     try:
         reference = empty_model(base_of(model), config)
     except Exception:  # no configuration has the remaining layers
@@ -58,7 +54,7 @@ def stock_model(
     for candidate, moved in _candidates(model, reference, config, of_layers):
         # Families read sizes of all layers, which transformers refuses where layers differ.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
-        for other in (candidate, *others) if in_transformers else others:
+        for other in (candidate, *others):
             try:
                 with quiet_transformers():
                     built = type(other).from_dict(other.to_dict())  # as it would be read from its file
