@@ -171,7 +171,7 @@ class CachedModel:
         with _in_one_line(model):
             self.cache = DynamicCache(config=model.config)
         # The head computes the logits of the last token alone, as in generation.
-        self._options: dict[str, Any] = {cache_argument(model): self.cache, "use_cache": True, **last_logits(model)}
+        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True, **last_logits(model)}
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -194,11 +194,6 @@ def _in_one_line(model: PreTrainedModel) -> Iterator[None]:
             f"a {model.config.model_type} model does not run with a key/value cache, so it cannot be measured with one "
             f"({type(error).__name__}: {first_line(error)[:160]})"
         ) from error
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """Name of the argument of ``forward`` for the cache, which transformers is renaming."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def cached_bytes(config: Any, item: int) -> int:

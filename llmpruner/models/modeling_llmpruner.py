@@ -1,8 +1,9 @@
 """Pruned language models whose layers differ in size, as ordinary Hugging Face models.
 
 Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
-``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers;
-``AutoModel`` gives the model without its head. ``load_pruned`` and ``register`` of llmpruner use it too.
+``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers.
+``AutoModel`` gives the model without its head, which is what vLLM builds. ``load_pruned`` and ``register`` of llmpruner
+use this file too.
 
 ``config.json`` is the configuration of the uniform model that was cut, with a record of what differs::
 
@@ -19,7 +20,8 @@ Every checkpoint whose shapes no stock configuration can represent contains a co
 
 The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
 where transformers does not know it, ``llmpruner_<base type>``. Sizes of one layer are in ``per_layer_config`` too, by
-the convention of transformers. A stock class that does not obey it refuses the weights for their shapes.
+the convention of transformers, unless the uniform model has some there. A stock class that does not obey it refuses the
+weights for their shapes.
 
 There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
 used. The module of a base class outside transformers is copied into the directory, with what it imports relatively,

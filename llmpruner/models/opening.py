@@ -26,8 +26,8 @@ from .messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from .model import Model, Structure
 from .modeling_llmpruner import base_class, pruned_model
 from .numbers import dtype_of, stored_value
-from .record import check_weights, has_shards, names_in, read_any_record
-from .reference import Reference, adapter_base
+from .record import check_weights, has_shards, names_in
+from .reference import adapter_base
 from .tokenizer import load_tokenizer
 from .weights import StreamedWeights
 
@@ -66,7 +66,7 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
         )
     if ref.reader is not None:
         return ref.reader.read_model(ref.directory, dtype)
-    check_files(ref)
+    check_weights(ref.directory)
     model, info = from_pretrained(
         AutoModelForCausalLM, ref, structure.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,
         output_loading_info=True, ignore_mismatched_sizes=True,
@@ -110,8 +110,7 @@ def load_pruned(
     """
     place = Path(path)
     base = adapter_base(place)
-    if place.is_dir():
-        check_weights(place)
+    check_weights(place)
     if base is not None:
         model = load_pruned(
             base, dtype=dtype, device=device, attn_implementation=attn_implementation,
@@ -188,7 +187,7 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
     """`load_model` for a model whose weights are read from their files layer by layer; `why_not_streamed` must be None.
     ``scratch``: see `CheckpointWeights`."""
-    check_files(structure.place)
+    check_weights(structure.place.directory)
     tokenizer = load_tokenizer(structure, options)
     weights = open_weights(structure, options, scratch)
     return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
@@ -313,12 +312,6 @@ def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
         "its layers share parameters": shares,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
-
-
-def check_files(ref: Reference) -> None:
-    """`check_weights`, for folders that llmpruner wrote. Indexes of other models are not always right."""
-    if ref.directory.is_dir() and not ref.gguf_file and read_any_record(ref.directory) is not None:
-        check_weights(ref.directory)
 
 
 def check_loaded(text: str, model: PreTrainedModel, info: Mapping[str, Any]) -> None:

@@ -102,14 +102,16 @@ def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, h
 
 
 def check_weights(directory: Path) -> None:
-    """Raise `CheckpointError` for a damaged weight file of a checkpoint or of adapters. Compares sizes, tensor names
-    in the index, and up to `HASHED` bytes of content. Other files may be edited by hand."""
-    recorded = recorded_files(read_any_record(directory))
-    if recorded is not None:
-        weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
-        small = sum(size for size, _ in weights.values()) <= HASHED
-        for line in damaged_files(directory, weights, hashes=small):
-            raise CheckpointError(f"{line}; restore the file, or make the checkpoint again")
+    """Raise `CheckpointError` for a damaged weight file in a folder that llmpruner wrote. Compares sizes, names of
+    tensors, and up to `HASHED` bytes of content. Other files may be edited by hand."""
+    record = read_any_record(directory)
+    if record is None:
+        return  # indexes of other models are not always right
+    recorded = recorded_files(record) or {}
+    weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}
+    small = sum(size for size, _ in weights.values()) <= HASHED
+    for line in damaged_files(directory, weights, hashes=small):
+        raise CheckpointError(f"{line}; restore the file, or make the checkpoint again")
     check_index(directory)
 
 
@@ -142,5 +144,5 @@ def check_index(directory: Path) -> None:
     for file in sorted(set(files.values())):
         present, expected = set(names_in(directory / file)), {name for name, other in files.items() if other == file}
         for name in sorted(present ^ expected):
-            what = "lacks" if name in expected else "has, which the index does not say,"
+            what = "lacks" if name in expected else "has, besides those of the index,"
             raise CheckpointError(f"{directory / file} {what} the tensor '{name}'")

@@ -22,7 +22,7 @@ from .meta import base_of, empty_model
 from .modeling_llmpruner import LAYERS, apply_record, derive_lists, layer_overrides, pruned_model
 from .numbers import first_not_finite
 from .record import INDEX, RECORD_FILE, SINGLE, names_in, write_record
-from .stock import merged, per_layer_sizes, plain_attributes, same_buffers, stock_model, tensor_shapes, uncut_model
+from .stock import per_layer_sizes, plain_attributes, same_buffers, stock_model, tensor_shapes, uncut_model
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
@@ -157,22 +157,12 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int
     if overrides is not None:
         record["per_layer"] = overrides
     if sizes or overrides:
-        stated = merged(overrides, sizes)
-        keep = overrides is not None and not _is_same_by_type(config, stated)
-        values["per_layer_config"] = overrides if keep else stated
+        values["per_layer_config"] = overrides or sizes
         # Configurations check sizes of all layers when they are read, also by programs that want only the tokenizer.
         values["allow_global_per_layer_attribute_access"] = True
     stored = pruned.config_class.from_dict({**values, "llmpruner": record})
     stored._attn_implementation = config._attn_implementation
     return empty_model(pruned, stored)
-
-
-def _is_same_by_type(config: PreTrainedConfig, overrides: Mapping[int, Mapping[str, Any]]) -> bool:
-    """Whether layers of one type have the same ``overrides``. Classes whose layer types differ in size read the sizes
-    of a type (for rotary tables), which transformers refuses where layers of the type differ."""
-    types = getattr(config, "layer_types", None) or ()
-    first: dict[str, Mapping[str, Any]] = {}
-    return all(first.setdefault(kind, overrides.get(n, {})) == overrides.get(n, {}) for n, kind in enumerate(types))
 
 
 def derive(model: PreTrainedModel, config: PreTrainedConfig) -> dict[str, Any]:
@@ -280,9 +270,6 @@ def save_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in tensors.items():
-        if tensor.is_meta:
-            raise CheckpointError(f"the model has no weights to save: {name} is on the meta device")
     damaged = first_not_finite(tensors.items())
     if damaged is not None:
         raise CheckpointError(f"{damaged} holds NaN or infinite values; the model was not saved")

@@ -47,10 +47,6 @@ def stock_model(
 ) -> PreTrainedModel | None:
     """An instance, without weights, of a class of transformers with the tensors and attributes of ``model``; or None.
     ``config``: the stock configuration that ``model`` was cut from. ``of_layers``: computes its `per_layer_sizes`."""
-    # Configurations of other code build no class of transformers; only those that a family proposes may.
-    in_transformers = any(cls.__module__.startswith("transformers.") for cls in (base_of(model), type(config)))
-    if not in_transformers and family is None:
-        return None
     try:
         reference = empty_model(base_of(model), config)
     except Exception:  # no configuration has the remaining layers
@@ -58,7 +54,7 @@ def stock_model(
     for candidate, moved in _candidates(model, reference, config, of_layers):
         # Families read sizes of all layers, which transformers refuses where layers differ.
         others = family.stock_configs(candidate) if family and not candidate.is_heterogeneous else ()
-        for other in (candidate, *others) if in_transformers else others:
+        for other in (candidate, *others):
             try:
                 with quiet_transformers():
                     built = type(other).from_dict(other.to_dict())  # as it would be read from its file
@@ -302,8 +298,6 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
     if text is not config or getattr(config, "num_hidden_layers", None) != len(model.get_submodule(layers)):
         # ``per_layer_config`` numbers the layers of the configuration that contains it.
         return {}
-    overrides = layer_overrides(config) or {}
-    known: dict[Any, dict[str, int] | None] = {}
     sizes: LayerSizes = {}
     types = vars(config).get(getattr(config, "attribute_map", {}).get("layer_types", "layer_types"))
     for n in range(len(model.get_submodule(layers))):
@@ -311,17 +305,15 @@ def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSi
         old, new = _shapes_in(prefix, before), _shapes_in(prefix, after)
         if old == new:
             continue
-        key = types[n] if types else None, str(overrides.get(n)), tuple(old.items()), tuple(new.items())
-        if key not in known:
-            single = copy.deepcopy(config.per_layer_config[n])
-            try:
-                single.num_hidden_layers = 1
-            except NotImplementedError:  # encoder and decoder layers are counted apart
-                return {}
-            if types:
-                single.layer_types = [types[n]]
-            known[key] = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
-        if (layer := known[key]) is None:
+        single = copy.deepcopy(config.per_layer_config[n])
+        try:
+            single.num_hidden_layers = 1
+        except NotImplementedError:  # encoder and decoder layers are counted apart
+            return {}
+        if types:
+            single.layer_types = [types[n]]
+        layer = _layer_sizes(base_of(model), single, f"{layers}.0.", old, new)
+        if layer is None:
             return {}
         sizes[n] = layer
     return sizes

@@ -86,6 +86,9 @@ class StreamedWeights(Weights):
         self._names: dict[int | None, list[str]] = {}  # of tied parameters, the first
         for name, _ in model.named_parameters():
             self._names.setdefault(self.number(name), []).append(name)
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                module._buffers[name] = buffer if buffer.is_meta else buffer.to(device)
         layers: Any = model.get_submodule(path)
         self.numbers: list[int | None] = [None, *range(len(layers))]
         """All parts."""
@@ -159,12 +162,9 @@ class DerivedWeights(StreamedWeights):
         self, model: PreTrainedModel, source: StreamedWeights, cut: tuple[CouplingGraph, Kept] | None = None
     ) -> None:
         super().__init__(model, source.path, source.device)
-        self._source, self._cut = source, cut
+        self._source = source
         self._values = None if cut is None else CutValues(*cut)
         self._old: dict[int | None, int] = {} if cut is None else {n: old for old, n in layer_numbers(*cut).items()}
-
-    def like(self, model: PreTrainedModel) -> DerivedWeights:
-        return DerivedWeights(model, self._source, self._cut)
 
     def read(self, part: int | None) -> dict[str, torch.Tensor]:
         old, tensors = self._old.get(part, part), {}

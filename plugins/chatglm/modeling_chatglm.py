@@ -72,8 +72,7 @@ class Layout:
         causal = keys[None, None, None, :] <= queries[None, None, :, None]
         visible = causal | (keys < self.sop[:, None])[:, None, None, :]
         if attention_mask is not None:
-            real = nn.functional.pad(attention_mask != 0, (0, keys.shape[0] - attention_mask.shape[1]), value=False)
-            visible = visible & real[:, None, None, :]
+            visible = visible & (attention_mask != 0)[:, None, None, :]
         return visible | ~visible.any(-1, keepdim=True)
 
 
@@ -226,16 +225,12 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         cache: Cache | None = None,
         use_cache: bool | None = None,
-        output_hidden_states: bool | None = None,
-        past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """``input_ids`` ``[B, T]``. Positions and visibility follow from them; with a cache, from the first call.
-        ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0.
-        ``past_key_values``: the former name of ``cache``."""
+        ``attention_mask``: ``[B, S]`` with 0 on padding. ``position_ids``: ignored; generic callers count from 0."""
         hidden = self.word_embeddings(input_ids)
-        cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and cache is None and not (self.gradient_checkpointing and self.training):
             cache = DynamicCache(config=self.config)
@@ -244,25 +239,14 @@ class ChatGLMModel(ChatGLMPreTrainedModel):
         layout = cache.chatglm_layout if past else Layout.of(input_ids, attention_mask, self.config)
         if cache is not None:
             cache.chatglm_layout = layout
-        slots = past + input_ids.shape[1]
-        columns = torch.arange(past, slots, device=hidden.device)
-        if cache is not None and cache.layers:
-            # A static cache returns all its slots; the empty ones are after every query, and so never visible.
-            slots = getattr(cache.layers[0], "max_cache_len", slots)
-        visible = layout.visible(columns, torch.arange(slots, device=hidden.device), attention_mask)
+        length = past + input_ids.shape[1]
+        columns = torch.arange(past, length, device=hidden.device)
+        visible = layout.visible(columns, torch.arange(length, device=hidden.device), attention_mask)
         position_embeddings = rotary_embedding(layout.position_ids(columns), self.config.head_dim, hidden.dtype)
-        states = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, position_embeddings, visible, cache=cache, **kwargs)
-            states.append(hidden)
         hidden = self.final_layernorm(hidden)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        return BaseModelOutputWithPast(
-            last_hidden_state=hidden,
-            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
-            cache=cache if use_cache else None,
-        )
+        return BaseModelOutputWithPast(last_hidden_state=hidden, cache=cache if use_cache else None)
 
 
 class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
@@ -286,12 +270,11 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """As `ChatGLMModel.forward`. ``labels`` ``[B, T]`` are shifted here; tokens with −100 are not trained on, nor
         are those before ``<sop>``, as attention to them is bidirectional."""
-        output = self.transformer(input_ids, attention_mask, cache, use_cache, output_hidden_states, **kwargs)
+        output = self.transformer(input_ids, attention_mask, cache, use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, keep])
         loss = None
@@ -300,12 +283,7 @@ class ChatGLMForConditionalGeneration(ChatGLMPreTrainedModel, GenerationMixin):
             columns = torch.arange(labels.shape[1], device=labels.device)
             labels = labels.masked_fill(columns < sop[:, None], -100)
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, hidden_states=output.hidden_states, cache=output.cache)
-
-    @staticmethod
-    def create_masks_for_generate(attention_mask: torch.Tensor | None, **_: Any) -> torch.Tensor | None:
-        """The mask as it is: for a static cache, transformers would make a causal one."""
-        return attention_mask
+        return CausalLMOutputWithPast(loss=loss, logits=logits, cache=output.cache)
 
 
 ChatGLMForConditionalGeneration.register_for_auto_class("AutoModelForCausalLM")

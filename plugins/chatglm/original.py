@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
-import hashlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 import sentencepiece
 import torch
-from tiktoken.load import load_tiktoken_bpe
 from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
@@ -221,8 +220,9 @@ def _from_sentencepiece(directory: Path) -> Any:
 class _Converter(TikTokenConverter):  # type: ignore[misc]
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
-        # Without the hash, tiktoken takes its cached copy of a file of this path, even when the file has changed.
-        return load_tiktoken_bpe(tiktoken_url, hashlib.sha256(Path(tiktoken_url).read_bytes()).hexdigest())
+        # tiktoken's own loader caches by path, even when the file has changed.
+        lines = Path(tiktoken_url).read_bytes().splitlines()
+        return {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
 
 
 def _from_tiktoken(directory: Path) -> Any:

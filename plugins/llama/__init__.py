@@ -82,8 +82,10 @@ class MetaExporter(Exporter):
                 "Meta's format cannot hold this model: tokens were removed, and tokenizer.model has no form without "
                 "them; export it --to stock or gguf"
             )
-        shards, stored = self.settings.shards, task.source / "tokenizer.model"
-        tokenizer = self.settings.tokenizer or (stored if stored.is_file() else None)
+        shards = self.settings.shards
+        cached = Path(str(getattr(task.loaded.tokenizer, "vocab_file", None)))  # of a hub model
+        files = [file for file in (task.source / "tokenizer.model", cached) if file.name == "tokenizer.model"]
+        tokenizer = self.settings.tokenizer or next(filter(Path.is_file, files), None)
         task.progress.status("Writing Meta's format")
         params = write_meta(task.model, tokenizer, task.directory, shards)
         task.progress.status("Reading it back")

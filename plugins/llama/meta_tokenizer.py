@@ -17,11 +17,6 @@ from llmpruner import CheckpointError
 
 TOKENIZER = "tokenizer.model"
 _BEGIN, _END, _END_OF_TURN = "<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>"
-_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
-"""The pattern by which Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
 
 
 def read_tokenizer(path: Path, *, scaled_rope: bool = False) -> Any:
@@ -66,7 +61,8 @@ def _tiktoken(path: Path, ranks: dict[bytes, int], scaled_rope: bool) -> Any:
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
             return ranks
 
-    backend = Converter(vocab_file=str(path), pattern=_PATTERN, extra_special_tokens=special).converted()
+    # By default, it splits text as Llama 3 does.
+    backend = Converter(vocab_file=str(path), extra_special_tokens=special).converted()
     template = processors.TemplateProcessing(
         single=f"{_BEGIN}:0 $A:0",
         pair=f"{_BEGIN}:0 $A:0 {_BEGIN}:1 $B:1",

@@ -63,15 +63,12 @@ class TorchAoExporter(Exporter):
         task.progress.status(f"Quantising to {self.settings.scheme}")
         quantised = self._quantised(dense, model)
         quantised.save_pretrained(task.directory)
+        quantisation = read_json(task.directory / "config.json")["quantization_config"]
         # The rest of the files, and a configuration that states sizes under the names of other programs, too.
-        config = read_json(dense / "config.json")
-        config["quantization_config"] = read_json(task.directory / "config.json")["quantization_config"]
-        (task.directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
-        for file in dense.iterdir():
-            weights = file.suffix == ".safetensors" or file.name.endswith(".safetensors.index.json")
-            if not weights and not (task.directory / file.name).exists():
-                file.rename(task.directory / file.name)
+        shutil.copytree(dense, task.directory, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
         shutil.rmtree(dense)
+        config = read_json(task.directory / "config.json") | {"quantization_config": quantisation}
+        (task.directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", "utf-8")
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)
         task.check_logits(again, quantised)
         return (

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from llmpruner import CheckpointError, load, new_directory
+from llmpruner import CheckpointError, ModelError, load, new_directory
 
 from . import V0, V1_1, Template, chat_template
 
@@ -25,6 +25,8 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     """Write ``base`` + ``delta``, in float16, to ``target``, with the delta's configuration and tokenizer. Raises
     `OutputError` when ``target`` exists, and `CheckpointError` when the delta is for another base, or files are missing
     or damaged; nothing is written then."""
+    if not delta.is_dir():
+        raise ModelError(f"the delta '{delta}' is no folder; download it first (hf download REPO --local-dir DIR)")
     tokenizer = [delta / name for name in _TOKENIZER if (delta / name).is_file()]
     if not any(file.name in _TOKENIZER[:2] for file in tokenizer):
         raise CheckpointError(f"{delta} has no tokenizer ({' or '.join(_TOKENIZER[:2])}): download it again, in full")

@@ -33,11 +33,14 @@ class VllmRuntime(Runtime):
             raise ModelError(f"'{subject.ref}' is no checkpoint directory, which --runtime vllm needs")
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
+        import torch
+
         # transformers' model is needed for its sizes alone, and freed before vLLM loads its own.
         loaded = subject.load()
         work, dtype = work_of(loaded.model, loaded.graph), str(loaded.model.dtype).removeprefix("torch.")
         vocabulary = int(loaded.model.config.get_text_config().vocab_size)
         del loaded
+        torch.cuda.empty_cache()  # vLLM wants its share of the memory to be free
         return VllmSession(subject, vocabulary, dtype, self.settings), work
 
 
@@ -59,6 +62,10 @@ class VllmSession(Session):
             enable_prefix_caching=True,
             skip_tokenizer_init=True,
         )
+
+    def start(self) -> None:
+        # Prompts of other lengths begin with the same tokens.
+        self._llm.reset_prefix_cache()
 
     def prefill(self, tokens: torch.Tensor) -> None:
         self._prompts = [{"prompt_token_ids": row} for row in tokens.tolist()]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+from types import SimpleNamespace
+
 import pytest
 import tiny_models
 import torch
 from llmpruner_llama.family import LlamaFamily
+from llmpruner_vllm import VllmRuntime, VllmSession
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
@@ -153,6 +157,29 @@ def test_what_a_runtime_cannot_run(tmp_path, runtime, message):
     tiny_models.llama().save_pretrained(tmp_path / "dense")
     with pytest.raises(LlmprunerError, match=message):
         llmpruner.bench(tmp_path / "dense", runtime=runtime)
+
+
+def test_vllm_forgets_earlier_prompts(monkeypatch):
+    """It keeps what it computed, and the prompts of all cases begin with the same tokens."""
+    calls = []
+
+    class Engine:
+        def __init__(self, **_):
+            pass
+
+        def reset_prefix_cache(self):
+            calls.append("reset")
+
+        def generate(self, prompts, options, **_):
+            calls.append((prompts, options["max_tokens"]))
+
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
+    session = VllmSession(SimpleNamespace(path="dense", length=8, batch=1), 10, "bfloat16", VllmRuntime.Settings())
+    session.start()
+    session.prefill(torch.tensor([[1, 2]]))
+    session.decode(3)
+    prompts = [{"prompt_token_ids": [1, 2]}]
+    assert calls == ["reset", (prompts, 1), (prompts, 4)]
 
 
 def test_a_loaded_model_is_measured_as_it_is(tmp_path):

@@ -15,7 +15,6 @@ from llmpruner import PruningPlan, UnsupportedModelError
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.errors import SelectionError
-from llmpruner.models.generation import cache_argument
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
 from llmpruner.models.surgery import cut
@@ -42,7 +41,7 @@ def bytes_of_a_cached_token(model) -> int:
     def cached(tokens: int) -> int:
         cache = DynamicCache(config=model.config)
         with torch.no_grad():
-            model(torch.arange(1, 1 + tokens)[None], use_cache=True, **{cache_argument(model): cache})
+            model(torch.arange(1, 1 + tokens)[None], use_cache=True, cache=cache)
         return sum(
             value.numel() * value.element_size()
             for layer in cache.layers

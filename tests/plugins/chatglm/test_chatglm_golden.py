@@ -57,7 +57,7 @@ def test_logits_of_the_original(folder: str, name: str, attention: str) -> None:
         assert (logits - case["logits"])[mask == 1].abs().max() <= TOLERANCE[folder]
 
 
-@pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"cache_implementation": "static"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"use_cache": False}], ids=str)
 @pytest.mark.parametrize(("folder", "name"), GREEDY)
 def test_greedy_ids_of_the_original(folder: str, name: str, options: dict[str, Any]) -> None:
     case = case_of(folder, name)

@@ -158,10 +158,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda f: resave(f, 1, lambda s: s.update({"output.weight": torch.zeros(7, 48)})),
         r"lm_head\.weight has shape \(57, 48\)",
     ),
-    "truncated": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-2000]), r"01\.pth is truncated"),
-    "code inside": (lambda f: torch.save({"a": Code()}, f / FIRST), "could run code: it was not loaded"),
+    "truncated": (lambda f: (f / SECOND).write_bytes((f / SECOND).read_bytes()[:-2000]), r"01\.pth is damaged, or"),
+    "code inside": (lambda f: torch.save({"a": Code()}, f / FIRST), r"00\.pth is damaged, or holds pickled code"),
     "code in a bare pickle": (
-        lambda f: (f / FIRST).write_bytes(pickle.dumps({"a": Code()})), r"00\.pth is truncated, or not a checkpoint"
+        lambda f: (f / FIRST).write_bytes(pickle.dumps({"a": Code()})), r"00\.pth is damaged, or holds pickled code"
     ),
     "damaged tokenizer": (
         lambda f: (f / "tokenizer.model").write_bytes(b"\x00junk"), "neither a SentencePiece model nor a tiktoken file"

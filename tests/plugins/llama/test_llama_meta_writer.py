@@ -200,6 +200,14 @@ def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(saved: Pat
         MetaExporter(tokenizer=tmp_path / "nowhere")
 
 
+def test_the_tokenizer_of_a_hub_model_comes_from_the_cache(saved: Path, tmp_path: Path) -> None:
+    def load() -> Any:
+        return SimpleNamespace(model=load_pruned(saved), tokenizer=SimpleNamespace(vocab_file=str(TOKENIZER)))
+
+    assert "without" not in exporters.export(Path("meta-llama/some"), MetaExporter(), tmp_path / "meta", load)
+    assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()
+
+
 def test_a_wrong_order_of_rotary_dimensions_is_noticed(saved: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(meta_format, "to_neighbours", to_rotate_half)
     with pytest.raises(CheckpointError, match=r"q_proj\.weight is read back with other values"):

@@ -14,13 +14,18 @@ import tiktoken
 import torch
 from llama_cases import TOKENIZER, copy_of, set_param, write
 from llmpruner_llama import MetaReader
-from llmpruner_llama.meta_tokenizer import _PATTERN, read_tokenizer, stop_tokens
+from llmpruner_llama.meta_tokenizer import read_tokenizer, stop_tokens
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import llmpruner
 
 BYTE_FALLBACK = TOKENIZER.parents[2] / "tokenizer" / "tokenizer.model"
 TEXTS = ["Hello world", "two  blanks \nand a line", "Übersetze 你好 „Hallo“ 🙂", "It's 12345 o'clock.\n\n\t x", ""]
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+"""The pattern by which Llama 3 splits text before merging bytes (``Tokenizer.pat_str`` in Meta's code)."""
 _MERGED = ("He", "ll", "Hell", "Hello", " w", " wo", "or", " wor", " worl", " world", "12", "123", "\n\n")
 MERGES = [token.encode() for token in _MERGED]
 
@@ -61,7 +66,7 @@ def llama3(folder: Path, **params: Any) -> Path:
 def original(folder: Path) -> tiktoken.Encoding:
     lines = (folder / "tokenizer.model").read_text().splitlines()
     ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
-    return tiktoken.Encoding("tiny", pat_str=_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return tiktoken.Encoding("tiny", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def test_tiktoken_gives_the_ids_of_tiktoken(tmp_path: Path) -> None:

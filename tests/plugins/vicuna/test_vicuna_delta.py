@@ -15,7 +15,7 @@ from llmpruner_vicuna.delta import apply_delta
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llmpruner import Catalog, CheckpointError, LlmprunerError, OutputError
+from llmpruner import Catalog, CheckpointError, LlmprunerError, ModelError, OutputError
 from llmpruner.cli import main
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
@@ -105,6 +105,11 @@ def test_the_deltas_of_the_two_releases_are_not_interchangeable(tmp_path: Path) 
         with pytest.raises(CheckpointError, match="is no delta for"):
             apply_delta(DATA / base / "base", DATA / delta / "delta", tmp_path / "out")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_delta_on_the_hub_is_to_be_downloaded(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="hf download REPO"):
+        apply_delta(DATA / "delta_v0" / "base", Path("lmsys/vicuna-7b-delta-v1.1"), tmp_path / "out")
 
 
 def test_an_output_that_exists_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
