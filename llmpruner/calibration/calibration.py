@@ -13,7 +13,7 @@ from pydantic import Field
 from ..component import Component, ComponentSettings
 from ..errors import DataError, PluginError
 from ..progress import QUIET, Progress
-from .conversations import example, read_examples
+from .conversations import Example, example, read_examples
 from .documents import EXPECTED_EXAMPLES, check_source, parse_mixture, read_documents
 
 if TYPE_CHECKING:
@@ -114,11 +114,10 @@ class ChatSource(CalibrationSource):
 
         from .chat import packed, texts_at, token_ids
 
-        encoded: list[list[int]] = []
-        for place, record in read_examples(task.reference):
-            texts = texts_at(place, record, task.family, task.tokenizer)
-            encoded += [token_ids(text, task.tokenizer) for text in texts]
-        return torch.tensor(packed(encoded, task), dtype=torch.long)
+        def tokenised(placed: tuple[str, Example]) -> list[list[int]]:
+            return [token_ids(text, task.tokenizer) for text in texts_at(*placed, task.family, task.tokenizer)]
+
+        return torch.tensor(packed(read_examples(task.reference), tokenised, task), dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):

@@ -6,9 +6,9 @@ from __future__ import annotations
 import datetime
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 
@@ -18,6 +18,8 @@ from .conversations import Completion, Example, Instruction
 
 if TYPE_CHECKING:
     from .calibration import SampleTask
+
+T = TypeVar("T")
 
 IGNORED = -100
 """The label of tokens without a loss, as PyTorch's cross entropy and transformers have it."""
@@ -140,20 +142,27 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
-def packed(encoded: Sequence[Sequence[int]], task: SampleTask) -> list[list[int]]:
-    """Rows of tokens: whole conversations in random order, the last one cut. Raises `DataError` where all
-    conversations together are shorter than a row."""
+def packed(examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], task: SampleTask) -> list[list[int]]:
+    """Rows of tokens: the texts of whole examples in random order, the last one cut. ``tokenised``: the texts of an
+    example; those of examples that are not used are never made, as data sets are large. Raises `DataError` where all
+    texts together are shorter than a row."""
     length, rng = task.length, random.Random(task.seed)
-    if sum(map(len, encoded)) < length:
-        raise DataError(f"'{task.reference}' is too short for a sample of {length} tokens; lower --set prune.length")
-    left: list[int] = []
-    rows: list[list[int]] = []
+
+    def texts() -> Iterator[list[int]]:
+        while True:
+            tokens = 0
+            for number in reversed(rng.sample(range(len(examples)), len(examples))):
+                for ids in tokenised(examples[number]):
+                    tokens += len(ids)
+                    yield ids
+            if tokens < length:
+                raise DataError(f"'{task.reference}' is too short for {length} tokens; lower --set prune.length")
+
+    ahead, rows = texts(), list[list[int]]()
     for _ in range(task.samples):
         row: list[int] = []
         while len(row) < length:
-            if not left:
-                left = rng.sample(range(len(encoded)), len(encoded))
-            row += encoded[left.pop()]
+            row += next(ahead)
         rows.append(row[:length])
     return rows
 

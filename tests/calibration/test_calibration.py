@@ -255,11 +255,18 @@ def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypa
 
 def test_every_conversation_is_used_before_one_is_used_again():
     task = SampleTask(None, None, "a.jsonl", samples=5, length=6, seed=0, family=None)
-    rows = packed([[n] * 3 for n in range(10)], task)
+    rows = packed(range(10), lambda n: [[n] * 3], task)
     assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
-    assert rows == packed([[n] * 3 for n in range(10)], task)
-    with pytest.raises(DataError, match="is too short for a sample of 6 tokens"):
-        packed([[1, 2], [3]], task)
+    assert rows == packed(range(10), lambda n: [[n] * 3], task)
+    with pytest.raises(DataError, match="is too short for 6 tokens"):
+        packed(range(2), lambda n: [[n] * 2], task)
+
+
+def test_conversations_that_are_not_used_are_not_tokenised():
+    used = []
+    task = SampleTask(None, None, "a.jsonl", samples=2, length=6, seed=0, family=None)
+    packed(range(1000), lambda n: [used.append(n) or [n] * 3], task)
+    assert len(used) == 4
 
 
 @pytest.mark.parametrize(
