@@ -115,13 +115,14 @@ def latest_checkpoint(work_dir: Path) -> str | None:
 def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[Any, torch.dtype]]]:
     """Keep trained parameters of 16 bits in float32: most steps at a low learning rate are smaller than the distance of
     two bfloat16 numbers, and would be rounded away. A model in float16 is in float32 as a whole, as bfloat16 would be
-    less precise.
+    less precise. Frozen weights in float16, to which adapters are added, stay so, and compute in bfloat16, as float16
+    has no gradients as small as those of a mean over thousands of tokens.
 
     Yields whether to compute in bfloat16, under autocast, which some operators refuse (DBRX adds bfloat16 to float32);
     and the former dtypes, to which parameters are rounded at the end."""
     narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
-    autocast = narrow == {torch.bfloat16} or (not narrow and computes_bfloat16_fast(job.model))
-    whole = torch.float16 in narrow
+    frozen = not narrow and (job.model.dtype == torch.float16 or computes_bfloat16_fast(job.model))
+    autocast, whole = frozen or narrow == {torch.bfloat16}, torch.float16 in narrow
     widened = {p: p.dtype for p in model.parameters() if p.dtype in _NARROW and (p.requires_grad or whole)}
     try:
         for parameter in widened:

@@ -147,6 +147,18 @@ def test_weights_of_16_bits_are_trained_in_float32(tiny, dtype):
     assert {p.dtype for p in result.model.parameters()} == {dtype}
 
 
+def test_adapters_of_weights_in_float16_are_trained_with_gradients_of_a_wider_range(tiny, monkeypatch):
+    seen = []
+
+    def watched(model, batch):
+        seen.append(model(input_ids=batch["input_ids"]).logits.dtype)
+        return next_token_loss(model, batch)
+
+    monkeypatch.setattr(training, "next_token_loss", watched)
+    result = tiny(LoraStrategy(), pruned_model(torch.float16))
+    assert set(seen) == {torch.bfloat16} and {p.dtype for p in result.model.parameters()} == {torch.float16}
+
+
 def test_operators_that_refuse_autocast_compute_in_the_precision_of_the_weights(tiny):
     """DBRX adds what experts give, in bfloat16 under autocast, to sums in float32."""
     parts = {
