@@ -39,9 +39,9 @@ class Journal:
 
     @contextmanager
     def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
-        """While active, the folder is locked. It is removed when the run is done or refused, and stays when it is
-        interrupted, or its result cannot be written. ``anew``: remove what an earlier run left. Raises `OutputError`
-        where another run works there, and where the folder has the results of another one."""
+        """While active, the folder is locked. It is removed when the run is done or refused, or has no results; else it
+        stays when the run is interrupted, or its result cannot be written. ``anew``: remove what an earlier run left.
+        Raises `OutputError` where another run works there, and where the folder has the results of another one."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):

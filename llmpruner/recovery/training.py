@@ -42,8 +42,9 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
     the token at t + 1, so the trained tokens are ``labels[:, 1:] != -100``, at ``logits[:, :-1]``. Micro-batches are
     weighted by their trained tokens, so that steps do not depend on their size and the number of processes.
 
-    Trained parameters of 16 bits are in float32 meanwhile, and rounded once, at the end. A model in bfloat16, or on a
-    device that is faster so, computes in bfloat16 under autocast, if it can: a loss sees logits in that dtype.
+    Trained parameters of 16 bits are in float32 meanwhile, and rounded once, at the end. A model in bfloat16, frozen
+    weights in float16, and a model on a device that is faster so compute in bfloat16 under autocast, if they can: a
+    loss sees logits in that dtype.
 
     The same loss is measured on each row of ``job.validation``, without gradients, in evaluation mode, with adapters
     of 16-bit weights merged, as merging rounds. The model ends with the weights of the lowest loss, or with those of
