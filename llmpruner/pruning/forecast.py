@@ -65,7 +65,7 @@ def forecast(
     elif structure.streamed is None:
         why, ways, device = "it is loaded already", [False], structure.model.device.type
         process -= sum(parameter.nbytes for parameter in structure.model.parameters())
-    elif why or (saves and job.compensation.reads_text):
+    elif why or (saves and job.compensation.name != "none"):
         raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
     else:
         ways = [True]

@@ -144,7 +144,7 @@ def why_in_memory(job: Job, saves: bool) -> str | None:
         return f"{job.allocation.label()} runs copies of the model"
     if not job.budget.from_shapes:
         return f"{job.budget.label()} measures the model"
-    if saves and job.compensation.reads_text and not job.compensation.by_layer:
+    if saves and not job.compensation.by_layer:
         return f"{job.compensation.label()} changes weights of the whole model"
     return None
 
