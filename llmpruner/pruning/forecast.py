@@ -141,10 +141,10 @@ def _scores(job: PruneJob, graph: CouplingGraph, groups: Iterable[CoupledGroup],
 
 
 def _sums(graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> int:
-    """Of a matrix that loses inputs: products of the inputs with one another and with the outputs, for the tokens that
-    are fitted, for those that are held out, and once more to solve."""
-    readers = [(graph.shapes[s.parameter], s.axis) for group in groups for s in group.spans_with(Role.CONSUMES)]
-    # Not experts, which are the first of three axes.
-    matrices = [(shape, axis) for shape, axis in readers if len(shape) > 1 and axis >= len(shape) - 2]
-    sizes = (F32 * (2 * prod(s[:-2]) + 1) * s[axis] * sum(s[-2:]) for s, axis in matrices)
-    return max(sizes, default=0)
+    """Products of a matrix's inputs with one another and with its outputs: fitted, held out, and once more to solve."""
+    sizes = [0]
+    for span in (span for group in groups for span in group.spans_with(Role.CONSUMES)):
+        shape = graph.shapes[span.parameter]
+        if graph.is_decoder(span.parameter) and len(shape) > 1 and span.axis >= len(shape) - 2:  # not experts
+            sizes.append(F32 * (2 * prod(shape[:-2]) + 1) * shape[span.axis] * sum(shape[-2:]))
+    return max(sizes)
