@@ -110,9 +110,10 @@ class _Current:
         blocks = Signal.STREAM_BLOCKS in self.job.criterion.signals
         if self.scores and not blocks:
             return
-        group, length = self.groups[0], 1
+        length = 1
         if blocks:
-            # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
+            # A criterion of blocks of layers depends on how many layers the amount takes, by themselves.
+            (group,) = self.graph.of_kinds([LAYER])
             kept = select(self.graph, [group], equal_scores([group]), self.scope, amount, Uniform(), cost=self.cost)
             length = max(1, group.units - len(kept.get(group.name, range(group.units))))
         shared = None if blocks else self.execution.shared
@@ -127,7 +128,7 @@ class _Current:
         others = [group for group in self.groups if job.token_criterion is None or group.kind != VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
         for criterion, groups in ((job.criterion, others), (job.token_criterion, token_groups)):
-            if criterion is None:
+            if criterion is None or not groups:
                 continue
             read = text
             if text is not None and job.compensation.reads_text and criterion.signals & GRADIENTS:
@@ -136,7 +137,7 @@ class _Current:
                 read = counted_part(text)
             scores |= estimate(
                 self.network, self.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
-                execution=self.execution, length=length, removable=self.scope.allowed_units(self.groups[0]),
+                execution=self.execution, length=length, removable=self.scope.allowed_units(groups[0]),
                 tokenizer=self.model.tokenizer,
             )  # fmt: skip
         for group in token_groups:
