@@ -93,7 +93,7 @@ class _Current:
             self.network = copy.deepcopy(model.model)
             self.graph = cut(self.network, model.graph, kept, model.family)
             weights = Weights(self.network, self.graph.layers)
-            self.execution = replace(execution, weights=weights, journal=None, shared=None)
+            self.execution = replace(execution, weights=weights, shared=None)
             numbers, scope = layer_numbers(model.graph, kept), self.scope
             layers = tuple(numbers[n] for n in scope.layers if n in numbers)
             removable = tuple(numbers[n] for n in scope.removable or () if n in numbers)
