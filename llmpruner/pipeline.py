@@ -121,7 +121,7 @@ def prune(
         journal = Journal(folder, identity(what, job, structure, opener), ranks)
     progress = QUIET if shared else opener.progress
     with journal.running(progress, anew=run.restart) if journal else nullcontext():
-        written = sum(file.stat().st_size for file in folder.rglob("*")) if journal else 0
+        written = ranks.from_first(lambda: sum(f.stat().st_size for f in folder.rglob("*")) if journal else 0)
         ranks.from_first(lambda: check_space(output, expected.disk - written, "temporary files and the result"))
         # The result's files depend on it, so a run that goes on reads weights as it did, whatever memory is free now.
         streamed = recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed)

@@ -136,6 +136,19 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     )  # fmt: skip
 
 
+def why_in_memory(job: Job, saves: bool) -> str | None:
+    """What needs the whole model in memory; None if nothing does. ``saves``: the model is cut."""
+    if isinstance(job, PruneJob) and job.steps > 1:
+        return "--steps cuts copies of the model"
+    if isinstance(job, PruneJob) and job.allocation.measures:
+        return f"{job.allocation.label()} runs copies of the model"
+    if not job.budget.from_shapes:
+        return f"{job.budget.label()} measures the model"
+    if saves and not job.compensation.by_layer:
+        return f"{job.compensation.label()} changes weights of the whole model"
+    return None
+
+
 def _amount(settings: PruneSettings) -> tuple[By, Any]:
     """`PruneJob.by`, and its ``amount`` as the user gave it."""
     every: dict[By, Any] = {"ratio": settings.ratio, "parameters": settings.target_params, "units": settings.unit_ratio}

@@ -92,6 +92,8 @@ class _Current:
         if kept:
             self.network = copy.deepcopy(model.model)
             self.graph = cut(self.network, model.graph, kept, model.family)
+            weights = Weights(self.network, self.graph.layers)
+            self.execution = replace(execution, weights=weights, shared=None)
             numbers, scope = layer_numbers(model.graph, kept), self.scope
             layers = tuple(numbers[n] for n in scope.layers if n in numbers)
             removable = tuple(numbers[n] for n in scope.removable or () if n in numbers)
@@ -105,30 +107,28 @@ class _Current:
 
     def score(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
-        job, execution = self.job, self.execution
-        blocks = Signal.STREAM_BLOCKS in job.criterion.signals
+        blocks = Signal.STREAM_BLOCKS in self.job.criterion.signals
         if self.scores and not blocks:
             return
-        group, length = self.groups[0], 1
+        length = 1
         if blocks:
-            # A criterion of blocks of layers scores nothing else, and depends on how many layers the amount takes.
+            # A criterion of blocks of layers depends on how many layers the amount takes, by themselves.
+            (group,) = self.graph.of_kinds([LAYER])
             kept = select(self.graph, [group], equal_scores([group]), self.scope, amount, Uniform(), cost=self.cost)
             length = max(1, group.units - len(kept.get(group.name, range(group.units))))
-        shared = None if blocks or self.kept else execution.shared
-        if self.kept:
-            execution = replace(execution, weights=Weights(self.network, self.graph.layers), journal=None)
-        lists = recalled(shared, "scores", lambda: self._estimate(execution, length))
+        shared = None if blocks else self.execution.shared
+        lists = recalled(shared, "scores", lambda: self._estimate(length))
         scores = {name: torch.tensor(values, dtype=torch.float64) for name, values in lists.items()}
-        self.scores = job.allocation.comparable(scores, self.graph)
+        self.scores = self.job.allocation.comparable(scores, self.graph)
 
-    def _estimate(self, execution: Execution, length: int) -> dict[str, list[float]]:
+    def _estimate(self, length: int) -> dict[str, list[float]]:
         """``length``: as in `StreamStats`."""
         job, text = self.job, self.text
         token_groups = [group for group in self.groups if group.kind == VOCABULARY]
         others = [group for group in self.groups if job.token_criterion is None or group.kind != VOCABULARY]
         scores: dict[str, torch.Tensor] = {}
         for criterion, groups in ((job.criterion, others), (job.token_criterion, token_groups)):
-            if criterion is None:
+            if criterion is None or not groups:
                 continue
             read = text
             if text is not None and job.compensation.reads_text and criterion.signals & GRADIENTS:
@@ -137,7 +137,7 @@ class _Current:
                 read = counted_part(text)
             scores |= estimate(
                 self.network, self.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,
-                execution=execution, length=length, removable=self.scope.allowed_units(self.groups[0]),
+                execution=self.execution, length=length, removable=self.scope.allowed_units(groups[0]),
                 tokenizer=self.model.tokenizer,
             )  # fmt: skip
         for group in token_groups:

@@ -12,7 +12,6 @@ from os.path import exists
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import torch
 
 from ..discovery.opening import Opener, dense_structure, load_structure
@@ -31,6 +30,7 @@ from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
 from ..structure.plan import PruningPlan
 from ..values import counted
+from .forecast import free_memory
 from .saving import cut_model
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog:
     `ModelError` where ``named`` cannot be opened, or is another model."""
     try:
         dense = dense_structure(structure, catalog, load, named=named)
-        large = loaded_bytes(dense, load) > psutil.virtual_memory().available // 2
+        large = loaded_bytes(dense, load) > free_memory() // 2
         if large and why_not_streamed(dense, cuts=False) is None:
             return open_streamed(dense, load)
         return load_model(dense, load)

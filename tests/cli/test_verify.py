@@ -58,6 +58,9 @@ def test_a_whole_checkpoint_passes_everything(run, cut):
     result = run("verify", cut, "--json")
     assert result.code == 0 and "the base with the removed units silenced" in result.out
     assert states(result) == dict.fromkeys(("files", "shapes", "weights", "logits"), "passed")
+    # Compared on the CPU, whatever the device.
+    done = llmpruner.verify_checkpoint(cut, load=llmpruner.LoadSettings(device="cuda"))
+    assert {check.state for check in done.checks} == {"passed"}
 
 
 def test_a_compensated_one_keeps_all_other_weights(run, shared, tmp_path):

@@ -126,6 +126,12 @@ def test_channels_and_tokens_share_a_budget_of_bytes(folder, tmp_path):
     assert 1 - load_pruned(tmp_path / "out").num_parameters() / dense == pytest.approx(0.2, abs=0.03)
 
 
+def test_a_block_of_layers_goes_next_to_tokens(folder):
+    """Its length was that of the vocabulary, the first of the two groups."""
+    plan = prune(folder, None, kinds="layer,vocabulary", importance="angular-block", budget="bytes", ratio=0.2)
+    assert plan.cuts.keys() <= {"layers", "vocabulary"}
+
+
 def test_a_plan_records_the_text_on_which_tokens_alone_were_scored(folder):
     options = {"kinds": "mlp,vocabulary", "importance": "l2", "allocation": "uniform", "budget": "bytes", "ratio": 0.2}
     assert prune(folder, None, **options).estimation.calibration == str(folder / "text.txt")

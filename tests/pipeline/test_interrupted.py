@@ -15,6 +15,7 @@ from said import Killed, StopAt
 
 from llmpruner import api, pipeline
 from llmpruner.engine import journal as journal_module
+from llmpruner.engine.boundaries import Boundaries
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.progress import Progress
@@ -70,6 +71,16 @@ def test_it_continues_from_the_last_layer_with_the_same_bytes(streamed, dense, t
     assert checksums(out) == checksums(tmp_path / "whole")
     assert (out / "llmpruner.json").read_text() == (tmp_path / "whole" / "llmpruner.json").read_text()
     assert not state.exists()
+
+
+def test_hidden_states_of_all_steps_are_in_the_folder_of_the_run(dense, tmp_path, monkeypatch):
+    """Whose disk was checked; the system's folder of temporary files may be memory."""
+    folders = []
+    monkeypatch.setattr(
+        "llmpruner.engine.execution.Boundaries", lambda folder: folders.append(folder) or Boundaries(folder)
+    )
+    api.prune(str(dense), output=tmp_path / "out", steps=2, **SETTINGS)
+    assert len(folders) > 2 and set(folders) == {tmp_path / "out.pruning"}
 
 
 def test_a_run_that_ended_before_its_first_step_is_in_nobodys_way(dense, tmp_path):

@@ -1,4 +1,4 @@
-"""What the forecast says of memory is what a run takes, within a quarter of what the work adds to the process."""
+"""What the forecast says of memory and disk is at least nine tenths of what a run adds, and at most 1.6 times."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dense(tmp_path_factory) -> Path:
     ("settings", "streamed"),
     [(SETTINGS, True), *(pytest.param(each, False, marks=pytest.mark.long) for each in (SETTINGS, TRIALS))],
 )
-def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, settings, streamed):
+def test_it_is_not_far_below_or_above_what_a_run_takes(dense, tmp_path, settings, streamed):
     free = 0 if streamed else 1 << 50
     arguments = [dense, tmp_path / "out", free, json.dumps(settings)]
     run = subprocess.run([sys.executable, "-c", PROBE, *map(str, arguments)], capture_output=True, text=True)
@@ -59,6 +59,6 @@ def test_memory_is_within_a_quarter_of_the_peak(dense, tmp_path, settings, strea
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["streamed"] == streamed
     expected, taken = found["memory"] - found["before"], found["peak"] - found["before"]
-    assert 0.75 * taken <= expected <= 1.25 * taken, found
+    assert 0.9 * taken <= expected <= 1.6 * taken, found
     written = sum(file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors"))
-    assert 0.75 * written <= found["disk"] <= 1.25 * written
+    assert 0.9 * written <= found["disk"] <= 1.6 * written

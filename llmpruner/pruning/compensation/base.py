@@ -63,6 +63,7 @@ class NoCompensation(Compensation):
     name = "none"
     summary = "weights do not change"
     reads_text = False
+    by_layer = True
     changes_readers_alone = True
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
