@@ -69,6 +69,13 @@ class MissingExtraError(LlmprunerError):
         super().__init__(f"{package} is not installed; run: pip install 'llmpruner[{extra}]'")
 
 
+def no_bias(parameter: str) -> UnsupportedModelError:
+    """The error for a weight without a bias to change."""
+    return UnsupportedModelError(
+        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
+    )
+
+
 def no_tokenizer(model: str, consequence: str) -> ModelError:
     """``model``: as in "model 'name'"; ``consequence``: what cannot be done, and what to do."""
     return ModelError(f"{model} brings no tokenizer, so {consequence}")

@@ -137,7 +137,7 @@ def report(
     """
     from .. import api
 
-    options = {name: arguments.get(name) for name in ("catalog", "load", "settings")}
+    options: dict[str, Any] = {name: arguments.get(name) for name in ("catalog", "load", "settings")}
     page = api.write_report(directories, output, results=results or (), **options)
     _show_report(page, sentences=True)
     done_line(str(page.path))
@@ -153,7 +153,7 @@ def write_next_to(
     if not is_first():
         return
     try:
-        options = {name: arguments.get(name) for name in ("catalog", "load")}
+        options: dict[str, Any] = {name: arguments.get(name) for name in ("catalog", "load")}
         page = api.write_report(checkpoints or directory, directory / REPORT_FILE, **options)
     except LlmprunerError as error:
         warning_line(f"no report was written: {error}")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 from pydantic import Field
 
 from ...component import Component, ComponentSettings
-from ...errors import UnsupportedModelError
+from ...errors import no_bias
 from ...structure.coupling import Role
 
 if TYPE_CHECKING:
@@ -93,13 +93,6 @@ class BiasShift(Compensation):
         from . import least_squares, repair
 
         return repair.repair(task, least_squares.BiasFitter)
-
-
-def no_bias(parameter: str) -> UnsupportedModelError:
-    """The error for a weight without a bias to change."""
-    return UnsupportedModelError(
-        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
-    )
 
 
 class Refit(Compensation):

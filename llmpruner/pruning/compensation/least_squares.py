@@ -21,7 +21,7 @@ import torch
 from ...engine.products import WatchedProduct
 from ...engine.ranks import Ranks
 from ...engine.statistics import add_gram
-from .base import no_bias
+from ...errors import no_bias
 from .readers import Reader
 
 _LOG = logging.getLogger("llmpruner")
