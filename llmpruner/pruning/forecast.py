@@ -22,7 +22,7 @@ from ..engine.signals import GRADIENTS, Signal
 from ..errors import ModelError, SettingsError
 from ..models.generation import LOGIT_ELEMENTS, cached_bytes
 from ..models.model import Model, Structure
-from ..models.numbers import check_device, dtype_of
+from ..models.numbers import check_device, dtype_of, multiplies_bfloat16_fast
 from ..models.opening import why_not_streamed
 from ..structure.coupling import CoupledGroup, CouplingGraph, Role
 from ..values import bytes_text
@@ -30,8 +30,7 @@ from .job import Job, PruneJob, why_in_memory
 from .selection import GRADIENT_TOKENS, TRIED, scope_of
 
 F32 = 4
-MODULES = 96 << 20
-"""Bytes of modules that are imported during the work, of the tokenizer, and of the allocator's free lists."""
+MODULES = 96 << 20  # imported during the work, the tokenizer, and free lists of the allocator
 
 
 @dataclass(frozen=True)
@@ -56,8 +55,7 @@ def forecast(
     `SettingsError` where neither fits, and `ModelError` for a streamed model whose weights are needed in memory."""
     graph, item = structure.graph, dtype_of(structure, opener.load).itemsize
     weights, decoder = item * graph.total_parameters, item * graph.decoder_parameters
-    process, device = psutil.Process().memory_info().rss + MODULES, opener.load.device
-    why = why_in_memory(job, saves)
+    process, device, why = psutil.Process().memory_info().rss + MODULES, opener.load.device, why_in_memory(job, saves)
     if not isinstance(structure, Model):
         check_device(device)
         why = "the result stays in memory" if in_memory else why or why_not_streamed(structure)
@@ -69,9 +67,11 @@ def forecast(
         raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
     else:
         ways = [True]
+    autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device)
+    whole = weights * 3 // 2 if autocast else weights  # it keeps a copy in bfloat16 while the model runs
     two_layers = weights - decoder + 2 * decoder // graph.num_layers
     besides, disk = _besides_weights(job, structure, item, saves)
-    choices = [Forecast(way, process + besides + (two_layers if way else weights), disk) for way in ways]
+    choices = [Forecast(way, process + besides + (two_layers if way else whole), disk) for way in ways]
     if max_memory is not None:
         limit: float = max_memory
         name, advice = f"--max-memory {bytes_text(max_memory)}", "raise it, or "
