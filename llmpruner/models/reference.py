@@ -134,7 +134,7 @@ def adapter_base(path: Path) -> str | None:
 
 
 def _check_directory(path: Path) -> None:
-    """Raise `ModelError` for a file of no reader, an export for other programs, and a directory of GGUF files."""
+    """Raise `ModelError` for a file of no reader, an export for other programs, and a directory without a model."""
     if path.is_file():
         advice = "name the directory that it is in" if path.suffix in WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
@@ -144,9 +144,10 @@ def _check_directory(path: Path) -> None:
             f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
             f"name the checkpoint that it was exported from, '{record['exported_from']}'"
         )
-    files = sorted(file.name for file in path.glob("*.gguf"))
-    if files and not (path / "config.json").exists():
-        raise ModelError(f"'{path}' has no config.json; name one of its files: {', '.join(files)}")
+    if not (path / "config.json").exists():
+        models = sorted([*path.glob("*.gguf"), *(file.parent for file in path.glob("*/config.json"))])
+        advice = f"; models in it: {', '.join(map(str, models[:8]))}" if models else ", so it is no model"
+        raise ModelError(f"'{path}' has no config.json{advice}")
 
 
 def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:

@@ -26,7 +26,8 @@ MEASURE = ("evaluate", DENSE, "--perplexity", "{models}/text.txt")
 MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "model: no such folder": (("plan", "{tmp}/nowhere", *FIFTH), "{tmp}/nowhere' does not exist"),
     "model: no such hub id": (("plan", "nobody/nothing", *FIFTH), "cannot load model 'nobody/nothing'"),
-    "model: a folder without one": (("discover", "{tmp}"), "cannot load model '{tmp}'"),
+    "model: a folder without one": (("discover", "{tmp}"), "{tmp}' has no config.json, so it is no model"),
+    "model: a folder of several": (("evaluate", DENSE, "{models}"), "' has no config.json; models in it: {models}/"),
     "model: not named": (("prune", *FIFTH, *OUT), "`llmpruner prune`: missing argument 'MODEL'"),
     "model: a text": (("evaluate", DENSE, "{models}/text.txt"), "text.txt' is a file, not a model directory"),
     "model: quantised": (("prune", "{models}/packed", *FIFTH, *OUT), "packed' is quantised (gptq), and its"),
