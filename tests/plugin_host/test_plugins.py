@@ -113,6 +113,12 @@ def test_a_plugin_without_a_marked_function_is_named(install):
     assert line.endswith("it has no hook; a function is one if it is marked with @llmpruner.hookimpl")
 
 
+def test_a_broken_plugin_is_named_where_its_command_is_missing(install):
+    install("a-bad-plugin", "raise RuntimeError('no such luck')")
+    done = CliRunner().invoke(build_app(), ["greet"])
+    assert done.exit_code == 2 and "RuntimeError: no such luck" in done.stderr and "'greet'" in done.stderr
+
+
 @pytest.mark.parametrize("what", BROKEN)
 def test_a_plugin_that_cannot_be_loaded_is_named_and_skipped(install, what):
     code, reason = BROKEN[what]
