@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
+from ..errors import (
+    CheckpointError,
+    LlmprunerError,
+    ModelError,
+    PluginError,
+    SettingsError,
+    first_line,
+    no_tokenizer,
+    not_pruned,
+)
 from ..files import WEIGHTS
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
@@ -174,7 +183,7 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
             pruned_class(ref.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
         if options.family is None and plans and plans[0].family not in catalog.families:
-            raise ModelError(
+            raise PluginError(
                 f"'{ref.text}' is of family '{plans[0].family}', which no plugin here adds; install the one that does"
             )
         config = AutoConfig.for_model(values.pop("model_type"), **values)

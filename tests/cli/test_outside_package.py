@@ -126,6 +126,7 @@ def test_a_pruned_model_names_the_family_that_is_missing(run, refused, dense, tm
     monkeypatch.setenv("LLMPRUNER_BLOCK", "outside")
     assert "is of family 'unknown', which no plugin here adds; install" in refused("discover", tmp_path / "out")
     assert run("discover", tmp_path / "out", "--family", "auto").code == 0
+    assert run("verify", tmp_path / "out").code == 0  # which is no damage
 
 
 def test_a_command_runs(run, refused):
