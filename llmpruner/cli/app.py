@@ -45,11 +45,12 @@ def main() -> None:
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
     """The Typer application, with the commands of plugins (by default of all that are installed)."""
     manager = manager or PluginManager()
+    broken = manager.broken
 
     class Group(TyperGroup):
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if self.get_command(ctx, args[0]) is None:  # it may be of a plugin that is broken
-                list(map(warning_line, manager.broken))
+                list(map(warning_line, broken))
             return super().resolve_command(ctx, args)
 
     app = typer.Typer(
