@@ -56,9 +56,11 @@ from .plugins.hookspecs import hookimpl as hookimpl
 from .pruning.allocation import Allocation as Allocation
 from .pruning.allocation import top_up as top_up
 from .pruning.budgets import Budget as Budget
+from .pruning.budgets import Cost as Cost
 from .pruning.budgets import SizeModel as SizeModel
 from .pruning.budgets import WeightCost as WeightCost
 from .pruning.compensation.base import Compensation as Compensation
+from .pruning.compensation.least_squares import Fit as Fit
 from .pruning.criteria.base import ImportanceCriterion as ImportanceCriterion
 from .pruning.methods import Method as Method
 from .recipes import NamedRecipe as NamedRecipe
@@ -73,14 +75,19 @@ from .settings import LoadSettings as LoadSettings
 from .settings import RunSettings as RunSettings
 from .structure import layouts as layouts
 from .structure.coupling import ATTENTION as ATTENTION
+from .structure.coupling import EXPERT as EXPERT
 from .structure.coupling import HIDDEN as HIDDEN
+from .structure.coupling import LATENT as LATENT
 from .structure.coupling import LAYER as LAYER
 from .structure.coupling import MLP as MLP
 from .structure.coupling import QUERY as QUERY
+from .structure.coupling import VOCABULARY as VOCABULARY
 from .structure.coupling import Blocks as Blocks
 from .structure.coupling import CoupledGroup as CoupledGroup
+from .structure.coupling import Explicit as Explicit
 from .structure.coupling import Role as Role
 from .structure.coupling import Span as Span
+from .structure.coupling import index_map as index_map
 from .structure.plan import PruningPlan as PruningPlan
 from .values import without_folders as without_folders
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 from fresh import run_fresh
 
@@ -71,3 +73,11 @@ def test_every_public_name_exists():
     for name in llmpruner.__all__:
         assert getattr(llmpruner, name) is not None
     assert not hasattr(llmpruner, "nonsense")
+
+
+def test_what_plugins_must_create_is_public():
+    """The pages of the reference say that it is imported from llmpruner."""
+    structure = (Path(__file__).parents[1] / "docs" / "reference" / "structure.md").read_text(encoding="utf-8")
+    kinds = re.findall(r"`([A-Z]+)` \(`'", structure)
+    assert len(kinds) == 8
+    assert {*kinds, "Blocks", "Explicit", "index_map", "Cost", "Fit", "TrainingResult"} <= {*llmpruner.__all__}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 import typer.main
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
@@ -45,7 +45,17 @@ def main() -> None:
 def build_app(manager: PluginManager | None = None) -> typer.Typer:
     """The Typer application, with the commands of plugins (by default of all that are installed)."""
     manager = manager or PluginManager()
-    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP)
+    broken = manager.broken
+
+    class Group(TyperGroup):
+        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+            if self.get_command(ctx, args[0]) is None:  # it may be of a plugin that is broken
+                list(map(warning_line, broken))
+            return super().resolve_command(ctx, args)
+
+    app = typer.Typer(
+        cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP
+    )
 
     @app.callback()
     def root(

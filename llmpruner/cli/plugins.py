@@ -118,7 +118,14 @@ def new_plugin(
     facts = ModelFacts()
     if source is not None:
         note(f"tracing a small {source}")
-        facts = describe(source, catalog, package=package)
+        try:
+            facts = describe(source, catalog, package=package)
+        except LlmprunerError as error:
+            if "--trust-remote-code" not in str(error):  # which is no option of this command
+                raise
+            raise LlmprunerError(
+                f"'{source}' brings its own code; put that into a package that registers it, and name it with --import"
+            ) from error
     write_package(directory, name, facts, kind=kind)
     types = f" for model type {facts.model_type}" if facts.model_type else ""
     lines = [f"{directory}: {registry.kind} {name}{types}"]

@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from ..errors import CheckpointError, LlmprunerError, ModelError, SettingsError, first_line, no_tokenizer, not_pruned
+from ..errors import (
+    CheckpointError,
+    LlmprunerError,
+    ModelError,
+    PluginError,
+    SettingsError,
+    first_line,
+    no_tokenizer,
+    not_pruned,
+)
 from ..files import WEIGHTS
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
@@ -173,6 +182,10 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
                 raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
             pruned_class(ref.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
+        if options.family is None and plans and plans[0].family not in catalog.families:
+            raise PluginError(
+                f"'{ref.text}' is of family '{plans[0].family}', which no plugin here adds; install the one that does"
+            )
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
         graph = build_graph(family, config)

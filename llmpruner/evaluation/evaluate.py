@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component, check_chosen
-from ..errors import ModelError, SettingsError
+from ..errors import ModelError, PluginError, SettingsError, first_line
 from ..progress import QUIET, Progress
 from ..values import bytes_text, count_text, html_table
 
@@ -176,7 +176,11 @@ def evaluate(
         results = {}
         for metric in metrics:
             progress.status(f"measuring {metric.name} of {named.name}")
-            results[metric.name] = metric.measure(subject)
+            result = results[metric.name] = metric.measure(subject)
+            try:
+                json.dumps(dict(result))
+            except (TypeError, ValueError) as error:
+                raise PluginError(f"{metric.label()} gave no JSON values by name: {first_line(error)}") from error
         rows = tuple(row for metric in metrics for row in metric.rows(results[metric.name]))
         evaluations.append(Evaluation(named.name, results, rows))
         if len(models) > 1:  # of which a later one may fail

@@ -5,9 +5,9 @@ functions marked ``@llmpruner.hookimpl``. Hooks return lists of *classes*, each 
 ``--set NAME.key=value``, all of which have defaults. A name is lower case, without blanks, commas, dots, colons and
 equals signs, and unique within its kind.
 
-Hooks are called when a command first needs classes of their kind. A plugin that cannot be imported, or has an unknown
-hook, is left out with a line on standard error, and so is a class of the wrong kind, or with a name that is taken. A
-component that raises stops the command; nothing is written.
+Hooks are called when a command first needs classes of their kind. A plugin that cannot be imported, or has no hook or
+an unknown one, is left out with a line on standard error, and so is a class of the wrong kind, or with a name that is
+taken. A component that raises stops the command; nothing is written.
 
 An entry point in the group ``llmpruner.models`` names a package whose model classes pruned checkpoints may import,
 besides transformers and the plugins. It is imported only when a checkpoint needs it.

@@ -59,10 +59,15 @@ class PluginManager(pluggy.PluginManager):
             plugin = entry.load()
             self.register(plugin, entry.name)
             self.check_pending()  # raises for a hook that does not exist
+            if not self.get_hookcallers(plugin):
+                raise PluginError("it has no hook; a function is one if it is marked with @llmpruner.hookimpl")
         except (Exception, SystemExit) as error:
             if plugin is not None and self.is_registered(plugin):
                 self.unregister(plugin)
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            lines = str(error).splitlines()
+            # pluggy names the wrong argument of a hook in the last line.
+            reason = lines[-1] if isinstance(error, pluggy.PluginValidationError) and lines else first_line(error)
+            reason = f"{type(error).__name__}: {reason}"
             package = entry.dist.name if entry.dist else "unknown package"
             self.broken.append(f"plugin '{entry.name}' ({package}) is broken and was skipped: {reason}")
         else:

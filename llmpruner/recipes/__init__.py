@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from ..component import Component
+from ..errors import PluginError, first_line
 
 _SHIPPED = Path(__file__).with_name("shipped")
 
@@ -28,7 +29,11 @@ class NamedRecipe(Component):
 
     def text(self) -> str:
         """The recipe, as YAML."""
-        return self.path.read_text(encoding="utf-8").replace("${llmpruner}", str(Path(__file__).parents[1]))
+        try:
+            text = self.path.read_text(encoding="utf-8")
+        except OSError as error:  # packages leave files out that are not Python, unless told otherwise
+            raise PluginError(f"{self.label()} has no file: {first_line(error)}") from error
+        return text.replace("${llmpruner}", str(Path(__file__).parents[1]))
 
 
 class PaperRecipe(NamedRecipe):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -151,3 +152,10 @@ def test_a_family_that_matches_already_is_named(run, dense, tmp_path):
 def test_what_is_refused(refused, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     assert message in refused("new-plugin", *arguments.split())
+
+
+def test_a_checkpoint_with_code_is_told_of_the_option_that_exists(refused, tmp_path):
+    auto = {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "wren", "auto_map": auto}), encoding="utf-8")
+    said = refused("new-plugin", "wren", "--from", tmp_path, "-o", tmp_path / "out")
+    assert said.endswith("name it with --import") and not (tmp_path / "out").exists()

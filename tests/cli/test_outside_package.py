@@ -120,6 +120,15 @@ def test_a_reader_reads(run, dense, tmp_path):
     assert first == second
 
 
+def test_a_pruned_model_names_the_family_that_is_missing(run, refused, dense, tmp_path, monkeypatch):
+    prune = ("--ratio", "0.2", "--importance", "l2", "--family", "unknown", "-o", tmp_path / "out")
+    assert run("prune", dense, *prune).code == 0
+    monkeypatch.setenv("LLMPRUNER_BLOCK", "outside")
+    assert "is of family 'unknown', which no plugin here adds; install" in refused("discover", tmp_path / "out")
+    assert run("discover", tmp_path / "out", "--family", "auto").code == 0
+    assert run("verify", tmp_path / "out").code == 0  # which is no damage
+
+
 def test_a_command_runs(run, refused):
     result = run("hello", "--name", "llama")
     assert (result.code, result.out) == (0, "hello, llama\n")

@@ -10,15 +10,17 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 from evaluated_models import evaluated, in_memory
 
 import llmpruner
-from llmpruner import CheckpointError, DataError, Metric, ModelError, Row
-from llmpruner.errors import SettingsError
+from llmpruner import CheckpointError, DataError, Metric, ModelError, Row, hookimpl
+from llmpruner.errors import PluginError, SettingsError
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric
 from llmpruner.evaluation.tasks import TasksMetric
 from llmpruner.settings import EvaluateSettings
+from llmpruner.testing import catalog_with
 
 
 class Largest(Metric):
@@ -126,6 +128,17 @@ def test_a_number_that_is_not_finite_is_null_in_json_and_kept_in_python():
     plain = broken.as_json()
     assert plain["perplexity"] == {"perplexity": None} and plain["own"] == {"list": [None, 1.0]}
     assert broken.results["perplexity"]["perplexity"] == math.inf
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"), [({"a": torch.ones(())}, "of type Tensor is not JSON"), (None, "'NoneType' object")]
+)
+def test_what_is_no_json_is_an_error_that_names_the_metric(given, reason):
+    broken = type("Broken", (Metric,), {"name": "broken", "measure": lambda self, subject: given})
+    hook = hookimpl(specname="llmpruner_metrics")(lambda: [broken])
+    catalog = catalog_with(type("Plugin", (), {"llmpruner_metrics": staticmethod(hook)})())
+    with pytest.raises(PluginError, match=f"metric broken gave no JSON values by name: .*{reason}"):
+        llmpruner.evaluate(in_memory(), metrics=["broken"], catalog=catalog)
 
 
 def test_a_notebook_shows_an_escaped_table():

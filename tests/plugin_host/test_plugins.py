@@ -102,9 +102,21 @@ BROKEN = {
     "a hook that does not exist": ("@hookimpl\ndef llmpruner_metric(): return []", "unknown hook 'llmpruner_metric'"),
     "an argument that the hook lacks": (
         "@hookimpl\ndef llmpruner_metrics(door): return []",
-        "PluginValidationError: Plugin 'a-bad-plugin' for hook 'llmpruner_metrics'",
+        "PluginValidationError: Argument(s) {'door'} are declared in the hookimpl",
     ),
 }
+
+
+def test_a_plugin_without_a_marked_function_is_named(install):
+    install("a-bad-plugin", CRITERION.format(name="half").replace("@hookimpl", ""))
+    (line,) = Catalog().manager.broken
+    assert line.endswith("it has no hook; a function is one if it is marked with @llmpruner.hookimpl")
+
+
+def test_a_broken_plugin_is_named_where_its_command_is_missing(install):
+    install("a-bad-plugin", "raise RuntimeError('no such luck')")
+    done = CliRunner().invoke(build_app(), ["greet"])
+    assert done.exit_code == 2 and "RuntimeError: no such luck" in done.stderr and "'greet'" in done.stderr
 
 
 @pytest.mark.parametrize("what", BROKEN)

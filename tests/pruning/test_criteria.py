@@ -19,7 +19,7 @@ from llmpruner import Catalog
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
-from llmpruner.errors import SelectionError
+from llmpruner.errors import PluginError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.allocation import Normalization, normalized
@@ -189,6 +189,15 @@ def test_depth_criteria(llama):
 def test_units_that_a_criterion_does_not_score_are_refused(llama, name, advice):
     with pytest.raises(SelectionError, match=f"{name} does not score 'mlp' units{advice}"):
         scores_of(llama, CRITERIA[name](), "layers.1.mlp")
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"), [(lambda w: w.sum(1, keepdim=True), r"\(48, 1\)"), (lambda _: None, "NoneType")]
+)
+def test_a_saliency_of_another_shape_is_an_error_that_names_the_criterion(llama, monkeypatch, given, shown):
+    monkeypatch.setattr(L1, "saliency", lambda self, signals: given(signals.weight))
+    with pytest.raises(PluginError, match=f"criterion l1 gave {shown} for model.layers.1.mlp.* expected shape"):
+        scores_of(llama, L1(), "layers.1.mlp")
 
 
 def test_units_that_a_criterion_cannot_tell_apart_are_a_warning(llama, monkeypatch, caplog):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llmpruner import Catalog, LlmprunerError, LoadSettings, SettingsError, api
-from llmpruner.errors import UnknownNameError
+from llmpruner import Catalog, LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api
+from llmpruner.errors import PluginError, UnknownNameError
 from llmpruner.models.reference import data_identity
 from llmpruner.recipes.recipe import Recipe, values_of
 
@@ -161,3 +161,9 @@ def test_a_folder_that_a_setting_names_is_known_by_its_files(tmp_path, catalog):
         file.write_text(text)
         identities.append(data_identity(step.settings.given(), step.job))
     assert identities[0].keys() == identities[1].keys() == {str(file)} and identities[0] != identities[1]
+
+
+def test_a_named_recipe_without_its_file_is_a_broken_plugin(tmp_path):
+    recipe = type("Twice", (NamedRecipe,), {"name": "twice", "path": tmp_path / "twice.yaml"})()
+    with pytest.raises(PluginError, match=r"recipe twice has no file: .*No such file"):
+        recipe.text()

@@ -17,7 +17,7 @@ from ...calibration.calibration import CalibrationSet
 from ...engine.execution import Execution
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
 from ...engine.statistics import stream_statistics, token_statistics, walk_signals
-from ...errors import ModelError, SelectionError
+from ...errors import ModelError, PluginError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ...values import counted
 from .base import ImportanceCriterion
@@ -98,7 +98,12 @@ def _score(
                 if scores is not None:
                     partial[use.group.name, use.layer][use.number] = scores.double().cpu()
                     continue
-            saliency = criterion.saliency(signals) if saliency is None else saliency
+            if saliency is None:
+                saliency = criterion.saliency(signals)
+                given, expected = getattr(saliency, "shape", type(saliency).__name__), signals.weight.shape
+                if given != expected:
+                    given = given if isinstance(given, str) else tuple(given)
+                    raise PluginError(f"{criterion.label()} gave {given} for {name}; expected shape {tuple(expected)}")
             per_index = _per_index(saliency, use, criterion.signed).cpu()
             if key in sums:
                 # Matrices of a stack add up, or follow one another where the units are the matrices.
