@@ -84,8 +84,10 @@ def sizes_text(output: Path, checkpoint: str | Path) -> str:
     after, before = weights_size(output), weights_size(source)
     if not (after and before) or source == output:
         return ""
-    hint = "; quantise it: export --to gguf --set gguf.quant=q4_k_m, or llama-quantize" if after > before else ""
-    return f"{bytes_text(after)} of weights ({source.name}: {bytes_text(before)}){hint}; "
+    hint = "; --dtype float16 or bfloat16 keeps 16 bits"
+    if source.suffix == ".gguf":
+        hint = "; quantise it: export --to gguf --set gguf.quant=q4_k_m, or llama-quantize"
+    return f"{bytes_text(after)} of weights ({source.name}: {bytes_text(before)}){hint if after > before else ''}; "
 
 
 class _Warnings(logging.Handler):

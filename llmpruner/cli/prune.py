@@ -128,7 +128,7 @@ def _hints(plan: PruningPlan, outcome: Outcome, removed: float) -> Iterator[str]
     if plan.target.by == "ratio" and f"{amount:.1%}" != f"{removed:.1%}":
         yield f"asked for {amount:.1%}; {'uniform widths' if uniform else 'whole units'} give {removed:.1%}"
     if uniform:
-        yield "equal widths load everywhere; --shape free costs less quality, for transformers, vLLM and llama.cpp"
+        yield "--shape free costs less quality, but fewer programs load the result"
     # Formats with few bits refuse other widths. Where the dense model has such a width, nothing is lost.
     quantisable = [cut for cut in plan.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
     if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):

@@ -45,6 +45,7 @@ def test_the_amount_is_told_of_the_budget(run, dense, shared, kind, row, told):
     shown = run(*command)
     removed = 1 - result["parameters_after"] / result["parameters_before"]
     assert f"asked for 1.3%; {told} {removed:.1%}\n" in shown.err
+    assert "load everywhere" not in shown.err, "a hybrid of uniform widths may need a shim"
     assert f"\u2502 {row} " in shown.out
     assert ("tokens" in result) == ("held-out text" in shown.out) == (kind == "vocabulary")
 
