@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, overload
 
 from typing_extensions import Unpack
@@ -329,7 +330,7 @@ def run(
         steps = Recipe.of(recipe, catalog, values=values)
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
-    load, run = load or LoadSettings(), run or RunSettings()
+    load, run = _opener(load, catalog, progress).load, run or RunSettings()
     return RecipeRun(steps, model, output, load, run, catalog, progress, functions).do(on_step)
 
 
@@ -397,6 +398,8 @@ def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
+    if not isinstance(load, (LoadSettings, NoneType)):
+        raise SettingsError(f"load = {load!r}: write load=LoadSettings(dtype=…, device=…)")
     return Opener(catalog or Catalog(), load or LoadSettings(), progress)
 
 

@@ -120,6 +120,14 @@ def test_what_reads_files_takes_structures_and_refuses_a_model_in_memory(tmp_pat
             call()
 
 
+def test_settings_of_loading_that_are_no_settings_are_refused(tmp_path):
+    load, recipe = {"dtype": "bfloat16"}, {"steps": [{"prune": {"ratio": 0.1}}]}
+    with pytest.raises(SettingsError, match="write load=LoadSettings"):
+        llmpruner.export(tmp_path, output=tmp_path / "out", to="stock", load=load)
+    with pytest.raises(SettingsError, match="write load=LoadSettings"):
+        llmpruner.run(recipe, model=tmp_path, output=tmp_path / "out", load=load)
+
+
 def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
     write = save.save_checkpoint
 
