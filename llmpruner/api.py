@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import NoneType
 from typing import Any, overload
 
 from typing_extensions import Unpack
@@ -284,7 +285,7 @@ def save(model: Model, directory: str | Path) -> str:
 
 
 def export(
-    model: str | Path,
+    model: str | Path | Structure,
     *,
     output: str | Path,
     load: LoadSettings | None = None,
@@ -297,8 +298,9 @@ def export(
     opener, options = _opener(load, catalog, progress), settings_from(ExportSettings, settings)
     exporter = opener.catalog.exporters.create_only(options.to, options.settings)
     directory = check_new_directory(Path(output))
-    resolve(str(model), opener.catalog)
-    return _export(Path(model), exporter, directory, partial(opener.as_stored, model), progress)
+    place = _place(model)
+    resolve(place, opener.catalog)
+    return _export(Path(place), exporter, directory, partial(opener.as_stored, model), progress)
 
 
 def run(
@@ -328,7 +330,7 @@ def run(
         steps = Recipe.of(recipe, catalog, values=values)
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
-    load, run = load or LoadSettings(), run or RunSettings()
+    load, run = _opener(load, catalog, progress).load, run or RunSettings()
     return RecipeRun(steps, model, output, load, run, catalog, progress, functions).do(on_step)
 
 
@@ -343,7 +345,7 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
 
 
 def verify_checkpoint(
-    directory: str | Path,
+    directory: str | Path | Structure,
     *,
     base: str | Path | None = None,
     load: LoadSettings | None = None,
@@ -354,11 +356,11 @@ def verify_checkpoint(
     logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
     Damage is in the result."""
     named = None if base is None else str(base)
-    return _verify_checkpoint(Path(directory), named, _opener(load, catalog, progress))
+    return _verify_checkpoint(Path(_place(directory)), named, _opener(load, catalog, progress))
 
 
 def write_report(
-    directories: str | Path | Sequence[str | Path],
+    directories: str | Path | Structure | Sequence[str | Path | Structure],
     path: str | Path | None = None,
     *,
     results: str | Path | Sequence[str | Path] = (),
@@ -396,11 +398,22 @@ def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
+    if not isinstance(load, (LoadSettings, NoneType)):
+        raise SettingsError(f"load = {load!r}: write load=LoadSettings(dtype=…, device=…)")
     return Opener(catalog or Catalog(), load or LoadSettings(), progress)
 
 
-def _paths(places: str | Path | Sequence[str | Path]) -> list[Path]:
-    return [Path(place) for place in ([places] if isinstance(places, (str, Path)) else places)]
+def _paths(places: str | Path | Structure | Sequence[str | Path | Structure]) -> list[Path]:
+    return [Path(_place(place)) for place in ([places] if isinstance(places, (str, Path, Structure)) else places)]
+
+
+def _place(model: str | Path | Structure) -> str:
+    """What is read from files: a `Model` in memory may differ from those that it was loaded from."""
+    if isinstance(model, Structure) and not isinstance(model, Model):
+        return model.ref
+    if not isinstance(model, (str, Path)):
+        raise SettingsError(f"expected a path, got {type(model).__name__}; name the folder that it is saved in")
+    return str(model)
 
 
 def _path(place: str | Path | None) -> Path | None:

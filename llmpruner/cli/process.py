@@ -55,6 +55,8 @@ def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool)
         with contextlib.nullcontext() if ranks is None or ranks.first else _silent():
             command()
     except Exception as error:
+        if ranks is not None:  # else it may raise once more, while this process waits for the first to print
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         line = _message_of(error)
         if line is None:
             raise

@@ -11,6 +11,7 @@ import sys
 import pytest
 from fresh import run_fresh
 
+from llmpruner import SettingsError
 from llmpruner.cli import process
 
 COMMAND = [sys.executable, "-m", "llmpruner"]
@@ -107,6 +108,30 @@ def test_lack_of_memory_in_any_process_is_told(monkeypatch, capsys):
     with pytest.raises(SystemExit) as end:
         process.run(short_of_memory, ["prune"], debug=False)
     assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (17 GiB); take fewer")
+
+
+def test_a_process_that_is_ended_after_its_error_shows_no_traceback(monkeypatch):
+    """A launcher ends the second process while it waits for the first to print the error of both."""
+
+    def wrong():
+        raise SettingsError("wrong")
+
+    class Silent(Second):
+        def claim(self, what: str) -> bool:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return False
+
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("llmpruner.engine.ranks.Ranks.current", Silent)
+    monkeypatch.setattr(process, "_exit", sys.exit)
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        with pytest.raises(SystemExit) as end:
+            process.run(wrong, ["prune"], debug=False)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert end.value.code == 2
 
 
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmpruner
-from llmpruner import Exporter, UnsupportedModelError, load_pruned
+from llmpruner import Exporter, SettingsError, UnsupportedModelError, load_pruned
 from llmpruner.errors import CheckpointError, OutputError
 from llmpruner.exporters import StockExporter, export
 from llmpruner.models import save
@@ -99,6 +99,33 @@ def test_float16_stays_float16_on_a_cpu(to, tmp_path):
     assert {tensor.dtype for tensor in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.float16}
     llmpruner.export(tmp_path / "half", output=tmp_path / "wide", to=to, load=llmpruner.LoadSettings(dtype="float32"))
     assert {tensor.dtype for tensor in load_file(tmp_path / "wide" / "model.safetensors").values()} == {torch.float32}
+
+
+def test_what_reads_files_takes_structures_and_refuses_a_model_in_memory(tmp_path):
+    """Structures are what a prune to several sizes returns; a model may differ from the files it was loaded from."""
+    cut_llama("nothing").save_pretrained(tmp_path / "dense")
+    sizes = tmp_path / "sizes"
+    (structure,) = llmpruner.prune(tmp_path / "dense", ratio=[0.25], importance="l2", output=sizes)
+    model = llmpruner.load(structure)
+    llmpruner.export(structure, output=tmp_path / "out", to="stock")
+    assert llmpruner.verify_checkpoint(structure).damage == ()
+    report = llmpruner.write_report([structure], tmp_path / "page.html")
+    assert report.path.exists() and (tmp_path / "out" / "model.safetensors").exists()
+    for call in (
+        lambda: llmpruner.export(model, output=tmp_path / "not", to="stock"),
+        lambda: llmpruner.verify_checkpoint(model),
+        lambda: llmpruner.write_report(model, tmp_path / "not"),
+    ):
+        with pytest.raises(SettingsError, match="expected a path, got Model; name the folder"):
+            call()
+
+
+def test_settings_of_loading_that_are_no_settings_are_refused(tmp_path):
+    load, recipe = {"dtype": "bfloat16"}, {"steps": [{"prune": {"ratio": 0.1}}]}
+    with pytest.raises(SettingsError, match="write load=LoadSettings"):
+        llmpruner.export(tmp_path, output=tmp_path / "out", to="stock", load=load)
+    with pytest.raises(SettingsError, match="write load=LoadSettings"):
+        llmpruner.run(recipe, model=tmp_path, output=tmp_path / "out", load=load)
 
 
 def test_a_stock_export_is_read_back(tmp_path, monkeypatch):
