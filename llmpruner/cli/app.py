@@ -50,7 +50,8 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
     class Group(TyperGroup):
         def resolve_command(self, ctx: Any, args: list[str]) -> Any:
             if self.get_command(ctx, args[0]) is None:  # it may be of a plugin that is broken
-                list(map(warning_line, broken))
+                for line in broken:
+                    warning_line(line)
             return super().resolve_command(ctx, args)
 
     app = typer.Typer(

@@ -144,7 +144,7 @@ def _check_directory(path: Path) -> None:
             f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
             f"name the checkpoint that it was exported from, '{record['exported_from']}'"
         )
-    if not (path / "config.json").exists():
+    if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         models = sorted([*path.glob("*.gguf"), *(file.parent for file in path.glob("*/config.json"))])
         advice = f"; models in it: {', '.join(map(str, models[:8]))}" if models else ", so it is no model"
         raise ModelError(f"'{path}' has no config.json{advice}")
