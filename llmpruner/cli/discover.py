@@ -49,10 +49,13 @@ def discover(
             rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
             columns = ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks")
             table("On a small random model", columns, rows, left=2)
+        notes: dict[str, list[str]] = {}  # many are those of all kinds
         for verdict in verdicts:
             lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
             for line in (*lines, *(f"not checked: {what}" for what in verdict.skipped)):
-                out.print(f"{verdict.kind}: {line}", highlight=False, markup=False)
+                notes.setdefault(line, []).append(verdict.kind)
+        for line, kinds in notes.items():
+            out.print(f"{', '.join(kinds)}: {line}", highlight=False, markup=False)
     if any(verdict.verdict == "failed" for verdict in verdicts):
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
     if not as_json:
