@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import NoneType
 from typing import Any, overload
 
 from typing_extensions import Unpack
@@ -398,7 +397,7 @@ def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:
 
 
 def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
-    if not isinstance(load, (LoadSettings, NoneType)):
+    if load is not None and not isinstance(load, LoadSettings):
         raise SettingsError(f"load = {load!r}: write load=LoadSettings(dtype=…, device=…)")
     return Opener(catalog or Catalog(), load or LoadSettings(), progress)
 
