@@ -113,9 +113,15 @@ def rows() -> Iterator[Row]:
         yield Row(demo, method, 0.2, shape, "C4")
     yield Row(qwen)
     yield Row(qwen, "fast", 0.2, "uniform", "self-written")
-    yield Row(qwen, "best", 0.2, "uniform", "C4", samples=64)
-    for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free")):
+    for text in ("self-written", "C4"):
+        yield Row(qwen, "best", 0.2, "uniform", text, samples=64)
+    for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
         yield Row(qwen, method, 0.2, shape, "C4")
+    for model in MODELS:
+        for method, text in (("best", "self-written"), ("fast", "self-written"), ("Wanda-sp", "C4")):
+            samples = 64 if model == qwen and method == "best" else 0
+            yield Row(model, method, 0.3, "uniform", text, samples=samples)
+        yield Row(model, "ShortGPT", 0.3, "", "C4")
 
 
 def main() -> None:
@@ -283,7 +289,8 @@ def spread(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) ->
 def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
     lines = [(*HEADS[:5], *COLUMNS.values(), *HEADS[5:])]
     for row, entry in sorted(done.items(), key=lambda item: item[0].ratio):
-        cells = [row.method, row.shape or "–", row.text or "–"]
+        text = f"{row.text}, {row.samples} samples" if row.samples else row.text
+        cells = [row.method, row.shape or "–", text or "–"]
         cells += [f"−{entry[name]:.1%}" if name in entry else "–" for name in ("decoder_removed", "gone")]
         cells += [cell(entry["texts"][name]) for name in COLUMNS]
         cells += [f"{entry['asked'][name]:.0%}" for name in ("repeat_themselves", "cut_off")]
