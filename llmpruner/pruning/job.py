@@ -163,6 +163,8 @@ def _amount(settings: PruneSettings) -> tuple[By, Any]:
             "say how much to remove with one of --ratio, --set prune.target_params and --set prune.unit_ratio"
             + (f"; {len(amounts)} are given" if amounts else "")
         )
+    if settings.ratio is None and "budget" in settings.model_fields_set:
+        raise SettingsError("--budget says what --ratio is a share of; leave it out, or give --ratio")
     return amounts[0]
 
 

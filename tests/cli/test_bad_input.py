@@ -53,6 +53,9 @@ MISTAKES: dict[str, tuple[tuple[object, ...], str]] = {
     "unreachable": (("prune", DENSE, "--ratio", 0.9, *L1, *OUT), "the selected kinds and layers can give"),
     "less than a unit": (("plan", DENSE, "--ratio", 0.0001, *L1), "less than one unit of the selected groups"),
     "two amounts": (("prune", DENSE, *FIFTH, "--set", "prune.unit_ratio=0.2", *OUT), "with one of --ratio"),
+    "a share of nothing": (
+        ("prune", DENSE, "--set", "prune.unit_ratio=0.2", "--budget", "bytes", *OUT), "--budget says what --ratio is a share of",
+    ),
     "no amount to prune": (("prune", DENSE, *OUT), "with one of --ratio"),
     "script": (
         ("plan", DENSE, *FIFTH, "--kinds", "vocabulary", "--set", "vocabulary.scripts=latin,cyrilic"),
