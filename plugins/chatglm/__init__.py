@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmpruner import CheckpointError, CheckpointReader, ModelFamily, hookimpl, read_json
 
@@ -23,7 +23,7 @@ class ChatGLMFamily(ModelFamily):
     name = "chatglm"
     summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
-    answer_separator: ClassVar[str] = ""
+    answer_separator = ""
 
     def register_models(self) -> None:
         """Register model type ``chatglm``. ChatGLM2, ChatGLM3 and GLM-4 in the original format have it too;
@@ -68,8 +68,8 @@ class GlmFamily(ModelFamily):
     name = "glm"
     summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
-    answer_separator: ClassVar[str] = "\n"
-    eos_after: ClassVar[Literal["every", "last", "none"]] = "last"
+    answer_separator = "\n"
+    eos_after = "last"
 
     def refresh(self, model: PreTrainedModel) -> None:
         """Set the number of query heads per KV head, by which eager attention repeats keys."""
