@@ -42,10 +42,6 @@ def _add(base: Path, delta: Path, stage: Path) -> Template:
     """Write the sum to ``stage``; returns the conversation format of the delta's version."""
     llama, vicuna = (load(str(path), dtype="float16").model for path in (base, delta))
     difference = f"{delta} is no delta for {base}"
-    for name in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        ours, theirs = getattr(llama.config, name, None), getattr(vicuna.config, name, None)
-        if ours != theirs:
-            raise CheckpointError(f"{difference}: {name} is {theirs} there and {ours} in the base")
     weights, deltas = llama.state_dict(), vicuna.state_dict()
     for name in sorted(weights.keys() ^ deltas.keys()):
         raise CheckpointError(f"{difference}: only {delta if name in deltas else base} has {name}")
