@@ -142,11 +142,8 @@ def test_damage_is_one_line(checkpoint: Path, what: str) -> None:
 @pytest.mark.parametrize(("folder", "change", "message"), [
     ("chatglm_v1", {"quantization_bit": 4}, "quantized to 4 bits"),
     ("chatglm_v1", {"pre_seq_len": 128}, "P-tuning prefix"),
-    ("chatglm_v1", {"position_encoding_2d": False}, "without 2D position encoding"),
     ("chatglm2", {"quantization_bit": 8}, "quantization_bit is 8"),
     ("chatglm2", {"add_bias_linear": True}, "add_bias_linear"),
-    ("chatglm2", {"rmsnorm": False}, "rmsnorm is False"),
-    ("chatglm2", {"tie_word_embeddings": True}, "tie_word_embeddings is True"),
     ("chatglm2", {"num_layers": "many"}, "cannot load model .*'num_hidden_layers'"),
 ])  # fmt: skip
 def test_variants_that_cannot_be_read_exactly_are_refused(
