@@ -6,7 +6,7 @@ import llmpruner_chat
 import pytest
 import tiny_models
 from llmpruner_chat import Chat
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from typer.testing import CliRunner
 
 import llmpruner

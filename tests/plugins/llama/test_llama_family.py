@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from transformers import LlamaConfig
 
 from llmpruner.testing import FamilyConformance
