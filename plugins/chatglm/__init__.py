@@ -1,5 +1,5 @@
-"""Prompts of ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, and a reader of their original formats. Their structure is
-discovered."""
+"""Prompts of ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, and a reader of their original formats. Their structure,
+and what follows a cut, is discovered."""
 
 from __future__ import annotations
 
@@ -70,12 +70,6 @@ class GlmFamily(ModelFamily):
     model_types = ("glm", "glm4")
     answer_separator = "\n"
     eos_after = "last"
-
-    def refresh(self, model: PreTrainedModel) -> None:
-        """Set the number of query heads per KV head, by which eager attention repeats keys."""
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
 
     def format_prompt(self, question: str) -> str:
         """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
