@@ -52,11 +52,7 @@ class MetaReader(CheckpointReader):
     family = "llama"
 
     def recognises(self, path: Path) -> bool:
-        if not path.is_dir() or (path / "config.json").exists():
-            return False
-        # A folder without its shards is recognised too, so that the error names what is missing.
-        weights = any(path.glob("consolidated.*.pth"))
-        return weights or ((path / "params.json").is_file() and not any(path.glob("*.safetensors")))
+        return any(path.glob("consolidated.*.pth")) and not (path / "config.json").exists()
 
     def read_config(self, path: Path) -> LlamaConfig:
         from .meta_format import MetaFolder, tokenizer_in

@@ -165,8 +165,6 @@ class MetaFolder:
     def __init__(self, directory: Path) -> None:
         self.directory, self.params = directory, MetaParams.read(directory / PARAMS)
         paths = sorted(directory.glob("consolidated.*.pth"))
-        if not paths:
-            raise CheckpointError(f"{directory} has no consolidated.NN.pth: download them")
         self._shards = [_mapped(path) for path in paths]
         self.tied = "output.weight" not in self._shards[0]
         embedding = self._shards[0].get("tok_embeddings.weight")
