@@ -75,7 +75,6 @@ DAMAGE: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "the delta is truncated": (
         lambda b, d: os.truncate(d / "pytorch_model.bin", 9000), r"cannot load model '.*/delta' \("
     ),
-    "the delta has no tokenizer": (lambda b, d: (d / "tokenizer.model").unlink(), r"delta has no tokenizer \(tokeni"),
     "the base is no LLaMA": (lambda b, d: set_config(b, model_type="gpt2"), r"'.*/base' lacks tensor 'transformer\."),
     "another depth": (
         edit(lambda s: s.pop("model.layers.1.mlp.up_proj.weight")),
