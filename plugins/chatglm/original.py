@@ -47,8 +47,7 @@ _GLM4_TOKENS = (
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """`GlmConfig` of an original ``config.json``. Raises `UnsupportedModelError` for variants that GLM cannot hold,
-    `ModelError` when a field is missing."""
+    """`GlmConfig` of an original ``config.json``. Raises `UnsupportedModelError` for variants that GLM cannot hold."""
     values, style = read_json(path / "config.json"), chat_format(path)
     for name, expected in _GLM_HAS.items():
         if bool(values.get(name, expected)) != bool(expected):
@@ -59,40 +58,37 @@ def read_config(path: Path) -> PreTrainedConfig:
         first = _sentencepiece(path).get_piece_size() + len(_MARKS)
         stops = [first + _ROLES.index(role) for role in ("<|user|>", "<|observation|>")]
         eos = [*(eos if isinstance(eos, list) else [eos]), *stops]
-    try:
-        heads = values["num_attention_heads"]
-        grouped = values.get("multi_query_attention", True)
-        ratio = values.get("rope_ratio", 1)
-        rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
-        if style == ROUNDS and ratio != 1:
-            # ChatGLM2-6B-32K divides positions; later models multiply the base of the rotary embedding.
-            rope |= {"rope_type": "linear", "rope_theta": 10000.0, "factor": float(ratio)}
-        return GlmConfig(
-            vocab_size=values["padded_vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["ffn_hidden_size"],
-            num_hidden_layers=values["num_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=values["multi_query_group_num"] if grouped else heads,
-            head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
-            hidden_act="silu",
-            attention_bias=values.get("add_qkv_bias", False),
-            attention_dropout=values.get("attention_dropout", 0.0),
-            max_position_embeddings=values["seq_length"],
-            rms_norm_eps=values.get("layernorm_epsilon", 1e-5),
-            rope_parameters=rope,
-            tie_word_embeddings=False,
-            pad_token_id=values.get("pad_token_id", 0),
-            eos_token_id=eos,
-            bos_token_id=values.get("bos_token_id"),
-            use_cache=values.get("use_cache", True),
-            dtype=values.get("torch_dtype") or values.get("dtype"),
-            architectures=["GlmForCausalLM"],
-            name_or_path=str(path),
-            **({CHAT_FORMAT: style} if style else {}),
-        )
-    except KeyError as error:
-        raise ModelError(f"{path}/config.json lacks {error}, which every ChatGLM2, ChatGLM3 and GLM-4 has") from None
+    heads = values["num_attention_heads"]
+    grouped = values.get("multi_query_attention", True)
+    ratio = values.get("rope_ratio", 1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
+    if style == ROUNDS and ratio != 1:
+        # ChatGLM2-6B-32K divides positions; later models multiply the base of the rotary embedding.
+        rope |= {"rope_type": "linear", "rope_theta": 10000.0, "factor": float(ratio)}
+    return GlmConfig(
+        vocab_size=values["padded_vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["ffn_hidden_size"],
+        num_hidden_layers=values["num_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=values["multi_query_group_num"] if grouped else heads,
+        head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
+        hidden_act="silu",
+        attention_bias=values.get("add_qkv_bias", False),
+        attention_dropout=values.get("attention_dropout", 0.0),
+        max_position_embeddings=values["seq_length"],
+        rms_norm_eps=values.get("layernorm_epsilon", 1e-5),
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+        pad_token_id=values.get("pad_token_id", 0),
+        eos_token_id=eos,
+        bos_token_id=values.get("bos_token_id"),
+        use_cache=values.get("use_cache", True),
+        dtype=values.get("torch_dtype") or values.get("dtype"),
+        architectures=["GlmForCausalLM"],
+        name_or_path=str(path),
+        **({CHAT_FORMAT: style} if style else {}),
+    )
 
 
 def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
