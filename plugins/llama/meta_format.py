@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
 from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
@@ -57,13 +57,8 @@ class MetaParams(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> MetaParams:
-        """Raises `CheckpointError` when a field is missing or invalid."""
         values = {name: value for name, value in read_json(path).items() if value is not None}
-        try:
-            params = cls.model_validate({"n_kv_heads": values.get("n_heads"), **values})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise CheckpointError(f"{path}: {first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
+        params = cls.model_validate({"n_kv_heads": values.get("n_heads"), **values})
         factor = params.rope_scaling_factor or scaled_rope_factor(params.dim)
         return params.model_copy(update={"rope_scaling_factor": factor if values.get("use_scaled_rope") else None})
 

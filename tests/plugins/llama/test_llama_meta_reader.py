@@ -133,7 +133,6 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a shard too many": (lambda f: shutil.copy(f / SECOND, f / "consolidated.02.pth"), "has shape .* makes it"),
     "no params.json": (lambda f: (f / "params.json").unlink(), r"params\.json cannot be read"),
     "params.json is no JSON": (lambda f: (f / "params.json").write_text("{"), r"params\.json cannot be read"),
-    "dim is missing": (lambda f: (f / "params.json").write_text("{}"), r"params\.json: dim is .*: Field required"),
     "width of another model": (lambda f: set_param(f, multiple_of=100), r"\(128, 48\); .* makes it \(200, 48\)"),
     "fewer layers than weights": (lambda f: set_param(f, n_layers=1), r"layers\.1\.\S+, which no LLaMA"),
     "unknown tensor": (
