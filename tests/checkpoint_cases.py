@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 
 from llmpruner import build_graph
 from llmpruner.discovery.family import AutoFamily

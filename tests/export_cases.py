@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from checkpoint_cases import LLAMA, SIZES, cut_llama
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 
 from llmpruner import ModelFamily
 

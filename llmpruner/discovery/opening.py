@@ -209,7 +209,8 @@ def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalo
 
 def _read_config(ref: Reference, options: LoadSettings, revision: str | None) -> PreTrainedConfig:
     if ref.reader is not None:
-        return ref.reader.read_config(ref.directory)
+        with in_one_line(ref):
+            return ref.reader.read_config(ref.directory)
     allowed = options.trust_remote_code
     config: PreTrainedConfig = from_pretrained(AutoConfig, ref, revision, trust_remote_code=allowed)
     if allowed:

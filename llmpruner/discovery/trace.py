@@ -61,6 +61,9 @@ def trace(config: PreTrainedConfig, *, shallow: bool = True) -> Trace:
     except Exception as error:  # third-party constructors raise anything
         reason = f"{type(error).__name__}: {first_line(error)}"[:200]
         raise UnsupportedModelError(f"a {config.model_type} model cannot be built: {reason}") from error
+    for module in model.modules():
+        if getattr(module, "rope_type", None) == "dynamic":
+            module.rope_type = "default"  # it would compare the length of the text, which a trace does not know
     layers = decoder_layers(model)
     modules: Any = model.get_submodule(layers)
     owners = Counter(id(p) for layer in modules.children() for p in layer.parameters())

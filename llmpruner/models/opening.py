@@ -65,7 +65,8 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
             ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
     if ref.reader is not None:
-        return ref.reader.read_model(ref.directory, dtype)
+        with in_one_line(ref):
+            return ref.reader.read_model(ref.directory, dtype)
     check_weights(ref.directory)
     model, info = from_pretrained(
         AutoModelForCausalLM, ref, structure.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,

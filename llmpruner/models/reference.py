@@ -27,7 +27,9 @@ if TYPE_CHECKING:
 
 
 class CheckpointReader(Component):
-    """Reads one checkpoint format into a transformers model. Keeps no state but its settings."""
+    """Reads one checkpoint format into a transformers model. Keeps no state but its settings. An exception for a
+    damaged file becomes a `ModelError` of one line with the first line of its message; raise `CheckpointError` to say
+    more."""
 
     kind: ClassVar[str] = "checkpoint reader"
     family: ClassVar[str | None] = None
@@ -38,12 +40,12 @@ class CheckpointReader(Component):
         raise NotImplementedError
 
     def read_config(self, path: Path) -> PreTrainedConfig:
-        """The configuration. Reads no weights. Raises `CheckpointError` for a file that is damaged or missing."""
+        """The configuration. Reads no weights."""
         raise NotImplementedError
 
     def read_model(self, path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
-        """The model with its weights, in ``dtype`` (None: as stored), on the CPU. Must never unpickle code. Raises
-        `CheckpointError` for a tensor that is missing, misshapen or damaged."""
+        """The model with its weights, in ``dtype`` (None: as stored), on the CPU. Must never unpickle code, and raise
+        an exception for a tensor that is missing or misshapen."""
         raise NotImplementedError
 
     def read_tokenizer(self, path: Path) -> Any | None:

@@ -15,7 +15,7 @@ from transformers import TOKENIZER_MAPPING, AutoTokenizer
 from ..errors import DataError, ModelError
 from ..settings import LoadSettings
 from .gguf import RECORDED_PRE, gguf_reader
-from .messages import from_pretrained
+from .messages import from_pretrained, in_one_line
 from .reference import Reference, adapter_base, resolve
 from .vocabulary import InTokens
 
@@ -31,7 +31,8 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
     ref = structure.place
     if ref.reader is not None:
-        return ref.reader.read_tokenizer(ref.directory)
+        with in_one_line(ref):
+            return ref.reader.read_tokenizer(ref.directory)
     if not _may_have_tokenizer(ref):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
@@ -53,7 +54,8 @@ def brings_tokenizer(text: str, catalog: Catalog) -> bool:
     """Whether a local model has a tokenizer; True for a hub model, as a check would download files."""
     ref = resolve(adapter_base(Path(text)) or text, catalog)
     if ref.reader is not None:
-        return ref.reader.read_tokenizer(ref.directory) is not None
+        with in_one_line(ref):
+            return ref.reader.read_tokenizer(ref.directory) is not None
     return _may_have_tokenizer(ref)
 
 

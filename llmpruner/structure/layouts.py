@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from .coupling import VOCABULARY, Blocks, CoupledGroup, IndexMap, Role, Span
+from .coupling import Blocks, IndexMap, Role, Span
 
 
 def produces(module: str, index: IndexMap, *, bias: bool = False) -> list[Span]:
@@ -22,38 +22,10 @@ def consumes(module: str, index: IndexMap) -> list[Span]:
     return [Span(f"{module}.weight", 1, Role.CONSUMES, index)]
 
 
-def gated_mlp(gate: str, up: str, down: str, width: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """``down(act(gate(x)) · up(x))`` with separate gate and up projections; a unit is one of F = ``width`` channels.
-    Weights: ``gate`` and ``up`` (F, hidden), ``down`` (hidden, F)."""
-    return (*produces(gate, Blocks(width), bias=bias), *two_layer_mlp(up, down, width, bias=bias))
-
-
 def two_layer_mlp(up: str, down: str, width: int, *, bias: bool = True) -> tuple[Span, ...]:
     """``down(act(up(x)))``; a unit is one of F = ``width`` channels.
     Weights: ``up`` (F, hidden), ``down`` (hidden, F)."""
     return (*produces(up, Blocks(width), bias=bias), *consumes(down, Blocks(width)))
-
-
-def grouped_query_attention(
-    q: str, k: str, v: str, o: str, heads: int, kv_heads: int, head_dim: int, *, bias: bool = False
-) -> tuple[Span, ...]:
-    """Separate projections; a unit is one KV head with its ``heads/kv_heads`` query heads, which follow one another.
-    Weights: ``q`` (heads · head_dim, hidden), ``k`` and ``v`` (kv_heads · head_dim, hidden), ``o`` (hidden, heads ·
-    head_dim)."""
-    query, key = Blocks(kv_heads, heads // kv_heads * head_dim), Blocks(kv_heads, head_dim)
-    return (
-        *produces(q, query, bias=bias),
-        *produces(k, key, bias=bias),
-        *produces(v, key, bias=bias),
-        *consumes(o, query),
-    )
-
-
-def query_heads(q: str, o: str, heads: int, head_dim: int, *, bias: bool = False) -> tuple[Span, ...]:
-    """Query heads alone; the group must set ``blocks`` to the number of KV heads. Weights as in
-    `grouped_query_attention`."""
-    head = Blocks(heads, head_dim)
-    return (*produces(q, head, bias=bias), *consumes(o, head))
 
 
 def hidden_channels(
@@ -76,9 +48,3 @@ def hidden_channels(
         *(Span(f"{m}.weight", 0, Role.NORM, channel) for m in norms),
         *(s for m in consumers for s in consumes(m, channel)),
     )
-
-
-def vocabulary(tokens: int, *modules: str) -> CoupledGroup:
-    """The group of the tokens of a vocabulary. ``modules``: paths of the embedding and of the head."""
-    spans = tuple(Span(f"{m}.weight", 0, Role.PRODUCES, Blocks(tokens)) for m in modules)
-    return CoupledGroup("vocabulary", VOCABULARY, tokens, spans)

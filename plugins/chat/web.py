@@ -1,9 +1,8 @@
 """A page for chats, served to this machine alone.
 
 Any page in the user's browser can send requests to a loopback address, and a name that an attacker controls can be made
-to resolve to it (DNS rebinding). Requests are therefore refused unless ``Host``, and ``Origin`` where there is one,
-name the loopback address with the port of this server, and questions must be JSON, which no form of a foreign page can
-send.
+to resolve to it (DNS rebinding). Requests are therefore refused unless ``Host`` names the loopback address, and
+questions must be JSON: a browser asks this server whether a foreign page may send that, and it does not allow it.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Queue
 from threading import Event, Lock, Thread
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -29,6 +27,7 @@ try:
     from starlette.applications import Starlette
     from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
     from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.requests import Request
     from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
     from starlette.routing import Route
@@ -62,15 +61,14 @@ def listen(port: int) -> socket.socket:
 
 def serve(chats: Sequence[Chat], listening: socket.socket) -> None:
     """Answer requests until the process is interrupted."""
-    port = listening.getsockname()[1]
-    config = uvicorn.Config(chat_app(chats, port), log_level="warning", timeout_graceful_shutdown=2)
+    config = uvicorn.Config(chat_app(chats), log_level="warning", timeout_graceful_shutdown=2)
     # uvicorn ends by the interrupt, and raises it again.
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listening])
 
 
-def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
-    """The ASGI application. ``port``: that of the addresses at which it may be asked."""
+def chat_app(chats: Sequence[Chat]) -> Starlette:
+    """The ASGI application."""
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     # Models share the random state of the process, so one answers at a time.
     turn = Lock()
@@ -120,7 +118,7 @@ def chat_app(chats: Sequence[Chat], port: int) -> Starlette:
         return StreamingResponse(body(), media_type="text/plain; charset=utf-8", headers={"Cache-Control": "no-store"})
 
     routes = [Route("/", show), Route("/models", models), Route("/answer", answer, methods=["POST"])]
-    return Starlette(routes=routes, middleware=[Middleware(_Guard, port=port)])
+    return Starlette(routes=routes, middleware=[Middleware(TrustedHostMiddleware, allowed_hosts=[_HOST, "localhost"])])
 
 
 class _Stopped(Exception):
@@ -155,24 +153,3 @@ def _pieces(chat: Chat, exchanges: Sequence[Exchange], text: str, turn: Lock) ->
     finally:
         stop.set()
         thread.join()
-
-
-class _Guard:
-    """Refuses requests that another page, or another machine, may have sent."""
-
-    def __init__(self, app: Any, port: int) -> None:
-        self._app = app
-        self._hosts = frozenset(f"{name}:{port}".encode() for name in (_HOST, "localhost"))
-        self._origins = frozenset(b"http://" + host for host in self._hosts)
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            headers = [(name.lower(), value) for name, value in scope["headers"]]
-            hosts = [value for name, value in headers if name == b"host"]
-            origins = [value for name, value in headers if name == b"origin"]
-            sites = [value for name, value in headers if name == b"sec-fetch-site"]
-            foreign = not set(origins) <= self._origins or not set(sites) <= {b"same-origin", b"none"}
-            if len(hosts) != 1 or hosts[0] not in self._hosts or foreign:
-                await PlainTextResponse("only the page of this server may ask", 403)(scope, receive, send)
-                return
-        await self._app(scope, receive, send)

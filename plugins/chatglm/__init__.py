@@ -1,11 +1,11 @@
-"""Prompts of ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, and a reader of their original formats. Their structure is
-discovered."""
+"""Prompts of ChatGLM-6B, ChatGLM2-6B, ChatGLM3-6B and GLM-4, and a reader of their original formats. Their structure,
+and what follows a cut, is discovered."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any
 
 from llmpruner import CheckpointError, CheckpointReader, ModelFamily, hookimpl, read_json
 
@@ -23,7 +23,7 @@ class ChatGLMFamily(ModelFamily):
     name = "chatglm"
     summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
-    answer_separator: ClassVar[str] = ""
+    answer_separator = ""
 
     def register_models(self) -> None:
         """Register model type ``chatglm``. ChatGLM2, ChatGLM3 and GLM-4 in the original format have it too;
@@ -68,14 +68,8 @@ class GlmFamily(ModelFamily):
     name = "glm"
     summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
-    answer_separator: ClassVar[str] = "\n"
-    eos_after: ClassVar[Literal["every", "last", "none"]] = "last"
-
-    def refresh(self, model: PreTrainedModel) -> None:
-        """Set the number of query heads per KV head, by which eager attention repeats keys."""
-        for layer in model.model.layers:
-            attention = layer.self_attn
-            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+    answer_separator = "\n"
+    eos_after = "last"
 
     def format_prompt(self, question: str) -> str:
         """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""

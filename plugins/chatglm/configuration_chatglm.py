@@ -35,7 +35,6 @@ class ChatGLMConfig(PreTrainedConfig):
     pad_token_id: int | None = 3
     mask_token_id: int | None = None
     gmask_token_id: int | None = None
-    position_encoding_2d: bool = True
     quantization_bit: int = 0
     pre_seq_len: int | None = None
 
@@ -45,8 +44,6 @@ class ChatGLMConfig(PreTrainedConfig):
                 "this is a ChatGLM2, ChatGLM3 or GLM-4 checkpoint in the original format, not ChatGLM-6B; "
                 "convert it to GLM first (llmpruner does so when it loads it)"
             )
-        if not self.position_encoding_2d:
-            raise ValueError("ChatGLM-6B without 2D position encoding is not supported")
         if self.quantization_bit:
             raise ValueError(f"this checkpoint is quantized to {self.quantization_bit} bits; use the 16-bit release")
         if self.pre_seq_len:

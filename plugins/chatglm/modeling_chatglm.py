@@ -10,7 +10,6 @@ in the answer, which is 0 in the context and counts from 1 at ``<sop>``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,9 +150,8 @@ class ChatGLMAttention(nn.Module):
         query, key = rotate(query, *position_embeddings), rotate(key, *position_embeddings)
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
-        attention: Callable[..., Any] = eager_attention
-        if self.config._attn_implementation != "eager":
-            attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        # transformers lets the implementation be changed only where it finds this call in the source.
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         output, weights = attention(
             self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, is_causal=False, **kwargs
         )

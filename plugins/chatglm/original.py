@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import base64
-import contextlib
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from transformers import GenerationConfig, GlmConfig, PreTrainedConfig, PreTrain
 from transformers.convert_slow_tokenizer import SpmConverter, TikTokenConverter, import_protobuf
 from transformers.modeling_utils import load_state_dict
 
-from llmpruner import CheckpointError, LlmprunerError, ModelError, UnsupportedModelError, meta_model, read_json
+from llmpruner import CheckpointError, ModelError, UnsupportedModelError, meta_model, read_json
 
 from . import CHAT_FORMAT, ROLES, ROUNDS
 
@@ -48,8 +47,7 @@ _GLM4_TOKENS = (
 
 
 def read_config(path: Path) -> PreTrainedConfig:
-    """`GlmConfig` of an original ``config.json``. Raises `UnsupportedModelError` for variants that GLM cannot hold,
-    `ModelError` when a field is missing or invalid."""
+    """`GlmConfig` of an original ``config.json``. Raises `UnsupportedModelError` for variants that GLM cannot hold."""
     values, style = read_json(path / "config.json"), chat_format(path)
     for name, expected in _GLM_HAS.items():
         if bool(values.get(name, expected)) != bool(expected):
@@ -57,46 +55,40 @@ def read_config(path: Path) -> PreTrainedConfig:
     eos = values.get("eos_token_id", 2)
     if style == ROLES:
         # A turn ends where one of another role begins.
-        with _one_line(path / VOCABULARY_FILE):
-            first = _sentencepiece(path).get_piece_size() + len(_MARKS)
+        first = _sentencepiece(path).get_piece_size() + len(_MARKS)
         stops = [first + _ROLES.index(role) for role in ("<|user|>", "<|observation|>")]
         eos = [*(eos if isinstance(eos, list) else [eos]), *stops]
-    try:
-        heads = values["num_attention_heads"]
-        grouped = values.get("multi_query_attention", True)
-        ratio = values.get("rope_ratio", 1)
-        rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
-        if style == ROUNDS and ratio != 1:
-            # ChatGLM2-6B-32K divides positions; later models multiply the base of the rotary embedding.
-            rope |= {"rope_type": "linear", "rope_theta": 10000.0, "factor": float(ratio)}
-        return GlmConfig(
-            vocab_size=values["padded_vocab_size"],
-            hidden_size=values["hidden_size"],
-            intermediate_size=values["ffn_hidden_size"],
-            num_hidden_layers=values["num_layers"],
-            num_attention_heads=heads,
-            num_key_value_heads=values["multi_query_group_num"] if grouped else heads,
-            head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
-            hidden_act="silu",
-            attention_bias=values.get("add_qkv_bias", False),
-            attention_dropout=values.get("attention_dropout", 0.0),
-            max_position_embeddings=values["seq_length"],
-            rms_norm_eps=values.get("layernorm_epsilon", 1e-5),
-            rope_parameters=rope,
-            tie_word_embeddings=False,
-            pad_token_id=values.get("pad_token_id", 0),
-            eos_token_id=eos,
-            bos_token_id=values.get("bos_token_id"),
-            use_cache=values.get("use_cache", True),
-            dtype=values.get("torch_dtype") or values.get("dtype"),
-            architectures=["GlmForCausalLM"],
-            name_or_path=str(path),
-            **({CHAT_FORMAT: style} if style else {}),
-        )
-    except KeyError as error:
-        raise ModelError(f"{path}/config.json lacks {error}, which every ChatGLM2, ChatGLM3 and GLM-4 has") from None
-    except Exception as error:  # its checks of values raise what they like
-        raise ModelError(f"{path}/config.json: {' '.join(str(error).split())}") from error
+    heads = values["num_attention_heads"]
+    grouped = values.get("multi_query_attention", True)
+    ratio = values.get("rope_ratio", 1)
+    rope = {"rope_type": "default", "rope_theta": 10000.0 * ratio, "partial_rotary_factor": 0.5}
+    if style == ROUNDS and ratio != 1:
+        # ChatGLM2-6B-32K divides positions; later models multiply the base of the rotary embedding.
+        rope |= {"rope_type": "linear", "rope_theta": 10000.0, "factor": float(ratio)}
+    return GlmConfig(
+        vocab_size=values["padded_vocab_size"],
+        hidden_size=values["hidden_size"],
+        intermediate_size=values["ffn_hidden_size"],
+        num_hidden_layers=values["num_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=values["multi_query_group_num"] if grouped else heads,
+        head_dim=values.get("kv_channels") or values["hidden_size"] // heads,
+        hidden_act="silu",
+        attention_bias=values.get("add_qkv_bias", False),
+        attention_dropout=values.get("attention_dropout", 0.0),
+        max_position_embeddings=values["seq_length"],
+        rms_norm_eps=values.get("layernorm_epsilon", 1e-5),
+        rope_parameters=rope,
+        tie_word_embeddings=False,
+        pad_token_id=values.get("pad_token_id", 0),
+        eos_token_id=eos,
+        bos_token_id=values.get("bos_token_id"),
+        use_cache=values.get("use_cache", True),
+        dtype=values.get("torch_dtype") or values.get("dtype"),
+        architectures=["GlmForCausalLM"],
+        name_or_path=str(path),
+        **({CHAT_FORMAT: style} if style else {}),
+    )
 
 
 def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -107,7 +99,7 @@ def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     keys = config.num_key_value_heads * config.head_dim
     fused = [config.num_attention_heads * config.head_dim, keys, keys]
     state: dict[str, torch.Tensor] = {}
-    for file in weight_files(path):
+    for file in _weight_files(path):
         for stored, tensor in _tensors(file).items():
             if stored.endswith("rotary_pos_emb.inv_freq"):
                 continue
@@ -115,7 +107,7 @@ def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
             for old, new in _NAMES:
                 name = name.replace(old, new)
             parts = {name: tensor}
-            if ".query_key_value." in name and len(tensor) == sum(fused):
+            if ".query_key_value." in name:
                 three = zip("qkv", tensor.split(fused), strict=True)
                 parts = {name.replace("query_key_value", f"{letter}_proj"): part for letter, part in three}
             # Copies, as a part would keep the whole tensor in memory.
@@ -129,24 +121,15 @@ def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
         model.generation_config = GenerationConfig.from_dict(read_json(path / "generation_config.json"))
         if isinstance(config.eos_token_id, list):
             model.generation_config.eos_token_id = config.eos_token_id
-    return model.eval()
+    return model
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The weight files, safetensors preferred to ``.bin``. Raises `ModelError` when there are none, `CheckpointError`
-    when a shard is missing."""
-    for single in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{single}.index.json"
-        if (directory / single).is_file():
-            return [directory / single]
-        if index.is_file():
-            # Without directories, which may be outside the checkpoint.
-            files = [directory / Path(name).name for name in sorted({*read_json(index).get("weight_map", {}).values()})]
-            for file in files:
-                if not file.is_file():
-                    raise CheckpointError(f"{directory} lacks {file.name}, one of {len(files)} files; download it")
+def _weight_files(directory: Path) -> list[Path]:
+    """safetensors are preferred to ``.bin``."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(directory.glob(pattern)):
             return files
-    raise ModelError(f"{directory} holds no weights; expected model.safetensors or pytorch_model.bin, or an index")
+    raise ModelError(f"{directory} holds no weights: no model*.safetensors, no pytorch_model*.bin")
 
 
 def _tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -171,25 +154,11 @@ def chat_format(directory: Path) -> str | None:
 
 
 def read_tokenizer(directory: Path) -> Any | None:
-    """A fast tokenizer that pads to the left and starts every prompt with ``[gMASK] <sop>``; None without a vocabulary.
-    Raises `CheckpointError` when the vocabulary is damaged."""
+    """A fast tokenizer that pads to the left and starts prompts with ``[gMASK] <sop>``; None without a vocabulary."""
     file = directory / VOCABULARY_FILE
     if not file.is_file():
         return None
-    with _one_line(file):
-        return _from_tiktoken(directory) if _is_tiktoken(file) else _from_sentencepiece(directory)
-
-
-@contextlib.contextmanager
-def _one_line(file: Path) -> Iterator[None]:
-    """Exceptions of tokenizer libraries for a damaged vocabulary as a `CheckpointError` in one line."""
-    try:
-        yield
-    except LlmprunerError:
-        raise
-    except Exception as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(f"{file} is no readable vocabulary ({text[:200]}); download it again") from error
+    return _from_tiktoken(directory) if _is_tiktoken(file) else _from_sentencepiece(directory)
 
 
 def _is_tiktoken(file: Path) -> bool:

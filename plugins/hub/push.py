@@ -48,9 +48,13 @@ def prepare(
             "wrote, with adapters merged"
         )
     structure = llmpruner.discover(directory, trust_remote_code=trust_remote_code, catalog=catalog)
-    record = dict(structure.record or {})
-    base = base_model or base_of(record)
-    record = public_record(record, base)
+    record = structure.record or {}
+    if not structure.plans:
+        raise CheckpointError(f"{_RECORD} in {directory} has no plan, so there is nothing to write a card from")
+    dense = structure.plans[0].base.model
+    is_on_hub = "base_path" not in record and _HUB_ID.fullmatch(dense)
+    base = base_model or (dense if is_on_hub else None)
+    public = public_record(record, base)
     if (directory / CARD_FILE).is_file():
         if license is not None or evaluation is not None:
             raise SettingsError(
@@ -59,7 +63,7 @@ def prepare(
         card = (directory / CARD_FILE).read_bytes()
     else:
         figures = None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or llmpruner.Catalog())
-        card = model_card(structure, repo, record, base=base, license=license, evaluations=figures).encode()
+        card = model_card(structure, repo, public, base=base, license=license, evaluations=figures).encode()
     files: dict[str, bytes | Path] = {
         path.relative_to(directory).as_posix(): path
         for path in sorted(directory.rglob("*"))
@@ -67,10 +71,8 @@ def prepare(
         and path.name not in _STAYS
         and not any(part.startswith(".") for part in path.relative_to(directory).parts)
     }
-    if not any(name.endswith(".safetensors") for name in files):
-        raise CheckpointError(f"{directory} has no safetensors file; push takes what prune and recover wrote")
     files[CARD_FILE] = card
-    files[_RECORD] = (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode()
+    files[_RECORD] = (json.dumps(public, indent=1, ensure_ascii=False) + "\n").encode()
     return files
 
 
@@ -79,7 +81,7 @@ def public_record(record: Mapping[str, Any], base: str | None) -> dict[str, Any]
     model, takes the place of a path to it."""
     public: dict[str, Any] = _without_folders({key: value for key, value in record.items() if key != "base_path"})
     if "base_path" in record:
-        for plan in public.get("plans") or ():
+        for plan in public["plans"]:
             plan["base"]["model"] = base or Path(plan["base"]["model"]).name
     return public
 
@@ -104,10 +106,8 @@ def model_card(
     """The text of ``README.md``, with metadata that the hub reads.
 
     ``record``: of the checkpoint, as it is published. ``base``: the hub id of the dense model; None where it is not
-    known. ``evaluations``: of `llmpruner.evaluate`. Raises `CheckpointError` for a record without a plan.
+    known. ``evaluations``: of `llmpruner.evaluate`.
     """
-    if not structure.plans:
-        raise CheckpointError("the record of the checkpoint has no plan, so there is nothing to write a card from")
     local = (structure.record or {}).get("base_path")
     if license is not None and not _LICENCE.fullmatch(license):
         raise SettingsError(f"--license '{license}': expected an identifier in lower case, such as apache-2.0, mit")
@@ -143,13 +143,6 @@ def model_card(
         names=[Path(each.name).name for each in evaluations or ()],
         version=record.get("llmpruner", ""),
     )
-
-
-def base_of(record: Mapping[str, Any]) -> str | None:
-    """The hub id of the dense model in a record; None for a local model."""
-    plans = record.get("plans") or ()
-    name = str(plans[0]["base"]["model"]) if plans and "base_path" not in record else ""
-    return name if _HUB_ID.fullmatch(name) else None
 
 
 def licence_of(base: str | None, path: str | None) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,37 @@ from llmpruner import (
     ComponentSettings,
     Exporter,
     ExportTask,
+    ModelFamily,
     UnsupportedModelError,
     hookimpl,
     read_json,
 )
 
-from .family import LlamaFamily
-
 if TYPE_CHECKING:
     import torch
-    from transformers import LlamaConfig, PreTrainedModel
+    from transformers import LlamaConfig, PreTrainedConfig, PreTrainedModel
+
+
+class LlamaFamily(ModelFamily):
+    name = "llama"
+    summary = "LLaMA 1, 2 and 3, and every model of their type"
+    model_types = ("llama",)
+
+    def refresh(self, model: PreTrainedModel) -> None:
+        """Set the number of query heads per KV head, by which eager attention repeats keys."""
+        for layer in model.model.layers:
+            attention = layer.self_attn
+            attention.num_key_value_groups = attention.q_proj.out_features // attention.k_proj.out_features
+
+    def stock_configs(self, config: PreTrainedConfig) -> Sequence[PreTrainedConfig]:
+        """Mistral without a sliding window: as LLaMA, but the hidden size need not be a multiple of the heads."""
+        from transformers import MistralConfig
+
+        if config.model_type != "llama" or config.attention_bias or config.mlp_bias:
+            return ()
+        skip = {"model_type", "architectures", "transformers_version", "attention_bias", "mlp_bias", "pretraining_tp"}
+        values = {k: v for k, v in config.to_dict().items() if k not in skip}
+        return [MistralConfig(**values, sliding_window=None, architectures=["MistralForCausalLM"])]
 
 
 class MetaReader(CheckpointReader):
@@ -30,11 +52,7 @@ class MetaReader(CheckpointReader):
     family = "llama"
 
     def recognises(self, path: Path) -> bool:
-        if not path.is_dir() or (path / "config.json").exists():
-            return False
-        # A folder without its shards is recognised too, so that the error names what is missing.
-        weights = any(path.glob("consolidated.*.pth"))
-        return weights or ((path / "params.json").is_file() and not any(path.glob("*.safetensors")))
+        return any(path.glob("consolidated.*.pth")) and not (path / "config.json").exists()
 
     def read_config(self, path: Path) -> LlamaConfig:
         from .meta_format import MetaFolder, tokenizer_in

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, ValidationError
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 from transformers import GenerationConfig, LlamaConfig, PreTrainedModel
 
 from llmpruner import CheckpointError, UnsupportedModelError, meta_model, read_json
@@ -57,17 +57,8 @@ class MetaParams(BaseModel):
 
     @classmethod
     def read(cls, path: Path) -> MetaParams:
-        """Raises `CheckpointError` when a field is missing or invalid."""
         values = {name: value for name, value in read_json(path).items() if value is not None}
-        try:
-            params = cls.model_validate({"n_kv_heads": values.get("n_heads"), **values})
-        except ValidationError as error:
-            first = error.errors()[0]
-            raise CheckpointError(f"{path}: {first['loc'][0]} is {first['input']!r}: {first['msg']}") from error
-        if params.dim % (2 * params.n_heads) or params.n_heads % params.n_kv_heads:
-            raise CheckpointError(
-                f"{path}: dim {params.dim}, n_heads {params.n_heads}, n_kv_heads {params.n_kv_heads} do not fit"
-            )
+        params = cls.model_validate({"n_kv_heads": values.get("n_heads"), **values})
         factor = params.rope_scaling_factor or scaled_rope_factor(params.dim)
         return params.model_copy(update={"rope_scaling_factor": factor if values.get("use_scaled_rope") else None})
 
@@ -167,21 +158,9 @@ class MetaFolder:
     file, shard or tensor."""
 
     def __init__(self, directory: Path) -> None:
-        if not (directory / PARAMS).is_file():
-            raise CheckpointError(f"{directory} is no LLaMA folder in Meta's format: it has no {PARAMS}")
         self.directory, self.params = directory, MetaParams.read(directory / PARAMS)
         paths = sorted(directory.glob("consolidated.*.pth"))
-        if not paths:
-            raise CheckpointError(f"{directory} has no consolidated.NN.pth: download them")
         self._shards = [_mapped(path) for path in paths]
-        # The query projection is split by rows.
-        name, size = "layers.0.attention.wq.weight", (self.params.dim // len(paths), self.params.dim)
-        shape = tuple(self._shards[0][name].shape) if name in self._shards[0] else "missing"
-        if shape != size:
-            raise CheckpointError(
-                f"{directory}: {name} is {shape}, and {len(paths)} shards and {PARAMS} make it {size}: a "
-                "consolidated.NN.pth is missing, or of another model"
-            )
         self.tied = "output.weight" not in self._shards[0]
         embedding = self._shards[0].get("tok_embeddings.weight")
         axis = 0 if embedding is not None and embedding.shape[-1] == self.params.dim else 1
@@ -200,24 +179,13 @@ class MetaFolder:
         state = {}
         for name, placement in self._placements.items():
             parts = [shard[placement.meta] for shard in self._shards]
-            try:
-                tensor = parts[0] if placement.axis is None else torch.cat(parts, placement.axis)
-                tensor = to_rotate_half(tensor, placement.heads) if placement.heads else tensor
-            except RuntimeError:
-                raise CheckpointError(
-                    f"{self.directory}: {placement.meta} has shapes {[tuple(p.shape) for p in parts]}, which do not "
-                    f"belong to the same model as {PARAMS}"
-                ) from None
+            tensor = parts[0] if placement.axis is None else torch.cat(parts, placement.axis)
+            tensor = to_rotate_half(tensor, placement.heads) if placement.heads else tensor
             state[name] = tensor.to(dtype or tensor.dtype, copy=tensor is parts[0])
         return state
 
     def config(self, tokenizer: Any | None) -> LlamaConfig:
         """Without a tokenizer, the special ids are those of the SentencePiece models of Llama 1 and 2."""
-        if tokenizer is not None and len(tokenizer) > self.vocabulary:
-            raise CheckpointError(
-                f"{self.directory}: its tokenizer has {len(tokenizer)} tokens, its embedding {self.vocabulary} rows: "
-                "the two belong to different models"
-            )
         params = self.params
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
         if params.rope_scaling_factor is not None:
@@ -251,7 +219,8 @@ def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     for name, parameter in model.named_parameters():
         if state[name].shape != parameter.shape:
             raise CheckpointError(
-                f"{directory}: {name} has shape {tuple(state[name].shape)}; {PARAMS} makes it {tuple(parameter.shape)}"
+                f"{directory}: {name} has shape {tuple(state[name].shape)}; {PARAMS} makes it "
+                f"{tuple(parameter.shape)}: a consolidated.NN.pth is missing, or of another model"
             )
     model.load_state_dict(state, strict=not folder.tied, assign=True)
     model.tie_weights()
@@ -259,7 +228,7 @@ def model_in(directory: Path, dtype: torch.dtype | None) -> PreTrainedModel:
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id, eos_token_id=stops if len(stops) > 1 else stops[0]
     )
-    return model.eval()
+    return model
 
 
 def tokenizer_in(directory: Path) -> Any | None:
@@ -274,16 +243,11 @@ def tokenizer_in(directory: Path) -> Any | None:
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped into memory. Code in its pickle is not run."""
     try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # a damaged archive or pickle can raise anything
         raise CheckpointError(
             f"{path} is damaged, or holds pickled code, which is never run; download it again"
         ) from error
-    if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors.values()
-    ):
-        raise CheckpointError(f"{path} is not a plain dictionary of floating-point tensors, as a model's weights are")
-    return tensors
 
 
 def write_meta(model: PreTrainedModel, tokenizer: Path | None, directory: Path, shards: int = 1) -> MetaParams:
@@ -343,28 +307,21 @@ def _mlp_width(model: PreTrainedModel, state: Mapping[str, torch.Tensor]) -> int
     config = model.config
     hidden, heads = config.hidden_size, config.num_attention_heads
     if config.model_type not in ("llama", "mistral") or config.hidden_act != "silu":
-        raise UnsupportedModelError(f"{_REFUSED}: it holds LLaMA, and the model_type is '{config.model_type}'")
+        raise UnsupportedModelError(f"{_REFUSED}: it holds LLaMA, and this is {config.model_type}, {config.hidden_act}")
     if getattr(config, "sliding_window", None):
         raise UnsupportedModelError(f"{_REFUSED}: its attention has a sliding window")
-    left = state["model.embed_tokens.weight"].shape[1]
-    if left != hidden:
-        raise UnsupportedModelError(
-            f"{_REFUSED}: hidden channels were pruned ({left} of {hidden} are left), and there head_dim is "
-            "dim / n_heads; prune MLP channels or layers instead"
-        )
     biased = next((name for name in state if name.endswith(".bias")), None)
     if biased is not None:
         raise UnsupportedModelError(f"{_REFUSED}: it has biases ({biased})")
     widths = set()
     for number, layer in enumerate(model.model.layers):
         widths.add(len(layer.mlp.gate_proj.weight))
-        for m, count in (("q", heads), ("k", config.num_key_value_heads)):
-            rows = len(state[f"model.layers.{number}.self_attn.{m}_proj.weight"])
-            if hidden % heads or rows != count * (hidden // heads):
-                raise UnsupportedModelError(
-                    f"{_REFUSED}: heads were pruned (layer {number}: {rows} rows in {m}_proj), and there head_dim "
-                    "is dim / n_heads in every layer; prune MLP channels or layers instead"
-                )
+        query, key = layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight
+        if query.shape != (hidden, hidden) or len(key) * heads != hidden * config.num_key_value_heads:
+            raise UnsupportedModelError(
+                f"{_REFUSED}: heads or hidden channels were pruned (layer {number}: {tuple(query.shape)} in q_proj), "
+                "and there head_dim is dim / n_heads in every layer; prune MLP channels or layers instead"
+            )
     if len(widths) != 1:
         raise UnsupportedModelError(
             f"{_REFUSED}: there all MLPs have the same width, here they have {min(widths)} to {max(widths)}; prune "

@@ -175,8 +175,8 @@ def _with_zeros(tensor: torch.Tensor, *shape: int) -> torch.Tensor:
 def configuration(model: PreTrainedModel, sizes: Sizes) -> dict[str, Any]:
     """The content of ``config.json`` for ``model``, padded to ``sizes``."""
     config = model.config.to_dict()
-    rope = dict(config.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None)
+    rope = dict(model.config.rope_parameters)
+    theta = rope.pop("rope_theta")
     return {
         **{name: value for name, value in config.items() if name not in ("per_layer_config", "llmpruner")},
         "dtype": str(model.dtype).removeprefix("torch."),
@@ -191,7 +191,7 @@ def configuration(model: PreTrainedModel, sizes: Sizes) -> dict[str, Any]:
         "intermediate_size": max(layer.width for layer in sizes.layers),
         "rms_norm_eps": model.model.norm.variance_epsilon,
         # Readers from before transformers 5 expect these two instead of `rope_parameters`.
-        **({} if theta is None else {"rope_theta": theta}),
+        "rope_theta": theta,
         "rope_scaling": rope if rope.get("rope_type", "default") != "default" else None,
         "block_configs": [
             {

@@ -23,16 +23,13 @@ _TOKENIZER = (
 
 def apply_delta(base: Path, delta: Path, target: Path) -> None:
     """Write ``base`` + ``delta``, in float16, to ``target``, with the delta's configuration and tokenizer. Raises
-    `OutputError` when ``target`` exists, and `CheckpointError` when the delta is for another base, or files are missing
-    or damaged; nothing is written then."""
+    `OutputError` when ``target`` exists, and `CheckpointError` when the delta is for another base; nothing is written
+    then."""
     if not delta.is_dir():
         raise ModelError(f"the delta '{delta}' is no folder; download it first (hf download REPO --local-dir DIR)")
-    tokenizer = [delta / name for name in _TOKENIZER if (delta / name).is_file()]
-    if not any(file.name in _TOKENIZER[:2] for file in tokenizer):
-        raise CheckpointError(f"{delta} has no tokenizer ({' or '.join(_TOKENIZER[:2])}): download it again, in full")
     with new_directory(target) as stage:  # refused before the weights are read
         template = _add(base, delta, stage)
-        for file in tokenizer:
+        for file in filter(Path.is_file, (delta / name for name in _TOKENIZER)):
             shutil.copyfile(file, stage / file.name)
         if not (stage / "chat_template.jinja").exists():
             (stage / "chat_template.jinja").write_text(chat_template(template), encoding="utf-8")
@@ -42,10 +39,6 @@ def _add(base: Path, delta: Path, stage: Path) -> Template:
     """Write the sum to ``stage``; returns the conversation format of the delta's version."""
     llama, vicuna = (load(str(path), dtype="float16").model for path in (base, delta))
     difference = f"{delta} is no delta for {base}"
-    for name in ("model_type", "num_attention_heads", "num_key_value_heads", "head_dim"):
-        ours, theirs = getattr(llama.config, name, None), getattr(vicuna.config, name, None)
-        if ours != theirs:
-            raise CheckpointError(f"{difference}: {name} is {theirs} there and {ours} in the base")
     weights, deltas = llama.state_dict(), vicuna.state_dict()
     for name in sorted(weights.keys() ^ deltas.keys()):
         raise CheckpointError(f"{difference}: only {delta if name in deltas else base} has {name}")

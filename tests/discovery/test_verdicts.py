@@ -6,7 +6,6 @@ from functools import cache
 
 import pytest
 from composed import ComposedConfig
-from llmpruner_llama.family import LlamaFamily
 from transformers import CodeGenConfig, LlamaConfig
 
 from llmpruner import Blocks, ModelFamily, Role
@@ -100,6 +99,8 @@ def test_equal_sizes_are_told_apart():
         hidden_size=16, intermediate_size=16, vocab_size=16, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=4, head_dim=4,
     )  # fmt: skip
-    declared, graph = LlamaFamily().coupled_groups(config), discover_graph(config)
-    assert {g.name: g.units for g in declared} == {g.name: g.units for g in graph.groups}
-    assert differences(declared, graph.groups) == [] and graph.blocked == ()
+    graph = discover_graph(config)
+    kinds = {"attention": 4, "mlp": 16}
+    units = {f"layers.{n}.{kind}": count for n in range(2) for kind, count in kinds.items()}
+    assert {g.name: g.units for g in graph.groups} == units | {"hidden": 16, "vocabulary": 16, "layers": 2}
+    assert graph.blocked == () and {v.verdict for v in check_kinds(AutoFamily(), config)} == {VERIFIED}

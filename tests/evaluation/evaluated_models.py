@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import tiny_models
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 
 from llmpruner import Metric, Model, build_graph
 from llmpruner.evaluation.evaluate import ComparedModel, Evaluations, evaluate

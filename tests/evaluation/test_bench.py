@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import tiny_models
 import torch
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from llmpruner_vllm import VllmRuntime, VllmSession
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM

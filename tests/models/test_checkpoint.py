@@ -7,7 +7,7 @@ import tiny_models
 import torch
 import transformers
 from checkpoint_cases import INPUT_IDS, LLAMA, SIZES, cut_llama
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 

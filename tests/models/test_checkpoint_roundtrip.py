@@ -8,7 +8,7 @@ import pytest
 import tiny_models
 from checkpoint_cases import EVERY, INPUT_IDS, LLAMA, cut_llama
 from fresh import run_fresh
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from safetensors.torch import save_file
 
 from llmpruner import save_checkpoint

@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from checkpoint_cases import INPUT_IDS, SIZES
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import tiny_models
 import torch
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 
 from llmpruner import Model, build_graph
 from llmpruner.models.surgery import cut

@@ -50,6 +50,7 @@ def padding_mask(case: dict[str, torch.Tensor]) -> torch.Tensor:
 def test_logits_of_the_original(folder: str, name: str, attention: str) -> None:
     case = case_of(folder, name)
     model(folder).set_attn_implementation(attention)
+    assert model(folder).config._attn_implementation == attention
     mask = padding_mask(case)
     for arguments in ({"attention_mask": mask}, *([{}] if bool(mask.all()) else [])):
         with torch.no_grad():

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from transformers import LlamaConfig
 
+from llmpruner import build_graph
 from llmpruner.testing import FamilyConformance
 
 SIZES = {
@@ -30,3 +31,9 @@ class TestMultiHeadTied(FamilyConformance):
             **SIZES, vocab_size=113, pad_token_id=112, num_key_value_heads=6, tie_word_embeddings=True,
             attention_bias=True, mlp_bias=True,
         )  # fmt: skip
+
+
+def test_rotary_frequencies_that_follow_the_length_of_the_text() -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    plain, dynamic = (LlamaConfig(**SIZES, rope_parameters=parameters) for parameters in (None, rope))
+    assert build_graph(LlamaFamily(), dynamic).groups == build_graph(LlamaFamily(), plain).groups

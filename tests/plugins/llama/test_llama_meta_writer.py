@@ -129,10 +129,10 @@ def test_a_tied_head_is_written_out(tmp_path: Path) -> None:
 
 
 REFUSED: list[tuple[str, Kept, int, str]] = [
-    ("mha", {f"layers.{n}.attention": [0, 1, 2] for n in range(2)}, 1, "heads were pruned .layer 0: 24 rows"),
-    ("gqa", {"layers.1.attention": [0, 1]}, 1, "heads were pruned .layer 1: 32 rows in q_proj"),
+    ("mha", {f"layers.{n}.attention": [0, 1, 2] for n in range(2)}, 1, r"were pruned \(layer 0: \(24, 48\)"),
+    ("gqa", {"layers.1.attention": [0, 1]}, 1, r"were pruned \(layer 1: \(32, 64\) in q_proj"),
     ("mha", {"layers.0.mlp": list(range(100))}, 1, "the same width, here they have 100 to 128; .*prune.unit_ratio"),
-    ("mha", {"hidden": list(range(36))}, 1, r"hidden channels were pruned \(36 of 48"),
+    ("mha", {"hidden": list(range(36))}, 1, r"hidden channels were pruned \(layer 0: \(48, 36\)"),
     ("mha", mlp("mha", 97), 2, "in 2 shards: .* MLP of width 97 must all divide"),
     ("gqa", {}, 8, "in 8 shards: 4 KV heads"),
 ]

@@ -9,7 +9,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_cases import INPUT_IDS, cut_llama
-from llmpruner_llama.family import LlamaFamily
+from llmpruner_llama import LlamaFamily
 from llmpruner_torchao import TorchAoExporter, linear_layers
 
 import llmpruner
