@@ -1,7 +1,5 @@
 """Python programs in processes of their own, without the seconds that each import of torch and transformers takes."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import os

@@ -1,7 +1,5 @@
 """Messages of exceptions; and a want of memory is told from a fault of a model, and is never taken for one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

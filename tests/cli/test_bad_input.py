@@ -1,8 +1,6 @@
 """Every mistake: exit code 2, one line that names the thing, nothing written, and no weights read where settings and
 structure show it."""
 
-from __future__ import annotations
-
 import errno
 import importlib.util
 import json

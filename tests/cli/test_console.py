@@ -1,7 +1,5 @@
 """Progress where standard error is no terminal: a line a minute, and no blank ones."""
 
-from __future__ import annotations
-
 import json
 import time
 

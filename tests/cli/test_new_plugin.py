@@ -1,7 +1,5 @@
 """``llmpruner new-plugin``: what it writes is installed as a user would and tested with its own tests, untouched."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

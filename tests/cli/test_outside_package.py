@@ -1,7 +1,5 @@
 """Plugins as a user meets them: a package that adds one component of every kind, and others, at the command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What only separate processes can show: exit codes, tracebacks, time, and the same bytes twice."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

@@ -1,7 +1,5 @@
 """``discover``, ``plan`` and ``prune``: what is found, what would be removed, and the directory that is left."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

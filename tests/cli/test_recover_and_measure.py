@@ -1,7 +1,5 @@
 """``recover``, ``evaluate`` and ``generate``, one after the other."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil

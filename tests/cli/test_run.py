@@ -1,8 +1,6 @@
 """``run``: the steps of a recipe, skipped when they are done, continued when they were interrupted, done again when
 what they depend on has changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """``llmpruner verify``, and what is checked whenever a checkpoint is loaded: damage is named, with file and tensor."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reading a chapter as its reader does: files are written down as they are quoted, and commands are typed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

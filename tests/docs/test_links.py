@@ -1,7 +1,5 @@
 """Links lead somewhere, commands in the text can be typed, and the site builds without a warning."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Speed: what steps cost, the order of the runs, and what is refused before a model is loaded."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 

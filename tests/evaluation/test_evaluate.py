@@ -1,7 +1,5 @@
 """Several models by several metrics: one model in memory at a time, results as JSON and as a table."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math

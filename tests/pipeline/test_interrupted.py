@@ -1,7 +1,5 @@
 """A prune that is killed goes on when the same command runs again, and ends with the same bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import replace

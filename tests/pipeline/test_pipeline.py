@@ -1,7 +1,5 @@
 """The stages together: plans that are reproducible, replayable, and mean the same in one step and in several."""
 
-from __future__ import annotations
-
 import copy
 import json
 

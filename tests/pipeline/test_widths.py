@@ -1,7 +1,5 @@
 """Uniform widths: equal groups of all layers keep the same, aligned number of units."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from criteria_cases import opened

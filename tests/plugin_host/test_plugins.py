@@ -1,7 +1,5 @@
 """Finding plugins, calling their hooks, checking what they return, and choosing among families."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

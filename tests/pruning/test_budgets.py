@@ -1,7 +1,5 @@
 """A budget counts what the model that is really cut costs, and every allocation meets it within one step."""
 
-from __future__ import annotations
-
 import copy
 import json
 

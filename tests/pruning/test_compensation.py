@@ -1,7 +1,5 @@
 """Weights that read removed units are fitted again: nearer to the dense model, and nothing else is changed."""
 
-from __future__ import annotations
-
 import copy
 import json
 from dataclasses import asdict

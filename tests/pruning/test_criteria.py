@@ -1,7 +1,5 @@
 """Criteria against their equations, worked out directly; units credited with what they own alone; blocks of layers."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import replace
 from itertools import pairwise

@@ -1,8 +1,6 @@
 """Selection hits the amount within one unit and obeys every constraint; `Sensitivity` removes most where the loss of a
 model that is really cut rises least."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

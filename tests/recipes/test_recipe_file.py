@@ -1,7 +1,5 @@
 """Reading recipe files: what they mean, and what is refused, in one line with the place."""
 
-from __future__ import annotations
-
 import pytest
 
 from llmpruner import Catalog, LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api

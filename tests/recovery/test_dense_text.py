@@ -1,7 +1,5 @@
 """Examples that the dense model writes: how many, from what, in which format."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """`fit`: what is trained, in which dtype, from which checkpoint, for how long; never to a higher loss than before."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Data for a training: its forms, rows, and what is held back."""
 
-from __future__ import annotations
-
 import json
 from importlib.resources import files
 

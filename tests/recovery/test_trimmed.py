@@ -1,7 +1,5 @@
 """A model with a trimmed vocabulary next to the dense one: compared, trained toward it, verified."""
 
-from __future__ import annotations
-
 import pytest
 import tiny_models
 import torch

@@ -1,7 +1,5 @@
 """The report of a checkpoint: its figures are those of the record, of the shapes and of the files of results."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

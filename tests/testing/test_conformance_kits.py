@@ -1,7 +1,5 @@
 """The kits that plugin authors test with: what is built in passes them, and each check catches its mistake."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A family, and a format: a folder with a file ``pointer.txt`` that names the folder of the real model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
