@@ -237,18 +237,15 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
 
 
-def test_what_a_runtime_cannot_run_is_refused_before_other_steps(refused, file):
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda steps: [*steps, {"bench": {"runtime": "vllm"}}], "step 5 (bench): vllm is not installed"),
+    (lambda steps: steps[:0:-1], "step 3 (recover): '{dense}' was not pruned by llmpruner"),
+])  # fmt: skip
+def test_what_a_step_cannot_do_is_refused_before_other_steps(refused, file, dense, change, message):
     """It was found by its own step, hours later."""
     recipe = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({**recipe, "steps": [*recipe["steps"], {"bench": {"runtime": "vllm"}}]}))
-    assert "step 5 (bench): vllm is not installed" in refused("run", file, "-o", "{tmp}/out")
-
-
-def test_a_recovery_of_what_was_not_pruned_is_refused_before_other_steps(refused, file, tmp_path):
-    recipe = yaml.safe_load(file.read_text())
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:0:-1]}))
-    message = "step 3 (recover): '{}' was not pruned by llmpruner".format(recipe["model"])
-    assert message in refused("run", file, "-o", "{tmp}/out")
+    file.write_text(yaml.safe_dump({**recipe, "steps": change(recipe["steps"])}))
+    assert message.format(dense=dense) in refused("run", file, "-o", "{tmp}/out")
 
 
 def test_the_model_of_an_export_to_one_file_is_that_file(shared, tmp_path, catalog):
