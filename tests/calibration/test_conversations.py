@@ -34,7 +34,6 @@ FORMS = {
     "sharegpt": ({"id": "7", "conversations": SHAREGPT}, DIALOGUE),
     "sharegpt with a system turn": ({"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM),
     "sharegpt with a system field": ({"conversations": SHAREGPT, "system": "Be brief."}, WITH_SYSTEM),
-    "sharegpt with a blank system field": ({"conversations": SHAREGPT, "system": ""}, DIALOGUE),
     "sharegpt that begins with an answer": ({"conversations": sharegpt(("gpt", "Hi!")) + SHAREGPT}, DIALOGUE),
     "sharegpt that ends with a question": ({"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE),
     "conversations by role": ({"conversations": CHAT}, DIALOGUE),
