@@ -157,7 +157,6 @@ def test_two_plugins_of_one_name(install):
     (3, "it is no subclass of Metric"),
     (component(Metric, ""), "its name is ''; expected lower case"),
     (component(Metric, "Loud"), "its name is 'Loud'"),
-    (component(ImportanceCriterion), "it is no subclass of Metric"),
 ])  # fmt: skip
 def test_a_class_that_cannot_be_used_is_left_out(returned, problem):
     catalog = catalog_with(plugin(lambda: [returned, component(Metric)]))
