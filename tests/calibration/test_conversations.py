@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from llmpruner import DataError
@@ -98,7 +99,6 @@ def test_examples_are_read_from_a_source_in_order(tmp_path):
 
 
 def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
-    datasets = pytest.importorskip("datasets")
     values = [FORMS[form][0] for form in ("alpaca", "sharegpt", "messages", "text")]
     fields = ("instruction", "input", "output", "conversations", "messages", "text")
     table = datasets.Dataset.from_list([{name: value.get(name) for name in fields} for value in values])

@@ -4,6 +4,7 @@ import json
 import sys
 from pydoc_data.topics import topics
 
+import datasets
 import pytest
 
 from llmpruner import DataError
@@ -34,7 +35,7 @@ def lines(rows, **options):
 
 
 def parquet(path, rows):
-    pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path, batch_size=2)
+    datasets.Dataset.from_list(rows).to_parquet(path, batch_size=2)
     return str(path)
 
 
@@ -107,7 +108,6 @@ def test_a_file_that_exists_is_read_whatever_its_name(tmp_path, monkeypatch, nam
     ],
 )
 def test_a_data_set_is_named_with_its_config_and_split(monkeypatch, source, called):
-    datasets = pytest.importorskip("datasets")
     calls = []
 
     def load(*name, split):
@@ -121,8 +121,6 @@ def test_a_data_set_is_named_with_its_config_and_split(monkeypatch, source, call
 
 
 def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
     def fail(*name, split):
         raise ConnectionError("cannot reach the hub\nmore")
 

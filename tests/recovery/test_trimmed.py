@@ -117,8 +117,6 @@ def test_the_teacher_says_removed_tokens_by_their_pieces(tmp_path, dense, trimme
 def test_it_is_recovered_and_verified(home, tmp_path, strategy):
     checks = llmpruner.verify_checkpoint(home / "trimmed").checks
     assert [check.state for check in checks] == ["passed"] * 4, checks
-    if strategy == "lora":
-        pytest.importorskip("peft")
     data = "self-text:24" if strategy == "distil" else write_lines(tmp_path / "data.jsonl")
     made = llmpruner.recover(
         home / "trimmed", strategy=strategy, data=data, output=tmp_path / "out", max_steps=2, cutoff=24,
