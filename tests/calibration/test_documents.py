@@ -22,7 +22,6 @@ from llmpruner.errors import MissingExtraError
 
 ROWS = [{"text": "one"}, {"page": "two"}, {"content": "three"}, "four", {"text": " \n"}]
 ROWS += [{"text": None, "content": "c", "page": "five"}]
-MARK = b"\xef\xbb\xbf"
 
 
 def write(path, content):
@@ -68,7 +67,7 @@ def test_a_jsonl_line_ends_at_a_line_feed_alone(tmp_path, character):
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
     content = "né" if name == "a.txt" else json.dumps({"text": "né"}, ensure_ascii=False)
-    assert read_documents(write(tmp_path / name, MARK + content.encode())) == ["né"]
+    assert read_documents(write(tmp_path / name, content.encode("utf-8-sig"))) == ["né"]
 
 
 def test_other_files_are_one_text_as_it_stands_but_for_line_ends(tmp_path):

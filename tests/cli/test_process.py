@@ -11,17 +11,11 @@ from fresh import run_fresh
 
 from llmpruner.cli import process
 
-COMMAND = [sys.executable, "-m", "llmpruner"]
-
 
 def llmpruner(*arguments, **environment) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    command = [sys.executable, "-m", "llmpruner", *map(str, arguments)]
+    variables = {**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=250)
 
 
 def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():

@@ -175,7 +175,7 @@ def test_a_second_run_on_one_output_is_refused(shared, out):
         api.run(recipe_of(shared), output=out)
 
 
-def test_a_folder_that_no_step_made_is_not_replaced(refused, run, file, out, tmp_path):
+def test_a_folder_that_no_step_made_is_not_replaced(refused, file, tmp_path):
     (tmp_path / "mine" / "1-prune").mkdir(parents=True)
     assert "exists already, and no step of a recipe made it" in refused("run", file, "-o", "{tmp}/mine")
     assert "that should hold 'out' does not exist" in refused("run", file, "-o", "{tmp}/none/out")
@@ -200,7 +200,7 @@ def test_mistakes_of_all_steps_are_found_before_any_work(what, refused, file, tm
     assert message.format(tmp=tmp_path) in refused("run", file, "-o", "{tmp}/out", *options)
 
 
-def test_models_by_name_and_texts(shared, whole, out):
+def test_models_by_name_and_texts(shared, out):
     recipe = recipe_of(shared)
     recipe["steps"] = [
         *recipe["steps"][:2],

@@ -22,7 +22,7 @@ def group(units: int, kind: str = "mlp", layer: int = 0, **more) -> CoupledGroup
     return CoupledGroup(f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), **more)
 
 
-def chosen(loaded, kinds, ratio, allocation=Uniform, widths=UNIFORM, loss=None):
+def chosen(loaded, kinds, ratio, allocation=Uniform, loss=None):
     """Kept units by random scores that grow with the layer, so that free widths would differ; and the removed share."""
     graph = loaded.graph
     scope = Scope(kinds, tuple(range(graph.num_layers)))
@@ -32,7 +32,7 @@ def chosen(loaded, kinds, ratio, allocation=Uniform, widths=UNIFORM, loss=None):
         g.name: (1 + (g.layer or 0)) * torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups
     }
     demand = Demand(amount=round(ratio * graph.decoder_parameters))
-    kept = select(graph, groups, scores, scope, demand, allocation(), widths=widths, loss=loss)
+    kept = select(graph, groups, scores, scope, demand, allocation(), widths=UNIFORM, loss=loss)
     return kept, 1 - restrict(graph, kept).decoder_parameters / graph.decoder_parameters
 
 

@@ -20,8 +20,6 @@ from llmpruner.plugins import hookspecs
 from llmpruner.plugins.catalog import KINDS
 from llmpruner.testing import catalog_with
 
-METRICS = "llmpruner_metrics"
-
 
 def component(base: type, name: str = "zoo", **members) -> type:
     return type(name.title(), (base,), {"name": name, **members})
@@ -33,7 +31,7 @@ def zoo() -> Catalog:
     return catalog_with(*(component(k.base, **(reader if k.base is CheckpointReader else {})) for k in kinds))
 
 
-def plugin(function, hook: str = METRICS):
+def plugin(function, hook: str = "llmpruner_metrics"):
     """A plugin with one hook, whose body is ``function`` (without self)."""
     return type("Plugin", (), {hook: staticmethod(hookimpl(specname=hook)(function))})()
 

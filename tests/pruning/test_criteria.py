@@ -114,11 +114,11 @@ def columns(axis: int) -> UnitAxis:
     return UnitAxis("mlp", Role.CONSUMES, axis, frozenset({"mlp"}))
 
 
-def obs_problem(units: int, width: int = 1, out: int = 5, seed: int = 0, ridge: float = 0.01):
+def obs_problem(units: int, width: int = 1, seed: int = 0, ridge: float = 0.01):
     generator = torch.Generator().manual_seed(seed)
     inside = units * width
     x = torch.randn(200, inside, generator=generator) @ torch.randn(inside, inside, generator=generator)
-    weight = torch.randn(out, inside, generator=generator)
+    weight = torch.randn(5, inside, generator=generator)
     gram = (x.T @ x / len(x)).double()
     strength = ridge * float(gram.diagonal().mean())
     stats = InputStats(x.mean(0)[None], x.square().mean(0)[None], 1, gram.float())
@@ -352,7 +352,7 @@ def test_a_product_of_many_spans_is_neither_zero_nor_infinite(scale):
     assert found[1] == 0 and found[2] < 0 < found[3]
 
 
-def test_a_tied_embedding_counts_once(catalog, loaded):
+def test_a_tied_embedding_counts_once(loaded):
     group = loaded.graph.by_name["hidden"]
     scores = estimate(loaded.model, loaded.graph, [group], L1(), None)["hidden"]
     axes = {(s.parameter, s.axis) for s in group.spans if s.parameter not in loaded.graph.ties}

@@ -62,7 +62,7 @@ def test_tied_weights_stay_tied(tiny):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1::2], ids=["lora", "distil lora"])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, tmp_path, strategy):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, strategy):
     """With dropout, and with a teacher; the kit of strategies tries the others."""
     whole = tiny(strategy, name="whole")
 

@@ -50,7 +50,7 @@ def logits(model, *rows):
         return model(input_ids=torch.tensor(rows), attention_mask=torch.ones(len(rows), len(rows[0]))).logits
 
 
-def test_the_dense_model_reads_removed_tokens_whole(home, dense, trimmed):
+def test_the_dense_model_reads_removed_tokens_whole(dense, trimmed):
     kept = list(trimmed.plans[0].kept["vocabulary"])
     assert old_ids(dense.tokenizer, trimmed.tokenizer) == kept and len(kept) < 300
     assert old_ids(trimmed.tokenizer, dense.tokenizer) is None
