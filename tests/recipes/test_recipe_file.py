@@ -97,6 +97,9 @@ WRONG = {
     "models of an export": ("steps: [{export: {to: gguf}, models: dense}]", "(export): 'models' belongs to evaluate, "),
     "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "rounds: 'prune' belongs to a step"),
     "a later model": ("steps: [{evaluate: , models: 2-prune}, prune: {ratio: 0.2}]", "unknown model '2-prune'"),
+    "a comparison with nothing": (
+        "steps: [evaluate: {kl: true}]", "r.yaml, step 1 (evaluate): metric perplexity compares models with the first"
+    ),
     "an unknown setting of one": (
         "steps: [prune: {ratio: 0.2, settings: {refit: {a: 1}}}]", "step 1 (prune): compensation refit: unknown setting"
     ),
