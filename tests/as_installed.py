@@ -1,7 +1,5 @@
 """Packages as an installer leaves them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 

@@ -1,7 +1,5 @@
 """Cut models for checkpoint tests: each way to cut a tiny LLaMA, and some other classes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Tiny models with structure in their activations, for tests of criteria that run the model."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from typing import Any

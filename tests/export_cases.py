@@ -1,7 +1,5 @@
 """What exporters are given: tiny models, and the plans by which they were cut."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -25,7 +23,7 @@ class Source:
     record: Mapping[str, Any] | None = None
     tokenizer: Any | None = None
 
-    def load(self) -> Source:
+    def load(self) -> Any:
         return self
 
 
@@ -36,9 +34,3 @@ def llama_source(name: str, dtype: torch.dtype = torch.float32) -> Source:
     case = LLAMA[name]
     plans = [SimpleNamespace(kept=dict(case.kept))] if case.kept else []
     return Source(cut_llama(name, dtype), LlamaFamily(), LlamaConfig(**{**SIZES, **case.options}), plans, {})
-
-
-def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        found: torch.Tensor = model(ids).logits
-    return found

@@ -1,7 +1,5 @@
 """Python programs in processes of their own, without the seconds that each import of torch and transformers takes."""
 
-from __future__ import annotations
-
 import atexit
 import json
 import os
@@ -10,63 +8,38 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 _SERVER = """
 import gc, importlib, json, os, signal, sys
 import torch, transformers.models.auto.modeling_auto, transformers.models.llama.modeling_llama
-
-def serve(jobs, answers):
-    for line in jobs:
-        job = json.loads(line)
-        child = os.fork()
-        if child:
-            print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), file=answers, flush=True)
-            continue
-        signal.alarm(job["timeout"])
-        os.chdir(job["folder"])
-        os.environ.clear()
-        os.environ.update(job["environment"])
-        for number, path in enumerate((os.devnull, job["out"], job["err"])):
-            os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
-        importlib.invalidate_caches()
-        sys.argv = ["-c", *job["arguments"]]
-        exec(job["code"], {"__name__": "__main__", "fork_server": fork_server})
-        sys.exit()
-
-def fork_server():
-    (jobs, ask), (answer, answers) = os.pipe(), os.pipe()
-    if not os.fork():
-        os.close(ask)
-        os.close(answer)
-        signal.alarm(0)
-        serve(open(jobs), open(answers, "w"))
-        sys.exit()
-    os.close(jobs)
-    os.close(answers)
-    return open(ask, "w"), open(answer)
-
 # A process looks for garbage as it ends, among all that was imported: a second or more. What is frozen is not freed,
 # which the bindings of triton would print as leaks.
 gc.collect()
 if "triton" not in sys.modules:
     gc.freeze()
-serve(sys.stdin, sys.stdout)
+for line in sys.stdin:
+    job = json.loads(line)
+    child = os.fork()
+    if child:
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    signal.alarm(job["timeout"])
+    os.chdir(job["folder"])
+    os.environ.clear()
+    os.environ.update(job["environment"])
+    for number, path in enumerate((os.devnull, job["out"], job["err"])):
+        os.dup2(os.open(path, os.O_WRONLY if number else os.O_RDONLY), number)
+    importlib.invalidate_caches()
+    sys.argv = ["-c", *job["arguments"]]
+    exec(job["code"], {"__name__": "__main__"})
+    sys.exit()
 """
 _FORKS = sys.platform == "linux"
 """Windows has no fork, and on macOS it is unsafe once libraries are loaded."""
 _SERVERS: dict[frozenset[tuple[str, str]], subprocess.Popen[str]] = {}
 _MOST = 3
 """Servers at a time; the oldest ends first."""
-_own: Any = None
-"""The server of a program that was itself forked from one, which its function ``fork_server`` started."""
-
-
-def ask(jobs: TextIO, answers: TextIO) -> None:
-    """Let `run_fresh` ask the server that ``fork_server`` returned."""
-    global _own
-    _own = SimpleNamespace(stdin=jobs, stdout=answers, kill=jobs.close)
 
 
 def run_fresh(
@@ -99,7 +72,7 @@ def run_fresh(
             "code": code, "arguments": texts, "folder": str(folder or Path.cwd()), "environment": values,
             "timeout": timeout, "out": str(out), "err": str(err),
         }  # fmt: skip
-        status = _ask(_own or _server(values), job)
+        status = _ask(_server(values), job)
         return subprocess.CompletedProcess(
             [sys.executable, "-c", code, *texts],
             status,

@@ -1,7 +1,5 @@
 """A `Progress` that keeps its messages, and one that ends the run."""
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 from llmpruner.progress import Progress

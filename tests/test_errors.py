@@ -1,11 +1,8 @@
 """Messages of exceptions; and a want of memory is told from a fault of a model, and is never taken for one."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
-from llmpruner import cli
 from llmpruner.errors import SettingsError, is_out_of_memory
 from llmpruner.models.save import gives_logits
 from llmpruner.settings import PruneSettings, settings_from
@@ -54,16 +51,3 @@ def test_a_rebuilt_model_is_not_called_different_for_want_of_memory(gqa, monkeyp
         gives_logits(torch.zeros(1), gqa.model)
     monkeypatch.setattr(gqa.model, "forward", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
     assert not gives_logits(torch.zeros(1), gqa.model)
-
-
-@pytest.mark.parametrize("error", [MemoryError(), LACK])
-def test_a_command_that_lacks_memory_ends_with_one_line(error, monkeypatch, capsys):
-    def build_app():
-        raise error
-
-    monkeypatch.setattr(cli.app, "build_app", build_app)
-    monkeypatch.setattr("sys.argv", ["llmpruner", "plan", "demo"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    printed = capsys.readouterr().err
-    assert ended.value.code == 2 and "out of memory (" in printed and "Traceback" not in printed

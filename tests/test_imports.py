@@ -1,7 +1,5 @@
 """What is light stays light, and what is public exists."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import sys

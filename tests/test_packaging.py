@@ -1,7 +1,5 @@
 """pyproject.toml agrees with the packages, and CI runs targets that exist on every supported Python."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """A tiny tokenizer and tiny models, made on the spot."""
 
-from __future__ import annotations
-
 import copy
 from functools import cache
 from typing import Any

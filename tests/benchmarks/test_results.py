@@ -1,7 +1,5 @@
 """Tables in docs are those that the benchmarks make of the committed results."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -5,9 +5,10 @@ _MISTRAL = (
     "{%- set loop_messages = messages[1:] %}{%- else %}{%- set loop_messages = messages %}{%- endif %}"
     "{{- bos_token }}{%- for message in loop_messages %}{%- if message['role'] == 'user' %}"
     "{%- if loop.last and system_message is defined %}"
-    "{{- '[INST]SPACE' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
-    "{%- else %}{{- '[INST]SPACE' + message['content'] + '[/INST]' }}{%- endif %}"
-    "{%- elif message['role'] == 'assistant' %}{{- ANSWER + eos_token }}{%- endif %}{%- endfor %}"
+    "{{- '[INST] ' + system_message + '\n\n' + message['content'] + '[/INST]' }}"
+    "{%- else %}{{- '[INST] ' + message['content'] + '[/INST]' }}{%- endif %}"
+    "{%- elif message['role'] == 'assistant' %}{{- ' ' + message['content']|trim + eos_token }}{%- endif %}"
+    "{%- endfor %}"
 )
 """The system message stands before the last question, if nothing follows that one."""
 _CHATML = (
@@ -54,13 +55,6 @@ _DEEPSEEK = (
     "{{ '<｜Assistant｜>' + message['content'].split('</think>')[-1] + '<｜end▁of▁sentence｜>' }}"
     "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<｜Assistant｜><think>\n' }}{% endif %}"
 )
-_ZEPHYR = (
-    "{% for message in messages %}\n{% if message['role'] == 'user' %}\n"
-    "{{ '<|user|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'system' %}\n"
-    "{{ '<|system|>\n' + message['content'] + eos_token }}\n{% elif message['role'] == 'assistant' %}\n"
-    "{{ '<|assistant|>\n'  + message['content'] + eos_token }}\n{% endif %}\n"
-    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
-)
 _LLAMA_2 = (
     "{% if messages[0]['role'] == 'system' %}{% set loop_messages = messages[1:] %}"
     "{% set system_message = messages[0]['content'] %}{% else %}{% set loop_messages = messages %}"
@@ -72,9 +66,7 @@ _LLAMA_2 = (
     "{% elif message['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
 )
 TEMPLATES = {
-    "Mistral v0.3": _MISTRAL.replace("SPACE", " ").replace("ANSWER", "' ' + message['content']|trim"),
-    "Mistral Nemo": _MISTRAL.replace("SPACE", "").replace("ANSWER", "message['content']"),
-    "Mistral Small 2409": _MISTRAL.replace("SPACE", " ").replace("ANSWER", "' ' + message['content']"),
+    "Mistral v0.3": _MISTRAL,
     "Llama 2": _LLAMA_2,
     "Llama 3": _LLAMA_3,
     "ChatML": _CHATML,
@@ -86,7 +78,6 @@ TEMPLATES = {
     "Gemma": _GEMMA,
     "Phi-3": _PHI_3,
     "DeepSeek-R1": _DEEPSEEK,
-    "Zephyr": _ZEPHYR,
 }
 WITHOUT_SYSTEM = {"Gemma"}
 OPENERS = {"DeepSeek-R1": "<think>\n"}

@@ -102,6 +102,9 @@ def test_the_prompt_that_is_trained_on_is_the_one_that_is_asked():
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, chosen)
     assert text.turns[0][0] == chat_prompt(FAMILY, chosen, "Add them.\n2, 2").text
     assert text == TrainingText((("<s>[user] Add them.\n2, 2</s>\n[assistant] ", "4</s>\n"),), True)
+    talk = conversation(CHAT[1:])
+    (_, (second, _)) = prompts_and_answers(training_texts(talk, FAMILY, chosen))
+    assert second == chat_prompt(FAMILY, chosen, "The longer?", talk.exchanges[:1]).text
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), Own(), chosen)
     assert text == TrainingText(((chat_prompt(Own(), chosen, "Add them.\n2, 2").text, " 4</s>"),))
     (text,) = training_texts(Instruction("Add them.", "4", "2, 2"), FAMILY, tokenizer())
@@ -196,18 +199,6 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     assert len(marked) == len(answers)
     for number, text in zip(answers, marked, strict=True):
         assert messages[number]["content"].strip() in text and "ello" not in text and "letter" not in text
-
-
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_prompts_of_training_are_those_of_instructions_and_chats(name):
-    chosen, opener = tokenizer(TEMPLATES[name]), OPENERS.get(name, "")
-    ((prompt, _),) = prompts_and_answers(training_texts(Instruction("Add.", "4", "2, 2"), FAMILY, chosen))
-    assert prompt == chat_prompt(FAMILY, chosen, "Add.\n2, 2").text.removesuffix(opener)
-    exchanges = list(conversation(THREE).exchanges)
-    found = prompts_and_answers(training_texts(conversation(THREE), FAMILY, chosen))
-    for number, (prompt, _) in enumerate(found):
-        wanted = chat_prompt(FAMILY, chosen, exchanges[number][0], exchanges[:number])
-        assert prompt == wanted.text.removesuffix(opener)
 
 
 @pytest.mark.parametrize(

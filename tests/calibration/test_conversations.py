@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from llmpruner import DataError
@@ -34,7 +35,6 @@ FORMS = {
     "sharegpt": ({"id": "7", "conversations": SHAREGPT}, DIALOGUE),
     "sharegpt with a system turn": ({"conversations": sharegpt(("system", "Be brief.")) + SHAREGPT}, WITH_SYSTEM),
     "sharegpt with a system field": ({"conversations": SHAREGPT, "system": "Be brief."}, WITH_SYSTEM),
-    "sharegpt with a blank system field": ({"conversations": SHAREGPT, "system": ""}, DIALOGUE),
     "sharegpt that begins with an answer": ({"conversations": sharegpt(("gpt", "Hi!")) + SHAREGPT}, DIALOGUE),
     "sharegpt that ends with a question": ({"conversations": SHAREGPT + sharegpt(("human", "And?"))}, DIALOGUE),
     "conversations by role": ({"conversations": CHAT}, DIALOGUE),
@@ -99,7 +99,6 @@ def test_examples_are_read_from_a_source_in_order(tmp_path):
 
 
 def test_rows_of_a_table_are_examples_although_nulls_fill_them_up(tmp_path):
-    datasets = pytest.importorskip("datasets")
     values = [FORMS[form][0] for form in ("alpaca", "sharegpt", "messages", "text")]
     fields = ("instruction", "input", "output", "conversations", "messages", "text")
     table = datasets.Dataset.from_list([{name: value.get(name) for name in fields} for value in values])

@@ -4,6 +4,7 @@ import json
 import sys
 from pydoc_data.topics import topics
 
+import datasets
 import pytest
 
 from llmpruner import DataError
@@ -21,7 +22,6 @@ from llmpruner.errors import MissingExtraError
 
 ROWS = [{"text": "one"}, {"page": "two"}, {"content": "three"}, "four", {"text": " \n"}]
 ROWS += [{"text": None, "content": "c", "page": "five"}]
-MARK = b"\xef\xbb\xbf"
 
 
 def write(path, content):
@@ -34,7 +34,7 @@ def lines(rows, **options):
 
 
 def parquet(path, rows):
-    pytest.importorskip("datasets").Dataset.from_list(rows).to_parquet(path, batch_size=2)
+    datasets.Dataset.from_list(rows).to_parquet(path, batch_size=2)
     return str(path)
 
 
@@ -67,7 +67,7 @@ def test_a_jsonl_line_ends_at_a_line_feed_alone(tmp_path, character):
 @pytest.mark.parametrize("name", ["a.txt", "a.json", "a.jsonl"])
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
     content = "né" if name == "a.txt" else json.dumps({"text": "né"}, ensure_ascii=False)
-    assert read_documents(write(tmp_path / name, MARK + content.encode())) == ["né"]
+    assert read_documents(write(tmp_path / name, content.encode("utf-8-sig"))) == ["né"]
 
 
 def test_other_files_are_one_text_as_it_stands_but_for_line_ends(tmp_path):
@@ -107,7 +107,6 @@ def test_a_file_that_exists_is_read_whatever_its_name(tmp_path, monkeypatch, nam
     ],
 )
 def test_a_data_set_is_named_with_its_config_and_split(monkeypatch, source, called):
-    datasets = pytest.importorskip("datasets")
     calls = []
 
     def load(*name, split):
@@ -121,8 +120,6 @@ def test_a_data_set_is_named_with_its_config_and_split(monkeypatch, source, call
 
 
 def test_a_data_set_that_cannot_be_loaded_is_one_line(monkeypatch):
-    datasets = pytest.importorskip("datasets")
-
     def fail(*name, split):
         raise ConnectionError("cannot reach the hub\nmore")
 

@@ -1,7 +1,5 @@
 """The command line in-process, and tiny models on disk."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

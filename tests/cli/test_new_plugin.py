@@ -1,7 +1,5 @@
 """``llmpruner new-plugin``: what it writes is installed as a user would and tested with its own tests, untouched."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -15,7 +13,7 @@ from fresh import run_fresh
 import llmpruner
 from llmpruner.scaffold.package import KINDS, ModelFacts, write_package
 
-MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
+COMPOSED = Path(__file__).parents[1] / "discovery" / "composed.py"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
 RUN = """
 import os, sys
@@ -61,18 +59,18 @@ def test_plugins_of_every_kind_pass_their_own_tests(run, tmp_path):
 
 @pytest.mark.slow
 def test_a_plugin_for_an_architecture_without_one(run, tmp_path, monkeypatch):
-    site, info = tmp_path / "architecture", tmp_path / "architecture" / "made_up-0.1.0.dist-info"
-    shutil.copytree(MADE_UP, site / "made_up")
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: made-up\nVersion: 0.1.0\n")
-    (info / "top_level.txt").write_text("made_up\n")
+    site, info = tmp_path / "architecture", tmp_path / "architecture" / "composed_models-0.1.0.dist-info"
+    info.mkdir(parents=True)
+    shutil.copyfile(COMPOSED, site / "composed.py")
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: composed-models\nVersion: 0.1.0\n")
+    (info / "top_level.txt").write_text("composed\n")
     monkeypatch.syspath_prepend(str(site))
     package = tmp_path / "llmpruner-odd"
-    done = run("new-plugin", "odd", "--from", "made_up", "--import", "made_up", "-o", package)
+    done = run("new-plugin", "odd", "--from", "composed", "--import", "composed", "-o", package)
     assert done.code == 0, done.err
     project = (package / "pyproject.toml").read_text()
-    assert '  "llmpruner>=' in project and '  "made-up",\n' in project
-    assert '[project.entry-points."llmpruner.models"]\nodd = "made_up"' in project
+    assert '  "llmpruner>=' in project and '  "composed-models",\n' in project
+    assert '[project.entry-points."llmpruner.models"]\nodd = "composed"' in project
     install(tmp_path / "site", package)
     shutil.copytree(site, tmp_path / "site", dirs_exist_ok=True)
     quick = "recognises or cut_equals or agree or found or may_name"
@@ -82,7 +80,7 @@ def test_a_plugin_for_an_architecture_without_one(run, tmp_path, monkeypatch):
         import sys
         from llmpruner.models.modeling_llmpruner import packages_of_models
         sys.path.insert(0, sys.argv[1])
-        print("made_up" in packages_of_models(), "antigravity" in packages_of_models())
+        print("composed" in packages_of_models(), "antigravity" in packages_of_models())
     """
     for folder, expected in ((tmp_path / "site", "True False"), (site, "False False")):
         done = run_fresh(code, folder)
@@ -93,7 +91,7 @@ def check_style(package: Path, cache: Path) -> None:
     """ruff and strict mypy. llmpruner is read from this checkout; errors of mypy in it do not count. transformers is
     not read, which would take longer than all else. ``cache``: what mypy has read, for all packages."""
     config = cache / f"{package.name}.toml"
-    unread = '[[tool.mypy.overrides]]\nmodule = ["transformers.*", "made_up.*"]\nfollow_imports = "skip"\n'
+    unread = '[[tool.mypy.overrides]]\nmodule = ["transformers.*", "odd.*"]\nfollow_imports = "skip"\n'
     unread += "ignore_missing_imports = true\n"
     config.write_text(f'[tool.mypy]\nstrict = true\nfiles = ["src", "tests"]\nmypy_path = "src"\n{unread}')
     environment = {**os.environ, "MYPYPATH": str(Path(llmpruner.__file__).parents[1])}
@@ -111,7 +109,7 @@ def check_style(package: Path, cache: Path) -> None:
 @pytest.mark.long
 def test_what_is_written_passes_ruff_and_strict_mypy(tmp_path):
     (tmp_path / "mypy").mkdir()
-    odd = ModelFacts("made_up", "MadeUpConfig", "made_up", {"hidden_size": 8}, "made_up", "made-up", ("mlp",))
+    odd = ModelFacts("odd", "OddConfig", "odd", {"hidden_size": 8}, "odd", "odd-models", ("mlp",))
     for name, model, kind in (
         ("bare", ModelFacts(), "family"),
         (LONG, odd, "family"),
@@ -139,7 +137,6 @@ def test_a_family_that_matches_already_is_named(run, dense, tmp_path):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     ("Big", "cannot name a plugin; expected lower case letters"),
-    ("../up", "cannot name a plugin"),
     ("llmpruner-own", "'llmpruner-' is added"),
     ("llama", "a family 'llama' exists already in llmpruner"),
     ("giraffe --from unheard_of", "neither a model directory nor a model type that transformers knows"),

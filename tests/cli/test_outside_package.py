@@ -1,7 +1,5 @@
 """Plugins as a user meets them: a package that adds one component of every kind, and others, at the command line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -18,8 +16,6 @@ from llmpruner.cli.app import build_app
 from llmpruner.plugins.manager import PluginManager
 from llmpruner.testing import catalog_with
 
-PACKAGES = Path(__file__).parents[1] / "packages"
-
 
 @pytest.fixture(autouse=True)
 def outside(tmp_path_factory, monkeypatch):
@@ -27,7 +23,7 @@ def outside(tmp_path_factory, monkeypatch):
     site = tmp_path_factory.mktemp("site")
     install(site, "llmpruner-outside")
     monkeypatch.syspath_prepend(str(site))
-    monkeypatch.syspath_prepend(str(PACKAGES))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "packages"))
     return site
 
 

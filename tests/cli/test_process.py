@@ -1,7 +1,5 @@
 """What only separate processes can show: exit codes, tracebacks, time, and the same bytes twice."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal
@@ -11,20 +9,13 @@ import sys
 import pytest
 from fresh import run_fresh
 
-from llmpruner import SettingsError
 from llmpruner.cli import process
-
-COMMAND = [sys.executable, "-m", "llmpruner"]
 
 
 def llmpruner(*arguments, **environment) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        env={**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        timeout=250,
-    )
+    command = [sys.executable, "-m", "llmpruner", *map(str, arguments)]
+    variables = {**os.environ, "COLUMNS": "300", "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, env=variables, capture_output=True, text=True, timeout=250)
 
 
 def test_a_mistake_is_one_line_without_debug_and_a_traceback_with_it():
@@ -87,51 +78,34 @@ def test_a_terminated_command_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-class Second:
-    """The second of several processes, and the first to fail."""
+@pytest.mark.parametrize("is_ended", [False, True])
+def test_an_error_of_the_second_process_is_one_line_although_it_is_ended(is_ended, monkeypatch, capsys):
+    """A launcher may end it while it waits for the first to print the error of both."""
 
-    first = False
+    class Second:
+        first = False
 
-    def claim(self, what: str) -> bool:
-        return what == "error"
+        def claim(self, what: str) -> bool:
+            if is_ended:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return not is_ended
 
-
-def test_lack_of_memory_in_any_process_is_told(monkeypatch, capsys):
     def short_of_memory():
         raise MemoryError("17 GiB")
 
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr("llmpruner.engine.ranks.Ranks.current", Second)
-    monkeypatch.setattr("signal.signal", lambda *_: None)
-    monkeypatch.setattr(process, "_exit", sys.exit)
-    with pytest.raises(SystemExit) as end:
-        process.run(short_of_memory, ["prune"], debug=False)
-    assert end.value.code == 2 and capsys.readouterr().err.startswith("error: out of memory (17 GiB); take fewer")
-
-
-def test_a_process_that_is_ended_after_its_error_shows_no_traceback(monkeypatch):
-    """A launcher ends the second process while it waits for the first to print the error of both."""
-
-    def wrong():
-        raise SettingsError("wrong")
-
-    class Silent(Second):
-        def claim(self, what: str) -> bool:
-            os.kill(os.getpid(), signal.SIGTERM)
-            return False
-
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("llmpruner.engine.ranks.Ranks.current", Silent)
     monkeypatch.setattr(process, "_exit", sys.exit)
     before = signal.getsignal(signal.SIGTERM)
     try:
         with pytest.raises(SystemExit) as end:
-            process.run(wrong, ["prune"], debug=False)
+            process.run(short_of_memory, ["prune"], debug=False)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert end.value.code == 2
+    told = "" if is_ended else "error: out of memory (17 GiB); take fewer"
+    assert capsys.readouterr().err.startswith(told)
 
 
 def test_the_same_seed_gives_the_same_plan_byte_for_byte(run, dense, tmp_path):

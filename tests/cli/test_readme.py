@@ -1,7 +1,5 @@
 """Every command and every piece of Python in the README runs, in its order; and ``demo``, on a small model."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,14 +1,10 @@
 """``recover``, ``evaluate`` and ``generate``, one after the other."""
 
-from __future__ import annotations
-
 import json
 import math
 import shutil
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 import llmpruner
 from llmpruner.cli import console
@@ -20,8 +16,6 @@ def test_a_training_that_helps_nothing_has_its_own_exit_code(run, pruned, shared
     options = ("--strategy", "full", "--data", shared / "data.jsonl", "--max-steps", 3, "--learning-rate", 1)
     result = run("recover", pruned, *options, "-o", tmp_path / "out")
     assert result.code == 3 and "no better than before" in result.err and "✓" not in result.out + result.err
-    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "out"))
-    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_recovered_model_is_recorded_and_used_as_any_other(run, pruned, shared, tmp_path):

@@ -1,8 +1,6 @@
 """``run``: the steps of a recipe, skipped when they are done, continued when they were interrupted, done again when
 what they depend on has changed."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -172,12 +170,12 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
     assert {folder.name for folder in out.iterdir()} == set(NAMES)
 
 
-def test_two_runs_on_one_output(shared, out):
+def test_a_second_run_on_one_output_is_refused(shared, out):
     with alone_in(out), pytest.raises(OutputError, match="another run works in"):
         api.run(recipe_of(shared), output=out)
 
 
-def test_a_folder_that_no_step_made_is_not_replaced(refused, run, file, out, tmp_path):
+def test_a_folder_that_no_step_made_is_not_replaced(refused, file, tmp_path):
     (tmp_path / "mine" / "1-prune").mkdir(parents=True)
     assert "exists already, and no step of a recipe made it" in refused("run", file, "-o", "{tmp}/mine")
     assert "that should hold 'out' does not exist" in refused("run", file, "-o", "{tmp}/none/out")
@@ -202,7 +200,7 @@ def test_mistakes_of_all_steps_are_found_before_any_work(what, refused, file, tm
     assert message.format(tmp=tmp_path) in refused("run", file, "-o", "{tmp}/out", *options)
 
 
-def test_models_by_name_and_texts(shared, whole, out):
+def test_models_by_name_and_texts(shared, out):
     recipe = recipe_of(shared)
     recipe["steps"] = [
         *recipe["steps"][:2],
@@ -223,7 +221,7 @@ def test_models_by_name_and_texts(shared, whole, out):
     assert skipped(recipe, out) == [True, True, False, True, True]
 
 
-def test_the_recipes_that_there_are(run):
+def test_recipes_lists_them_and_prints_one(run):
     shown = run("recipes").out
     assert all(name in shown for name in ("paper", "quality", "llama-cpp", "experts", "demo"))
     assert yaml.safe_load(run("recipes", "paper").out)["steps"][0]["prune"]["method"] == "llm-pruner"
@@ -239,18 +237,15 @@ def test_libraries_of_later_steps_are_missed_at_once(refused, file, monkeypatch)
     assert "step 2 (recover): peft is not installed" in refused("run", file, "-o", "{tmp}/out", *adapters)
 
 
-def test_what_a_runtime_cannot_run_is_refused_before_other_steps(refused, file):
+@pytest.mark.parametrize(("change", "message"), [
+    (lambda steps: [*steps, {"bench": {"runtime": "vllm"}}], "step 5 (bench): vllm is not installed"),
+    (lambda steps: steps[:0:-1], "step 3 (recover): '{dense}' was not pruned by llmpruner"),
+])  # fmt: skip
+def test_what_a_step_cannot_do_is_refused_before_other_steps(refused, file, dense, change, message):
     """It was found by its own step, hours later."""
     recipe = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({**recipe, "steps": [*recipe["steps"], {"bench": {"runtime": "vllm"}}]}))
-    assert "step 5 (bench): vllm is not installed" in refused("run", file, "-o", "{tmp}/out")
-
-
-def test_a_recovery_of_what_was_not_pruned_is_refused_before_other_steps(refused, file, tmp_path):
-    recipe = yaml.safe_load(file.read_text())
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "steps": recipe["steps"][:0:-1]}))
-    message = "step 3 (recover): '{}' was not pruned by llmpruner".format(recipe["model"])
-    assert message in refused("run", file, "-o", "{tmp}/out")
+    file.write_text(yaml.safe_dump({**recipe, "steps": change(recipe["steps"])}))
+    assert message.format(dense=dense) in refused("run", file, "-o", "{tmp}/out")
 
 
 def test_the_model_of_an_export_to_one_file_is_that_file(shared, tmp_path, catalog):

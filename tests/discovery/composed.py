@@ -1,7 +1,5 @@
 """A decoder composed of interchangeable parts, unlike any published one: what discovery has never seen."""
 
-from __future__ import annotations
-
 import math
 
 import torch

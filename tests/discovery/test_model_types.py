@@ -40,7 +40,7 @@ def verdicts(model_type):
 @pytest.mark.parametrize(
     "model_type", [pytest.param(name, marks=pytest.mark.long) if name in LIKE else name for name in REQUIRED]
 )
-def test_well_known_types(model_type):
+def test_cuts_of_well_known_types_equal_silencing(model_type):
     found = verdicts(model_type)
     assert {k: v.verdict for k, v in found.items()} == dict.fromkeys(REQUIRED[model_type], VERIFIED), found
     if "vocabulary" in found:

@@ -106,7 +106,7 @@ def broken(graph, name, mutate):
 
 
 @pytest.mark.parametrize("name", MUTATIONS)
-def test_oracle_catches(name, oracle, monkeypatch):
+def test_the_oracle_notices_a_broken_map(name, oracle, monkeypatch):
     kind = name.partition(":")[0]
     victim = kind if kind in ("hidden", "vocabulary") else f"layers.0.{kind}"
     monkeypatch.setattr(oracle, "graph", broken(oracle.graph, victim, MUTATIONS[name]))
@@ -125,12 +125,12 @@ LINEAR = {
 
 
 @pytest.mark.parametrize("name", LINEAR)
-def test_oracle_catches_in_a_layer_of_another_kind(name, hybrid, monkeypatch):
+def test_the_oracle_notices_a_broken_map_in_a_layer_of_another_kind(name, hybrid, monkeypatch):
     monkeypatch.setattr(hybrid, "graph", broken(hybrid.graph, "layers.1.attention", LINEAR[name]))
     verdict = hybrid.judge("attention")
     assert verdict.verdict == FAILED, verdict
     assert verdict.where.startswith("layers.1.attention")
 
 
-def test_unbroken_map_passes(oracle):
+def test_the_unbroken_map_passes(oracle):
     assert [oracle.judge(kind).verdict for kind in ("mlp", "attention", "hidden", "vocabulary")] == [VERIFIED] * 4

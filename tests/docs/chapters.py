@@ -1,7 +1,5 @@
 """Reading a chapter as its reader does: files are written down as they are quoted, and commands are typed."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -29,13 +27,11 @@ if joined:
 os.environ.clear()
 os.environ.update(environment)
 sys.path[:1] = [environment["PIP_TARGET"]]
-if name == "pytest" and "fork_server" in globals():
+if name == "pytest":
     # The processes that tests of a package start are forked, too.
-    server = fork_server()
     sys.path.append(tests)
     import fresh
     sys.path.remove(tests)
-    fresh.ask(*server)
     from llmpruner.testing import family
     family.run_python = fresh.run_fresh
 if name != "python":

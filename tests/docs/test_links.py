@@ -1,7 +1,5 @@
 """Links lead somewhere, commands in the text can be typed, and the site builds without a warning."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex
@@ -20,13 +18,9 @@ PAGES = sorted([*ROOT.glob("*.md"), *DOCS.glob("*.md"), *DOCS.glob("[!_]*/*.md")
 FENCE = re.compile(r"^(```+).*?^\1`*$", re.S | re.M)
 
 
-def prose(page: Path) -> str:
-    """A page without code, in blocks or in lines."""
-    return re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
-
-
 def links(page: Path) -> list[str]:
-    text = prose(page)
+    """Those outside of code, in blocks or in lines."""
+    text = re.sub(r"`[^`\n]+`", "", FENCE.sub("", page.read_text(encoding="utf-8")))
     defined = dict(re.findall(r"^\[([^\]]+)\]: (\S+)$", text, re.M))
     used = re.findall(r"\]\[([^\]\n]+)\]", text)
     unknown = [name for name in used if name not in defined]

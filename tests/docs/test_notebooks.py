@@ -1,7 +1,5 @@
 """The notebook is clean, and runs from top to bottom on the real model; what it shows are tables."""
 
-from __future__ import annotations
-
 import ast
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Pages agree with the code: generated pages, hooks, public names, commands, options, files, recipes, messages."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import inspect

@@ -1,7 +1,5 @@
 """The tutorial can be followed to the letter, quotes its files faithfully, and leaves none out."""
 
-from __future__ import annotations
-
 import pytest
 from chapters import TUTORIAL, _type, blocks, check_quotes, follow
 

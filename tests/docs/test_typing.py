@@ -1,7 +1,5 @@
 """What a type checker makes of the public names: a user's script, and a mistake in it."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -14,8 +14,6 @@ from llmpruner.engine.execution import Execution
 from llmpruner.engine.statistics import walk_signals
 from llmpruner.models.meta import graph_of
 
-BOTH = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
-
 
 def calibrate(loaded, samples=5):
     return CalibrationSet(self_generated(loaded.model, None, samples, 17, 0), "self")
@@ -25,7 +23,8 @@ def stored(graph):
     return [name for name in graph.shapes if name not in graph.ties]
 
 
-def walk(model, graph, calibration, names=None, needs=BOTH):
+def walk(model, graph, calibration, names=None):
+    needs = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
     return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0, None)
 
 

@@ -1,7 +1,5 @@
 """Evaluating models that are in memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import tiny_models

@@ -1,8 +1,6 @@
 """The metrics ``answers``, what a model answers, and ``given-answers``, the loss of answers alone, both in the model's
 chat format."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Several models by several metrics: one model in memory at a time, results as JSON and as a table."""
 
-from __future__ import annotations
-
 import gc
 import json
 import math
@@ -89,7 +87,6 @@ def test_texts_and_tasks_are_read_before_any_model_is_loaded(tmp_path):
 
     with pytest.raises(DataError, match=r"nowhere\.txt: no such file"):
         evaluated([never], [SizeMetric(), PerplexityMetric(text="nowhere.txt")])
-    pytest.importorskip("lm_eval")
     with pytest.raises(DataError, match="no such directory"):
         evaluated([never], [TasksMetric(names="piqa", include_path=tmp_path / "none")])
     with pytest.raises(SettingsError, match="metric perplexity compares models with the first"):

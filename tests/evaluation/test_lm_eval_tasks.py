@@ -12,8 +12,6 @@ import torch
 from llmpruner import DataError
 from llmpruner.evaluation.tasks import PAPER, TasksMetric, builtin_manager, expand
 
-pytest.importorskip("lm_eval")
-
 TASK = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: DATA}}

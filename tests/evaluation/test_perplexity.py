@@ -74,23 +74,8 @@ def test_a_model_that_predicts_no_numbers_has_no_perplexity():
         perplexity(model, tiny_models.tokenizer(), tiny_models.TEXT, window=16)
 
 
-def test_windows_begin_with_bos_where_the_tokenizer_puts_it():
-    """It is one of the tokens of a window and is not predicted, while the first of the text is."""
-    model, tokenizer = tiny_models.llama(), tiny_models.tokenizer()
-    tokenizer._tokenizer.post_processor = TemplateProcessing("<s> $A", None, [("<s>", 0)])
-    ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"]
-    windows = len(ids) // 15
-    table = torch.tensor(ids[: windows * 15]).view(windows, 15)
-    table = torch.cat([torch.zeros(windows, 1, dtype=torch.long), table], 1)
-    with torch.no_grad():
-        expected = float(model(input_ids=table, labels=table).loss)
-    result = perplexity(model, tokenizer, tiny_models.TEXT, window=16, reference=model)
-    assert result.nll_per_token == pytest.approx(expected, rel=1e-6)
-    assert (result.windows, result.window, result.tokens, result.bos) == (windows, 16, windows * 15, True)
-    assert result.kl_per_token == pytest.approx(0.0, abs=1e-9)
-
-
-def test_of_several_tokens_before_a_text_none_is_predicted():
+def test_windows_begin_with_what_the_tokenizer_puts_before_a_text_which_is_not_predicted():
+    """One token as a rule, here two; the first of the text is predicted."""
     model, reference, tokenizer = tiny_models.llama(), tiny_models.llama(seed=1), tiny_models.tokenizer()
     tokenizer._tokenizer.post_processor = TemplateProcessing("</s> <s> $A", None, [("<s>", 0), ("</s>", 1)])
     ids = tokenizer(tiny_models.TEXT, add_special_tokens=False)["input_ids"][:56]
@@ -98,6 +83,7 @@ def test_of_several_tokens_before_a_text_none_is_predicted():
     with torch.no_grad():
         log_p, log_q = (m(input_ids=table).logits[:, 1:-1].double().log_softmax(-1) for m in (reference, model))
     result = perplexity(model, tokenizer, tiny_models.TEXT, window=16, tokens=64, reference=reference)
+    assert (result.windows, result.tokens, result.bos) == (4, 56, True)
     assert result.nll_per_token == pytest.approx(-float(log_q.gather(-1, table[:, 2:, None]).mean()), rel=1e-6)
     assert result.kl_per_token == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
     with pytest.raises(DataError, match="no full window of 2"):

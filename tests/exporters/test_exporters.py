@@ -6,13 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 from checkpoint_cases import INPUT_IDS, cut_llama
-from export_cases import llama_source, logits
+from export_cases import llama_source
 from fresh import run_fresh
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import llmpruner
 from llmpruner import Exporter, SettingsError, UnsupportedModelError, load_pruned
+from llmpruner.discovery.oracle import logits
 from llmpruner.errors import CheckpointError, OutputError
 from llmpruner.exporters import StockExporter, export
 from llmpruner.models import save

@@ -51,7 +51,7 @@ def probed(saved):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_form(name, saved):
+def test_the_form_of_a_checkpoint_and_its_files(name, saved):
     root, forms = saved
     form = "shim" if EVERY[name][1].startswith("Pruned") else "stock"
     assert forms[name] == form
@@ -69,7 +69,7 @@ def test_form(name, saved):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", EVERY)
-def test_fresh_process(name, mode, probed):
+def test_a_fresh_process_gives_the_same_outputs(name, mode, probed):
     found = probed[mode]["found"][name]
     assert found["class"] == EVERY[name][1]
     for way in ("default", "eager", "bfloat16", "saved again"):

@@ -38,7 +38,7 @@ def saved(folder, prefix, **changes):
 
 
 @pytest.mark.parametrize("rope", [DEFAULT, LLAMA3], ids=["default", "llama3"])
-def test_rotary_embedding(rope, tmp_path):
+def test_rotary_embeddings_have_their_names_of_both_versions(rope, tmp_path):
     model, config = saved(tmp_path / "out", "Llama", rope_parameters=rope)
     assert config["rope_theta"] == 5e5
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
@@ -53,13 +53,13 @@ def test_rotary_embedding(rope, tmp_path):
     torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(model, INPUT_IDS))
 
 
-def test_part_of_a_head(tmp_path):
+def test_a_partly_rotated_head_has_its_names_of_both_versions(tmp_path):
     _, config = saved(tmp_path / "out", "GPTNeoX", rope_parameters=PARTIAL)
     assert (config["rope_theta"], config["partial_rotary_factor"]) == (2e4, 0.5)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.rope_parameters == PARTIAL
 
 
-def test_experts(tmp_path):
+def test_the_number_of_experts_has_the_name_of_its_type(tmp_path):
     sizes = {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
     _, config = saved(tmp_path / "out", "Qwen3Moe", **sizes)
     assert config["num_experts"] == 3

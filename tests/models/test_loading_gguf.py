@@ -2,6 +2,7 @@
 
 import os
 
+import gguf
 import pytest
 import torch
 
@@ -10,7 +11,6 @@ from llmpruner.discovery.opening import load_structure
 from llmpruner.models import gguf as parsing
 from llmpruner.models.opening import load_model
 
-gguf = pytest.importorskip("gguf")
 HIDDEN, INNER, HEADS, WORDS = 32, 48, 4, 64
 
 

@@ -1,7 +1,6 @@
 """Checkpoints with model code of their own: it runs where the user allows it, without a question on the terminal."""
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
@@ -11,17 +10,15 @@ from transformers import PreTrainedTokenizerFast
 
 pytestmark = pytest.mark.slow
 
-MADE_UP = Path(__file__).parents[1] / "made_up_package" / "made_up"
-SIZES = {
-    "vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 8, "intermediate_size": 40, "max_position_embeddings": 64,
-}  # fmt: skip
+COMPOSED = Path(__file__).parents[1] / "discovery" / "composed.py"
 WRITE = """
 import sys, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 torch.manual_seed(0)
 config = AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)
 model = AutoModelForCausalLM.from_config(config, trust_remote_code=True)
+for parameter in model.parameters():
+    torch.nn.init.normal_(parameter, std=0.1)
 model.save_pretrained(sys.argv[1])
 """
 
@@ -31,14 +28,16 @@ def folder(tmp_path_factory):
     """A checkpoint of an architecture that only its own files define, with weights and a tokenizer."""
     folder = tmp_path_factory.mktemp("alien") / "model"
     folder.mkdir()
-    for name in ("configuration_made_up.py", "modeling_made_up.py"):
-        shutil.copyfile(MADE_UP / name, folder / name)
+    # Two files, as usual, of which one imports the other.
+    configuration, projection, rest = COMPOSED.read_text(encoding="utf-8").partition("class Projection")
+    imports = f"{configuration.partition('class ')[0]}from .configuration_own import ComposedConfig\n"
+    (folder / "configuration_own.py").write_text(configuration)
+    (folder / "modeling_own.py").write_text(imports + projection + rest)
     auto_map = {
-        "AutoConfig": "configuration_made_up.MadeUpConfig",
-        "AutoModelForCausalLM": "modeling_made_up.MadeUpForCausalLM",
+        "AutoConfig": "configuration_own.ComposedConfig",
+        "AutoModelForCausalLM": "modeling_own.ComposedForCausalLM",
     }
-    values = {"model_type": "made_up", "architectures": ["MadeUpForCausalLM"], "auto_map": auto_map, **SIZES}
-    (folder / "config.json").write_text(json.dumps(values))
+    (folder / "config.json").write_text(json.dumps({"model_type": "composed", "auto_map": auto_map}))
     run_python(WRITE, folder)
     vocabulary = {"<unk>": 0, **{letter: n + 1 for n, letter in enumerate("abcdefgh")}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -65,18 +64,12 @@ def test_without_the_flag_one_line_names_it(folder):
 
 def test_with_the_flag_it_is_pruned_and_used(folder, tmp_path):
     trusted = ("--family", "auto", "--trust-remote-code")
-    options = ("--ratio", "0.1,0.2", "--set", "prune.layers=0", "--importance", "l1", "--kinds", "mlp")
+    options = ("--ratio", "0.1,0.05", "--set", "prune.layers=0", "--importance", "l1", "--kinds", "mlp")
     pruned = tmp_path / "pruned" / "0.1"
-    llmpruner("prune", folder, *trusted, *options, "-o", pruned.parent)
+    made = llmpruner("prune", folder, *trusted, *options, "-o", pruned.parent)
+    assert "no report was written" not in made.stderr and (pruned.parent / "report.html").is_file()
+    assert "--trust-remote-code" in llmpruner("report", pruned, expect=2).stderr
+    llmpruner("report", pruned, "--trust-remote-code")
     assert "--trust-remote-code" in llmpruner("generate", pruned, "-p", "a b", expect=2).stderr
     llmpruner("generate", pruned, "--trust-remote-code", "-p", "a b", "--max-new-tokens", "3")
     assert "trust_remote_code=True" in llmpruner("push", pruned, "me/small", "--trust-remote-code").stdout
-
-
-def test_its_report_is_written_and_written_again(folder, tmp_path):
-    trusted, pruned = ("--family", "auto", "--trust-remote-code"), tmp_path / "pruned"
-    options = ("--ratio", "0.1", "--set", "prune.layers=0", "--importance", "l1")
-    made = llmpruner("prune", folder, *trusted, *options, "-o", pruned)
-    assert "no report was written" not in made.stderr and (pruned / "report.html").is_file()
-    assert "--trust-remote-code" in llmpruner("report", pruned, expect=2).stderr
-    llmpruner("report", pruned, "--trust-remote-code")

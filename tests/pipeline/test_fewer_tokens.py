@@ -1,7 +1,5 @@
 """Tokens of a tiny model with a trained tokenizer, removed alone and with MLP channels; and what is told of the cut."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A prune that is killed goes on when the same command runs again, and ends with the same bytes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from dataclasses import replace
@@ -191,7 +189,7 @@ os.waitpid(child, 0)
 
 
 @pytest.mark.slow
-def test_kill_minus_nine(dense, tmp_path):
+def test_a_killed_command_goes_on_in_its_second_ratio(dense, tmp_path):
     """The command itself, killed when the folder of the second ratio has the first layer."""
     command = ("prune", dense, "-o", tmp_path / "out", "--ratio", "0.2,0.4", "--samples", 64, "--method", "best")
     command = (*command, "--set", "prune.length=64", "--json")

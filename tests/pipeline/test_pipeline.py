@@ -1,7 +1,5 @@
 """The stages together: plans that are reproducible, replayable, and mean the same in one step and in several."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -46,6 +44,8 @@ def test_several_steps_reach_the_same_amount_and_replay(gqa, kinds):
     original = copy.deepcopy(gqa.model.state_dict())
     made = llmpruner.plan(gqa, ratio=0.3, kinds=kinds, importance="taylor", steps=3, **LITTLE_TEXT)
     assert all(torch.equal(original[name], tensor) for name, tensor in gqa.model.state_dict().items())
+    at_once = llmpruner.plan(gqa, ratio=0.3, kinds=kinds, importance="taylor", **LITTLE_TEXT)
+    assert made.selection.steps == 3 and (kinds == ("layer",) or made.cuts != at_once.cuts), "each step measures again"
     pruned = llmpruner.prune(gqa, plan=made)
     removed = 1 - pruned.graph.decoder_parameters / 123392
     unit = 0.25 if kinds == ("layer",) else 0.02

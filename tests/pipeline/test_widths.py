@@ -1,7 +1,5 @@
 """Uniform widths: equal groups of all layers keep the same, aligned number of units."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from criteria_cases import opened
@@ -24,7 +22,7 @@ def group(units: int, kind: str = "mlp", layer: int = 0, **more) -> CoupledGroup
     return CoupledGroup(f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), **more)
 
 
-def chosen(loaded, kinds, ratio, allocation=Uniform, widths=UNIFORM, loss=None):
+def chosen(loaded, kinds, ratio, allocation=Uniform, loss=None):
     """Kept units by random scores that grow with the layer, so that free widths would differ; and the removed share."""
     graph = loaded.graph
     scope = Scope(kinds, tuple(range(graph.num_layers)))
@@ -34,7 +32,7 @@ def chosen(loaded, kinds, ratio, allocation=Uniform, widths=UNIFORM, loss=None):
         g.name: (1 + (g.layer or 0)) * torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups
     }
     demand = Demand(amount=round(ratio * graph.decoder_parameters))
-    kept = select(graph, groups, scores, scope, demand, allocation(), widths=widths, loss=loss)
+    kept = select(graph, groups, scores, scope, demand, allocation(), widths=UNIFORM, loss=loss)
     return kept, 1 - restrict(graph, kept).decoder_parameters / graph.decoder_parameters
 
 
@@ -116,7 +114,7 @@ def test_groups_of_different_sizes_need_not_agree():
     assert [left.multiple(one) for one in groups[:2]] == [8, 64] and len(left.alike(groups[:2])) == 2
 
 
-def test_multiples():
+def test_widths_are_multiples_by_kind_and_hidden_size():
     alignments = [widths_for("uniform", None, size).round_to for size in (32, 64, 576, 896, 1024, 8192)]
     assert alignments == [2, 4, 32, 32, 64, 64]
     experts = [Widths(uniform=True).multiple(group(count, "expert")) for count in (2, 4, 8, 16, 60, 64, 256)]

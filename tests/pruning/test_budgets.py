@@ -1,7 +1,5 @@
 """A budget counts what the model that is really cut costs, and every allocation meets it within one step."""
 
-from __future__ import annotations
-
 import copy
 import json
 
@@ -103,12 +101,8 @@ def test_costs_are_those_of_the_cut_model(loaded):
     ("gpt2", {}, ()),  # transposed weights, tied
     ("phi3", {"num_key_value_heads": 8}, INSIDE),  # query, key and value heads in one matrix
     pytest.param("falcon", FALCON_40B, HEADS, marks=pytest.mark.slow),  # the same, block by block
-    pytest.param("gpt_neox", {}, HEADS, marks=pytest.mark.slow),
-    # Laid out as others.
-    *(pytest.param(name, {}, INSIDE, marks=pytest.mark.long) for name in ("bloom", "mpt", "glm4")),
     pytest.param("gemma3_text", {}, HEADS, marks=pytest.mark.slow),  # sliding windows, norms over heads
-    pytest.param("mixtral", {}, INSIDE, marks=pytest.mark.long),  # experts
-    # Experts, too; caches a latent and one shared key, not its heads.
+    # Experts; caches a latent and one shared key, not its heads.
     pytest.param("deepseek_v3", {}, INSIDE, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_costs_of_other_architectures(model_type, options, kinds):
@@ -134,10 +128,10 @@ RANKING = GlobalRanking(normalize="parameters")
     [*((kinds, Uniform(), 1) for kinds in KINDS), (KINDS[2], Uniform(), 3), (KINDS[2], RANKING, 3)],
     ids=[*map("+".join, KINDS), "uniform in 3", "global in 3"],
 )
-@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("budget", sorted(BUDGETS.keys() - {"bytes"}))  # four for each parameter
 def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, steps):
     graph = gqa.graph
-    little = kinds == ("attention",) and budget in ("decoder", "parameters", "bytes")
+    little = kinds == ("attention",) and budget in ("decoder", "parameters")
     job = small_job(
         amount=0.1 if little else 0.3, budget=BUDGETS[budget](**settings_of(budget)), kinds=kinds,
         allocation=allocation, steps=steps,

@@ -1,7 +1,5 @@
 """Criteria for experts, on mixtures with planted experts: which a criterion ranks rightly, and which it cannot see."""
 
-from __future__ import annotations
-
 import copy
 import functools
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """What the forecast says of memory and disk is at least nine tenths of what a run adds, and at most 1.6 times."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

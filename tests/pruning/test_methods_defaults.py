@@ -1,7 +1,5 @@
 """Methods are settings for a prune: valid ones, that name what exists, for what the user asked."""
 
-from __future__ import annotations
-
 import pytest
 
 from llmpruner import Method

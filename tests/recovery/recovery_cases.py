@@ -1,7 +1,5 @@
 """Tiny dense and pruned models, data for them, and one function that trains."""
 
-from __future__ import annotations
-
 import copy
 import json
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Examples that the dense model writes: how many, from what, in which format."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,7 +51,7 @@ def test_the_source_and_its_number_of_rows(data, expected):
         ("self,self-text", "name 'self' or 'self-text' once"),
     ],
 )  # fmt: skip
-def test_mistakes_are_named(data, message):
+def test_wrong_numbers_of_rows_are_refused(data, message):
     with pytest.raises(DataError, match=message):
         dense_text_in(data)
 

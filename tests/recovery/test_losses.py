@@ -1,7 +1,5 @@
 """Losses in blocks: values and gradients of the same loss over all logits at once; distillation by its formula."""
 
-from __future__ import annotations
-
 import pytest
 import tiny_models
 import torch

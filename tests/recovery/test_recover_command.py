@@ -1,7 +1,5 @@
 """`llmpruner.recover`: which strategy, from which dense model, into which folder; killed; in two processes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`fit`: what is trained, in which dtype, from which checkpoint, for how long; never to a higher loss than before."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import time
@@ -64,7 +62,7 @@ def test_tied_weights_stay_tied(tiny):
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1::2], ids=["lora", "distil lora"])
-def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, tmp_path, strategy):
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tiny, strategy):
     """With dropout, and with a teacher; the kit of strategies tries the others."""
     whole = tiny(strategy, name="whole")
 
@@ -185,7 +183,7 @@ def test_minutes_end_a_training_that_was_interrupted_too(tiny):
     assert result.record["validation"][-1]["step"] == len(result.losses)
 
 
-def test_batches_and_steps():
+def test_batch_sizes_and_steps_follow_the_number_of_rows():
     of = RecoverSettings(data="a")
     sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
     assert sizes == {10: 2, 500: 4, 7000: 64, 50_000: 64}

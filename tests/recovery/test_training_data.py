@@ -1,7 +1,5 @@
 """Data for a training: its forms, rows, and what is held back."""
 
-from __future__ import annotations
-
 import json
 from importlib.resources import files
 
@@ -10,7 +8,7 @@ import tiny_models
 from recovery_cases import write_lines
 
 from llmpruner import DataError, ModelFamily
-from llmpruner.calibration.conversations import Completion, read_examples
+from llmpruner.calibration.conversations import read_examples
 from llmpruner.discovery.family import alpaca_prompt
 from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
@@ -19,10 +17,9 @@ FAMILY = ModelFamily()
 ASKED = {"instruction": "Name the capital of France.", "input": "", "output": "Paris."}
 
 
-def prepared(source, *, positions=None, written=None, **options):
+def prepared(source, *, positions=None, **options):
     settings = RecoverSettings(data=str(source), **{"validation": 0, "cutoff": 400, **options})
-    read = {**read_data(settings.data), **(written or {})}
-    return prepare(settings, read, FAMILY, tiny_models.tokenizer(), positions)
+    return prepare(settings, read_data(settings.data), FAMILY, tiny_models.tokenizer(), positions)
 
 
 def texts(rows):
@@ -69,14 +66,6 @@ def test_a_limit_draws_by_seed(tmp_path):
     source = write_lines(tmp_path / "a.jsonl", [{**ASKED, "output": f"text {n}"} for n in range(50)])
     one, again, other = (prepared(source, limit=5, seed=seed) for seed in (1, 1, 2))
     assert len(one.rows) == 5 and one == again != other
-
-
-def test_sources_are_mixed_in_shares(tmp_path):
-    file = write_lines(tmp_path / "a.jsonl", [ASKED] * 12)
-    written = {"self:4": [("a place", Completion("The fox jumps over it."))] * 4}
-    data = prepared(f"3*{file},1*self:4", written=written, cutoff=6)
-    assert len([text for text in texts(data.rows) if "fox" in text]) >= 1
-    assert len(data.rows) > 12
 
 
 def test_the_demo_instructions_are_complete_and_distinct():

@@ -1,7 +1,5 @@
 """A model with a trimmed vocabulary next to the dense one: compared, trained toward it, verified."""
 
-from __future__ import annotations
-
 import pytest
 import tiny_models
 import torch
@@ -52,7 +50,7 @@ def logits(model, *rows):
         return model(input_ids=torch.tensor(rows), attention_mask=torch.ones(len(rows), len(rows[0]))).logits
 
 
-def test_the_dense_model_reads_removed_tokens_whole(home, dense, trimmed):
+def test_the_dense_model_reads_removed_tokens_whole(dense, trimmed):
     kept = list(trimmed.plans[0].kept["vocabulary"])
     assert old_ids(dense.tokenizer, trimmed.tokenizer) == kept and len(kept) < 300
     assert old_ids(trimmed.tokenizer, dense.tokenizer) is None
@@ -119,8 +117,6 @@ def test_the_teacher_says_removed_tokens_by_their_pieces(tmp_path, dense, trimme
 def test_it_is_recovered_and_verified(home, tmp_path, strategy):
     checks = llmpruner.verify_checkpoint(home / "trimmed").checks
     assert [check.state for check in checks] == ["passed"] * 4, checks
-    if strategy == "lora":
-        pytest.importorskip("peft")
     data = "self-text:24" if strategy == "distil" else write_lines(tmp_path / "data.jsonl")
     made = llmpruner.recover(
         home / "trimmed", strategy=strategy, data=data, output=tmp_path / "out", max_steps=2, cutoff=24,

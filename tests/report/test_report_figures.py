@@ -1,7 +1,5 @@
 """The report of a checkpoint: its figures are those of the record, of the shapes and of the files of results."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -14,7 +12,7 @@ import pytest
 import tiny_models
 
 import llmpruner
-from llmpruner import Catalog, DataError, ModelError, ReportSection
+from llmpruner import Catalog, DataError, ModelError
 from llmpruner.evaluation.metrics import size
 from llmpruner.pruning.budgets import bytes_per_token
 from llmpruner.report.base import Costs
@@ -22,7 +20,6 @@ from llmpruner.report.evidence import report_subjects
 from llmpruner.report.sections import RecoverySection
 from llmpruner.report.summary import Pair, sentence
 from llmpruner.structure.plan import Quality
-from llmpruner.testing import catalog_with
 from llmpruner.values import without_folders
 
 
@@ -81,13 +78,13 @@ def benched(places: Path, name: str) -> dict[str, Any]:
     return {"runtime": "transformers", "settings": {}, "new_tokens": 16, "rounds": 3, "cases": [case]}
 
 
-def page_of(places: Path, tmp_path: Path, *names: str, catalog: Catalog | None = None) -> tuple[str, dict[str, str]]:
+def page_of(places: Path, tmp_path: Path, *names: str) -> tuple[str, dict[str, str]]:
     """The page about ``names``, with results of all and the speed of the first, and its sentences. No warnings."""
     (tmp_path / "quality.json").write_text(json.dumps(evaluated(places, *names)))
     (tmp_path / "speed.json").write_text(json.dumps(benched(places, names[0])))
     made = llmpruner.write_report(
         [places / name for name in names], tmp_path / "page.html",
-        results=[tmp_path / "quality.json", tmp_path / "speed.json"], catalog=catalog,
+        results=[tmp_path / "quality.json", tmp_path / "speed.json"],
     )  # fmt: skip
     assert made.warnings == ()
     return made.path.read_text(encoding="utf-8"), dict(made.sentences)
@@ -266,23 +263,6 @@ def test_folders_of_paths_are_left_out():
         "self,1.5*chat:/x/a.jsonl,2*jsonl:C:\\y\\b.jsonl": "self,1.5*chat:a.jsonl,2*jsonl:b.jsonl",
     }.items():  # fmt: skip
         assert without_folders(text) == shown
-
-
-def test_a_plugin_adds_a_section(places, tmp_path):
-    class Flops(ReportSection):
-        name = "flops"
-        order = 15
-
-        def render(self, subject):
-            return f"<h2>Mine</h2><p>{subject.costs.macs_per_token} MACs</p>"
-
-        def compare(self, subjects):
-            return f"<h2>All of mine</h2><p>{len(subjects)} models</p>"
-
-    catalog = catalog_with(Flops, entry_points=True)
-    html, _ = page_of(places, tmp_path, "small", "worse", catalog=catalog)
-    assert "<h2>All of mine</h2><p>2 models</p>" in html and html.count("<h2>Mine</h2>") == 2
-    assert re.search(r"<p>\d+ MACs</p>", html)
 
 
 def test_what_is_no_checkpoint_is_refused(places, tmp_path):

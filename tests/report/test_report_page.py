@@ -1,7 +1,5 @@
 """One page from sections: self-contained, in order, and whole where a section fails."""
 
-from __future__ import annotations
-
 import re
 from html.parser import HTMLParser
 
