@@ -186,6 +186,11 @@ class MetaFolder:
 
     def config(self, tokenizer: Any | None) -> LlamaConfig:
         """Without a tokenizer, the special ids are those of the SentencePiece models of Llama 1 and 2."""
+        if tokenizer is not None and len(tokenizer) > self.vocabulary:
+            raise CheckpointError(
+                f"{self.directory}: its tokenizer has {len(tokenizer)} tokens, its embedding {self.vocabulary} rows: "
+                "the two belong to different models"
+            )
         params = self.params
         rope: dict[str, Any] = {"rope_type": "default", "rope_theta": params.rope_theta}
         if params.rope_scaling_factor is not None:

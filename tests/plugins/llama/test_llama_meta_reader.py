@@ -162,3 +162,11 @@ def test_damage_is_one_line_and_nothing_is_written(what: str, tmp_path: Path, mo
     assert str(folder) in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
     assert MetaReader().recognises(folder)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder = copy_of("mha", "1shard", tmp_path / "meta", tokenizer=True)
+    for name in ("tok_embeddings.weight", "output.weight"):
+        resave(folder, 0, lambda state, name=name: state.update({name: state[name][:50].clone()}))
+    with pytest.raises(CheckpointError, match="tokenizer has 84 tokens, its embedding 50 rows"):
+        MetaReader().read_model(folder, None)
