@@ -71,7 +71,7 @@ def why_it_stops(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def in_one_line(ref: Reference) -> Iterator[None]:
-    """Turn exceptions of transformers for missing or damaged models into a `ModelError` of one line."""
+    """Turn errors of transformers or of a reader, for a missing or damaged model, into a `ModelError` of one line."""
     try:
         yield
     except LlmprunerError:
