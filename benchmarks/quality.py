@@ -90,8 +90,8 @@ CODE = ("argparse", "ast", "dataclasses", "difflib", "inspect", "pathlib", "tarf
 
 @dataclass(frozen=True)
 class Row:
-    """One result. ``method``: of `METHODS`, or "dense" with ratio 0. ``text``: "self-written" or "C4". ``samples``: of
-    the calibration; 0 for the method's own number."""
+    """One result. ``method``: of `METHODS`, or "dense" with ratio 0. ``text``: "self-written", "C4" or "half of each".
+    ``samples``: of the calibration; 0 for the method's own number."""
 
     model: str
     method: str = "dense"
@@ -113,7 +113,7 @@ def rows() -> Iterator[Row]:
         yield Row(demo, method, 0.2, shape, "C4")
     yield Row(qwen)
     yield Row(qwen, "fast", 0.2, "uniform", "self-written")
-    for text in ("self-written", "C4"):
+    for text in ("self-written", "C4", "half of each"):
         yield Row(qwen, "best", 0.2, "uniform", text, samples=64)
     for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
         yield Row(qwen, method, 0.2, shape, "C4")
@@ -174,7 +174,7 @@ def options_of(row: Row, data: Path, work: Path) -> tuple[str, ...]:
     del documents[C4_JUDGED]
     c4 = work / "c4.jsonl"
     c4.write_text("".join(documents), encoding="utf-8")
-    text = str(c4) if row.text == "C4" else "self"
+    text = {"C4": str(c4), "half of each": f"1*self,1*{c4}"}.get(row.text, "self")
     options = [*METHODS[row.method], "--ratio", str(row.ratio), "--calibration", text]
     options += ["--shape", row.shape] if row.shape else []
     options += ["--samples", str(row.samples)] if row.samples else []

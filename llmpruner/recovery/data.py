@@ -3,9 +3,9 @@ torch.
 
 With ``--data self`` or ``self-text``, a recovery needs no corpus. One of four rows of ``self`` is an answer to an
 instruction of ``instructions.txt``, in the model's chat format; the others, and all rows of ``self-text``, are short
-texts that the model writes from nothing, as for calibration. Tokens are drawn at temperature 1 from the whole
-distribution: then the cross entropy of the rows differs from the divergence of the trained model from the dense one by
-a constant, in expectation.
+texts that the model writes from nothing, as for calibration. But for the first of a text, tokens are drawn at
+temperature 1 from the whole distribution: then the cross entropy of the rows differs from the divergence of the trained
+model from the dense one by a constant, in expectation.
 """
 
 from __future__ import annotations
