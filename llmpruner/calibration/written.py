@@ -39,8 +39,8 @@ def self_generated(
     from BOS, at temperature 1, without truncation of the distribution, joined until a sample is full. Many short
     passages cover more subjects than a few long ones of as many tokens, and take less time. The random numbers of a
     passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens over all passages are
-    close to their probabilities. The first token is drawn at temperature 2: many chat models have not learned how a
-    text begins (SmolLM2-Instruct begins a third of them with a hyphen). LLM-QAT (Liu et al., 2023) draws it uniformly.
+    close to their probabilities. The first token is drawn at temperature 2, as some chat models have not learned how a
+    text begins: SmolLM2-Instruct would begin a third of them with a hyphen.
 
     ``as_texts``: samples begin with what the tokenizer puts before a text; where that is nothing, every second sample
     begins with BOS, as chats do in many formats, and the others in the middle of a passage. The first token of a
