@@ -115,8 +115,8 @@ def _ended(*_: object) -> NoReturn:
 def _exit(code: int) -> NoReturn:
     if not launched():
         sys.exit(code)
-    if not is_first():
-        time.sleep(2)  # a launcher ends all processes as soon as one has ended, and the first may still print
+    # A launcher ends all processes as soon as one has ended, and another may still print, or ask whether it may.
+    time.sleep(2)
     sys.stdout.flush()
     sys.stderr.flush()
     # Without the clean-up of libraries, which may wait for processes that have ended.
