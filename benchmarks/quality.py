@@ -62,7 +62,7 @@ LABELS = {
     ("FLAP", "free"): "FLAP, free widths",
 }
 """Method and shape → the label of a bar; else the method alone."""
-HEADS = ("method", "shape", "calibrated on", "decoder", "bytes", "repeat", "cut off", "minutes", "GiB")
+HEADS = ("method", "shape", "calibrated on", "decoder", "bytes", "repeat", "cut off", "minutes", "GiB", "commit")
 ABOUT = f"""# Quality for size
 
 <!-- Written by benchmarks/quality.py; do not edit. -->
@@ -81,7 +81,7 @@ modules of Python's standard library.
 - *recovered*: after `llmpruner recover --minutes 15`. No other row is trained.
 - *repeat*: share of the model's own answers to 40 instructions that repeat themselves; *cut off*: that do not end
   within 128 tokens.
-- *minutes*: wall time of the commands; *GiB*: their peak memory.
+- *minutes*: wall time of the commands; *GiB*: their peak memory; *commit*: the version of the program.
 """
 C4_JUDGED = slice(150, 200)
 """Documents of the C4 sample that are measured; no row is calibrated on them."""
@@ -263,9 +263,8 @@ def page(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) -> s
         chosen = {row: entry for row, entry in done.items() if row.model == model}
         if chosen:
             first = chosen[Row(model)]
-            made = " and ".join(sorted({entry["commit"] for entry in chosen.values()}))
             on = f"{first['machine']['cpu']}, {first['machine']['cores']} cores"
-            about = f"{first['tokens']:,} tokens of each text; {on}; measured at {made}."
+            about = f"{first['tokens']:,} tokens of each text; {on}."
             sections += [f"## {model}", "", about, "", *table(chosen), "", *spread(chosen, again)]
     return "\n".join([ABOUT, *sections])
 
@@ -296,7 +295,7 @@ def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:
         cells += [cell(entry["texts"][name]) for name in COLUMNS]
         cells += [f"{entry['asked'][name]:.0%}" for name in ("repeat_themselves", "cut_off")]
         took = (f"{entry['seconds'] / 60:.1f}", f"{entry['peak_mib'] / 1024:.1f}") if "seconds" in entry else ("–", "–")
-        lines.append((*cells, *took))
+        lines.append((*cells, *took, entry["commit"]))
     shown = [f"| {' | '.join(cells)} |" for cells in lines]
     return [shown[0], "|---" * len(lines[0]) + "|", *shown[1:]]
 
