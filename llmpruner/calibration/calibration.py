@@ -121,10 +121,10 @@ class ChatSource(CalibrationSource):
 
 
 class SelfWritten(CalibrationSource):
-    """Text that the model writes, see `calibration.written`."""
+    """Text that the model writes, see `calibration.written`: passages and, with a chat format, as many answers."""
 
     name = "self"
-    summary = "text that the model writes itself; nothing is downloaded"
+    summary = "text that the model writes itself: passages and, of a chat model, answers; nothing is downloaded"
     writes = True
 
     class Settings(ComponentSettings):
@@ -139,12 +139,9 @@ class SelfWritten(CalibrationSource):
             raise DataError(f"--calibration self:{reference}: the model writes this text, so nothing follows 'self'")
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        from .written import self_generated
+        from .written import written_samples
 
-        return self_generated(
-            task.model, task.tokenizer, task.samples, task.length, task.seed, passage=self.settings.passage,
-            as_texts=True, progress=task.progress,
-        )  # fmt: skip
+        return written_samples(task, self.settings.passage)
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,11 @@ def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
     return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
 
 
+def has_chat_format(family: ModelFamily, tokenizer: Any | None) -> bool:
+    """Whether the model was trained on chats: its tokenizer has a template for them, or its family a format."""
+    return tokenizer is not None and (family.has_own_format or has_chat_template(family, tokenizer))
+
+
 def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
     """A line on the format of a prompt that is not in the tokenizer's chat template; else None."""
     if has_chat_template(family, tokenizer):
@@ -158,13 +163,18 @@ def packed(examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], tas
             if tokens < length:
                 raise DataError(f"'{task.reference}' is too short for {length} tokens; lower --set prune.length")
 
-    ahead, rows = texts(), list[list[int]]()
-    for _ in range(task.samples):
+    return filled(texts(), task.samples, length)
+
+
+def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]]:
+    """Rows of ``length`` tokens; each begins with a whole text, and its last one is cut."""
+    filled: list[list[int]] = []
+    for _ in range(rows):
         row: list[int] = []
         while len(row) < length:
-            row += next(ahead)
-        rows.append(row[:length])
-    return rows
+            row += next(texts)
+        filled.append(row[:length])
+    return filled
 
 
 def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[tuple[str, str], ...]:

@@ -1,26 +1,61 @@
-"""Text that the model generates: passages for calibration, and answers to prompts."""
+"""Text that the model generates: passages from nothing, and answers to instructions and other prompts."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
+from importlib.resources import files
+from itertools import cycle, takewhile
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.quasirandom import SobolEngine
 from transformers import GenerationConfig
 
-from ..errors import ModelError, UnsupportedModelError, first_line
-from ..models.generation import cached_bytes, fast_one_token_attention, generating_as
+from ..errors import DataError, ModelError, UnsupportedModelError, first_line
+from ..models.generation import cached_bytes, fast_one_token_attention, generating_as, table_of
 from ..models.messages import quiet_transformers
 from ..models.numbers import with_fast_products
-from ..models.tokenizer import padding_id
+from ..models.tokenizer import ids_to_continue, padding_id
 from ..progress import QUIET, Progress
+from .chat import chat_prompt, filled, has_chat_format, texts_at, token_ids
+from .conversations import Instruction
 from .windows import opening_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from ..discovery.family import ModelFamily
+    from .calibration import SampleTask
+
+
+ANSWER_TOKENS = 96
+"""The most tokens of an answer in a calibration text."""
+_SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
+
+
+def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
+    """Passages, and of a model with a chat format, answers to instructions in every second sample, (samples, length):
+    such models write little prose from nothing. Raises as `self_generated` and `answers_to_instructions`."""
+    model, tokenizer, family, length = task.model, task.tokenizer, task.family, task.length
+    is_chat_S = (torch.arange(task.samples) % 2 == 1) & has_chat_format(family, tokenizer)
+    chats = int(is_chat_S.sum())
+    ids_SL = torch.empty(task.samples, length, dtype=torch.long)
+    ids_SL[~is_chat_S] = self_generated(
+        model, tokenizer, task.samples - chats, length, task.seed, passage=passage, as_texts=True,
+        progress=task.progress,
+    )  # fmt: skip
+    if chats:
+        # Enough where an instruction with its answer takes this many tokens; where all take fewer, they are used again.
+        needed = chats * -(-length // ANSWER_TOKENS)
+        examples = answers_to_instructions(model, tokenizer, family, needed, ANSWER_TOKENS, task.seed, task.progress)
+        if not examples:
+            raise DataError("--calibration self: the model answers nothing but blanks; give a file")
+        texts = [token_ids(text, tokenizer) for each in examples for text in texts_at("self", each, family, tokenizer)]
+        ids_SL[is_chat_S] = torch.tensor(filled(cycle(texts), chats, length))
+    return ids_SL
 
 
 def self_generated(
@@ -39,7 +74,7 @@ def self_generated(
     from BOS, at temperature 1, without truncation of the distribution, joined until a sample is full. Many short
     passages cover more subjects than a few long ones of as many tokens, and take less time. The random numbers of a
     passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens over all passages are
-    close to their probabilities. The first token is drawn at temperature 2, as some chat models have not learned how a
+    close to their probabilities. The first token is drawn at temperature 4, as some chat models have not learned how a
     text begins: SmolLM2-Instruct would begin a third of them with a hyphen.
 
     ``as_texts``: samples begin with what the tokenizer puts before a text; where that is nothing, every second sample
@@ -61,14 +96,14 @@ def self_generated(
 
     @torch.no_grad()
     def write() -> list[torch.Tensor]:
-        points = torch.quasirandom.SobolEngine(tokens - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
+        points = SobolEngine(tokens - 1, scramble=True, seed=seed)  # type: ignore[no-untyped-call]
         written: list[torch.Tensor] = []
         # The cache of keys and values grows with the batch.
         for done in progress.track(range(0, passages, batch), label):
             rows = min(batch, passages - done)
             # The end of a sequence is never drawn: padding after it would distort the statistics.
             never = [eos] if isinstance(eos, int) else eos or []
-            draw = _Draw(points.draw(rows).to(model.device), never, opening=2.0)
+            draw = _Draw(points.draw(rows).to(model.device), never, opening=4.0)
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
             mask = torch.ones_like(start)
             with generating_as(model, config), fast_one_token_attention(), _naming_failures(model):
@@ -111,6 +146,52 @@ def answered(
         run = partial(model.generate, ids, attention_mask=mask, logits_processor=draw)
         written = with_fast_products(model, run)[:, length:].tolist()
     return [list(takewhile(lambda token: token not in stops, row)) for row in written]
+
+
+def answers_to_instructions(
+    model: PreTrainedModel, tokenizer: Any, family: ModelFamily, count: int, tokens: int, seed: int,
+    progress: Progress = QUIET,
+) -> list[Instruction]:  # fmt: skip
+    """``count`` answers to the instructions of ``instructions.txt`` in random order, all of them before one is used
+    again; fewer where answers are blank. At most ``tokens`` of each are drawn as `answered` does, by scrambled Sobol
+    points. Raises `DataError` for a model with too few positions."""
+    prompts: dict[str, list[int]] = {}
+    for instruction in (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines():
+        prompt = chat_prompt(family, tokenizer, instruction)
+        prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
+    needed, positions = max(map(len, prompts.values())) + tokens, table_of(model.config)
+    if positions is not None and needed > positions:
+        raise DataError(
+            f"instructions with answers take {needed} tokens, and the model has {positions:,} positions; give a file "
+            "instead of self"
+        )
+    instructions, rng = list(prompts), random.Random(seed)
+    rng.shuffle(instructions)
+    # In a batch, prompts have the length of the longest.
+    chosen = sorted((instructions[n % len(instructions)] for n in range(count)), key=lambda i: len(prompts[i]))
+    points = SobolEngine(tokens, scramble=True, seed=seed).draw(count)  # type: ignore[no-untyped-call]
+    size = passages_at_once(model.config, needed, model.dtype.itemsize)
+    written: list[Instruction] = []
+    for first in progress.track(range(0, count, size), "The model answers instructions"):
+        batch, numbers = chosen[first : first + size], points[first : first + size]
+        drawn = answered(model, tokenizer, [prompts[each] for each in batch], tokens, numbers)
+        for instruction, ids in zip(batch, drawn, strict=True):
+            answer = text_of(tokenizer, ids, finished=len(ids) < tokens, stop=family.stop_text)
+            if answer:
+                written.append(Instruction(instruction, answer))
+    rng.shuffle(written)
+    return written
+
+
+def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
+    """The text of ``ids``; unless it is ``finished``, up to its last whole sentence, as the model learns where rows
+    end."""
+    text: str = tokenizer.decode(ids, skip_special_tokens=True)
+    if stop and stop in text:
+        text, finished = text.partition(stop)[0], True
+    text = text.strip()
+    end = 0 if finished else max(text.rfind(mark) for mark in _SENTENCE_ENDS)
+    return text[: end + 1].strip() if end > 0 else text
 
 
 def passages_at_once(config: Any, tokens: int, item: int) -> int:

@@ -2,10 +2,10 @@
 torch.
 
 With ``--data self`` or ``self-text``, a recovery needs no corpus. One of four rows of ``self`` is an answer to an
-instruction of ``instructions.txt``, in the model's chat format; the others, and all rows of ``self-text``, are short
-texts that the model writes from nothing, as for calibration. But for the first of a text, tokens are drawn at
-temperature 1 from the whole distribution: then the cross entropy of the rows differs from the divergence of the trained
-model from the dense one by a constant, in expectation.
+instruction, in the model's chat format; the others, and all rows of ``self-text``, are short texts that the model
+writes from nothing, as for calibration. But for the first of a text, tokens are drawn at temperature 1 from the whole
+distribution: then the cross entropy of the rows differs from the divergence of the trained model from the dense one by
+a constant, in expectation.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import os
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from importlib.util import find_spec
 from os.path import isfile
 from typing import TYPE_CHECKING, Any
 
-from ..calibration.chat import chat_prompt, texts_at, token_ids
-from ..calibration.conversations import Completion, Example, Instruction, example, read_examples
+from ..calibration.chat import texts_at, token_ids
+from ..calibration.conversations import Completion, Example, example, read_examples
 from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture
 from ..errors import DataError, MissingExtraError, SettingsError
 from ..progress import QUIET, Progress
@@ -38,9 +37,6 @@ ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
 ANSWER_TOKENS, TEXT_TOKENS = 192, 64
 """The most tokens of an answer, and those of a text: of as many tokens, short texts cover more subjects."""
-_BATCH = 64
-"""Answers that are written at once; memory grows with it."""
-_SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 _LEAST, _MOST = 48, 128
 """Bounds for a share of examples held back, which is at most a fifth of all: enough to tell a small gain from noise,
 and few enough to measure quickly."""
@@ -117,66 +113,21 @@ def _is_dense_text(source: str) -> bool:
 
 def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress = QUIET) -> list[Example]:
     """Let the ``dense`` model write the examples of ``text``. Raises `DataError` where that gives none."""
-    from ..calibration.written import self_generated
+    from ..calibration.written import answers_to_instructions, self_generated, text_of
 
-    examples = _answers(text, dense, seed, progress) if text.answers else []
+    model, tokenizer, examples = dense.model, dense.tokenizer, list[Example]()
+    if text.answers:
+        examples += answers_to_instructions(model, tokenizer, dense.family, text.answers, ANSWER_TOKENS, seed, progress)
     if text.texts:
         ids = self_generated(
-            dense.model, dense.tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS,
+            model, tokenizer, text.texts, TEXT_TOKENS, seed, passage=TEXT_TOKENS,
             progress=progress, label="The dense model writes texts",
         )  # fmt: skip
-        texts = (_decoded(dense.tokenizer, row, finished=False) for row in ids.tolist())
+        texts = (text_of(tokenizer, row, finished=False) for row in ids.tolist())
         examples += [Completion(written) for written in texts if written]
     if not examples:
         raise DataError(f"--data {text.source}: the dense model writes nothing but blanks; give a file")
     return examples
-
-
-def _answers(text: DenseText, dense: Model, seed: int, progress: Progress) -> list[Example]:
-    from torch.quasirandom import SobolEngine
-
-    from ..calibration.written import answered
-    from ..models.generation import table_of
-    from ..models.tokenizer import ids_to_continue
-
-    model, tokenizer, family = dense.model, dense.tokenizer, dense.family
-    prompts: dict[str, list[int]] = {}
-    for instruction in (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines():
-        prompt = chat_prompt(family, tokenizer, instruction)
-        prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
-    needed, positions = max(map(len, prompts.values())) + ANSWER_TOKENS, table_of(model.config)
-    if positions is not None and needed > positions:
-        raise DataError(
-            f"--data {text.source}: instructions with answers take {needed} tokens, and the model has {positions:,} "
-            "positions; give self-text or a file"
-        )
-    instructions = list(prompts)
-    random.Random(seed).shuffle(instructions)
-    # In a batch, prompts have the length of the longest.
-    chosen = sorted((instructions[n % len(instructions)] for n in range(text.answers)), key=lambda i: len(prompts[i]))
-    # Points of a scrambled Sobol sequence, see `calibration.written`.
-    points = SobolEngine(ANSWER_TOKENS, scramble=True, seed=seed).draw(len(chosen))  # type: ignore[no-untyped-call]
-    examples: list[Example] = []
-    for first in progress.track(range(0, len(chosen), _BATCH), "The dense model answers instructions"):
-        batch = chosen[first : first + _BATCH]
-        drawn = points[first : first + len(batch)]
-        answers = answered(model, tokenizer, [prompts[each] for each in batch], ANSWER_TOKENS, drawn)
-        for instruction, ids in zip(batch, answers, strict=True):
-            answer = _decoded(tokenizer, ids, finished=len(ids) < ANSWER_TOKENS, stop=family.stop_text)
-            if answer:
-                examples.append(Instruction(instruction, answer))
-    return examples
-
-
-def _decoded(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
-    """The text of ``ids``; unless it is ``finished``, up to its last whole sentence, as the model learns where rows
-    end."""
-    text: str = tokenizer.decode(ids, skip_special_tokens=True)
-    if stop and stop in text:
-        text, finished = text.partition(stop)[0], True
-    text = text.strip()
-    end = 0 if finished else max(text.rfind(mark) for mark in _SENTENCE_ENDS)
-    return text[: end + 1].strip() if end > 0 else text
 
 
 @dataclass(frozen=True)

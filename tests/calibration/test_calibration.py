@@ -3,6 +3,7 @@
 import copy
 import json
 from dataclasses import replace
+from importlib.resources import files
 from itertools import pairwise, product
 
 import pytest
@@ -127,6 +128,23 @@ def test_written_samples_begin_as_text_in_use_does(gqa):
     assert torch.equal(texts(None), plain)
 
 
+def test_a_chat_model_also_answers_instructions(gqa, monkeypatch):
+    """In its chat format, in every second sample; others are as without one."""
+    monkeypatch.setattr("llmpruner.calibration.written.ANSWER_TOKENS", 8)
+    tokenizer = tiny_models.tokenizer()
+    model = replace(gqa, model=copy.deepcopy(gqa.model))
+    model.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    texts = drawn("self", model, tokenizer, samples=3, length=100, seed=0)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}] {% endfor %}"
+    both = drawn("self", model, tokenizer, samples=5, length=100, seed=0)
+    is_chat = torch.arange(5) % 2 == 1
+    assert torch.equal(both[~is_chat], texts)
+    lines = (files(written.__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
+    chats = [tokenizer.decode(row) for row in both[is_chat]]
+    first = [line for chat in chats for line in lines if f"[{line}]".startswith(chat[:20])]
+    assert len(first) == 2
+
+
 def test_a_class_that_cannot_generate_is_refused_in_one_line(gqa, monkeypatch):
     """As Blenderbot's decoder, which looks for another cache than it is given."""
 
@@ -150,11 +168,11 @@ def test_tokens_are_drawn_as_the_model_predicts_them():
     assert ((shares - wanted).abs() <= 4 * (wanted * (1 - wanted) / 20000).sqrt()).all()
 
 
-def test_passages_begin_as_often_with_a_token_as_the_model_predicts_at_temperature_2(gqa):
+def test_passages_begin_as_often_with_a_token_as_the_model_predicts_at_temperature_4(gqa):
     """Within a passage for each stretch of the scrambled points, where independent draws spread by their root."""
     ids = written.self_generated(gqa.model, None, 128, 8, 0)
     with torch.no_grad():
-        logits = gqa.model(ids[:1, :1]).logits[0, 0] / 2
+        logits = gqa.model(ids[:1, :1]).logits[0, 0] / 4
     eos = gqa.model.generation_config.eos_token_id
     assert not bool((ids == eos).any())
     logits[eos] = -torch.inf

@@ -10,10 +10,11 @@ import torch
 from recovery_cases import model_of
 
 from llmpruner import api
-from llmpruner.calibration.written import answered
+from llmpruner.calibration import written
+from llmpruner.calibration.written import answered, text_of
 from llmpruner.errors import DataError, OutputError
 from llmpruner.recovery import data as training_data
-from llmpruner.recovery.data import ROWS, DenseText, _decoded, dense_text_in, write_examples
+from llmpruner.recovery.data import ROWS, DenseText, dense_text_in, write_examples
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -21,7 +22,7 @@ TEMPLATE = (
 )
 
 
-INSTRUCTIONS = (Path(training_data.__file__).parent / "instructions.txt").read_text(encoding="utf-8").splitlines()
+INSTRUCTIONS = (Path(written.__file__).parent / "instructions.txt").read_text(encoding="utf-8").splitlines()
 
 
 def test_the_instructions_are_many_and_distinct():
@@ -69,7 +70,7 @@ def test_text_ends_with_a_sentence():
         ("a list\n- b\n\nand the", "a list\n- b"),
         ("no end", "no end"),
     ):
-        assert _decoded(tokenizer, text, finished=False) == kept and _decoded(tokenizer, text, finished=True) == text
+        assert text_of(tokenizer, text, finished=False) == kept and text_of(tokenizer, text, finished=True) == text
 
 
 @pytest.mark.parametrize("drawn", [False, True])
@@ -121,7 +122,7 @@ def home(tmp_path_factory, random_model):
 def few_tokens(monkeypatch):
     monkeypatch.setattr(training_data, "ANSWER_TOKENS", 8)
     monkeypatch.setattr(training_data, "TEXT_TOKENS", 6)
-    monkeypatch.setattr(training_data, "_BATCH", 4)
+    monkeypatch.setattr(written, "passages_at_once", lambda *_: 4)
 
 
 def recover(home, output, data="self:24", **options):
@@ -164,6 +165,6 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
 
 
 def test_a_model_that_writes_blanks_is_named(random_model, monkeypatch):
-    monkeypatch.setattr(training_data, "_decoded", lambda *_, **__: "")
+    monkeypatch.setattr(written, "text_of", lambda *_, **__: "")
     with pytest.raises(DataError, match="writes nothing but blanks"):
         write_examples(DenseText("self:4", 1, 3), model_of(random_model), 0)

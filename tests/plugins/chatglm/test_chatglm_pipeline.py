@@ -28,7 +28,7 @@ def write_first_generation(directory: Path) -> None:
     ids = ChatGLMTokenizer(vocabulary).get_vocab()
     config = {
         "model_type": "chatglm", "architectures": ["ChatGLMModel"], "vocab_size": len(ids) + 8, "hidden_size": 32,
-        "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 64, "max_sequence_length": 128,
+        "num_layers": 3, "num_attention_heads": 4, "inner_hidden_size": 64, "max_sequence_length": 512,
         "bos_token_id": ids["<sop>"], "eos_token_id": ids["<eop>"], "mask_token_id": ids["[MASK]"],
         "gmask_token_id": ids["[gMASK]"], "pad_token_id": ids["<pad>"], "position_encoding_2d": True,
         "auto_map": {"AutoConfig": "configuration_chatglm.ChatGLMConfig", "AutoModel": "modeling_chatglm.OfTheRelease"},
