@@ -38,3 +38,12 @@ def test_every_package_is_shipped():
     core = {str(f.parent.relative_to(ROOT)).replace("/", ".") for f in (ROOT / "llmpruner").rglob("__init__.py")}
     plugins = {f"llmpruner_{f.parent.name}" for f in (ROOT / "plugins").glob("*/__init__.py")}
     assert listed == core | plugins
+
+
+def test_every_other_file_is_shipped():
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
+    listed = dict(re.findall(r"^(llmpruner\w*) = \[(.*)\]", text, re.M))
+    plugins = {f"llmpruner_{f.parent.name}": f.parent for f in (ROOT / "plugins").glob("*/__init__.py")}
+    for package, folder in {"llmpruner": ROOT / "llmpruner", **plugins}.items():
+        shipped = {f for pattern in re.findall(r'"([^"]+)"', listed.get(package, "")) for f in folder.glob(pattern)}
+        assert shipped == {f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}
