@@ -48,8 +48,8 @@ def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
         progress=task.progress,
     )  # fmt: skip
     if chats:
-        # Enough where an instruction with its answer takes this many tokens; where all take fewer, they are used again.
-        needed = chats * -(-length // ANSWER_TOKENS)
+        # An instruction with its answer takes some 112 tokens. Where all take fewer, they are used again.
+        needed = chats * -(-length // 112)
         examples = answers_to_instructions(model, tokenizer, family, needed, ANSWER_TOKENS, task.seed, task.progress)
         if not examples:
             raise DataError("--calibration self: the model answers nothing but blanks; give a file")
@@ -171,6 +171,7 @@ def answers_to_instructions(
     chosen = sorted((instructions[n % len(instructions)] for n in range(count)), key=lambda i: len(prompts[i]))
     points = SobolEngine(tokens, scramble=True, seed=seed).draw(count)  # type: ignore[no-untyped-call]
     size = passages_at_once(model.config, needed, model.dtype.itemsize)
+    size = -(-count // -(-count // size))  # batches of one size
     written: list[Instruction] = []
     for first in progress.track(range(0, count, size), "The model answers instructions"):
         batch, numbers = chosen[first : first + size], points[first : first + size]

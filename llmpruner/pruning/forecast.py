@@ -14,7 +14,7 @@ from math import inf, prod
 
 import psutil
 
-from ..calibration.written import passages_at_once
+from ..calibration.written import ANSWER_TOKENS, passages_at_once
 from ..discovery.opening import Opener
 from ..engine.boundaries import DEFAULT_LIMIT
 from ..engine.execution import TOKENS_AT_ONCE, TOKENS_WITH_GRADIENTS
@@ -107,9 +107,9 @@ def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> 
     stages = [layer, 4 * F32 * min(at_once * vocabulary, LOGIT_ELEMENTS)]
     copies, states, disk = 0, tokens * hidden * F32, weights if saves else 0
     if text and text.writes:
-        passage = min(64, length)
-        rows = min(passages_at_once(config, passage, item), -(-tokens // passage))
-        stages.append(rows * (passage * cached_bytes(config, item) + 4 * F32 * vocabulary))
+        longest = 2 * ANSWER_TOKENS  # an instruction with its answer
+        rows = min(passages_at_once(config, longest, item), -(-tokens // ANSWER_TOKENS))
+        stages.append(rows * (longest * cached_bytes(config, item) + 4 * F32 * vocabulary))
     if isinstance(job, PruneJob):
         groups = scope_of(job, structure).groups(graph)
         read = min(tokens, GRADIENT_TOKENS) if job.compensation.reads_text else tokens
