@@ -103,7 +103,7 @@ def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
 
 
 def has_chat_format(family: ModelFamily, tokenizer: Any | None) -> bool:
-    """Whether the model was trained on chats: its tokenizer has a template for them, or its family a format."""
+    """Whether the tokenizer has a template for chats, or the family a format."""
     return tokenizer is not None and (family.has_own_format or has_chat_template(family, tokenizer))
 
 
