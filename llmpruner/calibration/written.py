@@ -38,7 +38,8 @@ _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 
 def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
     """Passages, and of a model with a chat format, answers to instructions in every second sample, (samples, length):
-    such models write little prose from nothing. Short samples, which instructions would fill, are passages. Raises as `self_generated` and `answers_to_instructions`."""
+    such models write little prose from nothing. Short samples, which instructions would fill, are passages. Raises as
+    `self_generated` and `answers_to_instructions`."""
     model, tokenizer, family, length = task.model, task.tokenizer, task.family, task.length
     answers = length >= 2 * ANSWER_TOKENS and has_chat_format(family, tokenizer)
     is_chat_S = (torch.arange(task.samples) % 2 == 1) & answers
