@@ -76,8 +76,8 @@ modules of Python's standard library.
 
 - *uniform*: all layers have the same width; *free*: the first and last layers stay whole.
 - *decoder*: share of its parameters removed; *bytes*: share of all weights removed.
-- *self-written*: passages and, in the chat format, answers to 320 instructions, none of which is measured; *half of
-  each*: half of the samples self-written, half of C4.
+- *self-written*: passages and, in the chat format, answers to 320 instructions, none of which is measured (only
+  passages for llm-pruner, and in rows of 529ccf1f and c733b1d9); *half of each*: half of that, half of C4.
 - *Wanda-sp*, *FLAP*, *ShortGPT*: this project's implementation of the paper's criterion.
 - *recovered*: after `llmpruner recover --minutes 15`. No other row is trained.
 - *repeat*: share of the model's own answers to 40 instructions that repeat themselves; *cut off*: that do not end
