@@ -45,11 +45,7 @@ def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
     is_chat_S = (torch.arange(task.samples) % 2 == 1) & answers
     chats = int(is_chat_S.sum())
     ids_SL = torch.empty(task.samples, length, dtype=torch.long)
-    ids_SL[~is_chat_S] = self_generated(
-        model, tokenizer, task.samples - chats, length, task.seed, passage=passage, as_texts=True,
-        progress=task.progress,
-    )  # fmt: skip
-    if chats:
+    if chats:  # first, as they may be refused, by the template or for the positions
         # An instruction with its answer takes some 112 tokens. Where all take fewer, they are used again.
         needed = chats * -(-length // 112)
         examples = answers_to_instructions(model, tokenizer, family, needed, ANSWER_TOKENS, task.seed, task.progress)
@@ -57,6 +53,10 @@ def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
             raise DataError("--calibration self: the model answers nothing but blanks; give a file")
         texts = [token_ids(text, tokenizer) for each in examples for text in texts_at("self", each, family, tokenizer)]
         ids_SL[is_chat_S] = torch.tensor(filled(cycle(texts), chats, length))
+    ids_SL[~is_chat_S] = self_generated(
+        model, tokenizer, task.samples - chats, length, task.seed, passage=passage, as_texts=True,
+        progress=task.progress,
+    )  # fmt: skip
     return ids_SL
 
 
@@ -165,7 +165,7 @@ def answers_to_instructions(
     if positions is not None and needed > positions:
         raise DataError(
             f"instructions with answers take {needed} tokens, and the model has {positions:,} positions; give a file "
-            "instead of self"
+            "instead of self, or self-text to recover"
         )
     instructions, rng = list(prompts), random.Random(seed)
     rng.shuffle(instructions)
