@@ -77,7 +77,7 @@ modules of Python's standard library.
 - *uniform*: all layers have the same width; *free*: the first and last layers stay whole.
 - *decoder*: share of its parameters removed; *bytes*: share of all weights removed.
 - *self-written*: passages and, in the chat format, answers to 320 instructions, none of which is measured (only
-  passages for llm-pruner, and in rows of 529ccf1f and c733b1d9); *half of each*: half of that, half of C4.
+  passages for fast and llm-pruner); *half of each*: half of that, half of C4.
 - *Wanda-sp*, *FLAP*, *ShortGPT*: this project's implementation of the paper's criterion.
 - *recovered*: after `llmpruner recover --minutes 15`. No other row is trained.
 - *repeat*: share of the model's own answers to 40 instructions that repeat themselves; *cut off*: that do not end
@@ -277,14 +277,10 @@ def spread(done: dict[Row, dict[str, Any]], again: dict[Row, dict[str, Any]]) ->
         return []
     shown = [
         f"{row.method} {mean_divergence(first):.3f} and {mean_divergence(second):.3f}, "
-        f"in {first['seconds'] / 60:.0f} and {second['seconds'] / 60:.0f} minutes"
+        f"in {first['seconds'] / 60:.1f} and {second['seconds'] / 60:.1f} minutes ({second['commit']})"
         for row, first, second in both
     ]
-    second = both[0][2]
-    return [
-        f"Mean divergence, measured here and again on another processor at {second['commit']}: {'; '.join(shown)}.",
-        "",
-    ]
+    return [f"Mean divergence, measured here and on another machine of this type: {'; '.join(shown)}.", ""]
 
 
 def table(done: dict[Row, dict[str, Any]]) -> Sequence[str]:

@@ -23,3 +23,21 @@ def test_written_pages_are_those_of_the_results():
     )
     assert quality.PICTURE.read_text(encoding="utf-8") == quality.picture(quality.read(quality.RESULTS))
     assert support_matrix.PAGE.read_text(encoding="utf-8") == support_matrix.render(support_matrix.read())
+
+
+def test_figures_in_prose_are_those_of_the_rows():
+    done = quality.read(quality.RESULTS)
+
+    def entry(method, shape="uniform"):
+        return done[quality.Row(next(iter(quality.MODELS)), method, 0.2, shape, "self-written")]
+
+    best, recovered, free = (
+        f"{quality.mean_divergence(entry(*row)):.2f}" for row in (("best",), ("best, recovered",), ("best", "free"))
+    )
+    figures = {
+        "README.md": f"`best` took {entry('best')['seconds'] / 60:.0f} minutes",
+        "docs/how-to/recover.md": f"from {best} to {recovered}",
+        "docs/concepts/allocation.md": f"{free} instead of {best}",
+    }
+    for page, figure in figures.items():
+        assert figure in (quality.ROOT / page).read_text(encoding="utf-8")
