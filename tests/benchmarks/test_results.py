@@ -41,3 +41,17 @@ def test_figures_in_prose_are_those_of_the_rows():
     }
     for page, figure in figures.items():
         assert figure in (quality.ROOT / page).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("model", quality.MODELS)
+@pytest.mark.parametrize("ratio", (0.2, 0.3))
+def test_best_is_nearest_on_each_text_as_readme_says(model, ratio):
+    rows = quality.read(quality.RESULTS)
+    samples = 64 if "Qwen" in model else 0
+    best = rows[quality.Row(model, "best", ratio, "uniform", "self-written", samples)]
+    others = [
+        entry for row, entry in rows.items() if (row.model, row.ratio) == (model, ratio) and not quality.is_own(row)
+    ]
+    assert others
+    for name, result in best["texts"].items():
+        assert result["kl_per_token"] < min(other["texts"][name]["kl_per_token"] for other in others)
