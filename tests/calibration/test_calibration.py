@@ -135,6 +135,7 @@ def test_a_chat_model_also_answers_instructions(gqa, monkeypatch):
     model = replace(gqa, model=copy.deepcopy(gqa.model))
     model.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     texts = drawn("self", model, tokenizer, samples=3, length=100, seed=0)
+    short = drawn("self", model, tokenizer, samples=4, length=15, seed=0)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}] {% endfor %}"
     both = drawn("self", model, tokenizer, samples=5, length=100, seed=0)
     is_chat = torch.arange(5) % 2 == 1
@@ -143,6 +144,7 @@ def test_a_chat_model_also_answers_instructions(gqa, monkeypatch):
     chats = [tokenizer.decode(row) for row in both[is_chat]]
     first = [line for chat in chats for line in lines if f"[{line}]".startswith(chat[:20])]
     assert len(first) == 2
+    assert torch.equal(drawn("self", model, tokenizer, samples=4, length=15, seed=0), short), "instructions would fill it"
 
 
 def test_a_class_that_cannot_generate_is_refused_in_one_line(gqa, monkeypatch):
