@@ -34,7 +34,11 @@ RESULTS = ROOT / "benchmarks" / "results" / "quality.jsonl"
 AGAIN = RESULTS.with_name("quality_again.jsonl")
 PAGE = ROOT / "docs" / "quality.md"
 PICTURE = ROOT / "docs" / "pictures" / "quality.svg"
-MODELS = {"SmolLM2-135M-Instruct": lambda: "demo", "Qwen2.5-Coder-0.5B-Instruct": real_models.qwen}
+MODELS = {
+    "SmolLM2-135M-Instruct": lambda: "demo",
+    "Qwen2.5-Coder-0.5B-Instruct": lambda: real_models.gguf("qwen-0.5b"),
+    "Qwen2.5-Coder-1.5B-Instruct": lambda: real_models.gguf("qwen-1.5b"),
+}
 _SAMPLES = ("--samples", "64", "--set", "prune.length=512")
 METHODS = {
     "best": ("--method", "best"),
@@ -104,7 +108,7 @@ class Row:
 
 
 def rows() -> Iterator[Row]:
-    demo, qwen = MODELS
+    demo, qwen, larger = MODELS
     yield Row(demo)
     for method, shape in (
         ("best", "uniform"), ("best, recovered", "uniform"), ("fast", "uniform"), ("llm-pruner", "uniform"),
@@ -119,11 +123,17 @@ def rows() -> Iterator[Row]:
         yield Row(qwen, "best", 0.2, "uniform", text, samples=64)
     for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("FLAP", "free"), ("ShortGPT", "")):
         yield Row(qwen, method, 0.2, shape, "C4")
-    for model in MODELS:
+    for model in (demo, qwen):
         for method, text in (("best", "self-written"), ("fast", "self-written"), ("Wanda-sp", "C4")):
             samples = 64 if model == qwen and method == "best" else 0
             yield Row(model, method, 0.3, "uniform", text, samples=samples)
         yield Row(model, "ShortGPT", 0.3, "", "C4")
+    yield Row(larger)
+    yield Row(larger, "fast", 0.2, "uniform", "self-written")
+    for samples in (32, 64):
+        yield Row(larger, "best", 0.2, "uniform", "self-written", samples=samples)
+    for method, shape in (("llm-pruner", "free"), ("Wanda-sp", "uniform"), ("ShortGPT", "")):
+        yield Row(larger, method, 0.2, shape, "C4")
 
 
 def main() -> None:

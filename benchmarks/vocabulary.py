@@ -24,7 +24,7 @@ from .measure import as_json, data_folder, evaluated, instructions, machine, run
 
 RESULTS = Path(__file__).parent / "results" / "vocabulary.json"
 PAGE = Path(__file__).parents[1] / "docs" / "how-to" / "vocabulary.md"
-MODELS = {"SmolLM2-135M": lambda: "demo", "Qwen2.5-Coder-0.5B": real_models.qwen}
+MODELS = {"SmolLM2-135M": lambda: "demo", "Qwen2.5-Coder-0.5B": lambda: real_models.gguf("qwen-0.5b")}
 TOKENS = {"SmolLM2-135M": (40960, 32768, 24576), "Qwen2.5-Coder-0.5B": (65536, 50688)}
 LATIN = {"Qwen2.5-Coder-0.5B": 98304}
 """Tokens that stay where those of other scripts go first."""

@@ -43,15 +43,22 @@ def test_figures_in_prose_are_those_of_the_rows():
         assert figure in (quality.ROOT / page).read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("model", quality.MODELS)
-@pytest.mark.parametrize("ratio", (0.2, 0.3))
-def test_best_is_nearest_on_each_text_as_readme_says(model, ratio):
+def is_in_readme(row):
+    return (row.method, row.shape, row.text) == ("best", "uniform", "self-written") and row.samples != 32
+
+
+@pytest.mark.parametrize("best", [row for row in quality.rows() if is_in_readme(row)], ids=str)
+def test_best_is_nearest_on_the_texts_that_readme_says(best):
     rows = quality.read(quality.RESULTS)
-    samples = 64 if "Qwen" in model else 0
-    best = rows[quality.Row(model, "best", ratio, "uniform", "self-written", samples)]
     others = [
-        entry for row, entry in rows.items() if (row.model, row.ratio) == (model, ratio) and not quality.is_own(row)
+        entry
+        for row, entry in rows.items()
+        if (row.model, row.ratio) == (best.model, best.ratio) and not quality.is_own(row)
     ]
     assert others
-    for name, result in best["texts"].items():
-        assert result["kl_per_token"] < min(other["texts"][name]["kl_per_token"] for other in others)
+    another_is_nearer = {
+        name
+        for name, result in rows[best]["texts"].items()
+        if min(other["texts"][name]["kl_per_token"] for other in others) <= result["kl_per_token"]
+    }
+    assert another_is_nearer == ({"WikiText-2"} if "1.5B" in best.model else set())
