@@ -34,10 +34,13 @@ def test_figures_in_prose_are_those_of_the_rows():
     best, recovered, free = (
         f"{quality.mean_divergence(entry(*row)):.2f}" for row in (("best",), ("best, recovered",), ("best", "free"))
     )
+    larger = list(quality.MODELS)[-1]
+    few, more = (done[quality.Row(larger, "best", 0.2, "uniform", "self-written", samples)] for samples in (32, 64))
     figures = {
         "README.md": f"`best` took {entry('best')['seconds'] / 60:.0f} minutes",
         "docs/how-to/recover.md": f"from {best} to {recovered}",
         "docs/concepts/allocation.md": f"{free} instead of {best}",
+        "docs/how-to/prune.md": f"from {quality.mean_divergence(few):.2f} to {quality.mean_divergence(more):.2f}",
     }
     for page, figure in figures.items():
         assert figure in (quality.ROOT / page).read_text(encoding="utf-8")
