@@ -20,9 +20,11 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmpruner import Catalog, build_graph
-from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner import Catalog, ImportanceCriterion, build_graph, load_catalog
+from llmpruner.discovery.opening import family_for
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.model import Model
+from llmpruner.models.reference import Reference
 from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.structure.coupling import LAYER, VOCABULARY, Role
@@ -84,8 +86,10 @@ def _model() -> Any:
         num_key_value_heads=4, max_position_embeddings=LENGTH, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
-    family = Catalog().family_for(config)
-    return Model("tiny", config, family, build_graph(family, config), model=LlamaForCausalLM(config), tokenizer=None)
+    family = family_for(load_catalog(), config)
+    return Model(
+        Reference("tiny"), config, family, build_graph(family, config), model=LlamaForCausalLM(config), tokenizer=None
+    )
 
 
 def _train(model: Any, ids: torch.Tensor) -> None:
@@ -146,7 +150,7 @@ def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
 
 
 def _criteria() -> Iterator[tuple[str, Any]]:
-    for name, cls in Catalog(PluginManager(entry_points=False)).criteria.items():
+    for name, cls in Catalog(PluginManager(entry_points=False))[ImportanceCriterion].items():
         for criterion in settings_grid(cls):
             yield f"{name} {criterion.record().get('variant', '')}".strip(), criterion
 

@@ -5,29 +5,25 @@ reference (a directory, a hub id, a ``.gguf`` file, ``demo``), the `Structure` t
 that `load` returned. ``load``: how models are opened; ``run``: memory, and whether to start anew; ``progress``: shows
 what is done; ``catalog``: of plugins, by default all installed ones.
 
-Whatever can be refused is refused before weights are read, by a subclass of `LlmprunerError`.
+Whatever can be refused is refused before weights are read, by a subclass of `LlmprunerError`; what needs no model,
+before torch is imported, which takes seconds: each function names its model, output, components and data first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from typing_extensions import Unpack
 
-from . import pipeline
-from .calibration.chat import Prompt, chat_prompt, format_note
+from .catalog import Catalog
 from .component import check_chosen
-from .discovery.opening import Opener, Source, listed
-from .discovery.oracle import Verdict
-from .discovery.verify import verify as _verify
 from .errors import DataError, PlanError, SettingsError
-from .evaluation.bench import BenchResult, bench_subject
-from .evaluation.bench import bench as _bench
-from .evaluation.evaluate import ComparedModel, Evaluation, Evaluations, chosen_metrics
-from .evaluation.evaluate import evaluate as _evaluate
+from .evaluation.bench import Runtime
+from .evaluation.evaluate import chosen_metrics
+from .exporters import Exporter
 from .exporters import export as _export
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
@@ -39,25 +35,14 @@ from .keywords import (
     PruneKeywords,
     RecoverKeywords,
 )
-from .models.generation import generate as _generate
-from .models.gguf import forget_gguf
-from .models.messages import quiet_transformers
-from .models.model import Model, Structure
-from .models.numbers import check_device
 from .models.record import REPORT_FILE
-from .models.reference import resolve
-from .plugins.catalog import Catalog
-from .progress import QUIET, Progress
-from .pruning.saving import save as _save
-from .pruning.verify import Verification
-from .pruning.verify import verify_checkpoint as _verify_checkpoint
+from .models.reference import Reference, resolve
+from .plugins.installed import load_catalog
+from .progress import QUIET, Progress, is_first
+from .pruning.job import Job, PruneJob, check_data, prune_job, replay_job
 from .recipes.recipe import Recipe
-from .recipes.run import RecipeResult, RecipeRun, StepResult
-from .recovery.data import recovery_setup
-from .recovery.recover import recover as _recover
-from .report.base import Report, report_page
-from .report.evidence import as_written, report_subjects
-from .report.summary import sentence
+from .recovery.data import check_setup, recovery_setup
+from .report.base import Report, ReportSection, report_page
 from .settings import (
     BenchSettings,
     EvaluateSettings,
@@ -68,11 +53,19 @@ from .settings import (
     PruneSettings,
     RecoverSettings,
     RunSettings,
-    each_ratio,
     flag_of,
     settings_from,
 )
-from .structure.plan import PruningPlan
+
+if TYPE_CHECKING:
+    from .discovery.opening import Opener, Source
+    from .discovery.oracle import Verdict
+    from .evaluation.bench import BenchResult
+    from .evaluation.evaluate import Evaluation, Evaluations
+    from .models.model import Model, Structure
+    from .pruning.verify import Verification
+    from .recipes.run import RecipeResult, StepResult
+    from .structure.plan import Outcome, PruningPlan
 
 
 def load(
@@ -83,8 +76,10 @@ def load(
     **options: Unpack[LoadKeywords],
 ) -> Model:
     """A model with its weights, in evaluation mode."""
+    catalog = catalog or load_catalog()
+    reference = _reference(model, catalog)
     opener = _opener(settings_from(LoadSettings, options), catalog, progress)
-    return opener.weights(opener.structure(model))
+    return opener.weights(opener.structure(reference))
 
 
 def discover(
@@ -95,8 +90,13 @@ def discover(
     **options: Unpack[LoadKeywords],
 ) -> Structure:
     """The structure of a model: its family, and in ``graph`` its coupled groups. Reads no weights."""
+    catalog = catalog or load_catalog()
+    reference = _reference(model, catalog)
+    opener = _opener(settings_from(LoadSettings, options), catalog, progress)
+    from .models.gguf import forget_gguf
+
     try:
-        return _opener(settings_from(LoadSettings, options), catalog, progress).structure(model)
+        return opener.structure(reference)
     finally:
         forget_gguf()  # kept for loading the weights, which need not follow
 
@@ -113,57 +113,89 @@ def plan(
 ) -> PruningPlan:
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
-    opener, values = _opener(load, catalog, progress), _with_ratio(ratio, settings)
-    result, _ = pipeline.plan(model, settings_from(PruneSettings, values), opener, run or RunSettings())
-    return result
+    return plan_and_outcome(model, ratio=ratio, load=load, run=run, progress=progress, catalog=catalog, **settings)[0]
 
 
-@overload
-def prune(
-    model: Source, *, ratio: float | None = None, plan: PruningPlan | str | Path | None = None,
-    output: str | Path | None = None, load: LoadSettings | None = None, run: RunSettings | None = None,
-    progress: Progress = QUIET, catalog: Catalog | None = None, **settings: Unpack[PruneKeywords],
-) -> Model: ...  # fmt: skip
-@overload
-def prune(
-    model: str | Path | Structure, *, ratio: Sequence[float], output: str | Path, load: LoadSettings | None = None,
-    run: RunSettings | None = None, progress: Progress = QUIET, catalog: Catalog | None = None,
+def plan_and_outcome(
+    model: Source,
+    *,
+    ratio: float | None = None,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
     **settings: Unpack[PruneKeywords],
-) -> list[Structure]: ...  # fmt: skip
+) -> tuple[PruningPlan, Outcome]:
+    """`plan`, with the sizes before and after the cut."""
+    catalog = catalog or load_catalog()
+    reference = _reference(model, catalog)
+    job = _prune_job(ratio, settings, catalog)
+    from . import pipeline
+
+    return pipeline.plan(reference, job, _opener(load, catalog, progress), run or RunSettings())
+
+
 def prune(
-    model: Source, *, ratio: float | Sequence[float] | None = None, plan: PruningPlan | str | Path | None = None,
-    output: str | Path | None = None, load: LoadSettings | None = None, run: RunSettings | None = None,
-    progress: Progress = QUIET, catalog: Catalog | None = None, **settings: Unpack[PruneKeywords],
-) -> Model | list[Structure]:  # fmt: skip
+    model: Source,
+    *,
+    ratio: float | None = None,
+    plan: PruningPlan | str | Path | None = None,
+    output: str | Path | None = None,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> Model:
     """Remove the least important units of a model. A `Model` that is passed in is changed in place, and returned.
 
     ``plan``: a plan to replay, or its file, instead of ``settings``. ``output``: where to save the result; finished
     layers are kept in ``OUTPUT.pruning`` until then, so that the same call continues after an interruption; without
     it, the whole model is in memory. Raises as `plan` does, and `PlanError` for a ``plan`` of another model.
 
-    Several values of ``ratio`` give a folder of ``output`` for each, such as ``OUTPUT/0.1``, with one text and one
-    scoring for all; then the structures of the results are returned.
-
     Processes that ``torchrun`` started share the work; all must make the same call, and the first one writes
     ``output``.
     """
-    values = _with_ratio(ratio, settings)
-    if plan is not None and values:
-        raise SettingsError(
-            f"{flag_of(PruneSettings, min(values))} can't be combined with a plan, which has all settings"
-        )
-    opener, run, folder = _opener(load, catalog, progress), run or RunSettings(), _path(output)
-    first, *more = each_ratio(values)
-    if more or isinstance(ratio, (list, tuple)):
-        if folder is None or isinstance(model, Model):
-            raise SettingsError("for several ratios, name a model that is not loaded, and an output for their folders")
-        sizes = {f"{each.ratio:g}": each for each in (first, *more)}
-        return pipeline.prune_each(model, sizes, folder, opener, run)
+    catalog = catalog or load_catalog()
+    reference, folder = _reference(model, catalog), _new(output)
+    job: Job
     if plan is None:
-        return pipeline.prune(model, first, folder, opener, run, first.given())
-    if isinstance(plan, PruningPlan):
-        return pipeline.prune(model, plan, folder, opener, run, {})
-    return pipeline.prune(model, PruningPlan.load(plan), folder, opener, run, {"plan": str(plan)})
+        job = _prune_job(ratio, settings, catalog)
+    elif given := _with_ratio(ratio, settings):
+        raise SettingsError(
+            f"{flag_of(PruneSettings, min(given))} can't be combined with a plan, which has all settings"
+        )
+    else:
+        job = replay_job(plan, catalog)
+        check_data(job)
+    from . import pipeline
+
+    return pipeline.prune(reference, job, folder, _opener(load, catalog, progress), run or RunSettings())
+
+
+def prune_each(
+    model: str | Path | Structure,
+    *,
+    ratios: Sequence[float],
+    output: str | Path,
+    load: LoadSettings | None = None,
+    run: RunSettings | None = None,
+    progress: Progress = QUIET,
+    catalog: Catalog | None = None,
+    **settings: Unpack[PruneKeywords],
+) -> list[Structure]:
+    """`prune` by several ratios, each into a folder of ``output``, such as ``OUTPUT/0.1``, with one text and one
+    scoring for all. Returns the structures of the results."""
+    catalog = catalog or load_catalog()
+    reference, folder = _reference(model, catalog), Path(output)
+    if not folder.with_name(folder.name + ".pruning").is_dir():  # else some ratios may be finished
+        check_new_directory(folder)
+    jobs = {f"{job.settings.ratio:g}": job for job in (_prune_job(ratio, settings, catalog) for ratio in ratios)}
+    if not jobs:
+        raise SettingsError("no ratio is named; name at least one")
+    from . import pipeline
+
+    return pipeline.prune_each(reference, jobs, folder, _opener(load, catalog, progress), run or RunSettings())
 
 
 def recover(
@@ -171,8 +203,8 @@ def recover(
     *,
     output: str | Path | None = None,
     work_dir: str | Path | None = None,
-    restart: bool = False,
     load: LoadSettings | None = None,
+    run: RunSettings | None = None,
     progress: Progress = QUIET,
     catalog: Catalog | None = None,
     **settings: Unpack[RecoverKeywords],
@@ -181,13 +213,19 @@ def recover(
     is passed in is changed in place, and returned.
 
     ``output``: where to save the result. ``work_dir``: for the state of the training, from which the same call resumes
-    after an interruption; by default ``OUTPUT.recovery``. ``restart``: start anew instead. ``record["recovery"]`` of
-    the result lists the trainings; their ``improved`` says whether they helped. Processes that ``torchrun`` started
-    share every batch, as for `prune`.
+    after an interruption; by default ``OUTPUT.recovery``. ``record["recovery"]`` of the result lists the trainings;
+    their ``improved`` says whether they helped. Processes that ``torchrun`` started share every batch, as for `prune`.
     """
-    opener = _opener(load, catalog, progress)
-    setup = recovery_setup(settings_from(RecoverSettings, settings), opener.catalog)
-    return _recover(model, setup, _path(output), _path(work_dir), opener, restart=restart)
+    catalog = catalog or load_catalog()
+    reference, folder = _reference(model, catalog), _new(output)
+    if output is None and work_dir is None:
+        raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
+    setup = recovery_setup(settings_from(RecoverSettings, settings), catalog)
+    check_setup(setup)
+    from .recovery.recover import recover as _recover
+
+    restart = (run or RunSettings()).restart
+    return _recover(reference, setup, folder, _path(work_dir), _opener(load, catalog, progress), restart=restart)
 
 
 @overload
@@ -212,12 +250,20 @@ def evaluate(
 
     One model gives one `Evaluation` (``evaluate(model, perplexity="text.txt").perplexity``), a list one of each.
     """
+    catalog = catalog or load_catalog()
+    references = [_reference(model, catalog) for model in listed(models)]
+    metrics = chosen_metrics(settings_from(EvaluateSettings, settings), catalog)
     opener = _opener(load, catalog, progress)
-    metrics = chosen_metrics(settings_from(EvaluateSettings, settings), opener.catalog)
-    opened = [opener.readable(source, "be evaluated") for source in listed(models)]
+    from .evaluation.evaluate import ComparedModel
+    from .evaluation.evaluate import evaluate as _evaluate
+    from .models.model import Structure
+
+    opened = [opener.structure(reference) for reference in references]
+    for structure in opened:
+        opener.check_tokenizer(structure, "it cannot be evaluated")
     compared = [
-        ComparedModel(model.ref, model.config, opener.tokenizer(model), partial(opener.weights, model))
-        for model in opened
+        ComparedModel(structure.ref, structure.config, opener.tokenizer(structure), partial(opener.weights, structure))
+        for structure in opened
     ]
     results = _evaluate(compared, metrics, progress, on_result)
     return results[0] if isinstance(models, (str, Path, Structure)) else results
@@ -233,11 +279,17 @@ def bench(
 ) -> BenchResult:
     """Measure how fast models process prompts and decode, in tokens per second, against the first and against the
     speed-up that their sizes allow. All are in memory at the same time, and run in turn."""
-    opener, options = _opener(load, catalog, progress), settings_from(BenchSettings, settings)
-    runtime = opener.catalog.runtimes.create_only(options.runtime, options.settings)
+    catalog = catalog or load_catalog()
+    references = [_reference(model, catalog) for model in listed(models)]
+    options = settings_from(BenchSettings, settings)
+    runtime = catalog[Runtime].create_only(options.runtime, options.settings)
+    opener = _opener(load, catalog, progress)
+    from .evaluation.bench import bench as _bench
+    from .evaluation.bench import bench_subject
+    from .models.numbers import check_device
+
     check_device(opener.load.device)
-    subjects = [bench_subject(source, options, opener) for source in listed(models)]
-    return _bench(subjects, runtime, options, progress)
+    return _bench([bench_subject(each, options, opener) for each in references], runtime, options, progress)
 
 
 def generate(
@@ -253,9 +305,14 @@ def generate(
 ) -> str:
     """The model's continuation of ``prompt``, or its answer with ``chat=True``; the prompt is not repeated.
     ``history``: with ``chat``, the (question, answer) pairs before. ``on_text``: called with each piece of the text."""
-    options = settings_from(GenerateSettings, settings)
+    catalog = catalog or load_catalog()
+    reference, options = _reference(model, catalog), settings_from(GenerateSettings, settings)
     opener = _opener(load, catalog, progress)
-    opened = opener.readable(model, "read a prompt")
+    from .calibration.chat import Prompt, chat_prompt, format_note
+    from .models.generation import generate as _generate
+
+    opened = opener.structure(reference)
+    opener.check_tokenizer(opened, "it cannot read a prompt")
     if not prompt and not options.chat:
         tokenizer: Any = opener.tokenizer(opened)
         if not tokenizer(prompt)["input_ids"]:
@@ -280,6 +337,8 @@ def save(model: Model, directory: str | Path) -> str:
     Returns its form: ``stock`` (transformers alone loads it), or ``shim`` (layers differ in size; it contains a
     modeling file).
     """
+    from .pruning.saving import save as _save
+
     return _save(model, check_new_directory(Path(directory)))
 
 
@@ -294,12 +353,14 @@ def export(
 ) -> str:
     """Write a model in the format of the exporter ``to``; returns one line on how to load it. Raises `CheckpointError`
     where the result gives other outputs than ``model``."""
-    opener, options = _opener(load, catalog, progress), settings_from(ExportSettings, settings)
-    exporter = opener.catalog.exporters.create_only(options.to, options.settings)
+    catalog = catalog or load_catalog()
+    source, reference = _folder_of(model), _reference(model, catalog)
     directory = check_new_directory(Path(output))
-    place = _place(model)
-    resolve(place, opener.catalog)
-    return _export(Path(place), exporter, directory, partial(opener.as_stored, model), progress)
+    options = settings_from(ExportSettings, settings)
+    exporter = catalog[Exporter].create_only(options.to, options.settings)
+    exporter.check()
+    opener = _opener(load, catalog, progress)
+    return _export(Path(source), exporter, directory, partial(opener.as_stored, reference), progress)
 
 
 def run(
@@ -322,15 +383,18 @@ def run(
     ``prune.ratio``, has a command (for all its steps), the name of a step, or its number before the dot, and after it a
     setting, or ``settings.NAME.key`` for one of a component. ``on_step``: called after each step, skipped ones too.
     """
-    catalog = catalog or Catalog()
+    catalog = catalog or load_catalog()
     if isinstance(recipe, (str, Path)):
         steps = Recipe.read(recipe, catalog, values)
     else:
         steps = Recipe.of(recipe, catalog, values=values)
+    opener = _opener(load, catalog, progress)
+    from .recipes.run import RecipeRun
+
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
-    load, run = _opener(load, catalog, progress).load, run or RunSettings()
-    return RecipeRun(steps, model, output, load, run, catalog, progress, functions).do(on_step)
+    run = run or RunSettings()
+    return RecipeRun(steps, model, output, opener.load, run, catalog, opener.progress, functions).do(on_step)
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:
@@ -338,6 +402,9 @@ def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -
     give the logits of the model in which the weights that read the units are zero. One `Verdict` for each kind."""
     if structure.plans:
         raise PlanError(f"'{structure.ref}' is pruned already; verify the model that it was pruned from")
+    from .discovery.verify import verify as _verify
+    from .models.messages import quiet_transformers
+
     progress.status("cutting and silencing a small random model")
     with quiet_transformers():
         return _verify(structure.family, structure.config, kinds=structure.graph.kinds, seed=seed)
@@ -354,8 +421,11 @@ def verify_checkpoint(
     """Check a checkpoint directory: files against the hashes in its record, shapes against its plans, and weights and
     logits against the dense model, if it is on this machine. ``base``: the dense model, instead of that in the record.
     Damage is in the result."""
+    opener = _opener(load, catalog or load_catalog(), progress)
+    from .pruning.verify import verify_checkpoint as _verify_checkpoint
+
     named = None if base is None else str(base)
-    return _verify_checkpoint(Path(_place(directory)), named, _opener(load, catalog, progress))
+    return _verify_checkpoint(Path(_folder_of(directory)), named, opener)
 
 
 def write_report(
@@ -373,16 +443,21 @@ def write_report(
     compared. ``path``: of the page; by default ``report.html``, in the directory or, for several, in the current
     folder. ``results``: files that ``evaluate --json`` and ``bench --json`` wrote; those of a recipe are known.
     """
-    catalog = catalog or Catalog()
-    places = _paths(directories)
+    catalog = catalog or load_catalog()
+    places = [Path(_folder_of(each)) for each in listed(directories)]
     default = places[0] / REPORT_FILE if len(places) == 1 else Path(REPORT_FILE)
     own = settings_from(PageSettings, {"settings": settings or {}}).settings
-    sections = tuple(catalog.sections.create(name, own.get(name)) for name in catalog.sections)
+    sections = tuple(catalog[ReportSection].create(name, own.get(name)) for name in catalog[ReportSection])
     check_chosen(own, sections)
-    subjects = report_subjects(places, _paths(results), catalog, load)
     target = Path(path or default)
     if not (target.is_file() and target.read_bytes()[:100].lower().startswith(b"<!doctype html")):
         check_new_file(target)  # a page may replace another page
+    files = [Path(file) for file in ([results] if isinstance(results, (str, Path)) else results)]
+    opener = _opener(load, catalog, QUIET)
+    from .report.evidence import as_written, report_subjects
+    from .report.summary import sentence
+
+    subjects = report_subjects(places, files, opener)
     page, warnings = report_page(subjects, sections)
     sentences = {}
     for subject in subjects:
@@ -392,27 +467,53 @@ def write_report(
     return Report(target, sentences, warnings)
 
 
-def _with_ratio(ratio: object, settings: PruneKeywords) -> dict[str, Any]:
+def _with_ratio(ratio: float | None, settings: PruneKeywords) -> dict[str, Any]:
     return {**settings, **({} if ratio is None else {"ratio": ratio})}
 
 
-def _opener(load: LoadSettings | None, catalog: Catalog | None, progress: Progress) -> Opener:
+def _prune_job(ratio: float | None, settings: PruneKeywords, catalog: Catalog) -> PruneJob:
+    job = prune_job(settings_from(PruneSettings, _with_ratio(ratio, settings)), catalog)
+    check_data(job)
+    return job
+
+
+def _reference(model: Source, catalog: Catalog) -> Reference | Structure:
+    """Where a model is that the user named; other values are left to `Opener.structure`."""
+    return resolve(model, catalog) if isinstance(model, (str, Path)) else model
+
+
+def _opener(load: LoadSettings | None, catalog: Catalog, progress: Progress) -> Opener:
+    """Imports torch."""
     if load is not None and not isinstance(load, LoadSettings):
         raise SettingsError(f"load = {load!r}: write load=LoadSettings(dtype=…, device=…)")
-    return Opener(catalog or Catalog(), load or LoadSettings(), progress)
+    from .discovery.opening import Opener
+
+    return Opener(catalog, load or LoadSettings(), progress if is_first() else QUIET)
 
 
-def _paths(places: str | Path | Structure | Sequence[str | Path | Structure]) -> list[Path]:
-    return [Path(_place(place)) for place in ([places] if isinstance(places, (str, Path, Structure)) else places)]
+def listed(models: Source | Sequence[Source]) -> list[Source]:
+    """One model or several, as a list. Raises `SettingsError` for none."""
+    several = isinstance(models, Iterable) and not isinstance(models, str)
+    sources: list[Source] = list(models) if several else [models]  # type: ignore[arg-type, list-item]
+    if not sources:
+        raise SettingsError("no model is named; name at least one")
+    return sources
 
 
-def _place(model: str | Path | Structure) -> str:
+def _folder_of(model: str | Path | Structure) -> str:
     """What is read from files: a `Model` in memory may differ from those that it was loaded from."""
+    if isinstance(model, (str, Path)):
+        return str(model)
+    from .models.model import Model, Structure
+
     if isinstance(model, Structure) and not isinstance(model, Model):
         return model.ref
-    if not isinstance(model, (str, Path)):
-        raise SettingsError(f"expected a path, got {type(model).__name__}; name the folder that it is saved in")
-    return str(model)
+    raise SettingsError(f"expected a path, got {type(model).__name__}; name the folder that it is saved in")
+
+
+def _new(output: str | Path | None) -> Path | None:
+    """``output``, if a directory can be created there."""
+    return None if output is None else check_new_directory(Path(output))
 
 
 def _path(place: str | Path | None) -> Path | None:

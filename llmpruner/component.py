@@ -24,6 +24,8 @@ class Component:
 
     kind: ClassVar[str] = "component"
     """The kind in messages: "criterion", "budget" …; set by the base class of each kind."""
+    hook: ClassVar[str] = ""
+    """The hook of `plugins.hookspecs` that returns classes of this kind; set with ``kind``."""
     name: ClassVar[str] = ""
     """Unique among components of its kind, over all plugins; lower case, no blanks."""
     summary: ClassVar[str] = ""

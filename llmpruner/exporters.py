@@ -90,6 +90,7 @@ class Exporter(Component):
     """
 
     kind: ClassVar[str] = "exporter"
+    hook: ClassVar[str] = "llmpruner_exporters"
     for_other_programs: ClassVar[bool] = False
     """Whether llmpruner can't open what is written."""
 

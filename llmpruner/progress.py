@@ -1,8 +1,10 @@
-"""How stages report progress, which the command line shows as bars; and silence of other libraries."""
+"""How stages report progress, which the command line shows as bars, in the first of several processes; and silence of
+other libraries."""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -31,6 +33,16 @@ class Progress:
 
 
 QUIET = Progress()
+
+
+def launched() -> bool:
+    """Whether ``torchrun`` or ``accelerate launch`` started several processes, of which this is one."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_first() -> bool:
+    """Whether this process prints and writes files: of several, only the first does."""
+    return not launched() or os.environ["RANK"] == "0"
 
 
 @contextmanager

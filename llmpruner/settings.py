@@ -12,7 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, ByteSize, ConfigDict, Field
 
 from .errors import SettingsError
-from .values import ComponentValues, Count, Layers, Names, Numbers, Text, names_of, validated
+from .values import ComponentValues, Count, Layers, Names, Numbers, Text, validated
 
 DEMO = "demo"
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -169,14 +169,6 @@ class PruneSettings(Settings):
     """Tokens per sample: 512 for best, 128 for fast, else 64; no more than the model can read."""
     seed: Seed = option(0, advanced=True)
     settings: Set = {}
-
-
-def each_ratio(values: Mapping[str, Any]) -> list[PruneSettings]:
-    """`PruneSettings` for each ratio, of which there are several in a list or in text with commas."""
-    ratio = values.get("ratio")
-    if not isinstance(ratio, (list, tuple)) and "," not in str(ratio):
-        return [settings_from(PruneSettings, values)]
-    return [settings_from(PruneSettings, {**values, "ratio": share}) for share in names_of(ratio) or [ratio]]
 
 
 class RecoverSettings(Settings):

@@ -109,9 +109,10 @@ def full_precision(monkeypatch):
 
 @pytest.fixture
 def catalog() -> Catalog:
-    from llmpruner import Catalog
 
-    return Catalog()
+    from llmpruner import load_catalog
+
+    return load_catalog()
 
 
 LLAMAS = {"gqa": {}, "mha": {"num_key_value_heads": 8}, "tied": {"tie_word_embeddings": True}}
@@ -138,6 +139,8 @@ def tiny(catalog: Catalog, name: str) -> Model:
     from transformers import LlamaForCausalLM
 
     from llmpruner import Model
+    from llmpruner.discovery.opening import family_for
+    from llmpruner.models.reference import Reference
 
     config, graph = structure(name)
     torch.manual_seed(0)
@@ -146,7 +149,7 @@ def tiny(catalog: Catalog, name: str) -> Model:
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
     config = copy.deepcopy(config)
-    return Model("tiny", config, catalog.family_for(config), graph, model=model, tokenizer=None)
+    return Model(Reference("tiny"), config, family_for(catalog, config), graph, model=model, tokenizer=None)
 
 
 @pytest.fixture(params=LLAMAS)

@@ -7,12 +7,14 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from llmpruner import Catalog, ModelFamily
-from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner import ModelFamily, load_catalog
 from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
+from llmpruner.discovery.opening import family_for
 from llmpruner.discovery.tiny import random_instance
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.model import Model
+from llmpruner.models.reference import Reference
 from llmpruner.structure.coupling import CouplingGraph
 
 SMALL = {
@@ -67,7 +69,7 @@ def make(name: str) -> Model:
     cut one."""
     config, family, graph = _structure(name)
     model = copy.deepcopy(_instance(name))
-    return Model("tiny", copy.deepcopy(config), family, graph, model=model, tokenizer=None)
+    return Model(Reference("tiny"), copy.deepcopy(config), family, graph, model=model, tokenizer=None)
 
 
 @cache
@@ -93,14 +95,14 @@ def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]
     """Once in a process, as most of these structures are discovered."""
     model_type, changes = CASES[name]
     config = CONFIG_MAPPING[model_type](**changes)
-    family = Catalog().family_for(config)
+    family = family_for(load_catalog(), config)
     return config, family, build_graph(family, config)
 
 
 def opened(network: PreTrainedModel, family: ModelFamily | None = None) -> Model:
     """``network`` as `llmpruner.load` gives one, with the groups of ``family`` (default: as discovery finds them)."""
     config, family = copy.deepcopy(network.config), family or AutoFamily()
-    return Model("tiny", config, family, build_graph(family, config), model=network, tokenizer=None)
+    return Model(Reference("tiny"), config, family, build_graph(family, config), model=network, tokenizer=None)
 
 
 def layers_of(loaded: Model) -> Any:

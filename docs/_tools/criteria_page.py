@@ -11,10 +11,11 @@ from docstrings import document, markdown
 from installed import own_manager
 from settings_table import table
 
-from llmpruner import Catalog
+from llmpruner import Catalog, Compensation, Method
+from llmpruner.catalog import Registry
 from llmpruner.component import Component
 from llmpruner.engine.signals import Signal
-from llmpruner.plugins.catalog import Registry
+from llmpruner.plugins.installed import KINDS as COMPONENTS
 from llmpruner.pruning.allocation import Normalization, normalized
 from llmpruner.pruning.compensation import least_squares, repair
 from llmpruner.pruning.criteria.base import ImportanceCriterion
@@ -23,41 +24,41 @@ from llmpruner.settings import PruneSettings, Reduction
 
 CATALOG = Catalog(own_manager())
 KINDS = (
-    ("methods", "Methods", "`--method` fills in what is not given."),
-    ("criteria", "Criteria", "`--importance` chooses what a unit's score is computed from."),
+    ("method", "Methods", "`--method` fills in what is not given."),
+    ("criterion", "Criteria", "`--importance` chooses what a unit's score is computed from."),
     ("reductions", "Reductions", "`--set prune.reduction=…` makes one score of the scores of a unit's spans."),
-    ("budgets", "Budgets", "`--budget` says what `--ratio` is a share of."),
-    ("allocations", "Allocations", "`--set prune.allocation=…` decides how many units each group loses."),
+    ("budget", "Budgets", "`--budget` says what `--ratio` is a share of."),
+    ("allocation", "Allocations", "`--set prune.allocation=…` decides how many units each group loses."),
     ("normalizations", "Normalizations", "`--set global.normalize=…` makes scores of different groups comparable."),
-    ("compensations", "Compensations", "`--set prune.compensate=…` adapts the weights that consume removed units."),
-    ("sources", "Calibration sources", "`--calibration` names the text that is measured and fitted on."),
-    ("strategies", "Recovery strategies", "`recover --strategy` chooses what is trained."),
-    ("metrics", "Metrics", "`evaluate` measures `size` always, and the others by their options or `--metrics`."),
-    ("exporters", "Exporters", "`export --to` chooses the format."),
-    ("runtimes", "Runtimes", "`bench --runtime` chooses the program that runs the models."),
+    ("compensation", "Compensations", "`--set prune.compensate=…` adapts the weights that consume removed units."),
+    ("calibration source", "Calibration sources", "`--calibration` names the text that is measured and fitted on."),
+    ("recovery strategy", "Recovery strategies", "`recover --strategy` chooses what is trained."),
+    ("metric", "Metrics", "`evaluate` measures `size` always, and the others by their options or `--metrics`."),
+    ("exporter", "Exporters", "`export --to` chooses the format."),
+    ("runtime", "Runtimes", "`bench --runtime` chooses the program that runs the models."),
 )
 
 
 def criteria() -> dict[ModuleType, list[type[ImportanceCriterion]]]:
     """The built-in criteria by the module that explains their symbols."""
     found: dict[ModuleType, list[type[ImportanceCriterion]]] = {}
-    for cls in _own(CATALOG.criteria):
+    for cls in _own(CATALOG[ImportanceCriterion]):
         found.setdefault(sys.modules[cls.__module__], []).append(cls)
     return found
 
 
-_NAMES = {cls.__name__: name for registry in CATALOG.registries.values() for name, cls in registry.items()}
+_NAMES = {cls.__name__: name for base in COMPONENTS.values() for name, cls in CATALOG[base].items()}
 """Class → name, for docstrings that refer to other components."""
 
 
 def render() -> str:
     lines = ["# Criteria and other components", "", INTRODUCTION, "", "| | |", "|---|---|"]
-    for attribute, title, _ in KINDS:
-        names = LISTED.get(attribute) or [cls.name for cls in _own(getattr(CATALOG, attribute))]
+    for kind, title, _ in KINDS:
+        names = LISTED.get(kind) or [cls.name for cls in _own(CATALOG[COMPONENTS[kind]])]
         lines.append(f"| [{title}](#{title.lower().replace(' ', '-')}) | {_names(names)} |")
-    for attribute, title, text in KINDS:
+    for kind, title, text in KINDS:
         lines += ["", f"## {title}", "", text, ""]
-        lines += SPECIAL[attribute]() if attribute in SPECIAL else _components(getattr(CATALOG, attribute))
+        lines += SPECIAL[kind]() if kind in SPECIAL else _components(CATALOG[COMPONENTS[kind]])
     return "\n".join(lines) + "\n"
 
 
@@ -93,12 +94,12 @@ def _methods() -> list[str]:
         "| `--method` | criterion | compensation | samples × tokens | where the model writes them |",
         "|---|---|---|---|---|",
     ]
-    for cls in _own(CATALOG.methods):
+    for cls in _own(CATALOG[Method]):
         read, written = (cls().defaults(PruneSettings(ratio=0.2), writes=writes) for writes in (False, True))
         lines.append(
             f"| `{cls.name}` | `{read['importance']}` | `{read['compensate']}` | {_amount(read)} | {_amount(written)} |"
         )
-    return [*lines, "", *_components(CATALOG.methods)]
+    return [*lines, "", *_components(CATALOG[Method])]
 
 
 def _amount(defaults: Any) -> str:
@@ -136,16 +137,16 @@ def _normalizations() -> list[str]:
 
 
 def _compensations() -> list[str]:
-    return [*_components(CATALOG.compensations), *_module(repair), *_module(least_squares)]
+    return [*_components(CATALOG[Compensation]), *_module(repair), *_module(least_squares)]
 
 
 LISTED = {"reductions": get_args(Reduction), "normalizations": get_args(Normalization)}
 SPECIAL = {
-    "methods": _methods,
-    "criteria": _criteria,
+    "method": _methods,
+    "criterion": _criteria,
     "reductions": _reductions,
     "normalizations": _normalizations,
-    "compensations": _compensations,
+    "compensation": _compensations,
 }
 
 

@@ -6,14 +6,14 @@ from typing import Any
 
 from docstrings import class_section, document, function_lines, markdown
 
-from llmpruner.calibration.calibration import SampleTask
+from llmpruner.calibration.base import SampleTask
 from llmpruner.component import Component, ComponentSettings
 from llmpruner.evaluation.bench import BenchSubject, Session, Work, work_of
 from llmpruner.evaluation.evaluate import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.metrics import Size
 from llmpruner.exporters import ExportTask
 from llmpruner.plugins import hookspecs
-from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.installed import KINDS
 from llmpruner.pruning.allocation import AllocationTask, Meter, top_up
 from llmpruner.pruning.budgets import BudgetSubject, Cost
 from llmpruner.pruning.compensation.base import RepairTask
@@ -36,7 +36,7 @@ _GIVEN: dict[str, tuple[type, ...]] = {
 }
 """Kind of component → the classes that it is given or gives back."""
 CLASSES: dict[str, tuple[type, ...]] = {
-    **{kind.hook: (kind.base, *_GIVEN.get(kind.name, ())) for kind in KINDS.values()},
+    **{base.hook: (base, *_GIVEN.get(kind, ())) for kind, base in KINDS.items()},
     "llmpruner_commands": (),
 }
 """Hook → the class that it returns, then those that this class is given or gives back."""

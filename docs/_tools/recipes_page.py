@@ -8,7 +8,7 @@ from docstrings import markdown
 from installed import own_manager
 from settings_table import cell
 
-from llmpruner import Catalog
+from llmpruner import Catalog, NamedRecipe
 from llmpruner.recipes.recipe import COMMANDS, MEASURES
 from llmpruner.settings import RecipeSettings, Settings, StepSettings
 
@@ -46,7 +46,7 @@ def render() -> str:
     lines += ["", BESIDE, "", *_table("key", _fields(StepSettings)), "", ROUNDS, "", "```yaml", EXAMPLE, "```"]
     lines += ["", "## The output", "", *_table("file", FILES.items()), "", INPUTS]
     lines += ["", "## Recipes of llmpruner", "", "`${llmpruner}` in them is the folder of the package."]
-    for cls in Catalog(own_manager()).recipes.values():
+    for cls in Catalog(own_manager())[NamedRecipe].values():
         text = cls.path.read_text(encoding="utf-8")
         lines += ["", f"### {cls.name}", "", markdown(cls.summary) + ".", "", "```yaml", text.rstrip(), "```"]
     return "\n".join(lines) + "\n"

@@ -2,82 +2,27 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from os.path import isfile
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from ..component import Component, ComponentSettings
+from ..component import ComponentSettings
 from ..errors import DataError, PluginError
 from ..progress import QUIET, Progress
+from .base import CalibrationSource, SampleTask
 from .conversations import Example, example, read_examples
 from .documents import EXPECTED_EXAMPLES, check_source, parse_mixture, read_documents
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig
 
-    from ..discovery.family import ModelFamily
     from ..engine.execution import Execution
+    from ..engine.walk import CalibrationSet
     from ..models.model import Model
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``."""
-
-    input_ids: torch.Tensor
-    source: str
-
-    @property
-    def fingerprint(self) -> str:
-        """SHA-256 over the shape and the tokens, in hexadecimal digits."""
-        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
-        digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
-        return digest.hexdigest()
-
-    def first(self, tokens: int) -> CalibrationSet:
-        """The first samples, with at most ``tokens`` tokens in all; at least one sample."""
-        return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
-
-
-@dataclass(frozen=True)
-class SampleTask:
-    """The request to a source: ``samples`` sequences of ``length`` tokens each, without padding.
-
-    ``model``: with its weights, in evaluation mode. ``reference``: a file or data set; for other sources than text,
-    what follows ``NAME:``. ``tokenizer``: None where the model has none. ``family``: with the model's chat format.
-    """
-
-    model: PreTrainedModel
-    tokenizer: Any | None
-    reference: str
-    samples: int
-    length: int
-    seed: int
-    family: ModelFamily
-    progress: Progress = QUIET
-
-
-class CalibrationSource(Component):
-    """Provides calibration samples; selected by ``--calibration NAME`` or ``NAME:reference``."""
-
-    kind: ClassVar[str] = "calibration source"
-    writes: ClassVar[bool] = False
-    """Whether the model generates the text. This is slower than reading, and the tokens depend on the machine's
-    arithmetic, so that they may differ when a plan is replayed."""
-
-    def check(self, reference: str) -> None:
-        """Raise `DataError` for errors that can be found before a model is loaded. Checks nothing by default."""
-
-    def sample(self, task: SampleTask) -> torch.Tensor:
-        """Token ids of the model's vocabulary, int64 of shape (samples, length). The same task gives the same tokens;
-        another shape or dtype is a `PluginError`. Raises `DataError` for a text that is missing, malformed or too
-        short, and `ModelError` for a model without a tokenizer where one is needed."""
-        raise NotImplementedError
 
 
 class TextSource(CalibrationSource):
@@ -194,6 +139,7 @@ class CalibrationJob:
         import torch
 
         from ..engine.journal import recalled
+        from ..engine.walk import CalibrationSet
 
         def drawn() -> Any:
             execution.progress.status(f"The model writes its {name} text" if self.writes else f"Reading {self.text}")

@@ -17,7 +17,7 @@ from ..errors import DataError, first_line
 from .conversations import Completion, Example, Instruction
 
 if TYPE_CHECKING:
-    from .calibration import SampleTask
+    from .base import SampleTask
 
 T = TypeVar("T")
 

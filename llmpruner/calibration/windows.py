@@ -13,7 +13,7 @@ from ..errors import DataError
 from ..models.tokenizer import LONGEST_WORD, tokens_of
 
 if TYPE_CHECKING:
-    from .calibration import SampleTask
+    from .base import SampleTask
 
 _CHARACTERS_PER_TOKEN = 12
 """More than the average in any language, so that a piece of text has enough tokens."""

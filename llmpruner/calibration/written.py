@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..discovery.family import ModelFamily
-    from .calibration import SampleTask
+    from .base import SampleTask
 
 
 ANSWER_TOKENS = 96

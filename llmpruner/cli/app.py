@@ -11,6 +11,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.models import CommandInfo, TyperInfo
 
 from .. import __version__
+from ..catalog import Catalog
 from ..plugins.manager import PluginManager
 from . import process
 from .console import warning_line
@@ -66,8 +67,6 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         ] = False,
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
-        from ..plugins.catalog import Catalog  # --help is shown without it
-
         ctx.obj = Catalog(manager)
         # A plugin may turn out to be broken when its components are first looked up.
         ctx.call_on_close(lambda: list(map(warning_line, manager.broken)))

@@ -8,30 +8,24 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import Parameter, Signature
 from pathlib import Path
 from types import UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from ..errors import SettingsError, near
-from ..files import check_new_directory, check_new_file
-from ..models.reference import resolve
 from ..settings import (
     LoadSettings,
     PruneSettings,
     RecoverSettings,
     RunSettings,
     Settings,
-    each_ratio,
     flag_of,
     option_of,
     settings_from,
 )
 from .console import RichProgress
-
-if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
 
 ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, hub id, .gguf file, or 'demo'.")]
 ModelNames = Annotated[
@@ -65,7 +59,6 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
                     arguments["run"] = settings_from(model, explicit)
                 else:
                     settings = explicit
-            _check(command.__name__, values, settings, catalog)
             command(**{p.name: values[p.name] for p in parameters}, arguments=arguments | settings)
 
         context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
@@ -89,31 +82,6 @@ def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[s
         key, _, value = text.removeprefix(f"{group}.").partition("=")
         explicit[key] = value
     return explicit
-
-
-def _check(command: str, values: Mapping[str, Any], settings: Mapping[str, Any], catalog: Catalog) -> None:
-    """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters."""
-    from ..recipes.recipe import COMMANDS, Recipe, values_of
-
-    for model in values.get("models") or [values.get("model")]:
-        if model is not None:
-            resolve(model, catalog)
-    if command in ("prune", "recover", "export"):
-        output = values["output"]
-        if not output.with_name(output.name + ".pruning").is_dir():  # else some of several ratios may be finished
-            check_new_directory(output)
-    file = values["output"] if command == "plan" else values.get("json_file")
-    if file is not None:
-        check_new_file(file)
-    if command == "run":
-        Recipe.read(values["recipe"], catalog, values_of(values["values"] or ()))
-    if command in ("plan", *COMMANDS) and values.get("plan_file") is None:
-        kind = COMMANDS["prune" if command == "plan" else command]
-        each: Sequence[Settings]
-        each = each_ratio(settings) if command == "prune" else [settings_from(kind.settings, settings)]
-        jobs = [kind.create(one, catalog) for one in each]
-        if command != "evaluate":  # whose metrics read all of their data
-            kind.check(jobs[0])
 
 
 _WITHOUT_OPTION: dict[str, type[Settings]] = {"plan": PruneSettings, "prune": PruneSettings, "recover": RecoverSettings}

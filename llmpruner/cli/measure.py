@@ -11,14 +11,15 @@ import typer
 from rich.markup import escape
 
 from ..errors import LlmprunerError
-from ..files import write_text
+from ..files import check_new_file, write_text
 from ..models.record import REPORT_FILE
+from ..models.reference import resolve
+from ..progress import is_first
 from ..report.sections import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
 from .console import done_line, note, out, print_json, table, warning_line
 from .derive import Json, ModelNames, takes
-from .process import is_first
 
 if TYPE_CHECKING:
     from ..evaluation.bench import BenchResult
@@ -34,6 +35,8 @@ def evaluate(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile 
     """Measure models side by side: size, perplexity, divergence, lm-eval tasks."""
     from .. import api
 
+    if json_file is not None:
+        check_new_file(json_file)
     results: list[Evaluation] = []
     try:
         show_evaluations(api.evaluate(models, on_result=results.append, **arguments))
@@ -64,6 +67,8 @@ def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = N
     """
     from .. import api
 
+    if json_file is not None:
+        check_new_file(json_file)
     result = api.bench(models, **arguments)
     show_bench(result)
     _write_json(json_file, result.as_json())
@@ -90,10 +95,14 @@ def generate(
 ) -> None:
     """Generate the continuation of a prompt by one or several models."""
     from .. import api
+
+    references = [resolve(model, arguments["catalog"]) for model in models]
     from ..discovery.opening import Opener
 
     opener = Opener(arguments["catalog"], arguments["load"], arguments["progress"])
-    structures = [opener.readable(model, "read a prompt") for model in models]  # all, before any answers
+    structures = [opener.structure(reference) for reference in references]
+    for structure in structures:  # all, before any answers
+        opener.check_tokenizer(structure, "it cannot read a prompt")
     answers = {}
     for structure in structures:
         answer = answers[structure.ref] = api.generate(structure, prompt, **arguments)

@@ -10,7 +10,7 @@ from rich.markup import escape
 
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
-from ..scaffold.package import KINDS, ModelFacts, describe, distribution_of, write_package
+from ..scaffold.package import PACKAGES, ModelFacts, describe, distribution_of, write_package
 from .console import note, out, print_json, table
 from .derive import Json, bounds_of, takes, type_text
 
@@ -25,15 +25,17 @@ def plugins(
     as_json: Json = False,
 ) -> None:
     """List the components of all plugins with their packages; or show one component with its settings."""
+    from ..plugins.installed import KINDS
+
     catalog = arguments["catalog"]
     rows: list[dict[str, Any]] = [
-        {"kind": registry.kind, "name": key, "package": registry.package_of(key), "summary": cls.summary}
-        for registry in catalog.registries.values()
-        for key, cls in registry.items()
+        {"kind": kind, "name": key, "package": catalog[base].package_of(key), "summary": cls.summary}
+        for kind, base in KINDS.items()
+        for key, cls in catalog[base].items()
     ]
     if name is None:
         if as_json:
-            print_json({"plugins": rows, "broken": catalog.manager.broken})
+            print_json({"plugins": rows, "broken": catalog.plugins.broken})
         else:
             table(None, ("Kind", "Name", "Package", "What it is"), [tuple(row.values()) for row in rows], left=4)
         return
@@ -41,7 +43,7 @@ def plugins(
     if not named:
         raise UnknownNameError("component", name, {row["name"] for row in rows})
     for row in named:
-        cls = catalog.registries[row["kind"]][name]
+        cls = catalog[KINDS[row["kind"]]][name]
         row |= {"module": cls.__module__, "settings": settings_of(cls)}
     if as_json:
         print_json(named)
@@ -76,7 +78,7 @@ def settings_of(cls: type[Component]) -> list[dict[str, Any]]:
 def new_plugin(
     name: Annotated[str, typer.Argument(metavar="NAME", help="Of what is added; the package is llmpruner-NAME.")],
     arguments: dict[str, Any],
-    kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(KINDS)}.", metavar="KIND")] = "family",
+    kind: Annotated[str, typer.Option(help=f"What it adds: {', '.join(PACKAGES)}.", metavar="KIND")] = "family",
     source: Annotated[
         str | None,
         typer.Option(
@@ -101,15 +103,17 @@ def new_plugin(
 ) -> None:
     """Write a plugin package with tests, to start from: a model family, an importance criterion or a recovery
     strategy."""
+    from ..plugins.installed import KINDS
+
     catalog = arguments["catalog"]
     distribution = distribution_of(name)
-    if kind not in KINDS:
-        raise UnknownNameError("kind of plugin", kind, KINDS)
+    if kind not in PACKAGES:
+        raise UnknownNameError("kind of plugin", kind, PACKAGES)
     if source is not None and kind != "family":
         raise LlmprunerError(f"a {kind} works for all models; leave --from out")
     if package is not None and source is None:
         raise LlmprunerError("--import goes with --from, which names the model")
-    registry = catalog.registries[KINDS[kind]]
+    registry = catalog[KINDS[PACKAGES[kind]]]
     if name in registry:
         raise LlmprunerError(
             f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"

@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from ..engine.stages import launched
 from ..errors import LlmprunerError, ProcessError, SettingsError, first_line, is_out_of_memory
 from ..files import write_failure
+from ..progress import is_first, launched
 from .console import error_line
 
 
@@ -72,11 +72,6 @@ def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool)
         if ranks is not None:
             ranks.leave()
         raise
-
-
-def is_first() -> bool:
-    """Whether this process prints and writes files: of several, only the first does."""
-    return not launched() or os.environ["RANK"] == "0"
 
 
 def _shares_work(arguments: Sequence[str]) -> bool:

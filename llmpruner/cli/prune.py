@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..files import check_new_file
+from ..progress import is_first
 from ..report.sections import loss_text
-from ..settings import ExportSettings, LoadSettings, PruneSettings, RecoverSettings, RunSettings, settings_from
+from ..settings import ExportSettings, LoadSettings, PruneSettings, RecoverSettings, RunSettings
 from ..structure.scope import COUNTED, QUANTISED
-from ..values import bytes_text, count_text, counted
+from ..values import bytes_text, count_text, counted, names_of
 from .console import done_line, error_line, note, print_json, sizes_text, table, warning_line
 from .derive import Json, ModelName, Output, takes
 from .measure import write_next_to
-from .process import is_first
 
 if TYPE_CHECKING:
-    from ..models.model import Model, Structure
     from ..structure.plan import Outcome, PruningPlan
 
 
@@ -32,12 +32,11 @@ def plan(
 ) -> None:
     """Show the units that would be kept in each layer, without changing the model. The plan can be reviewed and
     replayed."""
-    from .. import pipeline
-    from ..discovery.opening import Opener
+    from .. import api
 
-    load, run, progress, catalog = (arguments.pop(name) for name in ("load", "run", "progress", "catalog"))
-    settings = settings_from(PruneSettings, arguments)
-    pruning_plan, outcome = pipeline.plan(model, settings, Opener(catalog, load, progress), run)
+    if output is not None:
+        check_new_file(output)
+    pruning_plan, outcome = api.plan_and_outcome(model, **arguments)
     if output is not None and is_first():
         pruning_plan.save(output)
         note(f"plan written to {output}")
@@ -69,16 +68,17 @@ def prune(
     from .. import api
 
     started = time.monotonic()
-    pruned: Model | list[Structure] = api.prune(model, plan=plan_file, output=output, **arguments)
-    seconds = round(time.monotonic() - started, 1)
-    if isinstance(pruned, list):
-        folders = [each.ref for each in pruned]
+    if "," in arguments.get("ratio", "") and plan_file is None:
+        made = api.prune_each(model, ratios=names_of(arguments.pop("ratio")), output=output, **arguments)
+        folders = [each.ref for each in made]
         write_next_to(output, arguments, sentences=not as_json, checkpoints=[Path(f) for f in folders])
         if as_json:
-            print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in pruned])
+            print_json([{"plan": each.plans[-1].model_dump(mode="json"), "output": each.ref} for each in made])
         else:
-            done_line(f"{', '.join(folders)} in {seconds} s")
+            done_line(f"{', '.join(folders)} in {time.monotonic() - started:.1f} s")
         return
+    pruned = api.prune(model, plan=plan_file, output=output, **arguments)
+    seconds = round(time.monotonic() - started, 1)
     write_next_to(output, arguments)
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
@@ -149,8 +149,7 @@ def recover(model: ModelName, output: Output, arguments: dict[str, Any], as_json
     from .. import api
 
     started = time.monotonic()
-    restart = arguments.pop("run").restart
-    recovered = api.recover(model, output=output, restart=restart, **arguments)
+    recovered = api.recover(model, output=output, **arguments)
     assert recovered.record is not None
     record = recovered.record["recovery"][-1]
     seconds = round(time.monotonic() - started, 1)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..recipes import NamedRecipe
 from ..settings import LoadSettings, RunSettings
 from ..values import counted
 from .console import done_line, out, print_json, table, warning_line
@@ -76,7 +77,7 @@ def recipes(
     ] = None,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
-    known = arguments["catalog"].recipes
+    known = arguments["catalog"][NamedRecipe]
     if name is None:
         rows = [(key, known.package_of(key), cls.summary) for key, cls in known.items()]
         table(None, ("Name", "Package", "What it does"), rows, left=3)

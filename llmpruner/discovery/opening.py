@@ -5,21 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from ..catalog import Catalog
 from ..errors import (
     CheckpointError,
     LlmprunerError,
     ModelError,
     PluginError,
     SettingsError,
+    UnsupportedModelError,
     first_line,
     no_tokenizer,
     not_pruned,
@@ -31,19 +33,15 @@ from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, widened
 from ..models.opening import load_model, open_streamed, pruned_class
 from ..models.record import read_any_record, read_record, sampled_sha256
-from ..models.reference import Reference, adapter_base, resolve
-from ..models.tokenizer import brings_tokenizer, load_tokenizer
+from ..models.reference import Reference, resolve
+from ..models.tokenizer import has_tokenizer, load_tokenizer
 from ..progress import QUIET, Progress
 from ..settings import LoadSettings, settings_from
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan, structure_of
 from ..values import refusal
-from .family import AUTO
+from .family import AUTO, ModelFamily
 from .groups import build_graph
-
-if TYPE_CHECKING:
-    from ..engine.ranks import Ranks
-    from ..plugins.catalog import Catalog
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -56,27 +54,52 @@ class Opener:
     """Opens models with the plugins of ``catalog`` and the settings of ``load``."""
 
     catalog: Catalog
-    load: LoadSettings
-    progress: Progress
+    load: LoadSettings = field(default_factory=LoadSettings)
+    progress: Progress = QUIET
 
-    def of_ranks(self, ranks: Ranks) -> Opener:
-        """For a command of several processes, of which the first alone prints messages."""
-        return self if ranks.first else replace(self, progress=QUIET)
-
-    def structure(self, source: Source) -> Structure:
+    def structure(self, source: Source | Reference) -> Structure:
         """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
         if isinstance(source, Model):
             source.check_whole()
         if isinstance(source, Structure):
             return source
-        if not isinstance(source, (str, Path)):
+        if isinstance(source, (str, Path)):
+            source = resolve(source, self.catalog)
+        if not isinstance(source, Reference):
             raise SettingsError(f"expected a path, hub id or result of llmpruner.load, got {type(source).__name__}")
-        structure = load_structure(str(source), self.catalog, self.load)
+        structure = _structure(source, self)
         if structure.family.name == AUTO and self.load.family is None and not structure.plans:
             self.progress.status(f"structure of this {structure.config.model_type} model discovered by tracing")
         return structure
 
-    def as_stored(self, source: Source) -> Model:
+    def dense_structure(self, pruned: Structure, named: str | None = None) -> Structure:
+        """The structure of the dense model: ``named``, or the one in the record of ``pruned``. Warns where files are
+        not those of the record. Raises `ModelError` where it can't be opened or has other shapes."""
+        if not pruned.plans:
+            raise not_pruned(pruned.ref)
+        base, record = pruned.plans[0].base, pruned.record or {}
+        path = record.get("base_path")
+        ref = named or (path if isinstance(path, str) and exists(path) else base.model)
+        family, revision = (None, None) if named else (pruned.family.name, base.revision)
+        load = self.load.model_copy(update={"family": family, "revision": revision})
+        try:
+            dense = replace(self, load=load, progress=QUIET).structure(ref)
+        except LlmprunerError as error:
+            raise ModelError(f"the dense model of '{pruned.ref}', '{ref}', cannot be opened: {error}") from error
+        if dense.plans or structure_of(dense.graph) != base.structure:
+            raise ModelError(
+                f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in "
+                "name or shape"
+            )
+        recorded = None if named else record.get("base_weights")
+        if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
+            _LOG.warning(
+                "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same "
+                "one stored in other files", dense.ref, pruned.ref,
+            )  # fmt: skip
+        return dense
+
+    def as_stored(self, source: Source | Reference) -> Model:
         """A model in memory; unless a dtype was chosen, float16 stays float16, on a CPU too."""
         opened, opener = self.structure(source), self
         if widened(opened, self.load) is not None:
@@ -108,114 +131,132 @@ class Opener:
 
     def has_tokenizer(self, opened: Structure) -> bool:
         """Whether a model has a tokenizer, or its folder the files of one."""
-        return opened.tokenizer is not None if isinstance(opened, Model) else brings_tokenizer(opened.ref, self.catalog)
+        return opened.tokenizer is not None if isinstance(opened, Model) else has_tokenizer(opened.reference)
 
-    def readable(self, source: Source, purpose: str) -> Structure:
-        """`structure`. Raises `ModelError` for a model without a tokenizer, which cannot ``purpose``."""
-        structure = self.structure(source)
-        if not self.has_tokenizer(structure):
-            raise no_tokenizer(f"model '{structure.ref}'", f"it cannot {purpose}")
-        return structure
+    def check_tokenizer(self, opened: Structure, consequence: str) -> None:
+        """Raise `ModelError` for a model without a tokenizer, with the ``consequence``: "it cannot be evaluated"."""
+        if not self.has_tokenizer(opened):
+            raise no_tokenizer(f"model '{opened.ref}'", consequence)
 
 
-def listed(models: Source | Sequence[Source]) -> list[Source]:
-    """One model or several, as a list. Raises `SettingsError` for none."""
-    several = isinstance(models, Iterable) and not isinstance(models, str)
-    sources: list[Source] = list(models) if several else [models]  # type: ignore[arg-type, list-item]
-    if not sources:
-        raise SettingsError("no model is named; name at least one")
-    return sources
+def register_models(catalog: Catalog) -> None:
+    """Let every family register its models. One that raises is named in ``catalog.plugins.broken``."""
+    families, broken = catalog[ModelFamily], catalog.plugins.broken
+    for name, cls in families.items():
+        try:
+            cls().register_models()
+        except Exception as error:  # of the package that the models come from
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            line = f"family '{name}' ({families.package_of(name)}) cannot register its models: {reason}"
+            if line not in broken:
+                broken.append(line)
 
 
-def load_structure(text: str, catalog: Catalog, options: LoadSettings | None = None) -> Structure:
-    """The structure of the model ``text``, pruned or not, without reading its weights."""
-    options = options or LoadSettings()
-    base = adapter_base(Path(text))
-    if base is not None:
-        return _adapted(load_structure(base, catalog, options), text)
-    ref = resolve(text, catalog)
-    catalog.register_models()
-    record = read_record(ref.directory) if ref.directory.is_dir() and not ref.gguf_file else None
+def family_for(catalog: Catalog, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
+    """The family ``name``; by default the one that matches and that no other match extends, or ``auto``. Raises
+    `UnsupportedModelError` when there are several."""
+    families = catalog[ModelFamily]
+    if name is not None:
+        return families[name]()
+    matches = [family for cls in families.values() if (family := cls()).matches(config)]
+    extended = {family.extends for family in matches}
+    candidates = [family for family in matches if family.name not in extended]
+    if len(candidates) > 1:
+        names = ", ".join(f"{family.name} ({families.package_of(family.name)})" for family in candidates)
+        raise UnsupportedModelError(
+            f"several families match model type '{config.model_type}': {names}; choose with --family; in plugins, "
+            "name the family that is specialised with 'extends', or let 'matches' leave out other models"
+        )
+    return candidates[0] if candidates else families[AUTO]()
+
+
+def _structure(reference: Reference, opener: Opener) -> Structure:
+    """The structure of a model, pruned or not, without reading its weights."""
+    register_models(opener.catalog)
+    record = read_record(reference.directory) if reference.directory.is_dir() and not reference.gguf_file else None
     if record is not None:
-        return _pruned_structure(ref, record, catalog, options)
-    with in_one_line(ref):
-        revision = ref.commit(options.revision)
-    config = _read_config(ref, options, revision)
+        structure = _pruned_structure(reference, record, opener)
+    else:
+        structure = _dense_structure(reference, opener)
+    return structure if reference.adapter is None or record is None else _with_training(structure, reference.adapter)
+
+
+def _dense_structure(reference: Reference, opener: Opener) -> Structure:
+    load, reader = opener.load, reference.reader
+    with in_one_line(reference):
+        reference = reference.at_commit(load.revision)
+    config = _read_config(reference, load)
     if getattr(config, "llmpruner", None) is not None:
         raise ModelError(
-            f"'{text}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not there; "
-            "download the whole repository (hf download REPO --local-dir DIR), and name its folder"
+            f"'{reference.ref}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not "
+            "there; download the whole repository (hf download REPO --local-dir DIR), and name its folder"
         )
-    family = catalog.family_for(config, options.family or (ref.reader.family if ref.reader else None))
+    family = family_for(opener.catalog, config, load.family or (reader.family if reader else None))
     try:
-        graph = build_graph(family, config)
-        return Structure(text, config, family, graph, path=ref.local_path, revision=revision, place=ref)
+        return Structure(reference, config, family, build_graph(family, config))
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
         raise ModelError(
-            f"family '{family.name}' finds no structure in the configuration of '{text}' "
+            f"family '{family.name}' finds no structure in the configuration of '{reference.ref}' "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
 
 
-def _adapted(base: Structure, text: str) -> Structure:
-    """``base`` with the adapter in folder ``text``, which names the base."""
-    if base.adapter is not None:
-        raise ModelError(f"'{text}' is an adapter for an adapter, '{base.ref}'; merge that into its model first")
-    folder, record = Path(text), base.record
-    if record is not None:
-        trained = (read_any_record(folder) or {}).get("recovery")
-        # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
-        record = {**record, "adapters": [*record.get("adapters", ()), folder.resolve().name]}
-        if trained:
-            record["recovery"] = trained
-    return replace(base, ref=text, record=record, path=str(folder.resolve()), adapter=folder)
+def _with_training(base: Structure, folder: Path) -> Structure:
+    """``base``, a pruned model, with the training of the adapter in ``folder`` in its record."""
+    trained = (read_any_record(folder) or {}).get("recovery")
+    # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
+    record = {**(base.record or {}), "adapters": [*(base.record or {}).get("adapters", ()), folder.resolve().name]}
+    if trained:
+        record["recovery"] = trained
+    return replace(base, record=record)
 
 
-def _pruned_structure(ref: Reference, record: Mapping[str, Any], catalog: Catalog, options: LoadSettings) -> Structure:
+def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: Opener) -> Structure:
+    ref, load, families = reference.ref, opener.load, opener.catalog[ModelFamily]
     try:
         values = dict(PreTrainedConfig._decode_special_floats(dict(record["base_config"])))
         if values["model_type"] not in CONFIG_MAPPING and "auto_map" in values:
             # Pruned from a model with code in its checkpoint, of which this one contains a copy.
-            if not options.trust_remote_code:
-                raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}")
-            pruned_class(ref.location)
+            if not load.trust_remote_code:
+                raise ModelError(f"'{ref}' needs code that the checkpoint brings; {ALLOW}")
+            pruned_class(reference.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
-        if options.family is None and plans and plans[0].family not in catalog.families:
+        if load.family is None and plans and plans[0].family not in families:
             raise PluginError(
-                f"'{ref.text}' is of family '{plans[0].family}', which no plugin here adds; install the one that does"
+                f"'{ref}' is of family '{plans[0].family}', which no plugin here adds; install the one that does"
             )
         config = AutoConfig.for_model(values.pop("model_type"), **values)
-        family = catalog.family_for(config, options.family or (plans[0].family if plans else None))
+        family = family_for(opener.catalog, config, load.family or (plans[0].family if plans else None))
         graph = build_graph(family, config)
         for plan in plans:
             plan.check(graph)
             graph = restrict(graph, plan.kept)
-        return Structure(ref.text, config, family, graph, plans, record, path=ref.local_path, place=ref)
+        return Structure(reference, config, family, graph, plans, record)
     except LlmprunerError:
         raise
     except ValidationError as error:
-        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged: plan: {refusal(error)}") from error
+        raise CheckpointError(f"{ref}/llmpruner.json is damaged: plan: {refusal(error)}") from error
     except Exception as error:
         # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"
-        if options.family is not None:
+        if load.family is not None:
             raise ModelError(
-                f"family '{options.family}' does not fit '{ref.text}', or its llmpruner.json is damaged ({reason})"
+                f"family '{load.family}' does not fit '{ref}', or its llmpruner.json is damaged ({reason})"
             ) from error
-        raise CheckpointError(f"{ref.text}/llmpruner.json is damaged ({reason})") from error
+        raise CheckpointError(f"{ref}/llmpruner.json is damaged ({reason})") from error
 
 
-def _read_config(ref: Reference, options: LoadSettings, revision: str | None) -> PreTrainedConfig:
-    if ref.reader is not None:
-        with in_one_line(ref):
-            return ref.reader.read_config(ref.directory)
-    allowed = options.trust_remote_code
-    config: PreTrainedConfig = from_pretrained(AutoConfig, ref, revision, trust_remote_code=allowed)
+def _read_config(reference: Reference, load: LoadSettings) -> PreTrainedConfig:
+    if reference.reader is not None:
+        with in_one_line(reference):
+            return reference.reader.read_config(reference.directory)
+    allowed = load.trust_remote_code
+    config: PreTrainedConfig = from_pretrained(AutoConfig, reference, trust_remote_code=allowed)
     if allowed:
-        with in_one_line(ref), quiet_transformers():
-            register_model_class(config, revision)
+        with in_one_line(reference), quiet_transformers():
+            register_model_class(config, reference.commit)
     return config
 
 
@@ -235,36 +276,6 @@ def _sampled_weights(place: Path) -> str | None:
     except OSError:
         return None
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest() if sums else None
-
-
-def dense_structure(
-    pruned: Structure, catalog: Catalog, load: LoadSettings | None = None, *, named: str | None = None
-) -> Structure:
-    """The structure of the dense model: ``named``, or the one in the record of ``pruned``. Warns where files are not
-    those of the record. Raises `ModelError` where it can't be opened or has other shapes."""
-    if not pruned.plans:
-        raise not_pruned(pruned.ref)
-    base, record = pruned.plans[0].base, pruned.record or {}
-    path = record.get("base_path")
-    ref = named or (path if isinstance(path, str) and exists(path) else base.model)
-    family, revision = (None, None) if named else (pruned.family.name, base.revision)
-    options = (load or LoadSettings()).model_copy(update={"family": family, "revision": revision})
-    try:
-        dense = load_structure(ref, catalog, options)
-    except LlmprunerError as error:
-        raise ModelError(f"the dense model of '{pruned.ref}', '{ref}', cannot be opened: {error}") from error
-    if dense.plans or structure_of(dense.graph) != base.structure:
-        raise ModelError(
-            f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in name "
-            "or shape"
-        )
-    recorded = None if named else record.get("base_weights")
-    if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
-        _LOG.warning(
-            "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same one "
-            "stored in other files", dense.ref, pruned.ref,
-        )  # fmt: skip
-    return dense
 
 
 def placed_as(other: Structure, load: LoadSettings) -> LoadSettings:

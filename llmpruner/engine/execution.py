@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
+
+import torch
 
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
@@ -17,13 +20,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .journal import Journal
-    from .walk import LayerForm
 
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a micro-batch in a walk forwards, at least one sample."""
 TOKENS_WITH_GRADIENTS = 1024
 """The same in a walk with gradients, which keeps what is computed inside a layer."""
+
+
+class LayerForm(NamedTuple):
+    """How the layers of a model run one by one."""
+
+    tuples: Sequence[int | None]
+    """How many further values each layer returns; None for a bare tensor."""
+    autocast: torch.dtype | None
+    """The dtype of matrix products under autocast, with hidden states in float32: that of a model in 16 bits, and
+    bfloat16 for one in float32 where that is faster. None for others, and where a layer refuses this: all is in the
+    model's dtype."""
+    passes_on: bool
+    """Whether layers pass on other values than hidden states (`States.passed`), which `States.dump` does not write."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +54,9 @@ class Execution:
     forms: WeakKeyDictionary[PreTrainedModel, LayerForm] = field(default_factory=WeakKeyDictionary)
     """Of models whose layers `walk.check_layers` has compared."""
     shared: Journal | None = None
-    """Keeps calibration text and scores, which runs with other ratios have in common."""
+    """Keeps calibration text and scores, which are shared by the runs for all ratios."""
+    forecast: Mapping[str, Any] | None = None
+    """What the run is expected to take, for its record."""
 
     @classmethod
     def of(cls, model: PreTrainedModel, path: str, ranks: Ranks = SINGLE) -> Execution:

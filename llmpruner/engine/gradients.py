@@ -40,7 +40,7 @@ from .walk import (
 )
 
 if TYPE_CHECKING:
-    from ..calibration.calibration import CalibrationSet
+    from .walk import CalibrationSet
 
 Argument = int | str
 """Position or name of an argument of a layer."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ..errors import LlmprunerError, ProcessError, first_line
-from .stages import launched
+from ..progress import launched
 
 T = TypeVar("T")
 K = TypeVar("K")

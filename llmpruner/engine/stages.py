@@ -73,8 +73,3 @@ def peak_memory() -> int | None:
     # Bytes on macOS, KiB elsewhere.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def launched() -> bool:
-    """Whether ``torchrun`` or ``accelerate launch`` started several processes, of which this is one."""
-    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1

@@ -25,9 +25,9 @@ from .walk import ForwardWalk
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..calibration.calibration import CalibrationSet
     from ..structure.coupling import CouplingGraph
     from .execution import Execution
+    from .walk import CalibrationSet
 
 PREDICTED = 8192
 """Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,12 +21,10 @@ from torch.utils._pytree import tree_flatten
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from .boundaries import States
-from .execution import TOKENS_AT_ONCE, Execution
+from .execution import TOKENS_AT_ONCE, Execution, LayerForm
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ..calibration.calibration import CalibrationSet
 
 
 _CHECKED_TOKENS = 64
@@ -35,6 +34,25 @@ _TOLERANCE = 1e-3
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """``input_ids``: int64, shape (samples, length), without padding. ``source``: the value of ``--calibration``."""
+
+    input_ids: torch.Tensor
+    source: str
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the shape and the tokens, in hexadecimal digits."""
+        digest = hashlib.sha256(repr(tuple(self.input_ids.shape)).encode())
+        digest.update(self.input_ids.cpu().numpy().astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def first(self, tokens: int) -> CalibrationSet:
+        """The first samples, with at most ``tokens`` tokens in all; at least one sample."""
+        return CalibrationSet(self.input_ids[: max(1, tokens // self.input_ids.shape[1])], self.source)
 
 
 @dataclass
@@ -109,19 +127,6 @@ def _equal(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
         return a is b or (a.dtype == b.dtype and torch.equal(a, b))
     return a is b or (type(a) is type(b) and isinstance(a, bool | int | float | str) and a == b)
-
-
-class LayerForm(NamedTuple):
-    """How the layers of a model run one by one."""
-
-    tuples: Sequence[int | None]
-    """How many further values each layer returns; None for a bare tensor."""
-    autocast: torch.dtype | None
-    """The dtype of matrix products under autocast, with hidden states in float32: that of a model in 16 bits, and
-    bfloat16 for one in float32 where that is faster. None for others, and where a layer refuses this: all is in the
-    model's dtype."""
-    passes_on: bool
-    """Whether layers pass on other values than hidden states (`States.passed`), which `States.dump` does not write."""
 
 
 @torch.no_grad()

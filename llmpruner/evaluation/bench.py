@@ -22,8 +22,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..discovery.opening import Opener, Source
+    from ..discovery.opening import Opener
     from ..models.model import Model, Structure
+    from ..models.reference import Reference
     from ..settings import BenchSettings
     from ..structure.coupling import CouplingGraph
 
@@ -38,7 +39,7 @@ class BenchSubject:
     path: Path | None
     batch: int
     length: int
-    source: Source
+    source: Reference | Structure
     opener: Opener
 
     @property
@@ -56,17 +57,10 @@ class BenchSubject:
         return self.opener.weights(self.structure)
 
 
-def bench_subject(source: Source, settings: BenchSettings, opener: Opener) -> BenchSubject:
+def bench_subject(source: Reference | Structure, settings: BenchSettings, opener: Opener) -> BenchSubject:
     """A model to measure at all sizes of ``settings``."""
-    from ..models.model import Structure
-    from ..models.reference import resolve
-
-    if isinstance(source, Structure):
-        ref, path = source.ref, source.path
-    else:
-        ref, path = str(source), resolve(str(source), opener.catalog).local_path
-    length = max(settings.prompt) + settings.new
-    return BenchSubject(ref, None if path is None else Path(path), max(settings.batch), length, source, opener)
+    path = None if source.path is None else Path(source.path)
+    return BenchSubject(source.ref, path, max(settings.batch), max(settings.prompt) + settings.new, source, opener)
 
 
 @dataclass(frozen=True)
@@ -152,6 +146,7 @@ class Runtime(Component):
     """
 
     kind: ClassVar[str] = "runtime"
+    hook: ClassVar[str] = "llmpruner_runtimes"
 
     def check(self, subject: BenchSubject) -> None:
         """Raise `MissingExtraError` or `ModelError` when the runtime is not installed, or cannot run the model or its

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..catalog import Catalog
 from ..component import Component, check_chosen
 from ..errors import ModelError, PluginError, SettingsError, first_line
 from ..progress import QUIET, Progress
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from ..discovery.family import ModelFamily
     from ..models.model import Model
-    from ..plugins.catalog import Catalog
     from ..settings import EvaluateSettings
     from ..structure.coupling import CouplingGraph
 
@@ -94,6 +94,7 @@ class Metric(Component):
     """
 
     kind: ClassVar[str] = "metric"
+    hook: ClassVar[str] = "llmpruner_metrics"
 
     @property
     def needs_reference(self) -> bool:
@@ -136,7 +137,7 @@ def chosen_metrics(settings: EvaluateSettings, catalog: Catalog) -> tuple[Metric
     if len(chosen) == 1 and not settings.metrics:
         chosen["perplexity"] = {}
     values = settings.settings
-    metrics = tuple(catalog.metrics.create(name, {**chosen[name], **values.get(name, {})}) for name in chosen)
+    metrics = tuple(catalog[Metric].create(name, {**chosen[name], **values.get(name, {})}) for name in chosen)
     check_chosen(values, metrics)
     return metrics
 

@@ -141,11 +141,17 @@ class PerplexityMetric(Metric):
         texts by their names."""
         from .perplexity import perplexity
 
-        reference = subject.reference if self.settings.kl else None
+        settings = self.settings
         results = {
-            name: asdict(perplexity(subject.model, subject.tokenizer, text, self.settings, reference, subject.progress))
+            name: asdict(
+                perplexity(
+                    subject.model, subject.tokenizer, text, window=settings.window, tokens=settings.tokens,
+                    batch_size=settings.batch_size, autocast=settings.autocast,
+                    reference=subject.reference if settings.kl else None, progress=subject.progress,
+                )
+            )
             for name, text in self._texts.items()
-        }
+        }  # fmt: skip
         first, *others = results
         return {**results[first], "text": first, "others": {name: results[name] for name in others}}
 

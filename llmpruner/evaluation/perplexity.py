@@ -22,8 +22,6 @@ from ..values import counted
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .metrics import PerplexityMetric
-
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
@@ -116,7 +114,11 @@ def perplexity(
     model: PreTrainedModel,
     tokenizer: Any,
     text: str,
-    settings: PerplexityMetric.Settings,
+    *,
+    window: int = 512,
+    tokens: int | None = None,
+    batch_size: int = 4,
+    autocast: bool = False,
     reference: PreTrainedModel | None = None,
     progress: Progress = QUIET,
 ) -> PerplexityResult:
@@ -128,8 +130,7 @@ def perplexity(
     window. Logits are converted to float32, with ``autocast`` too. Raises `DataError` when the text has too few tokens,
     and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
     """
-    window, tokens = settings.window, settings.tokens
-    scored = Scored(model, reference, settings.autocast)
+    scored = Scored(model, reference, autocast)
     opening, ids = opening_tokens(tokenizer, text), tokens_of(tokenizer, text)
     if tokens is not None and len(ids) < tokens:
         raise DataError(f"the text has {counted(len(ids), 'token')}, fewer than the {tokens:,} asked for")
@@ -143,7 +144,7 @@ def perplexity(
     table = check_ids(torch.tensor(used), model).view(windows, of_text)
     table = torch.cat([torch.tensor(opening, dtype=table.dtype).expand(windows, -1), table], 1)
     predicting = torch.arange(max(0, len(opening) - 1), window - 1)
-    for batch in progress.track(torch.split(table, settings.batch_size), "perplexity"):
+    for batch in progress.track(torch.split(table, batch_size), "perplexity"):
         scored.add(batch, predicting)
     means: dict[str, Any] = scored.means()
     read = text

@@ -70,7 +70,7 @@ def why_it_stops(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def in_one_line(ref: Reference) -> Iterator[None]:
+def in_one_line(reference: Reference) -> Iterator[None]:
     """Turn errors of transformers or of a reader, for a missing or damaged model, into a `ModelError` of one line."""
     try:
         yield
@@ -80,20 +80,22 @@ def in_one_line(ref: Reference) -> Iterator[None]:
         if isinstance(error, ImportError) and "gguf" in str(error).lower():
             raise MissingExtraError("gguf", "gguf") from error
         if "trust_remote_code" in str(error):
-            raise ModelError(f"'{ref.text}' needs code that the checkpoint brings; {ALLOW}") from error
+            raise ModelError(f"'{reference.ref}' needs code that the checkpoint brings; {ALLOW}") from error
         if "meta device" in str(error):  # accelerate does not name them
-            raise ModelError(f"the checkpoint of '{ref.text}' lacks tensors; it is incomplete or damaged") from error
-        if not ref.gguf_file and ref.reader is None:
+            raise ModelError(
+                f"the checkpoint of '{reference.ref}' lacks tensors; it is incomplete or damaged"
+            ) from error
+        if not reference.gguf_file and reference.reader is None:
             # transformers does not name a damaged file.
-            for file in sorted(ref.directory.glob("*.safetensors")):
+            for file in sorted(reference.directory.glob("*.safetensors")):
                 names_in(file)
-        known = ref.directory.exists()
+        known = reference.directory.exists()
         what = "" if known else ": no such directory or .gguf file, and the hub has no such model, or can't be reached"
-        raise ModelError(f"cannot load model '{ref.text}'{what} ({first_line(error)})") from error
+        raise ModelError(f"cannot load model '{reference.ref}'{what} ({first_line(error)})") from error
 
 
-def from_pretrained(auto_class: Any, ref: Reference, revision: str | None, **options: Any) -> Any:
-    """What transformers reads from ``ref``, silently and with exceptions in one line. A GGUF file is parsed once."""
-    gguf = {"gguf_file": ref.gguf_file} if ref.gguf_file else {}
-    with in_one_line(ref), quiet_transformers(), gguf_parsed_once() if gguf else contextlib.nullcontext():
-        return auto_class.from_pretrained(ref.location, revision=revision, **gguf, **options)
+def from_pretrained(auto_class: Any, reference: Reference, **options: Any) -> Any:
+    """What transformers reads, silently and with exceptions in one line. A GGUF file is parsed once."""
+    gguf = {"gguf_file": reference.gguf_file} if reference.gguf_file else {}
+    with in_one_line(reference), quiet_transformers(), gguf_parsed_once() if gguf else contextlib.nullcontext():
+        return auto_class.from_pretrained(reference.location, revision=reference.commit, **gguf, **options)

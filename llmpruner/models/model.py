@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
@@ -14,8 +14,6 @@ from .reference import Reference
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from transformers import PreTrainedConfig, PreTrainedModel
 
     from ..discovery.family import ModelFamily
@@ -26,24 +24,27 @@ if TYPE_CHECKING:
 class Structure:
     """A model without its weights.
 
-    ``ref``: the reference that the user gave. ``plans``: the cuts that were applied. ``config``: of the dense model.
-    ``graph``: the coupled groups after all cuts. ``record``: its ``llmpruner.json``; of an adapter, that of its base,
-    with the adapter's training. ``path``: the absolute path of local files, None for a hub id and the demo model.
-    ``revision``: the commit of a hub model, from which weights and tokenizer are read too; of an adapter, its base's.
-    ``place``: where the files are; of an adapter, its base's; nowhere for a model that was made in memory.
-    ``adapter``: the folder of a peft adapter.
+    ``reference``: what the user named, and where its files are. ``config``: of the dense model. ``graph``: the coupled
+    groups after all cuts. ``plans``: the cuts that were applied. ``record``: its ``llmpruner.json``; of an adapter,
+    that of its base, with the adapter's training.
     """
 
-    ref: str
+    reference: Reference
     config: PreTrainedConfig
     family: ModelFamily
     graph: CouplingGraph
     plans: tuple[PruningPlan, ...] = ()
     record: Mapping[str, Any] | None = None
-    path: str | None = field(default=None, kw_only=True)
-    revision: str | None = field(default=None, kw_only=True)
-    place: Reference = field(default=Reference("", ""), kw_only=True)
-    adapter: Path | None = field(default=None, kw_only=True)
+
+    @property
+    def ref(self) -> str:
+        """What the user named."""
+        return self.reference.ref
+
+    @property
+    def path(self) -> str | None:
+        """The absolute path of local files; None for a hub id, the demo model and one that was made in memory."""
+        return self.reference.path
 
     def __repr__(self) -> str:
         graph, state = self.graph, f"pruned {len(self.plans)} times" if self.plans else "not pruned"

@@ -52,7 +52,7 @@ def widened(structure: Structure, options: LoadSettings) -> str | None:
 
 def stored_dtype(structure: Structure) -> torch.dtype | None:
     """The dtype that the configuration states; None where it states none, and for GGUF's own types."""
-    if structure.place.gguf_file:
+    if structure.reference.gguf_file:
         return None
     stated = stored_value(structure, "dtype")
     return getattr(torch, stated, None) if isinstance(stated, str) else stated
@@ -61,7 +61,7 @@ def stored_dtype(structure: Structure) -> torch.dtype | None:
 def stored_value(structure: Structure, name: str) -> Any:
     """The value of ``name`` in ``config.json``. Of a pruned model, `Structure.config` is that of the dense one."""
     value = getattr(structure.config, name, None)
-    file = structure.place.directory / "config.json"
+    file = structure.reference.directory / "config.json"
     return value if structure.record is None or not file.is_file() else read_json(file).get(name, value)
 
 

@@ -42,45 +42,45 @@ _LOG = logging.getLogger("llmpruner")
 def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
     """The model of ``structure``, pruned or not, on ``options.device``, in evaluation mode; an adapter is merged.
     Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
-    options, ref = options or LoadSettings(), structure.place
-    if structure.adapter is not None:
-        check_weights(structure.adapter)  # before the base is read
+    options, reference = options or LoadSettings(), structure.reference
+    if reference.adapter is not None:
+        check_weights(reference.adapter)  # before the base is read
     tokenizer = load_tokenizer(structure, options)
     model = _read_model(structure, options).to(options.device).eval()
-    check_shapes(model, structure.graph, ref.text)
+    check_shapes(model, structure.graph, reference.ref)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, other in structure.graph.ties.items():
         # transformers leaves them separate where the files hold both, with different values; a cut would keep one.
         if parameters[name] is not parameters[other]:
-            raise tied_differ(ref.directory, name, other)
-    if structure.adapter is not None:
-        model = with_adapter(model, structure.adapter).merge_and_unload().eval()
+            raise tied_differ(reference.directory, name, other)
+    if reference.adapter is not None:
+        model = with_adapter(model, reference.adapter).merge_and_unload().eval()
     return Model(**vars(structure), model=model, tokenizer=tokenizer)
 
 
 def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
-    ref, dtype = structure.place, dtype_of(structure, options)
+    reference, dtype = structure.reference, dtype_of(structure, options)
     if structure.record is not None:
         return load_pruned(
-            ref.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
+            reference.directory, dtype=dtype, device=options.device, trust_remote_code=options.trust_remote_code
         )
-    if ref.reader is not None:
-        with in_one_line(ref):
-            return ref.reader.read_model(ref.directory, dtype)
-    check_weights(ref.directory)
+    if reference.reader is not None:
+        with in_one_line(reference):
+            return reference.reader.read_model(reference.directory, dtype)
+    check_weights(reference.directory)
     model, info = from_pretrained(
-        AutoModelForCausalLM, ref, structure.revision, dtype=dtype, trust_remote_code=options.trust_remote_code,
+        AutoModelForCausalLM, reference, dtype=dtype, trust_remote_code=options.trust_remote_code,
         output_loading_info=True, ignore_mismatched_sizes=True,
     )  # fmt: skip
-    check_loaded(ref.text, model, info)
-    if ref.gguf_file:
+    check_loaded(reference.ref, model, info)
+    if reference.gguf_file:
         forget_gguf()
         forget_quantisation(model)
         if stored_twice(model):
             _LOG.warning(
                 "'%s' holds its embedding twice, as the head in another quantisation: %.0f M parameters too many; "
                 "export it by --to stock --set stock.tie=true, and take the result",
-                ref.text, model.get_output_embeddings().weight.numel() / 1e6,
+                reference.ref, model.get_output_embeddings().weight.numel() / 1e6,
             )  # fmt: skip
     return model
 
@@ -188,7 +188,7 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
 def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> Model:
     """`load_model` for a model whose weights are read from their files layer by layer; `why_not_streamed` must be None.
     ``scratch``: see `CheckpointWeights`."""
-    check_weights(structure.place.directory)
+    check_weights(structure.reference.directory)
     tokenizer = load_tokenizer(structure, options)
     weights = open_weights(structure, options, scratch)
     return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
@@ -196,14 +196,14 @@ def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | N
 
 def open_weights(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> CheckpointWeights:
     """The weights of `open_streamed`; names and shapes of the stored tensors are checked."""
-    ref, graph = structure.place, structure.graph
-    with in_one_line(ref):
+    reference, graph = structure.reference, structure.graph
+    with in_one_line(reference):
         weights = CheckpointWeights(
-            ref.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
+            reference.directory, dtype_of(structure, options), graph.layers, torch.device(options.device), scratch,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
-    check_loaded(ref.text, weights.model, weights.info)
-    check_shapes(weights.model, graph, ref.text)
+    check_loaded(reference.ref, weights.model, weights.info)
+    check_shapes(weights.model, graph, reference.ref)
     return weights
 
 
@@ -299,14 +299,16 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
 
 def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
     """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
-    ref = structure.place
+    reference = structure.reference
     shares = any(structure.graph.is_decoder(name) for name in structure.graph.ties)
     convert = f"convert it once by llmpruner export {structure.ref} --to stock -o DIR, and take DIR"
     reasons = {
-        "it is an adapter, which is added to a model in memory": structure.adapter is not None,
-        "it is not on this machine; download it first": not ref.directory.is_dir(),
+        "it is an adapter, which is added to a model in memory": reference.adapter is not None,
+        "it is not on this machine; download it first": not reference.directory.is_dir(),
         f"its weights are not in safetensors files; {convert}": (
-            ref.gguf_file or (ref.reader is not None and structure.record is None) or not has_shards(ref.directory)
+            reference.gguf_file
+            or (reference.reader is not None and structure.record is None)
+            or not has_shards(reference.directory)
         ),
         "it was pruned before, and is loaded as a whole": cuts and bool(structure.plans),
         "it is quantised": stored_value(structure, "quantization_config") is not None,

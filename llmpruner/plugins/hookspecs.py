@@ -25,7 +25,7 @@ import pluggy
 if TYPE_CHECKING:
     import typer
 
-    from ..calibration.calibration import CalibrationSource
+    from ..calibration.base import CalibrationSource
     from ..discovery.family import ModelFamily
     from ..evaluation.bench import Runtime
     from ..evaluation.evaluate import Metric

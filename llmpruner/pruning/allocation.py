@@ -72,6 +72,7 @@ class Allocation(Component):
     """Decides how many removal steps are taken from each group so that the amount is removed."""
 
     kind: ClassVar[str] = "allocation"
+    hook: ClassVar[str] = "llmpruner_allocations"
     measures: ClassVar[bool] = False
     """Whether it calls ``task.loss``, which needs calibration text."""
     equal_shares: ClassVar[bool] = False

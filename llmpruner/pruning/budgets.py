@@ -55,6 +55,7 @@ class Budget(Component):
     """Counts a cost of a model as a function of the number of units that each group keeps."""
 
     kind: ClassVar[str] = "budget"
+    hook: ClassVar[str] = "llmpruner_budgets"
     from_shapes: ClassVar[bool] = False
     """Whether `cost` reads shapes alone, so that an amount out of reach is refused before weights are read."""
 

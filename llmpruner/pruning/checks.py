@@ -10,14 +10,12 @@ import transformers
 
 from .. import __version__
 from ..discovery.opening import Opener
-from ..errors import SelectionError, UnsupportedModelError, no_tokenizer
+from ..errors import SelectionError, UnsupportedModelError
 from ..models.model import Structure
 from ..models.numbers import stored_value
 from ..models.reference import data_identity, model_identity
 from ..models.vocabulary import Vocabulary
-from ..settings import PruneSettings
 from ..structure.coupling import VOCABULARY
-from ..structure.plan import PruningPlan
 from .allocation import Uniform
 from .budgets import BudgetSubject
 from .criteria.estimate import check_accepted
@@ -26,13 +24,13 @@ from .saving import without_weights
 from .selection import demand, equal_scores, scope_of, select, widths_of
 
 
-def identity(what: PruneSettings | PruningPlan, job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:
+def identity(job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:
     """All that the result of a run depends on, as JSON values, by which an interrupted run is known again."""
     return {
         "model": structure.path or structure.ref,
-        "files": model_identity(structure.ref, opener.catalog, structure.revision),
+        "files": model_identity(structure.reference),
         "data": data_identity(job),
-        "prune": what.model_dump(mode="json"),
+        "prune": (job.plan if isinstance(job, ReplayJob) else job.settings).model_dump(mode="json"),
         "load": opener.load.model_dump(mode="json"),
         "versions": [__version__, torch.__version__, transformers.__version__],
     }
@@ -54,10 +52,8 @@ def check_job(job: Job, structure: Structure, opener: Opener) -> None:
     if job.calibration is not None:
         job.calibration.length_for(structure.config)  # refuses samples beyond its positions
         for part in job.calibration.parts:
-            if not part.source.writes and not opener.has_tokenizer(structure):
-                advice = f"it cannot be calibrated on '{part.reference}'; use 'self'"
-                raise no_tokenizer(f"model '{structure.ref}'", advice)
-        job.calibration.check()
+            if not part.source.writes:
+                opener.check_tokenizer(structure, f"it cannot be calibrated on '{part.reference}'; use 'self'")
     if isinstance(job, ReplayJob):
         for cut in job.plan.cuts.values():
             if cut.kind == VOCABULARY:

@@ -6,23 +6,26 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..calibration.calibration import CalibrationJob, CalibrationSet, parse_calibration
+from ..calibration.base import CalibrationSource
+from ..calibration.calibration import CalibrationJob, parse_calibration
+from ..catalog import Catalog
 from ..component import Component, check_chosen
 from ..engine.signals import Signal
 from ..errors import MEANT, DataError, SettingsError, UnknownNameError
 from ..settings import PruneSettings, Shape, settings_from
 from ..structure.coupling import KINDS, VOCABULARY
 from ..structure.plan import By, CompensationRecord, PruningPlan
+from .allocation import Allocation
+from .budgets import Budget
+from .compensation.base import Compensation
+from .criteria.base import ImportanceCriterion
 from .methods import TEN_SAMPLES, Method
 
 if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog, Registry
-    from .allocation import Allocation
-    from .budgets import Budget
-    from .compensation.base import Compensation
-    from .criteria.base import ImportanceCriterion
+    from ..engine.walk import CalibrationSet
 
 C = TypeVar("C", bound=Component)
 
@@ -49,6 +52,13 @@ class PruneJob:
     calibration: CalibrationJob | None
     """None when no component reads text."""
     seed: int
+    settings: PruneSettings
+    """What the job was made of."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the user set, as JSON values."""
+        return self.settings.given()
 
 
 @dataclass(frozen=True)
@@ -60,6 +70,13 @@ class ReplayJob:
     compensation: Compensation
     calibration: CalibrationJob | None
     seed: int
+    file: str | None = None
+    """Of the plan."""
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What the user set, as JSON values."""
+        return {} if self.file is None else {"plan": self.file}
 
     def check_text(self, text: CalibrationSet | None) -> None:
         """Raise `DataError` for another text than the plan's; one that the model writes may differ elsewhere."""
@@ -73,18 +90,20 @@ class ReplayJob:
 Job = PruneJob | ReplayJob
 
 
-def job_of(what: PruneSettings | PruningPlan, catalog: Catalog) -> Job:
-    """The job of settings, as `prune_job`, or of a plan that is replayed."""
-    if isinstance(what, PruneSettings):
-        return prune_job(what, catalog)
-    budget = catalog.budgets.create(what.target.counted_in, what.target.settings)
-    record = what.compensation or CompensationRecord(name="none")
-    compensation = catalog.compensations.create(record.name, record.settings)
+def replay_job(plan: PruningPlan | str | Path, catalog: Catalog) -> ReplayJob:
+    """The job of a plan, or of one in a file. Raises `PlanError` for a file without a plan, `UnknownNameError` and
+    `SettingsError` for components of the plan that are not here."""
+    file = None
+    if not isinstance(plan, PruningPlan):
+        plan, file = PruningPlan.load(plan), str(plan)
+    budget = catalog[Budget].create(plan.target.counted_in, plan.target.settings)
+    record = plan.compensation or CompensationRecord(name="none")
+    compensation = catalog[Compensation].create(record.name, record.settings)
     calibration = None
     if record.calibration is not None and record.samples and record.length:
-        parts = parse_calibration(record.calibration, catalog.sources, record.sources)
+        parts = parse_calibration(record.calibration, catalog[CalibrationSource], record.sources)
         calibration = CalibrationJob(record.calibration, parts, record.samples, record.length)
-    return ReplayJob(what, budget, compensation, calibration, what.seed)
+    return ReplayJob(plan, budget, compensation, calibration, plan.seed, file)
 
 
 def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
@@ -93,28 +112,28 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         if kind.lower() in MEANT:  # families may have other kinds than those known
             raise UnknownNameError("kind", kind, KINDS)
     by, amount = _amount(settings)
-    user_values, method = settings.settings, None
+    given, user_values, method = settings, settings.settings, None
     if settings.method is not None or settings.importance is None:
         name = settings.method or "best"
-        method = catalog.methods.create(name, user_values.get(name))
-    parts = parse_calibration(settings.calibration, catalog.sources, user_values)
+        method = catalog[Method].create(name, user_values.get(name))
+    parts = parse_calibration(settings.calibration, catalog[CalibrationSource], user_values)
     explicit = {name for name in settings.model_fields_set if getattr(settings, name) is not None}
     settings, defaults = _filled(settings, explicit, method, writes=any(part.source.writes for part in parts))
-    parts = parse_calibration(settings.calibration, catalog.sources, user_values)  # a method may name it
+    parts = parse_calibration(settings.calibration, catalog[CalibrationSource], user_values)  # a method may name it
     assert settings.importance and settings.compensate and settings.samples and settings.length, "filled in"
 
-    def create(registry: Registry[C], name: str) -> C:
-        return registry.create(name, {**defaults.get(name, {}), **user_values.get(name, {})})
+    def create(base: type[C], name: str) -> C:
+        return catalog[base].create(name, {**defaults.get(name, {}), **user_values.get(name, {})})
 
-    budget = create(catalog.budgets, {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters"))
-    criterion, token_criterion = create(catalog.criteria, settings.importance), None
+    budget = create(Budget, {"ratio": settings.budget, "units": "decoder"}.get(by, "parameters"))
+    criterion, token_criterion = create(ImportanceCriterion, settings.importance), None
     mixed = VOCABULARY in settings.kinds and len(settings.kinds) > 1
     if mixed and not criterion.accepts(VOCABULARY):
-        token_criterion = create(catalog.criteria, VOCABULARY)
+        token_criterion = create(ImportanceCriterion, VOCABULARY)
     # Equal shares of tokens and of channels would compare what has no common measure.
     by_sensitivity = mixed and "allocation" not in explicit
-    allocation = create(catalog.allocations, "sensitivity" if by_sensitivity else settings.allocation)
-    compensation = create(catalog.compensations, settings.compensate)
+    allocation = create(Allocation, "sensitivity" if by_sensitivity else settings.allocation)
+    compensation = create(Compensation, settings.compensate)
     if settings.steps > 1 and by == "units":
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     if settings.steps > 1 and VOCABULARY in settings.kinds:
@@ -132,8 +151,14 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         by=by, amount=float(amount), budget=budget, kinds=settings.kinds, layers=settings.layers, shape=settings.shape,
         round_to=settings.round_to, criterion=criterion, token_criterion=token_criterion, reduction=settings.reduction,
         allocation=allocation, steps=settings.steps, compensation=compensation, calibration=calibration,
-        seed=settings.seed,
+        seed=settings.seed, settings=given,
     )  # fmt: skip
+
+
+def check_data(job: Job) -> None:
+    """Raise `DataError` for text that cannot be read."""
+    if job.calibration is not None:
+        job.calibration.check()
 
 
 def why_in_memory(job: Job, saves: bool) -> str | None:

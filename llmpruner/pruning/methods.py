@@ -16,6 +16,7 @@ class Method(Component):
     """Provides defaults for settings that the user does not give."""
 
     kind: ClassVar[str] = "method"
+    hook: ClassVar[str] = "llmpruner_methods"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
         """Field of `PruneSettings` → value, for fields that the user does not set. ``asked``: the user's settings.

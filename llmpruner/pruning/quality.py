@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..calibration.calibration import CalibrationSet
 from ..engine.execution import Execution
 from ..engine.statistics import divergences
-from ..engine.walk import Stop, as_output, hidden_of, replaced_layers
+from ..engine.walk import CalibrationSet, Stop, as_output, hidden_of, replaced_layers
 from ..models.generation import LOGIT_ELEMENTS
 from ..models.model import Model
 from ..models.numbers import with_fast_products

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -12,10 +13,10 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import __version__
-from ..calibration.calibration import CalibrationSet
 from ..discovery.groups import build_graph
 from ..discovery.opening import base_record
 from ..engine.signals import Signal
+from ..engine.walk import CalibrationSet
 from ..errors import ModelError
 from ..models.meta import meta_model
 from ..models.model import Model, Structure
@@ -44,6 +45,7 @@ from ..structure.plan import (
     structure_of,
 )
 from .budgets import Budget, BudgetSubject, byte_cost, counts
+from .compensation.least_squares import Fit
 from .criteria.tokens import counted_part, scripts_of, texts_of
 from .job import PruneJob
 from .selection import scope_of, widths_of
@@ -66,7 +68,7 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
     if job.compensation.name != "none":
         compensation = CompensationRecord(name=job.compensation.name, settings=job.compensation.record(), **of_fits)
     return PruningPlan(
-        base=BaseRef(model=model.ref, revision=model.revision, structure=structure_of(model.graph)),
+        base=BaseRef(model=model.ref, revision=model.reference.commit, structure=structure_of(model.graph)),
         family=model.family.name,
         estimation=EstimationRecord(
             criterion=job.criterion.name, settings=job.criterion.record(), reduction=job.reduction, **of_scores
@@ -87,16 +89,16 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
     )
 
 
-def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: CalibrationSet | None) -> Outcome:
-    """The `Outcome` of a plan for ``model`` before the cut. ``counted``: the plan's budget."""
+def outcome_of(model: Model, plan: PruningPlan, budget: Budget, text: CalibrationSet | None) -> Outcome:
+    """The `Outcome` of a plan for ``model`` before the cut. ``budget``: the plan's."""
     graph, target = model.graph, plan.target
     groups = [graph.by_name[name] for name in plan.cuts]
     after, left = restrict(graph, plan.kept), counts(graph, plan.kept)
     weights = byte_cost(model.model, graph, groups)
-    budget = None
+    cost_of_budget = None
     if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
-        cost = counted.cost(BudgetSubject(model.model, graph, groups, model.family))
-        budget = BudgetOutcome(target.budget, cost.label, cost.remaining(), cost.remaining(*left))
+        cost = budget.cost(BudgetSubject(model.model, graph, groups, model.family))
+        cost_of_budget = BudgetOutcome(target.budget, cost.label, cost.remaining(), cost.remaining(*left))
     before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
     # The budget of bytes, by which the plan was made, counts those in memory.
     if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
@@ -104,7 +106,7 @@ def outcome_of(model: Model, plan: PruningPlan, counted: Budget, text: Calibrati
     tokens = [token_outcome(model.tokenizer, cut, text) for cut in plan.cuts.values() if cut.kind == VOCABULARY]
     return Outcome(
         graph.total_parameters, after.total_parameters, graph.decoder_parameters, after.decoder_parameters, before,
-        weights.remaining(*left), budget, tokens=tokens[0] if tokens else None,
+        weights.remaining(*left), cost_of_budget, tokens=tokens[0] if tokens else None,
     )  # fmt: skip
 
 
@@ -155,6 +157,13 @@ def cut_model(model: Model, plan: PruningPlan) -> Model:
     graph = cut(network, model.graph, plan.kept, model.family)
     weights = DerivedWeights(network, model.streamed, (model.graph, plan.kept))
     return replace(model, model=network, graph=graph, plans=plans, streamed=weights)
+
+
+def with_outcome(pruned: Model, outcome: Outcome, fits: Sequence[Fit]) -> Model:
+    """``pruned`` with what its last cut did, as ``llmpruner.json`` keeps it."""
+    work: dict[str, Any] = {"fits": [asdict(fit) for fit in fits]}
+    work |= {name: asdict(value) for name in ("tokens", "quality") if (value := getattr(outcome, name)) is not None}
+    return replace(pruned, work=(*pruned.work, work), outcome=outcome)
 
 
 def without_weights(structure: Structure, dtype: torch.dtype | None = None) -> PreTrainedModel:

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..calibration.calibration import CalibrationSet
 from ..discovery.family import ModelFamily
 from ..discovery.verify import with_rules
 from ..engine.execution import Execution
 from ..engine.journal import recalled
 from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
+from ..engine.walk import CalibrationSet
 from ..errors import ModelError, SelectionError
 from ..models.model import Model, Structure
 from ..models.numbers import with_fast_products

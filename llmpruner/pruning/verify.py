@@ -7,14 +7,15 @@ cut left as they are, bit for bit those of the dense model; and the logits. Weig
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os.path import exists
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from ..discovery.opening import Opener, dense_structure, load_structure
+from ..catalog import Catalog
+from ..discovery.opening import Opener
 from ..discovery.oracle import TOLERANCE, distance, kept_tokens, logits, silenced
 from ..errors import CheckpointError, LlmprunerError, MissingExtraError, ModelError, PluginError, UnsupportedModelError
 from ..files import read_json
@@ -25,16 +26,15 @@ from ..models.opening import load_model, open_streamed, open_weights, why_not_st
 from ..models.record import RECORD_FILE, check_index, damaged_files, has_shards, read_any_record, recorded_files
 from ..models.reference import adapter_base
 from ..models.weights import StreamedWeights, Weights
-from ..settings import DEMO, LoadSettings
+from ..progress import QUIET
+from ..settings import DEMO
 from ..structure.coupling import CouplingGraph, Role
 from ..structure.kept import Kept, compose, layer_numbers, path_after, restrict
 from ..structure.plan import PruningPlan
 from ..values import counted
+from .compensation.base import Compensation
 from .forecast import free_memory
 from .saving import cut_model
-
-if TYPE_CHECKING:
-    from ..plugins.catalog import Catalog
 
 PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
 _CHECKS = ("files", "shapes", "weights", "logits")
@@ -113,7 +113,7 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
     """The checks of shapes, weights and logits, with what was compared. Raises `_NotComparable`, and `CheckpointError`
     for damage."""
     opener.progress.status("comparing shapes with the plans")
-    structure, weights = _opened(directory, opener.load, opener.catalog)
+    structure, weights = _opened(directory, opener)
     yield "shapes", f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
     if not structure.plans:
         raise _NotComparable("it was not pruned by llmpruner")
@@ -122,7 +122,7 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
         raise _NotComparable(f"the base '{base}' is not on this machine; name it with --base")
     if record.get("recovery") or record.get("adapters"):
         raise _NotComparable("weights were trained after the cut")
-    dense = _dense(structure, named, _typed(directory, opener.load), opener.catalog)
+    dense = _dense(structure, named, _as_stored(directory, opener))
     opener.progress.status(f"comparing with '{dense.ref}'")
     changed = _changed_modules(dense.graph, structure.plans, opener.catalog)
     vocabulary = dense.model.get_input_embeddings().weight.shape[0]
@@ -152,14 +152,15 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
     yield "logits", f"those of {what} (difference {difference:.0e} of the largest)"
 
 
-def _typed(directory: Path, load: LoadSettings) -> LoadSettings:
-    """``load`` on the CPU, in the dtype that the tensors are stored in, so that they are compared as they are."""
+def _as_stored(directory: Path, opener: Opener) -> Opener:
+    """For the CPU, and the dtype that the tensors are stored in, so that they are compared as they are."""
     dtype = read_json(directory / "config.json").get("dtype")
     dtype = dtype if dtype in ("float32", "bfloat16", "float16") else "float32"
-    return load.model_copy(update={"dtype": dtype, "device": "cpu"})
+    load = opener.load.model_copy(update={"dtype": dtype, "device": "cpu"})
+    return replace(opener, load=load, progress=QUIET)
 
 
-def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Structure, StreamedWeights]:
+def _opened(directory: Path, opener: Opener) -> tuple[Structure, StreamedWeights]:
     """The checkpoint, once its tensors are those of its plans."""
     if (base := adapter_base(directory)) is not None:
         raise _NotComparable(f"these are adapters; '{base}', which they change, is verified on its own")
@@ -167,11 +168,11 @@ def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Stru
         raise _NotComparable(f"the format {form} is for other programs, and llmpruner does not open it")
     try:
         check_index(directory)
-        load = _typed(directory, load)
-        structure = load_structure(str(directory), catalog, load)
+        opener = _as_stored(directory, opener)
+        structure = opener.structure(directory)
         if (why := why_not_streamed(structure, cuts=False)) is not None:
             raise _NotComparable(f"only weights that can be read layer by layer are compared: {why}")
-        weights = open_weights(structure, load)
+        weights = open_weights(structure, opener.load)
     except LlmprunerError as error:
         # A plugin, a library or the leave to run code is missing, which is no damage.
         if isinstance(error, (PluginError, UnsupportedModelError, MissingExtraError)) or ALLOW in str(error):
@@ -184,11 +185,11 @@ def _opened(directory: Path, load: LoadSettings, catalog: Catalog) -> tuple[Stru
     return structure, weights
 
 
-def _dense(structure: Structure, named: str | None, load: LoadSettings, catalog: Catalog) -> Model:
+def _dense(structure: Structure, named: str | None, opener: Opener) -> Model:
     """The dense model, in memory if it takes less than half of the free memory, else read layer by layer. Raises
     `ModelError` where ``named`` cannot be opened, or is another model."""
     try:
-        dense = dense_structure(structure, catalog, load, named=named)
+        dense, load = opener.dense_structure(structure, named), opener.load
         large = loaded_bytes(dense, load) > free_memory() // 2
         if large and why_not_streamed(dense, cuts=False) is None:
             return open_streamed(dense, load)
@@ -205,7 +206,7 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
     for plan in plans:
         if plan.compensation is not None:
             record = plan.compensation
-            compensation = catalog.compensations.create(record.name, record.settings)
+            compensation = catalog[Compensation].create(record.name, record.settings)
             if not compensation.changes_readers_alone:
                 raise _NotComparable(f"{compensation.label()} may have changed any weight")
             changed |= {

@@ -23,6 +23,7 @@ class NamedRecipe(Component):
     """
 
     kind: ClassVar[str] = "recipe"
+    hook: ClassVar[str] = "llmpruner_recipes"
     path: ClassVar[Path]
     """The YAML file. In it, ``${llmpruner}`` is the folder of llmpruner's package; other relative paths are relative to
     the folder in which the user's command runs."""

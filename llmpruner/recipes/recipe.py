@@ -15,10 +15,12 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import yaml
 
+from ..catalog import Catalog
 from ..errors import LlmprunerError, SettingsError, UnknownNameError, first_line, near
+from ..evaluation.bench import Runtime
 from ..evaluation.evaluate import chosen_metrics
-from ..plugins.catalog import Catalog
-from ..pruning.job import prune_job
+from ..exporters import Exporter
+from ..pruning.job import check_data, prune_job
 from ..recovery.data import check_setup, recovery_setup
 from ..settings import (
     BenchSettings,
@@ -33,6 +35,7 @@ from ..settings import (
     StepSettings,
 )
 from ..values import validated
+from . import NamedRecipe
 
 S = TypeVar("S", bound=Settings)
 DENSE: Final = "dense"
@@ -52,14 +55,14 @@ class StepKind(NamedTuple):
 
 
 COMMANDS: Final[Mapping[str, StepKind]] = {
-    "prune": StepKind(PruneSettings, prune_job, lambda job: job.calibration is None or job.calibration.check()),
+    "prune": StepKind(PruneSettings, prune_job, check_data),
     "recover": StepKind(RecoverSettings, recovery_setup, check_setup),
     "evaluate": StepKind(EvaluateSettings, chosen_metrics, lambda metrics: [metric.prepare() for metric in metrics]),
-    "bench": StepKind(BenchSettings, lambda s, catalog: catalog.runtimes.create_only(s.runtime, s.settings)),
+    "bench": StepKind(BenchSettings, lambda s, catalog: catalog[Runtime].create_only(s.runtime, s.settings)),
     "generate": StepKind(GenerateSettings, lambda s, catalog: s),
     "export": StepKind(
         ExportSettings,
-        lambda s, catalog: catalog.exporters.create_only(s.to, s.settings),
+        lambda s, catalog: catalog[Exporter].create_only(s.to, s.settings),
         lambda exporter: exporter.check(),
     ),
 }
@@ -145,8 +148,8 @@ def values_of(texts: Sequence[str]) -> dict[str, Any]:
 
 def _text(reference: str, catalog: Catalog) -> tuple[str, str]:
     """The text of a recipe, and its name in messages."""
-    if reference in catalog.recipes:
-        return catalog.recipes[reference]().text(), f"recipe {reference}"
+    if reference in catalog[NamedRecipe]:
+        return catalog[NamedRecipe][reference]().text(), f"recipe {reference}"
     path = Path(reference)
     try:
         if path.is_file():
@@ -155,7 +158,7 @@ def _text(reference: str, catalog: Catalog) -> tuple[str, str]:
         raise SettingsError(f"{reference} cannot be read: {first_line(error)}") from error
     if path.suffix or len(path.parts) > 1:
         raise SettingsError(f"recipe file '{reference}' does not exist")
-    raise UnknownNameError("recipe", reference, catalog.recipes)
+    raise UnknownNameError("recipe", reference, catalog[NamedRecipe])
 
 
 def _written_out(entries: Any, place: str) -> Iterator[Mapping[str, Any]]:

@@ -15,16 +15,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..discovery.opening import Opener, load_structure
+from ..catalog import Catalog
+from ..discovery.opening import Opener
 from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
 from ..evaluation.bench import bench_subject
 from ..evaluation.evaluate import Evaluations
 from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
 from ..models.numbers import check_device
 from ..models.record import RESULTS_FILE, STEP_FILE
-from ..models.reference import data_identity, model_identity
-from ..models.tokenizer import brings_tokenizer
-from ..plugins.catalog import Catalog
+from ..models.reference import data_identity, model_identity, resolve
+from ..models.tokenizer import has_tokenizer
 from ..progress import Progress
 from ..pruning.checks import check_job
 from ..report.sections import first_and_last, loss_text
@@ -96,7 +96,7 @@ class RecipeRun:
         self.run, self.catalog, self.progress, self.functions = run, catalog, progress, functions
         self.load = recipe.load.model_copy(update=load.given())
         check_device(self.load.device)
-        if not brings_tokenizer(self.model, catalog):
+        if not has_tokenizer(resolve(self.model, catalog)):
             raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
         opener = Opener(catalog, self.load, progress)
         for step in recipe.steps:
@@ -117,7 +117,7 @@ class RecipeRun:
     @cached_property
     def dense(self) -> Any:
         """The structure of the dense model."""
-        return load_structure(self.model, self.catalog, self.load)
+        return Opener(self.catalog, self.load).structure(self.model)
 
     def do(self, on_step: Callable[[StepResult], None] | None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
@@ -182,9 +182,9 @@ class RecipeRun:
     def inputs(self, step: Step) -> dict[str, Any]:
         """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
         models = {
-            name: model_identity(self.dense.ref, self.catalog, self.dense.revision) or self.model
+            name: model_identity(self.dense.reference) or self.model
             if name == DENSE
-            else model_identity(self.reference(name), self.catalog)
+            else model_identity(resolve(self.reference(name), self.catalog))
             for name in step.reads
         }
         settings = step.settings.model_dump(mode="json")

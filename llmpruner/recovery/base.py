@@ -42,6 +42,7 @@ class RecoveryStrategy(Component):
     """
 
     kind: ClassVar[str] = "recovery strategy"
+    hook: ClassVar[str] = "llmpruner_recovery_strategies"
     adapters: ClassVar[bool] = False
     """Whether `train` uses peft, which is looked for before anything is loaded."""
     needs_dense: ClassVar[bool] = False

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from ..calibration.chat import texts_at, token_ids
 from ..calibration.conversations import Completion, Example, example, read_examples
 from ..calibration.documents import EXPECTED_EXAMPLES, check_source, mixed, parse_mixture
+from ..catalog import Catalog
 from ..errors import DataError, MissingExtraError, SettingsError
 from ..progress import QUIET, Progress
 from ..settings import RecoverSettings
@@ -31,7 +32,6 @@ from .base import RecoveryStrategy, Row
 if TYPE_CHECKING:
     from ..discovery.family import ModelFamily
     from ..models.model import Model
-    from ..plugins.catalog import Catalog
 
 ROWS = 512
 """Rows of ``self`` and ``self-text`` without a number."""
@@ -69,7 +69,7 @@ class DenseText:
 
 def recovery_setup(settings: RecoverSettings, catalog: Catalog) -> RecoverySetup:
     """Raises `SettingsError` (or `UnknownNameError`, or `DataError`) for settings that are wrong."""
-    strategy = catalog.strategies.create_only(settings.strategy, settings.settings)
+    strategy = catalog[RecoveryStrategy].create_only(settings.strategy, settings.settings)
     return RecoverySetup(settings, strategy, dense_text_in(settings.data))
 
 

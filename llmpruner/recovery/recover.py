@@ -17,49 +17,50 @@ import torch
 from transformers import PreTrainedModel
 
 from ..calibration.conversations import Example, read_examples
-from ..discovery.opening import Opener, Source, dense_structure, placed_as
+from ..discovery.opening import Opener, Source, placed_as
 from ..engine.ranks import Ranks
 from ..engine.stages import Stages, write_run
 from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
-from ..files import alone_in, check_new_directory, write_text, writing
+from ..files import alone_in, write_text, writing
 from ..models.generation import table_of
 from ..models.model import Model, Structure
 from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import load_model
+from ..models.reference import Reference
 from ..models.tokenizer import check_ids
 from ..models.vocabulary import in_tokens_of
 from ..progress import QUIET, Progress
 from ..pruning.saving import save
 from .base import RecoveryJob, TrainingResult, helped, nothing
-from .data import DenseText, RecoverySetup, TrainingData, check_setup, prepare, read_data, write_examples
+from .data import DenseText, RecoverySetup, TrainingData, prepare, read_data, write_examples
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""
 
 
 def recover(
-    source: Source, setup: RecoverySetup, output: Path | None, work_dir: Path | None, opener: Opener, *, restart: bool
+    source: Source | Reference,
+    setup: RecoverySetup,
+    output: Path | None,
+    work_dir: Path | None,
+    opener: Opener,
+    *,
+    restart: bool,
 ) -> Model:
     """The trained model. ``output``: where to save it; None: nowhere. ``work_dir``: for the state of the training; by
     default ``OUTPUT.recovery``. Raises as `llmpruner.recover`."""
-    if output is None and work_dir is None:
-        raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
     settings, strategy, dense_text = setup.settings, setup.strategy, setup.dense_text
     check_device(opener.load.device)
-    # Processes connect only now.
     ranks = Ranks.current()
-    opener = opener.of_ranks(ranks)
-    if output is not None:
-        ranks.from_first(lambda: check_new_directory(output))
     folder = work_dir or Path(f"{output}.recovery")
-    check_setup(setup)
-    opened = opener.readable(source, "be trained on text")
+    opened = opener.structure(source)
+    opener.check_tokenizer(opened, "it cannot be trained on text")
     if isinstance(opened, Model) and opened.streamed is not None:
         raise ModelError(f"'{opened.ref}' is read layer by layer; pass its folder")
     dense: Structure | None = None
     if setup.reads_dense:
         try:
-            dense = dense_structure(opened, opener.catalog, opener.load)
+            dense = opener.dense_structure(opened)
         except LlmprunerError as error:
             raise ModelError(f"{error}; without it, give --data FILE and --strategy lora or full") from error
     _check_memory(setup, opened, dense, opener)
@@ -71,7 +72,7 @@ def recover(
 
         @functools.cache
         def dense_model() -> Model:
-            structure = dense or dense_structure(opened, opener.catalog, opener.load)
+            structure = dense or opener.dense_structure(opened)
             return load_model(structure, placed_as(opened, opener.load))
 
         if dense_text is not None:

@@ -88,6 +88,7 @@ class ReportSection(Component):
     """
 
     kind: ClassVar[str] = "report section"
+    hook: ClassVar[str] = "llmpruner_report_sections"
     order: ClassVar[int] = 100
     """The built-in sections have 0 to 40."""
 

@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..catalog import Catalog
 from ..discovery.groups import build_graph
-from ..discovery.opening import load_structure
+from ..discovery.opening import Opener
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
-from ..evaluation.evaluate import Evaluation, Evaluations
+from ..evaluation.evaluate import Evaluation, Evaluations, Metric
 from ..evaluation.metrics import size
 from ..files import read_json
 from ..models.meta import meta_model
@@ -25,13 +26,9 @@ from .base import DENSE, Costs, ReportSubject
 
 if TYPE_CHECKING:
     from ..models.model import Structure
-    from ..plugins.catalog import Catalog
-    from ..settings import LoadSettings
 
 
-def report_subjects(
-    directories: Sequence[Path], files: Sequence[Path], catalog: Catalog, load: LoadSettings | None = None
-) -> list[ReportSubject]:
+def report_subjects(directories: Sequence[Path], files: Sequence[Path], opener: Opener) -> list[ReportSubject]:
     """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results, which name
     checkpoints by their folders. Raises `ModelError` for a directory that is neither, `DataError` for a file that has
     results of none."""
@@ -47,7 +44,7 @@ def report_subjects(
             )
     named = zip(checkpoints, _names(checkpoints), places, strict=True)
     return [
-        _subject(load_structure(str(checkpoint), catalog, load), checkpoint, name, steps, results, catalog)
+        _subject(opener.structure(checkpoint), checkpoint, name, steps, results, opener.catalog)
         for checkpoint, name, (_, steps) in named
     ]
 
@@ -117,7 +114,7 @@ def _subject(
         return name if path == checkpoint.resolve() else DENSE if is_dense else None
 
     # A step that is no longer in the recipe may have measured other weights of this name.
-    identity = model_identity(str(checkpoint), catalog) if steps else None
+    identity = model_identity(structure.reference) if steps else None
     for step in steps:
         if step["command"] in measured and step["inputs"]["models"].get(checkpoint.name) == identity:
             results = read_results(step["folder"] / RESULTS_FILE)
@@ -163,8 +160,8 @@ def _evaluations(models: Sequence[Mapping[str, Any]], catalog: Catalog) -> Evalu
     """What ``evaluate --json`` wrote, without metrics that are not installed."""
     evaluations = []
     for model in models:
-        results = {key: value for key, value in model.items() if value and key in catalog.metrics}
-        rows = [row for key, value in results.items() for row in catalog.metrics.create(key).rows(value)]
+        results = {key: value for key, value in model.items() if value and key in catalog[Metric]}
+        rows = [row for key, value in results.items() for row in catalog[Metric].create(key).rows(value)]
         evaluations.append(Evaluation(model["name"], results, tuple(rows)))
     return Evaluations(evaluations)
 

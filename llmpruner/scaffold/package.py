@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import __version__
+from ..catalog import Catalog
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..files import new_directory
 from ..settings import LoadSettings
@@ -19,9 +20,7 @@ from ..settings import LoadSettings
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from ..plugins.catalog import Catalog
-
-KINDS = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
+PACKAGES = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
 """What a package can add → the kind of component, as the catalog names it."""
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
@@ -60,6 +59,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
     structure is not proved."""
     from ..discovery.family import AUTO
+    from ..discovery.opening import family_for
     from ..discovery.oracle import VERIFIED
     from ..discovery.verify import check_kinds, representative
     from ..models.messages import quiet_transformers
@@ -67,7 +67,7 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     distribution = _import(package) if package else None
     with quiet_transformers():
         config = _config_of(source, catalog)
-        family = catalog.family_for(config)
+        family = family_for(catalog, config)
         if family.name != AUTO:
             cls = type(family)
             raise UnsupportedModelError(
@@ -91,9 +91,9 @@ def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
     """The dense configuration of a model, or the default one of a model type."""
     from transformers import CONFIG_MAPPING
 
-    from ..discovery.opening import load_structure
+    from ..discovery.opening import Opener, register_models
 
-    catalog.register_models()
+    register_models(catalog)
     if not Path(source).exists():
         if source in CONFIG_MAPPING:
             default: PreTrainedConfig = CONFIG_MAPPING[source]()
@@ -103,7 +103,7 @@ def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
                 f"'{source}' is neither a model directory nor a model type that transformers knows; "
                 "--import PACKAGE names the package that registers it"
             )
-    return load_structure(source, catalog, LoadSettings(family="auto")).config
+    return Opener(catalog, LoadSettings(family="auto")).structure(source).config
 
 
 def _import(package: str) -> str:
@@ -118,10 +118,10 @@ def _import(package: str) -> str:
 
 def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = "family") -> None:
     """Write the package of the plugin ``name`` to the new ``directory``, as a whole or not at all. ``kind``: one of
-    `KINDS`. Raises `OutputError`."""
+    `PACKAGES`. Raises `OutputError`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    from ..plugins import catalog
+    from ..plugins.installed import KINDS
 
     distribution = distribution_of(name)
     module = distribution.replace("-", "_")
@@ -136,7 +136,7 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         "model": model,
         "version": __version__,
         "kind": kind,
-        "adds": catalog.KINDS[KINDS[kind]],
+        "adds": KINDS[PACKAGES[kind]],
         "cls": "".join(part.capitalize() for part in (*name.split("-"), kind)),
     }
     templates = {

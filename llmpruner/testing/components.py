@@ -5,9 +5,10 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from ..catalog import Catalog, problem_of
 from ..component import Component, ComponentSettings
-from ..plugins.catalog import KINDS, Catalog, problem_of
 from ..plugins.hookspecs import hookimpl
+from ..plugins.installed import KINDS, load_catalog
 from ..plugins.manager import PluginManager
 
 C = TypeVar("C", bound=Component)
@@ -25,23 +26,24 @@ def catalog_with(*plugins: Any, entry_points: bool = False) -> Catalog:
 
 def _plugin_with(cls: type) -> Any:
     """A plugin with one hook, which returns ``cls``."""
-    for kind in KINDS.values():
-        if issubclass(cls, kind.base):
-            return SimpleNamespace(**{kind.hook: hookimpl(lambda: [cls])})
+    for base in KINDS.values():
+        if issubclass(cls, base):
+            return SimpleNamespace(**{base.hook: hookimpl(lambda: [cls])})
     raise TypeError(f"{cls.__name__} is no plugin; expected a module or object with hooks, or a component class")
 
 
 def check_component(kind: str, cls: type[Component]) -> None:
     """An installed plugin registers ``cls``; it has a valid name and a summary of one line, and its settings have
     defaults and descriptions."""
-    problem = problem_of(cls, KINDS[kind].base)
+    base = KINDS[kind]
+    problem = problem_of(cls, base)
     assert problem is None, f"{kind} {cls.__name__}: {problem}"
-    name, catalog = cls.name, Catalog()
-    found = catalog.registries[kind].get(name)
-    broken = "".join(f"; {line}" for line in catalog.manager.broken)
-    assert found is cls, (
+    name, catalog = cls.name, load_catalog()
+    registered = catalog[base].get(name)
+    broken = "".join(f"; {line}" for line in catalog.plugins.broken)
+    assert registered is cls, (
         f"no installed plugin has this {kind} '{name}': expected an entry point in the group 'llmpruner' that names a "
-        f"module whose {KINDS[kind].hook} returns {cls.__name__}{broken}"
+        f"module whose {base.hook} returns {cls.__name__}{broken}"
     )
     assert cls.summary.strip() and "\n" not in cls.summary, (
         f"{kind} '{name}' has the summary {cls.summary!r}; expected one line"

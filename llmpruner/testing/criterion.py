@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..calibration.calibration import CalibrationSet
 from ..engine.signals import Signal
+from ..engine.walk import CalibrationSet
 from ..models.model import Model
 from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate, scored_spans

@@ -14,18 +14,20 @@ import pytest
 import torch
 from transformers import PreTrainedConfig
 
-from ..calibration.calibration import CalibrationSet
 from ..calibration.written import self_generated
 from ..discovery.family import ModelFamily
 from ..discovery.groups import build_graph, discover_graph
 from ..discovery.oracle import VERIFIED, random_plan
 from ..discovery.tiny import random_instance
 from ..discovery.verify import check_kinds
+from ..engine.walk import CalibrationSet
 from ..errors import UnsupportedModelError, near
 from ..models.meta import base_of
 from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
-from ..plugins.catalog import Catalog
+from ..models.reference import Reference
+from ..plugins.installed import load_catalog
+from ..pruning.criteria.base import ImportanceCriterion
 from ..pruning.criteria.estimate import estimate
 from ..pruning.saving import save
 from ..recovery.base import RecoveryJob
@@ -83,13 +85,13 @@ class FamilyConformance:
         key = self.family, config.to_json_string(use_diff=False)
         if key not in _GRAPHS:
             _GRAPHS[key] = build_graph(family, config)
-        return Model("tiny", config, family, _GRAPHS[key], model=random_instance(config, 0), tokenizer=None)
+        return Model(Reference("tiny"), config, family, _GRAPHS[key], model=random_instance(config, 0), tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
         # A text would match every model type that is a part of it.
         types: object = self.family.model_types
         assert not isinstance(types, str), f"family '{self.family.name}': model_types is a text; expected a tuple"
-        extends, known = self.family.extends, Catalog().families
+        extends, known = self.family.extends, load_catalog()[ModelFamily]
         assert extends is None or extends in known, (
             f"family '{self.family.name}' extends '{extends}', which is no known family{near(str(extends), known)}"
         )
@@ -132,7 +134,7 @@ class FamilyConformance:
     def test_every_criterion_scores_every_kind(self) -> None:
         loaded = self.loaded()
         calibration = CalibrationSet(self_generated(loaded.model, None, 2, 8, 0), "self")
-        for cls in Catalog().criteria.values():
+        for cls in load_catalog()[ImportanceCriterion].values():
             for criterion in settings_grid(cls):
                 groups = scorable(loaded.graph, criterion)
                 if not groups:

@@ -14,13 +14,15 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
+from ..discovery.family import ModelFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..engine.execution import Execution
 from ..models.model import Model
+from ..models.reference import Reference
 from ..pipeline import prune_model, select
-from ..plugins.catalog import Catalog
-from ..pruning.job import PruneJob, job_of, prune_job
+from ..plugins.installed import load_catalog
+from ..pruning.job import PruneJob, prune_job, replay_job
 from ..settings import PruneSettings
 from ..structure.plan import PruningPlan
 from .components import catalog_with
@@ -45,9 +47,9 @@ def tiny_mixture() -> Model:
 @cache
 def _built(configuration: type[PreTrainedConfig], name: str, seed: int, **sizes: int) -> Model:
     config = configuration(num_hidden_layers=3, **_SIZES, **sizes)
-    family = Catalog().families[name]()
+    family = load_catalog()[ModelFamily][name]()
     model = random_instance(config, seed)
-    return Model("tiny", config, family, build_graph(family, config), model=model, tokenizer=None)
+    return Model(Reference("tiny"), config, family, build_graph(family, config), model=model, tokenizer=None)
 
 
 def _copy(built: Model) -> Model:
@@ -80,7 +82,7 @@ def make_plan(model: Model, job: PruneJob) -> PruningPlan:
 
 def cut_by(model: Model, plan: PruningPlan) -> Model:
     """``model``, cut in place by ``plan``."""
-    return prune_model(model, job_of(plan, catalog_with()))
+    return prune_model(model, replay_job(plan, catalog_with()))
 
 
 def first_change(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor], atol: float = 0.0) -> str:

@@ -62,7 +62,9 @@ def prepare(
             )
         card = (directory / CARD_FILE).read_bytes()
     else:
-        figures = None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or llmpruner.Catalog())
+        figures = (
+            None if evaluation is None else llmpruner.read_evaluations(evaluation, catalog or llmpruner.load_catalog())
+        )
         card = model_card(structure, repo, public, base=base, license=license, evaluations=figures).encode()
     files: dict[str, bytes | Path] = {
         path.relative_to(directory).as_posix(): path

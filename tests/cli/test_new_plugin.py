@@ -11,7 +11,7 @@ import pytest
 from fresh import run_fresh
 
 import llmpruner
-from llmpruner.scaffold.package import KINDS, ModelFacts, write_package
+from llmpruner.scaffold.package import PACKAGES, ModelFacts, write_package
 
 COMPOSED = Path(__file__).parents[1] / "discovery" / "composed.py"
 LONG = "abcdefghij-abcdefghij-abcdefgh"
@@ -43,8 +43,8 @@ def run_tests(site: Path, *packages: Path, choose: str) -> str:
 
 @pytest.mark.slow
 def test_plugins_of_every_kind_pass_their_own_tests(run, tmp_path):
-    packages = [tmp_path / f"llmpruner-my-{kind}" for kind in KINDS]
-    for package, kind in zip(packages, KINDS, strict=True):
+    packages = [tmp_path / f"llmpruner-my-{kind}" for kind in PACKAGES]
+    for package, kind in zip(packages, PACKAGES, strict=True):
         model = ("--from", "gpt_neox") if kind == "family" else ()
         done = run("new-plugin", f"my-{kind}", "--kind", kind, *model, "-o", package)
         assert done.code == 0, done.err

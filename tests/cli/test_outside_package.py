@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 import llmpruner
 from llmpruner import Catalog, hookimpl
 from llmpruner.cli.app import build_app
+from llmpruner.plugins.installed import KINDS
 from llmpruner.plugins.manager import PluginManager
 from llmpruner.testing import catalog_with
 
@@ -150,7 +151,7 @@ class Other:
 
 
 def test_a_command_whose_name_is_taken_is_left_out():
-    app = build_app(catalog_with(Other()).manager)
+    app = build_app(catalog_with(Other()).plugins)
     done = CliRunner().invoke(app, ["fine"])
     assert (done.exit_code, done.stdout) == (0, "fine\n")
     assert done.stderr == "warning: a plugin's command 'prune' was skipped: it exists already\n"
@@ -163,7 +164,7 @@ def test_without_the_built_ins_exactly_they_are_gone(run, monkeypatch):
     assert all(row["package"] and row["summary"] for row in rows)
     everything = {(row["kind"], row["name"]) for row in rows}
     built_in = Catalog(PluginManager(entry_points=False))
-    theirs = {(registry.kind, name) for registry in built_in.registries.values() for name in registry}
+    theirs = {(kind, name) for kind, base in KINDS.items() for name in built_in[base]}
     assert theirs and ("criterion", "taylor") in theirs
     monkeypatch.setenv("LLMPRUNER_BLOCK", "builtin")
     left = {(row["kind"], row["name"]) for row in run("plugins", "--json").json()["plugins"]}

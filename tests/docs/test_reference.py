@@ -21,6 +21,7 @@ from docstrings import attributes, document, markdown, methods
 from pages import PAGES
 
 import llmpruner
+from llmpruner import NamedRecipe
 from llmpruner.recipes.recipe import COMMANDS as RECIPE_COMMANDS
 from llmpruner.recipes.recipe import Recipe
 
@@ -128,7 +129,7 @@ def test_recipes_on_pages_are_valid(page, number, text, catalog):
 def test_there_are_recipes_on_both_pages(catalog):
     assert {page for page, _, _ in RECIPES} == set(RECIPE_PAGES)
     listed = re.findall(r"^\| `([\w-]+)` \| .*\|$", (DOCS / RECIPE_PAGES[0]).read_text("utf-8"), re.M)
-    own = {name for name, _ in catalog.recipes.items() if catalog.recipes.package_of(name) == "llmpruner"}
+    own = {name for name, _ in catalog[NamedRecipe].items() if catalog[NamedRecipe].package_of(name) == "llmpruner"}
     assert set(listed) == own and set(recipes_page.FOLDERS) == set(RECIPE_COMMANDS)
 
 

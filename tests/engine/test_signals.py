@@ -7,11 +7,11 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, Signal
-from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.statistics import walk_signals
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.meta import graph_of
 
 

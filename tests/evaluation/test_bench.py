@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import MixtralConfig, MixtralForCausalLM
 
 import llmpruner
-from llmpruner import BenchSubject, Catalog, LlmprunerError, LoadSettings, Runtime, Session, Work
+from llmpruner import BenchSubject, LlmprunerError, LoadSettings, Runtime, Session, Work, load_catalog
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import Opener
 from llmpruner.evaluation.bench import TorchSession, bench, measurement, work_of
@@ -118,7 +118,7 @@ def test_models_run_in_turn_and_are_compared_within_a_round(monkeypatch):
         "dense": Scripted("dense", [99, 99, 10, 40, 20, 80], log),
         "pruned": Scripted("pruned", [99, 99, 5, 25, 10, 50], log),
     }
-    opener = Opener(Catalog(), LoadSettings(), QUIET)
+    opener = Opener(load_catalog(), LoadSettings(), QUIET)
     subjects = [BenchSubject(name, None, 2, 9, name, opener) for name in ("dense", "pruned")]
     result = bench(subjects, Script(sessions), BenchSettings(batch=2, prompt=5, new=4, rounds=2))
     started = [entry for entry in log if entry in ("dense", "pruned")]

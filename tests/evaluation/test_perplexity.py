@@ -6,12 +6,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from llmpruner import DataError, ModelError
-from llmpruner.evaluation.metrics import PerplexityMetric
-from llmpruner.evaluation.perplexity import perplexity as measure
-
-
-def perplexity(model, tokenizer, text, *, reference=None, **settings):
-    return measure(model, tokenizer, text, PerplexityMetric.Settings(**settings), reference)
+from llmpruner.evaluation.perplexity import perplexity
 
 
 def test_agrees_with_one_window_after_the_other():

@@ -106,7 +106,7 @@ def test_what_reads_files_takes_structures_and_refuses_a_model_in_memory(tmp_pat
     """Structures are what a prune to several sizes returns; a model may differ from the files it was loaded from."""
     cut_llama("nothing").save_pretrained(tmp_path / "dense")
     sizes = tmp_path / "sizes"
-    (structure,) = llmpruner.prune(tmp_path / "dense", ratio=[0.25], importance="l2", output=sizes)
+    (structure,) = llmpruner.prune_each(tmp_path / "dense", ratios=[0.25], importance="l2", output=sizes)
     model = llmpruner.load(structure)
     llmpruner.export(structure, output=tmp_path / "out", to="stock")
     assert llmpruner.verify_checkpoint(structure).damage == ()
@@ -122,6 +122,7 @@ def test_what_reads_files_takes_structures_and_refuses_a_model_in_memory(tmp_pat
 
 
 def test_settings_of_loading_that_are_no_settings_are_refused(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
     load, recipe = {"dtype": "bfloat16"}, {"steps": [{"prune": {"ratio": 0.1}}]}
     with pytest.raises(SettingsError, match="write load=LoadSettings"):
         llmpruner.export(tmp_path, output=tmp_path / "out", to="stock", load=load)

@@ -12,11 +12,10 @@ from torch.nn import functional
 from transformers import CONFIG_MAPPING
 
 from llmpruner import api
-from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.oracle import distance, logits, silenced
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.walk import ForwardWalk, call_layer
+from llmpruner.engine.walk import CalibrationSet, ForwardWalk, call_layer
 from llmpruner.models.numbers import autocast_to
 from llmpruner.models.opening import load_pruned
 from llmpruner.settings import LoadSettings

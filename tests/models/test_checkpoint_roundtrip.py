@@ -86,7 +86,7 @@ def test_a_fresh_process_gives_the_same_outputs(name, mode, probed):
 @pytest.mark.slow
 def test_remote_code_needs_no_llmpruner(probed):
     assert probed["remote"]["modules"] == []
-    assert "llmpruner.plugins.catalog" in probed["registered"]["modules"]
+    assert "llmpruner.plugins.installed" in probed["registered"]["modules"]
 
 
 NO_QUESTION = """

@@ -10,10 +10,10 @@ from peft import LoraConfig, get_peft_model
 import llmpruner
 from llmpruner import LoadSettings, api
 from llmpruner.calibration.conversations import Completion
-from llmpruner.discovery.opening import dense_structure, load_structure, placed_as
+from llmpruner.discovery.opening import Opener, placed_as
 from llmpruner.discovery.oracle import logits
 from llmpruner.models.opening import load_model, load_pruned
-from llmpruner.models.reference import model_identity
+from llmpruner.models.reference import Reference, model_identity
 
 IDS = torch.arange(5, 37).unsqueeze(0)
 
@@ -48,10 +48,10 @@ def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     monkeypatch.chdir(elsewhere)
-    pruned = load_model(load_structure("../pruned", catalog))
-    dense = dense_structure(pruned, catalog)
+    pruned = load_model(Opener(catalog).structure("../pruned"))
+    dense = Opener(catalog).dense_structure(pruned)
     assert pruned.record["base_path"] == str(one) == dense.path
-    whole = load_model(load_structure(str(one), catalog))
+    whole = load_model(Opener(catalog).structure(one))
     again = load_model(dense, placed_as(pruned, LoadSettings()))
     assert torch.equal(logits(again.model, IDS), logits(whole.model, IDS))
     assert not torch.allclose(logits(whole.model, IDS), logits(load_pruned(tmp_path / "base"), IDS), atol=1e-2)
@@ -68,7 +68,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     )
     training = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **training)
-    assert torch.equal(wrote[0], logits(load_model(load_structure(str(one), catalog)).model, IDS))
+    assert torch.equal(wrote[0], logits(load_model(Opener(catalog).structure(one)).model, IDS))
 
 
 def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):
@@ -89,13 +89,13 @@ def test_an_adapter_for_an_adapter_is_refused(one, catalog, tmp_path):
     two.mkdir()
     (two / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(one)}))
     with pytest.raises(llmpruner.ModelError, match=r"two' is an adapter for an adapter, '.*one'; merge"):
-        load_structure(str(two), catalog)
+        Opener(catalog).structure(two)
 
 
 def test_an_adapter_in_the_folder_of_its_model_is_refused(base, catalog):
     adapted(base, base, 1)
     with pytest.raises(llmpruner.ModelError, match=r"is for a model in the same folder; move adapter_config\.json"):
-        load_structure(str(base), catalog)
+        Opener(catalog).structure(base)
 
 
 FIRST, SECOND = "1" * 40, "2" * 40
@@ -118,12 +118,12 @@ def test_the_dense_model_is_the_commit_that_was_pruned(hub, catalog, tmp_path):
     pruned = api.prune("some/model", ratio=0.2, importance="l1", compensate="none", output=tmp_path / "out")
     assert pruned.plans[-1].base.revision == FIRST
     (hub / "refs" / "main").write_text(SECOND)
-    dense = load_model(dense_structure(load_structure(str(tmp_path / "out"), catalog), catalog))
+    dense = load_model(Opener(catalog).dense_structure(Opener(catalog).structure(tmp_path / "out")))
     expected = (tiny_models.llama(seed=seed).lm_head.weight for seed in range(2))
     assert [torch.equal(dense.model.lm_head.weight, weight) for weight in expected] == [True, False]
 
 
 def test_another_commit_is_another_model(hub, catalog):
-    commits = [api.discover("some/model", revision=revision).revision for revision in (None, SECOND)]
+    commits = [api.discover("some/model", revision=revision).reference.commit for revision in (None, SECOND)]
     assert commits == [FIRST, SECOND]
-    assert len({model_identity("some/model", catalog, commit) for commit in commits}) == 2
+    assert len({model_identity(Reference("some/model", "some/model", commit=commit)) for commit in commits}) == 2

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import llmpruner
-from llmpruner.discovery.opening import load_structure
+from llmpruner.discovery.opening import Opener
 from llmpruner.models import gguf as parsing
 from llmpruner.models.opening import load_model
 
@@ -48,7 +48,7 @@ def written(tmp_path, *, nearly_tied=False):
 def test_it_loads_quietly_and_whole(tmp_path, catalog, capfd):
     file = written(tmp_path)
     capfd.readouterr()
-    loaded = load_model(load_structure(str(file), catalog))
+    loaded = load_model(Opener(catalog).structure(file))
     assert capfd.readouterr() == ("", "")
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
     assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"

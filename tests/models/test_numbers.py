@@ -5,15 +5,15 @@ import torch
 from criteria_cases import SMALL, opened, tokens
 from transformers import CONFIG_MAPPING
 
-from llmpruner import Catalog
-from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner import Compensation, ImportanceCriterion, load_catalog
 from llmpruner.discovery.tiny import random_instance
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.numbers import first_not_finite
 from llmpruner.models.surgery import cut, silence
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate
 
-CATALOG = Catalog()
+CATALOG = load_catalog()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TEXT = tokens(4, 16)
 ODD = SMALL | {"hidden_size": 36, "intermediate_size": 37, "num_hidden_layers": 2, "head_dim": 6}
@@ -31,14 +31,14 @@ def models(request):
 
 
 OF_CHANNELS_OR_LAYERS = sorted(
-    name for name, cls in CATALOG.criteria.items() if any(cls().accepts(kind) for kind in ("mlp", "layer"))
+    name for name, cls in CATALOG[ImportanceCriterion].items() if any(cls().accepts(kind) for kind in ("mlp", "layer"))
 )
 
 
 @pytest.mark.parametrize("name", OF_CHANNELS_OR_LAYERS)
 def test_every_criterion_in_16_bits(models, name):
     """Scores are finite, and rank units nearly as in float32."""
-    criterion = CATALOG.criteria[name]()
+    criterion = CATALOG[ImportanceCriterion][name]()
     kind = next(kind for kind in ("mlp", "layer") if criterion.accepts(kind))
     found, exact = (
         estimate(loaded.model, loaded.graph, loaded.graph.of_kinds([kind]), criterion, TEXT) for loaded in models
@@ -54,7 +54,7 @@ def test_every_criterion_in_16_bits(models, name):
 def test_gradients_of_many_tokens_in_float16(name):
     """The gradient of a mean over 1,024 tokens is smaller than what float16 holds; scaled, it is as in float32."""
     values = ODD | {"max_position_embeddings": 512}
-    text, criterion = tokens(2, 512), CATALOG.criteria[name]()
+    text, criterion = tokens(2, 512), CATALOG[ImportanceCriterion][name]()
     models = [model_of(values=values, dtype=dtype) for dtype in (torch.float16, torch.float32)]
     for loaded in models:
         # As small as gradients are in large models.
@@ -84,7 +84,7 @@ def test_refits_to_degenerate_inputs(what, dtype):
             parameter.data.mul_(factor)
     kept = {group.name: range(0, group.units, 2) for group in loaded.graph.of_kinds(["mlp"])}
     with torch.no_grad():
-        CATALOG.compensations["refit"]().repair(RepairTask(loaded.model, loaded.graph, kept, text))
+        CATALOG[Compensation]["refit"]().repair(RepairTask(loaded.model, loaded.graph, kept, text))
     assert first_not_finite(loaded.model.named_parameters()) is None
 
 

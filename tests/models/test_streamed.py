@@ -10,11 +10,10 @@ from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Signal, api
-from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.statistics import walk_signals
-from llmpruner.engine.walk import ForwardWalk
+from llmpruner.engine.walk import CalibrationSet, ForwardWalk
 from llmpruner.errors import ModelError, SettingsError
 from llmpruner.models.meta import graph_of
 from llmpruner.models.opening import CheckpointWeights, load_pruned

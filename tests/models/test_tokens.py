@@ -10,13 +10,12 @@ from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 import llmpruner
 from llmpruner import DataError
-from llmpruner.calibration.calibration import SampleTask
+from llmpruner.calibration.base import SampleTask
 from llmpruner.calibration.chat import labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction
 from llmpruner.calibration.windows import windows
 from llmpruner.calibration.written import answered
 from llmpruner.discovery.family import AutoFamily
-from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.generation import generate, positions_of, table_of
 from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, padding_id, tokens_of, with_padding
@@ -53,7 +52,7 @@ def test_runs_without_a_blank_are_cut_and_nothing_else():
 
 def test_a_long_text_without_blanks_is_measured_and_sampled_in_pieces():
     tokenizer, text = Recording(), "ab" * 20_000
-    found = perplexity(tiny_models.llama(), tokenizer, text, PerplexityMetric.Settings(window=32, tokens=64))
+    found = perplexity(tiny_models.llama(), tokenizer, text, window=32, tokens=64)
     assert found.tokens == 64 and max(map(len, tokenizer.texts)) == LONGEST_WORD
     tokenizer = Recording()
     task = SampleTask(None, tokenizer, "x", samples=3, length=128, seed=0, family=None)

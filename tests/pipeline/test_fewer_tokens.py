@@ -11,7 +11,7 @@ from tokenizers.models import BPE
 from transformers import AutoTokenizer, GPT2Tokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmpruner import TokenStats, api, load_pruned
-from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.errors import PlanError, SelectionError, SettingsError, UnsupportedModelError
 from llmpruner.models.vocabulary import Vocabulary
 from llmpruner.pruning import saving

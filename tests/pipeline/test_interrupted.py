@@ -11,13 +11,13 @@ from criteria_cases import make
 from fresh import run_fresh
 from said import Killed, StopAt
 
-from llmpruner import api, pipeline
+from llmpruner import api
 from llmpruner.engine import journal as journal_module
 from llmpruner.engine.boundaries import Boundaries
 from llmpruner.engine.journal import Journal
 from llmpruner.errors import LlmprunerError, OutputError
 from llmpruner.progress import Progress
-from llmpruner.pruning import selection
+from llmpruner.pruning import selection, workspace
 from llmpruner.settings import RunSettings
 
 SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds": "mlp,attention"}
@@ -93,8 +93,8 @@ def test_a_limit_of_memory_holds_for_the_continued_run_too(dense, tmp_path, monk
     """The system may have ended the first one because it took too much."""
     with pytest.raises(Killed):
         api.prune(str(dense), output=tmp_path / "out", progress=StopAt("Compensating", 1), **SETTINGS)
-    own = pipeline.forecast
-    monkeypatch.setattr(pipeline, "forecast", lambda *a, **options: replace(own(*a, **options), streamed=True))
+    own = workspace.forecast
+    monkeypatch.setattr(workspace, "forecast", lambda *a, **options: replace(own(*a, **options), streamed=True))
     pruned = api.prune(str(dense), output=tmp_path / "out", run=RunSettings(max_memory=1 << 40), **SETTINGS)
     assert pruned.streamed is not None
 
@@ -139,12 +139,12 @@ def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp
 
     counted = Counted()
     with pytest.raises(Killed):
-        api.prune(str(dense), output=out, ratio=ratios, progress=counted, **settings)
+        api.prune_each(str(dense), output=out, ratios=ratios, progress=counted, **settings)
     written = (out / "0.2" / "model.safetensors").stat().st_mtime_ns
     with pytest.raises(OutputError, match="interrupted run with other settings"):
-        api.prune(str(dense), output=out, ratio=[0.2, 0.3], **settings)
+        api.prune_each(str(dense), output=out, ratios=[0.2, 0.3], **settings)
     counted.stops = False
-    results = api.prune(str(dense), output=out, ratio=ratios, progress=counted, **settings)
+    results = api.prune_each(str(dense), output=out, ratios=ratios, progress=counted, **settings)
     assert [result.plans[-1].target.amount for result in results] == ratios
     assert (counted.texts, len(scored)) == (2, 1), "one text to score and fit on, one to compare with"
     assert (out / "0.2" / "model.safetensors").stat().st_mtime_ns == written
@@ -153,19 +153,18 @@ def test_several_ratios_are_single_runs_with_one_text_and_one_scoring(dense, tmp
         assert all(file.read_bytes() == (out / f"{ratio}" / file.name).read_bytes() for file in files) and files
     assert sorted(p.name for p in out.iterdir()) == ["0.2", "0.4"] and not (tmp_path / "out.pruning").exists()
     with pytest.raises(OutputError, match="exists already"):
-        api.prune(str(dense), output=out, ratio=ratios, **settings)
+        api.prune_each(str(dense), output=out, ratios=ratios, **settings)
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({"output": None}, "an output for their folders"),
-    ({"plan": "plan.json"}, "--ratio can't be combined with a plan"),
-    ({"ratio": "0.2,20"}, "--ratio '20': input should be less than 1"),
+    ({"ratios": []}, "no ratio is named"),
+    ({"ratios": [0.2, 20]}, "--ratio 20: input should be less than 1"),
     ({"target_params": "1M"}, "2 are given"),
-    ({"ratio": [0.2, 0.99]}, "can't be|cannot be|at most"),
+    ({"ratios": [0.2, 0.99]}, "can't be|cannot be|at most"),
 ])  # fmt: skip
 def test_several_ratios_that_cannot_be_are_refused_before_anything_is_written(options, message, dense, tmp_path):
     with pytest.raises(LlmprunerError, match=message) as raised:
-        api.prune(str(dense), **{"ratio": [0.2, 0.3], "output": tmp_path / "out", **options})
+        api.prune_each(str(dense), **{"ratios": [0.2, 0.3], "output": tmp_path / "out", **options})
     assert "\n" not in str(raised.value) and list(tmp_path.iterdir()) == []
 
 
@@ -198,8 +197,8 @@ def test_a_killed_command_goes_on_in_its_second_ratio(dense, tmp_path):
     again = run_fresh("from llmpruner.cli import main; main()", *command)
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout), "nothing else is on standard output"
-    options = {"ratio": [0.2, 0.4], "samples": 64, "length": 64, "method": "best"}
-    api.prune(str(dense), output=tmp_path / "other", **options)
+    options = {"ratios": [0.2, 0.4], "samples": 64, "length": 64, "method": "best"}
+    api.prune_each(str(dense), output=tmp_path / "other", **options)
     for ratio in ("0.2", "0.4"):
         assert checksums(tmp_path / "out" / ratio) == checksums(tmp_path / "other" / ratio)
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

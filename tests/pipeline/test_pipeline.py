@@ -14,7 +14,7 @@ from llmpruner import ModelError, OutputError
 from llmpruner.discovery.oracle import logits
 from llmpruner.errors import SelectionError
 from llmpruner.models.surgery import cut
-from llmpruner.pruning.compensation.base import Refit
+from llmpruner.pruning.compensation.compensations import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.structure.kept import restrict
 from llmpruner.testing.models import make_plan, small_job
@@ -127,7 +127,7 @@ def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp
         raise OutputError("no space")
 
     with monkeypatch.context() as patched, pytest.raises(OutputError):
-        patched.setattr("llmpruner.pipeline.save", full)
+        patched.setattr("llmpruner.pruning.workspace.save", full)
         llmpruner.prune(gqa, ratio=0.2, importance="l1", output=tmp_path / "out")
     assert len(gqa.plans) == 1
     llmpruner.save(gqa, tmp_path / "elsewhere")

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 from typing import Literal
 
 import as_installed
@@ -11,13 +10,24 @@ from pydantic import Field
 from transformers import BertConfig, LlamaConfig
 from typer.testing import CliRunner
 
-from llmpruner import Catalog, CheckpointReader, ImportanceCriterion, ModelFamily, UnsupportedModelError, hookimpl
+from llmpruner import (
+    Catalog,
+    CheckpointReader,
+    ImportanceCriterion,
+    ModelError,
+    ModelFamily,
+    UnsupportedModelError,
+    hookimpl,
+    load_catalog,
+)
 from llmpruner.cli.app import build_app
 from llmpruner.component import ComponentSettings
+from llmpruner.discovery.opening import family_for, register_models
 from llmpruner.errors import PluginError, SettingsError, UnknownNameError
 from llmpruner.evaluation.evaluate import Metric
+from llmpruner.models.reference import resolve
 from llmpruner.plugins import hookspecs
-from llmpruner.plugins.catalog import KINDS
+from llmpruner.plugins.installed import KINDS
 from llmpruner.testing import catalog_with
 
 
@@ -27,8 +37,7 @@ def component(base: type, name: str = "zoo", **members) -> type:
 
 def zoo() -> Catalog:
     reader = {"recognises": lambda self, path: path.suffix == ".zoo"}
-    kinds = KINDS.values()
-    return catalog_with(*(component(k.base, **(reader if k.base is CheckpointReader else {})) for k in kinds))
+    return catalog_with(*(component(k, **(reader if k is CheckpointReader else {})) for k in KINDS.values()))
 
 
 def plugin(function, hook: str = "llmpruner_metrics"):
@@ -70,10 +79,10 @@ def test_every_hook_is_that_of_one_kind_or_adds_commands():
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_a_plugin_adds_a_component_of_each_kind(kind):
     catalog = zoo()
-    registry = catalog.registries[kind.name]
-    assert registry is getattr(catalog, kind.attrname) and issubclass(registry["zoo"], kind.base)
+    registry = catalog[kind]
+    assert issubclass(registry["zoo"], kind)
     assert registry.package_of("zoo") == __name__ and type(registry.create("zoo")) is registry["zoo"]
-    assert catalog.manager.broken == []
+    assert catalog.plugins.broken == []
 
 
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
@@ -82,9 +91,9 @@ def test_a_hook_is_called_once_and_only_when_its_kind_is_asked_for(kind):
     catalog = catalog_with(plugin(lambda: calls.append(1) or [], kind.hook))
     for other in KINDS.values():
         if other is not kind:
-            list(getattr(catalog, other.attrname))
+            list(catalog[other])
     assert calls == []
-    assert len(catalog.registries) == len(KINDS) == len(catalog.registries)
+    assert list(catalog[kind]) == list(catalog[kind])
     assert calls == [1]
 
 
@@ -105,7 +114,7 @@ BROKEN = {
 
 def test_a_plugin_without_a_marked_function_is_named(install):
     install("a-bad-plugin", CRITERION.format(name="half").replace("@hookimpl", ""))
-    (line,) = Catalog().manager.broken
+    (line,) = load_catalog().plugins.broken
     assert line.endswith("it has no hook; a function is one if it is marked with @llmpruner.hookimpl")
 
 
@@ -120,12 +129,12 @@ def test_a_plugin_that_cannot_be_loaded_is_named_and_skipped(install, what):
     code, reason = BROKEN[what]
     install("a-bad-plugin", CRITERION.format(name="half") + code)
     install("good-plugin", CRITERION.format(name="good"))
-    catalog = Catalog()
-    (line,) = catalog.manager.broken
+    catalog = load_catalog()
+    (line,) = catalog.plugins.broken
     assert reason in line and "\n" not in line
     assert line.startswith("plugin 'a-bad-plugin' (a-bad-plugin) is broken and was skipped: ")
-    assert "half" not in catalog.criteria and {"good", "taylor"} <= {*catalog.criteria}
-    assert catalog.criteria.package_of("good") == "good-plugin"
+    assert "half" not in catalog[ImportanceCriterion] and {"good", "taylor"} <= {*catalog[ImportanceCriterion]}
+    assert catalog[ImportanceCriterion].package_of("good") == "good-plugin"
 
 
 @pytest.mark.parametrize(("body", "reason"), [
@@ -136,16 +145,20 @@ def test_a_hook_that_fails_is_an_error_that_names_its_module(install, body, reas
     install("a-bad-plugin", f"@hookimpl\ndef llmpruner_metrics(): {body}")
     message = f"^llmpruner_metrics of plugin 'a-bad-plugin' failed: {reason}; LLMPRUNER_BLOCK=a-bad"
     with pytest.raises(PluginError, match=message):
-        list(Catalog().metrics)
-    assert "taylor" in Catalog().criteria
+        list(load_catalog()[Metric])
+    assert "taylor" in load_catalog()[ImportanceCriterion]
 
 
 def test_two_plugins_of_one_name(install):
     install("a-plugin", CRITERION.format(name="first"), entry="zoo")
     install("b-plugin", CRITERION.format(name="second"), entry="zoo")
-    catalog = Catalog()
-    (line,) = catalog.manager.broken
-    assert "'zoo' (b-plugin)" in line and "first" in catalog.criteria and "second" not in catalog.criteria
+    catalog = load_catalog()
+    (line,) = catalog.plugins.broken
+    assert (
+        "'zoo' (b-plugin)" in line
+        and "first" in catalog[ImportanceCriterion]
+        and "second" not in catalog[ImportanceCriterion]
+    )
 
 
 # What hooks return
@@ -158,18 +171,18 @@ def test_two_plugins_of_one_name(install):
 ])  # fmt: skip
 def test_a_class_that_cannot_be_used_is_left_out(returned, problem):
     catalog = catalog_with(plugin(lambda: [returned, component(Metric)]))
-    assert "zoo" in catalog.metrics
-    (line,) = catalog.manager.broken
+    assert "zoo" in catalog[Metric]
+    (line,) = catalog.plugins.broken
     assert line.startswith("llmpruner_metrics: ") and problem in line
 
 
 def test_of_two_classes_of_one_name_the_second_is_left_out():
     catalog = catalog_with(component(ImportanceCriterion, "taylor"))
-    assert catalog.criteria.package_of("taylor") == "llmpruner"
-    assert catalog.manager.broken[0].endswith("was skipped: Taylor of llmpruner has the name 'taylor' already")
+    assert catalog[ImportanceCriterion].package_of("taylor") == "llmpruner"
+    assert catalog.plugins.broken[0].endswith("was skipped: Taylor of llmpruner has the name 'taylor' already")
     shared = component(Metric)
     catalog = catalog_with(shared, shared)
-    assert catalog.metrics["zoo"] is shared and catalog.manager.broken == []
+    assert catalog[Metric]["zoo"] is shared and catalog.plugins.broken == []
 
 
 class Power(Metric):
@@ -187,18 +200,18 @@ class Power(Metric):
 
 def test_a_component_is_created_by_name_with_settings():
     catalog = catalog_with(Power)
-    power = catalog.metrics.create("power", {"power": "2"})
+    power = catalog[Metric].create("power", {"power": "2"})
     assert power.record() == {"power": 2.0, "limit": None, "norm": "mean", "layers": []}
     with pytest.raises(SettingsError, match=r"metric power: power 9: input should be less"):
-        catalog.metrics.create("power", {"power": 9})
+        catalog[Metric].create("power", {"power": 9})
     with pytest.raises(SettingsError, match=r"unknown setting 'colour'\. Known: power, limit, norm, layers"):
-        catalog.metrics.create("power", {"colour": "red"})
+        catalog[Metric].create("power", {"colour": "red"})
     with pytest.raises(UnknownNameError, match="unknown metric 'powr'; did you mean power"):
-        catalog.metrics.create("powr")
+        catalog[Metric].create("powr")
 
 
 def test_the_command_shows_every_setting():
-    app = build_app(catalog_with(Power).manager)
+    app = build_app(catalog_with(Power).plugins)
     (shown,) = json.loads(CliRunner().invoke(app, ["plugins", "power", "--json"]).stdout)
     assert (shown["kind"], shown["package"], shown["summary"]) == ("metric", __name__, Power.summary)
     assert [tuple(setting.values()) for setting in shown["settings"]] == [
@@ -221,42 +234,44 @@ class Giraffe(ModelFamily):
 
 
 def test_the_users_choice_wins(catalog):
-    assert catalog.family_for(LlamaConfig(name_or_path="vicuna-7b"), "llama").name == "llama"
-    assert catalog.family_for(LlamaConfig(), "auto").name == "auto"
+    assert family_for(catalog, LlamaConfig(name_or_path="vicuna-7b"), "llama").name == "llama"
+    assert family_for(catalog, LlamaConfig(), "auto").name == "auto"
     with pytest.raises(UnknownNameError, match="unknown family 'vicunia'; did you mean vicuna"):
-        catalog.family_for(LlamaConfig(), "vicunia")
+        family_for(catalog, LlamaConfig(), "vicunia")
 
 
 def test_two_families_of_one_rank_are_both_named():
     catalog = catalog_with(Giraffe, entry_points=True)
     message = r"several families match model type 'llama': giraffe \(test_plugins\), llama \(llmpruner\); .*--family"
     with pytest.raises(UnsupportedModelError, match=message):
-        catalog.family_for(LlamaConfig())
-    assert catalog.family_for(LlamaConfig(), "giraffe").name == "giraffe"
+        family_for(catalog, LlamaConfig())
+    assert family_for(catalog, LlamaConfig(), "giraffe").name == "giraffe"
 
 
 def test_of_two_families_the_one_that_extends_the_other_matches():
     tall = component(Giraffe, "tall-giraffe", extends="giraffe")
     for order in ((Giraffe, tall), (tall, Giraffe)):
-        assert catalog_with(*order).family_for(LlamaConfig()).name == "tall-giraffe"
+        assert family_for(catalog_with(*order), LlamaConfig()).name == "tall-giraffe"
 
 
 def test_what_no_family_matches_is_discovered(catalog):
-    assert catalog.family_for(BertConfig()).name == "auto"
+    assert family_for(catalog, BertConfig()).name == "auto"
 
 
 def test_a_family_that_cannot_register_its_models_is_named_and_stops_nothing():
-    def register_models(self):
+    def fails(self):
         raise ModuleNotFoundError("No module named 'zebra'")
 
-    catalog = catalog_with(component(ModelFamily, register_models=register_models))
+    catalog = catalog_with(component(ModelFamily, register_models=fails))
     for _ in range(2):
-        catalog.register_models()
-    (line,) = catalog.manager.broken
+        register_models(catalog)
+    (line,) = catalog.plugins.broken
     assert line == f"family 'zoo' ({__name__}) cannot register its models: ModuleNotFoundError: No module named 'zebra'"
 
 
-def test_one_reader_may_recognise_a_path():
-    catalog = zoo()
-    assert catalog.reader_for(Path("a.zoo")).name == "zoo"
-    assert catalog.reader_for(Path("a.wood")) is None
+def test_one_reader_may_recognise_a_path(tmp_path):
+    for name in ("a.zoo", "a.wood"):
+        (tmp_path / name).touch()
+    assert resolve(tmp_path / "a.zoo", zoo()).reader.name == "zoo"
+    with pytest.raises(ModelError, match="is a file, not a model directory"):
+        resolve(tmp_path / "a.wood", zoo())

@@ -13,10 +13,10 @@ from criteria_cases import layers_of, make, observed, opened, tokens
 from llmpruner_llama import LlamaFamily
 
 import llmpruner
-from llmpruner import Catalog
-from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner import Catalog, ImportanceCriterion
 from llmpruner.calibration.written import self_generated
 from llmpruner.engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.errors import PluginError, SelectionError
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import PluginManager
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 
 CALIBRATION = tokens(8, 24)
 IDS = CALIBRATION.input_ids
-CRITERIA = Catalog(PluginManager(entry_points=False)).criteria
+CRITERIA = Catalog(PluginManager(entry_points=False))[ImportanceCriterion]
 ALL = [criterion for cls in CRITERIA.values() for criterion in settings_grid(cls)]
 OF_UNITS = [criterion for criterion in ALL if criterion.accepts("mlp")]
 

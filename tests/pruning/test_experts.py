@@ -10,7 +10,7 @@ from criteria_cases import experts_of, make, opened, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
-from llmpruner import Catalog, Role
+from llmpruner import Catalog, ImportanceCriterion, Role
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.models.model import Model
 from llmpruner.plugins.manager import PluginManager
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("full_precision")
 
 ALL = ["mixtral", "deepseek_v3", "olmoe", "qwen3_moe", "deepseek_v2"]
 TYPES = [*ALL[:3], *(pytest.param(name, marks=pytest.mark.long) for name in ALL[3:])]
-CRITERIA = Catalog(PluginManager(entry_points=False)).criteria
+CRITERIA = Catalog(PluginManager(entry_points=False))[ImportanceCriterion]
 UNUSED, SILENT, CRUCIAL = 0, 4, 2
 """Never chosen by the router; often chosen, with outputs of zero; rarely chosen, with large outputs. The two that
 can go are in different halves, as DeepSeek-V3 chooses from groups of experts."""

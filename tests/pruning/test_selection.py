@@ -9,7 +9,7 @@ from torch.nn import functional
 
 import llmpruner
 from llmpruner import Blocks, CoupledGroup, ModelError, Role, Span
-from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.selection import Demand, select, trial_loss

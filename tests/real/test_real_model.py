@@ -11,7 +11,6 @@ import torch
 
 import llmpruner
 from llmpruner.calibration.documents import read_text
-from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.surgery import cut, silence
 from llmpruner.testing.family import run_probe
@@ -71,5 +70,5 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
 def test_its_perplexity_on_wikitext(real):
     """What a plain loop over the windows, in float64 from the logits on, gives."""
     text = read_text(str(Path(DATA) / "data" / "wikitext2_unk_test.txt"))
-    result = perplexity(real.model, real.tokenizer, text, PerplexityMetric.Settings(tokens=2048, batch_size=3))
+    result = perplexity(real.model, real.tokenizer, text, tokens=2048, batch_size=3)
     assert result.perplexity == pytest.approx(25.4944, abs=1e-3)

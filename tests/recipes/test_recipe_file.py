@@ -2,7 +2,7 @@
 
 import pytest
 
-from llmpruner import Catalog, LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api
+from llmpruner import LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api, load_catalog
 from llmpruner.errors import PluginError, UnknownNameError
 from llmpruner.models.reference import data_identity
 from llmpruner.recipes.recipe import Recipe, values_of
@@ -26,7 +26,7 @@ steps:
 def read(text: str, tmp_path, **values) -> Recipe:
     file = tmp_path / "r.yaml"
     file.write_text(text, encoding="utf-8")
-    return Recipe.read(file, Catalog(), values)
+    return Recipe.read(file, load_catalog(), values)
 
 
 def test_a_file_means_what_the_commands_mean(tmp_path):
@@ -139,7 +139,7 @@ def test_a_recipe_that_is_not_there(tmp_path, catalog):
 
 
 def test_every_shipped_recipe_is_valid(catalog):
-    for name in catalog.recipes:
+    for name in catalog[NamedRecipe]:
         recipe = Recipe.read(name, catalog)
         assert len(recipe.steps) > 2, name
         assert recipe.model == ("demo" if name == "demo" else None) and recipe.output is None

@@ -9,6 +9,7 @@ import torch
 from llmpruner_llama import LlamaFamily
 
 from llmpruner import Model, build_graph
+from llmpruner.models.reference import Reference
 from llmpruner.models.surgery import cut
 from llmpruner.recovery.base import nothing
 from llmpruner.recovery.data import RecoverySetup, prepare, read_data
@@ -43,7 +44,7 @@ def write_lines(path, rows=ROWS):
 
 
 def model_of(model, graph=None):
-    return Model("tiny", model.config, FAMILY, graph, model=model, tokenizer=tiny_models.tokenizer())
+    return Model(Reference("tiny"), model.config, FAMILY, graph, model=model, tokenizer=tiny_models.tokenizer())
 
 
 def train_tiny(folder, strategy, pruned=None, *, load_teacher=None, on_step=nothing, **changes):

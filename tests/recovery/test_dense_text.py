@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from recovery_cases import model_of
 
-from llmpruner import api
+from llmpruner import RunSettings, api
 from llmpruner.calibration import written
 from llmpruner.calibration.written import answered, text_of
 from llmpruner.errors import DataError, OutputError
@@ -155,12 +155,12 @@ def test_an_interrupted_job_goes_on_with_the_same_rows(home, tmp_path, monkeypat
         recover(home, tmp_path / "again", work_dir=tmp_path / "work")
     with pytest.raises(OutputError, match="state of another recovery"):
         recover(home, tmp_path / "other", work_dir=tmp_path / "work", seed=3)
-    recover(home, tmp_path / "anew", work_dir=tmp_path / "work", restart=True)
+    recover(home, tmp_path / "anew", work_dir=tmp_path / "work", run=RunSettings(restart=True))
     assert rows_in(tmp_path / "work") == rows
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
     with pytest.raises(OutputError, match="is not the folder of an interrupted run"):
-        recover(home, tmp_path / "other", work_dir=tmp_path / "mine", restart=True)
+        recover(home, tmp_path / "other", work_dir=tmp_path / "mine", run=RunSettings(restart=True))
     assert (tmp_path / "mine" / "thesis.txt").exists()
 
 

@@ -6,7 +6,6 @@ import torch
 from recovery_cases import dense_model, write_lines
 
 import llmpruner
-from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.vocabulary import in_tokens_of, old_ids
 from llmpruner.recovery.base import RecoveryJob
@@ -69,9 +68,7 @@ def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
     for name in ("kept", "text"):
         text = (home / f"{name}.txt").read_text()
         reference = in_tokens_of(trimmed, dense)
-        results[name] = perplexity(
-            trimmed.model, trimmed.tokenizer, text, PerplexityMetric.Settings(window=32), reference
-        )
+        results[name] = perplexity(trimmed.model, trimmed.tokenizer, text, window=32, reference=reference)
     assert results["kept"].kl_per_token == pytest.approx(0, abs=1e-6) and results["kept"].top1_agreement == 1
     assert results["text"].kl_per_token > 1e-3
     models, options = [home / "dense", home / "trimmed"], {"kl": True, "window": 32}

@@ -12,7 +12,8 @@ import pytest
 import tiny_models
 
 import llmpruner
-from llmpruner import Catalog, DataError, ModelError
+from llmpruner import DataError, ModelError, load_catalog
+from llmpruner.discovery.opening import Opener
 from llmpruner.evaluation.metrics import size
 from llmpruner.pruning.budgets import bytes_per_token
 from llmpruner.report.base import Costs
@@ -92,7 +93,7 @@ def page_of(places: Path, tmp_path: Path, *names: str) -> tuple[str, dict[str, s
 
 @pytest.fixture(scope="module")
 def small(places):
-    (subject,) = report_subjects([places / "small"], [], Catalog())
+    (subject,) = report_subjects([places / "small"], [], Opener(load_catalog()))
     return subject
 
 

@@ -25,7 +25,7 @@ from llmpruner.plugins.manager import PluginManager
 from llmpruner.recovery.strategies import FullStrategy, LoraStrategy
 from llmpruner.testing import CriterionConformance, FamilyConformance, RecoveryConformance, catalog_with
 
-BUILT_IN = Catalog(PluginManager(entry_points=False)).criteria
+BUILT_IN = Catalog(PluginManager(entry_points=False))[ImportanceCriterion]
 
 
 @pytest.fixture(params=sorted(BUILT_IN))

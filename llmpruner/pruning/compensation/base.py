@@ -1,4 +1,5 @@
-"""Compensations change the weights that read removed units before the cut, without training. Imports no torch."""
+"""What a compensation is: it changes the weights that read removed units before the cut, without training. Imports no
+torch."""
 
 from __future__ import annotations
 
@@ -6,17 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pydantic import Field
-
-from ...component import Component, ComponentSettings
-from ...errors import no_bias
-from ...structure.coupling import Role
+from ...component import Component
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ...calibration.calibration import CalibrationSet
     from ...engine.execution import Execution
+    from ...engine.walk import CalibrationSet
     from ...structure.coupling import CoupledGroup, CouplingGraph
     from ...structure.kept import Kept
     from .least_squares import Fit
@@ -40,6 +37,7 @@ class Compensation(Component):
     """Changes the weights that read removed units to keep the outputs of each layer near the dense model's."""
 
     kind: ClassVar[str] = "compensation"
+    hook: ClassVar[str] = "llmpruner_compensations"
     reads_text: ClassVar[bool] = True
     """Whether it needs calibration text."""
     by_layer: ClassVar[bool] = False
@@ -57,66 +55,3 @@ class Compensation(Component):
         better. Called without gradients; the caller removes the units afterwards. Raises `UnsupportedModelError` for a
         decoder that it cannot run, `ModelError` for hidden states that are not finite."""
         raise NotImplementedError
-
-
-class NoCompensation(Compensation):
-    name = "none"
-    summary = "weights do not change"
-    reads_text = False
-    by_layer = True
-    changes_readers_alone = True
-
-    def repair(self, task: RepairTask) -> Sequence[Fit]:
-        return ()
-
-
-class BiasShift(Compensation):
-    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R, with the mean over the
-    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Weights do not change. Raises
-    `UnsupportedModelError` where a weight has no bias."""
-
-    name = "bias"
-    summary = "the mean contribution of removed units is added to the biases of the weights that read them"
-    by_layer = True
-    changes_readers_alone = True
-
-    def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
-        """Stacks are refused: where experts have biases, they are not added by the matrix product."""
-        for group in groups:
-            for span in group.spans_with(Role.CONSUMES):
-                name, axes = span.parameter, len(graph.shapes[span.parameter])
-                alone = axes == 2 and name.endswith(".weight") and f"{name[:-6]}bias" not in graph.shapes
-                if graph.is_decoder(name) and (alone or (axes == 3 and span.axis > 0)):
-                    raise no_bias(name)
-
-    def repair(self, task: RepairTask) -> Sequence[Fit]:
-        from . import least_squares, repair
-
-        return repair.repair(task, least_squares.BiasFitter)
-
-
-class Refit(Compensation):
-    """Fits every weight matrix that loses inputs again, with its bias where it has one, on the kept inputs, by ridge
-    regression against the dense model (`compensation.least_squares`). Layers are fitted in order, each on the
-    outputs of compensated layers (`llmpruner.pruning.compensation.repair`)."""
-
-    name = "refit"
-    summary = "weights that read removed units are fitted again by least squares against the dense model"
-    by_layer = True
-    changes_readers_alone = True
-
-    class Settings(ComponentSettings):
-        mix: float = Field(
-            0.5,
-            ge=0,
-            le=1,
-            description="Target of each fit: 0 is the output of the uncut layer in the pruned model; 1 also adds the "
-            "whole difference of the hidden states from the dense model's.",
-        )
-
-    settings: Settings
-
-    def repair(self, task: RepairTask) -> Sequence[Fit]:
-        from . import least_squares, repair
-
-        return repair.repair(task, least_squares.WeightFitter, mix=self.settings.mix)

@@ -42,6 +42,7 @@ class ImportanceCriterion(Component):
     """
 
     kind: ClassVar[str] = "criterion"
+    hook: ClassVar[str] = "llmpruner_importance_criteria"
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
     """The signals to measure; all but weights need a calibration set."""
     kinds: ClassVar[frozenset[str] | None] = None

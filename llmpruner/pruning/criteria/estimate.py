@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
-from ...calibration.calibration import CalibrationSet
 from ...engine.execution import Execution
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
 from ...engine.statistics import stream_statistics, token_statistics, walk_signals
+from ...engine.walk import CalibrationSet
 from ...errors import ModelError, PluginError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
 from ...values import counted

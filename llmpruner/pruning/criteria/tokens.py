@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import AfterValidator, Field
 
-from ...calibration.calibration import CalibrationSet
 from ...calibration.documents import check_source, read_documents
 from ...component import ComponentSettings
 from ...engine.signals import Signal, TokenStats
@@ -17,6 +16,8 @@ from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
     import torch
+
+    from ...engine.walk import CalibrationSet
 
 PIECES = 6.0
 """What text costs more, in nats, where a token arrives in pieces: about the mean of log p(token) − log p(its first

@@ -12,9 +12,10 @@ from llmpruner_chatglm import ChatGLM2Family, ChatGLM3Family, ChatGLMFamily, Glm
 from llmpruner_chatglm.configuration_chatglm import ChatGLMConfig
 from transformers import GlmConfig
 
-from llmpruner import ATTENTION, MLP, Catalog, ModelFamily, build_graph
+from llmpruner import ATTENTION, MLP, ModelFamily, build_graph, load_catalog
 from llmpruner.calibration.chat import chat_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation
+from llmpruner.discovery.opening import family_for
 from llmpruner.models.surgery import cut
 from llmpruner.testing import FamilyConformance
 
@@ -69,11 +70,11 @@ def test_hidden_channels_of_chatglm_are_not_offered() -> None:
 
 
 def test_later_generations_win_over_glm_by_their_config() -> None:
-    catalog = Catalog()
-    assert catalog.family_for(tiny_config("chatglm")).name == "chatglm"
-    assert catalog.family_for(tiny_config("glm")).name == catalog.family_for(tiny_config("glm4")).name == "glm"
-    assert catalog.family_for(tiny_config("glm", chat_format="rounds")).name == "chatglm2"
-    assert catalog.family_for(tiny_config("glm", chat_format="roles")).name == "chatglm3"
+    catalog = load_catalog()
+    assert family_for(catalog, tiny_config("chatglm")).name == "chatglm"
+    assert family_for(catalog, tiny_config("glm")).name == family_for(catalog, tiny_config("glm4")).name == "glm"
+    assert family_for(catalog, tiny_config("glm", chat_format="rounds")).name == "chatglm2"
+    assert family_for(catalog, tiny_config("glm", chat_format="roles")).name == "chatglm3"
 
 
 def test_prompts_of_each_generation() -> None:

@@ -15,7 +15,6 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import llmpruner
 from llmpruner.calibration.chat import chat_prompt
-from llmpruner.evaluation.metrics import PerplexityMetric
 from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.models.generation import generate
 
@@ -108,6 +107,6 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     (training,) = recovered.record["recovery"]
     assert training["losses"][-1] < training["losses"][0]
 
-    assert perplexity(recovered.model, again.tokenizer, WORDS, PerplexityMetric.Settings(window=32)).perplexity > 1
+    assert perplexity(recovered.model, again.tokenizer, WORDS, window=32).perplexity > 1
     asked = chat_prompt(again.family, again.tokenizer, "fox")
     assert isinstance(generate(recovered.model, again.tokenizer, asked.text), str) and not asked.has_special_tokens

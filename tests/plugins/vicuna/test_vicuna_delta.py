@@ -15,8 +15,9 @@ from llmpruner_vicuna.delta import apply_delta
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from llmpruner import Catalog, CheckpointError, LlmprunerError, ModelError, OutputError
+from llmpruner import CheckpointError, LlmprunerError, ModelError, OutputError, load_catalog
 from llmpruner.cli import main
+from llmpruner.discovery.opening import family_for
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 VERSIONS = {"delta_v0": "vicuna-v0", "delta_v1": "vicuna"}
@@ -49,9 +50,9 @@ def test_the_sum_is_bit_identical_with_configuration_and_tokenizer_of_the_delta(
     assert config.dtype == torch.float16
     generation = json.loads((tmp_path / "sum" / "generation_config.json").read_text())
     assert generation == json.loads((DATA / version / "delta" / "generation_config.json").read_text())
-    catalog = Catalog()
-    assert catalog.family_for(config).name == VERSIONS[version]
-    assert catalog.family_for(AutoConfig.from_pretrained(DATA / version / "base")).name == "llama"
+    catalog = load_catalog()
+    assert family_for(catalog, config).name == VERSIONS[version]
+    assert family_for(catalog, AutoConfig.from_pretrained(DATA / version / "base")).name == "llama"
 
 
 def edit(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path, Path], None]:

@@ -11,9 +11,10 @@ import pytest
 from llmpruner_vicuna import V0, V1_1, VicunaFamily, VicunaV0Family, chat_template
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig
 
-from llmpruner import Catalog
+from llmpruner import load_catalog
 from llmpruner.calibration.chat import chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction, read_examples
+from llmpruner.discovery.opening import family_for
 
 DATA = Path(__file__).parents[2] / "data" / "vicuna"
 PROMPTS = json.loads((DATA / "prompts.json").read_text(encoding="utf-8"))
@@ -112,7 +113,7 @@ LLAMA_2 = {"bos_token_id": 1, "eos_token_id": 2, "temperature": 0.9, "top_p": 0.
 def family_of(name_or_path: str, **values: object) -> str:
     config = LlamaConfig(num_hidden_layers=1, **values)
     config.name_or_path = name_or_path
-    return Catalog().family_for(config).name
+    return family_for(load_catalog(), config).name
 
 
 @pytest.mark.parametrize(("name", "family"), [
@@ -137,7 +138,7 @@ def test_a_vicuna_of_another_format_has_that_of_llama(folder: str, saved_as: str
     LlamaConfig(num_hidden_layers=1).save_pretrained(tmp_path / folder)
     file = tmp_path / folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": saved_as}))
-    family = Catalog().family_for(AutoConfig.from_pretrained(tmp_path / folder))
+    family = family_for(load_catalog(), AutoConfig.from_pretrained(tmp_path / folder))
     assert family.name == "llama" and "### Instruction:" in family.format_prompt("Why?")
 
 
@@ -153,7 +154,7 @@ def test_by_the_name_it_was_saved_under(file: str, tmp_path: Path) -> None:
     LlamaConfig().save_pretrained(tmp_path)
     values = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / file).write_text(json.dumps(values | {"_name_or_path": "lmsys/vicuna-7b-v1.5"}))
-    assert Catalog().family_for(AutoConfig.from_pretrained(tmp_path)).name == "vicuna"
+    assert family_for(load_catalog(), AutoConfig.from_pretrained(tmp_path)).name == "vicuna"
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])

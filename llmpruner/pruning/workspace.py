@@ -1,0 +1,126 @@
+"""Where a prune works: the processes that share it, the folder of its finished steps, and its output.
+
+Of several processes, the first one decides what depends on the machine, and writes; all of them call these functions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import gettempdir
+from typing import Any
+
+from ..discovery.opening import Opener
+from ..engine.execution import Execution
+from ..engine.journal import Journal, recalled
+from ..engine.ranks import Ranks
+from ..engine.stages import write_run
+from ..files import check_new_directory, check_space
+from ..models.model import Model, Structure
+from ..progress import QUIET
+from ..settings import RunSettings
+from .checks import identity
+from .forecast import Forecast, forecast
+from .job import Job
+from .saving import save
+
+_LOG = logging.getLogger("llmpruner")
+
+
+@contextmanager
+def opened(
+    job: Job, structure: Structure, opener: Opener, run: RunSettings, *, cuts: bool = True
+) -> Iterator[tuple[Model, Execution]]:
+    """The model with its weights, and how to run it, for a result that stays in memory. ``cuts``: whether it is cut."""
+    ranks = Ranks.current()
+    expected = _expected(job, structure, opener, run, ranks, cuts=cuts, in_memory=cuts)
+    if not cuts:
+        ranks.from_first(lambda: check_space(Path(gettempdir()) / "llmpruner", expected.disk, "hidden states"))
+    model = opener.weights(structure, streamed=expected.streamed)
+    yield model, Execution(model.weights, ranks, progress=opener.progress, forecast=asdict(expected))
+
+
+@contextmanager
+def resumable(
+    job: Job, structure: Structure, opener: Opener, run: RunSettings, output: Path, shared: Journal | None = None
+) -> Iterator[tuple[Model, Execution]]:
+    """`opened`, for a result in ``output``: until the block ends, finished steps are kept in ``OUTPUT.pruning``, and
+    the same job goes on from them. ``shared``: keeps text and scores for several ratios."""
+    ranks = Ranks.current()
+    expected = _expected(job, structure, opener, run, ranks, cuts=True, in_memory=False)
+    if ranks.first and not opener.has_tokenizer(structure):
+        _LOG.warning(f"model '{structure.ref}' has no tokenizer, so the pruned model can't read text either")
+    opener.say_widened(structure)
+    folder = output.with_name(output.name + ".pruning")
+    journal = None
+    if not isinstance(structure, Model):  # a model in memory may have been read from anywhere
+        journal = Journal(folder, identity(job, structure, opener), ranks)
+    progress = QUIET if shared else opener.progress
+    with journal.running(progress, anew=run.restart) if journal else nullcontext():
+        written = ranks.from_first(lambda: sum(f.stat().st_size for f in folder.rglob("*")) if journal else 0)
+        ranks.from_first(lambda: check_space(output, expected.disk - written, "temporary files and the result"))
+        # The result's files depend on it, so a run that goes on reads weights as it did, whatever memory is free now.
+        streamed = recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed)
+        model = opener.weights(structure, streamed=streamed, scratch=folder)
+        ahead = asdict(replace(expected, streamed=streamed))
+        yield (
+            model,
+            Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal, forecast=ahead),
+        )
+
+
+def _expected(
+    job: Job, structure: Structure, opener: Opener, run: RunSettings, ranks: Ranks, *, cuts: bool, in_memory: bool
+) -> Forecast:
+    """What the run will take, which is shown."""
+    expected = ranks.from_first(
+        lambda: forecast(job, structure, opener, run.max_memory, saves=cuts, in_memory=in_memory)
+    )
+    opener.progress.status(str(expected))
+    return expected
+
+
+def saved(model: Model, output: Path, execution: Execution, command: str, settings: Mapping[str, Any]) -> Model:
+    """``model``, saved to ``output`` with the record of the run, ``run.json``. ``settings``: what the user set."""
+    execution.progress.status("saving")
+    with execution.stages.stage("saving"):
+        form = execution.ranks.from_first(lambda: save(model, output))
+    if execution.ranks.first:
+        write_run(output, execution.stages, command, model.ref, settings)
+    return replace(model, form=form)
+
+
+@contextmanager
+def several(
+    jobs: Mapping[str, Job], structure: Structure, opener: Opener, run: RunSettings, output: Path
+) -> Iterator[tuple[Journal, Iterator[str]]]:
+    """For prunes by ``jobs`` that differ in the ratio alone, each into the folder of ``output`` that is its key: what
+    they share, and the keys of those that an interrupted run has not finished."""
+    ranks = Ranks.current()
+    folder = output.with_name(output.name + ".pruning")
+    if run.restart or not ranks.from_first(folder.is_dir):
+        ranks.from_first(lambda: check_new_directory(output))
+    journal = Journal(folder, {**identity(next(iter(jobs.values())), structure, opener), "sizes": list(jobs)}, ranks)
+
+    def unfinished() -> Iterator[str]:
+        for name in jobs:
+            if ranks.from_first((output / name).exists):
+                opener.progress.status(f"{output / name} is finished")
+            else:
+                opener.progress.status(f"ratio {name}")
+                yield name
+
+    with journal.running(opener.progress, anew=run.restart):
+        if ranks.from_first(lambda: not journal.kept):
+            ranks.from_first(lambda: check_new_directory(output))
+            journal.store("sizes", list(jobs))  # marks the folders in ``output`` as those of this run
+        ranks.from_first(lambda: output.mkdir(exist_ok=True))
+        try:
+            yield journal, unfinished()
+        finally:
+            if ranks.first:
+                with suppress(OSError):  # not empty
+                    output.rmdir()
