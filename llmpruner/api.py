@@ -65,7 +65,8 @@ if TYPE_CHECKING:
     from .models.model import Model, Structure
     from .pruning.verify import Verification
     from .recipes.run import RecipeResult, StepResult
-    from .structure.plan import Outcome, PruningPlan
+    from .structure.outcome import Outcome
+    from .structure.plan import PruningPlan
 
 
 def load(

@@ -159,7 +159,6 @@ class StockExporter(Exporter):
             # The head is the one to keep: llama.cpp gives it more bits.
             model.get_input_embeddings().weight = model.get_output_embeddings().weight
             model.config.tie_word_embeddings = True
-        task.directory.rmdir()  # `save_checkpoint` creates it
         tokenizer, family = task.loaded.tokenizer, task.loaded.family
         save.save_checkpoint(model, task.directory, record=None, tokenizer=tokenizer, family=family, stock_only=True)
         again = load_pruned(task.directory, dtype=model.dtype, device=model.device)

@@ -30,7 +30,8 @@ from .pruning.saving import cut_model, outcome_of, plan_of, with_outcome
 from .pruning.selection import choose
 from .pruning.workspace import opened, resumable, saved, several
 from .settings import RunSettings
-from .structure.plan import Outcome, PruningPlan
+from .structure.outcome import Outcome
+from .structure.plan import PruningPlan
 
 
 def prune_model(model: Model, job: Job, execution: Execution | None = None) -> Model:

@@ -16,15 +16,8 @@ from llmpruner.evaluation.evaluate import Evaluation, Evaluations
 from llmpruner.models.model import Model, Structure
 from llmpruner.pruning.verify import Check, Verification
 from llmpruner.recipes.run import RecipeResult, StepResult
-from llmpruner.structure.plan import (
-    BudgetOutcome,
-    Outcome,
-    PruningPlan,
-    Quality,
-    ScriptTokens,
-    TextTokens,
-    TokenOutcome,
-)
+from llmpruner.structure.outcome import BudgetOutcome, Outcome, Quality, ScriptTokens, TextTokens, TokenOutcome
+from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench,

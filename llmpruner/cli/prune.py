@@ -20,7 +20,8 @@ from .derive import Json, ModelName, Output, takes
 from .measure import write_next_to
 
 if TYPE_CHECKING:
-    from ..structure.plan import Outcome, PruningPlan
+    from ..structure.outcome import Outcome
+    from ..structure.plan import PruningPlan
 
 
 @takes(PruneSettings, LoadSettings, RunSettings, omit=("restart",))

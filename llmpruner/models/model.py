@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ModelError
-from ..structure.plan import Outcome, PruningPlan
+from ..structure.outcome import Outcome
+from ..structure.plan import PruningPlan
 from ..values import html_table
 from .reference import Reference
 from .weights import StreamedWeights, Weights

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import traceback
 from collections.abc import Iterable
 from importlib import metadata
 from typing import Any
@@ -39,17 +41,25 @@ class PluginManager(pluggy.PluginManager):
         return module if distribution is None else distribution.name
 
     def call(self, hook: str, **arguments: Any) -> list[Any]:
-        """What the implementations of a hook return, in one list. Raises `PluginError` where one raises."""
-        results: list[Any] = []
+        """What the implementations of a hook return, in one list, the built-ins' first. Raises `PluginError` where one
+        raises."""
+        try:
+            # pluggy calls the last one first.
+            results = reversed(getattr(self.hook, hook)(**arguments))
+            return [each for result in results for each in (result if isinstance(result, Iterable) else [result])]
+        except Exception as error:
+            name, reason = self._raised_by(hook, error), f"{type(error).__name__}: {first_line(error)}"
+            raise PluginError(
+                f"{hook} of plugin '{name}' failed: {reason}; LLMPRUNER_BLOCK={name} leaves it out"
+            ) from error
+
+    def _raised_by(self, hook: str, error: Exception) -> str:
+        """The plugin whose implementation of a hook raised ``error``."""
+        ran = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
         for implementation in getattr(self.hook, hook).get_hookimpls():
-            try:
-                results += implementation.function(**arguments) or ()
-            except Exception as error:
-                name, reason = implementation.plugin_name, f"{type(error).__name__}: {first_line(error)}"
-                raise PluginError(
-                    f"{hook} of plugin '{name}' failed: {reason}; LLMPRUNER_BLOCK={name} leaves it out"
-                ) from error
-        return results
+            if getattr(inspect.unwrap(implementation.function), "__code__", None) in ran:
+                return implementation.plugin_name
+        return "unknown"
 
     def _load(self, entry: metadata.EntryPoint) -> None:
         """Register the plugin of an entry point; one that is broken is left out, with a line in ``broken``."""

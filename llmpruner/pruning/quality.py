@@ -20,7 +20,8 @@ from ..models.model import Model
 from ..models.numbers import with_fast_products
 from ..models.tokenizer import predicted_tokens
 from ..structure.coupling import LAYER
-from ..structure.plan import PruningPlan, Quality
+from ..structure.outcome import Quality
+from ..structure.plan import PruningPlan
 from .job import Job
 
 TOKENS = 2048

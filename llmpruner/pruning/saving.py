@@ -28,19 +28,15 @@ from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
 from ..structure.coupling import VOCABULARY
 from ..structure.kept import Kept, restrict
+from ..structure.outcome import BudgetOutcome, Outcome, ScriptTokens, TextTokens, TokenOutcome
 from ..structure.plan import (
     BaseRef,
-    BudgetOutcome,
     CompensationRecord,
     EstimationRecord,
     GroupCut,
-    Outcome,
     PruningPlan,
-    ScriptTokens,
     SelectionRecord,
     Target,
-    TextTokens,
-    TokenOutcome,
     cuts_of,
     structure_of,
 )

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ..evaluation.evaluate import Evaluations
     from ..structure.coupling import CouplingGraph
-    from ..structure.plan import PruningPlan, Quality
+    from ..structure.outcome import Quality
+    from ..structure.plan import PruningPlan
 
 DENSE = "dense"
 """Name of the dense model on the page."""
@@ -63,7 +64,7 @@ class ReportSubject:
     @property
     def cut_quality(self) -> Quality | None:
         """What the last `prune` measured."""
-        from ..structure.plan import Quality
+        from ..structure.outcome import Quality
 
         values = [work.get("quality") for work in self.record.get("work") or ()]
         return Quality(**values[-1]) if values and values[-1] else None

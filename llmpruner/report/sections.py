@@ -130,7 +130,7 @@ class PlanSection(ReportSection):
     def render(self, subject: ReportSubject) -> str:
         from pydantic import TypeAdapter
 
-        from ..structure.plan import TokenOutcome
+        from ..structure.outcome import TokenOutcome
 
         plans = []
         for plan, work in zip(subject.plans, chain(subject.record.get("work", ()), repeat({})), strict=False):

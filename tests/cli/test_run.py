@@ -16,7 +16,8 @@ from llmpruner.files import alone_in
 from llmpruner.progress import Progress
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.run import RecipeRun
-from llmpruner.structure.plan import Outcome, PruningPlan
+from llmpruner.structure.outcome import Outcome
+from llmpruner.structure.plan import PruningPlan
 
 NAMES = ["1-prune", "2-recover", "table", "4-export"]
 

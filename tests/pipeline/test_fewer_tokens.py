@@ -16,7 +16,8 @@ from llmpruner.errors import PlanError, SelectionError, SettingsError, Unsupport
 from llmpruner.models.vocabulary import Vocabulary
 from llmpruner.pruning import saving
 from llmpruner.pruning.criteria.tokens import TokenUse
-from llmpruner.structure.plan import GroupCut, ScriptTokens, TextTokens
+from llmpruner.structure.outcome import ScriptTokens, TextTokens
+from llmpruner.structure.plan import GroupCut
 from llmpruner.testing.models import letters
 
 ROWS = 768  # of the embedding; a few more than tokens

@@ -20,7 +20,7 @@ from llmpruner.report.base import Costs
 from llmpruner.report.evidence import report_subjects
 from llmpruner.report.sections import RecoverySection
 from llmpruner.report.summary import Pair, sentence
-from llmpruner.structure.plan import Quality
+from llmpruner.structure.outcome import Quality
 from llmpruner.values import without_folders
 
 
