@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(eq=False, repr=False)
 class Structure:
     """A model without its weights.
 
@@ -68,7 +68,7 @@ class Structure:
         return html_table(rows)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(eq=False, kw_only=True, repr=False)
 class Model(Structure):
     """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
@@ -92,14 +92,16 @@ class Model(Structure):
     @contextlib.contextmanager
     def changing(self, stage: str) -> Iterator[None]:
         """For what changes the weights in place. Where it ends by an exception, the model stays ``unfinished``."""
-        vars(self)["unfinished"] = stage
+        self.unfinished = stage
         yield
-        vars(self)["unfinished"] = None
+        self.unfinished = None
 
     def become(self, result: Model) -> Model:
         """This object with all fields of ``result``, which has its weights: stages make new values, but the object that
         the caller has must describe the weights that were changed in place."""
-        vars(self).update({**vars(result), "unfinished": None})
+        for name, value in vars(result).items():
+            setattr(self, name, value)
+        self.unfinished = None
         return self
 
     def check_whole(self) -> None:

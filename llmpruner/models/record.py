@@ -23,7 +23,7 @@ STEP_FILE, RESULTS_FILE = "step.json", "results.json"
 """In the folder of a recipe's step: what it was made from, and what it measured."""
 OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE, STEP_FILE)
 """Files about the run that made a checkpoint. No result depends on them, and they are not published."""
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 HASHED = 1 << 30
 """Bytes of weights up to which loading compares hashes; of more, it compares sizes and names, and `verify` the rest."""
 _SAMPLES, _SAMPLE = 64, 1 << 16
@@ -117,7 +117,7 @@ def check_weights(directory: Path) -> None:
 
 def has_shards(directory: Path) -> bool:
     """Whether ``directory`` has its weights in safetensors files."""
-    return (directory / INDEX).is_file() or (directory / SINGLE).is_file()
+    return (directory / INDEX_FILE).is_file() or (directory / WEIGHTS_FILE).is_file()
 
 
 def names_in(file: Path) -> list[str]:
@@ -134,13 +134,13 @@ def names_in(file: Path) -> list[str]:
 
 def check_index(directory: Path) -> None:
     """Raise `CheckpointError` for a safetensors file that is missing, damaged, or not as the index says."""
-    if not (directory / INDEX).is_file():
-        if (directory / SINGLE).is_file():
-            names_in(directory / SINGLE)
+    if not (directory / INDEX_FILE).is_file():
+        if (directory / WEIGHTS_FILE).is_file():
+            names_in(directory / WEIGHTS_FILE)
         return
-    files = read_json(directory / INDEX).get("weight_map")
+    files = read_json(directory / INDEX_FILE).get("weight_map")
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise CheckpointError(f"{directory / INDEX} is damaged: it has no 'weight_map' of files")
+        raise CheckpointError(f"{directory / INDEX_FILE} is damaged: it has no 'weight_map' of files")
     for file in sorted(set(files.values())):
         present, expected = set(names_in(directory / file)), {name for name, other in files.items() if other == file}
         for name in sorted(present ^ expected):

@@ -21,7 +21,7 @@ from .messages import quiet_transformers, why_it_stops
 from .meta import base_of, empty_model
 from .modeling_llmpruner import LAYERS, apply_record, derive_lists, layer_overrides, pruned_model
 from .numbers import first_not_finite
-from .record import INDEX, RECORD_FILE, SINGLE, names_in, write_record
+from .record import INDEX_FILE, RECORD_FILE, WEIGHTS_FILE, names_in, write_record
 from .stock import per_layer_sizes, plain_attributes, same_buffers, stock_model, tensor_shapes, uncut_model
 from .weights import StreamedWeights, Weights
 
@@ -98,7 +98,7 @@ def _save_parts(weights: StreamedWeights, directory: Path, *, original: bool) ->
             _check_finite(state)
             model.save_pretrained(aside, state_dict=state, save_original_format=original, max_shard_size="1000GB")
         shard = f"model-{position + 1:05}-of-{len(weights.numbers):05}.safetensors"
-        (aside / SINGLE).rename(directory / shard)
+        (aside / WEIGHTS_FILE).rename(directory / shard)
         weight_map |= dict.fromkeys(sorted(names_in(directory / shard)), shard)
         if position == 0:
             for file in aside.iterdir():
@@ -106,7 +106,7 @@ def _save_parts(weights: StreamedWeights, directory: Path, *, original: bool) ->
         shutil.rmtree(aside)
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     index = {"metadata": {"total_size": size}, "weight_map": weight_map}
-    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _rebuilt(model: PreTrainedModel, family: ModelFamily | None, weights: Weights) -> Weights:

@@ -58,7 +58,7 @@ class PluginManager(pluggy.PluginManager):
         ran = {frame.f_code for frame, _ in traceback.walk_tb(error.__traceback__)}
         for implementation in getattr(self.hook, hook).get_hookimpls():
             if getattr(inspect.unwrap(implementation.function), "__code__", None) in ran:
-                return implementation.plugin_name
+                return str(implementation.plugin_name)
         return "unknown"
 
     def _load(self, entry: metadata.EntryPoint) -> None:
