@@ -9,9 +9,9 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import Catalog, ModelFamily
 from llmpruner.calibration.calibration import CalibrationSet
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.tiny import random_instance
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.model import Model
 from llmpruner.structure.coupling import CouplingGraph
 

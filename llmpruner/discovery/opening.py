@@ -25,6 +25,7 @@ from ..errors import (
     not_pruned,
 )
 from ..files import WEIGHTS
+from ..models.family import AUTO
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
 from ..models.model import Model, Structure
@@ -38,7 +39,6 @@ from ..settings import LoadSettings, settings_from
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan, structure_of
 from ..values import refusal
-from .family import AUTO
 from .groups import build_graph
 
 if TYPE_CHECKING:

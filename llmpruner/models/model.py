@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..discovery.family import ModelFamily
     from ..structure.coupling import CouplingGraph
+    from .family import ModelFamily
 
 
 @dataclass(frozen=True, repr=False)

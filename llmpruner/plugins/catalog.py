@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from ..calibration.calibration import CalibrationSource
 from ..component import Component, check_chosen
-from ..discovery.family import AUTO, ModelFamily
 from ..errors import ModelError, UnknownNameError, UnsupportedModelError, first_line
 from ..evaluation.bench import Runtime
 from ..evaluation.evaluate import Metric
 from ..exporters import Exporter
+from ..models.family import AUTO, ModelFamily
 from ..models.reference import CheckpointReader
 from ..pruning.allocation import Allocation
 from ..pruning.budgets import Budget

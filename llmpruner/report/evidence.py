@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..discovery.cut import cut
 from ..discovery.groups import build_graph
 from ..discovery.opening import load_structure
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
@@ -19,7 +20,6 @@ from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
 from ..models.reference import model_identity
-from ..models.surgery import cut
 from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
 

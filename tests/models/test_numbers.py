@@ -7,9 +7,10 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import Catalog
 from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.numbers import first_not_finite
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.surgery import silence
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate
 
