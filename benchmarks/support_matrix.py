@@ -99,19 +99,19 @@ def examine(model_type: str) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING
     from transformers.utils import logging
 
-    from llmpruner.discovery.family import AutoFamily
     from llmpruner.discovery.tiny import random_instance
     from llmpruner.discovery.verify import check_kinds, representative
     from llmpruner.errors import UnsupportedModelError, first_line
+    from llmpruner.models.family import AutoFamily
 
     logging.set_verbosity_error()
     result: dict[str, Any] = {}
     started = time.monotonic()
     try:
-        small, groups = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
+        small, graph = representative(CONFIG_MAPPING[model_type](**INCOMPLETE.get(model_type, {})), AutoFamily())
         model = random_instance(small)
         result["has"] = [kind for kind, pattern in PARTS.items() if has_part(model, pattern)]
-        verdicts = check_kinds(AutoFamily(), small, groups, kinds=KINDS)
+        verdicts = check_kinds(AutoFamily(), small, graph, kinds=KINDS)
     except UnsupportedModelError as error:
         result["reason"] = str(error)
     except Exception as error:

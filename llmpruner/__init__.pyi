@@ -19,8 +19,8 @@ from .calibration.base import CalibrationSource as CalibrationSource
 from .calibration.documents import read_text as read_text
 from .catalog import Catalog as Catalog
 from .component import ComponentSettings as ComponentSettings
-from .discovery.family import ModelFamily as ModelFamily
 from .discovery.groups import build_graph as build_graph
+from .discovery.groups import discover_graph as discover_graph
 from .engine.signals import ParameterSignals as ParameterSignals
 from .engine.signals import Product as Product
 from .engine.signals import Signal as Signal
@@ -46,6 +46,8 @@ from .exporters import Exporter as Exporter
 from .exporters import ExportTask as ExportTask
 from .files import new_directory as new_directory
 from .files import read_json as read_json
+from .models.chat_format import ChatFormat as ChatFormat
+from .models.family import ModelFamily as ModelFamily
 from .models.meta import meta_model as meta_model
 from .models.model import Model as Model
 from .models.model import Structure as Structure

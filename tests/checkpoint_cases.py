@@ -10,8 +10,9 @@ import torch
 from llmpruner_llama import LlamaFamily
 
 from llmpruner import build_graph
-from llmpruner.discovery.family import AutoFamily
-from llmpruner.models.surgery import cut
+from llmpruner.discovery.cut import cut
+from llmpruner.models.family import AutoFamily
+from llmpruner.models.surgery import cut_tensors
 
 LAYERS = 3
 SIZES: dict[str, Any] = {
@@ -90,7 +91,7 @@ def _cut(
     config = getattr(transformers, f"{prefix}Config")(**sizes, **options)
     torch.manual_seed(0)
     model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
-    cut(model, build_graph(AutoFamily(), config), kept)
+    cut_tensors(model, build_graph(AutoFamily(), config), kept)
     return model
 
 

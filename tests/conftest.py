@@ -57,12 +57,11 @@ LONGEST = [
 def pytest_sessionstart(session: pytest.Session) -> None:
     if session.config.getoption("numprocesses", None):
         return  # the workers run the tests
-    from llmpruner.discovery import groups, verify
+    from llmpruner.discovery import groups
     from llmpruner.testing import family
 
     family.run_python = run_fresh  # forked, without the seconds that importing torch and transformers takes
     groups.discover_graph = family.discover_graph = remembered(groups.discover_graph)
-    verify.fingerprint = remembered(verify.fingerprint)
 
 
 def remembered(found_for: Callable[[Any], Any]) -> Callable[[Any], Any]:

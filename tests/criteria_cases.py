@@ -8,11 +8,11 @@ import torch
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel
 
 from llmpruner import ModelFamily, load_catalog
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import family_for
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.walk import CalibrationSet
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.model import Model
 from llmpruner.models.reference import Reference
 from llmpruner.structure.coupling import CouplingGraph

@@ -12,6 +12,7 @@ from llmpruner.evaluation.bench import BenchSubject, Session, Work, work_of
 from llmpruner.evaluation.evaluate import ComparedModel, MetricSubject, Row
 from llmpruner.evaluation.metrics import Size
 from llmpruner.exporters import ExportTask
+from llmpruner.models.chat_format import ChatFormat
 from llmpruner.plugins import hookspecs
 from llmpruner.plugins.installed import KINDS
 from llmpruner.pruning.allocation import AllocationTask, Meter, top_up
@@ -24,6 +25,7 @@ from llmpruner.report.base import Costs, ReportSubject
 from llmpruner.structure.scope import Queue
 
 _GIVEN: dict[str, tuple[type, ...]] = {
+    "family": (ChatFormat,),
     "allocation": (AllocationTask, Meter, Queue),
     "budget": (BudgetSubject, Cost),
     "compensation": (RepairTask, Fit),

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from ..discovery.family import ModelFamily
+    from ..models.family import ModelFamily
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ class ChatSource(CalibrationSource):
         def tokenised(placed: tuple[str, Example]) -> list[list[int]]:
             return [token_ids(text, task.tokenizer) for text in texts_at(*placed, task.family, task.tokenizer)]
 
-        return torch.tensor(packed(read_examples(task.reference), tokenised, task), dtype=torch.long)
+        examples = read_examples(task.reference)
+        rows = packed(examples, tokenised, task.samples, task.length, task.seed, task.reference)
+        return torch.tensor(rows, dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):

@@ -1,5 +1,5 @@
 """Chat formats: prompts for questions, and examples as training texts with tokens. The tokenizer's chat template is
-used, unless the family has its own format (`ModelFamily.has_own_format`); without either, Stanford Alpaca's."""
+used, unless the family has a format of its own (`ModelFamily.chat_format`); without either, Stanford Alpaca's."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jinja2 import TemplateError
 
-from ..discovery.family import ModelFamily, alpaca_prompt
 from ..errors import DataError, first_line
+from ..models.chat_format import ALPACA, ChatFormat, alpaca_prompt
+from ..models.family import ModelFamily
 from .conversations import Completion, Example, Instruction
-
-if TYPE_CHECKING:
-    from .base import SampleTask
 
 T = TypeVar("T")
 
@@ -53,10 +51,12 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
     if has_chat_template(family, tokenizer):
         messages = [*_messages(history), {"role": "user", "content": question}]
         return Prompt(_render(tokenizer, messages, add_generation_prompt=True), True)
+    chat_format = family.chat_format
+    earlier = () if chat_format is ALPACA else history
     # A format may leave out a turn without an answer; the prompt of the last turn does not depend on its answer.
-    pairs = family.format_conversation([*(history if family.has_own_format else ()), (question, "-")])
+    pairs = chat_format.format_conversation([*earlier, (question, "-")])
     # Closed with the last pair, as the last answer may be the only one that gets an end.
-    past = _closed(pairs, family.eos_after, tokenizer)[:-1]
+    past = _closed(pairs, chat_format.eos_after, tokenizer)[:-1]
     return Prompt("".join(asked + answered for asked, answered in past) + pairs[-1][0], False)
 
 
@@ -64,26 +64,28 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
     """An example in the chat format of the model: one text, or one for each answer where the format changes earlier
     turns once others follow (Qwen3 leaves out their reasoning, Mistral the system message, ChatGLM numbers rounds).
     Raises `DataError` when the chat template fails or renders no answers."""
+    chat_format = family.chat_format
     if isinstance(example, Completion):
-        return [TrainingText(_closed([(example.prompt, family.format_text(example.completion))], "every", tokenizer))]
+        pair = example.prompt, chat_format.format_text(example.completion)
+        return [TrainingText(_closed([pair], "every", tokenizer))]
     has_template = has_chat_template(family, tokenizer)
     if isinstance(example, Instruction):
-        if not has_template and not family.has_own_format:
+        if not has_template and chat_format is ALPACA:
             pair = alpaca_prompt(example.instruction, example.input), example.output
-            return [TrainingText(_closed([pair], family.eos_after, tokenizer))]
+            return [TrainingText(_closed([pair], ALPACA.eos_after, tokenizer))]
         example = example.conversation
     exchanges, system = example.exchanges, example.system
     starts = [exchanges[: number + 1] for number in range(len(exchanges))]
     if has_template:
         answers = [_in_template(tokenizer, start, system) for start in starts]
     else:
-        answers = [_in_format(family, start, system) for start in starts]
+        answers = [_in_format(chat_format, start, system) for start in starts]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
     texts = [[(text[:start], text[start:])] for text, start in answers]
     if all(whole.startswith(text) and end <= start for (text, start), end in zip(answers, ends, strict=False)):
         texts = [[(whole[end:start], text[start:]) for (text, start), end in zip(answers, ends, strict=False)]]
-    eos_after = "none" if has_template else family.eos_after  # a template has its own
+    eos_after = "none" if has_template else chat_format.eos_after  # a template has its own
     return [TrainingText(_closed(pairs, eos_after, tokenizer), has_template) for pairs in texts]
 
 
@@ -99,19 +101,19 @@ def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
     """Whether prompts are in the tokenizer's chat template, and not in the format of the family."""
     template: Any = getattr(tokenizer, "chat_template", None)
     # A dict of templates by name.
-    return bool(template) and (isinstance(template, str) or "default" in template) and not family.has_own_format
+    return bool(template) and (isinstance(template, str) or "default" in template) and family.chat_format is ALPACA
 
 
 def has_chat_format(family: ModelFamily, tokenizer: Any | None) -> bool:
     """Whether the tokenizer has a template for chats, or the family a format."""
-    return tokenizer is not None and (family.has_own_format or has_chat_template(family, tokenizer))
+    return tokenizer is not None and (family.chat_format is not ALPACA or has_chat_template(family, tokenizer))
 
 
 def format_note(name: str, family: ModelFamily, tokenizer: Any) -> str | None:
     """A line on the format of a prompt that is not in the tokenizer's chat template; else None."""
     if has_chat_template(family, tokenizer):
         return None
-    if family.has_own_format:
+    if family.chat_format is not ALPACA:
         return f"'{name}': the prompt is in the chat format of its family, {family.name}"
     return f"'{name}' has no chat format: the prompt is in Stanford Alpaca's format for instructions"
 
@@ -147,11 +149,13 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
-def packed(examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], task: SampleTask) -> list[list[int]]:
-    """Rows of tokens: the texts of whole examples in random order, the last one cut. ``tokenised``: the texts of an
-    example; those of examples that are not used are never made, as data sets are large. Raises `DataError` where all
-    texts together are shorter than a row."""
-    length, rng = task.length, random.Random(task.seed)
+def packed(
+    examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], samples: int, length: int, seed: int, source: str
+) -> list[list[int]]:
+    """``samples`` rows of ``length`` tokens: the texts of whole examples in random order, the last one cut.
+    ``tokenised``: the texts of an example; those of examples that are not used are never made, as data sets are large.
+    Raises `DataError`, which names the ``source``, where all texts together are shorter than a row."""
+    rng = random.Random(seed)
 
     def texts() -> Iterator[list[int]]:
         while True:
@@ -161,9 +165,9 @@ def packed(examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], tas
                     tokens += len(ids)
                     yield ids
             if tokens < length:
-                raise DataError(f"'{task.reference}' is too short for {length} tokens; lower --set prune.length")
+                raise DataError(f"'{source}' is too short for {length} tokens; lower --set prune.length")
 
-    return filled(texts(), task.samples, length)
+    return filled(texts(), samples, length)
 
 
 def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]]:
@@ -178,7 +182,7 @@ def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]
 
 
 def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[tuple[str, str], ...]:
-    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (see `ModelFamily`)
+    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (see `ChatFormat`)
     and that do not end with one."""
     eos = getattr(tokenizer, "eos_token", None) or ""
     first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
@@ -188,9 +192,9 @@ def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) ->
     )
 
 
-def _in_format(family: ModelFamily, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
+def _in_format(chat_format: ChatFormat, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
     """A conversation in the format of the family, and where in the text the last answer begins."""
-    *past, (prompt, answer) = family.format_conversation(exchanges, system)
+    *past, (prompt, answer) = chat_format.format_conversation(exchanges, system)
     before = "".join(asked + answered for asked, answered in past) + prompt
     return before + answer, len(before)
 

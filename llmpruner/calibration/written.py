@@ -27,7 +27,7 @@ from .windows import opening_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..discovery.family import ModelFamily
+    from ..models.family import ModelFamily
     from .base import SampleTask
 
 
@@ -179,7 +179,7 @@ def answers_to_instructions(
         batch, numbers = chosen[first : first + size], points[first : first + size]
         drawn = answered(model, tokenizer, [prompts[each] for each in batch], tokens, numbers)
         for instruction, ids in zip(batch, drawn, strict=True):
-            answer = text_of(tokenizer, ids, finished=len(ids) < tokens, stop=family.stop_text)
+            answer = text_of(tokenizer, ids, finished=len(ids) < tokens, stop=family.chat_format.stop_text)
             if answer:
                 written.append(Instruction(instruction, answer))
     rng.shuffle(written)

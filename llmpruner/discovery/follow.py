@@ -25,7 +25,7 @@ MAX_TRIALS = 162
 _AUTOMATIC = frozenset(
     ("in_features", "out_features", "num_embeddings", "embedding_dim", "nx", "nf", "layer_idx", "padding_idx")
 )
-"""Attributes that `surgery.cut` sets."""
+"""Attributes that `surgery.cut_tensors` sets."""
 
 
 @dataclass(frozen=True, order=True)
@@ -53,37 +53,31 @@ class FollowTable:
 Rule = Follow | FollowTable
 
 
-@dataclass(frozen=True)
-class Follower:
-    """Applies rules after a cut."""
-
-    rules: Sequence[Rule]
-
-    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        """``graph``: before the cut; ``model``: after it."""
-        numbers = layer_numbers(graph, kept)
-        modules = dict(model.named_modules(remove_duplicate=False))
-        for name, units in kept.items():
-            group = graph.by_name[name]
-            if len(units) == group.units:
+def apply_rules(rules: Sequence[Rule], model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
+    """Update ``model``, in place, after a cut to ``kept``. ``graph``: before the cut."""
+    numbers = layer_numbers(graph, kept)
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name, units in kept.items():
+        group = graph.by_name[name]
+        if len(units) == group.units:
+            continue
+        layers = [new for old, new in numbers.items() if group.layer in (old, None)]
+        near = {in_layer(path, graph.layers, "*") for path in _around(graph, group)}
+        axes = _axes(graph, group)
+        for rule in rules:
+            if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
                 continue
-            layers = [new for old, new in numbers.items() if group.layer in (old, None)]
-            near = {in_layer(path, graph.layers, "*") for path in _around(graph, group)}
-            axes = _axes(graph, group)
-            for rule in self.rules:
-                if rule.kind != group.kind or (isinstance(rule, Follow) and rule.axes not in ((), axes)):
+            for layer in layers if "*" in rule.path else [0]:
+                module = modules.get(rule.path.replace("*", str(layer)))
+                if module is None:  # a layer of another type
                     continue
-                for layer in layers if "*" in rule.path else [0]:
-                    module = modules.get(rule.path.replace("*", str(layer)))
-                    if module is None:  # a layer of another type
-                        continue
-                    places = (rule.path, rule.path.rpartition(".")[0] if _has_no_parameters(module) else rule.path)
-                    if near.isdisjoint(places):
-                        continue  # of another group of this kind, which may have as many units by chance
-                    if isinstance(rule, Follow):
-                        _scale(model, module, rule.attribute, len(units), group)
-                    else:
-                        slice_argument(module, rule.argument, rule.axis, group.units, units)
+                places = (rule.path, rule.path.rpartition(".")[0] if _has_no_parameters(module) else rule.path)
+                if near.isdisjoint(places):
+                    continue  # of another group of this kind, which may have as many units by chance
+                if isinstance(rule, Follow):
+                    _scale(model, module, rule.attribute, len(units), group)
+                else:
+                    slice_argument(module, rule.argument, rule.axis, group.units, units)
 
 
 def _scale(model: nn.Module, module: nn.Module, attribute: str, kept: int, group: CoupledGroup) -> None:

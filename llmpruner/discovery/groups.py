@@ -40,8 +40,7 @@ from .trace import Trace, trace
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from .family import ModelFamily
-
+    from ..models.family import ModelFamily
 
 _CROSS_LAYER = "cross-layer"
 """Channels of several layers that are not the residual stream; they become no group."""
@@ -73,9 +72,8 @@ class UnitSet:
 
 def build_graph(family: ModelFamily, config: PreTrainedConfig) -> CouplingGraph:
     """The coupling graph of a dense model, without weights. Raises `CouplingError` where groups contradict shapes."""
-    if family.declares_groups:
-        return graph_of(meta_model(config), family.coupled_groups(config))
-    return discover_graph(config)
+    declared = family.coupled_groups(config)
+    return discover_graph(config) if declared is None else graph_of(meta_model(config), declared)
 
 
 def discover_graph(config: PreTrainedConfig) -> CouplingGraph:

@@ -27,6 +27,7 @@ from ..errors import (
     not_pruned,
 )
 from ..files import WEIGHTS
+from ..models.family import AUTO, ModelFamily
 from ..models.messages import ALLOW, from_pretrained, in_one_line, quiet_transformers
 from ..models.meta import register_model_class
 from ..models.model import Model, Structure
@@ -40,7 +41,6 @@ from ..settings import LoadSettings, settings_from
 from ..structure.kept import restrict
 from ..structure.plan import PruningPlan, structure_of
 from ..values import refusal
-from .family import AUTO, ModelFamily
 from .groups import build_graph
 
 _LOG = logging.getLogger("llmpruner")

@@ -20,17 +20,17 @@ from ..errors import LlmprunerError, first_line
 from ..models.messages import quiet_transformers, why_it_stops
 from ..models.opening import load_pruned
 from ..models.save import save_checkpoint
-from ..models.surgery import cut, silence
+from ..models.surgery import cut_tensors, silence
 from ..models.vocabulary import named_tokens
 from ..structure.coupling import EXPERT, LAYER, VOCABULARY, CoupledGroup, CouplingGraph, Role
 from ..structure.kept import Kept, removed_layers
-from .follow import Follower, Rule, candidates, find, tables
+from .follow import Rule, apply_rules, candidates, find, tables
 from .tiny import random_instance
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from .family import ModelFamily
+    from ..models.family import ModelFamily
 
 BATCH, TIME = 3, 13
 NEW_TOKENS = 4
@@ -92,7 +92,8 @@ class Oracle:
         silent = cases["uneven"][0]
         with silent.mode:
             no_cache = why_no_generation(silent.model, silent.tokens.before)
-        if self.family.is_discovered and kind != LAYER:
+        must_find = self.family.refresh(copy.deepcopy(self.models["eager"])) is NotImplemented
+        if must_find and kind != LAYER:
             verdict.follows = self._follows(groups, cases["uneven"], cached=not no_cache)
         eager: dict[str, PreTrainedModel] = {}
         for name, references in cases.items():
@@ -156,7 +157,9 @@ class Oracle:
 
     def _cut(self, reference: Reference, follows: Sequence[Rule]) -> PreTrainedModel:
         model = copy.deepcopy(self.models[reference.implementation])
-        cut(model, self.graph, reference.kept, Follower(follows) if self.family.is_discovered else self.family)
+        cut_tensors(model, self.graph, reference.kept)
+        if self.family.refresh(model) is NotImplemented:
+            apply_rules(follows, model, self.graph, reference.kept)
         return model
 
     def _follows(

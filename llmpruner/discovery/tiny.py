@@ -54,6 +54,8 @@ HEADS = (5, 3), (4, 2)
 """Odd numbers first, because no other size is a multiple of them; some classes accept even ones only."""
 ATTEMPTS = tuple(Small(heads, complete, each) for each in (1, 2) for complete in (False, True) for heads in HEADS)
 """What is tried until a small model runs; two layers of every kind where layers share weights."""
+_FINGERPRINTS: dict[tuple[type, str], tuple[object, ...]] = {}
+"""Of this process: every trial cut asks for the one of its model."""
 
 
 @dataclass(frozen=True)
@@ -98,11 +100,14 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 
 def fingerprint(config: PreTrainedConfig) -> tuple[object, ...]:
     """A key that is equal for configurations with equal small models."""
-    texts = []
-    for attempt in ATTEMPTS:
-        with suppress(UnsupportedModelError):
-            texts.append(tiny_config(config, attempt).to_json_string(use_diff=False))
-    return type(config), *texts
+    key = type(config), config.to_json_string(use_diff=False)
+    if key not in _FINGERPRINTS:
+        texts = []
+        for attempt in ATTEMPTS:
+            with suppress(UnsupportedModelError):
+                texts.append(tiny_config(config, attempt).to_json_string(use_diff=False))
+        _FINGERPRINTS[key] = (type(config), *texts)
+    return _FINGERPRINTS[key]
 
 
 def _run(model: PreTrainedModel) -> None:

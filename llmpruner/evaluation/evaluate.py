@@ -18,7 +18,7 @@ from ..values import bytes_text, count_text, html_table
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..discovery.family import ModelFamily
+    from ..models.family import ModelFamily
     from ..models.model import Model
     from ..settings import EvaluateSettings
     from ..structure.coupling import CouplingGraph

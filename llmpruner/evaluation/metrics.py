@@ -195,7 +195,7 @@ class AnswersMetric(Metric):
         from ..models.generation import text_before
         from ..models.tokenizer import ids_to_continue, tokens_of
 
-        tokenizer, stop = subject.tokenizer, subject.family.stop_text
+        tokenizer, stop = subject.tokenizer, subject.family.chat_format.stop_text
         instructions = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
         asked = [chat_prompt(subject.family, tokenizer, line) for line in instructions]
         prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]

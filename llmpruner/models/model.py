@@ -17,8 +17,8 @@ from .weights import StreamedWeights, Weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..discovery.family import ModelFamily
     from ..structure.coupling import CouplingGraph
+    from .family import ModelFamily
 
 
 @dataclass(eq=False, repr=False)

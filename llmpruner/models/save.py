@@ -28,7 +28,7 @@ from .weights import StreamedWeights, Weights
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..discovery.family import ModelFamily
+    from .family import ModelFamily
 
 _NUMBERS = (int, float, bool)
 _PLAIN = (*_NUMBERS, str, type(None))

@@ -23,7 +23,7 @@ from .modeling_llmpruner import LAYERS, drop_layers, layer_overrides, set_values
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
-    from ..discovery.family import ModelFamily
+    from .family import ModelFamily
 
 Shape = tuple[int, ...]
 Shapes = dict[str, Shape]

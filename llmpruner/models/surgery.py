@@ -1,4 +1,4 @@
-"""Applying a plan to a model: removing units (`cut`), or setting to zero what they contribute (`silence`).
+"""Applying a plan to a model: removing units (`cut_tensors`), or setting to zero what they contribute (`silence`).
 
 To *cut* units is to remove their indices from all tensors, which changes shapes. To *silence* them is to set weights to
 zero so that they contribute nothing, without changing shapes. Both give the same outputs, up to rounding.
@@ -8,10 +8,9 @@ zero so that they contribute nothing, without changing shapes. Both give the sam
 
 from __future__ import annotations
 
-import copy
 from functools import partial
 from math import sqrt
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,19 +24,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Follows(Protocol):
-    """Updates module attributes after a cut, such as the number of heads that an attention module stores."""
-
-    def follow(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
-        """``model``: after the cut; changed in place. ``graph``: before the cut. ``kept``: group name → units kept."""
-
-
-def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows | None = None) -> CouplingGraph:
+def cut_tensors(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> CouplingGraph:
     """Remove all units that ``kept`` leaves out, in place, and return the coupling graph of the cut model.
 
     Replaces parameters and buffers, updates the sizes that linear, embedding and norm modules store, rescales RMS norms
-    over cut units so that the result equals the silenced model, deletes removed layers, renumbers tokens and layers;
-    then ``family.follow`` updates other attributes. Raises `PlanError` for invalid ``kept``."""
+    over cut units so that the result equals the silenced model, deletes removed layers, renumbers tokens and layers.
+    Other attributes, such as numbers of heads, are left to `discovery.cut`. Raises `PlanError` for invalid ``kept``."""
     check_kept(graph, kept)
     sizes = {model.get_submodule(name.rpartition(".")[0]): size for name, size in norms(graph, kept).items()}
     for module, (before, after, _) in sizes.items():
@@ -55,8 +47,6 @@ def cut(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follow
             replace_tensor(model, name, partial(values.of, name), replaced)
     if removed_layers(graph, kept):
         drop_layers(model, graph.layers, list(layer_numbers(graph, kept)))
-    if family is not None:
-        family.follow(model, graph, kept)
     return restrict(graph, kept)
 
 
@@ -119,10 +109,3 @@ def norms(graph: CouplingGraph, kept: Kept) -> dict[str, tuple[int, int, float]]
         if offset is not None:
             sizes[name] = graph.shapes[name][axis], len(index), offset
     return sizes
-
-
-def cut_copy(model: PreTrainedModel, graph: CouplingGraph, kept: Kept, family: Follows) -> PreTrainedModel:
-    """A copy of ``model`` cut to ``kept``, which shares the weights that are not cut."""
-    copied = copy.deepcopy(model, {id(p): p for p in model.parameters()})
-    cut(copied, graph, kept, family)
-    return copied

@@ -8,7 +8,7 @@ from .hookspecs import hookimpl
 
 @hookimpl
 def llmpruner_model_families() -> list[type]:
-    from ..discovery.family import AutoFamily
+    from ..models.family import AutoFamily
 
     return [AutoFamily]
 

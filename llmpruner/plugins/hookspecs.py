@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import typer
 
     from ..calibration.base import CalibrationSource
-    from ..discovery.family import ModelFamily
     from ..evaluation.bench import Runtime
     from ..evaluation.evaluate import Metric
     from ..exporters import Exporter
+    from ..models.family import ModelFamily
     from ..models.reference import CheckpointReader
     from ..pruning.allocation import Allocation
     from ..pruning.budgets import Budget

@@ -6,10 +6,10 @@ from __future__ import annotations
 from ..calibration.base import CalibrationSource
 from ..catalog import Catalog
 from ..component import Component
-from ..discovery.family import ModelFamily
 from ..evaluation.bench import Runtime
 from ..evaluation.evaluate import Metric
 from ..exporters import Exporter
+from ..models.family import ModelFamily
 from ..models.reference import CheckpointReader
 from ..pruning.allocation import Allocation
 from ..pruning.budgets import Budget

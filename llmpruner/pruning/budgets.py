@@ -24,7 +24,7 @@ from ..structure.scope import Queue, build_queue
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ..discovery.family import ModelFamily
+    from ..models.family import ModelFamily
 
 
 class Cost(ABC):
@@ -288,11 +288,9 @@ class KvCache(Budget):
 
     def cost(self, subject: BudgetSubject) -> CacheCost:
         """Raises `UnsupportedModelError` for a cache that does not grow with the tokens or the units."""
-        from ..discovery.verify import with_rules
-        from ..models.surgery import cut_copy
+        from ..discovery.cut import cut_copy
 
         model, graph, groups = subject.model, subject.graph, subject.groups
-        follows = with_rules(subject.family, model, {g.kind for g in groups})
         dense = bytes_per_token(model, graph)
         if not sum(dense):
             raise _unknown(model, "does not grow with the tokens")
@@ -303,7 +301,7 @@ class KvCache(Budget):
             rounds.setdefault(queue.group.in_layer(0), []).append(queue)
         per_unit: dict[tuple[str, int], Fraction] = {}
         for together in subject.progress.track(list(rounds.values()), "key/value cache"):
-            cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, follows)
+            cut = cut_copy(model, graph, {q.group.name: q.kept_after(1) for q in together}, subject.family)
             after = bytes_per_token(cut, graph)
             for queue in together:
                 layers = range(graph.num_layers) if queue.group.layer is None else [queue.group.layer]
@@ -316,7 +314,7 @@ class KvCache(Budget):
         for group in groups:
             if group.kind == LAYER and group.units > 1:
                 kept[group.name] = tuple(u for u in range(group.units) if u != group.units // 2)
-        measured = bytes_per_token(cut_copy(model, graph, kept, follows) if kept else model, graph)
+        measured = bytes_per_token(cut_copy(model, graph, kept, subject.family) if kept else model, graph)
         if sum(measured) != cost.remaining(*counts(graph, kept)):
             raise _unknown(model, "is not proportional to the units that are kept")
         return cost

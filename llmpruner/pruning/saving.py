@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .. import __version__
+from ..discovery.cut import cut
 from ..discovery.groups import build_graph
 from ..discovery.opening import base_record
 from ..engine.signals import Signal
@@ -23,7 +24,6 @@ from ..models.model import Model, Structure
 from ..models.numbers import stored_dtype
 from ..models.record import read_any_record
 from ..models.save import save_checkpoint
-from ..models.surgery import cut
 from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
 from ..structure.coupling import VOCABULARY

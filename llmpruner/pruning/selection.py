@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import ceil, isfinite
 from typing import Any
@@ -11,17 +11,16 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from ..discovery.family import ModelFamily
-from ..discovery.verify import with_rules
+from ..discovery.cut import cut, cut_copy
 from ..engine.execution import Execution
 from ..engine.journal import recalled
 from ..engine.signals import GRADIENTS, Signal
 from ..engine.statistics import divergence
 from ..engine.walk import CalibrationSet
 from ..errors import ModelError, SelectionError
+from ..models.family import ModelFamily
 from ..models.model import Model, Structure
 from ..models.numbers import with_fast_products
-from ..models.surgery import cut, cut_copy
 from ..models.vocabulary import removable_tokens, whole_first
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
@@ -146,8 +145,7 @@ class _Current:
 
     def select(self, amount: Demand, allocation: Allocation) -> Kept:
         if self.loss is None and allocation.measures and self.text is not None:
-            kinds = {group.kind for group in self.groups} - {VOCABULARY}
-            self.loss = trial_loss(self.network, self.graph, kinds, self.model.family, self.text, self.scores)
+            self.loss = trial_loss(self.network, self.graph, self.model.family, self.text, self.scores)
         return self.execution.ranks.from_first(
             lambda: select(
                 self.graph, self.groups, self.scores, self.scope, amount, allocation,
@@ -299,13 +297,11 @@ def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
 
 @torch.no_grad()
 def trial_loss(
-    model: PreTrainedModel, graph: CouplingGraph, kinds: Collection[str], family: ModelFamily,
-    calibration: CalibrationSet, scores: Scores,
-) -> Callable[[Kept], float]:  # fmt: skip
+    model: PreTrainedModel, graph: CouplingGraph, family: ModelFamily, calibration: CalibrationSet, scores: Scores
+) -> Callable[[Kept], float]:
     """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
-    ``kinds``: of the units that are cut, but tokens, whose cut changes what the text is made of: it costs the sum of
-    their ``scores``. A trial cuts a copy that shares the uncut weights. Memory: the logits of 2,048 tokens."""
-    follows = with_rules(family, model, set(kinds))
+    Tokens are not cut, as that changes what the text is made of: they cost the sum of their ``scores``. A trial cuts a
+    copy that shares the uncut weights. Memory: the logits of 2,048 tokens."""
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))
@@ -322,7 +318,7 @@ def trial_loss(
         of_tokens = sum(float(scores[name].sum() - scores[name][list(units)].sum()) for name, units in tokens.items())
         if not others:
             return of_tokens
-        copied = cut_copy(model, graph, others, follows)
+        copied = cut_copy(model, graph, others, family)
         total = sum(divergence(before, logits(copied, part)) for before, part in zip(dense, tried, strict=True))
         if not isfinite(total):
             raise ModelError(

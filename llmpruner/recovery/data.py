@@ -30,7 +30,7 @@ from ..values import counted
 from .base import RecoveryStrategy, Row
 
 if TYPE_CHECKING:
-    from ..discovery.family import ModelFamily
+    from ..models.family import ModelFamily
     from ..models.model import Model
 
 ROWS = 512

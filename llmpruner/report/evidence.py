@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..catalog import Catalog
+from ..discovery.cut import cut
 from ..discovery.groups import build_graph
 from ..discovery.opening import Opener
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
@@ -20,7 +21,6 @@ from ..files import read_json
 from ..models.meta import meta_model
 from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
 from ..models.reference import model_identity
-from ..models.surgery import cut
 from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
 

@@ -58,10 +58,10 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
     """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows once
     ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
     structure is not proved."""
-    from ..discovery.family import AUTO
     from ..discovery.opening import family_for
     from ..discovery.oracle import VERIFIED
     from ..discovery.verify import check_kinds, representative
+    from ..models.family import AUTO
     from ..models.messages import quiet_transformers
 
     distribution = _import(package) if package else None
@@ -74,9 +74,9 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
                 f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
                 f"{cls.__name__} of {cls.__module__}"
             )
-        small, groups = representative(config, family)
+        small, graph = representative(config, family)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
-        verdicts = check_kinds(family, small, groups)
+        verdicts = check_kinds(family, small, graph)
         for verdict in verdicts:
             if verdict.verdict != VERIFIED:
                 raise UnsupportedModelError(

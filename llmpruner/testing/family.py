@@ -15,13 +15,13 @@ import torch
 from transformers import PreTrainedConfig
 
 from ..calibration.written import self_generated
-from ..discovery.family import ModelFamily
 from ..discovery.groups import build_graph, discover_graph
 from ..discovery.oracle import VERIFIED, random_plan
 from ..discovery.tiny import random_instance
 from ..discovery.verify import check_kinds
 from ..engine.walk import CalibrationSet
 from ..errors import UnsupportedModelError, near
+from ..models.family import ModelFamily
 from ..models.meta import base_of
 from ..models.model import Model
 from ..models.modeling_llmpruner import packages_of_models
@@ -101,7 +101,7 @@ class FamilyConformance:
         """For each kind, cut evenly and unevenly, in eager and sdpa attention, with cached generation, after saving and
         loading. Checks that are not possible for the model give a warning."""
         loaded = self.loaded()
-        verdicts = check_kinds(loaded.family, loaded.config, loaded.graph.groups)
+        verdicts = check_kinds(loaded.family, loaded.config, loaded.graph)
         assert verdicts, "the family has no coupled groups"
         for skipped in dict.fromkeys(line for v in verdicts for line in v.skipped):
             kinds = ", ".join(v.kind for v in verdicts if skipped in v.skipped)
@@ -112,13 +112,14 @@ class FamilyConformance:
     def test_declared_groups_agree_with_discovery(self) -> None:
         """Groups of the same name have the same indices, roles and offsets."""
         family, config = self.family(), self.config()
-        if not family.declares_groups:
-            return  # they are those of discovery
+        declared = family.coupled_groups(config)
+        if declared is None:
+            return
         try:
             discovered = discover_graph(config).groups
         except UnsupportedModelError as error:
             pytest.skip(f"discovery has nothing to compare with: {error}")
-        mismatches = differences(family.coupled_groups(config), discovered)
+        mismatches = differences(declared, discovered)
         assert not mismatches, "\n".join(mismatches)
 
     def test_checkpoints_may_name_its_model_class(self) -> None:

@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, MixtralConfig, PreTrainedConfig, PreTrainedTokenizerFast
 
-from ..discovery.family import ModelFamily
 from ..discovery.groups import build_graph
 from ..discovery.tiny import random_instance
 from ..engine.execution import Execution
+from ..models.family import ModelFamily
 from ..models.model import Model
 from ..models.reference import Reference
 from ..pipeline import prune_model, select

@@ -13,9 +13,9 @@ from typing import ClassVar
 import pytest
 import torch
 
+from ..discovery.cut import cut
 from ..models.model import Model
 from ..models.opening import load_pruned
-from ..models.surgery import cut
 from ..pruning.saving import save
 from ..recovery.base import RecoveryStrategy, TrainingResult, nothing
 from ..recovery.data import RecoverySetup, prepare, read_data

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from llmpruner import CheckpointError, CheckpointReader, ModelFamily, hookimpl, read_json
+from llmpruner import ChatFormat, CheckpointError, CheckpointReader, ModelFamily, hookimpl, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -17,13 +17,68 @@ CHAT_FORMAT, ROUNDS, ROLES = "chat_format", "rounds", "roles"
 """Attribute that `ChatGLMReader` adds to a converted configuration, and its values for ChatGLM2 and ChatGLM3."""
 
 
+class ChatGLM2Format(ChatFormat):
+    """Numbered rounds, as in the released ``chat`` method."""
+
+    # The blank is what the tokenizer adds where the released training code encodes an answer.
+    answer_separator = " "
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        """A query after earlier rounds of question and answer."""
+        rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, start=1))
+        return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
+
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> Sequence[tuple[str, str]]:
+        """One pair, as `answer_separator` and the first generation's ``[gMASK]<sop>`` come before the last answer
+        alone. The system message is plain text before the first round, as there are no system turns."""
+        *history, (query, answer) = exchanges
+        before = "" if system is None else self.format_system(system)
+        return [(before + self.format_chat(history, query), self.answer_separator + answer)]
+
+
+class ChatGLMFormat(ChatGLM2Format):
+    """The first generation's rounds."""
+
+    answer_separator = ""
+
+    def format_text(self, text: str) -> str:
+        """Text as the answer to an empty context, as the context is not trained on."""
+        return f"[gMASK]<sop>{text}"
+
+    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
+        if not history:
+            return f"{query}[gMASK]<sop>"
+        rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
+        return f"{rounds}[Round {len(history)}]\n问：{query}\n答：[gMASK]<sop>"
+
+
+class GlmFormat(ChatFormat):
+    """A special token for each role; the tokenizer adds ``[gMASK]<sop>`` before the text."""
+
+    answer_separator: ClassVar[str] = "\n"
+    """Before every message."""
+    eos_after = "last"
+
+    def format_prompt(self, question: str) -> str:
+        return f"<|user|>{self.answer_separator}{question}<|assistant|>"
+
+    def format_system(self, system: str) -> str:
+        return f"<|system|>{self.answer_separator}{system}"
+
+
+class ChatGLM3Format(GlmFormat):
+    answer_separator = "\n "  # the released tokenizer adds the blank
+
+
 class ChatGLMFamily(ModelFamily):
     """Hidden channels cannot be cut exactly, because of LayerNorms over them."""
 
     name = "chatglm"
     summary = "ChatGLM-6B, the first generation"
     model_types = ("chatglm",)
-    answer_separator = ""
+    chat_format = ChatGLMFormat()
 
     def register_models(self) -> None:
         """Register model type ``chatglm``. ChatGLM2, ChatGLM3 and GLM-4 in the original format have it too;
@@ -42,25 +97,6 @@ class ChatGLMFamily(ModelFamily):
     def refresh(self, model: PreTrainedModel) -> None:
         """Nothing to set: modules compute numbers of heads from the shapes of their weights."""
 
-    def format_text(self, text: str) -> str:
-        """Text as the answer to an empty context, as the context is not trained on."""
-        return f"[gMASK]<sop>{text}"
-
-    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
-        if not history:
-            return f"{query}[gMASK]<sop>"
-        rounds = "".join(f"[Round {i}]\n问：{q}\n答：{a}\n" for i, (q, a) in enumerate(history))
-        return f"{rounds}[Round {len(history)}]\n问：{query}\n答：[gMASK]<sop>"
-
-    def format_conversation(
-        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
-    ) -> Sequence[tuple[str, str]]:
-        """One pair, as ``[gMASK]<sop>`` and `answer_separator` come before the last answer alone."""
-        *history, (query, answer) = exchanges
-        before = "" if system is None else self.format_system(system)
-        return [(before + self.format_chat(history, query), self.answer_separator + answer)]
-
 
 class GlmFamily(ModelFamily):
     """GLM-4 in transformers' own format (``glm`` and ``glm4``, which adds norms after each sub-layer)."""
@@ -68,52 +104,27 @@ class GlmFamily(ModelFamily):
     name = "glm"
     summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
-    answer_separator = "\n"
-    eos_after = "last"
-
-    def format_prompt(self, question: str) -> str:
-        """The prompt of GLM-4; its tokenizer adds ``[gMASK]<sop>`` before it."""
-        return f"<|user|>\n{question}<|assistant|>"
-
-    def format_system(self, system: str) -> str:
-        """A turn with the role ``<|system|>``."""
-        return f"<|system|>{self.answer_separator}{system}"
+    chat_format = GlmFormat()
 
 
 class ChatGLM2Family(GlmFamily):
     name = "chatglm2"
     summary = "ChatGLM2-6B, converted to GLM: prompts in numbered rounds"
     extends = "glm"
-    answer_separator = " "
+    chat_format = ChatGLM2Format()
 
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROUNDS
-
-    def format_system(self, system: str) -> str:
-        """Plain text before the first round, as the format has no system turns."""
-        return f"{system}\n\n"
-
-    def format_chat(self, history: Sequence[tuple[str, str]], query: str) -> str:
-        """A query after earlier rounds of question and answer, in the format of the released ``chat`` method."""
-        rounds = "".join(f"[Round {i}]\n\n问：{q}\n\n答：{a}\n\n" for i, (q, a) in enumerate(history, start=1))
-        return f"{rounds}[Round {len(history) + 1}]\n\n问：{query}\n\n答："
-
-    # The blank before the last answer is what the tokenizer adds where the released training code encodes an answer.
-    format_conversation = ChatGLMFamily.format_conversation
 
 
 class ChatGLM3Family(GlmFamily):
     name = "chatglm3"
     summary = "ChatGLM3-6B, converted to GLM: prompts with a special token per role"
     extends = "glm"
-    answer_separator = "\n "
+    chat_format = ChatGLM3Format()
 
     def matches(self, config: PreTrainedConfig) -> bool:
         return super().matches(config) and getattr(config, CHAT_FORMAT, None) == ROLES
-
-    def format_prompt(self, question: str) -> str:
-        """The blank after each line break is the one that the released tokenizer adds before every message."""
-        return f"<|user|>\n {question}<|assistant|>"
 
 
 class ChatGLMReader(CheckpointReader):

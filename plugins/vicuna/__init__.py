@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import typer
 from llmpruner_llama import LlamaFamily
 
-from llmpruner import CheckpointError, hookimpl, read_json
+from llmpruner import ChatFormat, CheckpointError, hookimpl, read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -29,47 +28,58 @@ _SYSTEM = (
 )
 
 
-@dataclass(frozen=True)
-class Template:
-    """A conversation as text: ``system``, ``lead``, then for every message the name of its speaker, a colon, a blank,
-    the message, and the closing text of that speaker. The model writes answers from the blank to the closing text."""
+class VicunaFormat(ChatFormat):
+    """Of the weights v1.1, v1.3 and v1.5. A conversation as text: ``system``, ``lead``, then for every message the name
+    of its speaker, a colon, a blank, the message, and the closing text of that speaker. The model writes answers from
+    the blank to the closing text."""
 
-    system: str
-    lead: str
-    names: tuple[str, str]
+    system: ClassVar[str] = _SYSTEM.format("user")
+    lead: ClassVar[str] = " "
+    names: ClassVar[tuple[str, str]] = ("USER", "ASSISTANT")
     """Of the human and of the assistant."""
-    closing: tuple[str, str]
+    closing: ClassVar[tuple[str, str]] = (" ", "</s>")
 
-    def exchanges(self, exchanges: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Questions and answers as (prompt, answer) pairs that are joined to the text of the conversation."""
+    def format_conversation(
+        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
+    ) -> list[tuple[str, str]]:
+        """(prompt, answer) pairs of Vicuna's training text. ``system`` replaces Vicuna's system message."""
         human, assistant = self.names
         pairs = [
             (f"{human}: {question}{self.closing[0]}{assistant}:", f" {answer}{self.closing[1]}")
             for question, answer in exchanges
         ]
-        return [(f"{self.system}{self.lead}{pairs[0][0]}", pairs[0][1]), *pairs[1:]]
+        start = f"{self.system if system is None else system}{self.lead}"
+        return [(f"{start}{pairs[0][0]}", pairs[0][1]), *pairs[1:]]
 
 
-V1_1 = Template(_SYSTEM.format("user"), " ", ("USER", "ASSISTANT"), (" ", "</s>"))
-"""Of the weights v1.1, v1.3 and v1.5."""
-V0 = Template(_SYSTEM.format("human"), "\n### ", ("Human", "Assistant"), ("\n### ", "\n### "))
-"""Of the weights v0 (``zero_shot`` in FastChat)."""
+class VicunaV0Format(VicunaFormat):
+    """Of the weights v0 (``zero_shot`` in FastChat)."""
+
+    system = _SYSTEM.format("human")
+    lead = "\n### "
+    names = ("Human", "Assistant")
+    closing = ("\n### ", "\n### ")
+    eos_after = "none"
+    stop_text = "###"
 
 
-def chat_template(template: Template) -> str:
-    """``template`` as a chat template of transformers, starting with the beginning-of-sequence token. A system message
-    replaces the official one."""
-    human, assistant = (f"{name}:" for name in template.names)
+V1_1, V0 = VicunaFormat(), VicunaV0Format()
+
+
+def chat_template(chat_format: VicunaFormat) -> str:
+    """``chat_format`` as a chat template of transformers, starting with the beginning-of-sequence token. A system
+    message replaces the official one."""
+    human, assistant = (f"{name}:" for name in chat_format.names)
     return (
         "{% if messages and messages[0]['role'] == 'system' %}"
         "{% set system, messages = messages[0]['content'], messages[1:] %}"
-        f"{{% else %}}{{% set system = {_quoted(template.system)} %}}{{% endif %}}"
-        f"{{{{ bos_token + system + {_quoted(template.lead)} }}}}"
+        f"{{% else %}}{{% set system = {_quoted(chat_format.system)} %}}{{% endif %}}"
+        f"{{{{ bos_token + system + {_quoted(chat_format.lead)} }}}}"
         "{% for message in messages %}"
         "{% if message['role'] == 'user' %}"
-        f"{{{{ {_quoted(human + ' ')} + message['content'] + {_quoted(template.closing[0])} }}}}"
+        f"{{{{ {_quoted(human + ' ')} + message['content'] + {_quoted(chat_format.closing[0])} }}}}"
         "{% elif message['role'] == 'assistant' %}"
-        f"{{{{ {_quoted(assistant + ' ')} + message['content'] + {_quoted(template.closing[1])} }}}}"
+        f"{{{{ {_quoted(assistant + ' ')} + message['content'] + {_quoted(chat_format.closing[1])} }}}}"
         "{% else %}{{ raise_exception('only user and assistant may follow the system message') }}{% endif %}"
         "{% endfor %}"
         f"{{% if add_generation_prompt %}}{{{{ {_quoted(assistant)} }}}}{{% endif %}}"
@@ -84,24 +94,16 @@ class VicunaFamily(LlamaFamily):
     name = "vicuna"
     summary = "Vicuna v1.1, v1.3 and v1.5: LLaMA with a conversation format"
     extends = "llama"
-    template: ClassVar[Template] = V1_1
+    chat_format = V1_1
 
     def matches(self, config: PreTrainedConfig) -> bool:
-        return super().matches(config) and template_of(config) == self.template
-
-    def format_conversation(
-        self, exchanges: Sequence[tuple[str, str]], system: str | None = None
-    ) -> list[tuple[str, str]]:
-        """(prompt, answer) pairs of Vicuna's training text. ``system`` replaces Vicuna's system message."""
-        return (self.template if system is None else replace(self.template, system=system)).exchanges(exchanges)
+        return super().matches(config) and format_of(config) is self.chat_format
 
 
 class VicunaV0Family(VicunaFamily):
     name = "vicuna-v0"
     summary = "Vicuna v0, the first release: another conversation format, and one more token"
-    template = V0
-    stop_text = "###"
-    eos_after = "none"
+    chat_format = V0
 
 
 _V0_NAME = re.compile(r"(^|[-_.])v0([-_.]|$)|stable[-_.]?vicuna")
@@ -110,7 +112,7 @@ _OTHER_FORMAT = re.compile(r"gpt[-_.]?4[-_.]?x[-_.]?vicuna")
 """GPT4-x-Vicuna is v1.1, tuned further with Alpaca's format (``### Instruction:``, ``### Response:``)."""
 
 
-def template_of(config: PreTrainedConfig) -> Template | None:
+def format_of(config: PreTrainedConfig) -> VicunaFormat | None:
     """The conversation format of a Vicuna, by the name in the reference, else the names in saved configurations, else
     the chat template; None for other models."""
     place = str(getattr(config, "name_or_path", "") or "")
@@ -128,9 +130,9 @@ def template_of(config: PreTrainedConfig) -> Template | None:
     text = _read(folder / "tokenizer_config.json").get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         text = (folder / "chat_template.jinja").read_text(encoding="utf-8")
-    for template, marks in ((V1_1, ("ASSISTANT:",)), (V0, ("###", "Assistant:"))):
-        if isinstance(text, str) and all(mark in text for mark in (template.system, *marks)):
-            return template
+    for chat_format, marks in ((V1_1, ("ASSISTANT:",)), (V0, ("###", "Assistant:"))):
+        if isinstance(text, str) and all(mark in text for mark in (chat_format.system, *marks)):
+            return chat_format
     return None
 
 

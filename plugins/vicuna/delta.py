@@ -13,7 +13,7 @@ import torch
 
 from llmpruner import CheckpointError, ModelError, load, new_directory
 
-from . import V0, V1_1, Template, chat_template
+from . import V0, V1_1, VicunaFormat, chat_template
 
 _TOKENIZER = (
     "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -28,14 +28,14 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
     if not delta.is_dir():
         raise ModelError(f"the delta '{delta}' is no folder; download it first (hf download REPO --local-dir DIR)")
     with new_directory(target) as stage:  # refused before the weights are read
-        template = _add(base, delta, stage)
+        chat_format = _add(base, delta, stage)
         for file in filter(Path.is_file, (delta / name for name in _TOKENIZER)):
             shutil.copyfile(file, stage / file.name)
         if not (stage / "chat_template.jinja").exists():
-            (stage / "chat_template.jinja").write_text(chat_template(template), encoding="utf-8")
+            (stage / "chat_template.jinja").write_text(chat_template(chat_format), encoding="utf-8")
 
 
-def _add(base: Path, delta: Path, stage: Path) -> Template:
+def _add(base: Path, delta: Path, stage: Path) -> VicunaFormat:
     """Write the sum to ``stage``; returns the conversation format of the delta's version."""
     llama, vicuna = (load(str(path), dtype="float16").model for path in (base, delta))
     difference = f"{delta} is no delta for {base}"

@@ -18,7 +18,6 @@ from llmpruner.calibration.calibration import (
     CalibrationJob,
     CalibrationSource,
     ChatSource,
-    SampleTask,
     SelfWritten,
     TextSource,
     parse_calibration,
@@ -263,14 +262,14 @@ def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypa
 
 
 def test_every_conversation_is_used_before_one_is_used_again():
-    task = SampleTask(None, None, "a.jsonl", samples=5, length=6, seed=0, family=None)
-    rows = packed(range(10), lambda n: [[n] * 3], task)
+    task = {"samples": 5, "length": 6, "seed": 0, "source": "a.jsonl"}
+    rows = packed(range(10), lambda n: [[n] * 3], **task)
     assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
-    assert rows == packed(range(10), lambda n: [[n] * 3], task)
-    with pytest.raises(DataError, match="is too short for 6 tokens"):
-        packed(range(2), lambda n: [[n] * 2], task)
+    assert rows == packed(range(10), lambda n: [[n] * 3], **task)
+    with pytest.raises(DataError, match=r"'a\.jsonl' is too short for 6 tokens"):
+        packed(range(2), lambda n: [[n] * 2], **task)
     used = []
-    packed(range(1000), lambda n: [used.append(n) or [n] * 3], task)
+    packed(range(1000), lambda n: [used.append(n) or [n] * 3], **task)
     assert len(used) == 10, "others are not tokenised"
 
 

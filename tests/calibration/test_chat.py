@@ -7,10 +7,10 @@ import pytest
 import tiny_models
 from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
 
-from llmpruner import DataError, ModelFamily
+from llmpruner import ChatFormat, DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, chat_prompt, labelled, training_texts
 from llmpruner.calibration.conversations import Completion, Conversation, Instruction
-from llmpruner.discovery.family import alpaca_prompt
+from llmpruner.models.chat_format import alpaca_prompt
 from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
 
@@ -32,9 +32,13 @@ CHAT = chat(
 )  # fmt: skip
 
 
-class Own(ModelFamily):
+class OwnFormat(ChatFormat):
     def format_prompt(self, question):
         return f"Q: {question} A:"
+
+
+class Own(ModelFamily):
+    chat_format = OwnFormat()
 
 
 def tokenizer(template=None):

@@ -6,15 +6,27 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig
 
-from llmpruner import Blocks, CoupledGroup, ModelFamily, Role, Span, Structure, UnsupportedModelError, api, build_graph
-from llmpruner.discovery import verify as rules
-from llmpruner.discovery.family import AutoFamily
-from llmpruner.discovery.follow import Follow, Follower
+from llmpruner import (
+    Blocks,
+    CoupledGroup,
+    ModelFamily,
+    Role,
+    Span,
+    Structure,
+    UnsupportedModelError,
+    api,
+    build_graph,
+    discover_graph,
+)
+from llmpruner.discovery import cut as rules
+from llmpruner.discovery.cut import cut
+from llmpruner.discovery.follow import Follow, apply_rules
 from llmpruner.discovery.oracle import REFUSED, logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import verify
 from llmpruner.errors import CouplingError
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.family import AutoFamily
+from llmpruner.models.surgery import cut_tensors, silence
 from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import renamed, restrict
 
@@ -26,7 +38,7 @@ class Renames(ModelFamily):
     """Gives its heads a kind of its own."""
 
     def coupled_groups(self, config):
-        groups = [g for g in super().coupled_groups(config) if g.kind == "attention"]
+        groups = [g for g in discover_graph(config).groups if g.kind == "attention"]
         return [replace(g, name=f"layers.{g.layer}.gadget", kind="gadget") for g in groups]
 
 
@@ -111,13 +123,16 @@ def test_an_equal_number_of_another_module_stays():
     MLP are. After a first cut, the MLP had as many as the rank, and a second cut made the rank smaller too."""
     small = small_config(CONFIG_MAPPING["jamba"]())
     model, graph = random_instance(small, 0), build_graph(AutoFamily(), small)
-    follower = Follower([Follow("mlp", "model.layers.*.mamba", "time_step_rank")])
+    rules = [Follow("mlp", "model.layers.*.mamba", "time_step_rank")]
     rank = model.get_submodule("model.layers.0.mamba").time_step_rank
     (mlp,) = [g for g in graph.of_kinds(["mlp"]) if g.layer == 0 and "feed_forward" in g.spans[0].parameter]
-    again = cut(model, graph, {mlp.name: tuple(range(rank))}, follower)
+    first = {mlp.name: tuple(range(rank))}
+    again = cut_tensors(model, graph, first)
+    apply_rules(rules, model, graph, first)
     assert again.by_name[mlp.name].units == rank
     half = {mlp.name: tuple(range(rank // 2))}
-    cut(model, again, half, follower)
+    cut_tensors(model, again, half)
+    apply_rules(rules, model, again, half)
     assert model.get_submodule("model.layers.0.mamba").time_step_rank == rank
     assert_silent(model, graph, half, small)
 

@@ -9,16 +9,16 @@ from composed import ComposedConfig
 from transformers import FalconH1Config, Glm4MoeConfig, ZayaConfig
 
 from llmpruner import Blocks, ModelFamily
-from llmpruner.discovery.family import AutoFamily
-from llmpruner.discovery.follow import Follower
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, VERIFIED, Oracle
 from llmpruner.discovery.tiny import random_instance, small_config
-from llmpruner.discovery.verify import check_kinds, rules_of
+from llmpruner.discovery.verify import check_kinds
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.meta import graph_of
 from llmpruner.models.opening import load_pruned
 from llmpruner.models.save import save_checkpoint
-from llmpruner.models.surgery import cut
+from llmpruner.models.surgery import cut_tensors
 from llmpruner.structure.coupling import Explicit
 
 SCALED = ComposedConfig(scaled=True)
@@ -83,7 +83,7 @@ def test_a_computed_buffer_is_cut_and_saved_from_then_on(keeps, tmp_path):
     assert [str(s) for s in graph.by_name["layers.0.mlp"].buffers] == ["layers.0.mlp.scale[axis 0] 0:40 (produces)"]
     model = random_instance(SCALED)
     expected = copy.deepcopy(model.layers[1].mlp.scale[list(kept["layers.1.mlp"])])
-    cut(model, graph, kept, Follower(rules_of(SCALED, ["mlp"], AutoFamily())))
+    cut(model, graph, kept, AutoFamily())
     assert save_checkpoint(model, tmp_path / "pruned", record={}) == "shim"
     loaded = load_pruned(tmp_path / "pruned")
     assert torch.equal(loaded.layers[1].mlp.scale, expected)
@@ -96,7 +96,7 @@ def test_a_buffer_that_is_not_saved_is_computed_again_for_a_cut_model(tmp_path):
     """Falcon-H1 fills the factors of its state spaces when weights are initialized, in a module without any."""
     model = random_instance(small_config(FalconH1Config()))
     graph = graph_of(model, discover_graph(model.config).groups)
-    cut(model, graph, {"layers.1.mlp": [0, 3, 4]})
+    cut_tensors(model, graph, {"layers.1.mlp": [0, 3, 4]})
     save_checkpoint(model, tmp_path / "cut", record={})
     loaded = load_pruned(tmp_path / "cut")
     for name, buffer in model.named_buffers():

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING
 
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits
 from llmpruner.discovery.tiny import Small, random_instance, tiny_config
 from llmpruner.discovery.verify import verify
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.modeling_llmpruner import drop_layers
 from llmpruner.models.opening import load_pruned

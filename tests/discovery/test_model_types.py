@@ -5,11 +5,11 @@ from functools import cache
 import pytest
 from transformers import CONFIG_MAPPING, FalconConfig
 
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.follow import Follow, FollowTable
 from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.tiny import tiny_config
 from llmpruner.discovery.verify import verify
+from llmpruner.models.family import AutoFamily
 
 UNITS, TOKENS = ("mlp", "attention"), ("vocabulary",)
 REQUIRED = {

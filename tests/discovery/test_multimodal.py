@@ -10,7 +10,7 @@ from llmpruner import load_pruned, save_checkpoint
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.models.meta import graph_of
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.surgery import cut_tensors, silence
 
 TEXT = {
     "vocab_size": 128, "hidden_size": 48, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 6,
@@ -49,7 +49,7 @@ def test_the_language_decoder_is_cut_and_the_rest_stays(make, tmp_path):
 
     silenced, pruned = copy.deepcopy(dense), copy.deepcopy(dense)
     silence(silenced, graph, kept)
-    cut(pruned, graph, kept)
+    cut_tensors(pruned, graph, kept)
     save_checkpoint(pruned, tmp_path / "pruned", record={})
     loaded = load_pruned(tmp_path / "pruned", attn_implementation="eager")
 

@@ -6,10 +6,10 @@ import pytest
 from composed import ComposedConfig
 
 from llmpruner import Blocks
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import VERIFIED
 from llmpruner.discovery.verify import check_kinds
+from llmpruner.models.family import AutoFamily
 
 STRANGE = ComposedConfig(
     qkv="backwards", mlp="swapped", norm="offset", rotary=0.5, parallel=True, qkv_bias=True, mlp_bias=True

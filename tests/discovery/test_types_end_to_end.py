@@ -10,12 +10,12 @@ from fresh import run_fresh
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from llmpruner import api, load_pruned
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import VERIFIED, cached_difference, logits, why_no_generation
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative, verify
 from llmpruner.errors import UnsupportedModelError
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.save import save_checkpoint
 from llmpruner.structure.scope import Scope
 from llmpruner.testing.models import letters

@@ -9,10 +9,10 @@ from composed import ComposedConfig
 from transformers import CodeGenConfig, LlamaConfig
 
 from llmpruner import Blocks, ModelFamily, Role
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import discover_graph
 from llmpruner.discovery.oracle import FAILED, REFUSED, VERIFIED
 from llmpruner.discovery.verify import check_kinds, verify
+from llmpruner.models.family import AutoFamily
 from llmpruner.structure.coupling import Explicit
 from llmpruner.testing.family import differences
 

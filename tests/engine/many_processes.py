@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
 from llmpruner import api
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
 from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
+from llmpruner.models.family import AutoFamily
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.pruning.criteria.experts import ExpertContribution
 
@@ -60,7 +60,7 @@ class Stated(AutoFamily):
 def model_of(name):
     """One of the models of `make`, with noise: the fit of weights of low rank would amplify rounding."""
     model = make(name)
-    if model.family.is_discovered:
+    if isinstance(model.family, AutoFamily):
         model = replace(model, family=Stated())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():

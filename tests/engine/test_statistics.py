@@ -8,12 +8,12 @@ from criteria_cases import boundaries, experts_of, layers_of, make, observed, to
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, Signal
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.statistics import add_gram, both_triangles, forward_statistics, stream_statistics
 from llmpruner.engine.walk import ForwardWalk
+from llmpruner.models.family import AutoFamily
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

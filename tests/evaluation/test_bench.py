@@ -13,11 +13,11 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 import llmpruner
 from llmpruner import BenchSubject, LlmprunerError, LoadSettings, Runtime, Session, Work, load_catalog
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.groups import build_graph
 from llmpruner.discovery.opening import Opener
 from llmpruner.evaluation.bench import TorchSession, bench, measurement, work_of
 from llmpruner.models.meta import graph_of, macs_per_token
-from llmpruner.models.surgery import cut
 from llmpruner.progress import QUIET
 from llmpruner.settings import BenchSettings
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 import llmpruner
 from llmpruner import CheckpointError, ModelError, build_graph, load_pruned, save_checkpoint
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import logits
 from llmpruner.models.modeling_llmpruner import pruned_config
 from llmpruner.models.save import valid_generation_config
-from llmpruner.models.surgery import cut
 from llmpruner.structure.kept import restrict
 
 FAMILY = LlamaFamily()

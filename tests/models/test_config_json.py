@@ -18,8 +18,8 @@ from transformers import (
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from llmpruner import build_graph, save_checkpoint
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import logits
-from llmpruner.models.surgery import cut
 
 DEFAULT = {"rope_type": "default", "rope_theta": 5e5}
 LLAMA3 = {

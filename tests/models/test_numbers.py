@@ -6,10 +6,11 @@ from criteria_cases import SMALL, opened, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import Compensation, ImportanceCriterion, load_catalog
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.numbers import first_not_finite
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.surgery import silence
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.criteria.estimate import estimate
 

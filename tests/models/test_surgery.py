@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from llmpruner import HIDDEN, MLP, QUERY, Blocks, CoupledGroup, Role, Span
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import cached_difference, logits, random_plan, silenced
 from llmpruner.errors import CouplingError, PlanError
-from llmpruner.models.surgery import CutValues, cut, silence
+from llmpruner.models.surgery import CutValues, cut_tensors, silence
 from llmpruner.structure.coupling import CouplingGraph, Explicit
 from llmpruner.structure.kept import check_kept, compose, restrict
 from llmpruner.structure.plan import structure_of
@@ -155,7 +156,7 @@ def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
 
     silenced = copy.deepcopy(model)
     silence(silenced, graph, {"layers.0.hidden": [0, 2, 5]})
-    cut(model, graph, {"layers.0.hidden": [0, 2, 5]})
+    cut_tensors(model, graph, {"layers.0.hidden": [0, 2, 5]})
     assert torch.allclose(outputs(model), outputs(silenced), atol=1e-6)
 
 
@@ -184,7 +185,7 @@ def test_layers_that_share_weights_are_cut_together():
     shapes = {name: tuple(p.shape) for name, p in named.items()}
     ties = {f"layers.1.{name}.weight": f"layers.0.{name}.weight" for name in ("norm", "out")}
     graph = CouplingGraph((CoupledGroup("layers.0.mlp", MLP, 6, spans),), shapes, "layers", ties)
-    remaining = cut(model, graph, {"layers.0.mlp": [1, 2, 4]})
+    remaining = cut_tensors(model, graph, {"layers.0.mlp": [1, 2, 4]})
     for name in ("norm", "out"):
         first, second = (layer[name] for layer in layers)
         assert first.weight is second.weight and first.weight.shape[-1] == 3
@@ -209,7 +210,7 @@ def graph_of(*buffers):
 
 def test_buffers_keep_the_entries_of_the_units_that_stay():
     tiny = with_table()
-    remaining = cut(tiny, graph_of(BUFFER), {"layers.0.mlp": [0, 2]})
+    remaining = cut_tensors(tiny, graph_of(BUFFER), {"layers.0.mlp": [0, 2]})
     layer = tiny["layers"][0]
     assert layer.table.tolist() == [0.0, 1.0, 4.0, 5.0]
     assert not isinstance(layer.table, nn.Parameter)
@@ -218,10 +219,10 @@ def test_buffers_keep_the_entries_of_the_units_that_stay():
     assert remaining == restrict(graph_of(BUFFER), {"layers.0.mlp": [0, 2]})
     assert remaining.buffers == {"layers.0.table": (4,)}
     assert remaining.groups[0].buffers == (replace(BUFFER, index=Blocks(2, width=2)),)
-    cut(tiny, remaining, {"layers.0.mlp": [1]})
+    cut_tensors(tiny, remaining, {"layers.0.mlp": [1]})
     assert layer.table.tolist() == [4.0, 5.0]
     untouched = with_table()
-    cut(untouched, graph_of(), {"layers.0.mlp": [0, 2]})
+    cut_tensors(untouched, graph_of(), {"layers.0.mlp": [0, 2]})
     assert untouched["layers"][0].table.tolist() == list(range(6))
     assert "layers.0.table" not in untouched.state_dict()
 

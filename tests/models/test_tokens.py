@@ -9,14 +9,14 @@ from tokenizers.processors import TemplateProcessing
 from transformers import MptConfig, MptForCausalLM, OPTConfig, OPTForCausalLM
 
 import llmpruner
-from llmpruner import DataError
+from llmpruner import ChatFormat, DataError
 from llmpruner.calibration.base import SampleTask
 from llmpruner.calibration.chat import labelled, training_texts
 from llmpruner.calibration.conversations import Conversation, Instruction
 from llmpruner.calibration.windows import windows
 from llmpruner.calibration.written import answered
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.evaluation.perplexity import perplexity
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.generation import generate, positions_of, table_of
 from llmpruner.models.tokenizer import LONGEST_WORD, ids_to_continue, padding_id, tokens_of, with_padding
 
@@ -80,8 +80,11 @@ def test_an_end_of_sequence_that_the_tokenizer_adds_is_there_once_and_never_afte
     talk = Conversation((("q", "a"), ("q", "a")))
     for after, ends in (("every", 2), ("last", 1), ("none", 0)):
 
-        class Family(AutoFamily):
+        class Format(ChatFormat):
             eos_after = after
+
+        class Family(AutoFamily):
+            chat_format = Format()
 
         (text,) = training_texts(talk, Family(), tokenizer)
         row = labelled(text, tokenizer, 512)

@@ -11,9 +11,9 @@ from llmpruner_llama import LlamaFamily
 
 import llmpruner
 from llmpruner import ModelError, OutputError
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import logits
 from llmpruner.errors import SelectionError
-from llmpruner.models.surgery import cut
 from llmpruner.pruning.compensation.compensations import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.structure.kept import restrict

@@ -10,7 +10,7 @@ from llmpruner_llama import LlamaFamily
 from typer.testing import CliRunner
 
 import llmpruner
-from llmpruner import DataError, Model, ModelError, build_graph
+from llmpruner import ChatFormat, DataError, Model, ModelError, build_graph
 from llmpruner.cli.app import build_app
 from llmpruner.models.generation import generate
 
@@ -52,13 +52,17 @@ def test_the_pieces_are_the_answer_and_the_second_turn_has_the_first(model):
     assert [question for question, _ in one.exchanges] == ["Why?", "And then?"]
 
 
-def test_an_answer_ends_before_the_stop_text_of_its_family(model):
-    whole = "".join(ask(chat(model, max_new_tokens=24), "Why?"))
+def test_an_answer_ends_before_the_stop_text_of_its_format(model):
+    def formatted(chat_format):
+        family = type("Formatted", (LlamaFamily,), {"chat_format": chat_format})
+        return chat(model, family=family, max_new_tokens=24)
 
-    class Stops(LlamaFamily):
+    whole = "".join(ask(formatted(ChatFormat()), "Why?"))
+
+    class Stops(ChatFormat):
         stop_text = next(whole[n : n + 3] for n in range(8, len(whole)) if whole.index(whole[n : n + 3]) == n)
 
-    one = chat(model, family=Stops, max_new_tokens=24)
+    one = formatted(Stops())
     expected = whole.partition(Stops.stop_text)[0]
     assert "".join(ask(one, "Why?")) == expected and one.exchanges == [("Why?", expected)]
 

@@ -10,12 +10,12 @@ from transformers import AutoConfig, DynamicCache
 
 import llmpruner
 from llmpruner import PruningPlan, UnsupportedModelError
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.errors import SelectionError
 from llmpruner.models.meta import macs_per_token
 from llmpruner.models.model import Model
-from llmpruner.models.surgery import cut
 from llmpruner.plugins.builtin import llmpruner_budgets
 from llmpruner.pruning import budgets
 from llmpruner.pruning.allocation import GlobalRanking, Uniform

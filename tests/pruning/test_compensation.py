@@ -11,9 +11,10 @@ import torch
 from criteria_cases import layers_of, make, observed, tokens
 
 from llmpruner import UnsupportedModelError
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import random_plan
 from llmpruner.engine.ranks import SINGLE
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.surgery import silence
 from llmpruner.pruning.compensation import least_squares
 from llmpruner.pruning.compensation.base import RepairTask
 from llmpruner.pruning.compensation.compensations import BiasShift, Refit

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 import llmpruner
 from llmpruner import Blocks, CoupledGroup, ModelError, Role, Span
+from llmpruner.discovery.cut import cut
 from llmpruner.engine.walk import CalibrationSet
-from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.selection import Demand, select, trial_loss
 from llmpruner.structure.kept import restrict
@@ -155,7 +155,7 @@ IDS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(3))
 
 
 def trials(loaded, kind):
-    return trial_loss(loaded.model, loaded.graph, [kind], loaded.family, CalibrationSet(IDS, "made up"), {})
+    return trial_loss(loaded.model, loaded.graph, loaded.family, CalibrationSet(IDS, "made up"), {})
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention", "hidden", "layer"])

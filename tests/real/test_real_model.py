@@ -11,8 +11,9 @@ import torch
 
 import llmpruner
 from llmpruner.calibration.documents import read_text
+from llmpruner.discovery.cut import cut
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.surgery import cut, silence
+from llmpruner.models.surgery import silence
 from llmpruner.testing.family import run_probe
 
 pytestmark = [

@@ -9,8 +9,8 @@ import torch
 from llmpruner_llama import LlamaFamily
 
 from llmpruner import Model, build_graph
+from llmpruner.discovery.cut import cut
 from llmpruner.models.reference import Reference
-from llmpruner.models.surgery import cut
 from llmpruner.recovery.base import nothing
 from llmpruner.recovery.data import RecoverySetup, prepare, read_data
 from llmpruner.recovery.recover import train

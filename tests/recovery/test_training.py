@@ -12,11 +12,11 @@ from transformers import DbrxConfig, DbrxForCausalLM, MambaConfig, MambaForCausa
 from transformers.pytorch_utils import Conv1D
 
 from llmpruner import DataError, ModelError, OutputError, RecoveryStrategy, SettingsError, UnsupportedModelError
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.discovery.groups import build_graph
 from llmpruner.engine.ranks import Ranks
+from llmpruner.models.family import AutoFamily
 from llmpruner.models.meta import graph_of
-from llmpruner.models.surgery import cut
+from llmpruner.models.surgery import cut_tensors
 from llmpruner.recovery import training
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.data import RecoverySetup, TrainingData
@@ -261,7 +261,7 @@ def test_experts_get_no_adapters():
 def test_adapters_for_conv1d_modules(tiny):
     model = tiny_models.gpt2(positions=64)
     graph = build_graph(AutoFamily(), model.config)
-    graph = cut(model, graph, {"layers.1.mlp": range(0, 64, 2)})
+    graph = cut_tensors(model, graph, {"layers.1.mlp": range(0, 64, 2)})
     result = tiny(LoraStrategy(), (model, graph))
     assert isinstance(result.model.transformer.h[1].mlp.c_fc, Conv1D)
     assert result.record["best_step"] > 0

@@ -9,7 +9,7 @@ from recovery_cases import write_lines
 
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.conversations import read_examples
-from llmpruner.discovery.family import alpaca_prompt
+from llmpruner.models.chat_format import alpaca_prompt
 from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
 

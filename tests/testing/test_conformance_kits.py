@@ -18,6 +18,7 @@ from llmpruner import (
     RecoveryStrategy,
     Signal,
     TrainingResult,
+    discover_graph,
 )
 from llmpruner.component import ComponentSettings
 from llmpruner.discovery.tiny import random_instance
@@ -246,7 +247,7 @@ class WithoutBias(ModelFamily):
     def coupled_groups(self, config):
         return [
             dataclasses.replace(g, spans=tuple(s for s in g.spans if not s.parameter.endswith("up_proj.bias")))
-            for g in super().coupled_groups(config)
+            for g in discover_graph(config).groups
         ]
 
 

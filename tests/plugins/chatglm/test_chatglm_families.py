@@ -15,8 +15,8 @@ from transformers import GlmConfig
 from llmpruner import ATTENTION, MLP, ModelFamily, build_graph, load_catalog
 from llmpruner.calibration.chat import chat_prompt, training_texts
 from llmpruner.calibration.conversations import Conversation
+from llmpruner.discovery.cut import cut
 from llmpruner.discovery.opening import family_for
-from llmpruner.models.surgery import cut
 from llmpruner.testing import FamilyConformance
 
 GLM: dict[str, Any] = {
@@ -85,7 +85,7 @@ def test_prompts_of_each_generation() -> None:
         (GlmFamily, "<|user|>\n你好<|assistant|>", "<|system|>\nBe brief.<|user|>\n你好<|assistant|>"),
     ):
         assert chat_prompt(family(), None, "你好") == (expected, False)
-        assert family().format_conversation([("你好", "ho")], "Be brief.")[0][0] == after_system
+        assert family.chat_format.format_conversation([("你好", "ho")], "Be brief.")[0][0] == after_system
 
 
 def marked(eos: str) -> Any:
@@ -113,7 +113,7 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
     eos, expected = LATER[family]
     exchanges = (("q1", "a1"), ("q2", "a2"))
     texts = training_texts(Conversation(exchanges), family(), marked(eos))
-    gap = family.answer_separator
+    gap = family.chat_format.answer_separator
     closed = ["".join(a + b for a, b in text.turns) for text in texts]
     whole = f"{expected}{gap}a2{eos}"
     if family in (ChatGLMFamily, ChatGLM2Family):
@@ -123,4 +123,4 @@ def test_conversations_are_trained_on_as_they_are_asked(family: type[ModelFamily
         assert closed == [whole]
         assert [answer for _, answer in texts[0].turns] == [f"{gap}a1", f"{gap}a2{eos}"]
     system = training_texts(Conversation(exchanges, "Brief."), family(), marked(eos))
-    assert all(text.turns[0][0].startswith(family().format_system("Brief.")) for text in system)
+    assert all(text.turns[0][0].startswith(family.chat_format.format_system("Brief.")) for text in system)

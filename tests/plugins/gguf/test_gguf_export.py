@@ -22,10 +22,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 import llmpruner
 from llmpruner import build_graph, save_checkpoint, work_of
-from llmpruner.discovery.family import AutoFamily
+from llmpruner.discovery.cut import cut
 from llmpruner.errors import CheckpointError, ModelError, UnsupportedModelError
 from llmpruner.exporters import export
-from llmpruner.models.surgery import cut
+from llmpruner.models.family import AutoFamily
 
 BYTE_FALLBACK = Path(__file__).parents[2] / "data" / "vicuna" / "tokenizer" / "tokenizer.model"
 HAS_RUNTIME = importlib.util.find_spec("llama_cpp") is not None

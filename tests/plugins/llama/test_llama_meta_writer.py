@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from llmpruner import CheckpointError, UnsupportedModelError, build_graph, exporters, load_pruned, save_checkpoint
 from llmpruner.cli.app import build_app
+from llmpruner.discovery.cut import cut
 from llmpruner.errors import SettingsError
-from llmpruner.models.surgery import cut
 from llmpruner.structure.kept import Kept
 
 

@@ -21,10 +21,10 @@ from torch.nn.functional import linear, silu
 
 import llmpruner
 from llmpruner import UnsupportedModelError, build_graph
-from llmpruner.discovery.family import AutoFamily
 from llmpruner.errors import CheckpointError, ModelError
 from llmpruner.exporters import export
-from llmpruner.models.surgery import cut
+from llmpruner.models.family import AutoFamily
+from llmpruner.models.surgery import cut_tensors
 
 IDS = torch.tensor([3, 14, 15, 9, 26, 5, 35, 8])
 
@@ -168,7 +168,7 @@ def test_what_the_format_cannot_state_is_refused_with_the_reason(name, options, 
 def test_groups_that_were_discovered_are_padded_too(tmp_path):
     source, kept = source_of("Mistral", sliding_window=None), {"layers.0.attention": [1], "layers.1.mlp": range(17)}
     # As many query heads to a key/value head as before.
-    cut(source.model, build_graph(source.family, source.config), kept)
+    cut_tensors(source.model, build_graph(source.family, source.config), kept)
     cut_source = replace(source, plans=[SimpleNamespace(kept=kept)])
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", cut_source.load)
     with torch.no_grad():

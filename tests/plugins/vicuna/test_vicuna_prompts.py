@@ -33,9 +33,9 @@ def exchanges_of(conversation: str) -> list[tuple[str, str]]:
 def test_prompts_to_the_character(conversation: str, template: str) -> None:
     exchanges, ours = exchanges_of(conversation), OFFICIAL[template]
     expected = PROMPTS[conversation]["prompts"][template]
-    assert "".join(prompt + answer for prompt, answer in ours.exchanges(exchanges)) == expected["full"]
+    assert "".join(prompt + answer for prompt, answer in ours.format_conversation(exchanges)) == expected["full"]
     if len(exchanges) == 1:
-        assert ours.exchanges(exchanges)[0][0] == expected["generation"]
+        assert ours.format_conversation(exchanges)[0][0] == expected["generation"]
 
 
 @cache
@@ -56,16 +56,16 @@ def test_conversations_are_asked_and_trained_on_with_fastchats_ends(family: Vicu
     assert row["input_ids"] == chosen(expected["full"])["input_ids"]
     (single,) = training_texts(Instruction(first, said), family, chosen)
     (turn,) = single.turns
-    assert turn == (chat_prompt(family, chosen, first).text, f" {said}{family.template.closing[1]}")
+    assert turn == (chat_prompt(family, chosen, first).text, f" {said}{family.chat_format.closing[1]}")
 
 
 def test_answers_of_v0_stop_where_fastchat_stops_them() -> None:
-    assert VicunaFamily().stop_text is None
-    assert VicunaV0Family().stop_text == PROMPTS["one_turn"]["prompts"]["head/zero_shot"]["stop_str"] == "###"
+    assert V1_1.stop_text is None
+    assert V0.stop_text == PROMPTS["one_turn"]["prompts"]["head/zero_shot"]["stop_str"] == "###"
 
 
 def test_a_system_message_takes_the_place_of_the_official_one() -> None:
-    ((prompt, answer),) = VicunaFamily().format_conversation([("What is pruning?", "Less.")], "Be brief.")
+    ((prompt, answer),) = V1_1.format_conversation([("What is pruning?", "Less.")], "Be brief.")
     assert (prompt, answer) == ("Be brief. USER: What is pruning? ASSISTANT:", " Less.</s>")
 
 
@@ -139,7 +139,7 @@ def test_a_vicuna_of_another_format_has_that_of_llama(folder: str, saved_as: str
     file = tmp_path / folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "_name_or_path": saved_as}))
     family = family_for(load_catalog(), AutoConfig.from_pretrained(tmp_path / folder))
-    assert family.name == "llama" and "### Instruction:" in family.format_prompt("Why?")
+    assert family.name == "llama" and "### Instruction:" in chat_prompt(family, None, "Why?").text
 
 
 def test_sizes_ids_and_common_settings_identify_no_vicuna(tmp_path: Path) -> None:

@@ -46,4 +46,4 @@ def test_a_missing_array_is_named(stored):
 
 
 def test_the_prompt():
-    assert HeronFamily().format_prompt("Add them.") == "<visitor> Add them.\n<heron> "
+    assert HeronFamily.chat_format.format_prompt("Add them.") == "<visitor> Add them.\n<heron> "

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
-from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, Blocks, CoupledGroup, ModelFamily, Role, Span, layouts
+from llmpruner import ATTENTION, HIDDEN, LAYER, MLP, Blocks, ChatFormat, CoupledGroup, ModelFamily, Role, Span, layouts
+
+
+class HeronFormat(ChatFormat):
+    def format_prompt(self, question):
+        return f"<visitor> {question}\n<heron> "
 
 
 class HeronFamily(ModelFamily):
     name = "heron"
     summary = "Heron, the made-up model of the tutorial"
     model_types = ("heron",)
+    chat_format = HeronFormat()
 
     def register_models(self):
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -59,6 +65,3 @@ class HeronFamily(ModelFamily):
         for block in model.blocks:
             attention = block.attention
             attention.num_heads = attention.qkv.out_features // (3 * attention.head_dim)
-
-    def format_prompt(self, question):
-        return f"<visitor> {question}\n<heron> "
