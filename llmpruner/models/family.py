@@ -28,6 +28,7 @@ class ModelFamily(Component):
     """
 
     kind: ClassVar[str] = "family"
+    hook: ClassVar[str] = "llmpruner_model_families"
     model_types: ClassVar[tuple[str, ...]] = ()
     """The ``model_type`` values of ``config.json`` that this family matches."""
     extends: ClassVar[str | None] = None
