@@ -217,6 +217,8 @@ def _number(config: Any, name: str, default: int) -> int:
 def fast_one_token_attention() -> Iterator[None]:
     """While active, models with the attention ``sdpa`` on a CPU compute that of a single query in each sequence, to all
     of the keys, by matrix products. Results are those of ``sdpa`` up to rounding."""
+    # Not under a name of its own: models with sparse attention (DeepSeek-V3.2) leave its mask out unless the name is
+    # "sdpa" or "eager".
     own: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(
