@@ -98,20 +98,16 @@ class Exporter(Component):
         before the model is loaded. Checks nothing by default."""
 
     def export(self, task: ExportTask) -> str:
-        """Write into ``task.directory``; returns one line on how to load the result.
-
-        Raises `UnsupportedModelError` for a model that the format can't represent, and `CheckpointError` when what was
-        written gives other outputs than the model.
-        """
+        """Write into ``task.directory``; returns one line on how to load the result. Raises `UnsupportedModelError` for
+        a model that the format can't represent, and `CheckpointError` when the result gives other outputs."""
         raise NotImplementedError
 
 
 def export(
     source: Path, exporter: Exporter, directory: Path, load: Callable[[], Model], progress: Progress = QUIET
 ) -> str:
-    """Write the model ``source`` to the new ``directory``; returns a line on how to load it. Raises `OutputError` when
-    ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing, and whatever the exporter
-    raises; no files remain then."""
+    """Write the model ``source`` to the new ``directory``; returns a line on how to load it. No files remain when it
+    raises: `OutputError` for ``directory``, `PluginError` when nothing was written, and what the exporter raises."""
     from . import __version__
     from .models.messages import quiet_transformers
     from .models.record import ORIGIN_FILE, RECORD_FILE, write_record

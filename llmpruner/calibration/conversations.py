@@ -72,9 +72,8 @@ def example(record: Record) -> Example:
     - ``prompt`` and ``completion`` (TRL): as two strings a `Completion`, as two lists of messages a `Conversation`;
     - ``text``: a `Completion` without a prompt.
 
-    A system message is the first message of a conversation or in a field ``system``. An answer before the first
-    question and a last question without an answer are left out. A field that is null counts as absent. Raises
-    `DataError` with the place of a record of another form.
+    A system message is the first message or in a field ``system``. An answer before the first question and a last
+    question without an answer are left out. Raises `DataError` with the place of a record of another form.
     """
     try:
         return _example(record.value)

@@ -146,8 +146,8 @@ def report(
 def write_next_to(
     directory: Path, arguments: Mapping[str, Any], *, sentences: bool = False, checkpoints: Sequence[Path] = ()
 ) -> None:
-    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe. A failure is a warning, as the
-    work itself is done. ``arguments``: of the command. ``checkpoints``: those in ``directory`` to show."""
+    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe; a failure is only a warning.
+    ``arguments``: of the command. ``checkpoints``: those in ``directory`` to show."""
     from .. import api
 
     if not is_first():

@@ -42,8 +42,7 @@ _LENGTH = re.compile("max_position|n_positions|n_ctx|max_seq|seq_length|max_targ
 @dataclass(frozen=True)
 class Small:
     """How small. ``heads``: numbers of heads, and of key/value heads where these are fewer. ``complete``: also fill in
-    numbers of heads that the configuration leaves open, and keep products between numbers (see `_keep_products`).
-    ``each``: how many layers of every kind, where there are as many."""
+    numbers of heads that are open, and keep products (`_keep_products`). ``each``: how many layers of every kind."""
 
     heads: tuple[int, int]
     complete: bool = False
@@ -58,8 +57,8 @@ ATTEMPTS = tuple(Small(heads, complete, each) for each in (1, 2) for complete in
 
 @dataclass(frozen=True)
 class Around:
-    """Sizes that a part of a configuration takes from others, each → the small one. ``hidden``, ``kv_heads``: of the
-    configuration around it. ``text``: hidden size of the text model next to it, which projections to it must equal."""
+    """Sizes → small ones that a part of a configuration takes from others: from the one around it, and the hidden size
+    of the text model next to it."""
 
     hidden: Mapping[int, int] = field(default_factory=dict)
     kv_heads: Mapping[int, int] = field(default_factory=dict)
@@ -88,10 +87,9 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         try:
             small = tiny_config(config, attempt)
             _run(random_instance(small))
+            yield small
         except UnsupportedModelError as error:
             reasons.append(error)
-        else:
-            yield small
     if len(reasons) == len(ATTEMPTS):
         raise reasons[0]
 

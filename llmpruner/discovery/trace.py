@@ -34,8 +34,7 @@ BATCH, TIME = 2, 7
 @dataclass(frozen=True)
 class Trace:
     """``program``: the exported graph of ``model``. ``layers``: path of the decoder layers. ``stands_for``: number of a
-    traced layer → numbers of the real layers that it represents. ``stay``: why no layer can be removed by passing its
-    input on; empty where layers can."""
+    traced layer → numbers of the real layers that it represents. ``stay``: why no layer can go; empty if they can."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -117,10 +116,9 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
             reason = f"{type(error).__name__}: {first_line(error)}"[:200]
             reason += f" (at `{statement}` in {inside})" if inside else ""
             raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {reason}") from error
+    repeated = max(calls.values(), default=0) > 1
     stay = "layers are given more than the residual stream" if max(streams) > 1 else ""
-    if max(calls.values(), default=0) > 1:
-        stay = "a layer runs more than once"
-    return Trace(program, model, layers, stands_for, stay)
+    return Trace(program, model, layers, stands_for, "a layer runs more than once" if repeated else stay)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:

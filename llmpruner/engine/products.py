@@ -135,12 +135,10 @@ the token; float32."""
 
 
 class Routing:
-    """The router weights of the rows of experts' products, while `following`.
+    """The router weights of the rows of experts' products, while `following`; call `gates_of` for each of ``names``.
 
     transformers calls a module of experts with the hidden states of all tokens (tokens, d_in), the experts chosen for
-    each (tokens, k) and their router weights (tokens, k), and computes one expert after the other on its tokens. The
-    first product of every expert must have these rows, so call `gates_of` for every product with ``names``, all stacks
-    of the modules.
+    each (tokens, k) and their router weights (tokens, k), and computes one expert after the other on its tokens.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -157,10 +155,9 @@ class Routing:
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as hooks:
             for path, module in self._modules.items():
-                hook = module.register_forward_pre_hook(partial(self._note, path), with_kwargs=True)
-                stack.callback(hook.remove)
+                hooks.enter_context(module.register_forward_pre_hook(partial(self._note, path), with_kwargs=True))
             yield
         self._calls.clear()
 
@@ -238,10 +235,9 @@ class ReduceProducts:
 
     def _add(self, loss_scale: float, watched: WatchedProduct) -> None:
         gates, shares = self._routing.gates_of(watched) or (None, None)
-        if watched.parameter not in self.names:
+        no_gradient = self.gradients and not watched.result.requires_grad  # indexers of DeepSeek-V3.2 choose tokens
+        if watched.parameter not in self.names or no_gradient:
             return
-        if self.gradients and not watched.result.requires_grad:
-            return  # as in the indexers of DeepSeek-V3.2, which choose tokens
         parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         weight = matrix if watched.axis == parameter.dim() - 1 else matrix.mT

@@ -115,9 +115,8 @@ class TokenStats:
 @dataclass(frozen=True, slots=True)
 class StreamStats:
     """Comparison of the hidden states before and after blocks of ``length`` consecutive layers, averaged over all
-    calibration tokens: of single layers for `Signal.STREAM`, of about as many as the plan will remove for
-    `Signal.STREAM_BLOCKS`. Both tensors are float64 of shape (layers,): element i compares the hidden states before
-    layer i with those after layer i + length − 1; it is NaN where there is no such layer."""
+    calibration tokens: of one for `Signal.STREAM`, of about as many as will go for `Signal.STREAM_BLOCKS`. Tensors are
+    float64 (layers,): element i is of the block that begins at layer i, NaN where it would end after the last one."""
 
     cosine: torch.Tensor
     """Mean cosine similarity."""
@@ -170,10 +169,8 @@ class Product:
 
     @property
     def gates(self) -> torch.Tensor:
-        """Router weight of this expert for each row's token, as the model applies it (renormalised over the chosen
-        experts if the model does so), (rows,), float32. Ones where ``expert`` is None. Raises `UnsupportedModelError`
-        where the experts are not called with hidden states, the chosen experts and their weights, as in transformers.
-        """
+        """Router weight of this expert for each row's token, as the model applies it, (rows,), float32; ones where
+        ``expert`` is None. Raises `UnsupportedModelError` where experts are not called as in transformers."""
         return self._of_rows(self.row_gates)
 
     @property
@@ -225,9 +222,8 @@ class ParameterSignals:
     (`ImportanceCriterion.by_matrix`); all tensors have a first axis of length one then."""
 
     def over_inputs(self, values: torch.Tensor) -> torch.Tensor:
-        """A saliency of the weight's shape from one value per input channel, which is divided equally among the weights
-        of the channel. ``values``: (d_in,), or (experts, d_in) for a stack. Needs ``inputs`` or ``products``, else
-        raises `ValueError`."""
+        """A saliency of the weight's shape from one value per input channel, shared equally by the channel's weights.
+        ``values``: (d_in,), or (experts, d_in) for a stack. Raises `ValueError` without ``inputs`` or ``products``."""
         measured = self.inputs or self.products
         if measured is None:
             raise ValueError("the input axis of this parameter is unknown, as it is not used in a matrix product")

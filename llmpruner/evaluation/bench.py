@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BenchSubject:
     """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``batch``, ``length``: the
-    largest number of sequences, and of tokens in each, prompt and continuation together. It is opened when `structure`
-    is read, which a runtime that loads models by itself does not need."""
+    largest number of sequences, and of tokens in each, prompt and continuation together."""
 
     ref: str
     path: Path | None
@@ -48,7 +47,7 @@ class BenchSubject:
 
     @cached_property
     def structure(self) -> Structure:
-        """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
+        """The model without its weights, opened at the first use, which a runtime that loads by itself avoids."""
         return self.opener.structure(self.source)
 
     def load(self) -> Model:
@@ -302,11 +301,8 @@ class BenchResult:
 def bench(
     subjects: Sequence[BenchSubject], runtime: Runtime, settings: BenchSettings, progress: Progress = QUIET
 ) -> BenchResult:
-    """Measure prefill and decoding of all models, in every case of batch size × length of prompt.
-
-    In each round, every model processes the same random tokens once, in an order that turns from round to round; the
-    first round is not counted. Raises what `Runtime.check` raises, before any model is loaded.
-    """
+    """Measure prefill and decoding of all models, in every case of batch size × length of prompt. In each round, every
+    model processes the same random tokens once, in an order that turns; the first round is not counted."""
     import torch
 
     for subject in subjects:

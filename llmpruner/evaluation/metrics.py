@@ -36,19 +36,18 @@ _RUN, _REPEATED = 4, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parameters (tied ones once), those in the decoder layers, bytes of the weights in memory, and multiply-accumulate
-    operations to decode one token with ``context`` tokens in the cache."""
+    """Parameters (tied ones once), bytes of weights in memory, and multiply-accumulate operations per decoded token."""
 
     parameters: int
     decoder_parameters: int
     weight_bytes: int
     macs_per_token: int
     context: int
+    """Tokens in the cache when operations are counted."""
 
 
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
-    """The `Size` of ``model``, which may be on the meta device. ``graph``: the coupling graph of this model (after a
-    cut, of the cut one)."""
+    """The `Size` of ``model``, which may be on the meta device. ``graph``: of the model as it is, after any cut."""
     from ..models.meta import macs_per_token
     from ..models.numbers import stored_bytes
 
@@ -85,8 +84,7 @@ class SizeMetric(Metric):
 
 
 class PerplexityMetric(Metric):
-    """Perplexity on one or several texts, with ``kl`` also the divergence from the first model; see
-    `llmpruner.evaluation.perplexity.perplexity`."""
+    """See `llmpruner.evaluation.perplexity.perplexity`."""
 
     name = "perplexity"
     summary = "perplexity and bits per byte on texts; with kl also the KL divergence from the first model"
@@ -228,12 +226,8 @@ def repeated(ids: Sequence[int]) -> float:
 
 
 class GivenAnswersMetric(Metric):
-    """Mean loss in nats of the tokens of answers, each after its question in the model's chat format, as in recovery,
-    and its perplexity. It measures a chat model as it is used; perplexity of plain text measures how a model continues
-    documents. Tokens of questions and of the format are read and not counted, but for those that end an answer.
-
-    With ``kl``, the divergence is from the first model's predictions of the same tokens, and both are in memory.
-    """
+    """Perplexity of the tokens of answers, each after its question in the model's chat format, as in recovery: a chat
+    model as it is used. Tokens of questions and of the format are not counted, but for those that end an answer."""
 
     name = "given-answers"
     summary = "perplexity of given answers in the model's chat format; with kl also the divergence from the first model"
@@ -301,9 +295,8 @@ class GivenAnswersMetric(Metric):
 
 
 def _check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
-    """Raise `ModelError` where vocabularies differ in size, or the first tokenizer gives other tokens for another's ids
-    of ``text``, unless the other is a part of the first. The ids may differ: a fast and a slow tokenizer of one
-    vocabulary do not split every text alike."""
+    """Raise `ModelError` where vocabularies differ, unless another is a part of the first. Tokens are compared for the
+    other's ids of ``text``, as a fast and a slow tokenizer of one vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
     from ..models.vocabulary import old_ids
 

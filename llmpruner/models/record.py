@@ -102,8 +102,8 @@ def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, h
 
 
 def check_weights(directory: Path) -> None:
-    """Raise `CheckpointError` for a damaged weight file in a folder that llmpruner wrote. Compares sizes, names of
-    tensors, and up to `HASHED` bytes of content. Other files may be edited by hand."""
+    """Raise `CheckpointError` for a damaged weight file in a folder that llmpruner wrote, by sizes, names of tensors,
+    and up to `HASHED` bytes of content."""
     record = read_any_record(directory)
     if record is None:
         return  # indexes of other models are not always right

@@ -1,9 +1,7 @@
 """The weights of a model: in memory, or read layer by layer from the safetensors files of a checkpoint.
 
-Code that looks at the values of weights does so inside `Weights.layer` or `Weights.outside`. Running a layer, or the
-whole model, is possible anywhere: layers that are not in memory are read when they are called, and freed afterwards.
-
-A *part* is the number of a decoder layer, or None for everything outside the layers.
+Look at values only inside `Weights.layer` or `Weights.outside`. A layer, or the whole model, runs anywhere: weights are
+read when a layer is called. A *part* is the number of a decoder layer, or None for everything outside the layers.
 """
 
 from __future__ import annotations

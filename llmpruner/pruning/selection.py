@@ -245,14 +245,11 @@ def select(
     allocation: Allocation, *, cost: Cost | None = None, widths: Widths = ANY,
     loss: Callable[[Kept], float] | None = None, progress: Progress = QUIET,
 ) -> Kept:  # fmt: skip
-    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit. Equal
-    scores are ordered by unit number.
-
-    ``allocation``: decides how many units each group loses; the scores decide which. Where ``demand`` has numbers of
-    units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
-    MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
-    kept, unless ``widths`` forbids it. ``loss``: for an allocation that measures, kept units → divergence of the cut
-    model from the current one. Raises `SelectionError` when the demand cannot be met."""
+    """Group name → kept units, without groups that keep all. ``allocation`` decides how many units each group loses,
+    scores which, equal ones by number; where ``demand`` has numbers of units, `Uniform` takes these as they are, and
+    another allocation the amount that they save. ``cost``: of ``demand.amount`` (default: the decoder's parameters).
+    ``loss``: for an allocation that measures, kept units → divergence of the cut model from the current one. Raises
+    `SelectionError` when the demand cannot be met."""
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
@@ -303,8 +300,8 @@ def trial_loss(
     calibration: CalibrationSet, scores: Scores,
 ) -> Callable[[Kept], float]:  # fmt: skip
     """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
-    ``kinds``: of the units that are cut, but tokens, whose cut changes what the text is made of: it costs the sum of
-    their ``scores``. A trial cuts a copy that shares the uncut weights. Memory: the logits of 2,048 tokens."""
+    ``kinds``: of the units that are cut, without tokens, whose cut costs the sum of their ``scores``. Memory: the
+    logits of `TRIED` tokens."""
     follows = with_rules(family, model, set(kinds))
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))

@@ -190,8 +190,8 @@ class OriginSection(ReportSection):
 
 
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """The name of the loss, its value before the training, and that of the result: on validation rows, if there were
-    any, else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
+    """The name of the loss, its values before the training and of the result, on validation rows if there were any;
+    None without losses. ``training``: as of `loss_curve`."""
     if checked := training["validation"]:
         what = "held-out loss" if training["held_out"] else "loss on examples"
         return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]

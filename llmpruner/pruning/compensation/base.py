@@ -53,9 +53,9 @@ class Compensation(Component):
         lose some. Called before text is read; by default nothing is refused."""
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
-        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay because none is
-        better. Called without gradients; the caller removes the units afterwards. Raises `UnsupportedModelError` for a
-        decoder that it cannot run, `ModelError` for hidden states that are not finite."""
+        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay. Called without
+        gradients; the caller removes the units afterwards. Raises `UnsupportedModelError` for a decoder that it cannot
+        run, `ModelError` for hidden states that are not finite."""
         raise NotImplementedError
 
 

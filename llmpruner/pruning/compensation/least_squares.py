@@ -56,8 +56,7 @@ class WeightFitter:
     """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
 
     X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
-    view of the parameter. ``bias``: b (out,), None where there is none. One row in eight is held out until the ridge is
-    chosen. Memory: 2 · in · (in + out) float32."""
+    view of the parameter. ``bias``: b (out,) or None. Memory: 2 · in · (in + out) float32."""
 
     trials = len(RIDGES) + 1
     """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""

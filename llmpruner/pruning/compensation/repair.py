@@ -146,9 +146,8 @@ class _Repair:
                 self.pruned.append(hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0))
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
-        """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
-        after it; ``biases``, weight → name of the bias that its product adds; ``producers``, the silenced rows;
-        ``original``, the changed weights with dense copies."""
+        """Fit the weights of layer ``number``, and move h and ĥ to after it. Its steps need: ``after``, h after it;
+        ``biases``, weight → name of its bias; ``producers``, the silenced rows; ``original``, weights with copies."""
         self._keep_apart()
         steps, self.biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)
