@@ -94,8 +94,7 @@ class Exporter(Component):
     """Whether llmpruner can't open what is written."""
 
     def check(self) -> None:
-        """Raise `MissingExtraError` for a missing library, and `SettingsError` for settings that contradict each other,
-        before the model is loaded. Checks nothing by default."""
+        """Raise `MissingExtraError` or `SettingsError` before the model is loaded. Checks nothing by default."""
 
     def export(self, task: ExportTask) -> str:
         """Write into ``task.directory``; returns one line on how to load the result. Raises `UnsupportedModelError` for

@@ -43,8 +43,7 @@ class Record(NamedTuple):
 
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
-    """The records of a source, in order. Raises `DataError` at once for a source that does not exist; for a malformed
-    record, when it is reached."""
+    """The records of a source, in order. Raises `DataError`: at once without a source, later for malformed records."""
     if source == PYDOC:
         from pydoc_data.topics import topics  # half a megabyte of text that --help does without
 

@@ -91,8 +91,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
 
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
-    """What ``tokenizer`` puts before ``text``. Neither ``bos_token`` nor ``add_bos_token`` tells: GPT-2 and Qwen never
-    put their BOS token, and ChatGLM puts two tokens."""
+    """What ``tokenizer`` puts before ``text``; ``bos_token`` does not tell (GPT-2 has one and puts none)."""
     plain, own = (
         tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
     )

@@ -183,8 +183,7 @@ def answers_to_instructions(
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
-    """The text of ``ids``; unless it is ``finished``, up to its last whole sentence, as the model learns where rows
-    end."""
+    """The text of ``ids``; unless ``finished``, up to its last sentence, as a model learns where rows end."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     if stop and stop in text:
         text, finished = text.partition(stop)[0], True

@@ -20,8 +20,7 @@ from .console import error_line
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MiB of freed memory, and reuse it for tensors of up to 64 MiB. Otherwise every large
-    tensor gets new pages, which the system clears first."""
+    """Let glibc keep up to 256 MiB of freed memory for tensors, where the system would clear new pages for each."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -80,8 +79,7 @@ def is_first() -> bool:
 
 
 def _shares_work(arguments: Sequence[str]) -> bool:
-    """Whether a launcher started several processes for a command that shares work between them. Raises `SettingsError`
-    for a command that each would repeat."""
+    """Whether several processes share this command's work. Raises `SettingsError` for one that each would repeat."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if not launched() or "--help" in arguments or command is None:
         return False

@@ -57,8 +57,7 @@ ATTEMPTS = tuple(Small(heads, complete, each) for each in (1, 2) for complete in
 
 @dataclass(frozen=True)
 class Around:
-    """Sizes → small ones that a part of a configuration takes from others: from the one around it, and the hidden size
-    of the text model next to it."""
+    """Sizes → small ones that a part of a configuration takes from the whole, and from the text model beside it."""
 
     hidden: Mapping[int, int] = field(default_factory=dict)
     kv_heads: Mapping[int, int] = field(default_factory=dict)
@@ -334,8 +333,7 @@ def _shrink_layers(
 
 
 def _parts(values: Mapping[str, Any], count: int) -> dict[str, list[bool]]:
-    """Fields that count consecutive layers → whether each layer is among them: the last ones, which share keys and
-    values, and sections that make up all layers."""
+    """Fields that count consecutive layers → whether each layer is among them: shared last ones, and sections."""
     counts = {n: v for n, v in values.items() if _LAYERS.search(n) and type(v) is int and v < count}
     parts = {
         name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name

@@ -122,8 +122,7 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake ones on the CPU, ties included. On the meta device, constants of the forward pass
-    (``x[..., [-1], :]``) would have no values."""
+    """Make all tensors fake, ties included; on the meta device, constants of the forward pass would have no values."""
     known: dict[torch.Tensor, torch.Tensor] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:

@@ -130,8 +130,7 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 Gates = tuple[torch.Tensor, torch.Tensor]
-"""Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen for
-the token; float32."""
+"""Of each row of an expert's product: the router weight, and its share of the token's router weights; float32."""
 
 
 class Routing:
@@ -215,8 +214,7 @@ class ReduceProducts:
 
     @contextlib.contextmanager
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. Gradients times ``loss_scale`` are those of the mean
-        loss of each sample."""
+        """While active, watch one micro-batch. Gradients times ``loss_scale`` are of the mean loss of each sample."""
         watched = [*self.names, *self._routing.names]
         with self._routing.following(), WatchProducts(self.model, watched, partial(self._add, loss_scale)):
             yield

@@ -51,8 +51,7 @@ class Signal(str, Enum):
     GRAD = "grad"
     """Gradient of the mean next-token loss over the calibration set: `ParameterSignals.grad`."""
     GRAD_SQ = "grad_sq"
-    """Mean over samples of the squared gradient of one sample's loss, the diagonal of the empirical Fisher information:
-    `ParameterSignals.grad_sq`."""
+    """Mean over samples of the squared gradient of each one's loss (empirical Fisher): `ParameterSignals.grad_sq`."""
     INPUT_STATS = "input_stats"
     """Mean and second moment of the inputs of a weight matrix: `ParameterSignals.inputs`."""
     GRAM = "gram"
@@ -159,8 +158,7 @@ class Product:
 
     @property
     def input_grads(self) -> torch.Tensor:
-        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in), float32:
-        ``output_grads @ weight``."""
+        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in), float32."""
         if self.output_grads is None:
             raise ValueError("gradients at a product need Signal.PRODUCT_GRAD")
         if self.in_bfloat16:
@@ -175,8 +173,7 @@ class Product:
 
     @property
     def gate_shares(self) -> torch.Tensor:
-        """`gates` divided by their sum over all experts chosen for the token, whether the model does so or not. Zeros
-        for a token whose router weights are all zero."""
+        """`gates` divided by their sum over the experts chosen for the token; zeros where all are zero."""
         return self._of_rows(self.row_gate_shares)
 
     def _of_rows(self, known: torch.Tensor | None) -> torch.Tensor:

@@ -250,8 +250,7 @@ def both_triangles(lower: torch.Tensor) -> torch.Tensor:
 def stream_statistics(
     execution: Execution, calibration: CalibrationSet, length: int = 1, removable: frozenset[int] | None = None
 ) -> StreamStats:
-    """Compare the hidden states before and after each block of ``length`` layers, of which all are kept meanwhile.
-    ``removable``: as in `StreamStats`."""
+    """Compare the hidden states before and after blocks of ``length`` layers. ``removable``: as in `StreamStats`."""
     walk, embedded = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
     cosine, angle = torch.full((2, count), nan, dtype=torch.float64)

@@ -335,8 +335,7 @@ def bench(
 def _measure(
     sessions: Sequence[Session], settings: BenchSettings, progress: Progress
 ) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
-    """Batch size and length of prompt → for every model, the seconds of the prefill and of all decoding steps, in each
-    counted round."""
+    """Batch size and length of prompt → of each model, (prefill, decode) seconds in each counted round."""
     import torch
 
     cases = list(product(settings.batch, settings.prompt))

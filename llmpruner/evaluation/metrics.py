@@ -135,8 +135,7 @@ class PerplexityMetric(Metric):
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """The `PerplexityResult` on the first text, with its name in ``text``, and in ``others`` those on further
-        texts by their names."""
+        """The `PerplexityResult` on the first text, named by ``text``; ``others``: on further texts by their names."""
         from .perplexity import perplexity
 
         reference = subject.reference if self.settings.kl else None
@@ -163,8 +162,7 @@ class PerplexityMetric(Metric):
 
 
 class AnswersMetric(Metric):
-    """What the model answers, by the likeliest tokens, to the 40 instructions of ``instructions.txt``. Nothing in
-    llmpruner calibrates or trains on them."""
+    """The likeliest answers to the 40 instructions of ``instructions.txt``, on which nothing trains or calibrates."""
 
     name = "answers"
     summary = (

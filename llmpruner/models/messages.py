@@ -39,8 +39,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
-    """The statement of a model's code that raised ``error``, and the path of its module; empty where none was running.
-    ``model``: None for the first module in the traceback."""
+    """The statement of a model's code that raised ``error``, and the path of its module; empty without one."""
     frames = list(traceback.walk_tb(error.__traceback__))
     if model is None:
         running = (frame.f_locals.get("self") for frame, _ in frames)

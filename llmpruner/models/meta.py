@@ -109,8 +109,7 @@ def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int
 
 
 def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """(name, parameter, experts) of all parameters that tokens are multiplied by. ``experts``: of stacked experts, how
-    many a token is routed to; else None."""
+    """(name, parameter, number of routed experts if stacked) of all parameters that tokens are multiplied by."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue

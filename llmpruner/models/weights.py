@@ -68,8 +68,7 @@ class Weights:
 
 
 class StreamedWeights(Weights):
-    """Weights that are read part by part. ``model``: with parameters on the meta device. ``device``: of the
-    computation. Subclasses say what `read` gives."""
+    """Weights that `read` gives part by part. ``model``: on the meta device. ``device``: of the computation."""
 
     streamed = True
 

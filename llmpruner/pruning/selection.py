@@ -43,8 +43,7 @@ TRIED = 2048
 
 
 def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> Kept:
-    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an amount that cannot be
-    removed, or that is less than one unit."""
+    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an unreachable amount."""
     kept: Kept = {}
     current = _Current(model, job, kept, text, execution)
     whole = current.cost
@@ -170,8 +169,7 @@ class _Current:
 
 @dataclass(frozen=True)
 class Demand:
-    """What must be removed: an ``amount`` of a cost, and the ``whole``, as in `AllocationTask`; or ``units``: group
-    name → number of units, which need not be whole."""
+    """To remove: an ``amount`` of a cost, and ``whole`` as in `AllocationTask`; or ``units``, group name → number."""
 
     amount: int = 0
     whole: int | None = None
@@ -179,8 +177,7 @@ class Demand:
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
-    """The kinds and layers that may be cut: by default all layers for uniform widths; for free ones, and to remove
-    whole layers, all but a tenth at either end."""
+    """The kinds and layers that may be cut. Free widths, and whole layers, leave a tenth of layers at either end."""
     count = structure.graph.num_layers
     chosen = chosen_layers(job.layers, count)
     tokens = None
@@ -245,11 +242,7 @@ def select(
     allocation: Allocation, *, cost: Cost | None = None, widths: Widths = ANY,
     loss: Callable[[Kept], float] | None = None, progress: Progress = QUIET,
 ) -> Kept:  # fmt: skip
-    """Group name → kept units, without groups that keep all. ``allocation`` decides how many units each group loses,
-    scores which, equal ones by number; where ``demand`` has numbers of units, `Uniform` takes these as they are, and
-    another allocation the amount that they save. ``cost``: of ``demand.amount`` (default: the decoder's parameters).
-    ``loss``: for an allocation that measures, kept units → divergence of the cut model from the current one. Raises
-    `SelectionError` when the demand cannot be met."""
+    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an unreachable amount."""
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:

@@ -103,8 +103,7 @@ class CostSection(ReportSection):
 
 
 def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]]:
-    """Cells of `SPEED_COLUMNS` for every case and model of what ``bench --json`` writes; ``stage``: ``prefill`` or
-    ``decode``."""
+    """Cells of `SPEED_COLUMNS` for every case and model of a bench. ``stage``: ``prefill`` or ``decode``."""
     for case in bench["cases"]:
         for model in case["models"]:
             rate = model[stage]
@@ -190,8 +189,7 @@ class OriginSection(ReportSection):
 
 
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """The name of the loss, its values before the training and of the result, on validation rows if there were any;
-    None without losses. ``training``: as of `loss_curve`."""
+    """The name of the loss, its value before and after a training, on validation rows if there are any; or None."""
     if checked := training["validation"]:
         what = "held-out loss" if training["held_out"] else "loss on examples"
         return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]

@@ -116,8 +116,7 @@ def _import(package: str) -> str:
 
 
 def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = "family") -> None:
-    """Write the package of the plugin ``name`` to the new ``directory``, as a whole or not at all. ``kind``: one of
-    `KINDS`. Raises `OutputError`."""
+    """Write the plugin ``name`` to the new ``directory``. ``kind``: one of `KINDS`. Raises `OutputError`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from ..plugins import catalog

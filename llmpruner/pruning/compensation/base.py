@@ -45,8 +45,7 @@ class Compensation(Component):
     by_layer: ClassVar[bool] = False
     """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, which may stream them."""
     changes_readers_alone: ClassVar[bool] = False
-    """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
-    compare all other weights with the dense model's."""
+    """Whether it changes only weights that read removed units, and biases; ``verify`` then compares all others."""
 
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
         """Raise `UnsupportedModelError` where it cannot change the weights that read units of ``groups``, which may

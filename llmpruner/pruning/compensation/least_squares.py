@@ -100,8 +100,7 @@ class WeightFitter:
         return error if isfinite(error) else inf
 
     def write(self, key: Matrix, errors: Sequence[float]) -> Fit:
-        """Replace W_R by zeros, and W_K and b by the best fit, on all rows, if one beats the old weights. ``errors``:
-        of all trials on the held-out rows."""
+        """Set W_R to zero, and W_K and b to the best fit on all rows if one beats the old weights on held-out rows."""
         before = after = None
         step = max(1, len(self._held_out.squares) // _OUTPUTS)
         whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
@@ -169,8 +168,7 @@ Fitter = WeightFitter | BiasFitter
 
 
 def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
-    """`write` of all. The processes, which added rows to fitters of the same matrices, share the trials, then the fits,
-    and all get the new weights."""
+    """`write` of all. The processes share the trials, then the fits, and all get the new weights."""
     for fitter in fitters.values():
         fitter.reduce(ranks)
     trials = max((fitter.trials for fitter in fitters.values()), default=0)  # the same for all

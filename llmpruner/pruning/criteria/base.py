@@ -72,8 +72,7 @@ class ImportanceCriterion(Component):
         return self.kinds is None or kind in self.kinds
 
     def counts(self, axis: UnitAxis) -> bool:
-        """Whether a span counts for the scores of its group; by default, if its role is in `roles`. Not called for
-        layers, for which every parameter counts."""
+        """Whether a span counts for the scores of its group: by `roles`. Not called for layers."""
         return self.roles is None or axis.role in self.roles
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
