@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportTask:
-    """``source``: the model as the user named it, as a rule a folder. ``directory``: new and empty; it gets its final
-    name when `Exporter.export` returns, and is removed when it raises. ``load``: called once, when the model is first
-    needed; loads it in the user's dtype, by default as it is stored."""
+    """``source``: the model as the user named it. ``directory``: new and empty; it gets its final name when
+    `Exporter.export` returns. ``load``: called once, when the model is first needed."""
 
     source: Path
     directory: Path

@@ -128,9 +128,8 @@ def answered(
     tokens: int,
     numbers: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    """At most ``tokens`` tokens after each prompt, without the end of the sequence: the likeliest, or drawn at
-    temperature 1 by ``numbers`` (prompts, tokens) between 0 and 1. ``prompts``: token ids. Raises `ModelError` when the
-    model's logits are NaN."""
+    """At most ``tokens`` tokens after each prompt (ids), without the end: the likeliest, or drawn at temperature 1 by
+    ``numbers`` (prompts, tokens) between 0 and 1. Raises `ModelError` when the model's logits are NaN."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     pad = padding_id(tokenizer, model, sorted(stops))

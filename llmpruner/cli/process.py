@@ -40,9 +40,8 @@ def exit_on_sigterm() -> None:
 
 
 def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool) -> None:
-    """Run a command, which exits. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2; with
-    ``debug``, a traceback. Of several processes, only the first prints, but an error is printed by the process that
-    fails first."""
+    """Run a command, which exits: a `LlmprunerError`, or lack of disk or memory, with one line and code 2, or with
+    ``debug`` a traceback. Of several processes, the first prints, but errors the one that fails first."""
     ranks = None
     try:
         if _shares_work(arguments):

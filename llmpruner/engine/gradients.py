@@ -1,8 +1,8 @@
 """Gradients of one layer at a time: those of autograd over the whole model, in the memory of one layer.
 
-The forward pass keeps (layers + 1) × samples × length × hidden size numbers, up to the execution's limit in memory. The
-backward pass runs each layer again, from last to first. A layer's other inputs may have gradients too: keys and values
-of earlier layers, and what the model computes from parameters outside the layers.
+Hidden states between layers are kept, up to the execution's limit in memory; the backward pass runs each layer again.
+Other inputs of a layer may have gradients too: keys and values of earlier layers, and what the model computes from
+parameters outside the layers.
 """
 
 from __future__ import annotations
@@ -62,11 +62,9 @@ class _Batch:
 
 class GradientWalk:
     """The forward and backward pass over a calibration set, of which each process runs its own micro-batches, maybe
-    none; gradients are sums over all processes. Parameters must not require gradients.
-
-    ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. Without gradients of parameters, layers and head
-    compute in bfloat16 where that is faster. ``outer``: the parameters of `backward_outer`.
-    """
+    none; gradients are sums over all. Parameters must not require gradients. ``needs``: for `Signal.GRAD_SQ`,
+    micro-batches have one sample; without gradients of parameters, layers compute in bfloat16 where that is faster.
+    ``outer``: the parameters of `backward_outer`."""
 
     def __init__(
         self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]

@@ -128,8 +128,7 @@ class StreamStats:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T +
-    bias``, where there is one.
+    """One product of a micro-batch with a weight matrix: ``outputs = inputs @ weight.T + bias``, where there is one.
 
     ``inputs`` (rows, d_in), ``outputs`` (rows, d_out) and gradients are float32. They may share memory with the model:
     copy what is to be kept after the call, and change nothing in place. For an expert, rows are the tokens routed to it
@@ -188,9 +187,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class ProductStats:
-    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight. ``sums``: name →
-    sum, of the shape that ``measure`` returned; for a stack with a leading axis of experts, with zeros for those that
-    no token was routed to. ``axis``: the input axis of the weight."""
+    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight, by name; for a
+    stack with a leading axis of experts, zeros for those without tokens. ``axis``: the input axis of the weight."""
 
     sums: Mapping[str, torch.Tensor]
     axis: int

@@ -51,10 +51,8 @@ def walk_signals(
     by_matrix: bool = False,
 ) -> Named:
     """Yield every parameter of ``names`` with the signals in ``needs``; with ``by_matrix``, stacks matrix by matrix.
-    ``measure``: `ImportanceCriterion.measure`. Raises `ModelError` for values that are not finite.
-
-    Memory: that of `forward_statistics`, or of a `GradientWalk` with one layer's gradients. Keep no reference to them.
-    """
+    ``measure``: `ImportanceCriterion.measure`. Keep no reference to what is yielded, to save memory. Raises
+    `ModelError` for values that are not finite."""
     needed, rest = frozenset(needs), set(names)
     signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
     if needed - {Signal.WEIGHT}:

@@ -252,9 +252,8 @@ def measurement(values: Sequence[float]) -> Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The speed of one model in one case. ``tokens_per_second``: of all sequences together. ``speedup``: over the first
-    model, of runs of the same round. ``ideal``: the speed-up that sizes allow, and ``share_of_ideal``, what is reached
-    of it; None where sizes are not known."""
+    """The speed of one model in one case. ``speedup``: over the first model in the same round. ``ideal``: the speed-up
+    that sizes allow, ``share_of_ideal``: what is reached of it; None where sizes are not known."""
 
     tokens_per_second: Measurement
     speedup: Measurement

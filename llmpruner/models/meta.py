@@ -41,9 +41,8 @@ def register_model_class(config: PreTrainedConfig, revision: str | None = None) 
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)
-    with their values. ``dtype``: of the parameters; None: as ``config`` says. Raises what `register_model_class` and
-    the constructor raise."""
+    """A causal language model of ``config`` with parameters on the meta device, and buffers with their values.
+    ``dtype``: of the parameters; None: as ``config`` says. Raises as `register_model_class` and the constructor."""
     register_model_class(config)
     options = {} if dtype is None else {"dtype": dtype}
     return empty_model(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, **options), config)
@@ -97,9 +96,8 @@ def decoder_layers(model: Any) -> str:
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
-    """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache: one per weight of
-    linear layers, the head and the experts that a token is routed to; in attention, ``context`` per channel for the
-    scores and again for the values."""
+    """Multiply-accumulate operations to decode a token with ``context`` tokens in the cache: one per weight that it is
+    multiplied by, and in attention ``context`` per channel, for the scores and for the values."""
     weights = sum(
         parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed
         for _, parameter, routed in multiplied(model)

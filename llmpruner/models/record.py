@@ -101,7 +101,8 @@ def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, h
 
 
 def check_weights(directory: Path) -> None:
-    """Raise `CheckpointError` for weights that were damaged after llmpruner wrote them. Hashes: up to `HASHED` bytes."""
+    """Raise `CheckpointError` for weights that were damaged after llmpruner wrote them. Hashes: up to `HASHED`
+    bytes."""
     record = read_any_record(directory)
     if record is None:
         return  # indexes of other models are not always right

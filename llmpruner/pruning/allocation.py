@@ -148,10 +148,9 @@ Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters"]
 
 
 class GlobalRanking(Allocation):
-    """All steps of all groups in one order, lowest score first, up to the requested amount. A group whose next step
-    does not fit loses no more, and the others go on; the last step is as `top_up` says. Where further cuts follow
-    (`AllocationTask.whole`), a cut ends before a step that only the whole amount has room for, or with it if that is
-    nearer."""
+    """All steps of all groups in one order, lowest score first, up to the requested amount; `top_up` takes the last. A
+    group whose next step does not fit loses no more. Where further cuts follow (`AllocationTask.whole`), a cut ends at
+    a step that only the whole amount has room for."""
 
     name = "global"
     summary = "one ranking of the units of all groups, lowest score first"

@@ -81,9 +81,8 @@ def saving_units(
     cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None],
     alike: Iterable[Sequence[str]],
 ) -> dict[str, frozenset[int] | None]:  # fmt: skip
-    """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``.
-    ``alike``: groups that keep the same number of units (`Widths.alike`); all of them stay where one saves. Raises
-    `SelectionError` when no unit saves any."""
+    """``allowed`` (group name → removable units, None for all) without units that save nothing of ``cost``. ``alike``:
+    groups that keep equally many units; all stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
     whole = cost.remaining()
     for group in groups:

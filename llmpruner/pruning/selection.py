@@ -292,9 +292,8 @@ def trial_loss(
     model: PreTrainedModel, graph: CouplingGraph, kinds: Collection[str], family: ModelFamily,
     calibration: CalibrationSet, scores: Scores,
 ) -> Callable[[Kept], float]:  # fmt: skip
-    """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
-    ``kinds``: of the units that are cut, without tokens, whose cut costs the sum of their ``scores``. Memory: the
-    logits of `TRIED` tokens."""
+    """A function from kept units to the mean KL divergence of a copy cut to them from ``model``, in nats per token.
+    ``kinds``: of the units that are cut. A cut of tokens is not tried: it costs the sum of their ``scores``."""
     follows = with_rules(family, model, set(kinds))
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))

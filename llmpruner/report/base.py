@@ -92,7 +92,8 @@ class ReportSection(Component):
     """The built-in sections have 0 to 40."""
 
     def render(self, subject: ReportSubject) -> str | None:
-        """HTML that starts with ``<h2>``, uses no network, and has the model's text escaped; None for nothing to show."""
+        """HTML that starts with ``<h2>``, uses no network, and has the model's text escaped; None for nothing to
+        show."""
         raise NotImplementedError
 
     def compare(self, subjects: Sequence[ReportSubject]) -> str | None:

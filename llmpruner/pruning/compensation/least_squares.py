@@ -53,7 +53,7 @@ class Fit:
 
 
 class WeightFitter:
-    """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
+    """Fits W_K and b (the weight of an input that is always 1) to targets by ridge regression on X_K.
 
     X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
     view of the parameter. ``bias``: b (out,) or None. Memory: 2 · in · (in + out) float32."""

@@ -56,9 +56,8 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
 
 @dataclass(frozen=True)
 class _Step:
-    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where the layer's
-    output is not such a sum, or they do not all add to the residual stream. ``last``: the stream writer that is used
-    last is one of them."""
+    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where not all of them
+    add to the residual stream. ``last``: the stream writer that is used last is one of them."""
 
     readers: Mapping[str, Reader]
     factor: float | None

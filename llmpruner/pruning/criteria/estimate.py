@@ -41,9 +41,9 @@ def estimate(
     calibration: CalibrationSet | None, *, reduction: str = "sum", seed: int = 0, execution: Execution | None = None,
     length: int = 1, removable: frozenset[int] | None = None, tokenizer: Any | None = None,
 ) -> Scores:  # fmt: skip
-    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
-    model in memory. ``length``, ``removable``: as in `StreamStats`. Raises `SelectionError` for units that the
-    criterion does not score, `ModelError` when weights or scores are not finite."""
+    """Score every unit of ``groups``. ``calibration``: None for weights alone. ``length``, ``removable``: as in
+    `StreamStats`. Raises `SelectionError` for units that are not scored, `ModelError` for scores that are not
+    finite."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
