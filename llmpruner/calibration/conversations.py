@@ -135,7 +135,7 @@ def _conversation(messages: Sequence[tuple[str, str]], fields: Mapping[str, Any]
     if {role for role, _ in questions} != {"user"} or {role for role, _ in answers} != {"assistant"}:
         raise DataError("expected questions and answers in turn, with an answer to the first question")
     pairs = zip(questions, answers, strict=False)
-    return Conversation(tuple((asked, said) for (_, asked), (_, said) in pairs), *systems)
+    return Conversation(tuple((question, answer) for (_, question), (_, answer) in pairs), *systems)
 
 
 def _text(fields: Mapping[str, Any], name: str, *, filled: bool = False) -> str:

@@ -187,24 +187,24 @@ class AnswersMetric(Metric):
 
         tokenizer, stop = subject.tokenizer, subject.family.stop_text
         instructions = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
-        asked = [chat_prompt(subject.family, tokenizer, line) for line in instructions]
-        prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]
+        chats = [chat_prompt(subject.family, tokenizer, line) for line in instructions]
+        prompts = [ids_to_continue(tokenizer, chat.text, special=not chat.has_special_tokens) for chat in chats]
         written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        ended = [
-            len(ids) < self.settings.tokens or (stop or "\0") in text for ids, text in zip(written, texts, strict=True)
-        ]
+        complete = [len(ids) < self.settings.tokens for ids in written]
+        if stop:
+            complete = [ended or stop in text for ended, text in zip(complete, texts, strict=True)]
         answers = [text_before(text, stop).strip() for text in texts]
         if self._first is None:
             self._first = tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers]
-        reader, starts = self._first
+        first_tokenizer, starts = self._first
         alike = [
-            common_start(start, tokens_of(reader, text)) / len(start) if start else 1.0
+            common_start(start, tokens_of(first_tokenizer, text)) / len(start) if start else 1.0
             for start, text in zip(starts, answers, strict=True)
         ]
         return {
             "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
-            "cut_off": 1 - fmean(ended),
+            "cut_off": 1 - fmean(complete),
             "first_tokens": fmean(alike),
             "texts": answers,
         }

@@ -70,9 +70,9 @@ def forecast(
     autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device)
     whole = weights * 3 // 2 if autocast else weights  # it keeps a copy in bfloat16 while the model runs
     two_layers = weights - decoder + 2 * decoder // graph.num_layers
-    besides, disk = _besides_weights(job, structure, item, saves)
+    others, disk = _besides_weights(job, structure, item, saves)
     in_use = {False: whole, True: two_layers}
-    choices = [Forecast(streamed, process + besides + in_use[streamed], disk) for streamed in possible]
+    choices = [Forecast(streamed, process + others + in_use[streamed], disk) for streamed in possible]
     if max_memory is not None:
         limit: float = max_memory
         name, advice = f"--max-memory {bytes_text(max_memory)}", "raise it, or "

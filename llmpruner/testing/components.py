@@ -35,9 +35,9 @@ def check_component(kind: str, cls: type[Component]) -> None:
     problem = problem_of(cls, KINDS[kind].base)
     assert problem is None, f"{kind} {cls.__name__}: {problem}"
     name, catalog = cls.name, Catalog()
-    found = catalog.registries[kind].get(name)
+    registered = catalog.registries[kind].get(name)
     broken = "".join(f"; {line}" for line in catalog.manager.broken)
-    assert found is cls, (
+    assert registered is cls, (
         f"no installed plugin has this {kind} '{name}': expected an entry point in the group 'llmpruner' that names a "
         f"module whose {KINDS[kind].hook} returns {cls.__name__}{broken}"
     )

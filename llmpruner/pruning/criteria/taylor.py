@@ -47,13 +47,8 @@ class Taylor(ImportanceCriterion):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        gradients = {
-            "element1": {Signal.GRAD},
-            "vector": {Signal.GRAD},
-            "element2": {Signal.GRAD_SQ},
-            "mix": {Signal.GRAD, Signal.GRAD_SQ},
-        }[self.settings.variant]
-        return frozenset({Signal.WEIGHT} | gradients)
+        gradients = {"element2": {Signal.GRAD_SQ}, "mix": {Signal.GRAD, Signal.GRAD_SQ}}
+        return frozenset({Signal.WEIGHT, *gradients.get(self.settings.variant, {Signal.GRAD})})
 
     @property
     def signed(self) -> bool:
