@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.quasirandom import SobolEngine
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..models.generation import cached_bytes, fast_one_token_attention, generating_as, table_of
@@ -25,8 +25,6 @@ from .conversations import Instruction
 from .windows import opening_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..discovery.family import ModelFamily
     from .calibration import SampleTask
 

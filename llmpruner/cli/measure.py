@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..errors import LlmprunerError
+from ..evaluation.bench import BenchResult
+from ..evaluation.evaluate import Evaluation, Evaluations
 from ..files import write_text
 from ..models.record import REPORT_FILE
+from ..report.base import Report
 from ..report.sections import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
 from .console import done_line, note, out, print_json, table, warning_line
 from .derive import Json, ModelNames, takes
 from .process import is_first
-
-if TYPE_CHECKING:
-    from ..evaluation.bench import BenchResult
-    from ..evaluation.evaluate import Evaluation, Evaluations
-    from ..report.base import Report
-
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")]
 

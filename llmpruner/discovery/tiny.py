@@ -9,19 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
 from ..models.meta import register_model_class
 from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
 from ..models.stock import for_all_layers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LAYERS = 3
 """More where they are needed to show every kind of layer."""

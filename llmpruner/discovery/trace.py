@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,16 +17,13 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
 from ..models.meta import decoder_layers, meta_model
 from ..models.modeling_llmpruner import drop_layers, per_layer_lists
 from ..progress import only_errors
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 
 BATCH, TIME = 2, 7
 

@@ -10,21 +10,18 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from ..errors import PluginError
 from ..models.numbers import multiplies_bfloat16_fast
 from .ranks import Ranks
 from .signals import Product, ProductStats
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
 
 _PRODUCTS: dict[Any, tuple[tuple[int, str], ...]] = {
     functional.linear: ((0, "input"), (1, "weight"), (2, "bias")),

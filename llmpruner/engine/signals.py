@@ -12,12 +12,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..structure.coupling import Role
+from ..structure.coupling import CouplingGraph, Role
 
 if TYPE_CHECKING:
     import torch
-
-    from ..structure.coupling import CouplingGraph
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,15 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, TextStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
 from .messages import quiet_transformers
 from .tokenizer import check_ids, ids_to_continue, padding_id
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LOG = logging.getLogger("llmpruner")
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
@@ -19,9 +19,6 @@ from transformers.utils import TRANSFORMERS_DYNAMIC_MODULE_NAME
 from ..errors import ModelError, UnsupportedModelError
 from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
 from .messages import ALLOW, quiet_transformers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:

@@ -9,22 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..structure.coupling import in_layer, layer_number
-from ..structure.kept import layer_numbers
+from ..structure.coupling import CouplingGraph, in_layer, layer_number
+from ..structure.kept import Kept, layer_numbers
 from .record import names_in
 from .surgery import CutValues
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.coupling import CouplingGraph
-    from ..structure.kept import Kept
 
 
 class Weights:

@@ -13,15 +13,13 @@ from pydantic import BeforeValidator, Field
 
 from ..component import Component, ComponentSettings
 from ..progress import QUIET, Progress
-from ..structure.coupling import LAYER, VOCABULARY
+from ..structure.coupling import LAYER, VOCABULARY, CouplingGraph
 from ..structure.scope import Queue
 from ..values import names_of
 from .budgets import Cost
 
 if TYPE_CHECKING:
     import torch
-
-    from ..structure.coupling import CouplingGraph
 
 Taken = dict[str, int]
 """Group name → number of removal steps taken from the group's queue, in order."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from ..evaluation.evaluate import Evaluations
+from ..structure.plan import TokenOutcome
 from ..values import bytes_text, count_text, counted, without_folders
 from .base import ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
-
-if TYPE_CHECKING:
-    from ..evaluation.evaluate import Evaluations
 
 SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
 
@@ -127,10 +128,6 @@ class PlanSection(ReportSection):
     order = 20
 
     def render(self, subject: ReportSubject) -> str:
-        from pydantic import TypeAdapter
-
-        from ..structure.plan import TokenOutcome
-
         plans = []
         for plan, work in zip(subject.plans, chain(subject.record.get("work", ()), repeat({})), strict=False):
             kinds, rows = plan.table()

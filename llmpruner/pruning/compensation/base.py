@@ -10,15 +10,14 @@ from pydantic import Field
 
 from ...component import Component, ComponentSettings
 from ...errors import no_bias
-from ...structure.coupling import Role
+from ...structure.coupling import CoupledGroup, CouplingGraph, Role
+from ...structure.kept import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...calibration.calibration import CalibrationSet
     from ...engine.execution import Execution
-    from ...structure.coupling import CoupledGroup, CouplingGraph
-    from ...structure.kept import Kept
     from .least_squares import Fit
 
 
