@@ -84,7 +84,7 @@ class SizeMetric(Metric):
 
 
 class PerplexityMetric(Metric):
-    """See `llmpruner.evaluation.perplexity.perplexity`."""
+    """Perplexity on one or several texts, as `llmpruner.evaluation.perplexity.perplexity` computes it."""
 
     name = "perplexity"
     summary = "perplexity and bits per byte on texts; with kl also the KL divergence from the first model"
