@@ -15,11 +15,12 @@ from ..errors import first_line
 from ..evaluation.evaluate import Evaluations
 from ..evaluation.metrics import Size
 from ..structure.coupling import CouplingGraph
-from ..structure.plan import PruningPlan, Quality
 from ..values import bytes_text, count_text, counted, without_folders
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+
+    from ..structure.plan import PruningPlan, Quality
 
 DENSE = "dense"
 """Name of the dense model on the page."""
@@ -62,6 +63,8 @@ class ReportSubject:
     @property
     def cut_quality(self) -> Quality | None:
         """What the last `prune` measured."""
+        from ..structure.plan import Quality
+
         values = [work.get("quality") for work in self.record.get("work") or ()]
         return Quality(**values[-1]) if values and values[-1] else None
 

@@ -10,7 +10,6 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from ..evaluation.evaluate import Evaluations
-from ..structure.plan import TokenOutcome
 from ..values import bytes_text, count_text, counted, without_folders
 from .base import ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
@@ -128,6 +127,8 @@ class PlanSection(ReportSection):
     order = 20
 
     def render(self, subject: ReportSubject) -> str:
+        from ..structure.plan import TokenOutcome
+
         plans = []
         for plan, work in zip(subject.plans, chain(subject.record.get("work", ()), repeat({})), strict=False):
             kinds, rows = plan.table()
