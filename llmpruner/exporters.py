@@ -23,9 +23,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ExportTask:
-    """``source``: the model as the user named it, as a rule a folder. ``directory``: new and empty; it gets its final
-    name when `Exporter.export` returns, and is removed when it raises. ``load``: called once, when the model is first
-    needed; loads it in the user's dtype, by default as it is stored."""
+    """``source``: the model as the user named it. ``directory``: new and empty; it gets its final name when
+    `Exporter.export` returns. ``load``: called once, when the model is first needed."""
 
     source: Path
     directory: Path
@@ -95,24 +94,19 @@ class Exporter(Component):
     """Whether llmpruner can't open what is written."""
 
     def check(self) -> None:
-        """Raise `MissingExtraError` for a missing library, and `SettingsError` for settings that contradict each other,
-        before the model is loaded. Checks nothing by default."""
+        """Raise `MissingExtraError` or `SettingsError` before the model is loaded. Checks nothing by default."""
 
     def export(self, task: ExportTask) -> str:
-        """Write into ``task.directory``; returns one line on how to load the result.
-
-        Raises `UnsupportedModelError` for a model that the format can't represent, and `CheckpointError` when what was
-        written gives other outputs than the model.
-        """
+        """Write into ``task.directory``; returns one line on how to load the result. Raises `UnsupportedModelError` for
+        a model that the format can't represent, and `CheckpointError` when the result gives other outputs."""
         raise NotImplementedError
 
 
 def export(
     source: Path, exporter: Exporter, directory: Path, load: Callable[[], Model], progress: Progress = QUIET
 ) -> str:
-    """Write the model ``source`` to the new ``directory``; returns a line on how to load it. Raises `OutputError` when
-    ``directory`` exists or can't be written, `PluginError` when the exporter wrote nothing, and whatever the exporter
-    raises; no files remain then."""
+    """Write the model ``source`` to the new ``directory``; returns a line on how to load it. No files remain when it
+    raises: `OutputError` for ``directory``, `PluginError` when nothing was written, and what the exporter raises."""
     from . import __version__
     from .models.messages import quiet_transformers
     from .models.record import ORIGIN_FILE, RECORD_FILE, write_record

@@ -76,9 +76,8 @@ def new_directory(directory: Path) -> Iterator[Path]:
 
 @contextmanager
 def alone_in(folder: Path, mark: str | None = None, *, anew: bool = False) -> Iterator[None]:
-    """Lock ``folder`` for this process. It is created, and removed at the end if it is empty. ``mark``: a file without
-    which it must be empty at the start. ``anew``: empty it first. Raises `OutputError` when another process has locked
-    it; Windows and some network file systems have no such locks, and nothing is raised there."""
+    """Lock ``folder``, which is created, and removed at the end if empty. ``mark``: a file without which it must be
+    empty at the start. ``anew``: empty it first. Raises `OutputError` when another process has locked it."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     lock = _lock(folder)

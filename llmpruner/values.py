@@ -1,6 +1,5 @@
 """Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``taylor.variant=mix``; messages about
-those that pydantic refuses; numbers in texts; tables of notebooks. Validators leave other types to pydantic to refuse.
-"""
+those that pydantic refuses; numbers in texts; tables of notebooks."""
 
 from __future__ import annotations
 
@@ -151,6 +150,5 @@ _FOLDERS = re.compile(r"(^|,|\*|[\w-]{2,}:)(?:/(?!/)|[A-Za-z]:[\\/])(?:[^,]*[/\\
 
 
 def without_folders(text: str) -> str:
-    """``text`` without the folders of absolute paths, which mean nothing on another machine: ``3*self,1*chat:b.jsonl``
-    for ``3*self,1*chat:/a/b.jsonl``."""
+    """``text`` without the folders of absolute paths: ``3*self,1*chat:b.jsonl`` for ``3*self,1*chat:/a/b.jsonl``."""
     return _FOLDERS.sub(r"\1", text)

@@ -72,9 +72,8 @@ def example(record: Record) -> Example:
     - ``prompt`` and ``completion`` (TRL): as two strings a `Completion`, as two lists of messages a `Conversation`;
     - ``text``: a `Completion` without a prompt.
 
-    A system message is the first message of a conversation or in a field ``system``. An answer before the first
-    question and a last question without an answer are left out. A field that is null counts as absent. Raises
-    `DataError` with the place of a record of another form.
+    A system message is the first message or in a field ``system``. An answer before the first question and a last
+    question without an answer are left out. Raises `DataError` with the place of a record of another form.
     """
     try:
         return _example(record.value)
@@ -136,7 +135,7 @@ def _conversation(messages: Sequence[tuple[str, str]], fields: Mapping[str, Any]
     if {role for role, _ in questions} != {"user"} or {role for role, _ in answers} != {"assistant"}:
         raise DataError("expected questions and answers in turn, with an answer to the first question")
     pairs = zip(questions, answers, strict=False)
-    return Conversation(tuple((asked, said) for (_, asked), (_, said) in pairs), *systems)
+    return Conversation(tuple((question, answer) for (_, question), (_, answer) in pairs), *systems)
 
 
 def _text(fields: Mapping[str, Any], name: str, *, filled: bool = False) -> str:

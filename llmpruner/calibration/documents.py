@@ -1,17 +1,9 @@
 """Reading records, documents and text from files and from data sets of the ``datasets`` library.
 
-A *source* is a string that names one of
-
-- a ``.jsonl`` file: one JSON value a line;
-- a ``.json`` file: a list of records, or one record;
-- a ``.parquet`` file: one record a row;
-- any other text file (``.txt``, ``.md``, …): one record, a string;
-- ``pydoc``: the topics of Python's ``help()``, one record each; they differ between Python versions;
-- a data set: ``name``, ``name:config`` or ``name:config:split`` (default: the split ``train``).
-
-A file that exists is read as a file, whatever its name but ``pydoc``. Text is UTF-8, with or without a byte order mark.
-
-Several sources are one mixture: ``a.jsonl,b.jsonl``, or with shares ``3*a.jsonl,1*b.jsonl``.
+A *source* names a file: ``.jsonl`` (a JSON value a line), ``.json`` (a list of records, or one), ``.parquet`` (a record
+a row), any other (one record, UTF-8 text); ``pydoc`` (the topics of Python's ``help()``, which differ between its
+versions); or a data set: ``name``, ``name:config`` or ``name:config:split`` (default: the split ``train``). A file that
+exists is read as a file. Several sources are one mixture: ``a.jsonl,b.jsonl``, or with shares ``3*a.jsonl,1*b.jsonl``.
 """
 
 from __future__ import annotations
@@ -51,8 +43,7 @@ class Record(NamedTuple):
 
 
 def read_records(source: str, expected: str = EXPECTED_TEXT) -> Iterator[Record]:
-    """The records of a source, in order. Raises `DataError` at once for a source that does not exist; for a malformed
-    record, when it is reached."""
+    """The records of a source, in order. Raises `DataError`: at once without a source, later for malformed records."""
     if source == PYDOC:
         from pydoc_data.topics import topics  # half a megabyte of text that --help does without
 
@@ -108,8 +99,7 @@ def document(record: Record) -> str:
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
-    """Read the first record of a source with ``read``, before long work starts; a data set is downloaded. Raises
-    `DataError`."""
+    """Read the first record of a source with ``read``, before long work starts. Raises `DataError`."""
     first = next(read_records(source, expected), None)
     if first is None:
         raise DataError(f"{source} holds no records")
@@ -195,9 +185,8 @@ def _parsed(text: str, path: Path, line: int = 1) -> Any:
 
 
 def parse_mixture(text: str) -> list[tuple[str, float | None]]:
-    """The sources that ``text`` names, each with its share of the records in proportion to the others; None where no
-    source has a share, and all records are taken. A file that exists is one source, whatever its name. Raises
-    `DataError` for an empty name and a share of zero."""
+    """The sources that ``text`` names, each with its share; None where no source has one, and all records are taken. A
+    file that exists is one source, whatever its name. Raises `DataError` for an empty name and a share of zero."""
     if isfile(text):
         return [(text, None)]
     parts: list[tuple[str, float | None]] = []
@@ -215,8 +204,7 @@ def parse_mixture(text: str) -> list[tuple[str, float | None]]:
 
 
 def mixed(parts: Sequence[tuple[float | None, Sequence[T]]], seed: int) -> list[T]:
-    """The records of all sources, each with its share, in their order. With shares, as many as there can be in these
-    proportions, drawn at random by ``seed``."""
+    """The records of all sources in order; with shares, as many as these proportions allow, drawn by ``seed``."""
     unit = min((len(records) / share for share, records in parts if share), default=0.0)
     chosen: list[T] = []
     for number, (share, records) in enumerate(parts):

@@ -26,10 +26,9 @@ _OPENING = 256
 
 
 def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
-    """Token ids, int64 of shape (samples, length): windows of the text that do not overlap, from as many different
-    pieces of it as possible, in random order; where the text has too few, the rest are drawn at random positions.
-    Documents are joined in random order, so that short ones are used too. Every window begins with `opening_tokens`.
-    Raises `DataError` for a text that is too short, or a window without room for text."""
+    """Token ids, int64 (samples, length): windows of the text that do not overlap, from as many different pieces of it
+    as possible; where there are too few, at random positions. Documents are joined in random order, so that short ones
+    are used too. Every window begins with `opening_tokens`. Raises `DataError` for a text that is too short."""
     samples, tokenizer, opening = task.samples, task.tokenizer, opening_tokens(task.tokenizer, documents[0])
     length = task.length - len(opening)
     if length < 1:
@@ -92,8 +91,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
 
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
-    """What ``tokenizer`` puts before ``text``. Neither ``bos_token`` nor ``add_bos_token`` tells: GPT-2 and Qwen never
-    put their BOS token, and ChatGLM puts two tokens."""
+    """What ``tokenizer`` puts before ``text``; ``bos_token`` does not tell (GPT-2 has one and puts none)."""
     plain, own = (
         tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
     )

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.quasirandom import SobolEngine
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..models.generation import cached_bytes, fast_one_token_attention, generating_as, table_of
@@ -25,8 +25,6 @@ from .conversations import Instruction
 from .windows import opening_tokens
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
     from ..models.family import ModelFamily
     from .base import SampleTask
 
@@ -37,9 +35,8 @@ _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 
 
 def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
-    """Passages, and of a model with a chat format, answers to instructions in every second sample, (samples, length):
-    such models write little prose from nothing. Short samples, which instructions would fill, are passages. Raises as
-    `self_generated` and `answers_to_instructions`."""
+    """Passages, (samples, length); of a model with a chat format, which writes little prose from nothing, answers to
+    instructions in every second sample, unless instructions would fill them."""
     model, tokenizer, family, length = task.model, task.tokenizer, task.family, task.length
     answers = length >= 2 * ANSWER_TOKENS and has_chat_format(family, tokenizer)
     is_chat_S = (torch.arange(task.samples) % 2 == 1) & answers
@@ -72,18 +69,16 @@ def self_generated(
     progress: Progress = QUIET,
     label: str = "Writing calibration text",
 ) -> torch.Tensor:
-    """Text sampled from the model, int64 of shape (samples, length) on the CPU: passages of at most ``passage`` tokens
-    from BOS, at temperature 1, without truncation of the distribution, joined until a sample is full. Many short
-    passages cover more subjects than a few long ones of as many tokens, and take less time. The random numbers of a
-    passage are one scrambled Sobol point (Owen, 1998), so that the frequencies of first tokens over all passages are
-    close to their probabilities. The first token is drawn at temperature 4, as some chat models have not learned how a
-    text begins: SmolLM2-Instruct would begin a third of them with a hyphen.
+    """Text sampled from the model, int64 (samples, length) on the CPU: passages of at most ``passage`` tokens from BOS,
+    joined until a sample is full, as many short ones cover more subjects than a few long ones. The random numbers of a
+    passage are one scrambled Sobol point (Owen, 1998), so that frequencies of first tokens are close to their
+    probabilities. The first token is drawn at temperature 4, as some chat models have not learned how a text begins
+    (SmolLM2-Instruct: a third of them with a hyphen), the others at 1 without truncation.
 
-    ``as_texts``: samples begin with what the tokenizer puts before a text; where that is nothing, every second sample
-    begins with BOS, as chats do in many formats, and the others in the middle of a passage. The first token of a
-    sequence, whichever it is, has values in the residual stream that are hundreds of times as large as those of others
-    (Sun et al., 2024, "Massive Activations in Large Language Models"): layers that are fitted on BOS alone at that
-    place do not give other tokens these values.
+    ``as_texts``: samples begin with what the tokenizer puts before a text; where that is nothing, every second one with
+    BOS, the others in the middle of a passage: the first token of a sequence, whichever it is, has values in the
+    residual stream that are hundreds of times as large as others' (Sun et al., 2024, "Massive Activations in Large
+    Language Models"), and layers that are fitted on BOS alone there do not give other tokens these values.
 
     Raises `ModelError` when the model's logits are NaN, and `UnsupportedModelError` for a class that cannot generate.
     """
@@ -131,9 +126,8 @@ def answered(
     tokens: int,
     numbers: torch.Tensor | None = None,
 ) -> list[list[int]]:
-    """The tokens after each prompt, at most ``tokens``, up to the end of the sequence, which is not among them: the
-    likeliest, or drawn at temperature 1, without truncation of the distribution, by ``numbers`` (prompts, tokens)
-    between 0 and 1. ``prompts``: token ids. Raises `ModelError` when the model's logits are NaN."""
+    """At most ``tokens`` tokens after each prompt (ids), without the end: the likeliest, or drawn at temperature 1 by
+    ``numbers`` (prompts, tokens) between 0 and 1. Raises `ModelError` when the model's logits are NaN."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_token_id} - {None}
     pad = padding_id(tokenizer, model, sorted(stops))
@@ -154,9 +148,8 @@ def answers_to_instructions(
     model: PreTrainedModel, tokenizer: Any, family: ModelFamily, count: int, tokens: int, seed: int,
     progress: Progress = QUIET,
 ) -> list[Instruction]:  # fmt: skip
-    """``count`` answers to the instructions of ``instructions.txt`` in random order, all of them before one is used
-    again; fewer where answers are blank. At most ``tokens`` of each are drawn as `answered` does, by scrambled Sobol
-    points. Raises `DataError` for a model with too few positions."""
+    """``count`` answers of at most ``tokens`` to the instructions of ``instructions.txt`` in random order, all of them
+    before one is used again; fewer where answers are blank. Raises `DataError` for a model with too few positions."""
     prompts: dict[str, list[int]] = {}
     for instruction in (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines():
         prompt = chat_prompt(family, tokenizer, instruction)
@@ -187,8 +180,7 @@ def answers_to_instructions(
 
 
 def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | None = None) -> str:
-    """The text of ``ids``; unless it is ``finished``, up to its last whole sentence, as the model learns where rows
-    end."""
+    """The text of ``ids``; unless ``finished``, up to its last sentence, as a model learns where rows end."""
     text: str = tokenizer.decode(ids, skip_special_tokens=True)
     if stop and stop in text:
         text, finished = text.partition(stop)[0], True
@@ -198,8 +190,8 @@ def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | N
 
 
 def passages_at_once(config: Any, tokens: int, item: int) -> int:
-    """How many passages of ``tokens`` are generated at once: 64 to 256, up to 1 GiB of their keys and values, of
-    ``item`` bytes, and four copies of their logits. Every step reads all weights."""
+    """How many passages of ``tokens`` are generated at once, as every step reads all weights: 64 to 256, up to 1 GiB of
+    keys and values, of ``item`` bytes, and four copies of their logits."""
     each = tokens * cached_bytes(config, item) + 16 * int(config.get_text_config().vocab_size)
     return max(64, min(256, (1 << 30) // each))
 
@@ -221,12 +213,9 @@ _ROWS = 8
 
 
 class _Draw:
-    """A logits processor that draws one token in each row and sets the logits of all others to −∞.
-
-    ``numbers``: (rows, steps) between 0 and 1; the token of a step is the one at which the cumulative probability
-    exceeds the step's number. ``never``: tokens that are not drawn. ``first``: tokens before the first one that is.
-    ``opening``: the temperature of that one.
-    """
+    """A logits processor that draws one token in each row, and sets the logits of all others to −∞: the token at which
+    the cumulative probability exceeds the step's number. ``numbers``: (rows, steps) between 0 and 1. ``never``: tokens
+    that are not drawn. ``first``: tokens before the first one that is; ``opening``: the temperature of that one."""
 
     def __init__(self, numbers: torch.Tensor, never: Sequence[int] = (), first: int = 1, opening: float = 1.0) -> None:
         self._numbers, self._never, self._first, self._opening = numbers, list(never), first, opening

@@ -78,8 +78,7 @@ def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any
 
 
 def sizes_text(output: Path, checkpoint: str | Path) -> str:
-    """The bytes of the weights in ``output``, next to those of the dense model of ``checkpoint``; with a hint where
-    they are more."""
+    """Bytes of the weights in ``output`` and of the dense model of ``checkpoint``; a hint where they are more."""
     source = Path((read_record(checkpoint) or {}).get("base_path") or checkpoint)
     after, before = weights_size(output), weights_size(source)
     if not (after and before) or source == output:

@@ -76,8 +76,7 @@ def _show(model: str, structure: Structure) -> None:
 
 
 def _kind_row(graph: CouplingGraph, kind: str) -> tuple[str, ...]:
-    """Of one kind: number of groups, their units, parameters per unit, and the share of the decoder that all units of
-    the kind own. Units of different kinds may own the same parameters, so shares may sum to more than 100 %."""
+    """Number of groups, their units, parameters per unit, and the share of the decoder that the kind owns."""
     groups = graph.of_kinds([kind])
     units, costs = [g.units for g in groups], [graph.parameters_per_unit(g) for g in groups]
     ranges = (f"{min(n):,}" if min(n) == max(n) else f"{min(n):,} to {max(n):,}" for n in (units, costs))

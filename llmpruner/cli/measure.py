@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from ..errors import LlmprunerError
+from ..evaluation.bench import BenchResult
+from ..evaluation.evaluate import Evaluation, Evaluations
 from ..files import check_new_file, write_text
 from ..models.record import REPORT_FILE
 from ..models.reference import resolve
 from ..progress import is_first
+from ..report.base import Report
 from ..report.sections import SPEED_COLUMNS, speed_rows
 from ..settings import BenchSettings, EvaluateSettings, GenerateSettings, LoadSettings, PageSettings
 from ..values import counted
 from .console import done_line, note, out, print_json, table, warning_line
 from .derive import Json, ModelNames, takes
-
-if TYPE_CHECKING:
-    from ..evaluation.bench import BenchResult
-    from ..evaluation.evaluate import Evaluation, Evaluations
-    from ..report.base import Report
-
 
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Write everything to this JSON file.")]
 
@@ -155,8 +152,8 @@ def report(
 def write_next_to(
     directory: Path, arguments: Mapping[str, Any], *, sentences: bool = False, checkpoints: Sequence[Path] = ()
 ) -> None:
-    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe. A failure is a warning, as the
-    work itself is done. ``arguments``: of the command. ``checkpoints``: those in ``directory`` to show."""
+    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe; a failure is only a warning.
+    ``arguments``: of the command. ``checkpoints``: those in ``directory`` to show."""
     from .. import api
 
     if not is_first():

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
+from ..component import Component
 from ..errors import LlmprunerError, UnknownNameError
 from ..files import check_new_directory
 from ..scaffold.package import PACKAGES, ModelFacts, describe, distribution_of, write_package
 from .console import note, out, print_json, table
 from .derive import Json, bounds_of, takes, type_text
-
-if TYPE_CHECKING:
-    from ..component import Component
 
 
 @takes()

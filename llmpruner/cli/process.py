@@ -20,8 +20,7 @@ from .console import error_line
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep up to 256 MiB of freed memory, and reuse it for tensors of up to 64 MiB. Otherwise every large
-    tensor gets new pages, which the system clears first."""
+    """Let glibc keep up to 256 MiB of freed memory for tensors, where the system would clear new pages for each."""
     if sys.platform != "linux":
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
@@ -41,9 +40,8 @@ def exit_on_sigterm() -> None:
 
 
 def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool) -> None:
-    """Run a command, which exits. Every `LlmprunerError`, and lack of disk or memory, is one line and exit code 2; with
-    ``debug``, a traceback. Of several processes, only the first prints, but an error is printed by the process that
-    fails first."""
+    """Run a command, which exits: a `LlmprunerError`, or lack of disk or memory, with one line and code 2, or with
+    ``debug`` a traceback. Of several processes, the first prints, but errors the one that fails first."""
     ranks = None
     try:
         if _shares_work(arguments):
@@ -75,8 +73,7 @@ def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool)
 
 
 def _shares_work(arguments: Sequence[str]) -> bool:
-    """Whether a launcher started several processes for a command that shares work between them. Raises `SettingsError`
-    for a command that each would repeat."""
+    """Whether several processes share this command's work. Raises `SettingsError` for one that each would repeat."""
     command = next((argument for argument in arguments if not argument.startswith("-")), None)
     if not launched() or "--help" in arguments or command is None:
         return False

@@ -9,19 +9,16 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..errors import UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
 from ..models.meta import register_model_class
 from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
 from ..models.stock import for_all_layers
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 LAYERS = 3
 """More where they are needed to show every kind of layer."""
@@ -42,8 +39,7 @@ _LENGTH = re.compile("max_position|n_positions|n_ctx|max_seq|seq_length|max_targ
 @dataclass(frozen=True)
 class Small:
     """How small. ``heads``: numbers of heads, and of key/value heads where these are fewer. ``complete``: also fill in
-    numbers of heads that the configuration leaves open, and keep products between numbers (see `_keep_products`).
-    ``each``: how many layers of every kind, where there are as many."""
+    numbers of heads that are open, and keep products (`_keep_products`). ``each``: how many layers of every kind."""
 
     heads: tuple[int, int]
     complete: bool = False
@@ -60,8 +56,7 @@ _FINGERPRINTS: dict[tuple[type, str], tuple[object, ...]] = {}
 
 @dataclass(frozen=True)
 class Around:
-    """Sizes that a part of a configuration takes from others, each → the small one. ``hidden``, ``kv_heads``: of the
-    configuration around it. ``text``: hidden size of the text model next to it, which projections to it must equal."""
+    """Sizes → small ones that a part of a configuration takes from the whole, and from the text model beside it."""
 
     hidden: Mapping[int, int] = field(default_factory=dict)
     kv_heads: Mapping[int, int] = field(default_factory=dict)
@@ -90,10 +85,9 @@ def small_configs(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
         try:
             small = tiny_config(config, attempt)
             _run(random_instance(small))
+            yield small
         except UnsupportedModelError as error:
             reasons.append(error)
-        else:
-            yield small
     if len(reasons) == len(ATTEMPTS):
         raise reasons[0]
 
@@ -341,8 +335,7 @@ def _shrink_layers(
 
 
 def _parts(values: Mapping[str, Any], count: int) -> dict[str, list[bool]]:
-    """Fields that count consecutive layers → whether each layer is among them: the last ones, which share keys and
-    values, and sections that make up all layers."""
+    """Fields that count consecutive layers → whether each layer is among them: shared last ones, and sections."""
     counts = {n: v for n, v in values.items() if _LAYERS.search(n) and type(v) is int and v < count}
     parts = {
         name: [n >= count - value for n in range(count)] for name, value in counts.items() if "shared_layers" in name

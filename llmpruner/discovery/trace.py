@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import LlmprunerError, UnsupportedModelError, first_line
 from ..models.messages import quiet_transformers, where
@@ -24,18 +25,13 @@ from ..models.meta import decoder_layers, meta_model
 from ..models.modeling_llmpruner import drop_layers, per_layer_lists
 from ..progress import only_errors
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
-
 BATCH, TIME = 2, 7
 
 
 @dataclass(frozen=True)
 class Trace:
     """``program``: the exported graph of ``model``. ``layers``: path of the decoder layers. ``stands_for``: number of a
-    traced layer → numbers of the real layers that it represents. ``stay``: why no layer can be removed by passing its
-    input on; empty where layers can."""
+    traced layer → numbers of the real layers that it represents. ``stay``: why no layer can go; empty if they can."""
 
     program: torch.export.ExportedProgram
     model: PreTrainedModel
@@ -117,15 +113,13 @@ def export(model: PreTrainedModel, layers: str, stands_for: Mapping[int, tuple[i
             reason = f"{type(error).__name__}: {first_line(error)}"[:200]
             reason += f" (at `{statement}` in {inside})" if inside else ""
             raise UnsupportedModelError(f"{type(model).__name__} cannot be traced: {reason}") from error
+    repeated = max(calls.values(), default=0) > 1
     stay = "layers are given more than the residual stream" if max(streams) > 1 else ""
-    if max(calls.values(), default=0) > 1:
-        stay = "a layer runs more than once"
-    return Trace(program, model, layers, stands_for, stay)
+    return Trace(program, model, layers, stands_for, "a layer runs more than once" if repeated else stay)
 
 
 def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace all tensors by fake ones on the CPU, ties included. On the meta device, constants of the forward pass
-    (``x[..., [-1], :]``) would have no values."""
+    """Make all tensors fake, ties included; on the meta device, constants of the forward pass would have no values."""
     known: dict[torch.Tensor, torch.Tensor] = {}
 
     def fake(real: torch.Tensor) -> torch.Tensor:

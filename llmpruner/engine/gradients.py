@@ -1,9 +1,8 @@
 """Gradients of one layer at a time: those of autograd over the whole model, in the memory of one layer.
 
-The forward pass keeps the hidden states before and after every layer, for the whole calibration set: (layers + 1) ×
-samples × length × hidden size numbers of the model's dtype, up to the execution's limit in memory. The backward pass
-runs each layer again, from last to first, and frees the hidden states after it. A layer's other inputs may have
-gradients too: keys and values of earlier layers, and what the model computes from parameters outside the layers.
+Hidden states between layers are kept, up to the execution's limit in memory; the backward pass runs each layer again.
+Other inputs of a layer may have gradients too: keys and values of earlier layers, and what the model computes from
+parameters outside the layers.
 """
 
 from __future__ import annotations
@@ -62,13 +61,10 @@ class _Batch:
 
 
 class GradientWalk:
-    """The forward and backward pass over a calibration set; with several processes, each runs its own micro-batches,
-    maybe none, and gradients are sums over all. Parameters must not require gradients.
-
-    ``needs``: for `Signal.GRAD_SQ`, micro-batches have one sample. For gradients of parameters, layers and head compute
-    in the model's precision; otherwise in bfloat16 under autocast where that is faster (`LayerForm.autocast`), with
-    hidden states, their gradients and the loss in float32. ``outer``: the parameters of `backward_outer`.
-    """
+    """The forward and backward pass over a calibration set, of which each process runs its own micro-batches, maybe
+    none; gradients are sums over all. Parameters must not require gradients. ``needs``: for `Signal.GRAD_SQ`,
+    micro-batches have one sample; without gradients of parameters, layers compute in bfloat16 where that is faster.
+    ``outer``: the parameters of `backward_outer`."""
 
     def __init__(
         self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]
@@ -262,8 +258,7 @@ def _tensors(call: Call) -> dict[Argument, torch.Tensor]:
 
 
 def _with_leaves(call: Call, names: Collection[Argument]) -> tuple[Call, dict[Argument, torch.Tensor]]:
-    """``call`` with tensors that collect gradients, in dictionaries and as the arguments ``names``, which are returned
-    too."""
+    """``call`` with tensors that collect gradients: in dictionaries, and as the arguments ``names``, also returned."""
     args, kwargs = _with_own_dictionaries(call)
     leaves = {name: _leaf(tensor) for name, tensor in _tensors(call).items() if name in names}
     for values in kwargs.values():

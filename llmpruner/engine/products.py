@@ -10,21 +10,18 @@ import contextlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
 
 from ..errors import PluginError
 from ..models.numbers import multiplies_bfloat16_fast
 from .ranks import Ranks
 from .signals import Product, ProductStats
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
 
 _PRODUCTS: dict[Any, tuple[tuple[int, str], ...]] = {
     functional.linear: ((0, "input"), (1, "weight"), (2, "bias")),
@@ -130,17 +127,14 @@ def _rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 Gates = tuple[torch.Tensor, torch.Tensor]
-"""Of each row of an expert's product, the router weight, and that weight divided by the sum over all experts chosen for
-the token; float32."""
+"""Of each row of an expert's product: the router weight, and its share of the token's router weights; float32."""
 
 
 class Routing:
-    """The router weights of the rows of experts' products, while `following`.
+    """The router weights of the rows of experts' products, while `following`; call `gates_of` for each of ``names``.
 
     transformers calls a module of experts with the hidden states of all tokens (tokens, d_in), the experts chosen for
-    each (tokens, k) and their router weights (tokens, k), and computes one expert after the other on its tokens. The
-    first product of every expert must have these rows, so call `gates_of` for every product with ``names``, all stacks
-    of the modules.
+    each (tokens, k) and their router weights (tokens, k), and computes one expert after the other on its tokens.
     """
 
     def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
@@ -157,10 +151,9 @@ class Routing:
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
-        with contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as hooks:
             for path, module in self._modules.items():
-                hook = module.register_forward_pre_hook(partial(self._note, path), with_kwargs=True)
-                stack.callback(hook.remove)
+                hooks.enter_context(module.register_forward_pre_hook(partial(self._note, path), with_kwargs=True))
             yield
         self._calls.clear()
 
@@ -218,8 +211,7 @@ class ReduceProducts:
 
     @contextlib.contextmanager
     def watching(self, loss_scale: float = 1.0) -> Iterator[None]:
-        """While active, observes the products of one micro-batch. Gradients times ``loss_scale`` are those of the mean
-        loss of each sample."""
+        """While active, watch one micro-batch. Gradients times ``loss_scale`` are of the mean loss of each sample."""
         watched = [*self.names, *self._routing.names]
         with self._routing.following(), WatchProducts(self.model, watched, partial(self._add, loss_scale)):
             yield
@@ -238,10 +230,9 @@ class ReduceProducts:
 
     def _add(self, loss_scale: float, watched: WatchedProduct) -> None:
         gates, shares = self._routing.gates_of(watched) or (None, None)
-        if watched.parameter not in self.names:
+        no_gradient = self.gradients and not watched.result.requires_grad  # indexers of DeepSeek-V3.2 choose tokens
+        if watched.parameter not in self.names or no_gradient:
             return
-        if self.gradients and not watched.result.requires_grad:
-            return  # as in the indexers of DeepSeek-V3.2, which choose tokens
         parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         weight = matrix if watched.axis == parameter.dim() - 1 else matrix.mT

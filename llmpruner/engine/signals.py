@@ -12,12 +12,10 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedModelError
-from ..structure.coupling import Role
+from ..structure.coupling import CouplingGraph, Role
 
 if TYPE_CHECKING:
     import torch
-
-    from ..structure.coupling import CouplingGraph
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +49,7 @@ class Signal(str, Enum):
     GRAD = "grad"
     """Gradient of the mean next-token loss over the calibration set: `ParameterSignals.grad`."""
     GRAD_SQ = "grad_sq"
-    """Mean over samples of the squared gradient of one sample's loss, the diagonal of the empirical Fisher information:
-    `ParameterSignals.grad_sq`."""
+    """Mean over samples of the squared gradient of each one's loss (empirical Fisher): `ParameterSignals.grad_sq`."""
     INPUT_STATS = "input_stats"
     """Mean and second moment of the inputs of a weight matrix: `ParameterSignals.inputs`."""
     GRAM = "gram"
@@ -115,9 +112,8 @@ class TokenStats:
 @dataclass(frozen=True, slots=True)
 class StreamStats:
     """Comparison of the hidden states before and after blocks of ``length`` consecutive layers, averaged over all
-    calibration tokens: of single layers for `Signal.STREAM`, of about as many as the plan will remove for
-    `Signal.STREAM_BLOCKS`. Both tensors are float64 of shape (layers,): element i compares the hidden states before
-    layer i with those after layer i + length − 1; it is NaN where there is no such layer."""
+    calibration tokens: of one for `Signal.STREAM`, of about as many as will go for `Signal.STREAM_BLOCKS`. Tensors are
+    float64 (layers,): element i is of the block that begins at layer i, NaN where it would end after the last one."""
 
     cosine: torch.Tensor
     """Mean cosine similarity."""
@@ -130,8 +126,7 @@ class StreamStats:
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One product of calibration tokens with a weight matrix in one micro-batch: ``outputs = inputs @ weight.T +
-    bias``, where there is one.
+    """One product of a micro-batch with a weight matrix: ``outputs = inputs @ weight.T + bias``, where there is one.
 
     ``inputs`` (rows, d_in), ``outputs`` (rows, d_out) and gradients are float32. They may share memory with the model:
     copy what is to be kept after the call, and change nothing in place. For an expert, rows are the tokens routed to it
@@ -160,8 +155,7 @@ class Product:
 
     @property
     def input_grads(self) -> torch.Tensor:
-        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in), float32:
-        ``output_grads @ weight``."""
+        """Gradient with respect to ``inputs`` through this product alone, (rows, d_in), float32."""
         if self.output_grads is None:
             raise ValueError("gradients at a product need Signal.PRODUCT_GRAD")
         if self.in_bfloat16:
@@ -170,16 +164,13 @@ class Product:
 
     @property
     def gates(self) -> torch.Tensor:
-        """Router weight of this expert for each row's token, as the model applies it (renormalised over the chosen
-        experts if the model does so), (rows,), float32. Ones where ``expert`` is None. Raises `UnsupportedModelError`
-        where the experts are not called with hidden states, the chosen experts and their weights, as in transformers.
-        """
+        """Router weight of this expert for each row's token, as the model applies it, (rows,), float32; ones where
+        ``expert`` is None. Raises `UnsupportedModelError` where experts are not called as in transformers."""
         return self._of_rows(self.row_gates)
 
     @property
     def gate_shares(self) -> torch.Tensor:
-        """`gates` divided by their sum over all experts chosen for the token, whether the model does so or not. Zeros
-        for a token whose router weights are all zero."""
+        """`gates` divided by their sum over the experts chosen for the token; zeros where all are zero."""
         return self._of_rows(self.row_gate_shares)
 
     def _of_rows(self, known: torch.Tensor | None) -> torch.Tensor:
@@ -194,9 +185,8 @@ class Product:
 
 @dataclass(frozen=True, slots=True)
 class ProductStats:
-    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight. ``sums``: name →
-    sum, of the shape that ``measure`` returned; for a stack with a leading axis of experts, with zeros for those that
-    no token was routed to. ``axis``: the input axis of the weight."""
+    """Results of `ImportanceCriterion.measure`, summed in float64 over all products with one weight, by name; for a
+    stack with a leading axis of experts, zeros for those without tokens. ``axis``: the input axis of the weight."""
 
     sums: Mapping[str, torch.Tensor]
     axis: int
@@ -225,9 +215,8 @@ class ParameterSignals:
     (`ImportanceCriterion.by_matrix`); all tensors have a first axis of length one then."""
 
     def over_inputs(self, values: torch.Tensor) -> torch.Tensor:
-        """A saliency of the weight's shape from one value per input channel, which is divided equally among the weights
-        of the channel. ``values``: (d_in,), or (experts, d_in) for a stack. Needs ``inputs`` or ``products``, else
-        raises `ValueError`."""
+        """A saliency of the weight's shape from one value per input channel, shared equally by the channel's weights.
+        ``values``: (d_in,), or (experts, d_in) for a stack. Raises `ValueError` without ``inputs`` or ``products``."""
         measured = self.inputs or self.products
         if measured is None:
             raise ValueError("the input axis of this parameter is unknown, as it is not used in a matrix product")

@@ -51,11 +51,8 @@ def walk_signals(
     by_matrix: bool = False,
 ) -> Named:
     """Yield every parameter of ``names`` with the signals in ``needs``; with ``by_matrix``, stacks matrix by matrix.
-    To save memory, keep no reference to them. ``measure``: `ImportanceCriterion.measure`.
-
-    Memory: that of `forward_statistics`, or of a `GradientWalk`, with one layer's gradients, and the statistics of the
-    inputs of all layers if they are needed too. Raises `ModelError` for values that are not finite.
-    """
+    ``measure``: `ImportanceCriterion.measure`. Keep no reference to what is yielded, to save memory. Raises
+    `ModelError` for values that are not finite."""
     needed, rest = frozenset(needs), set(names)
     signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
     if needed - {Signal.WEIGHT}:
@@ -73,8 +70,7 @@ def walk_signals(
             yield from signals_of(name, statistics)
     # Nothing was measured of the others.
     outer, by_layer = _by_layer(execution, rest)
-    parts: list[tuple[int | None, list[str]]] = [(None, outer), *enumerate(by_layer)]
-    for part, inside in parts:
+    for part, inside in ((None, outer), *enumerate(by_layer)):
         if inside:
             with execution.weights.part(part):
                 for name in inside:
@@ -165,8 +161,7 @@ def forward_statistics(
     reduce: Callable[[Collection[str]], ReduceProducts],
 ) -> Iterator[tuple[str, Statistics]]:
     """Statistics of the parameters ``names`` that decoder layers use in matrix products, while each is in memory.
-    ``reduce``: creates the `ReduceProducts` for the weights of one layer. Memory: the hidden states of the text in
-    float32, up to the execution's limit, and the statistics of one layer."""
+    ``reduce``: creates the `ReduceProducts` of one layer. Memory: the hidden states, and one layer's statistics."""
     gram, products = Signal.GRAM in needs, Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
     inputs = gram or Signal.INPUT_STATS in needs
     if not (inputs or products):
@@ -253,8 +248,7 @@ def both_triangles(lower: torch.Tensor) -> torch.Tensor:
 def stream_statistics(
     execution: Execution, calibration: CalibrationSet, length: int = 1, removable: frozenset[int] | None = None
 ) -> StreamStats:
-    """Compare the hidden states before and after each block of ``length`` layers. ``removable``: as in `StreamStats`.
-    Memory: all hidden states in float32 before ``length`` layers, up to the limit of the execution."""
+    """Compare the hidden states before and after blocks of ``length`` layers. ``removable``: as in `StreamStats`."""
     walk, embedded = ForwardWalk.over(execution, calibration)
     count = len(walk.layers)
     cosine, angle = torch.full((2, count), nan, dtype=torch.float64)
@@ -285,8 +279,7 @@ def stream_statistics(
 
 @torch.no_grad()
 def token_statistics(execution: Execution, calibration: CalibrationSet, tokenizer: Any | None) -> TokenStats:
-    """Count the tokens of the calibration text, and sum up the probabilities of all next tokens on the first
-    `PREDICTED` of it. Memory: the logits of one sample, three times."""
+    """Count the tokens of the calibration text, and sum the probabilities of next tokens on its first `PREDICTED`."""
     model = execution.model
     rows = model.get_input_embeddings().weight.shape[0]
     counts = torch.bincount(calibration.input_ids.flatten(), minlength=rows)

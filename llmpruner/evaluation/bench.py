@@ -32,8 +32,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class BenchSubject:
     """A model to measure. ``ref``: as the user gave it. ``path``: of local files, else None. ``batch``, ``length``: the
-    largest number of sequences, and of tokens in each, prompt and continuation together. It is opened when `structure`
-    is read, which a runtime that loads models by itself does not need."""
+    largest number of sequences, and of tokens in each, prompt and continuation together."""
 
     ref: str
     path: Path | None
@@ -49,7 +48,7 @@ class BenchSubject:
 
     @cached_property
     def structure(self) -> Structure:
-        """The model without its weights: its ``config``, and in ``graph`` its coupled groups after all cuts."""
+        """The model without its weights, opened at the first use, which a runtime that loads by itself avoids."""
         return self.opener.structure(self.source)
 
     def load(self) -> Model:
@@ -248,9 +247,8 @@ def measurement(values: Sequence[float]) -> Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The speed of one model in one case. ``tokens_per_second``: of all sequences together. ``speedup``: over the first
-    model, of runs of the same round. ``ideal``: the speed-up that sizes allow, and ``share_of_ideal``, what is reached
-    of it; None where sizes are not known."""
+    """The speed of one model in one case. ``speedup``: over the first model in the same round. ``ideal``: the speed-up
+    that sizes allow, ``share_of_ideal``: what is reached of it; None where sizes are not known."""
 
     tokens_per_second: Measurement
     speedup: Measurement
@@ -297,11 +295,8 @@ class BenchResult:
 def bench(
     subjects: Sequence[BenchSubject], runtime: Runtime, settings: BenchSettings, progress: Progress = QUIET
 ) -> BenchResult:
-    """Measure prefill and decoding of all models, in every case of batch size × length of prompt.
-
-    In each round, every model processes the same random tokens once, in an order that turns from round to round; the
-    first round is not counted. Raises what `Runtime.check` raises, before any model is loaded.
-    """
+    """Measure prefill and decoding of all models, in every case of batch size × length of prompt. In each round, every
+    model processes the same random tokens once, in an order that turns; the first round is not counted."""
     import torch
 
     for subject in subjects:
@@ -334,8 +329,7 @@ def bench(
 def _measure(
     sessions: Sequence[Session], settings: BenchSettings, progress: Progress
 ) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
-    """Batch size and length of prompt → for every model, the seconds of the prefill and of all decoding steps, in each
-    counted round."""
+    """Batch size and length of prompt → of each model, (prefill, decode) seconds in each counted round."""
     import torch
 
     cases = list(product(settings.batch, settings.prompt))

@@ -36,19 +36,18 @@ _RUN, _REPEATED = 4, 0.25
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """Parameters (tied ones once), those in the decoder layers, bytes of the weights in memory, and multiply-accumulate
-    operations to decode one token with ``context`` tokens in the cache."""
+    """Parameters (tied ones once), bytes of weights in memory, and multiply-accumulate operations per decoded token."""
 
     parameters: int
     decoder_parameters: int
     weight_bytes: int
     macs_per_token: int
     context: int
+    """Tokens in the cache when operations are counted."""
 
 
 def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> Size:
-    """The `Size` of ``model``, which may be on the meta device. ``graph``: the coupling graph of this model (after a
-    cut, of the cut one)."""
+    """The `Size` of ``model``, which may be on the meta device. ``graph``: of the model as it is, after any cut."""
     from ..models.meta import macs_per_token
     from ..models.numbers import stored_bytes
 
@@ -85,8 +84,7 @@ class SizeMetric(Metric):
 
 
 class PerplexityMetric(Metric):
-    """Perplexity on one or several texts, with ``kl`` also the divergence from the first model; see
-    `llmpruner.evaluation.perplexity.perplexity`."""
+    """Perplexity on one or several texts, as `llmpruner.evaluation.perplexity.perplexity` computes it."""
 
     name = "perplexity"
     summary = "perplexity and bits per byte on texts; with kl also the KL divergence from the first model"
@@ -137,8 +135,7 @@ class PerplexityMetric(Metric):
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """The `PerplexityResult` on the first text, with its name in ``text``, and in ``others`` those on further
-        texts by their names."""
+        """The `PerplexityResult` on the first text, named by ``text``; ``others``: on further texts by their names."""
         from .perplexity import perplexity
 
         settings = self.settings
@@ -171,8 +168,7 @@ class PerplexityMetric(Metric):
 
 
 class AnswersMetric(Metric):
-    """What the model answers, by the likeliest tokens, to the 40 instructions of ``instructions.txt``. Nothing in
-    llmpruner calibrates or trains on them."""
+    """The likeliest answers to the 40 instructions of ``instructions.txt``, on which nothing trains or calibrates."""
 
     name = "answers"
     summary = (
@@ -197,24 +193,24 @@ class AnswersMetric(Metric):
 
         tokenizer, stop = subject.tokenizer, subject.family.chat_format.stop_text
         instructions = (files(__package__) / "instructions.txt").read_text(encoding="utf-8").splitlines()
-        asked = [chat_prompt(subject.family, tokenizer, line) for line in instructions]
-        prompts = [ids_to_continue(tokenizer, each.text, special=not each.has_special_tokens) for each in asked]
+        chats = [chat_prompt(subject.family, tokenizer, line) for line in instructions]
+        prompts = [ids_to_continue(tokenizer, chat.text, special=not chat.has_special_tokens) for chat in chats]
         written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        ended = [
-            len(ids) < self.settings.tokens or (stop or "\0") in text for ids, text in zip(written, texts, strict=True)
-        ]
+        complete = [len(ids) < self.settings.tokens for ids in written]
+        if stop:
+            complete = [ended or stop in text for ended, text in zip(complete, texts, strict=True)]
         answers = [text_before(text, stop).strip() for text in texts]
         if self._first is None:
             self._first = tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers]
-        reader, starts = self._first
+        first_tokenizer, starts = self._first
         alike = [
-            common_start(start, tokens_of(reader, text)) / len(start) if start else 1.0
+            common_start(start, tokens_of(first_tokenizer, text)) / len(start) if start else 1.0
             for start, text in zip(starts, answers, strict=True)
         ]
         return {
             "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
-            "cut_off": 1 - fmean(ended),
+            "cut_off": 1 - fmean(complete),
             "first_tokens": fmean(alike),
             "texts": answers,
         }
@@ -234,12 +230,8 @@ def repeated(ids: Sequence[int]) -> float:
 
 
 class GivenAnswersMetric(Metric):
-    """Mean loss in nats of the tokens of answers, each after its question in the model's chat format, as in recovery,
-    and its perplexity. It measures a chat model as it is used; perplexity of plain text measures how a model continues
-    documents. Tokens of questions and of the format are read and not counted, but for those that end an answer.
-
-    With ``kl``, the divergence is from the first model's predictions of the same tokens, and both are in memory.
-    """
+    """Perplexity of the tokens of answers, each after its question in the model's chat format, as in recovery: a chat
+    model as it is used. Tokens of questions and of the format are not counted, but for those that end an answer."""
 
     name = "given-answers"
     summary = "perplexity of given answers in the model's chat format; with kl also the divergence from the first model"
@@ -307,9 +299,8 @@ class GivenAnswersMetric(Metric):
 
 
 def _check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:
-    """Raise `ModelError` where vocabularies differ in size, or the first tokenizer gives other tokens for another's ids
-    of ``text``, unless the other is a part of the first. The ids may differ: a fast and a slow tokenizer of one
-    vocabulary do not split every text alike."""
+    """Raise `ModelError` where vocabularies differ, unless another is a part of the first. Tokens are compared for the
+    other's ids of ``text``, as a fast and a slow tokenizer of one vocabulary do not split every text alike."""
     from ..models.tokenizer import tokens_of
     from ..models.vocabulary import old_ids
 

@@ -25,15 +25,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PerplexityResult:
-    """``tokens``: of the text in the windows. A window of ``window`` tokens gives ``window − 1`` predictions. ``bos``:
-    whether windows begin with what the tokenizer puts before a text, one token as a rule; where it puts several, only
-    text is predicted. ``nll_per_token``: mean negative log-likelihood in nats. ``bits_per_byte``: of UTF-8, comparable
-    between tokenizers. ``kl_per_token``: mean KL(reference ‖ model) of the predictions, in nats; ``top1_agreement``:
-    share of the predictions whose most probable token is the reference's; both None without a reference.
-    ``text_sha256``: of the whole text in UTF-8.
+    """``tokens``: of the text in the windows. ``bos``: whether windows begin with what the tokenizer puts before a
+    text. ``nll_per_token``: in nats. ``bits_per_byte``: of UTF-8, comparable between tokenizers.
+    ``kl_per_token``: mean KL(reference ‖ model) in nats; ``top1_agreement``: share of predictions whose most probable
+    token is the reference's; both None without a reference. ``text_sha256``: of the whole text in UTF-8.
 
-    A reference with a larger vocabulary, of which the model kept a part, reads the text in its own tokens. It is
-    compared over the kept tokens, where its next token is one of them; ``bits_per_byte`` has the cost of the others.
+    A reference with a larger vocabulary reads the text in its own tokens. It is compared over the tokens that the model
+    kept, where its next token is one of them; ``bits_per_byte`` has the cost of the others.
     """
 
     perplexity: float
@@ -49,8 +47,8 @@ class PerplexityResult:
 
 
 class Scored:
-    """Sums over the predictions of ``model``: negative log-likelihood and, with a ``reference``, KL(reference ‖ model),
-    in nats; numbers of predicted ``tokens``, of those ``compared``, and of those that both predict alike."""
+    """Sums over predictions: negative log-likelihood and KL(reference ‖ model) in nats; numbers of predicted
+    ``tokens``, of those ``compared``, and of those that both models predict alike (``agreed``)."""
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:
@@ -94,9 +92,8 @@ class Scored:
         """Logits (B, T, V)."""
         ids_BT = ids_BT.to(model.device)
         with autocast_to(model.device.type, torch.bfloat16, enabled=self._autocast):
-            logits_BTV: torch.Tensor = model(
-                input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False
-            ).logits
+            output = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)
+        logits_BTV: torch.Tensor = output.logits
         return logits_BTV
 
     def means(self) -> dict[str, float | None]:
@@ -124,11 +121,10 @@ def perplexity(
 ) -> PerplexityResult:
     """Perplexity of ``model`` on ``text``: the exponential of the mean negative log-likelihood, summed in float64.
 
-    The text is tokenised as one string (see `tokens_of`), without special tokens, and split into windows that do not
-    overlap; an incomplete last window is left out. Each begins with what the tokenizer puts before a text, if anything,
-    which is not predicted. Every other token but the first of its window is predicted from those before it in the
-    window. Logits are converted to float32, with ``autocast`` too. Raises `DataError` when the text has too few tokens,
-    and `ModelError` when predictions are NaN or over another vocabulary than the reference's.
+    The text is tokenised as one string and split into windows that do not overlap; an incomplete last one is left out.
+    Each begins with what the tokenizer puts before a text, which is not predicted. Every other token but the first is
+    predicted from those before it in its window. Raises `DataError` when the text has too few tokens, and `ModelError`
+    when predictions are NaN or over another vocabulary than the reference's.
     """
     scored = Scored(model, reference, autocast)
     opening, ids = opening_tokens(tokenizer, text), tokens_of(tokenizer, text)
@@ -150,12 +146,9 @@ def perplexity(
     read = text
     if len(used) < len(ids):
         read = tokenizer.decode(used, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    bits = means["nll_per_token"] / math.log(2) * len(used) / len(read.encode())
+    digest = hashlib.sha256(text.encode()).hexdigest()
     return PerplexityResult(
-        **means,
-        bits_per_byte=means["nll_per_token"] / math.log(2) * len(used) / len(read.encode()),
-        tokens=len(used),
-        windows=windows,
-        window=window,
-        bos=bool(opening),
-        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-    )
+        **means, bits_per_byte=bits, tokens=len(used), windows=windows, window=window, bos=bool(opening),
+        text_sha256=digest,
+    )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import random
 from collections.abc import Mapping, Sequence
 from fnmatch import filter as matching
 from functools import cache
@@ -55,32 +56,46 @@ class TasksMetric(Metric):
         # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
         with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
             manager = _manager(names, self.settings.include_path)
-            self._tasks = [task for name in expand(names, manager.all_tasks) for task in _load(manager, name)]
+            loaded = [_load(manager, name) for name in expand(names, manager.all_tasks)]
+        self._tasks, self._groups = (
+            {name: each for part in loaded for name, each in part.get(kind, {}).items()} for kind in ("tasks", "groups")
+        )
 
     def measure(self, subject: MetricSubject) -> dict[str, dict[str, float]]:
         """Task → metric → value, with ``<metric>_stderr`` for metrics that have a standard error."""
-        from unittest.mock import patch
-
-        with only_errors("lm_eval"), patch("lm_eval.evaluator.get_git_commit_hash", lambda: None):
-            # lm-eval asks git for a commit, and git prints an error outside of a repository.
-            import lm_eval
+        with only_errors("lm_eval"):
+            from lm_eval.evaluator import evaluate
             from lm_eval.models.huggingface import HFLM
-            from lm_eval.tasks import TaskManager
 
             from ..models.tokenizer import with_padding
 
-            batch_size = self.settings.batch_size
+            self._set_shots_and_seeds()
             tokenizer = copy.deepcopy(with_padding(subject.tokenizer, subject.model))
-            results = lm_eval.simple_evaluate(
-                model=HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
-                tasks=list(self._tasks),
-                num_fewshot=self.settings.num_fewshot,
+            batch_size = self.settings.batch_size
+            results = evaluate(
+                lm=HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
+                task_dict={"tasks": self._tasks, "groups": self._groups},
                 limit=self.settings.limit,
                 log_samples=False,
-                # Not used for loaded tasks, but avoids building the index again.
-                task_manager=TaskManager(include_defaults=False),
             )["results"]
         return {task: _scores(values) for task, values in results.items()}
+
+    def _set_shots_and_seeds(self) -> None:
+        """As lm-eval's ``simple_evaluate`` sets them, which then asks git, pip and others about the machine."""
+        import numpy as np
+        import torch
+        from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
+
+        for task in self._tasks.values():
+            shots, requested = task.get_config("num_fewshot"), self.settings.num_fewshot
+            # A task that says 0 is meant to have no examples.
+            if shots != 0 and requested is not None:
+                shots = requested
+            task.set_config("num_fewshot", shots or 0)
+            task.set_fewshot_seed(DEFAULT_OTHER_SEED)
+        random.seed(DEFAULT_RANDOM_SEED)
+        np.random.seed(DEFAULT_OTHER_SEED)
+        torch.manual_seed(DEFAULT_OTHER_SEED)
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
         return [
@@ -144,14 +159,12 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     return manager if set(names) <= set(manager.all_subtasks) else TaskManager(include_path=str(include_path))
 
 
-def _load(manager: Any, name: str) -> list[Any]:
-    """The task objects of one name, with their data loaded."""
-    # The libraries that load data raise errors of many types.
+def _load(manager: Any, name: str) -> Any:
+    """lm-eval's ``tasks`` and ``groups`` of one name, with their data loaded."""
     try:
-        loaded = manager.load([name])
-    except Exception as error:
+        return manager.load([name])
+    except Exception as error:  # the libraries that load data raise errors of many types
         raise DataError(
             f"the data of task '{name}' cannot be loaded: {first_line(error)}; without the hub, give task files "
             "that read local data with --set tasks.include_path=DIR"
         ) from error
-    return [*loaded.get("groups", {}).values()] or [*loaded["tasks"].values()]

@@ -6,18 +6,15 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import DynamicCache, GenerationConfig, TextStreamer
+from transformers import DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel, TextStreamer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import DataError, LlmprunerError, ModelError, UnsupportedModelError, first_line, is_out_of_memory
 from .messages import quiet_transformers
 from .tokenizer import check_ids, ids_to_continue, padding_id
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
 
 _LOG = logging.getLogger("llmpruner")
 
@@ -35,8 +32,7 @@ def positions_of(config: PreTrainedConfig) -> int | None:
 
 def table_of(config: PreTrainedConfig) -> int | None:
     """The positions of a model that looks them up in a table (GPT-2, OPT), and reads no more; None for a rotary one."""
-    rotary = getattr(config.get_text_config(), "rope_parameters", None)
-    return None if rotary else positions_of(config)
+    return None if getattr(config.get_text_config(), "rope_parameters", None) else positions_of(config)
 
 
 def check_table(config: PreTrainedConfig, tokens: int, what: str, advice: str, ref: str) -> None:
@@ -56,11 +52,6 @@ def warn_beyond(config: PreTrainedConfig, tokens: int, what: str, advice: str, r
 def computes_some_logits(model: PreTrainedModel) -> bool:
     """Whether the model's forward takes ``logits_to_keep``, as nearly all of transformers' do."""
     return "logits_to_keep" in inspect.signature(model.forward).parameters
-
-
-def last_logits(model: PreTrainedModel) -> dict[str, Any]:
-    """The arguments by which a forward computes the logits of the last position alone, if it can."""
-    return {"logits_to_keep": 1} if computes_some_logits(model) else {}
 
 
 def logits_at(model: PreTrainedModel, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
@@ -92,12 +83,11 @@ def generate(
     stop_text: str | None = None,
     on_text: Callable[[str], None] | None = None,
 ) -> str:
-    """The continuation of ``prompt``, without the prompt, special tokens, and ``stop_text`` with what is after it.
+    """The continuation of ``prompt``, without special tokens, up to ``stop_text`` or the model's last position.
 
-    ``add_special_tokens``: False for a prompt that has them already, as chat templates do. A ``temperature`` above 0
-    samples, reproducibly by ``seed``; the caller's random state is left as it was. ``on_text``: called with each piece
-    as it comes; an exception in it ends the generation. Ends at the end-of-sequence token, at ``stop_text``, and where
-    a model with a table of positions has no more. Raises `DataError` for a prompt that is longer than these.
+    ``add_special_tokens``: False for a prompt that has them, as chat templates do. ``temperature``: above 0, tokens are
+    drawn by ``seed``, and the caller's random state stays. ``on_text``: called with each piece; an exception in it ends
+    the generation. Raises `DataError` for a prompt that is longer than the model's positions.
     """
     ids = ids_to_continue(tokenizer, prompt, special=add_special_tokens)
     ids_1T = check_ids(torch.tensor([ids], dtype=torch.long, device=model.device), model)
@@ -105,10 +95,9 @@ def generate(
     if limit is not None and len(ids) > limit:
         raise DataError(f"the prompt has {len(ids):,} tokens, and the model reads {limit:,}; shorten it")
     if table is not None:
-        # The last token is not read.
-        max_new_tokens = min(max_new_tokens, table - len(ids) + 1)
-    stated = model.generation_config
-    end = stated.eos_token_id if stated is not None and stated.eos_token_id is not None else tokenizer.eos_token_id
+        max_new_tokens = min(max_new_tokens, table - len(ids) + 1)  # the last token is not read
+    end = getattr(model.generation_config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if end is None else end
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,
@@ -170,8 +159,9 @@ class CachedModel:
         self.model = model
         with _in_one_line(model):
             self.cache = DynamicCache(config=model.config)
-        # The head computes the logits of the last token alone, as in generation.
-        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True, **last_logits(model)}
+        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True}
+        if computes_some_logits(model):
+            self._options["logits_to_keep"] = 1
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -217,6 +207,8 @@ def _number(config: Any, name: str, default: int) -> int:
 def fast_one_token_attention() -> Iterator[None]:
     """While active, models with the attention ``sdpa`` on a CPU compute that of a single query in each sequence, to all
     of the keys, by matrix products. Results are those of ``sdpa`` up to rounding."""
+    # Not under a name of its own: models with sparse attention (DeepSeek-V3.2) leave its mask out unless the name is
+    # "sdpa" or "eager".
     own: Any = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend(

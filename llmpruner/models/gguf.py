@@ -22,8 +22,7 @@ _load_original = legacy.load_gguf_checkpoint
 
 @contextlib.contextmanager
 def gguf_parsed_once() -> Iterator[None]:
-    """Share what is parsed of a GGUF file, until `forget_gguf`. transformers parses it four times (seconds each, for a
-    large vocabulary), and makes a map of its tensor names for every module."""
+    """Parse a GGUF file once, not four times as transformers does, which takes seconds; kept until `forget_gguf`."""
     import gguf
 
     with contextlib.ExitStack() as stack:

@@ -39,8 +39,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def where(error: BaseException, model: nn.Module | None = None) -> tuple[str, str]:
-    """The statement that raised ``error``, of code outside torch and this package, and the path of the module that ran
-    it; empty where no module of ``model`` (None: of the first module in the traceback) was running."""
+    """The statement of a model's code that raised ``error``, and the path of its module; empty without one."""
     frames = list(traceback.walk_tb(error.__traceback__))
     if model is None:
         running = (frame.f_locals.get("self") for frame, _ in frames)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.initialization import no_init_weights
 from transformers.models.auto.auto_factory import add_generation_mixin_to_remote_model
@@ -20,14 +20,10 @@ from ..errors import ModelError, UnsupportedModelError
 from ..structure.coupling import ATTENTION, CoupledGroup, CouplingGraph, Role
 from .messages import ALLOW, quiet_transformers
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
-
 
 def register_model_class(config: PreTrainedConfig, revision: str | None = None) -> None:
-    """Make sure that AutoModelForCausalLM has a class for ``config``. Code of a checkpoint (``revision``: on the hub)
-    runs only where the class of ``config`` is from it too: the user allowed it when the configuration was read. Raises
-    `ModelError` for code that may not run, `UnsupportedModelError` for no class."""
+    """Make sure that AutoModelForCausalLM has a class for ``config``. Raises `UnsupportedModelError` if there is none,
+    and `ModelError` for code of a checkpoint, unless the user allowed it when ``config`` was read."""
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return
     reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
@@ -42,12 +38,8 @@ def register_model_class(config: PreTrainedConfig, revision: str | None = None) 
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A causal language model of ``config`` without weights: parameters on the meta device, buffers (rotary tables)
-    with their values. ``dtype``: of the parameters; None: as ``config`` says.
-
-    Raises `ModelError` when the class is code of a checkpoint that may not run, `UnsupportedModelError` when there is
-    no class, and whatever the class's constructor raises.
-    """
+    """A causal language model of ``config`` with parameters on the meta device, and buffers with their values.
+    ``dtype``: of the parameters; None: as ``config`` says. Raises as `register_model_class` and the constructor."""
     register_model_class(config)
     options = {} if dtype is None else {"dtype": dtype}
     return empty_model(partial(AutoModelForCausalLM.from_config, trust_remote_code=False, **options), config)
@@ -101,27 +93,18 @@ def decoder_layers(model: Any) -> str:
 
 
 def macs_per_token(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) -> int:
-    """Multiply-accumulate operations to decode one token while ``context`` tokens are in the cache.
-
-    One per weight of every linear layer and of the head, also where that is tied to the embedding, which itself is a
-    look-up; of expert weights, the share of experts that a token is routed to; and for attention, ``context`` products
-    per channel for the scores and again for the values.
-    """
+    """Multiply-accumulate operations to decode a token with ``context`` tokens in the cache: one per weight that it is
+    multiplied by, and in attention ``context`` per channel, for the scores and for the values."""
     weights = sum(
         parameter.numel() if routed is None else parameter.numel() // parameter.shape[0] * routed
         for _, parameter, routed in multiplied(model)
     )
-    width = sum(
-        span.index.width * group.units
-        for group in graph.of_kinds([ATTENTION])
-        for span in group.spans_with(Role.CONSUMES)
-    )
-    return weights + 2 * context * width
+    reads = ((span, group) for group in graph.of_kinds([ATTENTION]) for span in group.spans_with(Role.CONSUMES))
+    return weights + 2 * context * sum(span.index.width * group.units for span, group in reads)
 
 
 def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int | None]]:
-    """The parameters that tokens are multiplied by: (name, parameter, experts). ``experts``: for weights of experts,
-    which are stacked along the first axis, how many of them a token is routed to; None for all others."""
+    """(name, parameter, number of routed experts if stacked) of all parameters that tokens are multiplied by."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Embedding):
             continue

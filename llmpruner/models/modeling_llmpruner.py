@@ -1,9 +1,8 @@
 """Pruned language models whose layers differ in size, as ordinary Hugging Face models.
 
-Every checkpoint whose shapes no stock configuration can represent contains a copy of this file, so that
-``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers.
-``AutoModel`` gives the model without its head, which is what vLLM builds. ``load_pruned`` and ``register`` of llmpruner
-use this file too.
+Checkpoints whose shapes no stock configuration can represent contain a copy of this file, so that
+``AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=True)`` needs only torch and transformers;
+``AutoModel`` gives the model without its head, which is what vLLM builds. llmpruner uses this file too.
 
 ``config.json`` is the configuration of the uniform model that was cut, with a record of what differs::
 
@@ -18,14 +17,12 @@ use this file too.
       "per_layer": {layer: {name: value}} where layers of the uniform model differ by its own ``per_layer_config``
     }
 
-The model type is that of the uniform model, so that tokenizers and configurations are found without remote code;
-where transformers does not know it, ``llmpruner_<base type>``. Sizes of one layer are in ``per_layer_config`` too, by
-the convention of transformers, unless the uniform model has some there. A stock class that does not obey it refuses the
-weights for their shapes.
+The model type is that of the uniform model, so that tokenizers are found without remote code; where transformers does
+not know it, ``llmpruner_<base type>``. Sizes of single layers are in transformers' ``per_layer_config`` too, unless the
+uniform model has some there; a stock class that does not read it refuses the weights for their shapes.
 
-There is no table of architectures: ``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first
-used. The module of a base class outside transformers is copied into the directory, with what it imports relatively,
-and imported at the end of the copy; such a module may import only torch and transformers.
+``PrunedLlamaForCausalLM`` is built from ``LlamaForCausalLM`` when it is first used. The module of a base class outside
+transformers is copied too, with its relative imports; it may import only torch and transformers besides.
 """
 
 from __future__ import annotations

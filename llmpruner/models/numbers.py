@@ -98,8 +98,7 @@ def computes_bfloat16_fast(model: nn.Module) -> bool:
 
 
 def with_fast_products(model: nn.Module, run: Callable[[], T]) -> T:
-    """``run()``, with products in bfloat16 where that is faster. Where operators of the model refuse what autocast
-    gives them (DBRX adds bfloat16 to float32), ``run()`` in the model's own precision."""
+    """``run()``, with products in bfloat16 where that is faster and the model's operators accept it (not DBRX)."""
     if not computes_bfloat16_fast(model):
         return run()
     try:
@@ -121,12 +120,11 @@ def multiplies_bfloat16_fast(device: str) -> bool:
 
 def stored_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensor itself; of a quantised one, its integers, scales and zero points."""
-    if not hasattr(tensor, "__tensor_flatten__"):
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from stored_parts(getattr(tensor, name))
+    else:
         yield tensor
-        return
-    names, _ = tensor.__tensor_flatten__()
-    for name in names:
-        yield from stored_parts(getattr(tensor, name))
 
 
 def stored_bytes(tensor: torch.Tensor) -> int:

@@ -15,8 +15,7 @@ from ..files import WEIGHTS, read_json
 
 RECORD_FILE = "llmpruner.json"
 ORIGIN_FILE = "llmpruner-files.json"
-"""The record, with origin and hashes, of adapters, and of an export for transformers. A ``llmpruner.json`` would make
-their directory a pruned model."""
+"""Record of adapters and of exports for transformers, which `RECORD_FILE` would make pruned models."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
 STEP_FILE, RESULTS_FILE = "step.json", "results.json"
@@ -102,8 +101,8 @@ def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, h
 
 
 def check_weights(directory: Path) -> None:
-    """Raise `CheckpointError` for a damaged weight file in a folder that llmpruner wrote. Compares sizes, names of
-    tensors, and up to `HASHED` bytes of content. Other files may be edited by hand."""
+    """Raise `CheckpointError` for weights that were damaged after llmpruner wrote them. Hashes: up to `HASHED`
+    bytes."""
     record = read_any_record(directory)
     if record is None:
         return  # indexes of other models are not always right

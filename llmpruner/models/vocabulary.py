@@ -248,14 +248,12 @@ def in_tokens_of(trimmed: Model, dense: Model, *, teaching: bool = False) -> Any
 
 
 class InTokens(nn.Module):
-    """``model``, which reads and predicts the tokens of a trimmed vocabulary. It reads removed tokens whole, as it was
-    trained to, not in the pieces in which they arrive. Its logits, (B, T, kept tokens), are those after each token of
-    its own that ends there, and 0 inside a removed one.
-
-    With ``teaching``, a removed token counts for its first piece, with its probability, and after that its next piece
-    is certain. Trained toward the kept tokens alone, a model would not learn to write the pieces.
+    """``model`` in the tokens of a trimmed vocabulary. It reads removed tokens whole, as it was trained to. Its logits
+    (B, T, kept tokens) are those after each token of its own that ends there, and 0 inside a removed one.
 
     ``old``: the id in ``model`` of each token. ``pieces``: those of each removed token, by its id in ``model``.
+    ``teaching``: a removed token counts for its first piece, after which the next pieces are certain; otherwise a model
+    that is trained toward these logits would not learn to write the pieces.
     """
 
     def __init__(self, model: Any, old: Sequence[int], pieces: Mapping[int, tuple[int, ...]], teaching: bool) -> None:

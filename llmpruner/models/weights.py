@@ -1,9 +1,7 @@
 """The weights of a model: in memory, or read layer by layer from the safetensors files of a checkpoint.
 
-Code that looks at the values of weights does so inside `Weights.layer` or `Weights.outside`. Running a layer, or the
-whole model, is possible anywhere: layers that are not in memory are read when they are called, and freed afterwards.
-
-A *part* is the number of a decoder layer, or None for everything outside the layers.
+Look at values only inside `Weights.layer` or `Weights.outside`. A layer, or the whole model, runs anywhere: weights are
+read when a layer is called. A *part* is the number of a decoder layer, or None for everything outside the layers.
 """
 
 from __future__ import annotations
@@ -11,22 +9,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import PreTrainedModel
 
-from ..structure.coupling import in_layer, layer_number
-from ..structure.kept import layer_numbers
+from ..structure.coupling import CouplingGraph, in_layer, layer_number
+from ..structure.kept import Kept, layer_numbers
 from .record import names_in
 from .surgery import CutValues
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.coupling import CouplingGraph
-    from ..structure.kept import Kept
 
 
 class Weights:
@@ -70,8 +63,7 @@ class Weights:
 
 
 class StreamedWeights(Weights):
-    """Weights that are read part by part. ``model``: with parameters on the meta device. ``device``: of the
-    computation. Subclasses say what `read` gives."""
+    """Weights that `read` gives part by part. ``model``: on the meta device. ``device``: of the computation."""
 
     streamed = True
 

@@ -13,15 +13,13 @@ from pydantic import BeforeValidator, Field
 
 from ..component import Component, ComponentSettings
 from ..progress import QUIET, Progress
-from ..structure.coupling import LAYER, VOCABULARY
+from ..structure.coupling import LAYER, VOCABULARY, CouplingGraph
 from ..structure.scope import Queue
 from ..values import names_of
 from .budgets import Cost
 
 if TYPE_CHECKING:
     import torch
-
-    from ..structure.coupling import CouplingGraph
 
 Taken = dict[str, int]
 """Group name → number of removal steps taken from the group's queue, in order."""
@@ -51,13 +49,11 @@ class AllocationTask:
     """The inputs of an allocation.
 
     ``queues``: the removal steps of every group in scope, least important first, each with its mean score; groups that
-    must keep the same number of units share one queue, named after the first. ``amount``: what is to be removed, in the
-    units of `Cost.remaining` (parameters, bytes …), which the queues can give. ``meter``: computes the removed amount.
-
-    ``whole``: in all but the last of several cuts (``--steps``), the amount that this one and those to come remove
-    together. A unit that is too large for this cut can be left to a later one, to which the rest of the amount goes.
-    ``loss``: for allocations that measure, the mean KL divergence of the cut model from the current one on calibration
-    text, in nats per token; else None.
+    must keep the same number of units share one queue, named after the first. ``amount``: to be removed, in the units
+    of `Cost.remaining`. ``meter``: computes the removed amount. ``whole``: in all but the last of several cuts
+    (``--steps``), the amount of this one and those to come, to which a unit that is too large now can be left.
+    ``loss``: for allocations that measure, the mean KL divergence of a cut model from the current one, in nats per
+    token; else None.
     """
 
     queues: Sequence[Queue]
@@ -76,16 +72,15 @@ class Allocation(Component):
     measures: ClassVar[bool] = False
     """Whether it calls ``task.loss``, which needs calibration text."""
     equal_shares: ClassVar[bool] = False
-    """Whether scores decide only which group loses the last unit, and not the other numbers of units. With ``--steps``,
-    these are then decided once, and each step takes a part of them; otherwise `allocate` is called in every step."""
+    """Whether numbers of units depend on scores in the last unit alone. They are decided once then with ``--steps``;
+    otherwise `allocate` is called in every step."""
 
     def allocate(self, task: AllocationTask) -> Taken:
         """Steps to take from each queue (by group name)."""
         raise NotImplementedError
 
     def comparable(self, scores: Mapping[str, torch.Tensor], graph: CouplingGraph) -> Mapping[str, torch.Tensor]:
-        """``scores`` (group name → score of each unit) on a scale on which those of different groups can be compared;
-        by default as they are."""
+        """``scores`` (group name → score of each unit) on one scale for all groups; by default as they are."""
         return scores
 
 
@@ -100,24 +95,21 @@ def _take_if_it_fits(task: AllocationTask, taken: Taken, name: str) -> bool:
 
 
 def top_up(task: AllocationTask, taken: Taken) -> Taken:
-    """Add single steps to ``taken`` until the removed amount is as near to the requested one as one step allows, and
-    return ``taken``. Steps of all queues in turn are taken where they fit: MLP channels where a KV head, which has the
-    parameters of hundreds, does not. Finally, one step beyond the amount is taken if that is nearer to it."""
+    """Add single steps to ``taken``, of all queues in turn where they fit, until the removed amount is as near to the
+    requested one as one step allows; at last one step beyond it if that is nearer. Returns ``taken``."""
+    steps = {queue.group.name: len(queue.steps) for queue in task.queues}
     moved = True
     while moved:
         moved = False
-        for queue in task.queues:
-            if taken[queue.group.name] < len(queue.steps):
-                moved |= _take_if_it_fits(task, taken, queue.group.name)
+        for name, most in steps.items():
+            if taken[name] < most:
+                moved |= _take_if_it_fits(task, taken, name)
     gap = task.amount - task.meter.removed(taken)
-    more = {
-        queue.group.name: task.meter.removed({**taken, queue.group.name: taken[queue.group.name] + 1}) - task.amount
-        for queue in task.queues
-        if taken[queue.group.name] < len(queue.steps)
-    }
-    nearer = [name for name, beyond in more.items() if 0 < beyond < gap]
+    left = [name for name, most in steps.items() if taken[name] < most]
+    beyond = {name: task.meter.removed({**taken, name: taken[name] + 1}) - task.amount for name in left}
+    nearer = [name for name in left if 0 < beyond[name] < gap]
     if nearer:
-        taken[min(nearer, key=more.__getitem__)] += 1
+        taken[min(nearer, key=beyond.__getitem__)] += 1
     return taken
 
 
@@ -155,10 +147,9 @@ Normalization = Literal["none", "mean", "max", "sum", "zscore", "parameters"]
 
 
 class GlobalRanking(Allocation):
-    """All steps of all groups in one order, lowest score first: the longest prefix that removes no more than the
-    requested amount. A group whose next step does not fit loses no more, and the others go on; the last step is as
-    `top_up` says. Where further cuts follow (`AllocationTask.whole`), a step that only the whole amount has room for is
-    not passed over: the cut ends before it, or with it if that is nearer to the amount."""
+    """All steps of all groups in one order, lowest score first, up to the requested amount; `top_up` takes the last. A
+    group whose next step does not fit loses no more. Where further cuts follow (`AllocationTask.whole`), a cut ends at
+    a step that only the whole amount has room for."""
 
     name = "global"
     summary = "one ranking of the units of all groups, lowest score first"

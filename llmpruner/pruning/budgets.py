@@ -1,6 +1,5 @@
-"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep, in
-integers, so that allocations can evaluate thousands of selections. Imports no torch.
-"""
+"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -83,9 +82,8 @@ def saving_units(
     cost: Cost, groups: Sequence[CoupledGroup], allowed: Mapping[str, frozenset[int] | None],
     alike: Iterable[Sequence[str]],
 ) -> dict[str, frozenset[int] | None]:  # fmt: skip
-    """``allowed`` (group name → units that may be removed, None for all) without units that save nothing of ``cost``,
-    and groups without others. ``alike``: names of groups that keep the same number of units (`Widths.alike`); all of
-    them stay where one saves. Raises `SelectionError` when no unit saves any."""
+    """``allowed`` (group name → removable units, None for all) without units that save nothing of ``cost``. ``alike``:
+    groups that keep equally many units; all stay where one saves. Raises `SelectionError` when no unit saves any."""
     saving: dict[str, frozenset[int] | None] = {}
     whole = cost.remaining()
     for group in groups:
@@ -110,9 +108,8 @@ def saving_units(
 
 
 class SizeModel:
-    """Sizes of every parameter of a graph, tied ones included, as a function of the number of units kept per group:
-    ``kept``, group name → number; missing groups keep all. Exact for groups that own disjoint indices of an axis, or
-    whose units are nested in another's with equal numbers per block (query heads in KV heads)."""
+    """Sizes of every parameter, tied ones included, by ``kept``: group name → number of units; missing groups keep all.
+    Exact for groups that own disjoint indices of an axis, or are nested in equal blocks (query heads in KV heads)."""
 
     def __init__(self, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> None:
         # In a fused matrix, key/value heads own all rows and query heads some of them; the others stay when these go.
@@ -279,9 +276,8 @@ class CacheCost(Cost):
 
 
 class KvCache(Budget):
-    """Bytes that the key/value cache grows by with every token. Shapes of weights do not tell what an architecture
-    caches (heads, one shared head, a latent vector), so the tensors in the caches of the whole model, and of models
-    with units of each group removed, are counted after a few tokens."""
+    """Bytes that the key/value cache grows by with every token. Shapes of weights do not tell what is cached (heads,
+    one shared head, a latent vector), so the caches of the whole model and of trial cuts are measured."""
 
     name = "kv-cache"
     summary = "bytes of key/value cache per token"

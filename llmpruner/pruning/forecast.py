@@ -59,19 +59,20 @@ def forecast(
     if not isinstance(structure, Model):
         check_device(device)
         why = "the result stays in memory" if in_memory else why or why_not_streamed(structure)
-        ways = [False] if why else [False, True]
+        possible = [False] if why else [False, True]
     elif structure.streamed is None:
-        why, ways, device = "it is loaded already", [False], structure.model.device.type
+        why, possible, device = "it is loaded already", [False], structure.model.device.type
         process -= sum(parameter.nbytes for parameter in structure.model.parameters())
     elif why or (saves and job.compensation.name != "none"):
         raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
     else:
-        ways = [True]
+        possible = [True]
     autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device)
     whole = weights * 3 // 2 if autocast else weights  # it keeps a copy in bfloat16 while the model runs
     two_layers = weights - decoder + 2 * decoder // graph.num_layers
-    besides, disk = _besides_weights(job, structure, item, saves)
-    choices = [Forecast(way, process + besides + (two_layers if way else whole), disk) for way in ways]
+    others, disk = _besides_weights(job, structure, item, saves)
+    in_use = {False: whole, True: two_layers}
+    choices = [Forecast(streamed, process + others + in_use[streamed], disk) for streamed in possible]
     if max_memory is not None:
         limit: float = max_memory
         name, advice = f"--max-memory {bytes_text(max_memory)}", "raise it, or "

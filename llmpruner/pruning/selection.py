@@ -42,8 +42,7 @@ TRIED = 2048
 
 
 def choose(model: Model, job: PruneJob, text: CalibrationSet | None, execution: Execution) -> Kept:
-    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an amount that cannot be
-    removed, or that is less than one unit."""
+    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an unreachable amount."""
     kept: Kept = {}
     current = _Current(model, job, kept, text, execution)
     whole = current.cost
@@ -168,8 +167,7 @@ class _Current:
 
 @dataclass(frozen=True)
 class Demand:
-    """What must be removed: an ``amount`` of a cost, and the ``whole``, as in `AllocationTask`; or ``units``: group
-    name → number of units, which need not be whole."""
+    """To remove: an ``amount`` of a cost, and ``whole`` as in `AllocationTask`; or ``units``, group name → number."""
 
     amount: int = 0
     whole: int | None = None
@@ -177,8 +175,7 @@ class Demand:
 
 
 def scope_of(job: PruneJob, structure: Structure) -> Scope:
-    """The kinds and layers that may be cut: by default all layers for uniform widths; for free ones, and to remove
-    whole layers, all but a tenth at either end."""
+    """The kinds and layers that may be cut. Free widths, and whole layers, leave a tenth of layers at either end."""
     count = structure.graph.num_layers
     chosen = chosen_layers(job.layers, count)
     tokens = None
@@ -243,14 +240,7 @@ def select(
     allocation: Allocation, *, cost: Cost | None = None, widths: Widths = ANY,
     loss: Callable[[Kept], float] | None = None, progress: Progress = QUIET,
 ) -> Kept:  # fmt: skip
-    """Group name → kept units, without groups that keep all; empty when the demand is less than half a unit. Equal
-    scores are ordered by unit number.
-
-    ``allocation``: decides how many units each group loses; the scores decide which. Where ``demand`` has numbers of
-    units, `Uniform` takes them as they are, and another allocation the amount that they save: a head is not worth one
-    MLP channel. ``cost``: of ``demand.amount`` (default: the decoder's parameters); units that save nothing of it are
-    kept, unless ``widths`` forbids it. ``loss``: for an allocation that measures, kept units → divergence of the cut
-    model from the current one. Raises `SelectionError` when the demand cannot be met."""
+    """Group name → kept units, chosen in one step or several. Raises `SelectionError` for an unreachable amount."""
     cost = cost or parameter_cost(graph, groups, decoder=True)
     allowed = {group.name: scope.allowed_units(group) for group in groups}
     if demand.units is None:
@@ -299,9 +289,8 @@ def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
 def trial_loss(
     model: PreTrainedModel, graph: CouplingGraph, family: ModelFamily, calibration: CalibrationSet, scores: Scores
 ) -> Callable[[Kept], float]:
-    """A function from kept units to the mean KL divergence of the model cut to them from ``model``, in nats per token.
-    Tokens are not cut, as that changes what the text is made of: they cost the sum of their ``scores``. A trial cuts a
-    copy that shares the uncut weights. Memory: the logits of 2,048 tokens."""
+    """A function from kept units to the mean KL divergence of a copy cut to them from ``model``, in nats per token. A
+    cut of tokens is not tried: it costs the sum of their ``scores``."""
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..component import Component
 from ..errors import first_line
+from ..evaluation.evaluate import Evaluations
 from ..evaluation.metrics import Size
+from ..structure.coupling import CouplingGraph
 from ..values import bytes_text, count_text, counted, without_folders
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-    from ..evaluation.evaluate import Evaluations
-    from ..structure.coupling import CouplingGraph
     from ..structure.outcome import Quality
     from ..structure.plan import PruningPlan
 
@@ -94,13 +94,12 @@ class ReportSection(Component):
     """The built-in sections have 0 to 40."""
 
     def render(self, subject: ReportSubject) -> str | None:
-        """HTML that starts with an ``<h2>``, uses no network, and has all text from the model escaped; None when there
-        is nothing to show."""
+        """HTML that starts with ``<h2>``, uses no network, and has the model's text escaped; None for nothing to
+        show."""
         raise NotImplementedError
 
     def compare(self, subjects: Sequence[ReportSubject]) -> str | None:
-        """HTML as of `render`, about several checkpoints together, two or more, above the sections of each one. None by
-        default."""
+        """HTML as of `render` that compares two or more checkpoints, at the top of the page; None by default."""
         return None
 
 
@@ -123,8 +122,7 @@ def _environment() -> Environment:
 
 @dataclass(frozen=True)
 class Report:
-    """A page that was written to ``path``. ``sentences``: name of a checkpoint → what was won and lost. ``warnings``: a
-    line for each section that failed and was left out."""
+    """A page at ``path``. ``sentences``: checkpoint → what was won and lost. ``warnings``: of sections left out."""
 
     path: Path
     sentences: Mapping[str, str]
@@ -132,8 +130,7 @@ class Report:
 
 
 def report_page(subjects: Sequence[ReportSubject], sections: Iterable[ReportSection]) -> tuple[str, tuple[str, ...]]:
-    """The HTML document, which uses no network, and its warnings. Several checkpoints are compared, above the sections
-    of each one."""
+    """The HTML document, which uses no network, and its warnings. Several checkpoints are compared at the top."""
     ordered = sorted(sections, key=lambda section: (section.order, section.name))
     warnings: dict[str, None] = {}
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from itertools import chain, repeat
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pydantic import TypeAdapter
+
+from ..evaluation.evaluate import Evaluations
 from ..values import bytes_text, count_text, counted, without_folders
 from .base import ReportSection, ReportSubject, rendered
 from .chart import Point, Series, drawn
-
-if TYPE_CHECKING:
-    from ..evaluation.evaluate import Evaluations
 
 SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up", "Ideal", "Reached")
 
@@ -103,8 +103,7 @@ class CostSection(ReportSection):
 
 
 def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]]:
-    """Cells of `SPEED_COLUMNS` for every case and model of what ``bench --json`` writes; ``stage``: ``prefill`` or
-    ``decode``."""
+    """Cells of `SPEED_COLUMNS` for every case and model of a bench. ``stage``: ``prefill`` or ``decode``."""
     for case in bench["cases"]:
         for model in case["models"]:
             rate = model[stage]
@@ -128,8 +127,6 @@ class PlanSection(ReportSection):
     order = 20
 
     def render(self, subject: ReportSubject) -> str:
-        from pydantic import TypeAdapter
-
         from ..structure.outcome import TokenOutcome
 
         plans = []
@@ -190,8 +187,7 @@ class OriginSection(ReportSection):
 
 
 def first_and_last(training: Mapping[str, Any]) -> tuple[str, float, float] | None:
-    """The name of the loss, its value before the training, and that of the result: on validation rows, if there were
-    any, else of the steps. None for a training without losses. ``training``: as of `loss_curve`."""
+    """The name of the loss, its value before and after a training, on validation rows if there are any; or None."""
     if checked := training["validation"]:
         what = "held-out loss" if training["held_out"] else "loss on examples"
         return what, checked[0]["loss"], {check["step"]: check["loss"] for check in checked}[training["best_step"]]

@@ -55,9 +55,8 @@ class ModelFacts:
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
-    """The facts of ``source``: a directory, a hub id, a ``.gguf`` file, or a model type that transformers knows once
-    ``package`` is imported. Raises `ModelError`, and `UnsupportedModelError` when a family matches it already, or its
-    structure is not proved."""
+    """The facts of ``source``: a model, or a model type that transformers knows once ``package`` is imported. Raises
+    `ModelError`, and `UnsupportedModelError` when a family matches it already, or its structure is not proved."""
     from ..discovery.opening import family_for
     from ..discovery.oracle import VERIFIED
     from ..discovery.verify import check_kinds, representative
@@ -117,8 +116,7 @@ def _import(package: str) -> str:
 
 
 def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = "family") -> None:
-    """Write the package of the plugin ``name`` to the new ``directory``, as a whole or not at all. ``kind``: one of
-    `PACKAGES`. Raises `OutputError`."""
+    """Write the plugin ``name`` to the new ``directory``. ``kind``: one of `PACKAGES`. Raises `OutputError`."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     from ..plugins.installed import KINDS
@@ -129,16 +127,6 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         loader=PackageLoader("llmpruner.scaffold", "templates"), undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    values = {
-        "name": name,
-        "distribution": distribution,
-        "module": module,
-        "model": model,
-        "version": __version__,
-        "kind": kind,
-        "adds": KINDS[PACKAGES[kind]],
-        "cls": "".join(part.capitalize() for part in (*name.split("-"), kind)),
-    }
     templates = {
         "pyproject.toml": "pyproject.toml",
         "README.md": "README.md",
@@ -146,7 +134,14 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         f"src/{module}/{kind}.py": f"{kind}.py",
         f"tests/test_{kind}.py": "test_family.py" if kind == "family" else "test_component.py",
     }
-    files = {path: environment.get_template(f"{template}.j2").render(values) for path, template in templates.items()}
+    cls, adds = "".join(map(str.capitalize, (*name.split("-"), kind))), KINDS[PACKAGES[kind]]
+    files = {
+        path: environment.get_template(f"{template}.j2").render(
+            name=name, distribution=distribution, module=module, model=model, version=__version__, kind=kind,
+            adds=adds, cls=cls,
+        )
+        for path, template in templates.items()
+    }  # fmt: skip
     if model.config_values:
         files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
     with new_directory(directory) as partial:

@@ -15,8 +15,7 @@ C = TypeVar("C", bound=Component)
 
 
 def catalog_with(*plugins: Any, entry_points: bool = False) -> Catalog:
-    """A new catalog of the built-ins and ``plugins``, modules or objects with hooks, or component classes; with
-    ``entry_points`` also of all installed plugins."""
+    """A catalog of the built-ins and ``plugins`` (modules, objects with hooks, component classes) or installed ones."""
     manager = PluginManager(entry_points=entry_points)
     for plugin in plugins:
         manager.register(_plugin_with(plugin) if isinstance(plugin, type) else plugin)
@@ -33,8 +32,7 @@ def _plugin_with(cls: type) -> Any:
 
 
 def check_component(kind: str, cls: type[Component]) -> None:
-    """An installed plugin registers ``cls``; it has a valid name and a summary of one line, and its settings have
-    defaults and descriptions."""
+    """An installed plugin registers ``cls``; it has a name, a summary of one line, and documented settings."""
     base = KINDS[kind]
     problem = problem_of(cls, base)
     assert problem is None, f"{kind} {cls.__name__}: {problem}"
@@ -55,8 +53,7 @@ def check_component(kind: str, cls: type[Component]) -> None:
 
 
 def settings_grid(cls: type[C]) -> list[C]:
-    """Instances of ``cls``: with its defaults, and with each other value of a `Literal` or `bool` setting, one at a
-    time."""
+    """Instances of ``cls``: with its defaults, and with each other value of a `Literal` or `bool` setting."""
     grid = [cls()]
     for key, field in cls.Settings.model_fields.items():
         choices: tuple[Any, ...] = (False, True) if field.annotation is bool else ()

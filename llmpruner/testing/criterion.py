@@ -19,11 +19,8 @@ from .models import first_change, scramble, tiny_llama, tiny_mixture
 
 
 class CriterionConformance:
-    """Tests for ``criterion``, with each value of its `Literal` and `bool` settings.
-
-    A criterion that scores units in experts is also tested on a tiny mixture, whose experts are stacks: parameters with
-    three axes.
-    """
+    """Tests for ``criterion``, with each value of its `Literal` and `bool` settings; one that scores units in experts
+    also on a tiny mixture, whose experts are stacks: parameters with three axes."""
 
     criterion: ClassVar[type[ImportanceCriterion]]
 

@@ -69,8 +69,7 @@ def letters() -> Any:
 
 
 def small_job(**changes: Any) -> PruneJob:
-    """A job that removes a fifth of the decoder's parameters as MLP channels, in equal shares and without compensation,
-    by l1. ``changes``: fields of `PruneJob`."""
+    """A job that removes a fifth of the decoder as MLP channels, in equal shares, by l1. ``changes``: its fields."""
     settings = PruneSettings(ratio=0.2, shape="free", importance="l1", compensate="none")
     return replace(prune_job(settings, catalog_with()), **changes)
 

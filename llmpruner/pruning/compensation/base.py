@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from ...component import Component
+from ...structure.coupling import CoupledGroup, CouplingGraph
+from ...structure.kept import Kept
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ...engine.execution import Execution
     from ...engine.walk import CalibrationSet
-    from ...structure.coupling import CoupledGroup, CouplingGraph
-    from ...structure.kept import Kept
     from .least_squares import Fit
 
 
@@ -43,15 +43,14 @@ class Compensation(Component):
     by_layer: ClassVar[bool] = False
     """Whether it looks at weights of a layer only inside ``task.execution.weights.layer``, which may stream them."""
     changes_readers_alone: ClassVar[bool] = False
-    """Whether it changes nothing but the weights that read removed units, and their biases, so that ``verify`` can
-    compare all other weights with the dense model's."""
+    """Whether it changes only weights that read removed units, and biases; ``verify`` then compares all others."""
 
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
         """Raise `UnsupportedModelError` where it cannot change the weights that read units of ``groups``, which may
         lose some. Called before text is read; by default nothing is refused."""
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
-        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay because none is
-        better. Called without gradients; the caller removes the units afterwards. Raises `UnsupportedModelError` for a
-        decoder that it cannot run, `ModelError` for hidden states that are not finite."""
+        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay; the caller
+        removes the units. Raises `UnsupportedModelError` for a decoder that cannot run, `ModelError` for infinite
+        hidden states."""
         raise NotImplementedError

@@ -29,9 +29,9 @@ class NoCompensation(Compensation):
 
 
 class BiasShift(Compensation):
-    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R, with the mean over the
-    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Weights do not change. Raises
-    `UnsupportedModelError` where a weight has no bias."""
+    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R; means are over the
+    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Raises `UnsupportedModelError` without a
+    bias."""
 
     name = "bias"
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"
@@ -54,9 +54,8 @@ class BiasShift(Compensation):
 
 
 class Refit(Compensation):
-    """Fits every weight matrix that loses inputs again, with its bias where it has one, on the kept inputs, by ridge
-    regression against the dense model (`compensation.least_squares`). Layers are fitted in order, each on the
-    outputs of compensated layers (`llmpruner.pruning.compensation.repair`)."""
+    """Fits every weight matrix that loses inputs again, with its bias, by ridge regression against the dense model
+    (`compensation.least_squares`), layer by layer on the outputs of compensated layers (`compensation.repair`)."""
 
     name = "refit"
     summary = "weights that read removed units are fitted again by least squares against the dense model"

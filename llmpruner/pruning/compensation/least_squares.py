@@ -53,11 +53,10 @@ class Fit:
 
 
 class WeightFitter:
-    """Fits W_K and b to targets by ridge regression on X_K; b is the weight of an additional input that is always 1.
+    """Fits W_K and b (the weight of an input that is always 1) to targets by ridge regression on X_K.
 
     X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
-    view of the parameter. ``bias``: b (out,), None where there is none. One row in eight is held out until the ridge is
-    chosen. Memory: 2 · in · (in + out) float32."""
+    view of the parameter. ``bias``: b (out,) or None. Memory: 2 · in · (in + out) float32."""
 
     trials = len(RIDGES) + 1
     """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
@@ -101,8 +100,7 @@ class WeightFitter:
         return error if isfinite(error) else inf
 
     def write(self, key: Matrix, errors: Sequence[float]) -> Fit:
-        """Replace W_R by zeros, and W_K and b by the best fit, on all rows, if one beats the old weights. ``errors``:
-        of all trials on the held-out rows."""
+        """Set W_R to zero, and W_K and b to the best fit on all rows if one beats the old weights on held-out rows."""
         before = after = None
         step = max(1, len(self._held_out.squares) // _OUTPUTS)
         whole = float(self._held_out.squares[::step].double().sum()) / max(self._held_out.rows, 1)
@@ -170,8 +168,7 @@ Fitter = WeightFitter | BiasFitter
 
 
 def write_all(fitters: Mapping[Matrix, Fitter], ranks: Ranks) -> list[Fit]:
-    """`write` of all. The processes, which added rows to fitters of the same matrices, share the trials, then the fits,
-    and all get the new weights."""
+    """`write` of all. The processes share the trials, then the fits, and all get the new weights."""
     for fitter in fitters.values():
         fitter.reduce(ranks)
     trials = max((fitter.trials for fitter in fitters.values()), default=0)  # the same for all

@@ -92,8 +92,7 @@ def bias_name(model: PreTrainedModel, graph: CouplingGraph, layer: int, bias: to
 
 @dataclass
 class _Rows:
-    """Indices of one axis of a parameter. ``values``: those before they were silenced; None where they produce
-    channels of the residual stream, which are not restored."""
+    """Indices of an axis. ``values``: before they were silenced; None for residual channels, which stay silent."""
 
     parameter: torch.Tensor
     axis: int

@@ -56,9 +56,8 @@ def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[
 
 @dataclass(frozen=True)
 class _Step:
-    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where the layer's
-    output is not such a sum, or they do not all add to the residual stream. ``last``: the stream writer that is used
-    last is one of them."""
+    """Weights of one layer that read the same inputs and are fitted together. ``factor``: c; None where not all of them
+    add to the residual stream. ``last``: the stream writer that is used last is one of them."""
 
     readers: Mapping[str, Reader]
     factor: float | None
@@ -146,9 +145,8 @@ class _Repair:
                 self.pruned.append(hidden.index_fill(-1, self.removed_channels.to(hidden.device), 0.0))
 
     def _fit_layer(self, number: int, readers: Mapping[str, Reader]) -> None:
-        """Fit the weights of layer ``number``, and move h and ĥ to after it. Sets what its steps need: ``after``, h
-        after it; ``biases``, weight → name of the bias that its product adds; ``producers``, the silenced rows;
-        ``original``, the changed weights with dense copies."""
+        """Fit the weights of layer ``number``, and move h and ĥ to after it. Its steps need: ``after``, h after it;
+        ``biases``, weight → name of its bias; ``producers``, the silenced rows; ``original``, weights with copies."""
         self._keep_apart()
         steps, self.biases = self.ranks.from_first(lambda: self._steps(number, readers))
         needs_dense = any(step.needs_dense for step in steps)

@@ -46,14 +46,13 @@ class ImportanceCriterion(Component):
     needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
     """The signals to measure; all but weights need a calibration set."""
     kinds: ClassVar[frozenset[str] | None] = None
-    """Kinds of units that it can score; None: all but tokens. Criteria of the residual stream score layers alone, those
-    of the use of tokens the vocabulary alone."""
+    """Kinds of units that it can score; None: all but tokens. See `accepts`."""
     roles: ClassVar[frozenset[Role] | None] = None
     """Roles of the spans that are scored; None: all. A group without such spans is scored on all its spans."""
 
     by_matrix: ClassVar[bool] = False
-    """Whether a matrix in a stack (one per expert) is scored by its own signals alone, which saves memory: `saliency`
-    gets one matrix at a time, with a first axis of length one, and `score_units` is not called for stacks."""
+    """Whether matrices of a stack (experts) are scored one by one, which saves memory: `saliency` gets one at a time,
+    with a first axis of length one, and `score_units` is not called for stacks."""
 
     @property
     def signals(self) -> frozenset[Signal]:
@@ -66,7 +65,7 @@ class ImportanceCriterion(Component):
         return False
 
     def accepts(self, kind: str) -> bool:
-        """Whether units of this kind can be scored."""
+        """Whether units of this kind can be scored: layers alone from the stream, tokens alone from their use."""
         if self.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
             return kind == LAYER
         if kind == VOCABULARY or Signal.TOKENS in self.signals:
@@ -74,32 +73,24 @@ class ImportanceCriterion(Component):
         return self.kinds is None or kind in self.kinds
 
     def counts(self, axis: UnitAxis) -> bool:
-        """Whether a span counts for the scores of its group; by default, if its role is in `roles`. Not called for
-        layers, for which every parameter counts."""
+        """Whether a span counts for the scores of its group: by `roles`. Not called for layers."""
         return self.roles is None or axis.role in self.roles
 
     def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
-        """Statistics of one product of tokens with a weight; empty for products that are not needed.
-
-        Called with `Signal.PRODUCT` or `Signal.PRODUCT_GRAD` for every parameter that counts, micro-batch, and expert
-        that tokens are routed to, in any order. Tensors of one name must have one shape for all products with a
-        parameter; `saliency` and `score_units` get their sums in float64, ``signals.products.sums[name]``.
-        """
+        """Statistics of one product of tokens with a weight; empty for products that are not needed. Called with
+        `Signal.PRODUCT` or `Signal.PRODUCT_GRAD`, in any order. Tensors of one name have one shape for all products of
+        a parameter; `saliency` and `score_units` get their sums in float64, ``signals.products.sums[name]``."""
         raise NotImplementedError
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight`` and on its device.
-        Called once for each parameter, or for each matrix of a stack (`by_matrix`). The absolute values are summed in
-        float64 over what each unit owns (with `signed`, the sums come first)."""
+        """Saliency of every weight, a floating-point tensor with the shape of ``signals.weight`` and on its device. The
+        absolute values are summed in float64 over what each unit owns (with `signed`, the sums come first)."""
         raise NotImplementedError
 
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
         """Scores of the units on one axis of a parameter, (units,), of any real dtype; None for the sums of saliencies.
-        Called for each (group, span) of the parameter.
-
         ``index_UK``: the indices on ``axis.axis`` that each unit owns, (units, width), int64, on the device of
-        ``signals.weight``. For layers, one unit that owns all indices of axis 0.
-        """
+        ``signals.weight``; for layers, one unit that owns all indices of axis 0."""
         return None
 
     def score_layers(self, stream: StreamStats) -> torch.Tensor:

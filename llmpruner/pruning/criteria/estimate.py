@@ -1,7 +1,5 @@
-"""Estimation: from signals to a saliency of every weight, and to one score for each unit. For one span, saliencies are
-summed over the indices that a unit owns and over all other axes; the spans of a group are then reduced (sum, mean, max,
-prod or last).
-"""
+"""From signals to a saliency of every weight, and to one score for each unit: saliencies are summed over what a unit
+owns in one span, then reduced over the spans of its group (sum, mean, max, prod or last)."""
 
 from __future__ import annotations
 
@@ -43,9 +41,9 @@ def estimate(
     calibration: CalibrationSet | None, *, reduction: str = "sum", seed: int = 0, execution: Execution | None = None,
     length: int = 1, removable: frozenset[int] | None = None, tokenizer: Any | None = None,
 ) -> Scores:  # fmt: skip
-    """Score every unit of ``groups``. ``calibration``: None for a criterion of weights alone. ``execution``: None for a
-    model in memory. ``length``, ``removable``: as in `StreamStats`. Raises `SelectionError` for units that the
-    criterion does not score, `ModelError` when weights or scores are not finite."""
+    """Score every unit of ``groups``. ``calibration``: None for weights alone. ``length``, ``removable``: as in
+    `StreamStats`. Raises `SelectionError` for units that are not scored, `ModelError` for scores that are not
+    finite."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
     of_all: torch.Tensor | None = None
@@ -100,10 +98,10 @@ def _score(
                     continue
             if saliency is None:
                 saliency = criterion.saliency(signals)
-                given, expected = getattr(saliency, "shape", type(saliency).__name__), signals.weight.shape
-                if given != expected:
-                    given = given if isinstance(given, str) else tuple(given)
-                    raise PluginError(f"{criterion.label()} gave {given} for {name}; expected shape {tuple(expected)}")
+                shape, expected = getattr(saliency, "shape", type(saliency).__name__), signals.weight.shape
+                if shape != expected:
+                    shape = shape if isinstance(shape, str) else tuple(shape)
+                    raise PluginError(f"{criterion.label()} gave {shape} for {name}; expected shape {tuple(expected)}")
             per_index = _per_index(saliency, use, criterion.signed).cpu()
             if key in sums:
                 # Matrices of a stack add up, or follow one another where the units are the matrices.
@@ -168,9 +166,8 @@ def _per_index(saliency: torch.Tensor, use: _Use, signed: bool) -> torch.Tensor:
 
 
 def reduce_spans(scores_SU: torch.Tensor, reduction: str) -> torch.Tensor:
-    """Scores (S, U) reduced over the first axis to (U,) by ``sum``, ``mean``, ``max``, ``prod`` (geometric mean), or
-    ``last``: those of the last span, an option of LLM-Pruner's code. LLM-Pruner multiplies; the geometric mean has the
-    same order, and the scale of one span, where the product of hundreds of spans would be zero or infinite."""
+    """Scores (S, U) reduced over spans to (U,). ``last``: of the last span, as in LLM-Pruner's code. ``prod``: the
+    geometric mean, which orders units as LLM-Pruner's product does, but is neither zero nor infinite for many spans."""
     if reduction == "last":
         return scores_SU[-1]
     if reduction == "max":

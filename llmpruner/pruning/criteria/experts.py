@@ -42,19 +42,18 @@ class OfExpertOutputs(ImportanceCriterion):
         return {"sum": (self.of_tokens(product) * routed).sum(), "tokens": routed.float().sum()}
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        """What each token of an expert adds to its sum, (rows,), float32."""
-        raise NotImplementedError
+        """What each token of an expert adds to its sum, (rows,), float32; by default the norm of the output."""
+        norms: torch.Tensor = product.outputs.norm(dim=1)
+        return norms
 
     def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor:
-        sums = signals.products.sums if signals.products is not None else {}
-        if not sums:
+        if signals.products is None or not (sums := signals.products.sums):
             raise UnsupportedModelError(
                 f"{self.name} cannot tell which weights compute the outputs of this model's experts; choose another "
                 "criterion"
             )
         tokens = sums["tokens"].sum() if self.by_layer else sums["tokens"]
-        scores = sums["sum"] / tokens.clamp_min(1)
-        return scores[index_UK].sum(1)
+        return (sums["sum"] / tokens.clamp_min(1))[index_UK].sum(1)
 
 
 class ExpertReap(OfExpertOutputs):
@@ -76,8 +75,7 @@ class ExpertReap(OfExpertOutputs):
 
     def of_tokens(self, product: Product) -> torch.Tensor:
         gates = product.gate_shares if self.settings.renormalize else product.gates
-        norms: torch.Tensor = product.outputs.norm(dim=1)
-        return gates * norms
+        return gates * super().of_tokens(product)
 
 
 class ExpertNorm(OfExpertOutputs):
@@ -85,10 +83,6 @@ class ExpertNorm(OfExpertOutputs):
 
     name = "expert-norm"
     summary = "for experts: mean norm of the output over an expert's tokens, without the router's weight"
-
-    def of_tokens(self, product: Product) -> torch.Tensor:
-        norms: torch.Tensor = product.outputs.norm(dim=1)
-        return norms
 
 
 class ExpertFrequency(OfExpertOutputs):
@@ -113,5 +107,4 @@ class ExpertContribution(OfExpertOutputs):
     by_layer = True
 
     def of_tokens(self, product: Product) -> torch.Tensor:
-        norms: torch.Tensor = product.outputs.norm(dim=1)
-        return product.gates * norms
+        return product.gates * super().of_tokens(product)

@@ -47,13 +47,8 @@ class Taylor(ImportanceCriterion):
 
     @property
     def signals(self) -> frozenset[Signal]:
-        gradients = {
-            "element1": {Signal.GRAD},
-            "vector": {Signal.GRAD},
-            "element2": {Signal.GRAD_SQ},
-            "mix": {Signal.GRAD, Signal.GRAD_SQ},
-        }[self.settings.variant]
-        return frozenset({Signal.WEIGHT} | gradients)
+        gradients = {"element2": {Signal.GRAD_SQ}, "mix": {Signal.GRAD, Signal.GRAD_SQ}}
+        return frozenset({Signal.WEIGHT, *gradients.get(self.settings.variant, {Signal.GRAD})})
 
     @property
     def signed(self) -> bool:
@@ -75,13 +70,9 @@ class Fisher(ImportanceCriterion):
     gradient of the sample's mean next-token loss there. The gradient is zero on average over predictions, so that the
     divergence begins with ½ E[(gᵀδ)²], where E[ggᵀ] is the Fisher information (Theis et al., 2018, "Faster gaze
     prediction with dense networks and Fisher pruning"; for masks of units, Kwon et al., 2022, "A Fast Post-Training
-    Pruning Framework for Transformers"; both square sums over a whole sample). Products of different tokens are left
-    out here; so are products of different channels of units that are neither channels nor heads. On text that the model
-    did not write, the next token of the text takes the place of one that the model draws (the empirical Fisher
-    information).
-
-    Criteria of weights and inputs compare units by the size of what they add; this one also by its effect on
-    predictions.
+    Pruning Framework for Transformers"). Products of different tokens are left out, and those of different channels of
+    units that are neither channels nor heads. The next token of the text takes the place of one that the model draws
+    (the empirical Fisher information).
     """
 
     name = "fisher"

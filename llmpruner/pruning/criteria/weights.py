@@ -173,9 +173,8 @@ class OptimalBrainSurgeon(OutputEnergy):
 
 
 def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch.Tensor, ridge: float) -> torch.Tensor:
-    """Scores (units,), float64: for each unit, Σ E over the units removed up to and including it. ``weight_SOI``: S
-    matrices in a stack; a unit is removed from all at once. ``gram_SII``: E[xxᵀ] of their inputs. ``index_UK``: the
-    columns of each unit. ``ridge``: λ as a share of the mean diagonal."""
+    """Scores (units,), float64: of each unit, Σ E over those removed up to it. ``weight_SOI``: S matrices in a stack,
+    which lose a unit together. ``gram_SII``: E[xxᵀ] of their inputs. ``index_UK``: the columns of each unit."""
     import torch
 
     weight = weight_SOI.to(torch.float64, copy=True)
