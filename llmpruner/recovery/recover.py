@@ -30,8 +30,9 @@ from ..models.tokenizer import check_ids
 from ..models.vocabulary import in_tokens_of
 from ..progress import QUIET, Progress
 from ..pruning.saving import save
-from .base import RecoveryJob, TrainingResult, helped, nothing
+from .base import RecoveryJob, TrainingResult, best_step, nothing
 from .data import DenseText, RecoverySetup, TrainingData, check_setup, prepare, read_data, write_examples
+from .training import filled_in, latest_checkpoint
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""
@@ -159,18 +160,16 @@ def train(
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
     ``work_dir`` has the state of another training, and `ModelError` when the training diverges.
     """
-    from .training import filled_in, latest_checkpoint  # the Trainer brings datasets, pandas and pyarrow
-
     model, strategy = loaded.model, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
-    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters)
+    ranks = Ranks.current()
+    settings = filled_in(setup.settings, len(data.rows), ranks.count, adapters=strategy.adapters)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
         "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
         "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
-    ranks = Ranks.current()
     ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
     if checkpoint := latest_checkpoint(work_dir):
         progress.status(f"continuing the training from {checkpoint}")
@@ -193,9 +192,7 @@ def train(
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
-    # The step with the lowest loss that helped; without any, the start.
-    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
-    best = min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
+    best = best_step(validations) if validations else None
     record = {
         **about,
         "data": settings.data,
