@@ -106,8 +106,7 @@ class TrainingResult:
 
 
 def best_step(validations: Sequence[Mapping[str, Any]]) -> int:
-    """The ``step`` of the lowest held-out ``loss``; the first, if none is lower than its loss by more than the ``error``
-    of the difference."""
+    """The step of the lowest loss; the first, if none is lower than its by more than the error of the difference."""
     start = validations[0]
     helped = [each for each in validations if each["loss"] + each["error"] < start["loss"]]
     best: int = min(helped or [start], key=lambda each: each["loss"])["step"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import math
@@ -10,21 +9,16 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import (
-    DataLoaderConfiguration,
-    DistributedDataParallelKwargs,
-    broadcast_object_list,
-    gather_object,
-    set_seed,
-)
-from safetensors.torch import load_file, save_file
-from torch.optim import AdamW
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import DataCollatorForSeq2Seq
 
@@ -32,19 +26,12 @@ from ..calibration.chat import IGNORED
 from ..errors import ModelError, SettingsError
 from ..files import write_text
 from ..models.messages import quiet_transformers
-from ..models.numbers import autocast_to, computes_bfloat16_fast
+from ..models.numbers import autocast_to
 from ..models.tokenizer import with_padding
 from ..settings import RecoverSettings
-from .base import RecoveryJob, Row, TrainingResult, best_step
+from .base import RecoveryJob, TrainingResult, best_step
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
-
-T = TypeVar("T")
-
-_NEVER = 10**9
-"""More steps than a training takes that ends by the time."""
-_NARROW = {torch.bfloat16, torch.float16}
-_STATE_FILE = "state.json"
-"""Of a checkpoint, written last: without it, the checkpoint is not complete."""
+from .precision import as_saved, in_float32
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
@@ -69,30 +56,28 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
     (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
     `ModelError` when the loss is not finite.
     """
-    use_cache = getattr(model.config, "use_cache", None)
-    model.config.use_cache = False
+    use_cache = getattr(model.config, "use_cache", False)
     try:
-        with quiet_transformers(), _in_float32(model, job) as (autocast, widened):
+        if use_cache:
+            model.config.use_cache = False
+        with quiet_transformers(), in_float32(model, job) as (autocast, widened):
             losses = _Training(model, job, loss or next_token_loss, autocast, widened).run()
     finally:
-        model.config.use_cache = use_cache
+        if use_cache:
+            model.config.use_cache = use_cache
         model.eval()
     return TrainingResult(model, tuple(losses), sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
 @dataclass
 class _State:
-    """How far a training is, beside its weights, optimizer and random numbers."""
+    """How far a training is; a checkpoint has it in ``state.json``, which is written last."""
 
-    losses: list[float] = field(default_factory=list)
-    """Of each step."""
-    validations: list[dict[str, Any]] = field(default_factory=list)
-    """Step, loss, and standard error of its difference from the first."""
-    start: list[float] = field(default_factory=list)
-    """The first validation's loss of each row, summed over its tokens."""
+    losses: list[float] = field(default_factory=list)  # of each step
+    validations: list[dict[str, Any]] = field(default_factory=list)  # step, loss, and error of its difference
+    start: list[float] = field(default_factory=list)  # of the first validation: each row's loss, summed over its tokens
     seconds: float = 0.0
-    validation_seconds: float = 0.0
-    """Of the last validation."""
+    validation_seconds: float = 0.0  # of the last validation
 
     @property
     def step(self) -> int:
@@ -100,66 +85,67 @@ class _State:
 
 
 class _Training:
-    """A training from its start, or from a checkpoint, to its end."""
+    """A training in `run`, from its start or from a checkpoint to its end."""
 
-    def __init__(
-        self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, torch.dtype]
-    ) -> None:
-        self.model, self.job, self.loss, self.autocast, self.widened = model, job, loss, autocast, widened
-        settings = job.settings
+    def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
+        self.model, self.job, self.loss, self.widened, settings = model, job, loss, widened, job.settings
         assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
-        self.learning_rate, self.batch_size = settings.learning_rate, settings.batch_size
-        self.steps = planned_steps(settings, len(job.examples))
+        self.steps, self.minutes = planned_steps(settings, len(job.examples)), settings.minutes
+        self.examples, self.peak = self.steps * settings.batch_size, settings.learning_rate
+        # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
+        self.precision = partial(autocast_to, model.device.type, torch.bfloat16, enabled=autocast)
         self.state, self.began = _State(), time.monotonic()
         set_seed(settings.seed)
+        # A process alone trains on the device of the model, whichever accelerate took for an earlier training.
+        launched = "RANK" in os.environ
         self.accelerator = Accelerator(
-            # Alone, this process trains on the device of the model, whichever the device of an earlier training.
-            cpu="RANK" in os.environ and model.device.type == "cpu",
-            device_placement=False,
+            cpu=launched and model.device.type == "cpu",
+            device_placement=launched,
             mixed_precision="no",
             dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
             # Processes call the model different numbers of times in a step.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
         )
-        part = self.batch_size // self.accelerator.num_processes
+        part = settings.batch_size // self.accelerator.num_processes
         micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
         self.accumulated = part // micro
+        rows: Any = job.examples
         self.collate = DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
             model,
-            AdamW(trained, weight_decay=0.0, fused=True),
-            DataLoader(list(job.examples), micro, shuffle=True, collate_fn=self.collate),
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True),
+            DataLoader(rows, micro, shuffle=True, collate_fn=self.collate),
         )
-        self.accelerator.register_save_state_pre_hook(self.save_trained)
-        self.accelerator.register_load_state_pre_hook(self.load_trained)
+        self.accelerator.register_save_state_pre_hook(self.select_weights)
+        self.accelerator.register_load_state_pre_hook(self.load_weights)
 
     def run(self) -> list[float]:
         """Train, and leave the model with the weights of the lowest held-out loss. Returns the loss of each step."""
-        if checkpoint := _of_first(latest_checkpoint(self.job.work_dir)):
+        (checkpoint,) = broadcast_object_list([latest_checkpoint(self.job.work_dir)])
+        if checkpoint:
             self.resume(checkpoint)
         else:
             self.validate()
-            # These weights may stay the best.
-            self.save()
-        done = self.share_done()
+            self.save()  # these weights may stay the best
+        state, done = self.state, self.share_done()
         for batches in self.batches():
             loss, before = self.step(batches), done
-            self.state.losses.append(_finite(loss, self.state.step + 1))
+            state.losses.append(_finite(loss, state.step + 1))
             done = self.share_done()
-            self.job.on_step(self.state.step, max(self.state.step, round(self.state.step / done)), loss)
-            ends = done >= 1
-            validates = ends or _completes(self.affordable_validations(), before, done)
+            self.job.on_step(state.step, max(state.step, round(state.step / done)), loss)
+            if done >= 1:
+                break
+            validates = _completes(self.affordable_validations(), before, done)
             if validates:
                 self.validate()
-            if ends:
-                # Nothing is saved at the end, which is the result.
-                break
             if validates or _completes(3, before, done):
                 self.save()
-        if (best := best_step(self.state.validations)) != self.state.step:
-            self.load_trained([], self.folder(best))
-        return self.state.losses
+        # Nothing is saved at the end, which is the result.
+        self.validate()
+        best = best_step(state.validations)
+        if best != state.step:
+            self.load_weights([], self.folder(best))
+        return state.losses
 
     def batches(self) -> Iterator[list[Batch]]:
         """The micro-batches of each step from here on, epoch after epoch; fewer in the last step of an epoch."""
@@ -176,64 +162,55 @@ class _Training:
             skipped = 0
 
     def step(self, batches: Sequence[Batch]) -> float:
-        """Update the weights once. Returns the mean loss of a trained token of the batches of all processes."""
+        """Update the weights. Returns the mean loss of a trained token of the batches of all processes."""
         self.wrapped.train()
         tokens = torch.tensor(sum(map(trained_tokens, batches)), device=self.model.device)
         # The gradients of several processes are averaged.
         weight = self.accelerator.num_processes / int(self.accelerator.reduce(tokens))
         losses = []
         for batch in batches:
-            is_last = batch is batches[-1]
-            with contextlib.nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+            with nullcontext() if batch is batches[-1] else self.accelerator.no_sync(self.wrapped):
+                parts = by_length({name: value.to(self.model.device) for name, value in batch.items()})
                 with self.precision():
-                    loss = weight * self.summed_loss(batch)
+                    loss = sum(self.loss(self.wrapped, part) * trained_tokens(part) for part in parts) * weight
                 self.accelerator.backward(loss)
             losses.append(loss.detach())
         self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.schedule()
+            group["lr"] = self.learning_rate()
         self.optimizer.step()
         self.optimizer.zero_grad()
         return float(self.accelerator.reduce(sum(losses), "mean"))
 
-    def summed_loss(self, batch: Batch) -> Any:
-        """The loss of a micro-batch, summed over its trained tokens, with gradients."""
-        parts = by_length({name: value.to(self.model.device) for name, value in batch.items()})
-        return sum(self.loss(self.wrapped, part) * trained_tokens(part) for part in parts)
-
-    def precision(self) -> contextlib.AbstractContextManager[None]:
-        # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
-        return autocast_to(self.model.device.type, torch.bfloat16, enabled=self.autocast)
-
-    def schedule(self) -> float:
-        """What the learning rate of the next step is multiplied by. Linear: up to the peak in 100 steps or a tenth of
-        the training, then down to zero at its end. Where minutes give fewer than 100 steps, the peak is proportionally
-        lower, see `filled_in`."""
+    def learning_rate(self) -> float:
+        """Of the next step. Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its
+        end. Where minutes give fewer than 100 steps, the peak is proportionally lower, see `filled_in`."""
         number, done = self.state.step + 1, self.share_done()
-        if self.job.settings.minutes is None:
+        if self.minutes is None:
             peak, of_first_tenth = 1.0, number / math.ceil(self.steps / 10)
         else:
             peak, of_first_tenth = min(1.0, number / (100 * done)), 10 * done
         rise = min(1.0, max(of_first_tenth, number / 100))
         fall = max(0.0, 1 - done)
-        return peak * rise * fall
+        return self.peak * (peak * rise * fall)
 
     def share_done(self) -> float:
         """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
         of_steps = self.state.step / self.steps
-        if self.job.settings.minutes is None:
+        if self.minutes is None:
             return of_steps
-        # The last validation is part of the time. Clocks of processes differ.
-        seconds = _of_first(time.monotonic() - self.began) + self.state.validation_seconds
-        return max(of_steps, seconds / (60 * self.job.settings.minutes))
+        # Clocks of processes differ. The last validation is part of the time.
+        (seconds,) = broadcast_object_list([time.monotonic() - self.began])
+        of_time: float = (seconds + self.state.validation_seconds) / (60 * self.minutes)
+        return max(of_steps, of_time)
 
     def affordable_validations(self) -> int:
         """At most ten, which take at most a tenth of the work of the training, or of its time."""
-        if self.job.settings.minutes is None:
+        if self.minutes is None:
             # Of a step, every example is computed forwards and backwards: three times the work.
-            affordable = 0.1 * 3 * self.steps * self.batch_size / len(self.job.validation)
+            affordable = 0.1 * 3 * self.examples / len(self.job.validation)
         else:
-            affordable = 0.1 * 60 * self.job.settings.minutes / self.state.validation_seconds
+            affordable = 0.1 * 60 * self.minutes / self.state.validation_seconds
         return max(1, min(10, int(affordable)))
 
     @torch.no_grad()
@@ -245,7 +222,7 @@ class _Training:
         counts = [trained_tokens(row) for row in rows]
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         self.model.eval()
-        with _as_saved(self.model, self.widened), self.precision():
+        with as_saved(self.model, self.widened), self.precision():
             losses = [(n, counts[n] * float(self.loss(self.model, rows[n].to(self.model.device)))) for n in mine]
         sums = [loss for _, loss in sorted(gather_object(losses))]
         state.start = state.start or sums
@@ -253,11 +230,8 @@ class _Training:
         error = _standard_error([now - then for now, then in zip(sums, state.start, strict=True)], counts)
         state.validations.append({"step": state.step, "loss": loss, "error": error})
         # All processes must decide alike when to validate again.
-        state.validation_seconds = _of_first(time.monotonic() - began)
+        (state.validation_seconds,) = broadcast_object_list([time.monotonic() - began])
         self.job.on_validation(state.step, loss, error)
-
-    def folder(self, step: int) -> Path:
-        return self.job.work_dir / f"checkpoint-{step}"
 
     def save(self) -> None:
         """Write a checkpoint, and delete all others but that of the best weights."""
@@ -266,43 +240,37 @@ class _Training:
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             self.state.seconds = time.monotonic() - self.began
-            write_text(folder / _STATE_FILE, json.dumps(asdict(self.state)))
+            write_text(folder / "state.json", json.dumps(asdict(self.state)))
             for other in set(self.job.work_dir.glob("checkpoint-*")) - {folder, best}:
                 shutil.rmtree(other)
 
     def resume(self, checkpoint: Path) -> None:
         """Go on from a checkpoint, and repeat its validations to the job."""
         self.accelerator.load_state(checkpoint)
-        self.state = _State(**json.loads((checkpoint / _STATE_FILE).read_text(encoding="utf-8")))
+        self.state = _State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
         self.began = time.monotonic() - self.state.seconds
         for validation in self.state.validations:
             self.job.on_validation(*validation.values())
 
-    def save_trained(self, _: Any, weights: list[Any], folder: str) -> None:
-        """Write the trained parameters by name, in place of the whole model, which accelerate would write."""
-        weights.clear()
-        trained = {n: p.detach().cpu().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}
-        if self.accelerator.is_main_process:
-            save_file(trained, Path(folder) / "trained.safetensors")
+    def folder(self, step: int) -> Path:
+        return self.job.work_dir / f"checkpoint-{step}"
 
-    def load_trained(self, models: list[Any], folder: str | Path) -> None:
+    def select_weights(self, _: Any, weights: list[Any], __: Any) -> None:
+        """Have accelerate save the trained parameters, by name, instead of the whole model."""
+        weights[:] = [{n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}]
+
+    @torch.no_grad()
+    def load_weights(self, models: list[Any], folder: str | Path) -> None:
+        """Read the trained parameters, instead of the whole model, which accelerate would read."""
         models.clear()
-        with torch.no_grad():
-            for name, tensor in load_file(Path(folder) / "trained.safetensors").items():
-                self.model.get_parameter(name).copy_(tensor)
+        for name, tensor in load_file(Path(folder) / "model.safetensors").items():
+            self.model.get_parameter(name).copy_(tensor)
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    complete = [file.parent for file in work_dir.glob(f"checkpoint-*/{_STATE_FILE}")]
+    """The newest checkpoint that is complete, or None."""
+    complete = [file.parent for file in work_dir.glob("checkpoint-*/state.json")]
     return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
-
-
-def _of_first(value: T) -> T:
-    """The value of the first process."""
-    values = [value]
-    broadcast_object_list(values)
-    return values[0]
 
 
 def _finite(loss: float, step: int) -> float:
@@ -313,41 +281,8 @@ def _finite(loss: float, step: int) -> float:
 
 
 def _completes(parts: int, before: float, done: float) -> bool:
-    """Whether one of equal ``parts`` of the training ended with the step that led from a share to another."""
+    """Whether one of equal ``parts`` of the training ended between two shares of it."""
     return int(done * parts + 1e-9) > int(before * parts + 1e-9)
-
-
-@contextlib.contextmanager
-def _as_saved(model: Any, widened: Mapping[Any, torch.dtype]) -> Iterator[None]:
-    """Compute with the weights as they will be saved: rounded to their dtype, and adapters merged into weights of 16
-    bits, each while its layer computes, as a second copy of all may not fit into memory."""
-    exact = {parameter: parameter.data for parameter in widened}
-    unmerged: dict[Any, torch.Tensor] = {}
-
-    def merge(layer: Any, _: Any) -> None:
-        weight = layer.get_base_layer().weight
-        unmerged[layer] = weight.data
-        weight.data = weight.data.clone()
-        with torch.autocast(weight.device.type, enabled=False):
-            layer.merge()
-
-    def restore(layer: Any, *_: Any) -> None:
-        layer.merged_adapters.clear()
-        layer.get_base_layer().weight.data = unmerged.pop(layer)
-
-    adapted = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]
-    narrow = [layer for layer in adapted if layer.get_base_layer().weight.dtype in _NARROW]
-    hooks = [layer.register_forward_pre_hook(merge) for layer in narrow]
-    hooks += [layer.register_forward_hook(restore) for layer in narrow]
-    try:
-        for parameter, dtype in widened.items():
-            parameter.data = parameter.data.to(dtype).float()
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, data in exact.items():
-            parameter.data = data
 
 
 def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
@@ -355,39 +290,6 @@ def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
     tokens, rows, mean = sum(counts), len(counts), sum(changes) / sum(counts)
     squares = sum((change - mean * count) ** 2 for change, count in zip(changes, counts, strict=True))
     return math.sqrt(squares * rows / max(rows - 1, 1)) / tokens
-
-
-@contextlib.contextmanager
-def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[Any, torch.dtype]]]:
-    """Keep trained parameters of 16 bits in float32: most steps at a low learning rate are smaller than the distance of
-    two bfloat16 numbers, and would be rounded away. A model in float16 is in float32 as a whole, as bfloat16 would be
-    less precise. Frozen weights in float16, to which adapters are added, stay so, and compute in bfloat16, as float16
-    has no gradients as small as those of a mean over thousands of tokens.
-
-    Yields whether to compute in bfloat16, under autocast, which some operators refuse (DBRX adds bfloat16 to float32);
-    and the former dtypes, to which parameters are rounded at the end."""
-    narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
-    frozen = not narrow and (job.model.dtype == torch.float16 or computes_bfloat16_fast(job.model))
-    autocast, whole = frozen or narrow == {torch.bfloat16}, torch.float16 in narrow
-    widened = {p: p.dtype for p in model.parameters() if p.dtype in _NARROW and (p.requires_grad or whole)}
-    try:
-        for parameter in widened:
-            parameter.data = parameter.data.float()
-        yield autocast and _runs_under_autocast(model, job.examples[0]), widened
-    finally:
-        for parameter, dtype in widened.items():
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
-
-
-def _runs_under_autocast(model: Any, row: Row) -> bool:
-    ids = torch.tensor([row["input_ids"][:8]], device=model.device)
-    try:
-        with torch.no_grad(), autocast_to(model.device.type, torch.bfloat16):
-            model(input_ids=ids, use_cache=False)
-    except RuntimeError:  # another cause raises again in the training
-        return False
-    return True
 
 
 def filled_in(settings: RecoverSettings, rows: int, processes: int, *, adapters: bool) -> RecoverSettings:
@@ -416,11 +318,11 @@ def filled_in(settings: RecoverSettings, rows: int, processes: int, *, adapters:
     return settings.model_copy(update={"learning_rate": 1e-4 * min(1.0, few)})
 
 
-def planned_steps(settings: RecoverSettings, rows: int) -> int:
+def planned_steps(settings: RecoverSettings, rows: int) -> float:
     """Number of optimizer steps at most; the last batch of an epoch may be smaller than the others."""
     if settings.max_steps is not None:
         return settings.max_steps
     if settings.minutes is not None:
-        return _NEVER
+        return math.inf
     assert settings.batch_size is not None, "filled in"
     return math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
