@@ -187,7 +187,7 @@ def train(
         model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
         on_validation,
     )  # fmt: skip
-    with writing(work_dir):
+    with writing(work_dir), ranks.noticing():
         result = strategy.train(job)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")

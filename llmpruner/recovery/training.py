@@ -91,30 +91,21 @@ class _Training:
         self.model, self.job, self.loss, self.widened, settings = model, job, loss, widened, job.settings
         assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
         self.steps, self.minutes = planned_steps(settings, len(job.examples)), settings.minutes
-        self.examples, self.peak = self.steps * settings.batch_size, settings.learning_rate
+        self.trained, self.peak = self.steps * settings.batch_size, settings.learning_rate
         # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
         self.precision = partial(autocast_to, model.device.type, torch.bfloat16, enabled=autocast)
         self.state, self.began = _State(), time.monotonic()
         set_seed(settings.seed)
-        # A process alone trains on the device of the model, whichever accelerate took for an earlier training.
-        launched = "RANK" in os.environ
-        self.accelerator = Accelerator(
-            cpu=launched and model.device.type == "cpu",
-            device_placement=launched,
-            mixed_precision="no",
-            dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=settings.seed),
-            # Processes call the model different numbers of times in a step.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
-        )
+        self.accelerator = _accelerator(model.device, settings.seed)
         part = settings.batch_size // self.accelerator.num_processes
         micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
         self.accumulated = part // micro
-        rows: Any = job.examples
         self.collate = DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED)
+        examples: Any = job.examples
         self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
             model,
             torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True),
-            DataLoader(rows, micro, shuffle=True, collate_fn=self.collate),
+            DataLoader(examples, micro, shuffle=True, collate_fn=self.collate),
         )
         self.accelerator.register_save_state_pre_hook(self.select_weights)
         self.accelerator.register_load_state_pre_hook(self.load_weights)
@@ -208,7 +199,7 @@ class _Training:
         """At most ten, which take at most a tenth of the work of the training, or of its time."""
         if self.minutes is None:
             # Of a step, every example is computed forwards and backwards: three times the work.
-            affordable = 0.1 * 3 * self.examples / len(self.job.validation)
+            affordable = 0.1 * 3 * self.trained / len(self.job.validation)
         else:
             affordable = 0.1 * 60 * self.minutes / self.state.validation_seconds
         return max(1, min(10, int(affordable)))
@@ -222,8 +213,11 @@ class _Training:
         counts = [trained_tokens(row) for row in rows]
         mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
         self.model.eval()
+        losses = []
         with as_saved(self.model, self.widened), self.precision():
-            losses = [(n, counts[n] * float(self.loss(self.model, rows[n].to(self.model.device)))) for n in mine]
+            for n in mine:
+                mean = self.loss(self.model, rows[n].to(self.model.device))
+                losses.append((n, counts[n] * float(mean)))
         sums = [loss for _, loss in sorted(gather_object(losses))]
         state.start = state.start or sums
         loss = _finite(sum(sums) / sum(counts), state.step)
@@ -265,6 +259,19 @@ class _Training:
         models.clear()
         for name, tensor in load_file(Path(folder) / "model.safetensors").items():
             self.model.get_parameter(name).copy_(tensor)
+
+
+def _accelerator(device: torch.device, seed: int) -> Accelerator:
+    # A process alone trains on the device of the model, whichever accelerate took for an earlier training.
+    launched = "RANK" in os.environ
+    return Accelerator(
+        cpu=launched and device.type == "cpu",
+        device_placement=launched,
+        mixed_precision="no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        # Processes call the model different numbers of times in a step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+    )
 
 
 def latest_checkpoint(work_dir: Path) -> Path | None:
