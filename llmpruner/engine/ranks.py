@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar, cast
@@ -120,6 +120,10 @@ class Ranks:
     def wait(self) -> None:
         """Until all processes are here."""
         self.totals(0.0)
+
+    def noticing(self) -> AbstractContextManager[None]:
+        """Turns failures of the connection, which a library uses inside, into a `ProcessError`."""
+        return _noticing() if self.count > 1 else nullcontext()
 
     def claim(self, what: str) -> bool:
         """Whether this process is the first to ask for ``what`` in this run; also when others have ended."""

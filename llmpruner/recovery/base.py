@@ -106,6 +106,9 @@ class TrainingResult:
     """How many numbers were trained."""
 
 
-def helped(start: float, loss: float, error: float) -> bool:
-    """Whether a held-out ``loss`` is lower than the ``start``'s by more than the ``error`` of the difference."""
-    return loss + error < start
+def best_step(validations: Sequence[Mapping[str, Any]]) -> int:
+    """The step of the lowest loss; the first, if none is lower than its by more than the error of the difference."""
+    start = validations[0]
+    helped = [each for each in validations if each["loss"] + each["error"] < start["loss"]]
+    best: int = min(helped or [start], key=lambda each: each["loss"])["step"]
+    return best

@@ -18,8 +18,9 @@ from transformers import PreTrainedModel
 
 from ..calibration.conversations import Example, read_examples
 from ..discovery.opening import Opener, Source, placed_as
+from ..engine.execution import Execution
 from ..engine.ranks import Ranks
-from ..engine.stages import Stages, write_run
+from ..engine.stages import Stages
 from ..errors import LlmprunerError, ModelError, OutputError, PluginError, SettingsError, no_tokenizer
 from ..files import alone_in, write_text, writing
 from ..models.generation import table_of
@@ -30,9 +31,10 @@ from ..models.reference import Reference
 from ..models.tokenizer import check_ids
 from ..models.vocabulary import in_tokens_of
 from ..progress import QUIET, Progress
-from ..pruning.saving import save
-from .base import RecoveryJob, TrainingResult, helped, nothing
+from ..pruning.workspace import saved
+from .base import RecoveryJob, TrainingResult, best_step, nothing
 from .data import DenseText, RecoverySetup, TrainingData, prepare, read_data, write_examples
+from .training import filled_in, latest_checkpoint
 
 _JOB_FILE = "job.json"
 """Identifies the recovery of which a folder has the state."""
@@ -96,13 +98,11 @@ def recover(
         recovered = replace(loaded, model=result.model, record={**before, "recovery": history})
         if output is None:
             return loaded.become(recovered)
-        with stages.stage("saving"):
-            form = ranks.from_first(lambda: save(recovered, output))
-        if ranks.first:
-            write_run(output, stages, "recover", opened.ref, {**settings.given(), **opener.load.given()})
-            if work_dir is None:
-                shutil.rmtree(folder, ignore_errors=True)
-        return loaded.become(replace(recovered, form=form))
+        execution = Execution(loaded.weights, ranks, progress=opener.progress, stages=stages)
+        recovered = saved(recovered, output, execution, "recover", {**settings.given(), **opener.load.given()})
+        if ranks.first and work_dir is None:
+            shutil.rmtree(folder, ignore_errors=True)
+        return loaded.become(recovered)
 
 
 def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | None, opener: Opener) -> None:
@@ -160,18 +160,16 @@ def train(
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
     ``work_dir`` has the state of another training, and `ModelError` when the training diverges.
     """
-    from .training import filled_in, latest_checkpoint  # the Trainer brings datasets, pandas and pyarrow
-
     model, strategy = loaded.model, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
-    settings = filled_in(setup.settings, len(data.rows), adapters=strategy.adapters)
+    ranks = Ranks.current()
+    settings = filled_in(setup.settings, len(data.rows), ranks.count, adapters=strategy.adapters)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),
         "settings": settings.model_dump(mode="json", exclude={"data", "strategy", "limit", "settings"}),
         "fingerprint": hashlib.sha256(json.dumps([data.rows, data.validation]).encode()).hexdigest(),
     }
-    ranks = Ranks.current()
     ranks.from_first(lambda: _claim(work_dir, {**about, "processes": ranks.count, "model": _sampled(model)}))
     if checkpoint := latest_checkpoint(work_dir):
         progress.status(f"continuing the training from {checkpoint}")
@@ -189,14 +187,12 @@ def train(
         model, loaded.tokenizer, data.rows, data.validation, loaded.graph, settings, work_dir, teacher, on_step,
         on_validation,
     )  # fmt: skip
-    with writing(work_dir):
+    with writing(work_dir), ranks.noticing():
         result = strategy.train(job)
     if not isinstance(result, TrainingResult):
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
-    # The step with the lowest loss that helped; without any, the start.
-    better = [each for each in validations if helped(validations[0]["loss"], each["loss"], each["error"])]
-    best = min(better or validations[:1], key=lambda each: each["loss"])["step"] if validations else None
+    best = best_step(validations) if validations else None
     record = {
         **about,
         "data": settings.data,

@@ -1,35 +1,37 @@
-"""`fit`: transformers' Trainer for a pruned model, with validations that decide which weights are the result, and a
-learning rate that may follow the time."""
+"""`fit`, the training loop: prepare → steps, validations and checkpoints → the weights of the lowest held-out loss."""
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import json
 import math
+import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import DataCollatorForSeq2Seq, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs
+from accelerate.utils import broadcast_object_list, gather_object, set_seed
+from safetensors.torch import load_file
+from torch.utils.data import DataLoader
+from transformers import DataCollatorForSeq2Seq
 
 from ..calibration.chat import IGNORED
-from ..engine.ranks import Ranks
 from ..errors import ModelError, SettingsError
+from ..files import write_text
 from ..models.messages import quiet_transformers
-from ..models.numbers import autocast_to, computes_bfloat16_fast
+from ..models.numbers import autocast_to
 from ..models.tokenizer import with_padding
 from ..settings import RecoverSettings
-from .base import RecoveryJob, Row, TrainingResult, helped
+from .base import RecoveryJob, TrainingResult, best_step
 from .losses import Batch, Loss, by_length, next_token_loss, trained_tokens
-
-_NEVER = 10**9
-"""More steps than a training takes: `_Schedule` says when to validate and to save, and when the time is up."""
-_NARROW = {torch.bfloat16, torch.float16}
+from .precision import as_saved, in_float32
 
 
 def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResult:
@@ -54,20 +56,250 @@ def fit(model: Any, job: RecoveryJob, loss: Loss | None = None) -> TrainingResul
     (``minutes`` aside). In several processes, all call this, share every batch, and have the result. Raises
     `ModelError` when the loss is not finite.
     """
-    use_cache = getattr(model.config, "use_cache", None)
+    use_cache = getattr(model.config, "use_cache", False)
     try:
-        with quiet_transformers(), _in_float32(model, job) as (autocast, widened):
-            trainer = _LossTrainer(model, job, loss or next_token_loss, autocast, widened)
-            trainer.train(resume_from_checkpoint=Ranks.current().from_first(lambda: latest_checkpoint(job.work_dir)))
+        if use_cache:
+            model.config.use_cache = False
+        with quiet_transformers(), in_float32(model, job) as (autocast, widened):
+            losses = _Training(model, job, loss or next_token_loss, autocast, widened).run()
     finally:
-        if use_cache is not None:
+        if use_cache:
             model.config.use_cache = use_cache
         model.eval()
-    losses = tuple(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
-    return TrainingResult(model, losses, sum(p.numel() for p in model.parameters() if p.requires_grad))
+    return TrainingResult(model, tuple(losses), sum(p.numel() for p in model.parameters() if p.requires_grad))
 
 
-def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> RecoverSettings:
+@dataclass
+class _State:
+    """How far a training is; a checkpoint has it in ``state.json``, which is written last."""
+
+    losses: list[float] = field(default_factory=list)  # of each step
+    validations: list[dict[str, Any]] = field(default_factory=list)  # step, loss, and error of its difference
+    start: list[float] = field(default_factory=list)  # of the first validation: each row's loss, summed over its tokens
+    seconds: float = 0.0
+    validation_seconds: float = 0.0  # of the last validation
+
+    @property
+    def step(self) -> int:
+        return len(self.losses)
+
+
+class _Training:
+    """A training in `run`, from its start or from a checkpoint to its end."""
+
+    def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
+        self.model, self.job, self.loss, self.widened, settings = model, job, loss, widened, job.settings
+        assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
+        self.steps, self.minutes = planned_steps(settings, len(job.examples)), settings.minutes
+        self.trained, self.peak = self.steps * settings.batch_size, settings.learning_rate
+        # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
+        self.precision = partial(autocast_to, model.device.type, torch.bfloat16, enabled=autocast)
+        self.state, self.began = _State(), time.monotonic()
+        set_seed(settings.seed)
+        self.accelerator = _accelerator(model.device, settings.seed)
+        part = settings.batch_size // self.accelerator.num_processes
+        micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
+        self.accumulated = part // micro
+        self.collate = DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED)
+        examples: Any = job.examples
+        self.wrapped, self.optimizer, self.loader = self.accelerator.prepare(
+            model,
+            torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0, fused=True),
+            DataLoader(examples, micro, shuffle=True, collate_fn=self.collate),
+        )
+        self.accelerator.register_save_state_pre_hook(self.select_weights)
+        self.accelerator.register_load_state_pre_hook(self.load_weights)
+
+    def run(self) -> list[float]:
+        """Train, and leave the model with the weights of the lowest held-out loss. Returns the loss of each step."""
+        (checkpoint,) = broadcast_object_list([latest_checkpoint(self.job.work_dir)])
+        if checkpoint:
+            self.resume(checkpoint)
+        else:
+            self.validate()
+            self.save()  # these weights may stay the best
+        state, done = self.state, self.share_done()
+        for batches in self.batches():
+            loss, before = self.step(batches), done
+            state.losses.append(_finite(loss, state.step + 1))
+            done = self.share_done()
+            self.job.on_step(state.step, max(state.step, round(state.step / done)), loss)
+            if done >= 1:
+                break
+            validates = _completes(self.affordable_validations(), before, done)
+            if validates:
+                self.validate()
+            if validates or _completes(3, before, done):
+                self.save()
+        # Nothing is saved at the end, which is the result.
+        self.validate()
+        best = best_step(state.validations)
+        if best != state.step:
+            self.load_weights([], self.folder(best))
+        return state.losses
+
+    def batches(self) -> Iterator[list[Batch]]:
+        """The micro-batches of each step from here on, epoch after epoch; fewer in the last step of an epoch."""
+        first, skipped = divmod(self.state.step, math.ceil(len(self.loader) / self.accumulated))
+        for epoch in itertools.count(first):
+            self.loader.set_epoch(epoch)
+            rest = iter(self.accelerator.skip_first_batches(self.loader, skipped * self.accumulated))
+            # A random number is drawn when an epoch begins: of one that was interrupted, before the checkpoint.
+            with torch.random.fork_rng(devices=[], enabled=skipped > 0):
+                batches = list(itertools.islice(rest, self.accumulated))
+            while batches:
+                yield batches
+                batches = list(itertools.islice(rest, self.accumulated))
+            skipped = 0
+
+    def step(self, batches: Sequence[Batch]) -> float:
+        """Update the weights. Returns the mean loss of a trained token of the batches of all processes."""
+        self.wrapped.train()
+        tokens = torch.tensor(sum(map(trained_tokens, batches)), device=self.model.device)
+        # The gradients of several processes are averaged.
+        weight = self.accelerator.num_processes / int(self.accelerator.reduce(tokens))
+        losses = []
+        for batch in batches:
+            with nullcontext() if batch is batches[-1] else self.accelerator.no_sync(self.wrapped):
+                parts = by_length({name: value.to(self.model.device) for name, value in batch.items()})
+                with self.precision():
+                    loss = sum(self.loss(self.wrapped, part) * trained_tokens(part) for part in parts) * weight
+                self.accelerator.backward(loss)
+            losses.append(loss.detach())
+        self.accelerator.clip_grad_norm_(self.wrapped.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return float(self.accelerator.reduce(sum(losses), "mean"))
+
+    def learning_rate(self) -> float:
+        """Of the next step. Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its
+        end. Where minutes give fewer than 100 steps, the peak is proportionally lower, see `filled_in`."""
+        number, done = self.state.step + 1, self.share_done()
+        if self.minutes is None:
+            peak, of_first_tenth = 1.0, number / math.ceil(self.steps / 10)
+        else:
+            peak, of_first_tenth = min(1.0, number / (100 * done)), 10 * done
+        rise = min(1.0, max(of_first_tenth, number / 100))
+        fall = max(0.0, 1 - done)
+        return self.peak * (peak * rise * fall)
+
+    def share_done(self) -> float:
+        """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
+        of_steps = self.state.step / self.steps
+        if self.minutes is None:
+            return of_steps
+        # Clocks of processes differ. The last validation is part of the time.
+        (seconds,) = broadcast_object_list([time.monotonic() - self.began])
+        of_time: float = (seconds + self.state.validation_seconds) / (60 * self.minutes)
+        return max(of_steps, of_time)
+
+    def affordable_validations(self) -> int:
+        """At most ten, which take at most a tenth of the work of the training, or of its time."""
+        if self.minutes is None:
+            # Of a step, every example is computed forwards and backwards: three times the work.
+            affordable = 0.1 * 3 * self.trained / len(self.job.validation)
+        else:
+            affordable = 0.1 * 60 * self.minutes / self.state.validation_seconds
+        return max(1, min(10, int(affordable)))
+
+    @torch.no_grad()
+    def validate(self) -> None:
+        """Measure the mean loss of a trained token of the validation rows, with the weights as they would be saved, and
+        the standard error of its difference from the start."""
+        began, state = time.monotonic(), self.state
+        rows = [self.collate([row]) for row in self.job.validation]
+        counts = [trained_tokens(row) for row in rows]
+        mine = range(self.accelerator.process_index, len(rows), self.accelerator.num_processes)
+        self.model.eval()
+        losses = []
+        with as_saved(self.model, self.widened), self.precision():
+            for n in mine:
+                mean = self.loss(self.model, rows[n].to(self.model.device))
+                losses.append((n, counts[n] * float(mean)))
+        sums = [loss for _, loss in sorted(gather_object(losses))]
+        state.start = state.start or sums
+        loss = _finite(sum(sums) / sum(counts), state.step)
+        error = _standard_error([now - then for now, then in zip(sums, state.start, strict=True)], counts)
+        state.validations.append({"step": state.step, "loss": loss, "error": error})
+        # All processes must decide alike when to validate again.
+        (state.validation_seconds,) = broadcast_object_list([time.monotonic() - began])
+        self.job.on_validation(state.step, loss, error)
+
+    def save(self) -> None:
+        """Write a checkpoint, and delete all others but that of the best weights."""
+        folder, best = self.folder(self.state.step), self.folder(best_step(self.state.validations))
+        self.accelerator.save_state(folder)
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            self.state.seconds = time.monotonic() - self.began
+            write_text(folder / "state.json", json.dumps(asdict(self.state)))
+            for other in set(self.job.work_dir.glob("checkpoint-*")) - {folder, best}:
+                shutil.rmtree(other)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint, and repeat its validations to the job."""
+        self.accelerator.load_state(checkpoint)
+        self.state = _State(**json.loads((checkpoint / "state.json").read_text(encoding="utf-8")))
+        self.began = time.monotonic() - self.state.seconds
+        for validation in self.state.validations:
+            self.job.on_validation(*validation.values())
+
+    def folder(self, step: int) -> Path:
+        return self.job.work_dir / f"checkpoint-{step}"
+
+    def select_weights(self, _: Any, weights: list[Any], __: Any) -> None:
+        """Have accelerate save the trained parameters, by name, instead of the whole model."""
+        weights[:] = [{n: p.detach().contiguous() for n, p in self.model.named_parameters() if p.requires_grad}]
+
+    @torch.no_grad()
+    def load_weights(self, models: list[Any], folder: str | Path) -> None:
+        """Read the trained parameters, instead of the whole model, which accelerate would read."""
+        models.clear()
+        for name, tensor in load_file(Path(folder) / "model.safetensors").items():
+            self.model.get_parameter(name).copy_(tensor)
+
+
+def _accelerator(device: torch.device, seed: int) -> Accelerator:
+    # A process alone trains on the device of the model, whichever accelerate took for an earlier training.
+    launched = "RANK" in os.environ
+    return Accelerator(
+        cpu=launched and device.type == "cpu",
+        device_placement=launched,
+        mixed_precision="no",
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=seed),
+        # Processes call the model different numbers of times in a step.
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)],
+    )
+
+
+def latest_checkpoint(work_dir: Path) -> Path | None:
+    """The newest checkpoint that is complete, or None."""
+    complete = [file.parent for file in work_dir.glob("checkpoint-*/state.json")]
+    return max(complete, key=lambda folder: int(folder.name.removeprefix("checkpoint-")), default=None)
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        hint = "lower the learning rate" if step else "the weights of the model are damaged"
+        raise ModelError(f"the loss became {loss} at step {step}; {hint}")
+    return loss
+
+
+def _completes(parts: int, before: float, done: float) -> bool:
+    """Whether one of equal ``parts`` of the training ended between two shares of it."""
+    return int(done * parts + 1e-9) > int(before * parts + 1e-9)
+
+
+def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
+    """Of the mean change of a token's loss; ``changes``: of the sums over rows of ``counts`` tokens."""
+    tokens, rows, mean = sum(counts), len(counts), sum(changes) / sum(counts)
+    squares = sum((change - mean * count) ** 2 for change, count in zip(changes, counts, strict=True))
+    return math.sqrt(squares * rows / max(rows - 1, 1)) / tokens
+
+
+def filled_in(settings: RecoverSettings, rows: int, processes: int, *, adapters: bool) -> RecoverSettings:
     """``settings`` with a batch size and a learning rate for a training on ``rows`` rows, where the user gave none.
 
     Batches are halved from 64 down to 2 while there are fewer than 200 steps: many small steps restore more than a few
@@ -75,7 +307,7 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     points, so that a few steps of all weights at 1e-4 raise the loss: below 100, the rate is proportionally lower.
     Raises `SettingsError` for batches that the processes of a run cannot share.
     """
-    processes, size = Ranks.current().count, settings.batch_size
+    size = settings.batch_size
     if size is None:
         sizes = [size for size in (64, 32, 16, 8, 4, 2) if size % processes == 0] or [processes]
         if settings.minutes is not None:
@@ -93,298 +325,11 @@ def filled_in(settings: RecoverSettings, rows: int, *, adapters: bool) -> Recove
     return settings.model_copy(update={"learning_rate": 1e-4 * min(1.0, few)})
 
 
-def planned_steps(settings: RecoverSettings, rows: int) -> int:
+def planned_steps(settings: RecoverSettings, rows: int) -> float:
     """Number of optimizer steps at most; the last batch of an epoch may be smaller than the others."""
     if settings.max_steps is not None:
         return settings.max_steps
     if settings.minutes is not None:
-        return _NEVER
+        return math.inf
     assert settings.batch_size is not None, "filled in"
     return math.ceil(settings.epochs * math.ceil(rows / settings.batch_size))
-
-
-def latest_checkpoint(work_dir: Path) -> str | None:
-    """Path of the newest checkpoint whose ``trainer_state.json``, which is written last, can be read; or None."""
-    complete = []
-    for file in work_dir.glob("checkpoint-*/trainer_state.json"):
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            complete.append((int(json.loads(file.read_text())["global_step"]), str(file.parent)))
-    return max(complete)[1] if complete else None
-
-
-@contextlib.contextmanager
-def _in_float32(model: Any, job: RecoveryJob) -> Iterator[tuple[bool, Mapping[Any, torch.dtype]]]:
-    """Keep trained parameters of 16 bits in float32: most steps at a low learning rate are smaller than the distance of
-    two bfloat16 numbers, and would be rounded away. A model in float16 is in float32 as a whole, as bfloat16 would be
-    less precise. Frozen weights in float16, to which adapters are added, stay so, and compute in bfloat16, as float16
-    has no gradients as small as those of a mean over thousands of tokens.
-
-    Yields whether to compute in bfloat16, under autocast, which some operators refuse (DBRX adds bfloat16 to float32);
-    and the former dtypes, to which parameters are rounded at the end."""
-    narrow = {p.dtype for p in model.parameters() if p.requires_grad} & _NARROW
-    frozen = not narrow and (job.model.dtype == torch.float16 or computes_bfloat16_fast(job.model))
-    autocast, whole = frozen or narrow == {torch.bfloat16}, torch.float16 in narrow
-    widened = {p: p.dtype for p in model.parameters() if p.dtype in _NARROW and (p.requires_grad or whole)}
-    try:
-        for parameter in widened:
-            parameter.data = parameter.data.float()
-        yield autocast and _runs_under_autocast(model, job.examples[0]), widened
-    finally:
-        for parameter, dtype in widened.items():
-            parameter.grad = None
-            parameter.data = parameter.data.to(dtype)
-
-
-def _runs_under_autocast(model: Any, row: Row) -> bool:
-    ids = torch.tensor([row["input_ids"][:8]], device=model.device)
-    try:
-        with torch.no_grad(), autocast_to(model.device.type, torch.bfloat16):
-            model(input_ids=ids, use_cache=False)
-    except RuntimeError:  # another cause raises again in the training
-        return False
-    return True
-
-
-def _arguments(job: RecoveryJob) -> TrainingArguments:
-    settings, processes = job.settings, Ranks.current().count
-    assert settings.batch_size is not None and settings.learning_rate is not None, "filled in"
-    part = settings.batch_size // processes
-    micro = max(size for size in range(1, min(settings.micro_batch_size, part) + 1) if part % size == 0)
-    on_cpu = job.model.device.type == "cpu"
-    arguments = TrainingArguments(
-        output_dir=str(job.work_dir),
-        per_device_train_batch_size=micro,
-        gradient_accumulation_steps=part // micro,
-        learning_rate=settings.learning_rate,
-        max_steps=planned_steps(settings, len(job.examples)),
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        optim="adamw_torch_fused",
-        logging_steps=1,
-        # The filter would replace NaN by the mean of earlier losses.
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
-        eval_steps=_NEVER,
-        save_steps=_NEVER,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_lower",
-        greater_is_better=False,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        remove_unused_columns=False,
-        # Processes call the model different numbers of times in a step.
-        ddp_broadcast_buffers=False,
-        log_level="error",
-        disable_tqdm=True,
-    )
-    if processes == 1:
-        # By itself, it takes the first GPU, and a batch for each GPU of the machine.
-        arguments.__dict__["_setup_devices"] = job.model.device
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        if job.model.device.type == "cuda":
-            torch.cuda.set_device(job.model.device)
-    return arguments
-
-
-class _LossTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer with the loss, the learning rate and the validations of `fit`. Its checkpoints have the trained
-    parameters by name: transformers cannot save layers that differ in width."""
-
-    def __init__(self, model: Any, job: RecoveryJob, loss: Loss, autocast: bool, widened: Mapping[Any, Any]) -> None:
-        self.job, self.loss, self.autocast, self.widened, self.ranks = job, loss, autocast, widened, Ranks.current()
-        # When the training began, had it not been interrupted; and how long the last validation took.
-        self.began, self.check_seconds = time.monotonic(), 0.0
-        super().__init__(
-            model=model,
-            args=_arguments(job),
-            train_dataset=list(job.examples),
-            eval_dataset=list(job.validation),
-            data_collator=DataCollatorForSeq2Seq(with_padding(job.tokenizer, job.model), label_pad_token_id=IGNORED),
-            callbacks=[_Schedule(self)],
-        )
-        # `compute_loss` divides by the trained tokens of the whole step.
-        self.model_accepts_loss_kwargs = True
-        self.remove_callback(PrinterCallback)
-
-    def share_done(self) -> float:
-        """The share of the training that is done, in steps or, with ``minutes``, in time; at least 1 at its end."""
-        steps = float(self.state.global_step / max(self.state.max_steps, 1))
-        if self.job.settings.minutes is None:
-            return steps
-        # Clocks of processes differ. The last validation is part of the time.
-        seconds = self.ranks.from_first(lambda: time.monotonic() - self.began + self.check_seconds)
-        return max(steps, seconds / (60 * self.job.settings.minutes))
-
-    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> LambdaLR:
-        """Linear: up to the peak in 100 steps or a tenth of the training, then down to zero at its end. Where minutes
-        give fewer than 100 steps, the peak is proportionally lower, see `filled_in`."""
-
-        def factor(step: int) -> float:
-            if self.job.settings.minutes is None:
-                done, begun, peak = step / num_training_steps, (step + 1) / math.ceil(num_training_steps / 10), 1.0
-            else:
-                done = self.share_done()
-                begun, peak = 10 * done, min(1.0, (step + 1) / (100 * done))
-            return peak * min(1.0, max(begun, (step + 1) / 100)) * max(0.0, 1 - done)
-
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
-
-    def get_batch_samples(self, epoch_iterator: Iterator[Batch], num_batches: int, device: Any) -> tuple[Any, Any]:
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        (count,) = self.ranks.totals(sum(map(trained_tokens, batches)))
-        return batches, count
-
-    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
-        # Not accelerate's, which converts all logits to float32 and does not reach a second model in the loss.
-        return autocast_to(self.job.model.device.type, torch.bfloat16, enabled=self.autocast)
-
-    def compute_loss(self, model: Any, inputs: Batch, *_: Any, num_items_in_batch: Any) -> Any:
-        total = sum(self.loss(model, part) * trained_tokens(part) for part in by_length(inputs))
-        # The gradients of several processes are averaged.
-        return total * (self.ranks.count / num_items_in_batch)
-
-    @torch.no_grad()
-    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """The mean loss of a trained token of the validation rows, with the weights as they would be saved; logged with
-        the standard error of its difference from the start. ``eval_lower``: the loss, or infinity if it did not
-        help."""
-        began = time.monotonic()
-        self.model.eval()
-        rows = [self.data_collator([row]) for row in self.job.validation]
-        sums, counts = [0.0] * len(rows), [trained_tokens(row) for row in rows]
-        with _as_saved(self.model, self.widened), self.compute_loss_context_manager():
-            for n in range(self.ranks.rank, len(rows), self.ranks.count):
-                sums[n] = counts[n] * float(self.loss(self.model, self._prepare_inputs(rows[n])))
-        sums, history = list(self.ranks.totals(*sums)), self.state.log_history
-        before = history[0]["eval_rows"] if history else sums
-        loss, start = sum(sums) / sum(counts), sum(before) / sum(counts)
-        error = _standard_error([now - then for now, then in zip(sums, before, strict=True)], counts)
-        self.log({"eval_loss": loss, "eval_error": error, **({} if history else {"eval_rows": sums})})
-        # All processes must decide alike when to validate again.
-        self.check_seconds = self.ranks.from_first(lambda: time.monotonic() - began)
-        metrics = {"eval_loss": loss, "eval_lower": loss if helped(start, loss, error) else math.inf}
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-    def log(self, logs: dict[str, Any], start_time: float | None = None) -> None:
-        """Log the seconds so far too, for a training that is resumed, and report to the job."""
-        super().log({**logs, "seconds": time.monotonic() - self.began}, start_time)
-        job, entry = self.job, self.state.log_history[-1]
-        step, loss = entry["step"], entry.get("loss", entry.get("eval_loss", 0.0))
-        if not math.isfinite(loss):
-            hint = "lower the learning rate" if step else "the weights of the model are damaged"
-            raise ModelError(f"the loss became {loss} at step {step}; {hint}")
-        if "loss" in entry:
-            job.on_step(step, max(step, round(step / self.share_done())), entry["loss"])
-        if "eval_loss" in entry:
-            job.on_validation(step, entry["eval_loss"], entry["eval_error"])
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        if self.args.should_save:
-            trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-            save_file({n: p.detach().cpu().contiguous() for n, p in trained.items()}, folder / "model.safetensors")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        tensors = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                self.model.get_parameter(name).copy_(tensor)
-
-    def _load_best_model(self) -> None:
-        # No checkpoint is written at the end.
-        if self.state.best_global_step != self.state.global_step:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        super()._save_rng_state(output_dir)
-        # `trainer_state.json`, which says that a checkpoint is complete, is written after the files of all processes.
-        self.ranks.wait()
-
-
-@contextlib.contextmanager
-def _as_saved(model: Any, widened: Mapping[Any, torch.dtype]) -> Iterator[None]:
-    """Compute with the weights as they will be saved: rounded to their dtype, and adapters merged into weights of 16
-    bits, each while its layer computes, as a second copy of all may not fit into memory."""
-    exact = {parameter: parameter.data for parameter in widened}
-    unmerged: dict[Any, torch.Tensor] = {}
-
-    def merge(layer: Any, _: Any) -> None:
-        weight = layer.get_base_layer().weight
-        unmerged[layer] = weight.data
-        weight.data = weight.data.clone()
-        with torch.autocast(weight.device.type, enabled=False):
-            layer.merge()
-
-    def restore(layer: Any, *_: Any) -> None:
-        layer.merged_adapters.clear()
-        layer.get_base_layer().weight.data = unmerged.pop(layer)
-
-    adapted = [layer for layer in model.modules() if hasattr(layer, "merged_adapters")]
-    narrow = [layer for layer in adapted if layer.get_base_layer().weight.dtype in _NARROW]
-    hooks = [layer.register_forward_pre_hook(merge) for layer in narrow]
-    hooks += [layer.register_forward_hook(restore) for layer in narrow]
-    try:
-        for parameter, dtype in widened.items():
-            parameter.data = parameter.data.to(dtype).float()
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for parameter, data in exact.items():
-            parameter.data = data
-
-
-def _standard_error(changes: Sequence[float], counts: Sequence[int]) -> float:
-    """Of the mean change of a token's loss; ``changes``: of the sums over rows of ``counts`` tokens."""
-    tokens, rows, mean = sum(counts), len(counts), sum(changes) / sum(counts)
-    squares = sum((change - mean * count) ** 2 for change, count in zip(changes, counts, strict=True))
-    return math.sqrt(squares * rows / max(rows - 1, 1)) / tokens
-
-
-class _Schedule(TrainerCallback):  # type: ignore[misc]
-    """Says when to validate, to save and to stop."""
-
-    def __init__(self, trainer: _LossTrainer) -> None:
-        self._trainer = trainer
-        self._before = 0.0  # `share_done` at the step before
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer = self._trainer
-        if not state.log_history:
-            # These weights may stay the best.
-            state.best_metric, state.best_global_step = trainer.evaluate()["eval_loss"], 0
-            state.best_model_checkpoint = str(Path(args.output_dir) / "checkpoint-0")
-            trainer._save_checkpoint(trainer.model, None)
-            return
-        # The folder may have been moved, or be named otherwise, since the interruption.
-        state.best_model_checkpoint = str(Path(args.output_dir) / f"checkpoint-{state.best_global_step}")
-        trainer.began = time.monotonic() - state.log_history[-1]["seconds"]
-        self._before = trainer.share_done()
-        for entry in state.log_history:
-            if "eval_loss" in entry:
-                trainer.job.on_validation(entry["step"], entry["eval_loss"], entry["eval_error"])
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        trainer, settings, done = self._trainer, self._trainer.job.settings, self._trainer.share_done()
-        # Validations take at most a tenth of the work, or time.
-        if settings.minutes is None:
-            # Of a step, every example is computed forwards and backwards: three times the work.
-            affordable = 0.1 * 3 * args.max_steps * settings.batch_size / len(trainer.job.validation)
-        else:
-            # After an interruption, it is not known yet how long a validation takes.
-            affordable = 0.1 * 60 * settings.minutes / (trainer.check_seconds or 1.0)
-        ends = done >= 1
-        control.should_training_stop = ends
-        control.should_evaluate = ends or self._completes(max(1, min(10, int(affordable))), done)
-        # Nothing is saved at the end, which is the result.
-        control.should_save = not ends and (control.should_evaluate or self._completes(3, done))
-        self._before = done
-
-    def _completes(self, parts: int, done: float) -> bool:
-        """Whether the step that was done is the last in one of equal ``parts`` of the training."""
-        return int(done * parts + 1e-9) > int(self._before * parts + 1e-9)

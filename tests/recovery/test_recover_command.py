@@ -98,7 +98,7 @@ def test_a_killed_training_ends_with_the_same_bytes(home, strategy):
         stderr=subprocess.PIPE,
     )  # fmt: skip
     state = home / "out.recovery"
-    while not latest_checkpoint(state) or latest_checkpoint(state).endswith("checkpoint-0"):
+    while not latest_checkpoint(state) or latest_checkpoint(state).name == "checkpoint-0":
         assert run.poll() is None, run.communicate()[1]
         time.sleep(0.005)
     time.sleep(random.Random(1).uniform(0, 0.2))

@@ -7,18 +7,17 @@ import time
 import pytest
 import tiny_models
 import torch
+from accelerate import Accelerator
 from recovery_cases import dense_model, model_of, pruned_model, train_tiny
 from transformers import DbrxConfig, DbrxForCausalLM, MambaConfig, MambaForCausalLM, MixtralConfig, MixtralForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from llmpruner import DataError, ModelError, OutputError, RecoveryStrategy, SettingsError, UnsupportedModelError
 from llmpruner.discovery.groups import build_graph
-from llmpruner.engine.ranks import Ranks
 from llmpruner.models.family import AutoFamily
 from llmpruner.models.meta import graph_of
 from llmpruner.models.surgery import cut_tensors
-from llmpruner.recovery import training
-from llmpruner.recovery.base import RecoveryJob
+from llmpruner.recovery import precision, training
 from llmpruner.recovery.data import RecoverySetup, TrainingData
 from llmpruner.recovery.losses import next_token_loss
 from llmpruner.recovery.recover import train
@@ -35,7 +34,7 @@ by_name = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: f"{s.nam
 @pytest.fixture(autouse=True)
 def own_precision(monkeypatch):
     """Models in float32 compute in it on every processor."""
-    monkeypatch.setattr(training, "computes_bfloat16_fast", lambda model: False)
+    monkeypatch.setattr(precision, "computes_bfloat16_fast", lambda model: False)
 
 
 @by_name
@@ -114,11 +113,10 @@ def test_the_result_has_the_weights_with_the_lowest_loss(tiny, tmp_path):
 
 
 def test_an_unfinished_checkpoint_is_passed_over(tmp_path):
-    for step, state in ((2, '{"global_step": 2}'), (10, '{"global_step": 10}'), (12, '{"global'), (14, None)):
+    for step, file in ((2, "state.json"), (10, "state.json"), (12, ".state.json.1.partial"), (14, "model.safetensors")):
         (tmp_path / f"checkpoint-{step}").mkdir()
-        if state:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(state)
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-10")
+        (tmp_path / f"checkpoint-{step}" / file).touch()
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
     assert latest_checkpoint(tmp_path / "none") is None
 
 
@@ -185,29 +183,30 @@ def test_minutes_end_a_training_that_was_interrupted_too(tiny):
 
 def test_batch_sizes_and_steps_follow_the_number_of_rows():
     of = RecoverSettings(data="a")
-    sizes = {rows: filled_in(of, rows, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
+    sizes = {rows: filled_in(of, rows, 1, adapters=True).batch_size for rows in (10, 500, 7000, 50_000)}
     assert sizes == {10: 2, 500: 4, 7000: 64, 50_000: 64}
-    settings = filled_in(of, 500, adapters=True)
+    settings = filled_in(of, 500, 1, adapters=True)
     assert planned_steps(settings, 500) == 250
-    assert filled_in(RecoverSettings(data="a", max_steps=5), 500, adapters=True).batch_size == 64
-    assert filled_in(RecoverSettings(data="a", minutes=5), 500, adapters=True).batch_size == 4
+    assert filled_in(RecoverSettings(data="a", max_steps=5), 500, 1, adapters=True).batch_size == 64
+    assert filled_in(RecoverSettings(data="a", minutes=5), 500, 1, adapters=True).batch_size == 4
 
 
-def test_processes_share_a_batch(monkeypatch):
-    monkeypatch.setattr(Ranks, "current", lambda: Ranks(0, 3))
+def test_processes_share_a_batch():
     with pytest.raises(SettingsError, match="--batch-size 64 cannot be shared by 3 processes"):
-        filled_in(RecoverSettings(data="a", batch_size=64), 500, adapters=True)
+        filled_in(RecoverSettings(data="a", batch_size=64), 500, 3, adapters=True)
 
 
-def test_one_process_trains_on_the_device_of_the_model_alone(tmp_path, monkeypatch):
-    """It took the first of several GPUs, and a batch for each of them."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    model, graph = pruned_model()
-    settings = RecoverSettings(max_steps=1, batch_size=4, learning_rate=1e-3)
-    job = RecoveryJob(model.to("meta"), None, [], [], graph, settings, tmp_path, dense_model)
-    arguments = training._arguments(job)
-    assert arguments.device == torch.device("meta") and arguments.train_batch_size == 4
+def test_one_process_trains_on_the_device_of_the_model_alone(tiny, monkeypatch):
+    """Not on the one that accelerate prefers, nor with a batch for each GPU of the machine."""
+    monkeypatch.setattr(Accelerator, "device", torch.device("meta"))
+    rows = []
+
+    def watched(model, batch):
+        rows.extend(batch["input_ids"] if torch.is_grad_enabled() else ())
+        return next_token_loss(model, batch)
+
+    tiny(With(watched), max_steps=1)
+    assert len(rows) == 4 and {row.device.type for row in rows} == {"cpu"}
 
 
 def test_another_job_does_not_go_on_from_a_checkpoint(tiny, tmp_path):
@@ -371,7 +370,7 @@ def test_the_loss_is_that_of_the_weights_as_they_are_saved(tiny, base, dtype, ra
 
 def test_a_few_steps_of_all_weights_have_a_lower_rate():
     def rate(adapters=False, **given):
-        return filled_in(RecoverSettings(data="a", **given), 50, adapters=adapters).learning_rate
+        return filled_in(RecoverSettings(data="a", **given), 50, 1, adapters=adapters).learning_rate
 
     assert rate(max_steps=300) == 1e-4 and rate(max_steps=12) == pytest.approx(1.2e-5)
     assert rate(max_steps=12, adapters=True) == 1e-4
