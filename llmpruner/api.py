@@ -323,14 +323,11 @@ def run(
     setting, or ``settings.NAME.key`` for one of a component. ``on_step``: called after each step, skipped ones too.
     """
     catalog = catalog or Catalog()
-    if isinstance(recipe, (str, Path)):
-        steps = Recipe.read(recipe, catalog, values)
-    else:
-        steps = Recipe.of(recipe, catalog, values=values)
+    steps = Recipe.read(recipe, catalog, values)
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
-    load, run = _opener(load, catalog, progress).load, run or RunSettings()
-    return RecipeRun(steps, model, output, load, run, catalog, progress, functions).do(on_step)
+    opener = _opener(load, catalog, progress)
+    return RecipeRun(steps, model, output, opener, run or RunSettings(), functions).do(on_step)
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:

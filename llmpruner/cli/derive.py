@@ -28,6 +28,7 @@ from ..settings import (
     option_of,
     settings_from,
 )
+from ..values import values_of
 from .console import RichProgress
 
 if TYPE_CHECKING:
@@ -93,7 +94,8 @@ def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[s
 
 def _check(command: str, values: Mapping[str, Any], settings: Mapping[str, Any], catalog: Catalog) -> None:
     """Raise for models, outputs, settings and data that no run could use. ``values``: of the command's parameters."""
-    from ..recipes.recipe import COMMANDS, Recipe, values_of
+    from ..recipes.commands import COMMANDS
+    from ..recipes.recipe import Recipe
 
     for model in values.get("models") or [values.get("model")]:
         if model is not None:

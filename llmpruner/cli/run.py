@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..settings import LoadSettings, RunSettings
-from ..values import counted
+from ..values import counted, values_of
 from .console import done_line, out, print_json, table, warning_line
 from .derive import Json, takes
 from .measure import show_bench, show_evaluations, write_next_to
@@ -50,7 +50,6 @@ def run(
     interrupted, and does again what has changed, with all that depends on it.
     """
     from .. import api
-    from ..recipes.recipe import values_of
 
     started = time.monotonic()
     on_step = None if as_json else show_step
