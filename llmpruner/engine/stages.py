@@ -1,5 +1,5 @@
-"""What a run took: ``run.json`` in a checkpoint. It is not in ``llmpruner.json``, which says the same wherever the
-checkpoint was made. Imports no torch."""
+"""What a run took: ``run.json`` in a checkpoint, and in the folder of every step of a recipe. It is not in
+``llmpruner.json``, which says the same wherever the checkpoint was made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_run(directory: Path, stages: Stages, command: str, model: str, setting
 
 
 def write_step(directory: Path, inputs: Mapping[str, Any], **facts: Any) -> None:
-    """Add to ``run.json``, of which there may be none, which step of a recipe made ``directory``, from what."""
+    """Add the step of a recipe that made ``directory`` to its ``run.json``, which only checkpoints have before."""
     file = directory / RUN_FILE
     run = read_json(file) if file.is_file() else {"command": inputs["command"], "settings": inputs["settings"]}
     value = {**run, "step": {**facts, "inputs": inputs}}

@@ -129,6 +129,7 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
     stop = StopAt("step 1 of 4, 1-prune, again: models changed")
     with pytest.raises(Killed):
         api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
+    assert skipped(recipe, out, load=narrow) == [True] * 4, "what a run did not replace is still there"
 
 
 def test_the_report_is_of_the_steps_that_were_run(run, file, out):
@@ -157,12 +158,14 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
     monkeypatch.setattr(journal, "SHARE", 1e9)
     recipe, out = recipe_of(shared), tmp_path / "out"
 
-    def killed(progress: Progress) -> list[str]:
+    def killed(progress: Progress, **options) -> list[str]:
         with pytest.raises(Killed):
-            api.run(recipe, output=out, progress=progress)
+            api.run(recipe, output=out, progress=progress, **options)
         return sorted(re.sub(r"\.[0-9a-f]{8}", ".new", folder.name) for folder in out.iterdir())
 
-    assert killed(StopAt("Compensating", 2)) == ["1-prune.new.pruning"]
+    others = {"prune.samples": 5}
+    assert killed(StopAt("Compensating", 2), values=others) == ["1-prune.new.pruning"]
+    assert killed(StopAt("Compensating", 2)) == ["1-prune.new.pruning"], "not both"
     assert len(list(out.glob("*/state.json"))) == 1
     with monkeypatch.context() as patch:
         patch.setattr(running, "write_step", no_step)

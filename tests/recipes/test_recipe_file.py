@@ -97,7 +97,7 @@ WRONG = {
         "r.yaml, step 2 (evaluate): models: unknown model 'prund'; did you mean pruned?",
     ),
     "models of an export": ("steps: [{export: {to: gguf}, models: dense}]", "(export): 'models' belongs to evaluate, "),
-    "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "r.yaml, rounds: unknown setting 'prune'"),
+    "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "rounds: unknown setting 'prune'"),
     "a later model": ("steps: [{evaluate: , models: 2-prune}, prune: {ratio: 0.2}]", "unknown model '2-prune'"),
     "a comparison with nothing": (
         "steps: [evaluate: {kl: true}]", "r.yaml, step 1 (evaluate): metric perplexity compares models with the first"
