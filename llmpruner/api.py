@@ -385,17 +385,13 @@ def run(
     setting, or ``settings.NAME.key`` for one of a component. ``on_step``: called after each step, skipped ones too.
     """
     catalog = catalog or load_catalog()
-    if isinstance(recipe, (str, Path)):
-        steps = Recipe.read(recipe, catalog, values)
-    else:
-        steps = Recipe.of(recipe, catalog, values=values)
+    steps = Recipe.read(recipe, catalog, values)
     opener = _opener(load, catalog, progress)
     from .recipes.run import RecipeRun
 
     commands = (prune, recover, evaluate, bench, generate, export)
     functions: dict[str, Callable[..., Any]] = {command.__name__: command for command in commands}
-    run = run or RunSettings()
-    return RecipeRun(steps, model, output, opener.load, run, catalog, opener.progress, functions).do(on_step)
+    return RecipeRun(steps, model, output, opener, run or RunSettings(), functions).do(on_step)
 
 
 def verify(structure: Structure, *, seed: int = 0, progress: Progress = QUIET) -> list[Verdict]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class LlmprunerError(Exception):
@@ -84,6 +85,16 @@ def no_tokenizer(model: str, consequence: str) -> ModelError:
 def not_pruned(model: str) -> ModelError:
     """For a dense ``model`` in place of a pruned one."""
     return ModelError(f"'{model}' was not pruned by llmpruner, so no dense model is known for it; prune it first")
+
+
+@contextmanager
+def naming(place: str) -> Iterator[None]:
+    """Put ``place`` before the message of every `LlmprunerError`."""
+    try:
+        yield
+    except LlmprunerError as error:
+        error.args = (f"{place}: {error}",)
+        raise
 
 
 MEANT = {

@@ -288,6 +288,13 @@ class StepSettings(Settings):
     """The text that generate continues or answers."""
 
 
+class RoundsSettings(Settings):
+    """Steps of a recipe that are done several times."""
+
+    rounds: int = Field(ge=1)
+    steps: list[str | dict[str, Any]] = Field(min_length=1)
+
+
 class RecipeSettings(Settings):
     """The top level of a recipe file."""
 
@@ -297,5 +304,5 @@ class RecipeSettings(Settings):
     """Folder for the results of all steps."""
     load: LoadSettings = LoadSettings()
     """How models are opened; `revision` is that of the dense model."""
-    steps: list[Any]
+    steps: list[str | dict[str, Any]] = Field(min_length=1)
     """What is done, in this order: a command with its settings in each, or `rounds: N` with `steps`, done N times."""

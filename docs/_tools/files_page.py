@@ -48,6 +48,8 @@ RUN = {
     "taken by the end of the stage. What an interrupted run had done before is not among them.",
     "machine": "System, processor, cores, and bytes of memory.",
     "versions": "Versions of Python and of the libraries that results depend on most.",
+    "step": "The step of a [recipe](recipes.md#the-output) that made the folder: its `number`, `name`, `inputs`, "
+    "`seconds` and `result`; absent in others. Folders of other steps have it with `command` and `settings`.",
 }
 """Key of ``run.json`` → what it is."""
 ORIGIN = {

@@ -9,7 +9,7 @@ from installed import own_manager
 from settings_table import cell
 
 from llmpruner import Catalog, NamedRecipe
-from llmpruner.recipes.recipe import COMMANDS, MEASURES
+from llmpruner.recipes.commands import COMMANDS, MEASURES
 from llmpruner.settings import RecipeSettings, Settings, StepSettings
 
 FOLDERS = {
@@ -23,8 +23,8 @@ FOLDERS = {
 """Command → what its folder holds."""
 FILES = {
     "NAME": "The result of the step NAME, once it is whole.",
-    "NAME/step.json": "The inputs of the step, seconds, and facts about its result.",
-    "NAME.work": "What an interrupted step has done so far; removed at its end.",
+    "NAME/run.json": "Under `step`: the inputs of the step, seconds, and facts about its result.",
+    "NAME.DIGEST…": "What an interrupted step has done so far, by a digest of its inputs; removed at its end.",
 }
 """File in the output → what it is."""
 

@@ -10,7 +10,7 @@ import typer
 
 from ..recipes import NamedRecipe
 from ..settings import LoadSettings, RunSettings
-from ..values import counted
+from ..values import counted, values_of
 from .console import done_line, out, print_json, table, warning_line
 from .derive import Json, takes
 from .measure import show_bench, show_evaluations, write_next_to
@@ -51,7 +51,6 @@ def run(
     interrupted, and does again what has changed, with all that depends on it.
     """
     from .. import api
-    from ..recipes.recipe import values_of
 
     started = time.monotonic()
     on_step = None if as_json else show_step

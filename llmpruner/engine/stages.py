@@ -1,5 +1,5 @@
-"""What a run took: ``run.json`` in a checkpoint. It is not in ``llmpruner.json``, which says the same wherever the
-checkpoint was made. Imports no torch."""
+"""What a run took: ``run.json`` in a checkpoint, and in the folder of every step of a recipe. It is not in
+``llmpruner.json``, which says the same wherever the checkpoint was made. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-from ..files import write_text
+from ..files import read_json, write_text
 from ..models.record import RUN_FILE
 
 _LIBRARIES = ("llmpruner", "torch", "transformers")
@@ -54,6 +54,21 @@ def write_run(directory: Path, stages: Stages, command: str, model: str, setting
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}},
     }
     write_text(directory / RUN_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def write_step(directory: Path, inputs: Mapping[str, Any], **facts: Any) -> None:
+    """Add the step of a recipe that made ``directory`` to its ``run.json``, which only checkpoints have before."""
+    file = directory / RUN_FILE
+    run = read_json(file) if file.is_file() else {"command": inputs["command"], "settings": inputs["settings"]}
+    value = {**run, "step": {**facts, "inputs": inputs}}
+    write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_step(directory: Path) -> dict[str, Any] | None:
+    """What `write_step` wrote: ``number``, ``name``, ``seconds``, ``result`` and ``inputs``; None where no finished
+    step of a recipe made ``directory``."""
+    file = directory / RUN_FILE
+    return read_json(file).get("step") if file.is_file() else None
 
 
 def _processor() -> str:

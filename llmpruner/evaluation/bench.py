@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from pathlib import Path
@@ -286,6 +286,15 @@ class BenchResult:
     threads: int
     dtypes: tuple[str, ...]
     cases: tuple[BenchCase, ...]
+
+    def named(self, names: Sequence[str]) -> BenchResult:
+        """The same with other names of the models."""
+
+        def renamed(case: BenchCase) -> BenchCase:
+            models = zip(case.models, names, strict=True)
+            return replace(case, models=tuple(replace(model, name=name) for model, name in models))
+
+        return replace(self, cases=tuple(map(renamed, self.cases)))
 
     def as_json(self) -> dict[str, Any]:
         """JSON values by the names of the fields."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..catalog import Catalog
@@ -261,6 +261,10 @@ class Evaluations(tuple[Evaluation, ...]):
     def of(self, name: str) -> Mapping[str, Mapping[str, Any]]:
         """The results of one model by metric; empty where it was not measured."""
         return next((each.results for each in self if each.name == name), {})
+
+    def named(self, names: Sequence[str]) -> Evaluations:
+        """The same with other names of the models."""
+        return Evaluations(replace(each, name=name) for each, name in zip(self, names, strict=True))
 
     def as_json(self) -> list[dict[str, Any]]:
         """One object per model; see `Evaluation.as_json`."""

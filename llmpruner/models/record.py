@@ -18,9 +18,9 @@ ORIGIN_FILE = "llmpruner-files.json"
 """Record of adapters and of exports for transformers, which `RECORD_FILE` would make pruned models."""
 RUN_FILE = "run.json"
 REPORT_FILE = "report.html"
-STEP_FILE, RESULTS_FILE = "step.json", "results.json"
-"""In the folder of a recipe's step: what it was made from, and what it measured."""
-OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE, STEP_FILE)
+RESULTS_FILE = "results.json"
+"""In the folder of a recipe's step: what it measured."""
+OF_THIS_MACHINE = (RUN_FILE, REPORT_FILE)
 """Files about the run that made a checkpoint. No result depends on them, and they are not published."""
 INDEX_FILE, WEIGHTS_FILE = "model.safetensors.index.json", "model.safetensors"
 HASHED = 1 << 30

@@ -1,7 +1,7 @@
-"""Running a recipe: one folder of the output for each step.
+"""Running a recipe: each step is a call of the Python API, with its result in a folder of the output.
 
-A step is done if ``step.json`` in its folder names the same inputs: its settings, the models it reads and the data it
-names. Until its result is whole, it works in ``NAME.work``, where the same command goes on after an interruption.
+A step is done if ``run.json`` in its folder names the same inputs: settings, models and data. Until its result is whole
+it works in ``NAME.DIGEST``, the digest of its inputs, where the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -11,25 +11,24 @@ import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from ..catalog import Catalog
 from ..discovery.opening import Opener
-from ..errors import LlmprunerError, OutputError, SettingsError, no_tokenizer, not_pruned
-from ..evaluation.bench import bench_subject
-from ..evaluation.evaluate import Evaluations
-from ..files import alone_in, check_new_directory, new_directory, read_json, write_text
+from ..engine.stages import read_step, write_step
+from ..errors import OutputError, SettingsError, naming, no_tokenizer
+from ..files import alone_in, check_new_directory, new_directory, write_text
 from ..models.numbers import check_device
-from ..models.record import RESULTS_FILE, STEP_FILE
+from ..models.record import RESULTS_FILE
 from ..models.reference import data_identity, model_identity, resolve
-from ..models.tokenizer import has_tokenizer
-from ..progress import Progress
-from ..pruning.checks import check_job
-from ..report.sections import first_and_last, loss_text
-from ..settings import LoadSettings, RunSettings
-from .recipe import COMMANDS, DENSE, MEASURES, Recipe, Step, naming
+from ..progress import QUIET
+from ..report.base import DENSE
+from ..report.sections import training_facts
+from ..settings import RunSettings
+from .commands import COMMANDS, MEASURES
+from .recipe import Recipe, Step
 
 
 @dataclass(frozen=True)
@@ -78,46 +77,29 @@ class RecipeRun:
     need no weights."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        model: str | Path | None,
-        output: str | Path | None,
-        load: LoadSettings,
-        run: RunSettings,
-        catalog: Catalog,
-        progress: Progress,
+        self, recipe: Recipe, model: str | Path | None, output: str | Path | None, opener: Opener, run: RunSettings,
         functions: Mapping[str, Callable[..., Any]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         model, output = model or recipe.model, output or recipe.output
         if model is None or output is None:
             missing = "model" if model is None else "output"
             raise SettingsError(f"{recipe.source} names no {missing}; add '{missing}: …' to it, or give --{missing}")
         self.recipe, self.model, self.output = recipe, str(model), Path(output)
-        self.run, self.catalog, self.progress, self.functions = run, catalog, progress, functions
-        self.load = recipe.load.model_copy(update=load.given())
-        check_device(self.load.device)
-        if not has_tokenizer(resolve(self.model, catalog)):
-            raise no_tokenizer(f"model '{self.model}'", "the pruned model could read no text; put its files there")
-        opener = Opener(catalog, self.load, progress)
+        self.run, self.functions = run, functions
+        self.opener = opener = replace(opener, load=recipe.load.model_copy(update=opener.load.given()))
+        check_device(opener.load.device)
+        self.dense = replace(opener, progress=QUIET).structure(self.model)
+        if not opener.has_tokenizer(self.dense):
+            raise no_tokenizer(f"model '{model}'", "the pruned model could read no text; put its files there")
         for step in recipe.steps:
-            settings: Any = step.settings
+            kind = COMMANDS[step.command]
             with naming(step.place):
-                COMMANDS[step.command].check(step.job)
-                if step.command == "prune" and step.reads == (DENSE,):
-                    check_job(step.job, self.dense, opener)
-                if step.command == "bench" and DENSE in step.reads:
-                    step.job.check(bench_subject(self.dense, settings, opener))
-                learns = step.command == "recover" and step.job.reads_dense
-                if learns and step.reads == (DENSE,) and not self.dense.plans:
-                    raise not_pruned(self.model)
+                kind.check(step.job)
+                if DENSE in step.reads:
+                    kind.check_model(step.job, step.settings, self.dense, opener)
             folder = self.output / step.name
-            if folder.exists() and not (folder / STEP_FILE).is_file():
+            if folder.exists() and read_step(folder) is None:
                 raise OutputError(f"'{folder}' exists already, and no step of a recipe made it; move it away")
-
-    @cached_property
-    def dense(self) -> Any:
-        """The structure of the dense model."""
-        return Opener(self.catalog, self.load).structure(self.model)
 
     def do(self, on_step: Callable[[StepResult], None] | None) -> RecipeResult:
         """Do all steps that are not done. ``on_step`` is called after each."""
@@ -126,85 +108,62 @@ class RecipeRun:
         results = []
         with alone_in(self.output):
             for step in self.recipe.steps:
-                results.append(self._step(step))
+                try:
+                    results.append(self._step(step))
+                except (KeyboardInterrupt, SystemExit):  # of the user, or of SIGTERM
+                    self.opener.progress.status(f"stopped in {step.name}; the same command goes on there")
+                    raise
                 if on_step is not None:
                     on_step(results[-1])
         return RecipeResult(self.model, self.output, tuple(results))
 
     def _step(self, step: Step) -> StepResult:
-        folder, work = self.output / step.name, self.output / f"{step.name}.work"
-        before, begun = _record(folder), _record(work)
-        inputs = self.inputs(step)
-        title = f"step {step.number} of {len(self.recipe.steps)}, {step.name}"
-        if before and before["inputs"] == inputs and not self.run.restart:
-            self.progress.status(f"{title}: done before with the same inputs, skipped")
-            return _finished(step, folder, skipped=True)
-        again = ""
-        if before and not self.run.restart:
-            changed = [key for key, value in inputs.items() if before["inputs"].get(key) != value]
-            again = f", again: {', '.join(changed)} changed"
-        if self.run.restart or not begun or begun["inputs"] != inputs:
-            shutil.rmtree(work, ignore_errors=True)
-            work.mkdir()
-            _write_record(work, {"inputs": inputs})
-        else:
-            again = ", continued"
-        self.progress.status(title + again)
-        value = None if _record(work / "result") else self._work(step, work / "result", inputs)
-        if folder.exists():
-            folder.rename(work / "before")
-        (work / "result").rename(folder)
-        shutil.rmtree(work, ignore_errors=True)
-        return _finished(step, folder, value=value)
+        """Do a step, unless it was done with the same inputs."""
+        folder, inputs = self.output / step.name, self.inputs(step)
+        before = None if self.run.restart else read_step(folder)
+        changed = [key for key in inputs if before and before["inputs"].get(key) != inputs[key]]
+        skipped = before is not None and not changed
+        note = f", again: {', '.join(changed)} changed" if changed else ""
+        note = ": done before with the same inputs, skipped" if skipped else note
+        self.opener.progress.status(f"step {step.number} of {len(self.recipe.steps)}, {step.name}{note}")
+        value = None if skipped else self._replace(folder, step, inputs)
+        shutil.rmtree(folder / "before", ignore_errors=True)
+        done: Any = read_step(folder)
+        result = json.loads((folder / RESULTS_FILE).read_bytes()) if step.command in MEASURES else done["result"]
+        return StepResult(step.name, step.command, folder, skipped, done["seconds"], result, value)
 
-    def _work(self, step: Step, result: Path, inputs: Mapping[str, Any]) -> Any:
-        """Run a step's command into the folder ``result``. Returns the ``value`` of its `StepResult`."""
-        shutil.rmtree(result, ignore_errors=True)
-        started = time.monotonic()
-        try:
+    def _replace(self, folder: Path, step: Step, inputs: Mapping[str, Any]) -> Any:
+        """Make the result of a step and move it to ``folder``, in which ``before`` is then the older one, to be
+        removed. Returns the ``value`` of its `StepResult`."""
+        digest = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
+        unfinished = f"{step.name}.{'[0-9a-f]' * 8}*"
+        for left in (*self.output.glob(unfinished), *self.output.glob(f".{unfinished}")):
+            if self.run.restart or digest not in left.name:
+                shutil.rmtree(left, ignore_errors=True)
+        new, value = self.output / f"{step.name}.{digest}", None
+        if read_step(new) is None:  # else an earlier run was killed before it got its name
+            shutil.rmtree(new, ignore_errors=True)
+            started = time.monotonic()
             with naming(step.place):
-                facts, value = _DO[step.command](self, step, result)
-            if step.command in MEASURES:
-                with new_directory(result) as partial:
-                    write_text(partial / RESULTS_FILE, json.dumps(facts, indent=2, ensure_ascii=False) + "\n")
-                facts = None
-        except (KeyboardInterrupt, SystemExit):  # of the user, or of SIGTERM
-            self.progress.status(f"stopped in {step.name}; the same command goes on there")
-            raise
-        except LlmprunerError:
-            if [file.name for file in result.parent.iterdir()] == [STEP_FILE]:
-                shutil.rmtree(result.parent, ignore_errors=True)  # refused before anything was done
-            raise
-        record = {"number": step.number, "name": step.name, "command": step.command, "inputs": inputs}
-        _write_record(result, {**record, "seconds": round(time.monotonic() - started, 1), "result": facts})
+                result, value = self._result(step, new)
+            seconds = round(time.monotonic() - started, 1)
+            write_step(new, inputs, number=step.number, name=step.name, seconds=seconds, result=result)
+        if folder.exists():
+            folder.rename(new / "before")
+        new.rename(folder)
         return value
 
     def inputs(self, step: Step) -> dict[str, Any]:
         """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
-        models = {
-            name: model_identity(self.dense.reference) or self.model
-            if name == DENSE
-            else model_identity(resolve(self.reference(name), self.catalog))
-            for name in step.reads
-        }
         settings = step.settings.model_dump(mode="json")
-        return {
-            "command": step.command,
-            "settings": settings,
-            "load": self.load.model_dump(mode="json"),
-            "models": models,
-            "data": data_identity(settings, step.job),
-            "prompt": step.prompt,
+        models = {
+            name: model_identity(self.dense.reference if name == DENSE else resolve(ref, self.opener.catalog)) or ref
+            for name, ref in ((name, self.reference(name)) for name in step.reads)
         }
-
-    def call(self, step: Step, **more: Any) -> Any:
-        """Call the function of a step's command for the model that it reads, or for all of them."""
-        models: Any = [self.reference(name) for name in step.reads]
-        if step.command not in ("evaluate", "bench"):
-            (models,) = models
-        return self.functions[step.command](
-            models, load=self.load, progress=self.progress, catalog=self.catalog, **more, **step.settings.given()
-        )
+        return {
+            "command": step.command, "settings": settings, "load": self.opener.load.model_dump(mode="json"),
+            "models": models, "data": data_identity(settings, step.job), "prompt": step.prompt,
+        }  # fmt: skip
 
     def reference(self, name: str) -> str:
         """The path or hub id of a model that a step reads: of a step that wrote one .gguf file, that file."""
@@ -213,67 +172,35 @@ class RecipeRun:
         files = list((self.output / name).glob("*.gguf"))
         return str(files[0] if len(files) == 1 else self.output / name)
 
-
-def _finished(step: Step, folder: Path, *, skipped: bool = False, value: Any = None) -> StepResult:
-    record = read_json(folder / STEP_FILE)
-    facts = json.loads((folder / RESULTS_FILE).read_bytes()) if record["result"] is None else record["result"]
-    return StepResult(step.name, step.command, folder, skipped, record["seconds"], facts, value)
-
-
-def _prune(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    model = run.call(step, output=output, run=run.run)
-    outcome = model.outcome
-    facts = {"checkpoint": model.form, "parameters": outcome.parameters_after}
-    facts |= {"decoder_parameters": outcome.decoder_after, "decoder_removed": outcome.decoder_removed}
-    return facts, (model.plans[-1], outcome)
-
-
-def _recover(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    model = run.call(step, output=output)
-    record = model.record["recovery"][-1]
-    facts = {key: record[key] for key in ("strategy", "data", "examples", "trainable_parameters", "improved")}
-    facts |= {"steps": len(record["losses"]), "losses": list(first_and_last(record) or ())[1:]}
-    return {"checkpoint": model.form, **facts, "loss": loss_text(record)}, None
-
-
-def _export(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    line = run.call(step, output=output)
-    return {"files": {file.name: file.stat().st_size for file in sorted(output.iterdir()) if file.is_file()}}, line
+    def _result(self, step: Step, output: Path) -> tuple[Any, Any]:
+        """Run the command of a step. Returns ``result``, unless it is in a file, and ``value`` of its `StepResult`."""
+        call = partial(
+            self.functions[step.command], load=self.opener.load, progress=self.opener.progress,
+            catalog=self.opener.catalog, **step.settings.given(),
+        )  # fmt: skip
+        models = {name: self.reference(name) for name in step.reads}
+        if step.command in MEASURES:
+            result, value = _measure(step, models, call)
+            with new_directory(output) as new:
+                write_text(new / RESULTS_FILE, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+            return None, value
+        (model,) = models.values()
+        if step.command == "prune":
+            pruned = call(model, output=output, run=self.run)
+            outcome = pruned.outcome
+            facts = {"decoder_parameters": outcome.decoder_after, "decoder_removed": outcome.decoder_removed}
+            facts |= {"checkpoint": pruned.form, "parameters": outcome.parameters_after}
+            return facts, (pruned.plans[-1], outcome)
+        made = call(model, output=output)
+        if step.command == "recover":
+            return {"checkpoint": made.form, **training_facts(made.record["recovery"][-1])}, None
+        return {"files": {file.name: file.stat().st_size for file in sorted(output.iterdir()) if file.is_file()}}, made
 
 
-def _evaluate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    named = Evaluations(replace(each, name=name) for each, name in zip(run.call(step), step.reads, strict=True))
+def _measure(step: Step, models: Mapping[str, str], call: Callable[..., Any]) -> tuple[Any, Any]:
+    """What was measured, as JSON values and as objects, with the names of steps for those of models."""
+    if step.command == "generate":
+        prompt = step.prompt
+        return [{"name": key, "prompt": prompt, "text": call(ref, prompt=prompt)} for key, ref in models.items()], None
+    named = call(list(models.values())).named(tuple(models))
     return named.as_json(), named
-
-
-def _bench(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    result = run.call(step)
-    cases = tuple(
-        replace(case, models=tuple(replace(each, name=n) for each, n in zip(case.models, step.reads, strict=True)))
-        for case in result.cases
-    )
-    named = replace(result, cases=cases)
-    return named.as_json(), named
-
-
-def _generate(run: RecipeRun, step: Step, output: Path) -> tuple[Any, Any]:
-    texts = [
-        {"name": name, "prompt": step.prompt, "text": run.call(replace(step, reads=(name,)), prompt=step.prompt)}
-        for name in step.reads
-    ]
-    return texts, None
-
-
-_DO: Mapping[str, Callable[[RecipeRun, Step, Path], tuple[Any, Any]]] = {
-    "prune": _prune, "recover": _recover, "evaluate": _evaluate, "bench": _bench, "generate": _generate,
-    "export": _export,
-}  # fmt: skip
-"""Command → what writes its folder, unless it measures, and returns ``result`` and ``value`` of `StepResult`."""
-
-
-def _record(folder: Path) -> dict[str, Any] | None:
-    return read_json(folder / STEP_FILE) if (folder / STEP_FILE).is_file() else None
-
-
-def _write_record(folder: Path, value: Mapping[str, Any]) -> None:
-    write_text(folder / STEP_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")

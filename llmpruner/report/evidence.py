@@ -14,12 +14,13 @@ from ..catalog import Catalog
 from ..discovery.cut import cut
 from ..discovery.groups import build_graph
 from ..discovery.opening import Opener
+from ..engine.stages import read_step
 from ..errors import DataError, ModelError, UnsupportedModelError, first_line
 from ..evaluation.evaluate import Evaluation, Evaluations, Metric
 from ..evaluation.metrics import size
 from ..files import read_json
 from ..models.meta import meta_model
-from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE, STEP_FILE
+from ..models.record import RECORD_FILE, RESULTS_FILE, RUN_FILE
 from ..models.reference import model_identity
 from ..pruning.budgets import bytes_per_token
 from .base import DENSE, Costs, ReportSubject
@@ -58,8 +59,8 @@ def _names(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
-    """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one; and the ``step.json`` of all
-    steps of its recipe, with their ``folder``."""
+    """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one; and, by `read_step`, all
+    steps of its recipe, with their ``folder`` and ``command``."""
     if steps := _steps_in(directory):
         folders = (step["folder"] for step in steps if step["command"] in ("prune", "recover"))
         checkpoints = [folder for folder in folders if (folder / RECORD_FILE).is_file()]
@@ -68,12 +69,16 @@ def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
         return checkpoints[-1], steps
     if not (directory / RECORD_FILE).is_file():
         raise ModelError(f"'{directory}' is neither a pruned checkpoint nor the output of a recipe")
-    return directory, _steps_in(directory.resolve().parent) if (directory / STEP_FILE).is_file() else []
+    return directory, _steps_in(directory.resolve().parent) if read_step(directory) else []
 
 
 def _steps_in(output: Path) -> list[Mapping[str, Any]]:
-    steps = [{**read_json(file), "folder": file.parent} for file in output.glob(f"*/{STEP_FILE}")]
-    return sorted((step for step in steps if "result" in step), key=lambda step: step["number"])
+    steps = [
+        {**step, "command": step["inputs"]["command"], "folder": file.parent}
+        for file in output.glob(f"*/{RUN_FILE}")
+        if (step := read_step(file.parent)) and step["name"] == file.parent.name  # else its result is not in place yet
+    ]
+    return sorted(steps, key=lambda step: step["number"])
 
 
 def read_results(path: Path) -> Any:

@@ -210,6 +210,13 @@ def loss_text(training: Mapping[str, Any]) -> str:
     return f"{what} {first:.3f} → {last:.3f}"
 
 
+def training_facts(training: Mapping[str, Any]) -> dict[str, Any]:
+    """What a recipe says of the training of a step. ``losses``: those of `first_and_last`."""
+    facts = {key: training[key] for key in ("strategy", "data", "examples", "trainable_parameters", "improved")}
+    losses = list(first_and_last(training) or ())[1:]
+    return {**facts, "steps": len(training["losses"]), "losses": losses, "loss": loss_text(training)}
+
+
 def verdict(training: Mapping[str, Any]) -> str:
     """Whether a training helped, in one sentence."""
     text = loss_text(training)

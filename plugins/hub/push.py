@@ -19,7 +19,7 @@ CARD_FILE = "README.md"
 _HUB_ID = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}", re.ASCII)
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _RECORD = "llmpruner.json"
-_STAYS = ("run.json", "report.html", "step.json")
+_STAYS = ("run.json", "report.html")
 """Files about the machine that the checkpoint was made on: they have paths of it."""
 
 

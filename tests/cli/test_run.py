@@ -3,6 +3,7 @@ what they depend on has changed."""
 
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -11,9 +12,11 @@ import yaml
 from said import Killed, StopAt
 
 from llmpruner import LoadSettings, OutputError, RunSettings, api
+from llmpruner.discovery.opening import Opener
 from llmpruner.engine import journal
 from llmpruner.files import alone_in
 from llmpruner.progress import Progress
+from llmpruner.recipes import run as running
 from llmpruner.recipes.recipe import Recipe
 from llmpruner.recipes.run import RecipeRun
 from llmpruner.structure.outcome import Outcome
@@ -103,7 +106,7 @@ def test_a_second_run_skips_everything(run, file, out):
     steps = shown.json()["steps"]
     assert [step["skipped"] for step in steps] == [True] * 4 and times(out) == before
     assert shown.err.count("done before with the same inputs, skipped") == 4
-    assert steps[0]["result"] == json.loads((out / "1-prune" / "step.json").read_text())["result"]
+    assert steps[0]["result"] == json.loads((out / "1-prune" / "run.json").read_text())["step"]["result"]
     assert steps[1]["result"]["steps"] == 3 and steps[1]["result"]["checkpoint"] == "stock"
     assert [row["name"] for row in steps[2]["result"]] == ["dense", "1-prune", "2-recover"]
     assert "model.safetensors" in steps[3]["result"]["files"]
@@ -127,6 +130,7 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
     stop = StopAt("step 1 of 4, 1-prune, again: models changed")
     with pytest.raises(Killed):
         api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
+    assert skipped(recipe, out, load=narrow) == [True] * 4, "what a run did not replace is still there"
 
 
 def test_the_report_is_of_the_steps_that_were_run(run, file, out):
@@ -139,33 +143,43 @@ def test_the_report_is_of_the_steps_that_were_run(run, file, out):
         assert "<h1>1-prune, pruned from dense</h1>" in page and ("bits per byte" in page) == measured
 
 
-def no_result(path, target):
+def no_name(path, target):
     """`Path.rename`, where the process ends before the result of a step gets its name."""
-    if path.name == "result":
+    if path.name.startswith("1-prune."):
         raise Killed
     return path.replace(target)
+
+
+def no_step(*_, **__):
+    """`write_step`, where the process ends before it."""
+    raise Killed
 
 
 def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "SHARE", 1e9)
     recipe, out = recipe_of(shared), tmp_path / "out"
 
-    def killed(progress: Progress) -> list[str]:
+    def killed(progress: Progress, **options) -> list[str]:
         with pytest.raises(Killed):
-            api.run(recipe, output=out, progress=progress)
-        return sorted(folder.name for folder in out.iterdir())
+            api.run(recipe, output=out, progress=progress, **options)
+        return sorted(re.sub(r"\.[0-9a-f]{8}", ".new", folder.name) for folder in out.iterdir())
 
-    assert killed(StopAt("Compensating", 2)) == ["1-prune.work"]
-    assert (out / "1-prune.work" / "result.pruning" / "state.json").is_file()
+    others = {"prune.samples": 5}
+    assert killed(StopAt("Compensating", 2), values=others) == ["1-prune.new.pruning"]
+    assert killed(StopAt("Compensating", 2)) == ["1-prune.new.pruning"], "not both"
+    assert len(list(out.glob("*/state.json"))) == 1
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "rename", no_result)
-        assert killed(Progress())[0] == "1-prune.work", "whole, but without its name"
-    made = (out / "1-prune.work" / "result" / "model.safetensors").stat().st_mtime_ns
-    assert killed(StopAt("Recovering, step 2")) == ["1-prune", "2-recover.work"]
+        patch.setattr(running, "write_step", no_step)
+        assert killed(Progress()) == ["1-prune.new"], "whole, but not known to be"
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", no_name)
+        assert killed(Progress()) == ["1-prune.new"], "whole, but without its name"
+    made = next(out.glob("1-prune.*/model.safetensors")).stat().st_mtime_ns
+    assert killed(StopAt("Recovering, step 2")) == ["1-prune", "2-recover.new.recovery"]
     assert (out / "1-prune" / "model.safetensors").stat().st_mtime_ns == made
-    assert (out / "2-recover.work" / "result.recovery" / "checkpoint-1").is_dir()
-    assert killed(StopAt("perplexity")) == ["1-prune", "2-recover", "table.work"]
-    assert killed(StopAt("Comparing the outputs")) == ["1-prune", "2-recover", "4-export.work", "table"]
+    assert next(out.glob("2-recover.*/checkpoint-1")).is_dir()
+    assert killed(StopAt("perplexity")) == ["1-prune", "2-recover"]
+    assert killed(StopAt("Comparing the outputs")) == ["1-prune", "2-recover", "table"]
     api.run(recipe, output=out)
     assert checksums(out) == checksums(whole)
     assert {folder.name for folder in out.iterdir()} == set(NAMES)
@@ -251,10 +265,11 @@ def test_what_a_step_cannot_do_is_refused_before_other_steps(refused, file, dens
 
 def test_the_model_of_an_export_to_one_file_is_that_file(shared, tmp_path, catalog):
     steps = [{"export": {"to": "stock"}, "name": "file"}, {"evaluate": {"metrics": "size"}, "models": ["file"]}]
-    recipe = Recipe.of({"steps": steps}, catalog)
+    recipe = Recipe.read({"steps": steps}, catalog)
     (tmp_path / "file").mkdir()
-    (tmp_path / "file" / "step.json").write_text("{}")
-    found = RecipeRun(recipe, shared / "dense", tmp_path, LoadSettings(), RunSettings(), catalog, Progress(), {})
+    (tmp_path / "file" / "run.json").write_text('{"step": {}}')
+    opener = Opener(catalog, LoadSettings(), Progress())
+    found = RecipeRun(recipe, shared / "dense", tmp_path, opener, RunSettings(), {})
     identities = set()
     for content in (b"one", b"another"):
         (tmp_path / "file" / "model.gguf").write_bytes(content)

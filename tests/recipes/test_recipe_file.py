@@ -5,7 +5,8 @@ import pytest
 from llmpruner import LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api, load_catalog
 from llmpruner.errors import PluginError, UnknownNameError
 from llmpruner.models.reference import data_identity
-from llmpruner.recipes.recipe import Recipe, values_of
+from llmpruner.recipes.recipe import Recipe
+from llmpruner.values import values_of
 
 GOOD = """\
 model: some/model
@@ -45,20 +46,20 @@ def test_a_file_means_what_the_commands_mean(tmp_path):
 
 def test_the_same_from_python(catalog):
     steps = [{"prune": {"ratio": 0.2, "layers": [1, 2]}}, {"evaluate": None, "models": "last"}]
-    recipe = Recipe.of({"steps": steps}, catalog)
+    recipe = Recipe.read({"steps": steps}, catalog)
     assert recipe.steps[0].settings.layers == "1,2"
     assert recipe.steps[1].reads == ("1-prune",)
 
 
 def test_rounds_are_steps_of_their_own(catalog):
     steps = [{"rounds": 2, "steps": [{"prune": {"ratio": 0.1}}, {"recover": {"data": "a"}}]}, "evaluate"]
-    recipe = Recipe.of({"steps": steps}, catalog)
+    recipe = Recipe.read({"steps": steps}, catalog)
     assert [step.name for step in recipe.steps] == ["1-prune", "2-recover", "3-prune", "4-recover", "5-evaluate"]
     assert recipe.steps[2].reads == ("2-recover",)
-    changed = Recipe.of({"steps": steps}, catalog, values={"3.ratio": 0.3, "recover.settings.distil.rank": 4})
+    changed = Recipe.read({"steps": steps}, catalog, values={"3.ratio": 0.3, "recover.settings.distil.rank": 4})
     assert [step.settings.given().get("ratio") for step in changed.steps] == [0.1, None, 0.3, None, None]
     assert changed.steps[1].settings.settings == {"distil": {"rank": 4}} == changed.steps[3].settings.settings
-    assert Recipe.of({"steps": steps}, catalog) == recipe, "the mapping itself stays as it is"
+    assert Recipe.read({"steps": steps}, catalog) == recipe, "the mapping itself stays as it is"
 
 
 def test_values_on_the_command_line_are_read_as_in_a_file():
@@ -85,6 +86,7 @@ WRONG = {
     "a key at the top": ("modle: x\n" + STEPS, "r.yaml: unknown setting 'modle'; did you mean model?"),
     "a command": ("steps: [prune: {ratio: 0.2}, recovr: {data: x}]", "export, got 'recovr'; did you mean recover"),
     "a list of settings": ("steps: [prune: [ratio]]", "r.yaml, step 1 (prune): expected a mapping of settings"),
+    "two commands": ("steps: [{prune: {ratio: 0.2}, evaluate: }]", "step 1 (prune): unknown setting 'evaluate'"),
     "a setting": ("steps: [prune: {ratio: 0.2, rond_to: 8}]", "step 1 (prune): unknown setting 'rond_to'; did you"),
     "out of bounds": ("steps: [prune: {ratio: 1.5}]", "r.yaml, step 1 (prune): ratio 1.5: input should be less than 1"),
     "required": ("steps: [evaluate, export: {settings: {}}]", "r.yaml, step 2 (export): to must be given"),
@@ -95,7 +97,7 @@ WRONG = {
         "r.yaml, step 2 (evaluate): models: unknown model 'prund'; did you mean pruned?",
     ),
     "models of an export": ("steps: [{export: {to: gguf}, models: dense}]", "(export): 'models' belongs to evaluate, "),
-    "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "rounds: 'prune' belongs to a step"),
+    "a step beside rounds": ("steps: [{rounds: 2, steps: [evaluate], prune: }]", "rounds: unknown setting 'prune'"),
     "a later model": ("steps: [{evaluate: , models: 2-prune}, prune: {ratio: 0.2}]", "unknown model '2-prune'"),
     "a comparison with nothing": (
         "steps: [evaluate: {kl: true}]", "r.yaml, step 1 (evaluate): metric perplexity compares models with the first"
@@ -117,7 +119,7 @@ def test_a_mistake_is_one_line_with_its_place(what, tmp_path):
 def test_values_that_replace_nothing(tmp_path):
     with pytest.raises(SettingsError, match=r"prun\.ratio: unknown step 'prun'; did you mean prune or 1-prune"):
         read(STEPS, tmp_path, **{"prun.ratio": 0.3})
-    with pytest.raises(SettingsError, match=r"\(prune\): prune\.ratio\.x: expected a mapping of settings, got '0\.2'"):
+    with pytest.raises(SettingsError, match=r"\(prune\): ratio {'x': 0\.3}: input should be a valid number"):
         read(STEPS, tmp_path, **{"prune.ratio.x": 0.3})
     for key in ("prune", "ratio", ".ratio"):
         with pytest.raises(SettingsError, match=r"expected STEP\.setting, such as prune\.ratio"):
@@ -148,7 +150,7 @@ def test_every_shipped_recipe_is_valid(catalog):
 def test_a_folder_that_a_setting_names_is_known_by_its_files(tmp_path, catalog):
     """As the folder of lm-eval's task files is."""
     steps = [{"evaluate": {"tasks": "own", "settings": {"tasks": {"include_path": str(tmp_path)}}}}]
-    (step,) = Recipe.of({"steps": steps}, catalog).steps
+    (step,) = Recipe.read({"steps": steps}, catalog).steps
     file = tmp_path / "own.yaml"
     identities = []
     for text in ("task: own", "task: other"):
