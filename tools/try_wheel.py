@@ -21,7 +21,7 @@ PROGRAM = shutil.which("llmpruner", path=str(Path(sys.executable).parent)) or "l
 
 def main() -> None:
     assert CHECKOUT not in Path(llmpruner.__file__).parents, "this is the checkout, not an installed wheel"
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # Windows keeps files that are mapped
         told = run(folder, "--version")
         assert told == f"llmpruner {version('llmpruner')}\n", told
         dense = make_model(Path(folder, "dense"))
