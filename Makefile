@@ -36,7 +36,7 @@ test-long: .venv/ready  ## what takes too long for CI: notebooks, killed recipes
 test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not slow and not real and not long"
 
-coverage: .venv/ready  ## the tests of CI, and the share of the program's lines that they run; half an hour
+coverage: lint  ## `make test`, and the share of the program's lines that the tests run; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not long" --cov --cov-context=test --cov-report= --junitxml=.coverage-tests.xml
 	$(BIN)/coverage report --fail-under=92
 

@@ -1,7 +1,6 @@
 """What only separate processes can show: exit codes, tracebacks, time, and the same bytes twice."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -10,6 +9,8 @@ import pytest
 from fresh import run_fresh
 
 from llmpruner.cli import process
+
+resource = pytest.importorskip("resource", reason="Windows has neither it nor signals that a process can answer")
 
 
 def llmpruner(*arguments, **environment) -> subprocess.CompletedProcess[str]:

@@ -1,6 +1,7 @@
 """Exports are whole or not there, load their model only when they need it, and keep every byte of their weights."""
 
 import signal
+import sys
 from dataclasses import replace
 
 import pytest
@@ -167,6 +168,7 @@ export(Path(sys.argv[1]), Half(), Path(sys.argv[1]) / "out", None)
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
 def test_what_a_killed_export_left_is_removed_by_the_next(tmp_path):
     done = run_fresh(KILLED, tmp_path)
     assert done.returncode == -signal.SIGKILL
