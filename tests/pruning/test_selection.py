@@ -8,13 +8,13 @@ import torch
 from torch.nn import functional
 
 import llmpruner
-from llmpruner import Blocks, CoupledGroup, ModelError, Role, Span
+from llmpruner import ModelError
 from llmpruner.calibration.calibration import CalibrationSet
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.selection import Demand, select, trial_loss
 from llmpruner.structure.kept import restrict
-from llmpruner.structure.scope import Scope, Widths, build_queue
+from llmpruner.structure.scope import Scope
 
 ALL = (0, 1, 2, 3)
 
@@ -71,18 +71,6 @@ def test_global_ranking_takes_the_least_important_of_all(gqa):
 def test_query_heads_go_evenly_and_each_group_keeps_its_minimum(gqa):
     kept = choose(gqa.graph, ("query",), Demand(units={f"layers.{n}.query": 7.9 for n in ALL}))
     assert all([u // 2 for u in units] == [0, 1, 2, 3] for units in kept.values())
-
-
-def test_a_multiple_and_a_minimum_of_the_group_itself_hold():
-    spans = (Span("w", 0, Role.PRODUCES, Blocks(30)),)
-    group = CoupledGroup("g", "mlp", 30, spans, multiple=8, minimum=9)
-    queue = build_queue(group, [float(u) for u in range(30)], multiple=Widths().multiple(group))
-    assert [30 - queue.removed_after(n) for n in range(len(queue.steps) + 1)] == [30, 24, 16]
-
-
-def test_ties_are_broken_by_unit_number():
-    queue = build_queue(CoupledGroup("g", "mlp", 4, (Span("w", 0, Role.PRODUCES, Blocks(4)),)), [1.0, 1.0, 0.0, 1.0])
-    assert queue.steps == ((2,), (0,), (1,))
 
 
 def measured(graph, kinds, demand, loss, allocation):
