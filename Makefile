@@ -1,8 +1,8 @@
 # Each target sets up .venv by itself. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-# Files go to the workers in the order of tests/conftest.py, the longest first, not by their numbers of tests.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# Each worker begins with one half of the tests; who has none left takes half of those that the other has.
+WORKERS := -n 2 --dist worksteal
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Tests start many processes, and each would compile what it imports.
