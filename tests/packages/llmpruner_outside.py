@@ -186,69 +186,23 @@ class Pointer(CheckpointReader):
         return getattr(transformers, name).from_pretrained((path / "pointer.txt").read_text("utf-8"), **options)
 
 
-@hookimpl
-def llmpruner_allocations():
-    return [Tapered]
-
-
-@hookimpl
-def llmpruner_budgets():
-    return [MatrixParameters]
-
-
-@hookimpl
-def llmpruner_compensations():
-    return [KeepNorm]
-
-
-@hookimpl
-def llmpruner_calibration_sources():
-    return [Counting]
-
-
-@hookimpl
-def llmpruner_importance_criteria():
-    return [Magnitude]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_metrics():
-    return [Vocabulary]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_exporters():
-    return [Weights]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_runtimes():
-    return [Slow]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_report_sections():
-    return [Widths]
-
-
-@hookimpl
-def llmpruner_methods():
-    return [Cautious]
-
-
-@hookimpl
-def llmpruner_model_families():
-    return [Unknown]
-
-
-@hookimpl
-def llmpruner_recovery_strategies():
-    return [Nothing, Imitation]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_checkpoint_readers():
-    return [Pointer]
+COMPONENTS = {
+    "llmpruner_allocations": [Tapered],
+    "llmpruner_budgets": [MatrixParameters],
+    "llmpruner_compensations": [KeepNorm],
+    "llmpruner_calibration_sources": [Counting],
+    "llmpruner_importance_criteria": [Magnitude],  # noqa: F821
+    "llmpruner_metrics": [Vocabulary],  # noqa: F821
+    "llmpruner_exporters": [Weights],  # noqa: F821
+    "llmpruner_runtimes": [Slow],  # noqa: F821
+    "llmpruner_report_sections": [Widths],
+    "llmpruner_methods": [Cautious],
+    "llmpruner_model_families": [Unknown],
+    "llmpruner_recovery_strategies": [Nothing, Imitation],  # noqa: F821
+    "llmpruner_checkpoint_readers": [Pointer],
+}
+for hook, classes in COMPONENTS.items():
+    globals()[hook] = hookimpl(lambda classes=classes: classes, specname=hook)
 
 
 @hookimpl

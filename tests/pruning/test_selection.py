@@ -10,6 +10,7 @@ from torch.nn import functional
 import llmpruner
 from llmpruner import ModelError
 from llmpruner.calibration.calibration import CalibrationSet
+from llmpruner.discovery.oracle import logits
 from llmpruner.models.surgery import cut
 from llmpruner.pruning.allocation import Allocation, GlobalRanking, Sensitivity, Uniform, top_up
 from llmpruner.pruning.selection import Demand, select, trial_loss
@@ -44,17 +45,6 @@ def test_the_amount_is_hit_within_one_unit(gqa, kinds, ratio, allocation):
     removed = graph.decoder_parameters - restrict(graph, kept).decoder_parameters
     finest = min(graph.parameters_per_unit(g) for g in graph.of_kinds(kinds))
     assert abs(removed - target) <= finest
-
-
-def test_uniform_takes_the_least_important_of_every_group(gqa):
-    scope = Scope(("mlp",), (1, 2))
-    groups = scope.groups(gqa.graph)
-    scores = scores_for(groups)
-    kept = select(gqa.graph, groups, scores, scope, Demand(units={g.name: 24.0 for g in groups}), Uniform())
-    for group in groups:
-        order = scores[group.name].argsort(stable=True)
-        assert set(kept[group.name]) == set(order[24:].tolist())
-    assert set(kept) == {"layers.1.mlp", "layers.2.mlp"}
 
 
 def test_global_ranking_takes_the_least_important_of_all(gqa):
@@ -155,8 +145,7 @@ def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
     pruned = copy.deepcopy(gqa.model)
     cut(pruned, gqa.graph, kept, gqa.family)
     tried = IDS[-12:]
-    with torch.no_grad():
-        log_p, log_q = (m(tried).logits[:, :-1].double().log_softmax(-1) for m in (gqa.model, pruned))
+    log_p, log_q = (logits(m, tried)[:, :-1].double().log_softmax(-1) for m in (gqa.model, pruned))
     expected = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
     assert loss(kept) == pytest.approx(float(expected), rel=0.05) and expected > 1e-4
     assert loss({}) == pytest.approx(0.0, abs=1e-6)
@@ -165,8 +154,7 @@ def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
 
 def test_a_divergence_that_is_not_finite_is_refused(gqa):
     loss = trials(gqa, "mlp")
-    with torch.no_grad():
-        gqa.model.lm_head.weight[5] = float("nan")
+    gqa.model.lm_head.weight.data[5] = float("nan")
     with pytest.raises(ModelError, match=r"not a finite number; .* overflow in float32"):
         loss({"layers.1.mlp": range(48)})
 
