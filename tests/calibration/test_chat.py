@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+from transformers import PreTrainedTokenizerFast
 
 from llmpruner import DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, chat_prompt, labelled, training_texts
@@ -49,20 +50,14 @@ def tokenizer(template=None):
     return made
 
 
-class Slow:
-    """A tokenizer that gives no offsets."""
+class Slow(PreTrainedTokenizerFast):
+    """Gives no offsets."""
 
     is_fast = False
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
     def __call__(self, text, **options):
         assert "return_offsets_mapping" not in options
-        return self._tokenizer(text, **options)
+        return super().__call__(text, **options)
 
 
 def trained(row, chosen):
@@ -95,7 +90,8 @@ def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_fam
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
 def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
-    chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
+    chosen = tokenizer(CHATML)
+    chosen.__class__ = Slow if slow else type(chosen)
     (row,) = rows(conversation(CHAT), chosen)
     assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(CHAT)["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1

@@ -1,4 +1,4 @@
-"""A package with a component of every kind, written with public names alone."""
+"""A package with a component of every kind but readers, written with public names alone; the tutorial has a reader."""
 
 import inspect
 import re
@@ -13,7 +13,6 @@ from llmpruner import (
     Allocation,
     Budget,
     CalibrationSource,
-    CheckpointReader,
     Compensation,
     ComponentSettings,
     DataError,
@@ -162,30 +161,6 @@ class Unknown(ModelFamily):
     model_types = ("unknown-type",)
 
 
-class Pointer(CheckpointReader):
-    """A format: a folder with a file ``pointer.txt`` that names the folder of the real model."""
-
-    name = "pointer"
-    summary = "a folder that names another"
-
-    def recognises(self, path):
-        return (path / "pointer.txt").is_file()
-
-    def read_config(self, path):
-        return self._read("AutoConfig", path)
-
-    def read_model(self, path, dtype):
-        return self._read("AutoModelForCausalLM", path, dtype=dtype)
-
-    def read_tokenizer(self, path):
-        return self._read("AutoTokenizer", path)
-
-    def _read(self, name, path, **options):
-        import transformers
-
-        return getattr(transformers, name).from_pretrained((path / "pointer.txt").read_text("utf-8"), **options)
-
-
 COMPONENTS = {
     "llmpruner_allocations": [Tapered],
     "llmpruner_budgets": [MatrixParameters],
@@ -199,7 +174,6 @@ COMPONENTS = {
     "llmpruner_methods": [Cautious],
     "llmpruner_model_families": [Unknown],
     "llmpruner_recovery_strategies": [Nothing, Imitation],  # noqa: F821
-    "llmpruner_checkpoint_readers": [Pointer],
 }
 for hook, classes in COMPONENTS.items():
     globals()[hook] = hookimpl(lambda classes=classes: classes, specname=hook)
