@@ -1,8 +1,8 @@
 # Each target sets up .venv by itself. PYTHON chooses the interpreter (3.10 or newer).
 PYTHON ?= python3
 BIN := .venv/bin
-# Files go to the workers in the order of tests/conftest.py, the longest first, not by their numbers of tests.
-WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+# Each worker begins with one half of the tests; who has none left takes half of those that the other has.
+WORKERS := -n 2 --dist worksteal
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Tests start many processes, and each would compile what it imports.
@@ -36,7 +36,7 @@ test-long: .venv/ready  ## what takes too long for CI: notebooks, killed recipes
 test-fast: .venv/ready  ## two minutes: no slow test, no real model, no lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not slow and not real and not long"
 
-coverage: .venv/ready  ## the tests of CI, and the share of the program's lines that they run; half an hour
+coverage: lint  ## `make test`, and the share of the program's lines that the tests run; half an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest $(WORKERS) -m "not long" --cov --cov-context=test --cov-report= --junitxml=.coverage-tests.xml
 	$(BIN)/coverage report --fail-under=92
 

@@ -1,15 +1,16 @@
-"""Cut models for checkpoint tests: each way to cut a tiny LLaMA, and some other classes."""
+"""Cut models for tests of checkpoints and exports: each way to cut a tiny LLaMA, and some other classes."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from llmpruner_llama import LlamaFamily
 
-from llmpruner import build_graph
+from llmpruner import ModelFamily, build_graph
 from llmpruner.discovery.cut import cut
 from llmpruner.models.family import AutoFamily
 from llmpruner.models.surgery import cut_tensors
@@ -138,3 +139,27 @@ EVERY: dict[str, tuple[Callable[[], Any], str]] = {
     "mixtral-experts-uniform": (cut_mixtral_uniform, "MixtralForCausalLM"),
 }
 """Cut model, and the class that its checkpoint must have."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded checkpoint, as `ExportTask.loaded` gives it."""
+
+    model: Any
+    family: ModelFamily
+    config: Any
+    plans: Sequence[Any] = ()
+    record: Mapping[str, Any] | None = None
+    tokenizer: Any | None = None
+
+    def load(self) -> Any:
+        return self
+
+
+def llama_source(name: str, dtype: torch.dtype = torch.float32) -> Source:
+    """One of `LLAMA`."""
+    from transformers import LlamaConfig
+
+    case = LLAMA[name]
+    plans = [SimpleNamespace(kept=dict(case.kept))] if case.kept else []
+    return Source(cut_llama(name, dtype), LlamaFamily(), LlamaConfig(**{**SIZES, **case.options}), plans, {})

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,29 +28,6 @@ if TYPE_CHECKING:
 
     from llmpruner import Catalog, Model
     from llmpruner.structure.coupling import CouplingGraph
-
-LONGEST = [
-    "discovery/test_model_types.py",
-    "models/test_streamed.py",
-    "docs/test_tutorial.py",
-    "pruning/test_budgets.py",
-    "discovery/test_new_architecture.py",
-    "engine/test_ranks.py",
-    "pruning/test_compensation.py",
-    "discovery/test_types_end_to_end.py",
-    "real/test_real_model.py",
-    "models/test_checkpoint_roundtrip.py",
-    "models/test_16_bits.py",
-    "discovery/test_layer_removal.py",
-    "pruning/test_forecast.py",
-    "cli/test_new_plugin.py",
-    "testing/test_conformance_kits.py",
-    "plugins/chatglm/test_chatglm_families.py",
-    "cli/test_bad_input.py",
-    "cli/test_prune.py",
-    "cli/test_run.py",
-]
-"""Files of over twenty seconds, longest first: begun last, they would leave the other worker without work."""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -86,8 +62,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.name == "test_a_pruned_model_loads_in_fresh_processes":
             item.add_marker(pytest.mark.slow)
-    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 def pytest_unconfigure() -> None:

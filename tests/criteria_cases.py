@@ -133,10 +133,16 @@ def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
 
 def observed(model: Any, path: str, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inputs and outputs of the module ``path``, (tokens, width), float64."""
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.extend((args[0], out)))
+    args, out = called(model, path, ids)
+    return args[0].flatten(0, -2).double(), out.flatten(0, -2).double()
+
+
+def called(model: Any, path: str, ids: torch.Tensor) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+    """What the module ``path`` is called with, and returns."""
+    seen: list[Any] = []
+    handle = model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append((args, out)))
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)
     handle.remove()
-    inputs, outputs = (tensor.flatten(0, -2).double() for tensor in seen)
-    return inputs, outputs
+    (call,) = seen
+    return call

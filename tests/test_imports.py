@@ -1,14 +1,17 @@
-"""What is light stays light, and what is public exists."""
+"""What is light stays light, what is public exists, and pyproject.toml, CI and the packages agree."""
 
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import yaml
 from fresh import run_fresh
 
 import llmpruner
 
+ROOT = Path(__file__).resolve().parents[1]
+CI = (ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8")
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "lm_eval", "numpy"}
 LIGHT = (
     "import llmpruner",
@@ -75,7 +78,37 @@ def test_every_public_name_exists():
 
 def test_what_plugins_must_create_is_public():
     """The pages of the reference say that it is imported from llmpruner."""
-    structure = (Path(__file__).parents[1] / "docs" / "reference" / "structure.md").read_text(encoding="utf-8")
+    structure = (ROOT / "docs" / "reference" / "structure.md").read_text(encoding="utf-8")
     kinds = re.findall(r"`([A-Z]+)` \(`'", structure)
     assert len(kinds) == 8
     assert {*kinds, "Blocks", "Explicit", "index_map", "Cost", "Fit", "TrainingResult"} <= {*llmpruner.__all__}
+
+
+def test_every_promised_python_is_tested():
+    promised = re.findall(r"Python :: (3\.\d+)", (ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    # As text: without quotation marks, 3.10 is a number and means 3.1.
+    assert yaml.safe_load(CI)["jobs"]["test"]["strategy"]["matrix"]["python"] == promised
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    called = re.findall(r"^(?:      - run: )?make (\w\S*)", CI + (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert {"test", "docs"} <= set(called)
+    assert [target for target in called if not re.search(rf"^{re.escape(target)}:", makefile, re.M)] == []
+
+
+def test_every_package_is_shipped():
+    text = (ROOT / "pyproject.toml").read_text()
+    listed = set(re.findall(r'"([^"]+)"', re.search(r"^packages = \[(.*?)\]", text, re.S | re.M)[1]))
+    core = {str(f.parent.relative_to(ROOT)).replace("/", ".") for f in (ROOT / "llmpruner").rglob("__init__.py")}
+    plugins = {f"llmpruner_{f.parent.name}" for f in (ROOT / "plugins").glob("*/__init__.py")}
+    assert listed == core | plugins
+
+
+def test_every_other_file_is_shipped():
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2]
+    listed = dict(re.findall(r"^(llmpruner\w*) = \[(.*)\]", text, re.M))
+    plugins = {f"llmpruner_{f.parent.name}": f.parent for f in (ROOT / "plugins").glob("*/__init__.py")}
+    for package, folder in {"llmpruner": ROOT / "llmpruner", **plugins}.items():
+        shipped = {f for pattern in re.findall(r'"([^"]+)"', listed.get(package, "")) for f in folder.glob(pattern)}
+        assert shipped == {f for f in folder.rglob("*") if f.is_file() and f.suffix not in (".py", ".pyc")}

@@ -104,7 +104,7 @@ class GlmFamily(ModelFamily):
     name = "glm"
     summary = "GLM-4 in transformers' own format"
     model_types = ("glm", "glm4")
-    chat_format = GlmFormat()
+    chat_format: ClassVar[ChatFormat] = GlmFormat()
 
 
 class ChatGLM2Family(GlmFamily):

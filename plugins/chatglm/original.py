@@ -108,7 +108,7 @@ def read_model(path: Path, dtype: torch.dtype | None) -> PreTrainedModel:
                 name = name.replace(old, new)
             parts = {name: tensor}
             if ".query_key_value." in name:
-                three = zip("qkv", tensor.split(fused), strict=True)
+                three = zip("qkv", torch.split(tensor, fused), strict=True)
                 parts = {name.replace("query_key_value", f"{letter}_proj"): part for letter, part in three}
             # Copies, as a part would keep the whole tensor in memory.
             state |= {name: part.to(dtype or part.dtype, copy=True) for name, part in parts.items()}

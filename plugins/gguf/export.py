@@ -61,8 +61,10 @@ def export_gguf(task: ExportTask, kind: str, quant: str | None, pre: str | None)
         kind = f"{quant}: " + ", ".join(f"{count} {name}" for name, count in counts.most_common() if name != "f32")
     # Ollama's description of a model; it takes the chat template from the file.
     end = getattr(model.generation_config, "eos_token_id", None)
-    ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id] if tokenizer is not None else []
-    texts = [tokenizer.convert_ids_to_tokens(number) for number in dict.fromkeys(ids) if number is not None]
+    texts: list[str] = []
+    if tokenizer is not None:
+        ids = [*(end if isinstance(end, list) else [end]), tokenizer.eos_token_id]
+        texts = [tokenizer.convert_ids_to_tokens(number) for number in dict.fromkeys(ids) if number is not None]
     stops = [f'PARAMETER stop "{text}"\n' for text in texts if '"' not in text]
     (task.directory / "Modelfile").write_text(f"FROM ./{target.name}\n{''.join(stops)}", encoding="utf-8")
     size = f"{target.stat().st_size / 1e6:,.1f} MB"
@@ -118,8 +120,8 @@ def write_gguf(task: ExportTask, path: Path, kind: str, pre: str | None) -> tupl
 def _add_sizes(writer: gguf.GGUFWriter, architecture: Architecture, facts: Facts) -> None:
     window = next((w for w in facts.windows if w is not None), None)
     # Inside its window, a layer attends to all tokens before.
-    whole = not window or architecture.window_period
-    writer.add_context_length(facts.context if whole else min(facts.context, window))
+    length = facts.context if not window or architecture.window_period else min(facts.context, window)
+    writer.add_context_length(length)
     writer.add_block_count(len(facts.heads))
     writer.add_embedding_length(facts.hidden)
     writer.add_vocab_size(facts.vocabulary)

@@ -248,7 +248,8 @@ def tokenizer_in(directory: Path) -> Any | None:
 def _mapped(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a file, mapped into memory. Code in its pickle is not run."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        tensors: dict[str, torch.Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return tensors
     except Exception as error:  # a damaged archive or pickle can raise anything
         raise CheckpointError(
             f"{path} is damaged, or holds pickled code, which is never run; download it again"

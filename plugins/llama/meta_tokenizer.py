@@ -55,7 +55,7 @@ def _tiktoken(path: Path, ranks: dict[bytes, int], scaled_rope: bool) -> Any:
     free = itertools.count()
     special = [named.get(n) or f"<|reserved_special_token_{next(free)}|>" for n in range(256)]
 
-    class Converter(TikTokenConverter):
+    class Converter(TikTokenConverter):  # type: ignore[misc]
         # tiktoken's own loader caches by path, even when the file has changed.
         @staticmethod
         def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:

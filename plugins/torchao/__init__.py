@@ -112,7 +112,7 @@ class TorchAoExporter(Exporter):
         )
         for path, module in linear_layers(quantised):
             # torchao leaves a layer that it cannot quantise as it is, without an error.
-            if not is_traceable_wrapper_subclass(module.weight):
+            if not is_traceable_wrapper_subclass(module.weight):  # type: ignore[unreachable]
                 raise UnsupportedModelError(f"torchao did not quantise '{path}' of shape {tuple(module.weight.shape)}")
         return quantised.eval()
 

@@ -90,7 +90,7 @@ def _quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-class VicunaFamily(LlamaFamily):
+class VicunaFamily(LlamaFamily):  # type: ignore[misc]
     name = "vicuna"
     summary = "Vicuna v1.1, v1.3 and v1.5: LLaMA with a conversation format"
     extends = "llama"

@@ -2,10 +2,11 @@
 
 import json
 from itertools import groupby
+from pathlib import Path
 
 import pytest
 import tiny_models
-from chat_templates import OPENERS, TEMPLATES, WITHOUT_SYSTEM
+from transformers import PreTrainedTokenizerFast
 
 from llmpruner import ChatFormat, DataError, ModelFamily
 from llmpruner.calibration.chat import IGNORED, TrainingText, chat_prompt, labelled, training_texts
@@ -15,6 +16,11 @@ from llmpruner.recovery.data import prepare, read_data
 from llmpruner.settings import RecoverSettings
 
 FAMILY = ModelFamily()
+TEMPLATES = {
+    file.stem: file.read_text(encoding="utf-8").rstrip("\n")
+    for file in sorted((Path(__file__).parents[1] / "data" / "chat_templates").glob("*.jinja"))
+}
+"""What templates of published models do, in as few lines."""
 CHATML = (
     "{{ bos_token }}{% for message in messages %}"
     "{{ '[' + message['role'] + '] ' + message['content'] + eos_token + '\n' }}"
@@ -48,20 +54,14 @@ def tokenizer(template=None):
     return made
 
 
-class Slow:
-    """A tokenizer that gives no offsets."""
+class Slow(PreTrainedTokenizerFast):
+    """Gives no offsets."""
 
     is_fast = False
 
-    def __init__(self, tokenizer):
-        self._tokenizer = tokenizer
-
-    def __getattr__(self, name):
-        return getattr(self._tokenizer, name)
-
     def __call__(self, text, **options):
         assert "return_offsets_mapping" not in options
-        return self._tokenizer(text, **options)
+        return super().__call__(text, **options)
 
 
 def trained(row, chosen):
@@ -94,7 +94,8 @@ def test_a_prompt_is_in_the_template_where_there_is_one_and_no_format_of_the_fam
 
 @pytest.mark.parametrize("slow", [False, True], ids=["fast", "slow"])
 def test_every_answer_is_trained_on_from_the_end_of_its_generation_prompt(slow):
-    chosen = Slow(tokenizer(CHATML)) if slow else tokenizer(CHATML)
+    chosen = tokenizer(CHATML)
+    chosen.__class__ = Slow if slow else type(chosen)
     (row,) = rows(conversation(CHAT), chosen)
     assert row["input_ids"] == tokenizer(CHATML).apply_chat_template(CHAT)["input_ids"]
     assert row["input_ids"].count(chosen.bos_token_id) == 1
@@ -140,7 +141,7 @@ def test_a_conversation_that_the_template_refuses_is_named(tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps([{"messages": talk} for talk in (CHAT[1:], CHAT)]))
     with pytest.raises(DataError, match=r"a\.json, record 2: the chat template of .*: System role not supported$"):
-        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(TEMPLATES["Gemma"]))
+        prepare(RecoverSettings(data=str(file)), read_data(str(file)), FAMILY, tokenizer(TEMPLATES["gemma"]))
 
 
 @pytest.mark.parametrize("call", ["strftime_now('%d %b %Y')", 'strftime_now( "%d %b %Y" )'])
@@ -187,7 +188,7 @@ def prompts_and_answers(texts):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     messages, chosen = CHATS[chat], tokenizer(TEMPLATES[name])
-    if name in WITHOUT_SYSTEM:
+    if name == "gemma":  # refuses system messages
         messages = [message for message in messages if message["role"] != "system"]
     texts = training_texts(conversation(messages), FAMILY, chosen)
     found = prompts_and_answers(texts)
@@ -196,7 +197,7 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
     for number, (prompt, answer) in zip(answers, found, strict=True):
         question, content = messages[number - 1]["content"], messages[number]["content"].strip()
         wanted = asked(chosen, messages[:number])
-        assert prompt == wanted.removesuffix(OPENERS.get(name, ""))
+        assert prompt == (wanted.removesuffix("<think>\n") if name == "deepseek-r1" else wanted)
         assert answer.removeprefix("<think>\n\n</think>\n\n").strip().startswith(content)
         assert content == question or question not in answer
     marked = [text for row in rows(conversation(messages), chosen) for text in trained(row, chosen)]
@@ -208,9 +209,9 @@ def test_every_answer_has_the_prompt_that_the_model_gets_for_it(name, chat):
 @pytest.mark.parametrize(
     ("name", "wanted"),
     [
-        ("Qwen3", "<think>\nShort.\n</think>\n\nBonjour<|im_end|>\n"),
-        ("DeepSeek-R1", "\n\nBonjour<｜end▁of▁sentence｜>"),
-        ("ChatML", "<think>\nShort.\n</think>\n\nBonjour<|im_end|>\n"),
+        ("qwen3", "<think>\nShort.\n</think>\n\nBonjour<|im_end|>\n"),
+        ("deepseek-r1", "\n\nBonjour<｜end▁of▁sentence｜>"),
+        ("chatml", "<think>\nShort.\n</think>\n\nBonjour<|im_end|>\n"),
     ],
 )
 def test_an_answer_with_a_reasoning_is_what_the_template_makes_of_it(name, wanted):

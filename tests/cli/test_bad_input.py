@@ -104,7 +104,7 @@ def test_a_mistake_is_one_line_before_anything_is_done(refused, what, shared, tm
 def test_a_file_of_another_kind_is_not_replaced(refused, pruned, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     for command in (("evaluate", DENSE, "--json"), ("bench", DENSE, "--json"), ("report", pruned, "-o")):
-        assert f"{tmp_path}/config.json' exists already; choose" in refused(*command, tmp_path / "config.json")
+        assert f"{tmp_path / 'config.json'}' exists already; choose" in refused(*command, tmp_path / "config.json")
 
 
 @pytest.mark.parametrize("command", ["prune", "recover"])
@@ -112,7 +112,7 @@ def test_an_output_that_exists_is_left_alone(refused, tmp_path, command):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("x")
     how = FIFTH if command == "prune" else ("--data", "{models}/data.jsonl")
-    assert f"{tmp_path}/out' exists already" in refused(command, DENSE, *how, *OUT)
+    assert f"{tmp_path / 'out'}' exists already" in refused(command, DENSE, *how, *OUT)
 
 
 @pytest.mark.parametrize(

@@ -6,29 +6,15 @@ import pytest
 import torch
 from transformers import CONFIG_MAPPING, GPT2Config, MambaConfig
 
-from llmpruner import (
-    Blocks,
-    CoupledGroup,
-    ModelFamily,
-    Role,
-    Span,
-    Structure,
-    UnsupportedModelError,
-    api,
-    build_graph,
-    discover_graph,
-)
+from llmpruner import CoupledGroup, ModelFamily, Structure, UnsupportedModelError, api, build_graph, discover_graph
 from llmpruner.discovery import cut as rules
 from llmpruner.discovery.cut import cut
 from llmpruner.discovery.follow import Follow, apply_rules
 from llmpruner.discovery.oracle import REFUSED, logits
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import verify
-from llmpruner.errors import CouplingError
 from llmpruner.models.family import AutoFamily
 from llmpruner.models.surgery import cut_tensors, silence
-from llmpruner.structure.coupling import CouplingGraph
-from llmpruner.structure.kept import renamed, restrict
 
 SIZES = {"n_layer": 3, "n_embd": 48, "n_head": 6, "n_inner": 40, "vocab_size": 96, "n_positions": 64}
 SMALL = GPT2Config(**SIZES)
@@ -91,31 +77,6 @@ def test_families_that_declare_everything_trace_nothing(monkeypatch):
     groups = (CoupledGroup("layers", "layer", 3),)
     family = type("Declared", (ModelFamily,), {"coupled_groups": lambda self, config: groups})()
     assert build_graph(family, SMALL).blocked == ()
-
-
-def test_names_are_checked():
-    def graph(name, *layers):
-        spans = tuple(Span(f"layers.{n}.w", 0, Role.PRODUCES, Blocks(2)) for n in layers)
-        shapes = {f"layers.{n}.w": (2,) for n in range(4)}
-        return CouplingGraph((CoupledGroup(name, "mlp", 2, spans),), shapes, "layers")
-
-    for name in ("block3.mlp", "layers.2.mlp", "layers.3."):
-        with pytest.raises(CouplingError, match=r"must be 'layers\.3\.WORD', such as 'layers\.3\.mlp'"):
-            graph(name, 3)
-    with pytest.raises(CouplingError, match="is not in one layer alone, so its name must not begin with"):
-        graph("layers.3.mlp", 2, 3)
-    assert (graph("layers.3.mlp", 3).groups[0].layer, graph("both", 2, 3).groups[0].layer) == (3, None)
-    with pytest.raises(CouplingError, match="group 'layers' has 3 layers, and the decoder 4"):
-        replace(graph("both", 2, 3), groups=(CoupledGroup("layers", "layer", 3),))
-
-
-def test_names_follow_the_layers_that_stay():
-    graph = build_graph(ModelFamily(), GPT2Config(**SIZES | {"n_layer": 12}))
-    kept = {"layers": [0, 10, 11], "layers.10.mlp": range(4)}
-    assert {old: new for old, new in renamed(graph, kept).items() if new.endswith("mlp")} == {
-        "layers.0.mlp": "layers.0.mlp", "layers.10.mlp": "layers.1.mlp", "layers.11.mlp": "layers.2.mlp",
-    }  # fmt: skip
-    assert set(restrict(graph, kept).by_name) == set(build_graph(ModelFamily(), SMALL).by_name)
 
 
 def test_an_equal_number_of_another_module_stays():

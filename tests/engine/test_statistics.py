@@ -1,19 +1,23 @@
-"""Statistics of the inputs of weights and of the residual stream equal those of plain forward hooks."""
+"""Statistics and gradients of the layer-by-layer walk equal those of plain forward hooks and of autograd over the whole
+model."""
 
+import weakref
 from math import pi
 
 import pytest
 import torch
-from criteria_cases import boundaries, experts_of, layers_of, make, observed, tokens
+from criteria_cases import boundaries, called, experts_of, layers_of, make, observed, tokens
 from transformers import CONFIG_MAPPING
 
 from llmpruner import ModelError, Signal
-from llmpruner.discovery.tiny import random_instance
+from llmpruner.calibration.written import self_generated
+from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.statistics import add_gram, both_triangles, forward_statistics, stream_statistics
-from llmpruner.engine.walk import ForwardWalk
+from llmpruner.engine.statistics import forward_statistics, stream_statistics, walk_signals
+from llmpruner.engine.walk import CalibrationSet, ForwardWalk
 from llmpruner.models.family import AutoFamily
+from llmpruner.models.meta import graph_of
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 
@@ -42,6 +46,7 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
     wanted = [module.format(n) + ".weight" for module in modules for n in (0, 2)]
     found = statistics(loaded, wanted)
     assert sorted(found) == sorted(wanted)
+    assert all(stats.gram is None for stats in statistics(loaded, wanted, gram=False).values()), "only when asked for"
     for parameter, stats in found.items():
         x, _ = observed(loaded.model, parameter.removesuffix(".weight"), CALIBRATION.input_ids)
         shape = [1, 1]
@@ -64,18 +69,14 @@ def test_experts_are_averaged_over_all_tokens(name):
     loaded = make(name)
     path, experts = experts_of(loaded.model, 1)
     stats = statistics(loaded, [f"{path}.down_proj"])[f"{path}.down_proj"]
-    seen = []
-    handle = experts.register_forward_hook(lambda _, args, out: seen.append((args, out)))
-    with torch.no_grad():
-        loaded.model.set_experts_implementation("eager")
-        loaded.model(input_ids=CALIBRATION.input_ids, use_cache=False)
-    handle.remove()
+    loaded.model.set_experts_implementation("eager")
+    args, _ = called(loaded.model, path, CALIBRATION.input_ids)
     count, width = 4, stats.second_moment.shape[stats.axis]
     assert stats.gram.shape == (count, width, width)
     torch.testing.assert_close(
         stats.gram.diagonal(dim1=-2, dim2=-1), stats.second_moment.flatten(1), rtol=1e-4, atol=1e-6
     )
-    (args, _), total = seen[0], CALIBRATION.input_ids.numel()
+    total = CALIBRATION.input_ids.numel()
     if name == "mixtral":
         hidden, chosen = args[0], args[1]
         for expert in range(count):
@@ -85,14 +86,6 @@ def test_experts_are_averaged_over_all_tokens(name):
             torch.testing.assert_close(stats.gram[expert].double(), x.T @ x / total, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("width", [0, 1, 3, 4, 5, 17])
-def test_half_of_the_products_give_the_whole_gram_matrix(width):
-    x, lower = torch.randn(40, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    for part in x.split([1, 39, 0]):
-        add_gram(lower, part)
-    torch.testing.assert_close(both_triangles(lower), x.T @ x)
-
-
 def test_inputs_that_are_not_finite_numbers_are_an_error():
     """Layers are checked on the first sample alone, and others may overflow in float16."""
     loaded = make("llama-gqa")
@@ -100,12 +93,6 @@ def test_inputs_that_are_not_finite_numbers_are_an_error():
     down.register_forward_pre_hook(lambda _, args: (args[0] / 0,) if len(args[0]) > 1 else None)
     with pytest.raises(ModelError, match=r"inputs of '.*down_proj.weight' are not finite numbers: .* in float32"):
         statistics(loaded, ["model.layers.1.mlp.down_proj.weight"])
-
-
-def test_gram_matrices_are_made_only_when_asked_for():
-    loaded = make("llama-gqa")
-    name = "model.layers.1.mlp.down_proj.weight"
-    assert statistics(loaded, [name], gram=False)[name].gram is None
 
 
 @pytest.mark.parametrize("at_once", [32, 4096])
@@ -137,3 +124,86 @@ def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
         model(CALIBRATION.input_ids, use_cache=False)
     of_text = torch.cosine_similarity(states[:, own:], after[0][:, own:], dim=-1)
     assert float(found.cosine[0]) == pytest.approx(float(of_text.double().mean()), abs=1e-5)
+
+
+def calibrate(loaded, samples=5):
+    return CalibrationSet(self_generated(loaded.model, None, samples, 17, 0), "self")
+
+
+def stored(graph):
+    return [name for name in graph.shapes if name not in graph.ties]
+
+
+def walk(model, graph, calibration, names=None):
+    needs = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
+    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0, None)
+
+
+def test_gradients_equal_plain_autograd(loaded):
+    assert_autograd(loaded.model, loaded.graph, calibrate(loaded))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "sizes"),
+    [("gemma3n_text", {}), ("gemma4_text", {"num_kv_shared_layers": 4, "attention_k_eq_v": True})],
+)
+def test_gradients_of_keys_and_values_that_later_layers_use_are_sums(model_type, sizes):
+    """These types also compute an input of each layer from embeddings of its own."""
+    config = small_config(CONFIG_MAPPING[model_type](**sizes))
+    assert "reuse" in config.kv_sharing_modes and config.hidden_size_per_layer_input
+    ids = torch.randint(3, config.vocab_size, (3, 17), generator=torch.Generator().manual_seed(0))
+    model = random_instance(config)
+    assert_autograd(model, graph_of(model, ()), CalibrationSet(ids, "random"))
+
+
+def assert_autograd(model, graph, calibration):
+    """In float64: sums of float32 products round otherwise with another number of threads."""
+    model, ids = model.double(), calibration.input_ids
+    model(ids, labels=ids).loss.backward()
+    expected = {name: p.grad.float() for name, p in model.named_parameters()}
+    squares = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for row in ids:
+        model.zero_grad()
+        model(row[None], labels=row[None]).loss.backward()
+        for name, parameter in model.named_parameters():
+            squares[name] += parameter.grad.square() / len(ids)
+    model.zero_grad()
+
+    seen = set()
+    for name, signals in walk(model, graph, calibration):
+        torch.testing.assert_close(
+            signals.grad, expected[name], rtol=2e-4, atol=1e-6 * float(expected[name].abs().max())
+        )
+        torch.testing.assert_close(
+            signals.grad_sq, squares[name].float(), rtol=2e-4, atol=1e-6 * float(squares[name].max())
+        )
+        seen.add(name)
+    assert seen == set(stored(graph))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+def test_gradients_of_one_layer_exist_at_a_time(gqa):
+    alive = []
+    for name, signals in walk(gqa.model, gqa.graph, calibrate(gqa)):
+        layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+        alive.append((layer, weakref.ref(signals.grad)))
+        layers = {number for number, reference in alive if reference() is not None}
+        assert layers == {layer}
+
+
+def test_protected_layers_are_not_walked(gqa):
+    wanted = [n for n in stored(gqa.graph) if n.startswith("model.layers.2.mlp.")]
+    differentiated = []
+    for layer in gqa.model.model.layers:
+        layer.register_forward_hook(lambda _, args, __: differentiated.append(args[0].requires_grad))
+    found = [name for name, _ in walk(gqa.model, gqa.graph, calibrate(gqa, 1), wanted)]
+    assert sorted(found) == sorted(wanted)
+    assert sum(differentiated) == 2, "layers 3 and 2 are walked back, 1 and 0 are not"
+
+
+def test_damaged_weights_are_named(gqa):
+    calibration = calibrate(gqa)
+    with torch.no_grad():
+        gqa.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="are not finite numbers"):
+        list(walk(gqa.model, gqa.graph, calibration))

@@ -10,6 +10,7 @@ from evaluated_models import evaluated, in_memory
 from test_chat import CHATML, tokenizer
 
 from llmpruner import DataError, ModelFamily
+from llmpruner.discovery.oracle import logits
 from llmpruner.errors import SettingsError
 from llmpruner.evaluation.evaluate import ComparedModel
 from llmpruner.evaluation.metrics import AnswersMetric, GivenAnswersMetric, repeated
@@ -48,8 +49,7 @@ def by_hand(model, pieces):
         own = tokenizer()(text, add_special_tokens=False)["input_ids"]
         ids += own
         answered += [counts] * len(own)
-    with torch.no_grad():
-        found = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    found = logits(model, torch.tensor([ids]))[0].log_softmax(-1)
     counted = [at for at in range(1, len(ids)) if answered[at]]
     return -sum(float(found[at - 1, ids[at]]) for at in counted), len(counted), found[[at - 1 for at in counted]]
 

@@ -2,6 +2,7 @@
 
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny_models
@@ -156,25 +157,16 @@ def test_what_a_runtime_cannot_run(tmp_path):
 
 def test_vllm_forgets_earlier_prompts(monkeypatch):
     """It keeps what it computed, and the prompts of all cases begin with the same tokens."""
-    calls = []
-
-    class Engine:
-        def __init__(self, **_):
-            pass
-
-        def reset_prefix_cache(self):
-            calls.append("reset")
-
-        def generate(self, prompts, options, **_):
-            calls.append((prompts, options["max_tokens"]))
-
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=Engine, SamplingParams=dict))
+    engine = Mock()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=lambda **_: engine, SamplingParams=dict))
     session = VllmSession(SimpleNamespace(path="dense", length=8, batch=1), 10, "bfloat16", VllmRuntime.Settings())
     session.start()
     session.prefill(torch.tensor([[1, 2]]))
     session.decode(3)
     prompts = [{"prompt_token_ids": [1, 2]}]
-    assert calls == ["reset", (prompts, 1), (prompts, 4)]
+    assert [name for name, *_ in engine.mock_calls] == ["reset_prefix_cache", "generate", "generate"]
+    told = [(given, options["max_tokens"]) for (given, options), _ in engine.generate.call_args_list]
+    assert told == [(prompts, 1), (prompts, 4)]
 
 
 def test_a_loaded_model_is_measured_as_it_is(tmp_path):

@@ -108,16 +108,6 @@ def test_a_cut_that_breaks_a_constraint_is_refused(gqa, kept, message):
     assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())
 
 
-def test_a_number_of_units_that_is_no_multiple_is_refused():
-    """Before the cut, not when the checkpoint is saved. All units may stay, whatever their number is."""
-    group = CoupledGroup("layers.0.mlp", MLP, 20, (Span("layers.0.w", 0, Role.PRODUCES, Blocks(20)),), multiple=8)
-    graph = CouplingGraph((group,), {"layers.0.w": (20,)}, "layers")
-    for count in (8, 16, 20):
-        check_kept(graph, {group.name: range(count)})
-    with pytest.raises(PlanError, match=r"'layers.0.mlp' must keep a multiple of 8 units, the plan keeps 12"):
-        check_kept(graph, {group.name: range(12)})
-
-
 def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
     """A query of zeros attends to all positions alike: its head still has an output, the mean of the values."""
     spans = (

@@ -1,4 +1,4 @@
-"""A package with a component of every kind, written with public names alone."""
+"""A package with a component of every kind but readers, written with public names alone; the tutorial has a reader."""
 
 import inspect
 import re
@@ -13,7 +13,6 @@ from llmpruner import (
     Allocation,
     Budget,
     CalibrationSource,
-    CheckpointReader,
     Compensation,
     ComponentSettings,
     DataError,
@@ -162,93 +161,22 @@ class Unknown(ModelFamily):
     model_types = ("unknown-type",)
 
 
-class Pointer(CheckpointReader):
-    """A format: a folder with a file ``pointer.txt`` that names the folder of the real model."""
-
-    name = "pointer"
-    summary = "a folder that names another"
-
-    def recognises(self, path):
-        return (path / "pointer.txt").is_file()
-
-    def read_config(self, path):
-        return self._read("AutoConfig", path)
-
-    def read_model(self, path, dtype):
-        return self._read("AutoModelForCausalLM", path, dtype=dtype)
-
-    def read_tokenizer(self, path):
-        return self._read("AutoTokenizer", path)
-
-    def _read(self, name, path, **options):
-        import transformers
-
-        return getattr(transformers, name).from_pretrained((path / "pointer.txt").read_text("utf-8"), **options)
-
-
-@hookimpl
-def llmpruner_allocations():
-    return [Tapered]
-
-
-@hookimpl
-def llmpruner_budgets():
-    return [MatrixParameters]
-
-
-@hookimpl
-def llmpruner_compensations():
-    return [KeepNorm]
-
-
-@hookimpl
-def llmpruner_calibration_sources():
-    return [Counting]
-
-
-@hookimpl
-def llmpruner_importance_criteria():
-    return [Magnitude]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_metrics():
-    return [Vocabulary]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_exporters():
-    return [Weights]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_runtimes():
-    return [Slow]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_report_sections():
-    return [Widths]
-
-
-@hookimpl
-def llmpruner_methods():
-    return [Cautious]
-
-
-@hookimpl
-def llmpruner_model_families():
-    return [Unknown]
-
-
-@hookimpl
-def llmpruner_recovery_strategies():
-    return [Nothing, Imitation]  # noqa: F821
-
-
-@hookimpl
-def llmpruner_checkpoint_readers():
-    return [Pointer]
+COMPONENTS = {
+    "llmpruner_allocations": [Tapered],
+    "llmpruner_budgets": [MatrixParameters],
+    "llmpruner_compensations": [KeepNorm],
+    "llmpruner_calibration_sources": [Counting],
+    "llmpruner_importance_criteria": [Magnitude],  # noqa: F821
+    "llmpruner_metrics": [Vocabulary],  # noqa: F821
+    "llmpruner_exporters": [Weights],  # noqa: F821
+    "llmpruner_runtimes": [Slow],  # noqa: F821
+    "llmpruner_report_sections": [Widths],
+    "llmpruner_methods": [Cautious],
+    "llmpruner_model_families": [Unknown],
+    "llmpruner_recovery_strategies": [Nothing, Imitation],  # noqa: F821
+}
+for hook, classes in COMPONENTS.items():
+    globals()[hook] = hookimpl(lambda classes=classes: classes, specname=hook)
 
 
 @hookimpl

@@ -6,20 +6,15 @@ from criteria_cases import opened
 from llmpruner_llama import LlamaFamily
 from transformers import LlamaConfig, MixtralConfig
 
-from llmpruner import Blocks, CoupledGroup, Role, Span
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.pruning.allocation import GlobalRanking, Sensitivity, Uniform
 from llmpruner.pruning.budgets import Cost
 from llmpruner.pruning.selection import Demand, select
 from llmpruner.structure.kept import restrict
-from llmpruner.structure.scope import Scope, Widths, widths_for
+from llmpruner.structure.scope import Scope, Widths
 from llmpruner.testing.models import cut_by, make_plan, small_job
 
 UNIFORM = Widths(uniform=True, round_to=8)
-
-
-def group(units: int, kind: str = "mlp", layer: int = 0, **more) -> CoupledGroup:
-    return CoupledGroup(f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), **more)
 
 
 def chosen(loaded, kinds, ratio, allocation=Uniform, loss=None):
@@ -102,29 +97,6 @@ def test_layers_that_save_nothing_keep_as_many_units_as_the_others(gqa, allocati
     assert {name: len(units) for name, units in kept.items()} == {g.name: 72 for g in groups}
     free = select(graph, groups, scores, scope, **wanted)
     assert set(free) == {"layers.0.mlp", "layers.1.mlp"}
-
-
-def test_groups_of_different_sizes_need_not_agree():
-    groups = [group(64, layer=0), group(64, layer=1), group(32, layer=2), group(4, "attention", 0)]
-    names = [g.name for g in groups]
-    assert UNIFORM.alike(groups) == [names[:2], names[2:3], names[3:]]
-    assert Widths().alike(groups) == [[name] for name in names]
-    # Nor those that have equal numbers left of different ones.
-    left = widths_for("uniform", None, 1024, {names[1]: 512})
-    assert [left.multiple(one) for one in groups[:2]] == [8, 64] and len(left.alike(groups[:2])) == 2
-
-
-def test_widths_are_multiples_by_kind_and_hidden_size():
-    alignments = [widths_for("uniform", None, size).round_to for size in (32, 64, 576, 896, 1024, 8192)]
-    assert alignments == [2, 4, 32, 32, 64, 64]
-    experts = [Widths(uniform=True).multiple(group(count, "expert")) for count in (2, 4, 8, 16, 60, 64, 256)]
-    assert experts == [1, 1, 2, 4, 8, 8, 8]
-    default = widths_for("uniform", None, 4096)
-    assert [default.multiple(group(units)) for units in (11008, 512, 256, 6)] == [64, 64, 32, 1]
-    assert default.multiple(group(8, "attention")) == default.multiple(group(32, "query")) == 1
-    assert default.multiple(group(64, "expert")) == 8
-    assert widths_for("uniform", 48, 4096).multiple(group(256)) == 48
-    assert widths_for("free", None, 4096).multiple(group(256, multiple=4)) == 4
 
 
 @pytest.mark.parametrize("steps", [2, 4])

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny_models
@@ -35,31 +35,12 @@ def folders(tmp_path_factory) -> Path:
     return folder
 
 
-class Hub:
-    """What `HfApi` is asked for. ``error``: raised by its first call."""
-
-    def __init__(self, error=None):
-        self.error, self.calls = error, []
-
-    def whoami(self):
-        if self.error:
-            raise self.error
-
-    def create_repo(self, repo, **options):
-        self.calls.append((repo, options))
-
-    def create_commit(self, repo, operations, **options):
-        self.calls.append((repo, {each.path_in_repo: each for each in operations}))
-        return SimpleNamespace(commit_url=f"https://hub/{repo}/commit/1")
-
-
 @pytest.fixture
 def hub(monkeypatch):
-    def stand_in(error=None):
-        found = Hub(error)
-        monkeypatch.setattr(push, "HfApi", lambda: found)
-        return found
-
+    """Stands for `HfApi`."""
+    stand_in = Mock()
+    stand_in.create_commit.return_value.commit_url = "https://hub/me/small/commit/1"
+    monkeypatch.setattr(push, "HfApi", lambda: stand_in)
     return stand_in
 
 
@@ -172,11 +153,12 @@ def test_folders_of_this_machine_stay_here(folders):
 
 @pytest.mark.parametrize("public", [False, True])
 def test_everything_is_sent_at_once(folders, hub, public):
-    found = hub()
     sent = push.prepare(folders / "stock", "me/small")
     assert push.send("me/small", sent, public=public) == "https://hub/me/small/commit/1"
-    (first, options), (second, files) = found.calls
-    assert first == second == "me/small" and options == {"private": not public, "exist_ok": True}
+    hub.create_repo.assert_called_once_with("me/small", private=not public, exist_ok=True)
+    repo, operations = hub.create_commit.call_args.args
+    files = {each.path_in_repo: each for each in operations}
+    assert repo == "me/small"
     own = {file.name for file in (folders / "stock").iterdir()}
     assert "run.json" in own and files.keys() == {"README.md", *own} - {"run.json"}
     assert files["README.md"].path_or_fileobj == sent["README.md"]
@@ -195,10 +177,10 @@ def refusal(status: int) -> HfHubHTTPError:
     (httpx.ConnectError("unreachable"), "unreachable"),
 ])  # fmt: skip
 def test_what_the_hub_refuses_is_one_line(folders, hub, error, message):
-    found = hub(error)
+    hub.whoami.side_effect = error
     with pytest.raises(OutputError, match=message) as caught:
         push.send("me/small", push.prepare(folders / "stock", "me/small"))
-    assert "\n" not in str(caught.value) and not found.calls
+    assert "\n" not in str(caught.value) and not hub.create_repo.called and not hub.create_commit.called
 
 
 @pytest.mark.parametrize(("folder", "repo", "options", "kind", "message"), [
@@ -222,11 +204,10 @@ def test_a_record_without_a_plan(folders, tmp_path):
 
 
 def test_the_command_shows_the_card_and_sends_nothing(folders, hub):
-    asked = hub()
     result = CliRunner().invoke(build_app(), ["push", str(folders / "stock"), "me/small"])
     assert result.exit_code == 0 and "# small" in result.output
     size = (folders / "stock" / "model.safetensors").stat().st_size
     assert f"{size:,} bytes  model.safetensors" in result.output
-    assert "nothing was sent; --yes sends these files" in result.output and not asked.calls
+    assert "nothing was sent; --yes sends these files" in result.output and not hub.mock_calls
     result = CliRunner().invoke(build_app(), ["push", str(folders / "stock"), "me/small", "--yes"])
-    assert "https://hub/me/small/commit/1" in result.output and len(asked.calls) == 2
+    assert "https://hub/me/small/commit/1" in result.output and hub.create_commit.call_count == 1

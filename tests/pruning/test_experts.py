@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from criteria_cases import experts_of, make, opened, tokens
+from criteria_cases import called, experts_of, make, opened, tokens
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 import llmpruner
@@ -102,13 +102,8 @@ def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name,
     reap = CRITERIA["expert-reap"](renormalize=renormalize)
     found = estimate(loaded.model, loaded.graph, groups, reap, calibration)
     for group in groups:
-        _, experts = experts_of(loaded.model, group.layer)
-        seen = []
-        handle = experts.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args))
-        with torch.no_grad():
-            loaded.model(input_ids=calibration.input_ids, use_cache=False)
-        handle.remove()
-        hidden, chosen, gates = seen[0]
+        path, experts = experts_of(loaded.model, group.layer)
+        (hidden, chosen, gates), _ = called(loaded.model, path, calibration.input_ids)
         # Qwen2 takes its weights as a softmax over all experts gives them.
         assert torch.allclose(gates.sum(1), torch.ones(len(gates))) == (name != "qwen2_moe")
         if renormalize:

@@ -1,10 +1,12 @@
-"""The report of a checkpoint: its figures are those of the record, of the shapes and of the files of results."""
+"""The report of a checkpoint: its figures are those of the record, of the shapes and of the files of results; its page
+is self-contained, in order, and whole where a section fails."""
 
 import json
 import re
 import shutil
 from dataclasses import asdict, replace
 from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,19 @@ import pytest
 import tiny_models
 
 import llmpruner
-from llmpruner import DataError, ModelError, load_catalog
+from llmpruner import DataError, ModelError, ReportSection, load_catalog
 from llmpruner.discovery.opening import Opener
 from llmpruner.evaluation.metrics import size
+from llmpruner.plugins.builtin import llmpruner_report_sections
 from llmpruner.pruning.budgets import bytes_per_token
-from llmpruner.report.base import Costs
+from llmpruner.report.base import Costs, ReportSubject, report_page
 from llmpruner.report.evidence import report_subjects
-from llmpruner.report.sections import RecoverySection
+from llmpruner.report.sections import CostSection, OriginSection, PlanSection, RecoverySection
 from llmpruner.report.summary import Pair, sentence
+from llmpruner.structure.coupling import CouplingGraph
+from llmpruner.structure.kept import restrict
 from llmpruner.structure.outcome import Quality
+from llmpruner.structure.plan import BaseRef, PruningPlan, Target, cuts_of, structure_of
 from llmpruner.values import without_folders
 
 
@@ -79,14 +85,12 @@ def benched(places: Path, name: str) -> dict[str, Any]:
     return {"runtime": "transformers", "settings": {}, "new_tokens": 16, "rounds": 3, "cases": [case]}
 
 
-def page_of(places: Path, tmp_path: Path, *names: str) -> tuple[str, dict[str, str]]:
-    """The page about ``names``, with results of all and the speed of the first, and its sentences. No warnings."""
-    (tmp_path / "quality.json").write_text(json.dumps(evaluated(places, *names)))
-    (tmp_path / "speed.json").write_text(json.dumps(benched(places, names[0])))
-    made = llmpruner.write_report(
-        [places / name for name in names], tmp_path / "page.html",
-        results=[tmp_path / "quality.json", tmp_path / "speed.json"],
-    )  # fmt: skip
+def page_of(folder: Path, checkpoints: list[Path], *results: Any) -> tuple[str, dict[str, str]]:
+    """The page about ``checkpoints``, in ``folder``, and its sentences. No warnings."""
+    files = [folder / f"{number}.json" for number in range(len(results))]
+    for file, content in zip(files, results, strict=True):
+        file.write_text(json.dumps(content))
+    made = llmpruner.write_report(checkpoints, folder / "page.html", results=files)
     assert made.warnings == ()
     return made.path.read_text(encoding="utf-8"), dict(made.sentences)
 
@@ -100,7 +104,8 @@ def small(places):
 @pytest.fixture(scope="module")
 def page(places, tmp_path_factory):
     """The page about one checkpoint, and its sentences."""
-    return page_of(places, tmp_path_factory.mktemp("page"), "small")
+    folder = tmp_path_factory.mktemp("page")
+    return page_of(folder, [places / "small"], evaluated(places, "small"), benched(places, "small"))
 
 
 def text_of(html: str) -> str:
@@ -171,11 +176,10 @@ def test_the_page_has_the_figures_of_the_files(places, page):
 def test_perplexity_of_other_tokens_is_told_of_those_of_the_dense_model(places, page, tmp_path):
     results = evaluated(places, "small")
     results[1]["perplexity"] = {**results[1]["perplexity"], "bits_per_byte": 1.2}  # a fifth more tokens
-    (tmp_path / "quality.json").write_text(json.dumps(results))
-    made = llmpruner.write_report(places / "small", tmp_path / "page.html", results=tmp_path / "quality.json")
+    html, sentences = page_of(tmp_path, [places / "small"], results)
     expected = f"perplexity on wikitext2 (per token of the dense model) went from 20.00 to {30**1.2:.2f}"
-    assert expected in made.sentences["small"]
-    assert "the tokens differ between models: compare bits per byte" in text_of(made.path.read_text())
+    assert expected in sentences["small"]
+    assert "the tokens differ between models: compare bits per byte" in text_of(html)
     assert "compare bits per byte" not in text_of(page[0])
 
 
@@ -205,8 +209,9 @@ def test_the_page_loads_nothing_and_names_its_regions(page):
 
 
 def test_several_checkpoints_are_compared(places, tmp_path):
-    html, sentences = page_of(places, tmp_path, "small", "smaller", "worse")
-    assert list(sentences) == ["small", "smaller", "worse"]
+    names = ["small", "smaller", "worse"]
+    html, sentences = page_of(tmp_path, [places / name for name in names], evaluated(places, *names))
+    assert list(sentences) == names
     table = html.partition('<table class="wide">')[2].partition("</table>")[0]
     rows = {row[0]: row for row in (re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", line) for line in table.split("<tr>")[2:])}
     assert {name: row[5] for name, row in rows.items()} == {"small": "30.00", "smaller": "50.00", "worse": "60.00"}
@@ -219,11 +224,7 @@ def test_perplexities_on_other_texts_are_not_compared(places, tmp_path):
     first, second = evaluated(places, "small"), evaluated(places, "smaller")
     for result in second:
         result["perplexity"] = {**result["perplexity"], "text": "c4", "text_sha256": "6" * 64, "perplexity": 9.0}
-    for number, results in enumerate((first, second)):
-        (tmp_path / f"{number}.json").write_text(json.dumps(results))
-    files = [tmp_path / "0.json", tmp_path / "1.json"]
-    made = llmpruner.write_report([places / "small", places / "smaller"], tmp_path / "page.html", results=files)
-    html = made.path.read_text(encoding="utf-8")
+    html, _ = page_of(tmp_path, [places / "small", places / "smaller"], first, second)
     assert ">30.00</td>" in html and ">9.00 on c4</td>" in html and html.count('class="ring"') == 1
 
 
@@ -234,27 +235,23 @@ def test_figures_are_next_to_the_dense_model_whichever_was_named_first(places, t
     bench["cases"][0]["models"] = [small, dense]
     for result, kl in zip(results, (0.3, 0.2, 0.0), strict=True):
         result["perplexity"] = {**result["perplexity"], "kl_per_token": kl}
-    files = [tmp_path / "speed.json", tmp_path / "quality.json"]
-    for file, value in zip(files, (bench, results[::-1]), strict=True):
-        file.write_text(json.dumps(value))
-    made = llmpruner.write_report([places / "small", places / "smaller"], tmp_path / "page.html", results=files)
-    assert "it decodes 1.25 times as fast, where its size allows 1.50" in made.sentences["small"]
-    assert ">Perplexity</th>" in made.path.read_text() and ">KL</th>" not in made.path.read_text()
+    html, sentences = page_of(tmp_path, [places / "small", places / "smaller"], bench, results[::-1])
+    assert "it decodes 1.25 times as fast, where its size allows 1.50" in sentences["small"]
+    assert ">Perplexity</th>" in html and ">KL</th>" not in html
 
 
 def test_checkpoints_of_one_name_are_told_apart(places, tmp_path):
     """As the outputs of two runs of a recipe are."""
     shutil.copytree(places / "smaller", tmp_path / "small")
-    both, results = (places / "small", tmp_path / "small"), [{"name": "dense", **EVALUATED["dense"]}]
+    both, results = [places / "small", tmp_path / "small"], [{"name": "dense", **EVALUATED["dense"]}]
     for place, like in zip(both, ("small", "smaller"), strict=True):
         results.append({"name": str(place), **EVALUATED[like]})
-    (tmp_path / "quality.json").write_text(json.dumps(results))
-    made = llmpruner.write_report(both, tmp_path / "page.html", results=[tmp_path / "quality.json"])
-    assert list(made.sentences) == [f"{place.parent.name}/small" for place in both]
-    first, second = made.sentences.values()
+    html, sentences = page_of(tmp_path, both, results)
+    assert list(sentences) == [f"{place.parent.name}/small" for place in both]
+    first, second = sentences.values()
     assert "went from 20.00 to 30.00" in first and "went from 20.00 to 50.00" in second
     removed = [re.search(r"([\d.]+%) of the decoder", sentence)[1] for sentence in (first, second)]
-    assert removed[0] != removed[1] and all(f">{share}</td>" in made.path.read_text() for share in removed)
+    assert removed[0] != removed[1] and all(f">{share}</td>" in html for share in removed)
 
 
 def test_folders_of_paths_are_left_out():
@@ -283,3 +280,106 @@ def test_results_that_are_none_are_refused(results, message, places, tmp_path):
     with pytest.raises(DataError, match=rf"a\.json {message}"):
         llmpruner.write_report(places / "small", tmp_path / "page.html", results=[tmp_path / "a.json"])
     assert not (tmp_path / "page.html").exists()
+
+
+COSTS = Costs(100, 80, 400, 100, 512, cache_bytes=8)
+VOID = {"meta", "wbr", "br", "hr", "img", "link"}
+
+
+class Parser(HTMLParser):
+    """Raises for a tag that is closed in the wrong place."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.open = []
+        self.feed(html)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def plan_of(loaded, kept):
+    """A plan that keeps ``kept``; how it came about does not matter here."""
+    selected = {"kinds": ("mlp",), "layers": (0,), "allocation": "uniform"}
+    return PruningPlan(
+        base=BaseRef(model="tiny", structure=structure_of(loaded.graph)), family="llama", seed=0,
+        estimation={"criterion": "l1", "reduction": "sum"}, selection=selected, target={"by": "units", "amount": 0.5},
+        cuts=cuts_of(loaded.graph, kept),
+    )  # fmt: skip
+
+
+def subject_of(graph, *plans):
+    record = {"plans": [plan.model_dump(mode="json") for plan in plans]}
+    return ReportSubject("a <model>", "small", graph, record, plans, COSTS, COSTS)
+
+
+@pytest.fixture
+def pruned(gqa):
+    """Layers 1 and 2 alike, layer 3 otherwise, layer 0 whole; one head of layer 3; some hidden channels."""
+    kept = {"layers.1.mlp": range(40), "layers.2.mlp": range(40), "layers.3.mlp": range(8)}
+    kept |= {"layers.3.attention": [0, 2, 3], "hidden": range(48)}
+    return subject_of(restrict(gqa.graph, kept), plan_of(gqa, kept))
+
+
+def test_the_page_is_well_formed_with_sections_in_their_order(pruned):
+    html, warnings = report_page([pruned], [cls() for cls in reversed(llmpruner_report_sections())])
+    assert warnings == () and html.startswith("<!doctype html>")
+    Parser(html)
+    assert "<h1>a &lt;model&gt;</h1>" in html and "<model>" not in html
+    assert "prefers-color-scheme: dark" in html and "@media print" in html and 'name="viewport"' in html
+    titles = re.findall(r"<h2>([^<]*)</h2>", html)
+    assert titles == ["Quality", "Cost", "What was cut", "How it was made"]
+
+
+def test_a_section_that_fails_is_left_out_and_named(pruned):
+    def section(name, render):
+        return type(name, (ReportSection,), {"name": name, "render": render})()
+
+    wrong = section("wrong", lambda self, subject: 3)
+    html, warnings = report_page([pruned], [section("raises", lambda self, subject: 1 / 0), wrong, PlanSection()])
+    assert warnings == (
+        "report section raises is left out: division by zero",
+        "report section wrong is left out: it returned int, expected HTML text or None",
+    )
+    assert re.findall(r"<h2>([^<]*)</h2>", html) == ["What was cut"]
+
+
+def test_the_plan_shows_kept_of_total_for_layers_and_kinds(pruned):
+    (plan,) = pruned.plans
+    rows = [("1-2", "40 of 96", "all", ""), ("3", "8 of 96", "3 of 4", ""), ("whole model", "", "", "48 of 64")]
+    assert plan.table() == (("mlp", "attention", "hidden"), rows)
+    html = PlanSection().render(pruned)
+    assert '<th scope="row">1-2</th><td class="number">40 of 96</td>' in html
+
+
+def test_removed_layers_are_listed_and_further_plans_have_tables_of_their_own(gqa):
+    plans = plan_of(gqa, {"layers": [0, 3]}), plan_of(gqa, {"layers.0.mlp": range(9)})
+    html = PlanSection().render(subject_of(gqa.graph, *plans))
+    assert html.index("Plan 1 of 2") < html.index("2 of 4 (without 1-2)")
+    assert html.index("(without 1-2)") < html.index("Plan 2 of 2") < html.index("9 of 96")
+
+
+def test_costs_of_a_model_without_keys_and_values():
+    """Nothing can be removed of a cache that does not grow (Mamba); it was a division by zero."""
+    dense, own = (Costs(n, n, 4 * n, n, 512, cache_bytes=0) for n in (100, 75))
+    section = CostSection().render(ReportSubject("m", "m", CouplingGraph((), {}, "layers"), {}, (), dense, own))
+    row = re.search(r"KV cache per token, bytes</th>(.*)", section)
+    assert re.findall(r">([^<>]+)<", row[1]) == ["0", "0", "–"]
+    assert section.count("25.0%") == 4
+
+
+def test_every_way_to_ask_for_an_amount_is_told(gqa):
+    for by, amount, words in (
+        ("units", 0.25, "25.0% of the units of every group"),
+        ("parameters", 38_000, "38,000 parameters to keep"),
+        ("tokens", 288, "288 tokens to keep"),
+        ("ratio", 0.25, "25.0% of decoder"),
+    ):
+        plan = plan_of(gqa, {"layers.0.mlp": range(9)}).model_copy(update={"target": Target(by=by, amount=amount)})
+        assert f"<dt>Asked for</dt><dd>{words}</dd>" in OriginSection().render(subject_of(gqa.graph, plan))

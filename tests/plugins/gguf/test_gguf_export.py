@@ -71,15 +71,6 @@ def test_every_architecture(name, tmp_path):
     assert value(file, "tokenizer.ggml.model") == "none", "the source has no tokenizer"
 
 
-# It does not read the size of heads, caps or experts of the other architectures.
-@pytest.mark.parametrize("name", ["llama", "llama-tied-wide-heads", "mistral", "qwen2"])
-def test_transformers_reads_it_as_the_same_model(name, tmp_path):
-    model = random_model(name)
-    _, file = exported(model, tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32).eval()
-    assert_same_logits(model, logits(again, prompt(model)))
-
-
 @pytest.mark.parametrize("name", FREE)
 def test_different_sizes_per_layer(name, tmp_path):
     model = randomised(cut_llama(name))
@@ -133,8 +124,7 @@ def test_the_type_is_that_of_the_checkpoint(dtype, kind, tmp_path):
 
 def test_values_too_large_for_float16_are_refused(tmp_path):
     model = random_model("llama")
-    with torch.no_grad():
-        model.lm_head.weight[3, 5] = 1e6
+    model.lm_head.weight.data[3, 5] = 1e6
     with pytest.raises(UnsupportedModelError, match=r"output\.weight has values that are too large for float16.*f32"):
         exported(model, tmp_path, type="f16")
     assert not (tmp_path / "out").exists()

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from checkpoint_cases import LLAMA, SIZES
-from export_cases import Source, llama_source
+from checkpoint_cases import LLAMA, SIZES, Source, llama_source
 from fresh import run_fresh
 from llmpruner_nemotron_nas import LayerSizes, NemotronNasExporter, Sizes, multiplier, padded, stated, width_of
 from safetensors.torch import load_file
@@ -21,6 +20,7 @@ from torch.nn.functional import linear, silu
 
 import llmpruner
 from llmpruner import UnsupportedModelError, build_graph
+from llmpruner.discovery.oracle import logits
 from llmpruner.errors import CheckpointError, ModelError
 from llmpruner.exporters import export
 from llmpruner.models.family import AutoFamily
@@ -70,9 +70,7 @@ def logits_from_files(folder: Path) -> torch.Tensor:
 def test_the_files_give_the_outputs_of_the_model(name, tmp_path):
     source = llama_source(name)
     line = export(tmp_path, NemotronNasExporter(), tmp_path / "out", source.load)
-    with torch.no_grad():
-        expected = source.model(IDS[None]).logits[0]
-    assert torch.allclose(logits_from_files(tmp_path / "out"), expected, atol=1e-5)
+    assert torch.allclose(logits_from_files(tmp_path / "out"), logits(source.model, IDS[None])[0], atol=1e-5)
     before = sum(p.numel() for p in source.model.parameters())
     after = sum(t.numel() for t in load_file(tmp_path / "out" / "model.safetensors").values())
     assert f"padded with zeros from {before:,} to {after:,} parameters" in line
@@ -141,8 +139,7 @@ def test_equal_heads_are_for_sglang(tmp_path):
     assert ", and SGLang and mlx-lm read it;" in line
     config = json.loads((tmp_path / "equal" / "config.json").read_text())
     assert {block["attention"]["n_heads_in_group"] for block in config["block_configs"]} == {2}
-    with torch.no_grad():
-        assert torch.allclose(logits_from_files(tmp_path / "equal"), source.model(IDS[None]).logits[0], atol=1e-5)
+    assert torch.allclose(logits_from_files(tmp_path / "equal"), logits(source.model, IDS[None])[0], atol=1e-5)
 
 
 def source_of(name: str, **options: Any) -> Source:
@@ -171,8 +168,7 @@ def test_groups_that_were_discovered_are_padded_too(tmp_path):
     cut_tensors(source.model, build_graph(source.family, source.config), kept)
     cut_source = replace(source, plans=[SimpleNamespace(kept=kept)])
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", cut_source.load)
-    with torch.no_grad():
-        assert torch.allclose(logits_from_files(tmp_path / "out"), source.model(IDS[None]).logits[0], atol=1e-5)
+    assert torch.allclose(logits_from_files(tmp_path / "out"), logits(source.model, IDS[None])[0], atol=1e-5)
 
 
 def test_a_wrong_weight_is_found(tmp_path, monkeypatch):

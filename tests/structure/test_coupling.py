@@ -1,0 +1,50 @@
+"""A coupling graph and what may be kept of it: names of groups, and numbers of units."""
+
+from dataclasses import replace
+
+import pytest
+
+from llmpruner import MLP, Blocks, CoupledGroup, Role, Span
+from llmpruner.errors import CouplingError, PlanError
+from llmpruner.structure.coupling import CouplingGraph
+from llmpruner.structure.kept import check_kept, renamed, restrict
+
+
+def test_names_are_checked():
+    def graph(name, *layers):
+        spans = tuple(Span(f"layers.{n}.w", 0, Role.PRODUCES, Blocks(2)) for n in layers)
+        shapes = {f"layers.{n}.w": (2,) for n in range(4)}
+        return CouplingGraph((CoupledGroup(name, "mlp", 2, spans),), shapes, "layers")
+
+    for name in ("block3.mlp", "layers.2.mlp", "layers.3."):
+        with pytest.raises(CouplingError, match=r"must be 'layers\.3\.WORD', such as 'layers\.3\.mlp'"):
+            graph(name, 3)
+    with pytest.raises(CouplingError, match="is not in one layer alone, so its name must not begin with"):
+        graph("layers.3.mlp", 2, 3)
+    assert (graph("layers.3.mlp", 3).groups[0].layer, graph("both", 2, 3).groups[0].layer) == (3, None)
+    with pytest.raises(CouplingError, match="group 'layers' has 3 layers, and the decoder 4"):
+        replace(graph("both", 2, 3), groups=(CoupledGroup("layers", "layer", 3),))
+
+
+def test_names_follow_the_layers_that_stay():
+    names = [f"layers.{n}.mlp" for n in range(12)]
+    groups = [CoupledGroup(name, MLP, 8, (Span(f"{name}.w", 0, Role.PRODUCES, Blocks(8)),)) for name in names]
+    graph = CouplingGraph(
+        (*groups, CoupledGroup("layers", "layer", 12)), {f"{name}.w": (8,) for name in names}, "layers"
+    )
+    kept = {"layers": [0, 10, 11], "layers.10.mlp": range(4)}
+    expected = {names[0]: names[0], names[10]: names[1], names[11]: names[2]}
+    assert {old: new for old, new in renamed(graph, kept).items() if old in names} == expected
+    left = restrict(graph, kept)
+    assert {name: left.by_name[name].units for name in names[:3]} == {names[0]: 8, names[1]: 4, names[2]: 8}
+    assert set(left.by_name) == {*names[:3], "layers"}
+
+
+def test_a_number_of_units_that_is_no_multiple_is_refused():
+    """Before the cut, not when the checkpoint is saved. All units may stay, whatever their number is."""
+    group = CoupledGroup("layers.0.mlp", MLP, 20, (Span("layers.0.w", 0, Role.PRODUCES, Blocks(20)),), multiple=8)
+    graph = CouplingGraph((group,), {"layers.0.w": (20,)}, "layers")
+    for count in (8, 16, 20):
+        check_kept(graph, {group.name: range(count)})
+    with pytest.raises(PlanError, match=r"'layers.0.mlp' must keep a multiple of 8 units, the plan keeps 12"):
+        check_kept(graph, {group.name: range(12)})
