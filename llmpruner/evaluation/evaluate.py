@@ -158,7 +158,6 @@ def evaluate(
         metric.prepare()
         metric.check_models(models)
     from ..models.numbers import first_not_finite
-    from ..models.vocabulary import in_tokens_of
 
     reference: Model | None = None
     evaluations = []
@@ -172,7 +171,7 @@ def evaluate(
             )
         if comparing and reference is None:
             reference = model
-        first = None if reference is None else in_tokens_of(model, reference)
+        first = None if reference is None else reference.in_tokens_of(model)
         subject = MetricSubject(named.name, model.model, model.tokenizer, model.family, model.graph, first, progress)
         results = {}
         for metric in metrics:

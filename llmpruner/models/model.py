@@ -12,6 +12,7 @@ from ..structure.outcome import Outcome
 from ..structure.plan import PruningPlan
 from ..values import html_table
 from .reference import Reference
+from .vocabulary import InTokens, old_ids
 from .weights import StreamedWeights, Weights
 
 if TYPE_CHECKING:
@@ -110,3 +111,17 @@ class Model(Structure):
             raise ModelError(
                 f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end; load the model again"
             )
+
+    def in_tokens_of(self, trimmed: Model, *, teaching: bool = False) -> Any:
+        """The network; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
+        rows, before = (model.model.get_input_embeddings().weight.shape[0] for model in (trimmed, self))
+        old = None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)
+        if old is None:
+            return self.model
+        tokenizer, whole, kept = trimmed.tokenizer, self.tokenizer, {*old}
+        assert tokenizer is not None and whole is not None, "they were compared"
+        split = tokenizer.backend_tokenizer.model.tokenize
+        pieces = {n: tuple(part.id for part in split(token)) for token, n in whole.get_vocab().items() if n not in kept}
+        # There may be rows that no token has, or added tokens without a row.
+        old = [*old, *range(len(whole), len(whole) + rows - len(old))][:rows]
+        return InTokens(self.model, old, pieces, teaching)

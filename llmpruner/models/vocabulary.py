@@ -24,9 +24,6 @@ from ..errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from .model import Model
-
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _IDS = re.compile("token_(id|index)s?$|^(begin_)?suppress_tokens$|^padding_idx$")
 """Names of configurations, and of attributes of modules, whose values are token ids."""
@@ -230,21 +227,6 @@ def old_ids(dense: Any, trimmed: Any) -> list[int] | None:
     ids = [old.get(token, -1) for token in sorted(new, key=new.__getitem__)]
     ascending = all(a < b for a, b in pairwise([-1, *ids]))
     return ids if ascending and len(ids) == max(new.values()) + 1 else None
-
-
-def in_tokens_of(trimmed: Model, dense: Model, *, teaching: bool = False) -> Any:
-    """The network of ``dense``; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
-    rows, before = (model.model.get_input_embeddings().weight.shape[0] for model in (trimmed, dense))
-    old = None if rows >= before else old_ids(dense.tokenizer, trimmed.tokenizer)
-    if old is None:
-        return dense.model
-    tokenizer, whole, kept = trimmed.tokenizer, dense.tokenizer, {*old}
-    assert tokenizer is not None and whole is not None, "they were compared"
-    split = tokenizer.backend_tokenizer.model.tokenize
-    pieces = {n: tuple(piece.id for piece in split(token)) for token, n in whole.get_vocab().items() if n not in kept}
-    # There may be rows that no token has, or added tokens without a row.
-    old = [*old, *range(len(whole), len(whole) + rows - len(old))][:rows]
-    return InTokens(dense.model, old, pieces, teaching)
 
 
 class InTokens(nn.Module):

@@ -29,7 +29,6 @@ from ..models.numbers import check_device, dtype_of, loaded_bytes
 from ..models.opening import load_model
 from ..models.reference import Reference
 from ..models.tokenizer import check_ids
-from ..models.vocabulary import in_tokens_of
 from ..progress import QUIET, Progress
 from ..pruning.workspace import saved
 from .base import RecoveryJob, TrainingResult, best_step, nothing
@@ -89,7 +88,7 @@ def recover(
             loaded = opener.weights(opened)
         with stages.stage("training"), opener.progress.bar("Recovering") as at, loaded.changing("recovery"):
             result, record = train(
-                loaded, setup, data, folder, lambda: in_tokens_of(loaded, dense_model(), teaching=True),
+                loaded, setup, data, folder, lambda: dense_model().in_tokens_of(loaded, teaching=True),
                 on_step=lambda number, total, loss: at(number / total, f"Recovering, step {number}, loss {loss:.3f}"),
                 progress=opener.progress,
             )  # fmt: skip

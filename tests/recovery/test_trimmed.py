@@ -7,7 +7,7 @@ from recovery_cases import dense_model, write_lines
 
 import llmpruner
 from llmpruner.evaluation.perplexity import perplexity
-from llmpruner.models.vocabulary import in_tokens_of, old_ids
+from llmpruner.models.vocabulary import old_ids
 from llmpruner.recovery.base import RecoveryJob
 from llmpruner.recovery.losses import distillation_loss
 from llmpruner.settings import RecoverSettings
@@ -53,13 +53,13 @@ def test_the_dense_model_reads_removed_tokens_whole(dense, trimmed):
     kept = list(trimmed.plans[0].kept["vocabulary"])
     assert old_ids(dense.tokenizer, trimmed.tokenizer) == kept and len(kept) < 300
     assert old_ids(trimmed.tokenizer, dense.tokenizer) is None
-    network, ids = in_tokens_of(trimmed, dense), ids_of(trimmed, tiny_models.TEXT[:200])
+    network, ids = dense.in_tokens_of(trimmed), ids_of(trimmed, tiny_models.TEXT[:200])
     own, ends = network.read(ids)
     assert own == ids_of(dense, tiny_models.TEXT[:200]) and len(own) < len(ids)
     torch.testing.assert_close(logits(network, ids)[0, ends], logits(dense.model, own)[0][:, kept])
     same = [before in kept for before in own[1:]]
     assert [bool(network.agree(torch.tensor(ids))[end]) for end in ends[:-1]] == same and 0 < sum(same) < len(same)
-    assert in_tokens_of(dense, dense) is dense.model
+    assert dense.in_tokens_of(dense) is dense.model
 
 
 def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
@@ -67,7 +67,7 @@ def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
     results = {}
     for name in ("kept", "text"):
         text = (home / f"{name}.txt").read_text()
-        reference = in_tokens_of(trimmed, dense)
+        reference = dense.in_tokens_of(trimmed)
         results[name] = perplexity(trimmed.model, trimmed.tokenizer, text, window=32, reference=reference)
     assert results["kept"].kl_per_token == pytest.approx(0, abs=1e-6) and results["kept"].top1_agreement == 1
     assert results["text"].kl_per_token > 1e-3
@@ -86,7 +86,7 @@ def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
 
 def test_the_teacher_says_removed_tokens_by_their_pieces(tmp_path, dense, trimmed):
     ids = ids_of(trimmed, tiny_models.TEXT[:120])
-    teacher, (own, ends) = in_tokens_of(trimmed, dense, teaching=True), in_tokens_of(trimmed, dense).read(ids)
+    teacher, (own, ends) = dense.in_tokens_of(trimmed, teaching=True), dense.in_tokens_of(trimmed).read(ids)
     expected = torch.zeros(len(ids), trimmed.model.config.vocab_size)
     kept = list(trimmed.plans[0].kept["vocabulary"])
     firsts = [ids_of(trimmed, dense.tokenizer.decode([token]))[0] if token not in kept else kept.index(token)
