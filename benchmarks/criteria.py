@@ -55,9 +55,9 @@ def measure(text: bytes) -> dict[str, Any]:
     ids = torch.frombuffer(bytearray(text), dtype=torch.uint8).long()
     split = len(ids) * 4 // 5
     loaded = _model()
-    _train(loaded.model, ids[:split])
+    _train(loaded.network, ids[:split])
     held_out = _windows(ids[split:], HELD_OUT, seed=0)
-    dense = _loss(loaded.model, held_out)
+    dense = _loss(loaded.network, held_out)
     kinds = [kind for kind in loaded.graph.kinds if kind != VOCABULARY]
     truth = {group.name: _truth(loaded, group, held_out, dense) for group in loaded.graph.of_kinds(kinds)}
     rows = {}
@@ -125,13 +125,13 @@ def _truth(loaded: Any, group: Any, held_out: torch.Tensor, dense: float) -> tor
     rises = []
     for unit in range(group.units):
         with _silenced(loaded, group, unit):
-            rises.append(_loss(loaded.model, held_out) - dense)
+            rises.append(_loss(loaded.network, held_out) - dense)
     return torch.tensor(rises, dtype=torch.float64)
 
 
 @contextmanager
 def _silenced(loaded: Any, group: Any, unit: int) -> Iterator[None]:
-    model = loaded.model
+    model = loaded.network
     if group.kind == LAYER:
         layer = model.get_submodule(f"{loaded.graph.layers}.{unit}")
         handle = layer.register_forward_hook(lambda _, args, __: args[0])
@@ -163,7 +163,7 @@ def _correlations(
     correlations: dict[str, dict[str, float]] = {}
     for kind in kinds:
         groups = loaded.graph.of_kinds([kind])
-        scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration, seed=seed)
+        scores = estimate(loaded.network, loaded.graph, groups, criterion, calibration, seed=seed)
         pooled = [torch.cat([values[g.name] for g in groups]) for values in (scores, truth)]
         correlations[kind] = {"across": spearman(*pooled)}
         if groups[0].units >= FEW and len(groups) > 1:

@@ -57,7 +57,7 @@ def check(model: Path, text: Path, method: str, device: str) -> dict[str, Any]:
         pruned = llmpruner.prune(model, plan=plans[0], load=load)
         row[f"seconds in all on {where}"] = round(time.monotonic() - started, 2)
         with torch.no_grad():
-            logits.append(pruned.model(ids.to(where)).logits.float().cpu())
+            logits.append(pruned.network(ids.to(where)).logits.float().cpu())
     row["same units"] = plans[0].cuts == plans[1].cuts
     row["difference"] = float((logits[1] - logits[0]).norm() / logits[0].norm())
     return row

@@ -325,7 +325,7 @@ def generate(
         if note := format_note(loaded.ref, loaded.family, loaded.tokenizer):
             progress.status(note)
     return _generate(
-        loaded.model, loaded.tokenizer, formatted.text, add_special_tokens=not formatted.has_special_tokens,
+        loaded.network, loaded.tokenizer, formatted.text, add_special_tokens=not formatted.has_special_tokens,
         max_new_tokens=options.max_new_tokens, temperature=options.temperature,
         seed=options.seed, stop_text=loaded.family.chat_format.stop_text if options.chat else None,
         on_text=on_text,

@@ -44,7 +44,7 @@ class ExportTask:
     @property
     def model(self) -> PreTrainedModel:
         """In evaluation mode."""
-        return self.loaded.model
+        return self.loaded.network
 
     def save_tokenizer(self) -> None:
         """Write the tokenizer and the generation settings into `directory`."""

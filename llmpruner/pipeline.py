@@ -80,7 +80,7 @@ def compensate(
     if plan.compensation is None:
         return ()
     with execution.stages.stage("compensation"), torch.no_grad():
-        return job.compensation.repair(RepairTask(model.model, model.graph, plan.kept, text, execution))
+        return job.compensation.repair(RepairTask(model.network, model.graph, plan.kept, text, execution))
 
 
 def prune(

@@ -122,7 +122,7 @@ def tiny(catalog: Catalog, name: str) -> Model:
         for parameter_name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in parameter_name else 0.0, 0.2)
     config = copy.deepcopy(config)
-    return Model(Reference("tiny"), config, family_for(catalog, config), graph, model=model, tokenizer=None)
+    return Model(Reference("tiny"), config, family_for(catalog, config), graph, network=model, tokenizer=None)
 
 
 @pytest.fixture(params=LLAMAS)

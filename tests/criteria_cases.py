@@ -69,7 +69,7 @@ def make(name: str) -> Model:
     cut one."""
     config, family, graph = _structure(name)
     model = copy.deepcopy(_instance(name))
-    return Model(Reference("tiny"), copy.deepcopy(config), family, graph, model=model, tokenizer=None)
+    return Model(Reference("tiny"), copy.deepcopy(config), family, graph, network=model, tokenizer=None)
 
 
 @cache
@@ -102,11 +102,11 @@ def _structure(name: str) -> tuple[PreTrainedConfig, ModelFamily, CouplingGraph]
 def opened(network: PreTrainedModel, family: ModelFamily | None = None) -> Model:
     """``network`` as `llmpruner.load` gives one, with the groups of ``family`` (default: as discovery finds them)."""
     config, family = copy.deepcopy(network.config), family or AutoFamily()
-    return Model(Reference("tiny"), config, family, build_graph(family, config), model=network, tokenizer=None)
+    return Model(Reference("tiny"), config, family, build_graph(family, config), network=network, tokenizer=None)
 
 
 def layers_of(loaded: Model) -> Any:
-    return loaded.model.get_submodule(loaded.graph.layers)
+    return loaded.network.get_submodule(loaded.graph.layers)
 
 
 def experts_of(model: Any, layer: int | None = None) -> tuple[str, Any]:
@@ -125,7 +125,7 @@ def boundaries(loaded: Model, ids: torch.Tensor) -> list[torch.Tensor]:
         for layer in layers
     ]
     with torch.no_grad():
-        loaded.model(input_ids=ids, use_cache=False)
+        loaded.network(input_ids=ids, use_cache=False)
     for handle in [first, *rest]:
         handle.remove()
     return states

@@ -46,8 +46,8 @@ def test_a_rebuilt_model_is_not_called_different_for_want_of_memory(gqa, monkeyp
 
         return forward
 
-    monkeypatch.setattr(gqa.model, "forward", raising(LACK))
+    monkeypatch.setattr(gqa.network, "forward", raising(LACK))
     with pytest.raises(RuntimeError, match="can't allocate memory"):
-        gives_logits(torch.zeros(1), gqa.model)
-    monkeypatch.setattr(gqa.model, "forward", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
-    assert not gives_logits(torch.zeros(1), gqa.model)
+        gives_logits(torch.zeros(1), gqa.network)
+    monkeypatch.setattr(gqa.network, "forward", raising(RuntimeError("mat1 and mat2 shapes cannot be multiplied")))
+    assert not gives_logits(torch.zeros(1), gqa.network)

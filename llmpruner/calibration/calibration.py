@@ -156,7 +156,7 @@ class CalibrationJob:
 
         from ..models.tokenizer import check_ids
 
-        network, tokenizer = model.model, model.tokenizer
+        network, tokenizer = model.network, model.tokenizer
         length = self.length_for(network.config)
         order = self.order()[:samples]
         rows: list[Iterator[torch.Tensor]] = []

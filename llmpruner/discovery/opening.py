@@ -280,7 +280,7 @@ def _sampled_weights(place: Path) -> str | None:
 
 def placed_as(other: Structure, load: LoadSettings) -> LoadSettings:
     """Settings that load a model in the dtype and on the device that ``other`` has, or will have by ``load``."""
-    device = str(other.model.device) if isinstance(other, Model) else load.device
+    device = str(other.network.device) if isinstance(other, Model) else load.device
     dtype = str(dtype_of(other, load)).removeprefix("torch.")
     values = {"dtype": dtype, "device": device, "trust_remote_code": load.trust_remote_code}
     return settings_from(LoadSettings, values)

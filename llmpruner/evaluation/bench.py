@@ -141,7 +141,7 @@ class Runtime(Component):
 
             def open(self, subject):
                 loaded = subject.load()
-                return SlowSession(loaded.model), work_of(loaded.model, loaded.graph)
+                return SlowSession(loaded.network), work_of(loaded.network, loaded.graph)
     """
 
     kind: ClassVar[str] = "runtime"
@@ -198,7 +198,7 @@ class TransformersRuntime(Runtime):
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         loaded = subject.load()
-        return TorchSession(loaded.model), work_of(loaded.model, loaded.graph)
+        return TorchSession(loaded.network), work_of(loaded.network, loaded.graph)
 
 
 def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:

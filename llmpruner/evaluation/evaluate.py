@@ -163,16 +163,16 @@ def evaluate(
     evaluations = []
     for named in models:
         model = named.load()
-        damaged = first_not_finite(model.model.named_parameters())
+        damaged = first_not_finite(model.network.named_parameters())
         if damaged is not None:  # the score of a task would be a number all the same
             raise ModelError(
                 f"model '{model.ref}': parameter '{damaged}' holds NaN or infinite values; the checkpoint is damaged, "
-                f"or {model.model.dtype} is too narrow for it"
+                f"or {model.network.dtype} is too narrow for it"
             )
         if comparing and reference is None:
             reference = model
         first = None if reference is None else reference.in_tokens_of(model)
-        subject = MetricSubject(named.name, model.model, model.tokenizer, model.family, model.graph, first, progress)
+        subject = MetricSubject(named.name, model.network, model.tokenizer, model.family, model.graph, first, progress)
         results = {}
         for metric in metrics:
             progress.status(f"measuring {metric.name} of {named.name}")

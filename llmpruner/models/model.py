@@ -71,13 +71,13 @@ class Structure:
 
 @dataclass(eq=False, kw_only=True, repr=False)
 class Model(Structure):
-    """A model with its weights. ``model``: the transformers model, which stages change in place. ``tokenizer``: None
+    """A model with its weights. ``network``: the transformers model, which stages change in place. ``tokenizer``: None
     where the checkpoint has none. ``outcome``: sizes before and after the last cut in this process. ``form``: of the
     last `llmpruner.save` in this process. ``work``: for each cut in this process, ``fits`` as ``llmpruner.json`` keeps
     them. ``streamed``: reads the weights when they are needed; None where they are in memory. ``unfinished``: the stage
     that began to change the weights and did not end; None for a model that is whole."""
 
-    model: PreTrainedModel
+    network: PreTrainedModel
     tokenizer: Any | None
     outcome: Outcome | None = None
     form: str | None = None
@@ -87,8 +87,8 @@ class Model(Structure):
 
     @property
     def weights(self) -> Weights:
-        """Where the weights of ``model`` come from."""
-        return self.streamed or Weights(self.model, self.graph.layers)
+        """Where the weights of ``network`` come from."""
+        return self.streamed or Weights(self.network, self.graph.layers)
 
     @contextlib.contextmanager
     def changing(self, stage: str) -> Iterator[None]:
@@ -114,14 +114,14 @@ class Model(Structure):
 
     def in_tokens_of(self, trimmed: Model, *, teaching: bool = False) -> Any:
         """The network; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
-        rows, before = (model.model.get_input_embeddings().weight.shape[0] for model in (trimmed, self))
+        rows, before = (model.network.get_input_embeddings().weight.shape[0] for model in (trimmed, self))
         old = None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)
         if old is None:
-            return self.model
+            return self.network
         tokenizer, whole, kept = trimmed.tokenizer, self.tokenizer, {*old}
         assert tokenizer is not None and whole is not None, "they were compared"
         split = tokenizer.backend_tokenizer.model.tokenize
         pieces = {n: tuple(part.id for part in split(token)) for token, n in whole.get_vocab().items() if n not in kept}
         # There may be rows that no token has, or added tokens without a row.
         old = [*old, *range(len(whole), len(whole) + rows - len(old))][:rows]
-        return InTokens(self.model, old, pieces, teaching)
+        return InTokens(self.network, old, pieces, teaching)

@@ -26,7 +26,7 @@ _IN_16_BITS = frozenset({torch.bfloat16, torch.float16})
 
 def dtype_of(structure: Structure, options: LoadSettings) -> torch.dtype:
     """The dtype that the weights have in memory, or will have."""
-    loaded: Any = getattr(structure, "model", None)  # of a `Model`
+    loaded: Any = getattr(structure, "network", None)  # of a `Model`
     if loaded is not None:
         return cast("torch.dtype", loaded.dtype)
     if options.dtype != "auto":

@@ -55,7 +55,7 @@ def load_model(structure: Structure, options: LoadSettings | None = None) -> Mod
             raise tied_differ(reference.directory, name, other)
     if reference.adapter is not None:
         model = with_adapter(model, reference.adapter).merge_and_unload().eval()
-    return Model(**vars(structure), model=model, tokenizer=tokenizer)
+    return Model(**vars(structure), network=model, tokenizer=tokenizer)
 
 
 def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
@@ -191,7 +191,7 @@ def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | N
     check_weights(structure.reference.directory)
     tokenizer = load_tokenizer(structure, options)
     weights = open_weights(structure, options, scratch)
-    return Model(**vars(structure), model=weights.model, tokenizer=tokenizer, streamed=weights)
+    return Model(**vars(structure), network=weights.model, tokenizer=tokenizer, streamed=weights)
 
 
 def open_weights(structure: Structure, options: LoadSettings, scratch: Path | None = None) -> CheckpointWeights:
@@ -291,10 +291,10 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
     if pruned.streamed is None or not (directory / "config.json").is_file():
         return pruned
     weights = CheckpointWeights(
-        directory, pruned.model.dtype, pruned.graph.layers, pruned.streamed.device, directory.resolve().parent,
+        directory, pruned.network.dtype, pruned.graph.layers, pruned.streamed.device, directory.resolve().parent,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
-    return replace(pruned, model=weights.model, streamed=weights)
+    return replace(pruned, network=weights.model, streamed=weights)
 
 
 def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:

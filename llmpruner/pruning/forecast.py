@@ -61,8 +61,8 @@ def forecast(
         why = "the result stays in memory" if in_memory else why or why_not_streamed(structure)
         possible = [False] if why else [False, True]
     elif structure.streamed is None:
-        why, possible, device = "it is loaded already", [False], structure.model.device.type
-        process -= sum(parameter.nbytes for parameter in structure.model.parameters())
+        why, possible, device = "it is loaded already", [False], structure.network.device.type
+        process -= sum(parameter.nbytes for parameter in structure.network.parameters())
     elif why or (saves and job.compensation.name != "none"):
         raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
     else:

@@ -90,7 +90,7 @@ def compared(dense: Dense | None, pruned: Model, execution: Execution) -> Qualit
 
 @torch.no_grad()
 def _compared(dense: Dense, pruned: Model) -> Quality | None:
-    network, execution, kl, agreed, tokens = pruned.model, Execution(pruned.weights), 0.0, 0, len(dense.hidden_ND)
+    network, execution, kl, agreed, tokens = pruned.network, Execution(pruned.weights), 0.0, 0, len(dense.hidden_ND)
     with pruned.weights.outside():
         hidden_STD, further = _at_head(execution, dense.ids)
         assert hidden_STD is not None, "as in the dense model"

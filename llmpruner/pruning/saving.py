@@ -90,12 +90,12 @@ def outcome_of(model: Model, plan: PruningPlan, budget: Budget, text: Calibratio
     graph, target = model.graph, plan.target
     groups = [graph.by_name[name] for name in plan.cuts]
     after, left = restrict(graph, plan.kept), counts(graph, plan.kept)
-    weights = byte_cost(model.model, graph, groups)
+    weights = byte_cost(model.network, graph, groups)
     cost_of_budget = None
     if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
-        cost = budget.cost(BudgetSubject(model.model, graph, groups, model.family))
+        cost = budget.cost(BudgetSubject(model.network, graph, groups, model.family))
         cost_of_budget = BudgetOutcome(target.budget, cost.label, cost.remaining(), cost.remaining(*left))
-    before, memory, stored = weights.remaining(), model.model.dtype, stored_dtype(model)
+    before, memory, stored = weights.remaining(), model.network.dtype, stored_dtype(model)
     # The budget of bytes, by which the plan was made, counts those in memory.
     if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
         before = before * stored.itemsize // memory.itemsize
@@ -145,14 +145,14 @@ def cut_model(model: Model, plan: PruningPlan) -> Model:
             model = replace(model, tokenizer=Vocabulary(model.tokenizer).trimmed(units))
     plans = (*model.plans, plan)
     if model.streamed is None:
-        graph = cut(model.model, model.graph, plan.kept, model.family)
+        graph = cut(model.network, model.graph, plan.kept, model.family)
         return replace(model, graph=graph, plans=plans)
-    network = without_weights(model, model.model.dtype)
-    network.generation_config = copy.deepcopy(model.model.generation_config)
-    network.config.name_or_path = model.model.config.name_or_path
+    network = without_weights(model, model.network.dtype)
+    network.generation_config = copy.deepcopy(model.network.generation_config)
+    network.config.name_or_path = model.network.config.name_or_path
     graph = cut(network, model.graph, plan.kept, model.family)
     weights = DerivedWeights(network, model.streamed, (model.graph, plan.kept))
-    return replace(model, model=network, graph=graph, plans=plans, streamed=weights)
+    return replace(model, network=network, graph=graph, plans=plans, streamed=weights)
 
 
 def with_outcome(pruned: Model, outcome: Outcome, fits: Sequence[Fit]) -> Model:
@@ -176,7 +176,7 @@ def save(model: Model, directory: Path) -> str:
     """Write an ordinary Hugging Face directory; returns its form, ``stock`` or ``shim``. Raises `ModelError` for a
     model that is half-changed, or that was cut by other means, which could not be loaded."""
     model.check_whole()
-    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+    for name, parameter in model.network.named_parameters(remove_duplicate=False):
         expected, shape = model.graph.shapes.get(name), tuple(parameter.shape)
         if shape != expected:
             raise ModelError(
@@ -194,7 +194,7 @@ def save(model: Model, directory: Path) -> str:
         "base_config": dict(model.config._encode_special_floats(values)),
     }
     return save_checkpoint(
-        model.model, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed
+        model.network, directory, record=record, tokenizer=model.tokenizer, family=model.family, parts=model.streamed
     )
 
 

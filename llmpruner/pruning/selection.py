@@ -85,10 +85,10 @@ class _Current:
         self, model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None, execution: Execution
     ) -> None:
         self.model, self.job, self.kept, self.text, self.execution = model, job, kept, text, execution
-        self.network, self.graph = model.model, model.graph
+        self.network, self.graph = model.network, model.graph
         self.scope, self.widths = scope_of(job, model), widths_of(job, model)
         if kept:
-            self.network = copy.deepcopy(model.model)
+            self.network = copy.deepcopy(model.network)
             self.graph = cut(self.network, model.graph, kept, model.family)
             weights = Weights(self.network, self.graph.layers)
             self.execution = replace(execution, weights=weights, shared=None)
@@ -180,7 +180,7 @@ def scope_of(job: PruneJob, structure: Structure) -> Scope:
     chosen = chosen_layers(job.layers, count)
     tokens = None
     if VOCABULARY in job.kinds and isinstance(structure, Model):
-        tokens = removable_tokens(structure.model, structure.tokenizer)
+        tokens = removable_tokens(structure.network, structure.tokenizer)
     if chosen is not None:
         return Scope(job.kinds, chosen, chosen, tokens)
     ends = round(0.1 * count)  # LLM-Pruner protects layers 0–3 and 30–31 of LLaMA-7B's 32

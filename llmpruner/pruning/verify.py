@@ -125,24 +125,24 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
     dense = _dense(structure, named, _as_stored(directory, opener))
     opener.progress.status(f"comparing with '{dense.ref}'")
     changed = _changed_modules(dense.graph, structure.plans, opener.catalog)
-    vocabulary = dense.model.get_input_embeddings().weight.shape[0]
+    vocabulary = dense.network.get_input_embeddings().weight.shape[0]
     random = torch.randint(vocabulary, (2, 16), generator=torch.Generator().manual_seed(0))
     kept: Kept = {}
     for plan in structure.plans:
         kept = compose(dense.graph, kept, plan.kept)
     tokens = kept_tokens(random, dense.graph, kept)
     expected = None
-    if not changed and dense.streamed is None and dense.model.dtype == torch.float32:
+    if not changed and dense.streamed is None and dense.network.dtype == torch.float32:
         # What is silenced is cut afterwards, so that no copy is needed.
-        with silenced(dense.model, dense.graph, kept):
-            expected = logits(dense.model, tokens.before)[..., tokens.predicted]
+        with silenced(dense.network, dense.graph, kept):
+            expected = logits(dense.network, tokens.before)[..., tokens.predicted]
     for plan in structure.plans:
         dense = cut_model(dense, plan)
     yield "weights", _compare_weights(weights, dense.weights, changed, dense.ref)
     if changed:
         raise _NotComparable("weights were fitted to compensate for the cut")
     what = "a new cut of the base" if expected is None else "the base with the removed units silenced"
-    expected = logits(dense.model, tokens.after) if expected is None else expected
+    expected = logits(dense.network, tokens.after) if expected is None else expected
     difference = distance(logits(weights.model, tokens.after).float(), expected.float())
     if not difference <= (TOLERANCE if weights.model.dtype == torch.float32 else _ROUNDED):
         raise CheckpointError(

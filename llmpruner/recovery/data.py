@@ -115,7 +115,7 @@ def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress 
     """Let the ``dense`` model write the examples of ``text``. Raises `DataError` where that gives none."""
     from ..calibration.written import answers_to_instructions, self_generated, text_of
 
-    model, tokenizer, examples = dense.model, dense.tokenizer, list[Example]()
+    model, tokenizer, examples = dense.network, dense.tokenizer, list[Example]()
     if text.answers:
         examples += answers_to_instructions(model, tokenizer, dense.family, text.answers, ANSWER_TOKENS, seed, progress)
     if text.texts:

@@ -94,7 +94,7 @@ def recover(
             )  # fmt: skip
         before = loaded.record or {}
         history = [*before.get("recovery", []), record]
-        recovered = replace(loaded, model=result.model, record={**before, "recovery": history})
+        recovered = replace(loaded, network=result.model, record={**before, "recovery": history})
         if output is None:
             return loaded.become(recovered)
         execution = Execution(loaded.weights, ranks, progress=opener.progress, stages=stages)
@@ -112,7 +112,7 @@ def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | No
     needed += strategy.trained_parameters(opened.graph) * (16 - dtype_of(opened, load).itemsize)
     if dense is not None and strategy.needs_dense:
         needed += loaded_bytes(dense, load)
-    device = opened.model.device if isinstance(opened, Model) else torch.device(load.device)
+    device = opened.network.device if isinstance(opened, Model) else torch.device(load.device)
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
     else:
@@ -159,7 +159,7 @@ def train(
     In several processes, all call this with the same arguments, and each has the result. Raises `OutputError` where
     ``work_dir`` has the state of another training, and `ModelError` when the training diverges.
     """
-    model, strategy = loaded.model, setup.strategy
+    model, strategy = loaded.network, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
     ranks = Ranks.current()
     settings = filled_in(setup.settings, len(data.rows), ranks.count, adapters=strategy.adapters)

@@ -60,9 +60,9 @@ class CriterionConformance:
     def test_it_leaves_the_model_as_it_was(self) -> None:
         """A criterion gets the tensors of the model; changing them in place would change the pruned model."""
         for criterion, loaded, groups in self._cases():
-            before = copy.deepcopy(loaded.model.state_dict())
+            before = copy.deepcopy(loaded.network.state_dict())
             _scores(loaded, criterion, groups)
-            change = first_change(before, loaded.model.state_dict())
+            change = first_change(before, loaded.network.state_dict())
             assert not change, f"{label(criterion)} changes the model: {change}"
 
     def test_the_same_seed_gives_the_same_scores(self) -> None:
@@ -115,7 +115,7 @@ def _scores(
     loaded: Model, criterion: ImportanceCriterion, groups: Sequence[CoupledGroup]
 ) -> Mapping[str, torch.Tensor]:
     tokens = torch.randint(3, 90, (2, 8), generator=torch.Generator().manual_seed(0))
-    return estimate(loaded.model, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens"))
+    return estimate(loaded.network, loaded.graph, groups, criterion, CalibrationSet(tokens, "random tokens"))
 
 
 def _checked(criterion: ImportanceCriterion) -> tuple[ImportanceCriterion, list[torch.Tensor]]:

@@ -85,7 +85,9 @@ class FamilyConformance:
         key = self.family, config.to_json_string(use_diff=False)
         if key not in _GRAPHS:
             _GRAPHS[key] = build_graph(family, config)
-        return Model(Reference("tiny"), config, family, _GRAPHS[key], model=random_instance(config, 0), tokenizer=None)
+        return Model(
+            Reference("tiny"), config, family, _GRAPHS[key], network=random_instance(config, 0), tokenizer=None
+        )
 
     def test_the_family_recognises_its_configuration(self) -> None:
         # A text would match every model type that is a part of it.
@@ -134,13 +136,13 @@ class FamilyConformance:
 
     def test_every_criterion_scores_every_kind(self) -> None:
         loaded = self.loaded()
-        calibration = CalibrationSet(self_generated(loaded.model, None, 2, 8, 0), "self")
+        calibration = CalibrationSet(self_generated(loaded.network, None, 2, 8, 0), "self")
         for cls in load_catalog()[ImportanceCriterion].values():
             for criterion in settings_grid(cls):
                 groups = scorable(loaded.graph, criterion)
                 if not groups:
                     continue
-                scores = estimate(loaded.model, loaded.graph, groups, criterion, calibration)
+                scores = estimate(loaded.network, loaded.graph, groups, criterion, calibration)
                 for group in groups:
                     values = scores[group.name]
                     where = f"{label(criterion)} on {group.name}"
@@ -154,10 +156,10 @@ class FamilyConformance:
         for directory in directories:
             pruned = self._pruned(uneven=directory.name == "uneven")
             save(pruned, directory)
-            vocabulary = int(pruned.model.config.get_text_config().vocab_size)
+            vocabulary = int(pruned.network.config.get_text_config().vocab_size)
             ids = torch.randint(vocabulary // 2, vocabulary, (2, 7), generator=torch.Generator().manual_seed(1))
             with torch.no_grad():
-                expected.append(pruned.model.eval()(input_ids=ids).logits)
+                expected.append(pruned.network.eval()(input_ids=ids).logits)
         for loader in ("llmpruner", "transformers"):
             results = run_probe(directories, loader, ids.tolist())
             for directory, logits, result in zip(directories, expected, results, strict=True):
@@ -184,9 +186,9 @@ class FamilyConformance:
         pruned = self._pruned(uneven=False)
         row = {"input_ids": [40, 41, 42, 43], "labels": [40, 41, 42, 43]}
         step = RecoverSettings(data="", max_steps=1, batch_size=2, micro_batch_size=2, learning_rate=0.1)
-        before = {name: p.detach().clone() for name, p in pruned.model.named_parameters()}
+        before = {name: p.detach().clone() for name, p in pruned.network.named_parameters()}
         job = RecoveryJob(
-            pruned.model, letters(), [row] * 4, [row], pruned.graph, step, tmp_path, lambda: self.loaded().model
+            pruned.network, letters(), [row] * 4, [row], pruned.graph, step, tmp_path, lambda: self.loaded().network
         )  # fmt: skip
         result = LoraStrategy(dropout=0.0).train(job)
         changed = [n for n, p in result.model.named_parameters() if n in before and not torch.equal(p, before[n])]

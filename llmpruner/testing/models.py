@@ -49,13 +49,13 @@ def _built(configuration: type[PreTrainedConfig], name: str, seed: int, **sizes:
     config = configuration(num_hidden_layers=3, **_SIZES, **sizes)
     family = load_catalog()[ModelFamily][name]()
     model = random_instance(config, seed)
-    return Model(Reference("tiny"), config, family, build_graph(family, config), model=model, tokenizer=None)
+    return Model(Reference("tiny"), config, family, build_graph(family, config), network=model, tokenizer=None)
 
 
 def _copy(built: Model) -> Model:
     """A copy takes a fraction of the time in which transformers builds a model."""
-    model, config = copy.deepcopy(built.model), copy.deepcopy(built.config)
-    return replace(built, model=model, config=config, tokenizer=letters())
+    model, config = copy.deepcopy(built.network), copy.deepcopy(built.config)
+    return replace(built, network=model, config=config, tokenizer=letters())
 
 
 def letters() -> Any:

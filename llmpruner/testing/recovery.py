@@ -36,7 +36,7 @@ class RecoveryConformance:
         """The pruned model that is trained; the same at every call."""
         loaded = tiny_llama()
         kept = {"layers.0.mlp": range(30), "layers.1.mlp": range(3, 40), "layers.1.attention": [0, 2]}
-        return replace(loaded, graph=cut(loaded.model, loaded.graph, kept, loaded.family))
+        return replace(loaded, graph=cut(loaded.network, loaded.graph, kept, loaded.family))
 
     def test_it_is_a_component_that_an_entry_point_registers(self) -> None:
         """It has a name, a summary, and settings with defaults and descriptions."""
@@ -45,12 +45,12 @@ class RecoveryConformance:
     def test_it_trains(self, tmp_path: Path) -> None:
         """One step changes parameters, keeps all names and shapes, and is reported with its loss."""
         name, loaded = self.strategy.name, self.loaded()
-        before = {key: p.detach().clone() for key, p in loaded.model.state_dict().items()}
+        before = {key: p.detach().clone() for key, p in loaded.network.state_dict().items()}
         seen: list[tuple[int, int, float]] = []
         result = self._run(loaded, tmp_path, 1, lambda *step: seen.append(step))
         after = result.model.state_dict()
-        assert type(result.model) is type(loaded.model), (
-            f"strategy '{name}' turns a {type(loaded.model).__name__} into a {type(result.model).__name__}"
+        assert type(result.model) is type(loaded.network), (
+            f"strategy '{name}' turns a {type(loaded.network).__name__} into a {type(result.model).__name__}"
         )
         old, new = ({key: tuple(p.shape) for key, p in state.items()} for state in (before, after))
         changed = sorted(key for key, _ in old.items() ^ new.items())
@@ -70,7 +70,7 @@ class RecoveryConformance:
         """The trained model is saved as any other, and gives equal logits when loaded again."""
         loaded = self.loaded()
         result = self._run(loaded, tmp_path / "work", 1)
-        save(replace(loaded, model=result.model), tmp_path / "saved")
+        save(replace(loaded, network=result.model), tmp_path / "saved")
         again = load_pruned(tmp_path / "saved")
         change = first_change(result.model.state_dict(), again.state_dict())
         assert not change, f"strategy '{self.strategy.name}': after saving and loading, {change}"
@@ -124,7 +124,7 @@ class RecoveryConformance:
         )  # fmt: skip
         data = prepare(settings, read_data(settings.data), loaded.family, loaded.tokenizer)
         job = RecoverySetup(settings, self.strategy())
-        return train(loaded, job, data, work_dir, lambda: tiny_llama().model, on_step=on_step)[0]
+        return train(loaded, job, data, work_dir, lambda: tiny_llama().network, on_step=on_step)[0]
 
 
 def _interrupt(step: int, *_: object) -> None:

@@ -37,7 +37,7 @@ def apply_delta(base: Path, delta: Path, target: Path) -> None:
 
 def _add(base: Path, delta: Path, stage: Path) -> VicunaFormat:
     """Write the sum to ``stage``; returns the conversation format of the delta's version."""
-    llama, vicuna = (load(str(path), dtype="float16").model for path in (base, delta))
+    llama, vicuna = (load(str(path), dtype="float16").network for path in (base, delta))
     difference = f"{delta} is no delta for {base}"
     weights, deltas = llama.state_dict(), vicuna.state_dict()
     for name in sorted(weights.keys() ^ deltas.keys()):

@@ -37,8 +37,8 @@ class VllmRuntime(Runtime):
 
         # transformers' model is needed for its sizes alone, and freed before vLLM loads its own.
         loaded = subject.load()
-        work, dtype = work_of(loaded.model, loaded.graph), str(loaded.model.dtype).removeprefix("torch.")
-        vocabulary = int(loaded.model.config.get_text_config().vocab_size)
+        work, dtype = work_of(loaded.network, loaded.graph), str(loaded.network.dtype).removeprefix("torch.")
+        vocabulary = int(loaded.network.config.get_text_config().vocab_size)
         del loaded
         torch.cuda.empty_cache()  # vLLM wants its share of the memory to be free
         return VllmSession(subject, vocabulary, dtype, self.settings), work

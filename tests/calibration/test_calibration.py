@@ -45,9 +45,9 @@ class Counting(CalibrationSource):
 @pytest.fixture
 def wide(gqa):
     """The same model with a vocabulary for the numbers that the tokenizers of these tests give."""
-    model = copy.deepcopy(gqa.model)
+    model = copy.deepcopy(gqa.network)
     model.resize_token_embeddings(6000, mean_resizing=False)
-    return replace(gqa, model=model)
+    return replace(gqa, network=model)
 
 
 SOURCES = {cls.name: cls for cls in (SelfWritten, TextSource, ChatSource, Counting)}
@@ -84,29 +84,29 @@ def test_the_model_writes_its_own_text(gqa):
     assert torch.equal(torch.random.get_rng_state(), before)
     assert len({tuple(row) for row in one.tolist()}) == 3
     # Settings such as Qwen2.5-Instruct's repetition penalty and BART's forced end of the sequence do not change it.
-    own = gqa.model.generation_config
-    gqa.model.generation_config = GenerationConfig(
+    own = gqa.network.generation_config
+    gqa.network.generation_config = GenerationConfig(
         repetition_penalty=3.0, forced_eos_token_id=own.eos_token_id, bos_token_id=own.bos_token_id,
         eos_token_id=own.eos_token_id,
     )  # fmt: skip
     assert torch.equal(drawn("self", gqa, samples=3, length=20, seed=1), one)
-    assert gqa.model.generation_config.repetition_penalty == 3.0
+    assert gqa.network.generation_config.repetition_penalty == 3.0
 
 
 @pytest.mark.parametrize(("length", "starts"), [(2, [0]), (64, [0]), (65, [0, 33]), (128, [0, 64])])
 def test_written_samples_are_made_of_passages(gqa, length, starts):
-    ids = written.self_generated(gqa.model, None, 12, length, 0)
+    ids = written.self_generated(gqa.network, None, 12, length, 0)
     assert ids.shape == (12, length)
-    bos = gqa.model.config.bos_token_id
+    bos = gqa.network.config.bos_token_id
     begins = (ids == bos).all(0).nonzero().flatten().tolist()
     assert begins == starts
     assert len({tuple(row[start : start + 8]) for row in ids.tolist() for start in starts}) > 6 * len(starts)
 
 
 def test_the_number_of_passages_at_once_changes_nothing(gqa, monkeypatch):
-    together = written.self_generated(gqa.model, None, 5, 24, 3, passage=8)
+    together = written.self_generated(gqa.network, None, 5, 24, 3, passage=8)
     monkeypatch.setattr(written, "passages_at_once", lambda *_: 2)
-    assert torch.equal(written.self_generated(gqa.model, None, 5, 24, 3, passage=8), together)
+    assert torch.equal(written.self_generated(gqa.network, None, 5, 24, 3, passage=8), together)
 
 
 def test_written_samples_begin_as_text_in_use_does(gqa):
@@ -116,8 +116,8 @@ def test_written_samples_begin_as_text_in_use_does(gqa):
         settings = {"self": {"passage": 8}}
         return drawn("self", gqa, tokenizer, settings, samples=6, length=24, seed=3)
 
-    bos = gqa.model.config.bos_token_id
-    always = written.self_generated(gqa.model, None, 6, 24, 3, passage=8)
+    bos = gqa.network.config.bos_token_id
+    always = written.self_generated(gqa.network, None, 6, 24, 3, passage=8)
     opened, plain = texts(Numbers(7, 9)), texts(Numbers())
     assert (always == bos).all(0).nonzero().flatten().tolist() == [0, 8, 16]
     assert (opened[:, :2] == torch.tensor([7, 9])).all() and torch.equal(opened[:, 2:], always[:, :-2])
@@ -131,8 +131,8 @@ def test_a_chat_model_also_answers_instructions(gqa, monkeypatch):
     """In its chat format, in every second sample; others are as without one."""
     monkeypatch.setattr("llmpruner.calibration.written.ANSWER_TOKENS", 8)
     tokenizer = tiny_models.tokenizer()
-    model = replace(gqa, model=copy.deepcopy(gqa.model))
-    model.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model = replace(gqa, network=copy.deepcopy(gqa.network))
+    model.network.resize_token_embeddings(len(tokenizer), mean_resizing=False)
     texts = drawn("self", model, tokenizer, samples=3, length=100, seed=0)
     short = drawn("self", model, tokenizer, samples=4, length=15, seed=0)
     tokenizer.chat_template = "{% for m in messages %}[{{ m.content }}] {% endfor %}"
@@ -152,10 +152,10 @@ def test_a_class_that_cannot_generate_is_refused_in_one_line(gqa, monkeypatch):
     def generate(*_, **__):
         raise IndexError("list index out of range")
 
-    monkeypatch.setattr(gqa.model, "generate", generate)
+    monkeypatch.setattr(gqa.network, "generate", generate)
     said = r"LlamaForCausalLM cannot generate text \(IndexError: list index out of range\); give a text with --calib"
     with pytest.raises(UnsupportedModelError, match=said):
-        written.self_generated(gqa.model, None, 2, 8, 0)
+        written.self_generated(gqa.network, None, 2, 8, 0)
 
 
 def test_tokens_are_drawn_as_the_model_predicts_them():
@@ -171,10 +171,10 @@ def test_tokens_are_drawn_as_the_model_predicts_them():
 
 def test_passages_begin_as_often_with_a_token_as_the_model_predicts_at_temperature_4(gqa):
     """Within a passage for each stretch of the scrambled points, where independent draws spread by their root."""
-    ids = written.self_generated(gqa.model, None, 128, 8, 0)
+    ids = written.self_generated(gqa.network, None, 128, 8, 0)
     with torch.no_grad():
-        logits = gqa.model(ids[:1, :1]).logits[0, 0] / 4
-    eos = gqa.model.generation_config.eos_token_id
+        logits = gqa.network(ids[:1, :1]).logits[0, 0] / 4
+    eos = gqa.network.generation_config.eos_token_id
     assert not bool((ids == eos).any())
     logits[eos] = -torch.inf
     wanted = 128 * logits.softmax(-1)
@@ -256,8 +256,8 @@ def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypa
         return own(module, query, *arguments, **options)
 
     monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "sdpa", counted)
-    assert gqa.model.config._attn_implementation == "sdpa"
-    written.self_generated(gqa.model, None, 2, 16, 0)
+    assert gqa.network.config._attn_implementation == "sdpa"
+    written.self_generated(gqa.network, None, 2, 16, 0)
     assert queries == [], "every step has one query"
 
 

@@ -75,8 +75,8 @@ def test_prune_save_load_generate_recover(name, method, tmp_path):
             api.prune(str(tmp_path / "dense"), **how)
         how = {**cut, "importance": "l1", "compensate": "none"}
     pruned = api.prune(str(tmp_path / "dense"), **how)
-    expected = logits(pruned.model, TOKENS)
-    assert expected.isfinite().all() and pruned.model.num_parameters() < dense.num_parameters()
+    expected = logits(pruned.network, TOKENS)
+    assert expected.isfinite().all() and pruned.network.num_parameters() < dense.num_parameters()
 
     loaded = load_pruned(tmp_path / "pruned", attn_implementation="eager")
     assert torch.allclose(logits(loaded, TOKENS), expected, atol=1e-4)
@@ -96,7 +96,7 @@ def test_prune_save_load_generate_recover(name, method, tmp_path):
     )  # fmt: skip
     again = load_pruned(tmp_path / "recovered", attn_implementation="eager")
     assert not torch.equal(logits(again, TOKENS), logits(loaded, TOKENS))
-    assert torch.allclose(logits(again, TOKENS), logits(recovered.model, TOKENS), atol=1e-4)
+    assert torch.allclose(logits(again, TOKENS), logits(recovered.network, TOKENS), atol=1e-4)
 
 
 @cache
@@ -166,7 +166,7 @@ def test_the_width_has_another_name(model_type, size, tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", attn_implementation="eager")
     assert type(loaded).__module__.startswith("transformers.")
     assert getattr(loaded.config, size) == pruned.graph.of_kinds(["mlp"])[0].units
-    assert torch.allclose(logits(loaded.eval(), TOKENS), logits(pruned.model, TOKENS), atol=1e-5)
+    assert torch.allclose(logits(loaded.eval(), TOKENS), logits(pruned.network, TOKENS), atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", ["gemma3n_text", "gemma4_text"])

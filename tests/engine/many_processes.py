@@ -64,7 +64,7 @@ def model_of(name):
         model = replace(model, family=Stated())
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in model.model.parameters():
+        for parameter in model.network.parameters():
             if parameter.ndim > 1:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.5 * parameter.std())
     return model
@@ -76,7 +76,7 @@ def outcome(case):
     settings = {"ratio": 0.2, "calibration": "self", **settings}
     planned = api.plan(model_of(name), **settings).kept if case in PLANNED else None
     pruned = api.prune(model_of(name), **settings)
-    return {"plan": planned, "kept": pruned.plans[-1].kept, "weights": pruned.model.state_dict()}
+    return {"plan": planned, "kept": pruned.plans[-1].kept, "weights": pruned.network.state_dict()}
 
 
 class Interrupted(Exception):
@@ -114,9 +114,9 @@ def scores():
     """Scores of whole experts, by sums over the tokens of all processes."""
     model = model_of("mixtral")
     criterion = ExpertContribution()
-    execution = Execution.of(model.model, model.graph.layers, Ranks.current())
+    execution = Execution.of(model.network, model.graph.layers, Ranks.current())
     groups, text = model.graph.of_kinds(["expert"]), tokens(12, 128)
-    return {"weights": estimate(model.model, model.graph, groups, criterion, text, execution=execution)}
+    return {"weights": estimate(model.network, model.graph, groups, criterion, text, execution=execution)}
 
 
 def refusal():

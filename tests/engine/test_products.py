@@ -40,7 +40,7 @@ def shown(model, names, calibration=CALIBRATION):
 
 
 def signals_of(loaded, names, measure, *needs):
-    execution = Execution.of(loaded.model, loaded.graph.layers)
+    execution = Execution.of(loaded.network, loaded.graph.layers)
     return dict(walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure))
 
 
@@ -67,7 +67,7 @@ def test_gates_times_outputs_of_experts_add_up_to_what_the_experts_return(model_
 
 def test_rows_of_one_matrix_have_a_gate_of_one():
     loaded = make("llama-gqa")
-    found = shown(loaded.model, [DOWN])
+    found = shown(loaded.network, [DOWN])
     assert [len(product.inputs) for product in found] == [4 * 16, 2 * 16]
     for product in found:
         assert product.expert is None and product.num_samples == 6
@@ -78,8 +78,8 @@ def test_rows_of_one_matrix_have_a_gate_of_one():
 def test_a_transposed_weight_is_shown_as_out_by_in_and_with_its_bias():
     loaded = make("gpt2")
     path = "transformer.h.1.mlp.c_proj"
-    bias = loaded.model.get_submodule(path).bias
-    (product, *_) = shown(loaded.model, [f"{path}.weight"])
+    bias = loaded.network.get_submodule(path).bias
+    (product, *_) = shown(loaded.network, [f"{path}.weight"])
     assert product.weight.shape == (48, 56)
     torch.testing.assert_close(product.outputs, product.inputs @ product.weight.T + bias)
 
@@ -89,11 +89,11 @@ def test_router_weights_that_cannot_be_determined_are_an_error_of_their_own(name
     """Llama 4 multiplies them with the inputs, and calls its experts with nothing else. Experts of Mixtral are made to
     take their rows in another order than that in which they are called with them."""
     loaded = make(name)
-    path, experts = experts_of(loaded.model, 1)
+    path, experts = experts_of(loaded.network, 1)
     if name == "mixtral":
         kind, own = type(experts), type(experts).forward
         monkeypatch.setattr(kind, "forward", lambda self, x, chosen, gates: own(self, x.flip(0), chosen, gates))
-    (product, *_) = shown(loaded.model, [f"{path}.down_proj"])
+    (product, *_) = shown(loaded.network, [f"{path}.down_proj"])
     with pytest.raises(UnsupportedModelError, match="the router weight of each token of an expert is not known"):
         _ = product.gates
 
@@ -199,7 +199,7 @@ def test_a_criterion_gets_kind_and_role_of_every_axis_and_what_the_parameter_rea
     loaded = make("llama-gqa")
     criterion = Recording()
     groups = [group for group in loaded.graph.groups if criterion.accepts(group.kind)]
-    estimate(loaded.model, loaded.graph, groups, criterion, None)
+    estimate(loaded.network, loaded.graph, groups, criterion, None)
     assert ("mlp", Role.PRODUCES, 0, {"hidden"}, (56, 1)) in criterion.axes
     assert ("mlp", Role.CONSUMES, 1, {"mlp"}, (56, 1)) in criterion.axes
     assert ("attention", Role.CONSUMES, 1, {"attention", "query"}, (3, 16)) in criterion.axes

@@ -26,7 +26,7 @@ CALIBRATION = tokens(6, 16)
 
 def statistics(loaded, wanted, *, gram=True):
     needs = {Signal.GRAM if gram else Signal.INPUT_STATS}
-    stream = forward_statistics(Execution.of(loaded.model, loaded.graph.layers), wanted, CALIBRATION, needs, None)
+    stream = forward_statistics(Execution.of(loaded.network, loaded.graph.layers), wanted, CALIBRATION, needs, None)
     found = list(stream)
     assert len(dict(found)) == len(found)
     return {name: inputs for name, (inputs, _) in found}
@@ -48,7 +48,7 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
     assert sorted(found) == sorted(wanted)
     assert all(stats.gram is None for stats in statistics(loaded, wanted, gram=False).values()), "only when asked for"
     for parameter, stats in found.items():
-        x, _ = observed(loaded.model, parameter.removesuffix(".weight"), CALIBRATION.input_ids)
+        x, _ = observed(loaded.network, parameter.removesuffix(".weight"), CALIBRATION.input_ids)
         shape = [1, 1]
         shape[axis] = x.shape[1]
         assert stats.axis == axis
@@ -59,7 +59,7 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
             (stats.gram, x.T @ x / len(x)),
         ):
             torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
-        weight = loaded.model.get_parameter(parameter)
+        weight = loaded.network.get_parameter(parameter)
         assert (stats.second_moment * weight).shape == weight.shape
 
 
@@ -67,10 +67,10 @@ def test_they_equal_forward_hooks(name, axis, modules, at_once, monkeypatch):
 def test_experts_are_averaged_over_all_tokens(name):
     """A token routed elsewhere counts as zero: its part of the output is zero."""
     loaded = make(name)
-    path, experts = experts_of(loaded.model, 1)
+    path, experts = experts_of(loaded.network, 1)
     stats = statistics(loaded, [f"{path}.down_proj"])[f"{path}.down_proj"]
-    loaded.model.set_experts_implementation("eager")
-    args, _ = called(loaded.model, path, CALIBRATION.input_ids)
+    loaded.network.set_experts_implementation("eager")
+    args, _ = called(loaded.network, path, CALIBRATION.input_ids)
     count, width = 4, stats.second_moment.shape[stats.axis]
     assert stats.gram.shape == (count, width, width)
     torch.testing.assert_close(
@@ -101,7 +101,7 @@ def test_the_stream_is_compared_over_blocks_of_layers(at_once, monkeypatch):
     loaded = make("llama-gqa")
     states = [state.double() for state in boundaries(loaded, CALIBRATION.input_ids)]
     for length in (1, 2, 3):
-        found = stream_statistics(Execution.of(loaded.model, loaded.graph.layers), CALIBRATION, length)
+        found = stream_statistics(Execution.of(loaded.network, loaded.graph.layers), CALIBRATION, length)
         assert found.length == length and found.cosine.shape == found.angle.shape == (3,)
         assert found.cosine.isnan().tolist() == found.angle.isnan().tolist() == [n + length > 3 for n in range(3)]
         for start in range(4 - length):
@@ -127,7 +127,7 @@ def test_prompts_that_a_model_puts_before_the_text_are_no_tokens_of_it():
 
 
 def calibrate(loaded, samples=5):
-    return CalibrationSet(self_generated(loaded.model, None, samples, 17, 0), "self")
+    return CalibrationSet(self_generated(loaded.network, None, samples, 17, 0), "self")
 
 
 def stored(graph):
@@ -140,7 +140,7 @@ def walk(model, graph, calibration, names=None):
 
 
 def test_gradients_equal_plain_autograd(loaded):
-    assert_autograd(loaded.model, loaded.graph, calibrate(loaded))
+    assert_autograd(loaded.network, loaded.graph, calibrate(loaded))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def assert_autograd(model, graph, calibration):
 
 def test_gradients_of_one_layer_exist_at_a_time(gqa):
     alive = []
-    for name, signals in walk(gqa.model, gqa.graph, calibrate(gqa)):
+    for name, signals in walk(gqa.network, gqa.graph, calibrate(gqa)):
         layer = int(name.split(".")[2]) if name.startswith("model.layers.") else -1
         alive.append((layer, weakref.ref(signals.grad)))
         layers = {number for number, reference in alive if reference() is not None}
@@ -194,9 +194,9 @@ def test_gradients_of_one_layer_exist_at_a_time(gqa):
 def test_protected_layers_are_not_walked(gqa):
     wanted = [n for n in stored(gqa.graph) if n.startswith("model.layers.2.mlp.")]
     differentiated = []
-    for layer in gqa.model.model.layers:
+    for layer in gqa.network.model.layers:
         layer.register_forward_hook(lambda _, args, __: differentiated.append(args[0].requires_grad))
-    found = [name for name, _ in walk(gqa.model, gqa.graph, calibrate(gqa, 1), wanted)]
+    found = [name for name, _ in walk(gqa.network, gqa.graph, calibrate(gqa, 1), wanted)]
     assert sorted(found) == sorted(wanted)
     assert sum(differentiated) == 2, "layers 3 and 2 are walked back, 1 and 0 are not"
 
@@ -204,6 +204,6 @@ def test_protected_layers_are_not_walked(gqa):
 def test_damaged_weights_are_named(gqa):
     calibration = calibrate(gqa)
     with torch.no_grad():
-        gqa.model.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
+        gqa.network.model.layers[1].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(ModelError, match="are not finite numbers"):
-        list(walk(gqa.model, gqa.graph, calibration))
+        list(walk(gqa.network, gqa.graph, calibration))

@@ -29,7 +29,7 @@ def joined(states):
 
 
 def over(loaded, calibration=None):
-    return ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration or tokens(4, 16))
+    return ForwardWalk.over(Execution.of(loaded.network, loaded.graph.layers), calibration or tokens(4, 16))
 
 
 def walked(loaded, calibration):
@@ -75,7 +75,7 @@ def test_a_process_without_micro_batches_knows_that_layers_pass_on_keys_and_valu
     """All processes must agree on it: the journal is written by all or none."""
     calibration = tokens(1, 16, vocabulary=sharing.config.vocab_size)
     for rank, micro_batches in ((0, 1), (1, 0)):
-        execution = Execution.of(sharing.model, sharing.graph.layers, Ranks(rank, 2))
+        execution = Execution.of(sharing.network, sharing.graph.layers, Ranks(rank, 2))
         walk, _ = ForwardWalk.over(execution, calibration)
         assert len(walk.calls) == micro_batches and walk.form.passes_on
     assert not over(make("llama-gqa"))[0].form.passes_on
@@ -94,7 +94,7 @@ def test_the_dense_and_the_pruned_run_have_their_own_keys_and_values(sharing, mo
     monkeypatch.setattr("llmpruner.pruning.compensation.repair._Repair._record", record)
     groups = [group for group in sharing.graph.of_kinds(["mlp", "query"]) if group.units > group.minimum]
     kept = random_plan(groups, seed=1, uneven=False)
-    Refit().repair(RepairTask(sharing.model, sharing.graph, kept, calibration))
+    Refit().repair(RepairTask(sharing.network, sharing.graph, kept, calibration))
     assert len(seen) == len(expected)
 
 
@@ -137,9 +137,9 @@ def test_bfloat16_is_for_processors_that_are_faster_with_it(cpu, pays, monkeypat
 @pytest.mark.parametrize("implementation", ["grouped_mm", "batched_mm"])
 def test_experts_are_computed_one_by_one_while_walked(implementation):
     loaded = make("mixtral")
-    loaded.model.set_experts_implementation(implementation)
+    loaded.network.set_experts_implementation(implementation)
     walked(loaded, tokens(4, 16))
-    assert loaded.model.config._experts_implementation == implementation
+    assert loaded.network.config._experts_implementation == implementation
 
 
 def test_layers_that_keep_count_of_one_another_are_refused():
@@ -167,7 +167,7 @@ def test_real_types_whose_layers_pass_more_than_hidden_states_are_refused(model_
 def test_layers_are_compared_in_the_first_walk_of_a_run(monkeypatch):
     """A streamed model was read twice more for it in every walk."""
     loaded = make("llama-gqa")
-    execution = Execution.of(loaded.model, loaded.graph.layers)
+    execution = Execution.of(loaded.network, loaded.graph.layers)
     form = ForwardWalk.over(execution, tokens(4, 16))[0].form
     monkeypatch.setattr("llmpruner.engine.walk.call_layer", None)
     assert ForwardWalk.over(execution, tokens(4, 16))[0].form is form
@@ -209,9 +209,9 @@ def test_operators_that_refuse_autocast_run_in_the_models_precision(monkeypatch)
         monkeypatch.setattr(f"llmpruner.{module}.computes_bfloat16_fast", lambda model: True)
     walk, _ = walked(loaded, tokens(4, 16))
     assert walk.form.autocast is None
-    written = self_generated(loaded.model, None, 2, 8, 0)
+    written = self_generated(loaded.network, None, 2, 8, 0)
     monkeypatch.setattr("llmpruner.models.numbers.computes_bfloat16_fast", lambda model: False)
-    assert torch.equal(written, self_generated(loaded.model, None, 2, 8, 0))
+    assert torch.equal(written, self_generated(loaded.network, None, 2, 8, 0))
 
 
 def test_damaged_weights_are_not_taken_for_an_odd_model():

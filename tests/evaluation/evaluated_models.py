@@ -15,7 +15,7 @@ def in_memory(name="tiny", model=None, tokenizer=None, family=None, **options) -
     model = model or tiny_models.llama(**options)
     graph = build_graph(LlamaFamily(), model.config) if model.config.model_type == "llama" else None
     tokenizer = tokenizer or tiny_models.tokenizer()
-    return Model(Reference(name), model.config, family or LlamaFamily(), graph, model=model, tokenizer=tokenizer)
+    return Model(Reference(name), model.config, family or LlamaFamily(), graph, network=model, tokenizer=tokenizer)
 
 
 def evaluated(loaders: list[Callable[[], Model]], metrics: list[Metric], progress: Progress = QUIET) -> Evaluations:

@@ -75,7 +75,7 @@ def test_one_model_is_in_memory_at_a_time_unless_a_metric_asks_for_the_first():
             gc.collect()
             alive.append(sum(ref() is not None for ref in models))
             loaded = in_memory(f"seed {seed}", seed=seed)
-            models.append(weakref.ref(loaded.model))
+            models.append(weakref.ref(loaded.network))
             return loaded
 
         found = evaluated([lambda: load(0), lambda: load(1), lambda: load(2)], metrics)

@@ -72,11 +72,11 @@ def test_a_cut_model_equals_the_silenced_one(dense, tmp_path, name, dtype):
     pruned = prune(folder, tmp_path / "pruned", dtype, method="fast", kinds="mlp,attention")
     found = logits(load_pruned(tmp_path / "pruned"), TOKENS)
     assert found.dtype == getattr(torch, dtype)
-    assert torch.equal(found, logits(pruned.model, TOKENS))
+    assert torch.equal(found, logits(pruned.network, TOKENS))
     whole = api.load(str(folder), dtype=dtype)
-    before = logits(whole.model, TOKENS)
-    with silenced(whole.model, whole.graph, pruned.plans[-1].kept):
-        wanted = logits(whole.model, TOKENS)
+    before = logits(whole.network, TOKENS)
+    with silenced(whole.network, whole.graph, pruned.plans[-1].kept):
+        wanted = logits(whole.network, TOKENS)
     assert distance(found.float(), wanted.float()) < DTYPES[dtype] < distance(before.float(), wanted.float())
 
 
@@ -88,7 +88,7 @@ def test_a_compensated_model_is_nearer_to_the_dense_one(dense, tmp_path, name, d
         options = {"method": "best", "compensate": compensation, "kinds": "mlp", "samples": 32, "length": 32}
         pruned = prune(folder, tmp_path / compensation, dtype, ratio=0.15, **options)
         other = logits(load_pruned(tmp_path / compensation), TOKENS)
-        assert torch.equal(other, logits(pruned.model, TOKENS))
+        assert torch.equal(other, logits(pruned.network, TOKENS))
         far[compensation] = float((one.exp() * (one - other.float().log_softmax(-1))).sum(-1).mean())
     assert far["refit"] < far["none"]
 
@@ -97,7 +97,7 @@ def test_a_compensated_model_is_nearer_to_the_dense_one(dense, tmp_path, name, d
 def test_every_method_runs(dense, tmp_path, method):
     pruned = prune(dense("gpt_neox", "bfloat16"), tmp_path / "pruned", "bfloat16", **METHODS[method])
     found = logits(load_pruned(tmp_path / "pruned"), TOKENS)
-    assert bool(found.isfinite().all()) and torch.equal(found, logits(pruned.model, TOKENS))
+    assert bool(found.isfinite().all()) and torch.equal(found, logits(pruned.network, TOKENS))
 
 
 @pytest.mark.parametrize("method", [{"method": "best"}, {"method": "llm-pruner"}], ids=["best", "gradients"])
@@ -134,10 +134,10 @@ class OneDtype(nn.Module):
 
 def test_layers_that_refuse_float32_get_hidden_states_in_their_own_dtype():
     loaded = make("llama-gqa")
-    loaded.model.bfloat16()
+    loaded.network.bfloat16()
     layers_of(loaded)[1].input_layernorm = OneDtype(torch.ones(48, dtype=torch.bfloat16))
     calibration = CalibrationSet(tokens(4, 16).input_ids, "steps")
-    walk, embedded = ForwardWalk.over(Execution.of(loaded.model, loaded.graph.layers), calibration)
+    walk, embedded = ForwardWalk.over(Execution.of(loaded.network, loaded.graph.layers), calibration)
     assert walk.form.autocast is None
     (calls,) = walk.calls
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_a_pruned_model_is_loaded_in_the_dtype_that_it_is_stored_in(tmp_path, de
     )  # fmt: skip
     assert made.form == form
     found = api.load(tmp_path / "pruned")
-    assert found.model.dtype == getattr(torch, pruned_in)
+    assert found.network.dtype == getattr(torch, pruned_in)
     api.save(found, tmp_path / "saved")
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "pruned"))
     assert one == other

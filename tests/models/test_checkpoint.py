@@ -136,7 +136,7 @@ def test_a_shim_of_stock_shapes_is_not_taken_for_a_stock_model(tmp_path):
     assert found.form == "shim" and not stated["llmpruner"].get("shapes")
     assert stated["model_type"] == "llmpruner_qwen2_moe"
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
-    torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(found.model, INPUT_IDS), atol=1e-5, rtol=0)
+    torch.testing.assert_close(logits(loaded, INPUT_IDS), logits(found.network, INPUT_IDS), atol=1e-5, rtol=0)
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again["model_type"] == "llmpruner_qwen2_moe"

@@ -53,8 +53,8 @@ def test_the_dense_model_has_the_adapter(one, catalog, tmp_path, monkeypatch):
     assert pruned.record["base_path"] == str(one) == dense.path
     whole = load_model(Opener(catalog).structure(one))
     again = load_model(dense, placed_as(pruned, LoadSettings()))
-    assert torch.equal(logits(again.model, IDS), logits(whole.model, IDS))
-    assert not torch.allclose(logits(whole.model, IDS), logits(load_pruned(tmp_path / "base"), IDS), atol=1e-2)
+    assert torch.equal(logits(again.network, IDS), logits(whole.network, IDS))
+    assert not torch.allclose(logits(whole.network, IDS), logits(load_pruned(tmp_path / "base"), IDS), atol=1e-2)
     states = {check.name: check.state for check in api.verify_checkpoint("../pruned", catalog=catalog).checks}
     assert set(states.values()) == {"passed"}, states
 
@@ -64,7 +64,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     wrote = []
     monkeypatch.setattr(
         "llmpruner.recovery.recover.write_examples",
-        lambda own, dense, *_: wrote.append(logits(dense.model, IDS)) or [Completion("The fox jumps over it. " * 4)],
+        lambda own, dense, *_: wrote.append(logits(dense.network, IDS)) or [Completion("The fox jumps over it. " * 4)],
     )
     training = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **training)
@@ -120,7 +120,7 @@ def test_the_dense_model_is_the_commit_that_was_pruned(hub, catalog, tmp_path):
     (hub / "refs" / "main").write_text(SECOND)
     dense = load_model(Opener(catalog).dense_structure(Opener(catalog).structure(tmp_path / "out")))
     expected = (tiny_models.llama(seed=seed).lm_head.weight for seed in range(2))
-    assert [torch.equal(dense.model.lm_head.weight, weight) for weight in expected] == [True, False]
+    assert [torch.equal(dense.network.lm_head.weight, weight) for weight in expected] == [True, False]
 
 
 def test_another_commit_is_another_model(hub, catalog):

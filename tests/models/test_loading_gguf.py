@@ -53,7 +53,7 @@ def test_it_loads_quietly_and_whole(tmp_path, catalog, capfd):
     assert (loaded.family.name, loaded.graph.num_layers, loaded.tokenizer.decode([4])) == ("llama", 2, "ab")
     assert loaded.tokenizer.init_kwargs["gguf_pre"] == "smollm"
     torch.manual_seed(0)
-    torch.testing.assert_close(loaded.model.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
+    torch.testing.assert_close(loaded.network.get_input_embeddings().weight.data, torch.randn(WORDS, HIDDEN))
 
 
 def test_a_file_is_parsed_once_and_freed_and_again_when_it_changed(tmp_path, monkeypatch):
@@ -75,7 +75,7 @@ def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplo
     llmpruner.export(file, output=tmp_path / "tied", to="stock", settings={"stock": {"tie": True}})
     tied = llmpruner.load(tmp_path / "tied").model
     assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
-    torch.testing.assert_close(tied.lm_head.weight, dense.model.lm_head.weight)
+    torch.testing.assert_close(tied.lm_head.weight, dense.network.lm_head.weight)
     with pytest.raises(llmpruner.SettingsError, match="leave it out"):
         llmpruner.export(tmp_path / "tied", output=tmp_path / "two", to="stock", settings={"stock": {"tie": True}})
 

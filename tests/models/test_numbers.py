@@ -42,7 +42,7 @@ def test_every_criterion_in_16_bits(models, name):
     criterion = CATALOG[ImportanceCriterion][name]()
     kind = next(kind for kind in ("mlp", "layer") if criterion.accepts(kind))
     found, exact = (
-        estimate(loaded.model, loaded.graph, loaded.graph.of_kinds([kind]), criterion, TEXT) for loaded in models
+        estimate(loaded.network, loaded.graph, loaded.graph.of_kinds([kind]), criterion, TEXT) for loaded in models
     )
     for group, scores in found.items():
         assert torch.isfinite(scores).all()
@@ -59,9 +59,9 @@ def test_gradients_of_many_tokens_in_float16(name):
     models = [model_of(values=values, dtype=dtype) for dtype in (torch.float16, torch.float32)]
     for loaded in models:
         # As small as gradients are in large models.
-        loaded.model.get_output_embeddings().weight.data.mul_(0.01)
+        loaded.network.get_output_embeddings().weight.data.mul_(0.01)
     found, exact = (
-        estimate(loaded.model, loaded.graph, loaded.graph.of_kinds(["mlp"]), criterion, text) for loaded in models
+        estimate(loaded.network, loaded.graph, loaded.graph.of_kinds(["mlp"]), criterion, text) for loaded in models
     )
     for group, scores in found.items():
         torch.testing.assert_close(scores, exact[group], rtol=0.05, atol=0.01 * float(exact[group].mean()))
@@ -80,13 +80,13 @@ DEGENERATE = {
 @pytest.mark.parametrize("what", DEGENERATE)
 def test_refits_to_degenerate_inputs(what, dtype):
     (text, factor), loaded = DEGENERATE[what], model_of(dtype=dtype)
-    for name, parameter in loaded.model.named_parameters():
+    for name, parameter in loaded.network.named_parameters():
         if "up_proj" in name or "v_proj" in name:
             parameter.data.mul_(factor)
     kept = {group.name: range(0, group.units, 2) for group in loaded.graph.of_kinds(["mlp"])}
     with torch.no_grad():
-        CATALOG[Compensation]["refit"]().repair(RepairTask(loaded.model, loaded.graph, kept, text))
-    assert first_not_finite(loaded.model.named_parameters()) is None
+        CATALOG[Compensation]["refit"]().repair(RepairTask(loaded.network, loaded.graph, kept, text))
+    assert first_not_finite(loaded.network.named_parameters()) is None
 
 
 LAST = {
@@ -105,10 +105,10 @@ def test_what_is_left_alone_of_its_kind(what):
     for group in loaded.graph.of_kinds([kind]):
         per_block = group.units // group.blocks
         kept[group.name] = units or tuple(block * per_block for block in range(group.blocks))
-    cut(loaded.model, loaded.graph, kept, loaded.family)
+    cut(loaded.network, loaded.graph, kept, loaded.family)
     ids = {"input_ids": TEXT.input_ids, "use_cache": False}
     with torch.no_grad():
-        found = loaded.model(**ids).logits
+        found = loaded.network(**ids).logits
         assert torch.isfinite(found).all()
-        silence(reference.model, reference.graph, kept)
-        torch.testing.assert_close(found, reference.model(**ids).logits, rtol=1e-4, atol=1e-4)
+        silence(reference.network, reference.graph, kept)
+        torch.testing.assert_close(found, reference.network(**ids).logits, rtol=1e-4, atol=1e-4)

@@ -88,7 +88,7 @@ def test_the_result_is_that_of_a_model_in_memory(name, method, dense, tmp_path):
         expected = load_pruned(tmp_path / "resident")(ids).logits
         torch.testing.assert_close(loaded(ids).logits, expected)
         # The result that is returned is read from its files, after the folder of the run is gone.
-        torch.testing.assert_close(streamed.model(ids).logits, expected)
+        torch.testing.assert_close(streamed.network(ids).logits, expected)
     assert not (tmp_path / "streamed.pruning").exists()
 
 
@@ -186,7 +186,7 @@ def test_a_layer_is_removed_where_the_others_state_sizes_of_their_own(dense, tmp
     pruned = prune(tmp_path / "once", tmp_path / "twice", streamed=False, **CUTS["layer"])
     ids = torch.arange(24).view(2, 12)
     with torch.no_grad():
-        torch.testing.assert_close(load_pruned(tmp_path / "twice")(ids).logits, pruned.model(ids).logits)
+        torch.testing.assert_close(load_pruned(tmp_path / "twice")(ids).logits, pruned.network(ids).logits)
     assert {check.state for check in api.verify_checkpoint(tmp_path / "twice").checks} == {"passed"}
 
 
@@ -203,7 +203,7 @@ def test_buffers_are_on_the_device_of_the_computation(tmp_path):
     """Biases of a router, which are added on the device as they are. The meta device stands for a GPU."""
     random_instance(small_config(CONFIG_MAPPING["deepseek_v3"]())).save_pretrained(tmp_path)
     opened = CheckpointWeights(tmp_path, torch.float32, "model.layers", torch.device("meta"))
-    buffers = dict(opened.model.named_buffers())
+    buffers = dict(opened.network.named_buffers())
     assert any("e_score_correction_bias" in name for name in buffers)
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
 

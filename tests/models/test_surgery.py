@@ -27,8 +27,8 @@ def assert_exact(loaded, kept, graph=None):
     """Copies of the model, cut and silenced, have the same logits with each attention; returns how far these are from
     those of the whole model."""
     graph = graph or loaded.graph
-    loaded.model.double()  # in float32, sums of other lengths differ by up to 1.05e-5 on some processors
-    without, smaller = copy.deepcopy(loaded.model), copy.deepcopy(loaded.model)
+    loaded.network.double()  # in float32, sums of other lengths differ by up to 1.05e-5 on some processors
+    without, smaller = copy.deepcopy(loaded.network), copy.deepcopy(loaded.network)
     silence(without, graph, kept)
     cut(smaller, graph, kept, loaded.family)
     ids = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
@@ -37,7 +37,7 @@ def assert_exact(loaded, kept, graph=None):
             model.set_attn_implementation(attention)
         expected = logits(without, ids)
         torch.testing.assert_close(logits(smaller, ids), expected, atol=1e-5, rtol=1e-5)
-    return float((expected - logits(loaded.model, ids)).abs().max())
+    return float((expected - logits(loaded.network, ids)).abs().max())
 
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("attention",), ("hidden",), ("mlp", "attention", "hidden")], ids="+".join)
@@ -63,30 +63,30 @@ def test_a_cut_equals_silencing(loaded, kinds):
 def test_successive_cuts_are_one_cut(gqa, cuts):
     """One that keeps query heads in the blocks of removed KV heads, too, as a plan of one step does. One query head
     must stay in each KV head that is left, not as many as there were KV heads once."""
-    graph, smaller = gqa.graph, copy.deepcopy(gqa.model)
+    graph, smaller = gqa.graph, copy.deepcopy(gqa.network)
     for kept in cuts:
         graph = cut(smaller, graph, kept, gqa.family)
     at_once = reduce(partial(compose, gqa.graph), cuts, {})
     check_kept(gqa.graph, at_once)
     assert restrict(gqa.graph, at_once).shapes == graph.shapes
-    again = copy.deepcopy(gqa.model)
+    again = copy.deepcopy(gqa.network)
     cut(again, gqa.graph, at_once, gqa.family)
     ids = torch.arange(9)[None]
-    with silenced(gqa.model, gqa.graph, at_once):
+    with silenced(gqa.network, gqa.graph, at_once):
         assert torch.equal(logits(again, ids), logits(smaller, ids))
-        torch.testing.assert_close(logits(smaller, ids), logits(gqa.model, ids), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(logits(smaller, ids), logits(gqa.network, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_cached_generation_of_a_cut_model_equals_recomputation(loaded):
-    cut(loaded.model, loaded.graph, some(loaded.graph, ("mlp", "attention", "layer"), seed=5), loaded.family)
-    assert cached_difference(loaded.model, torch.tensor([[5, 9, 3]])) < 1e-5
+    cut(loaded.network, loaded.graph, some(loaded.graph, ("mlp", "attention", "layer"), seed=5), loaded.family)
+    assert cached_difference(loaded.network, torch.tensor([[5, 9, 3]])) < 1e-5
 
 
 def test_the_graph_follows_the_cut(loaded):
     kept = some(loaded.graph, ("mlp", "attention", "layer", "hidden"), seed=9)
-    remaining = cut(loaded.model, loaded.graph, kept, loaded.family)
+    remaining = cut(loaded.network, loaded.graph, kept, loaded.family)
     assert remaining == restrict(loaded.graph, kept)
-    shapes = {n: tuple(p.shape) for n, p in loaded.model.named_parameters(remove_duplicate=False)}
+    shapes = {n: tuple(p.shape) for n, p in loaded.network.named_parameters(remove_duplicate=False)}
     assert dict(remaining.shapes) == shapes
     assert_exact(loaded, {g.name: range(g.minimum) for g in remaining.of_kinds(["mlp", "attention"])}, remaining)
 
@@ -102,10 +102,10 @@ def test_the_graph_follows_the_cut(loaded):
     ],
 )
 def test_a_cut_that_breaks_a_constraint_is_refused(gqa, kept, message):
-    before = copy.deepcopy(gqa.model.state_dict())
+    before = copy.deepcopy(gqa.network.state_dict())
     with pytest.raises(PlanError, match=message):
-        cut(gqa.model, gqa.graph, kept, gqa.family)
-    assert all(torch.equal(before[name], tensor) for name, tensor in gqa.model.state_dict().items())
+        cut(gqa.network, gqa.graph, kept, gqa.family)
+    assert all(torch.equal(before[name], tensor) for name, tensor in gqa.network.state_dict().items())
 
 
 def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():

@@ -111,7 +111,7 @@ def test_the_result_can_be_pruned_again(folder, tmp_path):
     first, second = map(kept_of, pruned.plans)
     kept = [first[number] for number in second]
     dense, tokenizer = (c.from_pretrained(folder / "dense") for c in (LlamaForCausalLM, AutoTokenizer))
-    torch.testing.assert_close(pruned.model.lm_head.weight, dense.lm_head.weight[kept])
+    torch.testing.assert_close(pruned.network.lm_head.weight, dense.lm_head.weight[kept])
     assert pruned.tokenizer.convert_ids_to_tokens(range(448)) == tokenizer.convert_ids_to_tokens(kept)
 
 

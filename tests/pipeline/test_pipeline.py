@@ -41,9 +41,9 @@ def test_a_plan_records_the_settings_that_it_replays_with(gqa, tmp_path):
 
 @pytest.mark.parametrize("kinds", [("mlp",), ("layer",), ("mlp", "attention", "layer", "hidden")], ids="+".join)
 def test_several_steps_reach_the_same_amount_and_replay(gqa, kinds):
-    original = copy.deepcopy(gqa.model.state_dict())
+    original = copy.deepcopy(gqa.network.state_dict())
     made = llmpruner.plan(gqa, ratio=0.3, kinds=kinds, importance="taylor", steps=3, **LITTLE_TEXT)
-    assert all(torch.equal(original[name], tensor) for name, tensor in gqa.model.state_dict().items())
+    assert all(torch.equal(original[name], tensor) for name, tensor in gqa.network.state_dict().items())
     at_once = llmpruner.plan(gqa, ratio=0.3, kinds=kinds, importance="taylor", **LITTLE_TEXT)
     assert made.selection.steps == 3 and (kinds == ("layer",) or made.cuts != at_once.cuts), "each step measures again"
     pruned = llmpruner.prune(gqa, plan=made)
@@ -51,7 +51,7 @@ def test_several_steps_reach_the_same_amount_and_replay(gqa, kinds):
     unit = 0.25 if kinds == ("layer",) else 0.02
     assert abs(removed - 0.3) < unit
     ids = torch.arange(8)[None]
-    assert torch.isfinite(pruned.model(ids).logits).all()
+    assert torch.isfinite(pruned.network(ids).logits).all()
 
 
 @pytest.mark.parametrize("shape", ["free", "uniform"])
@@ -88,7 +88,7 @@ def test_a_saved_model_can_be_pruned_again(gqa, tmp_path):
     again = llmpruner.load(tmp_path / "twice")
     assert len(again.plans) == 2 and again.record["work"][:1] == loaded.record["work"] and again.record["work"][1]
     ids = torch.arange(8)[None]
-    torch.testing.assert_close(logits(again.model, ids), logits(twice.model, ids), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(logits(again.network, ids), logits(twice.network, ids), atol=1e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_prune_whose_result_cannot_be_written_leaves_the_pruned_model(gqa, tmp
 
 def test_a_model_that_something_else_cut_is_not_saved(gqa, tmp_path):
     group = gqa.graph.by_name["layers.1.mlp"]
-    cut(gqa.model, gqa.graph, {group.name: tuple(range(8))}, gqa.family)
+    cut(gqa.network, gqa.graph, {group.name: tuple(range(8))}, gqa.family)
     with pytest.raises(ModelError, match=r"parameter 'model.layers.1.mlp.* has shape .*; save what llmpruner.prune"):
         llmpruner.save(gqa, tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -13,6 +13,7 @@ import llmpruner
 from llmpruner import ChatFormat, DataError, Model, ModelError, build_graph
 from llmpruner.cli.app import build_app
 from llmpruner.models.generation import generate
+from llmpruner.models.reference import Reference
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
@@ -29,7 +30,7 @@ def chat(model, *, template=TEMPLATE, family=LlamaFamily, name="tiny", **options
     tokenizer = tiny_models.tokenizer()
     tokenizer.chat_template = template
     graph = build_graph(family(), model.config)
-    loaded = Model(name, model.config, family(), graph, model=model, tokenizer=tokenizer)
+    loaded = Model(Reference(name), model.config, family(), graph, network=model, tokenizer=tokenizer)
     return Chat(loaded, **{"max_new_tokens": 12, **options})
 
 

@@ -67,7 +67,7 @@ def settings_of(budget: str) -> dict[str, int]:
 
 
 def subject(loaded, groups=None):
-    return BudgetSubject(loaded.model, loaded.graph, groups or loaded.graph.groups, loaded.family)
+    return BudgetSubject(loaded.network, loaded.graph, groups or loaded.graph.groups, loaded.family)
 
 
 def cost_for(loaded, budget, groups=None):
@@ -81,13 +81,13 @@ def check_counts(loaded: Model, kinds: tuple[str, ...] = ()) -> None:
     groups = [g for g in graph.groups if not kinds or g.kind in kinds]
     costs = {budget: cost_for(loaded, budget, groups) for budget in BUDGETS}
     for budget, cost in costs.items():
-        assert cost.remaining() == real(budget, loaded.model, graph), budget
+        assert cost.remaining() == real(budget, loaded.network, graph), budget
     inner = [g for g in groups if g.spans and g.units > g.minimum]
     for seed in range(2):
         kept = random_plan(inner, seed, uneven=True)
         if seed and "layers" in graph.by_name:
             kept["layers"] = [n for n in range(graph.num_layers) if n != 1]
-        model = copy.deepcopy(loaded.model)
+        model = copy.deepcopy(loaded.network)
         left = cut(model, graph, kept, family)
         for budget, cost in costs.items():
             assert cost.remaining(*counts(graph, kept)) == real(budget, model, left), (budget, kept)
@@ -111,13 +111,13 @@ def test_costs_of_other_architectures(model_type, options, kinds):
 
 
 def test_bytes_follow_the_type_of_every_parameter(gqa):
-    gqa.model.to(torch.bfloat16)
-    gqa.model.model.norm.float()
-    gqa.model.model.layers[1].mlp.float()
+    gqa.network.to(torch.bfloat16)
+    gqa.network.model.norm.float()
+    gqa.network.model.layers[1].mlp.float()
     cost = cost_for(gqa, "bytes")
     kept = {"layers.1.mlp": range(50), "layers.2.mlp": range(30), "hidden": range(40)}
-    left = cut(gqa.model, gqa.graph, kept, gqa.family)
-    assert cost.remaining(*counts(gqa.graph, kept)) == real("bytes", gqa.model, left)
+    left = cut(gqa.network, gqa.graph, kept, gqa.family)
+    assert cost.remaining(*counts(gqa.graph, kept)) == real("bytes", gqa.network, left)
 
 
 RANKING = GlobalRanking(normalize="parameters")
@@ -148,7 +148,7 @@ def test_every_budget_is_met_within_one_step(gqa, budget, kinds, allocation, ste
     told = outcome_of(gqa, made, job.budget, None).budget
     assert told is None or (told.before, told.after) == (dense, after)
     pruned = cut_by(gqa, made)
-    assert after == real(budget, pruned.model, pruned.graph)
+    assert after == real(budget, pruned.network, pruned.graph)
     goal = dense * (1 - job.amount)
     step = min(saved for group in groups if (saved := most_saved(cost, group)))
     assert abs(after - round(goal)) <= step
@@ -187,7 +187,7 @@ def test_a_cache_that_cannot_be_known_is_no_budget(gqa, monkeypatch):
         with pytest.raises(UnsupportedModelError, match="does not grow with the tokens"):
             measure()
 
-    class Compressed(type(DynamicCache(config=gqa.model.config).layers[0])):
+    class Compressed(type(DynamicCache(config=gqa.network.config).layers[0])):
         pass
 
     class Other(DynamicCache):

@@ -62,13 +62,13 @@ def divergence(model, dense: torch.Tensor) -> float:
 
 
 def cut_copy(loaded, kept, model=None):
-    model = copy.deepcopy(model or loaded.model)
+    model = copy.deepcopy(model or loaded.network)
     cut(model, loaded.graph, kept, loaded.family)
     return model
 
 
 def repaired(loaded, kept, compensation=Refit):
-    model = copy.deepcopy(loaded.model)
+    model = copy.deepcopy(loaded.network)
     made = compensation() if isinstance(compensation, type) else compensation
     return model, made.repair(RepairTask(model, loaded.graph, kept, CALIBRATION))
 
@@ -95,7 +95,7 @@ def ridge_fit(x: torch.Tensor, target: torch.Tensor, old: torch.Tensor, ridge: f
 def test_a_repaired_model_is_nearer_to_the_dense_one(name, kinds):
     loaded = make(name)
     kept = plan_for(loaded, kinds)
-    dense = logits(loaded.model)
+    dense = logits(loaded.network)
     plain = divergence(cut_copy(loaded, kept), dense)
     model, fits = repaired(loaded, kept)
     after = cut_copy(loaded, kept, model)
@@ -132,7 +132,7 @@ def test_nothing_but_consumers_and_zeroed_rows_changes(name, kinds):
     may = {s.parameter for g in groups for s in g.spans_with(Role.CONSUMES)}
     may |= {s.parameter for g in groups if g.is_normalized for s in g.spans_with(Role.PRODUCES)}
     may |= {p.replace("weight", "bias") for p in may}
-    for parameter, before in loaded.model.state_dict().items():
+    for parameter, before in loaded.network.state_dict().items():
         if parameter not in may:
             assert torch.equal(model.state_dict()[parameter], before), parameter
 
@@ -142,8 +142,8 @@ def test_a_single_cut_is_the_least_squares_fit():
     loaded = make("llama-gqa")
     kept = {"layers.0.mlp": list(range(40))}
     model, (fit,) = repaired(loaded, kept)
-    old = loaded.model.model.layers[0].mlp.down_proj.weight.detach().double()
-    x, _ = observed(loaded.model, "model.layers.0.mlp.down_proj", IDS)
+    old = loaded.network.model.layers[0].mlp.down_proj.weight.detach().double()
+    x, _ = observed(loaded.network, "model.layers.0.mlp.down_proj", IDS)
     expected = ridge_fit(x[:, :40], x @ old.T, old[:, :40], fit.ridge)
     new = model.model.layers[0].mlp.down_proj.weight.detach()
     torch.testing.assert_close(new[:, :40].double(), expected, rtol=2e-3, atol=2e-4)
@@ -159,7 +159,7 @@ def test_targets_are_the_dense_models_also_after_the_first_fit_of_a_layer():
     model, _ = repaired(loaded, kept)
     path = "model.layers.0.mlp.up_proj"
     found = readers_of(loaded.graph, kept, 0)[f"{path}.weight"]
-    _, target = observed(loaded.model, path, IDS)
+    _, target = observed(loaded.network, path, IDS)
     x, outputs = observed(skipping(model, loaded, kept), path, IDS)
     x = x[:, found.kept]
     floor = float((x @ torch.linalg.lstsq(x, target).solution - target).norm())
@@ -182,14 +182,14 @@ def test_heads_are_fitted_to_what_the_uncut_layer_computes(name, units, first):
     (fit,) = [fit for fit in fits if fit.parameter == weight]
 
     uncut = copy.deepcopy(model)
-    for parameter, values in loaded.model.state_dict().items():
+    for parameter, values in loaded.network.state_dict().items():
         if ".1.self_attn." in parameter:
             uncut.get_parameter(parameter).data.copy_(values)
 
     path = weight.removesuffix(".weight")
     x, target = observed(model, path, IDS)[0], observed(uncut, path, IDS)[1]
     index = readers_of(loaded.graph, kept, 1)[weight].kept
-    x, old = x[:, index], loaded.model.get_parameter(weight).detach().double()[:, index]
+    x, old = x[:, index], loaded.network.get_parameter(weight).detach().double()[:, index]
     expected = ridge_fit(x, target, old, fit.ridge)
     new = model.get_parameter(weight).detach().double()[:, index]
     torch.testing.assert_close(new, expected, rtol=2e-3, atol=2e-4)
@@ -205,7 +205,7 @@ def test_consumers_in_use_order_are_told_apart_although_memory_is_used_again():
 def test_a_weight_without_a_watched_product_is_reported_and_zeroed(monkeypatch):
     loaded = make("llama-gqa")
     kept = {"layers.1.mlp": list(range(30))}
-    model = copy.deepcopy(loaded.model)
+    model = copy.deepcopy(loaded.network)
     mlp = model.model.layers[1].mlp
     mlp.down_proj.forward = lambda x: torch.einsum("bti,oi->bto", x, mlp.down_proj.weight)
     monkeypatch.setattr("llmpruner.engine.products._PRODUCTS", {})
@@ -226,8 +226,8 @@ def test_bias_compensation_moves_the_mean():
     loaded = make("gpt2")
     kept = {"layers.0.mlp": list(range(30))}
     model, _ = repaired(loaded, kept, BiasShift)
-    project = loaded.model.transformer.h[0].mlp.c_proj
-    lost = observed(loaded.model, "transformer.h.0.mlp.c_proj", IDS)[0][:, 30:].mean(0).float() @ project.weight[30:]
+    project = loaded.network.transformer.h[0].mlp.c_proj
+    lost = observed(loaded.network, "transformer.h.0.mlp.c_proj", IDS)[0][:, 30:].mean(0).float() @ project.weight[30:]
     new = model.transformer.h[0].mlp.c_proj
     torch.testing.assert_close(new.bias, project.bias + lost, rtol=1e-4, atol=1e-4)
     assert torch.equal(new.weight[:30], project.weight[:30])

@@ -46,7 +46,7 @@ def llama():
 
 def scores_of(loaded, criterion, name: str) -> torch.Tensor:
     group = loaded.graph.by_name[name]
-    return estimate(loaded.model, loaded.graph, [group], criterion, CALIBRATION)[name]
+    return estimate(loaded.network, loaded.graph, [group], criterion, CALIBRATION)[name]
 
 
 def principal(x: torch.Tensor) -> torch.Tensor:
@@ -76,8 +76,8 @@ PLACES = [
 @pytest.mark.parametrize("name", EQUATIONS)
 def test_criteria_of_activations_follow_their_equations(name, model, group, path, width):
     loaded = make(model)
-    weight = matrix(loaded.model.get_submodule(path)).detach().double()
-    expected = EQUATIONS[name](weight, observed(loaded.model, path, IDS)[0]).view(-1, width).sum(1)
+    weight = matrix(loaded.network.get_submodule(path)).detach().double()
+    expected = EQUATIONS[name](weight, observed(loaded.network, path, IDS)[0]).view(-1, width).sum(1)
     torch.testing.assert_close(scores_of(loaded, CRITERIA[name](), group), expected, rtol=1e-3, atol=1e-7)
 
 
@@ -89,12 +89,12 @@ def matrix(module: torch.nn.Module) -> torch.Tensor:
 def fisher_of(loaded, path: str, width: int) -> torch.Tensor:
     """The mean over samples of Σ_t (Σ_j x_tj · W_:jᵀg_t)² for units of ``width`` inputs, by autograd over the whole
     model, one sample at a time."""
-    module = loaded.model.get_submodule(path)
+    module = loaded.network.get_submodule(path)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     handle = module.register_forward_hook(lambda _, a, out: seen.append((a[0][0], out)))
     total = 0.0
     for row in IDS:
-        loss = loaded.model(input_ids=row[None], labels=row[None], use_cache=False).loss
+        loss = loaded.network(input_ids=row[None], labels=row[None], use_cache=False).loss
         x, out = seen.pop()
         (gradient,) = torch.autograd.grad(loss, out)
         effects = (x * (gradient[0] @ matrix(module))).double().view(len(x), -1, width).sum(-1)
@@ -229,7 +229,7 @@ def test_every_criterion_scores_every_kind(model):
     loaded = make(model)
     for criterion in ALL:
         groups = scorable(loaded.graph, criterion)
-        scores = estimate(loaded.model, loaded.graph, groups, criterion, tokens(2, 12))
+        scores = estimate(loaded.network, loaded.graph, groups, criterion, tokens(2, 12))
         for group in groups:
             values = scores[group.name]
             assert values.shape == (group.units,)
@@ -289,10 +289,10 @@ def test_a_block_that_changes_nothing_goes_although_its_layers_do(planted):
         assert removed(planted, "angular-block", layers="all", **amount) == [FIRST, SECOND]
         assert not {FIRST, SECOND} & set(removed(planted, "angular", layers="all", **amount))
     ids = torch.arange(3, 23)[None]
-    whole = replace(planted, model=copy.deepcopy(planted.model))
+    whole = replace(planted, network=copy.deepcopy(planted.network))
     pruned = llmpruner.prune(whole, importance="angular-block", layers="all", unit_ratio=1 / 3, **LITTLE_TEXT)
     with torch.no_grad():
-        torch.testing.assert_close(pruned.model(ids).logits, planted.model(ids).logits)
+        torch.testing.assert_close(pruned.network(ids).logits, planted.network(ids).logits)
 
 
 def test_the_block_is_of_layers_that_may_go(planted):
@@ -312,23 +312,23 @@ def saliency(variant, w, g, h):
 @pytest.mark.parametrize("variant", get_args(Variant))
 def test_taylor_follows_the_paper(gqa, variant):
     """With gradients of one sample at a time, by plain autograd."""
-    calibration = CalibrationSet(self_generated(gqa.model, None, 4, 12, 3), "self")
-    mlp = gqa.model.model.layers[2].mlp
+    calibration = CalibrationSet(self_generated(gqa.network, None, 4, 12, 3), "self")
+    mlp = gqa.network.model.layers[2].mlp
     weights, axes = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight], (0, 0, 1)
-    losses = (gqa.model(row[None], labels=row[None]).loss for row in calibration.input_ids)
+    losses = (gqa.network(row[None], labels=row[None]).loss for row in calibration.input_ids)
     samples = [torch.autograd.grad(loss, weights) for loss in losses]
     expected = torch.zeros(96, dtype=torch.float64)
     for weight, axis, grads in zip(weights, axes, map(torch.stack, zip(*samples, strict=True)), strict=True):
         found = saliency(variant, weight.detach(), grads.mean(0), grads.square().mean(0))
         expected += found.double().sum(1 - axis).abs()
     group = gqa.graph.by_name["layers.2.mlp"]
-    scores = estimate(gqa.model, gqa.graph, [group], Taylor(variant=variant), calibration)
+    scores = estimate(gqa.network, gqa.graph, [group], Taylor(variant=variant), calibration)
     torch.testing.assert_close(scores["layers.2.mlp"], expected, rtol=1e-3, atol=1e-9)
 
 
 @pytest.mark.parametrize(("criterion", "power"), [(L1(), 1), (L2(), 2)])
 def test_magnitudes_are_reduced_over_spans(gqa, criterion, power):
-    mlp = gqa.model.model.layers[1].mlp
+    mlp = gqa.network.model.layers[1].mlp
     parts = [mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T]
     spans = torch.stack([p.detach().double().abs().pow(power).sum(1) for p in parts])
     group = gqa.graph.by_name["layers.1.mlp"]
@@ -336,7 +336,7 @@ def test_magnitudes_are_reduced_over_spans(gqa, criterion, power):
     reduced["prod"] = spans.prod(0) ** (1 / 3)
     assert set(reduced) == set(get_args(Reduction))
     for name, expected in reduced.items():
-        scores = estimate(gqa.model, gqa.graph, [group], criterion, None, reduction=name)
+        scores = estimate(gqa.network, gqa.graph, [group], criterion, None, reduction=name)
         torch.testing.assert_close(scores[group.name], expected, rtol=1e-5, atol=0)
 
 
@@ -354,16 +354,16 @@ def test_a_product_of_many_spans_is_neither_zero_nor_infinite(scale):
 
 def test_a_tied_embedding_counts_once(loaded):
     group = loaded.graph.by_name["hidden"]
-    scores = estimate(loaded.model, loaded.graph, [group], L1(), None)["hidden"]
+    scores = estimate(loaded.network, loaded.graph, [group], L1(), None)["hidden"]
     axes = {(s.parameter, s.axis) for s in group.spans if s.parameter not in loaded.graph.ties}
     expected = torch.zeros(64, dtype=torch.float64)
     for name, axis in axes:
-        weight = loaded.model.get_parameter(name).detach().double().abs()
+        weight = loaded.network.get_parameter(name).detach().double().abs()
         expected += weight.sum([a for a in range(weight.dim()) if a != axis]) if weight.dim() > 1 else weight
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=0)
 
 
 def test_a_layer_scores_everything_in_it(gqa):
-    scores = estimate(gqa.model, gqa.graph, [gqa.graph.by_name["layers"]], L1(), None)["layers"]
-    expected = [sum(p.detach().double().abs().sum() for p in layer.parameters()) for layer in gqa.model.model.layers]
+    scores = estimate(gqa.network, gqa.graph, [gqa.graph.by_name["layers"]], L1(), None)["layers"]
+    expected = [sum(p.detach().double().abs().sum() for p in layer.parameters()) for layer in gqa.network.model.layers]
     torch.testing.assert_close(scores, torch.stack(expected), rtol=1e-5, atol=0)

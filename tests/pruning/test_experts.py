@@ -30,7 +30,7 @@ can go are in different halves, as DeepSeek-V3 chooses from groups of experts.""
 def planted(model_type: str) -> Model:
     config = small_config(CONFIG_MAPPING[model_type](**({"num_experts_per_tok": 2} if "v2" in model_type else {})))
     loaded = opened(random_instance(config))
-    model = loaded.model
+    model = loaded.network
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         # Channels 0 and 1 of the residual stream keep what the embedding gives: a constant, so that the first column of
@@ -62,8 +62,8 @@ def scores(model_type: str, name: str) -> torch.Tensor:
     loaded = planted(model_type)
     groups = loaded.graph.of_kinds(["expert"])
     criterion = CRITERIA[name]()
-    vocabulary = loaded.model.get_input_embeddings().weight.shape[0]
-    found = estimate(loaded.model, loaded.graph, groups, criterion, tokens(16, 32, vocabulary=vocabulary))
+    vocabulary = loaded.network.get_input_embeddings().weight.shape[0]
+    found = estimate(loaded.network, loaded.graph, groups, criterion, tokens(16, 32, vocabulary=vocabulary))
     return torch.stack([found[group.name] for group in groups])
 
 
@@ -100,10 +100,10 @@ def test_reap_is_the_mean_of_gate_times_output_norm_over_an_experts_tokens(name,
     loaded, calibration = make(name), tokens(6, 16)
     groups = loaded.graph.of_kinds(["expert"])
     reap = CRITERIA["expert-reap"](renormalize=renormalize)
-    found = estimate(loaded.model, loaded.graph, groups, reap, calibration)
+    found = estimate(loaded.network, loaded.graph, groups, reap, calibration)
     for group in groups:
-        path, experts = experts_of(loaded.model, group.layer)
-        (hidden, chosen, gates), _ = called(loaded.model, path, calibration.input_ids)
+        path, experts = experts_of(loaded.network, group.layer)
+        (hidden, chosen, gates), _ = called(loaded.network, path, calibration.input_ids)
         # Qwen2 takes its weights as a softmax over all experts gives them.
         assert torch.allclose(gates.sum(1), torch.ones(len(gates))) == (name != "qwen2_moe")
         if renormalize:
@@ -123,7 +123,7 @@ def test_a_quarter_of_the_experts_goes_with_their_rows_of_the_router(model_type,
     """The dead ones of every layer. The result is a stock checkpoint, with the logits of the dense model in which the
     silent expert is not chosen any more."""
     loaded = planted(model_type)
-    text = tokens(16, 32, vocabulary=loaded.model.get_input_embeddings().weight.shape[0])
+    text = tokens(16, 32, vocabulary=loaded.network.get_input_embeddings().weight.shape[0])
     monkeypatch.setattr("llmpruner.pipeline.calibrate", lambda *_: text)
     plan = llmpruner.plan(
         loaded, unit_ratio=0.25, kinds="expert", layers="all", importance="expert-reap", samples=16, length=32
@@ -132,12 +132,14 @@ def test_a_quarter_of_the_experts_goes_with_their_rows_of_the_router(model_type,
     for group in groups:
         kept = plan.cuts[group.name].kept
         assert sorted(set(range(8)) - set(kept)) == [UNUSED, SILENT]
-    pruned = llmpruner.prune(replace(loaded, model=copy.deepcopy(loaded.model)), plan=plan, output=tmp_path / "pruned")
+    pruned = llmpruner.prune(
+        replace(loaded, network=copy.deepcopy(loaded.network)), plan=plan, output=tmp_path / "pruned"
+    )
     assert pruned.outcome is not None
     removed = pruned.outcome.parameters_before - pruned.outcome.parameters_after
     assert removed == 2 * sum(loaded.graph.parameters_per_unit(group) for group in groups)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
-    dense = copy.deepcopy(loaded.model)
+    dense = copy.deepcopy(loaded.network)
     ids = text.input_ids[:4]
     with torch.no_grad():
         for group in groups:

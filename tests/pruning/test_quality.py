@@ -79,7 +79,7 @@ def test_it_is_the_divergence_of_the_saved_models(name, streamed, options, round
         CalibrationJob(source, parse_calibration(source, SOURCES, {}), SAMPLES, LENGTH).draw(dense, SAMPLES, seed)
         for seed in (3, 4)
     )
-    kl, agreement, tokens = by_hand(dense.model, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)
+    kl, agreement, tokens = by_hand(dense.network, llmpruner.load_pruned(tmp_path / "out"), calibrated, read)
     quality = found.outcome.quality
     assert kl > 0.01
     assert quality.tokens == tokens

@@ -133,28 +133,28 @@ IDS = torch.randint(128, (24, 16), generator=torch.Generator().manual_seed(3))
 
 
 def trials(loaded, kind):
-    return trial_loss(loaded.model, loaded.graph, loaded.family, CalibrationSet(IDS, "made up"), {})
+    return trial_loss(loaded.network, loaded.graph, loaded.family, CalibrationSet(IDS, "made up"), {})
 
 
 @pytest.mark.parametrize("kind", ["mlp", "attention", "hidden", "layer"])
 def test_a_trial_is_the_divergence_of_the_model_that_is_really_cut(gqa, kind):
-    before = {name: p.detach().clone() for name, p in gqa.model.named_parameters()}
+    before = {name: p.detach().clone() for name, p in gqa.network.named_parameters()}
     loss = trials(gqa, kind)
     group = gqa.graph.of_kinds([kind])[0]
     kept = {group.name: tuple(range(group.units * 3 // 4))}
-    pruned = copy.deepcopy(gqa.model)
+    pruned = copy.deepcopy(gqa.network)
     cut(pruned, gqa.graph, kept, gqa.family)
     tried = IDS[-12:]
-    log_p, log_q = (logits(m, tried)[:, :-1].double().log_softmax(-1) for m in (gqa.model, pruned))
+    log_p, log_q = (logits(m, tried)[:, :-1].double().log_softmax(-1) for m in (gqa.network, pruned))
     expected = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).mean()
     assert loss(kept) == pytest.approx(float(expected), rel=0.05) and expected > 1e-4
     assert loss({}) == pytest.approx(0.0, abs=1e-6)
-    assert all(torch.equal(p, before[name]) for name, p in gqa.model.named_parameters())
+    assert all(torch.equal(p, before[name]) for name, p in gqa.network.named_parameters())
 
 
 def test_a_divergence_that_is_not_finite_is_refused(gqa):
     loss = trials(gqa, "mlp")
-    gqa.model.lm_head.weight.data[5] = float("nan")
+    gqa.network.lm_head.weight.data[5] = float("nan")
     with pytest.raises(ModelError, match=r"not a finite number; .* overflow in float32"):
         loss({"layers.1.mlp": range(48)})
 

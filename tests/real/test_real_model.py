@@ -29,7 +29,7 @@ def real():
 
 
 def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path):
-    loaded = replace(real, model=copy.deepcopy(real.model))
+    loaded = replace(real, network=copy.deepcopy(real.network))
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), encoding="utf-8")
     pruned = llmpruner.prune(
@@ -39,7 +39,7 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
     removed = 1 - pruned.graph.decoder_parameters / 106_202_880
     assert abs(removed - 0.2) < 1728 / 106_202_880
     found = run_probe([tmp_path / "out"], "transformers", IDS)[0]
-    expected = logits(pruned.model, torch.tensor(IDS))
+    expected = logits(pruned.network, torch.tensor(IDS))
     torch.testing.assert_close(torch.tensor(found["logits"]), expected, atol=1e-5, rtol=1e-5)
     assert found["cached"] == found["plain"]
 
@@ -49,5 +49,5 @@ def test_a_fifth_of_the_decoder_goes_and_loads_without_llmpruner(real, tmp_path)
 def test_its_perplexity_on_wikitext(real):
     """What a plain loop over the windows, in float64 from the logits on, gives."""
     text = read_text(str(Path(DATA) / "data" / "wikitext2_unk_test.txt"))
-    result = perplexity(real.model, real.tokenizer, text, tokens=2048, batch_size=3)
+    result = perplexity(real.network, real.tokenizer, text, tokens=2048, batch_size=3)
     assert result.perplexity == pytest.approx(25.4944, abs=1e-3)

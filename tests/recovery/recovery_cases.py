@@ -44,7 +44,7 @@ def write_lines(path, rows=ROWS):
 
 
 def model_of(model, graph=None):
-    return Model(Reference("tiny"), model.config, FAMILY, graph, model=model, tokenizer=tiny_models.tokenizer())
+    return Model(Reference("tiny"), model.config, FAMILY, graph, network=model, tokenizer=tiny_models.tokenizer())
 
 
 def train_tiny(folder, strategy, pruned=None, *, load_teacher=None, on_step=nothing, **changes):
@@ -53,6 +53,6 @@ def train_tiny(folder, strategy, pruned=None, *, load_teacher=None, on_step=noth
     settings = RecoverSettings(data=write_lines(folder / "data.jsonl"), **{**SETTINGS, **changes})
     loaded = model_of(*(pruned or pruned_model()))
     data = prepare(settings, read_data(settings.data), FAMILY, loaded.tokenizer)
-    teacher = load_teacher or (lambda: copy.deepcopy(dense_model(loaded.model.dtype)))
+    teacher = load_teacher or (lambda: copy.deepcopy(dense_model(loaded.network.dtype)))
     result, record = train(loaded, RecoverySetup(settings, strategy), data, folder / "work", teacher, on_step=on_step)
     return SimpleNamespace(**vars(result), record=record)

@@ -232,7 +232,7 @@ def test_a_training_that_diverges_stops(tiny):
 
 def test_a_tokenizer_of_another_model_is_named(tmp_path):
     loaded = model_of(*pruned_model())
-    loaded.model.resize_token_embeddings(50)
+    loaded.network.resize_token_embeddings(50)
     known, unknown = ([{"input_ids": [3, token], "labels": [3, token]}] for token in (49, 50))
     for data in (TrainingData(unknown, known, True), TrainingData(known, unknown, True)):
         with pytest.raises(DataError, match="it is that of another model"):

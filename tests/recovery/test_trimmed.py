@@ -56,10 +56,10 @@ def test_the_dense_model_reads_removed_tokens_whole(dense, trimmed):
     network, ids = dense.in_tokens_of(trimmed), ids_of(trimmed, tiny_models.TEXT[:200])
     own, ends = network.read(ids)
     assert own == ids_of(dense, tiny_models.TEXT[:200]) and len(own) < len(ids)
-    torch.testing.assert_close(logits(network, ids)[0, ends], logits(dense.model, own)[0][:, kept])
+    torch.testing.assert_close(logits(network, ids)[0, ends], logits(dense.network, own)[0][:, kept])
     same = [before in kept for before in own[1:]]
     assert [bool(network.agree(torch.tensor(ids))[end]) for end in ends[:-1]] == same and 0 < sum(same) < len(same)
-    assert dense.in_tokens_of(dense) is dense.model
+    assert dense.in_tokens_of(dense) is dense.network
 
 
 def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
@@ -68,7 +68,7 @@ def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
     for name in ("kept", "text"):
         text = (home / f"{name}.txt").read_text()
         reference = dense.in_tokens_of(trimmed)
-        results[name] = perplexity(trimmed.model, trimmed.tokenizer, text, window=32, reference=reference)
+        results[name] = perplexity(trimmed.network, trimmed.tokenizer, text, window=32, reference=reference)
     assert results["kept"].kl_per_token == pytest.approx(0, abs=1e-6) and results["kept"].top1_agreement == 1
     assert results["text"].kl_per_token > 1e-3
     models, options = [home / "dense", home / "trimmed"], {"kl": True, "window": 32}
@@ -87,25 +87,25 @@ def test_divergence_is_over_kept_tokens(home, dense, trimmed, caplog):
 def test_the_teacher_says_removed_tokens_by_their_pieces(tmp_path, dense, trimmed):
     ids = ids_of(trimmed, tiny_models.TEXT[:120])
     teacher, (own, ends) = dense.in_tokens_of(trimmed, teaching=True), dense.in_tokens_of(trimmed).read(ids)
-    expected = torch.zeros(len(ids), trimmed.model.config.vocab_size)
+    expected = torch.zeros(len(ids), trimmed.network.config.vocab_size)
     kept = list(trimmed.plans[0].kept["vocabulary"])
     firsts = [ids_of(trimmed, dense.tokenizer.decode([token]))[0] if token not in kept else kept.index(token)
               for token in range(300)]  # fmt: skip
-    for end, p in zip(ends, logits(dense.model, own)[0].softmax(-1), strict=True):
+    for end, p in zip(ends, logits(dense.network, own)[0].softmax(-1), strict=True):
         for token, first in enumerate(firsts):
             expected[end, first] += p[token]
     for place in set(range(len(ids))) - set(ends):
         expected[place, ids[place + 1]] = 1
     torch.testing.assert_close(logits(teacher, ids)[0].softmax(-1), expected, atol=1e-5, rtol=1e-4)
     job = RecoveryJob(
-        trimmed.model, trimmed.tokenizer, [], [], trimmed.graph, RecoverSettings(), tmp_path, lambda: teacher
+        trimmed.network, trimmed.tokenizer, [], [], trimmed.graph, RecoverSettings(), tmp_path, lambda: teacher
     )  # fmt: skip
     row = torch.tensor([[5] * 3 + ids])  # padded on the left
     mask = torch.ones_like(row).index_fill_(1, torch.arange(3), 0)
     labels = row.masked_fill(mask == 0, -100).index_fill_(1, torch.tensor([3]), -100)
-    loss = distillation_loss(job, 0.0)(trimmed.model, {"input_ids": row, "attention_mask": mask, "labels": labels})
+    loss = distillation_loss(job, 0.0)(trimmed.network, {"input_ids": row, "attention_mask": mask, "labels": labels})
     with torch.no_grad():
-        q = trimmed.model(input_ids=row, attention_mask=mask).logits[0, 3:-1].log_softmax(-1)
+        q = trimmed.network(input_ids=row, attention_mask=mask).logits[0, 3:-1].log_softmax(-1)
     p = expected[:-1]
     assert float(loss.detach()) == pytest.approx(float((torch.xlogy(p, p) - p * q).sum(-1).mean()), rel=1e-4)
 

@@ -125,8 +125,8 @@ def test_the_record_tells_the_fits_of_every_layer(small):
 def test_costs_are_those_of_the_model(places, small, tmp_path):
     loaded = llmpruner.load(places / "small")
     own, dense = small.costs, small.dense
-    cache = sum(bytes_per_token(loaded.model, loaded.graph))
-    assert own == Costs(**asdict(size(loaded.model, loaded.graph)), cache_bytes=cache) and dense.cache_bytes == cache
+    cache = sum(bytes_per_token(loaded.network, loaded.graph))
+    assert own == Costs(**asdict(size(loaded.network, loaded.graph)), cache_bytes=cache) and dense.cache_bytes == cache
     removed = 1 - own.decoder_parameters / dense.decoder_parameters
     made = llmpruner.write_report(places / "small", tmp_path / "page.html")
     assert removed > 0 and f"{removed:.1%} of the decoder's parameters are gone" in made.sentences["small"]

@@ -95,7 +95,7 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     assert again.family.name == family
     ids = torch.tensor([again.tokenizer("quick brown fox")["input_ids"]])
     with torch.no_grad():
-        assert (again.model(ids).logits - pruned.model(ids).logits).abs().max() < 1e-5
+        assert (again.network(ids).logits - pruned.network(ids).logits).abs().max() < 1e-5
 
     data = tmp_path / "data.json"
     row = {"instruction": "What jumps over the dog?", "output": "The quick brown fox"}
@@ -107,6 +107,6 @@ def test_every_stage(family: str, tmp_path: Path) -> None:
     (training,) = recovered.record["recovery"]
     assert training["losses"][-1] < training["losses"][0]
 
-    assert perplexity(recovered.model, again.tokenizer, WORDS, window=32).perplexity > 1
+    assert perplexity(recovered.network, again.tokenizer, WORDS, window=32).perplexity > 1
     asked = chat_prompt(again.family, again.tokenizer, "fox")
-    assert isinstance(generate(recovered.model, again.tokenizer, asked.text), str) and not asked.has_special_tokens
+    assert isinstance(generate(recovered.network, again.tokenizer, asked.text), str) and not asked.has_special_tokens
