@@ -1,5 +1,7 @@
 """The public names of llmpruner, with their types: what users call, and what plugin authors build on."""
 
+__version__: str
+
 from .api import bench as bench
 from .api import discover as discover
 from .api import evaluate as evaluate
@@ -10,12 +12,13 @@ from .api import plan as plan
 from .api import prune as prune
 from .api import prune_each as prune_each
 from .api import recover as recover
-from .api import run as run
+from .api import run_recipe as run_recipe
 from .api import save as save
 from .api import verify as verify
 from .api import verify_checkpoint as verify_checkpoint
 from .api import write_report as write_report
 from .calibration.base import CalibrationSource as CalibrationSource
+from .calibration.base import SampleTask as SampleTask
 from .calibration.documents import read_text as read_text
 from .catalog import Catalog as Catalog
 from .component import ComponentSettings as ComponentSettings
@@ -33,6 +36,9 @@ from .errors import LlmprunerError as LlmprunerError
 from .errors import MissingExtraError as MissingExtraError
 from .errors import ModelError as ModelError
 from .errors import OutputError as OutputError
+from .errors import PlanError as PlanError
+from .errors import PluginError as PluginError
+from .errors import SelectionError as SelectionError
 from .errors import SettingsError as SettingsError
 from .errors import UnsupportedModelError as UnsupportedModelError
 from .evaluation.bench import BenchSubject as BenchSubject
@@ -41,6 +47,7 @@ from .evaluation.bench import Session as Session
 from .evaluation.bench import Work as Work
 from .evaluation.bench import work_of as work_of
 from .evaluation.evaluate import Metric as Metric
+from .evaluation.evaluate import MetricSubject as MetricSubject
 from .evaluation.evaluate import Row as Row
 from .exporters import Exporter as Exporter
 from .exporters import ExportTask as ExportTask
@@ -57,13 +64,17 @@ from .models.save import save_checkpoint as save_checkpoint
 from .plugins.hookspecs import hookimpl as hookimpl
 from .plugins.installed import load_catalog as load_catalog
 from .plugins.installed import register as register
+from .progress import Progress as Progress
 from .pruning.allocation import Allocation as Allocation
+from .pruning.allocation import AllocationTask as AllocationTask
 from .pruning.allocation import top_up as top_up
 from .pruning.budgets import Budget as Budget
+from .pruning.budgets import BudgetSubject as BudgetSubject
 from .pruning.budgets import Cost as Cost
 from .pruning.budgets import SizeModel as SizeModel
 from .pruning.budgets import WeightCost as WeightCost
 from .pruning.compensation.base import Compensation as Compensation
+from .pruning.compensation.base import RepairTask as RepairTask
 from .pruning.compensation.least_squares import Fit as Fit
 from .pruning.criteria.base import ImportanceCriterion as ImportanceCriterion
 from .pruning.methods import Method as Method
@@ -88,11 +99,10 @@ from .structure.coupling import QUERY as QUERY
 from .structure.coupling import VOCABULARY as VOCABULARY
 from .structure.coupling import Blocks as Blocks
 from .structure.coupling import CoupledGroup as CoupledGroup
+from .structure.coupling import CouplingGraph as CouplingGraph
 from .structure.coupling import Explicit as Explicit
 from .structure.coupling import Role as Role
 from .structure.coupling import Span as Span
 from .structure.coupling import index_map as index_map
 from .structure.plan import PruningPlan as PruningPlan
 from .values import without_folders as without_folders
-
-__version__: str

@@ -364,7 +364,7 @@ def export(
     return _export(Path(source), exporter, directory, partial(opener.as_stored, reference), progress)
 
 
-def run(
+def run_recipe(
     recipe: Mapping[str, Any] | str | Path,
     *,
     model: str | Path | None = None,

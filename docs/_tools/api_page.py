@@ -21,7 +21,7 @@ from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
     api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench,
-    api.generate, api.write_report, api.save, api.export, api.verify_checkpoint, api.run,
+    api.generate, api.write_report, api.save, api.export, api.verify_checkpoint, api.run_recipe,
 )  # fmt: skip
 VALUES = (
     Structure,

@@ -120,7 +120,7 @@ def _facts(cls: type[ImportanceCriterion]) -> str:
     if "variant" in cls.Settings.model_fields:
         choices = getattr(cls.Settings.model_fields["variant"].annotation, "__args__", ())
         variants = [cls(variant=choice) for choice in choices]
-    needs = sorted({signal for one in variants for signal in one.signals}, key=list(Signal).index)
+    needs = sorted({signal for one in variants for signal in one.needs}, key=list(Signal).index)
     shown = ", ".join(f"`{signal.value}`" for signal in needs)
     if any(signal in needs for signal in (Signal.STREAM, Signal.STREAM_BLOCKS)):
         return f"Signals: {shown}. Scores layers."

@@ -54,7 +54,9 @@ def run(
 
     started = time.monotonic()
     on_step = None if as_json else show_step
-    result = api.run(recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments)
+    result = api.run_recipe(
+        recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments
+    )
     seconds = round(time.monotonic() - started, 1)
     # Not of the folder, in which a longer recipe may have left its own.
     if made := [step.directory for step in result.steps if step.command in ("prune", "recover")]:
@@ -132,7 +134,7 @@ def demo(
 
     started = time.monotonic()
     values = {"pruned.ratio": ratio, "prune.seed": seed}
-    api.run("demo", output=output, values=values, on_step=show_step, **arguments)
+    api.run_recipe("demo", output=output, values=values, on_step=show_step, **arguments)
     write_next_to(output, arguments, sentences=True)
     out.print("Next, with a model of your own:")
     out.print("  llmpruner prune MODEL --ratio 0.2 -o pruned", highlight=False)

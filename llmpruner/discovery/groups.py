@@ -268,7 +268,7 @@ def _groups(sets: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> 
     for number in sorted(traced_as):
         members = sorted(by_layer.get(traced_as[number], []), key=lambda each: _ORDER.index(each.kind))
         for name, each in zip(_names(members, traced), members, strict=True):
-            yield _group(f"layers.{number}.{name}", each, number, traced)
+            yield _group(name, each, number, traced)
     count: Counter[str] = Counter()
     for each in sorted(by_layer.get(None, []), key=lambda each: (each.kind == VOCABULARY, -each.units)):
         name = f"{each.kind}.{count[each.kind]}" if count[each.kind] else each.kind
@@ -276,7 +276,7 @@ def _groups(sets: Iterable[UnitSet], traced: Trace, ties: Mapping[str, str]) -> 
         yield _group(name, replace(each, spans=tuple(_with_ties(each.spans, ties))), None, traced)
 
 
-def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> CoupledGroup:
+def _group(word: str, each: UnitSet, layer: int | None, traced: Trace) -> CoupledGroup:
     def real(spans: Iterable[Span]) -> tuple[Span, ...]:
         return tuple(replace(s, parameter=p) for s in spans for p in _everywhere(s.parameter, traced, layer))
 
@@ -291,7 +291,7 @@ def _group(name: str, each: UnitSet, layer: int | None, traced: Trace) -> Couple
         # Grouped matrix products over experts need rows of a multiple of 16 bytes, 8 numbers of 16 bits.
         multiple = next(n for n in (8, 4, 2, 1) if each.units % n == 0)
     spans, buffers = real(each.spans), real(each.buffers)
-    return CoupledGroup(name, each.kind, each.units, spans, blocks, minimum, multiple, buffers)
+    return CoupledGroup(word, each.kind, each.units, spans, blocks, minimum, multiple, buffers, layer)
 
 
 def _with_ties(spans: Iterable[Span], ties: Mapping[str, str]) -> Iterator[Span]:

@@ -115,7 +115,7 @@ def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> 
         groups = scope_of(job, structure).groups(graph)
         read = min(tokens, GRADIENT_TOKENS) if job.compensation.reads_text else tokens
         stages.append(batch + _scores(job, graph, groups, item, read))
-        if job.criterion.signals & GRADIENTS:
+        if job.criterion.needs & GRADIENTS:
             states = max(states, read * hidden * item * (graph.num_layers + 2))
         copies = weights if job.steps > 1 else 0
         if job.allocation.measures:  # a trial copies what stays of a kind, or of a group
@@ -131,7 +131,7 @@ def _besides_weights(job: Job, structure: Structure, item: int, saves: bool) -> 
 
 def _scores(job: PruneJob, graph: CouplingGraph, groups: Iterable[CoupledGroup], item: int, tokens: int) -> int:
     """Three copies of a matrix in float32, and one layer's gradients or sums."""
-    signals = job.criterion.signals
+    signals = job.criterion.needs
     names = {span.parameter for group in groups for span in group.spans} or set(filter(graph.is_decoder, graph.shapes))
     copies = 3 * F32 * max(prod(graph.shapes[name][-2:]) for name in names)
     if Signal.GRAM in signals:

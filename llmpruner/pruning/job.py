@@ -142,7 +142,7 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
     methods = [] if method is None else [method]
     check_chosen(user_values, [budget, *criteria, allocation, compensation, *methods, *(p.source for p in parts)])
     calibration = None
-    if any(each.signals - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
+    if any(each.needs - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
         calibration = CalibrationJob(
             settings.calibration, parts, settings.samples, settings.length, fixed_length="length" in explicit
         )

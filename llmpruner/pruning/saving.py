@@ -52,7 +52,7 @@ SCRIPTS: Final = 6
 
 def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None) -> PruningPlan:
     """The plan that keeps ``kept``."""
-    signals = job.criterion.signals | (job.token_criterion.signals if job.token_criterion else set())
+    signals = job.criterion.needs | (job.token_criterion.needs if job.token_criterion else set())
     of_scores: dict[str, Any] = {}
     of_fits: dict[str, Any] = {}
     if text is not None and job.calibration is not None:

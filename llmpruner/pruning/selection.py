@@ -105,7 +105,7 @@ class _Current:
 
     def score(self, amount: Demand) -> None:
         """Set the scores, unless they are set and do not depend on the amount."""
-        blocks = Signal.STREAM_BLOCKS in self.job.criterion.signals
+        blocks = Signal.STREAM_BLOCKS in self.job.criterion.needs
         if self.scores and not blocks:
             return
         length = 1
@@ -129,9 +129,9 @@ class _Current:
             if criterion is None or not groups:
                 continue
             read = text
-            if text is not None and job.compensation.reads_text and criterion.signals & GRADIENTS:
+            if text is not None and job.compensation.reads_text and criterion.needs & GRADIENTS:
                 read = text.first(GRADIENT_TOKENS)
-            if text is not None and Signal.TOKENS in criterion.signals:
+            if text is not None and Signal.TOKENS in criterion.needs:
                 read = counted_part(text)
             scores |= estimate(
                 self.network, self.graph, groups, criterion, read, reduction=job.reduction, seed=job.seed,

@@ -50,7 +50,7 @@ class Recipe:
     def read(
         cls, recipe: Mapping[str, Any] | str | Path, catalog: Catalog, values: Mapping[str, Any] | None = None
     ) -> Recipe:
-        """A recipe of a file, of a name, or of a mapping with the keys of a file. ``values``: as of `llmpruner.run`.
+        """A recipe of a file, of a name, or of a mapping with the keys of a file. ``values``: as of `run_recipe`.
         Raises `LlmprunerError`, with the step, for mistakes that need no model and no data to be seen."""
         value, source = (recipe, "recipe") if isinstance(recipe, Mapping) else _loaded(str(recipe), catalog)
         top, values = _settings(RecipeSettings, value, source), values or {}

@@ -43,10 +43,13 @@ class RecoveryStrategy(Component):
 
     kind: ClassVar[str] = "recovery strategy"
     hook: ClassVar[str] = "llmpruner_recovery_strategies"
-    adapters: ClassVar[bool] = False
-    """Whether `train` uses peft, which is looked for before anything is loaded."""
     needs_dense: ClassVar[bool] = False
     """Whether `train` uses the dense model, which is looked for before anything is loaded."""
+
+    @property
+    def needs_peft(self) -> bool:
+        """Whether `train` adds adapters by peft, which is looked for before anything is loaded."""
+        return False
 
     def trained_parameters(self, graph: CouplingGraph) -> int:
         """About how many parameters of the model with ``graph`` are trained, for the estimate of memory. By default 0,

@@ -77,7 +77,7 @@ def check_setup(setup: RecoverySetup) -> None:
     """Refuse what needs no model to be seen: missing or malformed data, missing libraries, and FSDP."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise SettingsError("recover keeps the whole model in every process; launch it without FSDP")
-    if setup.strategy.adapters and find_spec("peft") is None:
+    if setup.strategy.needs_peft and find_spec("peft") is None:
         raise MissingExtraError("peft", "recover")
     for source, _ in parse_mixture(setup.settings.data):
         if not _is_dense_text(source):

@@ -162,7 +162,7 @@ def train(
     model, strategy = loaded.network, setup.strategy
     check_ids(torch.tensor([max(max(row["input_ids"]) for row in (*data.rows, *data.validation))]), model)
     ranks = Ranks.current()
-    settings = filled_in(setup.settings, len(data.rows), ranks.count, adapters=strategy.adapters)
+    settings = filled_in(setup.settings, len(data.rows), ranks.count, adapters=strategy.needs_peft)
     about = {
         "strategy": strategy.name,
         "strategy_settings": strategy.record(),

@@ -39,7 +39,7 @@ class LoraStrategy(RecoveryStrategy):
     """LoRA (Hu et al., 2021) as in LLM-Pruner, section 3.3, with its defaults. Stacked experts get no adapters."""
 
     name = "lora"
-    adapters = True
+    needs_peft = True
     summary = "trains low-rank adapters of the decoder's linear layers, and merges them (Hu et al., 2021)"
 
     class Settings(ComponentSettings):
@@ -76,18 +76,18 @@ class DistilStrategy(RecoveryStrategy):
     settings: Settings
 
     @property
-    def adapters(self) -> bool:  # type: ignore[override]
+    def needs_peft(self) -> bool:
         return self.settings.trains == "lora"
 
     def trained_parameters(self, graph: CouplingGraph) -> int:
-        return 0 if self.adapters else graph.total_parameters
+        return 0 if self.needs_peft else graph.total_parameters
 
     def train(self, job: RecoveryJob) -> TrainingResult:
         from .losses import distillation_loss
         from .training import fit
 
         loss = distillation_loss(job, self.settings.labels)
-        if self.adapters:
+        if self.needs_peft:
             return _adapters_trained(job, self.settings, loss)
         job.model.requires_grad_(True)
         return fit(job.model, job, loss)

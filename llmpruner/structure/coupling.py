@@ -133,9 +133,8 @@ class Span:
 class CoupledGroup:
     """Units of one kind that can be removed one by one, each with all parameters that must be removed with it.
 
-    ``name``: unique in a graph, and the key of the group in plans. A group whose spans are all in decoder layer N is
-    named ``layers.N.WORD`` (``layers.3.attention``), and renamed when the layer gets another number; no other name
-    begins like that. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
+    ``word``: names the group, with ``layer``, the decoder layer that all of its spans are in; None for groups across
+    layers. ``kind``: the value for ``--kinds`` (`MLP`, `ATTENTION`, … or a word of your own). ``units``:
     their number; unit ``u`` of every span belongs to unit ``u`` of the others. A group of kind `LAYER` has no spans.
 
     ``blocks``: equal consecutive blocks of units, which must keep the same number each (query heads inside KV heads).
@@ -144,7 +143,7 @@ class CoupledGroup:
     cut, but neither scored nor counted. Raises `CouplingError` where one of these rules is broken.
     """
 
-    name: str
+    word: str
     kind: str
     units: int
     spans: tuple[Span, ...] = ()
@@ -152,6 +151,7 @@ class CoupledGroup:
     minimum: int = 1
     multiple: int = 1
     buffers: tuple[Span, ...] = ()
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         if self.units < 1:
@@ -165,14 +165,13 @@ class CoupledGroup:
                 raise CouplingError(f"group '{self.name}': span {span.parameter} maps {units} units, not {self.units}")
 
     @cached_property
-    def layer(self) -> int | None:
-        """The decoder layer that the units are in; None for groups across layers."""
-        _, _, word = self.name.removeprefix("layers.").partition(".")
-        return layer_number(self.name, "layers") if word else None
+    def name(self) -> str:
+        """Unique in a graph, and the key of the group in plans: ``hidden``, ``layers.3.attention``."""
+        return self.in_layer(self.layer)
 
-    def in_layer(self, layer: int) -> str:
-        """The name of this group after its layer is renumbered to ``layer``."""
-        return in_layer(self.name, "layers", layer)
+    def in_layer(self, layer: int | None) -> str:
+        """The name of this group if it were in ``layer``."""
+        return self.word if layer is None else f"layers.{layer}.{self.word}"
 
     @cached_property
     def is_normalized(self) -> bool:
@@ -243,10 +242,8 @@ class CouplingGraph:
         layers = {self.layer_of(span.parameter) for span in group.spans}
         layer = layers.pop() if len(layers) == 1 else None
         if layer != group.layer:
-            why = "not in one layer alone, so its name must not begin with 'layers.N.'"
-            if layer is not None:
-                why = f"in layer {layer}, so its name must be 'layers.{layer}.WORD', such as 'layers.{layer}.mlp'"
-            raise CouplingError(f"group '{group.name}' is {why}")
+            where = "not in one layer alone" if layer is None else f"in layer {layer}"
+            raise CouplingError(f"group '{group.name}' is {where}: give it layer={layer}, not {group.layer}")
 
     def _check(self, group: CoupledGroup, span: Span, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
         shape, name = shapes.get(span.parameter), f"group '{group.name}'"

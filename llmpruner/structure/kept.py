@@ -98,15 +98,21 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
             if (name := move(old))
         }
 
-    groups = []
-    for old_name, new_name in renamed(graph, kept).items():
-        group = graph.by_name[old_name]
+    numbers, groups = layer_numbers(graph, kept), []
+    for group in graph.groups:
+        if group.layer is not None and group.layer not in numbers:
+            continue
         units = surviving_units(kept, group, axes)
-        spans, buffers = cut(group.spans, units), cut(group.buffers, units)
         blocks = len({unit * group.blocks // group.units for unit in units})
         # The minimum is shared equally by the blocks; removed blocks no longer need their share.
         minimum = min(-(-group.minimum * blocks // group.blocks), len(units))
-        groups.append(CoupledGroup(new_name, group.kind, len(units), spans, blocks, minimum, group.multiple, buffers))
+        layer = None if group.layer is None else numbers[group.layer]
+        spans, buffers = cut(group.spans, units), cut(group.buffers, units)
+        groups.append(
+            replace(
+                group, units=len(units), spans=spans, blocks=blocks, minimum=minimum, buffers=buffers, layer=layer
+            )
+        )  # fmt: skip
     ties = {n: t for a, b in graph.ties.items() if (n := move(a)) and (t := move(b))}
     return CouplingGraph(tuple(groups), shapes(graph.shapes), graph.layers, ties, graph.blocked, shapes(graph.buffers))
 

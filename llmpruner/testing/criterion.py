@@ -41,7 +41,7 @@ class CriterionConformance:
         """It has a name, a summary, settings with defaults and descriptions, and a set of signals."""
         check_component("criterion", self.criterion)
         for criterion, _, groups in self._cases():
-            signals = criterion.signals
+            signals = criterion.needs
             assert isinstance(signals, frozenset) and signals <= set(Signal), (
                 f"{label(criterion)} needs {signals!r}; expected a frozenset of Signal"
             )

@@ -50,7 +50,7 @@ def file(shared, tmp_path) -> Path:
 def whole(shared, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole") / "out"
     done = []
-    found = api.run(recipe_of(shared), output=out, on_step=done.append)
+    found = api.run_recipe(recipe_of(shared), output=out, on_step=done.append)
     assert tuple(done) == found.steps and [step.name for step in found.steps] == NAMES
     plan, outcome = found["1-prune"].value
     assert isinstance(plan, PruningPlan) and isinstance(outcome, Outcome)
@@ -76,7 +76,7 @@ def times(folder: Path) -> dict[str, int]:
 
 def skipped(recipe, out, **options) -> list[bool]:
     """Whether each step of a further run was done before."""
-    return [step.skipped for step in api.run(recipe, output=out, **options).steps]
+    return [step.skipped for step in api.run_recipe(recipe, output=out, **options).steps]
 
 
 def test_a_recipe_runs_from_end_to_end(run, file, whole, shared, tmp_path):
@@ -129,7 +129,7 @@ def test_what_has_changed_is_done_again_with_all_that_depends_on_it_alone(run, f
     assert skipped(recipe, out, load=narrow) == [False] * 4
     stop = StopAt("step 1 of 4, 1-prune, again: models changed")
     with pytest.raises(Killed):
-        api.run(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
+        api.run_recipe(recipe, output=out, model=shared / "other", load=narrow, progress=stop)
     assert skipped(recipe, out, load=narrow) == [True] * 4, "what a run did not replace is still there"
 
 
@@ -161,7 +161,7 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
 
     def killed(progress: Progress, **options) -> list[str]:
         with pytest.raises(Killed):
-            api.run(recipe, output=out, progress=progress, **options)
+            api.run_recipe(recipe, output=out, progress=progress, **options)
         return sorted(re.sub(r"\.[0-9a-f]{8}", ".new", folder.name) for folder in out.iterdir())
 
     others = {"prune.samples": 5}
@@ -180,14 +180,14 @@ def test_a_run_that_is_killed_anywhere_ends_with_the_same_bytes(shared, whole, t
     assert next(out.glob("2-recover.*/checkpoint-1")).is_dir()
     assert killed(StopAt("perplexity")) == ["1-prune", "2-recover"]
     assert killed(StopAt("Comparing the outputs")) == ["1-prune", "2-recover", "table"]
-    api.run(recipe, output=out)
+    api.run_recipe(recipe, output=out)
     assert checksums(out) == checksums(whole)
     assert {folder.name for folder in out.iterdir()} == set(NAMES)
 
 
 def test_a_second_run_on_one_output_is_refused(shared, out):
     with alone_in(out), pytest.raises(OutputError, match="another run works in"):
-        api.run(recipe_of(shared), output=out)
+        api.run_recipe(recipe_of(shared), output=out)
 
 
 def test_a_folder_that_no_step_made_is_not_replaced(refused, file, tmp_path):
@@ -223,7 +223,7 @@ def test_models_by_name_and_texts(shared, out):
         {"evaluate": {"metrics": "size"}, "models": ["1-prune"]},
         {"bench": {"batch": 1, "prompt": 8, "new": 2, "rounds": 1}, "name": "speed", "models": "last"},
     ]
-    found = api.run(recipe, output=out)
+    found = api.run_recipe(recipe, output=out)
     assert [step.skipped for step in found.steps] == [True, True, False, False, False]
     assert [one["name"] for one in found["texts"].result] == ["dense", "2-recover"]
     assert found["texts"].result[0]["prompt"] == "The fox"

@@ -25,7 +25,7 @@ class Renames(ModelFamily):
 
     def coupled_groups(self, config):
         groups = [g for g in discover_graph(config).groups if g.kind == "attention"]
-        return [replace(g, name=f"layers.{g.layer}.gadget", kind="gadget") for g in groups]
+        return [replace(g, word="gadget", kind="gadget") for g in groups]
 
 
 def assert_silent(model, graph, kept, config):

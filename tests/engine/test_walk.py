@@ -1,6 +1,7 @@
 """Walking the decoder layer by layer gives what the model gives, or is refused."""
 
 import contextlib
+import copy
 
 import pytest
 import torch

@@ -127,7 +127,7 @@ def test_settings_of_loading_that_are_no_settings_are_refused(tmp_path):
     with pytest.raises(SettingsError, match="write load=LoadSettings"):
         llmpruner.export(tmp_path, output=tmp_path / "out", to="stock", load=load)
     with pytest.raises(SettingsError, match="write load=LoadSettings"):
-        llmpruner.run(recipe, model=tmp_path, output=tmp_path / "out", load=load)
+        llmpruner.run_recipe(recipe, model=tmp_path, output=tmp_path / "out", load=load)
 
 
 def test_a_stock_export_is_read_back(tmp_path, monkeypatch):

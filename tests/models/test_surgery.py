@@ -118,7 +118,7 @@ def test_heads_under_a_norm_are_silenced_in_what_reads_them_too():
     parts = {"q": nn.Linear(3, 8, bias=False), "norm": nn.RMSNorm(8), "out": nn.Linear(8, 3, bias=False)}
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    group = CoupledGroup("layers.0.query", QUERY, 4, spans, blocks=2)
+    group = CoupledGroup("query", QUERY, 4, spans, blocks=2, layer=0)
     silence(model, CouplingGraph((group,), shapes, "layers"), {"layers.0.query": [0, 3]})
     for weight in (parts["q"].weight, parts["out"].weight.T):
         assert [bool(row.any()) for row in weight.reshape(4, 2, 3)] == [True, False, False, True]
@@ -136,7 +136,7 @@ def test_a_norm_over_two_copies_of_the_units_is_rescaled_once():
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict(parts)])})
     spans = (*spans, Span("layers.0.up.bias", 0, Role.PRODUCES, Blocks(6)))
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    graph = CouplingGraph((CoupledGroup("layers.0.hidden", HIDDEN, 6, spans),), shapes, "layers")
+    graph = CouplingGraph((CoupledGroup("hidden", HIDDEN, 6, spans, layer=0),), shapes, "layers")
     x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
     def outputs(model):
@@ -174,7 +174,7 @@ def test_layers_that_share_weights_are_cut_together():
     named = dict(model.named_parameters(remove_duplicate=False))
     shapes = {name: tuple(p.shape) for name, p in named.items()}
     ties = {f"layers.1.{name}.weight": f"layers.0.{name}.weight" for name in ("norm", "out")}
-    graph = CouplingGraph((CoupledGroup("layers.0.mlp", MLP, 6, spans),), shapes, "layers", ties)
+    graph = CouplingGraph((CoupledGroup("mlp", MLP, 6, spans, layer=0),), shapes, "layers", ties)
     remaining = cut_tensors(model, graph, {"layers.0.mlp": [1, 2, 4]})
     for name in ("norm", "out"):
         first, second = (layer[name] for layer in layers)
@@ -194,7 +194,7 @@ def with_table():
 
 
 def graph_of(*buffers):
-    group = CoupledGroup("layers.0.mlp", "mlp", 3, (WEIGHT,), buffers=buffers)
+    group = CoupledGroup("mlp", "mlp", 3, (WEIGHT,), buffers=buffers, layer=0)
     return CouplingGraph((group,), {"layers.0.weight": (4, 6)}, "layers", buffers={"layers.0.table": (6,)})
 
 
@@ -219,7 +219,7 @@ def test_buffers_keep_the_entries_of_the_units_that_stay():
 
 def test_units_under_a_norm_are_silenced_in_buffers_too():
     norm = Span("layers.0.weight", 1, Role.NORM, Blocks(3, width=2))
-    group = CoupledGroup("layers.0.hidden", "hidden", 3, (norm,), buffers=(BUFFER,))
+    group = CoupledGroup("hidden", "hidden", 3, (norm,), buffers=(BUFFER,), layer=0)
     tiny = with_table()
     silence(tiny, replace(graph_of(), groups=(group,)), {"layers.0.hidden": [0, 2]})
     assert tiny["layers"][0].table.tolist() == [0.0, 1.0, 0.0, 0.0, 4.0, 5.0]

@@ -218,7 +218,7 @@ def test_a_kv_group_counts_its_own_query_heads_alone(llama, criterion):
     after = scores_of(llama, criterion, group)
     change = (after / before - 1).abs()
     assert int(change.argmax()) == 1
-    if not {Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD} & criterion.signals and criterion.name != "obs":
+    if not {Signal.GRAD, Signal.GRAD_SQ, Signal.PRODUCT_GRAD} & criterion.needs and criterion.name != "obs":
         torch.testing.assert_close(after[[0, 2]], before[[0, 2]], rtol=0, atol=0)
 
 

@@ -135,9 +135,9 @@ def test_a_recipe_that_is_not_there(tmp_path, catalog):
     with pytest.raises(SettingsError, match=r"latin\.yaml cannot be read: 'utf-8' codec"):
         Recipe.read(tmp_path / "latin.yaml", catalog)
     with pytest.raises(SettingsError, match="names no model; add 'model: …'"):
-        api.run({"steps": ["evaluate"]}, output=tmp_path / "out")
+        api.run_recipe({"steps": ["evaluate"]}, output=tmp_path / "out")
     with pytest.raises(SettingsError, match="names no output; add 'output: …'"):
-        api.run({"steps": ["evaluate"]}, model="x")
+        api.run_recipe({"steps": ["evaluate"]}, model="x")
 
 
 def test_every_shipped_recipe_is_valid(catalog):

@@ -10,25 +10,26 @@ from llmpruner.structure.coupling import CouplingGraph
 from llmpruner.structure.kept import check_kept, renamed, restrict
 
 
-def test_names_are_checked():
-    def graph(name, *layers):
+def test_the_layer_of_a_group_is_checked():
+    def graph(layer, *layers):
         spans = tuple(Span(f"layers.{n}.w", 0, Role.PRODUCES, Blocks(2)) for n in layers)
         shapes = {f"layers.{n}.w": (2,) for n in range(4)}
-        return CouplingGraph((CoupledGroup(name, "mlp", 2, spans),), shapes, "layers")
+        return CouplingGraph((CoupledGroup("mlp", "mlp", 2, spans, layer=layer),), shapes, "layers")
 
-    for name in ("block3.mlp", "layers.2.mlp", "layers.3."):
-        with pytest.raises(CouplingError, match=r"must be 'layers\.3\.WORD', such as 'layers\.3\.mlp'"):
-            graph(name, 3)
-    with pytest.raises(CouplingError, match="is not in one layer alone, so its name must not begin with"):
-        graph("layers.3.mlp", 2, 3)
-    assert (graph("layers.3.mlp", 3).groups[0].layer, graph("both", 2, 3).groups[0].layer) == (3, None)
+    for layer in (2, None):
+        with pytest.raises(CouplingError, match=f"is in layer 3: give it layer=3, not {layer}"):
+            graph(layer, 3)
+    with pytest.raises(CouplingError, match=r"'layers\.3\.mlp' is not in one layer alone: give it layer=None, not 3"):
+        graph(3, 2, 3)
+    assert (graph(3, 3).groups[0].name, graph(None, 2, 3).groups[0].name) == ("layers.3.mlp", "mlp")
     with pytest.raises(CouplingError, match="group 'layers' has 3 layers, and the decoder 4"):
-        replace(graph("both", 2, 3), groups=(CoupledGroup("layers", "layer", 3),))
+        replace(graph(None, 2, 3), groups=(CoupledGroup("layers", "layer", 3),))
 
 
 def test_names_follow_the_layers_that_stay():
     names = [f"layers.{n}.mlp" for n in range(12)]
-    groups = [CoupledGroup(name, MLP, 8, (Span(f"{name}.w", 0, Role.PRODUCES, Blocks(8)),)) for name in names]
+    spans = [Span(f"{name}.w", 0, Role.PRODUCES, Blocks(8)) for name in names]
+    groups = [CoupledGroup("mlp", MLP, 8, (span,), layer=n) for n, span in enumerate(spans)]
     graph = CouplingGraph(
         (*groups, CoupledGroup("layers", "layer", 12)), {f"{name}.w": (8,) for name in names}, "layers"
     )
@@ -42,7 +43,7 @@ def test_names_follow_the_layers_that_stay():
 
 def test_a_number_of_units_that_is_no_multiple_is_refused():
     """Before the cut, not when the checkpoint is saved. All units may stay, whatever their number is."""
-    group = CoupledGroup("layers.0.mlp", MLP, 20, (Span("layers.0.w", 0, Role.PRODUCES, Blocks(20)),), multiple=8)
+    group = CoupledGroup("mlp", MLP, 20, (Span("layers.0.w", 0, Role.PRODUCES, Blocks(20)),), multiple=8, layer=0)
     graph = CouplingGraph((group,), {"layers.0.w": (20,)}, "layers")
     for count in (8, 16, 20):
         check_kept(graph, {group.name: range(count)})

@@ -5,7 +5,7 @@ from llmpruner.structure.scope import Widths, build_queue, widths_for
 
 
 def group(units: int, kind: str = "mlp", layer: int = 0, **more) -> CoupledGroup:
-    return CoupledGroup(f"layers.{layer}.{kind}", kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), **more)
+    return CoupledGroup(kind, kind, units, (Span("w", 0, Role.PRODUCES, Blocks(units)),), layer=layer, **more)
 
 
 def test_a_multiple_and_a_minimum_of_the_group_itself_hold():

@@ -43,8 +43,6 @@ class ImportanceCriterion(Component):
 
     kind: ClassVar[str] = "criterion"
     hook: ClassVar[str] = "llmpruner_importance_criteria"
-    needs: ClassVar[frozenset[Signal]] = frozenset({Signal.WEIGHT})
-    """The signals to measure; all but weights need a calibration set."""
     kinds: ClassVar[frozenset[str] | None] = None
     """Kinds of units that it can score; None: all but tokens. See `accepts`."""
     roles: ClassVar[frozenset[Role] | None] = None
@@ -55,9 +53,10 @@ class ImportanceCriterion(Component):
     with a first axis of length one, and `score_units` is not called for stacks."""
 
     @property
-    def signals(self) -> frozenset[Signal]:
-        """The signals that this instance needs; override it if they depend on settings."""
-        return self.needs
+    def needs(self) -> frozenset[Signal]:
+        """The signals to measure, by default weights; all others need a calibration set. An attribute of the class, or
+        a property if it depends on settings."""
+        return frozenset({Signal.WEIGHT})
 
     @property
     def signed(self) -> bool:
@@ -66,10 +65,10 @@ class ImportanceCriterion(Component):
 
     def accepts(self, kind: str) -> bool:
         """Whether units of this kind can be scored: layers alone from the stream, tokens alone from their use."""
-        if self.signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
+        if self.needs & {Signal.STREAM, Signal.STREAM_BLOCKS}:
             return kind == LAYER
-        if kind == VOCABULARY or Signal.TOKENS in self.signals:
-            return kind == VOCABULARY and Signal.TOKENS in self.signals
+        if kind == VOCABULARY or Signal.TOKENS in self.needs:
+            return kind == VOCABULARY and Signal.TOKENS in self.needs
         return self.kinds is None or kind in self.kinds
 
     def counts(self, axis: UnitAxis) -> bool:

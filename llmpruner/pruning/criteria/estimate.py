@@ -45,7 +45,7 @@ def estimate(
     `StreamStats`. Raises `SelectionError` for units that are not scored, `ModelError` for scores that are not
     finite."""
     check_accepted(criterion, groups, graph)
-    execution, signals = execution or Execution.of(model, graph.layers), criterion.signals
+    execution, signals = execution or Execution.of(model, graph.layers), criterion.needs
     of_all: torch.Tensor | None = None
     if calibration is not None and signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
         of_all = criterion.score_layers(stream_statistics(execution, calibration, length, removable))

@@ -46,7 +46,7 @@ class Taylor(ImportanceCriterion):
     settings: Settings
 
     @property
-    def signals(self) -> frozenset[Signal]:
+    def needs(self) -> frozenset[Signal]:
         gradients = {"element2": {Signal.GRAD_SQ}, "mix": {Signal.GRAD, Signal.GRAD_SQ}}
         return frozenset({Signal.WEIGHT, *gradients.get(self.settings.variant, {Signal.GRAD})})
 

@@ -41,12 +41,12 @@ class HeronFamily(ModelFamily):
             Span(f"{block}.attention.out.weight", 1, Role.CONSUMES, Blocks(heads, head_dim)),
         )
         slopes = Span(f"{block}.attention.slopes", 0, Role.PRODUCES, Blocks(heads))
-        return CoupledGroup(f"layers.{n}.attention", ATTENTION, heads, spans, buffers=(slopes,))
+        return CoupledGroup("attention", ATTENTION, heads, spans, buffers=(slopes,), layer=n)
 
     def _mlp(self, config, n, block):
         """A unit is one channel: a row of ``up`` with its bias, and a column of ``down``."""
         spans = layouts.two_layer_mlp(f"{block}.up", f"{block}.down", config.inner_size)
-        return CoupledGroup(f"layers.{n}.mlp", MLP, config.inner_size, spans)
+        return CoupledGroup("mlp", MLP, config.inner_size, spans, layer=n)
 
     def _hidden(self, config, blocks):
         """A unit is one channel of the residual stream, all the way from the embedding to the head."""
