@@ -1,6 +1,7 @@
 """Walking the decoder layer by layer gives what the model gives, or is refused."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from llmpruner.discovery.oracle import random_plan
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.ranks import Ranks
-from llmpruner.engine.walk import ForwardWalk, call_layer, replaced_layers
+from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.numbers import computes_bfloat16_fast
 from llmpruner.pruning.compensation.base import Refit, RepairTask
@@ -106,6 +107,14 @@ def test_micro_batches_make_no_difference(monkeypatch):
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
     # Arguments besides the hidden states are kept once for each shape.
     assert walk.calls[0] is walk.calls[1] is not walk.calls[2]
+
+
+def test_arguments_are_shared_only_where_they_are_equal():
+    one = [((), {"mask": torch.ones(2, 3), "tables": (torch.zeros(2), torch.ones(2)), "flag": None})]
+    assert _same(one, copy.deepcopy(one))
+    for key, value in {"mask": torch.zeros(2, 3), "tables": (torch.zeros(2),), "flag": False, "more": 1}.items():
+        assert not _same(one, [((), {**one[0][1], key: value})])
+    assert not _same([object()], [object()]) and not _same([torch.ones(2)], [torch.ones(2).half()])
 
 
 def test_fast_products_stay_near(monkeypatch):
