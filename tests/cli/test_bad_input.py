@@ -224,7 +224,7 @@ def test_an_incomplete_checkpoint_is_refused(refused, dense, tmp_path, what):
 
 def test_a_damaged_shard_of_a_dense_model_is_named(refused, dense, tmp_path):
     model = shutil.copytree(dense, tmp_path / "model")
-    llmpruner.load(dense).model.save_pretrained(model, max_shard_size="40KB")
+    llmpruner.load(dense).network.save_pretrained(model, max_shard_size="40KB")
     (model / "model.safetensors").unlink()
     shard = sorted(model.glob("*.safetensors"))[1]
     shard.write_bytes(shard.read_bytes()[:-9])

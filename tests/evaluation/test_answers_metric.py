@@ -63,11 +63,11 @@ def test_the_loss_is_that_of_the_tokens_of_answers(tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps(RECORDS[0]))
     one, other = subject(), subject("other", seed=1)
     first, second = measured(GivenAnswersMetric(data=str(tmp_path / "one.jsonl"), kl=True), one, other)
-    for model, found in ((one.model, first), (other.model, second)):
+    for model, found in ((one.network, first), (other.network, second)):
         loss, tokens, _ = by_hand(model, INSTRUCTION)
         assert found.results["given-answers"]["tokens"] == tokens > 3
         assert found.results["given-answers"]["nll_per_token"] == pytest.approx(loss / tokens, rel=1e-5)
-    p, q = (by_hand(model, INSTRUCTION)[2] for model in (one.model, other.model))
+    p, q = (by_hand(model, INSTRUCTION)[2] for model in (one.network, other.network))
     kl = float((p.exp() * (p - q)).sum(-1).mean())
     assert first.results["given-answers"]["kl_per_token"] == 0.0
     assert second.results["given-answers"]["kl_per_token"] == pytest.approx(kl, rel=1e-4)

@@ -83,7 +83,7 @@ def test_a_cut_model_equals_the_silenced_one(dense, tmp_path, name, dtype):
 @pytest.mark.parametrize(("name", "dtype"), [("starcoder2", "bfloat16"), ("llama", "float16")])
 def test_a_compensated_model_is_nearer_to_the_dense_one(dense, tmp_path, name, dtype):
     folder, far = dense(name, dtype), {}
-    one = logits(api.load(str(folder)).model, TOKENS).float().log_softmax(-1)
+    one = logits(api.load(str(folder)).network, TOKENS).float().log_softmax(-1)
     for compensation in ("refit", "none"):
         options = {"method": "best", "compensate": compensation, "kinds": "mlp", "samples": 32, "length": 32}
         pruned = prune(folder, tmp_path / compensation, dtype, ratio=0.15, **options)
@@ -163,4 +163,4 @@ def test_a_pruned_model_is_loaded_in_the_dtype_that_it_is_stored_in(tmp_path, de
     api.save(found, tmp_path / "saved")
     one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("saved", "pruned"))
     assert one == other
-    assert api.load(tmp_path / "pruned", dtype="float16").model.dtype == torch.float16
+    assert api.load(tmp_path / "pruned", dtype="float16").network.dtype == torch.float16

@@ -68,7 +68,7 @@ def test_text_of_the_dense_model_is_written_with_the_adapter(one, catalog, tmp_p
     )
     training = {"max_steps": 2, "batch_size": 2, "micro_batch_size": 2}
     api.recover(tmp_path / "pruned", data="self-text:1", output=tmp_path / "out", **training)
-    assert torch.equal(wrote[0], logits(load_model(Opener(catalog).structure(one)).model, IDS))
+    assert torch.equal(wrote[0], logits(load_model(Opener(catalog).structure(one)).network, IDS))
 
 
 def test_a_pruned_model_with_an_adapter_is_pruned_again(base, catalog, tmp_path):

@@ -73,7 +73,7 @@ def test_an_embedding_that_is_held_twice_is_named_and_tied_again(tmp_path, caplo
     dense = llmpruner.load(file)
     assert "holds its embedding twice" in caplog.text and "0 M parameters too many" in caplog.text
     llmpruner.export(file, output=tmp_path / "tied", to="stock", settings={"stock": {"tie": True}})
-    tied = llmpruner.load(tmp_path / "tied").model
+    tied = llmpruner.load(tmp_path / "tied").network
     assert tied.config.tie_word_embeddings and tied.lm_head.weight is tied.model.embed_tokens.weight
     torch.testing.assert_close(tied.lm_head.weight, dense.network.lm_head.weight)
     with pytest.raises(llmpruner.SettingsError, match="leave it out"):

@@ -41,7 +41,7 @@ def dense(tmp_path_factory):
 
     @cache
     def folder(name):
-        make(name).model.save_pretrained(path := tmp_path_factory.mktemp(name) / "dense")
+        make(name).network.save_pretrained(path := tmp_path_factory.mktemp(name) / "dense")
         return path
 
     return folder
@@ -209,7 +209,7 @@ def test_buffers_are_on_the_device_of_the_computation(tmp_path):
 
 
 def test_tied_parameters_that_are_stored_twice(tmp_path):
-    model = make("gpt2").model
+    model = make("gpt2").network
     model.save_pretrained(tmp_path)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
@@ -218,7 +218,7 @@ def test_tied_parameters_that_are_stored_twice(tmp_path):
 
 
 def test_other_formats_are_to_be_converted_once(tmp_path):
-    model = make("llama-gqa").model
+    model = make("llama-gqa").network
     model.save_pretrained(tmp_path / "dense")
     torch.save(load_file(tmp_path / "dense/model.safetensors"), tmp_path / "dense/pytorch_model.bin")
     (tmp_path / "dense/model.safetensors").unlink()

@@ -26,7 +26,7 @@ SETTINGS = {"ratio": 0.2, "method": "best", "samples": 6, "length": 16, "kinds":
 @pytest.fixture(scope="module")
 def dense(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("dense") / "model"
-    make("llama-gqa").model.save_pretrained(folder)
+    make("llama-gqa").network.save_pretrained(folder)
     return folder
 
 

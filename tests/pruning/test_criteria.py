@@ -153,7 +153,7 @@ def test_the_share_of_pca_is_a_setting(llama):
     """With all the energy, the components add up to the mean square of every channel."""
     group, path = "layers.1.mlp", "model.layers.1.mlp.down_proj"
     whole = scores_of(llama, CRITERIA["pca"](share=1.0), group)
-    torch.testing.assert_close(whole, observed(llama.model, path, IDS)[0].square().mean(0), rtol=1e-3, atol=1e-7)
+    torch.testing.assert_close(whole, observed(llama.network, path, IDS)[0].square().mean(0), rtol=1e-3, atol=1e-7)
     assert bool((scores_of(llama, CRITERIA["pca"](share=0.5), group) < whole).all())
 
 
@@ -172,8 +172,8 @@ def test_obs_of_a_stack_removes_units_of_one_number_together():
 
 
 def test_criteria_of_layers_compare_hidden_states(llama):
-    before = [observed(llama.model, f"model.layers.{n}.input_layernorm", IDS)[0] for n in range(3)]
-    before.append(observed(llama.model, "model.norm", IDS)[0])
+    before = [observed(llama.network, f"model.layers.{n}.input_layernorm", IDS)[0] for n in range(3)]
+    before.append(observed(llama.network, "model.norm", IDS)[0])
     cosines = [torch.cosine_similarity(a, b, dim=-1) for a, b in pairwise(before)]
     influence = torch.stack([1 - c.mean() for c in cosines])
     angle = torch.stack([c.arccos().mean() / pi for c in cosines])

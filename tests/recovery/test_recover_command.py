@@ -59,7 +59,7 @@ def test_the_dense_model_is_needed_for_distillation_and_for_its_text(home):
 
 
 def test_what_does_not_fit_is_refused(home, monkeypatch):
-    weights = sum(p.numel() * 4 for p in llmpruner.load(home / "pruned").model.parameters())
+    weights = sum(p.numel() * 4 for p in llmpruner.load(home / "pruned").network.parameters())
     little = psutil.virtual_memory()._replace(total=2 * weights)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: little)
     with pytest.raises(SettingsError, match=r"distil needs 0.0 GiB of memory .*; --strategy lora"):
