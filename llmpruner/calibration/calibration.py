@@ -13,7 +13,7 @@ from ..component import ComponentSettings
 from ..errors import DataError, PluginError
 from ..progress import QUIET, Progress
 from .base import CalibrationSource, SampleTask
-from .conversations import Example, example, read_examples
+from .conversations import example, read_examples
 from .documents import EXPECTED_EXAMPLES, check_source, parse_mixture, read_documents
 
 if TYPE_CHECKING:
@@ -57,14 +57,9 @@ class ChatSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         import torch
 
-        from .chat import packed, texts_at, token_ids
+        from .chat import packed
 
-        def tokenised(placed: tuple[str, Example]) -> list[list[int]]:
-            return [token_ids(text, task.tokenizer) for text in texts_at(*placed, task.family, task.tokenizer)]
-
-        examples = read_examples(task.reference)
-        rows = packed(examples, tokenised, task.samples, task.length, task.seed, task.reference)
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(packed(read_examples(task.reference), task), dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):
@@ -93,8 +88,7 @@ class SelfWritten(CalibrationSource):
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a calibration text. ``reference``: as in `SampleTask`. ``share``: of the samples, in proportion to
-    the other parts; None where all parts are equal."""
+    """One source of a calibration text. ``reference``: as in `SampleTask`. ``share``: None where all are equal."""
 
     source: CalibrationSource
     reference: str
@@ -121,7 +115,6 @@ class CalibrationJob:
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
 
     def check(self) -> None:
-        """As `CalibrationSource.check`, of every part."""
         for part in self.parts:
             part.source.check(part.reference)
 

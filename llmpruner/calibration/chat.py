@@ -6,18 +6,18 @@ from __future__ import annotations
 import datetime
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, naming
 from ..models.chat_format import ALPACA, ChatFormat, alpaca_prompt
 from ..models.family import ModelFamily
+from .base import SampleTask
 from .conversations import Completion, Example, Instruction
-
-T = TypeVar("T")
 
 IGNORED = -100
 """The label of tokens without a loss, as PyTorch's cross entropy and transformers have it."""
@@ -74,12 +74,8 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
             pair = alpaca_prompt(example.instruction, example.input), example.output
             return [TrainingText(_closed([pair], ALPACA.eos_after, tokenizer))]
         example = example.conversation
-    exchanges, system = example.exchanges, example.system
-    starts = [exchanges[: number + 1] for number in range(len(exchanges))]
-    if has_template:
-        answers = [_in_template(tokenizer, start, system) for start in starts]
-    else:
-        answers = [_in_format(chat_format, start, system) for start in starts]
+    render = partial(_in_template, tokenizer) if has_template else partial(_in_format, chat_format)
+    answers = [render(example.exchanges[:count], example.system) for count in range(1, len(example.exchanges) + 1)]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
     texts = [[(text[:start], text[start:])] for text, start in answers]
@@ -91,10 +87,8 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
 
 def texts_at(place: str, example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """`training_texts`, with ``place`` in error messages."""
-    try:
+    with naming(place):
         return training_texts(example, family, tokenizer)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
 
 
 def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
@@ -149,25 +143,23 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
-def packed(
-    examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], samples: int, length: int, seed: int, source: str
-) -> list[list[int]]:
-    """``samples`` rows of ``length`` tokens: the texts of whole examples in random order, the last one cut.
-    ``tokenised``: the texts of an example; those of examples that are not used are never made, as data sets are large.
-    Raises `DataError`, which names the ``source``, where all texts together are shorter than a row."""
-    rng = random.Random(seed)
+def packed(examples: Sequence[tuple[str, Example]], task: SampleTask) -> list[list[int]]:
+    """Rows of tokens: the texts of whole ``examples``, which have places, in random order, the last one cut. Unused
+    ones are not tokenised. Raises `DataError` where all texts together are shorter than a row."""
+    rng = random.Random(task.seed)
 
     def texts() -> Iterator[list[int]]:
         while True:
             tokens = 0
             for number in reversed(rng.sample(range(len(examples)), len(examples))):
-                for ids in tokenised(examples[number]):
+                for text in texts_at(*examples[number], task.family, task.tokenizer):
+                    ids = token_ids(text, task.tokenizer)
                     tokens += len(ids)
                     yield ids
-            if tokens < length:
-                raise DataError(f"'{source}' is too short for {length} tokens; lower --set prune.length")
+            if tokens < task.length:
+                raise DataError(f"'{task.reference}' is too short for {task.length} tokens; lower --set prune.length")
 
-    return filled(texts(), samples, length)
+    return filled(texts(), task.samples, task.length)
 
 
 def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, naming
 from .documents import EXPECTED_EXAMPLES, Record, read_records
 
 _ROLES = {
@@ -55,8 +55,7 @@ Example = Instruction | Conversation | Completion
 
 
 def read_examples(source: str) -> list[tuple[str, Example]]:
-    """The records of a source (see `calibration.documents`) as examples, each with its place, such as
-    ``a.jsonl, line 3``. Raises `DataError` for a malformed record, and when there is no record."""
+    """The records of a source as examples, with places (``a.jsonl, line 3``). Raises `DataError`, also for none."""
     examples = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not examples:
         raise DataError(f"{source} has no examples")
@@ -75,10 +74,8 @@ def example(record: Record) -> Example:
     A system message is the first message or in a field ``system``. An answer before the first question and a last
     question without an answer are left out. Raises `DataError` with the place of a record of another form.
     """
-    try:
+    with naming(record.place):
         return _example(record.value)
-    except DataError as error:
-        raise DataError(f"{record.place}: {error}") from None
 
 
 def _example(value: Any) -> Example:

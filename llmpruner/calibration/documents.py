@@ -100,8 +100,7 @@ def document(record: Record) -> str:
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
     """Read the first record of a source with ``read``, before long work starts. Raises `DataError`."""
-    first = next(read_records(source, expected), None)
-    if first is None:
+    if (first := next(read_records(source, expected), None)) is None:
         raise DataError(f"{source} holds no records")
     read(first)
 
@@ -115,8 +114,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}, line {number}"
-            text = _decoded(line, place).strip(" \t\r\n")
-            if text:
+            if text := _decoded(line, place).strip(" \t\r\n"):
                 yield Record(_parsed(text, path, number), place)
 
 

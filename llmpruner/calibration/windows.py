@@ -17,12 +17,6 @@ if TYPE_CHECKING:
 
 _CHARACTERS_PER_TOKEN = 12
 """More than the average in any language, so that a piece of text has enough tokens."""
-_ATTEMPTS = 200
-"""Random positions that are tried for a window before the text counts as too short."""
-_WINDOWS_PER_PIECE = 8
-"""Windows of text that are tokenized at once."""
-_OPENING = 256
-"""Characters of a text that are encoded with and without special tokens."""
 
 
 def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
@@ -39,7 +33,7 @@ def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
     rng = random.Random(task.seed)
     text = "\n\n".join(rng.sample(documents, len(documents)))
     of_pieces: list[list[list[int]]] = []
-    for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
+    for piece in _pieces(text, 8 * length * _CHARACTERS_PER_TOKEN, rng)[:samples]:
         ids = tokens_of(tokenizer, piece)
         starts = [number * length for number in range(len(ids) // length)]
         rng.shuffle(starts)
@@ -80,7 +74,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
     span = length * _CHARACTERS_PER_TOKEN
     rows: list[list[int]] = []
     failed = 0
-    while len(rows) < samples and failed < _ATTEMPTS:
+    while len(rows) < samples and failed < 200:
         start = rng.randrange(max(1, len(text) - span + 1))
         start = _word_end(text, start) if start else 0
         ids = tokens_of(tokenizer, text[start : start + span])[:length]
@@ -92,8 +86,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
     """What ``tokenizer`` puts before ``text``; ``bos_token`` does not tell (GPT-2 has one and puts none)."""
-    plain, own = (
-        tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
-    )
+    start = text[:256]
+    plain, own = (tokenizer(start, add_special_tokens=s, verbose=False)["input_ids"] for s in (False, True))
     starts = (start for start in range(len(own) - len(plain) + 1) if own[start : start + len(plain)] == plain)
     return list(own[: next(starts, 0)]) if plain else []

@@ -64,11 +64,10 @@ def print_json(value: Any) -> None:
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> None:
     """Print a table; the first ``left`` columns are text, the others are numbers, which are not broken."""
     grid = Table(header_style="bold cyan")
-    for number, column in enumerate(columns):
-        if number < left:
-            grid.add_column(column, overflow="fold")
-        else:
-            grid.add_column(column, justify="right", no_wrap=True)
+    for column in columns[:left]:
+        grid.add_column(column, overflow="fold")
+    for column in columns[left:]:
+        grid.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         grid.add_row(*(escape(str(cell)) for cell in row))
     if title is not None:
@@ -90,8 +89,6 @@ def sizes_text(output: Path, checkpoint: str | Path) -> str:
 
 
 class _Warnings(logging.Handler):
-    """Shows what the library logs, one line each."""
-
     def emit(self, record: logging.LogRecord) -> None:
         warning_line(record.getMessage())
 

@@ -64,11 +64,9 @@ def discover(
 
 def _show(model: str, structure: Structure) -> None:
     graph = structure.graph
-    out.print(
-        f"[bold]{escape(model)}[/]: family {structure.family.name}, {counted(graph.num_layers, 'layer')}, "
-        f"{count_text(graph.total_parameters)} parameters, {count_text(graph.decoder_parameters)} of them "
-        "in the decoder"
-    )
+    total, decoder = count_text(graph.total_parameters), count_text(graph.decoder_parameters)
+    what = f"family {structure.family.name}, {counted(graph.num_layers, 'layer')}"
+    out.print(f"[bold]{escape(model)}[/]: {what}, {total} parameters, {decoder} of them in the decoder")
     columns = ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder")
     table("Coupled groups", columns, [_kind_row(graph, kind) for kind in graph.kinds])
     for kind in graph.kinds:

@@ -91,9 +91,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate the continuation of a prompt by one or several models."""
-    from .. import api
-
     references = [resolve(model, arguments["catalog"]) for model in models]
+    from .. import api
     from ..discovery.opening import Opener
 
     opener = Opener(arguments["catalog"], arguments["load"], arguments["progress"])
@@ -152,8 +151,7 @@ def report(
 def write_next_to(
     directory: Path, arguments: Mapping[str, Any], *, sentences: bool = False, checkpoints: Sequence[Path] = ()
 ) -> None:
-    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe; a failure is only a warning.
-    ``arguments``: of the command. ``checkpoints``: those in ``directory`` to show."""
+    """Write ``report.html`` into ``directory``; a failure is only a warning. ``checkpoints``: in it, those to show."""
     from .. import api
 
     if not is_first():

@@ -45,8 +45,7 @@ def plugins(
         row |= {"module": cls.__module__, "settings": settings_of(cls)}
     if as_json:
         print_json(named)
-        return
-    for component in named:
+    for component in () if as_json else named:
         what = "{kind} of {package} ({module}): {summary}".format(**component)
         out.print(f"[bold]{escape(name)}[/], {escape(what)}")
         cells = [
@@ -130,8 +129,7 @@ def new_plugin(
             ) from error
     write_package(directory, name, facts, kind=kind)
     types = f" for model type {facts.model_type}" if facts.model_type else ""
-    lines = [f"{directory}: {registry.kind} {name}{types}"]
+    typer.echo(f"{directory}: {registry.kind} {name}{types}")
     if facts.kinds:
-        lines.append(f"can remove: {', '.join(facts.kinds)}")
-    lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")
-    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(f"can remove: {', '.join(facts.kinds)}")
+    typer.echo(f"next: pip install -e '{directory}[test]' && pytest {directory}")

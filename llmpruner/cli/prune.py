@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -42,7 +42,7 @@ def plan(
         pruning_plan.save(output)
         note(f"plan written to {output}")
     if as_json:
-        _print_json(pruning_plan, outcome, {})
+        _print_json(pruning_plan, outcome)
     else:
         show_plan(pruning_plan, outcome)
         file = output or "PLAN (written by -o PLAN)"
@@ -55,8 +55,7 @@ def prune(
     output: Output,
     arguments: dict[str, Any],
     plan_file: Annotated[
-        Path | None,
-        typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
+        Path | None, typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -84,7 +83,7 @@ def prune(
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:
-        _print_json(pruning_plan, outcome, {"output": str(output), "checkpoint": pruned.form, "seconds": seconds})
+        _print_json(pruning_plan, outcome, output=str(output), checkpoint=pruned.form, seconds=seconds)
         return
     show_plan(pruning_plan, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
@@ -93,7 +92,7 @@ def prune(
     note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
-def _print_json(plan: PruningPlan, outcome: Outcome, facts: Mapping[str, Any]) -> None:
+def _print_json(plan: PruningPlan, outcome: Outcome, **facts: Any) -> None:
     result = {**outcome.as_json(), **facts}
     print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": outcome.forecast})
 

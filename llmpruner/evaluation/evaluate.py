@@ -1,5 +1,4 @@
-"""Metrics, and the measuring of several models by several of them, one model in memory at a time, with the results as a
-table. Imports no torch."""
+"""Metrics, and the measuring of several models by them, one model in memory at a time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -102,12 +101,10 @@ class Metric(Component):
         return False
 
     def prepare(self) -> None:
-        """Read data (texts, tasks) and keep it on the instance, so that errors are found before any model is loaded.
-        Called once. Raises `DataError`."""
+        """Read data (texts, tasks) before any model is loaded, and keep it. Called once. Raises `DataError`."""
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        """Refuse what can be refused before a model is loaded: raise `DataError` for one that cannot be measured,
-        `ModelError` for one that cannot be compared with the first. Called once, after `prepare`."""
+        """Raise `DataError` or `ModelError` for models that cannot be measured or compared. Called after `prepare`."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
@@ -116,8 +113,7 @@ class Metric(Component):
         raise NotImplementedError
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line of the
-        table, with a column for each model."""
+        """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line."""
         numbers = {key: v for key, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         return [Row(f"{self.name} {key}", float(value)) for key, value in numbers.items()]
 

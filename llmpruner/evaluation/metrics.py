@@ -1,5 +1,4 @@
-"""The metrics ``size``, ``perplexity``, ``answers`` and ``given-answers``. Imports no torch, unlike `perplexity`, which
-measures two of them."""
+"""The metrics ``size``, ``perplexity``, ``answers`` and ``given-answers``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import product
 from os.path import isfile
 from pathlib import Path
 from statistics import fmean
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 _LOG = logging.getLogger("llmpruner")
-_COMPARED = 100_000
-"""Characters from the start of a text by which tokenizers are compared."""
 _FIRST = 16
 """Tokens of the first model's answers with which those of others are compared."""
 _RUN, _REPEATED = 4, 0.25
@@ -75,12 +73,8 @@ class SizeMetric(Metric):
         return asdict(size(subject.model, subject.graph, context=self.settings.context))
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("parameters", result["parameters"], False),
-            Row("decoder parameters", result["decoder_parameters"], False),
-            Row("weight bytes", result["weight_bytes"], False),
-            Row("MACs per token", result["macs_per_token"], False),
-        ]
+        labels = ("parameters", "decoder parameters", "weight bytes", "MACs per token")
+        return [Row(label, result[label.lower().replace(" ", "_")], False) for label in labels]
 
 
 class PerplexityMetric(Metric):
@@ -123,14 +117,11 @@ class PerplexityMetric(Metric):
         from ..models.tokenizer import tokens_of
 
         window = self.settings.window
-        what, hint = f"windows of {window:,} tokens", "lower --window"
-        for model in models:
-            check_table(model.config, window, what, hint, f"'{model.name}'")
-            warn_beyond(model.config, window, what, hint, f"'{model.name}'")
-        starts = [text[:_COMPARED] for text in self._texts.values()]
-        if self.settings.kl:
-            for text in starts:
-                _check_same_tokens(models, text)
+        for model, check in product(models, (check_table, warn_beyond)):
+            check(model.config, window, f"windows of {window:,} tokens", "lower --window", f"'{model.name}'")
+        starts = [text[:100_000] for text in self._texts.values()]  # enough to compare tokenizers
+        for text in starts if self.settings.kl else ():
+            _check_same_tokens(models, text)
         if len({len(tokens_of(model.tokenizer, starts[0])) for model in models}) > 1:
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
@@ -197,9 +188,10 @@ class AnswersMetric(Metric):
         prompts = [ids_to_continue(tokenizer, chat.text, special=not chat.has_special_tokens) for chat in chats]
         written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        complete = [len(ids) < self.settings.tokens for ids in written]
-        if stop:
-            complete = [ended or stop in text for ended, text in zip(complete, texts, strict=True)]
+        complete = [
+            len(ids) < self.settings.tokens or bool(stop and stop in text)
+            for ids, text in zip(written, texts, strict=True)
+        ]
         answers = [text_before(text, stop).strip() for text in texts]
         if self._first is None:
             self._first = tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers]
@@ -261,9 +253,9 @@ class GivenAnswersMetric(Metric):
     def check_models(self, models: Sequence[ComparedModel]) -> None:
         from ..models.generation import check_table
 
-        what, hint = f"examples of {self.settings.cutoff:,} tokens", f"lower --set {self.name}.cutoff"
+        cutoff, hint = self.settings.cutoff, f"lower --set {self.name}.cutoff"
         for model in models:
-            check_table(model.config, self.settings.cutoff, what, hint, f"'{model.name}'")
+            check_table(model.config, cutoff, f"examples of {cutoff:,} tokens", hint, f"'{model.name}'")
         if self.settings.kl:
             _check_same_tokens(models, "\n".join(str(example) for _, example in self._examples[:64]))
 

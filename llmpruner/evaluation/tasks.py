@@ -26,8 +26,7 @@ PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 
 
 class TasksMetric(Metric):
-    """Tasks of lm-evaluation-harness, with the numbers of the command ``lm_eval --model hf`` with the same batch
-    size."""
+    """Tasks of lm-evaluation-harness, with the numbers of ``lm_eval --model hf`` with the same batch size."""
 
     name = "tasks"
     summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
@@ -87,10 +86,9 @@ class TasksMetric(Metric):
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
         for task in self._tasks.values():
-            shots, requested = task.get_config("num_fewshot"), self.settings.num_fewshot
-            # A task that says 0 is meant to have no examples.
-            if shots != 0 and requested is not None:
-                shots = requested
+            shots = task.get_config("num_fewshot")
+            if shots != 0 and self.settings.num_fewshot is not None:  # with 0, it is meant to have no examples
+                shots = self.settings.num_fewshot
             task.set_config("num_fewshot", shots or 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         random.seed(DEFAULT_RANDOM_SEED)
@@ -125,17 +123,16 @@ def _higher_is_better(metric: str) -> bool | None:
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
     """``tasks`` with patterns expanded, each name once. Raises `DataError` for an unknown name."""
-    names: dict[str, None] = {}
+    names: list[str] = []
     for task in tasks:
-        matches = matching(known, task)
+        names += (matches := matching(known, task))
         if not matches:
             # Not the list of all, which are thousands.
             raise DataError(
                 f"unknown task '{task}'{near(task, [*known, 'paper'])}; 'lm_eval ls tasks' lists all, --set "
                 "tasks.include_path=DIR adds your own"
             )
-        names.update(dict.fromkeys(matches))
-    return list(names)
+    return list(dict.fromkeys(names))
 
 
 @cache

@@ -73,8 +73,7 @@ class RecipeResult:
 
 
 class RecipeRun:
-    """A recipe that is run with ``functions`` of the Python API, by command. Raises `LlmprunerError` for mistakes that
-    need no weights."""
+    """A recipe that is run with ``functions`` of the Python API. Raises `LlmprunerError` before weights are read."""
 
     def __init__(
         self, recipe: Recipe, model: str | Path | None, output: str | Path | None, opener: Opener, run: RunSettings,

@@ -85,8 +85,7 @@ def check_setup(setup: RecoverySetup) -> None:
 
 
 def read_data(data: str) -> dict[str, Sequence[tuple[str, Example]]]:
-    """The examples of each file and data set in ``data``, with their places, such as ``a.jsonl, line 3``. Raises
-    `DataError`."""
+    """The examples of each file and data set in ``data``, with their places. Raises `DataError`."""
     sources = [source for source, _ in parse_mixture(data)]
     return {source: read_examples(source) for source in sources if not _is_dense_text(source)}
 
@@ -96,9 +95,9 @@ def dense_text_in(data: str) -> DenseText | None:
     written = [source for source, _ in parse_mixture(data) if _is_dense_text(source)]
     if not written:
         return None
-    if len(written) > 1:
+    source, *others = written
+    if others:
         raise DataError(f"--data {data}: name 'self' or 'self-text' once, with the number of rows")
-    (source,) = written
     name, colon, count = source.partition(":")
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
         raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
@@ -179,8 +178,7 @@ def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tok
         texts = texts_at(place, entry, family, tokenizer)
         if isinstance(entry, Completion):
             for text in texts:
-                ids = token_ids(text, tokenizer)
-                end = tokenizer.eos_token_id
+                ids, end = token_ids(text, tokenizer), tokenizer.eos_token_id
                 joined += ids if end is None or ids[-1:] == [end] else [*ids, end]
         else:
             rows += [token_ids(text, tokenizer)[:cutoff] for text in texts]

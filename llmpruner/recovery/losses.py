@@ -46,7 +46,6 @@ def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
 
 
 def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """The cross entropy of the next token."""
     return mean_over_tokens(model(**_inputs(batch)).logits, batch["labels"], _cross_entropy)
 
 

@@ -35,8 +35,7 @@ from .base import RecoveryJob, TrainingResult, best_step, nothing
 from .data import DenseText, RecoverySetup, TrainingData, prepare, read_data, write_examples
 from .training import filled_in, latest_checkpoint
 
-_JOB_FILE = "job.json"
-"""Identifies the recovery of which a folder has the state."""
+_JOB_FILE = "job.json"  # identifies the recovery of which a folder has the state
 
 
 def recover(
@@ -48,8 +47,7 @@ def recover(
     *,
     restart: bool,
 ) -> Model:
-    """The trained model. ``output``: where to save it; None: nowhere. ``work_dir``: for the state of the training; by
-    default ``OUTPUT.recovery``. Raises as `llmpruner.recover`."""
+    """The trained model, saved to ``output`` unless that is None. The others are those of `llmpruner.recover`."""
     settings, strategy, dense_text = setup.settings, setup.strategy, setup.dense_text
     check_device(opener.load.device)
     ranks = Ranks.current()
@@ -192,7 +190,7 @@ def train(
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
     best = best_step(validations) if validations else None
-    record = {
+    return result, {
         **about,
         "data": settings.data,
         "examples": len(data.rows),
@@ -204,7 +202,6 @@ def train(
         "best_step": best,
         "improved": None if best is None else best != 0,
     }
-    return result, record
 
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:

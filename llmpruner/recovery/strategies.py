@@ -14,8 +14,6 @@ from ..structure.coupling import CouplingGraph
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .losses import Loss
 
 
@@ -54,12 +52,8 @@ class LoraStrategy(RecoveryStrategy):
 
 
 class DistilStrategy(RecoveryStrategy):
-    """Knowledge distillation (Hinton, Vinyals, Dean, 2015): at every token of the data, the pruned model is trained
-    toward the dense model's distribution over the vocabulary.
-
-    The loss is the mean over trained tokens of KL(p ‖ q), with the predictions p of the dense and q of the pruned
-    model. Both are in memory.
-    """
+    """Knowledge distillation (Hinton, Vinyals, Dean, 2015). The loss is the mean over trained tokens of KL(p ‖ q), with
+    the predictions p of the dense and q of the pruned model, both in memory, over the vocabulary."""
 
     name = "distil"
     needs_dense = True
@@ -105,7 +99,6 @@ def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: L
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        bias="none",
         target_modules=adapter_targets(job.model, job.graph),
     )
     set_seed(job.settings.seed)
@@ -122,7 +115,7 @@ def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: L
     return replace(result, model=model.merge_and_unload())
 
 
-def adapter_targets(model: nn.Module, graph: CouplingGraph) -> list[str]:
+def adapter_targets(model: Any, graph: CouplingGraph) -> list[str]:
     """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

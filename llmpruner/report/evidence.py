@@ -1,5 +1,4 @@
-"""What a report shows of checkpoints: sizes, measurements and runs, from their folders, the recipe that made them, and
-files that ``evaluate --json`` and ``bench --json`` wrote. No weights are read."""
+"""What a report shows of checkpoints, from their folders, the recipe that made them, and files of results."""
 
 from __future__ import annotations
 
@@ -59,8 +58,7 @@ def _names(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
-    """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one; and, by `read_step`, all
-    steps of its recipe, with their ``folder`` and ``command``."""
+    """The checkpoint that ``directory`` is, or the last one of a recipe's output; and the steps of its recipe."""
     if steps := _steps_in(directory):
         folders = (step["folder"] for step in steps if step["command"] in ("prune", "recover"))
         checkpoints = [folder for folder in folders if (folder / RECORD_FILE).is_file()]
@@ -73,6 +71,7 @@ def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
 
 
 def _steps_in(output: Path) -> list[Mapping[str, Any]]:
+    """The steps of a recipe as of `read_step`, in order, with their ``folder`` and ``command``."""
     steps = [
         {**step, "command": step["inputs"]["command"], "folder": file.parent}
         for file in output.glob(f"*/{RUN_FILE}")
@@ -183,8 +182,7 @@ def _runs(checkpoint: Path) -> tuple[Mapping[str, Any], ...]:
 
 def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
     """Of the dense model and of the pruned one, which are built without weights."""
-    graph = build_graph(structure.family, structure.config)
-    model = meta_model(structure.config)
+    graph, model = build_graph(structure.family, structure.config), meta_model(structure.config)
 
     def costs() -> Costs:
         try:

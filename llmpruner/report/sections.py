@@ -1,5 +1,4 @@
-"""The sections about one checkpoint: what was measured (``quality``, ``answers``, ``cost``), and what was done to the
-model (``plan``, ``recovery``, ``origin``). Imports no torch."""
+"""The sections about one checkpoint: what was measured, and what was done to the model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ def _texts(measured: Evaluations) -> str:
 
 
 def tokens_per_byte(result: Mapping[str, Any]) -> float:
-    """Of the text of a perplexity, but for a constant factor."""
+    """But for a constant factor."""
     return float(result["bits_per_byte"] / result["nll_per_token"])
 
 
@@ -108,10 +107,8 @@ def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]
         for model in case["models"]:
             rate = model[stage]
             speed, ideal, share = rate["tokens_per_second"], rate["ideal"], rate["share_of_ideal"]
-            median, lower, upper = (
-                f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-                for value in (speed["median"], speed["lower_quartile"], speed["upper_quartile"])
-            )
+            speeds = (speed["median"], speed["lower_quartile"], speed["upper_quartile"])
+            median, lower, upper = (f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in speeds)
             yield (
                 str(case["batch"]), str(case["prompt_tokens"]), model["name"], f"{median} ({lower}–{upper})",
                 f"{rate['speedup']['median']:.2f}", "–" if ideal is None else f"{ideal:.2f}",
@@ -147,20 +144,16 @@ class RecoverySection(ReportSection):
     order = 25
 
     def render(self, subject: ReportSubject) -> str | None:
-        curves = [
-            (each, verdict(each), loss_curve(each)) for each in subject.record.get("recovery", ()) if each["losses"]
-        ]
+        curves = []
+        for training in (each for each in subject.record.get("recovery", ()) if each["losses"]):
+            points = tuple(Point(step, loss) for step, loss in enumerate(training["losses"], 1))
+            series = [Series("loss", points, accent=True)]
+            if checks := training["validation"]:
+                marks = (Point(at["step"], at["loss"], f"step {at['step']}: {at['loss']:.3f}") for at in checks)
+                series.append(Series("validation loss", tuple(marks)))
+            curve = drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300)
+            curves.append((training, verdict(training), curve))
         return rendered("recovery.html.j2", trainings=curves) if curves else None
-
-
-def loss_curve(training: Mapping[str, Any]) -> str:
-    """An SVG of a training's losses. ``training``: an element of ``recovery`` in ``llmpruner.json``."""
-    points = tuple(Point(step, loss) for step, loss in enumerate(training["losses"], 1))
-    series = [Series("loss", points, accent=True)]
-    if checks := training["validation"]:
-        marks = (Point(at["step"], at["loss"], f"step {at['step']}: {at['loss']:.3f}") for at in checks)
-        series.append(Series("validation loss", tuple(marks)))
-    return drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300)
 
 
 class OriginSection(ReportSection):
@@ -176,11 +169,9 @@ class OriginSection(ReportSection):
             settings = dict(run["settings"])
             for name, values in settings.pop("settings", {}).items():
                 settings |= {f"{name}.{key}": value for key, value in values.items()}
-            stages = []
-            for stage in run["stages"]:
-                peak = "–" if stage["peak_bytes"] is None else bytes_text(stage["peak_bytes"])
-                stages.append((stage["name"], f"{stage['seconds']:,.1f}", peak))
-            stages.append(("all", f"{sum(stage['seconds'] for stage in run['stages']):,.1f}", ""))
+            measured = [(stage["name"], stage["seconds"], stage["peak_bytes"]) for stage in run["stages"]]
+            stages = [(name, f"{s:,.1f}", "–" if peak is None else bytes_text(peak)) for name, s, peak in measured]
+            stages.append(("all", f"{sum(seconds for _, seconds, _ in measured):,.1f}", ""))
             runs.append((run, settings, stages))
         steps = [(step["name"], step["command"], f"{step['seconds']:,.1f}") for step in subject.steps]
         return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=steps)

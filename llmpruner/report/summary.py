@@ -1,5 +1,4 @@
-"""The sections ``summary``, the figures by which a checkpoint is judged next to the dense model's, and ``comparison``,
-several checkpoints by quality against size. Imports no torch."""
+"""The sections ``summary``, figures next to the dense model's, and ``comparison`` of several. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,8 +38,7 @@ class Pair:
 
 
 def figures(subject: ReportSubject) -> dict[str, Pair]:
-    """``parameters`` of the decoder, ``weights``, and, where both models were measured, ``decode`` (tokens per second),
-    ``perplexity`` (on the text that was measured first) and ``tasks`` (mean of the accuracies)."""
+    """``parameters``, ``weights`` and, where both models were measured, ``decode``, ``perplexity`` and ``tasks``."""
     dense, cut = subject.dense, subject.costs
     pairs = {
         "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text),
@@ -152,12 +150,11 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
     cells = {name: pair.text(pair.pruned) for name, pair in pairs.items()}
     if (perplexity := pairs.get("perplexity")) is not None and perplexity.on != on:
         cells["perplexity"] += perplexity.note
-    divergences = [
-        [measured.of(name).get("perplexity", {}).get("kl_per_token") for name in (DENSE, subject.name)]
-        for measured in subject.measured
-    ]
-    # Of the dense model it is 0 where the others were compared with it.
-    divergence = next((value for of_dense, value in divergences if of_dense == 0 and value is not None), None)
+    divergence = None
+    for measured in subject.measured:
+        of_dense, value = (measured.of(n).get("perplexity", {}).get("kl_per_token") for n in (DENSE, subject.name))
+        if of_dense == 0 and divergence is None:  # the others were compared with it
+            divergence = value
     cut = None if subject.recovered else subject.cut_quality
     decode = pairs.get("decode")
     return {

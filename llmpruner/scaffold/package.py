@@ -9,16 +9,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
 from ..catalog import Catalog
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..files import new_directory
 from ..settings import LoadSettings
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
 
 PACKAGES = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
 """What a package can add → the kind of component, as the catalog names it."""
@@ -81,12 +78,11 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
                 raise UnsupportedModelError(
                     f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict}: {verdict.reason}"
                 )
-        name, module = type(config).__name__, type(config).__module__
-        kinds = tuple(verdict.kind for verdict in verdicts)
-        return ModelFacts(config.model_type, name, module, values, package, distribution, kinds)
+        kinds, cls = tuple(verdict.kind for verdict in verdicts), type(config)
+        return ModelFacts(config.model_type, cls.__name__, cls.__module__, values, package, distribution, kinds)
 
 
-def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
+def _config_of(source: str, catalog: Catalog) -> Any:
     """The dense configuration of a model, or the default one of a model type."""
     from transformers import CONFIG_MAPPING
 
@@ -95,8 +91,7 @@ def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
     register_models(catalog)
     if not Path(source).exists():
         if source in CONFIG_MAPPING:
-            default: PreTrainedConfig = CONFIG_MAPPING[source]()
-            return default
+            return CONFIG_MAPPING[source]()
         if source.isidentifier():
             raise ModelError(
                 f"'{source}' is neither a model directory nor a model type that transformers knows; "
