@@ -124,9 +124,7 @@ class CalibrationJob:
 
         limit = positions_of(config) or self.length
         if self.length > limit and self.fixed_length:
-            raise DataError(
-                f"calibration length {self.length} is beyond the model's {limit} positions; lower --set prune.length"
-            )
+            raise DataError(f"{self.length} tokens are beyond the model's {limit} positions; lower --set prune.length")
         return min(self.length, limit)
 
     def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
@@ -159,10 +157,8 @@ class CalibrationJob:
             task = SampleTask(network, tokenizer, part.reference, needed, length, seed, model.family, progress)
             ids = part.source.sample(task)
             if ids.dtype != torch.int64 or tuple(ids.shape) != (needed, length):
-                raise PluginError(
-                    f"{part.source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of "
-                    f"shape {(needed, length)}"
-                )
+                facts, expected = f"{ids.dtype} of shape {tuple(ids.shape)}", f"torch.int64 of shape {(needed, length)}"
+                raise PluginError(f"{part.source.label()} gave {facts}; expected {expected}")
             rows.append(iter(check_ids(ids.cpu(), network)))
         return torch.stack([next(rows[number]) for number in order])
 

@@ -134,10 +134,11 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[
         # The token before a text without a prompt, which has no characters, is trained on too.
         answered = [any(a < end and start < max(b, 1) for start, end in answers) for a, b in encoded["offset_mapping"]]
     else:
-        spans = [
-            tuple(common_start(ids_to_continue(tokenizer, joined[:n], special=special), ids) if n else 0 for n in ends)
-            for ends in answers
-        ]
+
+        def token_at(place: int) -> int:
+            return common_start(ids_to_continue(tokenizer, joined[:place], special=special), ids) if place else 0
+
+        spans = [(token_at(start), token_at(end)) for start, end in answers]
         answered = [any(start <= index < end for start, end in spans) for index in range(len(ids))]
     labels = [token if yes else IGNORED for token, yes in zip(ids, answered, strict=False)]
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
@@ -174,14 +175,11 @@ def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]
 
 
 def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[tuple[str, str], ...]:
-    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (see `ChatFormat`)
-    and that do not end with one."""
+    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` of `ChatFormat` names."""
     eos = getattr(tokenizer, "eos_token", None) or ""
     first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
-    return tuple(
-        (prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
-        for number, (prompt, answer) in enumerate(pairs)
-    )
+    ends = ["" if n < first or "".join(pair).endswith(eos) else eos for n, pair in enumerate(pairs)]
+    return tuple((prompt, answer + end) for (prompt, answer), end in zip(pairs, ends, strict=True))
 
 
 def _in_format(chat_format: ChatFormat, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:

@@ -111,10 +111,8 @@ def _messages(entries: Any, field: str) -> list[tuple[str, str]]:
         role, content = (fields.get(key) for key in keys)
         known = _ROLES.get(role) if isinstance(role, str) else None
         if known is None or (known == "system" and number > 1) or not isinstance(content, str):
-            raise DataError(
-                f"message {number} must be {_MESSAGE}, or a system message as the first; its role is {role!r}, and its "
-                f"content {type(content).__name__}"
-            )
+            said = f"its role is {role!r}, and its content {type(content).__name__}"
+            raise DataError(f"message {number} must be {_MESSAGE}, or a system message as the first; {said}")
         messages.append((known, content))
     return messages
 

@@ -92,10 +92,8 @@ def document(record: Record) -> str:
     kinds = ", ".join(f"'{name}' ({type(field).__name__})" for name, field in fields.items()) or type(value).__name__
     talks = fields.keys() & {"instruction", "messages", "conversations", "prompt"}
     hint = "; as calibration, instructions and conversations are chat:FILE" if talks else ""
-    raise DataError(
-        f"{record.place}: expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string, found {kinds}"
-        f"{hint}"
-    )
+    expected = f"expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string"
+    raise DataError(f"{record.place}: {expected}, found {kinds}{hint}")
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
@@ -150,10 +148,9 @@ def _dataset_rows(source: str) -> Iterator[Record]:
     try:
         table = datasets.load_dataset(*filter(None, (name, config)), split=split or "train")
     except Exception as error:
-        raise DataError(
-            f"'{source}' is no file here, and cannot be loaded as a data set (name, name:config or "
-            f"name:config:split): {first_line(error)}"
-        ) from error
+        form = "name, name:config or name:config:split"
+        message = f"'{source}' is no file here, and cannot be loaded as a data set ({form}): {first_line(error)}"
+        raise DataError(message) from error
     for number, row in enumerate(table, start=1):
         yield Record(row, f"data set {source}, row {number}")
 

@@ -26,10 +26,8 @@ def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
     samples, tokenizer, opening = task.samples, task.tokenizer, opening_tokens(task.tokenizer, documents[0])
     length = task.length - len(opening)
     if length < 1:
-        raise DataError(
-            f"a sample of {task.length} tokens has no room for text after the {len(opening)} that the tokenizer puts "
-            "first; raise --set prune.length"
-        )
+        room = f"no room for text after the {len(opening)} that the tokenizer puts first"
+        raise DataError(f"a sample of {task.length} tokens has {room}; raise --set prune.length")
     rng = random.Random(task.seed)
     text = "\n\n".join(rng.sample(documents, len(documents)))
     of_pieces: list[list[list[int]]] = []
@@ -42,10 +40,8 @@ def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
     rows = [row for turn in zip_longest(*of_pieces) for row in turn if row is not None][:samples]
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
-        raise DataError(
-            f"'{task.reference}' is too short for {samples} samples of {task.length} tokens; lower --samples or --set "
-            "prune.length"
-        )
+        wanted = f"{samples} samples of {task.length} tokens"
+        raise DataError(f"'{task.reference}' is too short for {wanted}; lower --samples or --set prune.length")
     return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
 
 

@@ -155,10 +155,8 @@ def answers_to_instructions(
         prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
     needed, positions = max(map(len, prompts.values())) + tokens, table_of(model.config)
     if positions is not None and needed > positions:
-        raise DataError(
-            f"instructions with answers take {needed} tokens, and the model has {positions:,} positions; give a file "
-            "instead of self, or self-text to recover"
-        )
+        room = f"instructions with answers take {needed} tokens, and the model has {positions:,} positions"
+        raise DataError(f"{room}; give a file instead of self, or self-text to recover")
     instructions, rng = list(prompts), random.Random(seed)
     rng.shuffle(instructions)
     # In a batch, prompts have the length of the longest.
@@ -199,10 +197,8 @@ def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]}); give a "
-            "text with --calibration, or --data of recover"
-        ) from error
+        cannot = f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]})"
+        raise UnsupportedModelError(f"{cannot}; give a text with --calibration, or --data of recover") from error
 
 
 class _Draw:

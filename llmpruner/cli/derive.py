@@ -125,12 +125,8 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     without_option = [other for other in model.model_fields if option_of(model, other)["advanced"]]
     if name == "settings" and without_option:
         text += f" Of {model.group}: {', '.join(without_option)}."
-    info = typer.Option(
-        flag_of(model, name),
-        help=text,
-        rich_help_panel=option["panel"],
-        metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
-    )
+    metavar = None if kind == "bool" else _METAVARS.get(kind, "TEXT")
+    info = typer.Option(flag_of(model, name), help=text, rich_help_panel=option["panel"], metavar=metavar)
     annotation: Any = bool if kind == "bool" else list[str] if kind == "dict" else str
     if field.is_required():
         return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[annotation, info])

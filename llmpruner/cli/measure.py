@@ -74,9 +74,8 @@ def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = N
 def show_bench(result: BenchResult) -> None:
     """Print a table of prefill and one of decoding."""
     values = result.as_json()
-    table("Prefill", SPEED_COLUMNS, speed_rows(values, "prefill"), left=3)
-    decoding = f"Decoding, {counted(result.new_tokens, 'token')}"
-    table(decoding, SPEED_COLUMNS, speed_rows(values, "decode"), left=3)
+    for title, stage in (("Prefill", "prefill"), (f"Decoding, {counted(result.new_tokens, 'token')}", "decode")):
+        table(title, SPEED_COLUMNS, speed_rows(values, stage), left=3)
     note(
         f"medians of {counted(result.rounds, 'run')} in turn; ideal: by multiply-accumulate operations for the "
         "prefill, by bytes of weights and cache read for decoding; reached: speed-up / ideal"

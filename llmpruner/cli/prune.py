@@ -133,10 +133,8 @@ def _hints(plan: PruningPlan, outcome: Outcome, removed: float) -> Iterator[str]
     quantisable = [cut for cut in plan.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
     if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        yield (
-            f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; "
-            f"--set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
-        )
+        wrong = f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits"
+        yield f"{wrong}; --set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
 
 
 @takes(RecoverSettings, LoadSettings, RunSettings, omit=("max_memory",))
@@ -176,8 +174,7 @@ def verify(
     ],
     arguments: dict[str, Any],
     base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="The dense model; by default the one that the record names."),
+        str | None, typer.Option(metavar="MODEL", help="The dense model; by default the one that the record names.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -25,8 +25,7 @@ def run(
     recipe: Annotated[str, typer.Argument(help="A recipe file, or a name that `llmpruner recipes` lists.")],
     arguments: dict[str, Any],
     model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="The dense model; by default the one that the recipe names."),
+        str | None, typer.Option(metavar="MODEL", help="The dense model; by default the one that the recipe names.")
     ] = None,
     output: Annotated[
         Path | None,

@@ -161,10 +161,9 @@ def evaluate(
         model = named.load()
         damaged = first_not_finite(model.network.named_parameters())
         if damaged is not None:  # the score of a task would be a number all the same
-            raise ModelError(
-                f"model '{model.ref}': parameter '{damaged}' holds NaN or infinite values; the checkpoint is damaged, "
-                f"or {model.network.dtype} is too narrow for it"
-            )
+            damage = f"parameter '{damaged}' holds NaN or infinite values"
+            narrow = f"the checkpoint is damaged, or {model.network.dtype} is too narrow for it"
+            raise ModelError(f"model '{model.ref}': {damage}; {narrow}")
         if comparing and reference is None:
             reference = model
         first = None if reference is None else reference.in_tokens_of(model)
@@ -192,7 +191,8 @@ def evaluate(
 @dataclass(frozen=True)
 class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
-    ``rows``: of the table, in the order of the metrics. Attributes are None where nothing was measured."""
+    ``rows``: of the table, in the order of the metrics. Properties are None where nothing was measured; those of the
+    perplexity are of the first text, ``kl`` in nats per token from the first model, ``weight_bytes`` in memory."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
@@ -200,27 +200,22 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """On the first text."""
         return self.results.get("perplexity", {}).get("perplexity")
 
     @property
     def bits_per_byte(self) -> float | None:
-        """On the first text."""
         return self.results.get("perplexity", {}).get("bits_per_byte")
 
     @property
     def kl(self) -> float | None:
-        """Divergence from the first model in nats per token, on the first text."""
         return self.results.get("perplexity", {}).get("kl_per_token")
 
     @property
     def parameters(self) -> int | None:
-        """Tied ones once."""
         return self.results.get("size", {}).get("parameters")
 
     @property
     def weight_bytes(self) -> int | None:
-        """In memory."""
         return self.results.get("size", {}).get("weight_bytes")
 
     @property
@@ -230,8 +225,9 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """``name``, and the results of the metrics by name. Numbers that are not finite become null."""
-        text = json.dumps({"name": self.name, **self.results})
-        plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
+        plain: dict[str, Any] = json.loads(
+            json.dumps({"name": self.name, **self.results}), parse_constant=lambda _: None
+        )
         return plain
 
     def _repr_html_(self) -> str:
@@ -262,7 +258,6 @@ class Evaluations(tuple[Evaluation, ...]):
         return Evaluations(replace(each, name=name) for each, name in zip(self, names, strict=True))
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object per model; see `Evaluation.as_json`."""
         return [evaluation.as_json() for evaluation in self]
 
     def _repr_html_(self) -> str:

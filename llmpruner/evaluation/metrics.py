@@ -49,13 +49,8 @@ def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) ->
     from ..models.meta import macs_per_token
     from ..models.numbers import stored_bytes
 
-    return Size(
-        parameters=graph.total_parameters,
-        decoder_parameters=graph.decoder_parameters,
-        weight_bytes=sum(map(stored_bytes, model.parameters())),
-        macs_per_token=macs_per_token(model, graph, context=context),
-        context=context,
-    )
+    weight_bytes, macs = sum(map(stored_bytes, model.parameters())), macs_per_token(model, graph, context=context)
+    return Size(graph.total_parameters, graph.decoder_parameters, weight_bytes, macs, context)
 
 
 class SizeMetric(Metric):
@@ -196,10 +191,8 @@ class AnswersMetric(Metric):
         if self._first is None:
             self._first = tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers]
         first_tokenizer, starts = self._first
-        alike = [
-            common_start(start, tokens_of(first_tokenizer, text)) / len(start) if start else 1.0
-            for start, text in zip(starts, answers, strict=True)
-        ]
+        pairs = [(start, tokens_of(first_tokenizer, text)) for start, text in zip(starts, answers, strict=True)]
+        alike = [common_start(start, ids) / len(start) if start else 1.0 for start, ids in pairs]
         return {
             "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
             "cut_off": 1 - fmean(complete),
@@ -284,10 +277,8 @@ class GivenAnswersMetric(Metric):
         return {**means, "tokens": scored.tokens, "examples": len(rows)}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("perplexity of answers", result["perplexity"], False),
-            Row("KL to the first, answers", result["kl_per_token"], False),
-        ]
+        kl = Row("KL to the first, answers", result["kl_per_token"], False)
+        return [Row("perplexity of answers", result["perplexity"], False), kl]
 
 
 def _check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:

@@ -70,13 +70,9 @@ class TasksMetric(Metric):
 
             self._set_shots_and_seeds()
             tokenizer = copy.deepcopy(with_padding(subject.tokenizer, subject.model))
-            batch_size = self.settings.batch_size
-            results = evaluate(
-                lm=HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
-                task_dict={"tasks": self._tasks, "groups": self._groups},
-                limit=self.settings.limit,
-                log_samples=False,
-            )["results"]
+            batch_size, tasks = self.settings.batch_size, {"tasks": self._tasks, "groups": self._groups}
+            lm = HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+            results = evaluate(lm=lm, task_dict=tasks, limit=self.settings.limit, log_samples=False)["results"]
         return {task: _scores(values) for task, values in results.items()}
 
     def _set_shots_and_seeds(self) -> None:
@@ -128,10 +124,8 @@ def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
         names += (matches := matching(known, task))
         if not matches:
             # Not the list of all, which are thousands.
-            raise DataError(
-                f"unknown task '{task}'{near(task, [*known, 'paper'])}; 'lm_eval ls tasks' lists all, --set "
-                "tasks.include_path=DIR adds your own"
-            )
+            hint = "'lm_eval ls tasks' lists all, --set tasks.include_path=DIR adds your own"
+            raise DataError(f"unknown task '{task}'{near(task, [*known, 'paper'])}; {hint}")
     return list(dict.fromkeys(names))
 
 
@@ -161,7 +155,5 @@ def _load(manager: Any, name: str) -> Any:
     try:
         return manager.load([name])
     except Exception as error:  # the libraries that load data raise errors of many types
-        raise DataError(
-            f"the data of task '{name}' cannot be loaded: {first_line(error)}; without the hub, give task files "
-            "that read local data with --set tasks.include_path=DIR"
-        ) from error
+        hint = "without the hub, give task files that read local data with --set tasks.include_path=DIR"
+        raise DataError(f"the data of task '{name}' cannot be loaded: {first_line(error)}; {hint}") from error

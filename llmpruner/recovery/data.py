@@ -154,10 +154,8 @@ def prepare(
         random.Random(settings.seed).shuffle(examples)
         examples = examples[: settings.limit]
     if settings.validation >= len(examples):
-        raise DataError(
-            f"{settings.data} has {counted(len(examples), 'example')}, and --validation takes "
-            f"{int(settings.validation)} of them; leave some to train on"
-        )
+        held = f"--validation takes {int(settings.validation)} of them; leave some to train on"
+        raise DataError(f"{settings.data} has {counted(len(examples), 'example')}, and {held}")
     count = int(settings.validation)
     if 0 < settings.validation < 1:
         count = min(max(round(settings.validation * len(examples)), _LEAST), _MOST, len(examples) // 5)

@@ -116,10 +116,8 @@ def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | No
     else:
         memory = psutil.virtual_memory().total
     if needed > memory:
-        raise SettingsError(
-            f"{strategy.name} needs {needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}; "
-            "--strategy lora and --dtype bfloat16 take less"
-        )
+        room = f"{needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}"
+        raise SettingsError(f"{strategy.name} needs {room}; --strategy lora and --dtype bfloat16 take less")
     opener.progress.status(f"strategy {strategy.name}: at least {needed / 2**30:.1f} GiB of memory")
 
 
@@ -210,10 +208,8 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     changed = [key for key, value in identity.items() if kept.get(key) != value]
     if changed and any(work_dir.glob("checkpoint-*")):
-        raise OutputError(
-            f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
-            "or choose another output"
-        )
+        state = f"the state of another recovery ({', '.join(changed)} differ)"
+        raise OutputError(f"{work_dir} holds {state}; start anew with --restart, or choose another output")
     work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
 

@@ -108,9 +108,8 @@ def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: L
         try:
             model: Any = peft.get_peft_model(job.model, config)
         except ValueError as error:
-            raise UnsupportedModelError(
-                f"peft has no adapters for a {job.model.config.model_type} model: {first_line(error)}"
-            ) from error
+            kind = job.model.config.model_type
+            raise UnsupportedModelError(f"peft has no adapters for a {kind} model: {first_line(error)}") from error
     result = fit(model, job, loss)
     return replace(result, model=model.merge_and_unload())
 

@@ -38,15 +38,10 @@ def report_subjects(directories: Sequence[Path], files: Sequence[Path], opener: 
     resolved = {checkpoint.resolve() for checkpoint in checkpoints}
     for path, value in results.items():
         if not any(Path(model["name"]).resolve() in resolved for model in _models(value)):
-            raise DataError(
-                f"{path} has no results of {', '.join(map(str, checkpoints))}; measure the checkpoint by its present "
-                "path, or leave the file out"
-            )
+            hint = "measure the checkpoint by its present path, or leave the file out"
+            raise DataError(f"{path} has no results of {', '.join(map(str, checkpoints))}; {hint}")
     named = zip(checkpoints, _names(checkpoints), places, strict=True)
-    return [
-        _subject(opener.structure(checkpoint), checkpoint, name, steps, results, opener.catalog)
-        for checkpoint, name, (_, steps) in named
-    ]
+    return [_subject(checkpoint, name, steps, results, opener) for checkpoint, name, (_, steps) in named]
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
@@ -97,20 +92,16 @@ def _models(results: Any) -> list[dict[str, Any]]:
 
 
 def _subject(
-    structure: Structure,
-    checkpoint: Path,
-    name: str,
-    steps: Sequence[Mapping[str, Any]],
-    files: Mapping[Path, Any],
-    catalog: Catalog,
+    checkpoint: Path, name: str, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], opener: Opener
 ) -> ReportSubject:
+    structure = opener.structure(checkpoint)
     base, record = structure.plans[0].base.model, structure.record or {}
     measured: dict[str, list[Any]] = {"evaluate": [], "bench": [], "generate": []}
 
     def add(command: str, results: Any, rename: Callable[[str], str | None]) -> None:
         results = _renamed(results, rename)
         if name in (model["name"] for model in _models(results)):
-            measured[command].append(_evaluations(results, catalog) if command == "evaluate" else results)
+            measured[command].append(_evaluations(results, opener.catalog) if command == "evaluate" else results)
 
     def by_path(model: str) -> str | None:
         path = Path(model).resolve()

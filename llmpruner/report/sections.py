@@ -190,11 +190,11 @@ def loss_text(training: Mapping[str, Any]) -> str:
     """``held-out loss 2.500 → 1.250``; of a training that was undone, why."""
     if training["best_step"] == 0:
         start, end = training["validation"][0], training["validation"][-1]
-        return (
-            f"no better than before: the loss went from {start['loss']:.4f} to {end['loss']:.4f} "
-            f"(± {end['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the start; lower "
-            "--learning-rate, or give more data or steps"
+        loss = (
+            f"from {start['loss']:.4f} to {end['loss']:.4f} (± {end['error']:.4f}) in {len(training['losses'])} steps"
         )
+        hint = "so the weights are those of the start; lower --learning-rate, or give more data or steps"
+        return f"no better than before: the loss went {loss}, {hint}"
     if (measured := first_and_last(training)) is None:
         return "no loss measured"
     what, first, last = measured

@@ -40,10 +40,8 @@ class Pair:
 def figures(subject: ReportSubject) -> dict[str, Pair]:
     """``parameters``, ``weights`` and, where both models were measured, ``decode``, ``perplexity`` and ``tasks``."""
     dense, cut = subject.dense, subject.costs
-    pairs = {
-        "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text),
-        "weights": Pair("Weights", dense.weight_bytes, cut.weight_bytes, bytes_text),
-    }
+    decoder = Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text)
+    pairs = {"parameters": decoder, "weights": Pair("Weights", dense.weight_bytes, cut.weight_bytes, bytes_text)}
     for bench in subject.benches:
         models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
         if {DENSE, subject.name} <= models.keys():
@@ -179,10 +177,10 @@ def _chart(pairs: Mapping[str, Mapping[str, Pair]], methods: Mapping[str, str], 
         note = f"{name}: {count_text(size)} parameters in the decoder, perplexity {perplexity:.2f}"
         note += ", best of its size" if name in best else ""
         lines.setdefault(method, []).append(Point(size / 1e6, perplexity, note, name, ring=name in best))
-    series = [
-        Series(method, tuple(sorted(points, key=lambda p: p.x)), accent=number == 0, dashes=_DASHES[number % 4])
-        for number, (method, points) in enumerate(lines.items())
-    ]
+    series = []
+    for number, (method, points) in enumerate(lines.items()):
+        line = tuple(sorted(points, key=lambda p: p.x))
+        series.append(Series(method, line, accent=number == 0, dashes=_DASHES[number % 4]))
     first = pairs[next(iter(methods))]
     dense = first["perplexity"].dense
     point = Point(first["parameters"].dense / 1e6, dense, f"dense: perplexity {dense:.2f}", DENSE)

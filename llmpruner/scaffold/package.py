@@ -27,10 +27,8 @@ _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map"
 def distribution_of(name: str) -> str:
     """``llmpruner-odd`` for the plugin ``odd``. Raises `LlmprunerError` for a word that cannot name a plugin."""
     if not re.fullmatch(r"(?!llmpruner-)[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise LlmprunerError(
-            f"'{name}' cannot name a plugin; expected lower case letters, digits and single dashes, a letter first, as "
-            "in 'my-model'; 'llmpruner-' is added"
-        )
+        expected = "lower case letters, digits and single dashes, a letter first, as in 'my-model'"
+        raise LlmprunerError(f"'{name}' cannot name a plugin; expected {expected}; 'llmpruner-' is added")
     return f"llmpruner-{name}"
 
 
@@ -65,19 +63,14 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
         config = _config_of(source, catalog)
         family = family_for(catalog, config)
         if family.name != AUTO:
-            cls = type(family)
-            raise UnsupportedModelError(
-                f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
-                f"{cls.__name__} of {cls.__module__}"
-            )
+            hint = f"leave --from out, and derive your family from {type(family).__name__} of {type(family).__module__}"
+            raise UnsupportedModelError(f"these models have the family '{family.name}' already; {hint}")
         small, graph = representative(config, family)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
         verdicts = check_kinds(family, small, graph)
-        for verdict in verdicts:
-            if verdict.verdict != VERIFIED:
-                raise UnsupportedModelError(
-                    f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict}: {verdict.reason}"
-                )
+        for wrong in (verdict for verdict in verdicts if verdict.verdict != VERIFIED):
+            what = f"cutting {wrong.kind} units of {small.model_type}"
+            raise UnsupportedModelError(f"{what} is {wrong.verdict}: {wrong.reason}")
         kinds, cls = tuple(verdict.kind for verdict in verdicts), type(config)
         return ModelFacts(config.model_type, cls.__name__, cls.__module__, values, package, distribution, kinds)
 
@@ -93,10 +86,8 @@ def _config_of(source: str, catalog: Catalog) -> Any:
         if source in CONFIG_MAPPING:
             return CONFIG_MAPPING[source]()
         if source.isidentifier():
-            raise ModelError(
-                f"'{source}' is neither a model directory nor a model type that transformers knows; "
-                "--import PACKAGE names the package that registers it"
-            )
+            unknown = f"'{source}' is neither a model directory nor a model type that transformers knows"
+            raise ModelError(f"{unknown}; --import PACKAGE names the package that registers it")
     return Opener(catalog, LoadSettings(family="auto")).structure(source).config
 
 
@@ -123,8 +114,7 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     templates = {
-        "pyproject.toml": "pyproject.toml",
-        "README.md": "README.md",
+        **{file: file for file in ("pyproject.toml", "README.md")},
         f"src/{module}/__init__.py": "init.py",
         f"src/{module}/{kind}.py": f"{kind}.py",
         f"tests/test_{kind}.py": "test_family.py" if kind == "family" else "test_component.py",
@@ -141,6 +131,5 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
     with new_directory(directory) as partial:
         for path, text in files.items():
-            file = partial / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (partial / path).write_text(text, encoding="utf-8")

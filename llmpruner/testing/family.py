@@ -85,18 +85,16 @@ class FamilyConformance:
         key = self.family, config.to_json_string(use_diff=False)
         if key not in _GRAPHS:
             _GRAPHS[key] = build_graph(family, config)
-        return Model(
-            Reference("tiny"), config, family, _GRAPHS[key], network=random_instance(config, 0), tokenizer=None
-        )
+        network = random_instance(config, 0)
+        return Model(Reference("tiny"), config, family, _GRAPHS[key], network=network, tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
         # A text would match every model type that is a part of it.
         types: object = self.family.model_types
         assert not isinstance(types, str), f"family '{self.family.name}': model_types is a text; expected a tuple"
         extends, known = self.family.extends, load_catalog()[ModelFamily]
-        assert extends is None or extends in known, (
-            f"family '{self.family.name}' extends '{extends}', which is no known family{near(str(extends), known)}"
-        )
+        unknown = f"extends '{extends}', which is no known family{near(str(extends), known)}"
+        assert extends is None or extends in known, f"family '{self.family.name}' {unknown}"
         assert self.family().matches(self.config())
 
     def test_every_cut_equals_silencing(self) -> None:
