@@ -129,8 +129,7 @@ def export(
 
 
 class StockExporter(Exporter):
-    """For models in other formats: GGUF, Meta's, adapters on a base model. Raises `UnsupportedModelError` for a model
-    whose layers have different widths, which no configuration of transformers describes."""
+    """For models in other formats. Raises `UnsupportedModelError` for a model whose layers have different widths."""
 
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"

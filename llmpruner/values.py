@@ -1,5 +1,4 @@
-"""Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``taylor.variant=mix``; messages about
-those that pydantic refuses; numbers in texts; tables of notebooks."""
+"""Values as users write and read them, messages about those that pydantic refuses, and numbers in texts."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class TextSource(CalibrationSource):
-    """Windows of the documents in a file or a data set, see `calibration.documents`. Each begins with what the
-    tokenizer puts before a text, BOS as a rule: models trained with it compute unusual activations without it."""
+    """Windows of the documents in a file or a data set. Each begins with what the tokenizer puts before a text, mostly
+    BOS: models trained with it compute unusual activations without it."""
 
     name = "text"
     summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
@@ -42,9 +42,8 @@ class TextSource(CalibrationSource):
 
 
 class ChatSource(CalibrationSource):
-    """Instruction data, see `calibration.conversations`, in the model's chat format. Every sample begins with a whole
-    conversation, further ones follow until it is full, and the last is cut; all are used, in random order, before one
-    is used again."""
+    """Instruction data in the model's chat format. Every sample begins with a whole conversation, further ones follow
+    until it is full, and the last is cut; all are used before one is used again."""
 
     name = "chat"
     summary = "chat:FILE: conversations or instructions with answers, in the model's own chat format"
@@ -163,8 +162,8 @@ class CalibrationJob:
         return torch.stack([next(rows[number]) for number in order])
 
     def order(self) -> list[int]:
-        """The number of the part of each sample: always the one that is furthest behind its share, of several the
-        first. Raises `DataError` where samples are too few for every part to have one."""
+        """The number of the part of each sample: the one that is furthest behind its share. Raises `DataError` where a
+        part gets none."""
         shares = [1.0 if part.share is None else part.share for part in self.parts]
         taken = [0] * len(shares)
         order: list[int] = []
@@ -181,9 +180,8 @@ class CalibrationJob:
 def parse_calibration(
     text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Part, ...]:
-    """The parts of the value of ``--calibration``. A part that is the name of a source, alone or before a colon,
-    selects that source, unless there is such a file; others are text. ``settings``: source name → values. Raises
-    `DataError` for an empty part, `SettingsError` for unknown settings."""
+    """The parts of the value of ``--calibration``: of a source that is named alone or before a colon, unless there is
+    such a file; else text. ``settings``: source name → values. Raises `DataError` and `SettingsError`."""
     parts = []
     for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")

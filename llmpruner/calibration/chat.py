@@ -45,8 +45,7 @@ class TrainingText(NamedTuple):
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
     """The prompt for ``question`` after earlier (question, answer) pairs, which a model without a chat format is not
-    shown. White space around answers is left out: models write that of their format. Raises `DataError` when the
-    tokenizer's chat template fails."""
+    shown. Answers are stripped: models write the white space of their format. Raises `DataError`."""
     history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
         messages = [*_messages(history), {"role": "user", "content": question}]
@@ -62,8 +61,7 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """An example in the chat format of the model: one text, or one for each answer where the format changes earlier
-    turns once others follow (Qwen3 leaves out their reasoning, Mistral the system message, ChatGLM numbers rounds).
-    Raises `DataError` when the chat template fails or renders no answers."""
+    turns once others follow (Qwen3 leaves out their reasoning, ChatGLM numbers rounds). Raises `DataError`."""
     chat_format = family.chat_format
     if isinstance(example, Completion):
         pair = example.prompt, chat_format.format_text(example.completion)
@@ -120,8 +118,8 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
 
 
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens. A token is its own label, or `IGNORED` where no
-    character of it is in an answer."""
+    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens; tokens outside of answers have the label
+    `IGNORED`."""
     from ..models.tokenizer import ids_to_continue
 
     ids, special, joined = token_ids(text, tokenizer), not text.has_special_tokens, ""
@@ -145,8 +143,8 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[
 
 
 def packed(examples: Sequence[tuple[str, Example]], task: SampleTask) -> list[list[int]]:
-    """Rows of tokens: the texts of whole ``examples``, which have places, in random order, the last one cut. Unused
-    ones are not tokenised. Raises `DataError` where all texts together are shorter than a row."""
+    """Rows of tokens: the texts of whole ``examples`` in random order, the last one cut. Unused ones are not
+    tokenised."""
     rng = random.Random(task.seed)
 
     def texts() -> Iterator[list[int]]:
@@ -190,8 +188,7 @@ def _in_format(chat_format: ChatFormat, exchanges: Sequence[tuple[str, str]], sy
 
 
 def _in_template(tokenizer: Any, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
-    """A conversation in the tokenizer's chat template, and where in the text the last answer begins. Raises `DataError`
-    for a template that renders no answers."""
+    """`_in_format`, in the tokenizer's chat template. Raises `DataError` for a template that renders no answers."""
     messages = _messages(exchanges, system)
     *before, last = messages
     asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)

@@ -20,9 +20,8 @@ _CHARACTERS_PER_TOKEN = 12
 
 
 def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
-    """Token ids, int64 (samples, length): windows of the text that do not overlap, from as many different pieces of it
-    as possible; where there are too few, at random positions. Documents are joined in random order, so that short ones
-    are used too. Every window begins with `opening_tokens`. Raises `DataError` for a text that is too short."""
+    """Token ids, int64 (samples, length): windows that do not overlap, from as many different pieces of the text as
+    possible; where there are too few, at random positions. Documents are joined in random order. Raises `DataError`."""
     samples, tokenizer, opening = task.samples, task.tokenizer, opening_tokens(task.tokenizer, documents[0])
     length = task.length - len(opening)
     if length < 1:

@@ -36,7 +36,7 @@ _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 
 def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
     """Passages, (samples, length); of a model with a chat format, which writes little prose from nothing, answers to
-    instructions in every second sample, unless instructions would fill them."""
+    instructions in every second sample."""
     model, tokenizer, family, length = task.model, task.tokenizer, task.family, task.length
     answers = length >= 2 * ANSWER_TOKENS and has_chat_format(family, tokenizer)
     is_chat_S = (torch.arange(task.samples) % 2 == 1) & answers
@@ -202,9 +202,9 @@ def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
 
 
 class _Draw:
-    """A logits processor that draws one token in each row, and sets the logits of all others to −∞: the token at which
-    the cumulative probability exceeds the step's number. ``numbers``: (rows, steps) between 0 and 1. ``never``: tokens
-    that are not drawn. ``first``: tokens before the first one that is; ``opening``: the temperature of that one."""
+    """A logits processor that draws a token in each row and sets all other logits to −∞: where the cumulative
+    probability exceeds the step's number. ``numbers``: (rows, steps) in [0, 1]. ``opening``: temperature of the first
+    token."""
 
     def __init__(self, numbers: torch.Tensor, never: Sequence[int] = (), first: int = 1, opening: float = 1.0) -> None:
         self._numbers, self._never, self._first, self._opening = numbers, list(never), first, opening

@@ -35,9 +35,8 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write
 
 
 def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that adds the options of settings models to a command, without the fields in ``omit``. The command
-    gets ``arguments``, keywords for its function of the Python API: the settings that the user gave, ``progress``,
-    ``catalog``, and ``load`` and ``run`` where they are among ``models``."""
+    """A decorator that adds the options of settings models to a command, without the fields in ``omit``. Its
+    ``arguments`` are keywords for the function of the Python API."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         written = inspect.signature(command, eval_str=True).parameters.values()

@@ -26,7 +26,10 @@ def discover(
     arguments: dict[str, Any],
     verify: Annotated[
         bool,
-        typer.Option("--verify", help="Verify, for each kind, that a cut equals silencing, on a small random model."),
+        typer.Option(
+            "--verify",
+            help="Verify that a cut equals silencing, for each kind, on a small random model of this architecture.",
+        ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of --verify.")] = 0,
     as_json: Json = False,

@@ -236,8 +236,7 @@ def measurement(values: Sequence[float]) -> Measurement:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The speed of one model in one case. ``speedup``: over the first model in the same round. ``ideal``: the speed-up
-    that sizes allow, ``share_of_ideal``: what is reached of it; None where sizes are not known."""
+    """``speedup``: over the first model in the same round. ``ideal``: what sizes allow; None if unknown."""
 
     tokens_per_second: Measurement
     speedup: Measurement

@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One number in the table. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
-    its standard error, if known."""
+    """One number in the table. ``label``: the same for every model. ``error``: its standard error, if known."""
 
     label: str
     value: float | None
@@ -144,9 +143,8 @@ def evaluate(
     progress: Progress = QUIET,
     on_result: Callable[[Evaluation], None] | None = None,
 ) -> Evaluations:
-    """Measure every model by every metric. A model is loaded once the previous one is freed; the first stays in memory
-    as ``subject.reference`` where a metric needs it. ``on_result``: called after each model. Raises `SettingsError`
-    where one model is to be compared, `ModelError` for weights that are not finite, and what metrics raise."""
+    """Measure every model by every metric; the first stays in memory where a metric compares. ``on_result``: called
+    after each model. Raises `SettingsError` for one model to compare, `ModelError` for weights that are not finite."""
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
         raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")

@@ -215,8 +215,7 @@ def repeated(ids: Sequence[int]) -> float:
 
 
 class GivenAnswersMetric(Metric):
-    """Perplexity of the tokens of answers, each after its question in the model's chat format, as in recovery: a chat
-    model as it is used. Tokens of questions and of the format are not counted, but for those that end an answer."""
+    """Perplexity of the tokens of answers, each after its question in the model's chat format, as in recovery."""
 
     name = "given-answers"
     summary = "perplexity of given answers in the model's chat format; with kl also the divergence from the first model"

@@ -47,8 +47,7 @@ class PerplexityResult:
 
 
 class Scored:
-    """Sums over predictions: negative log-likelihood and KL(reference ‖ model) in nats; numbers of predicted
-    ``tokens``, of those ``compared``, and of those that both models predict alike (``agreed``)."""
+    """Sums over predictions: negative log-likelihood and KL(reference ‖ model) in nats; numbers of tokens."""
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:

@@ -25,8 +25,7 @@ from .commands import COMMANDS, MEASURES
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``name``: of its folder. ``reads``: ``dense``, or names of earlier steps. ``place``: file and step,
-    for messages. ``job``: of `StepKind.create`."""
+    """``name``: of its folder. ``reads``: ``dense``, or names of earlier steps. ``place``: for messages."""
 
     number: int
     command: str
@@ -52,8 +51,7 @@ class Recipe:
     def read(
         cls, recipe: Mapping[str, Any] | str | Path, catalog: Catalog, values: Mapping[str, Any] | None = None
     ) -> Recipe:
-        """A recipe of a file, of a name, or of a mapping with the keys of a file. ``values``: as of `run_recipe`.
-        Raises `LlmprunerError`, with the step, for mistakes that need no model and no data to be seen."""
+        """A recipe of a file, of a name, or of a mapping. ``values``: as of `run_recipe`. Raises `LlmprunerError`."""
         value, source = (recipe, "recipe") if isinstance(recipe, Mapping) else _loaded(str(recipe), catalog)
         top, values = _settings(RecipeSettings, value, source), values or {}
         steps: list[Step] = []

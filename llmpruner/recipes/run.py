@@ -132,8 +132,7 @@ class RecipeRun:
         return StepResult(step.name, step.command, folder, skipped, done["seconds"], result, value)
 
     def _replace(self, folder: Path, step: Step, inputs: Mapping[str, Any]) -> Any:
-        """Make the result of a step and move it to ``folder``, in which ``before`` is then the older one, to be
-        removed. Returns the ``value`` of its `StepResult`."""
+        """Make the result of a step and move it to ``folder``, with the older one as ``before``. Returns ``value``."""
         digest = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
         unfinished = f"{step.name}.{'[0-9a-f]' * 8}*"
         for left in (*self.output.glob(unfinished), *self.output.glob(f".{unfinished}")):

@@ -146,9 +146,8 @@ def prepare(
     tokenizer: Any,
     positions: int | None = None,
 ) -> TrainingData:
-    """Mix the examples of all ``sources``, hold some back for validation, and tokenise them: an instruction or a
-    conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff``
-    tokens. ``positions``: of a model with a table of them. Raises `DataError`."""
+    """Mix all ``sources``, hold some examples back, and tokenise: an instruction or a conversation is a row, in the
+    model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff`` tokens. Raises `DataError`."""
     examples = mixed([(share, sources[source]) for source, share in parse_mixture(settings.data)], settings.seed)
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)

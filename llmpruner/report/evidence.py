@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 
 def report_subjects(directories: Sequence[Path], files: Sequence[Path], opener: Opener) -> list[ReportSubject]:
-    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results, which name
-    checkpoints by their folders. Raises `ModelError` for a directory that is neither, `DataError` for a file that has
-    results of none."""
+    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results. Raises
+    `ModelError` for a directory that is neither, `DataError` for a file that has results of none."""
     places = [_place(directory) for directory in directories]
     results = {path: read_results(path) for path in files}
     checkpoints = [checkpoint.absolute() for checkpoint, _ in places]

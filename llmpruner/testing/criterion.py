@@ -19,14 +19,13 @@ from .models import first_change, scramble, tiny_llama, tiny_mixture
 
 
 class CriterionConformance:
-    """Tests for ``criterion``, with each value of its `Literal` and `bool` settings; one that scores units in experts
-    also on a tiny mixture, whose experts are stacks: parameters with three axes."""
+    """Tests for ``criterion`` with all `Literal` and `bool` settings; on a mixture too if it scores experts."""
 
     criterion: ClassVar[type[ImportanceCriterion]]
 
     def loaded(self) -> Model:
-        """The model whose units are scored, random, but the same at every call: a tiny LLaMA with every kind of unit,
-        or a tiny mixture for a criterion of experts alone. Override it for other units."""
+        """The model whose units are scored, the same at every call: a tiny LLaMA, or a tiny mixture for a criterion of
+        experts alone. Override it for other units."""
         return tiny_mixture() if self.criterion.kinds == frozenset({EXPERT}) else tiny_llama()
 
     def _cases(self) -> Iterator[tuple[ImportanceCriterion, Model, tuple[CoupledGroup, ...]]]:

@@ -98,8 +98,7 @@ class FamilyConformance:
         assert self.family().matches(self.config())
 
     def test_every_cut_equals_silencing(self) -> None:
-        """For each kind, cut evenly and unevenly, in eager and sdpa attention, with cached generation, after saving and
-        loading. Checks that are not possible for the model give a warning."""
+        """For each kind, also after saving and loading. Checks that are not possible give a warning."""
         loaded = self.loaded()
         verdicts = check_kinds(loaded.family, loaded.config, loaded.graph)
         assert verdicts, "the family has no coupled groups"
@@ -194,8 +193,8 @@ class FamilyConformance:
 
 
 def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> list[str]:
-    """A line for each axis of a parameter on which a declared group differs from the discovered group of the same name
-    in indices, roles or offsets. Groups without a counterpart are not compared."""
+    """A line for each axis of a parameter on which a declared group differs from the discovered one of the same
+    name."""
     by_name = {group.name: group for group in discovered}
     lines = []
     for group in declared:
@@ -224,8 +223,8 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns of each the
-    ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache (``plain``)."""
+    """Load checkpoints in a new process, by ``llmpruner`` or ``transformers`` alone. Returns of each the ``logits`` of
+    ``ids``, and the tokens generated with (``cached``) and without a cache (``plain``)."""
     done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")

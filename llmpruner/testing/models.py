@@ -34,8 +34,7 @@ _SIZES = {
 
 
 def tiny_llama(seed: int = 0) -> Model:
-    """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
-    48 hidden channels. No weight is zero, so that errors are visible."""
+    """A random LLaMA: 3 layers of 3 KV heads with 2 query heads, 40 MLP and 48 hidden channels. No weight is zero."""
     return _copy(_built(LlamaConfig, "llama", seed))
 
 
