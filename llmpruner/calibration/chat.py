@@ -22,11 +22,9 @@ from .conversations import Completion, Example, Instruction
 IGNORED = -100
 """The label of tokens without a loss, as PyTorch's cross entropy and transformers have it."""
 
-_TODAY = datetime.date(2024, 7, 26)
-"""For templates that print the date, so that results do not depend on the day."""
+_TODAY = datetime.date(2024, 7, 26)  # for templates that print the date, so that results do not depend on the day
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_ANSWER = "\ue000"
-"""An answer that is found again in what a template renders: a code point without a meaning."""
+_ANSWER = "\ue000"  # is found again in what a template renders: a code point without a meaning
 
 
 class Prompt(NamedTuple):

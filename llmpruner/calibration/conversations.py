@@ -74,30 +74,29 @@ def example(record: Record) -> Example:
     A system message is the first message or in a field ``system``. An answer before the first question and a last
     question without an answer are left out. Raises `DataError` with the place of a record of another form.
     """
+    value = record.value
     with naming(record.place):
-        return _example(record.value)
-
-
-def _example(value: Any) -> Example:
-    if not isinstance(value, Mapping):
-        hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(value, str) else ""
-        raise DataError(f"{_EXPECTED}; found {type(value).__name__}{hint}")
-    fields = {name: field for name, field in value.items() if field is not None}
-    if {"instruction", "output"} <= fields.keys():
-        task = Instruction(_text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input"))
-        system = _text(fields, "system")
-        return replace(task.conversation, system=system) if system.strip() else task
-    for name in ("messages", "conversations"):
-        if name in fields:
-            return _conversation(_messages(fields[name], name), fields)
-    if {"prompt", "completion"} <= fields.keys():
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return _conversation(_messages(prompt + completion, "prompt' and 'completion"), fields)
-        return Completion(_text(fields, "completion"), _text(fields, "prompt"))
-    if "text" in fields:
-        return Completion(_text(fields, "text", filled=True))
-    raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
+        if not isinstance(value, Mapping):
+            hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(value, str) else ""
+            raise DataError(f"{_EXPECTED}; found {type(value).__name__}{hint}")
+        fields = {name: field for name, field in value.items() if field is not None}
+        if {"instruction", "output"} <= fields.keys():
+            task = Instruction(
+                _text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input")
+            )
+            system = _text(fields, "system")
+            return replace(task.conversation, system=system) if system.strip() else task
+        for name in ("messages", "conversations"):
+            if name in fields:
+                return _conversation(_messages(fields[name], name), fields)
+        if {"prompt", "completion"} <= fields.keys():
+            prompt, completion = fields["prompt"], fields["completion"]
+            if isinstance(prompt, list) and isinstance(completion, list):
+                return _conversation(_messages(prompt + completion, "prompt' and 'completion"), fields)
+            return Completion(_text(fields, "completion"), _text(fields, "prompt"))
+        if "text" in fields:
+            return Completion(_text(fields, "text", filled=True))
+        raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
 def _messages(entries: Any, field: str) -> list[tuple[str, str]]:

@@ -28,7 +28,6 @@ EXPECTED_TEXT = f"expected a .txt, .json, .jsonl or .parquet file, the name of a
 EXPECTED_EXAMPLES = "expected a .json, .jsonl or .parquet file, or the name of a data set"
 """What a source of text, and one of instructions, may be, for messages."""
 _SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
-"""What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
 _PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")

@@ -15,8 +15,7 @@ from ..models.tokenizer import LONGEST_WORD, tokens_of
 if TYPE_CHECKING:
     from .base import SampleTask
 
-_CHARACTERS_PER_TOKEN = 12
-"""More than the average in any language, so that a piece of text has enough tokens."""
+_CHARACTERS_PER_TOKEN = 12  # more than the average in any language, so that a piece of text has enough tokens
 
 
 def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:

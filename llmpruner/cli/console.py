@@ -23,10 +23,8 @@ from ..models.record import read_record
 from ..progress import Progress
 from ..values import bytes_text
 
-_WIDTH = 160
-"""Columns where the output is no terminal, so that rows of tables in files and pipes are not broken."""
-_LINE_EVERY = 60.0
-"""Seconds between lines of progress where standard error is no terminal."""
+_WIDTH = 160  # columns where the output is no terminal, so that rows of tables in files and pipes are not broken
+_LINE_EVERY = 60.0  # seconds between lines of progress where standard error is no terminal
 
 
 def _console(stream: TextIO, *, stderr: bool = False) -> Console:

@@ -26,10 +26,8 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 _LOG = logging.getLogger("llmpruner")
-_FIRST = 16
-"""Tokens of the first model's answers with which those of others are compared."""
-_RUN, _REPEATED = 4, 0.25
-"""Tokens of a run, and the share of runs that occur again above which an answer repeats itself."""
+_FIRST = 16  # tokens of the first model's answers with which those of others are compared
+_RUN, _REPEATED = 4, 0.25  # tokens of a run, and the share of runs above which an answer repeats itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,9 +167,8 @@ class AnswersMetric(Metric):
     """The first model's tokenizer, and the first tokens of its answers."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """``repeat_themselves``: the share of answers in which over a quarter of the runs of `_RUN` tokens occur before
-        in the answer. ``cut_off``: of those that did not end within ``tokens``. ``first_tokens``: how much of the
-        first model's first `_FIRST` tokens an answer begins with, a mean of shares. ``texts``: the answers."""
+        """``repeat_themselves``, ``cut_off``: shares of answers. ``first_tokens``: how much of the first model's first
+        `_FIRST` tokens an answer begins with, a mean of shares. ``texts``: the answers."""
         from ..calibration.chat import chat_prompt, common_start
         from ..calibration.written import answered
         from ..models.generation import text_before
@@ -201,11 +198,9 @@ class AnswersMetric(Metric):
         }
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("answers that repeat", result["repeat_themselves"], False),
-            Row("answers cut off", result["cut_off"], False),
-            Row("answers starting as the first", result["first_tokens"], True),
-        ]
+        repeat = Row("answers that repeat", result["repeat_themselves"], False)
+        cut_off = Row("answers cut off", result["cut_off"], False)
+        return [repeat, cut_off, Row("answers starting as the first", result["first_tokens"], True)]
 
 
 def repeated(ids: Sequence[int]) -> float:

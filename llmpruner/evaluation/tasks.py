@@ -92,12 +92,13 @@ class TasksMetric(Metric):
         torch.manual_seed(DEFAULT_OTHER_SEED)
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
-            for task, values in result.items()
-            for name, value in values.items()
-            if not name.endswith("_stderr")
-        ]
+        rows = []
+        for task, values in result.items():
+            for name in (name for name in values if not name.endswith("_stderr")):
+                lower = name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+                better = False if lower else True if name.startswith(("acc", "exact_match", "f1")) else None
+                rows.append(Row(f"{task} {name}", values[name], better, values.get(f"{name}_stderr")))
+        return rows
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
@@ -108,13 +109,6 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
         if isinstance(value, int | float) and not isinstance(value, bool) and filtered_by:
             scores[name if filtered_by == "none" else f"{name} ({filtered_by})"] = float(value)
     return scores
-
-
-def _higher_is_better(metric: str) -> bool | None:
-    """None for a metric that is not known here."""
-    if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-        return False
-    return True if metric.startswith(("acc", "exact_match", "f1")) else None
 
 
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:

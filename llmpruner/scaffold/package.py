@@ -21,7 +21,6 @@ PACKAGES = {"family": "family", "criterion": "criterion", "strategy": "recovery 
 """What a package can add → the kind of component, as the catalog names it."""
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
-"""Values of a configuration about its origin, which constructors do not need."""
 
 
 def distribution_of(name: str) -> str:
