@@ -62,8 +62,6 @@ class ChatSource(CalibrationSource):
 
 
 class SelfWritten(CalibrationSource):
-    """Text that the model writes, see `calibration.written`: passages and, with a chat format, as many answers."""
-
     name = "self"
     summary = "text that the model writes itself: passages and, of a chat model, answers; nothing is downloaded"
     writes = True

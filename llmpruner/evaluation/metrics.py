@@ -52,8 +52,6 @@ def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) ->
 
 
 class SizeMetric(Metric):
-    """Computed from shapes alone."""
-
     name = "size"
     summary = "parameters, bytes of the weights, and multiply-accumulate operations per decoded token"
 
@@ -71,8 +69,6 @@ class SizeMetric(Metric):
 
 
 class PerplexityMetric(Metric):
-    """Perplexity on one or several texts, as `llmpruner.evaluation.perplexity.perplexity` computes it."""
-
     name = "perplexity"
     summary = "perplexity and bits per byte on texts; with kl also the KL divergence from the first model"
 
@@ -122,17 +118,10 @@ class PerplexityMetric(Metric):
         """The `PerplexityResult` on the first text, named by ``text``; ``others``: on further texts by their names."""
         from .perplexity import perplexity
 
-        settings = self.settings
-        results = {
-            name: asdict(
-                perplexity(
-                    subject.model, subject.tokenizer, text, window=settings.window, tokens=settings.tokens,
-                    batch_size=settings.batch_size, autocast=settings.autocast,
-                    reference=subject.reference if settings.kl else None, progress=subject.progress,
-                )
-            )
-            for name, text in self._texts.items()
-        }  # fmt: skip
+        options = self.settings.model_dump(exclude={"text", "kl"})
+        options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
+        subjects = subject.model, subject.tokenizer
+        results = {name: asdict(perplexity(*subjects, text, **options)) for name, text in self._texts.items()}
         first, *others = results
         return {**results[first], "text": first, "others": {name: results[name] for name in others}}
 

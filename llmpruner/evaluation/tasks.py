@@ -54,8 +54,14 @@ class TasksMetric(Metric):
         names = [each for name in self.settings.names for each in (PAPER if name == "paper" else (name,))]
         # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
         with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
-            manager = _manager(names, self.settings.include_path)
-            loaded = [_load(manager, name) for name in expand(names, manager.all_tasks)]
+            manager, loaded = _manager(names, self.settings.include_path), []
+            for name in expand(names, manager.all_tasks):
+                try:
+                    loaded.append(manager.load([name]))
+                except Exception as error:  # the libraries that load data raise errors of many types
+                    hint = "without the hub, give task files that read local data with --set tasks.include_path=DIR"
+                    reason = f"the data of task '{name}' cannot be loaded: {first_line(error)}"
+                    raise DataError(f"{reason}; {hint}") from error
         self._tasks, self._groups = (
             {name: each for part in loaded for name, each in part.get(kind, {}).items()} for kind in ("tasks", "groups")
         )
@@ -142,12 +148,3 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     # Without the index of lm-eval's own tasks, which takes seconds, where that is enough.
     manager = TaskManager(include_path=str(include_path), include_defaults=False)
     return manager if set(names) <= set(manager.all_subtasks) else TaskManager(include_path=str(include_path))
-
-
-def _load(manager: Any, name: str) -> Any:
-    """lm-eval's ``tasks`` and ``groups`` of one name, with their data loaded."""
-    try:
-        return manager.load([name])
-    except Exception as error:  # the libraries that load data raise errors of many types
-        hint = "without the hub, give task files that read local data with --set tasks.include_path=DIR"
-        raise DataError(f"the data of task '{name}' cannot be loaded: {first_line(error)}; {hint}") from error

@@ -1,5 +1,4 @@
-"""The rows that a recovery trains on: examples of files and data sets, and text that the dense model writes. Imports no
-torch.
+"""The rows that a recovery trains on: examples of files and data sets, and text of the dense model. Imports no torch.
 
 With ``--data self`` or ``self-text``, a recovery needs no corpus. One of four rows of ``self`` is an answer to an
 instruction, in the model's chat format; the others, and all rows of ``self-text``, are short texts that the model
@@ -44,12 +43,11 @@ and few enough to measure quickly."""
 
 @dataclass(frozen=True)
 class RecoverySetup:
-    """The settings of a recovery, and what they name."""
+    """The settings of a recovery, and what they name. ``dense_text``: what the dense model writes of the data."""
 
     settings: RecoverSettings
     strategy: RecoveryStrategy
     dense_text: DenseText | None = None
-    """The part of the data that the dense model writes."""
 
     @property
     def reads_dense(self) -> bool:
@@ -59,10 +57,9 @@ class RecoverySetup:
 
 @dataclass(frozen=True)
 class DenseText:
-    """Rows that the dense model writes: at most ``answers`` to instructions, and ``texts`` without one."""
+    """Rows that the dense model writes: ``answers`` to instructions, at most, and ``texts`` without one."""
 
     source: str
-    """As the user wrote it, such as ``self:64``."""
     answers: int
     texts: int
 
@@ -131,11 +128,10 @@ def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenised examples."""
+    """Tokenised examples. ``validation``: with ``held_out``, rows that are not trained on; else some of ``rows``."""
 
     rows: list[Row]
     validation: list[Row]
-    """With ``held_out``, rows that are not trained on; else some of ``rows``."""
     held_out: bool
 
 

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
 
 class FullStrategy(RecoveryStrategy):
-    """Every weight is trained on the next tokens of the data."""
-
     name = "full"
     summary = "trains every parameter; needs about 16 bytes of memory for each"
 

@@ -17,8 +17,6 @@ SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up",
 
 
 class QualitySection(ReportSection):
-    """A table for each call of ``evaluate``."""
-
     name = "quality"
     summary = "perplexity, divergence and tasks of dense and pruned models"
     order = 11
@@ -58,8 +56,6 @@ def tokens_per_byte(result: Mapping[str, Any]) -> float:
 
 
 class AnswersSection(ReportSection):
-    """Nothing where no texts were generated."""
-
     name = "answers"
     summary = "the same prompts answered side by side"
     order = 12
@@ -69,8 +65,6 @@ class AnswersSection(ReportSection):
 
 
 class CostSection(ReportSection):
-    """Sizes by shapes, and a table for each call of ``bench``."""
-
     name = "cost"
     summary = "parameters, bytes, operations and cache before and after, and measured speed next to the ideal"
     order = 14
@@ -92,9 +86,8 @@ class CostSection(ReportSection):
         ]
         benches = []
         for bench in subject.benches:
-            stages = [("Prefill", *cells) for cells in speed_rows(bench, "prefill")]
-            stages += [("Decoding", *cells) for cells in speed_rows(bench, "decode")]
-            benches.append((bench, stages))
+            named = (("Prefill", "prefill"), ("Decoding", "decode"))
+            benches.append((bench, [(title, *cells) for title, key in named for cells in speed_rows(bench, key)]))
         return rendered(
             "cost.html.j2", rows=rows, benches=benches, columns=("Stage", *SPEED_COLUMNS), name=subject.name,
             context=pruned.context,
@@ -117,8 +110,6 @@ def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]
 
 
 class PlanSection(ReportSection):
-    """A table for each plan."""
-
     name = "plan"
     summary = "what was cut: units kept of each kind in each layer"
     order = 20
@@ -137,8 +128,6 @@ class PlanSection(ReportSection):
 
 
 class RecoverySection(ReportSection):
-    """A drawing of the losses for each training; nothing for a model that was not trained."""
-
     name = "recovery"
     summary = "the losses of every training that restored quality"
     order = 25
@@ -157,8 +146,6 @@ class RecoverySection(ReportSection):
 
 
 class OriginSection(ReportSection):
-    """Runs with their settings, stages and machines, plans, and the steps of a recipe."""
-
     name = "origin"
     summary = "how the checkpoint was made: settings, plans, seconds and memory of every stage, machine, versions"
     order = 40

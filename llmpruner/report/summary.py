@@ -96,8 +96,6 @@ def sentence(subject: ReportSubject) -> str:
 
 
 class SummarySection(ReportSection):
-    """The sentence and a tile for each figure."""
-
     name = "summary"
     summary = "what was won and lost: size, speed, quality"
     order = 0
@@ -107,8 +105,6 @@ class SummarySection(ReportSection):
 
 
 class ComparisonSection(ReportSection):
-    """A chart and a table on the page of several checkpoints."""
-
     name = "comparison"
     summary = "several checkpoints: quality against size, the best of each size, a table"
     order = 1

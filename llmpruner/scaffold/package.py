@@ -33,19 +33,16 @@ def distribution_of(name: str) -> str:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the templates say about the model of a family; empty without one."""
+    """What the templates say about the model of a family. ``config_values``: of a small configuration. ``package``:
+    registers the architecture with transformers; ``requires``: its distribution. ``kinds``: of removable units."""
 
     model_type: str = ""
     config_class: str = ""
     config_module: str = ""
     config_values: Mapping[str, Any] = field(default_factory=dict)
-    """Of a small configuration, as JSON values."""
     package: str | None = None
-    """Registers the architecture with transformers."""
     requires: str | None = None
-    """The distribution of ``package``."""
     kinds: tuple[str, ...] = ()
-    """Of units that can be removed."""
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:

@@ -52,7 +52,7 @@ def _built(configuration: type[PreTrainedConfig], name: str, seed: int, **sizes:
 
 
 def _copy(built: Model) -> Model:
-    """A copy takes a fraction of the time in which transformers builds a model."""
+    # This takes a fraction of the time in which transformers builds a model.
     model, config = copy.deepcopy(built.network), copy.deepcopy(built.config)
     return replace(built, network=model, config=config, tokenizer=letters())
 
