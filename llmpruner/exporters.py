@@ -119,11 +119,12 @@ def export(
             raise PluginError(f"{exporter.label()} wrote no file")
         if (partial / "config.json").is_file():
             # Both records have the hash of every file.
-            record = None if exporter.for_other_programs else task.loaded.record
-            origin = {"llmpruner": __version__, "exported_from": str(source)}
-            if exporter.for_other_programs:
-                origin["format"] = exporter.name
-            write_record(partial / (RECORD_FILE if record else ORIGIN_FILE), record or origin)
+            if exporter.for_other_programs or task.loaded.record is None:
+                origin = {"llmpruner": __version__, "exported_from": str(source)}
+                form = {"format": exporter.name} if exporter.for_other_programs else {}
+                write_record(partial / ORIGIN_FILE, origin | form)
+            else:
+                write_record(partial / RECORD_FILE, task.loaded.record)
     return line
 
 
