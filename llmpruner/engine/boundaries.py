@@ -18,8 +18,6 @@ DEFAULT_LIMIT = 128 << 20
 
 
 class _Place(NamedTuple):
-    """Where a tensor is in the file."""
-
     offset: int
     shape: torch.Size
     dtype: torch.dtype
@@ -98,7 +96,7 @@ class States:
         self._kept.append(self._boundaries.keep(tensor))
 
     def dump(self, file: Path) -> None:
-        """Write all tensors to ``file``, whole or not at all; `loaded` reads them."""
+        """Write all tensors to ``file``, whole or not at all."""
         aside = file.with_suffix(".partial")
         with aside.open("wb") as stream:
             for tensor in self:

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from .boundaries import Boundaries
+from .journal import Journal
 from .ranks import SINGLE, Ranks
 from .stages import Stages
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from .journal import Journal
-
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a micro-batch in a walk forwards, at least one sample."""

@@ -11,17 +11,15 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import LlmprunerError, OutputError, ProcessError
 from ..files import alone_in, write_text, writing
+from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..values import counted
+from .boundaries import States
 from .ranks import SINGLE, Ranks
-
-if TYPE_CHECKING:
-    from ..models.weights import Weights
-    from .boundaries import States
 
 _RUN = "run.json"
 SHARE = 0.02
@@ -77,7 +75,6 @@ class Journal:
         write_text(identity, self._identity)
 
     def _done(self) -> str:
-        """What is finished; empty for nothing."""
         done = [name for name in ("calibration", "plan") if (self.folder / f"{name}.json").is_file()]
         if layers := len(list(self.folder.glob("layer-*"))):
             done.append(counted(layers, "layer"))
@@ -158,10 +155,9 @@ class Journal:
 
 def recalled(journal: Journal | None, name: str, make: Callable[[], Any]) -> Any:
     """The JSON value ``name`` of ``journal``; where there is none, that of ``make``, which is stored."""
-    if journal is None:
-        return make()
-    value = journal.load(name)
+    value = None if journal is None else journal.load(name)
     if value is None:
         value = make()
-        journal.store(name, value)
+        if journal is not None:
+            journal.store(name, value)
     return value

@@ -12,20 +12,17 @@ import hashlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
+from transformers import PreTrainedModel
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from .boundaries import States
 from .execution import TOKENS_AT_ONCE, Execution, LayerForm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 
 _CHECKED_TOKENS = 64
 """At the start of the first sample, on which `check_layers` compares layers."""
@@ -176,18 +173,14 @@ def _whole_run(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Hidden states before each layer, and its outputs."""
-    ran: list[tuple[nn.Module, torch.Tensor, Any]] = []
-
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        ran.append((layer, hidden_of(args, kwargs), output))
-
+    ran: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.register_forward_hook(note, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(lambda *run: ran.append(run), with_kwargs=True))
         model(input_ids=ids, use_cache=False)
-    if [layer for layer, _, _ in ran] != list(layers):
+    if [layer for layer, *_ in ran] != list(layers):
         raise _not_walkable(model, "they are not called once each, in order")
-    return [hidden for _, hidden, _ in ran], [output for _, _, output in ran]
+    return [hidden_of(args, kwargs) for _, args, kwargs, _ in ran], [output for *_, output in ran]
 
 
 def _takes_float32(layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype) -> bool:
@@ -245,17 +238,14 @@ def record(
 @contextlib.contextmanager
 def replaced_layers(layers: nn.ModuleList, replacement: Callable[..., Any]) -> Iterator[None]:
     """While active, ``replacement`` is called in place of each layer, with its number first."""
-    # Other libraries (accelerate) set a forward on the instance.
-    forwards = [vars(layer).get("forward") for layer in layers]
-    for number, layer in enumerate(layers):
-        layer.forward = partial(replacement, number)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            if "forward" in vars(layer):  # set on the instance by another library (accelerate)
+                stack.callback(setattr, layer, "forward", layer.forward)
+            else:
+                stack.callback(delattr, layer, "forward")
+            layer.forward = partial(replacement, number)
         yield
-    finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
@@ -288,12 +278,10 @@ def as_output(hidden: torch.Tensor, further: int | None) -> Any:
 def eager_experts(module: nn.Module) -> Iterator[None]:
     """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
     faster implementations in transformers are a single operator, or copy the weights."""
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
-    for config, _ in chosen:
-        config._experts_implementation_internal = "eager"
-    try:
+    with contextlib.ExitStack() as stack:
+        for each in module.modules():
+            config = getattr(each, "config", None)
+            if hasattr(config, "_experts_implementation"):
+                stack.callback(setattr, config, "_experts_implementation_internal", config._experts_implementation)
+                config._experts_implementation_internal = "eager"
         yield
-    finally:
-        for config, name in chosen:
-            config._experts_implementation_internal = name

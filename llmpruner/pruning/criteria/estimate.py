@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...engine.execution import Execution
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
-from ...engine.statistics import stream_statistics, token_statistics, walk_signals
+from ...engine.statistics import SignalWalk, stream_statistics, token_statistics
 from ...engine.walk import CalibrationSet
 from ...errors import ModelError, PluginError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
@@ -55,9 +55,8 @@ def estimate(
         scores = {group.name: of_all.double().cpu() for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
-        measured = walk_signals(
-            execution, graph, uses, signals, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
-        )
+        reads, measure = kinds_read(graph), criterion.measure
+        measured = SignalWalk(execution, reads, uses, signals, calibration, seed, measure, criterion.by_matrix)
         scores = _score(groups, criterion, uses, measured, reduction)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):
