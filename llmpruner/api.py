@@ -114,23 +114,16 @@ def plan(
 ) -> PruningPlan:
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
-    return plan_and_outcome(model, ratio=ratio, load=load, run=run, progress=progress, catalog=catalog, **settings)[0]
+    return plan_and_outcome(model, _with_ratio(ratio, settings), load, run, progress, catalog)[0]
 
 
 def plan_and_outcome(
-    model: Source,
-    *,
-    ratio: float | None = None,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PruneKeywords],
-) -> tuple[PruningPlan, Outcome]:
-    """`plan`, with the sizes before and after the cut."""
+    model: Source, settings: Mapping[str, Any], load: LoadSettings | None, run: RunSettings | None,
+    progress: Progress, catalog: Catalog | None,
+) -> tuple[PruningPlan, Outcome]:  # fmt: skip
+    """`plan`, and the sizes of the model before and after the cut."""
     catalog = catalog or load_catalog()
-    reference = _reference(model, catalog)
-    job = _prune_job(ratio, settings, catalog)
+    reference, job = _reference(model, catalog), _prune_job(settings, catalog)
     from . import pipeline
 
     return pipeline.plan(reference, job, _opener(load, catalog, progress), run or RunSettings())
@@ -161,7 +154,7 @@ def prune(
     reference, folder = _reference(model, catalog), _new(output)
     job: Job
     if plan is None:
-        job = _prune_job(ratio, settings, catalog)
+        job = _prune_job(_with_ratio(ratio, settings), catalog)
     elif given := _with_ratio(ratio, settings):
         raise SettingsError(
             f"{flag_of(PruneSettings, min(given))} can't be combined with a plan, which has all settings"
@@ -191,7 +184,10 @@ def prune_each(
     reference, folder = _reference(model, catalog), Path(output)
     if not folder.with_name(folder.name + ".pruning").is_dir():  # else some ratios may be finished
         check_new_directory(folder)
-    jobs = {f"{job.settings.ratio:g}": job for job in (_prune_job(ratio, settings, catalog) for ratio in ratios)}
+    jobs = {
+        f"{job.settings.ratio:g}": job
+        for job in (_prune_job({**settings, "ratio": ratio}, catalog) for ratio in ratios)
+    }
     if not jobs:
         raise SettingsError("no ratio is named; name at least one")
     from . import pipeline
@@ -468,8 +464,8 @@ def _with_ratio(ratio: float | None, settings: PruneKeywords) -> dict[str, Any]:
     return {**settings, **({} if ratio is None else {"ratio": ratio})}
 
 
-def _prune_job(ratio: float | None, settings: PruneKeywords, catalog: Catalog) -> PruneJob:
-    job = prune_job(settings_from(PruneSettings, _with_ratio(ratio, settings)), catalog)
+def _prune_job(settings: Mapping[str, Any], catalog: Catalog) -> PruneJob:
+    job = prune_job(settings_from(PruneSettings, settings), catalog)
     check_data(job)
     return job
 
