@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
+import llmpruner.pipeline
 from llmpruner import api
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
