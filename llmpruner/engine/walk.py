@@ -280,7 +280,7 @@ def eager_experts(module: nn.Module) -> Iterator[None]:
     faster implementations in transformers are a single operator, or copy the weights."""
     with contextlib.ExitStack() as stack:
         for each in module.modules():
-            config = getattr(each, "config", None)
+            config: Any = getattr(each, "config", None)
             if hasattr(config, "_experts_implementation"):
                 stack.callback(setattr, config, "_experts_implementation_internal", config._experts_implementation)
                 config._experts_implementation_internal = "eager"

@@ -20,13 +20,13 @@ def llmpruner_model_families() -> list[type]:
 
 @hookimpl
 def llmpruner_importance_criteria() -> list[type]:
-    from ..pruning.criteria import experts, layers, taylor, tokens, weights
+    from ..pruning.criteria import weights, whole
 
     return [
         weights.Random, weights.L1, weights.L2, weights.WandaSp, weights.OutputEnergy, weights.Fluctuation,
-        weights.ActivationNorm, weights.Pca, weights.OptimalBrainSurgeon, taylor.Taylor, taylor.Fisher,
-        experts.ExpertReap, experts.ExpertNorm, experts.ExpertFrequency, experts.ExpertContribution,
-        layers.BlockInfluence, layers.AngularDistance, layers.AngularBlock, tokens.TokenUse,
+        weights.ActivationNorm, weights.Pca, weights.OptimalBrainSurgeon, weights.Taylor, weights.Fisher,
+        whole.ExpertReap, whole.ExpertNorm, whole.ExpertFrequency, whole.ExpertContribution, whole.BlockInfluence,
+        whole.AngularDistance, whole.AngularBlock, whole.TokenUse,
     ]  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def llmpruner_budgets() -> list[type]:
 
 @hookimpl
 def llmpruner_compensations() -> list[type]:
-    from ..pruning.compensation.compensations import BiasShift, NoCompensation, Refit
+    from ..pruning.compensation.base import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 

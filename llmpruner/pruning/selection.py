@@ -32,7 +32,7 @@ from ..values import chosen_layers
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Scores, estimate
-from .criteria.tokens import counted_part
+from .criteria.whole import counted_part
 from .job import PruneJob
 
 GRADIENT_TOKENS = 32768

@@ -24,7 +24,7 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.errors import LlmprunerError
 from llmpruner.models.family import AutoFamily
 from llmpruner.pruning.criteria.estimate import estimate
-from llmpruner.pruning.criteria.experts import ExpertContribution
+from llmpruner.pruning.criteria.whole import ExpertContribution
 
 BEST = {"method": "best", "samples": 12, "length": 128}
 CASES = {
