@@ -76,8 +76,7 @@ class States:
         self.passed: dict[tuple[int, str], Any] = {}
 
     def empty(self, *, apart: bool = False) -> States:
-        """An empty sequence of the same `Boundaries`, with the same ``passed``. ``apart``: with a copy, for a run of
-        another model from here."""
+        """An empty sequence of the same `Boundaries`. ``apart``: with a copy of ``passed``, to run another model."""
         states = States(self._boundaries)
         states.passed = {place: copy.copy(v) for place, v in self.passed.items()} if apart else self.passed
         return states

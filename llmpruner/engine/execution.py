@@ -30,9 +30,8 @@ class LayerForm(NamedTuple):
     tuples: Sequence[int | None]
     """How many further values each layer returns; None for a bare tensor."""
     autocast: torch.dtype | None
-    """The dtype of matrix products under autocast, with hidden states in float32: that of a model in 16 bits, and
-    bfloat16 for one in float32 where that is faster. None for others, and where a layer refuses this: all is in the
-    model's dtype."""
+    """The dtype of matrix products under autocast, with hidden states in float32; None where all is in the model's
+    dtype: in float32 without fast bfloat16, and where a layer refuses."""
     passes_on: bool
     """Whether layers pass on other values than hidden states (`States.passed`), which `States.dump` does not write."""
 

@@ -49,10 +49,9 @@ class _Batch:
 
 
 class GradientWalk:
-    """The forward and backward pass over a calibration set, of which each process runs its own micro-batches, maybe
-    none; gradients are sums over all. Parameters must not require gradients. ``needs``: for `Signal.GRAD_SQ`,
-    micro-batches have one sample; without gradients of parameters, layers compute in bfloat16 where that is faster.
-    ``outer``: the parameters of `backward_outer`."""
+    """The forward and backward pass over a calibration set. Each process runs its own micro-batches, maybe none;
+    gradients are sums over all. Parameters must not require gradients. ``needs``: `Signal.GRAD_SQ` takes single
+    samples; without gradients of parameters, bfloat16 is used where it is faster. ``outer``: of `backward_outer`."""
 
     def __init__(
         self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]
@@ -113,8 +112,7 @@ class GradientWalk:
     def backward_layer(
         self, number: int, names: Iterable[str], reduced: ReduceProducts | None
     ) -> dict[str, GradientSums]:
-        """Gradients of the parameters ``names`` of layer ``number``, while its weights are in memory; for all layers in
-        turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
+        """Gradients of the parameters ``names`` of a layer, from the last one on. ``reduced``: gets its products."""
         layer = self.layers[number]
         with self._summing(names) as sums:
             for position, batch in enumerate(self.batches):
@@ -143,8 +141,7 @@ class GradientWalk:
         return sums
 
     def backward_outer(self) -> dict[str, GradientSums]:
-        """Gradients of the ``outer`` parameters, while they are in memory: embeddings, final norm, head; for tied
-        embeddings the sum of both uses. After `backward_layer` of all layers."""
+        """Gradients of the ``outer`` parameters (embeddings, norm, head), after `backward_layer` of all layers."""
         with self._summing(self._outer) as sums:
             for position, batch in enumerate(self.batches):
                 self._head(position)
@@ -160,13 +157,12 @@ class GradientWalk:
 
     @contextlib.contextmanager
     def _summing(self, names: Iterable[str]) -> Iterator[dict[str, GradientSums]]:
-        """While active, parameters require gradients; at the end, sums over all processes."""
+        """While active, parameters require gradients, which are then summed over all processes."""
         parameters = {name: self.model.get_parameter(name) for name in names}
         sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
         with requiring_grad(parameters.values()):
             yield sums
-        every = [tensor for each in sums.values() for tensor in (each.grad, each.grad_sq)]
-        self._ranks.sum_(tensor for tensor in every if tensor is not None)
+        self._ranks.sum_(t for each in sums.values() for t in (each.grad, each.grad_sq) if t is not None)
 
     def _add(self, batch: _Batch, sums: Mapping[str, GradientSums]) -> None:
         for name, each in sums.items():

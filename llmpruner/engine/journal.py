@@ -1,7 +1,4 @@
-"""What a killed run needs to go on: a folder with the results of finished steps.
-
-Hidden states are large, so writing them takes at most `SHARE` of the time; layers after the last ones are done again.
-"""
+"""What a killed run needs to go on: a folder with the results of finished steps."""
 
 from __future__ import annotations
 
@@ -23,12 +20,12 @@ from .ranks import SINGLE, Ranks
 
 _RUN = "run.json"
 SHARE = 0.02
+"""Of the time for writing hidden states, at most; layers after the last ones that were written are done again."""
 
 
 class Journal:
-    """The results of one run in ``folder``, used inside `running`. ``run``: JSON values that identify the run.
-    ``ranks``: the processes that share it, with one file system or several. The first one writes all but hidden states,
-    of which each writes its own; all call `load`, `layer_done` and `resume` together."""
+    """The results of one run in ``folder``, used inside `running`. ``run``: JSON values that identify the run. Each of
+    ``ranks`` writes its hidden states, the first all else; all call `load`, `layer_done` and `resume` together."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
         self.folder, self._ranks = folder, ranks
@@ -37,9 +34,8 @@ class Journal:
 
     @contextmanager
     def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
-        """While active, the folder is locked. It is removed when the run is done or refused, or has no results; else it
-        stays when the run is interrupted, or its result cannot be written. ``anew``: remove what an earlier run left.
-        Raises `OutputError` where another run works there, and where the folder has the results of another one."""
+        """While active, the folder is locked. It stays if the run is interrupted, or can't write its result. ``anew``:
+        remove what an earlier run left. Raises `OutputError` where another run works, or left results."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):

@@ -142,12 +142,8 @@ class Routing:
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
         # Module → hidden states, experts chosen, their weights, and the gates of each expert after its first product.
         self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates | None]]] = {}
-        self.names = [
-            f"{path}.{name}"
-            for path, module in self._modules.items()
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() == 3
-        ]
+        owned = ((path, *each) for path, m in self._modules.items() for each in m.named_parameters(recurse=False))
+        self.names = [f"{path}.{name}" for path, name, parameter in owned if parameter.dim() == 3]
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:

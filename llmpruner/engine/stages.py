@@ -64,8 +64,7 @@ def write_step(directory: Path, inputs: Mapping[str, Any], **facts: Any) -> None
 
 
 def read_step(directory: Path) -> dict[str, Any] | None:
-    """What `write_step` wrote: ``number``, ``name``, ``seconds``, ``result`` and ``inputs``; None where no finished
-    step of a recipe made ``directory``."""
+    """``number``, ``name``, ``seconds``, ``result``, ``inputs`` of the finished step of a recipe; None without one."""
     file = directory / RUN_FILE
     return read_json(file).get("step") if file.is_file() else None
 

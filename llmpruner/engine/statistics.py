@@ -27,9 +27,6 @@ from .walk import CalibrationSet, ForwardWalk
 
 PREDICTED = 8192
 """Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""
-_BLOCKS = 4
-"""Column blocks that a Gram matrix is computed in; more blocks save little more."""
-
 Named = Iterator[tuple[str, ParameterSignals]]
 Statistics = tuple[InputStats | None, ProductStats | None]
 """Of one weight from a forward walk; None where they were not requested."""
@@ -68,8 +65,7 @@ class SignalWalk:
 
     @torch.no_grad()
     def forward(self) -> Iterator[tuple[str, Statistics]]:
-        """Statistics of the parameters that decoder layers use in matrix products, while each is in memory. Memory: the
-        hidden states, and one layer's statistics."""
+        """Statistics of the parameters that decoder layers use in matrix products, while each is in memory."""
         gram = Signal.GRAM in self.needs
         with_products = Signal.PRODUCT in self.needs and Signal.PRODUCT_GRAD not in self.needs
         inputs = gram or Signal.INPUT_STATS in self.needs
@@ -159,8 +155,7 @@ class SignalWalk:
 
 
 class _InputSums:
-    """Sums over tokens: of inputs and of their squares, float64, of the shapes of `InputStats`; with ``gram`` of outer
-    products, (d_in, d_in) for each matrix, float32, lower triangles."""
+    """Sums over tokens: of inputs and of their squares, float64; with ``gram`` of outer products, float32, lower."""
 
     def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
@@ -206,7 +201,7 @@ class _InputSums:
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
     """Add XᵀX to the lower triangle of ``lower_II``, in place; what is above the diagonal is left undefined."""
     width = inputs_NI.shape[1]
-    step = max(1, -(-width // _BLOCKS))
+    step = max(1, -(-width // 4))  # more blocks of columns save little more
     for start in range(0, width, step):
         end = min(start + step, width)
         lower_II[start:, start:end].addmm_(inputs_NI[:, start:].T, inputs_NI[:, start:end])

@@ -1,8 +1,4 @@
-"""Running the decoder forwards, one layer at a time, over a calibration set.
-
-`record` notes with which arguments the model calls its layers; `check_layers` makes sure that a layer computes alone
-what it computes in the model.
-"""
+"""Run the decoder forwards, one layer at a time, over a calibration set."""
 
 from __future__ import annotations
 
@@ -23,11 +19,6 @@ from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_li
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from .boundaries import States
 from .execution import TOKENS_AT_ONCE, Execution, LayerForm
-
-_CHECKED_TOKENS = 64
-"""At the start of the first sample, on which `check_layers` compares layers."""
-_TOLERANCE = 1e-3
-"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
@@ -54,8 +45,7 @@ class CalibrationSet:
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and the micro-batches to run through them; of several processes, those of this
-    one (`Ranks.mine`), maybe none."""
+    """The decoder layers of a model, and the micro-batches that this process runs through them, maybe none."""
 
     execution: Execution
     layers: nn.ModuleList
@@ -68,8 +58,7 @@ class ForwardWalk:
     @classmethod
     @torch.no_grad()
     def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
-        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32. Raises as
-        `check_layers` does."""
+        """The walk, and float32 hidden states (samples, length, hidden size) before layer 0. See `check_layers`."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = calibration.input_ids.to(model.device)
@@ -94,8 +83,7 @@ class ForwardWalk:
             states[position] = self.run(number, position, states)
 
     def run(self, number: int, position: int, states: States) -> torch.Tensor:
-        """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
-        before the layer."""
+        """The hidden states of a micro-batch after layer ``number``, in float32. ``states``: those before it."""
         layer, hidden, (args, kwargs) = self.layers[number], states[position], self.calls[position][number]
         filled = {
             name: states.passed.setdefault((position, name), copy.copy(value))
@@ -109,8 +97,7 @@ class ForwardWalk:
 
 
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary, into which layers put what later ones read: calls are recorded without
-    computing a layer."""
+    """Whether it is a dictionary into which layers put what later ones read; still empty, as no layer was computed."""
     return isinstance(value, MutableMapping) and not value
 
 
@@ -128,13 +115,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 @torch.no_grad()
 def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm:
-    """Run the whole model on the start of the text, and each layer alone on its own inputs there; once in a run. Raises
-    `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that fail alone, give other
-    hidden states, or are not called one after the other."""
+    """Compare each layer alone with the whole model on 64 tokens of the text, once in a run. Raises `ModelError` for
+    infinite states, and `UnsupportedModelError` for layers that fail alone, differ, or are not called in order."""
     model = execution.model
     if model not in execution.forms:
         with execution.weights.outside(), eager_experts(model):
-            ids = calibration.input_ids[:1, :_CHECKED_TOKENS].to(model.device)
+            ids = calibration.input_ids[:1, :64].to(model.device)
             execution.forms[model] = _form(execution, ids)
     return execution.forms[model]
 
@@ -164,8 +150,12 @@ def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
             except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
                 raise _not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
             _compare(model, output, after[number], number)
-            if autocast is not None and not shares_keys and not _takes_float32(layers[number], hidden, call, autocast):
-                autocast = None
+            if autocast is not None and not shares_keys:
+                try:
+                    with autocast_to(hidden.device.type, autocast):
+                        call_layer(layers[number], hidden.float(), call)
+                except Exception:  # the layer ran with hidden states in the dtype of the model
+                    autocast = None
     return LayerForm(tuples, autocast, passes_on)
 
 
@@ -183,23 +173,13 @@ def _whole_run(
     return [hidden_of(args, kwargs) for _, args, kwargs, _ in ran], [output for *_, output in ran]
 
 
-def _takes_float32(layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype) -> bool:
-    """Whether a layer runs under autocast to ``products`` with hidden states in float32."""
-    try:
-        with autocast_to(hidden.device.type, products):
-            call_layer(layer, hidden.float(), call)
-    except Exception:  # the layer ran with hidden states in the dtype of the model
-        return False
-    return True
-
-
 def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
     """Half of the tokens must agree: rounding may route a token to another expert, but a value that a layer lacks
     changes nearly all."""
     expected = expected.float()
     differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
     typical = float(differences.median())
-    if not typical < _TOLERANCE:
+    if not typical < 1e-3:
         reason = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
         raise _not_walkable(model, reason)
 
@@ -276,8 +256,7 @@ def as_output(hidden: torch.Tensor, further: int | None) -> Any:
 
 @contextlib.contextmanager
 def eager_experts(module: nn.Module) -> Iterator[None]:
-    """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
-    faster implementations in transformers are a single operator, or copy the weights."""
+    """While active, experts are computed one by one: faster implementations hide their products, or copy weights."""
     with contextlib.ExitStack() as stack:
         for each in module.modules():
             config: Any = getattr(each, "config", None)

@@ -175,8 +175,7 @@ class MacsCost(Cost):
 
         Σ elements(p) · share of p's experts that a token is routed to  +  2 · context · Σ attention channels
 
-    over the parameters p of linear layers. ``multiplied``: p → how many of the experts stacked in it a token is routed
-    to; None without experts."""
+    over the parameters p of linear layers. ``multiplied``: p → experts in it that a token is routed to, or None."""
 
     label = "MACs per token"
 

@@ -1,6 +1,4 @@
-"""From settings to a job: components are created, and the method fills in what the user left open. Stages read the job,
-not the settings. It does not depend on the model, which `pruning.checks` compares it with. Imports no torch.
-"""
+"""Turn settings into a job: components are created, and the method fills in what is open. Imports no torch."""
 
 from __future__ import annotations
 

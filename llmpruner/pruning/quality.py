@@ -42,8 +42,7 @@ class Dense(NamedTuple):
 def dense_predictions(
     model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Dense | None:
-    """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
-    is cut, with tokens or channels of the residual stream."""
+    """What `compared` needs of the model before its cut; None where no text is new, and where the head is cut."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
     samples = min(job.calibration.samples, -(-TOKENS // text.input_ids.shape[1]))

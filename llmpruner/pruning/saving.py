@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -37,7 +37,7 @@ from .criteria.whole import counted_part, scripts_of, texts_of
 from .job import PruneJob
 from .selection import scope_of, widths_of
 
-SCRIPTS: Final = 6
+SCRIPTS = 6
 """Those with most tokens; others are counted together."""
 
 
@@ -119,15 +119,12 @@ def token_outcome(tokenizer: Any, cut: GroupCut, text: CalibrationSet | None) ->
         for name, ids in (("counted", counted), ("held_out", text.input_ids[len(counted) :])):
             if len(ids):
                 written = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                before, after = (_bytes_per_token(written, each) for each in (tokenizer, trimmed))
+                size = len("".join(written).encode())
+                encoded = (coder(written, add_special_tokens=False, verbose=False) for coder in (tokenizer, trimmed))
+                before, after = (size / max(1, sum(map(len, each["input_ids"]))) for each in encoded)
                 tokens = ids.flatten().tolist()
                 texts[name] = TextTokens(len(tokens), sum(token not in kept for token in tokens), before, after)
     return TokenOutcome(cut.units, len(kept), tuple(rows), texts)
-
-
-def _bytes_per_token(texts: list[str], tokenizer: Any) -> float:
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return len("".join(texts).encode()) / max(1, sum(map(len, ids)))
 
 
 def cut_model(model: Model, plan: PruningPlan) -> Model:

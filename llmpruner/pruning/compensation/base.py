@@ -53,9 +53,8 @@ class Compensation(Component):
         lose some. Called before text is read; by default nothing is refused."""
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
-        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay; the caller
-        removes the units. Raises `UnsupportedModelError` for a decoder that cannot run, `ModelError` for infinite
-        hidden states."""
+        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay. Raises
+        `UnsupportedModelError` for a decoder that cannot run, `ModelError` for infinite hidden states."""
         raise NotImplementedError
 
 
@@ -71,9 +70,8 @@ class NoCompensation(Compensation):
 
 
 class BiasShift(Compensation):
-    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R; means are over the
-    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Raises `UnsupportedModelError` without a
-    bias."""
+    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R; means are over tokens in the
+    pruned model (FLAP; An et al., 2024, equation 7). Raises `UnsupportedModelError` without a bias."""
 
     name = "bias"
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"

@@ -101,8 +101,7 @@ class OutputEnergy(OfInputs):
 
 
 class Fluctuation(OfInputs):
-    """‖W_:j‖²·Var[x_j]: the mean squared error when a unit is replaced by its mean (WIFV of FLAP; An et al., AAAI 2024,
-    eq. 5)."""
+    """‖W_:j‖²·Var[x_j]: the mean squared error when a unit is replaced by its mean (FLAP; An et al., 2024, eq. 5)."""
 
     name = "flap"
     summary = "weight norm times fluctuation of the input, ‖W_:j‖²·Var[x_j] (FLAP, eq. 5)"
@@ -148,10 +147,6 @@ class Pca(OfInputs):
         return signals.over_inputs(energy)
 
 
-_STEPS = 1024
-"""Maximum evaluations of E_u: with more units, several are removed after each."""
-
-
 class OptimalBrainSurgeon(OutputEnergy):
     """A unit's score is the error accumulated after its removal; each removal updates the others by least squares."""
 
@@ -190,7 +185,8 @@ def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch
     del hessian, diagonal
     units = len(index_UK)
     scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
-    remaining, total, at_once = list(range(units)), 0.0, -(-units // _STEPS)
+    remaining, total = list(range(units)), 0.0
+    at_once = -(-units // 1024)  # units removed after each evaluation of E_u, to bound their number
     while remaining:
         index = index_UK[torch.tensor(remaining, device=index_UK.device)]
         costs = _costs(weight, inverse, index)
@@ -233,11 +229,8 @@ def _remove(weight: torch.Tensor, inverse: torch.Tensor, index_K: torch.Tensor) 
 
 
 class Taylor(ImportanceCriterion):
-    """The importance of LLM-Pruner (Ma et al., 2023) in four variants; sums are over the weights that a unit owns.
-
-    ``element1``: Σ|g·w| (first order, per weight). ``element2``: Σ½w²·E[g²] (second order, per weight).
-    ``mix``: Σ|g·w − ½w²·E[g²]|. ``vector``: |Σ g·w| per row or column (first order, for the whole vector).
-    """
+    """The importance of LLM-Pruner (Ma et al., 2023); sums are over the weights that a unit owns. ``element1``: Σ|g·w|.
+    ``element2``: Σ½w²·E[g²]. ``mix``: Σ|g·w − ½w²·E[g²]|. ``vector``: |Σ g·w| per row or column."""
 
     name = "taylor"
     by_matrix = True

@@ -112,8 +112,7 @@ class ExpertFrequency(OfExpertOutputs):
 
 class ExpertContribution(OfExpertOutputs):
     """``Σ over X_j of g_j(x)·‖f_j(x)‖₂ / Σ_i|X_i|``, with the router's weights as the model applies them: what an
-    expert adds to the residual stream in total. It is the weighted mean times the frequency, so rarely used experts
-    rank low even if their tokens depend on them."""
+    expert adds to the residual stream in total. Rarely used experts rank low even if their tokens depend on them."""
 
     name = "expert-contribution"
     summary = "for experts: router weight × norm of the output, summed over an expert's tokens"
@@ -124,8 +123,7 @@ class ExpertContribution(OfExpertOutputs):
 
 
 class BlockInfluence(ImportanceCriterion):
-    """1 − E[cos(h_l, h_l+1)] over tokens, h_l the hidden states before layer l: the block influence of ShortGPT (Men et
-    al., 2024, eq. 1)."""
+    """1 − E[cos(h_l, h_l+1)] over tokens, h_l the hidden states before layer l (ShortGPT; Men et al., 2024, eq. 1)."""
 
     name = "block-influence"
     summary = "for layers: 1 − mean cosine of the hidden states before and after (ShortGPT, eq. 1)"
