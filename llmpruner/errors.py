@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -72,9 +73,7 @@ class MissingExtraError(LlmprunerError):
 
 def no_bias(parameter: str) -> UnsupportedModelError:
     """The error for a weight without a bias to change."""
-    return UnsupportedModelError(
-        f"'{parameter}' has no bias to compensate with; use --set prune.compensate=refit or none"
-    )
+    return UnsupportedModelError(f"'{parameter}' has no bias to change; use --set prune.compensate=refit or none")
 
 
 def no_tokenizer(model: str, consequence: str) -> ModelError:
@@ -128,6 +127,5 @@ def first_line(error: BaseException) -> str:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the machine or the device has no memory left: `MemoryError`, or what torch's allocators raise."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and any(text in str(error) for text in ("allocate memory", "out of memory"))
-    )
+    by_torch = isinstance(error, RuntimeError) and re.search("allocate memory|out of memory", str(error))
+    return isinstance(error, MemoryError) or bool(by_torch)

@@ -119,18 +119,16 @@ def export(
             raise PluginError(f"{exporter.label()} wrote no file")
         if (partial / "config.json").is_file():
             # Both records have the hash of every file.
-            if exporter.for_other_programs or task.loaded.record is None:
-                origin = {"llmpruner": __version__, "exported_from": str(source)}
-                form = {"format": exporter.name} if exporter.for_other_programs else {}
-                write_record(partial / ORIGIN_FILE, origin | form)
-            else:
-                write_record(partial / RECORD_FILE, task.loaded.record)
+            record = None if exporter.for_other_programs else task.loaded.record
+            origin = {"llmpruner": __version__, "exported_from": str(source)}
+            if exporter.for_other_programs:
+                origin["format"] = exporter.name
+            write_record(partial / (RECORD_FILE if record else ORIGIN_FILE), record or origin)
     return line
 
 
 class StockExporter(Exporter):
-    """For models in other formats: GGUF, Meta's, adapters on a base model. Raises `UnsupportedModelError` for a model
-    whose layers have different widths, which no configuration of transformers describes."""
+    """For models in other formats. Raises `UnsupportedModelError` for a model whose layers have different widths."""
 
     name = "stock"
     summary = "a checkpoint that transformers alone loads: config.json and safetensors, in a stock model class"

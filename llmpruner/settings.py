@@ -1,7 +1,4 @@
-"""Every setting of every command, once: name, type, default, bounds, help. Command-line options, keywords of the Python
-API (`llmpruner.keywords`), records and reference pages derive from these models. Names of components are checked where
-the catalog is known.
-"""
+"""Every setting of every command, once: name, type, default, bounds, help. All else derives from these models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""Values as users write and read them: ``mlp,attention``, ``5.4B``, ``3-26``, ``taylor.variant=mix``, YAML; messages
-about those that pydantic refuses; numbers in texts; tables of notebooks."""
+"""Values as users write and read them, messages about those that pydantic refuses, and numbers in texts."""
 
 from __future__ import annotations
 
@@ -9,10 +8,9 @@ from html import escape
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, Field, ValidationError
 
-from .errors import SettingsError, first_line, near
+from .errors import SettingsError, near
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -86,41 +84,6 @@ Layers = Annotated[str, BeforeValidator(_layers)]
 """Numbers of layers, which `chosen_layers` reads."""
 ComponentValues = Annotated[dict[str, dict[str, Any]], BeforeValidator(_component_settings)]
 """Settings of components, by the component's name."""
-
-
-def yaml_of(text: str, place: str) -> Any:
-    """The value of a YAML text. The line of a `SettingsError` begins with ``place``."""
-    try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError) as error:
-        mark = getattr(error, "problem_mark", None)
-        problem = getattr(error, "problem", None) or first_line(error)
-        raise SettingsError(
-            f"{place}{'' if mark is None else f', line {mark.line + 1}'}: not valid YAML: {problem}"
-        ) from error
-
-
-def values_of(texts: Sequence[str]) -> dict[str, Any]:
-    """``{"prune.ratio": 0.3}`` of ``["prune.ratio=0.3"]``; values are read as YAML. Raises `SettingsError`."""
-    values: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
-        try:
-            values[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            values[key] = value
-    return values
-
-
-def with_value(values: Any, path: Sequence[str], value: Any) -> Any:
-    """Nested ``values`` with another one at ``path``."""
-    if not path:
-        return value
-    key, *inner = path
-    others = values if isinstance(values, Mapping) else {}
-    return {**others, key: with_value(others.get(key), inner, value)}
 
 
 def validated(model: type[M], values: Mapping[str, Any], place: str = "", label: Callable[[str], str] = str) -> M:

@@ -46,7 +46,6 @@ class CalibrationSource(Component):
         """Raise `DataError` for errors that can be found before a model is loaded. Checks nothing by default."""
 
     def sample(self, task: SampleTask) -> torch.Tensor:
-        """Token ids of the model's vocabulary, int64 of shape (samples, length). The same task gives the same tokens;
-        another shape or dtype is a `PluginError`. Raises `DataError` for a text that is missing, malformed or too
-        short, and `ModelError` for a model without a tokenizer where one is needed."""
+        """Token ids, int64 of shape (samples, length); the same task gives the same. Raises `DataError` for a text that
+        is missing, malformed or too short, and `ModelError` for a model without a tokenizer where one is needed."""
         raise NotImplementedError

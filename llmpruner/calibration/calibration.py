@@ -13,7 +13,7 @@ from ..component import ComponentSettings
 from ..errors import DataError, PluginError
 from ..progress import QUIET, Progress
 from .base import CalibrationSource, SampleTask
-from .conversations import Example, example, read_examples
+from .conversations import example, read_examples
 from .documents import EXPECTED_EXAMPLES, check_source, parse_mixture, read_documents
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 
 class TextSource(CalibrationSource):
-    """Windows of the documents in a file or a data set, see `calibration.documents`. Each begins with what the
-    tokenizer puts before a text, BOS as a rule: models trained with it compute unusual activations without it."""
+    """Windows of the documents in a file or a data set. Each begins with what the tokenizer puts before a text, mostly
+    BOS: models trained with it compute unusual activations without it."""
 
     name = "text"
     summary = "a .txt, .json, .jsonl or .parquet file, or a data set (name, name:config or name:config:split)"
@@ -42,9 +42,8 @@ class TextSource(CalibrationSource):
 
 
 class ChatSource(CalibrationSource):
-    """Instruction data, see `calibration.conversations`, in the model's chat format. Every sample begins with a whole
-    conversation, further ones follow until it is full, and the last is cut; all are used, in random order, before one
-    is used again."""
+    """Instruction data in the model's chat format. Every sample begins with a whole conversation, further ones follow
+    until it is full, and the last is cut; all are used before one is used again."""
 
     name = "chat"
     summary = "chat:FILE: conversations or instructions with answers, in the model's own chat format"
@@ -57,19 +56,12 @@ class ChatSource(CalibrationSource):
     def sample(self, task: SampleTask) -> torch.Tensor:
         import torch
 
-        from .chat import packed, texts_at, token_ids
+        from .chat import packed
 
-        def tokenised(placed: tuple[str, Example]) -> list[list[int]]:
-            return [token_ids(text, task.tokenizer) for text in texts_at(*placed, task.family, task.tokenizer)]
-
-        examples = read_examples(task.reference)
-        rows = packed(examples, tokenised, task.samples, task.length, task.seed, task.reference)
-        return torch.tensor(rows, dtype=torch.long)
+        return torch.tensor(packed(read_examples(task.reference), task), dtype=torch.long)
 
 
 class SelfWritten(CalibrationSource):
-    """Text that the model writes, see `calibration.written`: passages and, with a chat format, as many answers."""
-
     name = "self"
     summary = "text that the model writes itself: passages and, of a chat model, answers; nothing is downloaded"
     writes = True
@@ -93,8 +85,7 @@ class SelfWritten(CalibrationSource):
 
 @dataclass(frozen=True)
 class Part:
-    """One source of a calibration text. ``reference``: as in `SampleTask`. ``share``: of the samples, in proportion to
-    the other parts; None where all parts are equal."""
+    """One source of a calibration text. ``reference``: as in `SampleTask`. ``share``: None where all are equal."""
 
     source: CalibrationSource
     reference: str
@@ -121,7 +112,6 @@ class CalibrationJob:
         return {part.source.name: values for part in self.parts if (values := part.source.record())}
 
     def check(self) -> None:
-        """As `CalibrationSource.check`, of every part."""
         for part in self.parts:
             part.source.check(part.reference)
 
@@ -131,9 +121,7 @@ class CalibrationJob:
 
         limit = positions_of(config) or self.length
         if self.length > limit and self.fixed_length:
-            raise DataError(
-                f"calibration length {self.length} is beyond the model's {limit} positions; lower --set prune.length"
-            )
+            raise DataError(f"{self.length} tokens are beyond the model's {limit} positions; lower --set prune.length")
         return min(self.length, limit)
 
     def sample(self, name: str, model: Model, execution: Execution, samples: int, seed: int) -> CalibrationSet:
@@ -166,16 +154,14 @@ class CalibrationJob:
             task = SampleTask(network, tokenizer, part.reference, needed, length, seed, model.family, progress)
             ids = part.source.sample(task)
             if ids.dtype != torch.int64 or tuple(ids.shape) != (needed, length):
-                raise PluginError(
-                    f"{part.source.label()} gave {ids.dtype} of shape {tuple(ids.shape)}; expected torch.int64 of "
-                    f"shape {(needed, length)}"
-                )
+                facts, expected = f"{ids.dtype} of shape {tuple(ids.shape)}", f"torch.int64 of shape {(needed, length)}"
+                raise PluginError(f"{part.source.label()} gave {facts}; expected {expected}")
             rows.append(iter(check_ids(ids.cpu(), network)))
         return torch.stack([next(rows[number]) for number in order])
 
     def order(self) -> list[int]:
-        """The number of the part of each sample: always the one that is furthest behind its share, of several the
-        first. Raises `DataError` where samples are too few for every part to have one."""
+        """The number of the part of each sample: the one that is furthest behind its share. Raises `DataError` where a
+        part gets none."""
         shares = [1.0 if part.share is None else part.share for part in self.parts]
         taken = [0] * len(shares)
         order: list[int] = []
@@ -192,9 +178,8 @@ class CalibrationJob:
 def parse_calibration(
     text: str, sources: Mapping[str, type[CalibrationSource]], settings: Mapping[str, Mapping[str, Any]]
 ) -> tuple[Part, ...]:
-    """The parts of the value of ``--calibration``. A part that is the name of a source, alone or before a colon,
-    selects that source, unless there is such a file; others are text. ``settings``: source name → values. Raises
-    `DataError` for an empty part, `SettingsError` for unknown settings."""
+    """The parts of the value of ``--calibration``: of a source that is named alone or before a colon, unless there is
+    such a file; else text. ``settings``: source name → values. Raises `DataError` and `SettingsError`."""
     parts = []
     for reference, share in parse_mixture(text):
         name, _, rest = reference.partition(":")

@@ -6,27 +6,25 @@ from __future__ import annotations
 import datetime
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import takewhile
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, naming
 from ..models.chat_format import ALPACA, ChatFormat, alpaca_prompt
 from ..models.family import ModelFamily
+from .base import SampleTask
 from .conversations import Completion, Example, Instruction
-
-T = TypeVar("T")
 
 IGNORED = -100
 """The label of tokens without a loss, as PyTorch's cross entropy and transformers have it."""
 
-_TODAY = datetime.date(2024, 7, 26)
-"""For templates that print the date, so that results do not depend on the day."""
+_TODAY = datetime.date(2024, 7, 26)  # for templates that print the date, so that results do not depend on the day
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-_ANSWER = "\ue000"
-"""An answer that is found again in what a template renders: a code point without a meaning."""
+_ANSWER = "\ue000"  # is found again in what a template renders: a code point without a meaning
 
 
 class Prompt(NamedTuple):
@@ -45,8 +43,7 @@ class TrainingText(NamedTuple):
 
 def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Sequence[tuple[str, str]] = ()) -> Prompt:
     """The prompt for ``question`` after earlier (question, answer) pairs, which a model without a chat format is not
-    shown. White space around answers is left out: models write that of their format. Raises `DataError` when the
-    tokenizer's chat template fails."""
+    shown. Answers are stripped: models write the white space of their format. Raises `DataError`."""
     history = [(asked, answered.strip()) for asked, answered in history]
     if has_chat_template(family, tokenizer):
         messages = [*_messages(history), {"role": "user", "content": question}]
@@ -62,8 +59,7 @@ def chat_prompt(family: ModelFamily, tokenizer: Any, question: str, history: Seq
 
 def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """An example in the chat format of the model: one text, or one for each answer where the format changes earlier
-    turns once others follow (Qwen3 leaves out their reasoning, Mistral the system message, ChatGLM numbers rounds).
-    Raises `DataError` when the chat template fails or renders no answers."""
+    turns once others follow (Qwen3 leaves out their reasoning, ChatGLM numbers rounds). Raises `DataError`."""
     chat_format = family.chat_format
     if isinstance(example, Completion):
         pair = example.prompt, chat_format.format_text(example.completion)
@@ -74,12 +70,8 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
             pair = alpaca_prompt(example.instruction, example.input), example.output
             return [TrainingText(_closed([pair], ALPACA.eos_after, tokenizer))]
         example = example.conversation
-    exchanges, system = example.exchanges, example.system
-    starts = [exchanges[: number + 1] for number in range(len(exchanges))]
-    if has_template:
-        answers = [_in_template(tokenizer, start, system) for start in starts]
-    else:
-        answers = [_in_format(chat_format, start, system) for start in starts]
+    render = partial(_in_template, tokenizer) if has_template else partial(_in_format, chat_format)
+    answers = [render(example.exchanges[:count], example.system) for count in range(1, len(example.exchanges) + 1)]
     whole = answers[-1][0]
     ends = [0, *(len(text) for text, _ in answers)]
     texts = [[(text[:start], text[start:])] for text, start in answers]
@@ -91,10 +83,8 @@ def training_texts(example: Example, family: ModelFamily, tokenizer: Any) -> lis
 
 def texts_at(place: str, example: Example, family: ModelFamily, tokenizer: Any) -> list[TrainingText]:
     """`training_texts`, with ``place`` in error messages."""
-    try:
+    with naming(place):
         return training_texts(example, family, tokenizer)
-    except DataError as error:
-        raise DataError(f"{place}: {error}") from error
 
 
 def has_chat_template(family: ModelFamily, tokenizer: Any) -> bool:
@@ -126,8 +116,8 @@ def token_ids(text: TrainingText, tokenizer: Any) -> list[int]:
 
 
 def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[int]]:
-    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens. A token is its own label, or `IGNORED` where no
-    character of it is in an answer."""
+    """``input_ids`` and ``labels`` of the first ``cutoff`` tokens; tokens outside of answers have the label
+    `IGNORED`."""
     from ..models.tokenizer import ids_to_continue
 
     ids, special, joined = token_ids(text, tokenizer), not text.has_special_tokens, ""
@@ -140,34 +130,33 @@ def labelled(text: TrainingText, tokenizer: Any, cutoff: int) -> dict[str, list[
         # The token before a text without a prompt, which has no characters, is trained on too.
         answered = [any(a < end and start < max(b, 1) for start, end in answers) for a, b in encoded["offset_mapping"]]
     else:
-        spans = [
-            tuple(common_start(ids_to_continue(tokenizer, joined[:n], special=special), ids) if n else 0 for n in ends)
-            for ends in answers
-        ]
+
+        def token_at(place: int) -> int:
+            return common_start(ids_to_continue(tokenizer, joined[:place], special=special), ids) if place else 0
+
+        spans = [(token_at(start), token_at(end)) for start, end in answers]
         answered = [any(start <= index < end for start, end in spans) for index in range(len(ids))]
     labels = [token if yes else IGNORED for token, yes in zip(ids, answered, strict=False)]
     return {"input_ids": ids[:cutoff], "labels": labels[:cutoff]}
 
 
-def packed(
-    examples: Sequence[T], tokenised: Callable[[T], list[list[int]]], samples: int, length: int, seed: int, source: str
-) -> list[list[int]]:
-    """``samples`` rows of ``length`` tokens: the texts of whole examples in random order, the last one cut.
-    ``tokenised``: the texts of an example; those of examples that are not used are never made, as data sets are large.
-    Raises `DataError`, which names the ``source``, where all texts together are shorter than a row."""
-    rng = random.Random(seed)
+def packed(examples: Sequence[tuple[str, Example]], task: SampleTask) -> list[list[int]]:
+    """Rows of tokens: the texts of whole ``examples`` in random order, the last one cut. Unused ones are not
+    tokenised."""
+    rng = random.Random(task.seed)
 
     def texts() -> Iterator[list[int]]:
         while True:
             tokens = 0
             for number in reversed(rng.sample(range(len(examples)), len(examples))):
-                for ids in tokenised(examples[number]):
+                for text in texts_at(*examples[number], task.family, task.tokenizer):
+                    ids = token_ids(text, task.tokenizer)
                     tokens += len(ids)
                     yield ids
-            if tokens < length:
-                raise DataError(f"'{source}' is too short for {length} tokens; lower --set prune.length")
+            if tokens < task.length:
+                raise DataError(f"'{task.reference}' is too short for {task.length} tokens; lower --set prune.length")
 
-    return filled(texts(), samples, length)
+    return filled(texts(), task.samples, task.length)
 
 
 def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]]:
@@ -182,14 +171,11 @@ def filled(texts: Iterator[list[int]], rows: int, length: int) -> list[list[int]
 
 
 def _closed(pairs: Sequence[tuple[str, str]], eos_after: str, tokenizer: Any) -> tuple[tuple[str, str], ...]:
-    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` names (see `ChatFormat`)
-    and that do not end with one."""
+    """Prompts and answers, with an end-of-sequence token after the answers that ``eos_after`` of `ChatFormat` names."""
     eos = getattr(tokenizer, "eos_token", None) or ""
     first = {"every": 0, "last": len(pairs) - 1, "none": len(pairs)}[eos_after]
-    return tuple(
-        (prompt, answer if number < first or (prompt + answer).endswith(eos) else answer + eos)
-        for number, (prompt, answer) in enumerate(pairs)
-    )
+    ends = ["" if n < first or "".join(pair).endswith(eos) else eos for n, pair in enumerate(pairs)]
+    return tuple((prompt, answer + end) for (prompt, answer), end in zip(pairs, ends, strict=True))
 
 
 def _in_format(chat_format: ChatFormat, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
@@ -200,8 +186,7 @@ def _in_format(chat_format: ChatFormat, exchanges: Sequence[tuple[str, str]], sy
 
 
 def _in_template(tokenizer: Any, exchanges: Sequence[tuple[str, str]], system: str | None) -> tuple[str, int]:
-    """A conversation in the tokenizer's chat template, and where in the text the last answer begins. Raises `DataError`
-    for a template that renders no answers."""
+    """`_in_format`, in the tokenizer's chat template. Raises `DataError` for a template that renders no answers."""
     messages = _messages(exchanges, system)
     *before, last = messages
     asked, text = _render(tokenizer, before, add_generation_prompt=True), _render(tokenizer, messages)

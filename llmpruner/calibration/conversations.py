@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..errors import DataError
+from ..errors import DataError, naming
 from .documents import EXPECTED_EXAMPLES, Record, read_records
 
 _ROLES = {
@@ -55,8 +55,7 @@ Example = Instruction | Conversation | Completion
 
 
 def read_examples(source: str) -> list[tuple[str, Example]]:
-    """The records of a source (see `calibration.documents`) as examples, each with its place, such as
-    ``a.jsonl, line 3``. Raises `DataError` for a malformed record, and when there is no record."""
+    """The records of a source as examples, with places (``a.jsonl, line 3``). Raises `DataError`, also for none."""
     examples = [(record.place, example(record)) for record in read_records(source, EXPECTED_EXAMPLES)]
     if not examples:
         raise DataError(f"{source} has no examples")
@@ -75,32 +74,29 @@ def example(record: Record) -> Example:
     A system message is the first message or in a field ``system``. An answer before the first question and a last
     question without an answer are left out. Raises `DataError` with the place of a record of another form.
     """
-    try:
-        return _example(record.value)
-    except DataError as error:
-        raise DataError(f"{record.place}: {error}") from None
-
-
-def _example(value: Any) -> Example:
-    if not isinstance(value, Mapping):
-        hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(value, str) else ""
-        raise DataError(f"{_EXPECTED}; found {type(value).__name__}{hint}")
-    fields = {name: field for name, field in value.items() if field is not None}
-    if {"instruction", "output"} <= fields.keys():
-        task = Instruction(_text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input"))
-        system = _text(fields, "system")
-        return replace(task.conversation, system=system) if system.strip() else task
-    for name in ("messages", "conversations"):
-        if name in fields:
-            return _conversation(_messages(fields[name], name), fields)
-    if {"prompt", "completion"} <= fields.keys():
-        prompt, completion = fields["prompt"], fields["completion"]
-        if isinstance(prompt, list) and isinstance(completion, list):
-            return _conversation(_messages(prompt + completion, "prompt' and 'completion"), fields)
-        return Completion(_text(fields, "completion"), _text(fields, "prompt"))
-    if "text" in fields:
-        return Completion(_text(fields, "text", filled=True))
-    raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
+    value = record.value
+    with naming(record.place):
+        if not isinstance(value, Mapping):
+            hint = ", without fields as .json, .jsonl and .parquet files have them" if isinstance(value, str) else ""
+            raise DataError(f"{_EXPECTED}; found {type(value).__name__}{hint}")
+        fields = {name: field for name, field in value.items() if field is not None}
+        if {"instruction", "output"} <= fields.keys():
+            task = Instruction(
+                _text(fields, "instruction", filled=True), _text(fields, "output"), _text(fields, "input")
+            )
+            system = _text(fields, "system")
+            return replace(task.conversation, system=system) if system.strip() else task
+        for name in ("messages", "conversations"):
+            if name in fields:
+                return _conversation(_messages(fields[name], name), fields)
+        if {"prompt", "completion"} <= fields.keys():
+            prompt, completion = fields["prompt"], fields["completion"]
+            if isinstance(prompt, list) and isinstance(completion, list):
+                return _conversation(_messages(prompt + completion, "prompt' and 'completion"), fields)
+            return Completion(_text(fields, "completion"), _text(fields, "prompt"))
+        if "text" in fields:
+            return Completion(_text(fields, "text", filled=True))
+        raise DataError(f"{_EXPECTED}; found {', '.join(map(repr, fields)) or 'nothing'}")
 
 
 def _messages(entries: Any, field: str) -> list[tuple[str, str]]:
@@ -114,10 +110,8 @@ def _messages(entries: Any, field: str) -> list[tuple[str, str]]:
         role, content = (fields.get(key) for key in keys)
         known = _ROLES.get(role) if isinstance(role, str) else None
         if known is None or (known == "system" and number > 1) or not isinstance(content, str):
-            raise DataError(
-                f"message {number} must be {_MESSAGE}, or a system message as the first; its role is {role!r}, and its "
-                f"content {type(content).__name__}"
-            )
+            said = f"its role is {role!r}, and its content {type(content).__name__}"
+            raise DataError(f"message {number} must be {_MESSAGE}, or a system message as the first; {said}")
         messages.append((known, content))
     return messages
 

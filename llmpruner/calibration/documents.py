@@ -28,7 +28,6 @@ EXPECTED_TEXT = f"expected a .txt, .json, .jsonl or .parquet file, the name of a
 EXPECTED_EXAMPLES = "expected a .json, .jsonl or .parquet file, or the name of a data set"
 """What a source of text, and one of instructions, may be, for messages."""
 _SUFFIXES = (".txt", ".md", ".json", ".jsonl", ".parquet")
-"""What names of files with text or records end with."""
 _DATASET = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?(:.*)?", re.ASCII)
 _PART = re.compile(r"(?:(\d+(?:\.\d+)?)\*)?(.+)", re.S)
 _HALVES = re.compile(r"\\u[dD][89a-fA-F]")
@@ -92,16 +91,13 @@ def document(record: Record) -> str:
     kinds = ", ".join(f"'{name}' ({type(field).__name__})" for name, field in fields.items()) or type(value).__name__
     talks = fields.keys() & {"instruction", "messages", "conversations", "prompt"}
     hint = "; as calibration, instructions and conversations are chat:FILE" if talks else ""
-    raise DataError(
-        f"{record.place}: expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string, found {kinds}"
-        f"{hint}"
-    )
+    expected = f"expected an object with one of the fields {', '.join(TEXT_FIELDS)} as a string"
+    raise DataError(f"{record.place}: {expected}, found {kinds}{hint}")
 
 
 def check_source(source: str, read: Callable[[Record], object] = document, expected: str = EXPECTED_TEXT) -> None:
     """Read the first record of a source with ``read``, before long work starts. Raises `DataError`."""
-    first = next(read_records(source, expected), None)
-    if first is None:
+    if (first := next(read_records(source, expected), None)) is None:
         raise DataError(f"{source} holds no records")
     read(first)
 
@@ -115,8 +111,7 @@ def _json_lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             place = f"{path}, line {number}"
-            text = _decoded(line, place).strip(" \t\r\n")
-            if text:
+            if text := _decoded(line, place).strip(" \t\r\n"):
                 yield Record(_parsed(text, path, number), place)
 
 
@@ -152,10 +147,9 @@ def _dataset_rows(source: str) -> Iterator[Record]:
     try:
         table = datasets.load_dataset(*filter(None, (name, config)), split=split or "train")
     except Exception as error:
-        raise DataError(
-            f"'{source}' is no file here, and cannot be loaded as a data set (name, name:config or "
-            f"name:config:split): {first_line(error)}"
-        ) from error
+        form = "name, name:config or name:config:split"
+        message = f"'{source}' is no file here, and cannot be loaded as a data set ({form}): {first_line(error)}"
+        raise DataError(message) from error
     for number, row in enumerate(table, start=1):
         yield Record(row, f"data set {source}, row {number}")
 

@@ -15,31 +15,21 @@ from ..models.tokenizer import LONGEST_WORD, tokens_of
 if TYPE_CHECKING:
     from .base import SampleTask
 
-_CHARACTERS_PER_TOKEN = 12
-"""More than the average in any language, so that a piece of text has enough tokens."""
-_ATTEMPTS = 200
-"""Random positions that are tried for a window before the text counts as too short."""
-_WINDOWS_PER_PIECE = 8
-"""Windows of text that are tokenized at once."""
-_OPENING = 256
-"""Characters of a text that are encoded with and without special tokens."""
+_CHARACTERS_PER_TOKEN = 12  # more than the average in any language, so that a piece of text has enough tokens
 
 
 def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
-    """Token ids, int64 (samples, length): windows of the text that do not overlap, from as many different pieces of it
-    as possible; where there are too few, at random positions. Documents are joined in random order, so that short ones
-    are used too. Every window begins with `opening_tokens`. Raises `DataError` for a text that is too short."""
+    """Token ids, int64 (samples, length): windows that do not overlap, from as many different pieces of the text as
+    possible; where there are too few, at random positions. Documents are joined in random order. Raises `DataError`."""
     samples, tokenizer, opening = task.samples, task.tokenizer, opening_tokens(task.tokenizer, documents[0])
     length = task.length - len(opening)
     if length < 1:
-        raise DataError(
-            f"a sample of {task.length} tokens has no room for text after the {len(opening)} that the tokenizer puts "
-            "first; raise --set prune.length"
-        )
+        room = f"no room for text after the {len(opening)} that the tokenizer puts first"
+        raise DataError(f"a sample of {task.length} tokens has {room}; raise --set prune.length")
     rng = random.Random(task.seed)
     text = "\n\n".join(rng.sample(documents, len(documents)))
     of_pieces: list[list[list[int]]] = []
-    for piece in _pieces(text, length * _CHARACTERS_PER_TOKEN * _WINDOWS_PER_PIECE, rng)[:samples]:
+    for piece in _pieces(text, 8 * length * _CHARACTERS_PER_TOKEN, rng)[:samples]:
         ids = tokens_of(tokenizer, piece)
         starts = [number * length for number in range(len(ids) // length)]
         rng.shuffle(starts)
@@ -48,10 +38,8 @@ def windows(documents: Sequence[str], task: SampleTask) -> torch.Tensor:
     rows = [row for turn in zip_longest(*of_pieces) for row in turn if row is not None][:samples]
     rows += _anywhere(text, tokenizer, samples - len(rows), length, rng)
     if len(rows) < samples:
-        raise DataError(
-            f"'{task.reference}' is too short for {samples} samples of {task.length} tokens; lower --samples or --set "
-            "prune.length"
-        )
+        wanted = f"{samples} samples of {task.length} tokens"
+        raise DataError(f"'{task.reference}' is too short for {wanted}; lower --samples or --set prune.length")
     return torch.tensor([[*opening, *row] for row in rows], dtype=torch.long)
 
 
@@ -80,7 +68,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
     span = length * _CHARACTERS_PER_TOKEN
     rows: list[list[int]] = []
     failed = 0
-    while len(rows) < samples and failed < _ATTEMPTS:
+    while len(rows) < samples and failed < 200:
         start = rng.randrange(max(1, len(text) - span + 1))
         start = _word_end(text, start) if start else 0
         ids = tokens_of(tokenizer, text[start : start + span])[:length]
@@ -92,8 +80,7 @@ def _anywhere(text: str, tokenizer: Any, samples: int, length: int, rng: random.
 
 def opening_tokens(tokenizer: Any, text: str) -> list[int]:
     """What ``tokenizer`` puts before ``text``; ``bos_token`` does not tell (GPT-2 has one and puts none)."""
-    plain, own = (
-        tokenizer(text[:_OPENING], add_special_tokens=special, verbose=False)["input_ids"] for special in (False, True)
-    )
+    start = text[:256]
+    plain, own = (tokenizer(start, add_special_tokens=s, verbose=False)["input_ids"] for s in (False, True))
     starts = (start for start in range(len(own) - len(plain) + 1) if own[start : start + len(plain)] == plain)
     return list(own[: next(starts, 0)]) if plain else []

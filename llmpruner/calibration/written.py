@@ -36,7 +36,7 @@ _SENTENCE_ENDS = (". ", "! ", "? ", ".\n", "!\n", "?\n", "\n\n")
 
 def written_samples(task: SampleTask, passage: int) -> torch.Tensor:
     """Passages, (samples, length); of a model with a chat format, which writes little prose from nothing, answers to
-    instructions in every second sample, unless instructions would fill them."""
+    instructions in every second sample."""
     model, tokenizer, family, length = task.model, task.tokenizer, task.family, task.length
     answers = length >= 2 * ANSWER_TOKENS and has_chat_format(family, tokenizer)
     is_chat_S = (torch.arange(task.samples) % 2 == 1) & answers
@@ -102,9 +102,8 @@ def self_generated(
             never = [eos] if isinstance(eos, int) else eos or []
             draw = _Draw(points.draw(rows).to(model.device), never, opening=4.0)
             start = torch.full((rows, 1), bos, dtype=torch.long, device=model.device)
-            mask = torch.ones_like(start)
             with generating_as(model, config), fast_one_token_attention(), _naming_failures(model):
-                ids = model.generate(start, attention_mask=mask, logits_processor=[draw])
+                ids = model.generate(start, attention_mask=torch.ones_like(start), logits_processor=[draw])
             written.append(ids.cpu())
         return written
 
@@ -156,10 +155,8 @@ def answers_to_instructions(
         prompts[instruction] = ids_to_continue(tokenizer, prompt.text, special=not prompt.has_special_tokens)
     needed, positions = max(map(len, prompts.values())) + tokens, table_of(model.config)
     if positions is not None and needed > positions:
-        raise DataError(
-            f"instructions with answers take {needed} tokens, and the model has {positions:,} positions; give a file "
-            "instead of self, or self-text to recover"
-        )
+        room = f"instructions with answers take {needed} tokens, and the model has {positions:,} positions"
+        raise DataError(f"{room}; give a file instead of self, or self-text to recover")
     instructions, rng = list(prompts), random.Random(seed)
     rng.shuffle(instructions)
     # In a batch, prompts have the length of the longest.
@@ -172,8 +169,7 @@ def answers_to_instructions(
         batch, numbers = chosen[first : first + size], points[first : first + size]
         drawn = answered(model, tokenizer, [prompts[each] for each in batch], tokens, numbers)
         for instruction, ids in zip(batch, drawn, strict=True):
-            answer = text_of(tokenizer, ids, finished=len(ids) < tokens, stop=family.chat_format.stop_text)
-            if answer:
+            if answer := text_of(tokenizer, ids, finished=len(ids) < tokens, stop=family.chat_format.stop_text):
                 written.append(Instruction(instruction, answer))
     rng.shuffle(written)
     return written
@@ -190,8 +186,7 @@ def text_of(tokenizer: Any, ids: Sequence[int], *, finished: bool, stop: str | N
 
 
 def passages_at_once(config: Any, tokens: int, item: int) -> int:
-    """How many passages of ``tokens`` are generated at once, as every step reads all weights: 64 to 256, up to 1 GiB of
-    keys and values, of ``item`` bytes, and four copies of their logits."""
+    """64 to 256, up to 1 GiB of keys and values, of ``item`` bytes, and four copies of the logits."""
     each = tokens * cached_bytes(config, item) + 16 * int(config.get_text_config().vocab_size)
     return max(64, min(256, (1 << 30) // each))
 
@@ -202,20 +197,14 @@ def _naming_failures(model: PreTrainedModel) -> Iterator[None]:
     try:
         yield
     except (IndexError, KeyError, ValueError, TypeError, AttributeError, NotImplementedError) as error:
-        raise UnsupportedModelError(
-            f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]}); give a "
-            "text with --calibration, or --data of recover"
-        ) from error
-
-
-_ROWS = 8
-"""Rows of the logits for which the next token is drawn at once."""
+        cannot = f"{type(model).__name__} cannot generate text ({type(error).__name__}: {first_line(error)[:160]})"
+        raise UnsupportedModelError(f"{cannot}; give a text with --calibration, or --data of recover") from error
 
 
 class _Draw:
-    """A logits processor that draws one token in each row, and sets the logits of all others to −∞: the token at which
-    the cumulative probability exceeds the step's number. ``numbers``: (rows, steps) between 0 and 1. ``never``: tokens
-    that are not drawn. ``first``: tokens before the first one that is; ``opening``: the temperature of that one."""
+    """A logits processor that draws a token in each row and sets all other logits to −∞: where the cumulative
+    probability exceeds the step's number. ``numbers``: (rows, steps) in [0, 1]. ``opening``: temperature of the first
+    token."""
 
     def __init__(self, numbers: torch.Tensor, never: Sequence[int] = (), first: int = 1, opening: float = 1.0) -> None:
         self._numbers, self._never, self._first, self._opening = numbers, list(never), first, opening
@@ -226,7 +215,7 @@ class _Draw:
             logits_BV /= self._opening
         never = torch.tensor([t for t in self._never if t < vocabulary], dtype=torch.long, device=logits_BV.device)
         # A few rows at a time stay in the processor's caches.
-        parts = zip(torch.split(logits_BV, _ROWS), torch.split(self._numbers[:, step : step + 1], _ROWS), strict=True)
+        parts = zip(torch.split(logits_BV, 8), torch.split(self._numbers[:, step : step + 1], 8), strict=True)
         tokens = [self._tokens(logits.float(), numbers, never) for logits, numbers in parts]
         # In place: new memory of this size would take longer than the draw.
         return logits_BV.fill_(-torch.inf).scatter_(-1, torch.cat(tokens), 0.0)
@@ -243,9 +232,8 @@ class _Draw:
 
 
 def _first_token(model: PreTrainedModel, tokenizer: Any | None) -> int:
-    generation = getattr(model, "generation_config", None)
     vocabulary = model.get_input_embeddings().weight.shape[0]
-    for owner in (generation, model.config.get_text_config(), tokenizer):
+    for owner in (getattr(model, "generation_config", None), model.config.get_text_config(), tokenizer):
         for name in ("bos_token_id", "decoder_start_token_id", "eos_token_id"):
             value = getattr(owner, name, None)
             value = value[0] if isinstance(value, list) and value else value

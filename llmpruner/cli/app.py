@@ -49,11 +49,10 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
     broken = manager.broken
 
     class Group(TyperGroup):
-        def resolve_command(self, ctx: Any, args: list[str]) -> Any:
-            if self.get_command(ctx, args[0]) is None:  # it may be of a plugin that is broken
-                for line in broken:
-                    warning_line(line)
-            return super().resolve_command(ctx, args)
+        def invoke(self, ctx: Any) -> Any:
+            # At the end: a plugin may turn out to be broken when its components are first looked up.
+            ctx.call_on_close(lambda: list(map(warning_line, broken)))
+            return super().invoke(ctx)
 
     app = typer.Typer(
         cls=Group, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich", help=HELP
@@ -68,8 +67,6 @@ def build_app(manager: PluginManager | None = None) -> typer.Typer:
         debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks; allowed in any position.")] = False,
     ) -> None:
         ctx.obj = Catalog(manager)
-        # A plugin may turn out to be broken when its components are first looked up.
-        ctx.call_on_close(lambda: list(map(warning_line, manager.broken)))
 
     for command in COMMANDS:
         app.command(cls=Command)(command)

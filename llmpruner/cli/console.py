@@ -23,10 +23,8 @@ from ..models.record import read_record
 from ..progress import Progress
 from ..values import bytes_text
 
-_WIDTH = 160
-"""Columns where the output is no terminal, so that rows of tables in files and pipes are not broken."""
-_LINE_EVERY = 60.0
-"""Seconds between lines of progress where standard error is no terminal."""
+_WIDTH = 160  # columns where the output is no terminal, so that rows of tables in files and pipes are not broken
+_LINE_EVERY = 60.0  # seconds between lines of progress where standard error is no terminal
 
 
 def _console(stream: TextIO, *, stderr: bool = False) -> Console:
@@ -64,11 +62,10 @@ def print_json(value: Any) -> None:
 def table(title: str | None, columns: Sequence[str], rows: Iterable[Sequence[Any]], *, left: int = 1) -> None:
     """Print a table; the first ``left`` columns are text, the others are numbers, which are not broken."""
     grid = Table(header_style="bold cyan")
-    for number, column in enumerate(columns):
-        if number < left:
-            grid.add_column(column, overflow="fold")
-        else:
-            grid.add_column(column, justify="right", no_wrap=True)
+    for column in columns[:left]:
+        grid.add_column(column, overflow="fold")
+    for column in columns[left:]:
+        grid.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         grid.add_row(*(escape(str(cell)) for cell in row))
     if title is not None:
@@ -90,8 +87,6 @@ def sizes_text(output: Path, checkpoint: str | Path) -> str:
 
 
 class _Warnings(logging.Handler):
-    """Shows what the library logs, one line each."""
-
     def emit(self, record: logging.LogRecord) -> None:
         warning_line(record.getMessage())
 

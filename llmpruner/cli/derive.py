@@ -1,5 +1,4 @@
-"""Options of commands, made of the fields of settings models; and mistakes that are answered before torch is imported,
-which takes seconds. Values are passed on as text, so that the settings model checks them."""
+"""Options of commands, made of the fields of settings models. Values are passed on as text, which the models check."""
 
 from __future__ import annotations
 
@@ -36,9 +35,8 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="Directory to write
 
 
 def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """A decorator that adds the options of settings models to a command, without the fields in ``omit``. The command
-    gets ``arguments``, keywords for its function of the Python API: the settings that the user gave, ``progress``,
-    ``catalog``, and ``load`` and ``run`` where they are among ``models``."""
+    """A decorator that adds the options of settings models to a command, without the fields in ``omit``. Its
+    ``arguments`` are keywords for the function of the Python API."""
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         written = inspect.signature(command, eval_str=True).parameters.values()
@@ -49,17 +47,14 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
         }
 
         def run(**values: Any) -> None:
-            catalog, settings = values["ctx"].obj, dict[str, Any]()
-            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": catalog}
+            arguments: dict[str, Any] = {"progress": RichProgress(), "catalog": values["ctx"].obj}
             for model, names in options.items():
                 explicit = _explicit(values, names, model.group)
-                if model is LoadSettings:
-                    arguments["load"] = settings_from(model, explicit)
-                elif model is RunSettings:
-                    arguments["run"] = settings_from(model, explicit)
+                if model in (LoadSettings, RunSettings):
+                    arguments["load" if model is LoadSettings else "run"] = settings_from(model, explicit)
                 else:
-                    settings = explicit
-            command(**{p.name: values[p.name] for p in parameters}, arguments=arguments | settings)
+                    arguments |= explicit
+            command(**{p.name: values[p.name] for p in parameters}, arguments=arguments)
 
         context = Parameter("ctx", Parameter.KEYWORD_ONLY, annotation=typer.Context)
         derived = [_parameter(model, name) for model, names in options.items() for name in names]
@@ -74,13 +69,12 @@ def takes(*models: type[Settings], omit: Sequence[str] = ()) -> Callable[[Callab
 
 def _explicit(values: Mapping[str, Any], names: list[str], group: str) -> dict[str, Any]:
     """The values that the user set; ``--set GROUP.key=value`` is that of ``key``."""
-    explicit = {name: values[name] for name in names if values[name] is not None and values[name] != []}
-    of_group = [text for text in explicit.get("settings", ()) if group and text.startswith(f"{group}.") and "=" in text]
-    if of_group:
-        explicit["settings"] = [text for text in explicit["settings"] if text not in of_group]
-    for text in of_group:
-        key, _, value = text.removeprefix(f"{group}.").partition("=")
-        explicit[key] = value
+    explicit = {name: values[name] for name in names if values[name] not in (None, [])}
+    for text in explicit.get("settings", ()):
+        name, _, value = text.partition("=")
+        if group and name.startswith(f"{group}.") and name != text:
+            explicit[name.removeprefix(f"{group}.")] = value
+            explicit["settings"] = [other for other in explicit["settings"] if other != text]
     return explicit
 
 
@@ -130,17 +124,12 @@ def _parameter(model: type[Settings], name: str) -> Parameter:
     without_option = [other for other in model.model_fields if option_of(model, other)["advanced"]]
     if name == "settings" and without_option:
         text += f" Of {model.group}: {', '.join(without_option)}."
-    info = typer.Option(
-        flag_of(model, name),
-        help=text,
-        rich_help_panel=option["panel"],
-        metavar=None if kind == "bool" else _METAVARS.get(kind, "TEXT"),
-    )
+    metavar = None if kind == "bool" else _METAVARS.get(kind, "TEXT")
+    info = typer.Option(flag_of(model, name), help=text, rich_help_panel=option["panel"], metavar=metavar)
     annotation: Any = bool if kind == "bool" else list[str] if kind == "dict" else str
-    required = field.is_required()
-    annotation = annotation if required else annotation | None
-    default = Parameter.empty if required else None
-    return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[annotation, info])
+    if field.is_required():
+        return Parameter(name, Parameter.KEYWORD_ONLY, annotation=Annotated[annotation, info])
+    return Parameter(name, Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[annotation | None, info])
 
 
 def bounds_of(field: FieldInfo) -> list[str]:

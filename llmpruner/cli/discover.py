@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,9 +15,6 @@ from ..structure.coupling import HIDDEN, LAYER, VOCABULARY, CoupledGroup, Coupli
 from ..values import count_text, counted
 from .console import note, out, print_json, table
 from .derive import Json, ModelName, takes
-
-if TYPE_CHECKING:
-    from ..models.model import Structure
 
 
 @takes(LoadSettings, omit=("dtype", "device"))
@@ -44,11 +41,18 @@ def discover(
         proof = {"verdicts": [asdict(verdict) for verdict in verdicts]} if verify else {}
         print_json({"model": model, "family": structure.family.name, **_graph_json(structure.graph), **proof})
     else:
-        _show(model, structure)
+        graph = structure.graph
+        total, decoder = count_text(graph.total_parameters), count_text(graph.decoder_parameters)
+        what = f"family {structure.family.name}, {counted(graph.num_layers, 'layer')}"
+        out.print(f"[bold]{escape(model)}[/]: {what}, {total} parameters, {decoder} of them in the decoder")
+        columns = ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder")
+        table("Coupled groups", columns, [_kind_row(graph, kind) for kind in graph.kinds])
+        for kind in graph.kinds:
+            out.print(_tree(graph, graph.of_kinds([kind])[0]))
         if verdicts:
             rows = [(v.kind, v.verdict, v.groups, v.units, f"{v.difference:.0e}", len(v.checks)) for v in verdicts]
-            columns = ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks")
-            table("On a small random model", columns, rows, left=2)
+            facts = ("Kind", "Verdict", "Groups", "Units", "Difference", "Checks")
+            table("On a small random model", facts, rows, left=2)
         notes: dict[str, list[str]] = {}  # many are those of all kinds
         for verdict in verdicts:
             lines = [f"{verdict.reason} {verdict.where}"] if verdict.reason else []
@@ -60,19 +64,6 @@ def discover(
         raise CouplingError("a cut disagrees with silencing, so this structure is wrong; see the table")
     if not as_json:
         note(f"next: llmpruner prune {model} --ratio 0.2 -o DIR")
-
-
-def _show(model: str, structure: Structure) -> None:
-    graph = structure.graph
-    out.print(
-        f"[bold]{escape(model)}[/]: family {structure.family.name}, {counted(graph.num_layers, 'layer')}, "
-        f"{count_text(graph.total_parameters)} parameters, {count_text(graph.decoder_parameters)} of them "
-        "in the decoder"
-    )
-    columns = ("Kind", "Groups", "Units", "Parameters per unit", "Share of decoder")
-    table("Coupled groups", columns, [_kind_row(graph, kind) for kind in graph.kinds])
-    for kind in graph.kinds:
-        out.print(_tree(graph, graph.of_kinds([kind])[0]))
 
 
 def _kind_row(graph: CouplingGraph, kind: str) -> tuple[str, ...]:
@@ -120,7 +111,7 @@ def _graph_json(graph: CouplingGraph) -> dict[str, Any]:
             }
             for g in graph.groups
         ],
-        "blocked": [{"parameter": b.parameter, "axis": b.axis, "reason": b.reason} for b in graph.blocked],
+        "blocked": list(map(asdict, graph.blocked)),
     }
 
 

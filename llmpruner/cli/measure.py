@@ -74,9 +74,8 @@ def bench(models: ModelNames, arguments: dict[str, Any], json_file: JsonFile = N
 def show_bench(result: BenchResult) -> None:
     """Print a table of prefill and one of decoding."""
     values = result.as_json()
-    table("Prefill", SPEED_COLUMNS, speed_rows(values, "prefill"), left=3)
-    decoding = f"Decoding, {counted(result.new_tokens, 'token')}"
-    table(decoding, SPEED_COLUMNS, speed_rows(values, "decode"), left=3)
+    for title, stage in (("Prefill", "prefill"), (f"Decoding, {counted(result.new_tokens, 'token')}", "decode")):
+        table(title, SPEED_COLUMNS, speed_rows(values, stage), left=3)
     note(
         f"medians of {counted(result.rounds, 'run')} in turn; ideal: by multiply-accumulate operations for the "
         "prefill, by bytes of weights and cache read for decoding; reached: speed-up / ideal"
@@ -91,9 +90,8 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Generate the continuation of a prompt by one or several models."""
-    from .. import api
-
     references = [resolve(model, arguments["catalog"]) for model in models]
+    from .. import api
     from ..discovery.opening import Opener
 
     opener = Opener(arguments["catalog"], arguments["load"], arguments["progress"])
@@ -152,8 +150,7 @@ def report(
 def write_next_to(
     directory: Path, arguments: Mapping[str, Any], *, sentences: bool = False, checkpoints: Sequence[Path] = ()
 ) -> None:
-    """Write ``report.html`` into ``directory``, a checkpoint or the output of a recipe; a failure is only a warning.
-    ``arguments``: of the command. ``checkpoints``: those in ``directory`` to show."""
+    """Write ``report.html`` into ``directory``; a failure is only a warning. ``checkpoints``: in it, those to show."""
     from .. import api
 
     if not is_first():

@@ -45,8 +45,7 @@ def plugins(
         row |= {"module": cls.__module__, "settings": settings_of(cls)}
     if as_json:
         print_json(named)
-        return
-    for component in named:
+    for component in () if as_json else named:
         what = "{kind} of {package} ({module}): {summary}".format(**component)
         out.print(f"[bold]{escape(name)}[/], {escape(what)}")
         cells = [
@@ -59,17 +58,11 @@ def plugins(
 
 def settings_of(cls: type[Component]) -> list[dict[str, Any]]:
     """The settings of a component, in order of definition: key, type, default, bounds, description."""
-    defaults = cls().record()  # a setting without a default is a `SettingsError`
-    return [
-        {
-            "key": key,
-            "type": type_text(field.annotation),
-            "default": defaults[key],
-            "bounds": ", ".join(bounds_of(field)),
-            "description": field.description or "",
-        }
-        for key, field in cls.Settings.model_fields.items()
-    ]
+    defaults, settings = cls().record(), []  # a setting without a default is a `SettingsError`
+    for key, field in cls.Settings.model_fields.items():
+        facts = {"key": key, "type": type_text(field.annotation), "default": defaults[key]}
+        settings.append({**facts, "bounds": ", ".join(bounds_of(field)), "description": field.description or ""})
+    return settings
 
 
 @takes()
@@ -113,9 +106,7 @@ def new_plugin(
         raise LlmprunerError("--import goes with --from, which names the model")
     registry = catalog[KINDS[PACKAGES[kind]]]
     if name in registry:
-        raise LlmprunerError(
-            f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}; choose another"
-        )
+        raise LlmprunerError(f"a {registry.kind} '{name}' exists already in {registry.package_of(name)}")
     directory = check_new_directory(output or Path(distribution))
     facts = ModelFacts()
     if source is not None:
@@ -125,13 +116,11 @@ def new_plugin(
         except LlmprunerError as error:
             if "--trust-remote-code" not in str(error):  # which is no option of this command
                 raise
-            raise LlmprunerError(
-                f"'{source}' brings its own code; put that into a package that registers it, and name it with --import"
-            ) from error
+            hint = "put that into a package that registers it, and name it with --import"
+            raise LlmprunerError(f"'{source}' brings its own code; {hint}") from error
     write_package(directory, name, facts, kind=kind)
     types = f" for model type {facts.model_type}" if facts.model_type else ""
-    lines = [f"{directory}: {registry.kind} {name}{types}"]
+    typer.echo(f"{directory}: {registry.kind} {name}{types}")
     if facts.kinds:
-        lines.append(f"can remove: {', '.join(facts.kinds)}")
-    lines.append(f"next: pip install -e '{directory}[test]' && pytest {directory}")
-    out.print("\n".join(lines), markup=False, highlight=False, soft_wrap=True)
+        typer.echo(f"can remove: {', '.join(facts.kinds)}")
+    typer.echo(f"next: pip install -e '{directory}[test]' && pytest {directory}")

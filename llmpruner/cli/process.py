@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -50,7 +50,11 @@ def run(command: Callable[[], object], arguments: Sequence[str], *, debug: bool)
             ranks = Ranks.current()
             # A launcher ends the other processes when one ends.
             signal.signal(signal.SIGTERM, _ended)
-        with contextlib.nullcontext() if ranks is None or ranks.first else _silent():
+        with contextlib.ExitStack() as stack:
+            if ranks is not None and not ranks.first:
+                nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - handlers of logs may keep it
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
             command()
     except Exception as error:
         if ranks is not None:  # else it may raise once more, while this process waits for the first to print
@@ -91,10 +95,8 @@ def _message_of(error: Exception) -> str | None:
     if (reason := write_failure(error)) is not None:
         return f"an output cannot be written: {reason}"
     if is_out_of_memory(error):
-        return (
-            f"out of memory ({first_line(error)}); take fewer or shorter samples, a smaller batch, a "
-            "smaller --dtype, or a machine with more memory"
-        )
+        hint = "take fewer or shorter samples, a smaller batch, a smaller --dtype, or a machine with more memory"
+        return f"out of memory ({first_line(error)}); {hint}"
     return None
 
 
@@ -113,10 +115,3 @@ def _exit(code: int) -> NoReturn:
     sys.stderr.flush()
     # Without the clean-up of libraries, which may wait for processes that have ended.
     os._exit(code)
-
-
-@contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    nowhere = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115 - handlers of logs may keep it
-    with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
-        yield

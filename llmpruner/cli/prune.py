@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,7 +43,7 @@ def plan(
         pruning_plan.save(output)
         note(f"plan written to {output}")
     if as_json:
-        _print_json(pruning_plan, outcome, {})
+        _print_json(pruning_plan, outcome)
     else:
         show_plan(pruning_plan, outcome)
         file = output or "PLAN (written by -o PLAN)"
@@ -56,8 +56,7 @@ def prune(
     output: Output,
     arguments: dict[str, Any],
     plan_file: Annotated[
-        Path | None,
-        typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`."),
+        Path | None, typer.Option("--plan", help="Replay this plan instead of making one; see `llmpruner plan`.")
     ] = None,
     as_json: Json = False,
 ) -> None:
@@ -85,7 +84,7 @@ def prune(
     pruning_plan, outcome = pruned.plans[-1], pruned.outcome
     assert outcome is not None
     if as_json:
-        _print_json(pruning_plan, outcome, {"output": str(output), "checkpoint": pruned.form, "seconds": seconds})
+        _print_json(pruning_plan, outcome, output=str(output), checkpoint=pruned.form, seconds=seconds)
         return
     show_plan(pruning_plan, outcome)
     needs = "and trust_remote_code=True, or llmpruner.load_pruned" if pruned.form == "shim" else "as any model does"
@@ -94,7 +93,7 @@ def prune(
     note(f"next: llmpruner recover {output} -o {output}-recovered")
 
 
-def _print_json(plan: PruningPlan, outcome: Outcome, facts: Mapping[str, Any]) -> None:
+def _print_json(plan: PruningPlan, outcome: Outcome, **facts: Any) -> None:
     result = {**outcome.as_json(), **facts}
     print_json({"plan": plan.model_dump(mode="json"), "result": result, "forecast": outcome.forecast})
 
@@ -135,10 +134,8 @@ def _hints(plan: PruningPlan, outcome: Outcome, removed: float) -> Iterator[str]
     quantisable = [cut for cut in plan.cuts.values() if cut.kind not in COUNTED and cut.units % QUANTISED == 0]
     if odd := sorted({len(cut.kept) for cut in quantisable if len(cut.kept) % QUANTISED}):
         more = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
-        yield (
-            f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits; "
-            f"--set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
-        )
+        wrong = f"widths that are no multiple of {QUANTISED} ({odd[0]:,}{more}) cannot be quantised to 4 bits"
+        yield f"{wrong}; --set prune.round_to={QUANTISED}, or a multiple of it, avoids them"
 
 
 @takes(RecoverSettings, LoadSettings, RunSettings, omit=("max_memory",))
@@ -178,8 +175,7 @@ def verify(
     ],
     arguments: dict[str, Any],
     base: Annotated[
-        str | None,
-        typer.Option("--base", metavar="MODEL", help="The dense model; by default the one that the record names."),
+        str | None, typer.Option(metavar="MODEL", help="The dense model; by default the one that the record names.")
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -10,7 +10,7 @@ import typer
 
 from ..recipes import NamedRecipe
 from ..settings import LoadSettings, RunSettings
-from ..values import counted, values_of
+from ..values import counted
 from .console import done_line, out, print_json, table, warning_line
 from .derive import Json, takes
 from .measure import show_bench, show_evaluations, write_next_to
@@ -22,13 +22,10 @@ if TYPE_CHECKING:
 
 @takes(LoadSettings, RunSettings)
 def run(
-    recipe: Annotated[
-        str, typer.Argument(metavar="RECIPE", help="A recipe file, or a name that `llmpruner recipes` lists.")
-    ],
+    recipe: Annotated[str, typer.Argument(help="A recipe file, or a name that `llmpruner recipes` lists.")],
     arguments: dict[str, Any],
     model: Annotated[
-        str | None,
-        typer.Option("--model", metavar="MODEL", help="The dense model; by default the one that the recipe names."),
+        str | None, typer.Option(metavar="MODEL", help="The dense model; by default the one that the recipe names.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -51,12 +48,11 @@ def run(
     interrupted, and does again what has changed, with all that depends on it.
     """
     from .. import api
+    from ..recipes.recipe import values_of
 
     started = time.monotonic()
-    on_step = None if as_json else show_step
-    result = api.run_recipe(
-        recipe, model=model, output=output, values=values_of(values or []), on_step=on_step, **arguments
-    )
+    on_step, changes = None if as_json else show_step, values_of(values or [])
+    result = api.run_recipe(recipe, model=model, output=output, values=changes, on_step=on_step, **arguments)
     seconds = round(time.monotonic() - started, 1)
     # Not of the folder, in which a longer recipe may have left its own.
     if made := [step.directory for step in result.steps if step.command in ("prune", "recover")]:
@@ -73,8 +69,7 @@ def run(
 def recipes(
     arguments: dict[str, Any],
     name: Annotated[
-        str | None,
-        typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change."),
+        str | None, typer.Argument(metavar="[NAME]", help="Print the text of one, to copy and change.")
     ] = None,
 ) -> None:
     """List the recipes of llmpruner and of plugins, for `llmpruner run`; or print one."""
@@ -90,8 +85,7 @@ def show_step(step: StepResult) -> None:
     """Print the results of a step that was done in this run."""
     if step.skipped:
         return
-    result = step.result
-    details: list[str] = []
+    result, details = step.result, list[str]()
     if step.command == "recover":
         details = [counted(result["examples"], "example"), counted(result["steps"], "step"), result["loss"]]
     elif step.command == "generate":

@@ -1,5 +1,4 @@
-"""Runtimes, which run models, with the built-in one, transformers; and the speed of several models in one of them, all
-in memory, their runs in turn, so that other load affects all alike. Imports torch when a model is opened."""
+"""Runtimes, which run models, and the speed of several in one of them, in turn, as other load then affects all."""
 
 from __future__ import annotations
 
@@ -43,7 +42,6 @@ class BenchSubject:
 
     @property
     def device(self) -> str:
-        """To run on, as torch names it."""
         return self.opener.load.device
 
     @cached_property
@@ -57,7 +55,6 @@ class BenchSubject:
 
 
 def bench_subject(source: Reference | Structure, settings: BenchSettings, opener: Opener) -> BenchSubject:
-    """A model to measure at all sizes of ``settings``."""
     path = None if source.path is None else Path(source.path)
     return BenchSubject(source.ref, path, max(settings.batch), max(settings.prompt) + settings.new, source, opener)
 
@@ -148,8 +145,7 @@ class Runtime(Component):
     hook: ClassVar[str] = "llmpruner_runtimes"
 
     def check(self, subject: BenchSubject) -> None:
-        """Raise `MissingExtraError` or `ModelError` when the runtime is not installed, or cannot run the model or its
-        length, before anything is loaded. Checks nothing by default."""
+        """Raise `MissingExtraError` or `ModelError` before anything is loaded. Checks nothing by default."""
 
     def open(self, subject: BenchSubject) -> tuple[Session, Work]:
         """Load the model; returns it with what its steps cost. All models of a run are open at the same time."""
@@ -220,14 +216,8 @@ def work_of(model: PreTrainedModel, graph: CouplingGraph) -> Work:
         cached = sum(bytes_per_token(model, graph))
     except UnsupportedModelError:
         cached = None
-    return Work(
-        body_macs=whole - head_macs,
-        head_macs=head_macs,
-        pair_macs=macs_per_token(model, graph, context=1) - whole,
-        weight_bytes=weights,
-        routed_bytes=dict(routed),
-        cache_bytes=cached,
-    )
+    pair_macs = macs_per_token(model, graph, context=1) - whole
+    return Work(whole - head_macs, head_macs, pair_macs, weights, dict(routed), cached)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,15 +230,13 @@ class Measurement:
 
 
 def measurement(values: Sequence[float]) -> Measurement:
-    """The `Measurement` of one value or more."""
     quartiles = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
     return Measurement(median(values), quartiles[0], quartiles[2])
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The speed of one model in one case. ``speedup``: over the first model in the same round. ``ideal``: the speed-up
-    that sizes allow, ``share_of_ideal``: what is reached of it; None where sizes are not known."""
+    """``speedup``: over the first model in the same round. ``ideal``: what sizes allow; None if unknown."""
 
     tokens_per_second: Measurement
     speedup: Measurement
@@ -297,7 +285,6 @@ class BenchResult:
         return replace(self, cases=tuple(map(renamed, self.cases)))
 
     def as_json(self) -> dict[str, Any]:
-        """JSON values by the names of the fields."""
         return asdict(self)
 
 
@@ -321,14 +308,12 @@ def bench(
         times = _measure(sessions, settings, progress)
         dtypes = tuple(session.dtype for session in sessions)
     new, cases = settings.new, []
-    for (batch, prompt), seconds in times.items():
-        prefills = [[prefill for prefill, _ in rounds] for rounds in seconds]
-        decodes = [[decode for _, decode in rounds] for rounds in seconds]
+    for (batch, prompt), (prefills, decodes) in times.items():
         prefill = _rates(prefills, batch * prompt, [work.prefill(prompt) for work in works])
         # The cache grows by a token with every step.
         decode = _rates(decodes, batch * new, [work.decode(batch, prompt + new / 2) for work in works])
-        speeds = map(ModelSpeed, (subject.ref for subject in subjects), prefill, decode)
-        cases.append(BenchCase(batch, prompt, tuple(speeds)))
+        refs = [subject.ref for subject in subjects]
+        cases.append(BenchCase(batch, prompt, tuple(map(ModelSpeed, refs, prefill, decode))))
     return BenchResult(
         runtime.name, runtime.record(), new, settings.rounds, subjects[0].device, torch.get_num_threads(), dtypes,
         tuple(cases),
@@ -337,12 +322,12 @@ def bench(
 
 def _measure(
     sessions: Sequence[Session], settings: BenchSettings, progress: Progress
-) -> dict[tuple[int, int], list[list[tuple[float, float]]]]:
-    """Batch size and length of prompt → of each model, (prefill, decode) seconds in each counted round."""
+) -> dict[tuple[int, int], tuple[list[list[float]], list[list[float]]]]:
+    """Batch size and length of prompt → seconds of prefill and of decoding, of each model in each counted round."""
     import torch
 
     cases = list(product(settings.batch, settings.prompt))
-    times: dict[tuple[int, int], list[list[tuple[float, float]]]] = {case: [[] for _ in sessions] for case in cases}
+    times = {case: ([list[float]() for _ in sessions], [list[float]() for _ in sessions]) for case in cases}
     vocabulary = min(session.vocabulary for session in sessions)
     runs = list(product(cases, range(settings.rounds + 1), range(len(sessions))))
     for case, number, turn in progress.track(runs, "measuring"):
@@ -357,7 +342,8 @@ def _measure(
         session.decode(settings.new)
         decoded = perf_counter()
         if number:
-            times[case][place].append((prefilled - began, decoded - prefilled))
+            times[case][0][place].append(prefilled - began)
+            times[case][1][place].append(decoded - prefilled)
     return times
 
 

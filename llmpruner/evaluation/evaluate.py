@@ -1,5 +1,4 @@
-"""Metrics, and the measuring of several models by several of them, one model in memory at a time, with the results as a
-table. Imports no torch."""
+"""Metrics, and the measuring of several models by them, one model in memory at a time. Imports no torch."""
 
 from __future__ import annotations
 
@@ -26,8 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Row:
-    """One number in the table. ``label``: the same for every model. ``higher_is_better``: None for neither. ``error``:
-    its standard error, if known."""
+    """One number in the table. ``label``: the same for every model. ``error``: its standard error, if known."""
 
     label: str
     value: float | None
@@ -102,12 +100,10 @@ class Metric(Component):
         return False
 
     def prepare(self) -> None:
-        """Read data (texts, tasks) and keep it on the instance, so that errors are found before any model is loaded.
-        Called once. Raises `DataError`."""
+        """Read data (texts, tasks) before any model is loaded, and keep it. Called once. Raises `DataError`."""
 
     def check_models(self, models: Sequence[ComparedModel]) -> None:
-        """Refuse what can be refused before a model is loaded: raise `DataError` for one that cannot be measured,
-        `ModelError` for one that cannot be compared with the first. Called once, after `prepare`."""
+        """Raise `DataError` or `ModelError` for models that cannot be measured or compared. Called after `prepare`."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
         """JSON values by name, as ``evaluate --json`` writes them under the metric's name; a number that is not finite
@@ -116,8 +112,7 @@ class Metric(Component):
         raise NotImplementedError
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line of the
-        table, with a column for each model."""
+        """The table's rows for ``result``; by default every number in it. Rows with equal labels are one line."""
         numbers = {key: v for key, v in result.items() if isinstance(v, int | float) and not isinstance(v, bool)}
         return [Row(f"{self.name} {key}", float(value)) for key, value in numbers.items()]
 
@@ -148,9 +143,8 @@ def evaluate(
     progress: Progress = QUIET,
     on_result: Callable[[Evaluation], None] | None = None,
 ) -> Evaluations:
-    """Measure every model by every metric. A model is loaded once the previous one is freed; the first stays in memory
-    as ``subject.reference`` where a metric needs it. ``on_result``: called after each model. Raises `SettingsError`
-    where one model is to be compared, `ModelError` for weights that are not finite, and what metrics raise."""
+    """Measure every model by every metric; the first stays in memory where a metric compares. ``on_result``: called
+    after each model. Raises `SettingsError` for one model to compare, `ModelError` for weights that are not finite."""
     comparing = [metric for metric in metrics if metric.needs_reference]
     if comparing and len(models) == 1:
         raise SettingsError(f"{comparing[0].label()} compares models with the first, and only one is named; name more")
@@ -165,10 +159,9 @@ def evaluate(
         model = named.load()
         damaged = first_not_finite(model.network.named_parameters())
         if damaged is not None:  # the score of a task would be a number all the same
-            raise ModelError(
-                f"model '{model.ref}': parameter '{damaged}' holds NaN or infinite values; the checkpoint is damaged, "
-                f"or {model.network.dtype} is too narrow for it"
-            )
+            damage = f"parameter '{damaged}' holds NaN or infinite values"
+            narrow = f"the checkpoint is damaged, or {model.network.dtype} is too narrow for it"
+            raise ModelError(f"model '{model.ref}': {damage}; {narrow}")
         if comparing and reference is None:
             reference = model
         first = None if reference is None else reference.in_tokens_of(model)
@@ -196,7 +189,8 @@ def evaluate(
 @dataclass(frozen=True)
 class Evaluation:
     """The measurements of one model. ``results``: metric → JSON values by name, which may include infinite numbers.
-    ``rows``: of the table, in the order of the metrics. Attributes are None where nothing was measured."""
+    ``rows``: of the table, in the order of the metrics. Properties are None where nothing was measured; those of the
+    perplexity are of the first text, ``kl`` in nats per token from the first model, ``weight_bytes`` in memory."""
 
     name: str
     results: Mapping[str, Mapping[str, Any]]
@@ -204,27 +198,22 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float | None:
-        """On the first text."""
         return self.results.get("perplexity", {}).get("perplexity")
 
     @property
     def bits_per_byte(self) -> float | None:
-        """On the first text."""
         return self.results.get("perplexity", {}).get("bits_per_byte")
 
     @property
     def kl(self) -> float | None:
-        """Divergence from the first model in nats per token, on the first text."""
         return self.results.get("perplexity", {}).get("kl_per_token")
 
     @property
     def parameters(self) -> int | None:
-        """Tied ones once."""
         return self.results.get("size", {}).get("parameters")
 
     @property
     def weight_bytes(self) -> int | None:
-        """In memory."""
         return self.results.get("size", {}).get("weight_bytes")
 
     @property
@@ -234,8 +223,9 @@ class Evaluation:
 
     def as_json(self) -> dict[str, Any]:
         """``name``, and the results of the metrics by name. Numbers that are not finite become null."""
-        text = json.dumps({"name": self.name, **self.results})
-        plain: dict[str, Any] = json.loads(text, parse_constant=lambda name: None)
+        plain: dict[str, Any] = json.loads(
+            json.dumps({"name": self.name, **self.results}), parse_constant=lambda _: None
+        )
         return plain
 
     def _repr_html_(self) -> str:
@@ -266,7 +256,6 @@ class Evaluations(tuple[Evaluation, ...]):
         return Evaluations(replace(each, name=name) for each, name in zip(self, names, strict=True))
 
     def as_json(self) -> list[dict[str, Any]]:
-        """One object per model; see `Evaluation.as_json`."""
         return [evaluation.as_json() for evaluation in self]
 
     def _repr_html_(self) -> str:

@@ -1,5 +1,4 @@
-"""The metrics ``size``, ``perplexity``, ``answers`` and ``given-answers``. Imports no torch, unlike `perplexity`, which
-measures two of them."""
+"""The metrics ``size``, ``perplexity``, ``answers`` and ``given-answers``. Imports no torch."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.resources import files
+from itertools import product
 from os.path import isfile
 from pathlib import Path
 from statistics import fmean
@@ -26,12 +26,8 @@ if TYPE_CHECKING:
     from ..structure.coupling import CouplingGraph
 
 _LOG = logging.getLogger("llmpruner")
-_COMPARED = 100_000
-"""Characters from the start of a text by which tokenizers are compared."""
-_FIRST = 16
-"""Tokens of the first model's answers with which those of others are compared."""
-_RUN, _REPEATED = 4, 0.25
-"""Tokens of a run, and the share of runs that occur again above which an answer repeats itself."""
+_FIRST = 16  # tokens of the first model's answers with which those of others are compared
+_RUN, _REPEATED = 4, 0.25  # tokens of a run, and the share of runs above which an answer repeats itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,18 +47,11 @@ def size(model: PreTrainedModel, graph: CouplingGraph, *, context: int = 512) ->
     from ..models.meta import macs_per_token
     from ..models.numbers import stored_bytes
 
-    return Size(
-        parameters=graph.total_parameters,
-        decoder_parameters=graph.decoder_parameters,
-        weight_bytes=sum(map(stored_bytes, model.parameters())),
-        macs_per_token=macs_per_token(model, graph, context=context),
-        context=context,
-    )
+    weight_bytes, macs = sum(map(stored_bytes, model.parameters())), macs_per_token(model, graph, context=context)
+    return Size(graph.total_parameters, graph.decoder_parameters, weight_bytes, macs, context)
 
 
 class SizeMetric(Metric):
-    """Computed from shapes alone."""
-
     name = "size"
     summary = "parameters, bytes of the weights, and multiply-accumulate operations per decoded token"
 
@@ -75,17 +64,11 @@ class SizeMetric(Metric):
         return asdict(size(subject.model, subject.graph, context=self.settings.context))
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("parameters", result["parameters"], False),
-            Row("decoder parameters", result["decoder_parameters"], False),
-            Row("weight bytes", result["weight_bytes"], False),
-            Row("MACs per token", result["macs_per_token"], False),
-        ]
+        labels = ("parameters", "decoder parameters", "weight bytes", "MACs per token")
+        return [Row(label, result[label.lower().replace(" ", "_")], False) for label in labels]
 
 
 class PerplexityMetric(Metric):
-    """Perplexity on one or several texts, as `llmpruner.evaluation.perplexity.perplexity` computes it."""
-
     name = "perplexity"
     summary = "perplexity and bits per byte on texts; with kl also the KL divergence from the first model"
 
@@ -123,14 +106,11 @@ class PerplexityMetric(Metric):
         from ..models.tokenizer import tokens_of
 
         window = self.settings.window
-        what, hint = f"windows of {window:,} tokens", "lower --window"
-        for model in models:
-            check_table(model.config, window, what, hint, f"'{model.name}'")
-            warn_beyond(model.config, window, what, hint, f"'{model.name}'")
-        starts = [text[:_COMPARED] for text in self._texts.values()]
-        if self.settings.kl:
-            for text in starts:
-                _check_same_tokens(models, text)
+        for model, check in product(models, (check_table, warn_beyond)):
+            check(model.config, window, f"windows of {window:,} tokens", "lower --window", f"'{model.name}'")
+        starts = [text[:100_000] for text in self._texts.values()]  # enough to compare tokenizers
+        for text in starts if self.settings.kl else ():
+            _check_same_tokens(models, text)
         if len({len(tokens_of(model.tokenizer, starts[0])) for model in models}) > 1:
             _LOG.warning("the tokenizers differ, and perplexity is per token: compare bits per byte")
 
@@ -138,17 +118,10 @@ class PerplexityMetric(Metric):
         """The `PerplexityResult` on the first text, named by ``text``; ``others``: on further texts by their names."""
         from .perplexity import perplexity
 
-        settings = self.settings
-        results = {
-            name: asdict(
-                perplexity(
-                    subject.model, subject.tokenizer, text, window=settings.window, tokens=settings.tokens,
-                    batch_size=settings.batch_size, autocast=settings.autocast,
-                    reference=subject.reference if settings.kl else None, progress=subject.progress,
-                )
-            )
-            for name, text in self._texts.items()
-        }  # fmt: skip
+        options = self.settings.model_dump(exclude={"text", "kl"})
+        options |= {"reference": subject.reference if self.settings.kl else None, "progress": subject.progress}
+        subjects = subject.model, subject.tokenizer
+        results = {name: asdict(perplexity(*subjects, text, **options)) for name, text in self._texts.items()}
         first, *others = results
         return {**results[first], "text": first, "others": {name: results[name] for name in others}}
 
@@ -183,9 +156,8 @@ class AnswersMetric(Metric):
     """The first model's tokenizer, and the first tokens of its answers."""
 
     def measure(self, subject: MetricSubject) -> Mapping[str, Any]:
-        """``repeat_themselves``: the share of answers in which over a quarter of the runs of `_RUN` tokens occur before
-        in the answer. ``cut_off``: of those that did not end within ``tokens``. ``first_tokens``: how much of the
-        first model's first `_FIRST` tokens an answer begins with, a mean of shares. ``texts``: the answers."""
+        """``repeat_themselves``, ``cut_off``: shares of answers. ``first_tokens``: how much of the first model's first
+        `_FIRST` tokens an answer begins with, a mean of shares. ``texts``: the answers."""
         from ..calibration.chat import chat_prompt, common_start
         from ..calibration.written import answered
         from ..models.generation import text_before
@@ -197,17 +169,16 @@ class AnswersMetric(Metric):
         prompts = [ids_to_continue(tokenizer, chat.text, special=not chat.has_special_tokens) for chat in chats]
         written = answered(subject.model, tokenizer, prompts, self.settings.tokens)
         texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in written]
-        complete = [len(ids) < self.settings.tokens for ids in written]
-        if stop:
-            complete = [ended or stop in text for ended, text in zip(complete, texts, strict=True)]
+        complete = [
+            len(ids) < self.settings.tokens or bool(stop and stop in text)
+            for ids, text in zip(written, texts, strict=True)
+        ]
         answers = [text_before(text, stop).strip() for text in texts]
         if self._first is None:
             self._first = tokenizer, [tokens_of(tokenizer, text)[:_FIRST] for text in answers]
         first_tokenizer, starts = self._first
-        alike = [
-            common_start(start, tokens_of(first_tokenizer, text)) / len(start) if start else 1.0
-            for start, text in zip(starts, answers, strict=True)
-        ]
+        pairs = [(start, tokens_of(first_tokenizer, text)) for start, text in zip(starts, answers, strict=True)]
+        alike = [common_start(start, ids) / len(start) if start else 1.0 for start, ids in pairs]
         return {
             "repeat_themselves": fmean(repeated(tokens_of(tokenizer, text)) > _REPEATED for text in answers),
             "cut_off": 1 - fmean(complete),
@@ -216,11 +187,9 @@ class AnswersMetric(Metric):
         }
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("answers that repeat", result["repeat_themselves"], False),
-            Row("answers cut off", result["cut_off"], False),
-            Row("answers starting as the first", result["first_tokens"], True),
-        ]
+        repeat = Row("answers that repeat", result["repeat_themselves"], False)
+        cut_off = Row("answers cut off", result["cut_off"], False)
+        return [repeat, cut_off, Row("answers starting as the first", result["first_tokens"], True)]
 
 
 def repeated(ids: Sequence[int]) -> float:
@@ -230,8 +199,7 @@ def repeated(ids: Sequence[int]) -> float:
 
 
 class GivenAnswersMetric(Metric):
-    """Perplexity of the tokens of answers, each after its question in the model's chat format, as in recovery: a chat
-    model as it is used. Tokens of questions and of the format are not counted, but for those that end an answer."""
+    """Perplexity of the tokens of answers, each after its question in the model's chat format, as in recovery."""
 
     name = "given-answers"
     summary = "perplexity of given answers in the model's chat format; with kl also the divergence from the first model"
@@ -261,9 +229,9 @@ class GivenAnswersMetric(Metric):
     def check_models(self, models: Sequence[ComparedModel]) -> None:
         from ..models.generation import check_table
 
-        what, hint = f"examples of {self.settings.cutoff:,} tokens", f"lower --set {self.name}.cutoff"
+        cutoff, hint = self.settings.cutoff, f"lower --set {self.name}.cutoff"
         for model in models:
-            check_table(model.config, self.settings.cutoff, what, hint, f"'{model.name}'")
+            check_table(model.config, cutoff, f"examples of {cutoff:,} tokens", hint, f"'{model.name}'")
         if self.settings.kl:
             _check_same_tokens(models, "\n".join(str(example) for _, example in self._examples[:64]))
 
@@ -292,10 +260,8 @@ class GivenAnswersMetric(Metric):
         return {**means, "tokens": scored.tokens, "examples": len(rows)}
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row("perplexity of answers", result["perplexity"], False),
-            Row("KL to the first, answers", result["kl_per_token"], False),
-        ]
+        kl = Row("KL to the first, answers", result["kl_per_token"], False)
+        return [Row("perplexity of answers", result["perplexity"], False), kl]
 
 
 def _check_same_tokens(models: Sequence[ComparedModel], text: str) -> None:

@@ -47,8 +47,7 @@ class PerplexityResult:
 
 
 class Scored:
-    """Sums over predictions: negative log-likelihood and KL(reference ‖ model) in nats; numbers of predicted
-    ``tokens``, of those ``compared``, and of those that both models predict alike (``agreed``)."""
+    """Sums over predictions: negative log-likelihood and KL(reference ‖ model) in nats; numbers of tokens."""
 
     def __init__(self, model: PreTrainedModel, reference: PreTrainedModel | None, autocast: bool) -> None:
         if reference is not None:
@@ -61,9 +60,8 @@ class Scored:
     def add(self, ids_BT: torch.Tensor, at_N: torch.Tensor) -> None:
         """``at_N``: positions, of every row, after which a token is predicted that counts."""
         logits_BTV = self._predictions(self.model, ids_BT)
-        expected_BTV = None
-        if self.reference is not None and self.reference is not self.model:
-            expected_BTV = self._predictions(self.reference, ids_BT)
+        compares = self.reference is not None and self.reference is not self.model
+        expected_BTV = self._predictions(self.reference, ids_BT) if compares else None
         # Row by row: the float32 copy of a whole batch of logits would double the memory.
         for row, ids in enumerate(ids_BT):
             logits_NV = logits_BTV[row, at_N]
@@ -88,13 +86,12 @@ class Scored:
             )
 
     @torch.inference_mode()
-    def _predictions(self, model: PreTrainedModel, ids_BT: torch.Tensor) -> torch.Tensor:
+    def _predictions(self, model: Any, ids_BT: torch.Tensor) -> Any:
         """Logits (B, T, V)."""
         ids_BT = ids_BT.to(model.device)
         with autocast_to(model.device.type, torch.bfloat16, enabled=self._autocast):
             output = model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), use_cache=False)
-        logits_BTV: torch.Tensor = output.logits
-        return logits_BTV
+        return output.logits
 
     def means(self) -> dict[str, float | None]:
         """``perplexity``, infinite where no float is as large, and means per token."""
@@ -147,8 +144,7 @@ def perplexity(
     if len(used) < len(ids):
         read = tokenizer.decode(used, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     bits = means["nll_per_token"] / math.log(2) * len(used) / len(read.encode())
-    digest = hashlib.sha256(text.encode()).hexdigest()
     return PerplexityResult(
         **means, bits_per_byte=bits, tokens=len(used), windows=windows, window=window, bos=bool(opening),
-        text_sha256=digest,
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
     )  # fmt: skip

@@ -26,8 +26,7 @@ PAPER = ("boolq", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge"
 
 
 class TasksMetric(Metric):
-    """Tasks of lm-evaluation-harness, with the numbers of the command ``lm_eval --model hf`` with the same batch
-    size."""
+    """Tasks of lm-evaluation-harness, with the numbers of ``lm_eval --model hf`` with the same batch size."""
 
     name = "tasks"
     summary = "benchmark tasks of lm-evaluation-harness; by default the seven of LLM-Pruner, table 1"
@@ -55,8 +54,14 @@ class TasksMetric(Metric):
         names = [each for name in self.settings.names for each in (PAPER if name == "paper" else (name,))]
         # Notices of lm-eval, and bars of datasets, have no common setting, but all go to standard error.
         with only_errors("lm_eval"), contextlib.redirect_stderr(io.StringIO()):
-            manager = _manager(names, self.settings.include_path)
-            loaded = [_load(manager, name) for name in expand(names, manager.all_tasks)]
+            manager, loaded = _manager(names, self.settings.include_path), []
+            for name in expand(names, manager.all_tasks):
+                try:
+                    loaded.append(manager.load([name]))
+                except Exception as error:  # the libraries that load data raise errors of many types
+                    hint = "without the hub, give task files that read local data with --set tasks.include_path=DIR"
+                    reason = f"the data of task '{name}' cannot be loaded: {first_line(error)}"
+                    raise DataError(f"{reason}; {hint}") from error
         self._tasks, self._groups = (
             {name: each for part in loaded for name, each in part.get(kind, {}).items()} for kind in ("tasks", "groups")
         )
@@ -71,13 +76,9 @@ class TasksMetric(Metric):
 
             self._set_shots_and_seeds()
             tokenizer = copy.deepcopy(with_padding(subject.tokenizer, subject.model))
-            batch_size = self.settings.batch_size
-            results = evaluate(
-                lm=HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal"),
-                task_dict={"tasks": self._tasks, "groups": self._groups},
-                limit=self.settings.limit,
-                log_samples=False,
-            )["results"]
+            batch_size, tasks = self.settings.batch_size, {"tasks": self._tasks, "groups": self._groups}
+            lm = HFLM(pretrained=subject.model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+            results = evaluate(lm=lm, task_dict=tasks, limit=self.settings.limit, log_samples=False)["results"]
         return {task: _scores(values) for task, values in results.items()}
 
     def _set_shots_and_seeds(self) -> None:
@@ -87,10 +88,9 @@ class TasksMetric(Metric):
         from lm_eval.defaults import DEFAULT_OTHER_SEED, DEFAULT_RANDOM_SEED
 
         for task in self._tasks.values():
-            shots, requested = task.get_config("num_fewshot"), self.settings.num_fewshot
-            # A task that says 0 is meant to have no examples.
-            if shots != 0 and requested is not None:
-                shots = requested
+            shots = task.get_config("num_fewshot")
+            if shots != 0 and self.settings.num_fewshot is not None:  # with 0, it is meant to have no examples
+                shots = self.settings.num_fewshot
             task.set_config("num_fewshot", shots or 0)
             task.set_fewshot_seed(DEFAULT_OTHER_SEED)
         random.seed(DEFAULT_RANDOM_SEED)
@@ -98,12 +98,13 @@ class TasksMetric(Metric):
         torch.manual_seed(DEFAULT_OTHER_SEED)
 
     def rows(self, result: Mapping[str, Any]) -> Sequence[Row]:
-        return [
-            Row(f"{task} {name}", value, _higher_is_better(name), values.get(f"{name}_stderr"))
-            for task, values in result.items()
-            for name, value in values.items()
-            if not name.endswith("_stderr")
-        ]
+        rows = []
+        for task, values in result.items():
+            for name in (name for name in values if not name.endswith("_stderr")):
+                lower = name in ("word_perplexity", "byte_perplexity", "bits_per_byte")
+                better = False if lower else True if name.startswith(("acc", "exact_match", "f1")) else None
+                rows.append(Row(f"{task} {name}", values[name], better, values.get(f"{name}_stderr")))
+        return rows
 
 
 def _scores(values: Mapping[str, Any]) -> dict[str, float]:
@@ -116,26 +117,16 @@ def _scores(values: Mapping[str, Any]) -> dict[str, float]:
     return scores
 
 
-def _higher_is_better(metric: str) -> bool | None:
-    """None for a metric that is not known here."""
-    if metric in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
-        return False
-    return True if metric.startswith(("acc", "exact_match", "f1")) else None
-
-
 def expand(tasks: Sequence[str], known: Sequence[str]) -> list[str]:
     """``tasks`` with patterns expanded, each name once. Raises `DataError` for an unknown name."""
-    names: dict[str, None] = {}
+    names: list[str] = []
     for task in tasks:
-        matches = matching(known, task)
+        names += (matches := matching(known, task))
         if not matches:
             # Not the list of all, which are thousands.
-            raise DataError(
-                f"unknown task '{task}'{near(task, [*known, 'paper'])}; 'lm_eval ls tasks' lists all, --set "
-                "tasks.include_path=DIR adds your own"
-            )
-        names.update(dict.fromkeys(matches))
-    return list(names)
+            hint = "'lm_eval ls tasks' lists all, --set tasks.include_path=DIR adds your own"
+            raise DataError(f"unknown task '{task}'{near(task, [*known, 'paper'])}; {hint}")
+    return list(dict.fromkeys(names))
 
 
 @cache
@@ -157,14 +148,3 @@ def _manager(names: Sequence[str], include_path: Path | None) -> Any:
     # Without the index of lm-eval's own tasks, which takes seconds, where that is enough.
     manager = TaskManager(include_path=str(include_path), include_defaults=False)
     return manager if set(names) <= set(manager.all_subtasks) else TaskManager(include_path=str(include_path))
-
-
-def _load(manager: Any, name: str) -> Any:
-    """lm-eval's ``tasks`` and ``groups`` of one name, with their data loaded."""
-    try:
-        return manager.load([name])
-    except Exception as error:  # the libraries that load data raise errors of many types
-        raise DataError(
-            f"the data of task '{name}' cannot be loaded: {first_line(error)}; without the hub, give task files "
-            "that read local data with --set tasks.include_path=DIR"
-        ) from error

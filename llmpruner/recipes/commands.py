@@ -1,5 +1,4 @@
-"""The commands that a recipe can run: their settings, and what is refused before any of them begins. The command line
-asks the same of its own arguments. Imports no torch."""
+"""The commands that a recipe can run: their settings, and what is refused before any begins. Imports no torch."""
 
 from __future__ import annotations
 

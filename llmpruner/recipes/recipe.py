@@ -12,19 +12,20 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from ..catalog import Catalog
 from ..errors import SettingsError, UnknownNameError, first_line, naming, near
 from ..report.base import DENSE
 from ..settings import LoadSettings, RecipeSettings, RoundsSettings, S, Settings, StepSettings
-from ..values import validated, with_value, yaml_of
+from ..values import validated
 from . import NamedRecipe
 from .commands import COMMANDS, MEASURES
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command. ``name``: of its folder. ``reads``: ``dense``, or names of earlier steps. ``place``: file and step,
-    for messages. ``job``: of `StepKind.create`."""
+    """``name``: of its folder. ``reads``: ``dense``, or names of earlier steps. ``place``: for messages."""
 
     number: int
     command: str
@@ -50,8 +51,7 @@ class Recipe:
     def read(
         cls, recipe: Mapping[str, Any] | str | Path, catalog: Catalog, values: Mapping[str, Any] | None = None
     ) -> Recipe:
-        """A recipe of a file, of a name, or of a mapping with the keys of a file. ``values``: as of `run_recipe`.
-        Raises `LlmprunerError`, with the step, for mistakes that need no model and no data to be seen."""
+        """A recipe of a file, of a name, or of a mapping. ``values``: as of `run_recipe`. Raises `LlmprunerError`."""
         value, source = (recipe, "recipe") if isinstance(recipe, Mapping) else _loaded(str(recipe), catalog)
         top, values = _settings(RecipeSettings, value, source), values or {}
         steps: list[Step] = []
@@ -69,17 +69,35 @@ class Recipe:
 
 def _loaded(reference: str, catalog: Catalog) -> tuple[Any, str]:
     """The content of a recipe file, and its name in messages."""
-    if reference in catalog[NamedRecipe]:
-        return yaml_of(catalog[NamedRecipe][reference]().text(), f"recipe {reference}"), f"recipe {reference}"
-    path = Path(reference)
-    if not isfile(path):  # which takes names that are too long
-        if path.suffix or len(path.parts) > 1:
-            raise SettingsError(f"recipe file '{reference}' does not exist")
-        raise UnknownNameError("recipe", reference, catalog[NamedRecipe])
+    path, source = Path(reference), reference
+    if not isfile(path) and (path.suffix or len(path.parts) > 1):  # which takes names that are too long
+        raise SettingsError(f"recipe file '{reference}' does not exist")
     try:
-        return yaml_of(path.read_text(encoding="utf-8"), reference), reference
+        if reference in catalog[NamedRecipe] or not isfile(path):
+            text, source = catalog[NamedRecipe][reference]().text(), f"recipe {reference}"
+        else:
+            text = path.read_text(encoding="utf-8")
+        return yaml.safe_load(text), source
     except (OSError, UnicodeError) as error:
         raise SettingsError(f"{reference} cannot be read: {first_line(error)}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        line = "" if mark is None else f", line {mark.line + 1}"
+        raise SettingsError(f"{source}{line}: not valid YAML: {problem or first_line(error)}") from error
+
+
+def values_of(texts: Sequence[str]) -> dict[str, Any]:
+    """``{"prune.ratio": 0.3}`` of ``["prune.ratio=0.3"]``; values are read as YAML. Raises `SettingsError`."""
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
+        try:
+            values[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            values[key] = value
+    return values
 
 
 def _written_out(entries: Sequence[Any], source: str) -> Iterator[Mapping[str, Any]]:
@@ -113,7 +131,7 @@ def _step(
     for key, value in changes.items():
         step, *path = key.split(".")
         if step in (command, name, str(number)):
-            values = with_value(values, path, value)
+            values = _with_value(values, path, value)
     settings = _settings(COMMANDS[command].settings, values, place)
     with naming(place):
         reads = _reads(command, options.models, before)
@@ -122,6 +140,15 @@ def _step(
             if metric.needs_reference:
                 raise SettingsError(f"{metric.label()} compares models with the first one; name two under 'models'")
     return Step(number, command, name, settings, reads, options.prompt, place, job)
+
+
+def _with_value(values: Any, path: Sequence[str], value: Any) -> Any:
+    """Nested ``values`` with another one at ``path``."""
+    if not path:
+        return value
+    key, *inner = path
+    others = values if isinstance(values, Mapping) else {}
+    return {**others, key: _with_value(others.get(key), inner, value)}
 
 
 def _reads(command: str, models: Sequence[str] | None, before: Sequence[Step]) -> tuple[str, ...]:

@@ -73,8 +73,7 @@ class RecipeResult:
 
 
 class RecipeRun:
-    """A recipe that is run with ``functions`` of the Python API, by command. Raises `LlmprunerError` for mistakes that
-    need no weights."""
+    """A recipe that is run with ``functions`` of the Python API. Raises `LlmprunerError` before weights are read."""
 
     def __init__(
         self, recipe: Recipe, model: str | Path | None, output: str | Path | None, opener: Opener, run: RunSettings,
@@ -133,8 +132,7 @@ class RecipeRun:
         return StepResult(step.name, step.command, folder, skipped, done["seconds"], result, value)
 
     def _replace(self, folder: Path, step: Step, inputs: Mapping[str, Any]) -> Any:
-        """Make the result of a step and move it to ``folder``, in which ``before`` is then the older one, to be
-        removed. Returns the ``value`` of its `StepResult`."""
+        """Make the result of a step and move it to ``folder``, with the older one as ``before``. Returns ``value``."""
         digest = sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()[:8]
         unfinished = f"{step.name}.{'[0-9a-f]' * 8}*"
         for left in (*self.output.glob(unfinished), *self.output.glob(f".{unfinished}")):
@@ -156,10 +154,10 @@ class RecipeRun:
     def inputs(self, step: Step) -> dict[str, Any]:
         """All that the result of a step depends on, as JSON values, once the models that it reads exist."""
         settings = step.settings.model_dump(mode="json")
-        models = {
-            name: model_identity(self.dense.reference if name == DENSE else resolve(ref, self.opener.catalog)) or ref
-            for name, ref in ((name, self.reference(name)) for name in step.reads)
-        }
+        models = {}
+        for name in step.reads:
+            reference = self.dense.reference if name == DENSE else resolve(self.reference(name), self.opener.catalog)
+            models[name] = model_identity(reference) or self.reference(name)
         return {
             "command": step.command, "settings": settings, "load": self.opener.load.model_dump(mode="json"),
             "models": models, "data": data_identity(settings, step.job), "prompt": step.prompt,
@@ -180,7 +178,12 @@ class RecipeRun:
         )  # fmt: skip
         models = {name: self.reference(name) for name in step.reads}
         if step.command in MEASURES:
-            result, value = _measure(step, models, call)
+            if step.command == "generate":
+                texts = {name: call(reference, prompt=step.prompt) for name, reference in models.items()}
+                value, result = None, [{"name": n, "prompt": step.prompt, "text": t} for n, t in texts.items()]
+            else:
+                value = call(list(models.values())).named(tuple(models))
+                result = value.as_json()
             with new_directory(output) as new:
                 write_text(new / RESULTS_FILE, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
             return None, value
@@ -195,12 +198,3 @@ class RecipeRun:
         if step.command == "recover":
             return {"checkpoint": made.form, **training_facts(made.record["recovery"][-1])}, None
         return {"files": {file.name: file.stat().st_size for file in sorted(output.iterdir()) if file.is_file()}}, made
-
-
-def _measure(step: Step, models: Mapping[str, str], call: Callable[..., Any]) -> tuple[Any, Any]:
-    """What was measured, as JSON values and as objects, with the names of steps for those of models."""
-    if step.command == "generate":
-        prompt = step.prompt
-        return [{"name": key, "prompt": prompt, "text": call(ref, prompt=prompt)} for key, ref in models.items()], None
-    named = call(list(models.values())).named(tuple(models))
-    return named.as_json(), named

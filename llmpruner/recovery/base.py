@@ -52,8 +52,7 @@ class RecoveryStrategy(Component):
         return False
 
     def trained_parameters(self, graph: CouplingGraph) -> int:
-        """About how many parameters of the model with ``graph`` are trained, for the estimate of memory. By default 0,
-        as for adapters, which are few."""
+        """About how many are trained, for the estimate of memory. By default 0, as for adapters, which are few."""
         return 0
 
     def train(self, job: RecoveryJob) -> TrainingResult:

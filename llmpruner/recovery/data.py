@@ -1,5 +1,4 @@
-"""The rows that a recovery trains on: examples of files and data sets, and text that the dense model writes. Imports no
-torch.
+"""The rows that a recovery trains on: examples of files and data sets, and text of the dense model. Imports no torch.
 
 With ``--data self`` or ``self-text``, a recovery needs no corpus. One of four rows of ``self`` is an answer to an
 instruction, in the model's chat format; the others, and all rows of ``self-text``, are short texts that the model
@@ -44,12 +43,11 @@ and few enough to measure quickly."""
 
 @dataclass(frozen=True)
 class RecoverySetup:
-    """The settings of a recovery, and what they name."""
+    """The settings of a recovery, and what they name. ``dense_text``: what the dense model writes of the data."""
 
     settings: RecoverSettings
     strategy: RecoveryStrategy
     dense_text: DenseText | None = None
-    """The part of the data that the dense model writes."""
 
     @property
     def reads_dense(self) -> bool:
@@ -59,10 +57,9 @@ class RecoverySetup:
 
 @dataclass(frozen=True)
 class DenseText:
-    """Rows that the dense model writes: at most ``answers`` to instructions, and ``texts`` without one."""
+    """Rows that the dense model writes: ``answers`` to instructions, at most, and ``texts`` without one."""
 
     source: str
-    """As the user wrote it, such as ``self:64``."""
     answers: int
     texts: int
 
@@ -85,8 +82,7 @@ def check_setup(setup: RecoverySetup) -> None:
 
 
 def read_data(data: str) -> dict[str, Sequence[tuple[str, Example]]]:
-    """The examples of each file and data set in ``data``, with their places, such as ``a.jsonl, line 3``. Raises
-    `DataError`."""
+    """The examples of each file and data set in ``data``, with their places. Raises `DataError`."""
     sources = [source for source, _ in parse_mixture(data)]
     return {source: read_examples(source) for source in sources if not _is_dense_text(source)}
 
@@ -96,9 +92,9 @@ def dense_text_in(data: str) -> DenseText | None:
     written = [source for source, _ in parse_mixture(data) if _is_dense_text(source)]
     if not written:
         return None
-    if len(written) > 1:
+    source, *others = written
+    if others:
         raise DataError(f"--data {data}: name 'self' or 'self-text' once, with the number of rows")
-    (source,) = written
     name, colon, count = source.partition(":")
     if colon and not (count.isascii() and count.isdecimal() and int(count)):
         raise DataError(f"--data {source}: expected '{name}', or '{name}:N' with N the number of rows to write")
@@ -132,11 +128,10 @@ def write_examples(text: DenseText, dense: Model, seed: int, progress: Progress 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """Tokenised examples."""
+    """Tokenised examples. ``validation``: with ``held_out``, rows that are not trained on; else some of ``rows``."""
 
     rows: list[Row]
     validation: list[Row]
-    """With ``held_out``, rows that are not trained on; else some of ``rows``."""
     held_out: bool
 
 
@@ -147,18 +142,15 @@ def prepare(
     tokenizer: Any,
     positions: int | None = None,
 ) -> TrainingData:
-    """Mix the examples of all ``sources``, hold some back for validation, and tokenise them: an instruction or a
-    conversation is a row, in the model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff``
-    tokens. ``positions``: of a model with a table of them. Raises `DataError`."""
+    """Mix all ``sources``, hold some examples back, and tokenise: an instruction or a conversation is a row, in the
+    model's chat format and cut at ``cutoff``; texts are joined to rows of ``cutoff`` tokens. Raises `DataError`."""
     examples = mixed([(share, sources[source]) for source, share in parse_mixture(settings.data)], settings.seed)
     if settings.limit is not None:
         random.Random(settings.seed).shuffle(examples)
         examples = examples[: settings.limit]
     if settings.validation >= len(examples):
-        raise DataError(
-            f"{settings.data} has {counted(len(examples), 'example')}, and --validation takes "
-            f"{int(settings.validation)} of them; leave some to train on"
-        )
+        held = f"--validation takes {int(settings.validation)} of them; leave some to train on"
+        raise DataError(f"{settings.data} has {counted(len(examples), 'example')}, and {held}")
     count = int(settings.validation)
     if 0 < settings.validation < 1:
         count = min(max(round(settings.validation * len(examples)), _LEAST), _MOST, len(examples) // 5)
@@ -179,8 +171,7 @@ def _tokenised(examples: Sequence[tuple[str, Example]], family: ModelFamily, tok
         texts = texts_at(place, entry, family, tokenizer)
         if isinstance(entry, Completion):
             for text in texts:
-                ids = token_ids(text, tokenizer)
-                end = tokenizer.eos_token_id
+                ids, end = token_ids(text, tokenizer), tokenizer.eos_token_id
                 joined += ids if end is None or ids[-1:] == [end] else [*ids, end]
         else:
             rows += [token_ids(text, tokenizer)[:cutoff] for text in texts]

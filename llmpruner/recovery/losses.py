@@ -19,8 +19,7 @@ Loss = Callable[[Any, Batch], torch.Tensor]
 Term = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Losses (n,) of trained tokens: of float32 logits (n, V), places (n,) of the tokens in the batch, next tokens (n,)."""
 
-_ELEMENTS = 1 << 22
-"""Logits of a block, 16 MiB in float32, which stay in the processor's caches."""
+_ELEMENTS = 1 << 22  # logits of a block, 16 MiB in float32, which stay in the processor's caches
 
 
 def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
@@ -46,7 +45,6 @@ def distillation_loss(job: RecoveryJob, labels: float) -> Loss:
 
 
 def next_token_loss(model: Any, batch: Batch) -> torch.Tensor:
-    """The cross entropy of the next token."""
     return mean_over_tokens(model(**_inputs(batch)).logits, batch["labels"], _cross_entropy)
 
 

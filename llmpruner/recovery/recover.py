@@ -35,8 +35,7 @@ from .base import RecoveryJob, TrainingResult, best_step, nothing
 from .data import DenseText, RecoverySetup, TrainingData, prepare, read_data, write_examples
 from .training import filled_in, latest_checkpoint
 
-_JOB_FILE = "job.json"
-"""Identifies the recovery of which a folder has the state."""
+_JOB_FILE = "job.json"  # identifies the recovery of which a folder has the state
 
 
 def recover(
@@ -48,8 +47,7 @@ def recover(
     *,
     restart: bool,
 ) -> Model:
-    """The trained model. ``output``: where to save it; None: nowhere. ``work_dir``: for the state of the training; by
-    default ``OUTPUT.recovery``. Raises as `llmpruner.recover`."""
+    """The trained model, saved to ``output`` unless that is None. The others are those of `llmpruner.recover`."""
     settings, strategy, dense_text = setup.settings, setup.strategy, setup.dense_text
     check_device(opener.load.device)
     ranks = Ranks.current()
@@ -118,10 +116,8 @@ def _check_memory(setup: RecoverySetup, opened: Structure, dense: Structure | No
     else:
         memory = psutil.virtual_memory().total
     if needed > memory:
-        raise SettingsError(
-            f"{strategy.name} needs {needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}; "
-            "--strategy lora and --dtype bfloat16 take less"
-        )
+        room = f"{needed / 2**30:.1f} GiB of memory for '{opened.ref}', of {memory / 2**30:.1f}"
+        raise SettingsError(f"{strategy.name} needs {room}; --strategy lora and --dtype bfloat16 take less")
     opener.progress.status(f"strategy {strategy.name}: at least {needed / 2**30:.1f} GiB of memory")
 
 
@@ -192,7 +188,7 @@ def train(
         raise PluginError(f"recovery strategy '{strategy.name}' returned {type(result).__name__}, not a TrainingResult")
     result.model.eval().requires_grad_(True)
     best = best_step(validations) if validations else None
-    record = {
+    return result, {
         **about,
         "data": settings.data,
         "examples": len(data.rows),
@@ -204,7 +200,6 @@ def train(
         "best_step": best,
         "improved": None if best is None else best != 0,
     }
-    return result, record
 
 
 def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
@@ -213,10 +208,8 @@ def _claim(work_dir: Path, identity: dict[str, Any]) -> None:
     kept = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     changed = [key for key, value in identity.items() if kept.get(key) != value]
     if changed and any(work_dir.glob("checkpoint-*")):
-        raise OutputError(
-            f"{work_dir} holds the state of another recovery ({', '.join(changed)} differ); start anew with --restart, "
-            "or choose another output"
-        )
+        state = f"the state of another recovery ({', '.join(changed)} differ)"
+        raise OutputError(f"{work_dir} holds {state}; start anew with --restart, or choose another output")
     work_dir.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(identity, indent=2) + "\n")
 

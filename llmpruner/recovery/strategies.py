@@ -14,14 +14,10 @@ from ..structure.coupling import CouplingGraph
 from .base import RecoveryJob, RecoveryStrategy, TrainingResult
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from .losses import Loss
 
 
 class FullStrategy(RecoveryStrategy):
-    """Every weight is trained on the next tokens of the data."""
-
     name = "full"
     summary = "trains every parameter; needs about 16 bytes of memory for each"
 
@@ -54,12 +50,8 @@ class LoraStrategy(RecoveryStrategy):
 
 
 class DistilStrategy(RecoveryStrategy):
-    """Knowledge distillation (Hinton, Vinyals, Dean, 2015): at every token of the data, the pruned model is trained
-    toward the dense model's distribution over the vocabulary.
-
-    The loss is the mean over trained tokens of KL(p ‖ q), with the predictions p of the dense and q of the pruned
-    model. Both are in memory.
-    """
+    """Knowledge distillation (Hinton, Vinyals, Dean, 2015). The loss is the mean over trained tokens of KL(p ‖ q), with
+    the predictions p of the dense and q of the pruned model, both in memory, over the vocabulary."""
 
     name = "distil"
     needs_dense = True
@@ -105,7 +97,6 @@ def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: L
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        bias="none",
         target_modules=adapter_targets(job.model, job.graph),
     )
     set_seed(job.settings.seed)
@@ -115,14 +106,13 @@ def _adapters_trained(job: RecoveryJob, settings: LoraStrategy.Settings, loss: L
         try:
             model: Any = peft.get_peft_model(job.model, config)
         except ValueError as error:
-            raise UnsupportedModelError(
-                f"peft has no adapters for a {job.model.config.model_type} model: {first_line(error)}"
-            ) from error
+            kind = job.model.config.model_type
+            raise UnsupportedModelError(f"peft has no adapters for a {kind} model: {first_line(error)}") from error
     result = fit(model, job, loss)
     return replace(result, model=model.merge_and_unload())
 
 
-def adapter_targets(model: nn.Module, graph: CouplingGraph) -> list[str]:
+def adapter_targets(model: Any, graph: CouplingGraph) -> list[str]:
     """Paths of the linear modules in the decoder layers whose weight belongs to a coupled group."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D

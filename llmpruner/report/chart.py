@@ -9,8 +9,7 @@ from math import ceil, floor, log10
 from .base import rendered
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 20, 16, 44
-_ROOM = 0.06
-"""Share of the range of an axis that is left free at its ends."""
+_ROOM = 0.06  # share of the range of an axis that is left free at its ends
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,4 @@
-"""What a report shows of checkpoints: sizes, measurements and runs, from their folders, the recipe that made them, and
-files that ``evaluate --json`` and ``bench --json`` wrote. No weights are read."""
+"""What a report shows of checkpoints, from their folders, the recipe that made them, and files of results."""
 
 from __future__ import annotations
 
@@ -30,24 +29,18 @@ if TYPE_CHECKING:
 
 
 def report_subjects(directories: Sequence[Path], files: Sequence[Path], opener: Opener) -> list[ReportSubject]:
-    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results, which name
-    checkpoints by their folders. Raises `ModelError` for a directory that is neither, `DataError` for a file that has
-    results of none."""
+    """What is known of checkpoints; the output of a recipe stands for its last one. ``files``: of results. Raises
+    `ModelError` for a directory that is neither, `DataError` for a file that has results of none."""
     places = [_place(directory) for directory in directories]
     results = {path: read_results(path) for path in files}
     checkpoints = [checkpoint.absolute() for checkpoint, _ in places]
     resolved = {checkpoint.resolve() for checkpoint in checkpoints}
     for path, value in results.items():
         if not any(Path(model["name"]).resolve() in resolved for model in _models(value)):
-            raise DataError(
-                f"{path} has no results of {', '.join(map(str, checkpoints))}; measure the checkpoint by its present "
-                "path, or leave the file out"
-            )
+            hint = "measure the checkpoint by its present path, or leave the file out"
+            raise DataError(f"{path} has no results of {', '.join(map(str, checkpoints))}; {hint}")
     named = zip(checkpoints, _names(checkpoints), places, strict=True)
-    return [
-        _subject(opener.structure(checkpoint), checkpoint, name, steps, results, opener.catalog)
-        for checkpoint, name, (_, steps) in named
-    ]
+    return [_subject(checkpoint, name, steps, results, opener) for checkpoint, name, (_, steps) in named]
 
 
 def _names(checkpoints: Sequence[Path]) -> list[str]:
@@ -59,8 +52,7 @@ def _names(checkpoints: Sequence[Path]) -> list[str]:
 
 
 def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
-    """The checkpoint that ``directory`` is, or, for the output of a recipe, its last one; and, by `read_step`, all
-    steps of its recipe, with their ``folder`` and ``command``."""
+    """The checkpoint that ``directory`` is, or the last one of a recipe's output; and the steps of its recipe."""
     if steps := _steps_in(directory):
         folders = (step["folder"] for step in steps if step["command"] in ("prune", "recover"))
         checkpoints = [folder for folder in folders if (folder / RECORD_FILE).is_file()]
@@ -73,6 +65,7 @@ def _place(directory: Path) -> tuple[Path, list[Mapping[str, Any]]]:
 
 
 def _steps_in(output: Path) -> list[Mapping[str, Any]]:
+    """The steps of a recipe as of `read_step`, in order, with their ``folder`` and ``command``."""
     steps = [
         {**step, "command": step["inputs"]["command"], "folder": file.parent}
         for file in output.glob(f"*/{RUN_FILE}")
@@ -98,20 +91,16 @@ def _models(results: Any) -> list[dict[str, Any]]:
 
 
 def _subject(
-    structure: Structure,
-    checkpoint: Path,
-    name: str,
-    steps: Sequence[Mapping[str, Any]],
-    files: Mapping[Path, Any],
-    catalog: Catalog,
+    checkpoint: Path, name: str, steps: Sequence[Mapping[str, Any]], files: Mapping[Path, Any], opener: Opener
 ) -> ReportSubject:
+    structure = opener.structure(checkpoint)
     base, record = structure.plans[0].base.model, structure.record or {}
     measured: dict[str, list[Any]] = {"evaluate": [], "bench": [], "generate": []}
 
     def add(command: str, results: Any, rename: Callable[[str], str | None]) -> None:
         results = _renamed(results, rename)
         if name in (model["name"] for model in _models(results)):
-            measured[command].append(_evaluations(results, catalog) if command == "evaluate" else results)
+            measured[command].append(_evaluations(results, opener.catalog) if command == "evaluate" else results)
 
     def by_path(model: str) -> str | None:
         path = Path(model).resolve()
@@ -183,8 +172,7 @@ def _runs(checkpoint: Path) -> tuple[Mapping[str, Any], ...]:
 
 def _costs(structure: Structure, folder: Path) -> tuple[Costs, Costs]:
     """Of the dense model and of the pruned one, which are built without weights."""
-    graph = build_graph(structure.family, structure.config)
-    model = meta_model(structure.config)
+    graph, model = build_graph(structure.family, structure.config), meta_model(structure.config)
 
     def costs() -> Costs:
         try:

@@ -1,5 +1,4 @@
-"""The sections about one checkpoint: what was measured (``quality``, ``answers``, ``cost``), and what was done to the
-model (``plan``, ``recovery``, ``origin``). Imports no torch."""
+"""The sections about one checkpoint: what was measured, and what was done to the model. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,8 +17,6 @@ SPEED_COLUMNS = ("Batch", "Prompt", "Model", "Tokens/s (quartiles)", "Speed-up",
 
 
 class QualitySection(ReportSection):
-    """A table for each call of ``evaluate``."""
-
     name = "quality"
     summary = "perplexity, divergence and tasks of dense and pruned models"
     order = 11
@@ -54,13 +51,11 @@ def _texts(measured: Evaluations) -> str:
 
 
 def tokens_per_byte(result: Mapping[str, Any]) -> float:
-    """Of the text of a perplexity, but for a constant factor."""
+    """But for a constant factor."""
     return float(result["bits_per_byte"] / result["nll_per_token"])
 
 
 class AnswersSection(ReportSection):
-    """Nothing where no texts were generated."""
-
     name = "answers"
     summary = "the same prompts answered side by side"
     order = 12
@@ -70,8 +65,6 @@ class AnswersSection(ReportSection):
 
 
 class CostSection(ReportSection):
-    """Sizes by shapes, and a table for each call of ``bench``."""
-
     name = "cost"
     summary = "parameters, bytes, operations and cache before and after, and measured speed next to the ideal"
     order = 14
@@ -93,9 +86,8 @@ class CostSection(ReportSection):
         ]
         benches = []
         for bench in subject.benches:
-            stages = [("Prefill", *cells) for cells in speed_rows(bench, "prefill")]
-            stages += [("Decoding", *cells) for cells in speed_rows(bench, "decode")]
-            benches.append((bench, stages))
+            named = (("Prefill", "prefill"), ("Decoding", "decode"))
+            benches.append((bench, [(title, *cells) for title, key in named for cells in speed_rows(bench, key)]))
         return rendered(
             "cost.html.j2", rows=rows, benches=benches, columns=("Stage", *SPEED_COLUMNS), name=subject.name,
             context=pruned.context,
@@ -108,10 +100,8 @@ def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]
         for model in case["models"]:
             rate = model[stage]
             speed, ideal, share = rate["tokens_per_second"], rate["ideal"], rate["share_of_ideal"]
-            median, lower, upper = (
-                f"{value:,.0f}" if value >= 100 else f"{value:.1f}"
-                for value in (speed["median"], speed["lower_quartile"], speed["upper_quartile"])
-            )
+            speeds = (speed["median"], speed["lower_quartile"], speed["upper_quartile"])
+            median, lower, upper = (f"{value:,.0f}" if value >= 100 else f"{value:.1f}" for value in speeds)
             yield (
                 str(case["batch"]), str(case["prompt_tokens"]), model["name"], f"{median} ({lower}–{upper})",
                 f"{rate['speedup']['median']:.2f}", "–" if ideal is None else f"{ideal:.2f}",
@@ -120,8 +110,6 @@ def speed_rows(bench: Mapping[str, Any], stage: str) -> Iterator[tuple[str, ...]
 
 
 class PlanSection(ReportSection):
-    """A table for each plan."""
-
     name = "plan"
     summary = "what was cut: units kept of each kind in each layer"
     order = 20
@@ -140,32 +128,24 @@ class PlanSection(ReportSection):
 
 
 class RecoverySection(ReportSection):
-    """A drawing of the losses for each training; nothing for a model that was not trained."""
-
     name = "recovery"
     summary = "the losses of every training that restored quality"
     order = 25
 
     def render(self, subject: ReportSubject) -> str | None:
-        curves = [
-            (each, verdict(each), loss_curve(each)) for each in subject.record.get("recovery", ()) if each["losses"]
-        ]
+        curves = []
+        for training in (each for each in subject.record.get("recovery", ()) if each["losses"]):
+            points = tuple(Point(step, loss) for step, loss in enumerate(training["losses"], 1))
+            series = [Series("loss", points, accent=True)]
+            if checks := training["validation"]:
+                marks = (Point(at["step"], at["loss"], f"step {at['step']}: {at['loss']:.3f}") for at in checks)
+                series.append(Series("validation loss", tuple(marks)))
+            curve = drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300)
+            curves.append((training, verdict(training), curve))
         return rendered("recovery.html.j2", trainings=curves) if curves else None
 
 
-def loss_curve(training: Mapping[str, Any]) -> str:
-    """An SVG of a training's losses. ``training``: an element of ``recovery`` in ``llmpruner.json``."""
-    points = tuple(Point(step, loss) for step, loss in enumerate(training["losses"], 1))
-    series = [Series("loss", points, accent=True)]
-    if checks := training["validation"]:
-        marks = (Point(at["step"], at["loss"], f"step {at['step']}: {at['loss']:.3f}") for at in checks)
-        series.append(Series("validation loss", tuple(marks)))
-    return drawn("Loss over optimizer steps", "optimizer steps", "loss", series, height=300)
-
-
 class OriginSection(ReportSection):
-    """Runs with their settings, stages and machines, plans, and the steps of a recipe."""
-
     name = "origin"
     summary = "how the checkpoint was made: settings, plans, seconds and memory of every stage, machine, versions"
     order = 40
@@ -176,11 +156,9 @@ class OriginSection(ReportSection):
             settings = dict(run["settings"])
             for name, values in settings.pop("settings", {}).items():
                 settings |= {f"{name}.{key}": value for key, value in values.items()}
-            stages = []
-            for stage in run["stages"]:
-                peak = "–" if stage["peak_bytes"] is None else bytes_text(stage["peak_bytes"])
-                stages.append((stage["name"], f"{stage['seconds']:,.1f}", peak))
-            stages.append(("all", f"{sum(stage['seconds'] for stage in run['stages']):,.1f}", ""))
+            measured = [(stage["name"], stage["seconds"], stage["peak_bytes"]) for stage in run["stages"]]
+            stages = [(name, f"{s:,.1f}", "–" if peak is None else bytes_text(peak)) for name, s, peak in measured]
+            stages.append(("all", f"{sum(seconds for _, seconds, _ in measured):,.1f}", ""))
             runs.append((run, settings, stages))
         steps = [(step["name"], step["command"], f"{step['seconds']:,.1f}") for step in subject.steps]
         return rendered("origin.html.j2", runs=runs, plans=subject.record["plans"], steps=steps)
@@ -199,11 +177,11 @@ def loss_text(training: Mapping[str, Any]) -> str:
     """``held-out loss 2.500 → 1.250``; of a training that was undone, why."""
     if training["best_step"] == 0:
         start, end = training["validation"][0], training["validation"][-1]
-        return (
-            f"no better than before: the loss went from {start['loss']:.4f} to {end['loss']:.4f} "
-            f"(± {end['error']:.4f}) in {len(training['losses'])} steps, so the weights are those of the start; lower "
-            "--learning-rate, or give more data or steps"
+        loss = (
+            f"from {start['loss']:.4f} to {end['loss']:.4f} (± {end['error']:.4f}) in {len(training['losses'])} steps"
         )
+        hint = "so the weights are those of the start; lower --learning-rate, or give more data or steps"
+        return f"no better than before: the loss went {loss}, {hint}"
     if (measured := first_and_last(training)) is None:
         return "no loss measured"
     what, first, last = measured

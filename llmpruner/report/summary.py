@@ -1,5 +1,4 @@
-"""The sections ``summary``, the figures by which a checkpoint is judged next to the dense model's, and ``comparison``,
-several checkpoints by quality against size. Imports no torch."""
+"""The sections ``summary``, figures next to the dense model's, and ``comparison`` of several. Imports no torch."""
 
 from __future__ import annotations
 
@@ -39,13 +38,10 @@ class Pair:
 
 
 def figures(subject: ReportSubject) -> dict[str, Pair]:
-    """``parameters`` of the decoder, ``weights``, and, where both models were measured, ``decode`` (tokens per second),
-    ``perplexity`` (on the text that was measured first) and ``tasks`` (mean of the accuracies)."""
+    """``parameters``, ``weights`` and, where both models were measured, ``decode``, ``perplexity`` and ``tasks``."""
     dense, cut = subject.dense, subject.costs
-    pairs = {
-        "parameters": Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text),
-        "weights": Pair("Weights", dense.weight_bytes, cut.weight_bytes, bytes_text),
-    }
+    decoder = Pair("Parameters of the decoder", dense.decoder_parameters, cut.decoder_parameters, count_text)
+    pairs = {"parameters": decoder, "weights": Pair("Weights", dense.weight_bytes, cut.weight_bytes, bytes_text)}
     for bench in subject.benches:
         models = {model["name"]: model["decode"] for model in bench["cases"][0]["models"]}
         if {DENSE, subject.name} <= models.keys():
@@ -100,8 +96,6 @@ def sentence(subject: ReportSubject) -> str:
 
 
 class SummarySection(ReportSection):
-    """The sentence and a tile for each figure."""
-
     name = "summary"
     summary = "what was won and lost: size, speed, quality"
     order = 0
@@ -111,8 +105,6 @@ class SummarySection(ReportSection):
 
 
 class ComparisonSection(ReportSection):
-    """A chart and a table on the page of several checkpoints."""
-
     name = "comparison"
     summary = "several checkpoints: quality against size, the best of each size, a table"
     order = 1
@@ -152,12 +144,11 @@ def _row(subject: ReportSubject, pairs: Mapping[str, Pair], on: tuple[Any, ...])
     cells = {name: pair.text(pair.pruned) for name, pair in pairs.items()}
     if (perplexity := pairs.get("perplexity")) is not None and perplexity.on != on:
         cells["perplexity"] += perplexity.note
-    divergences = [
-        [measured.of(name).get("perplexity", {}).get("kl_per_token") for name in (DENSE, subject.name)]
-        for measured in subject.measured
-    ]
-    # Of the dense model it is 0 where the others were compared with it.
-    divergence = next((value for of_dense, value in divergences if of_dense == 0 and value is not None), None)
+    divergence = None
+    for measured in subject.measured:
+        of_dense, value = (measured.of(n).get("perplexity", {}).get("kl_per_token") for n in (DENSE, subject.name))
+        if of_dense == 0 and divergence is None:  # the others were compared with it
+            divergence = value
     cut = None if subject.recovered else subject.cut_quality
     decode = pairs.get("decode")
     return {
@@ -182,10 +173,10 @@ def _chart(pairs: Mapping[str, Mapping[str, Pair]], methods: Mapping[str, str], 
         note = f"{name}: {count_text(size)} parameters in the decoder, perplexity {perplexity:.2f}"
         note += ", best of its size" if name in best else ""
         lines.setdefault(method, []).append(Point(size / 1e6, perplexity, note, name, ring=name in best))
-    series = [
-        Series(method, tuple(sorted(points, key=lambda p: p.x)), accent=number == 0, dashes=_DASHES[number % 4])
-        for number, (method, points) in enumerate(lines.items())
-    ]
+    series = []
+    for number, (method, points) in enumerate(lines.items()):
+        line = tuple(sorted(points, key=lambda p: p.x))
+        series.append(Series(method, line, accent=number == 0, dashes=_DASHES[number % 4]))
     first = pairs[next(iter(methods))]
     dense = first["perplexity"].dense
     point = Point(first["parameters"].dense / 1e6, dense, f"dense: perplexity {dense:.2f}", DENSE)

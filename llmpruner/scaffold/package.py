@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import __version__
 from ..catalog import Catalog
@@ -17,41 +17,32 @@ from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_li
 from ..files import new_directory
 from ..settings import LoadSettings
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
-
 PACKAGES = {"family": "family", "criterion": "criterion", "strategy": "recovery strategy"}
 """What a package can add → the kind of component, as the catalog names it."""
 
 _PROVENANCE = ("model_type", "transformers_version", "architectures", "auto_map", "_name_or_path", "dtype")
-"""Values of a configuration about its origin, which constructors do not need."""
 
 
 def distribution_of(name: str) -> str:
     """``llmpruner-odd`` for the plugin ``odd``. Raises `LlmprunerError` for a word that cannot name a plugin."""
     if not re.fullmatch(r"(?!llmpruner-)[a-z][a-z0-9]*(-[a-z0-9]+)*", name):
-        raise LlmprunerError(
-            f"'{name}' cannot name a plugin; expected lower case letters, digits and single dashes, a letter first, as "
-            "in 'my-model'; 'llmpruner-' is added"
-        )
+        expected = "lower case letters, digits and single dashes, a letter first, as in 'my-model'"
+        raise LlmprunerError(f"'{name}' cannot name a plugin; expected {expected}; 'llmpruner-' is added")
     return f"llmpruner-{name}"
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What the templates say about the model of a family; empty without one."""
+    """What the templates say about the model of a family. ``config_values``: of a small configuration. ``package``:
+    registers the architecture with transformers; ``requires``: its distribution. ``kinds``: of removable units."""
 
     model_type: str = ""
     config_class: str = ""
     config_module: str = ""
     config_values: Mapping[str, Any] = field(default_factory=dict)
-    """Of a small configuration, as JSON values."""
     package: str | None = None
-    """Registers the architecture with transformers."""
     requires: str | None = None
-    """The distribution of ``package``."""
     kinds: tuple[str, ...] = ()
-    """Of units that can be removed."""
 
 
 def describe(source: str, catalog: Catalog, *, package: str | None = None) -> ModelFacts:
@@ -68,25 +59,19 @@ def describe(source: str, catalog: Catalog, *, package: str | None = None) -> Mo
         config = _config_of(source, catalog)
         family = family_for(catalog, config)
         if family.name != AUTO:
-            cls = type(family)
-            raise UnsupportedModelError(
-                f"these models have the family '{cls.name}' already; leave --from out, and derive your family from "
-                f"{cls.__name__} of {cls.__module__}"
-            )
+            hint = f"leave --from out, and derive your family from {type(family).__name__} of {type(family).__module__}"
+            raise UnsupportedModelError(f"these models have the family '{family.name}' already; {hint}")
         small, graph = representative(config, family)
         values = {n: value for n, value in json.loads(small.to_json_string()).items() if n not in _PROVENANCE}
         verdicts = check_kinds(family, small, graph)
-        for verdict in verdicts:
-            if verdict.verdict != VERIFIED:
-                raise UnsupportedModelError(
-                    f"cutting {verdict.kind} units of {small.model_type} is {verdict.verdict}: {verdict.reason}"
-                )
-        name, module = type(config).__name__, type(config).__module__
-        kinds = tuple(verdict.kind for verdict in verdicts)
-        return ModelFacts(config.model_type, name, module, values, package, distribution, kinds)
+        for wrong in (verdict for verdict in verdicts if verdict.verdict != VERIFIED):
+            what = f"cutting {wrong.kind} units of {small.model_type}"
+            raise UnsupportedModelError(f"{what} is {wrong.verdict}: {wrong.reason}")
+        kinds, cls = tuple(verdict.kind for verdict in verdicts), type(config)
+        return ModelFacts(config.model_type, cls.__name__, cls.__module__, values, package, distribution, kinds)
 
 
-def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
+def _config_of(source: str, catalog: Catalog) -> Any:
     """The dense configuration of a model, or the default one of a model type."""
     from transformers import CONFIG_MAPPING
 
@@ -95,13 +80,10 @@ def _config_of(source: str, catalog: Catalog) -> PreTrainedConfig:
     register_models(catalog)
     if not Path(source).exists():
         if source in CONFIG_MAPPING:
-            default: PreTrainedConfig = CONFIG_MAPPING[source]()
-            return default
+            return CONFIG_MAPPING[source]()
         if source.isidentifier():
-            raise ModelError(
-                f"'{source}' is neither a model directory nor a model type that transformers knows; "
-                "--import PACKAGE names the package that registers it"
-            )
+            unknown = f"'{source}' is neither a model directory nor a model type that transformers knows"
+            raise ModelError(f"{unknown}; --import PACKAGE names the package that registers it")
     return Opener(catalog, LoadSettings(family="auto")).structure(source).config
 
 
@@ -128,8 +110,7 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
     templates = {
-        "pyproject.toml": "pyproject.toml",
-        "README.md": "README.md",
+        **{file: file for file in ("pyproject.toml", "README.md")},
         f"src/{module}/__init__.py": "init.py",
         f"src/{module}/{kind}.py": f"{kind}.py",
         f"tests/test_{kind}.py": "test_family.py" if kind == "family" else "test_component.py",
@@ -146,6 +127,5 @@ def write_package(directory: Path, name: str, model: ModelFacts, *, kind: str = 
         files["tests/config.json"] = json.dumps(model.config_values, indent=2, ensure_ascii=False) + "\n"
     with new_directory(directory) as partial:
         for path, text in files.items():
-            file = partial / path
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text, encoding="utf-8")
+            (partial / path).parent.mkdir(parents=True, exist_ok=True)
+            (partial / path).write_text(text, encoding="utf-8")

@@ -22,18 +22,10 @@ For your own tests, there are `tiny_llama` (a model with every kind of unit), `l
 
 from __future__ import annotations
 
-from .components import catalog_with, settings_grid
-from .criterion import CriterionConformance
-from .family import FamilyConformance
-from .models import letters, tiny_llama
-from .recovery import RecoveryConformance
-
-__all__ = [
-    "CriterionConformance",
-    "FamilyConformance",
-    "RecoveryConformance",
-    "catalog_with",
-    "letters",
-    "settings_grid",
-    "tiny_llama",
-]
+from .components import catalog_with as catalog_with
+from .components import settings_grid as settings_grid
+from .criterion import CriterionConformance as CriterionConformance
+from .family import FamilyConformance as FamilyConformance
+from .models import letters as letters
+from .models import tiny_llama as tiny_llama
+from .recovery import RecoveryConformance as RecoveryConformance

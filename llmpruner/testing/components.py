@@ -43,9 +43,8 @@ def check_component(kind: str, cls: type[Component]) -> None:
         f"no installed plugin has this {kind} '{name}': expected an entry point in the group 'llmpruner' that names a "
         f"module whose {base.hook} returns {cls.__name__}{broken}"
     )
-    assert cls.summary.strip() and "\n" not in cls.summary, (
-        f"{kind} '{name}' has the summary {cls.summary!r}; expected one line"
-    )
+    one_line = cls.summary.strip() and "\n" not in cls.summary
+    assert one_line, f"{kind} '{name}' has the summary {cls.summary!r}; expected one line"
     assert issubclass(cls.Settings, ComponentSettings), f"{kind} '{name}': Settings must derive from ComponentSettings"
     for key, field in cls.Settings.model_fields.items():
         assert not field.is_required(), f"{kind} '{name}': setting '{key}' has no default"

@@ -19,14 +19,13 @@ from .models import first_change, scramble, tiny_llama, tiny_mixture
 
 
 class CriterionConformance:
-    """Tests for ``criterion``, with each value of its `Literal` and `bool` settings; one that scores units in experts
-    also on a tiny mixture, whose experts are stacks: parameters with three axes."""
+    """Tests for ``criterion`` with all `Literal` and `bool` settings; on a mixture too if it scores experts."""
 
     criterion: ClassVar[type[ImportanceCriterion]]
 
     def loaded(self) -> Model:
-        """The model whose units are scored, random, but the same at every call: a tiny LLaMA with every kind of unit,
-        or a tiny mixture for a criterion of experts alone. Override it for other units."""
+        """The model whose units are scored, the same at every call: a tiny LLaMA, or a tiny mixture for a criterion of
+        experts alone. Override it for other units."""
         return tiny_mixture() if self.criterion.kinds == frozenset({EXPERT}) else tiny_llama()
 
     def _cases(self) -> Iterator[tuple[ImportanceCriterion, Model, tuple[CoupledGroup, ...]]]:
@@ -41,10 +40,8 @@ class CriterionConformance:
         """It has a name, a summary, settings with defaults and descriptions, and a set of signals."""
         check_component("criterion", self.criterion)
         for criterion, _, groups in self._cases():
-            signals = criterion.needs
-            assert isinstance(signals, frozenset) and signals <= set(Signal), (
-                f"{label(criterion)} needs {signals!r}; expected a frozenset of Signal"
-            )
+            signals, message = criterion.needs, f"needs {criterion.needs!r}; expected a frozenset of Signal"
+            assert isinstance(signals, frozenset) and signals <= set(Signal), f"{label(criterion)} {message}"
             assert isinstance(criterion.signed, bool), f"{label(criterion)}: signed must be True or False"
             assert groups, f"{label(criterion)} scores no unit of the model that it is tested on; override loaded()"
 
@@ -53,9 +50,8 @@ class CriterionConformance:
         for criterion, loaded, groups in self._cases():
             checked, returned = _checked(criterion)
             _scores(loaded, checked, groups)
-            assert not criterion.signed or any(bool((value < 0).any()) for value in returned), (
-                f"{label(criterion)} is signed, but none of its saliencies is negative"
-            )
+            negative, message = any(bool((value < 0).any()) for value in returned), "none of its saliencies is negative"
+            assert negative or not criterion.signed, f"{label(criterion)} is signed, but {message}"
 
     def test_it_leaves_the_model_as_it_was(self) -> None:
         """A criterion gets the tensors of the model; changing them in place would change the pruned model."""
@@ -96,9 +92,8 @@ class CriterionConformance:
         """Not all units of a group may have equal scores."""
         for criterion, loaded, groups in self._cases():
             for name, values in _scores(loaded, criterion, groups).items():
-                assert len(values) == 1 or len(set(values.tolist())) > 1, (
-                    f"{label(criterion)} gives all {len(values)} units of group '{name}' the score {values[0]:g}"
-                )
+                message = f"gives all {len(values)} units of group '{name}' the score {values[0]:g}"
+                assert len(values) == 1 or len(set(values.tolist())) > 1, f"{label(criterion)} {message}"
 
 
 def scorable(graph: CouplingGraph, criterion: ImportanceCriterion) -> tuple[CoupledGroup, ...]:
@@ -145,10 +140,8 @@ def _checked(criterion: ImportanceCriterion) -> tuple[ImportanceCriterion, list[
 
 
 def _check_tensor(where: str, value: Any, shape: Sequence[int] | None) -> None:
-    assert isinstance(value, torch.Tensor) and value.is_floating_point(), (
-        f"{where} is {value.dtype if isinstance(value, torch.Tensor) else type(value).__name__}, "
-        "not a tensor of floating-point numbers"
-    )
+    kind = value.dtype if isinstance(value, torch.Tensor) else type(value).__name__
+    assert getattr(kind, "is_floating_point", False), f"{where} is {kind}, not a tensor of floating-point numbers"
     assert shape is None or value.shape == shape, f"{where} has shape {tuple(value.shape)}, expected {tuple(shape)}"
     wrong = torch.nonzero(~torch.isfinite(value))
     assert not len(wrong), f"{where} is {value[tuple(wrong[0])]:g} at {tuple(wrong[0].tolist())}"
@@ -160,6 +153,5 @@ def _check_equal(expected: Mapping[str, torch.Tensor], actual: Mapping[str, torc
         near = torch.isclose(actual[name], values, rtol=1e-5, atol=1e-12)
         if not bool(near.all()):
             unit = int(torch.nonzero(~near)[0])
-            raise AssertionError(
-                f"{what}: group '{name}', unit {unit} scores {float(values[unit]):g} and {float(actual[name][unit]):g}"
-            )
+            scores = f"{float(values[unit]):g} and {float(actual[name][unit]):g}"
+            raise AssertionError(f"{what}: group '{name}', unit {unit} scores {scores}")

@@ -85,23 +85,20 @@ class FamilyConformance:
         key = self.family, config.to_json_string(use_diff=False)
         if key not in _GRAPHS:
             _GRAPHS[key] = build_graph(family, config)
-        return Model(
-            Reference("tiny"), config, family, _GRAPHS[key], network=random_instance(config, 0), tokenizer=None
-        )
+        network = random_instance(config, 0)
+        return Model(Reference("tiny"), config, family, _GRAPHS[key], network=network, tokenizer=None)
 
     def test_the_family_recognises_its_configuration(self) -> None:
         # A text would match every model type that is a part of it.
         types: object = self.family.model_types
         assert not isinstance(types, str), f"family '{self.family.name}': model_types is a text; expected a tuple"
         extends, known = self.family.extends, load_catalog()[ModelFamily]
-        assert extends is None or extends in known, (
-            f"family '{self.family.name}' extends '{extends}', which is no known family{near(str(extends), known)}"
-        )
+        unknown = f"extends '{extends}', which is no known family{near(str(extends), known)}"
+        assert extends is None or extends in known, f"family '{self.family.name}' {unknown}"
         assert self.family().matches(self.config())
 
     def test_every_cut_equals_silencing(self) -> None:
-        """For each kind, cut evenly and unevenly, in eager and sdpa attention, with cached generation, after saving and
-        loading. Checks that are not possible for the model give a warning."""
+        """For each kind, also after saving and loading. Checks that are not possible give a warning."""
         loaded = self.loaded()
         verdicts = check_kinds(loaded.family, loaded.config, loaded.graph)
         assert verdicts, "the family has no coupled groups"
@@ -196,8 +193,8 @@ class FamilyConformance:
 
 
 def differences(declared: Iterable[CoupledGroup], discovered: Iterable[CoupledGroup]) -> list[str]:
-    """A line for each axis of a parameter on which a declared group differs from the discovered group of the same name
-    in indices, roles or offsets. Groups without a counterpart are not compared."""
+    """A line for each axis of a parameter on which a declared group differs from the discovered one of the same
+    name."""
     by_name = {group.name: group for group in discovered}
     lines = []
     for group in declared:
@@ -226,8 +223,8 @@ def _facts(group: CoupledGroup) -> dict[str, tuple[str, object]]:
 
 
 def run_probe(directories: Sequence[Path], loader: str, ids: list[list[int]]) -> list[dict[str, Any]]:
-    """Load checkpoints in a new process, by ``loader``: ``llmpruner``, or ``transformers`` alone. Returns of each the
-    ``logits`` of ``ids`` (batch, time), and the tokens generated with (``cached``) and without a cache (``plain``)."""
+    """Load checkpoints in a new process, by ``llmpruner`` or ``transformers`` alone. Returns of each the ``logits`` of
+    ``ids``, and the tokens generated with (``cached``) and without a cache (``plain``)."""
     done = run_python(_PROBE, loader, json.dumps(ids), *directories)
     if done.returncode:
         raise AssertionError(f"loading by {loader} failed: {done.stderr.strip().splitlines()[-1]}")

@@ -34,8 +34,7 @@ _SIZES = {
 
 
 def tiny_llama(seed: int = 0) -> Model:
-    """A random LLaMA with every kind of unit: 3 layers, each with 3 KV heads of 2 query heads and 40 MLP channels, and
-    48 hidden channels. No weight is zero, so that errors are visible."""
+    """A random LLaMA: 3 layers of 3 KV heads with 2 query heads, 40 MLP and 48 hidden channels. No weight is zero."""
     return _copy(_built(LlamaConfig, "llama", seed))
 
 
@@ -53,7 +52,7 @@ def _built(configuration: type[PreTrainedConfig], name: str, seed: int, **sizes:
 
 
 def _copy(built: Model) -> Model:
-    """A copy takes a fraction of the time in which transformers builds a model."""
+    # This takes a fraction of the time in which transformers builds a model.
     model, config = copy.deepcopy(built.network), copy.deepcopy(built.config)
     return replace(built, network=model, config=config, tokenizer=letters())
 
@@ -63,9 +62,8 @@ def letters() -> Any:
     vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, "<unk>": 3, **{chr(97 + n): 20 + n for n in range(26)}}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="<pad>"
-    )
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
 
 
 def small_job(**changes: Any) -> PruneJob:

@@ -49,9 +49,8 @@ class RecoveryConformance:
         seen: list[tuple[int, int, float]] = []
         result = self._run(loaded, tmp_path, 1, lambda *step: seen.append(step))
         after = result.model.state_dict()
-        assert type(result.model) is type(loaded.network), (
-            f"strategy '{name}' turns a {type(loaded.network).__name__} into a {type(result.model).__name__}"
-        )
+        cls, trained = type(loaded.network), type(result.model)
+        assert trained is cls, f"strategy '{name}' turns a {cls.__name__} into a {trained.__name__}"
         old, new = ({key: tuple(p.shape) for key, p in state.items()} for state in (before, after))
         changed = sorted(key for key, _ in old.items() ^ new.items())
         assert not changed, f"strategy '{name}' must keep names and shapes; it changes those of '{changed[0]}'"
@@ -59,12 +58,10 @@ class RecoveryConformance:
         assert not infinite, f"strategy '{name}' leaves values that are not finite in parameter '{infinite[0]}'"
         assert first_change(before, after), f"strategy '{name}': one step changes no parameter"
         assert result.trainable_parameters > 0, f"strategy '{name}' reports no trained parameters"
-        assert len(result.losses) == 1 and isfinite(result.losses[0]), (
-            f"strategy '{name}' took one step and returns the losses {result.losses}; expected one finite number"
-        )
-        assert seen == [(1, 1, result.losses[0])], (
-            f"strategy '{name}' must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {seen}"
-        )
+        losses = f"took one step and returns the losses {result.losses}; expected one finite number"
+        assert len(result.losses) == 1 and isfinite(result.losses[0]), f"strategy '{name}' {losses}"
+        call = f"must call job.on_step(1, 1, {result.losses[0]:g}) after its only step; it called {seen}"
+        assert seen == [(1, 1, result.losses[0])], f"strategy '{name}' {call}"
 
     def test_it_leaves_an_ordinary_checkpoint(self, tmp_path: Path) -> None:
         """The trained model is saved as any other, and gives equal logits when loaded again."""
@@ -99,16 +96,14 @@ class RecoveryConformance:
         steps: list[int] = []
         resumed = self._run(self.loaded(), tmp_path / "parts", on_step=lambda step, *_: steps.append(step))
         self._check_same("interrupted and run again", whole, resumed, atol=1e-6)
-        assert steps[0] > 1, (
-            f"strategy '{name}' starts again at step 1 after an interruption; keep its state in job.work_dir"
-        )
+        again = "starts again at step 1 after an interruption; keep its state in job.work_dir"
+        assert steps[0] > 1, f"strategy '{name}' {again}"
 
     def _check_same(self, how: str, expected: TrainingResult, actual: TrainingResult, *, atol: float) -> None:
         change = first_change(expected.model.state_dict(), actual.model.state_dict(), atol)
         assert not change, f"strategy '{self.strategy.name}' {how}: {change}"
-        assert actual.losses == pytest.approx(expected.losses, rel=0, abs=10 * atol), (
-            f"strategy '{self.strategy.name}' {how} returns the losses {actual.losses}, not {expected.losses}"
-        )
+        losses = f"strategy '{self.strategy.name}' {how} returns the losses {actual.losses}, not {expected.losses}"
+        assert actual.losses == pytest.approx(expected.losses, rel=0, abs=10 * atol), losses
 
     def _run(
         self, loaded: Model, work_dir: Path, steps: int = _STEPS, on_step: Callable[[int, int, float], object] = nothing

@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from llmpruner import DataError, UnsupportedModelError
-from llmpruner.calibration import written
+from llmpruner.calibration import chat, written
+from llmpruner.calibration.base import SampleTask
 from llmpruner.calibration.calibration import (
     CalibrationJob,
     CalibrationSource,
@@ -22,7 +23,6 @@ from llmpruner.calibration.calibration import (
     TextSource,
     parse_calibration,
 )
-from llmpruner.calibration.chat import packed
 from llmpruner.component import ComponentSettings
 from llmpruner.errors import PluginError, SettingsError
 
@@ -261,15 +261,18 @@ def test_passages_are_written_with_the_fast_attention_of_one_token(gqa, monkeypa
     assert queries == [], "every step has one query"
 
 
-def test_every_conversation_is_used_before_one_is_used_again():
-    task = {"samples": 5, "length": 6, "seed": 0, "source": "a.jsonl"}
-    rows = packed(range(10), lambda n: [[n] * 3], **task)
-    assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
-    assert rows == packed(range(10), lambda n: [[n] * 3], **task)
-    with pytest.raises(DataError, match=r"'a\.jsonl' is too short for 6 tokens"):
-        packed(range(2), lambda n: [[n] * 2], **task)
+def test_every_conversation_is_used_before_one_is_used_again(monkeypatch):
     used = []
-    packed(range(1000), lambda n: [used.append(n) or [n] * 3], **task)
+    monkeypatch.setattr(chat, "texts_at", lambda place, text, *_: [text])
+    monkeypatch.setattr(chat, "token_ids", lambda text, _: used.append(text) or text)
+    task = SampleTask(None, None, "a.jsonl", samples=5, length=6, seed=0, family=None)
+    rows = chat.packed([("", [n] * 3) for n in range(10)], task)
+    assert sorted(token for row in rows for token in row) == sorted([*range(10)] * 3)
+    assert rows == chat.packed([("", [n] * 3) for n in range(10)], task)
+    with pytest.raises(DataError, match=r"'a\.jsonl' is too short for 6 tokens"):
+        chat.packed([("", [n] * 2) for n in range(2)], task)
+    used.clear()
+    chat.packed([("", [n] * 3) for n in range(1000)], task)
     assert len(used) == 10, "others are not tokenised"
 
 

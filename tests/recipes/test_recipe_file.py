@@ -5,8 +5,7 @@ import pytest
 from llmpruner import LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api, load_catalog
 from llmpruner.errors import PluginError, UnknownNameError
 from llmpruner.models.reference import data_identity
-from llmpruner.recipes.recipe import Recipe
-from llmpruner.values import values_of
+from llmpruner.recipes.recipe import Recipe, values_of
 
 GOOD = """\
 model: some/model
