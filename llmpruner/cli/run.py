@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..errors import SettingsError
 from ..recipes import NamedRecipe
 from ..settings import LoadSettings, RunSettings
 from ..values import counted
@@ -48,7 +50,6 @@ def run(
     interrupted, and does again what has changed, with all that depends on it.
     """
     from .. import api
-    from ..recipes.recipe import values_of
 
     started = time.monotonic()
     on_step, changes = None if as_json else show_step, values_of(values or [])
@@ -63,6 +64,22 @@ def run(
     skipped = sum(step.skipped for step in result.steps)
     done = counted(len(result.steps), "step") + (f", {skipped} of them done before" if skipped else "")
     done_line(f"{result.output}: {done}; {seconds:.0f} s")
+
+
+def values_of(texts: Sequence[str]) -> dict[str, Any]:
+    """``{"prune.ratio": 0.3}`` of ``["prune.ratio=0.3"]``; values are read as YAML. Raises `SettingsError`."""
+    import yaml  # `--help` does without it
+
+    values: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
+        try:
+            values[key] = yaml.safe_load(value)
+        except (yaml.YAMLError, ValueError):
+            values[key] = value
+    return values
 
 
 @takes()

@@ -18,8 +18,6 @@ DEFAULT_LIMIT = 128 << 20
 
 
 class _Place(NamedTuple):
-    """Where a tensor is in the file."""
-
     offset: int
     shape: torch.Size
     dtype: torch.dtype
@@ -78,8 +76,7 @@ class States:
         self.passed: dict[tuple[int, str], Any] = {}
 
     def empty(self, *, apart: bool = False) -> States:
-        """An empty sequence of the same `Boundaries`, with the same ``passed``. ``apart``: with a copy, for a run of
-        another model from here."""
+        """An empty sequence of the same `Boundaries`. ``apart``: with a copy of ``passed``, to run another model."""
         states = States(self._boundaries)
         states.passed = {place: copy.copy(v) for place, v in self.passed.items()} if apart else self.passed
         return states
@@ -98,7 +95,7 @@ class States:
         self._kept.append(self._boundaries.keep(tensor))
 
     def dump(self, file: Path) -> None:
-        """Write all tensors to ``file``, whole or not at all; `loaded` reads them."""
+        """Write all tensors to ``file``, whole or not at all."""
         aside = file.with_suffix(".partial")
         with aside.open("wb") as stream:
             for tensor in self:

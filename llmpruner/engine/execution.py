@@ -4,23 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from .boundaries import Boundaries
+from .journal import Journal
 from .ranks import SINGLE, Ranks
 from .stages import Stages
-
-if TYPE_CHECKING:
-    from torch import nn
-    from transformers import PreTrainedModel
-
-    from .journal import Journal
-
 
 TOKENS_AT_ONCE = 4096
 """Tokens of a micro-batch in a walk forwards, at least one sample."""
@@ -34,9 +30,8 @@ class LayerForm(NamedTuple):
     tuples: Sequence[int | None]
     """How many further values each layer returns; None for a bare tensor."""
     autocast: torch.dtype | None
-    """The dtype of matrix products under autocast, with hidden states in float32: that of a model in 16 bits, and
-    bfloat16 for one in float32 where that is faster. None for others, and where a layer refuses this: all is in the
-    model's dtype."""
+    """The dtype of matrix products under autocast, with hidden states in float32; None where all is in the model's
+    dtype: in float32 without fast bfloat16, and where a layer refuses."""
     passes_on: bool
     """Whether layers pass on other values than hidden states (`States.passed`), which `States.dump` does not write."""
 

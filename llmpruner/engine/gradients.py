@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, MutableMapp
 from dataclasses import dataclass, field
 from functools import partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,24 +22,12 @@ from torch.nn import functional
 from ..errors import ModelError
 from ..models.generation import logits_at, position_blocks
 from ..models.numbers import autocast_to
+from . import walk
 from .boundaries import States
 from .execution import TOKENS_WITH_GRADIENTS, Execution
 from .products import ReduceProducts
 from .signals import Signal
-from .walk import (
-    Call,
-    as_output,
-    call_layer,
-    check_layers,
-    eager_experts,
-    first_output,
-    hidden_of,
-    record,
-    replaced_layers,
-)
-
-if TYPE_CHECKING:
-    from .walk import CalibrationSet
+from .walk import CalibrationSet, Call
 
 Argument = int | str
 """Position or name of an argument of a layer."""
@@ -61,10 +49,9 @@ class _Batch:
 
 
 class GradientWalk:
-    """The forward and backward pass over a calibration set, of which each process runs its own micro-batches, maybe
-    none; gradients are sums over all. Parameters must not require gradients. ``needs``: for `Signal.GRAD_SQ`,
-    micro-batches have one sample; without gradients of parameters, layers compute in bfloat16 where that is faster.
-    ``outer``: the parameters of `backward_outer`."""
+    """The forward and backward pass over a calibration set. Each process runs its own micro-batches, maybe none;
+    gradients are sums over all. Parameters must not require gradients. ``needs``: `Signal.GRAD_SQ` takes single
+    samples; without gradients of parameters, bfloat16 is used where it is faster. ``outer``: of `backward_outer`."""
 
     def __init__(
         self, execution: Execution, calibration: CalibrationSet, needs: Collection[Signal], outer: Collection[str]
@@ -73,7 +60,7 @@ class GradientWalk:
         self._ranks, self._squares = execution.ranks, Signal.GRAD_SQ in needs
         with self.weights.outside():
             ids = calibration.input_ids.to(self.model.device)
-            self._tuples, autocast, _ = check_layers(execution, calibration)
+            self._tuples, autocast, _ = walk.check_layers(execution, calibration)
         exact = self._squares or Signal.GRAD in needs
         self._mixed = not exact and autocast not in (None, self.model.dtype)
         """Whether layers and head run under autocast."""
@@ -114,19 +101,18 @@ class GradientWalk:
     def _run_layers(self) -> None:
         with self.weights.outside():
             for batch in self.batches:
-                batch.calls, embedded = record(self.model, self.layers, batch.input_ids, self._tuples)
+                batch.calls, embedded = walk.record(self.model, self.layers, batch.input_ids, self._tuples)
                 self.hidden[0].append(embedded)
         for number, layer in enumerate(self.layers):
             with self.weights.layer(number), self._computing():
                 for batch, hidden in zip(self.batches, self.hidden[number], strict=True):
                     call, batch.calls[number] = batch.calls[number], _with_own_dictionaries(batch.calls[number])
-                    self.hidden[number + 1].append(first_output(call_layer(layer, hidden, call)))
+                    self.hidden[number + 1].append(walk.first_output(walk.call_layer(layer, hidden, call)))
 
     def backward_layer(
         self, number: int, names: Iterable[str], reduced: ReduceProducts | None
     ) -> dict[str, GradientSums]:
-        """Gradients of the parameters ``names`` of layer ``number``, while its weights are in memory; for all layers in
-        turn, from the last. ``reduced``: gets the products of this layer, with the gradients of their outputs."""
+        """Gradients of the parameters ``names`` of a layer, from the last one on. ``reduced``: gets its products."""
         layer = self.layers[number]
         with self._summing(names) as sums:
             for position, batch in enumerate(self.batches):
@@ -135,9 +121,9 @@ class GradientWalk:
                 taken = dict(_passed(call))
                 with torch.enable_grad(), self._computing(), contextlib.ExitStack() as watching:
                     if reduced is not None:
-                        watching.enter_context(eager_experts(layer))
+                        watching.enter_context(walk.eager_experts(layer))
                         watching.enter_context(reduced.watching(len(batch.input_ids) / self._scale))
-                    first = first_output(call_layer(layer, hidden, call))
+                    first = walk.first_output(walk.call_layer(layer, hidden, call))
                 # What this layer put into dictionaries, or took from them as later layers did.
                 later = [(tensor, batch.passed.pop(at)) for at, tensor in _passed(call) if at in batch.passed]
                 outputs, grads = zip((first, self.grads[position]), *later, strict=True)
@@ -155,8 +141,7 @@ class GradientWalk:
         return sums
 
     def backward_outer(self) -> dict[str, GradientSums]:
-        """Gradients of the ``outer`` parameters, while they are in memory: embeddings, final norm, head; for tied
-        embeddings the sum of both uses. After `backward_layer` of all layers."""
+        """Gradients of the ``outer`` parameters (embeddings, norm, head), after `backward_layer` of all layers."""
         with self._summing(self._outer) as sums:
             for position, batch in enumerate(self.batches):
                 self._head(position)
@@ -172,13 +157,12 @@ class GradientWalk:
 
     @contextlib.contextmanager
     def _summing(self, names: Iterable[str]) -> Iterator[dict[str, GradientSums]]:
-        """While active, parameters require gradients; at the end, sums over all processes."""
+        """While active, parameters require gradients, which are then summed over all processes."""
         parameters = {name: self.model.get_parameter(name) for name in names}
         sums = {n: GradientSums(p, summed=self._summed, squares=self._squares) for n, p in parameters.items()}
         with requiring_grad(parameters.values()):
             yield sums
-        every = [tensor for each in sums.values() for tensor in (each.grad, each.grad_sq)]
-        self._ranks.sum_(tensor for tensor in every if tensor is not None)
+        self._ranks.sum_(t for each in sums.values() for t in (each.grad, each.grad_sq) if t is not None)
 
     def _add(self, batch: _Batch, sums: Mapping[str, GradientSums]) -> None:
         for name, each in sums.items():
@@ -195,10 +179,10 @@ class GradientWalk:
         total = 0.0
 
         def forward(number: int, /, *args: Any, **kwargs: Any) -> Any:
-            hidden = last if number == len(self.layers) - 1 else hidden_of(args, kwargs)
-            return as_output(hidden, self._tuples[number])
+            hidden = last if number == len(self.layers) - 1 else walk.hidden_of(args, kwargs)
+            return walk.as_output(hidden, self._tuples[number])
 
-        with replaced_layers(self.layers, forward), torch.enable_grad(), self._computing():
+        with walk.replaced_layers(self.layers, forward), torch.enable_grad(), self._computing():
             for positions in position_blocks(self.model, batch.input_ids, vocabulary):
                 logits = logits_at(self.model, batch.input_ids, positions)
                 logits = logits.float().flatten(0, 1)
@@ -212,7 +196,7 @@ class GradientWalk:
     def _inputs(self, position: int) -> tuple[torch.Tensor, list[dict[Argument, torch.Tensor]]]:
         """With their autograd graphs: the hidden states before the first layer, and the other arguments of layers."""
         with torch.enable_grad():
-            calls, first = record(self.model, self.layers, self.batches[position].input_ids, self._tuples)
+            calls, first = walk.record(self.model, self.layers, self.batches[position].input_ids, self._tuples)
         return first, [{n: t for n, t in _tensors(call).items() if t.requires_grad} for call in calls]
 
 
@@ -240,14 +224,11 @@ class GradientSums:
 @contextlib.contextmanager
 def requiring_grad(parameters: Iterable[nn.Parameter], required: bool = True) -> Iterator[None]:
     """While active, ``parameters`` require gradients, or not."""
-    flags = [(parameter, parameter.requires_grad) for parameter in parameters]
-    for parameter, _ in flags:
-        parameter.requires_grad_(required)
-    try:
+    with contextlib.ExitStack() as stack:
+        for parameter in parameters:
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(required)
         yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def _tensors(call: Call) -> dict[Argument, torch.Tensor]:

@@ -1,7 +1,4 @@
-"""What a killed run needs to go on: a folder with the results of finished steps.
-
-Hidden states are large, so writing them takes at most `SHARE` of the time; layers after the last ones are done again.
-"""
+"""What a killed run needs to go on: a folder with the results of finished steps."""
 
 from __future__ import annotations
 
@@ -11,26 +8,24 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import LlmprunerError, OutputError, ProcessError
 from ..files import alone_in, write_text, writing
+from ..models.weights import Weights
 from ..progress import QUIET, Progress
 from ..values import counted
+from .boundaries import States
 from .ranks import SINGLE, Ranks
-
-if TYPE_CHECKING:
-    from ..models.weights import Weights
-    from .boundaries import States
 
 _RUN = "run.json"
 SHARE = 0.02
+"""Of the time for writing hidden states, at most; layers after the last ones that were written are done again."""
 
 
 class Journal:
-    """The results of one run in ``folder``, used inside `running`. ``run``: JSON values that identify the run.
-    ``ranks``: the processes that share it, with one file system or several. The first one writes all but hidden states,
-    of which each writes its own; all call `load`, `layer_done` and `resume` together."""
+    """The results of one run in ``folder``, used inside `running`. ``run``: JSON values that identify the run. Each of
+    ``ranks`` writes its hidden states, the first all else; all call `load`, `layer_done` and `resume` together."""
 
     def __init__(self, folder: Path, run: Mapping[str, Any], ranks: Ranks = SINGLE) -> None:
         self.folder, self._ranks = folder, ranks
@@ -39,9 +34,8 @@ class Journal:
 
     @contextmanager
     def running(self, progress: Progress = QUIET, *, anew: bool = False) -> Iterator[None]:
-        """While active, the folder is locked. It is removed when the run is done or refused, or has no results; else it
-        stays when the run is interrupted, or its result cannot be written. ``anew``: remove what an earlier run left.
-        Raises `OutputError` where another run works there, and where the folder has the results of another one."""
+        """While active, the folder is locked. It stays if the run is interrupted, or can't write its result. ``anew``:
+        remove what an earlier run left. Raises `OutputError` where another run works, or left results."""
         with ExitStack() as stack:
             self._ranks.from_first(lambda: self._enter(stack, anew))
             with writing(self.folder):
@@ -77,7 +71,6 @@ class Journal:
         write_text(identity, self._identity)
 
     def _done(self) -> str:
-        """What is finished; empty for nothing."""
         done = [name for name in ("calibration", "plan") if (self.folder / f"{name}.json").is_file()]
         if layers := len(list(self.folder.glob("layer-*"))):
             done.append(counted(layers, "layer"))
@@ -158,10 +151,9 @@ class Journal:
 
 def recalled(journal: Journal | None, name: str, make: Callable[[], Any]) -> Any:
     """The JSON value ``name`` of ``journal``; where there is none, that of ``make``, which is stored."""
-    if journal is None:
-        return make()
-    value = journal.load(name)
+    value = None if journal is None else journal.load(name)
     if value is None:
         value = make()
-        journal.store(name, value)
+        if journal is not None:
+            journal.store(name, value)
     return value

@@ -142,12 +142,8 @@ class Routing:
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
         # Module → hidden states, experts chosen, their weights, and the gates of each expert after its first product.
         self._calls: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor, dict[int, Gates | None]]] = {}
-        self.names = [
-            f"{path}.{name}"
-            for path, module in self._modules.items()
-            for name, parameter in module.named_parameters(recurse=False)
-            if parameter.dim() == 3
-        ]
+        owned = ((path, *each) for path, m in self._modules.items() for each in m.named_parameters(recurse=False))
+        self.names = [f"{path}.{name}" for path, name, parameter in owned if parameter.dim() == 3]
 
     @contextlib.contextmanager
     def following(self) -> Iterator[None]:
@@ -236,33 +232,31 @@ class ReduceProducts:
         parameter = self.model.get_parameter(watched.parameter).detach()
         matrix = parameter if watched.slot is None else parameter[watched.slot]
         weight = matrix if watched.axis == parameter.dim() - 1 else matrix.mT
-        outputs, bias = watched.outputs, self._expert_bias(watched)
-        if outputs.shape[1] != len(weight):
+        if watched.outputs.shape[1] != len(weight):
             return  # a product with some rows of the weight (DBRX)
         # A later operation may overwrite a tensor before the backward pass reads it.
-        copy = self.gradients
+        inputs, outputs = (t.to(torch.float32, copy=self.gradients) for t in (watched.inputs, watched.outputs))
+        # transformers stores the biases of experts as NAME_bias (experts, d_out), and adds them separately.
+        path, _, leaf = watched.parameter.rpartition(".")
+        biases = getattr(self.model.get_submodule(path), f"{leaf}_bias", None)
+        if watched.slot is not None and isinstance(biases, torch.Tensor):
+            outputs = outputs + biases[watched.slot].detach().float()
         product = Product(
-            inputs=watched.inputs.to(torch.float32, copy=copy),
-            outputs=outputs.to(torch.float32, copy=copy) if bias is None else outputs.float() + bias.detach().float(),
+            inputs=inputs,
+            outputs=outputs,
             weight=weight,
             reads=self.reads[watched.parameter],
             expert=watched.slot,
             num_samples=self.num_samples,
             row_gates=gates,
             row_gate_shares=shares,
-            in_bfloat16=outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
+            in_bfloat16=watched.outputs.dtype == torch.bfloat16 and multiplies_bfloat16_fast(outputs.device.type),
         )
         add = partial(self._sum, watched.parameter, watched.axis, watched.slot)
         if self.gradients:
             watched.on_gradient(lambda grad: add(replace(product, output_grads=grad.float() * loss_scale)))
         else:
             add(product)
-
-    def _expert_bias(self, watched: WatchedProduct) -> torch.Tensor | None:
-        """The bias of an expert, which transformers stores as ``NAME_bias`` (experts, d_out) and adds separately."""
-        path, _, leaf = watched.parameter.rpartition(".")
-        bias = getattr(self.model.get_submodule(path), f"{leaf}_bias", None)
-        return bias[watched.slot] if watched.slot is not None and isinstance(bias, torch.Tensor) else None
 
     @torch.no_grad()
     def _sum(self, parameter: str, axis: int, slot: int | None, product: Product) -> None:

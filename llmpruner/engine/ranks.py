@@ -30,8 +30,7 @@ _PATIENCE = timedelta(days=1)
 
 
 class Ranks:
-    """``rank``: the number of this process; ``count``: of all. All processes call the methods that send, in the same
-    order; they raise `ProcessError` when another has ended."""
+    """All processes call the methods that send, in one order; these raise `ProcessError` when another has ended."""
 
     def __init__(self, rank: int = 0, count: int = 1, group: Any = None, store: Any = None) -> None:
         self.rank, self.count, self._group, self._store = rank, count, group, store
@@ -105,8 +104,7 @@ class Ranks:
                 tensor.copy_(whole)
 
     def merged(self, entries: Mapping[K, T]) -> dict[K, T]:
-        """The entries of all processes' mappings, in the same order everywhere; of a key, those of the first process
-        that has it."""
+        """The entries of all processes, in one order; of a key, those of the first process that has it."""
         if self.count == 1:
             return dict(entries)
         gathered: list[Any] = [None] * self.count

@@ -20,8 +20,6 @@ import psutil
 from ..files import read_json, write_text
 from ..models.record import RUN_FILE
 
-_LIBRARIES = ("llmpruner", "torch", "transformers")
-
 
 @dataclass
 class Stages:
@@ -40,6 +38,7 @@ class Stages:
 
 def write_run(directory: Path, stages: Stages, command: str, model: str, settings: Mapping[str, Any]) -> None:
     """Write ``run.json``. ``model``: the reference to it; ``settings``: what the user set, as JSON values."""
+    libraries = ("llmpruner", "torch", "transformers")
     value = {
         "command": command,
         "model": model,
@@ -51,7 +50,7 @@ def write_run(directory: Path, stages: Stages, command: str, model: str, setting
             "cores": os.cpu_count(),
             "memory": psutil.virtual_memory().total,
         },
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in _LIBRARIES}},
+        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in libraries}},
     }
     write_text(directory / RUN_FILE, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
@@ -65,8 +64,7 @@ def write_step(directory: Path, inputs: Mapping[str, Any], **facts: Any) -> None
 
 
 def read_step(directory: Path) -> dict[str, Any] | None:
-    """What `write_step` wrote: ``number``, ``name``, ``seconds``, ``result`` and ``inputs``; None where no finished
-    step of a recipe made ``directory``."""
+    """``number``, ``name``, ``seconds``, ``result``, ``inputs`` of the finished step of a recipe; None without one."""
     file = directory / RUN_FILE
     return read_json(file).get("step") if file.is_file() else None
 

@@ -5,134 +5,128 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Set
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from math import nan, pi
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ..errors import ModelError
 from ..models.numbers import with_fast_products
+from .execution import Execution
 from .gradients import GradientSums, GradientWalk, requiring_grad
 from .products import Measure, ReduceProducts, WatchedProduct, WatchProducts
 from .ranks import Ranks
-from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal, StreamStats, TokenStats, kinds_read
-from .walk import ForwardWalk
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from ..structure.coupling import CouplingGraph
-    from .execution import Execution
-    from .walk import CalibrationSet
+from .signals import GRADIENTS, InputStats, ParameterSignals, ProductStats, Signal, StreamStats, TokenStats
+from .walk import CalibrationSet, ForwardWalk
 
 PREDICTED = 8192
 """Tokens of a text whose next tokens are predicted for `TokenStats`: a pass over the whole model, unlike counting."""
-_BLOCKS = 4
-"""Column blocks that a Gram matrix is computed in; more blocks save little more."""
-
 Named = Iterator[tuple[str, ParameterSignals]]
 Statistics = tuple[InputStats | None, ProductStats | None]
 """Of one weight from a forward walk; None where they were not requested."""
 
 
-def walk_signals(
-    execution: Execution,
-    graph: CouplingGraph,
-    names: Collection[str],
-    needs: Collection[Signal],
-    calibration: CalibrationSet | None,
-    seed: int,
-    measure: Measure,
-    *,
-    by_matrix: bool = False,
-) -> Named:
-    """Yield every parameter of ``names`` with the signals in ``needs``; with ``by_matrix``, stacks matrix by matrix.
-    ``measure``: `ImportanceCriterion.measure`. Keep no reference to what is yielded, to save memory. Raises
-    `ModelError` for values that are not finite."""
-    needed, rest = frozenset(needs), set(names)
-    signals_of = partial(_signals, execution.model, needed, seed, by_matrix)
-    if needed - {Signal.WEIGHT}:
-        assert calibration is not None, "all signals but weights are measured on text"
-        reduce = partial(
-            ReduceProducts, execution.model, reads=kinds_read(graph), measure=measure,
-            num_samples=len(calibration.input_ids), gradients=Signal.PRODUCT_GRAD in needed,
-        )  # fmt: skip
-        forward = forward_statistics(execution, names, calibration, needed, reduce)
-        if needed & GRADIENTS:
-            yield from _of_gradients(execution, names, needed, calibration, dict(forward), reduce, signals_of)
+@dataclass(frozen=True)
+class SignalWalk:
+    """Iterates over the parameters ``names`` with their signals in ``needs``. Keep no reference to what is yielded, to
+    save memory. ``reads``: of `kinds_read`. ``measure``: `ImportanceCriterion.measure`. ``by_matrix``: stacks are
+    yielded matrix by matrix. Raises `ModelError` for values that are not finite."""
+
+    execution: Execution
+    reads: Mapping[str, frozenset[str]]
+    names: Collection[str]
+    needs: Set[Signal]
+    calibration: CalibrationSet | None
+    seed: int
+    measure: Measure
+    by_matrix: bool = False
+
+    def __iter__(self) -> Named:
+        if self.needs & GRADIENTS:
+            yield from self._of_gradients(dict(self.forward()))
             return
-        for name, statistics in forward:
+        rest = set(self.names)
+        for name, statistics in self.forward():
             rest.discard(name)
-            yield from signals_of(name, statistics)
-    # Nothing was measured of the others.
-    outer, by_layer = _by_layer(execution, rest)
-    for part, inside in ((None, outer), *enumerate(by_layer)):
-        if inside:
-            with execution.weights.part(part):
-                for name in inside:
-                    yield from signals_of(name)
+            yield from self._signals(name, statistics)
+        # Nothing was measured of the others.
+        outer, by_layer = self._by_layer(rest)
+        for part, inside in ((None, outer), *enumerate(by_layer)):
+            if inside:
+                with self.execution.weights.part(part):
+                    for name in inside:
+                        yield from self._signals(name)
 
+    @torch.no_grad()
+    def forward(self) -> Iterator[tuple[str, Statistics]]:
+        """Statistics of the parameters that decoder layers use in matrix products, while each is in memory."""
+        gram = Signal.GRAM in self.needs
+        with_products = Signal.PRODUCT in self.needs and Signal.PRODUCT_GRAD not in self.needs
+        inputs = gram or Signal.INPUT_STATS in self.needs
+        if not (inputs or with_products):
+            return
+        walk, states = ForwardWalk.over(self.execution, self._text)
+        model, weights, ranks = self.execution.model, self.execution.weights, self.execution.ranks
+        _, by_layer = self._by_layer(self.names)
+        count = max((number + 1 for number, inside in enumerate(by_layer) if inside), default=0)
+        for number in self.execution.progress.track(range(count), "Measuring inputs"):
+            inside, sums = by_layer[number], _InputSums(model, gram=gram)
+            with weights.layer(number):
+                reduced = self._products(inside) if with_products else None
+                for position in range(len(walk.calls)):
+                    watching = nullcontext() if reduced is None else reduced.watching()
+                    with watching, WatchProducts(model, inside if inputs else (), sums.add):
+                        states[position] = walk.run(number, position, states)
+                of_inputs = sums.statistics(self._text.input_ids.numel(), ranks)
+                of_products = {} if reduced is None else reduced.statistics(ranks)
+                for name in {**of_inputs, **of_products}:
+                    yield name, (of_inputs.get(name), of_products.get(name))
 
-def _of_gradients(
-    execution: Execution,
-    names: Collection[str],
-    needs: frozenset[Signal],
-    calibration: CalibrationSet,
-    forward: Mapping[str, Statistics],
-    reduce: Callable[[Collection[str]], ReduceProducts],
-    signals_of: Callable[[str, Statistics, GradientSums | None], Named],
-) -> Named:
-    """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
-    differentiated = bool({Signal.GRAD, Signal.GRAD_SQ} & needs)
-    outer, by_layer = _by_layer(execution, names)
-    count = len(by_layer)
-    lowest = 0 if outer and differentiated else min((n for n in range(count) if by_layer[n]), default=count)
-    with requiring_grad(execution.model.parameters(), required=False):
-        walk = GradientWalk(execution, calibration, needs, outer if differentiated else ())
-        walk.forward()
-        for number in execution.progress.track(range(count - 1, lowest - 1, -1), "Measuring importance"):
-            inside = by_layer[number]
-            with execution.weights.layer(number):
-                reduced = reduce(inside) if Signal.PRODUCT_GRAD in needs else None
-                sums = walk.backward_layer(number, inside if differentiated else (), reduced)
-                of_products = {} if reduced is None else reduced.statistics(execution.ranks)
-                for name in inside:
-                    inputs, products = forward.get(name, (None, None))
-                    yield from signals_of(name, (inputs, of_products.get(name, products)), sums.pop(name, None))
-        if outer:
-            with execution.weights.outside():
-                sums = walk.backward_outer() if differentiated else {}
-                for name in outer:
-                    yield from signals_of(name, (None, None), sums.pop(name, None))
+    def _of_gradients(self, forward: Mapping[str, Statistics]) -> Named:
+        """From a backward pass, the last layer first. ``forward``: what the forward pass measured."""
+        execution = self.execution
+        differentiated = bool({Signal.GRAD, Signal.GRAD_SQ} & self.needs)
+        outer, by_layer = self._by_layer(self.names)
+        count = len(by_layer)
+        lowest = 0 if outer and differentiated else min((n for n in range(count) if by_layer[n]), default=count)
+        with requiring_grad(execution.model.parameters(), required=False):
+            walk = GradientWalk(execution, self._text, self.needs, outer if differentiated else ())
+            walk.forward()
+            for number in execution.progress.track(range(count - 1, lowest - 1, -1), "Measuring importance"):
+                inside = by_layer[number]
+                with execution.weights.layer(number):
+                    reduced = self._products(inside) if Signal.PRODUCT_GRAD in self.needs else None
+                    sums = walk.backward_layer(number, inside if differentiated else (), reduced)
+                    of_products = {} if reduced is None else reduced.statistics(execution.ranks)
+                    for name in inside:
+                        inputs, products = forward.get(name, (None, None))
+                        measured = inputs, of_products.get(name, products)
+                        yield from self._signals(name, measured, sums.pop(name, None))
+            if outer:
+                with execution.weights.outside():
+                    sums = walk.backward_outer() if differentiated else {}
+                    for name in outer:
+                        yield from self._signals(name, sums=sums.pop(name, None))
 
-
-def _signals(
-    model: PreTrainedModel,
-    needs: Collection[Signal],
-    seed: int,
-    by_matrix: bool,
-    name: str,
-    measured: Statistics = (None, None),
-    sums: GradientSums | None = None,
-) -> Named:
-    """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, one in float32 at a time."""
-    parameter, (inputs, products) = model.get_parameter(name).detach(), measured
-    if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
-        raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
-    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-    grad = sums.grad if sums is not None and Signal.GRAD in needs else None
-    grad_sq = sums.grad_sq if sums is not None and Signal.GRAD_SQ in needs else None
-    dtype = torch.float32 if Signal.WEIGHT in needs else parameter.dtype
-    for number in range(len(parameter)) if by_matrix and parameter.dim() == 3 else (None,):
-        part = ... if number is None else slice(number, number + 1)
-        yield (
-            name,
-            ParameterSignals(
+    def _signals(self, name: str, measured: Statistics = (None, None), sums: GradientSums | None = None) -> Named:
+        """The signals of one parameter; ``by_matrix``: of each matrix of a stack in turn, one in float32 at a time."""
+        parameter, (inputs, products) = self.execution.model.get_parameter(name).detach(), measured
+        if not bool(torch.isfinite(parameter.sum(dtype=torch.float32))):
+            raise ModelError(f"parameter '{name}' holds NaN or infinite values; the checkpoint is damaged")
+        digest = hashlib.sha256(f"{self.seed}:{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        grad = sums.grad if sums is not None and Signal.GRAD in self.needs else None
+        grad_sq = None if sums is None else sums.grad_sq
+        dtype = torch.float32 if Signal.WEIGHT in self.needs else parameter.dtype
+        for number in range(len(parameter)) if self.by_matrix and parameter.dim() == 3 else (None,):
+            part = ... if number is None else slice(number, number + 1)
+            signals = ParameterSignals(
                 parameter[part].to(dtype),
                 None if grad is None else grad[part].float(),
                 None if grad_sq is None else grad_sq[part],
@@ -140,53 +134,28 @@ def _signals(
                 inputs if inputs is None or number is None else inputs.of_matrix(number),
                 products if products is None or number is None else products.of_matrix(number),
                 number,
-            ),
-        )
+            )
+            yield name, signals
 
+    def _products(self, names: Collection[str]) -> ReduceProducts:
+        model, samples = self.execution.model, len(self._text.input_ids)
+        return ReduceProducts(model, names, self.reads, self.measure, samples, Signal.PRODUCT_GRAD in self.needs)
 
-def _by_layer(execution: Execution, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
-    """The parameters outside the decoder layers, and those of each layer, sorted."""
-    parts: defaultdict[int | None, list[str]] = defaultdict(list)
-    for name in sorted(names):
-        parts[execution.weights.number(name)].append(name)
-    return parts[None], [parts[number] for number in range(len(execution.layers))]
+    @property
+    def _text(self) -> CalibrationSet:
+        assert self.calibration is not None, "all signals but weights are measured on text"
+        return self.calibration
 
-
-@torch.no_grad()
-def forward_statistics(
-    execution: Execution,
-    names: Collection[str],
-    calibration: CalibrationSet,
-    needs: Collection[Signal],
-    reduce: Callable[[Collection[str]], ReduceProducts],
-) -> Iterator[tuple[str, Statistics]]:
-    """Statistics of the parameters ``names`` that decoder layers use in matrix products, while each is in memory.
-    ``reduce``: creates the `ReduceProducts` of one layer. Memory: the hidden states, and one layer's statistics."""
-    gram, products = Signal.GRAM in needs, Signal.PRODUCT in needs and Signal.PRODUCT_GRAD not in needs
-    inputs = gram or Signal.INPUT_STATS in needs
-    if not (inputs or products):
-        return
-    walk, states = ForwardWalk.over(execution, calibration)
-    model, weights, ranks = execution.model, execution.weights, execution.ranks
-    _, by_layer = _by_layer(execution, names)
-    count = max((number + 1 for number, inside in enumerate(by_layer) if inside), default=0)
-    for number in execution.progress.track(range(count), "Measuring inputs"):
-        inside, sums = by_layer[number], _InputSums(model, gram=gram)
-        with weights.layer(number):
-            reduced = reduce(inside) if products else None
-            for position in range(len(walk.calls)):
-                watching = nullcontext() if reduced is None else reduced.watching()
-                with watching, WatchProducts(model, inside if inputs else (), sums.add):
-                    states[position] = walk.run(number, position, states)
-            of_inputs = sums.statistics(calibration.input_ids.numel(), ranks)
-            of_products = {} if reduced is None else reduced.statistics(ranks)
-            for name in {**of_inputs, **of_products}:
-                yield name, (of_inputs.get(name), of_products.get(name))
+    def _by_layer(self, names: Collection[str]) -> tuple[list[str], list[list[str]]]:
+        """The parameters outside the decoder layers, and those of each layer, sorted."""
+        parts: defaultdict[int | None, list[str]] = defaultdict(list)
+        for name in sorted(names):
+            parts[self.execution.weights.number(name)].append(name)
+        return parts[None], [parts[number] for number in range(len(self.execution.layers))]
 
 
 class _InputSums:
-    """Sums over tokens: of inputs and of their squares, float64, of the shapes of `InputStats`; with ``gram`` of outer
-    products, (d_in, d_in) for each matrix, float32, lower triangles."""
+    """Sums over tokens: of inputs and of their squares, float64; with ``gram`` of outer products, float32, lower."""
 
     def __init__(self, model: PreTrainedModel, *, gram: bool) -> None:
         self._model, self._gram = model, gram
@@ -224,24 +193,18 @@ class _InputSums:
             if not bool(second_moment.isfinite().all()):
                 dtype = str(self._model.dtype).removeprefix("torch.")
                 raise ModelError(f"the inputs of '{name}' are not finite numbers: activations overflow in {dtype}")
-            gram = both_triangles(outer[0]) / tokens if outer else None
+            gram = (outer[0].tril() + outer[0].tril(-1).mT) / tokens if outer else None
             statistics[name] = InputStats(mean, second_moment, axes[name], gram)
         return statistics
 
 
 def add_gram(lower_II: torch.Tensor, inputs_NI: torch.Tensor) -> None:
-    """Add XᵀX of ``inputs_NI`` (tokens, d_in) to the lower triangle of ``lower_II`` (d_in, d_in), in place. Elements
-    above the diagonal are left undefined; `both_triangles` fills them in."""
+    """Add XᵀX to the lower triangle of ``lower_II``, in place; what is above the diagonal is left undefined."""
     width = inputs_NI.shape[1]
-    step = max(1, -(-width // _BLOCKS))
+    step = max(1, -(-width // 4))  # more blocks of columns save little more
     for start in range(0, width, step):
         end = min(start + step, width)
         lower_II[start:, start:end].addmm_(inputs_NI[:, start:].T, inputs_NI[:, start:end])
-
-
-def both_triangles(lower: torch.Tensor) -> torch.Tensor:
-    """Symmetric matrices (…, d_in, d_in) from their lower triangles."""
-    return lower.tril() + lower.tril(-1).mT
 
 
 @torch.no_grad()

@@ -1,8 +1,4 @@
-"""Running the decoder forwards, one layer at a time, over a calibration set.
-
-`record` notes with which arguments the model calls its layers; `check_layers` makes sure that a layer computes alone
-what it computes in the model.
-"""
+"""Run the decoder forwards, one layer at a time, over a calibration set."""
 
 from __future__ import annotations
 
@@ -12,25 +8,17 @@ import hashlib
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
+from transformers import PreTrainedModel
 
 from ..errors import LlmprunerError, ModelError, UnsupportedModelError, first_line
 from ..models.numbers import autocast_to, computes_bfloat16_fast
 from .boundaries import States
 from .execution import TOKENS_AT_ONCE, Execution, LayerForm
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-
-_CHECKED_TOKENS = 64
-"""At the start of the first sample, on which `check_layers` compares layers."""
-_TOLERANCE = 1e-3
-"""Largest accepted relative difference of a token's hidden states, in the model's own precision."""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of a layer, without the hidden states."""
@@ -57,8 +45,7 @@ class CalibrationSet:
 
 @dataclass
 class ForwardWalk:
-    """The decoder layers of a model, and the micro-batches to run through them; of several processes, those of this
-    one (`Ranks.mine`), maybe none."""
+    """The decoder layers of a model, and the micro-batches that this process runs through them, maybe none."""
 
     execution: Execution
     layers: nn.ModuleList
@@ -71,8 +58,7 @@ class ForwardWalk:
     @classmethod
     @torch.no_grad()
     def over(cls, execution: Execution, calibration: CalibrationSet) -> tuple[ForwardWalk, States]:
-        """The walk, and the hidden states before the first layer, (samples, length, hidden size) in float32. Raises as
-        `check_layers` does."""
+        """The walk, and float32 hidden states (samples, length, hidden size) before layer 0. See `check_layers`."""
         model, layers = execution.model, execution.layers
         with execution.weights.outside():
             ids = calibration.input_ids.to(model.device)
@@ -97,8 +83,7 @@ class ForwardWalk:
             states[position] = self.run(number, position, states)
 
     def run(self, number: int, position: int, states: States) -> torch.Tensor:
-        """Hidden states (samples, length, hidden size) of a micro-batch after layer ``number``, in float32. ``states``:
-        before the layer."""
+        """The hidden states of a micro-batch after layer ``number``, in float32. ``states``: those before it."""
         layer, hidden, (args, kwargs) = self.layers[number], states[position], self.calls[position][number]
         filled = {
             name: states.passed.setdefault((position, name), copy.copy(value))
@@ -112,8 +97,7 @@ class ForwardWalk:
 
 
 def _is_filled_by_layers(value: Any) -> bool:
-    """Whether it is an empty dictionary, into which layers put what later ones read: calls are recorded without
-    computing a layer."""
+    """Whether it is a dictionary into which layers put what later ones read; still empty, as no layer was computed."""
     return isinstance(value, MutableMapping) and not value
 
 
@@ -131,13 +115,12 @@ def _equal(a: Any, b: Any) -> bool:
 
 @torch.no_grad()
 def check_layers(execution: Execution, calibration: CalibrationSet) -> LayerForm:
-    """Run the whole model on the start of the text, and each layer alone on its own inputs there; once in a run. Raises
-    `ModelError` for states that are not finite, and `UnsupportedModelError` for layers that fail alone, give other
-    hidden states, or are not called one after the other."""
+    """Compare each layer alone with the whole model on 64 tokens of the text, once in a run. Raises `ModelError` for
+    infinite states, and `UnsupportedModelError` for layers that fail alone, differ, or are not called in order."""
     model = execution.model
     if model not in execution.forms:
         with execution.weights.outside(), eager_experts(model):
-            ids = calibration.input_ids[:1, :_CHECKED_TOKENS].to(model.device)
+            ids = calibration.input_ids[:1, :64].to(model.device)
             execution.forms[model] = _form(execution, ids)
     return execution.forms[model]
 
@@ -167,8 +150,12 @@ def _form(execution: Execution, ids: torch.Tensor) -> LayerForm:
             except Exception as error:  # the whole model ran, so the layer lacks a value that another one provides
                 raise _not_walkable(model, f"{type(error).__name__}: {first_line(error)}") from error
             _compare(model, output, after[number], number)
-            if autocast is not None and not shares_keys and not _takes_float32(layers[number], hidden, call, autocast):
-                autocast = None
+            if autocast is not None and not shares_keys:
+                try:
+                    with autocast_to(hidden.device.type, autocast):
+                        call_layer(layers[number], hidden.float(), call)
+                except Exception:  # the layer ran with hidden states in the dtype of the model
+                    autocast = None
     return LayerForm(tuples, autocast, passes_on)
 
 
@@ -176,28 +163,14 @@ def _whole_run(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor
 ) -> tuple[list[torch.Tensor], list[Any]]:
     """Hidden states before each layer, and its outputs."""
-    ran: list[tuple[nn.Module, torch.Tensor, Any]] = []
-
-    def note(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        ran.append((layer, hidden_of(args, kwargs), output))
-
+    ran: list[tuple[nn.Module, tuple[Any, ...], dict[str, Any], Any]] = []
     with contextlib.ExitStack() as stack:
         for layer in layers:
-            stack.enter_context(layer.register_forward_hook(note, with_kwargs=True))
+            stack.enter_context(layer.register_forward_hook(lambda *run: ran.append(run), with_kwargs=True))
         model(input_ids=ids, use_cache=False)
-    if [layer for layer, _, _ in ran] != list(layers):
+    if [layer for layer, *_ in ran] != list(layers):
         raise _not_walkable(model, "they are not called once each, in order")
-    return [hidden for _, hidden, _ in ran], [output for _, _, output in ran]
-
-
-def _takes_float32(layer: nn.Module, hidden: torch.Tensor, call: Call, products: torch.dtype) -> bool:
-    """Whether a layer runs under autocast to ``products`` with hidden states in float32."""
-    try:
-        with autocast_to(hidden.device.type, products):
-            call_layer(layer, hidden.float(), call)
-    except Exception:  # the layer ran with hidden states in the dtype of the model
-        return False
-    return True
+    return [hidden_of(args, kwargs) for _, args, kwargs, _ in ran], [output for *_, output in ran]
 
 
 def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
@@ -206,7 +179,7 @@ def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tenso
     expected = expected.float()
     differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
     typical = float(differences.median())
-    if not typical < _TOLERANCE:
+    if not typical < 1e-3:
         reason = f"at layer {number}, hidden states differ by {typical:.2g} from those of the whole model"
         raise _not_walkable(model, reason)
 
@@ -245,17 +218,14 @@ def record(
 @contextlib.contextmanager
 def replaced_layers(layers: nn.ModuleList, replacement: Callable[..., Any]) -> Iterator[None]:
     """While active, ``replacement`` is called in place of each layer, with its number first."""
-    # Other libraries (accelerate) set a forward on the instance.
-    forwards = [vars(layer).get("forward") for layer in layers]
-    for number, layer in enumerate(layers):
-        layer.forward = partial(replacement, number)
-    try:
+    with contextlib.ExitStack() as stack:
+        for number, layer in enumerate(layers):
+            if "forward" in vars(layer):  # set on the instance by another library (accelerate)
+                stack.callback(setattr, layer, "forward", layer.forward)
+            else:
+                stack.callback(delattr, layer, "forward")
+            layer.forward = partial(replacement, number)
         yield
-    finally:
-        for layer, forward in zip(layers, forwards, strict=True):
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
 
 
 def call_layer(layer: nn.Module, hidden: torch.Tensor, call: Call) -> Any:
@@ -286,14 +256,11 @@ def as_output(hidden: torch.Tensor, further: int | None) -> Any:
 
 @contextlib.contextmanager
 def eager_experts(module: nn.Module) -> Iterator[None]:
-    """While active, the experts in ``module`` are computed one by one, and `WatchProducts` sees a product for each: the
-    faster implementations in transformers are a single operator, or copy the weights."""
-    configs = {id(c): c for m in module.modules() if (c := getattr(m, "config", None)) is not None}.values()
-    chosen = [(c, c._experts_implementation_internal) for c in configs if hasattr(c, "_experts_implementation")]
-    for config, _ in chosen:
-        config._experts_implementation_internal = "eager"
-    try:
+    """While active, experts are computed one by one: faster implementations hide their products, or copy weights."""
+    with contextlib.ExitStack() as stack:
+        for each in module.modules():
+            config: Any = getattr(each, "config", None)
+            if hasattr(config, "_experts_implementation"):
+                stack.callback(setattr, config, "_experts_implementation_internal", config._experts_implementation)
+                config._experts_implementation_internal = "eager"
         yield
-    finally:
-        for config, name in chosen:
-            config._experts_implementation_internal = name

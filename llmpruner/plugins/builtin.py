@@ -3,7 +3,12 @@ fast."""
 
 from __future__ import annotations
 
-from .hookspecs import hookimpl
+from functools import partial
+
+from . import hookspecs
+
+hookimpl = partial(hookspecs.hookimpl, tryfirst=True)
+"""Of two components of one name, the first is used."""
 
 
 @hookimpl
@@ -15,13 +20,13 @@ def llmpruner_model_families() -> list[type]:
 
 @hookimpl
 def llmpruner_importance_criteria() -> list[type]:
-    from ..pruning.criteria import experts, layers, taylor, tokens, weights
+    from ..pruning.criteria import weights, whole
 
     return [
         weights.Random, weights.L1, weights.L2, weights.WandaSp, weights.OutputEnergy, weights.Fluctuation,
-        weights.ActivationNorm, weights.Pca, weights.OptimalBrainSurgeon, taylor.Taylor, taylor.Fisher,
-        experts.ExpertReap, experts.ExpertNorm, experts.ExpertFrequency, experts.ExpertContribution,
-        layers.BlockInfluence, layers.AngularDistance, layers.AngularBlock, tokens.TokenUse,
+        weights.ActivationNorm, weights.Pca, weights.OptimalBrainSurgeon, weights.Taylor, weights.Fisher,
+        whole.ExpertReap, whole.ExpertNorm, whole.ExpertFrequency, whole.ExpertContribution, whole.BlockInfluence,
+        whole.AngularDistance, whole.AngularBlock, whole.TokenUse,
     ]  # fmt: skip
 
 

@@ -46,15 +46,11 @@ class Meter:
 
 @dataclass(frozen=True)
 class AllocationTask:
-    """The inputs of an allocation.
-
-    ``queues``: the removal steps of every group in scope, least important first, each with its mean score; groups that
-    must keep the same number of units share one queue, named after the first. ``amount``: to be removed, in the units
-    of `Cost.remaining`. ``meter``: computes the removed amount. ``whole``: in all but the last of several cuts
-    (``--steps``), the amount of this one and those to come, to which a unit that is too large now can be left.
-    ``loss``: for allocations that measure, the mean KL divergence of a cut model from the current one, in nats per
-    token; else None.
-    """
+    """The inputs of an allocation. ``queues``: the removal steps of every group in scope, least important first, with
+    mean scores; groups that must keep the same number of units share one queue, named after the first. ``amount``: to
+    remove, in the units of `Cost.remaining`. ``meter``: computes the removed amount. ``whole``: in all but the last of
+    several cuts (``--steps``), the amount of this one and those to come, which has room for a unit that is too large
+    now. ``loss``: for allocations that measure, the mean KL divergence of a cut model in nats per token."""
 
     queues: Sequence[Queue]
     amount: int
@@ -206,10 +202,9 @@ def normalized(values: torch.Tensor, normalization: Normalization, parameters: i
 
 
 class Sensitivity(Allocation):
-    """The shares with the smallest sum of the divergences that cuts of each group alone cause; those of several groups
-    in combination are not measured. The divergence Dᵍ(n) of the model with n steps of group g removed from the current
-    model (KL, nats per token) is measured at a few n and interpolated along the lower convex hull of these points.
-    Steps are then ranked over all groups by divergence per saved amount, ΔDᵍ / Δsaved, lowest first."""
+    """The shares with the smallest sum of the divergences that cuts of each group alone cause. The divergence Dᵍ(n) of
+    the model without n steps of group g from the current model (KL, nats per token) is measured at a few n, and
+    interpolated along their lower convex hull. Steps of all groups are ranked by ΔDᵍ / Δsaved, lowest first."""
 
     name = "sensitivity"
     summary = "shares by the divergence that cuts of each group alone cause"

@@ -170,19 +170,12 @@ def parameter_cost(graph: CouplingGraph, groups: Collection[CoupledGroup], *, de
     return WeightCost(SizeModel(graph, groups), names, "decoder parameters" if decoder else "parameters")
 
 
-def byte_cost(model: PreTrainedModel, graph: CouplingGraph, groups: Collection[CoupledGroup]) -> WeightCost:
-    """Bytes of all weights of ``model`` in the dtypes that they have in memory; tied ones count once."""
-    weights = {name: parameter.element_size() for name, parameter in model.named_parameters()}
-    return WeightCost(SizeModel(graph, groups), weights, "bytes of weights")
-
-
 class MacsCost(Cost):
     """Multiply-accumulate operations (MACs) to decode one token, exactly as `llmpruner.models.meta` counts them:
 
         Σ elements(p) · share of p's experts that a token is routed to  +  2 · context · Σ attention channels
 
-    over the parameters p of linear layers. ``multiplied``: p → how many of the experts stacked in it a token is routed
-    to; None without experts."""
+    over the parameters p of linear layers. ``multiplied``: p → experts in it that a token is routed to, or None."""
 
     label = "MACs per token"
 
@@ -232,7 +225,8 @@ class WeightBytes(Budget):
     from_shapes = True
 
     def cost(self, subject: BudgetSubject) -> WeightCost:
-        return byte_cost(subject.model, subject.graph, subject.groups)
+        weights = {name: parameter.element_size() for name, parameter in subject.model.named_parameters()}
+        return WeightCost(SizeModel(subject.graph, subject.groups), weights, "bytes of weights")
 
 
 class Macs(Budget):
@@ -254,25 +248,24 @@ class Macs(Budget):
         return MacsCost(subject.graph, subject.groups, routed, self.settings.context)
 
 
+@dataclass(frozen=True)
 class CacheCost(Cost):
     """Bytes that the key/value cache grows by with every token. ``layers``: of each layer of the whole model.
     ``per_unit``: (group name, layer) → those saved with each unit. ``units``: group name → its number of units."""
 
+    layers: Sequence[int]
+    per_unit: Mapping[tuple[str, int], Fraction]
+    units: Mapping[str, int]
     label = "KV-cache bytes per token"
-
-    def __init__(
-        self, layers: Sequence[int], per_unit: Mapping[tuple[str, int], Fraction], units: Mapping[str, int]
-    ) -> None:
-        self._layers, self._per_unit, self._units = layers, per_unit, units
 
     def remaining(self, kept: Mapping[str, int] | None = None, gone: Collection[int] = ()) -> int:
         kept = kept or {}
         lost = sum(
-            rate * (self._units[name] - kept[name])
-            for (name, layer), rate in self._per_unit.items()
+            rate * (self.units[name] - kept[name])
+            for (name, layer), rate in self.per_unit.items()
             if name in kept and layer not in gone
         )
-        return round(sum(size for layer, size in enumerate(self._layers) if layer not in gone) - lost)
+        return round(sum(size for layer, size in enumerate(self.layers) if layer not in gone) - lost)
 
 
 class KvCache(Budget):

@@ -51,8 +51,8 @@ def forecast(
     job: Job, structure: Structure, opener: Opener, max_memory: int | None, *, saves: bool, in_memory: bool
 ) -> Forecast:
     """The forecast with all weights in memory, where they fit into half of the free memory, or the whole run into
-    ``max_memory``; else layer by layer. ``saves``: the model is cut; ``in_memory``: the result stays in memory. Raises
-    `SettingsError` where neither fits, and `ModelError` for a streamed model whose weights are needed in memory."""
+    ``max_memory``; else layer by layer. ``saves``: the model is cut. Raises `SettingsError` where neither fits, and
+    `ModelError` for a streamed model whose weights are needed in memory."""
     graph, item = structure.graph, dtype_of(structure, opener.load).itemsize
     weights, decoder = item * graph.total_parameters, item * graph.decoder_parameters
     process, device, why = psutil.Process().memory_info().rss + MODULES, opener.load.device, why_in_memory(job, saves)

@@ -1,6 +1,4 @@
-"""From settings to a job: components are created, and the method fills in what the user left open. Stages read the job,
-not the settings. It does not depend on the model, which `pruning.checks` compares it with. Imports no torch.
-"""
+"""Turn settings into a job: components are created, and the method fills in what is open. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,7 +55,6 @@ class PruneJob:
 
     @property
     def given(self) -> dict[str, Any]:
-        """What the user set, as JSON values."""
         return self.settings.given()
 
 
@@ -70,13 +67,8 @@ class ReplayJob:
     compensation: Compensation
     calibration: CalibrationJob | None
     seed: int
-    file: str | None = None
-    """Of the plan."""
-
-    @property
-    def given(self) -> dict[str, Any]:
-        """What the user set, as JSON values."""
-        return {} if self.file is None else {"plan": self.file}
+    given: Mapping[str, Any]
+    """What the user set, as JSON values: the file of the plan, if there is one."""
 
     def check_text(self, text: CalibrationSet | None) -> None:
         """Raise `DataError` for another text than the plan's; one that the model writes may differ elsewhere."""
@@ -93,9 +85,9 @@ Job = PruneJob | ReplayJob
 def replay_job(plan: PruningPlan | str | Path, catalog: Catalog) -> ReplayJob:
     """The job of a plan, or of one in a file. Raises `PlanError` for a file without a plan, `UnknownNameError` and
     `SettingsError` for components of the plan that are not here."""
-    file = None
+    given: dict[str, Any] = {}
     if not isinstance(plan, PruningPlan):
-        plan, file = PruningPlan.load(plan), str(plan)
+        plan, given = PruningPlan.load(plan), {"plan": str(plan)}
     budget = catalog[Budget].create(plan.target.counted_in, plan.target.settings)
     record = plan.compensation or CompensationRecord(name="none")
     compensation = catalog[Compensation].create(record.name, record.settings)
@@ -103,7 +95,7 @@ def replay_job(plan: PruningPlan | str | Path, catalog: Catalog) -> ReplayJob:
     if record.calibration is not None and record.samples and record.length:
         parts = parse_calibration(record.calibration, catalog[CalibrationSource], record.sources)
         calibration = CalibrationJob(record.calibration, parts, record.samples, record.length)
-    return ReplayJob(plan, budget, compensation, calibration, plan.seed, file)
+    return ReplayJob(plan, budget, compensation, calibration, plan.seed, given)
 
 
 def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:

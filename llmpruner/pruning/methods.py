@@ -19,11 +19,9 @@ class Method(Component):
     hook: ClassVar[str] = "llmpruner_methods"
 
     def defaults(self, asked: PruneSettings, *, writes: bool) -> Mapping[str, Any]:
-        """Field of `PruneSettings` → value, for fields that the user does not set. ``asked``: the user's settings.
-        ``writes``: whether the model generates the calibration text, which takes longer than reading it. The amount
-        (``ratio``, ``target_params``, ``unit_ratio``) is left to the user; ``compensate``, ``samples`` and ``length``
-        are by default as for ``--importance`` without a method. A field that does not exist, a value out of its bounds,
-        or a missing ``importance`` is a `SettingsError`."""
+        """Field of `PruneSettings` → value, for fields that the user does not set, but for the amount. ``asked``: the
+        user's settings. ``writes``: whether the model writes the calibration text, which takes longer than reading it.
+        ``compensate``, ``samples`` and ``length`` are by default as in LLM-Pruner; ``importance`` has no default."""
         raise NotImplementedError
 
 
@@ -56,9 +54,8 @@ class Fast(Method):
 
 
 class LlmPruner(Method):
-    """The selection of LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples,
-    without compensation, the first and last layers whole, so that widths differ between layers. Its recovery is
-    `llmpruner recover`."""
+    """LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples, without compensation,
+    the first and last layers whole. Its recovery is `llmpruner recover`."""
 
     name = "llm-pruner"
     summary = "the paper's: first-order Taylor importance on ten samples; no compensation"

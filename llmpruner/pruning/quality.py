@@ -42,8 +42,7 @@ class Dense(NamedTuple):
 def dense_predictions(
     model: Model, plan: PruningPlan, job: Job, text: CalibrationSet | None, execution: Execution
 ) -> Dense | None:
-    """What `compared` needs of the model before its cut. None where no text is read or none is new, and where the head
-    is cut, with tokens or channels of the residual stream."""
+    """What `compared` needs of the model before its cut; None where no text is new, and where the head is cut."""
     if text is None or job.calibration is None or {c.kind for c in plan.cuts.values() if c.layer is None} - {LAYER}:
         return None
     samples = min(job.calibration.samples, -(-TOKENS // text.input_ids.shape[1]))
@@ -57,10 +56,14 @@ def dense_predictions(
 def _unseen(ids: torch.Tensor, calibration: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Samples and positions of ``ids`` whose next token counts, see `RUN`."""
     size = min(RUN, ids.shape[1])
-    seen, runs = ([run.tobytes() for run in x.unfold(1, size, 1).reshape(-1, size).numpy()] for x in (calibration, ids))
-    known = set(seen)
-    samples, starts = torch.tensor([run not in known for run in runs]).view(len(ids), -1).nonzero(as_tuple=True)
-    return samples, starts + size - 2
+
+    def runs(text: torch.Tensor) -> list[bytes]:
+        return [run.tobytes() for run in text.unfold(1, size, 1).reshape(-1, size).numpy()]
+
+    seen = set(runs(calibration))
+    is_new = torch.tensor([run not in seen for run in runs(ids)]).view(len(ids), -1)
+    samples, starts = is_new.nonzero(as_tuple=True)
+    return samples, starts + size - 2  # predicts the last token of the run
 
 
 def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
@@ -90,21 +93,28 @@ def compared(dense: Dense | None, pruned: Model, execution: Execution) -> Qualit
 
 @torch.no_grad()
 def _compared(dense: Dense, pruned: Model) -> Quality | None:
-    network, execution, kl, agreed, tokens = pruned.network, Execution(pruned.weights), 0.0, 0, len(dense.hidden_ND)
+    execution, tokens = Execution(pruned.weights), len(dense.hidden_ND)
+    kl, agreed = 0.0, 0
     with pruned.weights.outside():
         hidden_STD, further = _at_head(execution, dense.ids)
         assert hidden_STD is not None, "as in the dense model"
-
-        def unchanged(_: int, /, *args: Any, **kwargs: Any) -> Any:
-            return as_output(hidden_of(args, kwargs), further)
-
-        head: Any = network.get_output_embeddings()
-        rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(network)))
-        whole_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]]).to(head.weight.dtype)
-        for both_2ND in torch.split(whole_2ND, rows, 1):
-            hook = head.register_forward_pre_hook(lambda *_, both=both_2ND: (both,))
-            with hook, replaced_layers(execution.layers, unchanged):
-                logits = network(input_ids=dense.ids[:1, :1].to(network.device), use_cache=False).logits
-            kl += float(divergences(*logits).double().sum())
-            agreed += int((logits[0].argmax(-1) == logits[1].argmax(-1)).sum())
+        both_2ND = torch.stack([dense.hidden_ND, hidden_STD[dense.at]])
+        rows = max(1, LOGIT_ELEMENTS // (2 * predicted_tokens(pruned.network)))
+        for part_2ND in torch.split(both_2ND, rows, 1):
+            before, after = _logits(execution, dense.ids[:1, :1], part_2ND, further)
+            kl += float(divergences(before, after).double().sum())
+            agreed += int((before.argmax(-1) == after.argmax(-1)).sum())
     return Quality(kl / tokens, agreed / tokens, tokens) if isfinite(kl) else None
+
+
+def _logits(execution: Execution, token: torch.Tensor, hidden_2ND: torch.Tensor, further: int | None) -> Any:
+    """Logits (2, N, V) of what the head reads; the model runs without its layers, on one ``token`` (1, 1)."""
+
+    def unchanged(_: int, /, *args: Any, **kwargs: Any) -> Any:
+        return as_output(hidden_of(args, kwargs), further)
+
+    network: Any = execution.model
+    head = network.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda *_: (hidden_2ND.to(head.weight.dtype),))
+    with hook, replaced_layers(execution.layers, unchanged):
+        return network(input_ids=token.to(network.device), use_cache=False).logits

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,27 +26,18 @@ from ..models.record import read_any_record
 from ..models.save import save_checkpoint
 from ..models.vocabulary import Vocabulary
 from ..models.weights import DerivedWeights
+from ..structure import plan as records
 from ..structure.coupling import VOCABULARY
 from ..structure.kept import Kept, restrict
 from ..structure.outcome import BudgetOutcome, Outcome, ScriptTokens, TextTokens, TokenOutcome
-from ..structure.plan import (
-    BaseRef,
-    CompensationRecord,
-    EstimationRecord,
-    GroupCut,
-    PruningPlan,
-    SelectionRecord,
-    Target,
-    cuts_of,
-    structure_of,
-)
-from .budgets import Budget, BudgetSubject, byte_cost, counts
+from ..structure.plan import GroupCut, PruningPlan
+from .budgets import Budget, BudgetSubject, WeightBytes, counts
 from .compensation.least_squares import Fit
-from .criteria.tokens import counted_part, scripts_of, texts_of
+from .criteria.whole import counted_part, scripts_of, texts_of
 from .job import PruneJob
 from .selection import scope_of, widths_of
 
-SCRIPTS: Final = 6
+SCRIPTS = 6
 """Those with most tokens; others are counted together."""
 
 
@@ -60,16 +51,17 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
         read = {"calibration": text.source, "sources": job.calibration.record(), "fingerprint": text.fingerprint}
         of_scores = read if signals - {Signal.WEIGHT} or job.allocation.measures else {}
         of_fits = {**read, "samples": samples, "length": length} if job.compensation.reads_text else {}
-    compensation = None
+    compensation, settings = None, job.compensation.record()
     if job.compensation.name != "none":
-        compensation = CompensationRecord(name=job.compensation.name, settings=job.compensation.record(), **of_fits)
+        compensation = records.CompensationRecord(name=job.compensation.name, settings=settings, **of_fits)
+    structure = records.structure_of(model.graph)
     return PruningPlan(
-        base=BaseRef(model=model.ref, revision=model.reference.commit, structure=structure_of(model.graph)),
+        base=records.BaseRef(model=model.ref, revision=model.reference.commit, structure=structure),
         family=model.family.name,
-        estimation=EstimationRecord(
+        estimation=records.EstimationRecord(
             criterion=job.criterion.name, settings=job.criterion.record(), reduction=job.reduction, **of_scores
         ),
-        selection=SelectionRecord(
+        selection=records.SelectionRecord(
             kinds=job.kinds,
             layers=scope_of(job, model).layers,
             allocation=job.allocation.name,
@@ -79,9 +71,9 @@ def plan_of(model: Model, job: PruneJob, kept: Kept, text: CalibrationSet | None
             round_to=widths_of(job, model).round_to,
         ),
         compensation=compensation,
-        target=Target(by=job.by, amount=job.amount, budget=job.budget.name, settings=job.budget.record()),
+        target=records.Target(by=job.by, amount=job.amount, budget=job.budget.name, settings=job.budget.record()),
         seed=job.seed,
-        cuts=cuts_of(model.graph, kept),
+        cuts=records.cuts_of(model.graph, kept),
     )
 
 
@@ -90,19 +82,19 @@ def outcome_of(model: Model, plan: PruningPlan, budget: Budget, text: Calibratio
     graph, target = model.graph, plan.target
     groups = [graph.by_name[name] for name in plan.cuts]
     after, left = restrict(graph, plan.kept), counts(graph, plan.kept)
-    weights = byte_cost(model.network, graph, groups)
-    cost_of_budget = None
+    subject = BudgetSubject(model.network, graph, groups, model.family)
+    weights, cost_of_budget = WeightBytes().cost(subject), None
     if target.by == "ratio" and target.budget not in ("decoder", "parameters", "bytes"):
-        cost = budget.cost(BudgetSubject(model.network, graph, groups, model.family))
+        cost = budget.cost(subject)
         cost_of_budget = BudgetOutcome(target.budget, cost.label, cost.remaining(), cost.remaining(*left))
     before, memory, stored = weights.remaining(), model.network.dtype, stored_dtype(model)
     # The budget of bytes, by which the plan was made, counts those in memory.
     if target.budget != "bytes" and stored is not None and stored.itemsize < memory.itemsize:
         before = before * stored.itemsize // memory.itemsize
-    tokens = [token_outcome(model.tokenizer, cut, text) for cut in plan.cuts.values() if cut.kind == VOCABULARY]
+    tokens = (token_outcome(model.tokenizer, cut, text) for cut in plan.cuts.values() if cut.kind == VOCABULARY)
     return Outcome(
         graph.total_parameters, after.total_parameters, graph.decoder_parameters, after.decoder_parameters, before,
-        weights.remaining(*left), cost_of_budget, tokens=tokens[0] if tokens else None,
+        weights.remaining(*left), cost_of_budget, tokens=next(tokens, None),
     )  # fmt: skip
 
 
@@ -127,15 +119,12 @@ def token_outcome(tokenizer: Any, cut: GroupCut, text: CalibrationSet | None) ->
         for name, ids in (("counted", counted), ("held_out", text.input_ids[len(counted) :])):
             if len(ids):
                 written = tokenizer.batch_decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-                before, after = (_bytes_per_token(written, each) for each in (tokenizer, trimmed))
+                size = len("".join(written).encode())
+                encoded = (coder(written, add_special_tokens=False, verbose=False) for coder in (tokenizer, trimmed))
+                before, after = (size / max(1, sum(map(len, each["input_ids"]))) for each in encoded)
                 tokens = ids.flatten().tolist()
                 texts[name] = TextTokens(len(tokens), sum(token not in kept for token in tokens), before, after)
     return TokenOutcome(cut.units, len(kept), tuple(rows), texts)
-
-
-def _bytes_per_token(texts: list[str], tokenizer: Any) -> float:
-    ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-    return len("".join(texts).encode()) / max(1, sum(map(len, ids)))
 
 
 def cut_model(model: Model, plan: PruningPlan) -> Model:

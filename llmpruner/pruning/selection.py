@@ -32,7 +32,7 @@ from ..values import chosen_layers
 from .allocation import Allocation, AllocationTask, Meter, Taken, Uniform
 from .budgets import BudgetSubject, Cost, counts, parameter_cost, saving_units
 from .criteria.estimate import Scores, estimate
-from .criteria.tokens import counted_part
+from .criteria.whole import counted_part
 from .job import PruneJob
 
 GRADIENT_TOKENS = 32768
@@ -222,8 +222,7 @@ def demand(job: PruneJob, whole: Cost, now: Cost, groups: Sequence[CoupledGroup]
 
 
 def lost(graph: CouplingGraph, groups: Sequence[CoupledGroup], kept: Kept) -> dict[str, float]:
-    """Group name → how many units it loses by a cut to ``kept``; in a layer that goes, as many as equal groups of other
-    layers lose on average, or others of its kind."""
+    """Group name → units that it loses by a cut to ``kept``; in a layer that goes, as its peers on average."""
     gone = removed_layers(graph, kept)
     stay = [group for group in groups if group.layer not in gone]
     numbers: dict[str, float] = {g.name: g.units - len(kept.get(g.name, range(g.units))) for g in stay}
@@ -289,8 +288,7 @@ def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
 def trial_loss(
     model: PreTrainedModel, graph: CouplingGraph, family: ModelFamily, calibration: CalibrationSet, scores: Scores
 ) -> Callable[[Kept], float]:
-    """A function from kept units to the mean KL divergence of a copy cut to them from ``model``, in nats per token. A
-    cut of tokens is not tried: it costs the sum of their ``scores``."""
+    """Kept units → mean KL divergence of a copy cut to them, in nats per token; tokens cost the sum of their scores."""
     ids = calibration.input_ids.to(model.device)
     rows = max(1, min(TRIED // ids.shape[1], len(ids) // 2))
     tried = torch.split(ids[-rows:], max(1, TRIED // 4 // ids.shape[1]))

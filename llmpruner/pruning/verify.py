@@ -38,8 +38,6 @@ from .saving import cut_model
 
 PASSED, DAMAGED, NOT_CHECKED = "passed", "damaged", "not checked"
 _CHECKS = ("files", "shapes", "weights", "logits")
-_ROUNDED = 2e-2
-"""As `TOLERANCE` of the oracle, for 16-bit weights."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +108,7 @@ def _file_checks(directory: Path) -> list[Check]:
 
 
 def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterator[tuple[str, str]]:
-    """The checks of shapes, weights and logits, with what was compared. Raises `_NotComparable`, and `CheckpointError`
-    for damage."""
+    """The checks of shapes, weights and logits, with what was compared. Raises `CheckpointError` for damage."""
     opener.progress.status("comparing shapes with the plans")
     structure, weights = _opened(directory, opener)
     yield "shapes", f"those of {counted(len(structure.plans), 'plan')}, no tensor missing or unknown"
@@ -144,7 +141,7 @@ def _model_checks(directory: Path, named: str | None, opener: Opener) -> Iterato
     what = "a new cut of the base" if expected is None else "the base with the removed units silenced"
     expected = logits(dense.network, tokens.after) if expected is None else expected
     difference = distance(logits(weights.model, tokens.after).float(), expected.float())
-    if not difference <= (TOLERANCE if weights.model.dtype == torch.float32 else _ROUNDED):
+    if not difference <= (TOLERANCE if weights.model.dtype == torch.float32 else 2e-2):
         raise CheckpointError(
             f"the logits differ from {what} by {difference:.0e} of the largest, although the weights are right: "
             "config.json or the code next to it is not that of the model"
@@ -186,8 +183,7 @@ def _opened(directory: Path, opener: Opener) -> tuple[Structure, StreamedWeights
 
 
 def _dense(structure: Structure, named: str | None, opener: Opener) -> Model:
-    """The dense model, in memory if it takes less than half of the free memory, else read layer by layer. Raises
-    `ModelError` where ``named`` cannot be opened, or is another model."""
+    """The dense model, in memory if it takes less than half of the free memory, else read layer by layer."""
     try:
         dense, load = opener.dense_structure(structure, named), opener.load
         large = loaded_bytes(dense, load) > free_memory() // 2
@@ -221,8 +217,7 @@ def _changed_modules(graph: CouplingGraph, plans: tuple[PruningPlan, ...], catal
 
 
 def _compare_weights(checked: StreamedWeights, expected: Weights, changed: set[str], base: str) -> str:
-    """Compare all weights but those in ``changed`` modules, bit for bit; returns what was compared. Raises
-    `CheckpointError` with the first tensor that differs."""
+    """Compare all weights but those in ``changed`` modules, bit for bit; returns what was compared."""
     count = left = 0
     for part in checked.numbers:
         with checked.part(part), expected.part(part):

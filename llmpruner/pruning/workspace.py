@@ -1,7 +1,4 @@
-"""Where a prune works: the processes that share it, the folder of its finished steps, and its output.
-
-Of several processes, the first one decides what depends on the machine, and writes; all of them call these functions.
-"""
+"""Where a prune works: the processes that share it, the folder of its finished steps, and its output."""
 
 from __future__ import annotations
 
@@ -107,10 +104,9 @@ def several(
 
     def unfinished() -> Iterator[str]:
         for name in jobs:
-            if ranks.from_first((output / name).exists):
-                opener.progress.status(f"{output / name} is finished")
-            else:
-                opener.progress.status(f"ratio {name}")
+            finished = ranks.from_first((output / name).exists)
+            opener.progress.status(f"{output / name} is finished" if finished else f"ratio {name}")
+            if not finished:
                 yield name
 
     with journal.running(opener.progress, anew=run.restart):

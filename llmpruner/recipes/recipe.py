@@ -70,10 +70,11 @@ class Recipe:
 def _loaded(reference: str, catalog: Catalog) -> tuple[Any, str]:
     """The content of a recipe file, and its name in messages."""
     path, source = Path(reference), reference
-    if not isfile(path) and (path.suffix or len(path.parts) > 1):  # which takes names that are too long
+    is_file = isfile(path)  # which takes names that are too long
+    if not is_file and (path.suffix or len(path.parts) > 1):
         raise SettingsError(f"recipe file '{reference}' does not exist")
     try:
-        if reference in catalog[NamedRecipe] or not isfile(path):
+        if reference in catalog[NamedRecipe] or not is_file:
             text, source = catalog[NamedRecipe][reference]().text(), f"recipe {reference}"
         else:
             text = path.read_text(encoding="utf-8")
@@ -84,20 +85,6 @@ def _loaded(reference: str, catalog: Catalog) -> tuple[Any, str]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         line = "" if mark is None else f", line {mark.line + 1}"
         raise SettingsError(f"{source}{line}: not valid YAML: {problem or first_line(error)}") from error
-
-
-def values_of(texts: Sequence[str]) -> dict[str, Any]:
-    """``{"prune.ratio": 0.3}`` of ``["prune.ratio=0.3"]``; values are read as YAML. Raises `SettingsError`."""
-    values: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {text}: expected STEP.setting=value, such as prune.ratio=0.3")
-        try:
-            values[key] = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            values[key] = value
-    return values
 
 
 def _written_out(entries: Sequence[Any], source: str) -> Iterator[Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.products import WatchProducts
 from llmpruner.engine.signals import kinds_read
-from llmpruner.engine.statistics import walk_signals
+from llmpruner.engine.statistics import SignalWalk
 from llmpruner.models.meta import graph_of
 from llmpruner.pruning.criteria.estimate import estimate
 
@@ -35,13 +35,14 @@ def shown(model, names, calibration=CALIBRATION):
     """Every product with ``names`` in a forward walk."""
     found, graph = [], graph_of(model, ())
     execution = Execution.of(model, graph.layers)
-    list(walk_signals(execution, graph, names, {Signal.PRODUCT}, calibration, 0, lambda p: found.append(p) or {}))
+    reads, needs = kinds_read(graph), {Signal.PRODUCT}
+    list(SignalWalk(execution, reads, names, needs, calibration, 0, lambda p: found.append(p) or {}))
     return found
 
 
 def signals_of(loaded, names, measure, *needs):
     execution = Execution.of(loaded.network, loaded.graph.layers)
-    return dict(walk_signals(execution, loaded.graph, names, set(needs), CALIBRATION, 0, measure))
+    return dict(SignalWalk(execution, kinds_read(loaded.graph), names, set(needs), CALIBRATION, 0, measure))
 
 
 MIXTURES = [

@@ -14,7 +14,8 @@ from llmpruner.calibration.written import self_generated
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.discovery.verify import representative
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.statistics import forward_statistics, stream_statistics, walk_signals
+from llmpruner.engine.signals import kinds_read
+from llmpruner.engine.statistics import SignalWalk, stream_statistics
 from llmpruner.engine.walk import CalibrationSet, ForwardWalk
 from llmpruner.models.family import AutoFamily
 from llmpruner.models.meta import graph_of
@@ -26,8 +27,8 @@ CALIBRATION = tokens(6, 16)
 
 def statistics(loaded, wanted, *, gram=True):
     needs = {Signal.GRAM if gram else Signal.INPUT_STATS}
-    stream = forward_statistics(Execution.of(loaded.network, loaded.graph.layers), wanted, CALIBRATION, needs, None)
-    found = list(stream)
+    execution = Execution.of(loaded.network, loaded.graph.layers)
+    found = list(SignalWalk(execution, kinds_read(loaded.graph), wanted, needs, CALIBRATION, 0, None).forward())
     assert len(dict(found)) == len(found)
     return {name: inputs for name, (inputs, _) in found}
 
@@ -136,7 +137,8 @@ def stored(graph):
 
 def walk(model, graph, calibration, names=None):
     needs = {Signal.WEIGHT, Signal.GRAD, Signal.GRAD_SQ}
-    return walk_signals(Execution.of(model, graph.layers), graph, names or stored(graph), needs, calibration, 0, None)
+    execution = Execution.of(model, graph.layers)
+    return SignalWalk(execution, kinds_read(graph), names or stored(graph), needs, calibration, 0, None)
 
 
 def test_gradients_equal_plain_autograd(loaded):

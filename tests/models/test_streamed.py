@@ -12,7 +12,8 @@ from transformers import CONFIG_MAPPING
 from llmpruner import Signal, api
 from llmpruner.discovery.tiny import random_instance, small_config
 from llmpruner.engine.execution import Execution
-from llmpruner.engine.statistics import walk_signals
+from llmpruner.engine.signals import kinds_read
+from llmpruner.engine.statistics import SignalWalk
 from llmpruner.engine.walk import CalibrationSet, ForwardWalk
 from llmpruner.errors import ModelError, SettingsError
 from llmpruner.models.meta import graph_of
@@ -101,7 +102,7 @@ def test_gradients_flow_to_keys_that_later_layers_use(tmp_path):
     text = CalibrationSet(torch.arange(3, 19).view(2, 8), "numbers")
     names, found = graph.shapes.keys() - graph.ties, []
     for weights in (Weights(model, graph.layers), opened):
-        signals = walk_signals(Execution(weights), graph, names, {Signal.WEIGHT, Signal.GRAD}, text, 0, None)
+        signals = SignalWalk(Execution(weights), kinds_read(graph), names, {Signal.WEIGHT, Signal.GRAD}, text, 0, None)
         found.append({name: torch.stack([own.weight, own.grad]) for name, own in signals})
     resident, streamed = found
     assert resident.keys() == streamed.keys() == names
@@ -203,7 +204,7 @@ def test_buffers_are_on_the_device_of_the_computation(tmp_path):
     """Biases of a router, which are added on the device as they are. The meta device stands for a GPU."""
     random_instance(small_config(CONFIG_MAPPING["deepseek_v3"]())).save_pretrained(tmp_path)
     opened = CheckpointWeights(tmp_path, torch.float32, "model.layers", torch.device("meta"))
-    buffers = dict(opened.network.named_buffers())
+    buffers = dict(opened.model.named_buffers())
     assert any("e_score_correction_bias" in name for name in buffers)
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
 

@@ -15,7 +15,7 @@ from llmpruner.engine.walk import CalibrationSet
 from llmpruner.errors import PlanError, SelectionError, SettingsError, UnsupportedModelError
 from llmpruner.models.vocabulary import Vocabulary
 from llmpruner.pruning import saving
-from llmpruner.pruning.criteria.tokens import TokenUse
+from llmpruner.pruning.criteria.whole import TokenUse
 from llmpruner.structure.outcome import ScriptTokens, TextTokens
 from llmpruner.structure.plan import GroupCut
 from llmpruner.testing.models import letters

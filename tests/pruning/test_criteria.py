@@ -22,8 +22,7 @@ from llmpruner.models.model import Model
 from llmpruner.plugins.manager import PluginManager
 from llmpruner.pruning.allocation import Normalization, normalized
 from llmpruner.pruning.criteria.estimate import estimate, reduce_spans
-from llmpruner.pruning.criteria.taylor import Taylor, Variant
-from llmpruner.pruning.criteria.weights import L1, L2, OptimalBrainSurgeon
+from llmpruner.pruning.criteria.weights import L1, L2, OptimalBrainSurgeon, Taylor, Variant
 from llmpruner.settings import Reduction
 from llmpruner.structure.coupling import Role
 from llmpruner.testing import settings_grid

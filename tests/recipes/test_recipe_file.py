@@ -3,9 +3,10 @@
 import pytest
 
 from llmpruner import LlmprunerError, LoadSettings, NamedRecipe, SettingsError, api, load_catalog
+from llmpruner.cli.run import values_of
 from llmpruner.errors import PluginError, UnknownNameError
 from llmpruner.models.reference import data_identity
-from llmpruner.recipes.recipe import Recipe, values_of
+from llmpruner.recipes.recipe import Recipe
 
 GOOD = """\
 model: some/model

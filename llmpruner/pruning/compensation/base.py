@@ -1,5 +1,5 @@
-"""What a compensation is: it changes the weights that read removed units before the cut, without training. Imports no
-torch."""
+"""Compensation: changes the weights that read removed units before the cut, without training; and the built-in ones.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -50,7 +50,6 @@ class Compensation(Component):
         lose some. Called before text is read; by default nothing is refused."""
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
-        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay; the caller
-        removes the units. Raises `UnsupportedModelError` for a decoder that cannot run, `ModelError` for infinite
-        hidden states."""
+        """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay. Raises
+        `UnsupportedModelError` for a decoder that cannot run, `ModelError` for infinite hidden states."""
         raise NotImplementedError

@@ -9,11 +9,10 @@ from pydantic import Field
 
 from ...component import ComponentSettings
 from ...errors import no_bias
-from ...structure.coupling import Role
+from ...structure.coupling import CoupledGroup, CouplingGraph, Role
 from .base import Compensation, RepairTask
 
 if TYPE_CHECKING:
-    from ...structure.coupling import CoupledGroup, CouplingGraph
     from .least_squares import Fit
 
 
@@ -29,9 +28,8 @@ class NoCompensation(Compensation):
 
 
 class BiasShift(Compensation):
-    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R; means are over the
-    calibration tokens in the pruned model (FLAP; An et al., 2024, equation 7). Raises `UnsupportedModelError` without a
-    bias."""
+    """Adds W_R · mean(x_R) to the bias of every weight matrix W that loses the inputs x_R; means are over tokens in the
+    pruned model (FLAP; An et al., 2024, equation 7). Raises `UnsupportedModelError` without a bias."""
 
     name = "bias"
     summary = "the mean contribution of removed units is added to the biases of the weights that read them"

@@ -27,7 +27,6 @@ from .readers import Reader
 _LOG = logging.getLogger("llmpruner")
 
 RIDGES = (1e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0)
-_HELD_OUT = 8
 _BLOCK = 1024
 """Inputs at a time for which errors are computed in float64."""
 _OUTPUTS = 128
@@ -53,10 +52,8 @@ class Fit:
 
 
 class WeightFitter:
-    """Fits W_K and b (the weight of an input that is always 1) to targets by ridge regression on X_K.
-
-    X (tokens × in) are the inputs of the matrix W (out × in), K the kept inputs, R the removed ones. ``matrix``: W, a
-    view of the parameter. ``bias``: b (out,) or None. Memory: 2 · in · (in + out) float32."""
+    """Fits W_K and b (the weight of an input that is always 1) to targets by ridge regression on X_K, the kept inputs
+    of the matrix W (out × in), R being the removed ones. Memory: 2 · in · (in + out) float32."""
 
     trials = len(RIDGES) + 1
     """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
@@ -73,7 +70,7 @@ class WeightFitter:
         inputs = use.inputs.index_select(1, self.kept).float()
         if self.bias is not None:
             inputs = torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
-        split = len(inputs) - len(inputs) // _HELD_OUT
+        split = len(inputs) - len(inputs) // 8
         self._fit.add(inputs[:split], target[:split])
         self._held_out.add(inputs[split:], target[split:])
 
@@ -88,8 +85,8 @@ class WeightFitter:
         self._held_out.reduce(ranks)
 
     def error(self, trial: int) -> float:
-        """The error of a trial on the held-out rows, see `_Sums.error`, for at least `_OUTPUTS` evenly spaced outputs,
-        which are enough to choose a ridge. Infinite without rows, and for a system that cannot be solved."""
+        """The error of a trial on the held-out rows, see `_Sums.error`, for `_OUTPUTS` or more evenly spaced outputs.
+        Infinite without rows, and for a system that cannot be solved."""
         if not self.has_rows:
             return inf
         old_OI = self._old()

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from ...structure.coupling import CouplingGraph, Role
@@ -72,15 +69,6 @@ def removed_channels(graph: CouplingGraph, kept: Kept) -> torch.Tensor:
     return torch.tensor(sorted(gone), dtype=torch.long)
 
 
-def matrix_of(model: nn.Module, reader: Reader, slot: int | None) -> torch.Tensor:
-    """The matrix (out, in) of a reader, as a view: of expert ``slot`` where the parameter stacks several."""
-    parameter = model.get_parameter(reader.parameter).data
-    axis = reader.axis
-    if slot is not None:
-        parameter, axis = parameter[slot], axis - 1
-    return parameter if axis == 1 else parameter.T
-
-
 def bias_name(model: PreTrainedModel, graph: CouplingGraph, layer: int, bias: torch.Tensor) -> str | None:
     """The name of the parameter of a layer that ``bias`` is, or is a view of."""
     path = f"{graph.layers}.{layer}"
@@ -90,22 +78,13 @@ def bias_name(model: PreTrainedModel, graph: CouplingGraph, layer: int, bias: to
     return None
 
 
-@dataclass
-class _Rows:
-    """Indices of an axis. ``values``: before they were silenced; None for residual channels, which stay silent."""
-
-    parameter: torch.Tensor
-    axis: int
-    index: torch.Tensor
-    values: torch.Tensor | None
-
-
 class ProducerRows:
     """The rows of one layer's weights that produce removed units, where a norm is computed over these."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept, number: int) -> None:
         self.names: list[str] = []  # of the weights
-        self._rows: list[_Rows] = []
+        self._rows: list[tuple[torch.Tensor, int, torch.Tensor]] = []  # parameter, axis, indices
+        self._values: list[torch.Tensor | None] = []  # once silenced; None for residual channels, which stay silent
         for name, units in kept.items():
             group = graph.by_name[name]
             gone = sorted(set(range(group.units)) - set(units)) if group.is_normalized else []
@@ -114,25 +93,20 @@ class ProducerRows:
                     parameter = model.get_parameter(span.parameter)
                     index = torch.tensor(span.indices(gone), device=parameter.device)
                     self.names.append(span.parameter)
-                    values = None if group.layer is None else parameter.index_select(span.axis, index)
-                    self._rows.append(_Rows(parameter, span.axis, index, values))
+                    self._rows.append((parameter, span.axis, index))
+                    self._values.append(None if group.layer is None else parameter.index_select(span.axis, index))
 
     def zero(self) -> None:
         # All are read before any is changed: query heads are rows of their key/value heads, too.
-        for rows in self._rows:
-            values = rows.parameter.index_select(rows.axis, rows.index)
-            if rows.values is not None and bool(values.any()):
-                rows.values = values
-        for rows in self._rows:
-            rows.parameter.index_fill_(rows.axis, rows.index, 0.0)
+        for number, (parameter, axis, index) in enumerate(self._rows):
+            values = parameter.index_select(axis, index)
+            if self._values[number] is not None and bool(values.any()):
+                self._values[number] = values
+        for parameter, axis, index in self._rows:
+            parameter.index_fill_(axis, index, 0.0)
 
-    @contextlib.contextmanager
-    def restored(self) -> Iterator[None]:
-        """While active, units inside the layer are produced as if they were not removed."""
-        for rows in self._rows:
-            if rows.values is not None:
-                rows.parameter.index_copy_(rows.axis, rows.index, rows.values)
-        try:
-            yield
-        finally:
-            self.zero()
+    def restore(self) -> None:
+        """Until `zero` is called, units inside the layer are produced as if they were not removed."""
+        for (parameter, axis, index), values in zip(self._rows, self._values, strict=True):
+            if values is not None:
+                parameter.index_copy_(axis, index, values)

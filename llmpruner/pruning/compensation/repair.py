@@ -21,10 +21,9 @@ each runs its own micro-batches; the first finds c and the order of the matrices
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.nn import functional
@@ -34,11 +33,9 @@ from ...engine.execution import Execution
 from ...engine.products import WatchedProduct, WatchProducts
 from ...engine.walk import ForwardWalk, Stop
 from ...structure.kept import removed_layers
+from .base import RepairTask
 from .least_squares import Fit, Fitter, Matrix, write_all
-from .readers import ProducerRows, Reader, bias_name, matrix_of, readers_of, removed_channels, stream_writers
-
-if TYPE_CHECKING:
-    from .base import RepairTask
+from .readers import ProducerRows, Reader, bias_name, readers_of, removed_channels, stream_writers
 
 _DIRECT = 2e-2
 """Largest relative residual for a layer's output to count as its input plus c times outputs of `stream_writers`."""
@@ -77,11 +74,8 @@ class _Step:
         return (additive and not self.last) or any(reader.from_stream for reader in self.readers.values())
 
 
-class _Run(NamedTuple):
-    """One run of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
-
-    uses: list[WatchedProduct]
-    output: torch.Tensor | None
+_Run = tuple[list[WatchedProduct], torch.Tensor | None]
+"""Of a layer: copies of the products with the weights of a step, and its output if it ran to the end."""
 
 
 class _Repair:
@@ -222,21 +216,21 @@ class _Repair:
         fitters: dict[Matrix, Fitter] = {}
         simple, inputs = step.is_simple, self.pruned.empty()
         for position in range(len(self.walk.calls)):
-            pruned, uncut, dense = self._observe(step, position)
-            for use, uncut_use in zip(pruned.uses, uncut.uses, strict=True):
+            (uses, output), (uncut_uses, uncut_output), dense = self._observe(step, position)
+            for use, uncut_use in zip(uses, uncut_uses, strict=True):
                 reader, key = step.readers[use.parameter], (use.parameter, use.slot)
                 if reader.from_stream and use.slot is not None:
                     # Other tokens are routed to the expert in the dense model, so rows do not correspond.
                     continue
-                target = self._target(step, position, uncut, uncut_use, dense.get(key))
+                target = self._target(step, position, uncut_output, uncut_use, dense.get(key))
                 if key not in fitters:
                     fitters[key] = self._fitter(step, *key)
                 fitters[key].add(use, target)
-            simple = simple and len(pruned.uses) == 1
+            simple = simple and len(uses) == 1
             if simple:
-                assert pruned.output is not None and step.factor is not None, "simple steps are last"
-                (use,) = pruned.uses
-                self.pruned[position] = pruned.output - step.factor * use.outputs.float().view_as(pruned.output)
+                assert output is not None and step.factor is not None, "simple steps are last"
+                (use,) = uses
+                self.pruned[position] = output - step.factor * use.outputs.float().view_as(output)
                 inputs.append(use.inputs.index_select(1, step.readers[use.parameter].kept.to(use.inputs.device)))
         # A process may have no tokens for an expert.
         every = self.ranks.merged(dict.fromkeys(fitters))
@@ -264,14 +258,16 @@ class _Repair:
         if any(reader.normed for reader in step.readers.values()):
             # Removed units are silenced where they are produced, so that targets need another run. It comes first, as
             # later layers read the keys and values that the last run passes on.
-            with self.producers.restored():
-                uncut = self._run(step, position, self.pruned, whole=step.last)
+            self.producers.restore()
+            uncut = self._run(step, position, self.pruned, whole=step.last)
+            self.producers.zero()
         pruned = self._run(step, position, self.pruned, whole=step.last)
         if not step.needs_dense:
             return pruned, uncut or pruned, {}
-        with _swapped(self.original):
-            dense = self._run(step, position, self.dense, whole=False)
-        return pruned, uncut or pruned, {(use.parameter, use.slot): use.outputs.float() for use in dense.uses}
+        self._swap_weights()
+        dense, _ = self._run(step, position, self.dense, whole=False)
+        self._swap_weights()
+        return pruned, uncut or pruned, {(use.parameter, use.slot): use.outputs.float() for use in dense}
 
     def _run(self, step: _Step, position: int, states: States, *, whole: bool) -> _Run:
         """Run the layer; without ``whole``, only until all weights of the step were used."""
@@ -286,10 +282,10 @@ class _Repair:
 
         with contextlib.suppress(Stop), WatchProducts(self.model, step.readers, seen):
             output = self.walk.run(self.number, position, states)
-        return _Run(uses, output)
+        return uses, output
 
     def _target(
-        self, step: _Step, position: int, uncut: _Run, use: WatchedProduct, dense: torch.Tensor | None
+        self, step: _Step, position: int, uncut: torch.Tensor | None, use: WatchedProduct, dense: torch.Tensor | None
     ) -> torch.Tensor:
         """The target (tokens, out), float32, see the module. ``use``: the product that y is of; ``dense``: y_dense."""
         outputs = use.outputs.float()
@@ -299,8 +295,8 @@ class _Repair:
         if step.factor is None:
             return outputs
         if step.last:
-            assert uncut.output is not None
-            difference = self.after[position] - uncut.output
+            assert uncut is not None
+            difference = self.after[position] - uncut
         else:
             assert dense is not None
             before = self.dense[position]
@@ -310,20 +306,14 @@ class _Repair:
         return outputs + self.mix / step.factor * difference.flatten(0, -2)
 
     def _fitter(self, step: _Step, name: str, slot: int | None) -> Fitter:
-        reader = step.readers[name]
+        reader, matrix = step.readers[name], self.model.get_parameter(name).data
+        transposed = reader.axis < matrix.dim() - 1
         bias = self.model.get_parameter(self.biases[name]).data if name in self.biases else None
-        if bias is not None and slot is not None:
-            bias = bias[slot]
-        return self.fitter(reader, matrix_of(self.model, reader, slot), bias)
+        if slot is not None:
+            matrix, bias = matrix[slot], None if bias is None else bias[slot]
+        return self.fitter(reader, matrix.T if transposed else matrix, bias)
 
-
-@contextlib.contextmanager
-def _swapped(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Iterator[None]:
-    """While active, the tensors of each pair have each other's values."""
-    for tensor, other in pairs:
-        tensor.data, other.data = other.data, tensor.data
-    try:
-        yield
-    finally:
-        for tensor, other in pairs:
-            tensor.data, other.data = other.data, tensor.data
+    def _swap_weights(self) -> None:
+        """Give the changed weights of the layer their values of the dense model, or back."""
+        for parameter, copy in self.original:
+            parameter.data, copy.data = copy.data, parameter.data

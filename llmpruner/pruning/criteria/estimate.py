@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ...engine.execution import Execution
 from ...engine.signals import ParameterSignals, Signal, UnitAxis, kinds_read
-from ...engine.statistics import stream_statistics, token_statistics, walk_signals
+from ...engine.statistics import SignalWalk, stream_statistics, token_statistics
 from ...engine.walk import CalibrationSet
 from ...errors import ModelError, PluginError, SelectionError
 from ...structure.coupling import LAYER, CoupledGroup, CouplingGraph
@@ -29,11 +29,11 @@ Scores = Mapping[str, torch.Tensor]
 
 def check_accepted(criterion: ImportanceCriterion, groups: Sequence[CoupledGroup], graph: CouplingGraph) -> None:
     """Raise `SelectionError` for units that ``criterion`` does not score."""
-    refused = next((group for group in groups if not criterion.accepts(group.kind)), None)
-    if refused is not None:
-        kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind))
-        advice = f"; use --kinds {kinds}" if kinds else ", nor others of this model; choose another criterion"
-        raise SelectionError(f"criterion {criterion.name} does not score '{refused.kind}' units{advice}")
+    for group in groups:
+        if not criterion.accepts(group.kind):
+            kinds = ",".join(kind for kind in graph.kinds if criterion.accepts(kind))
+            advice = f"; use --kinds {kinds}" if kinds else ", nor others of this model; choose another criterion"
+            raise SelectionError(f"criterion {criterion.name} does not score '{group.kind}' units{advice}")
 
 
 def estimate(
@@ -42,22 +42,19 @@ def estimate(
     length: int = 1, removable: frozenset[int] | None = None, tokenizer: Any | None = None,
 ) -> Scores:  # fmt: skip
     """Score every unit of ``groups``. ``calibration``: None for weights alone. ``length``, ``removable``: as in
-    `StreamStats`. Raises `SelectionError` for units that are not scored, `ModelError` for scores that are not
-    finite."""
+    `StreamStats`. Raises `SelectionError` for units that are not scored, `ModelError` for infinite scores."""
     check_accepted(criterion, groups, graph)
     execution, signals = execution or Execution.of(model, graph.layers), criterion.needs
-    of_all: torch.Tensor | None = None
     if calibration is not None and signals & {Signal.STREAM, Signal.STREAM_BLOCKS}:
-        of_all = criterion.score_layers(stream_statistics(execution, calibration, length, removable))
+        of_layers = criterion.score_layers(stream_statistics(execution, calibration, length, removable))
+        scores = {group.name: of_layers.double().cpu() for group in groups}
     elif calibration is not None and Signal.TOKENS in signals:
-        of_all = criterion.score_tokens(token_statistics(execution, calibration, tokenizer))
-    if of_all is not None:
-        scores = {group.name: of_all.double().cpu() for group in groups}
+        of_tokens = criterion.score_tokens(token_statistics(execution, calibration, tokenizer))
+        scores = {group.name: of_tokens.double().cpu() for group in groups}
     else:
         uses = scored_spans(graph, groups, criterion)
-        measured = walk_signals(
-            execution, graph, uses, signals, calibration, seed, criterion.measure, by_matrix=criterion.by_matrix
-        )
+        reads, measure = kinds_read(graph), criterion.measure
+        measured = SignalWalk(execution, reads, uses, signals, calibration, seed, measure, criterion.by_matrix)
         scores = _score(groups, criterion, uses, measured, reduction)
     for name, values in scores.items():
         if not bool(torch.isfinite(values).all()):

@@ -1,4 +1,4 @@
-"""Criteria of weights, and of weights and their inputs, which need a forward pass.
+"""Criteria of weights: alone, with their inputs, which need a forward pass, and with gradients.
 
 W is a weight matrix (d_out, d_in), w its weights, x_j its input channel j, and E the mean over all calibration tokens.
 Scores of weights alone are sums over the weights that a unit owns; those with inputs are of the weights that read a
@@ -12,21 +12,28 @@ removal increases the squared error of the output by E_u and changes W and H⁻�
 
 (Hassibi and Stork, 1993; for structures of language models: SlimGPT, Ling et al., 2024, eq. 5; ZipLM, Kurtic et al.,
 2023, eq. 4).
+
+Taylor importance is the change of the loss L when a weight is set to zero (LLM-Pruner, equations 3 to 6):
+``L(W) − L(W: wᵢ=0) = gᵢwᵢ − ½ wᵢ Hᵢᵢ wᵢ + O(‖W‖³)``, with the Hessian's diagonal approximated by the Fisher information
+``E[gᵢ²]``. Fisher importance is the divergence of the predictions when a unit is silenced.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
 from ...component import ComponentSettings
-from ...engine.signals import InputStats, ParameterSignals, Signal, UnitAxis
-from ...structure.coupling import Role
+from ...engine.signals import InputStats, ParameterSignals, Product, Signal, UnitAxis
+from ...structure.coupling import ATTENTION, QUERY, Role
 from .base import ImportanceCriterion
 
 if TYPE_CHECKING:
     import torch
+
+Variant = Literal["element1", "element2", "mix", "vector"]
 
 
 class Random(ImportanceCriterion):
@@ -34,9 +41,7 @@ class Random(ImportanceCriterion):
     summary = "uniform random numbers from [0, 1): the baseline for every other criterion"
 
     def saliency(self, signals: ParameterSignals) -> torch.Tensor:
-        import torch
-
-        values = torch.rand(signals.weight.shape, generator=signals.generator)
+        values = signals.weight.new_empty(signals.weight.shape, device="cpu").uniform_(generator=signals.generator)
         return values.to(signals.weight.device)
 
 
@@ -96,8 +101,7 @@ class OutputEnergy(OfInputs):
 
 
 class Fluctuation(OfInputs):
-    """‖W_:j‖²·Var[x_j]: the mean squared error when a unit is replaced by its mean (WIFV of FLAP; An et al., AAAI 2024,
-    eq. 5)."""
+    """‖W_:j‖²·Var[x_j]: the mean squared error when a unit is replaced by its mean (FLAP; An et al., 2024, eq. 5)."""
 
     name = "flap"
     summary = "weight norm times fluctuation of the input, ‖W_:j‖²·Var[x_j] (FLAP, eq. 5)"
@@ -143,10 +147,6 @@ class Pca(OfInputs):
         return signals.over_inputs(energy)
 
 
-_STEPS = 1024
-"""Maximum evaluations of E_u: with more units, several are removed after each."""
-
-
 class OptimalBrainSurgeon(OutputEnergy):
     """A unit's score is the error accumulated after its removal; each removal updates the others by least squares."""
 
@@ -185,7 +185,8 @@ def remove_all(weight_SOI: torch.Tensor, gram_SII: torch.Tensor, index_UK: torch
     del hessian, diagonal
     units = len(index_UK)
     scores = torch.zeros(units, dtype=torch.float64, device=weight.device)
-    remaining, total, at_once = list(range(units)), 0.0, -(-units // _STEPS)
+    remaining, total = list(range(units)), 0.0
+    at_once = -(-units // 1024)  # units removed after each evaluation of E_u, to bound their number
     while remaining:
         index = index_UK[torch.tensor(remaining, device=index_UK.device)]
         costs = _costs(weight, inverse, index)
@@ -225,3 +226,78 @@ def _remove(weight: torch.Tensor, inverse: torch.Tensor, index_K: torch.Tensor) 
     inverse -= rows.mT @ step
     inverse[:, index_K] = 0
     inverse[:, :, index_K] = 0
+
+
+class Taylor(ImportanceCriterion):
+    """The importance of LLM-Pruner (Ma et al., 2023); sums are over the weights that a unit owns. ``element1``: Σ|g·w|.
+    ``element2``: Σ½w²·E[g²]. ``mix``: Σ|g·w − ½w²·E[g²]|. ``vector``: |Σ g·w| per row or column."""
+
+    name = "taylor"
+    by_matrix = True
+    summary = "change of the loss by Taylor expansion, |g·w| and its variants (LLM-Pruner, eq. 3-6)"
+
+    class Settings(ComponentSettings):
+        variant: Variant = Field(
+            "element1",
+            description="element1: first order, per weight; element2: second order, per weight; mix: both; vector: "
+            "first order, per row or column.",
+        )
+
+    settings: Settings
+
+    @property
+    def needs(self) -> frozenset[Signal]:
+        gradients = {"element2": {Signal.GRAD_SQ}, "mix": {Signal.GRAD, Signal.GRAD_SQ}}
+        return frozenset({Signal.WEIGHT, *gradients.get(self.settings.variant, {Signal.GRAD})})
+
+    @property
+    def signed(self) -> bool:
+        return self.settings.variant == "vector"
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        weight = signals.weight
+        value = weight.new_zeros(weight.shape) if signals.grad is None else weight * signals.grad
+        if signals.grad_sq is not None:
+            value = value - 0.5 * weight.square() * signals.grad_sq
+        return value
+
+
+class Fisher(ImportanceCriterion):
+    """Σ_t (Σ_j x_tj · W_:jᵀg_t)², the mean over samples, with the inputs j of a weight that a unit owns. Times half the
+    tokens of a sample, this estimates the divergence (KL, nats per token) of the predictions when the unit is silenced.
+
+    At token t, the unit adds δ = Σ_j W_:j x_tj to the output of the weight W (d_out, d_in); g_t (d_out,) is the
+    gradient of the sample's mean next-token loss there. The gradient is zero on average over predictions, so that the
+    divergence begins with ½ E[(gᵀδ)²], where E[ggᵀ] is the Fisher information (Theis et al., 2018, "Faster gaze
+    prediction with dense networks and Fisher pruning"; for masks of units, Kwon et al., 2022, "A Fast Post-Training
+    Pruning Framework for Transformers"). Products of different tokens are left out, and those of different channels of
+    units that are neither channels nor heads. The next token of the text takes the place of one that the model draws
+    (the empirical Fisher information).
+    """
+
+    name = "fisher"
+    summary = (
+        "change of the predictions, (Σ_j x_j·W_:jᵀg)² of a unit at each token, from gradients (Fisher information)"
+    )
+    needs = frozenset({Signal.PRODUCT_GRAD})
+    roles = frozenset({Role.CONSUMES})
+    by_matrix = True
+
+    def measure(self, product: Product) -> Mapping[str, torch.Tensor]:
+        effects = product.inputs * product.input_grads
+        sums = {"squares": effects.square().sum(0) / product.num_samples}
+        if product.expert is None and product.reads & {ATTENTION, QUERY}:
+            sums["products"] = effects.mT @ effects / product.num_samples
+        return sums
+
+    def saliency(self, signals: ParameterSignals) -> torch.Tensor:
+        if signals.products is None:
+            return signals.weight.new_zeros(signals.weight.shape)
+        return signals.over_inputs(signals.products.sums["squares"].float())
+
+    def score_units(self, signals: ParameterSignals, axis: UnitAxis, index_UK: torch.Tensor) -> torch.Tensor | None:
+        products = None if signals.products is None else signals.products.sums.get("products")
+        if products is None or axis.role is not Role.CONSUMES:
+            return None
+        index = index_UK.to(products.device)
+        return products[index[:, :, None], index[:, None, :]].sum((1, 2))
