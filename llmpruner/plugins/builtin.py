@@ -53,7 +53,7 @@ def llmpruner_budgets() -> list[type]:
 
 @hookimpl
 def llmpruner_compensations() -> list[type]:
-    from ..pruning.compensation.base import BiasShift, NoCompensation, Refit
+    from ..pruning.compensation.compensations import BiasShift, NoCompensation, Refit
 
     return [Refit, BiasShift, NoCompensation]
 

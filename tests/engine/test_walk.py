@@ -18,7 +18,8 @@ from llmpruner.engine.ranks import Ranks
 from llmpruner.engine.walk import ForwardWalk, _same, call_layer, replaced_layers
 from llmpruner.models.meta import decoder_layers
 from llmpruner.models.numbers import computes_bfloat16_fast
-from llmpruner.pruning.compensation.base import Refit, RepairTask
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.compensations import Refit
 
 pytestmark = pytest.mark.usefixtures("full_precision")
 

@@ -14,7 +14,7 @@ from llmpruner import ModelError, OutputError
 from llmpruner.discovery.cut import cut
 from llmpruner.discovery.oracle import logits
 from llmpruner.errors import SelectionError
-from llmpruner.pruning.compensation.base import Refit
+from llmpruner.pruning.compensation.compensations import Refit
 from llmpruner.pruning.criteria.estimate import estimate
 from llmpruner.structure.kept import restrict
 from llmpruner.testing.models import make_plan, small_job

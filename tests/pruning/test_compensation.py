@@ -16,7 +16,8 @@ from llmpruner.discovery.oracle import random_plan
 from llmpruner.engine.ranks import SINGLE
 from llmpruner.models.surgery import silence
 from llmpruner.pruning.compensation import least_squares
-from llmpruner.pruning.compensation.base import BiasShift, Refit, RepairTask
+from llmpruner.pruning.compensation.base import RepairTask
+from llmpruner.pruning.compensation.compensations import BiasShift, Refit
 from llmpruner.pruning.compensation.least_squares import WeightFitter, write_all
 from llmpruner.pruning.compensation.readers import Reader, readers_of
 from llmpruner.structure.coupling import LAYER, Role

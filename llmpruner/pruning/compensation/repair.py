@@ -174,7 +174,7 @@ class _Repair:
             self.journal.keep(number, self.weights, changed)
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], dict[str, str]]:
-        """The steps of layer ``number``, in order, and weight → bias. c is the least-squares solution, see `_DIRECT`."""
+        """The steps of layer ``number`` in order, and weight → bias. c is a least-squares solution, see `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 
