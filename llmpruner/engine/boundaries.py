@@ -25,8 +25,7 @@ class _Place(NamedTuple):
 
 
 class Boundaries:
-    """Keeps tensors for several `States`, of which at most ``limit`` bytes are in memory. ``folder``: of the file; None
-    for the system's folder of temporary files. Raises `OutputError` where the file cannot be written."""
+    """Keeps the tensors of several `States`, at most ``limit`` bytes in memory, the rest in a file in ``folder``."""
 
     def __init__(self, folder: Path | None = None, limit: int = DEFAULT_LIMIT) -> None:
         self._folder, self._limit = folder, limit
@@ -67,8 +66,7 @@ class Boundaries:
 
 
 class States:
-    """Tensors, one for each micro-batch, kept by a `Boundaries`; do not change them in place. ``passed``: (micro-batch,
-    name of an argument) → the dictionary in which layers have passed on values, in memory."""
+    """Tensors, one for each micro-batch; do not change them in place. ``passed``: what layers pass on besides."""
 
     def __init__(self, boundaries: Boundaries) -> None:
         self._boundaries = boundaries

@@ -116,8 +116,7 @@ class Journal:
         self._took = self._written - began
 
     def resume(self, weights: Weights) -> tuple[dict[str, Any], dict[str, Path]] | None:
-        """The last state, and the files of its hidden states, for `States.loaded`; None without one for as many
-        processes. The weights of finished layers are used from now on."""
+        """The last state and its files of hidden states, if any; weights of finished layers are used from now on."""
         state = self.load("state")
         if state is None or state["processes"] != self._ranks.count:
             return None

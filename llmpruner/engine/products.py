@@ -189,8 +189,7 @@ Measure = Callable[[Product], Mapping[str, torch.Tensor]]
 
 @dataclass(eq=False)
 class ReduceProducts:
-    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer. ``reads``: of
-    `kinds_read`. ``num_samples``: of the calibration set."""
+    """Sums of the results of ``measure`` over all products with the weights ``names`` of one layer."""
 
     model: PreTrainedModel
     names: Collection[str]

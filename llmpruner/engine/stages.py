@@ -1,5 +1,4 @@
-"""What a run took: ``run.json`` in a checkpoint, and in the folder of every step of a recipe. It is not in
-``llmpruner.json``, which says the same wherever the checkpoint was made. Imports no torch."""
+"""What a run took: ``run.json`` in a checkpoint, and in the folder of every step of a recipe. Imports no torch."""
 
 from __future__ import annotations
 

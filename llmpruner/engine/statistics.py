@@ -1,5 +1,4 @@
-"""What criteria read, measured layer by layer: signals of parameters, from weights, a forward pass or gradients; hidden
-states before and after layers; the use of tokens."""
+"""What criteria read, measured layer by layer: signals of parameters, changes of hidden states, use of tokens."""
 
 from __future__ import annotations
 

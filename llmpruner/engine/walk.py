@@ -174,8 +174,7 @@ def _whole_run(
 
 
 def _compare(model: PreTrainedModel, states: torch.Tensor, expected: torch.Tensor, number: int) -> None:
-    """Half of the tokens must agree: rounding may route a token to another expert, but a value that a layer lacks
-    changes nearly all."""
+    """Half of the tokens must agree: others may be routed elsewhere by rounding; a missing value changes nearly all."""
     expected = expected.float()
     differences = (states.float() - expected).norm(dim=-1) / expected.norm(dim=-1).clamp_min(1e-12)
     typical = float(differences.median())
@@ -198,8 +197,7 @@ class Stop(Exception):
 def record(
     model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor, tuples: Sequence[int | None]
 ) -> tuple[list[Call], torch.Tensor]:
-    """Run the model with layers that return their hidden states unchanged. Returns the other arguments of each layer,
-    and the hidden states before the first. ``tuples``: of `LayerForm`."""
+    """The arguments of each layer, and the hidden states before the first; layers return these unchanged."""
     calls: list[Call] = []
     before: list[torch.Tensor] = []
 

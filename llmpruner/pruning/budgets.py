@@ -1,5 +1,4 @@
-"""Budget: what the amount to remove is a share of; Cost: that quantity as a function of how many units groups keep.
-Imports no torch."""
+"""Budget: what the amount is a share of; Cost: that, as a function of how many units stay. Imports no torch."""
 
 from __future__ import annotations
 
@@ -250,8 +249,7 @@ class Macs(Budget):
 
 @dataclass(frozen=True)
 class CacheCost(Cost):
-    """Bytes that the key/value cache grows by with every token. ``layers``: of each layer of the whole model.
-    ``per_unit``: (group name, layer) → those saved with each unit. ``units``: group name → its number of units."""
+    """``layers``: bytes of each. ``per_unit``: (group, layer) → those saved with a unit. ``units``: of each group."""
 
     layers: Sequence[int]
     per_unit: Mapping[tuple[str, int], Fraction]

@@ -21,7 +21,7 @@ from .budgets import BudgetSubject
 from .criteria.estimate import check_accepted
 from .job import Job, PruneJob, ReplayJob
 from .saving import without_weights
-from .selection import demand, equal_scores, scope_of, select, widths_of
+from .selection import demand, scope_of, select, widths_of
 
 
 def identity(job: Job, structure: Structure, opener: Opener) -> dict[str, Any]:
@@ -86,7 +86,8 @@ def _check_amount(job: PruneJob, structure: Structure) -> None:
     # The largest amount does not depend on scores, so equal shares replace allocations that measure.
     allocation = Uniform() if job.allocation.measures else job.allocation
     amount = demand(job, cost, cost, groups, scope, job.steps)
-    if select(graph, groups, equal_scores(groups), scope, amount, allocation, cost=cost, widths=widths):
+    equal = {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
+    if select(graph, groups, equal, scope, amount, allocation, cost=cost, widths=widths):
         return
     if scope.kinds == (VOCABULARY,):
         step = widths.multiple(groups[0])

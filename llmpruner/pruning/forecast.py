@@ -55,18 +55,13 @@ def forecast(
     `ModelError` for a streamed model whose weights are needed in memory."""
     graph, item = structure.graph, dtype_of(structure, opener.load).itemsize
     weights, decoder = item * graph.total_parameters, item * graph.decoder_parameters
-    process, device, why = psutil.Process().memory_info().rss + MODULES, opener.load.device, why_in_memory(job, saves)
+    possible, why = _possible(job, structure, saves, in_memory)
+    process, device = psutil.Process().memory_info().rss + MODULES, opener.load.device
     if not isinstance(structure, Model):
         check_device(device)
-        why = "the result stays in memory" if in_memory else why or why_not_streamed(structure)
-        possible = [False] if why else [False, True]
     elif structure.streamed is None:
-        why, possible, device = "it is loaded already", [False], structure.network.device.type
+        device = structure.network.device.type
         process -= sum(parameter.nbytes for parameter in structure.network.parameters())
-    elif why or (saves and job.compensation.name != "none"):
-        raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
-    else:
-        possible = [True]
     autocast = item == F32 and job.calibration is not None and multiplies_bfloat16_fast(device)
     whole = weights * 3 // 2 if autocast else weights  # it keeps a copy in bfloat16 while the model runs
     two_layers = weights - decoder + 2 * decoder // graph.num_layers
@@ -88,6 +83,19 @@ def forecast(
             f"{f', as {why}' if why else ''}; {advice}take fewer or shorter samples"
         )
     return fitting
+
+
+def _possible(job: Job, structure: Structure, saves: bool, in_memory: bool) -> tuple[list[bool], str | None]:
+    """Whether weights may be streamed, the choices in order; and what needs them in memory."""
+    why = why_in_memory(job, saves)
+    if not isinstance(structure, Model):
+        why = "the result stays in memory" if in_memory else why or why_not_streamed(structure)
+        return ([False] if why else [False, True]), why
+    if structure.streamed is None:
+        return [False], "it is loaded already"
+    if why or (saves and job.compensation.name != "none"):
+        raise ModelError(f"'{structure.ref}' is read layer by layer; pass its folder")
+    return [True], None
 
 
 def free_memory() -> int:

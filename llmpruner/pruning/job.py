@@ -130,11 +130,11 @@ def prune_job(settings: PruneSettings, catalog: Catalog) -> PruneJob:
         raise SettingsError("prune.unit_ratio goes in one step; use --ratio with --steps")
     if settings.steps > 1 and VOCABULARY in settings.kinds:
         raise SettingsError("tokens go in one step; leave --steps out")
-    criteria = [criterion] if token_criterion is None else [criterion, token_criterion]
-    methods = [] if method is None else [method]
-    check_chosen(user_values, [budget, *criteria, allocation, compensation, *methods, *(p.source for p in parts)])
+    components = budget, criterion, token_criterion, allocation, compensation, method, *(p.source for p in parts)
+    check_chosen(user_values, filter(None, components))
     calibration = None
-    if any(each.needs - {Signal.WEIGHT} for each in criteria) or allocation.measures or compensation.reads_text:
+    scored_on_text = any(each is not None and each.needs - {Signal.WEIGHT} for each in (criterion, token_criterion))
+    if scored_on_text or allocation.measures or compensation.reads_text:
         calibration = CalibrationJob(
             settings.calibration, parts, settings.samples, settings.length, fixed_length="length" in explicit
         )
@@ -188,8 +188,7 @@ def _amount(settings: PruneSettings) -> tuple[By, Any]:
 def _filled(
     settings: PruneSettings, explicit: Collection[str], method: Method | None, *, writes: bool
 ) -> tuple[PruneSettings, Mapping[str, Mapping[str, Any]]]:
-    """``settings`` with the defaults of ``method``, then of `TEN_SAMPLES`, for all that is not ``explicit``; and the
-    method's defaults for settings of components. Raises `SettingsError` for a default that is refused."""
+    """``settings`` with the defaults of ``method`` or `TEN_SAMPLES`; and the method's for settings of components."""
     defaults, name = dict(TEN_SAMPLES), ""
     if method is not None:
         defaults, name = {**defaults, **method.defaults(settings, writes=writes)}, method.name

@@ -54,8 +54,7 @@ class Fast(Method):
 
 
 class LlmPruner(Method):
-    """LLM-Pruner (Ma, Fang, Wang, 2023): first-order Taylor importance per weight on ten samples, without compensation,
-    the first and last layers whole. Its recovery is `llmpruner recover`."""
+    """LLM-Pruner (Ma et al., 2023): Taylor importance per weight on ten samples, the first and last layers whole."""
 
     name = "llm-pruner"
     summary = "the paper's: first-order Taylor importance on ten samples; no compensation"

@@ -67,8 +67,7 @@ def _unseen(ids: torch.Tensor, calibration: torch.Tensor) -> tuple[torch.Tensor,
 
 
 def _at_head(execution: Execution, ids: torch.Tensor) -> tuple[torch.Tensor | None, int | None]:
-    """What the head reads, (samples, length, hidden size), or None where it reads other values; and how many further
-    values a layer returns, None for a bare tensor."""
+    """What the head reads, (samples, length, hidden size), if it can be seen; and `LayerForm.tuples` of a layer."""
     model, read, returned = execution.model, list[torch.Tensor](), list[Any]()
 
     def stop(_: Any, args: tuple[torch.Tensor]) -> None:

@@ -112,7 +112,8 @@ class _Current:
         if blocks:
             # A criterion of blocks of layers depends on how many layers the amount takes, by themselves.
             (group,) = self.graph.of_kinds([LAYER])
-            kept = select(self.graph, [group], equal_scores([group]), self.scope, amount, Uniform(), cost=self.cost)
+            equal = {group.name: torch.zeros(group.units, dtype=torch.float64)}
+            kept = select(self.graph, [group], equal, self.scope, amount, Uniform(), cost=self.cost)
             length = max(1, group.units - len(kept.get(group.name, range(group.units))))
         shared = None if blocks else self.execution.shared
         lists = recalled(shared, "scores", lambda: self._estimate(length))
@@ -277,11 +278,6 @@ def select(
             "more with --kinds or --set prune.layers, or ask for less"
         )
     return chosen(allocation.allocate(AllocationTask(joint, amount, meter, demand.whole, measured, progress)))
-
-
-def equal_scores(groups: Sequence[CoupledGroup]) -> Scores:
-    """All zero, for `select` where only the numbers of units matter."""
-    return {group.name: torch.zeros(group.units, dtype=torch.float64) for group in groups}
 
 
 @torch.no_grad()

@@ -42,8 +42,7 @@ _CHECKS = ("files", "shapes", "weights", "logits")
 
 @dataclass(frozen=True)
 class Check:
-    """``name``: files, shapes, weights or logits. ``state``: passed, damaged or not checked. ``detail``: what was
-    compared; for damage, the file or the tensor; else why not."""
+    """``detail``: what was compared; for damage, the file or the tensor; else why it is not checked."""
 
     name: str
     state: str

@@ -63,10 +63,8 @@ def resumable(
         streamed = recalled(journal, f"streamed-{run.max_memory}", lambda: expected.streamed)
         model = opener.weights(structure, streamed=streamed, scratch=folder)
         ahead = asdict(replace(expected, streamed=streamed))
-        yield (
-            model,
-            Execution(model.weights, ranks, journal, opener.progress, shared=shared or journal, forecast=ahead),
-        )
+        shared = shared or journal
+        yield model, Execution(model.weights, ranks, journal, opener.progress, shared=shared, forecast=ahead)
 
 
 def _expected(
@@ -94,8 +92,7 @@ def saved(model: Model, output: Path, execution: Execution, command: str, settin
 def several(
     jobs: Mapping[str, Job], structure: Structure, opener: Opener, run: RunSettings, output: Path
 ) -> Iterator[tuple[Journal, Iterator[str]]]:
-    """For prunes by ``jobs`` that differ in the ratio alone, each into the folder of ``output`` that is its key: what
-    they share, and the keys of those that an interrupted run has not finished."""
+    """For ``jobs`` that differ in the ratio, by folder in ``output``: what they share, and the unfinished folders."""
     ranks = Ranks.current()
     folder = output.with_name(output.name + ".pruning")
     if run.restart or not ranks.from_first(folder.is_dir):

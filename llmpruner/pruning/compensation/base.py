@@ -1,5 +1,4 @@
-"""Compensation: changes the weights that read removed units before the cut, without training; and the built-in ones.
-Imports no torch."""
+"""What a compensation is: it changes weights that read removed units before the cut. Imports no torch."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class Compensation(Component):
     """Whether it changes only weights that read removed units, and biases; ``verify`` then compares all others."""
 
     def check(self, graph: CouplingGraph, groups: Sequence[CoupledGroup]) -> None:
-        """Raise `UnsupportedModelError` where it cannot change the weights that read units of ``groups``, which may
-        lose some. Called before text is read; by default nothing is refused."""
+        """Raise `UnsupportedModelError`, before text is read, for units in ``groups`` that can't be compensated."""
 
     def repair(self, task: RepairTask) -> Sequence[Fit]:
         """Change ``task.model`` in place, and return a fit for each matrix, also where its weights stay. Raises

@@ -52,8 +52,7 @@ class Fit:
 
 
 class WeightFitter:
-    """Fits W_K and b (the weight of an input that is always 1) to targets by ridge regression on X_K, the kept inputs
-    of the matrix W (out × in), R being the removed ones. Memory: 2 · in · (in + out) float32."""
+    """Fits W_K and b (the weight of an input that is always 1) by ridge regression on X_K, the kept inputs of W."""
 
     trials = len(RIDGES) + 1
     """The number of weights that are compared on the held-out rows: one for each of `RIDGES`, and the old ones."""
@@ -227,8 +226,7 @@ class _Sums:
 
 
 def _ridge(sums: _Sums, old_IO: torch.Tensor, ridge: float, step: int = 1) -> torch.Tensor | None:
-    """The fit (in, out), float64. ``old_IO``: of every ``step``-th output, which alone are fitted. None where XᵀX + λI
-    has no Cholesky factor: rounded sums in float32 have negative eigenvalues."""
+    """The fit (in, out), float64, of every ``step``-th output. None where XᵀX + λI, rounded, has no Cholesky factor."""
     gram = sums.gram.double()
     strength = ridge * float(gram.diagonal().mean())
     # Where all inputs are always zero, λ is zero too; the smallest float32 keeps the system solvable.

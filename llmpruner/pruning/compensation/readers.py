@@ -46,8 +46,7 @@ def readers_of(graph: CouplingGraph, kept: Kept, layer: int) -> dict[str, Reader
 
 
 def stream_writers(graph: CouplingGraph, layer: int) -> list[str]:
-    """The weights whose outputs ``layer`` adds to the residual stream: those that read units inside it (output and down
-    projections), unless they produce other ones (the second projection of a latent vector)."""
+    """The weights whose outputs ``layer`` adds to the residual stream: output and down projections."""
     inside = [group for group in graph.groups if group.layer == layer]
     produce = {span.parameter for group in inside for span in group.spans_with(Role.PRODUCES)}
     return [

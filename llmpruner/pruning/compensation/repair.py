@@ -43,8 +43,7 @@ _DIRECT = 2e-2
 
 @torch.no_grad()
 def repair(task: RepairTask, fitter: type[Fitter], *, mix: float = 0.0) -> list[Fit]:
-    """Fit every weight matrix of ``task.model`` that reads removed units, in place, and silence these units, but not
-    removed experts. ``mix``: in the targets, see the module. Raises as `Compensation.repair`."""
+    """Fit the weight matrices of ``task.model`` that read removed units, in place. ``mix``: see the module."""
     assert task.calibration is not None, "a compensation that fits weights reads calibration text"
     execution = task.execution or Execution.of(task.model, task.graph.layers)
     assert execution.journal or not execution.weights.streamed, "changed weights are kept in the journal"
@@ -175,8 +174,7 @@ class _Repair:
             self.journal.keep(number, self.weights, changed)
 
     def _steps(self, number: int, readers: Mapping[str, Reader]) -> tuple[list[_Step], dict[str, str]]:
-        """How layer ``number`` of the dense model uses the matrices of ``readers``: the steps in order, and the biases.
-        c is the least-squares solution of change = c · outputs, if its relative residual is below `_DIRECT`."""
+        """The steps of layer ``number`` in order, and weight → bias. c is a least-squares solution, see `_DIRECT`."""
         uses: dict[str, WatchedProduct] = {}
         outputs: list[torch.Tensor] = []
 
@@ -211,8 +209,7 @@ class _Repair:
         return steps, biases
 
     def _fit(self, step: _Step) -> bool:
-        """Fit the weights of one step. Returns whether ĥ was moved to after the layer: for a simple step, new outputs
-        take the place of the old ones, so that the layer need not run again."""
+        """Fit the weights of one step. Returns whether ĥ was moved to after the layer, as it is by a simple step."""
         fitters: dict[Matrix, Fitter] = {}
         simple, inputs = step.is_simple, self.pruned.empty()
         for position in range(len(self.walk.calls)):
@@ -252,8 +249,7 @@ class _Repair:
             self.pruned[position] = rest + step.factor * outputs.view_as(rest)
 
     def _observe(self, step: _Step, position: int) -> tuple[_Run, _Run, dict[Matrix, torch.Tensor]]:
-        """Runs of the layer on one micro-batch of ĥ, with removed units silenced, and with the products that targets
-        are of; and the outputs (tokens, out) in the dense model, where targets need them."""
+        """Run the layer on ĥ, with removed units silenced, and uncut; and the dense layer where targets need it."""
         uncut: _Run | None = None
         if any(reader.normed for reader in step.readers.values()):
             # Removed units are silenced where they are produced, so that targets need another run. It comes first, as

@@ -54,8 +54,7 @@ class ImportanceCriterion(Component):
 
     @property
     def needs(self) -> frozenset[Signal]:
-        """The signals to measure, by default weights; all others need a calibration set. An attribute of the class, or
-        a property if it depends on settings."""
+        """The signals to measure, by default weights; others need text. An attribute of the class, or a property."""
         return frozenset({Signal.WEIGHT})
 
     @property

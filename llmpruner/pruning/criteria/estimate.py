@@ -1,5 +1,4 @@
-"""From signals to a saliency of every weight, and to one score for each unit: saliencies are summed over what a unit
-owns in one span, then reduced over the spans of its group (sum, mean, max, prod or last)."""
+"""From signals to saliencies, and to a score of each unit: sums in one span, reduced over the spans of its group."""
 
 from __future__ import annotations
 
