@@ -25,7 +25,7 @@ LOGIT_ELEMENTS = 1 << 24
 def positions_of(config: PreTrainedConfig) -> int | None:
     """The number of positions of the text model; None where its configuration sets no limit."""
     text = config.get_text_config()
-    # MPT's configuration has the second name.
+    # The second name is MPT's.
     limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)
     return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -96,8 +96,8 @@ def generate(
         raise DataError(f"the prompt has {len(ids):,} tokens, and the model reads {limit:,}; shorten it")
     if table is not None:
         max_new_tokens = min(max_new_tokens, table - len(ids) + 1)  # the last token is not read
-    end = getattr(model.generation_config, "eos_token_id", None)
-    end = tokenizer.eos_token_id if end is None else end
+    stated = getattr(model.generation_config, "eos_token_id", None)
+    end = tokenizer.eos_token_id if stated is None else stated
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         bos_token_id=tokenizer.bos_token_id,

@@ -34,7 +34,6 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -54,18 +53,17 @@ LAYERS = "layers_kept"
 """Attribute of a model from which layers were removed: the record of `drop_layers`."""
 
 _DERIVING = "deriving_class"
-_COUNTS = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
-_LEADING = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
-_LAST = re.compile(r"layer_end_index$")
+_FIRST = re.compile(r"^first_k_dense_replace$|^num_dense_layers$|layer_start_index$|^max_window_layers$")
 _NUMBERED = re.compile(r"only_layers$|layer_indices$|^moe_layers$|cross_attention_layers$")
-"""Attributes of configurations: how many layers there are, how many first ones, the last one, and lists of layers."""
+"""Attributes of configurations: how many first layers there are of a kind, and lists of numbers of layers."""
 
 
 def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
     """Give ``model``, built from the uniform configuration, the shapes and attributes of the pruned model."""
     resized: dict[int, torch.Tensor] = {}
     for name, shape in record.get("shapes", {}).items():
-        replace_tensor(model, name, partial(_corner, tuple(slice(size) for size in shape)), resized)
+        corner = tuple(slice(size) for size in shape)
+        replace_tensor(model, name, lambda tensor, corner=corner: tensor[corner].clone(), resized)  # type: ignore[misc]
     for path, values in record.get("attributes", {}).items():
         module = model.get_submodule(path)
         for name, value in values.items():
@@ -75,14 +73,9 @@ def apply_record(model: nn.Module, record: Mapping[str, Any]) -> None:
             module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
     for path, values in record.get("configs", {}).items():
         module = model.get_submodule(path)
-        config = copy.deepcopy(module.config)
+        module.config = copy.deepcopy(module.config)
         for name, value in values.items():
-            setattr(config, name, value)
-        module.config = config
-
-
-def _corner(index: tuple[slice, ...], tensor: torch.Tensor) -> torch.Tensor:
-    return tensor[index].clone()
+            setattr(module.config, name, value)
 
 
 def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
@@ -132,15 +125,16 @@ def _follow_layers(config: PreTrainedConfig, count: int, kept: Sequence[int]) ->
             new = [kept.index(n) for n in value if n in kept]
         elif name in lists:
             new = [value[n] for n in kept]
-        elif type(value) is int and _LEADING.search(name):
+        elif type(value) is int and _FIRST.search(name):
             new = sum(n < value for n in kept)
-        elif type(value) is int and _LAST.search(name):
+        elif type(value) is int and name.endswith("layer_end_index"):
             new = sum(n <= value for n in kept) - 1
         if new != value:
             before[name] = value
             setattr(config, name, new)
     overrides = layer_overrides(config)
-    for name in (getattr(config, "attribute_map", {}).get(n, n) for n in _COUNTS):
+    counts = ("num_hidden_layers", "num_layers", "decoder_layers", "num_decoder_layers")
+    for name in (getattr(config, "attribute_map", {}).get(n, n) for n in counts):
         if vars(config).get(name) == count:
             before[name] = count
             setattr(config, name, len(kept))
@@ -255,8 +249,7 @@ class PrunedConfigMixin:
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
         base = base_class(self.llmpruner)  # type: ignore[attr-defined]
         classes = {"AutoConfig": type(self), "AutoModelForCausalLM": pruned_model(base)}
-        headless = headless_class(base)
-        if headless is not None:
+        if headless := headless_class(base):
             classes["AutoModel"] = pruned_model(headless)
         self.auto_map = {name: f"{CODE_NAME}.{each.__name__}" for name, each in classes.items()}
         write_code(Path(save_directory), base)
@@ -369,8 +362,8 @@ def headless_class(base: type[PreTrainedModel]) -> type[PreTrainedModel] | None:
     # Some model types map to several classes, of which the first is the default.
     mapped: Any = MODEL_MAPPING.get(base.config_class, None)
     headless: type[PreTrainedModel] | None = mapped[0] if isinstance(mapped, tuple) else mapped
-    below = headless is not None and headless.base_model_prefix == base.base_model_prefix != ""
-    return headless if below and headless is not base else None
+    below = headless and headless is not base and headless.base_model_prefix == base.base_model_prefix != ""
+    return headless if below else None
 
 
 def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -425,9 +418,9 @@ class _OnDemand(type):
         if "llmpruner" not in config_dict:
             return cls._stock().from_dict(config_dict, **kwargs)
         base = base_class(config_dict["llmpruner"])
-        model_class, headless = pruned_model(base), headless_class(base)
+        model_class = pruned_model(base)
         AutoModelForCausalLM.register(model_class.config_class, model_class, exist_ok=True)
-        if headless is not None:
+        if headless := headless_class(base):
             AutoModel.register(model_class.config_class, pruned_model(headless), exist_ok=True)
         return model_class.config_class.from_dict(config_dict, **kwargs)
 

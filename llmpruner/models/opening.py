@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("llmpruner")
 
 
-def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
+def load_model(structure: Structure, options: LoadSettings) -> Model:
     """The model of ``structure``, pruned or not, on ``options.device``, in evaluation mode; an adapter is merged.
     Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
-    options, reference = options or LoadSettings(), structure.reference
+    reference = structure.reference
     if reference.adapter is not None:
         check_weights(reference.adapter)  # before the base is read
     tokenizer = load_tokenizer(structure, options)
@@ -75,7 +75,12 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
     check_loaded(reference.ref, model, info)
     if reference.gguf_file:
         forget_gguf()
-        forget_quantisation(model)
+        # Of the file, not of the model; they prevent training and saving.
+        for marked, name in (
+            (model.config, "quantization_config"), (model.config, "_pre_quantization_dtype"),
+            (model, "hf_quantizer"), (model, "is_quantized"), (model, "quantization_method"),
+        ):  # fmt: skip
+            vars(marked).pop(name, None)
         if stored_twice(model):
             _LOG.warning(
                 "'%s' holds its embedding twice, as the head in another quantisation: %.0f M parameters too many; "
@@ -83,15 +88,6 @@ def _read_model(structure: Structure, options: LoadSettings) -> PreTrainedModel:
                 reference.ref, model.get_output_embeddings().weight.numel() / 1e6,
             )  # fmt: skip
     return model
-
-
-def forget_quantisation(model: Any) -> None:
-    """Remove the marks of quantisation from a dequantised model: they prevent training and saving."""
-    for name in ("quantization_config", "_pre_quantization_dtype"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
-        vars(model).pop(name, None)
 
 
 def load_pruned(
@@ -129,24 +125,20 @@ def load_pruned(
     return model.to(device).eval()
 
 
+@quiet_transformers()
 def _loaded(path: str | Path, trust_remote_code: bool, **options: Any) -> Any:
     """(model, loading information) by transformers; tensors of another shape are in the information, and no error."""
-    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    with quiet_transformers():
-        return model_class(path, trust_remote_code).from_pretrained(str(path), **options)
-
-
-def model_class(path: str | Path, trust_remote_code: bool) -> Any:
-    """The class that loads ``path``: for a shim checkpoint, the pruned class in its record; else the auto class."""
     config, _ = PreTrainedConfig.get_config_dict(str(path))
-    if "llmpruner" not in config:
-        return AutoModelForCausalLM
-    try:
-        return pruned_model(base_class(config["llmpruner"]))
-    except ValueError as error:
-        if trust_remote_code:
-            return pruned_class(path)
-        raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
+    model_class: Any = AutoModelForCausalLM
+    if "llmpruner" in config:
+        try:
+            model_class = pruned_model(base_class(config["llmpruner"]))
+        except ValueError as error:
+            if not trust_remote_code:
+                raise ValueError(f"{first_line(error)}; the checkpoint contains a copy: {ALLOW}") from error
+            model_class = pruned_class(path)
+    options |= {"trust_remote_code": trust_remote_code, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    return model_class.from_pretrained(str(path), **options)
 
 
 def pruned_class(directory: str | Path) -> type[PreTrainedModel]:
@@ -175,10 +167,10 @@ def with_adapter(model: PreTrainedModel, path: Path) -> Any:
             warnings.filterwarnings("ignore", message="`is_gradient_checkpointing`", category=FutureWarning)
             adapted = PeftModel.from_pretrained(model, str(path)).eval()
         weights = path / "adapter_model.safetensors"
-        if weights.is_file():  # there are older formats
-            unknown = set(names_in(weights)) - get_peft_model_state_dict(adapted).keys()
-            if unknown:
-                raise ValueError(f"the model has no place for its tensor {min(unknown)}")
+        # There are older formats.
+        stored = set(names_in(weights)) if weights.is_file() else set()
+        if unknown := stored - get_peft_model_state_dict(adapted).keys():
+            raise ValueError(f"the model has no place for its tensor {min(unknown)}")
         return adapted
     except Exception as error:
         base = model.config.name_or_path
@@ -189,8 +181,7 @@ def open_streamed(structure: Structure, options: LoadSettings, scratch: Path | N
     """`load_model` for a model whose weights are read from their files layer by layer; `why_not_streamed` must be None.
     ``scratch``: see `CheckpointWeights`."""
     check_weights(structure.reference.directory)
-    tokenizer = load_tokenizer(structure, options)
-    weights = open_weights(structure, options, scratch)
+    tokenizer, weights = load_tokenizer(structure, options), open_weights(structure, options, scratch)
     return Model(**vars(structure), network=weights.model, tokenizer=tokenizer, streamed=weights)
 
 
@@ -258,10 +249,8 @@ def _offloaded(model: nn.Module) -> Mapping[str, torch.Tensor]:
     for module in model.modules():
         hook = getattr(module, "_hf_hook", None)
         for each in getattr(hook, "hooks", (hook,)):
-            weights = getattr(each, "weights_map", None)
-            if weights is not None:
-                stored: Mapping[str, torch.Tensor] = getattr(weights, "dataset", weights)
-                return stored
+            if (weights := getattr(each, "weights_map", None)) is not None:
+                return cast("Mapping[str, torch.Tensor]", getattr(weights, "dataset", weights))
     raise CheckpointError("accelerate keeps none of this model's weights on disk")
 
 
@@ -286,8 +275,7 @@ def tied_differ(directory: Path, name: str, other: str) -> CheckpointError:
 
 
 def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Model:
-    """``pruned``, which was streamed from the files of the dense model, streamed from ``directory``, where it was
-    saved. ``pruned`` itself where it is in memory, or this process does not see the directory."""
+    """A streamed ``pruned``, from now on of the files in ``directory``, where it was saved and this process sees it."""
     if pruned.streamed is None or not (directory / "config.json").is_file():
         return pruned
     weights = CheckpointWeights(
@@ -300,7 +288,6 @@ def reopened(pruned: Model, directory: Path, *, trust_remote_code: bool) -> Mode
 def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
     """Why a model cannot be read layer by layer; None if it can. ``cuts``: whether it will be cut."""
     reference = structure.reference
-    shares = any(structure.graph.is_decoder(name) for name in structure.graph.ties)
     convert = f"convert it once by llmpruner export {structure.ref} --to stock -o DIR, and take DIR"
     reasons = {
         "it is an adapter, which is added to a model in memory": reference.adapter is not None,
@@ -312,7 +299,7 @@ def why_not_streamed(structure: Structure, *, cuts: bool = True) -> str | None:
         ),
         "it was pruned before, and is loaded as a whole": cuts and bool(structure.plans),
         "it is quantised": stored_value(structure, "quantization_config") is not None,
-        "its layers share parameters": shares,
+        "its layers share parameters": any(map(structure.graph.is_decoder, structure.graph.ties)),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 

@@ -24,7 +24,7 @@ from ..errors import PlanError, UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-_BYTE = re.compile("<0x[0-9A-F]{2}>")
+
 _IDS = re.compile("token_(id|index)s?$|^(begin_)?suppress_tokens$|^padding_idx$")
 """Names of configurations, and of attributes of modules, whose values are token ids."""
 _NEVER = -1e4  # a logit of probability 0
@@ -59,32 +59,29 @@ class Vocabulary:
     @cached_property
     def required(self) -> frozenset[int]:
         """The ids that always stay: special and added tokens, bytes, single characters, and what no merge gives."""
-        added = {token["id"] for token in self._spec["added_tokens"]}
-        prefix = self._model.get("continuing_subword_prefix") or ""
-        unknown = self._model.get("unk_token")
-        single = {
+        prefix, unknown = self._model.get("continuing_subword_prefix") or "", self._model.get("unk_token")
+        stay = {token["id"] for token in self._spec["added_tokens"]} | {
             number
             for token, number in self.ids.items()
-            if len(token.removeprefix(prefix)) <= 1 or _BYTE.fullmatch(token) or token == unknown
+            if len(token.removeprefix(prefix)) <= 1 or re.fullmatch("<0x[0-9A-F]{2}>", token) or token == unknown
         }
         if self._model["type"] == "Unigram" and self._model.get("unk_id") is not None:
-            single.add(self._model["unk_id"])
+            stay.add(self._model["unk_id"])
         if self._model["type"] == "BPE":
             made = {left + right for left, right in self._ranks}
-            single.update(number for token, number in self.ids.items() if token not in made)
-        return frozenset(added | single)
+            stay.update(number for token, number in self.ids.items() if token not in made)
+        return frozenset(stay)
 
     @cached_property
     def parts(self) -> Mapping[int, tuple[int, ...]]:
         """Id → the ids of the two tokens that BPE merges into this one."""
-        ranks = self._ranks
         made: dict[str, list[Pair]] = {}
-        for left, right in ranks:
+        for left, right in self._ranks:
             made.setdefault(left + right, []).append((left, right))
         parts = {}
         for token, pairs in made.items():
             # Most tokens have one merge; of several, it is the one that encoding the token itself ends with.
-            pair = pairs[0] if len(pairs) == 1 else last_merge(token, ranks)
+            pair = pairs[0] if len(pairs) == 1 else last_merge(token, self._ranks)
             if pair is not None and token in self.ids:
                 parts[self.ids[token]] = (self.ids[pair[0]], self.ids[pair[1]])
         return parts
@@ -119,10 +116,8 @@ class Vocabulary:
         else:
             model["vocab"] = {token: new[number] for token, number in self.ids.items() if number in new}
         if model["type"] == "BPE":
-            stay = model["vocab"]
-            model["merges"] = [
-                [left, right] for left, right in self._ranks if left in stay and right in stay and left + right in stay
-            ]
+            stay = model["vocab"].keys()
+            model["merges"] = [[a, b] for a, b in self._ranks if {a, b, a + b} <= stay]
         for token in spec["added_tokens"]:
             token["id"] = new[token["id"]]
         spec["post_processor"] = _renumbered(spec.get("post_processor"), new)
@@ -132,7 +127,7 @@ class Vocabulary:
         trimmed._tokenizer = Tokenizer.from_str(json.dumps(spec))
         # A file of sentencepiece has the whole vocabulary.
         trimmed.vocab_file = None
-        trimmed.init_kwargs = {name: value for name, value in trimmed.init_kwargs.items() if name != "vocab_file"}
+        trimmed.init_kwargs.pop("vocab_file", None)
         return trimmed
 
 
@@ -159,10 +154,9 @@ def whole_first(scores: torch.Tensor, tokenizer: Any) -> torch.Tensor:
 
 def last_merge(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
     """The last two tokens that BPE merges when it encodes ``token``; None where it does not get there."""
-    symbols = list(token)
-    pair: Pair | None = None
+    symbols, pair = list(token), None
     while len(symbols) > 1:
-        pairs = [(symbols[n], symbols[n + 1]) for n in range(len(symbols) - 1)]
+        pairs = list(pairwise(symbols))
         lowest = min(range(len(pairs)), key=lambda n: ranks.get(pairs[n], len(ranks)))
         pair = pairs[lowest]
         if pair not in ranks:
@@ -187,11 +181,8 @@ def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
 
 def named_tokens(model: PreTrainedModel) -> frozenset[int]:
     """The ids of tokens that the configurations of ``model`` name."""
-    named: set[int] = set()
-    for config in _configs(model):
-        for _, value in _token_ids(config):
-            named.update(value if isinstance(value, list | tuple) else [value])
-    return frozenset(named)
+    values = [value for config in _configs(model) for _, value in _token_ids(config)]
+    return frozenset(token for value in values for token in (value if isinstance(value, list | tuple) else [value]))
 
 
 def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
@@ -251,9 +242,7 @@ class InTokens(nn.Module):
 
     def read(self, ids: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of ``model`` that ``ids`` are, and at which of ``ids`` each of them ends."""
-        tokens: list[int] = []
-        ends: list[int] = []
-        start = 0
+        tokens, ends, start = list[int](), list[int](), 0
         while start < len(ids):
             parts = (tuple(ids[start : start + length]) for length in range(self.longest[ids[start]], 0, -1))
             whole = next(part for part in parts if part in self.wholes)
