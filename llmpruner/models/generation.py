@@ -159,9 +159,8 @@ class CachedModel:
         self.model = model
         with _in_one_line(model):
             self.cache = DynamicCache(config=model.config)
-        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True}
-        if computes_some_logits(model):
-            self._options["logits_to_keep"] = 1
+        some = {"logits_to_keep": 1} if computes_some_logits(model) else {}
+        self._options: dict[str, Any] = {"cache": self.cache, "use_cache": True, **some}
 
     @torch.inference_mode()
     def process(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -215,7 +214,6 @@ def fast_one_token_attention() -> Iterator[None]:
         module: Any, query_BHQD: Any, key_BGTD: Any, value_BGTE: Any, attention_mask: Any, **options: Any
     ) -> Any:
         batch, heads, queries, dim = query_BHQD.shape
-        # A bias of positions, soft caps, weights as a result.
         others = [options.get(name) for name in ("position_bias", "softcap", "output_attentions")]
         more = options.get("dropout") or any(value is not None and value is not False for value in others)
         # Masks of one query are left out by transformers where it attends to all tokens.

@@ -55,20 +55,14 @@ def empty_model(build: Callable[[PreTrainedConfig], PreTrainedModel], config: Pr
 
 def base_of(model: PreTrainedModel) -> type[PreTrainedModel]:
     """The class of ``model``; where that is a pruned class, the dense class that it resizes."""
-    base: type[PreTrainedModel] = getattr(model, "pruned_base", type(model))
-    return base
+    return getattr(model, "pruned_base", type(model))
 
 
 def graph_of(model: PreTrainedModel, groups: Iterable[CoupledGroup]) -> CouplingGraph:
     """The coupling graph of ``groups`` and the shapes of ``model``. Raises `CouplingError` where they contradict."""
-    names: dict[int, str] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    ties: dict[str, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        shapes[name] = tuple(parameter.shape)
-        first = names.setdefault(id(parameter), name)
-        if first != name:
-            ties[name] = first
+    parameters, first = dict(model.named_parameters(remove_duplicate=False)), dict[int, str]()
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    ties = {name: tied for name, p in parameters.items() if (tied := first.setdefault(id(p), name)) != name}
     buffers = {name: tuple(buffer.shape) for name, buffer in model.named_buffers(remove_duplicate=False)}
     return CouplingGraph(tuple(groups), shapes, decoder_layers(model), ties, buffers=buffers)
 
@@ -109,9 +103,7 @@ def multiplied(model: PreTrainedModel) -> Iterator[tuple[str, nn.Parameter, int 
         if isinstance(module, nn.Embedding):
             continue
         for leaf, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{leaf}" if path else leaf
-            if parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd):
-                config = model.config.get_text_config()
-                yield name, parameter, int(getattr(config, "num_experts_per_tok", parameter.shape[0]))
-            elif parameter.ndim >= 2:
-                yield name, parameter, None
+            stacked = parameter.ndim == 3 and not isinstance(module, nn.modules.conv._ConvNd)
+            routed = getattr(model.config.get_text_config(), "num_experts_per_tok", len(parameter)) if stacked else None
+            if parameter.ndim >= 2:
+                yield f"{path}.{leaf}".removeprefix("."), parameter, routed

@@ -40,11 +40,10 @@ def load_tokenizer(structure: Structure, options: LoadSettings) -> Any | None:
     registered = config_class in TOKENIZER_MAPPING and not config_class.__module__.startswith("transformers.")
     trusted = options.trust_remote_code and not registered
     tokenizer = from_pretrained(AutoTokenizer, reference, trust_remote_code=trusted, **extra)
-    if reference.gguf_file:
-        pre = gguf_reader(reference.directory / reference.gguf_file).fields.get("tokenizer.ggml.pre")
-        if pre is not None:
-            # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
-            tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
+    fields = gguf_reader(reference.directory / reference.gguf_file).fields if reference.gguf_file else {}
+    if pre := fields.get("tokenizer.ggml.pre"):
+        # Saved with the tokenizer: transformers does not keep it, and a GGUF file of the pruned model needs it.
+        tokenizer.init_kwargs[RECORDED_PRE] = str(pre.contents())
     return tokenizer
 
 
@@ -95,9 +94,8 @@ def check_one_head(reference: Any, model: Any) -> None:
     """Raise `ModelError` for models that predict different numbers of tokens, so not the same tokens."""
     expected, predicted = predicted_tokens(reference), predicted_tokens(model)
     if expected != predicted:
-        raise ModelError(
-            f"the model predicts {predicted} tokens and the reference {expected}; KL divergence needs one vocabulary"
-        )
+        counts = f"the model predicts {predicted} tokens and the reference {expected}"
+        raise ModelError(f"{counts}; KL divergence needs one vocabulary")
 
 
 def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) -> int:
@@ -111,10 +109,9 @@ def padding_id(tokenizer: Any, model: Any, others: Iterable[int | None] = ()) ->
 def with_padding(tokenizer: Any, model: Any) -> Any:
     """``tokenizer``, or a copy of it with `padding_id` as its padding token: the original is saved with the model."""
     token = padding_id(tokenizer, model)
-    if token == tokenizer.pad_token_id:
-        return tokenizer
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
+    if token != tokenizer.pad_token_id:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(token)
     return tokenizer
 
 

@@ -107,10 +107,9 @@ class Outcome:
     def as_json(self) -> dict[str, Any]:
         """JSON values, including the removed shares."""
         values: dict[str, Any] = {**asdict(self), "decoder_removed": self.decoder_removed}
-        del values["forecast"]
         if self.budget is not None:
             values["budget"]["removed"] = self.budget.removed
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in values.items() if value is not None and name != "forecast"}
 
     def _repr_html_(self) -> str:
         rows = [

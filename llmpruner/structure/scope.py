@@ -67,10 +67,8 @@ def _why_not(graph: CouplingGraph, kind: str) -> str:
         return next((f"{b.parameter}: {b.reason}" for b in graph.blocked if b.parameter == graph.layers), "")
     if kind == VOCABULARY:
         return next((f"{b.parameter} axis {b.axis}: {b.reason}" for b in graph.blocked if "token ids" in b.reason), "")
-    if kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
-        return ""
     blocked = [b for b in graph.blocked if graph.is_decoder(b.parameter) != (kind == HIDDEN) and " in " in b.reason]
-    if not blocked:
+    if not blocked or kind not in (MLP, ATTENTION, HIDDEN, EXPERT):
         return ""
     reason, _ = Counter(b.reason for b in blocked).most_common(1)[0]
     first = next(b for b in blocked if b.reason == reason)
@@ -172,11 +170,9 @@ def build_queue(
     """The steps of ``group`` by ascending ``scores``, ties by number. ``allowed``: units that may go (None: all)."""
     multiple = lcm(multiple, group.multiple)
     per_block = group.units // group.blocks
-    columns: list[list[int]] = []
-    for block in range(group.blocks):
-        units = range(block * per_block, (block + 1) * per_block)
-        free = [u for u in units if allowed is None or u in allowed]
-        columns.append(sorted(free, key=scores.__getitem__))
+    blocks = [range(block * per_block, (block + 1) * per_block) for block in range(group.blocks)]
+    free = [[u for u in units if allowed is None or u in allowed] for units in blocks]
+    columns = [sorted(units, key=scores.__getitem__) for units in free]
     steps: list[tuple[int, ...]] = []
     pending: list[int] = []
     left = group.units
