@@ -23,7 +23,6 @@ from .component import check_chosen
 from .errors import DataError, PlanError, SettingsError
 from .evaluation.bench import Runtime
 from .evaluation.evaluate import chosen_metrics
-from .exporters import Exporter
 from .exporters import export as _export
 from .files import check_new_directory, check_new_file, write_text
 from .keywords import (
@@ -39,19 +38,17 @@ from .models.record import REPORT_FILE
 from .models.reference import Reference, resolve
 from .plugins.installed import load_catalog
 from .progress import QUIET, Progress, is_first
-from .pruning.job import Job, PruneJob, check_data, prune_job, replay_job
+from .pruning.job import Job, check_data, replay_job
+from .recipes.commands import COMMANDS
 from .recipes.recipe import Recipe
-from .recovery.data import check_setup, recovery_setup
 from .report.base import Report, ReportSection, report_page
 from .settings import (
     BenchSettings,
     EvaluateSettings,
-    ExportSettings,
     GenerateSettings,
     LoadSettings,
     PageSettings,
     PruneSettings,
-    RecoverSettings,
     RunSettings,
     flag_of,
     settings_from,
@@ -114,23 +111,16 @@ def plan(
 ) -> PruningPlan:
     """Select what to remove, without changing the model: ``plan(model, ratio=0.2, method="best")``. Raises
     `SelectionError` for an amount that can't be reached, besides what all functions raise."""
-    return plan_and_outcome(model, ratio=ratio, load=load, run=run, progress=progress, catalog=catalog, **settings)[0]
+    return plan_and_outcome(model, _with_ratio(ratio, settings), load, run, progress, catalog)[0]
 
 
 def plan_and_outcome(
-    model: Source,
-    *,
-    ratio: float | None = None,
-    load: LoadSettings | None = None,
-    run: RunSettings | None = None,
-    progress: Progress = QUIET,
-    catalog: Catalog | None = None,
-    **settings: Unpack[PruneKeywords],
-) -> tuple[PruningPlan, Outcome]:
-    """`plan`, with the sizes before and after the cut."""
+    model: Source, settings: Mapping[str, Any], load: LoadSettings | None, run: RunSettings | None,
+    progress: Progress, catalog: Catalog | None,
+) -> tuple[PruningPlan, Outcome]:  # fmt: skip
+    """`plan`, and the sizes of the model before and after the cut."""
     catalog = catalog or load_catalog()
-    reference = _reference(model, catalog)
-    job = _prune_job(ratio, settings, catalog)
+    reference, job = _reference(model, catalog), _job("prune", settings, catalog)
     from . import pipeline
 
     return pipeline.plan(reference, job, _opener(load, catalog, progress), run or RunSettings())
@@ -161,7 +151,7 @@ def prune(
     reference, folder = _reference(model, catalog), _new(output)
     job: Job
     if plan is None:
-        job = _prune_job(ratio, settings, catalog)
+        job = _job("prune", _with_ratio(ratio, settings), catalog)
     elif given := _with_ratio(ratio, settings):
         raise SettingsError(
             f"{flag_of(PruneSettings, min(given))} can't be combined with a plan, which has all settings"
@@ -191,7 +181,10 @@ def prune_each(
     reference, folder = _reference(model, catalog), Path(output)
     if not folder.with_name(folder.name + ".pruning").is_dir():  # else some ratios may be finished
         check_new_directory(folder)
-    jobs = {f"{job.settings.ratio:g}": job for job in (_prune_job(ratio, settings, catalog) for ratio in ratios)}
+    jobs = {
+        f"{job.settings.ratio:g}": job
+        for job in (_job("prune", {**settings, "ratio": ratio}, catalog) for ratio in ratios)
+    }
     if not jobs:
         raise SettingsError("no ratio is named; name at least one")
     from . import pipeline
@@ -221,8 +214,7 @@ def recover(
     reference, folder = _reference(model, catalog), _new(output)
     if output is None and work_dir is None:
         raise SettingsError("recovery needs a directory for its state: give output, or work_dir")
-    setup = recovery_setup(settings_from(RecoverSettings, settings), catalog)
-    check_setup(setup)
+    setup = _job("recover", settings, catalog)
     from .recovery.recover import recover as _recover
 
     restart = (run or RunSettings()).restart
@@ -357,9 +349,7 @@ def export(
     catalog = catalog or load_catalog()
     source, reference = _folder_of(model), _reference(model, catalog)
     directory = check_new_directory(Path(output))
-    options = settings_from(ExportSettings, settings)
-    exporter = catalog[Exporter].create_only(options.to, options.settings)
-    exporter.check()
+    exporter = _job("export", settings, catalog)
     opener = _opener(load, catalog, progress)
     return _export(Path(source), exporter, directory, partial(opener.as_stored, reference), progress)
 
@@ -468,9 +458,11 @@ def _with_ratio(ratio: float | None, settings: PruneKeywords) -> dict[str, Any]:
     return {**settings, **({} if ratio is None else {"ratio": ratio})}
 
 
-def _prune_job(ratio: float | None, settings: PruneKeywords, catalog: Catalog) -> PruneJob:
-    job = prune_job(settings_from(PruneSettings, _with_ratio(ratio, settings)), catalog)
-    check_data(job)
+def _job(command: str, settings: Mapping[str, Any], catalog: Catalog) -> Any:
+    """The job of a command, once its data and libraries are seen to be there."""
+    kind = COMMANDS[command]
+    job = kind.create(settings_from(kind.settings, settings), catalog)
+    kind.check(job)
     return job
 
 

@@ -54,8 +54,8 @@ def read_json(file: Path) -> dict[str, Any]:
 @contextmanager
 def new_directory(directory: Path) -> Iterator[Path]:
     """Yields a temporary directory, which becomes ``directory`` at the end and is removed when anything fails. Raises
-    `OutputError` when ``directory`` exists and is not empty, or cannot be written."""
-    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+    `OutputError` when ``directory`` exists or cannot be written."""
+    if directory.exists():
         raise OutputError(f"output directory '{directory}' exists already; choose another or remove it")
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
@@ -67,8 +67,6 @@ def new_directory(directory: Path) -> Iterator[Path]:
                 if file.is_file():
                     # safetensors makes its files private to their owner; the directory's mode follows the user's umask.
                     file.chmod(partial.stat().st_mode & 0o666)
-            if directory.exists():
-                directory.rmdir()  # Windows renames to no name that is taken
             partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

@@ -145,7 +145,7 @@ EVERY: dict[str, tuple[Callable[[], Any], str]] = {
 class Source:
     """A loaded checkpoint, as `ExportTask.loaded` gives it."""
 
-    model: Any
+    network: Any
     family: ModelFamily
     config: Any
     plans: Sequence[Any] = ()

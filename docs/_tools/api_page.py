@@ -20,7 +20,7 @@ from llmpruner.structure.outcome import BudgetOutcome, Outcome, Quality, ScriptT
 from llmpruner.structure.plan import PruningPlan
 
 FUNCTIONS: tuple[Any, ...] = (
-    api.load, api.discover, api.verify, api.plan, api.prune, api.recover, api.evaluate, api.bench,
+    api.load, api.discover, api.verify, api.plan, api.prune, api.prune_each, api.recover, api.evaluate, api.bench,
     api.generate, api.write_report, api.save, api.export, api.verify_checkpoint, api.run_recipe,
 )  # fmt: skip
 VALUES = (

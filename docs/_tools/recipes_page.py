@@ -53,7 +53,8 @@ def render() -> str:
 
 
 INTRODUCTION = (
-    "What `llmpruner run` reads: a YAML file, or the same keys as a mapping in Python ([`run`](api.md#run)). "
+    "What `llmpruner run` reads: a YAML file, or the same keys as a mapping in Python "
+    "([`run_recipe`](api.md#run_recipe)). "
     "[Recipes](../how-to/recipes.md) shows how they are used. Unknown keys are refused, with the step. "
     "An empty value counts as not given. Relative paths are relative to the folder in which the command "
     "runs."

@@ -37,7 +37,8 @@ def plan(
 
     if output is not None:
         check_new_file(output)
-    pruning_plan, outcome = api.plan_and_outcome(model, **arguments)
+    shared = {name: arguments.pop(name) for name in ("load", "run", "progress", "catalog")}
+    pruning_plan, outcome = api.plan_and_outcome(model, arguments, **shared)
     if output is not None and is_first():
         pruning_plan.save(output)
         note(f"plan written to {output}")

@@ -56,8 +56,8 @@ def save_checkpoint(
     no such file. ``family``: may propose further stock configurations. ``stock_only``: raise `UnsupportedModelError`
     instead of writing a shim. ``parts``: the weights of a streamed ``model``; each part becomes a shard.
 
-    Raises `OutputError` when ``directory`` exists or cannot be written, and `CheckpointError` for weights that are not
-    finite and for a model that no configuration and record can state. ``directory`` does not exist then.
+    Raises `OutputError` when ``directory`` exists and is not empty, or cannot be written, and `CheckpointError` for
+    weights that are not finite and for a model that no configuration and record can state; no files remain then.
     """
     if parts is None:
         _check_finite(model.state_dict())
@@ -72,6 +72,8 @@ def save_checkpoint(
         )
     # With several processes, transformers writes weights in the first one alone; here, whoever calls writes.
     rebuilt.should_save_on_this_rank = lambda is_main_process: is_main_process
+    if directory.is_dir() and not any(directory.iterdir()):
+        directory.rmdir()  # of an `ExportTask`
     with new_directory(directory) as partial:
         with quiet_transformers():
             # Other readers of a stock model expect transformers' original names (experts one by one).

@@ -3,7 +3,12 @@ fast."""
 
 from __future__ import annotations
 
-from .hookspecs import hookimpl
+from functools import partial
+
+from . import hookspecs
+
+hookimpl = partial(hookspecs.hookimpl, tryfirst=True)
+"""Of two components of one name, the first is used."""
 
 
 @hookimpl

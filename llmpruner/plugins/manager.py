@@ -28,9 +28,10 @@ class PluginManager(pluggy.PluginManager):
         for name in filter(None, os.environ.get("LLMPRUNER_BLOCK", "").split(",")):
             self.set_blocked(name.strip())
         self.register(builtin, "builtin")
-        found: Iterable[metadata.EntryPoint]
-        found = metadata.entry_points(group=hookspecs.PROJECT) if entry_points else ()
-        for entry in sorted(found, key=lambda e: (e.name, e.value)):
+        installed: Iterable[metadata.EntryPoint]
+        installed = metadata.entry_points(group=hookspecs.PROJECT) if entry_points else ()
+        # pluggy calls the last one first.
+        for entry in sorted(sorted(installed, key=lambda e: e.value), key=lambda e: e.name, reverse=True):
             if not self.is_blocked(entry.name):
                 self._load(entry)
 
@@ -44,8 +45,7 @@ class PluginManager(pluggy.PluginManager):
         """What the implementations of a hook return, in one list, the built-ins' first. Raises `PluginError` where one
         raises."""
         try:
-            # pluggy calls the last one first.
-            results = reversed(getattr(self.hook, hook)(**arguments))
+            results = getattr(self.hook, hook)(**arguments)
             return [each for result in results for each in (result if isinstance(result, Iterable) else [result])]
         except Exception as error:
             name, reason = self._raised_by(hook, error), f"{type(error).__name__}: {first_line(error)}"

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import llmpruner.engine.gradients
 import llmpruner.engine.walk
+import llmpruner.pipeline
 from llmpruner import api
 from llmpruner.engine.execution import Execution
 from llmpruner.engine.journal import Journal
@@ -87,10 +88,10 @@ def continued(folder):
     """The weights of a run with two ratios that was interrupted after its second layer, and continued."""
     model, output = folder / "model", folder / "output"
     if int(os.environ.get("RANK", "0")) == 0:
-        model_of("llama-gqa").model.save_pretrained(model)
+        model_of("llama-gqa").network.save_pretrained(model)
     Ranks.current().wait()
     ratios = [0.2, 0.3]
-    settings = {"ratio": ratios, "calibration": "self", "output": output, **BEST}
+    settings = {"ratios": ratios, "calibration": "self", "output": output, **BEST}
     done = []
 
     def once(self, state, states):
@@ -102,8 +103,8 @@ def continued(folder):
     own = Journal.layer_done
     with patch.object(Journal, "layer_done", once), patch("llmpruner.engine.journal.SHARE", 1e9):
         with contextlib.suppress(Interrupted):
-            api.prune(model, **settings)
-        api.prune(model, **settings)
+            api.prune_each(model, **settings)
+        api.prune_each(model, **settings)
     assert done == [1, 2, 3, 1, 2, 3]
     assert not (folder / "output.pruning").exists() or not Ranks.current().first
     files = {ratio: load_file(output / f"{ratio}" / "model.safetensors") for ratio in ratios}

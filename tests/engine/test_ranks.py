@@ -92,7 +92,7 @@ def test_a_mistake_is_one_line_of_one_process(tmp_path):
 @pytest.mark.slow
 def test_a_dead_process_ends_the_run_with_one_line_and_the_journal_stays(tmp_path):
     dense, output = tmp_path / "dense", tmp_path / "out"
-    make("llama-gqa").model.save_pretrained(dense)
+    make("llama-gqa").network.save_pretrained(dense)
     settings = ("--ratio", 0.2, "--samples", 200, "--set", "prune.length=128", "--calibration", "self")
     command = ("prune", dense, "-o", output, *settings)
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "llmpruner")

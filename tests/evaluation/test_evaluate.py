@@ -18,7 +18,7 @@ from llmpruner.discovery.oracle import logits
 from llmpruner.errors import PluginError, SettingsError
 from llmpruner.evaluation.evaluate import Evaluation, Evaluations, chosen_metrics
 from llmpruner.evaluation.metrics import PerplexityMetric, SizeMetric
-from llmpruner.evaluation.perplexity import perplexity as measure
+from llmpruner.evaluation.perplexity import perplexity
 from llmpruner.evaluation.tasks import TasksMetric
 from llmpruner.settings import EvaluateSettings
 from llmpruner.testing import catalog_with
@@ -195,10 +195,6 @@ def test_models_of_other_vocabularies_are_not_compared(text, tmp_path, metric):
 def test_a_limit_without_tasks_is_refused(catalog):
     with pytest.raises(SettingsError, match="--limit is of --tasks"):
         chosen_metrics(EvaluateSettings(limit=3), catalog)
-
-
-def perplexity(model, tokenizer, text, *, reference=None, **settings):
-    return measure(model, tokenizer, text, PerplexityMetric.Settings(**settings), reference)
 
 
 def test_agrees_with_one_window_after_the_other():

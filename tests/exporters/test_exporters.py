@@ -71,7 +71,7 @@ def test_a_uniform_model_becomes_a_checkpoint_of_transformers(dtype, tmp_path):
     """And keeps every byte of its weights when it is loaded and saved."""
     record = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}
     source = replace(llama_source("mlp-uniform", dtype), record=record)
-    model, line = source.model, export(tmp_path, StockExporter(), tmp_path / "out", source.load)
+    model, line = source.network, export(tmp_path, StockExporter(), tmp_path / "out", source.load)
     assert "LlamaForCausalLM of transformers" in line
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
     assert type(stock) is LlamaForCausalLM

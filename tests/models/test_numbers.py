@@ -7,6 +7,7 @@ from transformers import CONFIG_MAPPING
 
 from llmpruner import Compensation, ImportanceCriterion, load_catalog
 from llmpruner.discovery.cut import cut
+from llmpruner.discovery.opening import family_for
 from llmpruner.discovery.tiny import random_instance
 from llmpruner.engine.walk import CalibrationSet
 from llmpruner.models.numbers import first_not_finite
@@ -22,7 +23,7 @@ ODD = SMALL | {"hidden_size": 36, "intermediate_size": 37, "num_hidden_layers": 
 
 def model_of(values=ODD, dtype=torch.float32):
     config = CONFIG_MAPPING["llama"](**values)
-    return opened(random_instance(config).to(dtype), CATALOG.family_for(config))
+    return opened(random_instance(config).to(dtype), family_for(CATALOG, config))
 
 
 @pytest.fixture(scope="module", params=DTYPES[1:], ids=str)

@@ -203,7 +203,7 @@ def test_buffers_are_on_the_device_of_the_computation(tmp_path):
     """Biases of a router, which are added on the device as they are. The meta device stands for a GPU."""
     random_instance(small_config(CONFIG_MAPPING["deepseek_v3"]())).save_pretrained(tmp_path)
     opened = CheckpointWeights(tmp_path, torch.float32, "model.layers", torch.device("meta"))
-    buffers = dict(opened.network.named_buffers())
+    buffers = dict(opened.model.named_buffers())
     assert any("e_score_correction_bias" in name for name in buffers)
     assert {buffer.device.type for buffer in buffers.values()} == {"meta"}
 

@@ -313,6 +313,6 @@ SETTINGS = [
 @pytest.mark.parametrize(("cls", "message"), SETTINGS, ids=range(len(SETTINGS)))
 def test_a_registered_criterion_that_says_something_wrong_is_caught(monkeypatch, cls, message):
     catalog = catalog_with(cls)
-    monkeypatch.setattr("llmpruner.testing.components.Catalog", lambda: catalog)
+    monkeypatch.setattr("llmpruner.testing.components.load_catalog", lambda: catalog)
     with pytest.raises(AssertionError, match=message):
         run(CriterionConformance, "criterion", cls, NAMED)

@@ -46,7 +46,7 @@ def exported(model, folder, *, tokenizer=None, name="tiny", **settings):
     """The line, and the file that the export of ``model`` wrote."""
     source = folder / name
     save_checkpoint(model, source, record={}, tokenizer=tokenizer)
-    loaded = SimpleNamespace(model=model, tokenizer=tokenizer, family=None, record={})
+    loaded = SimpleNamespace(network=model, tokenizer=tokenizer, family=None, record={})
     line = export(source, GgufExporter(**settings), folder / "out", lambda: loaded)
     return line, folder / "out" / f"{name}.gguf"
 

@@ -158,7 +158,7 @@ def test_other_rotary_scaling_is_refused(tmp_path: Path) -> None:
 
 def export(source: Path, output: Path, **settings: Any) -> str:
     def load() -> Any:
-        return SimpleNamespace(model=load_pruned(source), tokenizer=None, record=None)
+        return SimpleNamespace(network=load_pruned(source), tokenizer=None, record=None)
 
     return exporters.export(source, MetaExporter(**settings), output, load)
 
@@ -202,7 +202,7 @@ def test_the_tokenizer_comes_from_the_source_or_from_the_folder_given(saved: Pat
 
 def test_the_tokenizer_of_a_hub_model_comes_from_the_cache(saved: Path, tmp_path: Path) -> None:
     def load() -> Any:
-        return SimpleNamespace(model=load_pruned(saved), tokenizer=SimpleNamespace(vocab_file=str(TOKENIZER)))
+        return SimpleNamespace(network=load_pruned(saved), tokenizer=SimpleNamespace(vocab_file=str(TOKENIZER)))
 
     assert "without" not in exporters.export(Path("meta-llama/some"), MetaExporter(), tmp_path / "meta", load)
     assert (tmp_path / "meta" / "tokenizer.model").read_bytes() == TOKENIZER.read_bytes()

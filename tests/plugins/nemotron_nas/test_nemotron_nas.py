@@ -70,8 +70,8 @@ def logits_from_files(folder: Path) -> torch.Tensor:
 def test_the_files_give_the_outputs_of_the_model(name, tmp_path):
     source = llama_source(name)
     line = export(tmp_path, NemotronNasExporter(), tmp_path / "out", source.load)
-    assert torch.allclose(logits_from_files(tmp_path / "out"), logits(source.model, IDS[None])[0], atol=1e-5)
-    before = sum(p.numel() for p in source.model.parameters())
+    assert torch.allclose(logits_from_files(tmp_path / "out"), logits(source.network, IDS[None])[0], atol=1e-5)
+    before = sum(p.numel() for p in source.network.parameters())
     after = sum(t.numel() for t in load_file(tmp_path / "out" / "model.safetensors").values())
     assert f"padded with zeros from {before:,} to {after:,} parameters" in line
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -139,7 +139,7 @@ def test_equal_heads_are_for_sglang(tmp_path):
     assert ", and SGLang and mlx-lm read it;" in line
     config = json.loads((tmp_path / "equal" / "config.json").read_text())
     assert {block["attention"]["n_heads_in_group"] for block in config["block_configs"]} == {2}
-    assert torch.allclose(logits_from_files(tmp_path / "equal"), logits(source.model, IDS[None])[0], atol=1e-5)
+    assert torch.allclose(logits_from_files(tmp_path / "equal"), logits(source.network, IDS[None])[0], atol=1e-5)
 
 
 def source_of(name: str, **options: Any) -> Source:
@@ -165,10 +165,10 @@ def test_what_the_format_cannot_state_is_refused_with_the_reason(name, options, 
 def test_groups_that_were_discovered_are_padded_too(tmp_path):
     source, kept = source_of("Mistral", sliding_window=None), {"layers.0.attention": [1], "layers.1.mlp": range(17)}
     # As many query heads to a key/value head as before.
-    cut_tensors(source.model, build_graph(source.family, source.config), kept)
+    cut_tensors(source.network, build_graph(source.family, source.config), kept)
     cut_source = replace(source, plans=[SimpleNamespace(kept=kept)])
     export(tmp_path, NemotronNasExporter(), tmp_path / "out", cut_source.load)
-    assert torch.allclose(logits_from_files(tmp_path / "out"), logits(source.model, IDS[None])[0], atol=1e-5)
+    assert torch.allclose(logits_from_files(tmp_path / "out"), logits(source.network, IDS[None])[0], atol=1e-5)
 
 
 def test_a_wrong_weight_is_found(tmp_path, monkeypatch):

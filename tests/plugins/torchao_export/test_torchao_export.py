@@ -21,7 +21,7 @@ from llmpruner.models.numbers import first_not_finite, stored_bytes
 
 def loaded(model, tokenizer=None):
     record = {"plans": [], "files": {"model.safetensors": {"bytes": 1, "sha256": ""}}}  # of the source
-    return lambda: SimpleNamespace(model=model, tokenizer=tokenizer, family=LlamaFamily(), record=record)
+    return lambda: SimpleNamespace(network=model, tokenizer=tokenizer, family=LlamaFamily(), record=record)
 
 
 @pytest.fixture
