@@ -103,15 +103,13 @@ def _counts(value: int, group: CoupledGroup) -> bool:
 
 def candidates(model: PreTrainedModel, graph: CouplingGraph, groups: Iterable[CoupledGroup]) -> list[Follow]:
     """Attributes of modules near the parameters of ``groups`` that may count their units."""
-    near = [(group, dict(_nearby(model, graph, group))) for group in groups]
-    sharing = Counter((group.kind, group.layer, path) for group, modules in near for path in modules)
+    near = [(group, path, module) for group in groups for path, module in _nearby(model, graph, group)]
+    sharing = Counter((group.kind, group.layer, path) for group, path, _ in near)
     rules: set[Follow] = set()
-    for group, modules in near:
-        for path, module in modules.items():
-            axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
-            for name, value in _integers(module):
-                if _counts(value, group):
-                    rules.add(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes))
+    for group, path, module in near:
+        axes = _axes(graph, group) if sharing[group.kind, group.layer, path] > 1 else ()
+        names = [name for name, value in _integers(module) if _counts(value, group)]
+        rules.update(Follow(group.kind, in_layer(path, graph.layers, "*"), name, axes) for name in names)
     return sorted(rules)
 
 
@@ -180,13 +178,10 @@ def _has_no_parameters(module: nn.Module) -> bool:
 
 def _integers(module: nn.Module) -> Iterator[tuple[str, int]]:
     """The attributes of a module, and the values of its configuration, that may be numbers of units."""
-    for name, value in vars(module).items():
-        if type(value) is int and value > 0 and name not in _AUTOMATIC and not name.startswith("_"):
-            yield name, value
-    config = vars(module).get("config")
-    for name, value in (vars(config) if config is not None else {}).items():
-        if type(value) is int and value > 0 and not name.startswith("_"):
-            yield f"config.{name}", value
+    config = getattr(vars(module).get("config"), "__dict__", {})
+    values = {name: value for name, value in vars(module).items() if name not in _AUTOMATIC and name[0] != "_"}
+    values |= {f"config.{name}": value for name, value in config.items() if name[0] != "_"}
+    yield from ((name, value) for name, value in values.items() if type(value) is int and value > 0)
 
 
 def find(rules: Sequence[Follow], agrees: Callable[..., bool]) -> tuple[Follow, ...] | None:

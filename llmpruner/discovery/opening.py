@@ -59,9 +59,9 @@ class Opener:
 
     def structure(self, source: Source | Reference) -> Structure:
         """The structure of ``source``. Raises `ModelError` for a half-changed model, `SettingsError` for no source."""
-        if isinstance(source, Model):
-            source.check_whole()
         if isinstance(source, Structure):
+            if isinstance(source, Model):
+                source.check_whole()
             return source
         if isinstance(source, (str, Path)):
             source = resolve(source, self.catalog)
@@ -101,10 +101,9 @@ class Opener:
 
     def as_stored(self, source: Source | Reference) -> Model:
         """A model in memory; unless a dtype was chosen, float16 stays float16, on a CPU too."""
-        opened, opener = self.structure(source), self
-        if widened(opened, self.load) is not None:
-            opener = replace(self, load=self.load.model_copy(update={"dtype": "float16"}))
-        return opener.weights(opened)
+        opened = self.structure(source)
+        dtype = "float16" if widened(opened, self.load) else self.load.dtype
+        return replace(self, load=self.load.model_copy(update={"dtype": dtype})).weights(opened)
 
     def weights(self, opened: Structure, *, streamed: bool = False, scratch: Path | None = None) -> Model:
         """``opened`` with its weights, in memory or ``streamed``; a model as it is. ``scratch``: see `open_streamed`.
@@ -171,14 +170,19 @@ def family_for(catalog: Catalog, config: PreTrainedConfig, name: str | None = No
 
 
 def _structure(reference: Reference, opener: Opener) -> Structure:
-    """The structure of a model, pruned or not, without reading its weights."""
+    """Of a model, pruned or not, without reading its weights; an adapter's training is added to the record."""
     register_models(opener.catalog)
     record = read_record(reference.directory) if reference.directory.is_dir() and not reference.gguf_file else None
-    if record is not None:
-        structure = _pruned_structure(reference, record, opener)
-    else:
-        structure = _dense_structure(reference, opener)
-    return structure if reference.adapter is None or record is None else _with_training(structure, reference.adapter)
+    if record is None:
+        return _dense_structure(reference, opener)
+    structure = _pruned_structure(reference, record, opener)
+    if reference.adapter is None:
+        return structure
+    # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
+    record = {**record, "adapters": [*record.get("adapters", ()), reference.adapter.resolve().name]}
+    if trained := (read_any_record(reference.adapter) or {}).get("recovery"):
+        record["recovery"] = trained
+    return replace(structure, record=record)
 
 
 def _dense_structure(reference: Reference, opener: Opener) -> Structure:
@@ -201,16 +205,6 @@ def _dense_structure(reference: Reference, opener: Opener) -> Structure:
             f"family '{family.name}' finds no structure in the configuration of '{reference.ref}' "
             f"({type(error).__name__}: {first_line(error)})"
         ) from error
-
-
-def _with_training(base: Structure, folder: Path) -> Structure:
-    """``base``, a pruned model, with the training of the adapter in ``folder`` in its record."""
-    trained = (read_any_record(folder) or {}).get("recovery")
-    # With adapters of other programs, nothing but their name tells that weights are not those of the cut.
-    record = {**(base.record or {}), "adapters": [*(base.record or {}).get("adapters", ()), folder.resolve().name]}
-    if trained:
-        record["recovery"] = trained
-    return replace(base, record=record)
 
 
 def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: Opener) -> Structure:
@@ -252,9 +246,8 @@ def _read_config(reference: Reference, load: LoadSettings) -> PreTrainedConfig:
     if reference.reader is not None:
         with in_one_line(reference):
             return reference.reader.read_config(reference.directory)
-    allowed = load.trust_remote_code
-    config: PreTrainedConfig = from_pretrained(AutoConfig, reference, trust_remote_code=allowed)
-    if allowed:
+    config: PreTrainedConfig = from_pretrained(AutoConfig, reference, trust_remote_code=load.trust_remote_code)
+    if load.trust_remote_code:
         with in_one_line(reference), quiet_transformers():
             register_model_class(config, reference.commit)
     return config

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 _LOG = logging.getLogger("llmpruner")
 
 
-def load_model(structure: Structure, options: LoadSettings) -> Model:
+def load_model(structure: Structure, options: LoadSettings | None = None) -> Model:
     """The model of ``structure``, pruned or not, on ``options.device``, in evaluation mode; an adapter is merged.
     Raises `ModelError`, `UnsupportedModelError` or `CheckpointError`."""
-    reference = structure.reference
+    options, reference = options or LoadSettings(), structure.reference
     if reference.adapter is not None:
         check_weights(reference.adapter)  # before the base is read
     tokenizer = load_tokenizer(structure, options)
