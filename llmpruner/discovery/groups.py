@@ -1,5 +1,4 @@
-"""From tied identities to units, and from units of traced layers to the coupled groups of all layers. Tied identities
-are one component; components that own equally many indices of the same axes are the units of one set."""
+"""From components of tied identities to sets of alike units, and from traced layers to groups of all layers."""
 
 from __future__ import annotations
 
@@ -111,8 +110,7 @@ def _unit_sets_of(traced: Trace) -> tuple[list[UnitSet], dict[Slot, str]]:
 
 
 def unit_sets(run: Propagation, layers: str) -> tuple[list[UnitSet], dict[Slot, str]]:
-    """The sets of several units that a weight consumes or a router chooses, or of tokens: others can't be silenced, so
-    not checked. And axis → reason, for axes without removable units. ``layers``: path of the decoder layers."""
+    """The sets of units that can be silenced, and so checked; and axis → reason, for axes without removable units."""
     parts = components(run)
     closed = parts.marked[Mark.BLOCKED] | (parts.marked[Mark.SOFTMAX] & ~parts.marked[Mark.ROUTED])
     reasons = {}

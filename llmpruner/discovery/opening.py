@@ -87,16 +87,12 @@ class Opener:
         except LlmprunerError as error:
             raise ModelError(f"the dense model of '{pruned.ref}', '{ref}', cannot be opened: {error}") from error
         if dense.plans or structure_of(dense.graph) != base.structure:
-            raise ModelError(
-                f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}'): parameters differ in "
-                "name or shape"
-            )
+            other = f"'{ref}' is not the model that '{pruned.ref}' was pruned from ('{base.model}')"
+            raise ModelError(f"{other}: parameters differ in name or shape")
         recorded = None if named else record.get("base_weights")
         if recorded is not None and dense.path is not None and recorded != _sampled_weights(Path(dense.path)):
-            _LOG.warning(
-                "the files with weights in '%s' are not those from which '%s' was pruned: another model, or the same "
-                "one stored in other files", dense.ref, pruned.ref,
-            )  # fmt: skip
+            what = f"the files with weights in '{dense.ref}' are not those from which '{pruned.ref}' was pruned"
+            _LOG.warning("%s: another model, or the same one stored in other files", what)
         return dense
 
     def as_stored(self, source: Source | Reference) -> Model:
@@ -152,8 +148,7 @@ def register_models(catalog: Catalog) -> None:
 
 
 def family_for(catalog: Catalog, config: PreTrainedConfig, name: str | None = None) -> ModelFamily:
-    """The family ``name``; by default the one that matches and that no other match extends, or ``auto``. Raises
-    `UnsupportedModelError` when there are several."""
+    """The family ``name``; by default the only one that matches and that no other match extends, or ``auto``."""
     families = catalog[ModelFamily]
     if name is not None:
         return families[name]()
@@ -191,20 +186,17 @@ def _dense_structure(reference: Reference, opener: Opener) -> Structure:
         reference = reference.at_commit(load.revision)
     config = _read_config(reference, load)
     if getattr(config, "llmpruner", None) is not None:
-        raise ModelError(
-            f"'{reference.ref}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not "
-            "there; download the whole repository (hf download REPO --local-dir DIR), and name its folder"
-        )
+        lacks = f"'{reference.ref}' was pruned to layers of different sizes, and llmpruner.json, which says how, is not"
+        advice = "download the whole repository (hf download REPO --local-dir DIR), and name its folder"
+        raise ModelError(f"{lacks} there; {advice}")
     family = family_for(opener.catalog, config, load.family or (reader.family if reader else None))
     try:
         return Structure(reference, config, family, build_graph(family, config))
     except LlmprunerError:
         raise
     except Exception as error:  # of the family, or of the model's class, which refuses its configuration
-        raise ModelError(
-            f"family '{family.name}' finds no structure in the configuration of '{reference.ref}' "
-            f"({type(error).__name__}: {first_line(error)})"
-        ) from error
+        what = f"family '{family.name}' finds no structure in the configuration of '{reference.ref}'"
+        raise ModelError(f"{what} ({type(error).__name__}: {first_line(error)})") from error
 
 
 def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: Opener) -> Structure:
@@ -218,9 +210,8 @@ def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: O
             pruned_class(reference.location)
         plans = tuple(PruningPlan.model_validate(plan) for plan in record["plans"])
         if load.family is None and plans and plans[0].family not in families:
-            raise PluginError(
-                f"'{ref}' is of family '{plans[0].family}', which no plugin here adds; install the one that does"
-            )
+            unknown = f"'{ref}' is of family '{plans[0].family}', which no plugin here adds"
+            raise PluginError(f"{unknown}; install the one that does")
         config = AutoConfig.for_model(values.pop("model_type"), **values)
         family = family_for(opener.catalog, config, load.family or (plans[0].family if plans else None))
         graph = build_graph(family, config)
@@ -236,9 +227,8 @@ def _pruned_structure(reference: Reference, record: Mapping[str, Any], opener: O
         # Classes of configurations raise exceptions of any type for unexpected values.
         reason = f"{type(error).__name__}: {first_line(error)}"
         if load.family is not None:
-            raise ModelError(
-                f"family '{load.family}' does not fit '{ref}', or its llmpruner.json is damaged ({reason})"
-            ) from error
+            misfit = f"family '{load.family}' does not fit '{ref}', or its llmpruner.json is damaged"
+            raise ModelError(f"{misfit} ({reason})") from error
         raise CheckpointError(f"{ref}/llmpruner.json is damaged ({reason})") from error
 
 

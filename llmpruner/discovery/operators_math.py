@@ -138,11 +138,10 @@ def reduction(run: Propagation, node: Node, value: Value, *args: Any, **kwargs: 
     dim = argument(args, kwargs, 1 if _short(node) == "linalg_vector_norm" else 0, "dim")
     dims = [dim] if isinstance(dim, int) else dim or range(value.ndim)
     keep = node.meta["val"].ndim == value.ndim > 0
-    square = value.tag is not None and value.tag.stage == "square"
-    over_last = [d % value.ndim for d in dims] == [value.ndim - 1]
-    if square and _short(node) == "mean" and over_last and (value.axes[-1] >= 0).any():
-        last = [uniform(1, FREE)] if keep else []
-        return Value((*value.axes[:-1], *last), tag=Tag("mean_square", value.axes[-1]))
+    is_mean_square = value.tag is not None and value.tag.stage == "square" and _short(node) == "mean"
+    if is_mean_square and [d % value.ndim for d in dims] == [value.ndim - 1] and (value.axes[-1] >= 0).any():
+        axes = (*value.axes[:-1], uniform(1, FREE)) if keep else value.axes[:-1]
+        return Value(axes, tag=Tag("mean_square", value.axes[-1]))
     _after(run, value.tag)
     return Value(run.reduce(value, dims, keep))
 

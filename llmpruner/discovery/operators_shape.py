@@ -127,12 +127,9 @@ def reorder(run: Propagation, node: Node, value: Value, *args: Any) -> Value:
 @rule("expand", "expand_as", "broadcast_to")
 def expand(run: Propagation, node: Node, value: Value, *_: Any, **__: Any) -> Value:
     shape = tuple(node.meta["val"].shape)
-    axes: list[Ids] = [uniform(n, FREE) for n in shape[: len(shape) - value.ndim]]
+    axes = [uniform(n, FREE) for n in shape[: len(shape) - value.ndim]]
     for ids, size in zip(value.axes, shape[len(shape) - value.ndim :], strict=True):
-        if len(ids) == size:
-            axes.append(ids)
-        else:
-            axes.append(np.repeat(ids, size) if ids[0] >= 0 else uniform(size, FREE))
+        axes.append(ids if len(ids) == size else np.repeat(ids, size) if ids[0] >= 0 else uniform(size, FREE))
     return with_axes(value, axes)
 
 
@@ -184,10 +181,8 @@ def part(run: Propagation, node: Node, value: Value, *args: Any) -> Any:
     at = 0 if is_slice else 1
     dim = argument(args, {}, at, "dim", 0) % value.ndim
     positions = operator(torch.arange(value.shape[dim]), *args[:at], 0, *args[at + 1 :])
-    parts = [
-        with_axes(value, (*value.axes[:dim], value.axes[dim][chosen.numpy()], *value.axes[dim + 1 :]))
-        for chosen in ([positions] if is_slice else positions)
-    ]
+    ids = [value.axes[dim][chosen.numpy()] for chosen in ([positions] if is_slice else positions)]
+    parts = [with_axes(value, (*value.axes[:dim], chosen, *value.axes[dim + 1 :])) for chosen in ids]
     return parts[0] if is_slice else parts
 
 
@@ -220,8 +215,7 @@ def pad(run: Propagation, node: Node, value: Value, amounts: list[int], *_: Any)
 def triangle(run: Propagation, node: Node, value: Value, *_: Any) -> Value:
     for ids in value.axes[-2:]:
         run.block(ids, "masked by position")
-    axes = [*value.axes[:-2], *(run.plain(len(i)) for i in value.axes[-2:])]
-    return Value(tuple(axes), value.origin)
+    return Value((*value.axes[:-2], *(run.plain(len(ids)) for ids in value.axes[-2:])), value.origin)
 
 
 @rule("index")
@@ -234,8 +228,7 @@ def index(run: Propagation, node: Node, value: Value, chosen: Sequence[Value | N
     for dim, pick in picks.items():
         pick_from(run, value.axes[dim], pick)
     axes = [ids for dim, ids in enumerate(value.axes) if dim not in picks]
-    adjacent = max(picks) - min(picks) + 1 == len(picks)
-    at = min(picks) if adjacent else 0
+    at = min(picks) if max(picks) - min(picks) + 1 == len(picks) else 0  # 0: they are not adjacent
     axes[at:at] = run.broadcast(list(picks.values()))
     return replace(with_axes(value, axes), selects=value.selects)
 
@@ -257,11 +250,8 @@ def index_select(run: Propagation, node: Node, value: Value, dim: int, pick: Val
 def gather(run: Propagation, node: Node, value: Value, dim: int, pick: Value, **_: Any) -> Value:
     dim %= value.ndim
     pick_from(run, value.axes[dim], pick)
-    axes = [
-        run.tie(ids, own) if d != dim and len(ids) == len(own) else ids
-        for d, (ids, own) in enumerate(zip(pick.axes, value.axes, strict=True))
-    ]
-    return Value(tuple(axes))
+    pairs = enumerate(zip(pick.axes, value.axes, strict=True))
+    return Value(tuple(run.tie(a, b) if d != dim and len(a) == len(b) else a for d, (a, b) in pairs))
 
 
 @rule("embedding")

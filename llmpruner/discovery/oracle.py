@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from ..models.family import ModelFamily
 
 BATCH, TIME = 3, 13
-NEW_TOKENS = 4
-"""Tokens that are generated with a cache."""
+NEW_TOKENS = 4  # that are generated with a cache
 TOLERANCE = 2e-4
 """Largest difference of logits, relative to the largest logit; float32 rounding stays ten times below it."""
 VISIBLE = 1e-3
@@ -186,8 +185,7 @@ class Oracle:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a cut to ``kept`` is compared with: a ``model`` with the other units silenced, which must run inside
-    ``mode``, and its ``logits`` (B, T, V) for ``tokens``."""
+    """A ``model``, run inside ``mode``, with all but ``kept`` silenced, and its ``logits`` (B, T, V) for ``tokens``."""
 
     implementation: str
     kept: Kept
@@ -304,8 +302,7 @@ def _instances(config: PreTrainedConfig, seed: int) -> tuple[dict[str, PreTraine
 
 
 def silenced(model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> AbstractContextManager[object]:
-    """Silence all units that ``kept`` leaves out of the dense ``model``, in place; it must run inside the result.
-    Removed layers return their inputs, routers do not select removed experts; others: see `surgery.silence`."""
+    """Silence all but ``kept`` in place, also layers and experts; the dense ``model`` must run inside the result."""
 
     def pass_on(module: Any, args: Any, kwargs: Any, output: Any) -> Any:
         entering = args[0] if args else kwargs["hidden_states"]
@@ -332,8 +329,7 @@ def distance(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 class ClosedRoutes(TorchFunctionMode):
-    """While active, routers do not select the removed experts: their logits are minus infinity, and so are their scores
-    in top-k choices, as a sigmoid or a bias may come in between."""
+    """While active, removed experts have logits of minus infinity, and again in top-k choices, after a sigmoid."""
 
     def __init__(self, model: PreTrainedModel, graph: CouplingGraph, kept: Kept) -> None:
         super().__init__()

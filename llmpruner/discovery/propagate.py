@@ -269,13 +269,12 @@ class Propagation:
 
     def predict(self, last: Ids) -> None:
         """``last``, the last axis of the logits, numbers the same tokens as the rows that token ids look up."""
-        reason = "an entry of the vocabulary"
-        if self.tokens is not None and self.readers:
-            reason = f"token ids are read by {self.readers[0]}"
-        elif self.tokens is not None and len(self.tokens) == len(last):
-            self.mark(self.tie(self.tokens, last), Mark.VOCABULARY)
+        rows = [] if self.tokens is None else [self.tokens]
+        if rows and not self.readers and len(rows[0]) == len(last):
+            self.mark(self.tie(rows[0], last), Mark.VOCABULARY)
             return
-        for ids in (last, *([] if self.tokens is None else [self.tokens])):
+        reason = f"token ids are read by {self.readers[0]}" if rows and self.readers else "an entry of the vocabulary"
+        for ids in (last, *rows):
             self.keep(ids, reason)
 
     def broadcast(self, operands: Sequence[Value]) -> tuple[Ids, ...]:
@@ -324,8 +323,7 @@ def with_axes(value: Value, axes: Sequence[Ids]) -> Value:
 
 
 def operator_name(target: Any) -> str:
-    schema = getattr(target, "_schema", None)
-    if schema is None:
+    if (schema := getattr(target, "_schema", None)) is None:
         return str(getattr(target, "__name__", target))
     namespace, _, name = schema.name.partition("::")
     return name if namespace == "aten" else f"{namespace}.{name}"

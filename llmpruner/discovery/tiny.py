@@ -20,8 +20,7 @@ from ..models.meta import register_model_class
 from ..models.modeling_llmpruner import PER_LAYER, layer_overrides, per_layer_lists
 from ..models.stock import for_all_layers
 
-LAYERS = 3
-"""More where they are needed to show every kind of layer."""
+LAYERS = 3  # more where they are needed to show every kind of layer
 HEAD_DIM = 16
 VOCABULARY = 128
 
@@ -164,8 +163,7 @@ def _shrink(config: PreTrainedConfig, small: Small, around: Around) -> dict[str,
 
 def _shrink_hidden(config: PreTrainedConfig, values: dict[str, Any], target: tuple[int, int], around: Around) -> Around:
     """Make the hidden size and heads small (``target``: `Small.heads`); returns ``around`` for parts of ``config``."""
-    hidden = getattr(config, "hidden_size", None)
-    if not isinstance(hidden, int):
+    if not isinstance(hidden := getattr(config, "hidden_size", None), int):
         values |= {n: around.kv_heads.get(v, v) for n, v in values.items() if _SHARED.search(n)}
         return around
     before = dict(values)
@@ -218,8 +216,7 @@ def _shrink_parts(config: PreTrainedConfig, values: dict[str, Any], small: Small
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:
     """Numbers of query and of key/value heads, whatever they are called; zeros without heads."""
-    heads = getattr(config, "num_attention_heads", None)
-    if not isinstance(heads, int) or heads < 1:
+    if not isinstance(heads := getattr(config, "num_attention_heads", None), int) or heads < 1:
         return 0, 0
     shared = next((v for name, v in vars(config).items() if _SHARED.search(name) and _sizes(v)), None)
     return heads, shared if isinstance(shared, int) and heads % shared == 0 else heads
@@ -281,8 +278,7 @@ def _shrink_layers(
     key = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     if key not in values:  # it is derived from another number
         key = next((n for n in ("num_layers", "num_decoder_layers") if n in values), key)
-    count = values.get(key)
-    if not isinstance(count, int):
+    if not isinstance(count := values.get(key), int):
         return []
     period = next((n for n, v in values.items() if "layers_per" in n and _sizes(v) and count % v == 0), None)
     if period is not None:

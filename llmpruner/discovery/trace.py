@@ -181,9 +181,9 @@ class EveryPosition(TorchFunctionMode):
         if name == "nonzero" or (name == "where" and len(args) == 1 and not kwargs):
             shape = tuple(args[0].shape)
             shape = (shape[0] - self._unused,) if len(shape) == 1 else shape
-            positions = np.indices(shape).reshape(len(shape), -1).T
+            columns = np.indices(shape).reshape(len(shape), -1)
             in_columns = name == "where" or kwargs.get("as_tuple", False)
-            return tuple(map(self._constant, positions.T)) if in_columns else self._constant(positions)
+            return tuple(map(self._constant, columns)) if in_columns else self._constant(columns.T)
         if name == "__getitem__" and (index := self._numbers(args[1])) is not None and not index.ndim:
             args = (args[0], int(index))
         numbers = self._numbers(args[0]) if args else None

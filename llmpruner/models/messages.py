@@ -80,9 +80,8 @@ def in_one_line(reference: Reference) -> Iterator[None]:
         if "trust_remote_code" in str(error):
             raise ModelError(f"'{reference.ref}' needs code that the checkpoint brings; {ALLOW}") from error
         if "meta device" in str(error):  # accelerate does not name them
-            raise ModelError(
-                f"the checkpoint of '{reference.ref}' lacks tensors; it is incomplete or damaged"
-            ) from error
+            lacks = f"the checkpoint of '{reference.ref}' lacks tensors"
+            raise ModelError(f"{lacks}; it is incomplete or damaged") from error
         if not reference.gguf_file and reference.reader is None:
             # transformers does not name a damaged file.
             for file in sorted(reference.directory.glob("*.safetensors")):

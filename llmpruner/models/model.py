@@ -98,15 +98,13 @@ class Model(Structure):
     def check_whole(self) -> None:
         """Raise `ModelError` for a model that is ``unfinished``."""
         if self.unfinished is not None:
-            raise ModelError(
-                f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end; load the model again"
-            )
+            left = f"'{self.ref}' was left half-changed by a {self.unfinished} that did not end"
+            raise ModelError(f"{left}; load the model again")
 
     def in_tokens_of(self, trimmed: Model, *, teaching: bool = False) -> Any:
         """The network; where ``trimmed`` has fewer of its tokens, as `InTokens`."""
         rows, before = (model.network.get_input_embeddings().weight.shape[0] for model in (trimmed, self))
-        old = None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)
-        if old is None:
+        if (old := None if rows >= before else old_ids(self.tokenizer, trimmed.tokenizer)) is None:
             return self.network
         tokenizer, whole, kept = trimmed.tokenizer, self.tokenizer, {*old}
         assert tokenizer is not None and whole is not None, "they were compared"

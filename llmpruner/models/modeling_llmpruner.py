@@ -95,8 +95,7 @@ def drop_layers(model: PreTrainedModel, path: str, kept: Sequence[int]) -> None:
     if record is not None and "per_layer" not in record:
         # The sizes of single layers are those of an earlier cut, which the uniform model does not have.
         stated.pop(PER_LAYER, None)
-    earlier = vars(model).get(LAYERS)
-    if earlier:
+    if earlier := vars(model).get(LAYERS):
         kept, stated = [earlier["kept"][n] for n in kept], {**stated, **earlier["config"]}
     setattr(model, LAYERS, {"path": path, "kept": list(kept), "config": stated})
 
@@ -165,8 +164,7 @@ def per_layer_lists(config: PreTrainedConfig, count: int) -> dict[str, list[Any]
 
 
 def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept: Sequence[int]) -> None:
-    """From now on ``module`` is given only the ``kept`` of every ``units`` entries of an argument along ``axis``: of
-    what the rest of the model computes for all heads (ALiBi slopes), the entries of the heads that stay."""
+    """Pass ``module`` only the ``kept`` of every ``units`` entries of an argument along ``axis`` (slopes of ALiBi)."""
     earlier = getattr(module, SLICED, None)
     if earlier is None:
         module.register_forward_pre_hook(_pass_slice, with_kwargs=True)
@@ -178,8 +176,7 @@ def slice_argument(module: nn.Module, argument: str, axis: int, units: int, kept
 
 def _pass_slice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
     argument, axis, units, *kept = getattr(module, SLICED)
-    tensor = kwargs.get(argument)
-    if tensor is None:
+    if (tensor := kwargs.get(argument)) is None:
         return args, kwargs
     index = torch.tensor(kept, device=tensor.device)
     split = tensor.unflatten(axis, (-1, units)).index_select(axis + 1, index)
@@ -189,8 +186,7 @@ def _pass_slice(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
 def replace_tensor(
     model: nn.Module, name: str, change: Callable[[torch.Tensor], torch.Tensor], replaced: dict[int, torch.Tensor]
 ) -> None:
-    """Put ``change`` of a parameter or buffer in its place. ``replaced``: id of an old tensor → the new one, as tied
-    parameters are one object and must stay one."""
+    """Put ``change`` of a parameter or buffer in its place. ``replaced``: id of the old → the new, for tied ones."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     table: dict[str, Any] = module._parameters if leaf in module._parameters else module._buffers
@@ -223,8 +219,7 @@ def follow_shape(module: nn.Module, leaf: str) -> None:
 
 @contextlib.contextmanager
 def _as_built(config: PreTrainedConfig) -> Iterator[None]:
-    """Let ``config`` describe the uniform model with all layers: transformers warns when it reads sizes of all layers
-    next to those of single ones."""
+    """Let ``config`` describe the uniform model: transformers warns of sizes of all layers next to single ones."""
     record: Mapping[str, Any] = getattr(config, "llmpruner", {})
     layers = record.get("layers", {"config": {}})
     text = config.get_text_config()
@@ -292,22 +287,19 @@ class PrunedModelMixin:
         record = config.llmpruner
         if self.pruned_base.__name__ != record["base"]:
             record = without_head(record, self.pruned_base.base_model_prefix)
-        layers = record.get("layers")
         with _as_built(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-            if layers:
+            if layers := record.get("layers"):
                 drop_layers(self, layers["path"], layers["kept"])
         apply_record(self, record)  # type: ignore[arg-type]
 
     @classmethod
     def is_custom_code(cls) -> bool:
-        """As the stock class, whose code fills the buffers that are not saved: transformers does not initialise modules
-        of custom code without tensors of their own."""
+        """As the stock class: in custom code, transformers would not fill the buffers that are not saved."""
         return bool(cls.pruned_base.is_custom_code())
 
     def initialize_weights(self) -> None:
-        """Skips parameters that stay in files (``device_map`` with ``disk``): they have no values, and some stock
-        classes (Mamba) would make some in the sizes of the dense model."""
+        """Skips parameters that stay in files, for which some classes (Mamba) would make values in dense sizes."""
         for parameter in self.parameters():  # type: ignore[attr-defined]
             if parameter.is_meta:
                 parameter._is_hf_initialized = True
@@ -370,9 +362,8 @@ def without_head(record: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     """The part of a record on the model below ``prefix``, with the names that it has there."""
 
     def inside(values: Mapping[str, Any]) -> dict[str, Any]:
-        start = f"{prefix}."
-        itself = {"": values[prefix]} if prefix in values else {}
-        return itself | {name.removeprefix(start): value for name, value in values.items() if name.startswith(start)}
+        below = {name: value for name, value in values.items() if f"{name}.".startswith(f"{prefix}.")}
+        return {name.removeprefix(prefix).removeprefix("."): value for name, value in below.items()}
 
     kept = {**record, **{part: inside(record[part]) for part in ("shapes", "attributes", "configs") if part in record}}
     if "layers" in record:

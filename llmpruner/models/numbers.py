@@ -42,10 +42,8 @@ def widened(structure: Structure, options: LoadSettings) -> str | None:
     """A line for a model that takes more room once it is saved than it was stored in; None for others."""
     if options.dtype != "auto" or stored_dtype(structure) != torch.float16 or dtype_of(structure, options).itemsize < 4:
         return None
-    return (
-        f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes; --dtype "
-        "float16 keeps it"
-    )
+    what = f"'{structure.ref}' is stored in float16, and is loaded and saved as float32, in which a CPU computes"
+    return f"{what}; --dtype float16 keeps it"
 
 
 def stored_dtype(structure: Structure) -> torch.dtype | None:

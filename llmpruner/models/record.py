@@ -75,8 +75,7 @@ def write_record(record: Path, values: Mapping[str, Any]) -> None:
 
 def recorded_files(record: Mapping[str, Any] | None) -> dict[str, tuple[int, str]] | None:
     """Path → size and hash; None for a record of an earlier version, which has none. Raises `CheckpointError`."""
-    entries = None if record is None else record.get("files")
-    if entries is None:
+    if (entries := (record or {}).get("files")) is None:
         return None
     try:
         return {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in entries.items()}
@@ -98,8 +97,7 @@ def damaged_files(directory: Path, recorded: Mapping[str, tuple[int, str]], *, h
 
 def check_weights(directory: Path) -> None:
     """Raise `CheckpointError` for weights that were damaged after llmpruner wrote them, see `HASHED`."""
-    record = read_any_record(directory)
-    if record is None:
+    if (record := read_any_record(directory)) is None:
         return  # indexes of other models are not always right
     recorded = recorded_files(record) or {}
     weights = {name: facts for name, facts in recorded.items() if Path(name).suffix in WEIGHTS}

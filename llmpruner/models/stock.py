@@ -70,8 +70,7 @@ def stock_model(
 
 def uncut_model(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """An instance of ``config``, without weights, with the layers that ``model`` has, at their full size."""
-    layers = vars(model).get(LAYERS)
-    if not layers:
+    if not (layers := vars(model).get(LAYERS)):
         return empty_model(base_of(model), config)
     config = copy.deepcopy(config)
     set_values(config.get_text_config(), layers["config"])
@@ -94,8 +93,8 @@ def plain_attributes(module: nn.Module, kinds: tuple[type, ...]) -> dict[str, An
 
 
 def is_same(model: nn.Module, other: nn.Module, moved: Collection[Change]) -> bool:
-    """Whether two models have tensors of the same shapes, the same numeric attributes, and equal buffers. ``moved``:
-    sizes that changed in the configuration; an attribute of ``model`` that nothing reads may still have the old one."""
+    """Whether shapes, numbers in attributes, and buffers are equal. ``moved``: an old and a new size may differ too, as
+    of attributes that nothing reads."""
     if tensor_shapes(model) != tensor_shapes(other):
         return False
     modules, others = dict(model.named_modules()), dict(other.named_modules())
@@ -159,16 +158,14 @@ def size_options(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[s
 
 
 def other_widths(config: PreTrainedConfig, axes: Mapping[Change, int]) -> dict[str, list[int]]:
-    """`size_options` for widths of other names: attributes with the size of a changed axis (OPT's ``ffn_dim``, Falcon's
-    ``ffn_hidden_size``), and widths that are left open (GPT-2's ``n_inner``)."""
+    """`size_options` for widths of other names (OPT's ``ffn_dim``), and those left open (GPT-2's ``n_inner``)."""
     options: dict[str, list[int]] = {}
     for name, value in vars(config).items():
         known = name in (*WIDTHS, *EXPERTS, *HEADS, "hidden_size", "vocab_size", "num_hidden_layers")
         if known or name.endswith("_id") or name.startswith("_"):
             continue
         is_open = value is None and re.search("inner|ffn|intermediate", name)
-        sizes = [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]
-        if sizes:
+        if sizes := [new for old, new in axes if new and (is_open or (type(value) is int and old == value))]:
             options[name] = list(dict.fromkeys(sizes))
     return options
 
@@ -238,16 +235,14 @@ def _per_layer_candidates(
     """Configurations with ``per_layer_config``, for the classes that obey it. ``sizes``: `per_layer_sizes`."""
     if not sizes:
         return
-    moved = [
-        (getattr(config.per_layer_config[number], name), new)
-        for number, changed in sizes.items()
-        for name, new in changed.items()
-    ]
-    layers = merged(layer_overrides(config), sizes)
+    layers = ((config.per_layer_config[number], changed) for number, changed in sizes.items())
+    moved = [(getattr(layer, name), new) for layer, changed in layers for name, new in changed.items()]
+    overrides = layer_overrides(config) or {}
+    per_layer = {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}
     # A class may read a size of all layers where it means a default; transformers refuses that unless it is allowed.
     for allowed in (False, True):
         candidate = copy.deepcopy(config)
-        candidate.per_layer_config = copy.deepcopy(layers)
+        candidate.per_layer_config = copy.deepcopy(per_layer)
         candidate.allow_global_per_layer_attribute_access = allowed
         yield candidate, moved
 
@@ -273,8 +268,7 @@ def _moved_floats(model: nn.Module, reference: nn.Module, config: PreTrainedConf
 
 
 def per_layer_sizes(model: PreTrainedModel, config: PreTrainedConfig) -> LayerSizes:
-    """Layer number → sizes that differ from ``config``, for ``per_layer_config``. Each layer's sizes are verified by
-    building one such layer. Empty unless they represent all layers."""
+    """Layer number → sizes that differ from ``config``, verified by building such layers; empty if one has none."""
     layers, before, after = decoder_layers(model), tensor_shapes(uncut_model(model, config)), tensor_shapes(model)
     count = len(model.get_submodule(layers))
     outside = any(before.get(name) != shape for name, shape in after.items() if not name.startswith(f"{layers}."))
@@ -318,9 +312,3 @@ def for_all_layers(config: PreTrainedConfig) -> PreTrainedConfig:
     plain = copy.deepcopy(config)
     plain.per_layer_config = None
     return plain
-
-
-def merged(overrides: dict[int, dict[str, Any]] | None, sizes: LayerSizes) -> dict[int, dict[str, Any]]:
-    """``per_layer_config`` after a cut: the ``overrides`` of the model, replaced by the new ``sizes``."""
-    overrides = overrides or {}
-    return {n: {**overrides.get(n, {}), **sizes.get(n, {})} for n in sorted(overrides.keys() | sizes.keys())}

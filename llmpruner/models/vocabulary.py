@@ -36,12 +36,10 @@ class Vocabulary:
     """The tokens of a tokenizer of the `tokenizers` library: BPE, Unigram or WordPiece; raises for any other."""
 
     def __init__(self, tokenizer: Any) -> None:
-        backend = getattr(tokenizer, "backend_tokenizer", None)
-        if backend is None:
-            what = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
-            raise UnsupportedModelError(
-                f"tokens are removed from the model and from a tokenizer of the tokenizers library, and it has {what}"
-            )
+        if (backend := getattr(tokenizer, "backend_tokenizer", None)) is None:
+            has = "it has no tokenizer" if tokenizer is None else f"it has a {type(tokenizer).__name__}"
+            need = "tokens are removed from the model and from a tokenizer of the tokenizers library"
+            raise UnsupportedModelError(f"{need}, and {has}")
         self._spec: dict[str, Any] = json.loads(backend.to_str())
         self._model: dict[str, Any] = self._spec["model"]
         if self._model["type"] not in ("BPE", "Unigram", "WordPiece"):
@@ -99,13 +97,11 @@ class Vocabulary:
         """Raise `PlanError` unless ``kept`` has what `trimmed` needs. ``rows``: of the embedding."""
         stay = {*kept}
         needed = {*self.required, *(part for whole, parts in self.parts.items() if whole in stay for part in parts)}
-        lost = sorted(number for number in needed - stay if number < rows)
-        if lost:
+        if lost := sorted(number for number in needed - stay if number < rows):
             raise PlanError(f"the plan removes {len(lost)} tokens that others or the tokenizer need, first {lost[0]}")
 
     def trimmed(self, kept: Iterable[int]) -> Any:
-        """A copy of the tokenizer with the tokens ``kept`` alone, numbered anew in order. ``kept``: rows of the
-        embedding, with `required` and `parts` of each. Added tokens may have no row."""
+        """A copy with the tokens ``kept``, numbered anew in order; they include `required`, and `parts` of each."""
         new = {old: number for number, old in enumerate(sorted({*kept, *self.required}))}
         spec = copy.deepcopy(self._spec)
         model = spec["model"]
@@ -132,8 +128,7 @@ class Vocabulary:
 
 
 def removable_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """The rows of the embedding that may go: all but those of tokens that ``tokenizer`` or the configurations of
-    ``model`` need, and of their parts. Raises `UnsupportedModelError` as `Vocabulary`."""
+    """The rows of the embedding that may go: ``tokenizer`` and configurations need the others."""
     vocabulary = Vocabulary(tokenizer)
     stay = {*vocabulary.required, *named_tokens(model)}
     for whole, parts in vocabulary.longest_first():
@@ -168,10 +163,7 @@ def last_merge(token: str, ranks: Mapping[Pair, int]) -> Pair | None:
 def _renumbered(processor: Any, new: Mapping[int, int]) -> Any:
     """A post-processor with new ids: ``{"ids": [1]}`` in templates, ``["</s>", 2]`` in those of BERT and RoBERTa."""
     if isinstance(processor, dict):
-        return {
-            key: [new[i] for i in value] if key == "ids" else _renumbered(value, new)
-            for key, value in processor.items()
-        }
+        return {k: [new[i] for i in v] if k == "ids" else _renumbered(v, new) for k, v in processor.items()}
     if isinstance(processor, list):
         if len(processor) == 2 and isinstance(processor[0], str) and isinstance(processor[1], int):
             return [processor[0], new[processor[1]]]
@@ -186,8 +178,7 @@ def named_tokens(model: PreTrainedModel) -> frozenset[int]:
 
 
 def renumber(model: PreTrainedModel, kept: Sequence[int], before: int) -> None:
-    """Set the new ids of tokens that configurations and modules of ``model`` name, and the vocabulary size, which was
-    ``before``. ``kept``: the ids that stay, in ascending order; others leave lists, or become None."""
+    """Set the new ids of tokens that configurations and modules name, and the vocabulary size, which was ``before``."""
     new = {old: number for number, old in enumerate(kept)}
     for owner in (*_configs(model), *model.modules()):
         for name, value in _token_ids(owner):

@@ -41,8 +41,7 @@ def compose(graph: CouplingGraph, first: Kept, second: Kept) -> dict[str, tuple[
 def check_kept(graph: CouplingGraph, kept: Kept) -> None:
     """Raise `PlanError` unless ``kept`` names known groups, known units, and obeys every group's constraints."""
     for name, units in kept.items():
-        group = graph.by_name.get(name)
-        if group is None:
+        if (group := graph.by_name.get(name)) is None:
             raise PlanError(f"the plan cuts group '{name}', which this model does not have")
         if list(units) != sorted(set(units)) or (units and not 0 <= units[0] <= units[-1] < group.units):
             raise PlanError(f"group '{name}': kept units must be increasing and within 0…{group.units - 1}")
@@ -111,8 +110,7 @@ def restrict(graph: CouplingGraph, kept: Kept) -> CouplingGraph:
 
 
 def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, int], list[int]]) -> list[int]:
-    """The units that are kept, and not removed with another group's (a query head with its KV head). ``axes``:
-    `kept_indices` of ``kept``."""
+    """The units that are kept, and not removed with another group's (a query head with its KV head)."""
     units = list(kept.get(group.name, range(group.units)))
     for span in group.spans:
         stay = axes.get((span.parameter, span.axis))
@@ -125,11 +123,8 @@ def surviving_units(kept: Kept, group: CoupledGroup, axes: Mapping[tuple[str, in
 def renamed(graph: CouplingGraph, kept: Kept) -> dict[str, str]:
     """Name of a group before the cut → after it, for the groups that remain (removed layers renumber the others)."""
     numbers = layer_numbers(graph, kept)
-    return {
-        g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer])
-        for g in graph.groups
-        if g.layer is None or g.layer in numbers
-    }
+    stay = (g for g in graph.groups if g.layer is None or g.layer in numbers)
+    return {g.name: g.name if g.layer is None else g.in_layer(numbers[g.layer]) for g in stay}
 
 
 def _restrict_index(span: Span, units: list[int], stay: list[int] | None) -> IndexMap:
@@ -154,7 +149,6 @@ def layer_numbers(graph: CouplingGraph, kept: Kept) -> dict[int, int]:
 
 def path_after(path: str, layers: str, numbers: Mapping[int, int]) -> str | None:
     """The path of a module or parameter after a cut, see `layer_numbers`; None where its layer was removed."""
-    number = layer_number(path, layers)
-    if number is None:
+    if (number := layer_number(path, layers)) is None:
         return path
     return in_layer(path, layers, numbers[number]) if number in numbers else None

@@ -25,8 +25,7 @@ class BudgetOutcome:
 
 @dataclass(frozen=True)
 class ScriptTokens:
-    """The tokens with letters of one ``script``: how many there are, and how many of them go. ``sample``: the text of
-    some that go, those first that the calibration text uses most."""
+    """How many tokens of one ``script`` there are and go. ``sample``: some that go, the most used ones first."""
 
     script: str
     tokens: int

@@ -158,10 +158,8 @@ class PruningPlan(Frozen):
     def check(self, graph: CouplingGraph) -> None:
         """Raise `PlanError` unless the plan was made for a model of this structure and obeys its groups."""
         if self.base.structure != structure_of(graph):
-            raise PlanError(
-                f"this plan was made for '{self.base.model}' ({self.family}), whose parameters differ from this "
-                "model's in name or shape; make a new plan with `llmpruner plan`"
-            )
+            other = f"'{self.base.model}' ({self.family}), whose parameters differ from this model's in name or shape"
+            raise PlanError(f"this plan was made for {other}; make a new plan with `llmpruner plan`")
         check_kept(graph, self.kept)
         if not self.cuts:
             raise PlanError("the plan cuts nothing: its 'cuts' are empty")
@@ -186,8 +184,7 @@ class PruningPlan(Frozen):
 
     def _kept_text(self, kind: str, layer: int | None) -> str:
         """``36 of 48``, for layers with the removed ones; empty where no unit is removed."""
-        cuts = [cut for cut in self.cuts.values() if (cut.kind, cut.layer) == (kind, layer)]
-        if not cuts:
+        if not (cuts := [cut for cut in self.cuts.values() if (cut.kind, cut.layer) == (kind, layer)]):
             return ""
         gone = sorted(set(range(cuts[0].units)) - set(cuts[0].kept))
         text = f"{sum(len(cut.kept) for cut in cuts):,} of {sum(cut.units for cut in cuts):,}"
