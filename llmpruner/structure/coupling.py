@@ -44,7 +44,7 @@ class Role(str, Enum):
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """Regular index map: unit ``u`` owns ``width`` indices from ``start + u·stride`` on. ``stride``: None: ``width``."""
+    """Regular map: unit ``u`` owns ``width`` indices from ``start + u·stride`` on. ``stride``: None: ``width``."""
 
     units: int
     width: int = 1
